@@ -1,0 +1,135 @@
+"""The embedded default: a tiny decoder learns arithmetic on two CPU cores in a few minutes.
+
+    python -m oapl_jax.train --config=configs/arithmetic.py --workdir=runs/arithmetic
+
+Choices: --config=configs/arithmetic.py:task=chain_sum|number_sorting|countdown,objective=oapl|grpo
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+# The generators' settings, the longest prompt and response in characters, and the warm-up's steps.
+TASKS = {
+    "chain_sum": dict(
+        generator=dict(min_terms=4, max_terms=5, min_digits=1, max_digits=1),
+        max_prompt_tokens=12,
+        max_response_tokens=20,
+        warmup_steps=400,
+    ),
+    "number_sorting": dict(
+        generator=dict(min_numbers=5, max_numbers=5, min_value=0, max_value=9),
+        max_prompt_tokens=12,
+        max_response_tokens=14,
+        warmup_steps=200,
+    ),
+    "countdown": dict(
+        generator=dict(
+            min_numbers=3, max_numbers=3, min_value=1, max_value=9, min_target=1, max_target=30
+        ),
+        max_prompt_tokens=12,
+        max_response_tokens=16,
+        warmup_steps=600,
+    ),
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    choice = common.parse_arg(arg, task=tuple(TASKS), objective=("oapl", "grpo"))
+    task = TASKS[choice["task"]]
+    config = ConfigDict()
+    config.seed = 0
+    config.num_steps = 400
+    config.group_size = 8
+    config.groups_per_step = 32
+
+    config.data = dict(
+        task=choice["task"],
+        data_dir="runs/data",
+        train_size=16000,
+        validation_size=256,
+        test_size=512,
+        seed=0,
+        generator=task["generator"],
+        max_prompt_tokens=task["max_prompt_tokens"],
+    )
+
+    config.model = dict(
+        path="",  # a Hugging Face checkpoint; "" makes a fresh model of this architecture
+        architecture=dict(
+            model_type="qwen3",
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=64,
+            rms_norm_eps=1e-6,
+            rope_theta=10000.0,
+            tie_word_embeddings=True,
+        ),
+        dtype="float32",
+        remat="none",
+    )
+    config.mesh = dict(data=1, fsdp=-1, tensor=1)
+
+    # The supervised stage: demonstrations whose steps are wrong with probability `noise`.
+    config.warmup = dict(
+        num_steps=task["warmup_steps"],
+        batch_size=128,
+        noise=0.3,
+        optim=dict(
+            learning_rate=3e-3,
+            warmup_steps=20,
+            final_fraction=0.1,
+            b1=0.9,
+            b2=0.95,
+            eps=1e-8,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+        ),
+    )
+
+    config.objective = common.objective(choice["objective"])
+    config.objective.beta2 = 0.2  # answers of a dozen tokens: the anchor must not be that weak
+
+    config.optim = dict(
+        learning_rate=1e-3,
+        warmup_steps=10,
+        final_fraction=0.1,
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+    )
+
+    config.lag = dict(mode="window", steps=16)
+    config.buffer = dict(
+        mode="clear_on_sync",
+        max_age=64,
+        max_reuse=2,
+        capacity=128,
+        zero_variance="keep",
+    )
+    config.zero_variance_weight = 0.1  # for buffer.zero_variance="weight"
+
+    config.rollout = dict(
+        overlap=False,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        max_response_tokens=task["max_response_tokens"],
+        prompts_per_call=32,
+        deadline=600.0,  # seconds either side waits for the other
+        max_sequences=512,
+        prompt_multiple=4,
+    )
+    config.learner = dict(micro_batches=1, row_length=128, rows_multiple=8, logp_chunk=64)
+    config.publish_dtype = "float32"
+
+    config.evaluation = dict(every=50, n=8, ks=(1, 2, 4, 8), resamples=1000)
+    config.checkpoint = dict(every=100, keep=2)
+    config.tensorboard = True
+    return config.lock()

@@ -1,0 +1,216 @@
+"""The embedded tasks: endless records from reasoning_gym, and what a noisy teacher would answer.
+
+Questions are compact, for a character-level model. All that a task knows about a record follows from
+the record's metadata by pure functions; how a response is judged stands in rewards/tasks.py.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from reasoning_gym.algorithmic.number_sorting import NumberSortingConfig, NumberSortingDataset
+from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
+from reasoning_gym.games.countdown import CountdownConfig, CountdownDataset
+
+from oapl_jax.errors import UserError
+
+DIGITS = "0123456789"
+FAILURES_IN_A_ROW = 20  # each is already a hundred attempts inside reasoning_gym
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One problem.
+
+    Attributes:
+      id: hash of the task and of what makes two problems the same; stable across runs and settings.
+      question: what the policy is asked.
+      answer: what the verifier of the task compares with.
+      task: key of TASKS and of the verifiers.
+      metadata: what the demonstration needs, JSON-able.
+    """
+
+    id: str
+    question: str
+    answer: str
+    task: str
+    metadata: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """The pure functions of one task.
+
+    Attributes:
+      generator: makes the reasoning_gym data set from a seed and the settings.
+      metadata: of one reasoning_gym item.
+      question, answer: of one metadata.
+      key: canonical content of one metadata: equal keys mean the same problem.
+      demonstration: (record, rng, noise) -> a response as a teacher writes it, who errs in each step
+        with probability `noise`; without noise it is always right.
+      characters: every character of questions and demonstrations.
+    """
+
+    generator: Callable[..., Any]
+    metadata: Callable[[Mapping[str, Any]], dict[str, Any]]
+    question: Callable[[Mapping[str, Any]], str]
+    answer: Callable[[Mapping[str, Any]], str]
+    key: Callable[[Mapping[str, Any]], str]
+    demonstration: Callable[[Record, np.random.Generator, float], str]
+    characters: str
+
+
+def records(task: str, *, seed: int, settings: Mapping[str, Any]) -> Iterator[Record]:
+    """An endless iterator of records, with repetitions.
+
+    Args:
+      task: key of TASKS.
+      seed: different seeds give unrelated streams.
+      settings: keyword arguments of the task's generator (`data.generator`).
+
+    Raises:
+      UserError: for an unknown task, or settings that the generator refuses or can't satisfy.
+    """
+    if task not in TASKS:
+        raise UserError(f"data.task is {task!r}; choose one of {', '.join(TASKS)}")
+    chosen = TASKS[task]
+    # reasoning_gym seeds item i with seed + i, so that neighbouring seeds would share their items.
+    first = int.from_bytes(hashlib.sha256(f"{task}:{seed}".encode()).digest()[:6])
+    try:
+        items = chosen.generator(seed=first, **settings)
+    except (AssertionError, TypeError) as error:
+        raise UserError(f"data.generator does not fit task {task}: {error}") from error
+    return _records(task, chosen, items)
+
+
+def _records(task: str, chosen: Task, items: Any) -> Iterator[Record]:
+    index, failures = 0, 0
+    while True:
+        try:
+            metadata = chosen.metadata(items[index]["metadata"])
+        except ValueError as error:
+            failures += 1
+            if failures == FAILURES_IN_A_ROW:
+                raise UserError(
+                    f"task {task} finds no problem for its settings ({error}); widen data.generator"
+                ) from error
+        else:
+            failures = 0
+            yield Record(
+                id=content_id(task, metadata),
+                question=chosen.question(metadata),
+                answer=chosen.answer(metadata),
+                task=task,
+                metadata=metadata,
+            )
+        index += 1
+
+
+def content_id(task: str, metadata: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits, equal for two problems exactly if their keys are equal."""
+    return hashlib.sha256(f"{task}:{TASKS[task].key(metadata)}".encode()).hexdigest()[:16]
+
+
+# chain_sum: "4+3-2=" is answered by its running totals, "7,5".
+
+
+def _chain_sum_demonstration(record: Record, rng: np.random.Generator, noise: float) -> str:
+    tokens = record.metadata["terms"]
+    total = int(tokens[0])
+    totals = []
+    for operator, term in zip(tokens[1::2], tokens[2::2], strict=True):
+        total += int(term) if operator == "+" else -int(term)
+        if rng.random() < noise:  # the teacher goes on from the wrong total
+            total += int(rng.integers(1, 10)) * int(rng.choice((-1, 1)))
+        totals.append(total)
+    return ",".join(map(str, totals or [total]))
+
+
+def _chain_sum_answer(metadata: Mapping[str, Any]) -> str:
+    tokens = metadata["terms"]
+    signs = (1 if operator == "+" else -1 for operator in tokens[1::2])
+    return str(int(tokens[0]) + sum(s * int(t) for s, t in zip(signs, tokens[2::2], strict=True)))
+
+
+# number_sorting: "3,1,2<" (ascending) or "3,1,2>" (descending) is answered by "1,2,3" or "3,2,1".
+
+
+def _number_sorting_metadata(item: Mapping[str, Any]) -> dict[str, Any]:
+    numbers = [int(float(number)) for number in item["original_numbers"]]  # "-0.0" becomes 0
+    return {"numbers": numbers, "direction": item["direction"]}
+
+
+def _sorted(metadata: Mapping[str, Any]) -> list[int]:
+    return sorted(metadata["numbers"], reverse=metadata["direction"] == "descending")
+
+
+def _number_sorting_demonstration(record: Record, rng: np.random.Generator, noise: float) -> str:
+    return ",".join(
+        _with_another_digit(str(number), rng) if rng.random() < noise else str(number)
+        for number in _sorted(record.metadata)
+    )
+
+
+def _with_another_digit(number: str, rng: np.random.Generator) -> str:
+    place = int(rng.integers(number.startswith("-"), len(number)))
+    other = (int(number[place]) + int(rng.integers(1, 10))) % 10
+    return f"{number[:place]}{other}{number[place + 1 :]}"
+
+
+# countdown: "3,4,5:17=" is answered by an expression, "3*4+5".
+
+COUNTDOWN_SYMBOLS = DIGITS + "+-*/()"
+
+
+def _countdown_metadata(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "numbers": item["numbers"],
+        "target": item["target"],
+        "expression": item["expression"].replace(" ", ""),
+    }
+
+
+def _countdown_demonstration(record: Record, rng: np.random.Generator, noise: float) -> str:
+    return "".join(
+        str(rng.choice([other for other in COUNTDOWN_SYMBOLS if other != symbol]))
+        if rng.random() < noise
+        else symbol
+        for symbol in record.metadata["expression"]
+    )
+
+
+TASKS = {
+    "chain_sum": Task(
+        generator=lambda **settings: ChainSumDataset(ChainSumConfig(**settings)),
+        metadata=lambda item: {"terms": item["expression"].split()},
+        question=lambda m: "".join(m["terms"]) + "=",
+        answer=_chain_sum_answer,
+        key=lambda m: "".join(m["terms"]),
+        demonstration=_chain_sum_demonstration,
+        characters=DIGITS + "+-=,",
+    ),
+    "number_sorting": Task(
+        generator=lambda **settings: NumberSortingDataset(
+            NumberSortingConfig(**settings, min_decimals=0, max_decimals=0)
+        ),
+        metadata=_number_sorting_metadata,
+        question=lambda m: (
+            ",".join(map(str, m["numbers"])) + ("<" if m["direction"] == "ascending" else ">")
+        ),
+        answer=lambda m: ",".join(map(str, _sorted(m))),
+        key=lambda m: f"{m['direction']} {sorted(m['numbers'])}",
+        demonstration=_number_sorting_demonstration,
+        characters=DIGITS + "-,<>",
+    ),
+    "countdown": Task(
+        generator=lambda **settings: CountdownDataset(CountdownConfig(**settings)),
+        metadata=_countdown_metadata,
+        question=lambda m: f"{','.join(map(str, m['numbers']))}:{m['target']}=",
+        answer=lambda m: f"{' '.join(map(str, m['numbers']))} -> {m['target']}",
+        key=lambda m: f"{sorted(m['numbers'])} {m['target']}",
+        demonstration=_countdown_demonstration,
+        characters=COUNTDOWN_SYMBOLS + ",:=",
+    ),
+}

@@ -1,0 +1,55 @@
+"""The lag policy: which learner steps are published, and how old a version serves the next rollouts.
+
+Lag is learner step minus the version that a rollout was sampled from. Nothing here has state: the answer
+depends on the step (and the seed), so a resumed run is in the phase in which it stopped.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from oapl_jax.errors import UserError
+
+MODES = ("window", "fixed", "uniform")
+
+
+@dataclasses.dataclass(frozen=True)
+class LagPolicy:
+    """Attributes:
+    mode: "window": publish every `steps` steps and serve that version until the next, so lag runs
+      from 0 to steps - 1 (arXiv 2602.19362, algorithm 1). "fixed": publish every step, serve the
+      version `steps` behind. "uniform": publish every step, serve a version drawn uniformly from
+      0 to `steps` behind, anew each step.
+    steps: at least 1 for window, at least 0 for the others.
+    seed: of the draws of "uniform".
+    """
+
+    mode: str
+    steps: int
+    seed: int
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise UserError(f"lag.mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}")
+        least = 1 if self.mode == "window" else 0
+        if self.steps < least:
+            raise UserError(f"lag.steps={self.steps} is too small; lag.mode={self.mode} needs at least {least}")
+
+    def publishes(self, step: int) -> bool:
+        """Whether the learner's weights before gradient step `step` become a version."""
+        return self.mode != "window" or step % self.steps == 0
+
+    def serves(self, step: int) -> int:
+        """The version that samples the rollouts for gradient step `step`."""
+        if self.mode == "window":
+            return step - step % self.steps
+        oldest = max(step - self.steps, 0)
+        if self.mode == "fixed":
+            return oldest
+        return int(np.random.default_rng([self.seed, step]).integers(oldest, step + 1))
+
+    def needs(self, step: int) -> set[int]:
+        """The versions published up to `step` that may serve at `step` or later."""
+        if self.mode == "window":
+            return {self.serves(step)}
+        return set(range(max(step - self.steps, 0), step + 1))

@@ -1,0 +1,234 @@
+"""The learner: (state, batch) -> (state, metrics), compiled once over a mesh.
+
+It knows neither files nor prompts nor samplers. train.py calls `init_state`, then `train_step` for ever.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from oapl_jax.models.transformer import Transformer, head, logits
+from oapl_jax.objectives import Objective
+from oapl_jax.sharding import ROWS, parameter_shardings
+from oapl_jax.structs import Batch
+
+
+@flax.struct.dataclass
+class TrainState:
+    step: jax.Array  # int32[], gradient steps tried, skipped ones included
+    params: Any  # float32 masters
+    opt_state: Any
+    skipped: jax.Array  # int32[], steps whose loss or gradient was not finite
+    skipped_in_a_row: jax.Array  # int32[]
+
+
+def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    # One array each: donated buffers must not be shared.
+    step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return TrainState(step, params, optimizer.init(params), skipped, in_a_row)
+
+
+def init_params(model: Transformer, key: jax.Array) -> Any:
+    """Fresh float32 parameters; call it under jit (un-jitted initialisation takes many seconds)."""
+    blank = jnp.zeros((1, 2), jnp.int32)
+    return model.init(key, blank, blank, blank)["params"]
+
+
+def state_shardings(
+    model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Where each array of a TrainState lives; the optimizer's moments lie beside their parameters."""
+    params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    placed = parameter_shardings(params, mesh)
+    shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), params)
+    everywhere = NamedSharding(mesh, P())
+    moments = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, s: s, shapes.opt_state, placed, transform_non_params=lambda _: everywhere
+    )
+    return TrainState(everywhere, placed, moments, everywhere, everywhere)
+
+
+def batch_shardings(mesh: Mesh) -> Batch:
+    """Rows are split over data and fsdp; what belongs to sequences (a float a token) is everywhere."""
+    rows, everywhere = NamedSharding(mesh, P(None, *ROWS)), NamedSharding(mesh, P())
+    return Batch(rows, rows, rows, *([everywhere] * 7))
+
+
+def init_state(
+    model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, params: Any | int
+) -> TrainState:
+    """A state at step 0, in its sharding, from parameters or from the seed of fresh ones."""
+    shardings = state_shardings(model, optimizer, mesh)
+    if isinstance(params, int):
+        make = lambda key: new_state(init_params(model, key), optimizer)
+        return jax.jit(make, out_shardings=shardings)(jax.random.key(params))
+    params = jax.device_put(params, shardings.params)
+    return jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=shardings)(params)
+
+
+def token_logp(
+    hidden: Float[Array, "B T D"],
+    head_matrix: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    *,
+    temperature: float,
+    chunk: int,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """log softmax(logits / temperature)[target] and the entropy of that softmax, in float32.
+
+    The whole vocabulary is never held for more than `chunk` tokens of a row: each chunk's logits are made,
+    reduced, dropped, and made again for the backward pass, so the largest temporary is [B, chunk, V].
+
+    Args:
+      hidden: final hidden states.
+      head_matrix: the output matrix.
+      targets: the token whose log-probability is asked for at each place.
+      temperature: of the sampler; both sides of a ratio need the same.
+      chunk: tokens of a row at a time.
+    """
+    batch, length, dim = hidden.shape
+    padded = -length % chunk
+    hidden = jnp.pad(hidden, ((0, 0), (0, padded), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, padded)))
+    by_chunk = lambda x: jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one_chunk(chunk_hidden, chunk_targets):
+        scaled = logits(chunk_hidden, head_matrix) / temperature
+        normaliser = jax.nn.logsumexp(scaled, axis=-1)
+        chosen = jnp.take_along_axis(scaled, chunk_targets[..., None], axis=-1)[..., 0]
+        probs = jnp.exp(jax.lax.stop_gradient(scaled - normaliser[..., None]))
+        entropy = jax.lax.stop_gradient(normaliser) - jnp.sum(probs * jax.lax.stop_gradient(scaled), -1)
+        return chosen - normaliser, entropy
+
+    _, (logp, entropy) = jax.lax.scan(
+        lambda carry, x: (carry, one_chunk(*x)), None, (by_chunk(hidden), by_chunk(targets))
+    )
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length]
+    return join(logp), join(entropy)
+
+
+def response_logp(
+    params: Any, micro: Batch, *, model: Transformer, temperature: float, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """[S, C] log-probability and entropy of each response token of one packed micro-batch."""
+    hidden = model.apply({"params": params}, micro.tokens, micro.positions, micro.segments)
+    logp, entropy = token_logp(
+        hidden[:, :-1],  # the state at t - 1 predicts the token at t
+        head(params, model.config),
+        micro.tokens[:, 1:],
+        temperature=temperature,
+        chunk=chunk,
+    )
+    unpack = lambda x: jnp.pad(x, ((0, 0), (1, 0))).reshape(-1)[micro.where]
+    return unpack(logp), unpack(entropy)
+
+
+def summarize(loss: jax.Array, metrics: dict[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
+    """Scalars from per-sequence [M, S] arrays; not-a-number where a set of sequences is empty."""
+    right = batch.reward > 0
+    mean = lambda x, where: jnp.sum(jnp.where(where, x, 0)) / jnp.sum(where)
+    out = {"loss": loss}
+    for name, value in metrics.items():
+        out[name] = jnp.mean(value)
+        if name in ("residual", "log_ratio"):
+            for side, where in (("right", right), ("wrong", ~right)):
+                out[f"{name}/{side}"] = average = mean(value, where)
+                out[f"{name}/{side}_std"] = jnp.sqrt(mean(jnp.square(value - average), where))
+    if "target_log_ratio" in metrics:
+        # Least squares through the origin of the log-ratio on A / beta2: 1 at the fixed point.
+        target = metrics["target_log_ratio"]
+        out["log_ratio/slope"] = jnp.sum(metrics["log_ratio"] * target) / jnp.sum(jnp.square(target))
+    return out
+
+
+def make_train_step(
+    model: Transformer,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    temperature: float,
+    logp_chunk: int,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Compiles one gradient step; the old state's buffers are given to the new one.
+
+    The gradient is the sum over micro-batches of sum_i weight_i L_i, so a split batch gives the whole
+    batch's gradient. A step whose loss or gradient norm is not finite changes nothing but the counts.
+    """
+
+    def micro_loss(params, micro: Batch):
+        logp, entropy = response_logp(
+            params, micro, model=model, temperature=temperature, chunk=logp_chunk
+        )
+        losses, metrics = objective.loss(logp, micro.behavior_logp, micro.advantage, micro.mask)
+        # KL(pi_lag || pi) from its own samples, term by term >= 0 (k3, joschu.net/blog/kl-approx.html).
+        gap = jnp.where(micro.mask > 0, logp - micro.behavior_logp, 0.0)
+        tokens = jnp.sum(micro.mask, axis=-1)
+        per_sequence = {
+            "kl": jnp.sum(jnp.expm1(jnp.clip(gap, max=20.0)) - gap, axis=-1) / tokens,
+            "entropy": jnp.sum(entropy * micro.mask, axis=-1) / tokens,
+            **metrics,
+        }
+        return jnp.sum(micro.weight * losses), per_sequence
+
+    def step(state: TrainState, batch: Batch):
+        with jax.set_mesh(mesh):
+            total = jax.tree.map(jnp.zeros_like, state.params)
+
+            def accumulate(total, micro):
+                grad_fn = jax.value_and_grad(micro_loss, has_aux=True)
+                (loss, per_sequence), grads = grad_fn(state.params, micro)
+                return jax.tree.map(jnp.add, total, grads), (loss, per_sequence)
+
+            grads, (losses, per_sequence) = jax.lax.scan(accumulate, total, batch)
+            loss, grad_norm = jnp.sum(losses), optax.global_norm(grads)
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+            bad = 1 - finite.astype(jnp.int32)
+            new_state = TrainState(
+                step=state.step + 1,
+                params=keep(params, state.params),
+                opt_state=keep(opt_state, state.opt_state),
+                skipped=state.skipped + bad,
+                skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+            )
+            metrics = summarize(loss, per_sequence, batch)
+            metrics["grad_norm"] = grad_norm
+            metrics["skipped"] = new_state.skipped
+            metrics["skipped_in_a_row"] = new_state.skipped_in_a_row
+        return new_state, metrics
+
+    shardings = state_shardings(model, optimizer, mesh)
+    everywhere = NamedSharding(mesh, P())
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_shardings(mesh)),
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+    )
+
+
+def make_logp_step(
+    model: Transformer, mesh: Mesh, *, temperature: float, logp_chunk: int
+) -> Callable[[Any, Batch], jax.Array]:
+    """Compiles params, batch -> float32[M, S, C] log-probs, for `denominator = learner`."""
+
+    def logp(params, batch: Batch):
+        with jax.set_mesh(mesh):
+            one = functools.partial(
+                response_logp, params, model=model, temperature=temperature, chunk=logp_chunk
+            )
+            return jax.lax.map(lambda micro: one(micro)[0], batch) * batch.mask
+
+    return jax.jit(logp, out_shardings=NamedSharding(mesh, P()))

@@ -1,0 +1,73 @@
+"""Metrics of a run: metrics.jsonl always, TensorBoard if asked. A key that was not computed is absent."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from tensorboardX import SummaryWriter
+
+
+class MetricsWriter:
+    """Appends one JSON object a step, each on one line, flushed at once.
+
+    Args:
+      workdir: of the run; the file is workdir/metrics.jsonl.
+      start_step: a resumed run's; lines of later steps (and a line cut by a kill) are removed, since they
+        are computed again: the file holds each step once.
+      tensorboard: whether to write event files below workdir/tensorboard too.
+    """
+
+    def __init__(self, workdir: epath.Path, *, start_step: int, tensorboard: bool):
+        self._path = workdir / "metrics.jsonl"
+        kept = [line for line in read_lines(self._path) if line["step"] <= start_step]
+        aside = workdir / "metrics.jsonl.new"
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        aside.rename(self._path)
+        self._file = self._path.open("a")
+        self._events = None
+        if tensorboard:
+            self._events = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes and returns what is finite; the mean of an empty set, say, is left out."""
+        numbers = {key: float(value) for key, value in values.items() if not isinstance(value, list)}
+        line: dict[str, Any] = {"step": step}
+        line.update({key: value for key, value in numbers.items() if math.isfinite(value)})
+        line.update({key: value for key, value in values.items() if isinstance(value, list)})
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._events:
+            for key, value in line.items():
+                if key != "step" and not isinstance(value, list):
+                    self._events.add_scalar(key, value, step)
+        return line
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events:
+            self._events.close()
+
+
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; a last one that a kill has cut is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class CompileClock:
+    """Sums the seconds that this process spends compiling, and counts the programs."""
+
+    def __init__(self):
+        self.seconds, self.programs = 0.0, 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            self.seconds += seconds
+            self.programs += 1

@@ -1,0 +1,143 @@
+"""Sizes and switches of the decoder, read from and written to a checkpoint's config.json."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from oapl_jax.errors import UserError
+
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+ROPE_TYPES = ("default", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that the decoder must know; the field names are the field's own words.
+
+    `rope` holds `rope_type`, `rope_theta` and the variant's constants as config.json spells them, as a
+    sorted tuple of pairs so that the config can be hashed.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    rms_norm_eps: float
+    rope: tuple[tuple[str, Any], ...]
+    tie_embeddings: bool
+    qk_norm: bool
+    qkv_bias: bool
+    output_bias: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], *, source: str) -> "ModelConfig":
+        """Reads the dictionary of a config.json.
+
+        Args:
+          config: its content.
+          source: where it came from, named in errors.
+
+        Raises:
+          UserError: for an architecture or a feature that this decoder lacks, by name.
+        """
+        refuse_unsupported(config, source)
+        model_type = config["model_type"]
+        heads = config["num_attention_heads"]
+        attention_bias = config.get("attention_bias", False)
+        eos = config.get("eos_token_id")
+        eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+        rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+        if rope["rope_type"] != "default":
+            rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+        return cls(
+            model_type=model_type,
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            max_positions=config["max_position_embeddings"],
+            rms_norm_eps=config["rms_norm_eps"],
+            rope=tuple(sorted(rope.items())),
+            tie_embeddings=config.get("tie_word_embeddings", model_type != "llama"),
+            qk_norm=model_type == "qwen3",
+            qkv_bias=model_type == "qwen2" or attention_bias,
+            output_bias=model_type != "qwen2" and attention_bias,
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_ids=eos_ids,
+            pad_token_id=config.get("pad_token_id"),
+        )
+
+    def to_hf(self, *, dtype: str) -> dict[str, Any]:
+        """The config.json of an exported checkpoint whose tensors have this dtype."""
+        rope = dict(self.rope)
+        config = {
+            "architectures": [ARCHITECTURES[self.model_type]],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_positions,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": rope["rope_theta"],
+            "rope_parameters": rope,
+            "tie_word_embeddings": self.tie_embeddings,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": _one_or_list(self.eos_token_ids),
+            "pad_token_id": self.pad_token_id,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        }
+        if rope["rope_type"] != "default":  # the spelling of readers older than `rope_parameters`
+            config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+        if self.model_type != "qwen2":
+            config["attention_bias"] = self.output_bias
+        return config
+
+
+def refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
+    """Raises a UserError that lists every feature of a config.json which the decoder lacks."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    checks = {
+        f"model_type={config.get('model_type')!r}": config.get("model_type") not in ARCHITECTURES,
+        "mixture of experts (num_experts)": bool(config.get("num_experts") or config.get("num_local_experts")),
+        "sliding-window attention (use_sliding_window, layer_types)": bool(config.get("use_sliding_window"))
+        or any(kind != "full_attention" for kind in config.get("layer_types") or ()),
+        f"rope_type={rope_type!r}": rope_type not in ROPE_TYPES,
+        "partial_rotary_factor": (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1) != 1,
+        f"hidden_act={config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
+        "mlp_bias": bool(config.get("mlp_bias")),
+        "quantization_config": bool(config.get("quantization_config")),
+    }
+    lacking = [name for name, found in checks.items() if found]
+    if lacking:
+        raise UserError(
+            f"{source} asks for {', '.join(lacking)}, which the decoder does not have; it covers "
+            f"{', '.join(ARCHITECTURES)} with full attention and rope types {', '.join(ROPE_TYPES)}"
+        )
+
+
+def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
+    return None if not ids else ids[0] if len(ids) == 1 else list(ids)

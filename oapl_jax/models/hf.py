@@ -1,0 +1,310 @@
+"""Hugging Face checkpoints in and out, through one table of names.
+
+A run starts from `load_params`; the publisher writes what a fleet (or transformers) loads with
+`save_params`. Both stream one tensor at a time.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+
+from oapl_jax.errors import UserError
+from oapl_jax.models.config import ModelConfig
+from oapl_jax.models.transformer import Transformer
+from oapl_jax.sharding import parameter_shardings
+
+# Our parameter -> their tensor. A name with {layer} stands for one tensor a layer, stacked here on
+# the leading axis. Kernels and the head are transposed: a torch Linear keeps [out, in].
+TABLE = {
+    "embed/embedding": "model.embed_tokens.weight",
+    "layers/attention_norm/scale": "model.layers.{layer}.input_layernorm.weight",
+    "layers/q/kernel": "model.layers.{layer}.self_attn.q_proj.weight",
+    "layers/q/bias": "model.layers.{layer}.self_attn.q_proj.bias",
+    "layers/q_norm/scale": "model.layers.{layer}.self_attn.q_norm.weight",
+    "layers/k/kernel": "model.layers.{layer}.self_attn.k_proj.weight",
+    "layers/k/bias": "model.layers.{layer}.self_attn.k_proj.bias",
+    "layers/k_norm/scale": "model.layers.{layer}.self_attn.k_norm.weight",
+    "layers/v/kernel": "model.layers.{layer}.self_attn.v_proj.weight",
+    "layers/v/bias": "model.layers.{layer}.self_attn.v_proj.bias",
+    "layers/o/kernel": "model.layers.{layer}.self_attn.o_proj.weight",
+    "layers/o/bias": "model.layers.{layer}.self_attn.o_proj.bias",
+    "layers/mlp_norm/scale": "model.layers.{layer}.post_attention_layernorm.weight",
+    "layers/gate/kernel": "model.layers.{layer}.mlp.gate_proj.weight",
+    "layers/up/kernel": "model.layers.{layer}.mlp.up_proj.weight",
+    "layers/down/kernel": "model.layers.{layer}.mlp.down_proj.weight",
+    "final_norm/scale": "model.norm.weight",
+    "head": "lm_head.weight",
+}
+EXPORT_DTYPES = {"float32": ("F32", np.float32), "bfloat16": ("BF16", ml_dtypes.bfloat16)}
+IMPORT_DTYPES = ("F32", "BF16", "F16")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of a checkpoint, and the parameter (or the layer of a stacked one) that it is."""
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+    layer: int | None
+    transposed: bool
+
+
+def tensors_of(config: ModelConfig) -> list[Tensor]:
+    """The tensors of this model's checkpoint, with the shapes of our own initialiser.
+
+    Raises:
+      KeyError: for a parameter without a row: it would be neither loaded nor published.
+    """
+    tensors = []
+    for path, leaf in _parameter_shapes(config).items():
+        if path not in TABLE:
+            raise KeyError(f"no row names parameter {path!r}; add one to TABLE")
+        stacked = "{layer}" in TABLE[path]
+        transposed = path == "head" or path.endswith("/kernel")
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        shape = shape[::-1] if transposed else shape
+        for layer in range(config.num_layers) if stacked else (None,):
+            tensors.append(Tensor(TABLE[path].format(layer=layer), shape, path, layer, transposed))
+    return tensors
+
+
+def load_config(directory: epath.PathLike) -> ModelConfig:
+    """Reads a checkpoint's config.json.
+
+    Raises:
+      UserError: if it can't be read, lacks a field, or asks for what the decoder does not have.
+    """
+    path = epath.Path(directory) / "config.json"
+    try:
+        return ModelConfig.from_hf(json.loads(path.read_text()), source=str(path))
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}; is it the config.json of a decoder?") from error
+    except (OSError, ValueError, AttributeError) as error:  # no file, no JSON, no JSON object
+        raise UserError(f"{path} can't be read ({error}); name a checkpoint's directory") from error
+
+
+def load_params(directory: epath.PathLike, config: ModelConfig, *, mesh: Mesh | None = None) -> Any:
+    """Reads safetensors into a tree of float32 parameters, each device only its own part.
+
+    Host memory beyond the result: the local parts of one (stacked) parameter, and one tensor.
+
+    Args:
+      directory: holds model.safetensors, or shards and their index; on a local or mounted disk.
+      config: from `load_config`.
+      mesh: where parameters go, by sharding.PARAMETER_RULES; None for the default device.
+
+    Raises:
+      UserError: lists every tensor that is unknown, missing, in several files, elsewhere than the
+        index says, misshapen, or of a dtype not in IMPORT_DTYPES. With tied embeddings
+        `lm_head.weight` may be there, as some checkpoints have it, if it equals the embedding.
+    """
+    tensors, shapes = tensors_of(config), _parameter_shapes(config)
+    shardings = dict.fromkeys(shapes, jnp.zeros(()).sharding)
+    if mesh is not None:
+        tree = parameter_shardings(unflatten_dict(shapes, sep="/"), mesh)
+        shardings = _flatten(tree)
+    params = {}
+    with contextlib.ExitStack() as stack:
+        slices = _open(epath.Path(directory), tensors, stack)
+        for path, leaf in shapes.items():
+            mine = [tensor for tensor in tensors if tensor.path == path]
+            read = functools.partial(_read, mine, slices, leaf.shape)
+            params[path] = jax.make_array_from_callback(leaf.shape, shardings[path], read)
+            # Transfers are asynchronous: without this, all parameters could pile up on the host.
+            params[path].block_until_ready()
+    return unflatten_dict(params, sep="/")
+
+
+def save_params(
+    params: Any, config: ModelConfig, directory: epath.PathLike, *, dtype: str, max_shard_bytes: int
+) -> None:
+    """Writes a checkpoint that transformers and SGLang load: safetensors first, config.json last.
+
+    Host memory beyond the parameters: two copies of the largest tensor.
+
+    Args:
+      params: numpy or jax arrays that this process can address.
+      config: their model.
+      directory: made if need be; must not hold safetensors yet.
+      dtype: of the tensors, a key of EXPORT_DTYPES.
+      max_shard_bytes: of the tensors in one file; a tensor larger than that has a file of its own.
+
+    Raises:
+      UserError: for an unknown dtype, a size that is not positive, or a directory already in use.
+      ValueError: if the parameters are not those of the model, listing the differences.
+    """
+    directory = epath.Path(directory)
+    if dtype not in EXPORT_DTYPES:
+        raise UserError(f"can't export dtype {dtype!r}; choose one of {', '.join(EXPORT_DTYPES)}")
+    if max_shard_bytes < 1:
+        raise UserError(f"max_shard_bytes={max_shard_bytes} must be positive")
+    if directory.exists() and any(directory.glob("*.safetensors*")):
+        raise UserError(f"{directory} already holds safetensors; export to a directory of its own")
+    flat = _flatten(params)
+    given = {path: tuple(np.shape(leaf)) for path, leaf in flat.items()}
+    wanted = {path: leaf.shape for path, leaf in _parameter_shapes(config).items()}
+    wrong = [p for p in sorted(given | wanted) if given.get(p) != wanted.get(p)]
+    if wrong:
+        differences = ", ".join(f"{p} {given.get(p)} instead of {wanted.get(p)}" for p in wrong)
+        raise ValueError(f"not the parameters of this {config.model_type}: {differences}")
+
+    shards: list[list[Tensor]] = []
+    room, total = 0, 0
+    for tensor in tensors_of(config):
+        size = _bytes(tensor, dtype)
+        if size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room, total = room - size, total + size
+    directory.mkdir(parents=True, exist_ok=True)
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        _write(directory / file, shard, flat, dtype)
+        weight_map |= {tensor.name: file for tensor in shard}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(config.to_hf(dtype=dtype), indent=2) + "\n")
+
+
+def _parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape as the initialiser has it: the truth that the table is held against."""
+    model = Transformer(config, jnp.float32, "none")
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), token, token, token)
+    return _flatten(variables["params"])
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    return {"/".join(path): leaf for path, leaf in flatten_dict(tree).items()}
+
+
+def _read(
+    tensors: Sequence[Tensor], slices: Mapping[str, Any], shape: tuple[int, ...], index: Any
+) -> np.ndarray:
+    """The part of a parameter that one device holds (`index`), filled in tensor by tensor."""
+    part = np.empty([len(range(n)[i]) for n, i in zip(shape, index, strict=True)], np.float32)
+    slots = [part]
+    if tensors[0].layer is not None:
+        tensors, index, slots = tensors[index[0]], index[1:], list(part)
+    for tensor, slot in zip(tensors, slots, strict=True):
+        block = slices[tensor.name][index[::-1] if tensor.transposed else index]
+        slot[...] = block.T if tensor.transposed else block
+    return part
+
+
+def _open(
+    directory: epath.Path, tensors: Sequence[Tensor], stack: contextlib.ExitStack
+) -> Mapping[str, Any]:
+    """Opens the files on `stack`; returns name -> safetensors slice, with no name amiss."""
+    files, weight_map = _files(directory)
+    slices, places = {}, {}
+    for file in files:
+        try:
+            opened = stack.enter_context(safe_open(directory / file, framework="numpy"))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{directory / file} can't be read as safetensors: {error}") from error
+        for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+            slices[name] = opened.get_slice(name)
+            places.setdefault(name, []).append(file)
+
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    head, embedding = (slices.get(TABLE[path]) for path in ("head", "embed/embedding"))
+    if TABLE["head"] not in shapes and head and embedding and _equal(head, embedding):
+        del slices[TABLE["head"]]  # tied, and stored all the same
+    known = {name: tensor for name, tensor in slices.items() if name in shapes}
+    wrong = {
+        "unknown": slices.keys() - shapes.keys(),
+        "missing": shapes.keys() - slices.keys(),
+        "in several files": [name for name, held in places.items() if len(held) > 1],
+        "not where the index says": [
+            name
+            for name in (places | weight_map if weight_map else ())
+            if weight_map.get(name) not in places.get(name, ())
+        ],
+        "misshapen": [
+            f"{name} {tensor.get_shape()} instead of {list(shapes[name])}"
+            for name, tensor in known.items()
+            if tuple(tensor.get_shape()) != shapes[name]
+        ],
+        f"not {', '.join(IMPORT_DTYPES)}": [
+            f"{name} {tensor.get_dtype()}"
+            for name, tensor in known.items()
+            if tensor.get_dtype() not in IMPORT_DTYPES
+        ],
+    }
+    listed = [f"{what}: {', '.join(sorted(names))}" for what, names in wrong.items() if names]
+    if listed:
+        raise UserError(f"{directory} does not hold the configured model; {'; '.join(listed)}")
+    return slices
+
+
+def _files(directory: epath.Path) -> tuple[list[str], dict[str, str]]:
+    """The checkpoint's files, and the index's tensor -> file (empty without an index)."""
+    single, index = directory / SINGLE, directory / INDEX
+    if single.exists() == index.exists():
+        held = "both" if index.exists() else "none"
+        raise UserError(f"{directory} must hold one of {SINGLE} and {INDEX}; it holds {held}")
+    if single.exists():
+        return [SINGLE], {}
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index} has no readable weight_map ({error!r})") from error
+    files = sorted(set(weight_map.values()))
+    absent = [file for file in files if not (directory / file).exists()]
+    if absent:
+        raise UserError(f"{index} names files that don't exist: {', '.join(absent)}")
+    return files, weight_map
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two tensors on disk agree; by blocks of rows, since no tensors are larger."""
+    shape, rows = a.get_shape(), 4096
+    return shape == b.get_shape() and all(
+        np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, shape[0], rows)
+    )
+
+
+def _bytes(tensor: Tensor, dtype: str) -> int:
+    return math.prod(tensor.shape) * np.dtype(EXPORT_DTYPES[dtype][1]).itemsize
+
+
+def _write(path: epath.Path, shard: Sequence[Tensor], flat: Mapping[str, Any], dtype: str) -> None:
+    """Writes one file: 8 bytes of header length, a JSON header, then the tensors end to end.
+
+    By hand, since safetensors' own writer wants all tensors of a file in memory.
+    """
+    code, numpy_dtype = EXPORT_DTYPES[dtype]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in shard:
+        start, end = end, end + _bytes(tensor, dtype)
+        header[tensor.name] = {"dtype": code, "shape": tensor.shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # aligns the data
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for tensor in shard:
+            value = flat[tensor.path] if tensor.layer is None else flat[tensor.path][tensor.layer]
+            value = np.asarray(value.astype(numpy_dtype))
+            value = np.ascontiguousarray(value.T if tensor.transposed else value)
+            file.write(value.view(np.uint8).data)

@@ -1,0 +1,77 @@
+"""Rotary position embedding and its scaling variants.
+
+Sources: RoPE arXiv 2104.09864; YaRN arXiv 2309.00071 (section 3, NTK-by-parts with attention
+scaling); the llama3 variant as published with Llama 3.1 (arXiv 2407.21783, section 3.4.1).
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def inverse_frequencies(rope: Mapping, head_dim: int) -> tuple[np.ndarray, float]:
+    """Returns float32[head_dim / 2] angular frequencies and the factor on the cosines and sines."""
+    theta = rope["rope_theta"]
+    plain = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    scaled, attention_factor = VARIANTS[rope["rope_type"]](plain, rope)
+    return scaled.astype(np.float32), attention_factor
+
+
+def _default(plain: np.ndarray, rope: Mapping) -> tuple[np.ndarray, float]:
+    del rope
+    return plain, 1.0
+
+
+def _llama3(plain: np.ndarray, rope: Mapping) -> tuple[np.ndarray, float]:
+    """Divides low frequencies by `factor`, keeps high ones, and blends linearly between."""
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return keep * plain + (1 - keep) * plain / rope["factor"], 1.0
+
+
+def _yarn(plain: np.ndarray, rope: Mapping) -> tuple[np.ndarray, float]:
+    """As llama3, but the ramp is linear in the dimension's index, and attention is sharpened."""
+    factor, length = rope["factor"], rope["original_max_position_embeddings"]
+    dim = 2 * len(plain)
+
+    def dimension_of(turns: float) -> float:
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+
+    low = dimension_of(rope.get("beta_fast") or 32)
+    high = dimension_of(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(len(plain)) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is None:
+        if rope.get("mscale") and rope.get("mscale_all_dim"):
+            attention_factor = _mscale(factor, rope["mscale"]) / _mscale(factor, rope["mscale_all_dim"])
+        else:
+            attention_factor = _mscale(factor, 1.0)
+    return (1 - ramp) * plain + ramp * plain / factor, float(attention_factor)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+VARIANTS = {"default": _default, "llama3": _llama3, "yarn": _yarn}
+
+
+def angles(positions: jax.Array, rope: Mapping, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32[B, T, 1, head_dim / 2], for int32[B, T] positions."""
+    frequencies, factor = inverse_frequencies(rope, head_dim)
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates [B, T, heads, head_dim]; the pairs are (i, i + head_dim / 2), as checkpoints have them."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

@@ -1,0 +1,173 @@
+"""One decoder for the Qwen3, Qwen2 and Llama shapes, for learning on packed rows and for sampling.
+
+`Transformer.apply({"params": params}, tokens, positions, segments)` gives hidden states; `head` gives the
+[D, V] matrix that turns them into logits, so that the learner can do so in chunks.
+"""
+
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from oapl_jax.models.attention import attention, visible
+from oapl_jax.models.config import ModelConfig
+from oapl_jax.models.rope import angles, rotate
+from oapl_jax.sharding import constrain_activations
+
+# What a layer keeps for its backward pass; the rest is computed again.
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of the tokens seen so far; all rows of a batch are filled to the same slot."""
+
+    key: jax.Array  # [layers, B, S, kv_heads, head_dim]
+    value: jax.Array  # [layers, B, S, kv_heads, head_dim]
+    segments: jax.Array  # int32[B, S]; 0 marks padding and slots not yet filled
+    slot: jax.Array  # int32[], the next slot to fill
+
+
+def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    return Cache(
+        key=jnp.zeros(shape, dtype),
+        value=jnp.zeros(shape, dtype),
+        segments=jnp.zeros((batch, slots), jnp.int32),
+        slot=jnp.zeros((), jnp.int32),
+    )
+
+
+class RMSNorm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * scale).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """One layer. Scanned over the layer axis, with the cache in the carry so that it is updated in place."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, carry, layer, cos, sin, mask):
+        x, cache = carry
+        c = self.config
+        dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=jnp.float32)
+        heads = lambda y, n: y.reshape(*y.shape[:2], n, c.head_dim)
+
+        h = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
+        query = heads(dense(c.num_heads * c.head_dim, use_bias=c.qkv_bias, name="q")(h), c.num_heads)
+        key = heads(dense(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="k")(h), c.num_kv_heads)
+        value = heads(dense(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="v")(h), c.num_kv_heads)
+        if c.qk_norm:
+            query = RMSNorm(c.rms_norm_eps, name="q_norm")(query)
+            key = RMSNorm(c.rms_norm_eps, name="k_norm")(key)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if cache is not None:
+            at = (layer, 0, cache.slot, 0, 0)
+            cache = cache.replace(
+                key=jax.lax.dynamic_update_slice(cache.key, key[None], at),
+                value=jax.lax.dynamic_update_slice(cache.value, value[None], at),
+            )
+            key = jax.lax.dynamic_index_in_dim(cache.key, layer, keepdims=False)
+            value = jax.lax.dynamic_index_in_dim(cache.value, layer, keepdims=False)
+        mixed = attention(query, key, value, mask).reshape(*x.shape[:2], c.num_heads * c.head_dim)
+        x = x + dense(c.hidden_size, use_bias=c.output_bias, name="o")(mixed)
+        x = constrain_activations(x)
+
+        h = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
+        gate = dense(c.intermediate_size, use_bias=False, name="gate")(h)
+        up = dense(c.intermediate_size, use_bias=False, name="up")(h)
+        x = x + dense(c.hidden_size, use_bias=False, name="down")(nn.silu(gate) * up)
+        return (constrain_activations(x), cache), None
+
+
+class Transformer(nn.Module):
+    """Token ids to final hidden states.
+
+    Attributes:
+      config: sizes.
+      dtype: of activations and matrix products; parameters are float32 masters.
+      remat: a name in REMAT_POLICIES.
+    """
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    remat: str
+
+    @nn.compact
+    def __call__(self, tokens, positions, segments, cache: Cache | None = None):
+        """Runs the decoder.
+
+        Args:
+          tokens: int32[B, T].
+          positions: int32[B, T], counted from 0 in each segment.
+          segments: int32[B, T]; tokens see only their own segment, 0 is padding.
+          cache: earlier tokens; T new slots are filled. None for a whole sequence at once.
+
+        Returns:
+          [B, T, D] hidden states after the last norm; with a cache, the pair (hidden states, cache).
+        """
+        c = self.config
+        embed = nn.Embed(
+            c.vocab_size,
+            c.hidden_size,
+            dtype=self.dtype,
+            param_dtype=jnp.float32,
+            embedding_init=nn.initializers.normal(c.hidden_size**-0.5),
+            name="embed",
+        )
+        x = constrain_activations(embed(tokens))
+        slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        if cache is None:
+            mask = visible(segments, segments, slots, slots)
+        else:
+            cache = cache.replace(
+                segments=jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.slot))
+            )
+            key_slots = jnp.arange(cache.segments.shape[1], dtype=jnp.int32)
+            mask = visible(segments, cache.segments, cache.slot + slots, key_slots)
+        cos, sin = angles(positions, dict(c.rope), c.head_dim)
+
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+        )
+        (x, cache), _ = layers(c, self.dtype, name="layers")(
+            (x, cache), jnp.arange(c.num_layers), cos, sin, mask
+        )
+        x = RMSNorm(c.rms_norm_eps, name="final_norm")(x)
+        if not c.tie_embeddings and self.is_initializing():
+            self.param("head", nn.initializers.lecun_normal(), (c.hidden_size, c.vocab_size), jnp.float32)
+        return x if cache is None else (x, cache.replace(slot=cache.slot + tokens.shape[1]))
+
+
+def head(params, config: ModelConfig) -> jax.Array:
+    """The [D, V] output matrix in float32; the transposed embedding where the two are tied."""
+    return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]
+
+
+def logits(hidden: jax.Array, head_matrix: jax.Array) -> jax.Array:
+    """float32[..., V]: products in the dtype of `hidden`, sums in float32."""
+    return jnp.einsum(
+        "...d,dv->...v", hidden, head_matrix.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )

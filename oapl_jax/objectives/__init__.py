@@ -1,0 +1,55 @@
+"""Objectives: what a learner minimises, as two pure functions of log-probabilities and rewards.
+
+    advantage(reward[G], *, ...) -> [G]                                          no gradient
+    loss(logp[G T], behavior_logp[G T], advantage[G], mask[G T], *, ...) -> (loss[G], metrics)
+
+`advantage` sees one whole group; `loss` gives one number a sequence, and `metrics` per-sequence arrays.
+How sequences are averaged is a separate choice, see aggregation.py.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from oapl_jax.errors import UserError
+from oapl_jax.objectives import grpo, oapl, sft
+
+
+class Objective(NamedTuple):
+    advantage: Callable[..., Any]
+    loss: Callable[..., Any]
+
+
+OBJECTIVES = {
+    "oapl": Objective(oapl.advantage, oapl.loss),
+    "grpo": Objective(grpo.advantage, grpo.loss),
+    "sft": Objective(sft.advantage, sft.loss),
+}
+
+
+def hyper_parameters(function: Callable[..., Any]) -> list[str]:
+    """The names of a function's keyword-only parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
+def bind(name: str, **values: Any) -> Objective:
+    """The objective with its hyper-parameters filled in from a configuration section.
+
+    The section may serve several objectives: each function takes the values that its signature names.
+
+    Raises:
+      UserError: if the objective is unknown or one of its hyper-parameters is missing.
+    """
+    if name not in OBJECTIVES:
+        raise UserError(f"objective.name={name!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
+
+    def fill(function):
+        names = hyper_parameters(function)
+        missing = [key for key in names if key not in values]
+        if missing:
+            raise UserError(f"objective {name} needs objective.{', objective.'.join(missing)}; add them")
+        return functools.partial(function, **{key: values[key] for key in names})
+
+    return Objective(*map(fill, OBJECTIVES[name]))

@@ -1,0 +1,39 @@
+"""How the losses of single sequences become the loss of a batch: one weight a sequence.
+
+Weights come from counts of the global batch before it is split, so responses can be shuffled, packed and
+accumulated in any order. The loss of a sequence is a sum over its tokens.
+"""
+
+import numpy as np
+
+from oapl_jax.errors import UserError
+
+AGGREGATIONS = ("sequence", "token", "sequence_token", "constant")
+
+
+def sequence_weights(lengths: np.ndarray, aggregation: str, *, constant_length: int) -> np.ndarray:
+    """float32[S] weights w such that sum_i w_i L_i is the loss of the batch.
+
+    Args:
+      lengths: int[S], response tokens of every sequence of the global batch.
+      aggregation: "sequence" mean over sequences, 1/S; "token" mean over all tokens, 1/sum(lengths);
+        "sequence_token" mean over sequences of the token mean, 1/(S length_i); "constant" mean over
+        sequences of the sum over a fixed length (Dr.GRPO, arXiv 2503.20783), 1/(S constant_length).
+      constant_length: tokens, for "constant" only.
+
+    Raises:
+      UserError: for an unknown aggregation.
+    """
+    lengths = np.asarray(lengths, np.float64)
+    count = len(lengths)
+    if aggregation == "sequence":
+        weights = np.full(count, 1 / count)
+    elif aggregation == "token":
+        weights = np.full(count, 1 / lengths.sum())
+    elif aggregation == "sequence_token":
+        weights = 1 / (count * lengths)
+    elif aggregation == "constant":
+        weights = np.full(count, 1 / (count * constant_length))
+    else:
+        raise UserError(f"objective.aggregation={aggregation!r} is unknown; choose one of {', '.join(AGGREGATIONS)}")
+    return weights.astype(np.float32)

@@ -1,0 +1,57 @@
+"""OAPL: regress the policy's log-ratio to the lagged policy onto the optimal advantage.
+
+"LLMs can learn to reason via off-policy RL", arXiv 2602.19362. The KL-regularised problem
+    max_pi E_pi[r] - beta KL(pi || pi_lag)
+has the solution beta log(pi*/pi_lag) = r - V* for every response, whoever sampled it. So there is no
+importance ratio and no clipping; its anchor is the policy that generated the data.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def advantage(reward: Float[Array, " G"], *, beta1: float) -> Float[Array, " G"]:
+    """A_i = r_i - V^,  V^ = beta1 log( (1/G) sum_j exp(r_j / beta1) )   (Eq. 2).
+
+    V^ goes to the maximum as beta1 -> 0 and to the mean as beta1 -> inf; the mean of A is never above 0.
+
+    Args:
+      reward: of the whole group that was sampled, never of a filtered or split part of it.
+      beta1: temperature of the value estimate, above 0, in units of reward.
+    """
+    reward = reward.astype(jnp.float32)
+    best = jnp.max(reward)
+    # expm1 and log1p keep V^ exact for equal rewards and for a large beta1, where exp(r / beta1) ~ 1.
+    v_star = best + beta1 * jnp.log1p(jnp.mean(jnp.expm1((reward - best) / beta1)))
+    return jax.lax.stop_gradient(reward - v_star)
+
+
+def loss(
+    logp: Float[Array, "G T"],
+    behavior_logp: Float[Array, "G T"],
+    advantage: Float[Array, " G"],
+    mask: Float[Array, "G T"],
+    *,
+    beta2: float,
+) -> tuple[Float[Array, " G"], dict[str, Float[Array, " G"]]]:
+    """L_i = ( beta2 [log pi(y_i|x) - log pi_lag(y_i|x)] - A_i )^2   (Eq. 3).
+
+    The log-probabilities of a response are sums over its tokens, stop token included, without length
+    normalisation. The loss is zero at the fixed point log(pi/pi_lag) = A / beta2.
+
+    Args:
+      logp: of each response token under the policy, at the sampling temperature; carries the gradient.
+      behavior_logp: the same under the lagged policy, at the same temperature.
+      advantage: from the whole group.
+      mask: 1 on response tokens, 0 on anything else.
+      beta2: strength of the anchor, above 0, in units of reward per nat.
+
+    Returns:
+      The loss of each sequence, and per-sequence `log_ratio`, `residual` and `target_log_ratio`.
+    """
+    gap = logp.astype(jnp.float32) - jax.lax.stop_gradient(behavior_logp).astype(jnp.float32)
+    log_ratio = jnp.sum(jnp.where(mask > 0, gap, 0.0), axis=-1)
+    residual = beta2 * log_ratio - jax.lax.stop_gradient(advantage)
+    metrics = {"log_ratio": log_ratio, "residual": residual, "target_log_ratio": advantage / beta2}
+    return jnp.square(residual), metrics

@@ -1,0 +1,41 @@
+"""The optimizer: AdamW behind a gradient-norm clip, with a warm-up and a cosine decay."""
+
+import optax
+
+
+def make_schedule(
+    *, learning_rate: float, warmup_steps: int, final_fraction: float, num_steps: int
+) -> optax.Schedule:
+    """0 -> learning_rate over `warmup_steps`, then a cosine to learning_rate * final_fraction."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup_steps else learning_rate,
+        peak_value=learning_rate,
+        warmup_steps=warmup_steps,
+        decay_steps=max(num_steps, warmup_steps + 1),
+        end_value=learning_rate * final_fraction,
+    )
+
+
+def make_optimizer(
+    *,
+    learning_rate: float,
+    warmup_steps: int,
+    final_fraction: float,
+    num_steps: int,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    max_grad_norm: float,
+) -> optax.GradientTransformation:
+    """clip_by_global_norm, then AdamW with decoupled weight decay (arXiv 1711.05101)."""
+    schedule = make_schedule(
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        final_fraction=final_fraction,
+        num_steps=num_steps,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(max_grad_norm),
+        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+    )

@@ -1,0 +1,98 @@
+"""Verifiers of the embedded tasks: (response text, answer) -> 1.0 if right, else 0.0.
+
+A response is hostile until proven otherwise: it never reaches eval, exec or a parser that evaluates
+(reasoning_gym judges countdown with sympy's parse_expr, which calls eval, and is not used), every
+verifier bounds its length first, and no response makes a verifier raise.
+"""
+
+import ast
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+MAX_CHARACTERS = 4096
+MAX_EXPRESSION = 512  # far below what exhausts the stack of Python's parser
+MAX_DEPTH = 32
+INTEGER = re.compile(r"-?[0-9]{1,32}")
+EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
+
+
+def chain_sum(response: str, answer: str) -> float:
+    """The last of the comma-separated numbers is the answer."""
+    if len(response) > MAX_CHARACTERS:
+        return 0.0
+    return float(_integer(response.split(",")[-1]) == int(answer))
+
+
+def number_sorting(response: str, answer: str) -> float:
+    """The comma-separated numbers are those of the answer, in its order."""
+    if len(response) > MAX_CHARACTERS:
+        return 0.0
+    numbers = [_integer(part) for part in response.split(",")]
+    return float(numbers == [int(part) for part in answer.split(",")])
+
+
+def countdown(response: str, answer: str) -> float:
+    """An expression of + - * / over exactly the given numbers, each used once, reaches the target.
+
+    Args:
+      response: the expression and nothing else.
+      answer: numbers and target, "3 4 5 -> 17".
+    """
+    numbers, target = answer.split(" -> ")
+    if len(response) > MAX_EXPRESSION:
+        return 0.0
+    response = response.strip(" \n")
+    if not EXPRESSION.fullmatch(response):
+        return 0.0
+    # Before anything is computed: the numbers bound how large an intermediate value can become.
+    used = sorted(re.findall(r"[0-9]+", response))
+    if used != sorted(numbers.split()):
+        return 0.0
+    try:
+        value = _value(ast.parse(response, mode="eval").body, MAX_DEPTH)
+    except (ValueError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
+        return 0.0
+    return float(value == int(target))
+
+
+VERIFIERS: dict[str, Callable[[str, str], float]] = {
+    "chain_sum": chain_sum,
+    "number_sorting": number_sorting,
+    "countdown": countdown,
+}
+
+# What a response says at its end, for a vote among responses; equal strings are equal answers.
+FINAL_ANSWERS: dict[str, Callable[[str], str]] = {
+    "chain_sum": lambda response: response.split(",")[-1].strip(),
+    "number_sorting": lambda response: response.replace(" ", ""),
+    "countdown": lambda response: response.replace(" ", ""),
+}
+
+
+def _integer(text: str) -> int | None:
+    text = text.strip(" \n")
+    return int(text) if INTEGER.fullmatch(text) else None
+
+
+def _value(node: ast.expr, depth: int) -> Fraction:
+    """Exact value of integers joined by + - * / and negation; ValueError for anything else."""
+    if depth == 0:
+        raise ValueError("nested too deeply")
+    match node:
+        case ast.Constant(value=int(value)):
+            return Fraction(value)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand, depth - 1)
+        case ast.BinOp(left=left, op=op, right=right):
+            a, b = _value(left, depth - 1), _value(right, depth - 1)
+            match op:
+                case ast.Add():
+                    return a + b
+                case ast.Sub():
+                    return a - b
+                case ast.Mult():
+                    return a * b
+                case ast.Div():
+                    return a / b
+    raise ValueError(f"{type(node).__name__} is not allowed")

@@ -1,0 +1,92 @@
+"""Where arrays live: the mesh, the table from parameter names to axes, and the activation constraint.
+
+Mesh axes: `data` (batch; parameters replicated), `fsdp` (batch; parameters sharded) and `tensor`
+(heads, feed-forward and vocabulary sharded).
+"""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from oapl_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = P(("data", "fsdp"))  # the leading axis of everything in a micro-batch
+
+# Parameter path -> axes; the first match counts, and every parameter must match. The leading axis of a
+# layer's parameter is the scanned layer axis.
+PARAMETER_RULES = (
+    (r"embed/embedding", P("tensor", "fsdp")),
+    (r"head", P("fsdp", "tensor")),
+    (r"layers/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/(o|down)/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/(q|k|v)/bias", P(None, "tensor")),
+    (r"layers/o/bias", P(None, None)),
+    (r"layers/\w+_norm/scale", P(None, None)),
+    (r"final_norm/scale", P(None)),
+)
+
+
+def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh over all devices; one of the sizes may be -1 and takes what is left.
+
+    Raises:
+      UserError: if the sizes do not multiply to the number of devices.
+    """
+    sizes = [data, fsdp, tensor]
+    devices = jax.device_count()
+    if sizes.count(-1) == 1:
+        rest = -data * fsdp * tensor
+        sizes[sizes.index(-1)] = max(devices // rest, 1) if rest > 0 else 0
+    if min(sizes) < 1 or sizes[0] * sizes[1] * sizes[2] != devices:
+        raise UserError(
+            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} does not make {devices} devices; "
+            "choose sizes with that product (one of them may be -1)"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def parameter_spec(path: str) -> P:
+    """The axes of the parameter with this slash-joined path.
+
+    Raises:
+      KeyError: if no rule matches; a parameter that nobody placed would be replicated unseen.
+    """
+    for pattern, spec in PARAMETER_RULES:
+        if re.fullmatch(pattern, path):
+            return spec
+    raise KeyError(f"no sharding rule matches parameter {path!r}; add one to PARAMETER_RULES")
+
+
+def parameter_shardings(params: Any, mesh: Mesh) -> Any:
+    """A tree of NamedShardings for a tree of parameters (or of their shapes).
+
+    Raises:
+      UserError: if an axis of a parameter can't be divided over its mesh axis.
+    """
+
+    def place(path, leaf):
+        name = "/".join(entry.key for entry in path)
+        spec = parameter_spec(name)
+        for size, axis in zip(leaf.shape, spec, strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                raise UserError(
+                    f"mesh.{axis}={mesh.shape[axis]} does not divide an axis of {name} with shape "
+                    f"{tuple(leaf.shape)}; choose a divisor of {size}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def constrain_activations(x: jax.Array) -> jax.Array:
+    """Keeps [B, T, D] activations split by row, so that the compiler never gathers them for a weight.
+
+    Outside a mesh (a sampler on one device) there is nothing to constrain.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(("data", "fsdp"), None, None))

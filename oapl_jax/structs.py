@@ -1,0 +1,107 @@
+"""The data that walks through the system: Prompt -> Rollout -> Group -> Batch.
+
+Prompts, rollouts and groups are numpy on the host and never change once made; a batch is what the
+learner's compiled step takes.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One question, ready for a sampler.
+
+    Attributes:
+      id: name of the record in its dataset split, stable across runs.
+      draw: position in the stream of drawn prompts; with the sample's index in its group it names
+        the random numbers of a rollout, so a resumed run samples the same responses.
+      tokens: int32[P], the templated prompt.
+      text: the question as a person reads it.
+      answer: what the reward function compares with.
+      task: name of the verifier.
+    """
+
+    id: str
+    draw: int
+    tokens: np.ndarray
+    text: str
+    answer: str
+    task: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One sampled response.
+
+    Attributes:
+      tokens: int32[T], the response with its stop token if it has one, without the prompt.
+      behavior_logp: float32[T], log-probability of each token under the policy that sampled it, at the
+        sampling temperature, over the whole vocabulary (top-k and top-p are not renormalised).
+      policy_version: learner step of the weights that the sampler held.
+      finish_reason: "stop" (a stop token was drawn) or "length" (the response was cut off).
+    """
+
+    tokens: np.ndarray
+    behavior_logp: np.ndarray
+    policy_version: int
+    finish_reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """All rollouts of one prompt, with their rewards; always of one policy version.
+
+    Raises:
+      ValueError: if the rollouts come from several policy versions, or their number is not the
+        number of rewards: the anchor of one group must be one policy.
+    """
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    reward: np.ndarray
+
+    def __post_init__(self):
+        versions = sorted({r.policy_version for r in self.rollouts})
+        if len(versions) != 1:
+            raise ValueError(
+                f"group of prompt {self.prompt.id} mixes policy versions {versions}; sample each group "
+                "from one version (drain the sampler before it is refreshed)"
+            )
+        if self.reward.shape != (len(self.rollouts),):
+            raise ValueError(
+                f"group of prompt {self.prompt.id} has {len(self.rollouts)} rollouts but rewards of "
+                f"shape {self.reward.shape}"
+            )
+
+    @property
+    def policy_version(self) -> int:
+        return self.rollouts[0].policy_version
+
+    @property
+    def zero_variance(self) -> bool:
+        """Whether all rewards are equal, so that every advantage is zero."""
+        return bool(np.all(self.reward == self.reward[0]))
+
+
+@flax.struct.dataclass
+class Batch:
+    """M micro-batches of R packed rows of length T, holding S sequences each (see batching.py).
+
+    The forward pass runs on rows; `where` says in which places of its micro-batch's flattened rows
+    the tokens of each response lie, so that one float a token is unpacked for the objective.
+    """
+
+    tokens: jax.Array  # int32[M, R, T]
+    positions: jax.Array  # int32[M, R, T], restart in each segment
+    segments: jax.Array  # int32[M, R, T], 0 is padding
+    where: jax.Array  # int32[M, S, C], index into R * T of the response's tokens, C = longest response
+    mask: jax.Array  # float32[M, S, C], 1 on response tokens
+    behavior_logp: jax.Array  # float32[M, S, C]
+    advantage: jax.Array  # float32[M, S]
+    reward: jax.Array  # float32[M, S]
+    weight: jax.Array  # float32[M, S], aggregation weight from counts of the global batch
+    lag: jax.Array  # int32[M, S], learner version minus behavior version

@@ -1,0 +1,193 @@
+"""Tiny checkpoints of every shape that the decoder covers, and transformers' own logits for them.
+
+    python tests/golden/make.py            writes them again
+    python tests/golden/make.py --check    compares transformers, the committed files and oapl_jax
+
+Needs torch, so it runs in an environment of its own (requirements/parity.txt, `make parity`); the
+tests read the committed files and need only the package. The check goes both ways: our logits from
+transformers' checkpoint, and transformers' logits from our export.
+"""
+
+import argparse
+import pathlib
+import sys
+import tempfile
+import zlib
+
+import numpy as np
+import torch
+import transformers
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))  # the package needs no installation to be checked
+
+import jax.numpy as jnp  # noqa: E402
+
+from oapl_jax.models import hf  # noqa: E402
+from oapl_jax.models.transformer import Transformer, head, logits  # noqa: E402
+
+TOLERANCE = 1e-4  # on a logit, float32
+BATCH, LENGTH = 2, 48
+
+SIZES = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+# A small base turns the slow dimensions far within 48 positions, and the constants put dimensions on
+# every branch of the scaling: kept, blended and divided.
+PLAIN = {"rope_type": "default", "rope_theta": 100.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "beta_fast": 1.0,
+    "beta_slow": 0.1,
+    "original_max_position_embeddings": 16,
+}
+YARN_MSCALE = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}
+
+# name -> architecture, what differs from SIZES, and the size at which save_pretrained begins a new file
+CASES = {
+    "qwen3": ("qwen3", dict(head_dim=16, rope_parameters=PLAIN), "1GB"),
+    "qwen3_tied": ("qwen3", dict(head_dim=16, tie_word_embeddings=True, rope_parameters=PLAIN), "1GB"),
+    "qwen3_yarn": ("qwen3", dict(head_dim=16, rope_parameters=YARN), "1GB"),
+    "qwen2": ("qwen2", dict(rope_parameters=PLAIN), "1GB"),
+    "qwen2_tied": ("qwen2", dict(tie_word_embeddings=True, rope_parameters=PLAIN), "1GB"),
+    "llama": ("llama", dict(rope_parameters=PLAIN), "20KB"),
+    "llama_tied": ("llama", dict(tie_word_embeddings=True, rope_parameters=PLAIN), "1GB"),
+    "llama_bias": ("llama", dict(attention_bias=True, rope_parameters=PLAIN), "1GB"),
+    "llama_llama3": ("llama", dict(head_dim=16, rope_parameters=LLAMA3), "1GB"),
+    "llama_yarn": ("llama", dict(head_dim=16, rope_parameters=YARN_MSCALE), "1GB"),
+}
+
+
+def build(name: str) -> torch.nn.Module:
+    """The model of a case, in float32, with weights that leave no term of the forward pass idle."""
+    model_type, changes, _ = CASES[name]
+    tied = {"tie_word_embeddings": False} | changes
+    config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **tied})
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            draw = rng.normal(size=parameter.shape)
+            if "norm" in path:
+                draw = 1 + 0.3 * draw
+            elif path.endswith("bias"):
+                draw = 0.5 * draw
+            else:
+                draw = draw * (1.5 / parameter.shape[-1] ** 0.5)
+            parameter.copy_(torch.from_numpy(draw.astype(np.float32)))
+    return model
+
+
+def tokens_of(name: str) -> np.ndarray:
+    rng = np.random.default_rng(zlib.crc32(name.encode()) + 1)
+    return rng.integers(0, SIZES["vocab_size"], (BATCH, LENGTH)).astype(np.int32)
+
+
+def torch_logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens).long()).logits.numpy()
+
+
+def jax_logits(params, config, tokens: np.ndarray) -> np.ndarray:
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    model = Transformer(config, jnp.float32, "none")
+    hidden = model.apply({"params": params}, tokens, positions, np.ones_like(tokens))
+    return np.asarray(logits(hidden, head(params, config)))
+
+
+def make(name: str) -> None:
+    directory = HERE / name
+    directory.mkdir(exist_ok=True)
+    for stale in directory.iterdir():
+        stale.unlink()
+    model, tokens = build(name), tokens_of(name)
+    model.save_pretrained(directory, max_shard_size=CASES[name][2])
+    np.savez_compressed(directory / "golden.npz", tokens=tokens, logits=torch_logits(model, tokens))
+
+
+def check(name: str) -> dict[str, float]:
+    """Differences by what was compared; a load that does not fit counts as infinite."""
+    directory, model = HERE / name, build(name)
+    golden = np.load(directory / "golden.npz")
+    tokens, expected = golden["tokens"], golden["logits"]
+    difference = lambda found: float(np.abs(found - expected).max())
+
+    config = hf.load_config(directory)
+    params = hf.load_params(directory, config)
+    result = {
+        "live": difference(torch_logits(model, tokens)),
+        "committed": difference(torch_logits(reload(directory), tokens)),
+        "oapl_jax": difference(jax_logits(params, config, tokens)),
+    }
+    for dtype, shard_bytes in (("float32", 1 << 30), ("float32", 10_000), ("bfloat16", 10_000)):
+        with tempfile.TemporaryDirectory() as export:
+            hf.save_params(params, config, export, dtype=dtype, max_shard_bytes=shard_bytes)
+            loaded = reload(export)
+        if dtype == "float32":
+            split = "in shards" if shard_bytes < 1 << 30 else "in one file"
+            result[f"export {split}"] = difference(torch_logits(loaded, tokens))
+        else:  # rounding must be the only change
+            ours, theirs = loaded.state_dict(), model.to(torch.bfloat16).state_dict()
+            same = ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+            result["export in bf16"] = 0.0 if same else float("inf")
+    return result
+
+
+def reload(directory: pathlib.Path | str) -> torch.nn.Module:
+    """Loads a checkpoint in its own dtype; every tensor must have a place and every place a tensor."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype="auto", attn_implementation="eager", output_loading_info=True
+    )
+    amiss = {key: sorted(names) for key, names in info.items() if names and key != "error_msgs"}
+    if amiss or info.get("error_msgs"):
+        raise ValueError(f"{directory} does not fit its model: {amiss} {info.get('error_msgs')}")
+    return model.eval()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    arguments = parser.parse_args()
+    transformers.logging.disable_progress_bar()
+    if not arguments.check:
+        for name in CASES:
+            make(name)
+            logit = np.load(HERE / name / "golden.npz")["logits"]
+            print(f"{name:14} logits {logit.min():7.2f} to {logit.max():6.2f}, deviation {logit.std():.2f}")
+        return 0
+    failed = []
+    for i, name in enumerate(CASES):
+        result = check(name)
+        if i == 0:
+            print(f"max |difference| of a logit, allowed {TOLERANCE:g}\n")
+            print(" ".join([f"{'':14}", *(f"{what:>19}" for what in result)]))
+        print(" ".join([f"{name:14}", *(f"{value:19.1e}" for value in result.values())]))
+        failed += [f"{name}: {what}" for what, value in result.items() if not value <= TOLERANCE]
+    print(f"\n{len(CASES)} checkpoints, {len(failed)} mismatches", *failed, sep="\n  ")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
