@@ -78,6 +78,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.warmup = dict(
         num_steps=task["warmup_steps"],
         batch_size=128,
+        demonstrations=8000,
         noise=0.3,
         optim=dict(
             learning_rate=3e-3,

@@ -4,14 +4,16 @@
 """
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
+from etils import epath
 
-from oapl_jax.errors import UserError
+from oapl_jax.errors import UserError, exit_with_code, parse_flags
 from oapl_jax.rollout.sampler import Sampler, Sampling
 from oapl_jax.structs import Prompt, Rollout
 
@@ -123,20 +125,25 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> None:
-    from oapl_jax import task  # JAX starts only after the flags are parsed
+def main() -> None:
+    from ml_collections import config_flags
 
-    del argv
-    config = flags.FLAGS.config
-    job = task.load_job(config, task.workdir_from_flag())
-    prompts = job.prompts(flags.FLAGS.split)
-    step, params = job.latest_params(flags.FLAGS.step)
-    sampler = job.sampler()
-    sampler.hold(step, params)
-    result = evaluate(sampler, prompts, job.reward, job.final_answer, **job.evaluation)
-    print(table({f"step {step}": result}))
+    from oapl_jax.job import open_job  # which imports this module
+
+    config_flag = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
+    workdir_flag = flags.DEFINE_string("workdir", None, "directory of the run", required=True)
+    step_flag = flags.DEFINE_integer("step", None, "checkpoint step; the newest by default")
+    split_flag = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "which prompts")
+    parse_flags(sys.argv)
+    workdir = epath.Path(workdir_flag.value)
+    if not (workdir / "checkpoints").exists():
+        raise UserError(f"--workdir={workdir} holds no checkpoints; train there first")
+    job = open_job(config_flag.value, workdir.resolve())
+    step, params = job.params_at(step_flag.value)
+    result = job.grade(step, params, split_flag.value)
+    print(table({f"{step}": result}))
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    exit_with_code(main)

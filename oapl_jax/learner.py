@@ -181,7 +181,7 @@ def make_train_step(
         return jnp.sum(micro.weight * losses), per_sequence
 
     def step(state: TrainState, batch: Batch):
-        with jax.set_mesh(mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             total = jax.tree.map(jnp.zeros_like, state.params)
 
             def accumulate(total, micro):
@@ -225,7 +225,7 @@ def make_logp_step(
     """Compiles params, batch -> float32[M, S, C] log-probs, for `denominator = learner`."""
 
     def logp(params, batch: Batch):
-        with jax.set_mesh(mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             one = functools.partial(
                 response_logp, params, model=model, temperature=temperature, chunk=logp_chunk
             )

@@ -3,12 +3,16 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
+
+from oapl_jax.structs import Group
 
 
 class MetricsWriter:
@@ -34,16 +38,15 @@ class MetricsWriter:
 
     def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Writes and returns what is finite; the mean of an empty set, say, is left out."""
-        numbers = {key: float(value) for key, value in values.items() if not isinstance(value, list)}
-        line: dict[str, Any] = {"step": step}
-        line.update({key: value for key, value in numbers.items() if math.isfinite(value)})
-        line.update({key: value for key, value in values.items() if isinstance(value, list)})
+        tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+        numbers = {key: float(values[key]) for key in values.keys() - tables.keys()}
+        numbers = {key: numbers[key] for key in sorted(numbers) if math.isfinite(numbers[key])}
+        line: dict[str, Any] = {"step": step, **numbers, **tables}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._events:
-            for key, value in line.items():
-                if key != "step" and not isinstance(value, list):
-                    self._events.add_scalar(key, value, step)
+            for key, value in numbers.items():
+                self._events.add_scalar(key, value, step)
         return line
 
     def close(self) -> None:
@@ -71,3 +74,24 @@ class CompileClock:
         if event.endswith("backend_compile_duration"):
             self.seconds += seconds
             self.programs += 1
+
+
+def group_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
+    """What a gradient step trains on: rewards, lengths, and the measured lag.
+
+    Args:
+      groups: of the step.
+      step: the learner's, before the update.
+    """
+    rollouts = [r for g in groups for r in g.rollouts]
+    lags = Counter(step - r.policy_version for r in rollouts)
+    return {
+        "reward": np.mean([g.reward for g in groups]),
+        "zero_variance": np.mean([g.zero_variance for g in groups]),
+        "length": np.mean([len(r.tokens) for r in rollouts]),
+        "truncated": np.mean([r.finish_reason == "length" for r in rollouts]),
+        "lag/mean": sum(lag * count for lag, count in lags.items()) / len(rollouts),
+        "lag/max": max(lags),
+        "lag/histogram": {str(lag): lags[lag] for lag in sorted(lags)},
+        "versions": len({g.policy_version for g in groups}),
+    }

@@ -8,7 +8,6 @@ last: a reader sees a whole version or none.
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -41,9 +40,8 @@ def publish(
     directory: epath.Path,
     tokenizer: Any,
     dtype: str,
-    notify: Callable[[int, epath.Path], None],
 ) -> epath.Path:
-    """Writes version `version` below `directory` and tells `notify(version, path)`.
+    """Writes version `version` below `directory`, unless it stands there whole.
 
     Args:
       params: the learner's parameters.
@@ -52,7 +50,6 @@ def publish(
       directory: of all versions.
       tokenizer: anything with `save_pretrained(directory)`; its files go with the weights.
       dtype: "float32" or "bfloat16", of the tensors in the files.
-      notify: called once the version is whole.
 
     Returns:
       The version's directory.
@@ -78,7 +75,6 @@ def publish(
         (target / COMMITTED).write_text("")
         for path in (target / COMMITTED, target, directory):
             _sync(path)
-    notify(version, target)
     return target
 
 

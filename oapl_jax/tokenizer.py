@@ -1,4 +1,4 @@
-"""Tokenizers: loaded from local files, made for the embedded tasks, and checked against the model."""
+"""Tokenizers: loaded from local files, made for the embedded tasks, checked against the model."""
 
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,8 @@ def check_tokenizer(tokenizer: Any, config: ModelConfig, *, source: str) -> None
     """
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"the tokenizer ({tokenizer.name_or_path}) has {len(tokenizer)} tokens but vocab_size of "
-            f"{source} is {config.vocab_size}; use the model's own tokenizer or raise vocab_size"
+            f"the tokenizer ({tokenizer.name_or_path}) has {len(tokenizer)} tokens but vocab_size "
+            f"of {source} is {config.vocab_size}; use the model's own tokenizer or raise vocab_size"
         )
     if tokenizer.eos_token_id not in config.eos_token_ids:
         raise UserError(

@@ -21,21 +21,21 @@ def warm_up(
     mesh: Mesh,
     demonstrations: Iterator[Group],
     *,
-    seed: int,
+    params: Any | int,
     num_steps: int,
     batch_size: int,
     row_length: int,
     rows_multiple: int,
     logp_chunk: int,
     max_response_tokens: int,
-    log: Callable[[int, float], None],
+    log: Callable[[int, dict[str, float]], None],
 ) -> Any:
-    """Trains fresh parameters by maximum likelihood, averaged over tokens.
+    """Trains parameters by maximum likelihood, averaged over tokens.
 
     Args:
       model, optimizer, mesh: as for the learner.
       demonstrations: groups of one "rollout" each, the demonstrated response, with reward 1.
-      seed: of the parameters.
+      params: to start from, or the seed of fresh ones.
       num_steps: gradient steps.
       batch_size: demonstrations a step.
       row_length, rows_multiple, logp_chunk, max_response_tokens: as for the learner.
@@ -44,7 +44,7 @@ def warm_up(
     Returns:
       The parameters, in the learner's sharding.
     """
-    state = learner.init_state(model, optimizer, mesh, seed)
+    state = learner.init_state(model, optimizer, mesh, params)
     step_fn = learner.make_train_step(
         model, bind("sft"), optimizer, mesh, temperature=1.0, logp_chunk=logp_chunk
     )
@@ -63,5 +63,5 @@ def warm_up(
             max_response_tokens=max_response_tokens,
         )
         state, metrics = step_fn(state, batching.to_mesh(batch, shardings))
-        log(step + 1, float(jax.device_get(metrics["loss"])))
+        log(step + 1, {"loss": float(jax.device_get(metrics["loss"]))})
     return state.params

@@ -121,7 +121,7 @@ def make_prompt(
     if len(tokens) > max_prompt_tokens:
         raise UserError(
             f"prompt {record.id} has {len(tokens)} tokens, more than data.max_prompt_tokens "
-            f"({max_prompt_tokens}); raise data.max_prompt_tokens or leave the record out of the data"
+            f"({max_prompt_tokens}); raise data.max_prompt_tokens or leave the record out"
         )
     return Prompt(
         id=record.id,

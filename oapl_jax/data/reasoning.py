@@ -1,7 +1,7 @@
 """The embedded tasks as a TFDS data set (array_record, no TensorFlow), split by content.
 
-The hash of a problem's content alone says which split it belongs to, so a problem of a test split is
-in no training split, whatever the sizes, settings and seeds of the two data sets.
+The hash of a problem's content alone says which split it belongs to, so a problem of a test split
+is in no training split, whatever the sizes, settings and seeds of the two data sets.
 """
 
 import dataclasses
@@ -58,6 +58,7 @@ class Reasoning(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         config = self.builder_config
+        assert isinstance(config, ReasoningConfig)
         stream = tasks.records(config.task, seed=config.seed, settings=config.generator)
         return {
             split: self._generate_examples(chosen)
@@ -170,4 +171,4 @@ class Split(Sequence[tasks.Record]):
 
 def load(builder: tfds.core.DatasetBuilder, *, split: str) -> Split:
     """The records of `train`, `validation` or `test` of a prepared builder."""
-    return Split(builder.as_data_source(split))
+    return Split(builder.as_data_source(split=split))  # pyright: ignore[reportCallIssue]

@@ -1,7 +1,7 @@
 """The embedded tasks: endless records from reasoning_gym, and what a noisy teacher would answer.
 
-Questions are compact, for a character-level model. All that a task knows about a record follows from
-the record's metadata by pure functions; how a response is judged stands in rewards/tasks.py.
+Questions are compact, for a character-level model. All that a task knows about a record follows
+from the record's metadata by pure functions; how a response is judged stands in rewards/tasks.py.
 """
 
 import dataclasses
@@ -48,8 +48,8 @@ class Task:
       metadata: of one reasoning_gym item.
       question, answer: of one metadata.
       key: canonical content of one metadata: equal keys mean the same problem.
-      demonstration: (record, rng, noise) -> a response as a teacher writes it, who errs in each step
-        with probability `noise`; without noise it is always right.
+      demonstration: (record, rng, noise) -> a response as a teacher writes it, who errs in each
+        step with probability `noise`; without noise it is always right.
       characters: every character of questions and demonstrations.
     """
 

@@ -278,10 +278,9 @@ def _files(directory: epath.Path) -> tuple[list[str], dict[str, str]]:
 
 def _equal(a: Any, b: Any) -> bool:
     """Whether two tensors on disk agree; by blocks of rows, since no tensors are larger."""
-    shape, rows = a.get_shape(), 4096
-    return shape == b.get_shape() and all(
-        np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, shape[0], rows)
-    )
+    shape, step = a.get_shape(), 4096
+    blocks = [slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]
+    return shape == b.get_shape() and all(np.array_equal(a[rows], b[rows]) for rows in blocks)
 
 
 def _bytes(tensor: Tensor, dtype: str) -> int:

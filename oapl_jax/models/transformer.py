@@ -4,6 +4,7 @@
 [D, V] matrix that turns them into logits, so that the learner can do so in chunks.
 """
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -135,8 +136,9 @@ class Transformer(nn.Module):
         if cache is None:
             mask = visible(segments, segments, slots, slots)
         else:
-            cache = cache.replace(
-                segments=jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.slot))
+            cache = dataclasses.replace(
+                cache,
+                segments=jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.slot)),
             )
             key_slots = jnp.arange(cache.segments.shape[1], dtype=jnp.int32)
             mask = visible(segments, cache.segments, cache.slot + slots, key_slots)
@@ -149,7 +151,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
         )
         (x, cache), _ = layers(c, self.dtype, name="layers")(
@@ -158,7 +160,7 @@ class Transformer(nn.Module):
         x = RMSNorm(c.rms_norm_eps, name="final_norm")(x)
         if not c.tie_embeddings and self.is_initializing():
             self.param("head", nn.initializers.lecun_normal(), (c.hidden_size, c.vocab_size), jnp.float32)
-        return x if cache is None else (x, cache.replace(slot=cache.slot + tokens.shape[1]))
+        return x if cache is None else (x, dataclasses.replace(cache, slot=cache.slot + tokens.shape[1]))
 
 
 def head(params, config: ModelConfig) -> jax.Array:

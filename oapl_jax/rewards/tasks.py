@@ -12,7 +12,7 @@ from fractions import Fraction
 
 MAX_CHARACTERS = 4096
 MAX_EXPRESSION = 512  # far below what exhausts the stack of Python's parser
-MAX_DEPTH = 32
+MAX_DEPTH = 64
 INTEGER = re.compile(r"-?[0-9]{1,32}")
 EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
 

@@ -53,6 +53,11 @@ class Worker:
         self._stopping = False
         self._failure: BaseException | None = None
 
+    @property
+    def version(self) -> int:
+        """The version that serves from the next portion on; -1 before the first."""
+        return self._wanted[0] if self._wanted else -1
+
     def serve(self, version: int, path: epath.Path) -> None:
         """From the next portion of prompts on, samples from this published version."""
         with self._buffer.lock:

@@ -1,0 +1,300 @@
+"""Training: open the job, begin or resume, then the loop.
+
+    python -m oapl_jax.train --config=configs/arithmetic.py --workdir=runs/arithmetic [--config.lag.steps=32]
+
+Each gradient step: publish if the lag policy says so; let the version that it names sample groups; pack
+them; step; now and then evaluate and save. Every random number follows from the seed and the step, and
+everything else that moves is in the checkpoint, so a killed run goes on as if it had not been.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from oapl_jax import batching, learner, publisher
+from oapl_jax.buffer import Buffer
+from oapl_jax.checkpoint import check_config
+from oapl_jax.data.demonstrations import demonstrations
+from oapl_jax.errors import RunError, exit_with_code, parse_flags
+from oapl_jax.evaluate import table
+from oapl_jax.job import Job, open_job
+from oapl_jax.lag import LagPolicy
+from oapl_jax.metrics import CompileClock, MetricsWriter, group_metrics, read_lines
+from oapl_jax.models import hf
+from oapl_jax.objectives import Objective, bind
+from oapl_jax.objectives.aggregation import sequence_weights
+from oapl_jax.optim import make_optimizer
+from oapl_jax.report.learning import draw
+from oapl_jax.report.progress import Progress, StopRequest, say
+from oapl_jax.rollout.worker import Worker
+from oapl_jax.structs import Batch, Group
+from oapl_jax.warmup import warm_up
+
+NON_FINITE_IN_A_ROW = 3  # steps with a non-finite loss or gradient after which a run gives up
+
+
+def run(config: ConfigDict, workdir: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
+    """Trains until `config.num_steps`; returns the results, or None if it was stopped before.
+
+    Raises:
+      UserError: for settings or files that do not fit, before any work.
+      RunError: for a run that can't go on; what was saved stays.
+    """
+    clock = CompileClock()
+    job = open_job(config, workdir)
+    for change in check_config(workdir / "config.json", config.to_dict()):
+        say(f"changed since this run began: {change}")
+    objective = bind(**config.objective)
+    lag = LagPolicy(**config.lag, seed=config.seed)
+    buffer = Buffer(**config.buffer, seed=config.seed)
+    worker = Worker(
+        job.prompt_stream(),
+        job.new_sampler(config.seed),
+        job.grader.reward,
+        buffer,
+        group_size=config.group_size,
+        sampling=job.sampling,
+        prompts_per_call=config.rollout.prompts_per_call,
+        deadline=config.rollout.deadline,
+    )
+    state, loop = resume(job, worker, buffer) if job.checkpoints.steps() else begin(job)
+
+    settings = dict(temperature=config.rollout.temperature, logp_chunk=config.learner.logp_chunk)
+    train_step = learner.make_train_step(job.model, objective, job.optimizer, job.mesh, **settings)
+    logp_step = learner.make_logp_step(job.model, job.mesh, **settings)
+    shardings = learner.batch_shardings(job.mesh)
+    first = int(state.step)
+    metrics_file = MetricsWriter(workdir, start_step=first, tensorboard=config.tensorboard)
+    progress = Progress("train", config.num_steps, first)
+
+    with contextlib.ExitStack() as closing:
+        closing.callback(job.checkpoints.close)
+        for part in (metrics_file.close, progress.close, worker.stop):
+            closing.callback(part)
+        if not first:
+            save(job, state, loop, worker, buffer, lag)
+        for step in range(first, config.num_steps):
+            started = time.monotonic()
+            publish_and_serve(job, step, state.params, loop, worker, buffer, lag)
+            if config.rollout.overlap and step == first:
+                worker.start()
+            groups, waited = collect(config, step, worker, buffer, stop)
+            if stop.requested:
+                break
+            batch = batching.to_mesh(make_batch(config, objective, groups, step), shardings)
+            if config.objective.denominator == "learner":
+                batch = recompute_denominator(job, logp_step, batch, step)
+            learning = time.monotonic()
+            state, of_step = train_step(state, batch)
+            of_step = jax.device_get(of_step)
+            learned = time.monotonic() - learning
+            loop["seconds"]["rl"] += time.monotonic() - started
+
+            done = step + 1
+            due = lambda every, done=done: done % every == 0 or done == config.num_steps
+            values = {**of_step, **group_metrics(groups, step), **worker.take_metrics()}
+            values |= {f"buffer/{name}": count for name, count in buffer.counts.items()}
+            values["learner/tokens_per_second"] = int(np.sum(batch.segments > 0)) / learned
+            values["learner/waiting_seconds"] = waited
+            values["compile/seconds"], values["compile/programs"] = clock.seconds, clock.programs
+            if due(config.evaluation.every):
+                result = job.grade(done, state.params, "validation")
+                values |= {f"eval/{k}": v for k, v in result.items() if not isinstance(v, tuple)}
+            progress.step(done, metrics_file.write(done, values))
+            if of_step["skipped_in_a_row"] == NON_FINITE_IN_A_ROW:
+                raise RunError(
+                    f"loss or gradient was not finite in {NON_FINITE_IN_A_ROW} steps up to {done}; lower "
+                    f"optim.learning_rate ({config.optim.learning_rate}) or look at the rewards, and start "
+                    f"again: it resumes from checkpoint step {job.checkpoints.steps()[-1]}"
+                )
+            if due(config.checkpoint.every) or stop.requested:
+                save(job, state, loop, worker, buffer, lag)
+            job.checkpoints.check()
+            if stop.requested:
+                break
+        worker.stop()
+        if int(state.step) < config.num_steps:
+            if int(state.step) not in job.checkpoints.steps():
+                save(job, state, loop, worker, buffer, lag)
+            job.checkpoints.wait()
+            say(f"stopped by {stop.requested} at step {int(state.step)}; the same command goes on from here")
+            return None
+        after = job.grade(config.num_steps, state.params, "test")
+    return {"before": loop["before"], "after": after, "seconds": loop["seconds"]}
+
+
+def begin(job: Job) -> tuple[learner.TrainState, dict[str, Any]]:
+    """A state at step 0, after the warm-up if there is one, and what the loop keeps beside it."""
+    config, started = job.config, time.monotonic()
+    params: Any = job.policy.load_params(job.mesh) if job.policy.checkpoint else config.seed
+    if config.warmup.num_steps:
+        warmup = config.warmup
+        stream = demonstrations(
+            job.splits["train"],
+            job.policy.tokenizer,
+            task=config.data.task,
+            count=warmup.demonstrations,
+            noise=warmup.noise,
+            seed=config.seed,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_response_tokens=config.rollout.max_response_tokens,
+        )
+        progress = Progress("warm up", warmup.num_steps, 0)
+        params = warm_up(
+            job.model,
+            make_optimizer(**warmup.optim, num_steps=warmup.num_steps),
+            job.mesh,
+            stream,
+            params=params,
+            num_steps=warmup.num_steps,
+            batch_size=warmup.batch_size,
+            row_length=config.learner.row_length,
+            rows_multiple=config.learner.rows_multiple,
+            logp_chunk=config.learner.logp_chunk,
+            max_response_tokens=config.rollout.max_response_tokens,
+            log=progress.step,
+        )
+        progress.close()
+    seconds = {"warmup": time.monotonic() - started, "rl": 0.0}
+    state = learner.init_state(job.model, job.optimizer, job.mesh, params)
+    return state, {"before": job.grade(0, state.params, "test"), "seconds": seconds, "pins": {}}
+
+
+def resume(job: Job, worker: Worker, buffer: Buffer) -> tuple[learner.TrainState, dict[str, Any]]:
+    """The newest checkpoint. Versions published after it are removed: they will be published again."""
+    step = job.checkpoints.steps()[-1]
+    state, loop, groups = job.checkpoints.restore(step, job.abstract_state())
+    buffer.restore(loop["buffer"], groups)
+    worker.restore(loop["worker"])
+    pinned = {v for versions in loop["pins"].values() for v in versions if v <= step}
+    publisher.collect(job.workdir / "versions", keep=pinned)
+    say(f"resumed from checkpoint step {step} of {job.workdir}")
+    return state, loop
+
+
+def save(job: Job, state: learner.TrainState, loop: dict, worker: Worker, buffer: Buffer, lag: LagPolicy) -> None:
+    """Starts to save everything that moves, and notes which versions the step will need."""
+    step = int(state.step)
+    with buffer.lock:  # the buffer and the worker's place in the prompts belong together
+        loop["buffer"], groups = buffer.state()
+        loop["worker"] = worker.state()
+    kept = [str(s) for s in job.checkpoints.steps()]
+    loop["pins"] = {s: versions for s, versions in loop["pins"].items() if s in kept}
+    loop["pins"][str(step)] = sorted(lag.needs(step) | buffer.versions())
+    job.checkpoints.save(step, state, loop, groups)
+
+
+def publish_and_serve(
+    job: Job, step: int, params: Any, loop: dict, worker: Worker, buffer: Buffer, lag: LagPolicy
+) -> None:
+    """Publishes the learner's weights if it is time, and lets the sampler serve the version that is due."""
+    versions = job.workdir / "versions"
+    if lag.publishes(step):
+        publisher.publish(
+            params,
+            job.policy.config,
+            version=step,
+            directory=versions,
+            tokenizer=job.policy.tokenizer,
+            dtype=job.config.publish_dtype,
+        )
+        pinned = {v for kept in loop["pins"].values() for v in kept}
+        publisher.collect(versions, keep=pinned | lag.needs(step) | buffer.versions() | {worker.version})
+    due = lag.serves(step)
+    if worker.version != due:
+        worker.serve(due, publisher.version_path(versions, due))
+
+
+def collect(
+    config: ConfigDict, step: int, worker: Worker, buffer: Buffer, stop: StopRequest
+) -> tuple[list[Group], float]:
+    """The groups of one gradient step, and the seconds that the learner waited for them."""
+    buffer.expire(step)
+    started, enough = time.monotonic(), lambda: len(buffer) >= config.groups_per_step
+    what = f"{config.groups_per_step} groups for step {step} (rollout.deadline)"
+    if config.rollout.overlap:
+        buffer.wait(
+            lambda: enough() or bool(stop.requested),
+            what=what,
+            deadline=config.rollout.deadline,
+            alive=worker.check,
+        )
+    while not (enough() or stop.requested):
+        worker.produce()
+        if time.monotonic() - started > config.rollout.deadline:
+            raise RunError(f"sampled {config.rollout.deadline:.0f} s for {what}; dropped: {dict(buffer.counts)}")
+    return buffer.sample(config.groups_per_step, step), time.monotonic() - started
+
+
+def make_batch(config: ConfigDict, objective: Objective, groups: list[Group], step: int) -> Batch:
+    """Advantages of whole groups, aggregation weights of the whole batch, packed rows."""
+    advantages = [np.asarray(objective.advantage(g.reward)) for g in groups]
+    lengths = np.array([len(r.tokens) for g in groups for r in g.rollouts])
+    weights = sequence_weights(
+        lengths, config.objective.aggregation, constant_length=config.objective.constant_length
+    )
+    if config.buffer.zero_variance == "weight":
+        mixed = np.array([not g.zero_variance for g in groups for _ in g.rollouts])
+        weights = weights * np.where(mixed, 1.0, config.zero_variance_weight)
+    return batching.make_batch(
+        groups,
+        advantages,
+        weights,
+        step=step,
+        micro_batches=config.learner.micro_batches,
+        row_length=config.learner.row_length,
+        rows_multiple=config.learner.rows_multiple,
+        max_response_tokens=config.rollout.max_response_tokens,
+    )
+
+
+def recompute_denominator(job: Job, logp_step: Any, batch: Batch, step: int) -> Batch:
+    """The batch with the lagged policies' log-probs from the learner's own forward pass."""
+    behavior_logp = batch.behavior_logp
+    for lag in np.unique(jax.device_get(batch.lag)):
+        path = publisher.version_path(job.workdir / "versions", step - int(lag))
+        publisher.check_version(path)
+        params = hf.load_params(path, job.policy.config, mesh=job.mesh)
+        mine = (batch.lag == lag)[..., None]
+        behavior_logp = jax.numpy.where(mine, logp_step(params, batch), behavior_logp)
+    return batch.replace(behavior_logp=behavior_logp)
+
+
+def report(config: ConfigDict, workdir: epath.Path, result: dict[str, Any]) -> None:
+    """Writes result.json and learning.png, and prints the table."""
+    (workdir / "result.json").write_text(json.dumps(result, indent=1))
+    lines = read_lines(workdir / "metrics.jsonl")
+    before, after = result["before"], result["after"]
+    title = f"{config.data.task}: {config.objective.name}, lag {config.lag.mode} {config.lag.steps}"
+    draw(lines, before, after, workdir / "learning.png", title=title)
+    say(table({"before": before, "after": after}))
+    for name in ("metrics.jsonl", "tensorboard", "learning.png", "checkpoints", "result.json"):
+        if (workdir / name).exists():
+            say(f"{name:<14}{workdir / name}")
+
+
+def main() -> None:
+    config_flag = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
+    workdir_flag = flags.DEFINE_string("workdir", None, "the run's directory; resumes what it finds", required=True)
+    install_flag = flags.DEFINE_float("install_seconds", None, "seconds of the install, for result.json")
+    parse_flags(sys.argv)
+    config, workdir = config_flag.value, epath.Path(workdir_flag.value)
+    workdir.mkdir(parents=True, exist_ok=True)
+    result = run(config, workdir.resolve(), StopRequest())
+    if result is None:
+        return
+    if install_flag.value is not None:
+        result["seconds"]["install"] = install_flag.value
+    report(config, workdir, result)
+
+
+if __name__ == "__main__":
+    exit_with_code(main)

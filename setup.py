@@ -1,0 +1,39 @@
+"""The package. Versions here are the oldest that work; requirements/*.lock is what is tested."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="oapl_jax",
+    version="0.1.0",
+    description="Off-policy reinforcement learning of language models in JAX, with lag as a treatment variable",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["oapl_jax*", "configs*", "experiments*"]),
+    install_requires=[
+        "array_record>=0.8",
+        "etils[epath]>=1.13",
+        "flax>=0.12",
+        "jinja2",  # chat templates
+        "importlib_resources",  # tensorflow-datasets needs it and does not declare it
+        "jax>=0.10",
+        "jaxtyping",
+        "matplotlib",
+        "ml-collections>=1.1",
+        "numpy>=2",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.12",
+        "reasoning-gym>=0.1.25",
+        "safetensors",
+        "tensorboardX",
+        "tensorflow-datasets>=4.9.10",  # used without TensorFlow
+        "tensorstore>=0.1.80",
+        "tokenizers",
+        "tqdm",
+        "transformers>=5",  # tokenizers and chat templates; torch is not needed
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "gpu": ["jax[cuda13]"],
+        "dev": ["beartype", "chex", "pip-tools", "pyright[nodejs]", "pytest", "ruff"],
+    },
+)
