@@ -12,10 +12,10 @@ from configs import common
 # The generators' settings, the longest prompt and response in characters, and the warm-up's steps.
 TASKS = {
     "chain_sum": dict(
-        generator=dict(min_terms=4, max_terms=5, min_digits=1, max_digits=1),
+        generator=dict(min_terms=4, max_terms=4, min_digits=1, max_digits=1),
         max_prompt_tokens=12,
-        max_response_tokens=20,
-        warmup_steps=400,
+        max_response_tokens=16,
+        warmup_steps=800,
     ),
     "number_sorting": dict(
         generator=dict(min_numbers=5, max_numbers=5, min_value=0, max_value=9),
@@ -77,11 +77,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # The supervised stage: demonstrations whose steps are wrong with probability `noise`.
     config.warmup = dict(
         num_steps=task["warmup_steps"],
-        batch_size=128,
+        batch_size=64,
         demonstrations=8000,
-        noise=0.3,
+        noise=0.42,
         optim=dict(
-            learning_rate=3e-3,
+            learning_rate=4e-3,
             warmup_steps=20,
             final_fraction=0.1,
             b1=0.9,
@@ -127,7 +127,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         max_sequences=512,
         prompt_multiple=4,
     )
-    config.learner = dict(micro_batches=1, row_length=128, rows_multiple=8, logp_chunk=64)
+    config.learner = dict(micro_batches=1, row_length=64, rows_multiple=8, logp_chunk=64)
     config.publish_dtype = "float32"
 
     config.evaluation = dict(every=50, n=8, ks=(1, 2, 4, 8), resamples=1000)

@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, the table from parameter names to axes, and the activation constraint.
+"""Where arrays live: the mesh, the table from parameter names to axes, one activation constraint.
 
 Mesh axes: `data` (batch; parameters replicated), `fsdp` (batch; parameters sharded) and `tensor`
 (heads, feed-forward and vocabulary sharded).
@@ -16,8 +16,8 @@ from oapl_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))  # the leading axis of everything in a micro-batch
 
-# Parameter path -> axes; the first match counts, and every parameter must match. The leading axis of a
-# layer's parameter is the scanned layer axis.
+# Parameter path -> axes; the first match counts, and every parameter must match. The leading axis
+# of a layer's parameter is the scanned layer axis.
 PARAMETER_RULES = (
     (r"embed/embedding", P("tensor", "fsdp")),
     (r"head", P("fsdp", "tensor")),
@@ -43,8 +43,8 @@ def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
         sizes[sizes.index(-1)] = max(devices // rest, 1) if rest > 0 else 0
     if min(sizes) < 1 or sizes[0] * sizes[1] * sizes[2] != devices:
         raise UserError(
-            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} does not make {devices} devices; "
-            "choose sizes with that product (one of them may be -1)"
+            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} does not make {devices} "
+            "devices; choose sizes with that product (one of them may be -1)"
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -83,7 +83,7 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
 
 
 def constrain_activations(x: jax.Array) -> jax.Array:
-    """Keeps [B, T, D] activations split by row, so that the compiler never gathers them for a weight.
+    """Keeps [B, T, D] activations split by row: the compiler must gather weights, never rows.
 
     Outside a mesh (a sampler on one device) there is nothing to constrain.
     """

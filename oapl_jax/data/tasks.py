@@ -113,7 +113,8 @@ def content_id(task: str, metadata: Mapping[str, Any]) -> str:
     return hashlib.sha256(f"{task}:{TASKS[task].key(metadata)}".encode()).hexdigest()[:16]
 
 
-# chain_sum: "4+3-2=" is answered by its running totals, "7,5".
+# chain_sum: "4+3-2=" is answered by its running totals, "07,05"; two characters each keep a step of the
+# reasoning at the same place in most responses, which a two-layer model learns several times faster.
 
 
 def _chain_sum_demonstration(record: Record, rng: np.random.Generator, noise: float) -> str:
@@ -123,9 +124,9 @@ def _chain_sum_demonstration(record: Record, rng: np.random.Generator, noise: fl
     for operator, term in zip(tokens[1::2], tokens[2::2], strict=True):
         total += int(term) if operator == "+" else -int(term)
         if rng.random() < noise:  # the teacher goes on from the wrong total
-            total += int(rng.integers(1, 10)) * int(rng.choice((-1, 1)))
+            total += int(rng.choice((-1, 1)))
         totals.append(total)
-    return ",".join(map(str, totals or [total]))
+    return ",".join(f"{total:02d}" for total in totals or [total])
 
 
 def _chain_sum_answer(metadata: Mapping[str, Any]) -> str:

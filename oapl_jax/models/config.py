@@ -18,8 +18,8 @@ ROPE_TYPES = ("default", "llama3", "yarn")
 class ModelConfig:
     """Everything that the decoder must know; the field names are the field's own words.
 
-    `rope` holds `rope_type`, `rope_theta` and the variant's constants as config.json spells them, as a
-    sorted tuple of pairs so that the config can be hashed.
+    `rope` holds `rope_type`, `rope_theta` and the variant's constants, spelled as in config.json, in
+    sorted pairs, so that the config can be hashed.
     """
 
     model_type: str
@@ -121,13 +121,17 @@ def refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
     """Raises a UserError that lists every feature of a config.json which the decoder lacks."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
+    experts = config.get("num_experts") or config.get("num_local_experts")
+    sliding = config.get("use_sliding_window") or any(
+        kind != "full_attention" for kind in config.get("layer_types") or ()
+    )
     checks = {
         f"model_type={config.get('model_type')!r}": config.get("model_type") not in ARCHITECTURES,
-        "mixture of experts (num_experts)": bool(config.get("num_experts") or config.get("num_local_experts")),
-        "sliding-window attention (use_sliding_window, layer_types)": bool(config.get("use_sliding_window"))
-        or any(kind != "full_attention" for kind in config.get("layer_types") or ()),
+        "mixture of experts (num_experts)": bool(experts),
+        "sliding-window attention (use_sliding_window, layer_types)": bool(sliding),
         f"rope_type={rope_type!r}": rope_type not in ROPE_TYPES,
-        "partial_rotary_factor": (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1) != 1,
+        "partial_rotary_factor": partial != 1,
         f"hidden_act={config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
         "mlp_bias": bool(config.get("mlp_bias")),
         "quantization_config": bool(config.get("quantization_config")),

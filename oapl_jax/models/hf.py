@@ -228,8 +228,9 @@ def _open(
 
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     head, embedding = (slices.get(TABLE[path]) for path in ("head", "embed/embedding"))
-    if TABLE["head"] not in shapes and head and embedding and _equal(head, embedding):
-        del slices[TABLE["head"]]  # tied, and stored all the same
+    tied = TABLE["head"] not in shapes
+    if tied and head and embedding and np.array_equal(head[:], embedding[:]):
+        del slices[TABLE["head"]]  # stored all the same
     known = {name: tensor for name, tensor in slices.items() if name in shapes}
     wrong = {
         "unknown": slices.keys() - shapes.keys(),
@@ -274,13 +275,6 @@ def _files(directory: epath.Path) -> tuple[list[str], dict[str, str]]:
     if absent:
         raise UserError(f"{index} names files that don't exist: {', '.join(absent)}")
     return files, weight_map
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two tensors on disk agree; by blocks of rows, since no tensors are larger."""
-    shape, step = a.get_shape(), 4096
-    blocks = [slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]
-    return shape == b.get_shape() and all(np.array_equal(a[rows], b[rows]) for rows in blocks)
 
 
 def _bytes(tensor: Tensor, dtype: str) -> int:

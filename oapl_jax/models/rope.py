@@ -49,8 +49,9 @@ def _yarn(plain: np.ndarray, rope: Mapping) -> tuple[np.ndarray, float]:
     ramp = np.clip((np.arange(len(plain)) - low) / max(high - low, 1e-3), 0.0, 1.0)
     attention_factor = rope.get("attention_factor")
     if attention_factor is None:
-        if rope.get("mscale") and rope.get("mscale_all_dim"):
-            attention_factor = _mscale(factor, rope["mscale"]) / _mscale(factor, rope["mscale_all_dim"])
+        over, under = rope.get("mscale"), rope.get("mscale_all_dim")
+        if over and under:
+            attention_factor = _mscale(factor, over) / _mscale(factor, under)
         else:
             attention_factor = _mscale(factor, 1.0)
     return (1 - ramp) * plain + ramp * plain / factor, float(attention_factor)
@@ -71,7 +72,7 @@ def angles(positions: jax.Array, rope: Mapping, head_dim: int) -> tuple[jax.Arra
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates [B, T, heads, head_dim]; the pairs are (i, i + head_dim / 2), as checkpoints have them."""
+    """Rotates [B, T, heads, head_dim] by pairs (i, i + head_dim / 2), as checkpoints have them."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

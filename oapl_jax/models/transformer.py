@@ -1,7 +1,7 @@
 """One decoder for the Qwen3, Qwen2 and Llama shapes, for learning on packed rows and for sampling.
 
-`Transformer.apply({"params": params}, tokens, positions, segments)` gives hidden states; `head` gives the
-[D, V] matrix that turns them into logits, so that the learner can do so in chunks.
+`Transformer.apply({"params": params}, tokens, positions, segments)` gives hidden states; `head` is
+the [D, V] matrix that turns them into logits, so that the learner can do so in chunks.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ REMAT_POLICIES = {
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of the tokens seen so far; all rows of a batch are filled to the same slot."""
+    """Keys and values of the tokens seen so far; all rows of a batch are filled to one slot."""
 
     key: jax.Array  # [layers, B, S, kv_heads, head_dim]
     value: jax.Array  # [layers, B, S, kv_heads, head_dim]
@@ -57,7 +57,7 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. Scanned over the layer axis, with the cache in the carry so that it is updated in place."""
+    """One layer. Scanned over the layers, with the cache in the carry to be updated in place."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -67,12 +67,13 @@ class Block(nn.Module):
         x, cache = carry
         c = self.config
         dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=jnp.float32)
-        heads = lambda y, n: y.reshape(*y.shape[:2], n, c.head_dim)
+        heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)
 
         h = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
-        query = heads(dense(c.num_heads * c.head_dim, use_bias=c.qkv_bias, name="q")(h), c.num_heads)
-        key = heads(dense(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="k")(h), c.num_kv_heads)
-        value = heads(dense(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="v")(h), c.num_kv_heads)
+        inner, kv_inner = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        query = heads(dense(inner, use_bias=c.qkv_bias, name="q")(h))
+        key = heads(dense(kv_inner, use_bias=c.qkv_bias, name="k")(h))
+        value = heads(dense(kv_inner, use_bias=c.qkv_bias, name="v")(h))
         if c.qk_norm:
             query = RMSNorm(c.rms_norm_eps, name="q_norm")(query)
             key = RMSNorm(c.rms_norm_eps, name="k_norm")(key)
@@ -85,7 +86,7 @@ class Block(nn.Module):
             )
             key = jax.lax.dynamic_index_in_dim(cache.key, layer, keepdims=False)
             value = jax.lax.dynamic_index_in_dim(cache.value, layer, keepdims=False)
-        mixed = attention(query, key, value, mask).reshape(*x.shape[:2], c.num_heads * c.head_dim)
+        mixed = attention(query, key, value, mask).reshape(*x.shape[:2], inner)
         x = x + dense(c.hidden_size, use_bias=c.output_bias, name="o")(mixed)
         x = constrain_activations(x)
 
@@ -120,7 +121,7 @@ class Transformer(nn.Module):
           cache: earlier tokens; T new slots are filled. None for a whole sequence at once.
 
         Returns:
-          [B, T, D] hidden states after the last norm; with a cache, the pair (hidden states, cache).
+          [B, T, D] hidden states after the last norm; with a cache, the pair (states, cache).
         """
         c = self.config
         embed = nn.Embed(
@@ -159,8 +160,11 @@ class Transformer(nn.Module):
         )
         x = RMSNorm(c.rms_norm_eps, name="final_norm")(x)
         if not c.tie_embeddings and self.is_initializing():
-            self.param("head", nn.initializers.lecun_normal(), (c.hidden_size, c.vocab_size), jnp.float32)
-        return x if cache is None else (x, dataclasses.replace(cache, slot=cache.slot + tokens.shape[1]))
+            shape = (c.hidden_size, c.vocab_size)
+            self.param("head", nn.initializers.lecun_normal(), shape, jnp.float32)
+        if cache is None:
+            return x
+        return x, dataclasses.replace(cache, slot=cache.slot + tokens.shape[1])
 
 
 def head(params, config: ModelConfig) -> jax.Array:
@@ -170,6 +174,5 @@ def head(params, config: ModelConfig) -> jax.Array:
 
 def logits(hidden: jax.Array, head_matrix: jax.Array) -> jax.Array:
     """float32[..., V]: products in the dtype of `hidden`, sums in float32."""
-    return jnp.einsum(
-        "...d,dv->...v", hidden, head_matrix.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    narrow = head_matrix.astype(hidden.dtype)
+    return jnp.einsum("...d,dv->...v", hidden, narrow, preferred_element_type=jnp.float32)

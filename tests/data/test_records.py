@@ -79,7 +79,8 @@ def test_chain_sum_demonstration_goes_on_from_a_wrong_total():
     for seed in range(50):
         totals = [1, *map(int, demonstration(record, np.random.default_rng(seed), 1.0).split(","))]
         errors = np.diff(totals) - 1
-        assert np.all(errors != 0) and np.all(np.abs(errors) <= 9)
+        assert np.all(errors != 0)
+        assert np.all(np.abs(errors) <= 9)
 
 
 def test_one_term_is_its_own_demonstration():

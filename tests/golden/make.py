@@ -13,9 +13,10 @@ import pathlib
 import sys
 import tempfile
 import zlib
+from typing import Any
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]  (not in the package's environment)
 import transformers
 
 HERE = pathlib.Path(__file__).parent
@@ -29,8 +30,9 @@ from oapl_jax.models.transformer import Transformer, head, logits  # noqa: E402
 TOLERANCE = 1e-4  # on a logit, float32
 BATCH, LENGTH = 2, 48
 
+VOCABULARY = 64
 SIZES = dict(
-    vocab_size=64,
+    vocab_size=VOCABULARY,
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=2,
@@ -42,8 +44,8 @@ SIZES = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
-# A small base turns the slow dimensions far within 48 positions, and the constants put dimensions on
-# every branch of the scaling: kept, blended and divided.
+# A small base turns the slow dimensions far within 48 positions, and the constants put dimensions
+# on every branch of the scaling: kept, blended and divided.
 PLAIN = {"rope_type": "default", "rope_theta": 100.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -63,10 +65,14 @@ YARN = {
 }
 YARN_MSCALE = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}
 
-# name -> architecture, what differs from SIZES, and the size at which save_pretrained begins a new file
+# name -> architecture, what differs from SIZES, and the most that save_pretrained puts in one file
 CASES = {
     "qwen3": ("qwen3", dict(head_dim=16, rope_parameters=PLAIN), "1GB"),
-    "qwen3_tied": ("qwen3", dict(head_dim=16, tie_word_embeddings=True, rope_parameters=PLAIN), "1GB"),
+    "qwen3_tied": (
+        "qwen3",
+        dict(head_dim=16, tie_word_embeddings=True, rope_parameters=PLAIN),
+        "1GB",
+    ),
     "qwen3_yarn": ("qwen3", dict(head_dim=16, rope_parameters=YARN), "1GB"),
     "qwen2": ("qwen2", dict(rope_parameters=PLAIN), "1GB"),
     "qwen2_tied": ("qwen2", dict(tie_word_embeddings=True, rope_parameters=PLAIN), "1GB"),
@@ -102,7 +108,7 @@ def build(name: str) -> torch.nn.Module:
 
 def tokens_of(name: str) -> np.ndarray:
     rng = np.random.default_rng(zlib.crc32(name.encode()) + 1)
-    return rng.integers(0, SIZES["vocab_size"], (BATCH, LENGTH)).astype(np.int32)
+    return rng.integers(0, VOCABULARY, (BATCH, LENGTH)).astype(np.int32)
 
 
 def torch_logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
@@ -113,7 +119,7 @@ def torch_logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
 def jax_logits(params, config, tokens: np.ndarray) -> np.ndarray:
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     model = Transformer(config, jnp.float32, "none")
-    hidden = model.apply({"params": params}, tokens, positions, np.ones_like(tokens))
+    hidden: Any = model.apply({"params": params}, tokens, positions, np.ones_like(tokens))
     return np.asarray(logits(hidden, head(params, config)))
 
 
@@ -150,13 +156,15 @@ def check(name: str) -> dict[str, float]:
             result[f"export {split}"] = difference(torch_logits(loaded, tokens))
         else:  # rounding must be the only change
             ours, theirs = loaded.state_dict(), model.to(torch.bfloat16).state_dict()
-            same = ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+            same = ours.keys() == theirs.keys() and all(
+                torch.equal(ours[k], theirs[k]) for k in ours
+            )
             result["export in bf16"] = 0.0 if same else float("inf")
     return result
 
 
 def reload(directory: pathlib.Path | str) -> torch.nn.Module:
-    """Loads a checkpoint in its own dtype; every tensor must have a place and every place a tensor."""
+    """Loads a checkpoint in its own dtype; raises unless names and shapes fit exactly."""
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype="auto", attn_implementation="eager", output_loading_info=True
     )
@@ -167,7 +175,7 @@ def reload(directory: pathlib.Path | str) -> torch.nn.Module:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     arguments = parser.parse_args()
     transformers.logging.disable_progress_bar()
@@ -175,7 +183,7 @@ def main() -> int:
         for name in CASES:
             make(name)
             logit = np.load(HERE / name / "golden.npz")["logits"]
-            print(f"{name:14} logits {logit.min():7.2f} to {logit.max():6.2f}, deviation {logit.std():.2f}")
+            print(f"{name:14} logits {logit.min():.2f} to {logit.max():.2f}, std {logit.std():.2f}")
         return 0
     failed = []
     for i, name in enumerate(CASES):

@@ -6,6 +6,7 @@ Parity with transformers is in test_hf.py.
 
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,8 @@ def load(name):
 
 
 def forward(config, params, tokens, positions, segments, dtype=jnp.float32, remat="none"):
-    hidden = Transformer(config, dtype, remat).apply({"params": params}, tokens, positions, segments)
+    model = Transformer(config, dtype, remat)
+    hidden: Any = model.apply({"params": params}, tokens, positions, segments)
     return logits(hidden, head(params, config))
 
 
@@ -61,7 +63,7 @@ def test_gradients_vanish_exactly_where_a_token_must_not_look(name):
     config, params = load(name)
     width = 24
     _, positions, segments = rows([9, 7, 5], width, config.vocab_size, seed=0)
-    # Every token occurs once, so the gradient of an embedding row is that of the input in one place.
+    # Every token occurs once: the gradient of an embedding row is that of the input in one place.
     tokens = np.random.default_rng(1).permutation(config.vocab_size)[None, :width].astype(np.int32)
     probe = jax.random.normal(jax.random.key(0), (config.vocab_size,))
 
@@ -96,7 +98,9 @@ def test_cached_decoding_equals_the_whole_sequence(name):
     config, params = load(name)
     lengths, prompt, total, slots = np.array([3, 9, 1, 6]), 9, 17, 20
     batch = len(lengths)
-    tokens = np.random.default_rng(3).integers(0, config.vocab_size, (batch, total)).astype(np.int32)
+    tokens = (
+        np.random.default_rng(3).integers(0, config.vocab_size, (batch, total)).astype(np.int32)
+    )
     places = np.arange(total)[None, :] - (prompt - lengths)[:, None]  # negative on the padding
     positions, segments = np.maximum(places, 0), (places >= 0).astype(np.int32)
 
@@ -117,9 +121,13 @@ def test_cached_decoding_equals_the_whole_sequence(name):
     assert int(cache.slot) == total
     np.testing.assert_array_equal(cache.segments[:, total:], 0)
     # Each sequence once more, without padding on its left and without a cache.
-    whole = np.stack([np.roll(row, -shift) for row, shift in zip(tokens, prompt - lengths, strict=True)])
+    whole = np.stack(
+        [np.roll(row, -shift) for row, shift in zip(tokens, prompt - lengths, strict=True)]
+    )
     causal = np.broadcast_to(np.arange(total, dtype=np.int32), whole.shape)
-    expected = jax.jit(functools.partial(forward, config, params))(whole, causal, np.ones_like(whole))
+    expected = jax.jit(functools.partial(forward, config, params))(
+        whole, causal, np.ones_like(whole)
+    )
     for row, shift in enumerate(prompt - lengths):
         np.testing.assert_allclose(found[row, shift:], expected[row, : total - shift], atol=1e-4)
 
@@ -136,7 +144,7 @@ def test_remat_policies_compile_to_different_programs_with_the_same_gradients():
     for remat in REMAT_POLICIES:
         lowered = jax.jit(jax.grad(functools.partial(loss, remat=remat))).lower(params)
         compiled = lowered.compile()
-        products[remat] = compiled.as_text().count(" dot(")
+        products[remat] = str(compiled.as_text()).count(" dot(")
         gradients[remat] = compiled(params)
     # What is not kept is multiplied again.
     assert 0 < products["none"] < products["dots"] < products["full"], products
