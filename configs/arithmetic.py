@@ -124,7 +124,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         max_response_tokens=task["max_response_tokens"],
         prompts_per_call=32,
         deadline=600.0,  # seconds either side waits for the other
-        max_sequences=512,
+        max_sequences=256,
         prompt_multiple=4,
     )
     config.learner = dict(micro_batches=1, row_length=64, rows_multiple=8, logp_chunk=64)

@@ -23,7 +23,7 @@ class Buffer:
         behavior log-probs. "replay": groups are drawn at random, up to `max_reuse` times.
       max_age: steps after which a group is dropped as expired ("keep_with_anchor" and "replay").
       max_reuse: gradient steps that may use one group ("replay").
-      capacity: groups held at most; `add` waits for room.
+      capacity: groups held at most, for who asks `has_room` before it adds.
       zero_variance: whether groups with equal rewards are kept, dropped, or kept with a weight.
       seed: of the draws of "replay".
 
@@ -31,17 +31,28 @@ class Buffer:
     "added" and "reused", plus the groups still held, is "added".
 
     Raises:
-      UserError: for unknown modes.
+      UserError: for an unknown mode, or a group that may never be used.
     """
 
     def __init__(
-        self, *, mode: str, max_age: int, max_reuse: int, capacity: int, zero_variance: str, seed: int
+        self,
+        *,
+        mode: str,
+        max_age: int,
+        max_reuse: int,
+        capacity: int,
+        zero_variance: str,
+        seed: int,
     ):
         if mode not in MODES:
             raise UserError(f"buffer.mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
         if zero_variance not in ZERO_VARIANCE:
             raise UserError(
                 f"buffer.zero_variance={zero_variance!r} is unknown; choose one of {', '.join(ZERO_VARIANCE)}"
+            )
+        if max_reuse < 1:
+            raise UserError(
+                f"buffer.max_reuse={max_reuse} lets no group train; it must be at least 1"
             )
         self._mode, self._max_age, self._capacity, self._seed = mode, max_age, capacity, seed
         self._uses = max_reuse if mode == "replay" else 1
@@ -64,8 +75,8 @@ class Buffer:
         with self._changed:
             return {g.policy_version for g, _ in self._held}
 
-    def has_room(self) -> bool:
-        return len(self._held) < self._capacity
+    def has_room(self, count: int) -> bool:
+        return len(self._held) + count <= self._capacity
 
     def add(self, group: Group) -> None:
         """Takes a group, or counts why not."""
@@ -165,7 +176,10 @@ def flatten(groups: Sequence[Group]) -> tuple[dict, dict[str, np.ndarray]]:
     """Groups as JSON-able data and a few flat arrays, since their lengths differ."""
     rollouts = [r for g in groups for r in g.rollouts]
     meta = {
-        "prompts": [[g.prompt.id, g.prompt.draw, g.prompt.text, g.prompt.answer, g.prompt.task] for g in groups],
+        "prompts": [
+            [g.prompt.id, g.prompt.draw, g.prompt.text, g.prompt.answer, g.prompt.task]
+            for g in groups
+        ],
         "prompt_lengths": [len(g.prompt.tokens) for g in groups],
         "group_sizes": [len(g.rollouts) for g in groups],
         "lengths": [len(r.tokens) for r in rollouts],

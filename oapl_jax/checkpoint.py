@@ -8,7 +8,6 @@ the worker's place in the prompts from `loop`. The lag phase and all random numb
 import json
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -83,35 +82,36 @@ class Checkpoints:
             f"space or mend the directory, then start again: it resumes from the newest whole step (have: {kept})"
         )
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict, dict[str, np.ndarray]]:
+    def restore(
+        self, step: int, abstract: TrainState
+    ) -> tuple[TrainState, dict, dict[str, np.ndarray]]:
         """Reads a step into the shapes and shardings of `abstract`.
 
         Raises:
           UserError: if the step's arrays do not have these shapes.
         """
+        items = self._read(
+            step,
+            params=ocp.args.StandardRestore(abstract.params),
+            optimizer=ocp.args.StandardRestore(_without_params(abstract)),
+            loop=ocp.args.JsonRestore(),
+            groups=ocp.args.StandardRestore(),
+        )
+        state = TrainState(params=items.params, **items.optimizer)
+        return state, items.loop, {k: np.asarray(v) for k, v in items.groups.items()}
+
+    def restore_params(self, step: int, abstract: Any) -> Any:
+        """Only the parameters of a step; raises as `restore` does."""
+        return self._read(step, params=ocp.args.StandardRestore(abstract)).params
+
+    def _read(self, step: int, **items: Any) -> Any:
         try:
-            items = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(abstract.params),
-                    optimizer=ocp.args.StandardRestore(_without_params(abstract)),
-                    loop=ocp.args.JsonRestore(),
-                    groups=ocp.args.StandardRestore(),
-                ),
-            )
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise UserError(
                 f"checkpoint step {step} below {self._directory} does not fit this configuration "
                 f"({str(error).splitlines()[0]}); use the configuration that saved it, or another --workdir"
             ) from error
-        state = TrainState(params=items.params, **items.optimizer)
-        return state, items.loop, {k: np.asarray(v) for k, v in items.groups.items()}
-
-    def restore_params(self, step: int, abstract: Any) -> Any:
-        """Only the parameters of a step."""
-        return self._manager.restore(
-            step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        ).params
 
     def close(self) -> None:
         self.wait()
@@ -123,14 +123,20 @@ def _without_params(state: TrainState) -> dict[str, Any]:
     return {**rest, "skipped_in_a_row": state.skipped_in_a_row}
 
 
-def abstract_state(make: Any, shardings: TrainState) -> TrainState:
-    """The shapes of what `make()` returns, each with its sharding."""
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    return jax.tree.map(place, jax.eval_shape(make), shardings)
-
-
 # Sections that shape what is saved or what it means; a workdir belongs to one choice of them.
-STRUCTURAL = ("seed", "group_size", "groups_per_step", "model", "data", "warmup", "buffer.mode", "lag.mode")
+# (After a change of lag.steps, the version that is due may never have been published.)
+STRUCTURAL = (
+    "seed",
+    "group_size",
+    "groups_per_step",
+    "model",
+    "data",
+    "warmup",
+    "buffer.mode",
+    "lag",
+    "evaluation.n",
+    "evaluation.ks",
+)
 
 
 def check_config(path: epath.Path, config: dict[str, Any]) -> list[str]:
@@ -143,20 +149,20 @@ def check_config(path: epath.Path, config: dict[str, Any]) -> list[str]:
       UserError: listing the settings that differ and may not.
     """
     new = flat(config)
-    if not path.exists():
-        path.write_text(json.dumps(config, indent=1, sort_keys=True))
-        return []
-    old = flat(json.loads(path.read_text()))
-    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    old = flat(json.loads(path.read_text())) if path.exists() else new
+    value = lambda config, key: config.get(key, "absent")
+    differing = sorted(key for key in old.keys() | new.keys() if value(old, key) != value(new, key))
     structural = lambda key: any(key == s or key.startswith(s + ".") for s in STRUCTURAL)
     refused = [key for key in differing if structural(key) or key not in old or key not in new]
-    describe = lambda key: f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+    describe = lambda key: f"{key}: {value(old, key)} -> {value(new, key)}"
     if refused:
         raise UserError(
             f"{path} was saved by a run with other settings ({'; '.join(map(describe, refused))}); "
             "set them back, or give another --workdir"
         )
-    path.write_text(json.dumps(config, indent=1, sort_keys=True))
+    aside = path.parent / f"{path.name}.new"  # a kill must not leave half a config
+    aside.write_text(json.dumps(config, indent=1, sort_keys=True))
+    aside.replace(path)
     return [describe(key) for key in differing]
 
 

@@ -1,6 +1,6 @@
 """What was learned: pass@k, avg@n, maj@n and greedy accuracy, with intervals, length and truncation.
 
-    python -m oapl_jax.evaluate --config=configs/arithmetic.py --workdir=runs/arithmetic [--step=N]
+python -m oapl_jax.evaluate --config=configs/arithmetic.py --workdir=runs/arithmetic [--step=N]
 """
 
 import json
@@ -27,7 +27,9 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
       ValueError: unless 1 <= k <= n and 0 <= c <= n.
     """
     if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
-        raise ValueError(f"pass@{k} needs 1 <= k <= n and 0 <= c <= n; n={num_samples}, c={num_correct}")
+        raise ValueError(
+            f"pass@{k} needs 1 <= k <= n and 0 <= c <= n; n={num_samples}, c={num_correct}"
+        )
     if num_samples - num_correct < k:
         return 1.0
     wrong = np.arange(num_samples - num_correct + 1, num_samples + 1)
@@ -35,12 +37,15 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def maj_at_n(answers: Sequence[str], correct: Sequence[float]) -> float:
-    """Whether the most frequent final answer is right; ties count by the share of tied answers that are."""
+    """Whether the most frequent final answer is right; ties count by the share of tied answers that are.
+
+    An answer is right if a response with it is: one that was cut off behind it gets no reward.
+    """
     votes: dict[str, list[float]] = defaultdict(list)
     for answer, right in zip(answers, correct, strict=True):
         votes[answer].append(right)
     most = max(map(len, votes.values()))
-    return float(np.mean([v[0] for v in votes.values() if len(v) == most]))
+    return float(np.mean([max(v) for v in votes.values() if len(v) == most]))
 
 
 def interval(values: np.ndarray, *, resamples: int, seed: int) -> tuple[float, float]:
@@ -82,10 +87,12 @@ def evaluate(
       "prompts" and "samples".
 
     Raises:
-      UserError: if a k is larger than n.
+      UserError: unless each k lies within 1 and n.
     """
-    if not ks or max(ks) > n:
-        raise UserError(f"evaluation.ks={list(ks)} asks for more than evaluation.n={n} samples; raise n")
+    if not ks or min(ks) < 1 or max(ks) > n:
+        raise UserError(
+            f"evaluation.ks={list(ks)} must lie within 1 and evaluation.n={n}; raise n or change ks"
+        )
     sampled = sampler.generate(prompts, n=n, sampling=sampling)
     greedy_sampling = Sampling(0.0, 1.0, 0, sampling.max_response_tokens)
     greedy = sampler.generate(prompts, n=1, sampling=greedy_sampling)
@@ -109,7 +116,9 @@ def evaluate(
     tokens = sum(len(r.tokens) for r in rollouts)
     result["length"] = tokens / len(rollouts)
     result["truncated"] = float(np.mean([r.finish_reason == "length" for r in rollouts]))
-    result["entropy"] = -float(sum(r.behavior_logp.sum(dtype=np.float64) for r in rollouts)) / tokens
+    result["entropy"] = (
+        -float(sum(r.behavior_logp.sum(dtype=np.float64) for r in rollouts)) / tokens
+    )
     result["version"], result["prompts"], result["samples"] = sampler.version, len(prompts), n
     return result
 
@@ -118,7 +127,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """A plain-text table, a row for each named result."""
     first = next(iter(results.values()))
     columns = [k for k in first if k.startswith("pass@") and "/" not in k]
-    columns += [k for k in first if k.startswith("maj@")] + ["greedy", "length", "truncated", "entropy"]
+    columns += [k for k in first if k.startswith("maj@")] + [
+        "greedy",
+        "length",
+        "truncated",
+        "entropy",
+    ]
     lines = ["".join(["        ", *(f"{name:>12}" for name in columns)])]
     for name, result in results.items():
         lines.append("".join([f"{name:<8}", *(f"{result[c]:>12.3f}" for c in columns)]))
@@ -133,7 +147,9 @@ def main() -> None:
     config_flag = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
     workdir_flag = flags.DEFINE_string("workdir", None, "directory of the run", required=True)
     step_flag = flags.DEFINE_integer("step", None, "checkpoint step; the newest by default")
-    split_flag = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "which prompts")
+    split_flag = flags.DEFINE_enum(
+        "split", "test", ["train", "validation", "test"], "which prompts"
+    )
     parse_flags(sys.argv)
     workdir = epath.Path(workdir_flag.value)
     if not (workdir / "checkpoints").exists():

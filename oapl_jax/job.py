@@ -107,7 +107,9 @@ class Job:
         steps = self.checkpoints.steps()
         if not steps or (step is not None and step not in steps):
             have = ", ".join(map(str, steps)) or "none"
-            raise UserError(f"{self.workdir} has no checkpoint step {step or ''} (have: {have}); train first")
+            raise UserError(
+                f"{self.workdir} has no checkpoint step {step or ''} (have: {have}); train first"
+            )
         step = steps[-1] if step is None else step
         return step, self.checkpoints.restore_params(step, self.abstract_state().params)
 
@@ -160,7 +162,10 @@ def check_sizes(config: ConfigDict) -> None:
     sequences = config.group_size * config.groups_per_step
     needed = config.groups_per_step + config.rollout.prompts_per_call
     for wrong, sentence in (
-        (config.data.task not in TASKS, f"data.task={config.data.task!r} is not one of {', '.join(TASKS)}"),
+        (
+            config.data.task not in TASKS,
+            f"data.task={config.data.task!r} is not one of {', '.join(TASKS)}",
+        ),
         (
             config.model.remat not in REMAT_POLICIES,
             f"model.remat={config.model.remat!r} is not one of {', '.join(REMAT_POLICIES)}",

@@ -33,7 +33,9 @@ class LagPolicy:
             raise UserError(f"lag.mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}")
         least = 1 if self.mode == "window" else 0
         if self.steps < least:
-            raise UserError(f"lag.steps={self.steps} is too small; lag.mode={self.mode} needs at least {least}")
+            raise UserError(
+                f"lag.steps={self.steps} is too small; lag.mode={self.mode} needs at least {least}"
+            )
 
     def publishes(self, step: int) -> bool:
         """Whether the learner's weights before gradient step `step` become a version."""

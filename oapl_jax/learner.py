@@ -51,7 +51,11 @@ def state_shardings(
     shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), params)
     everywhere = NamedSharding(mesh, P())
     moments = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, s: s, shapes.opt_state, placed, transform_non_params=lambda _: everywhere
+        optimizer,
+        lambda _, s: s,
+        shapes.opt_state,
+        placed,
+        transform_non_params=lambda _: everywhere,
     )
     return TrainState(everywhere, placed, moments, everywhere, everywhere)
 
@@ -71,7 +75,9 @@ def init_state(
         make = lambda key: new_state(init_params(model, key), optimizer)
         return jax.jit(make, out_shardings=shardings)(jax.random.key(params))
     params = jax.device_put(params, shardings.params)
-    return jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=shardings)(params)
+    return jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=shardings)(
+        params
+    )
 
 
 def token_logp(
@@ -106,7 +112,9 @@ def token_logp(
         normaliser = jax.nn.logsumexp(scaled, axis=-1)
         chosen = jnp.take_along_axis(scaled, chunk_targets[..., None], axis=-1)[..., 0]
         probs = jnp.exp(jax.lax.stop_gradient(scaled - normaliser[..., None]))
-        entropy = jax.lax.stop_gradient(normaliser) - jnp.sum(probs * jax.lax.stop_gradient(scaled), -1)
+        entropy = jax.lax.stop_gradient(normaliser) - jnp.sum(
+            probs * jax.lax.stop_gradient(scaled), -1
+        )
         return chosen - normaliser, entropy
 
     _, (logp, entropy) = jax.lax.scan(
@@ -146,7 +154,9 @@ def summarize(loss: jax.Array, metrics: dict[str, jax.Array], batch: Batch) -> d
     if "target_log_ratio" in metrics:
         # Least squares through the origin of the log-ratio on A / beta2: 1 at the fixed point.
         target = metrics["target_log_ratio"]
-        out["log_ratio/slope"] = jnp.sum(metrics["log_ratio"] * target) / jnp.sum(jnp.square(target))
+        out["log_ratio/slope"] = jnp.sum(metrics["log_ratio"] * target) / jnp.sum(
+            jnp.square(target)
+        )
     return out
 
 

@@ -30,11 +30,13 @@ class MetricsWriter:
         kept = [line for line in read_lines(self._path) if line["step"] <= start_step]
         aside = workdir / "metrics.jsonl.new"
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        aside.rename(self._path)
+        aside.replace(self._path)
         self._file = self._path.open("a")
         self._events = None
         if tensorboard:
-            self._events = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=start_step + 1)
+            self._events = SummaryWriter(
+                os.fspath(workdir / "tensorboard"), purge_step=start_step + 1
+            )
 
     def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Writes and returns what is finite; the mean of an empty set, say, is left out."""

@@ -58,13 +58,17 @@ def open_policy(
                 "pad_token_id": tokenizer.pad_token_id,
             }
             config = ModelConfig.from_hf(sizes, source="model.architecture")
-            (directory / "config.json").write_text(json.dumps(config.to_hf(dtype="float32"), indent=1))
+            (directory / "config.json").write_text(
+                json.dumps(config.to_hf(dtype="float32"), indent=1)
+            )
         config, tokenizer = hf.load_config(directory), load_tokenizer(directory)
     check_tokenizer(tokenizer, config, source=path or "model.architecture")
     return Policy(config, tokenizer, checkpoint)
 
 
-def check_lengths(policy: Policy, *, max_prompt_tokens: int, max_response_tokens: int, row_length: int) -> None:
+def check_lengths(
+    policy: Policy, *, max_prompt_tokens: int, max_response_tokens: int, row_length: int
+) -> None:
     """Raises a UserError unless the longest prompt and response fit the context and a row."""
     total = max_prompt_tokens + max_response_tokens
     for name, limit in (
@@ -76,4 +80,3 @@ def check_lengths(policy: Policy, *, max_prompt_tokens: int, max_response_tokens
                 f"data.max_prompt_tokens={max_prompt_tokens} + rollout.max_response_tokens="
                 f"{max_response_tokens} is {total} tokens, more than {name} ({limit}); lower one of them"
             )
-

@@ -88,9 +88,18 @@ def check_version(path: epath.Path) -> None:
     if not path.exists():
         raise UserError(f"version directory {path} is missing; {remedy}")
     if not (path / COMMITTED).exists():
-        raise UserError(f"version directory {path} was not written to its end (no {COMMITTED}); {remedy}")
-    for name, entry in json.loads((path / MANIFEST).read_text())["files"].items():
-        if not (path / name).exists() or checksum(path / name) != entry["sha256"]:
+        raise UserError(
+            f"version directory {path} was not written to its end (no {COMMITTED}); {remedy}"
+        )
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        sums = {name: entry["sha256"] for name, entry in files.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{MANIFEST} in version directory {path} is missing or damaged; {remedy}"
+        ) from error
+    for name, expected in sums.items():
+        if not (path / name).exists() or checksum(path / name) != expected:
             raise UserError(f"{name} in version directory {path} is missing or damaged; {remedy}")
 
 

@@ -98,7 +98,9 @@ class Batch:
     tokens: jax.Array  # int32[M, R, T]
     positions: jax.Array  # int32[M, R, T], restart in each segment
     segments: jax.Array  # int32[M, R, T], 0 is padding
-    where: jax.Array  # int32[M, S, C], index into R * T of the response's tokens, C = longest response
+    where: (
+        jax.Array
+    )  # int32[M, S, C], index into R * T of the response's tokens, C = longest response
     mask: jax.Array  # float32[M, S, C], 1 on response tokens
     behavior_logp: jax.Array  # float32[M, S, C]
     advantage: jax.Array  # float32[M, S]

@@ -125,7 +125,9 @@ def run(config: ConfigDict, workdir: epath.Path, stop: StopRequest) -> dict[str,
             if int(state.step) not in job.checkpoints.steps():
                 save(job, state, loop, worker, buffer, lag)
             job.checkpoints.wait()
-            say(f"stopped by {stop.requested} at step {int(state.step)}; the same command goes on from here")
+            say(
+                f"stopped by {stop.requested} at step {int(state.step)}; the same command goes on from here"
+            )
             return None
         after = job.grade(config.num_steps, state.params, "test")
     return {"before": loop["before"], "after": after, "seconds": loop["seconds"]}
@@ -180,7 +182,9 @@ def resume(job: Job, worker: Worker, buffer: Buffer) -> tuple[learner.TrainState
     return state, loop
 
 
-def save(job: Job, state: learner.TrainState, loop: dict, worker: Worker, buffer: Buffer, lag: LagPolicy) -> None:
+def save(
+    job: Job, state: learner.TrainState, loop: dict, worker: Worker, buffer: Buffer, lag: LagPolicy
+) -> None:
     """Starts to save everything that moves, and notes which versions the step will need."""
     step = int(state.step)
     with buffer.lock:  # the buffer and the worker's place in the prompts belong together
@@ -207,7 +211,9 @@ def publish_and_serve(
             dtype=job.config.publish_dtype,
         )
         pinned = {v for kept in loop["pins"].values() for v in kept}
-        publisher.collect(versions, keep=pinned | lag.needs(step) | buffer.versions() | {worker.version})
+        publisher.collect(
+            versions, keep=pinned | lag.needs(step) | buffer.versions() | {worker.version}
+        )
     due = lag.serves(step)
     if worker.version != due:
         worker.serve(due, publisher.version_path(versions, due))
@@ -230,7 +236,9 @@ def collect(
     while not (enough() or stop.requested):
         worker.produce()
         if time.monotonic() - started > config.rollout.deadline:
-            raise RunError(f"sampled {config.rollout.deadline:.0f} s for {what}; dropped: {dict(buffer.counts)}")
+            raise RunError(
+                f"sampled {config.rollout.deadline:.0f} s for {what}; dropped: {dict(buffer.counts)}"
+            )
     return buffer.sample(config.groups_per_step, step), time.monotonic() - started
 
 
@@ -283,8 +291,12 @@ def report(config: ConfigDict, workdir: epath.Path, result: dict[str, Any]) -> N
 
 def main() -> None:
     config_flag = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
-    workdir_flag = flags.DEFINE_string("workdir", None, "the run's directory; resumes what it finds", required=True)
-    install_flag = flags.DEFINE_float("install_seconds", None, "seconds of the install, for result.json")
+    workdir_flag = flags.DEFINE_string(
+        "workdir", None, "the run's directory; resumes what it finds", required=True
+    )
+    install_flag = flags.DEFINE_float(
+        "install_seconds", None, "seconds of the install, for result.json"
+    )
     parse_flags(sys.argv)
     config, workdir = config_flag.value, epath.Path(workdir_flag.value)
     workdir.mkdir(parents=True, exist_ok=True)

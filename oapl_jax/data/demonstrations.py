@@ -37,7 +37,9 @@ def demonstrations(
       UserError: for a demonstration that is too long, or more demonstrations than records.
     """
     if not 0 < count <= len(source):
-        raise UserError(f"warmup.demonstrations={count} is not within 1 and data.train_size={len(source)}")
+        raise UserError(
+            f"warmup.demonstrations={count} is not within 1 and data.train_size={len(source)}"
+        )
     rng = np.random.default_rng([seed, 1])
     groups = []
     for i in range(count):

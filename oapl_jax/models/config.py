@@ -18,7 +18,7 @@ ROPE_TYPES = ("default", "llama3", "yarn")
 class ModelConfig:
     """Everything that the decoder must know; the field names are the field's own words.
 
-    `rope` holds `rope_type`, `rope_theta` and the variant's constants, spelled as in config.json, in
+    `rope` holds `rope_type`, `rope_theta` and the variant's constants as config.json names them, in
     sorted pairs, so that the config can be hashed.
     """
 

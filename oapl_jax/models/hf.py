@@ -147,7 +147,8 @@ def save_params(
 
     Raises:
       UserError: for an unknown dtype, a size that is not positive, or a directory already in use.
-      ValueError: if the parameters are not those of the model, listing the differences.
+      ValueError: if the parameters are not those of the model, listing the differences, or lie on
+        other hosts.
     """
     directory = epath.Path(directory)
     if dtype not in EXPORT_DTYPES:
@@ -163,6 +164,9 @@ def save_params(
     if wrong:
         differences = ", ".join(f"{p} {given.get(p)} instead of {wanted.get(p)}" for p in wrong)
         raise ValueError(f"not the parameters of this {config.model_type}: {differences}")
+
+    if any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flat.values()):
+        raise ValueError("some parameters lie on other hosts; gather them before the export")
 
     shards: list[list[Tensor]] = []
     room, total = 0, 0

@@ -43,13 +43,17 @@ def bind(name: str, **values: Any) -> Objective:
       UserError: if the objective is unknown or one of its hyper-parameters is missing.
     """
     if name not in OBJECTIVES:
-        raise UserError(f"objective.name={name!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
+        raise UserError(
+            f"objective.name={name!r} is unknown; choose one of {', '.join(OBJECTIVES)}"
+        )
 
     def fill(function):
         names = hyper_parameters(function)
         missing = [key for key in names if key not in values]
         if missing:
-            raise UserError(f"objective {name} needs objective.{', objective.'.join(missing)}; add them")
+            raise UserError(
+                f"objective {name} needs objective.{', objective.'.join(missing)}; add them"
+            )
         return functools.partial(function, **{key: values[key] for key in names})
 
     return Objective(*map(fill, OBJECTIVES[name]))

@@ -35,5 +35,7 @@ def sequence_weights(lengths: np.ndarray, aggregation: str, *, constant_length: 
     elif aggregation == "constant":
         weights = np.full(count, 1 / (count * constant_length))
     else:
-        raise UserError(f"objective.aggregation={aggregation!r} is unknown; choose one of {', '.join(AGGREGATIONS)}")
+        raise UserError(
+            f"objective.aggregation={aggregation!r} is unknown; choose one of {', '.join(AGGREGATIONS)}"
+        )
     return weights.astype(np.float32)

@@ -15,6 +15,7 @@ PROXIMALS = ("behavior", "learner")
 def advantage(reward: Float[Array, " G"], *, normalize_std: bool) -> Float[Array, " G"]:
     """A_i = r_i - mean(r), divided by std(r) + 1e-6 (with G - 1) if `normalize_std`."""
     reward = reward.astype(jnp.float32)
+    reward = reward - reward[0]  # the mean of equal rewards is rounded; that of zeros is not
     centred = reward - jnp.mean(reward)
     if normalize_std and len(reward) > 1:
         centred = centred / (jnp.std(reward, ddof=1) + 1e-6)
@@ -54,7 +55,9 @@ def loss(
     if proximal not in PROXIMALS or correction not in CORRECTIONS:
         raise ValueError(f"proximal is one of {PROXIMALS} and correction one of {CORRECTIONS}")
     if proximal == "behavior" and correction != "none":
-        raise ValueError(f"correction={correction!r} repairs a gap that proximal='behavior' does not have")
+        raise ValueError(
+            f"correction={correction!r} repairs a gap that proximal='behavior' does not have"
+        )
     logp, behavior_logp = logp.astype(jnp.float32), behavior_logp.astype(jnp.float32)
     behavior_logp = jnp.where(mask > 0, jax.lax.stop_gradient(behavior_logp), 0.0)
     logp = jnp.where(mask > 0, logp, 0.0)
@@ -75,7 +78,8 @@ def loss(
 
 
 def _ratio(log_ratio: jax.Array) -> jax.Array:
-    return jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))  # exp(20) is still far from an overflow of the sum
+    # exp(20) is still far from an overflow of the sum.
+    return jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
 
 
 def _correct(gap: jax.Array, correction: str, cap: float, floor: float) -> jax.Array:

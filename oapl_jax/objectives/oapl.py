@@ -20,11 +20,11 @@ def advantage(reward: Float[Array, " G"], *, beta1: float) -> Float[Array, " G"]
       reward: of the whole group that was sampled, never of a filtered or split part of it.
       beta1: temperature of the value estimate, above 0, in units of reward.
     """
-    reward = reward.astype(jnp.float32)
-    best = jnp.max(reward)
+    below_best = reward.astype(jnp.float32)
+    below_best = below_best - jnp.max(below_best)
     # expm1 and log1p keep V^ exact for equal rewards and for a large beta1, where exp(r / beta1) ~ 1.
-    v_star = best + beta1 * jnp.log1p(jnp.mean(jnp.expm1((reward - best) / beta1)))
-    return jax.lax.stop_gradient(reward - v_star)
+    v_star = beta1 * jnp.log1p(jnp.mean(jnp.expm1(below_best / beta1)))  # less the best reward
+    return jax.lax.stop_gradient(below_best - v_star)
 
 
 def loss(

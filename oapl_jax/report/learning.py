@@ -27,13 +27,17 @@ def draw(
       title: of the picture.
     """
     figure, ((learned, lagged), (moved, fitted)) = plt.subplots(2, 2, figsize=(11, 7))
-    last = lines[-1]["step"]
+    last = lines[-1]["step"] if lines else 0
 
-    _plot(learned, lines, "rollout/reward", "reward of sampled responses", color="0.75", linewidth=1)
+    _plot(
+        learned, lines, "rollout/reward", "reward of sampled responses", color="0.75", linewidth=1
+    )
     for color, key in (("C0", "pass@1"), ("C2", "pass@8")):
         _plot(learned, lines, f"eval/{key}", f"{key}, validation", color=color, marker=".")
         if key in before:
-            learned.plot([0, last], [before[key], after[key]], "*", color=color, label=f"{key}, test")
+            learned.plot(
+                [0, last], [before[key], after[key]], "*", color=color, label=f"{key}, test"
+            )
     learned.set(ylim=(0, 1.02), title="What was learned")
 
     _plot(lagged, lines, "lag/mean", "mean", color="C0")

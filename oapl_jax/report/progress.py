@@ -7,7 +7,13 @@ from typing import Any
 
 import tqdm
 
-SHOWN = {"reward": "reward", "eval/pass@1": "pass@1", "loss": "loss", "lag/mean": "lag", "entropy": "entropy"}
+SHOWN = {
+    "reward": "reward",
+    "eval/pass@1": "pass@1",
+    "loss": "loss",
+    "lag/mean": "lag",
+    "entropy": "entropy",
+}
 
 
 class Progress:

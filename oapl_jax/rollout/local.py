@@ -66,8 +66,12 @@ class LocalSampler:
     def generate(
         self, prompts: Sequence[Prompt], *, n: int, sampling: Sampling
     ) -> list[list[Rollout]]:
-        """See Sampler. Prompts are taken in portions of max_sequences // n, the last one filled up."""
+        """See Sampler. Prompts are taken in portions of max_sequences // n, the last one filled up.
+
+        Fewer prompts than that make one portion, filled up to a power of two.
+        """
         portion = max(self._max_sequences // n, 1)
+        portion = min(portion, 1 << (len(prompts) - 1).bit_length())
         rollouts = []
         for start in range(0, len(prompts), portion):
             rollouts += self._generate(prompts[start : start + portion], portion, n, sampling)
@@ -181,7 +185,9 @@ def decode(
     def one_token(state):
         t, hidden, cache, done, lengths, out_tokens, out_logp = state
         chosen, logp = draw(t, hidden)
-        out_tokens = jax.lax.dynamic_update_slice(out_tokens, chosen[:, None].astype(jnp.int32), (0, t))
+        out_tokens = jax.lax.dynamic_update_slice(
+            out_tokens, chosen[:, None].astype(jnp.int32), (0, t)
+        )
         out_logp = jax.lax.dynamic_update_slice(out_logp, logp[:, None], (0, t))
         lengths = lengths + ~done
         done = done | jnp.any(chosen[:, None] == stops, axis=1)

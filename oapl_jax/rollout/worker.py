@@ -49,6 +49,7 @@ class Worker:
         self._delivered = prompts.state()
         self._totals: Counter[str] = Counter()
         self._wanted: tuple[int, epath.Path] | None = None
+        self._serving: tuple[int, epath.Path] | None = None
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._failure: BaseException | None = None
@@ -58,6 +59,13 @@ class Worker:
         """The version that serves from the next portion on; -1 before the first."""
         return self._wanted[0] if self._wanted else -1
 
+    def versions(self) -> set[int]:
+        """What must not be collected: the version that serves next, and the one sampled from now.
+
+        Ask before `Buffer.versions`: a portion in between is then in one of the two.
+        """
+        return {version for version, _ in filter(None, (self._serving, self._wanted))}
+
     def serve(self, version: int, path: epath.Path) -> None:
         """From the next portion of prompts on, samples from this published version."""
         with self._buffer.lock:
@@ -66,8 +74,9 @@ class Worker:
 
     def produce(self) -> None:
         """Samples and adds one portion of groups."""
-        if self._wanted and self._wanted[0] != self._sampler.version:
-            self._sampler.refresh(*self._wanted)
+        self._serving = self._wanted
+        if self._serving and self._serving[0] != self._sampler.version:
+            self._sampler.refresh(*self._serving)
         prompts = [next(self._prompts) for _ in range(self._prompts_per_call)]
         start = time.monotonic()
         samples = self._sampler.generate(prompts, n=self._group_size, sampling=self._sampling)
@@ -96,9 +105,9 @@ class Worker:
     def take_metrics(self) -> dict[str, float]:
         """What was sampled since the last call; empty if nothing was."""
         with self._buffer.lock:
+            if not self._totals["groups"]:
+                return {}  # seconds waited since then belong to the groups that follow
             total, self._totals = self._totals, Counter()
-        if not total["groups"]:
-            return {}
         return {
             "rollout/groups": total["groups"],
             "rollout/reward": total["reward"] / total["rollouts"],
@@ -127,7 +136,7 @@ class Worker:
         try:
             while not self._stopping:
                 waited = self._buffer.wait(
-                    lambda: self._stopping or self._buffer.has_room(),
+                    lambda: self._stopping or self._buffer.has_room(self._prompts_per_call),
                     what="room in the buffer (rollout.deadline): the learner takes no groups",
                     deadline=self._deadline,
                 )

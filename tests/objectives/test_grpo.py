@@ -1,0 +1,310 @@
+"""GRPO with every correction against numbers made by hand, a loop in float64, and its limits."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oapl_jax.objectives import grpo
+
+INF = float("inf")
+OPEN = dict(clip_low=INF, clip_high=INF)  # no clipping
+PAPER = dict(clip_low=0.2, clip_high=0.28)
+
+
+def settings(**changes):
+    return {
+        **PAPER,
+        "proximal": "behavior",
+        "correction": "none",
+        "correction_cap": 1.5,
+        "correction_floor": 0.6,
+        **changes,
+    }
+
+
+def total(logp, behavior_logp, advantages, mask, **hyper):
+    """(sum of losses, (losses, metrics)), to be differentiated by logp."""
+    losses, metrics = grpo.loss(
+        logp, behavior_logp, jnp.asarray(advantages, jnp.float32), mask, **hyper
+    )
+    return losses.sum(), (losses, metrics)
+
+
+def run(logp, behavior_logp, advantages, mask, **hyper):
+    (_, (losses, metrics)), gradient = jax.value_and_grad(total, has_aux=True)(
+        jnp.asarray(logp, jnp.float32), behavior_logp, advantages, mask, **hyper
+    )
+    return np.asarray(losses), np.asarray(gradient), jax.tree.map(np.asarray, metrics)
+
+
+def random_group(seed, lengths, width, spread):
+    rng = np.random.default_rng(seed)
+    logp = rng.normal(-1.5, 0.5, (len(lengths), width)).astype(np.float32)
+    behavior = (logp + rng.normal(0, spread, logp.shape)).astype(np.float32)
+    mask = (np.arange(width) < np.asarray(lengths)[:, None]).astype(np.float32)
+    return logp, behavior, rng.normal(0, 1, len(lengths)).astype(np.float32), mask
+
+
+@pytest.mark.parametrize(
+    ("reward", "normalize_std", "expected"),
+    [
+        ([1, 0, 0, 0], False, [0.75, -0.25, -0.25, -0.25]),
+        ([1, 0, 0, 0], True, [1.5, -0.5, -0.5, -0.5]),  # std with G - 1 is 1/2
+        ([2, 4, 9], False, [-3, -1, 4]),
+        ([2, 4, 9], True, [-3 / 13**0.5, -1 / 13**0.5, 4 / 13**0.5]),
+        ([-5.0], False, [0.0]),
+        ([-5.0], True, [0.0]),
+        ([0.1] * 3, True, [0.0] * 3),  # whose rounded mean is not 0.1
+        ([3333.3] * 11, True, [0.0] * 11),
+        ([10000.0, 10001.0], True, [-(0.5**0.5), 0.5**0.5]),
+    ],
+)
+def test_advantage_by_hand(reward, normalize_std, expected):
+    found = grpo.advantage(jnp.asarray(reward, jnp.float32), normalize_std=normalize_std)
+    tolerance = 1e-5 if any(expected) else 0  # std + 1e-6
+    np.testing.assert_allclose(found, expected, atol=tolerance, rtol=0)
+
+
+def test_advantage_follows_a_permutation_and_carries_no_gradient():
+    reward, order = jnp.array([0.5, -1.0, 3.0, 0.0]), np.array([2, 0, 3, 1])
+    for normalize_std in (False, True):
+        advantage = lambda r, n=normalize_std: grpo.advantage(r, normalize_std=n)
+        np.testing.assert_allclose(advantage(reward[order]), advantage(reward)[order], atol=1e-6)
+        gradient = jax.grad(lambda r, a=advantage: jnp.sum(a(r) ** 2))(reward)
+        np.testing.assert_array_equal(gradient, 0.0)
+
+
+# Three tokens with policy / behavior = 2, 1/2, 5/4 (their product is 5/4), then a pad.
+RATIOS = np.array([2.0, 0.5, 1.25])
+LOGP = np.array([[-1.0, -2.0, -0.5, 5.0]], np.float32)
+BEHAVIOR = LOGP - np.log([[*RATIOS, 1e-3]]).astype(np.float32)
+MASK = np.array([[1.0, 1.0, 1.0, 0.0]], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("hyper", "advantage", "tokens", "slopes"),
+    [
+        # A > 0 is clipped above, A < 0 below; a clipped token has no gradient, the others -A rho.
+        (PAPER, 1.0, [-1.28, -0.5, -1.25], [0, -0.5, -1.25]),
+        (PAPER, -1.0, [2.0, 0.8, 1.25], [2.0, 0, 1.25]),
+        (PAPER, 2.0, [-2.56, -1.0, -2.5], [0, -1.0, -2.5]),
+        (dict(clip_low=0.2, clip_high=0.2), 1.0, [-1.2, -0.5, -1.2], [0, -0.5, 0]),
+        (dict(clip_low=0.6, clip_high=0.2), -1.0, [2.0, 0.5, 1.25], [2.0, 0.5, 1.25]),
+        (dict(clip_low=INF, clip_high=0.28), -1.0, [2.0, 0.5, 1.25], [2.0, 0.5, 1.25]),
+        (dict(clip_low=0.2, clip_high=INF), 1.0, [-2.0, -0.5, -1.25], [-2.0, -0.5, -1.25]),
+        (OPEN, -1.0, [2.0, 0.5, 1.25], [2.0, 0.5, 1.25]),
+    ],
+)
+def test_clipping_by_hand(hyper, advantage, tokens, slopes):
+    losses, gradient, metrics = run(LOGP, BEHAVIOR, [advantage], MASK, **settings(**hyper))
+    np.testing.assert_allclose(losses, [sum(tokens)], rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[*slopes, 0]], rtol=1e-6)
+    clipped = np.mean(~np.isclose(tokens, -advantage * RATIOS))
+    np.testing.assert_allclose(metrics["clip_fraction"], [clipped], atol=1e-6)
+    np.testing.assert_allclose(metrics["correction"], [1.0])
+    np.testing.assert_allclose(metrics["log_ratio"], [np.log(1.25)], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("correction", "cap", "floor", "weights"),
+    [
+        ("none", 1.5, 0.6, [1, 1, 1]),
+        ("token_truncate", 1.5, 0.6, [1.5, 0.5, 1.25]),
+        ("token_truncate", 0.25, 0.6, [0.25, 0.25, 0.25]),
+        ("sequence_truncate", 1.5, 0.6, [1.25, 1.25, 1.25]),
+        ("sequence_truncate", 1.1, 0.6, [1.1, 1.1, 1.1]),
+        ("token_mask", 1.5, 0.6, [0, 0, 1.25]),
+        ("token_mask", 1.5, 0.4, [0, 0.5, 1.25]),
+        ("token_mask", 2.5, 0.6, [2, 0, 1.25]),
+        ("sequence_mask", 1.5, 0.6, [1.25, 1.25, 1.25]),
+        ("sequence_mask", 1.1, 0.6, [0, 0, 0]),
+        ("sequence_mask", 2.0, 1.3, [0, 0, 0]),
+    ],
+)
+@pytest.mark.parametrize("advantage", [1.0, -0.5])
+def test_corrections_by_hand(correction, cap, floor, weights, advantage):
+    """With the learner as proximal policy rho = 1: the loss is -A sum w, the gradient -A w."""
+    hyper = settings(
+        proximal="learner", correction=correction, correction_cap=cap, correction_floor=floor
+    )
+    losses, gradient, metrics = run(LOGP, BEHAVIOR, [advantage], MASK, **hyper)
+    np.testing.assert_allclose(losses, [-advantage * sum(weights)], rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[*(-advantage * np.array(weights)), 0]], rtol=1e-6)
+    np.testing.assert_allclose(metrics["correction"], [np.mean(weights)], rtol=1e-6)
+    np.testing.assert_array_equal(metrics["clip_fraction"], [0.0])
+    np.testing.assert_allclose(metrics["log_ratio"], [np.log(1.25)], atol=1e-6)
+
+
+def token_by_token(logp, behavior, advantages, mask, **h):
+    """Losses and the derivative by each token's log-probability: loops over float64 numbers."""
+    losses, slopes = np.zeros(len(logp)), np.zeros(logp.shape)
+    for i, advantage in enumerate(map(float, advantages)):
+        tokens = [t for t in range(logp.shape[1]) if mask[i, t]]
+        gaps = {t: float(logp[i, t]) - float(behavior[i, t]) for t in tokens}
+        for t in tokens:
+            if h["proximal"] == "behavior":
+                ratio, weight = np.exp(gaps[t]), 1.0
+            else:
+                ratio = 1.0
+                weight = np.exp(sum(gaps.values()) if "sequence" in h["correction"] else gaps[t])
+                if "truncate" in h["correction"]:
+                    weight = min(weight, h["correction_cap"])
+                elif "mask" in h["correction"]:
+                    inside = h["correction_floor"] <= weight <= h["correction_cap"]
+                    weight = weight if inside else 0.0
+                else:
+                    weight = 1.0
+            plain = -advantage * ratio
+            clipped = -advantage * min(max(ratio, 1 - h["clip_low"]), 1 + h["clip_high"])
+            losses[i] += weight * max(plain, clipped)
+            slopes[i, t] = weight * plain if plain >= clipped else 0.0
+    return losses, slopes
+
+
+CASES = [("behavior", "none"), *itertools.product(["learner"], grpo.CORRECTIONS)]
+
+
+@pytest.mark.parametrize(("proximal", "correction"), CASES)
+def test_loss_and_gradient_equal_a_loop_over_tokens(proximal, correction):
+    group = random_group(0, [6, 1, 4, 9, 3], 9, spread=0.3)
+    hyper = settings(proximal=proximal, correction=correction)
+    losses, gradient, _ = run(*group, **hyper)
+    expected_losses, expected_gradient = token_by_token(*group, **hyper)
+    np.testing.assert_allclose(losses, expected_losses, atol=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize("proximal", grpo.PROXIMALS)
+def test_on_policy_without_clipping_is_reinforce(proximal):
+    """The gradient by the parameters of a small policy, with tokens that it sampled itself."""
+    rng = np.random.default_rng(1)
+    policy = jnp.asarray(rng.normal(0, 1, (5, 5)), jnp.float32)  # logits given the last token
+    tokens = rng.integers(0, 5, (6, 8))
+    mask = (np.arange(7) < np.array([7, 3, 5, 1, 6, 2])[:, None]).astype(np.float32)
+    advantages = grpo.advantage(jnp.array([1.0, 0, 0, 1, 1, 0]), normalize_std=True)
+    token_logp = lambda policy: jax.nn.log_softmax(policy)[tokens[:, :-1], tokens[:, 1:]]
+
+    behavior = token_logp(policy)
+    hyper = settings(proximal=proximal, **OPEN)
+    found = jax.grad(lambda p: total(token_logp(p), behavior, advantages, mask, **hyper)[0])(policy)
+    reinforce = lambda p: -jnp.sum(advantages * jnp.sum(token_logp(p) * mask, axis=-1))
+    expected = jax.grad(reinforce)(policy)
+    assert np.abs(expected).max() > 0.5
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_cap_of_infinity_is_full_importance_sampling():
+    group = random_group(2, [5, 3, 8], 8, spread=0.4)
+    logp, behavior, advantages, mask = group
+    ratio = np.exp(logp.astype(np.float64) - behavior)
+    _, gradient, _ = run(
+        *group, **settings(proximal="learner", correction="token_truncate", correction_cap=INF)
+    )
+    np.testing.assert_allclose(gradient, -advantages[:, None] * ratio * mask, rtol=1e-5)
+    whole = np.exp(np.sum(np.log(ratio) * mask, axis=-1, keepdims=True))
+    _, gradient, _ = run(
+        *group, **settings(proximal="learner", correction="sequence_truncate", correction_cap=INF)
+    )
+    np.testing.assert_allclose(gradient, -advantages[:, None] * whole * mask, rtol=1e-5)
+    # ... whose gradient is that of the unclipped ratio to the behavior policy.
+    _, unclipped, _ = run(*group, **settings(**OPEN))
+    np.testing.assert_allclose(unclipped, -advantages[:, None] * ratio * mask, rtol=1e-5)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_floor_zero_and_cap_infinity_mask_nothing(level):
+    group = random_group(3, [5, 3, 8], 8, spread=0.8)
+    wide = dict(proximal="learner", correction_cap=INF, correction_floor=0.0)
+    masked = run(*group, **settings(correction=f"{level}_mask", **wide))
+    truncated = run(*group, **settings(correction=f"{level}_truncate", **wide))
+    jax.tree.map(np.testing.assert_array_equal, masked, truncated)
+    narrow = {**wide, "correction_cap": 1.05, "correction_floor": 0.95}
+    assert not np.allclose(
+        run(*group, **settings(correction=f"{level}_mask", **narrow))[1], masked[1]
+    )
+
+
+@pytest.mark.parametrize(("proximal", "correction"), CASES)
+def test_only_the_policy_gets_a_gradient(proximal, correction):
+    """None for the behavior policy; and with w constant the slope by logp is exactly -A w."""
+    logp, behavior, advantages, mask = random_group(4, [4, 6], 6, spread=0.2)
+    hyper = settings(proximal=proximal, correction=correction)
+    of_behavior = lambda b: total(jnp.asarray(logp), b, advantages, mask, **hyper)[0]
+    np.testing.assert_array_equal(jax.grad(of_behavior)(behavior), 0.0)
+    if proximal == "learner":
+        _, gradient, metrics = run(logp, behavior, advantages, mask, **hyper)
+        weights = gradient / -advantages[:, None]
+        np.testing.assert_allclose(
+            weights.sum(-1) / mask.sum(-1), metrics["correction"], rtol=1e-5, atol=1e-7
+        )
+
+
+@pytest.mark.parametrize(("proximal", "correction"), CASES)
+@pytest.mark.parametrize("garbage", [1e30, np.nan, -np.inf])
+def test_what_is_masked_has_neither_value_nor_gradient(proximal, correction, garbage):
+    logp, behavior, advantages, _ = random_group(5, [7] * 3, 7, spread=0.2)
+    mask = np.array([[1, 1, 0, 0, 1, 1, 0], [1] * 7, [0, 1, 0, 0, 0, 0, 0]], np.float32)
+    hyper = settings(
+        proximal=proximal, correction=correction, correction_cap=9.0, correction_floor=0.1
+    )
+    clean = run(np.where(mask, logp, 0), np.where(mask, behavior, 0), advantages, mask, **hyper)
+    found = run(
+        np.where(mask, logp, garbage), np.where(mask, behavior, garbage), advantages, mask, **hyper
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, clean)
+    assert np.all(found[1][mask == 0] == 0)
+    assert np.any(found[1] != 0)
+
+
+@pytest.mark.parametrize(("proximal", "correction"), CASES)
+def test_losses_follow_a_permutation_of_the_group(proximal, correction):
+    group = random_group(6, [6, 2, 4, 3], 6, spread=0.2)
+    order = np.array([2, 0, 3, 1])
+    hyper = settings(proximal=proximal, correction=correction)
+    losses, _, _ = run(*group, **hyper)
+    moved, _, _ = run(*(x[order] for x in group), **hyper)
+    np.testing.assert_allclose(moved, losses[order], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("proximal", "correction"), CASES)
+@pytest.mark.parametrize("gap", [-60.0, 60.0])
+def test_far_policies_and_long_responses_do_not_overflow(proximal, correction, gap):
+    logp = np.full((2, 16384), -61.0, np.float32) + max(gap, 0)
+    hyper = settings(proximal=proximal, correction=correction, correction_cap=INF, **OPEN)
+    hyper["correction_floor"] = 0.0
+    losses, gradient, _ = run(logp, logp - gap, [1.0, -1.0], np.ones_like(logp), **hyper)
+    assert np.all(np.isfinite(losses))
+    assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize(("proximal", "correction"), CASES)
+def test_sums_are_made_in_float32(proximal, correction):
+    logp, behavior, advantages, mask = random_group(7, [4096, 3000], 4096, spread=0.02)
+    narrow = [jnp.asarray(x, jnp.bfloat16) for x in (logp, behavior)]
+    hyper = settings(
+        proximal=proximal, correction=correction, correction_cap=1e9, correction_floor=0.0
+    )
+    (_, (losses, _)), _ = jax.value_and_grad(total, has_aux=True)(
+        *narrow, advantages, mask, **hyper
+    )
+    wide = [np.asarray(x, np.float64) for x in narrow]
+    expected, _ = token_by_token(*wide, advantages, mask, **hyper)
+    assert losses.dtype == jnp.float32
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        (dict(proximal="reference"), "proximal"),
+        (dict(correction="truncate"), "correction"),
+        *[(dict(correction=c), c) for c in grpo.CORRECTIONS if c != "none"],
+    ],
+)
+def test_unknown_and_contradicting_choices_are_refused(changes, names):
+    group = random_group(8, [2, 2], 2, spread=0.1)
+    with pytest.raises(ValueError, match=names):
+        grpo.loss(*map(jnp.asarray, group), **settings(**changes))

@@ -1,0 +1,297 @@
+"""OAPL against numbers made by hand and in float64, its limits, and its exact minimiser."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from oapl_jax.objectives import oapl
+
+GROUPS = {
+    "one right": [1, 0, 0, 0],
+    "three right": [0, 1, 1, 1],
+    "graded": [0.3, -0.2, 0.9, 0.55, 0.1],
+    "negative": [-3.0, -1.0, -2.5],
+    "large": [1e4, -1e4, 9999.5, 0.0],
+    "large offset": [10000.0, 10001.0, 10000.5],
+    "single": [0.7],
+}
+
+
+def exact_advantage(reward, beta1):
+    """r - beta1 log mean exp(r / beta1) in float64."""
+    reward = np.asarray(np.float32(reward), np.float64)
+    best = reward.max()
+    terms = np.exp((reward - best) / beta1)
+    return reward - best - beta1 * (np.log(math.fsum(terms)) - np.log(len(reward)))
+
+
+def advantage(reward, beta1):
+    return np.asarray(oapl.advantage(jnp.asarray(reward, jnp.float32), beta1=beta1))
+
+
+def run(logp, behavior_logp, advantages, mask, beta2):
+    losses, metrics = oapl.loss(
+        *map(jnp.asarray, (logp, behavior_logp, advantages, mask)), beta2=beta2
+    )
+    return np.asarray(losses), {key: np.asarray(value) for key, value in metrics.items()}
+
+
+@pytest.mark.parametrize(
+    ("reward", "beta1", "expected"),
+    [
+        # V^ = log((1 + e) / 2)
+        ([0, 1], 1.0, [-0.6201145069582775, 0.3798854930417225]),
+        # 4 right of 8 has the same V^: the 1/G is inside the logarithm
+        ([0, 0, 0, 0, 1, 1, 1, 1], 1.0, [-0.6201145069582775] * 4 + [0.3798854930417225] * 4),
+        # V^ = 0.5 log((3 + e^2) / 4)
+        ([0, 0, 1, 0], 0.5, [-0.4772294] * 2 + [0.5227706] + [-0.4772294]),
+        # V^ = 2 log((e^-1 + e^-2 + e^-3) / 3)
+        ([-2, -4, -6], 2.0, [-2 + 3.3820126, -4 + 3.3820126, -6 + 3.3820126]),
+    ],
+)
+def test_advantage_by_hand(reward, beta1, expected):
+    np.testing.assert_allclose(exact_advantage(reward, beta1), expected, atol=1e-7)
+    np.testing.assert_allclose(advantage(reward, beta1), expected, atol=1e-6)
+
+
+def test_without_the_one_over_g_inside_the_logarithm_the_value_would_exceed_every_reward():
+    found = advantage([0, 0, 0, 0, 1, 1, 1, 1], 1.0)
+    missing = 1 - np.log(4 * (1 + np.e))
+    assert missing < -1.6  # that mistake turns right answers into bad ones
+    np.testing.assert_allclose(found[-1] - missing, np.log(8), atol=1e-6)
+
+
+@pytest.mark.parametrize("beta1", [1e-3, 0.05, 1.0, 40.0, 1e6])
+@pytest.mark.parametrize("name", GROUPS)
+def test_advantage_in_float64(name, beta1):
+    found = advantage(GROUPS[name], beta1)
+    expected = exact_advantage(GROUPS[name], beta1)
+    scale = max(1.0, np.ptp(GROUPS[name]))
+    # At beta1 = 1e6 the plain float64 formula itself is only good to 1e6 * 2^-52.
+    np.testing.assert_allclose(found, expected, atol=3e-7 * scale)
+    assert found.dtype == np.float32
+    assert found.mean() <= 1e-6 * scale
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_value_goes_from_the_best_reward_to_the_mean_reward(name):
+    reward = np.asarray(GROUPS[name], np.float32).astype(np.float64)
+    scale = max(1.0, np.ptp(reward))
+    # V^ is between max - beta1 log G and max, and at most mean + (max - min)^2 / (8 beta1).
+    np.testing.assert_allclose(advantage(reward, 1e-9), reward - reward.max(), atol=1e-6)
+    large = 1e7 * scale
+    np.testing.assert_allclose(advantage(reward, large), reward - reward.mean(), atol=5e-7 * scale)
+    values = [np.mean(reward - advantage(reward, beta1)) for beta1 in (1e-3, 0.1, 1.0, 10.0, 1e3)]
+    assert np.all(np.diff(values) <= 1e-6 * scale)
+
+
+@pytest.mark.parametrize("beta1", [1e-3, 0.7, 1e6])
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -3333.3, 1e4])
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_equal_rewards_pull_towards_the_anchor_and_nothing_else(size, value, beta1):
+    found = advantage([value] * size, beta1)
+    np.testing.assert_array_equal(found, 0.0)
+    delta = np.linspace(-2, 3, size).astype(np.float32)[:, None]
+    losses, _ = run(delta, np.zeros_like(delta), found, np.ones_like(delta), beta2=0.5)
+    np.testing.assert_array_equal(losses, np.square(np.float32(0.5) * delta[:, 0]))
+
+
+def test_advantage_follows_a_permutation_and_a_shift_of_the_rewards():
+    reward = np.array([0.25, -1.5, 2.0, 0.0, 2.0, 1.0], np.float32)
+    order = np.array([4, 0, 5, 2, 1, 3])
+    np.testing.assert_allclose(
+        advantage(reward[order], 0.6), advantage(reward, 0.6)[order], atol=1e-6
+    )
+    np.testing.assert_allclose(advantage(reward + 8192, 0.6), advantage(reward, 0.6), atol=1e-6)
+
+
+def test_advantage_carries_no_gradient():
+    total = lambda reward: jnp.sum(jnp.square(oapl.advantage(reward, beta1=0.5)))
+    np.testing.assert_array_equal(jax.grad(total)(jnp.array([0.0, 1.0, 2.0])), 0.0)
+
+
+# Two responses of 3 and 2 tokens; the fourth place is padding.
+LOGP = np.array([[-1.0, -2.0, -0.5, 7.0], [-0.25, -0.75, 9.0, 9.0]], np.float32)
+BEHAVIOR = np.array([[-1.5, -1.0, -1.0, 3.0], [-1.0, -1.0, 2.0, 0.0]], np.float32)
+MASK = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], np.float32)
+
+
+def test_loss_gradient_and_metrics_by_hand():
+    advantages = np.array([0.5, -0.25], np.float32)
+    losses, metrics = run(LOGP, BEHAVIOR, advantages, MASK, beta2=0.1)
+    # log-ratios: -3.5 + 3.5 = 0 and -1 + 2 = 1
+    np.testing.assert_allclose(metrics["log_ratio"], [0.0, 1.0], atol=1e-6)
+    np.testing.assert_allclose(metrics["residual"], [-0.5, 0.35], atol=1e-6)
+    np.testing.assert_allclose(metrics["target_log_ratio"], [5.0, -2.5], atol=1e-6)
+    np.testing.assert_allclose(losses, [0.25, 0.1225], atol=1e-6)
+
+    total = lambda logp, behavior, adv: oapl.loss(logp, behavior, adv, MASK, beta2=0.1)[0].sum()
+    to_logp, to_behavior, to_advantage = jax.grad(total, (0, 1, 2))(LOGP, BEHAVIOR, advantages)
+    # 2 beta2 (beta2 Delta - A) on every token of the response
+    np.testing.assert_allclose(to_logp, [[-0.1, -0.1, -0.1, 0], [0.07, 0.07, 0, 0]], atol=1e-7)
+    np.testing.assert_array_equal(to_behavior, 0.0)
+    np.testing.assert_array_equal(to_advantage, 0.0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 64, 1000])
+def test_the_log_ratio_is_the_sum_over_tokens_and_not_their_mean(length):
+    logp = np.full((1, length), -1.0, np.float32)
+    mask = np.ones_like(logp)
+    losses, metrics = run(logp, logp - 0.5, np.array([2.0]), mask, beta2=0.1)
+    np.testing.assert_allclose(metrics["log_ratio"], 0.5 * length, rtol=1e-6)
+    np.testing.assert_allclose(losses, (0.05 * length - 2.0) ** 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("garbage", [0.0, 1e30, np.nan, np.inf, -np.inf])
+def test_what_is_masked_has_neither_value_nor_gradient(garbage):
+    rng = np.random.default_rng(0)
+    logp, behavior = rng.normal(-1, 1, (2, 3, 7)).astype(np.float32)
+    mask = np.array([[1, 1, 0, 0, 1, 1, 0], [1] * 7, [0, 1, 0, 0, 0, 0, 0]], np.float32)
+    advantages = np.array([0.4, -0.6, 0.1], np.float32)
+
+    def both(logp, behavior):
+        total = lambda logp: oapl.loss(logp, behavior, advantages, mask, beta2=0.3)[0].sum()
+        return jax.value_and_grad(total)(logp)
+
+    clean, clean_gradient = both(np.where(mask, logp, 0), np.where(mask, behavior, 0))
+    found, gradient = both(np.where(mask, logp, garbage), np.where(mask, behavior, garbage))
+    np.testing.assert_array_equal(found, clean)
+    np.testing.assert_array_equal(gradient, clean_gradient)
+    np.testing.assert_array_equal(gradient != 0, mask > 0)
+
+
+def test_losses_follow_a_permutation_of_the_group():
+    rng = np.random.default_rng(1)
+    logp, behavior = rng.normal(-1, 1, (2, 5, 6)).astype(np.float32)
+    mask = (np.arange(6) < np.array([6, 1, 3, 5, 2])[:, None]).astype(np.float32)
+    reward, order = np.array([0, 1, 0.5, -1, 1], np.float32), np.array([3, 1, 4, 0, 2])
+    losses, _ = run(logp, behavior, advantage(reward, 0.5), mask, beta2=0.2)
+    moved, _ = run(
+        logp[order], behavior[order], advantage(reward[order], 0.5), mask[order], beta2=0.2
+    )
+    np.testing.assert_allclose(moved, losses[order], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_sums_over_16k_tokens_are_made_in_float32(dtype):
+    rng = np.random.default_rng(2)
+    length = 16384
+    logp = jnp.asarray(rng.exponential(1.0, (2, length)) * -1, dtype)
+    behavior = jnp.asarray(np.asarray(logp, np.float64) + rng.normal(0, 0.05, (2, length)), dtype)
+    # Of what the inputs say, in float64; a sum in bfloat16 would be off by tens of nats.
+    expected = np.sum(np.asarray(logp, np.float64) - np.asarray(behavior, np.float64), axis=-1)
+    losses, metrics = run(
+        logp, behavior, jnp.array([0.38, -0.62], dtype), np.ones((2, length)), 1e-3
+    )
+    assert losses.dtype == metrics["log_ratio"].dtype == np.float32
+    np.testing.assert_allclose(metrics["log_ratio"], expected, atol=2e-3)
+    narrow = np.asarray(jnp.array([0.38, -0.62], dtype), np.float64)
+    np.testing.assert_allclose(losses, np.square(1e-3 * expected - narrow), rtol=1e-4)
+
+
+@pytest.mark.parametrize("beta1", [1e-3, 1e-6])
+def test_nothing_overflows(beta1):
+    reward = np.array([1e4, -1e4, 1.0, 0.0], np.float32)
+    found = advantage(reward, beta1)
+    np.testing.assert_allclose(found, reward - 1e4, atol=0.01, rtol=1e-6)
+    # 16k tokens that the policy has all but given up, and 16k that it alone believes in.
+    logp = np.tile(np.array([[-50.0], [0.0], [-50.0], [0.0]], np.float32), (1, 16384))
+    behavior, mask = -50.0 - logp, np.ones_like(logp)
+
+    def total(logp):
+        losses, _ = oapl.loss(logp, behavior, found, mask, beta2=1e-3)
+        return losses.sum(), losses
+
+    (_, losses), gradient = jax.value_and_grad(total, has_aux=True)(logp)
+    delta = np.array([-1, 1, -1, 1]) * 50.0 * 16384
+    expected = np.square(1e-3 * delta - found.astype(np.float64))
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    assert np.all(np.isfinite(gradient))
+
+
+# A bandit of nine responses of two tokens, whose lagged policy is a multiple of 1/16: a group that
+# holds each response that often has V^ = V*, exactly.
+FIRST = np.array([4, 8, 4]) / 16
+SECOND = np.array([[1, 1, 2], [2, 1, 1], [1, 2, 1]]) / 4
+LAGGED = FIRST[:, None] * SECOND
+REWARD = np.array([[0.0, 1.0, -0.5], [2.0, 0.3, 0.0], [1.0, -1.0, 0.5]])
+BETA = 0.7
+OPTIMUM = LAGGED * np.exp(REWARD / BETA)
+OPTIMUM /= OPTIMUM.sum()
+
+
+def responses():
+    return list(itertools.product(range(3), range(3)))
+
+
+def token_logps(policy):
+    """[9, 2] log-probabilities of each response's tokens under logits (first[3], second[3, 3])."""
+    first, second = jax.nn.log_softmax(policy[0]), jax.nn.log_softmax(policy[1], axis=-1)
+    return jnp.stack([jnp.array([first[a], second[a, b]]) for a, b in responses()])
+
+
+def exact_advantages():
+    """Of each response, from a group that holds them in the lagged policy's proportions."""
+    counts = np.rint(LAGGED * 16).astype(int).ravel()
+    group = np.repeat(REWARD.ravel(), counts)
+    return advantage(group, BETA)[np.cumsum(counts) - 1]
+
+
+def bandit_loss(policy, sampling, advantages):
+    behavior = token_logps((jnp.log(FIRST), jnp.log(SECOND)))
+    losses, _ = oapl.loss(token_logps(policy), behavior, advantages, np.ones((9, 2)), beta2=BETA)
+    return jnp.sum(sampling * losses)
+
+
+def test_the_optimum_of_the_bandit_is_the_tilted_lagged_policy():
+    """beta log(pi* / pi_lag) is the advantage, and pi* beats every other policy."""
+    expected = BETA * np.log(OPTIMUM / LAGGED).ravel()
+    np.testing.assert_allclose(exact_advantages(), expected, atol=1e-6)
+    value = lambda p: np.sum(p * REWARD) - BETA * np.sum(p * np.log(p / LAGGED))
+    rng = np.random.default_rng(3)
+    for other in rng.dirichlet(np.ones(9), 100).reshape(-1, 3, 3):
+        assert value(other) < value(OPTIMUM)
+
+
+@pytest.mark.parametrize(
+    "sampling", ["lagged", "uniform", "mostly the worst", "mostly one response"]
+)
+def test_the_minimiser_is_the_same_under_any_sampling_distribution(sampling):
+    weights = {
+        "lagged": LAGGED.ravel(),
+        "uniform": np.full(9, 1 / 9),
+        "mostly the worst": np.where(REWARD.ravel() < 0.2, 0.24, 0.008),
+        "mostly one response": np.array([0.84] + [0.02] * 8),
+    }[sampling]
+    weights, advantages = weights / weights.sum(), exact_advantages()
+
+    # At pi* loss and gradient vanish.
+    first = OPTIMUM.sum(1)
+    there = (jnp.log(first), jnp.log(OPTIMUM / first[:, None]))
+    loss, gradient = jax.value_and_grad(bandit_loss)(there, weights, advantages)
+    assert loss < 1e-11
+    np.testing.assert_allclose(np.concatenate(jax.tree.leaves(gradient), None), 0, atol=1e-6)
+
+    # Gradient descent from a wrong policy gets there.
+    start = (jnp.array([0.5, -1.0, 0.3]), jnp.array([[0.0, 2, 1], [-1.0, 0, 1], [0.0, 0.5, -2]]))
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, 3000))
+
+    @jax.jit
+    def descend(policy):
+        def step(carry, _):
+            policy, state = carry
+            loss, gradient = jax.value_and_grad(bandit_loss)(policy, weights, advantages)
+            updates, state = optimizer.update(gradient, state)
+            return (optax.apply_updates(policy, updates), state), loss
+
+        return jax.lax.scan(step, (policy, optimizer.init(policy)), length=3000)
+
+    (policy, _), losses = descend(start)
+    assert losses[0] > 0.05
+    found = np.exp(np.asarray(token_logps(policy)).sum(-1)).reshape(3, 3)
+    np.testing.assert_allclose(found, OPTIMUM, atol=1e-4)

@@ -1,0 +1,334 @@
+"""The whole loop in real processes: results, lag, kills, signals, meshes, and what it says of mistakes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "num_steps": 12,
+    "group_size": 4,
+    "groups_per_step": 4,
+    "data.train_size": 200,
+    "data.validation_size": 8,
+    "data.test_size": 16,
+    "model.architecture.hidden_size": 32,
+    "model.architecture.intermediate_size": 32,
+    "warmup.num_steps": 6,
+    "warmup.batch_size": 8,
+    "warmup.demonstrations": 50,
+    "lag.steps": 4,
+    "rollout.prompts_per_call": 4,
+    "rollout.max_sequences": 16,
+    "evaluation.every": 5,
+    "evaluation.n": 4,
+    "evaluation.ks": "(1, 4)",
+    "checkpoint.every": 3,
+}
+TIMES = ("seconds", "per_second", "compile/")  # what may differ between two equal runs
+
+
+class Runs:
+    """Starts training processes that share a data set and a compile cache."""
+
+    def __init__(self, shared: Path):
+        self._shared = shared
+
+    def command(self, workdir: Path, module: str = "train", config: str = "", **settings) -> list[str]:
+        values = {**SMALL, "data.data_dir": self._shared / "data", **settings}
+        return [
+            *(sys.executable, "-m", f"oapl_jax.{module}"),
+            *(f"--config=configs/arithmetic.py{config}", f"--workdir={workdir}"),
+            *(f"--config.{name}={value}" for name, value in values.items()),
+        ]
+
+    def environment(self, devices: int) -> dict[str, str]:
+        return {
+            **os.environ,
+            "JAX_COMPILATION_CACHE_DIR": str(self._shared / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+
+    def start(self, command: list[str], devices: int = 1) -> subprocess.Popen:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=self.environment(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, workdir: Path, *extra: str, devices: int = 1, code: int = 0, **settings) -> str:
+        config = settings.pop("config", "")
+        module = settings.pop("module", "train")
+        names = {name.replace("__", "."): value for name, value in settings.items()}
+        command = [*self.command(workdir, module, config, **names), *extra]
+        process = self.start(command, devices)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == code, output
+        return output
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(runs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    output = runs.run(workdir)
+    return workdir, output
+
+
+@pytest.fixture
+def copy(unbroken, tmp_path):
+    """A finished run that a test may spoil."""
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def metrics(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(line: dict) -> dict:
+    return {k: v for k, v in line.items() if not any(part in k for part in TIMES)}
+
+
+def final_parameters(runs: Runs, workdir: Path) -> dict[str, np.ndarray]:
+    """The arrays of the newest checkpoint, read by Orbax without any of our code."""
+    code = (
+        "import sys, jax, numpy as np, orbax.checkpoint as ocp\n"
+        "m = ocp.CheckpointManager(sys.argv[1])\n"
+        "p = m.restore(m.latest_step(), args=ocp.args.Composite("
+        "params=ocp.args.StandardRestore(), optimizer=ocp.args.StandardRestore()))\n"
+        "flat = jax.tree_util.tree_leaves_with_path((p.params, p.optimizer))\n"
+        "np.savez(sys.argv[2], **{jax.tree_util.keystr(k): np.asarray(v) for k, v in flat})\n"
+    )
+    target = workdir / "parameters.npz"
+    command = [sys.executable, "-c", code, str(workdir / "checkpoints"), str(target)]
+    subprocess.run(command, check=True, env=runs.environment(1), capture_output=True)
+    with np.load(target) as arrays:
+        return dict(arrays)
+
+
+def test_a_run_leaves_what_it_promises(unbroken):
+    workdir, output = unbroken
+    lines = metrics(workdir)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    for line in lines:
+        for key in ("loss", "reward", "lag/mean", "kl", "entropy", "grad_norm", "length", "truncated"):
+            assert np.isfinite(line[key]), key
+        # The window of 4 steps: a rollout of step s comes from the version published at s - s % 4.
+        assert line["lag/mean"] == line["lag/max"] == (line["step"] - 1) % 4
+        assert line["buffer/added"] == line["step"] * 4
+    assert {k for k in lines[4] if k.startswith("eval/pass")} == {"eval/pass@1", "eval/pass@4"}
+    assert "eval/pass@1" not in lines[3]
+    result = json.loads((workdir / "result.json").read_text())
+    assert {"pass@1", "pass@4", "greedy", "length", "entropy"} <= set(result["before"]) & set(result["after"])
+    assert result["seconds"]["rl"] > 0
+    assert (workdir / "learning.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").iterdir())
+    assert "pass@1" in output
+    assert "before" in output
+    # At the last publication, step 8, the checkpoints of steps 3 and 6 still needed the older two.
+    versions = {path.name for path in (workdir / "versions").iterdir()}
+    assert versions == {"v000000", "v000004", "v000008"}
+    assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [9, 12]
+
+
+def test_killed_at_random_points_it_ends_in_the_same_bits(runs, unbroken, tmp_path):
+    """SIGKILL three times, at moments that a seed draws from the unbroken run's own length."""
+    moments = random.Random(20)
+    workdir = tmp_path / "killed"
+    kills = 0
+    while kills < 3:
+        process = runs.start(runs.command(workdir))
+        wanted = moments.randint(1, 3) + len(metrics(workdir) if (workdir / "metrics.jsonl").exists() else [])
+        while process.poll() is None:
+            path = workdir / "metrics.jsonl"
+            if path.exists() and path.read_text().count("\n") >= wanted:
+                time.sleep(moments.random() * 0.2)  # anywhere: in sampling, the step, a save, a publication
+                process.kill()
+                kills += 1
+                break
+            time.sleep(0.005)
+        process.communicate()
+        if process.returncode == 0:
+            pytest.fail("the run ended before it was killed three times")
+    runs.run(workdir)
+    expected, found = metrics(unbroken[0]), metrics(workdir)
+    assert [timeless(line) for line in found] == [timeless(line) for line in expected]
+    parameters, reference = final_parameters(runs, workdir), final_parameters(runs, unbroken[0])
+    assert parameters.keys() == reference.keys()
+    for name, value in reference.items():
+        np.testing.assert_array_equal(parameters[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(runs, unbroken, tmp_path, number):
+    workdir = tmp_path / "stopped"
+    process = runs.start(runs.command(workdir))
+    while not (workdir / "metrics.jsonl").exists() or not metrics_started(workdir):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert f"stopped by {number.name}" in output
+    done = metrics(workdir)[-1]["step"]
+    assert done < 12
+    assert str(done) in {p.name for p in (workdir / "checkpoints").iterdir()}
+    output = runs.run(workdir)
+    assert f"resumed from checkpoint step {done}" in output
+    assert [timeless(x) for x in metrics(workdir)] == [timeless(x) for x in metrics(unbroken[0])]
+
+
+def metrics_started(workdir: Path) -> bool:
+    return "\n" in (workdir / "metrics.jsonl").read_text()
+
+
+def test_restores_on_another_mesh(runs, copy):
+    before = json.loads((copy / "result.json").read_text())
+    runs.run(
+        copy,
+        devices=8,
+        num_steps=14,
+        mesh__data=2,
+        mesh__fsdp=2,
+        mesh__tensor=2,
+        # a vocabulary of 16 characters and specials must divide over the tensor axis
+    )
+    lines = metrics(copy)
+    assert [line["step"] for line in lines] == list(range(1, 15))
+    assert json.loads((copy / "result.json").read_text())["before"] == before["before"]
+
+
+def test_overlap_samples_beside_the_learner(runs, tmp_path):
+    output = runs.run(tmp_path, rollout__overlap=True, buffer__capacity=16, num_steps=16)
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 17))
+    assert all(0 <= line["lag/mean"] < 4 for line in lines)
+    assert all("learner/waiting_seconds" in line for line in lines)
+    assert any("rollout/waiting_seconds" in line for line in lines)
+    last = lines[-1]
+    held = last["buffer/added"] - sum(last.get(f"buffer/{k}", 0) for k in ("trained", "expired"))
+    assert 0 <= held <= 16
+    assert "before" in output
+
+
+@pytest.mark.parametrize(("mode", "buffer"), [("fixed", "keep_with_anchor"), ("uniform", "replay")])
+def test_lag_modes_are_measured(runs, tmp_path, mode, buffer):
+    runs.run(tmp_path, lag__mode=mode, buffer__mode=buffer, num_steps=8)
+    lines = metrics(tmp_path)
+    if mode == "fixed":
+        assert [line["lag/mean"] for line in lines] == [0, 1, 2, 3, 4, 4, 4, 4]
+    else:
+        assert all(0 <= line["lag/mean"] for line in lines)
+        assert len({line["lag/mean"] for line in lines}) > 2
+
+
+def test_the_learners_denominator_is_the_samplers(runs, unbroken, tmp_path):
+    runs.run(tmp_path, objective__denominator="learner", num_steps=6)
+    for mine, theirs in zip(metrics(tmp_path), metrics(unbroken[0]), strict=False):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+        assert mine["kl"] == pytest.approx(theirs["kl"], abs=1e-4)
+
+
+def test_grpo_runs_by_its_name_alone(runs, tmp_path):
+    runs.run(tmp_path, objective__name="grpo", num_steps=4)
+    assert "clip_fraction" in metrics(tmp_path)[-1]
+
+
+def test_evaluate_grades_any_checkpoint(runs, unbroken):
+    workdir, _ = unbroken
+    output = runs.run(workdir, module="evaluate")
+    result = json.loads(output.splitlines()[-1])
+    after = json.loads((workdir / "result.json").read_text())["after"]
+    assert result == after
+    earlier = json.loads(runs.run(workdir, "--step=9", module="evaluate").splitlines()[-1])
+    assert earlier["version"] == 9
+    output = runs.run(workdir, "--step=7", module="evaluate", code=2)
+    assert "no checkpoint step 7" in output
+    assert "have: 9, 12" in output
+
+
+MISTAKES = {
+    "unknown key": (dict(no_such_key=1), "no_such_key"),
+    "wrong type": (dict(num_steps="many"), "num_steps"),
+    "mesh": (dict(mesh__data=3), "mesh.data=3"),
+    "micro-batches": (dict(learner__micro_batches=3), "learner.micro_batches=3"),
+    "prompt too long": (dict(data__max_prompt_tokens=5), "data.max_prompt_tokens"),
+    "context too short": (dict(model__architecture__max_position_embeddings=20), "max_position_embeddings"),
+    "row too short": (dict(learner__row_length=16), "learner.row_length"),
+    "objective": (dict(objective__name="ppo"), "objective.name='ppo'"),
+    "aggregation": (dict(objective__aggregation="mean"), "objective.aggregation='mean'"),
+    "lag": (dict(lag__mode="never"), "lag.mode='never'"),
+    "lag steps": (dict(lag__steps=0), "lag.steps=0"),
+    "buffer": (dict(buffer__mode="heap"), "buffer.mode='heap'"),
+    "capacity": (dict(buffer__capacity=5), "buffer.capacity=5"),
+    "remat": (dict(model__remat="some"), "model.remat='some'"),
+    "missing checkpoint": (dict(model__path="/no/such/model"), "/no/such/model"),
+    "ks": (dict(evaluation__n=2), "evaluation.n=2"),
+    "task": (dict(data__task="sudoku"), "data.task='sudoku'"),
+}
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence_and_code_2(runs, tmp_path, name):
+    settings, words = MISTAKES[name]
+    output = runs.run(tmp_path, code=2, **settings)
+    assert "Traceback" not in output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output
+    assert words in errors[0]
+
+
+def test_a_workdir_of_another_structure_is_refused(runs, copy):
+    saved = (copy / "config.json").read_text()
+    output = runs.run(copy, code=2, group_size=2, model__architecture__hidden_size=64)
+    assert "group_size: 4 -> 2" in output
+    assert "model.architecture.hidden_size: 32 -> 64" in output
+    assert (copy / "config.json").read_text() == saved
+    assert "changed since this run began: optim.learning_rate" in runs.run(copy, optim__learning_rate=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["missing", "half-written", "corrupted"])
+def test_a_damaged_version_is_refused(runs, copy, damage):
+    version = copy / "versions" / "v000008"
+    for step in (copy / "checkpoints").iterdir():
+        if step.name == "12":  # so that it resumes at step 9, in the window of version 8
+            shutil.rmtree(step)
+    if damage == "missing":
+        shutil.rmtree(version)
+    elif damage == "half-written":
+        (version / "COMMITTED").unlink()
+    else:
+        weights = version / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
+    output = runs.run(copy, code=2)
+    assert "v000008" in output
+    assert "Traceback" not in output
+    assert (copy / "checkpoints" / "9").exists()
+
+
+def test_three_non_finite_steps_end_the_run_and_keep_the_checkpoint(runs, tmp_path):
+    output = runs.run(tmp_path, code=1, optim__learning_rate=1e30, optim__warmup_steps=0)
+    assert "not finite in 3 steps" in output
+    assert "optim.learning_rate" in output
+    assert "Traceback" not in output
+    assert (tmp_path / "checkpoints" / "0").exists()
+    lines = metrics(tmp_path)
+    assert lines[-1]["skipped_in_a_row"] == 3
+    assert "loss" not in lines[-1]
