@@ -15,7 +15,7 @@ TASKS = {
         generator=dict(min_terms=4, max_terms=4, min_digits=1, max_digits=1),
         max_prompt_tokens=12,
         max_response_tokens=16,
-        warmup_steps=800,
+        warmup_steps=700,
     ),
     "number_sorting": dict(
         generator=dict(min_numbers=5, max_numbers=5, min_value=0, max_value=9),
@@ -79,9 +79,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         num_steps=task["warmup_steps"],
         batch_size=64,
         demonstrations=8000,
-        noise=0.42,
+        noise=0.35,
         optim=dict(
-            learning_rate=4e-3,
+            learning_rate=6e-3,
             warmup_steps=20,
             final_fraction=0.1,
             b1=0.9,

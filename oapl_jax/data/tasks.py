@@ -122,9 +122,8 @@ def _chain_sum_demonstration(record: Record, rng: np.random.Generator, noise: fl
     total = int(tokens[0])
     totals = []
     for operator, term in zip(tokens[1::2], tokens[2::2], strict=True):
-        total += int(term) if operator == "+" else -int(term)
-        if rng.random() < noise:  # the teacher goes on from the wrong total
-            total += int(rng.choice((-1, 1)))
+        misread = rng.random() < noise  # + for -, or - for +; the teacher goes on from the wrong total
+        total += int(term) if (operator == "+") != misread else -int(term)
         totals.append(total)
     return ",".join(f"{total:02d}" for total in totals or [total])
 

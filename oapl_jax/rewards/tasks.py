@@ -13,15 +13,16 @@ from fractions import Fraction
 MAX_CHARACTERS = 4096
 MAX_EXPRESSION = 512  # far below what exhausts the stack of Python's parser
 MAX_DEPTH = 64
-INTEGER = re.compile(r"-?[0-9]{1,32}")
+INTEGER = re.compile(r"(?<![0-9])-?[0-9]{1,32}")  # after a digit, a minus is an operator
 EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
 
 
 def chain_sum(response: str, answer: str) -> float:
-    """The last of the comma-separated numbers is the answer."""
+    """The last integer of the response is the answer."""
     if len(response) > MAX_CHARACTERS:
         return 0.0
-    return float(_integer(response.split(",")[-1]) == int(answer))
+    numbers = INTEGER.findall(response)
+    return float(bool(numbers) and int(numbers[-1]) == int(answer))
 
 
 def number_sorting(response: str, answer: str) -> float:
@@ -64,7 +65,7 @@ VERIFIERS: dict[str, Callable[[str, str], float]] = {
 
 # What a response says at its end, for a vote among responses; equal strings are equal answers.
 FINAL_ANSWERS: dict[str, Callable[[str], str]] = {
-    "chain_sum": lambda response: response.split(",")[-1].strip(),
+    "chain_sum": lambda response: (INTEGER.findall(response[-MAX_CHARACTERS:]) or [""])[-1],
     "number_sorting": lambda response: response.replace(" ", ""),
     "countdown": lambda response: response.replace(" ", ""),
 }

@@ -1,6 +1,7 @@
 """The table of objectives, how a configuration section fills it, and the weights of sequences."""
 
 import inspect
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,11 +28,9 @@ ARGUMENTS = {"advantage": ["reward"], "loss": ["logp", "behavior_logp", "advanta
 
 
 def test_the_table_names_the_functions_of_each_module():
-    assert OBJECTIVES == {
-        "oapl": (oapl.advantage, oapl.loss),
-        "grpo": (grpo.advantage, grpo.loss),
-        "sft": (sft.advantage, sft.loss),
-    }
+    modules = {"oapl": oapl, "grpo": grpo, "sft": sft}
+    pairs = {name: (module.advantage, module.loss) for name, module in modules.items()}
+    assert pairs == OBJECTIVES
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -99,8 +98,7 @@ def test_a_missing_hyper_parameter_is_refused_by_name(name, missing):
     with pytest.raises(UserError) as error:
         bind(name, **values)
     assert name in str(error.value)
-    for key in VALUES:
-        assert (f"objective.{key}" in str(error.value)) == (key in missing)
+    assert re.findall(r"objective\.(\w+)", str(error.value)) == missing
 
 
 LENGTHS = np.array([3, 17, 1, 9, 9, 240])

@@ -1,10 +1,11 @@
 """The embedded sampler: what it draws, what it says about it, and how it takes a published version.
 
-Weights come from the committed checkpoints (two layers, hidden size 32, 64 tokens), whose logits are
-far from flat.
+Weights come from the committed checkpoints (two layers, hidden size 32, 64 tokens), whose logits
+are far from flat.
 """
 
 import functools
+import itertools
 import pathlib
 import re
 
@@ -38,7 +39,7 @@ def load(name):
     return config, hf.load_params(GOLDEN / name, config)
 
 
-def new_sampler(name=NAME, *, stop_ids=(), seed=0, max_sequences=64, prompt_multiple=4):
+def new_sampler(name=NAME, *, stop_ids=(), seed=0, max_sequences=16, prompt_multiple=4):
     config, params = load(name)
     sampler = LocalSampler(
         config,
@@ -62,6 +63,8 @@ def make_prompt(draw, length, seed=None):
 
 
 def prompts_of(*lengths):
+    """Most tests take the default lengths, 4 samples and 8 tokens: one program serves them all."""
+    lengths = lengths or (3, 9, 1, 6)
     return [make_prompt(draw, length) for draw, length in enumerate(lengths)]
 
 
@@ -101,12 +104,12 @@ def softmax(scores):
 
 @pytest.mark.parametrize(
     ("name", "temperature", "top_p", "top_k"),
-    [("qwen3_tied", 0.7, 1.0, 0), ("qwen3_tied", 1.0, 0.8, 12), ("llama_bias", 0.7, 0.9, 6)],
+    [("qwen3_tied", 0.7, 1.0, 0), ("llama_bias", 1.0, 0.8, 12)],
 )
 def test_log_probs_are_those_of_the_learners_packed_rows(name, temperature, top_p, top_k):
     """Over the whole vocabulary, whatever top-k and top-p leave to draw from."""
     sampler = new_sampler(name, stop_ids=STOPS)
-    prompts = prompts_of(3, 9, 1, 6)
+    prompts = prompts_of()
     sampled = sampler.generate(prompts, n=4, sampling=sampling(temperature, top_p, top_k))
     groups = [
         Group(prompt, tuple(rollouts), np.zeros(4, np.float32))
@@ -129,26 +132,19 @@ def test_log_probs_are_those_of_the_learners_packed_rows(name, temperature, top_
     mesh = jax.make_mesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
     model = Transformer(config, jnp.float32, "none")
 
-    def learners(temperature):
-        step = learner.make_logp_step(model, mesh, temperature=temperature, logp_chunk=8)
-        return np.asarray(step(params, batch))
-
+    step = learner.make_logp_step(model, mesh, temperature=temperature, logp_chunk=8)
     assert batch.mask.sum() == sum(len(r.tokens) for g in groups for r in g.rollouts)
-    np.testing.assert_allclose(learners(temperature), batch.behavior_logp, atol=1e-4, rtol=0)
-    other = np.abs(learners(temperature + 0.1) - batch.behavior_logp)
-    assert np.median(other[batch.mask > 0]) > 0.01  # so the temperature is seen
+    np.testing.assert_allclose(step(params, batch), batch.behavior_logp, atol=1e-4, rtol=0)
 
 
 def test_greedy_takes_the_best_token_of_the_plain_forward_pass():
-    prompts = prompts_of(3, 9, 1, 6)
-    sampled = new_sampler().generate(prompts, n=1, sampling=sampling(0.0, max_response_tokens=12))
-    whole = [
-        [*p.tokens, *rollouts[0].tokens] for p, rollouts in zip(prompts, sampled, strict=True)
-    ]
+    prompts = prompts_of()
+    sampled = new_sampler().generate(prompts, n=1, sampling=sampling(0.0))
+    whole = [[*p.tokens, *rollouts[0].tokens] for p, rollouts in zip(prompts, sampled, strict=True)]
     scores = plain_logits(NAME, whole)
     for row, (prompt, (rollout,)) in enumerate(zip(prompts, sampled, strict=True)):
         start = len(prompt.tokens) - 1
-        here = scores[row, start : start + 12]
+        here = scores[row, start : start + 8]
         assert rollout.tokens.tolist() == here.argmax(-1).tolist()
         at_one = np.log([softmax(s).max() for s in here])
         np.testing.assert_allclose(rollout.behavior_logp, at_one, atol=1e-4)
@@ -190,7 +186,7 @@ def test_tokens_follow_the_softmax_at_the_temperature(temperature):
     scores = plain_logits(NAME, [prompt])[0, len(prompt) - 1]
     first = counts.sum(axis=1)
     assert chi_square(first, softmax(scores / temperature)) > 0.01
-    assert chi_square(first, softmax(scores / (temperature + 0.1))) < 1e-4
+    assert chi_square(first, softmax(scores / (1.2 * temperature))) < 1e-4
 
     common = int(first.argmax())  # the second token must not depend on how the first was drawn
     after = plain_logits(NAME, [[*prompt, common]])[0, len(prompt)]
@@ -227,29 +223,29 @@ def log(*probs):
 
 RANDOM = np.random.default_rng(0).normal(size=(32, 40)) * 2
 RANDOM -= np.log(np.exp(RANDOM).sum(axis=1, keepdims=True))
-CASES = {
-    "random": RANDOM,
-    "ties": np.repeat(RANDOM[:, ::2], 2, axis=1) - np.log(2),
-    "ties at the border": log(4, 3, 3, 3, 2, 1),
-    "uniform": log(*[1] * 10),
-    "one takes all": log(1, *[1e-30] * 9),
-    "best token last": log(*range(1, 11)),
-    "a token of no probability": np.array([[-np.inf, np.log(0.25), np.log(0.75)]]),
-}
+CASES = [
+    RANDOM,
+    np.repeat(RANDOM, 2, axis=1) - np.log(2),  # ties everywhere
+    log(4, 3, 3, 3, 2, 1),  # ties at the border
+    log(*[1] * 10),
+    log(1, *[1e-30] * 9),
+    log(*range(1, 11)),
+    log(0.25, 0.75),
+]
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 2, 7, 1000])
 @pytest.mark.parametrize("top_p", [None, 1e-6, 0.33, 0.9, 0.99999])
-@pytest.mark.parametrize("case", CASES)
-def test_restrict_keeps_what_an_independent_count_keeps(case, top_p, top_k):
-    logp = CASES[case].astype(np.float32)
+def test_restrict_keeps_what_an_independent_count_keeps(top_p, top_k):
+    width = max(case.shape[1] for case in CASES)
+    fill = lambda case: np.pad(case, ((0, 0), (0, width - case.shape[1])), constant_values=-np.inf)
+    logp = np.concatenate([fill(case) for case in CASES]).astype(np.float32)
     found = np.asarray(restrict(jnp.asarray(logp), top_p, top_k), np.float64)
     kept = np.isfinite(found)
-    expected = reference(logp, top_p, top_k) & np.isfinite(logp)
-    np.testing.assert_array_equal(kept, expected)
+    np.testing.assert_array_equal(kept, reference(logp, top_p, top_k) & np.isfinite(logp))
     assert kept[np.arange(len(logp)), logp.argmax(axis=1)].all()
     for row, keep, before in zip(found, kept, logp.astype(np.float64), strict=True):
-        moved = (row - before)[keep]  # what is kept keeps its proportions
+        moved = row[keep] - before[keep]  # what is kept keeps its proportions
         np.testing.assert_allclose(moved, moved[0], atol=1e-5)
 
 
@@ -267,38 +263,19 @@ def test_impossible_settings_are_refused_by_name(wrong):
 
 
 def test_a_stop_token_ends_a_response_and_belongs_to_it():
-    prompts = prompts_of(3, 9, 1, 6)
-    free = new_sampler().generate(prompts, n=8, sampling=sampling(max_response_tokens=12))
-    ended = new_sampler(stop_ids=STOPS).generate(
-        prompts, n=8, sampling=sampling(max_response_tokens=12)
-    )
-    reasons = []
-    for whole, cut in zip(sum(free, []), sum(ended, []), strict=True):
+    prompts = prompts_of(*[3, 9, 1, 6] * 4)
+    free = new_sampler().generate(prompts, n=4, sampling=sampling())
+    ended = new_sampler(stop_ids=STOPS).generate(prompts, n=4, sampling=sampling())
+    seen = set()
+    for whole, cut in zip(itertools.chain(*free), itertools.chain(*ended), strict=True):
         first = next((i for i, token in enumerate(whole.tokens) if token in STOPS), None)
-        length = 12 if first is None else first + 1
+        length = 8 if first is None else first + 1
         assert cut.tokens.tolist() == whole.tokens[:length].tolist()
         np.testing.assert_allclose(cut.behavior_logp, whole.behavior_logp[:length], atol=1e-6)
         assert cut.finish_reason == ("length" if first is None else "stop")
-        reasons.append(cut.finish_reason)
         assert whole.finish_reason == "length"
-    assert set(reasons) == {"stop", "length"}
-    assert any(r.finish_reason == "stop" and len(r.tokens) == 12 for r in sum(ended, [])) or (
-        len({len(r.tokens) for r in sum(ended, [])}) > 3
-    )
-
-
-def test_a_stop_token_in_the_last_place_is_a_stop():
-    prompt = make_prompt(0, 5)
-    best = new_sampler().generate([prompt], n=1, sampling=sampling(0.0, max_response_tokens=3))
-    (rollout,) = best[0]
-    assert rollout.finish_reason == "length"
-    last = int(rollout.tokens[-1])
-    assert last not in rollout.tokens[:-1]
-    (stopped,) = new_sampler(stop_ids=(last,)).generate(
-        [prompt], n=1, sampling=sampling(0.0, max_response_tokens=3)
-    )[0]
-    assert stopped.tokens.tolist() == rollout.tokens.tolist()
-    assert stopped.finish_reason == "stop"
+        seen.add((cut.finish_reason, length))
+    assert seen >= {("length", 8), ("stop", 8), ("stop", 1), ("stop", 4)}
 
 
 def test_the_program_ends_with_the_last_response():
@@ -332,27 +309,25 @@ def test_the_program_ends_with_the_last_response():
 
 
 def test_a_rollout_is_the_same_in_any_batch():
-    a, b, c, d = prompts_of(3, 9, 1, 6)
+    a, b, c, d = prompts_of()
     sampler = new_sampler(stop_ids=STOPS)
     together = tokens_of(sampler.generate([a, b, c, d], n=4, sampling=sampling()))
     assert tokens_of(sampler.generate([a, b, c, d], n=4, sampling=sampling())) == together
-    # Elsewhere, less padded, beside others and fewer, in portions of one prompt, from a new sampler.
-    assert tokens_of(sampler.generate([c, a], n=4, sampling=sampling())) == [
-        together[2],
-        together[0],
-    ]
-    assert tokens_of(sampler.generate([d], n=2, sampling=sampling())) == [together[3][:2]]
+    # In another place, less padded, beside others, and fewer of them:
+    fewer = tokens_of(sampler.generate([c, a], n=2, sampling=sampling()))
+    assert fewer == [together[2][:2], together[0][:2]]
+    # In portions of one prompt, more padded, from another sampler:
     alone = new_sampler(stop_ids=STOPS, max_sequences=1, prompt_multiple=16)
     assert tokens_of(alone.generate([a, b, c, d], n=4, sampling=sampling())) == together
 
 
 def test_draws_samples_and_seeds_have_random_numbers_of_their_own():
-    tokens = make_prompt(0, 5).tokens
-    prompts = [Prompt("p", draw, tokens, "", "", "") for draw in range(8)]
-    one = tokens_of(new_sampler().generate(prompts, n=8, sampling=sampling()))
-    other = tokens_of(new_sampler(seed=1).generate(prompts, n=8, sampling=sampling()))
+    tokens = make_prompt(0, 9).tokens
+    prompts = [Prompt("p", draw, tokens, "", "", "") for draw in range(4)]
+    one = tokens_of(new_sampler().generate(prompts, n=4, sampling=sampling()))
+    other = tokens_of(new_sampler(seed=1).generate(prompts, n=4, sampling=sampling()))
     responses = [tuple(r) for groups in (one, other) for rollouts in groups for r in rollouts]
-    assert len(set(responses)) == len(responses) == 128
+    assert len(set(responses)) == len(responses) == 32
 
 
 def test_few_programs_are_compiled():
@@ -408,7 +383,7 @@ def publish(directory, version, name=NAME, scale=1.0):
 
 
 def greedy(sampler):
-    found = sampler.generate(prompts_of(3, 9, 1, 6), n=1, sampling=sampling(0.0))
+    found = sampler.generate(prompts_of(), n=1, sampling=sampling(0.0))
     return [(r.tokens.tolist(), r.behavior_logp.tolist(), r.policy_version) for (r,) in found]
 
 

@@ -1,0 +1,193 @@
+"""From ragged groups to packed rows: what went in is found again, and rows are used well."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from oapl_jax.batching import make_batch, pack, to_mesh
+from oapl_jax.errors import UserError
+from oapl_jax.learner import batch_shardings
+from oapl_jax.sharding import make_mesh
+from oapl_jax.structs import Group, Prompt, Rollout
+
+
+def make_groups(rng, num_groups, group_size, max_prompt, max_response, version=3):
+    """Groups of random lengths; all tokens are above 0, the padding."""
+    groups = []
+    for draw in range(num_groups):
+        tokens = rng.integers(1, 1000, rng.integers(1, max_prompt + 1)).astype(np.int32)
+        prompt = Prompt(id=str(draw), draw=draw, tokens=tokens, text="", answer="", task="")
+        rollouts = []
+        for _ in range(group_size):
+            length = rng.integers(1, max_response + 1)
+            rollouts.append(
+                Rollout(
+                    tokens=rng.integers(1, 1000, length).astype(np.int32),
+                    behavior_logp=rng.normal(-1, 0.3, length).astype(np.float32),
+                    policy_version=version + draw,
+                    finish_reason="stop",
+                )
+            )
+        reward = rng.normal(0, 1, group_size).astype(np.float32)
+        groups.append(Group(prompt, tuple(rollouts), reward))
+    return groups
+
+
+def batch_of(groups, rng, **changes):
+    sequences = sum(len(g.rollouts) for g in groups)
+    advantages = [rng.normal(0, 1, len(g.rollouts)).astype(np.float32) for g in groups]
+    weights = rng.uniform(0, 1, sequences).astype(np.float32)
+    settings = dict(
+        step=40, micro_batches=1, row_length=32, rows_multiple=1, max_response_tokens=16
+    )
+    return make_batch(groups, advantages, weights, **{**settings, **changes}), advantages, weights
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [
+        ([10], [[0]]),
+        ([10, 10], [[0], [1]]),
+        ([3, 7], [[1, 0]]),
+        ([6, 6, 4, 4], [[0, 2], [1, 3]]),
+        ([3, 3, 3, 7, 7, 7], [[3, 0], [4, 1], [5, 2]]),
+        (
+            [5, 4, 2, 6, 3],
+            [[3, 1], [0, 4, 2]],
+        ),  # both full; in the order of arrival it takes 3 rows
+        ([1] * 25, [list(range(10)), list(range(10, 20)), list(range(20, 25))]),
+    ],
+)
+def test_rows_by_hand(lengths, rows):
+    assert pack(lengths, 10) == rows
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packing_keeps_every_sequence_overfills_no_row_and_wastes_little(seed):
+    rng = np.random.default_rng(seed)
+    row_length = int(rng.integers(5, 60))
+    lengths = rng.integers(1, row_length + 1, rng.integers(1, 80)).tolist()
+    rows = pack(lengths, row_length)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert max(sum(lengths[i] for i in row) for row in rows) <= row_length
+    # First fit, longest first: it is in a later row only because the earlier ones had no room.
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    place = {index: rank for rank, index in enumerate(order)}
+    for later, row in enumerate(rows):
+        for index in row:
+            for earlier in rows[:later]:
+                before = sum(lengths[i] for i in earlier if place[i] < place[index])
+                assert before + lengths[index] > row_length
+    assert len(rows) < 2 * sum(lengths) / row_length + 1
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_every_response_is_found_again(seed):
+    """Of ragged groups, over micro-batches: tokens, log-probs, positions, segments, order."""
+    rng = np.random.default_rng(seed)
+    micro_batches = int(rng.choice([1, 2, 4]))
+    multiple = int(rng.choice([1, 3, 8]))
+    groups = make_groups(rng, 2 * int(rng.integers(1, 4)), 4, 8, 16)
+    row_length = int(rng.integers(24, 80))
+    batch, advantages, weights = batch_of(
+        groups, rng, micro_batches=micro_batches, row_length=row_length, rows_multiple=multiple
+    )
+    rollouts = [(g.prompt, r) for g in groups for r in g.rollouts]
+    per_micro = len(rollouts) // micro_batches
+    rows = batch.tokens.shape[1]
+    assert batch.tokens.shape == (micro_batches, rows, row_length)
+    assert batch.positions.shape == batch.segments.shape == batch.tokens.shape
+    assert batch.where.shape == (micro_batches, per_micro, 16)
+    assert rows % multiple == 0
+
+    taken = np.zeros(batch.tokens.shape, int)
+    for s, (prompt, rollout) in enumerate(rollouts):
+        m, i = divmod(s, per_micro)
+        length, before = len(rollout.tokens), len(prompt.tokens)
+        np.testing.assert_array_equal(batch.mask[m, i], np.arange(16) < length)
+        where = batch.where[m, i, :length]
+        assert np.all(np.diff(where) == 1)
+        row, start = divmod(where[0] - before, row_length)
+        whole = slice(start, start + before + length)
+        assert start >= 0
+        assert whole.stop <= row_length
+        expected = np.concatenate([prompt.tokens, rollout.tokens])
+        np.testing.assert_array_equal(batch.tokens[m, row, whole], expected)
+        np.testing.assert_array_equal(batch.tokens[m].reshape(-1)[where], rollout.tokens)
+        np.testing.assert_array_equal(batch.positions[m, row, whole], np.arange(before + length))
+        np.testing.assert_array_equal(batch.behavior_logp[m, i, :length], rollout.behavior_logp)
+        segment = batch.segments[m, row, start]
+        assert segment > 0
+        # The segment is this sequence, all of it and nothing else.
+        np.testing.assert_array_equal(
+            np.flatnonzero(batch.segments[m, row] == segment), np.arange(whole.start, whole.stop)
+        )
+        taken[m, row, whole] += 1
+        assert batch.lag[m, i] == 40 - rollout.policy_version
+    assert taken.max() == 1  # nobody overlaps
+    for padded in (batch.tokens, batch.segments, batch.positions):
+        np.testing.assert_array_equal(padded[taken == 0], 0)
+    np.testing.assert_array_equal(batch.behavior_logp[batch.mask == 0], 0)
+
+    np.testing.assert_array_equal(batch.advantage.reshape(-1), np.concatenate(advantages))
+    np.testing.assert_array_equal(
+        batch.reward.reshape(-1), np.concatenate([g.reward for g in groups])
+    )
+    np.testing.assert_array_equal(batch.weight.reshape(-1), weights)
+    floats = (batch.mask, batch.behavior_logp, batch.advantage, batch.reward, batch.weight)
+    integers = (batch.tokens, batch.positions, batch.segments, batch.where, batch.lag)
+    assert {x.dtype for x in floats} == {np.dtype(np.float32)}
+    assert {x.dtype for x in integers} == {np.dtype(np.int32)}
+
+
+@pytest.mark.parametrize(("multiple", "rows"), [(1, 3), (2, 4), (3, 3), (8, 8)])
+def test_the_number_of_rows_is_rounded_up(multiple, rows):
+    rng = np.random.default_rng(0)
+    groups = make_groups(rng, 3, 1, 1, 1)
+    batch, _, _ = batch_of(groups, rng, row_length=2, rows_multiple=multiple)
+    assert batch.tokens.shape == (1, rows, 2)
+    np.testing.assert_array_equal(np.count_nonzero(batch.segments[0].any(-1)), 3)
+
+
+def test_a_group_may_be_split_between_micro_batches():
+    rng = np.random.default_rng(1)
+    groups = make_groups(rng, 1, 6, 4, 8)
+    batch, advantages, _ = batch_of(groups, rng, micro_batches=3)
+    np.testing.assert_array_equal(batch.advantage, advantages[0].reshape(3, 2))
+
+
+def test_a_sequence_longer_than_a_row_is_refused():
+    rng = np.random.default_rng(2)
+    groups = make_groups(rng, 4, 4, 8, 16)
+    longest = max(len(g.prompt.tokens) + len(r.tokens) for g in groups for r in g.rollouts)
+    batch_of(groups, rng, row_length=longest)
+    settings = (
+        rf"{longest} tokens .*learner\.row_length={longest - 1}.*"
+        r"data\.max_prompt_tokens \+ rollout\.max_response_tokens"
+    )
+    with pytest.raises(UserError, match=settings):
+        batch_of(groups, rng, row_length=longest - 1)
+
+
+@pytest.mark.parametrize("micro_batches", [3, 5, 16])
+def test_indivisible_micro_batches_are_refused(micro_batches):
+    rng = np.random.default_rng(3)
+    groups = make_groups(rng, 2, 4, 4, 4)
+    settings = rf"learner\.micro_batches={micro_batches} .*8 seq.*\(groups_per_step x group_size\)"
+    with pytest.raises(UserError, match=settings):
+        batch_of(groups, rng, micro_batches=micro_batches)
+
+
+def test_to_mesh_splits_rows_and_changes_no_value():
+    rng = np.random.default_rng(4)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    batch, _, _ = batch_of(make_groups(rng, 4, 4, 8, 16), rng, micro_batches=2, rows_multiple=4)
+    placed = to_mesh(batch, batch_shardings(mesh))
+    jax.tree.map(np.testing.assert_array_equal, placed, batch)
+    for field in dataclasses.fields(batch):
+        array = getattr(placed, field.name)
+        split = 4 if field.name in ("tokens", "positions", "segments") else 1
+        micro, rows, *rest = array.shape
+        assert array.sharding.shard_shape(array.shape) == (micro, rows // split, *rest)

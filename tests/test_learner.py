@@ -1,0 +1,664 @@
+"""The learner's step against a plain one: whole log_softmax, one sequence a row, AdamW in numpy."""
+
+import functools
+import types
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+from oapl_jax import learner
+from oapl_jax.batching import make_batch, to_mesh
+from oapl_jax.models.config import ModelConfig
+from oapl_jax.models.transformer import Transformer, head, logits
+from oapl_jax.objectives import Objective, bind
+from oapl_jax.objectives.aggregation import sequence_weights
+from oapl_jax.optim import make_optimizer
+from oapl_jax.sharding import AXES, parameter_shardings
+from oapl_jax.structs import Group, Prompt, Rollout
+
+EOS = 2
+TEMPERATURE = 0.7
+BETA1, BETA2 = 0.5, 0.1
+ONE = (1, 1, 1)
+# eps is large, or the first step of AdamW would be the sign of gradients that are all rounding.
+OPTIM = dict(
+    learning_rate=1e-3,
+    warmup_steps=0,
+    final_fraction=0.1,
+    num_steps=10,
+    b1=0.9,
+    b2=0.95,
+    eps=1e-3,
+    weight_decay=0.1,
+    max_grad_norm=0.5,
+)
+CONFIG = ModelConfig.from_hf(
+    {
+        "model_type": "qwen3",
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 100.0,
+    },
+    source="a test",
+)
+
+
+# ---------------------------------------------------------------- what is learned from
+
+
+@functools.cache
+def parameters(seed=0):
+    """Numpy parameters with every leaf at work: norms off 1 and biases off 0."""
+    model = Transformer(CONFIG, jnp.float32, "none")
+    shapes = jax.eval_shape(functools.partial(learner.init_params, model), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return (centre + rng.normal(0, 0.2, leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+# Prompts of 9 or more tokens and responses of 1 to 8: two sequences never fit a row of 19, and
+# three or four fit one of 64.
+LENGTHS = np.array([[8, 3, 5, 1], [2, 7, 4, 6], [8, 1, 2, 8], [3, 5, 1, 4]])
+REWARD = np.array([[1, 0, 0, 1], [0, 0, 1, 0], [0.5, -1, 1, 0], [1, 1, 1, 1]], np.float32)
+LONGEST = 8
+
+
+@functools.cache
+def groups():
+    """Four groups of four ragged responses that end in EOS; the policy is near the behavior policy."""
+    rng = np.random.default_rng(1)
+    out = []
+    for draw, lengths in enumerate(LENGTHS):
+        tokens = rng.integers(3, 64, 9 + draw % 3).astype(np.int32)
+        prompt = Prompt(id=str(draw), draw=draw, tokens=tokens, text="", answer="", task="")
+        rollouts = []
+        for n in lengths:
+            response = np.append(rng.integers(3, 64, n - 1), EOS).astype(np.int32)
+            logp = plain_logp(parameters(), prompt.tokens, response, TEMPERATURE)[0]
+            noise = rng.normal(0, 0.3, n)
+            rollouts.append(Rollout(response, (logp + noise).astype(np.float32), 5, "stop"))
+        out.append(Group(prompt, tuple(rollouts), REWARD[draw]))
+    return out
+
+
+@functools.cache
+def _whole_vocabulary():
+    def run(params, tokens, length, temperature):
+        model = Transformer(CONFIG, jnp.float32, "none")
+        slots = jnp.arange(tokens.shape[1])[None]
+        hidden: Any = model.apply({"params": params}, tokens, slots, (slots < length).astype(int))
+        return jax.nn.log_softmax(logits(hidden, head(params, CONFIG)) / temperature)[0]
+
+    return jax.jit(run)
+
+
+def plain_logp(params, prompt, response, temperature):
+    """(log-probability, entropy) of each response token, for one sequence alone, in float64."""
+    length = len(prompt) + len(response)
+    tokens = np.zeros((1, 19), np.int32)
+    tokens[0, :length] = [*prompt, *response]
+    table = np.asarray(_whole_vocabulary()(params, tokens, length, temperature), np.float64)
+    table = table[len(prompt) - 1 : length - 1]  # the state before a token predicts it
+    return table[np.arange(len(response)), response], -np.sum(np.exp(table) * table, axis=-1)
+
+
+def oapl_advantages(reward, beta1):
+    return reward - beta1 * np.log(np.mean(np.exp(reward.astype(np.float64) / beta1)))
+
+
+def batch_of(
+    *, micro_batches=1, row_length=64, rows_multiple=1, aggregation="sequence", step=9
+) -> learner.Batch:
+    return make_batch(
+        groups(),
+        [oapl_advantages(g.reward, BETA1) for g in groups()],
+        sequence_weights(LENGTHS.reshape(-1), aggregation, constant_length=10),
+        step=step,
+        micro_batches=micro_batches,
+        row_length=row_length,
+        rows_multiple=rows_multiple,
+        max_response_tokens=LONGEST,
+    )
+
+
+# ---------------------------------------------------------------- the learner, compiled
+
+
+def mesh_of(sizes):
+    count = int(np.prod(sizes))
+    return Mesh(np.array(jax.devices()[:count]).reshape(sizes), AXES)
+
+
+@functools.cache
+def compiled(sizes=ONE, remat="none", objective="oapl"):
+    """A learner on a mesh: `start()` gives its first state, `step` and `logp` are its programs."""
+    mesh, optimizer = mesh_of(sizes), make_optimizer(**OPTIM)
+    model = Transformer(CONFIG, jnp.float32, remat)
+    objective = bind(objective, beta1=BETA1, beta2=BETA2)
+    settings = dict(temperature=TEMPERATURE, logp_chunk=24)  # 63 places in chunks of 24
+    shardings = learner.batch_shardings(mesh)
+    return types.SimpleNamespace(
+        start=lambda: learner.init_state(model, optimizer, mesh, parameters()),
+        step=learner.make_train_step(model, objective, optimizer, mesh, **settings),
+        logp=learner.make_logp_step(model, mesh, **settings),
+        put=lambda batch: to_mesh(batch, shardings),
+        mesh=mesh,
+    )
+
+
+def one_step(batch, **choices):
+    """(state, metrics) on the host after a step from the first state."""
+    run = compiled(**choices)
+    return jax.device_get(run.step(run.start(), run.put(batch)))
+
+
+@functools.cache
+def whole_batch():
+    """After one step on one device with everything in one micro-batch: what others must equal."""
+    return one_step(batch_of())
+
+
+def assert_same_step(found, expected, atol=1e-6):
+    """Parameters, moments, loss and every metric agree."""
+    (state, metrics), (expected_state, expected_metrics) = found, expected
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=atol), state, expected_state)
+    assert metrics.keys() == expected_metrics.keys()
+    for key, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+# ---------------------------------------------------------------- log-probabilities by chunks
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(1, 8), (5, 8), (16, 8), (21, 8), (21, 1), (21, 64)])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 3.0])
+def test_chunked_log_probabilities_equal_log_softmax_with_their_gradients(
+    length, chunk, temperature
+):
+    rng = np.random.default_rng(length)
+    hidden = jnp.asarray(rng.normal(0, 1, (3, length, 16)), jnp.float32)
+    matrix = jnp.asarray(rng.normal(0, 1, (16, 50)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 50, (3, length)))
+    seed = jnp.asarray(rng.normal(0, 1, (3, length)), jnp.float32)
+
+    def chunked(hidden, matrix):
+        logp, entropy = learner.token_logp(
+            hidden, matrix, targets, temperature=temperature, chunk=chunk
+        )
+        return jnp.sum(seed * logp), (logp, entropy)
+
+    def plain(hidden, matrix):
+        table = jax.nn.log_softmax(hidden @ matrix / temperature)
+        logp = jnp.take_along_axis(table, targets[..., None], axis=-1)[..., 0]
+        return jnp.sum(seed * logp), (logp, -jnp.sum(jnp.exp(table) * table, axis=-1))
+
+    run = lambda f: jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(hidden, matrix)
+    (_, values), gradients = run(chunked)
+    (_, expected_values), expected_gradients = run(plain)
+    assert values[0].shape == values[1].shape == (3, length)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
+    jax.tree.map(close, values, expected_values)
+    jax.tree.map(close, gradients, expected_gradients)
+
+
+def test_the_entropy_carries_no_gradient():
+    hidden, matrix = jnp.ones((1, 4, 8)), jnp.arange(40.0).reshape(8, 5) / 40
+    entropy = lambda h: learner.token_logp(
+        h, matrix, jnp.zeros((1, 4), int), temperature=1.0, chunk=2
+    )[1].sum()
+    np.testing.assert_array_equal(jax.grad(entropy)(hidden), 0.0)
+
+
+def test_bfloat16_states_are_normalised_in_float32():
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(0, 1, (2, 12, 16)), jnp.bfloat16)
+    matrix = jnp.asarray(rng.normal(0, 1, (16, 50)), jnp.bfloat16)
+    targets = rng.integers(0, 50, (2, 12))
+    logp, entropy = learner.token_logp(
+        hidden, matrix.astype(jnp.float32), jnp.asarray(targets), temperature=0.7, chunk=5
+    )
+    assert logp.dtype == entropy.dtype == jnp.float32
+    table = np.asarray(hidden, np.float64) @ np.asarray(matrix, np.float64) / 0.7
+    table -= np.log(np.sum(np.exp(table), axis=-1, keepdims=True))
+    expected = np.take_along_axis(table, targets[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(logp, expected, atol=1e-5)
+
+
+def test_temporaries_are_a_tenth_of_those_of_the_whole_vocabulary():
+    """Of value and gradient, as compiled for batch 8, length 1024, vocabulary 32000."""
+    spec = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    hidden, matrix = spec(jnp.float32, 8, 1024, 64), spec(jnp.float32, 64, 32000)
+    targets = spec(jnp.int32, 8, 1024)
+
+    def chunked(hidden, matrix, targets):
+        logp, entropy = learner.token_logp(hidden, matrix, targets, temperature=0.7, chunk=64)
+        return logp.sum(), entropy
+
+    def naive(hidden, matrix, targets):
+        table = jax.nn.log_softmax(logits(hidden, matrix) / 0.7)
+        return jnp.take_along_axis(table, targets[..., None], axis=-1).sum(), None
+
+    def temporaries(f):
+        both = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))
+        analysis = both.lower(hidden, matrix, targets).compile().memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    whole = temporaries(naive)
+    assert whole > 8 * 1024 * 32000 * 4  # the naive form does hold [B, T, V]
+    assert temporaries(chunked) <= whole / 10
+
+
+# ---------------------------------------------------------------- one step, by other means
+
+
+@functools.cache
+def _plain_gradient():
+    def loss(params, tokens, response, behavior_logp, advantages, weights):
+        """`response` is 1 where the token is part of a response; one sequence a row."""
+        model = Transformer(CONFIG, jnp.float32, "none")
+        slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        # Causal: what pads the end of a row is seen by no response token.
+        hidden: Any = model.apply({"params": params}, tokens, slots, jnp.ones_like(tokens))
+        table = jax.nn.log_softmax(logits(hidden, head(params, CONFIG)) / TEMPERATURE)
+        logp = jnp.take_along_axis(table[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+        log_ratio = jnp.sum((logp - behavior_logp[:, 1:]) * response[:, 1:], axis=-1)
+        return jnp.sum(weights * (BETA2 * log_ratio - advantages) ** 2)
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def plain_loss_and_gradient(params, weights):
+    rollouts = [(g.prompt.tokens, r) for g in groups() for r in g.rollouts]
+    tokens = np.zeros((len(rollouts), 19), np.int32)
+    response, behavior = np.zeros((2, len(rollouts), 19), np.float32)
+    for i, (prompt, rollout) in enumerate(rollouts):
+        start, end = len(prompt), len(prompt) + len(rollout.tokens)
+        tokens[i, :start], tokens[i, start:end] = prompt, rollout.tokens
+        response[i, start:end], behavior[i, start:end] = 1, rollout.behavior_logp
+    advantages = np.concatenate([oapl_advantages(g.reward, BETA1) for g in groups()])
+    loss, gradient = _plain_gradient()(params, tokens, response, behavior, advantages, weights)
+    return float(loss), jax.tree.map(lambda x: np.asarray(x, np.float64), gradient)
+
+
+def adamw(params, gradients):
+    """Parameters after steps with these gradients, in float64, from the formulas."""
+    o = types.SimpleNamespace(**OPTIM)
+    mean = variance = jax.tree.map(lambda x: np.zeros(x.shape), params)
+    for t, gradient in enumerate(gradients, start=1):
+        norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(gradient)))
+        clipped = jax.tree.map(lambda g, n=norm: g * min(1, o.max_grad_norm / n), gradient)
+        mean = jax.tree.map(lambda m, g: o.b1 * m + (1 - o.b1) * g, mean, clipped)
+        variance = jax.tree.map(lambda v, g: o.b2 * v + (1 - o.b2) * g**2, variance, clipped)
+        cosine = (1 + np.cos(np.pi * (t - 1) / o.num_steps)) / 2
+        rate = o.learning_rate * (o.final_fraction + (1 - o.final_fraction) * cosine)
+
+        def update(p, m, v, t=t, rate=rate):
+            step = (m / (1 - o.b1**t)) / (np.sqrt(v / (1 - o.b2**t)) + o.eps)
+            return p - rate * (step + o.weight_decay * p)
+
+        params = jax.tree.map(update, params, mean, variance)
+    return params
+
+
+def test_golden_steps():
+    """Loss, gradient norm and parameters of two steps equal those of the plain computation."""
+    weights = np.full(16, 1 / 16)
+    run, params = compiled(), parameters()
+    state, gradients = run.start(), []
+    for step in range(2):
+        loss, gradient = plain_loss_and_gradient(params, weights)
+        gradients.append(gradient)
+        params = adamw(parameters(), gradients)
+        state, metrics = run.step(state, run.put(batch_of(step=step)))
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+        np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(gradient), rtol=1e-5)
+        assert metrics["grad_norm"] > OPTIM["max_grad_norm"]  # the clip is at work
+        assert state.step == step + 1
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, atol=1e-6, rtol=0), state.params, params
+        )
+        params = jax.tree.map(np.float32, params)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, parameters())
+    assert min(jax.tree.leaves(moved)) > 1e-5
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence_token", "constant"])
+def test_the_gradient_is_that_of_the_aggregated_loss(aggregation):
+    lengths = LENGTHS.reshape(-1)
+    weights = {
+        "token": np.full(16, 1 / lengths.sum()),
+        "sequence_token": 1 / (16 * lengths),
+        "constant": np.full(16, 1 / (16 * 10)),
+    }[aggregation]
+    loss, gradient = plain_loss_and_gradient(parameters(), weights)
+    _, metrics = one_step(batch_of(aggregation=aggregation))
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(gradient), rtol=1e-5)
+
+
+def test_metrics_equal_those_computed_sequence_by_sequence():
+    rollouts = [(g.prompt.tokens, r) for g in groups() for r in g.rollouts]
+    reward = REWARD.reshape(-1)
+    advantages = np.concatenate([oapl_advantages(g.reward, BETA1) for g in groups()])
+    kl, entropy, log_ratio = [], [], []
+    for prompt, rollout in rollouts:
+        logp, spread = plain_logp(parameters(), prompt, rollout.tokens, TEMPERATURE)
+        gap = logp - rollout.behavior_logp
+        kl.append(np.mean(np.exp(gap) - 1 - gap))
+        entropy.append(np.mean(spread))
+        log_ratio.append(np.sum(gap))
+    log_ratio, target = np.array(log_ratio), advantages / BETA2
+    residual = BETA2 * log_ratio - advantages
+    right, wrong = reward > 0, reward <= 0
+    expected = {
+        "loss": np.mean(residual**2),
+        "kl": np.mean(kl),
+        "entropy": np.mean(entropy),
+        "log_ratio": np.mean(log_ratio),
+        "log_ratio/right": np.mean(log_ratio[right]),
+        "log_ratio/right_std": np.std(log_ratio[right]),
+        "log_ratio/wrong": np.mean(log_ratio[wrong]),
+        "log_ratio/wrong_std": np.std(log_ratio[wrong]),
+        "log_ratio/slope": np.polyfit(target, log_ratio, 1, w=None)[0] * 0
+        + np.linalg.lstsq(target[:, None], log_ratio, rcond=None)[0][0],
+        "residual": np.mean(residual),
+        "residual/right": np.mean(residual[right]),
+        "residual/right_std": np.std(residual[right]),
+        "residual/wrong": np.mean(residual[wrong]),
+        "residual/wrong_std": np.std(residual[wrong]),
+        "target_log_ratio": np.mean(target),
+        "skipped": 0,
+        "skipped_in_a_row": 0,
+    }
+    _, metrics = whole_batch()
+    assert metrics.keys() == {*expected, "grad_norm"}
+    for key, value in expected.items():
+        np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+def test_metrics_of_an_empty_set_are_not_a_number_rather_than_zero():
+    """All rewards above 0, all advantages 0: nothing is wrong, and there is no slope."""
+    batch = batch_of()
+    batch = batch.replace(reward=np.ones_like(batch.reward), advantage=0 * batch.advantage)
+    _, metrics = one_step(batch)
+    empty = {key for key, value in metrics.items() if np.isnan(value)}
+    sides = {f"{name}/wrong{end}" for name in ("residual", "log_ratio") for end in ("", "_std")}
+    assert empty == {*sides, "log_ratio/slope"}
+
+
+# ---------------------------------------------------------------- which log-probabilities
+
+
+def test_the_stop_token_is_part_of_the_sum():
+    """One nat less for the last token of each response moves each log-ratio by one nat."""
+    _, before = whole_batch()
+    batch = batch_of()
+    last = np.cumsum(batch.mask[..., ::-1], axis=-1)[..., ::-1] * batch.mask == 1
+    assert last.sum() == 16
+    assert np.all(
+        batch.tokens[0].reshape(-1)[batch.where[last[None] if last.ndim == 2 else last]] == EOS
+    )
+    _, after = one_step(batch.replace(behavior_logp=batch.behavior_logp - last))
+    np.testing.assert_allclose(after["log_ratio"], before["log_ratio"] + 1, atol=1e-5)
+
+
+def test_the_temperature_is_on_both_sides():
+    """Behavior log-probs of the learner's own weights at its temperature leave no log-ratio."""
+    run = compiled()
+    for temperature in (TEMPERATURE, 1.0):
+        batch = batch_of()
+        behavior = np.zeros_like(batch.behavior_logp)
+        rollouts = [(g.prompt.tokens, r.tokens) for g in groups() for r in g.rollouts]
+        for i, (prompt, response) in enumerate(rollouts):
+            logp, _ = plain_logp(parameters(), prompt, response, temperature)
+            behavior[0, i, : len(response)] = logp
+        _, metrics = run.step(run.start(), run.put(batch.replace(behavior_logp=behavior)))
+        gap = np.abs([metrics["log_ratio/right"], metrics["log_ratio/wrong"]]).max()
+        if temperature == TEMPERATURE:
+            assert gap < 1e-5
+            assert metrics["kl"] < 1e-10
+            # At the anchor the loss is the square of the advantages.
+            np.testing.assert_allclose(metrics["loss"], np.mean(batch.advantage**2), rtol=1e-5)
+        else:
+            assert gap > 0.5
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_recomputed_denominator_is_the_steps_own(micro_batches):
+    run = compiled()
+    batch = batch_of(micro_batches=micro_batches, row_length=40)
+    found = run.logp(run.start().params, run.put(batch))
+    assert found.shape == batch.mask.shape
+    np.testing.assert_array_equal(np.asarray(found)[batch.mask == 0], 0.0)
+    rollouts = [(g.prompt.tokens, r.tokens) for g in groups() for r in g.rollouts]
+    for logp, (prompt, response) in zip(np.reshape(found, (16, -1)), rollouts, strict=True):
+        expected, _ = plain_logp(parameters(), prompt, response, TEMPERATURE)
+        np.testing.assert_allclose(logp[: len(response)], expected, atol=1e-5)
+    _, metrics = run.step(run.start(), run.put(batch.replace(behavior_logp=np.asarray(found))))
+    assert abs(metrics["log_ratio"]) < 1e-6
+    assert abs(metrics["kl"]) < 1e-10
+
+
+# ---------------------------------------------------------------- the same step, laid out otherwise
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_accumulation_equals_the_whole_batch(micro_batches, aggregation):
+    split = batch_of(micro_batches=micro_batches, aggregation=aggregation)
+    assert split.mask.shape == (micro_batches, 16 // micro_batches, LONGEST)
+    tokens = split.mask.sum((1, 2))
+    assert len(set(tokens)) > 1  # or every normaliser would do
+    assert_same_step(one_step(split), one_step(batch_of(aggregation=aggregation)))
+
+
+def test_packed_equals_one_sequence_a_row():
+    packed, unpacked = batch_of(), batch_of(row_length=19)
+    assert packed.tokens.shape[1] <= 5
+    assert unpacked.tokens.shape[1] == 16
+    assert packed.segments.max() >= 3
+    assert unpacked.segments.max() == 1
+    assert_same_step(one_step(unpacked), whole_batch())
+
+
+def test_the_order_of_sequences_does_not_matter():
+    """A shuffled batch, with responses of a group in different micro-batches."""
+    batch, order = batch_of(micro_batches=2), np.random.default_rng(2).permutation(16)
+    flat = lambda x: x.reshape(1, 16, *x.shape[2:])
+    per_sequence = ("where", "mask", "behavior_logp", "advantage", "reward", "weight", "lag")
+    batch = batch_of()
+    moved = batch.replace(**{name: flat(getattr(batch, name))[:, order] for name in per_sequence})
+    assert_same_step(one_step(moved), whole_batch())
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_is_another_program_with_the_same_step(remat):
+    run, other, batch = compiled(), compiled(remat=remat), batch_of()
+    products = lambda r: r.step.lower(r.start(), r.put(batch)).as_text().count("dot_general")
+    assert products(other) > products(run)
+    assert_same_step(one_step(batch, remat=remat), whole_batch())
+
+
+MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_eight_devices_equal_one(sizes, capfd):
+    run, batch = compiled(sizes), batch_of(micro_batches=2, rows_multiple=8)
+    state, placed = run.start(), run.put(batch)
+    data, fsdp, tensor = sizes
+    # Devices hold parts, or this would compare one device with itself.
+    assert placed.tokens.sharding.shard_shape(placed.tokens.shape)[1] == 8 // (data * fsdp)
+    kernel = state.params["layers"]["q"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 32 // fsdp, 32 // tensor)
+
+    capfd.readouterr()
+    state, metrics = run.step(state, placed)
+    messages = capfd.readouterr()
+    assert "rematerialization" not in messages.out + messages.err
+    expected = one_step(batch)
+    assert_same_step(jax.device_get((state, metrics)), expected)
+    # Parameters and both moments stay where the table puts them, from step to step.
+    placed_params = parameter_shardings(state.params, run.mesh)
+    (adam,) = [s for s in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(s)]
+    for tree in (state.params, adam.mu, adam.nu):
+        jax.tree.map(lambda x, s: _assert_placed(x, s), tree, placed_params)
+    assert_same_step(
+        jax.device_get(run.step(state, run.put(batch))),
+        jax.device_get(_second_step(batch)),
+        atol=3e-6,
+    )
+
+
+def _second_step(batch):
+    run = compiled()
+    state, _ = run.step(run.start(), run.put(batch))
+    return run.step(state, run.put(batch))
+
+
+def _is_adam(node):
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+def _assert_placed(array, sharding):
+    assert array.sharding.is_equivalent_to(sharding, array.ndim)
+
+
+def test_fresh_parameters_do_not_depend_on_the_mesh():
+    model, optimizer = Transformer(CONFIG, jnp.float32, "none"), make_optimizer(**OPTIM)
+    states = [
+        jax.device_get(learner.init_state(model, optimizer, mesh_of(sizes), 3))
+        for sizes in (ONE, (2, 2, 2))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    other = jax.device_get(learner.init_state(model, optimizer, mesh_of(ONE), 4))
+    assert not np.array_equal(other.params["head"], states[0].params["head"])
+
+
+# ---------------------------------------------------------------- steps that must not count
+
+
+def assert_untouched(new, old):
+    jax.tree.map(np.testing.assert_array_equal, new.params, old.params)
+    jax.tree.map(np.testing.assert_array_equal, new.opt_state, old.opt_state)
+
+
+def test_steps_that_are_not_finite_change_nothing_and_are_counted():
+    run, good = compiled(), batch_of(micro_batches=2)
+    poison = lambda name, value: good.replace(**{name: _with_one(getattr(good, name), value)})
+    bad = [
+        poison("behavior_logp", np.nan),
+        poison("advantage", np.inf),
+        poison("weight", np.nan),
+        poison("advantage", 1e30),  # whose square overflows
+    ]
+    state, _ = run.step(run.start(), run.put(good))  # so that the moments are not all zero
+    counts = []
+    for batch in [bad[0], bad[1], good, bad[2], bad[3], bad[0], good]:
+        old = jax.device_get(state)
+        state, metrics = run.step(state, run.put(batch))
+        counts.append((int(state.skipped), int(state.skipped_in_a_row)))
+        assert counts[-1] == (int(metrics["skipped"]), int(metrics["skipped_in_a_row"]))
+        new = jax.device_get(state)
+        if batch is good:
+            assert np.abs(new.params["head"] - old.params["head"]).max() > 1e-5
+        else:
+            assert_untouched(new, old)
+    assert counts == [(1, 1), (2, 2), (2, 0), (3, 1), (4, 2), (5, 3), (5, 0)]
+    assert int(state.step) == 8
+
+    # Bad steps leave no trace: three good ones alone end in the same state.
+    alone = run.start()
+    for _ in range(3):
+        alone, _ = run.step(alone, run.put(good))
+    assert_untouched(state, jax.device_get(alone))
+
+
+def _with_one(array, value):
+    array = np.array(array)
+    array[(-1,) + (0,) * (array.ndim - 1)] = value  # in the last micro-batch
+    return array
+
+
+@pytest.mark.parametrize("case", ["fine", "only the gradient", "only the loss"])
+def test_loss_and_gradient_must_both_be_finite(case):
+    run, batch = _fragile(), batch_of()
+    behavior, advantage = np.ones_like(batch.behavior_logp), np.zeros_like(batch.advantage)
+    if case == "only the gradient":
+        behavior[0, 0, 0] = 0.0
+    if case == "only the loss":
+        advantage[0, 0] = np.inf
+    state, metrics = run.step(
+        run.start(), run.put(batch.replace(behavior_logp=behavior, advantage=advantage))
+    )
+    assert np.isfinite(metrics["loss"]) == (case != "only the loss")
+    assert np.isfinite(metrics["grad_norm"]) == (case != "only the gradient")
+    assert metrics["skipped"] == (case != "fine")
+    if case != "fine":
+        assert_untouched(jax.device_get(state), jax.device_get(run.start()))
+
+
+@functools.cache
+def _fragile():
+    """A learner whose loss is finite with a gradient that is not (0 * inf), or the reverse."""
+
+    def loss(logp, behavior_logp, advantage, mask):
+        root = jnp.sqrt(0 * logp + jnp.where(mask > 0, behavior_logp, 1.0))
+        return jnp.sum((root + 0.1 * logp) * mask, axis=-1) + advantage, {}
+
+    mesh, optimizer = mesh_of(ONE), make_optimizer(**OPTIM)
+    model = Transformer(CONFIG, jnp.float32, "none")
+    objective = Objective(lambda reward: reward, loss)
+    shardings = learner.batch_shardings(mesh)
+    return types.SimpleNamespace(
+        start=lambda: learner.init_state(model, optimizer, mesh, parameters()),
+        step=learner.make_train_step(
+            model, objective, optimizer, mesh, temperature=1.0, logp_chunk=32
+        ),
+        put=lambda batch: to_mesh(batch, shardings),
+    )
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("sizes", [ONE, (2, 2, 2)])
+def test_the_old_state_is_given_to_the_new_one(sizes):
+    run = compiled(sizes)
+    batch = run.put(batch_of(micro_batches=2, rows_multiple=8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # jax warns of donated buffers that it could not use
+        old = run.start()
+        new, _ = run.step(old, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, batch)))
+
+
+def test_the_parameters_that_a_state_starts_from_are_not_given_away():
+    """They belong to whoever holds them: the sampler, or a published version."""
+    run = compiled()
+    model, optimizer = Transformer(CONFIG, jnp.float32, "none"), make_optimizer(**OPTIM)
+    params = jax.device_put(parameters(), parameter_shardings(parameters(), run.mesh))
+    state = learner.init_state(model, optimizer, run.mesh, params)
+    run.step(state, run.put(batch_of()))
+    jax.tree.map(np.testing.assert_array_equal, params, parameters(0))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
