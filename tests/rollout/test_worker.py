@@ -1,4 +1,4 @@
-"""The worker in turns with a learner and in a thread beside it, with a sampler that follows a script."""
+"""The worker, in turns with a learner and in a thread beside it; its sampler follows a script."""
 
 import threading
 import time
@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory):
 
 
 class ScriptedSampler:
-    """Answers each prompt right, right but cut off, and wrong. Waits for a permit before each call."""
+    """Answers right, right but cut off, and wrong; waits for a permit each time if it has any."""
 
     def __init__(self, tokenizer):
         self.version = 0
@@ -97,7 +97,8 @@ def make(tokenizer):
 
     yield made
     for worker, sampler in workers:
-        sampler.permits = sampler.permits and threading.Semaphore(10**6)
+        if sampler.permits is not None:
+            sampler.permits.release(1000)
         worker.stop()
 
 
@@ -342,12 +343,12 @@ def test_waiting_for_room_has_a_deadline_that_names_the_setting(make):
     worker, _, buffer = make(capacity=2, deadline=0.1)
     worker.start()
     worker._thread.join(timeout=PATIENCE)
-    with pytest.raises(RunError, match=r"waited 0 s for room in the buffer \(rollout\.deadline\)"):
+    with pytest.raises(RunError, match=r"waited .* s for room in the buffer \(rollout\.deadline\)"):
         worker.check()
     assert len(buffer) == 2
 
 
 def test_waiting_for_groups_has_a_deadline_that_names_them(make):
     _, _, buffer = make()
-    with pytest.raises(RunError, match="waited 0 s for 32 groups for step 7"):
+    with pytest.raises(RunError, match=r"waited .* s for 32 groups for step 7"):
         buffer.wait(lambda: False, what="32 groups for step 7", deadline=0.1)

