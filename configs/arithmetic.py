@@ -112,7 +112,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         max_age=64,
         max_reuse=2,
         capacity=128,
-        zero_variance="keep",
+        zero_variance="drop",
     )
     config.zero_variance_weight = 0.1  # for buffer.zero_variance="weight"
 

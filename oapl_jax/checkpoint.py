@@ -5,6 +5,7 @@ their shardings (the mesh may differ from the one that saved), then the buffer f
 the worker's place in the prompts from `loop`. The lag phase and all random numbers follow from the step.
 """
 
+import copy
 import json
 from typing import Any
 
@@ -35,7 +36,7 @@ class Checkpoints:
     def save(
         self, step: int, state: TrainState, loop: dict[str, Any], groups: dict[str, np.ndarray]
     ) -> None:
-        """Starts to save; returns when the arrays are copied.
+        """Starts to save, unless the step stands already; returns when everything is copied.
 
         Args:
           step: the learner's.
@@ -48,17 +49,20 @@ class Checkpoints:
         """
         self.check()
         try:
-            self._manager.save(
+            started = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params),
                     optimizer=ocp.args.StandardSave(_without_params(state)),
-                    loop=ocp.args.JsonSave(loop),
+                    # A copy: it is written later, from a thread, and the caller's goes on changing.
+                    loop=ocp.args.JsonSave(copy.deepcopy(loop)),
                     groups=ocp.args.StandardSave(groups),
                 ),
             )
         except Exception as error:
             raise self._failed(error) from error
+        if not started and step not in self.steps():
+            raise self._failed(ValueError(f"step {step} is older than the newest"))
 
     def check(self) -> None:
         """Raises a RunError if a save in the background has failed."""

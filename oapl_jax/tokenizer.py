@@ -1,7 +1,10 @@
 """Tokenizers: loaded from local files, made for the embedded tasks, checked against the model."""
 
+import os
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is absent on purpose
 
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast

@@ -3,6 +3,7 @@
 Run as a program, this file publishes for ever in a forked process, to be killed.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -55,6 +56,7 @@ def make_config(hidden_size=32):
     return ModelConfig.from_hf(sizes, source="test")
 
 
+@functools.cache
 def make_params(config, seed):
     rng = np.random.default_rng(seed)
     shapes = {}
@@ -259,7 +261,7 @@ def test_a_crash_at_any_line_leaves_a_version_whole_or_absent(tmp_path, monkeypa
     monkeypatch.setattr(hf, "save_params", save_params)
     directory = epath.Path(tmp_path / "versions")
     target = version_path(directory, 8)
-    crashes, whole = 0, 0
+    crashes, whole, tracing = 0, 0, sys.gettrace()
     while True:
         collect(directory, keep=set())
         sys.settrace(crash_at_line(crashes))
@@ -269,7 +271,7 @@ def test_a_crash_at_any_line_leaves_a_version_whole_or_absent(tmp_path, monkeypa
         except KeyboardInterrupt:
             crashes += 1
         finally:
-            sys.settrace(None)
+            sys.settrace(tracing)
         found = published_versions(directory)
         assert found in ([], [8])
         if found:

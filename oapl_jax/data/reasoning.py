@@ -4,14 +4,17 @@ The hash of a problem's content alone says which split it belongs to, so a probl
 is in no training split, whatever the sizes, settings and seeds of the two data sets.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
+from absl import logging as absl_logging
 from etils import epath
 
 from oapl_jax.data import tasks
@@ -36,9 +39,10 @@ class ReasoningConfig(tfds.core.BuilderConfig):
 class Reasoning(tfds.core.GeneratorBasedBuilder):
     """Records of one task in the splits train, validation and test."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     RELEASE_NOTES: ClassVar = {
-        "1.0.0": "Splits by content: train 8/10, validation 1/10, test 1/10."
+        "1.0.0": "Splits by content: train 8/10, validation 1/10, test 1/10.",
+        "1.1.0": "chain_sum keeps problems whose running totals are within 0 and 99.",
     }
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -143,15 +147,28 @@ def prepare(
     if not complete.exists():
         tfds.disable_progress_bar()
         config = ReasoningConfig(name=name, description=settings, **content)
-        builder = Reasoning(data_dir=data_dir, config=config, file_format="array_record")
         try:
-            builder.download_and_prepare()
+            with quiet():
+                builder = Reasoning(data_dir=data_dir, config=config, file_format="array_record")
+                builder.download_and_prepare()
         except OSError:
             # Two processes may build at once; what they build is equal, and the later rename fails.
             if not complete.exists():
                 raise
             log.info("%s was built by another process meanwhile", directory)
     return tfds.builder_from_directory(directory)
+
+
+@contextlib.contextmanager
+def quiet():
+    """TFDS announces a download where there is none, and warns of configurations made at run time."""
+    level = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        absl_logging.set_verbosity(level)
 
 
 class Split(Sequence[tasks.Record]):

@@ -125,3 +125,11 @@ def test_settings_that_do_not_fit_are_named(task, settings, message, monkeypatch
     monkeypatch.setattr("oapl_jax.data.tasks.FAILURES_IN_A_ROW", 2)
     with pytest.raises(UserError, match=message):
         next(records(task, seed=0, settings=settings))
+
+
+def test_chain_sum_keeps_totals_of_two_characters():
+    settings = dict(min_terms=4, max_terms=4, min_digits=1, max_digits=1)
+    for record in itertools.islice(records("chain_sum", seed=0, settings=settings), 200):
+        totals = TASKS["chain_sum"].demonstration(record, np.random.default_rng(0), 0.0).split(",")
+        assert all(len(total) == 2 and int(total) >= 0 for total in totals)
+        assert int(totals[-1]) == int(record.answer)

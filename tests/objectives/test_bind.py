@@ -61,19 +61,19 @@ def test_an_objective_maps_a_group_to_one_loss_and_one_of_each_metric_a_sequence
 def test_bind_fills_what_each_signature_names():
     reward = jnp.array([1.0, 0.0, 0.5])
     rng = np.random.default_rng(0)
-    arrays = [jnp.asarray(x, jnp.float32) for x in rng.normal(-1, 0.3, (2, 3, 4))]
-    mask = jnp.ones((3, 4))
+    logp, behavior = jnp.asarray(rng.normal(-1, 0.3, (2, 3, 4)), jnp.float32)
+    arrays = logp, behavior, reward, jnp.ones((3, 4))
     bound = bind("oapl", **VALUES)
     np.testing.assert_array_equal(bound.advantage(reward), oapl.advantage(reward, beta1=0.5))
-    expected, _ = oapl.loss(*arrays, reward, mask, beta2=0.25)
-    np.testing.assert_array_equal(bound.loss(*arrays, reward, mask)[0], expected)
+    expected, _ = oapl.loss(*arrays, beta2=0.25)
+    np.testing.assert_array_equal(bound.loss(*arrays)[0], expected)
 
     bound = bind("grpo", **VALUES)
     expected = grpo.advantage(reward, normalize_std=False)
     np.testing.assert_array_equal(bound.advantage(reward), expected)
     names = hyper_parameters(grpo.loss)
-    expected, _ = grpo.loss(*arrays, reward, mask, **{name: VALUES[name] for name in names})
-    np.testing.assert_array_equal(bound.loss(*arrays, reward, mask)[0], expected)
+    expected, _ = grpo.loss(*arrays, **{name: VALUES[name] for name in names})
+    np.testing.assert_array_equal(bound.loss(*arrays)[0], expected)
 
 
 def test_maximum_likelihood_imitates_demonstrations_with_reward_one():

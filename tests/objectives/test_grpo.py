@@ -283,15 +283,13 @@ def test_far_policies_and_long_responses_do_not_overflow(proximal, correction, g
 @pytest.mark.parametrize(("proximal", "correction"), CASES)
 def test_sums_are_made_in_float32(proximal, correction):
     logp, behavior, advantages, mask = random_group(7, [4096, 3000], 4096, spread=0.02)
-    narrow = [jnp.asarray(x, jnp.bfloat16) for x in (logp, behavior)]
+    logp, behavior = (jnp.asarray(x, jnp.bfloat16) for x in (logp, behavior))
     hyper = settings(
         proximal=proximal, correction=correction, correction_cap=1e9, correction_floor=0.0
     )
-    (_, (losses, _)), _ = jax.value_and_grad(total, has_aux=True)(
-        *narrow, advantages, mask, **hyper
-    )
-    wide = [np.asarray(x, np.float64) for x in narrow]
-    expected, _ = token_by_token(*wide, advantages, mask, **hyper)
+    _, (losses, _) = total(logp, behavior, advantages, mask, **hyper)
+    logp, behavior = (np.asarray(x, np.float64) for x in (logp, behavior))
+    expected, _ = token_by_token(logp, behavior, advantages, mask, **hyper)
     assert losses.dtype == jnp.float32
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
@@ -307,4 +305,4 @@ def test_sums_are_made_in_float32(proximal, correction):
 def test_unknown_and_contradicting_choices_are_refused(changes, names):
     group = random_group(8, [2, 2], 2, spread=0.1)
     with pytest.raises(ValueError, match=names):
-        grpo.loss(*map(jnp.asarray, group), **settings(**changes))
+        run(*group, **settings(**changes))

@@ -34,10 +34,12 @@ def advantage(reward, beta1):
     return np.asarray(oapl.advantage(jnp.asarray(reward, jnp.float32), beta1=beta1))
 
 
-def run(logp, behavior_logp, advantages, mask, beta2):
-    losses, metrics = oapl.loss(
-        *map(jnp.asarray, (logp, behavior_logp, advantages, mask)), beta2=beta2
-    )
+def loss(*arrays, beta2):
+    return oapl.loss(*map(jnp.asarray, arrays), beta2=beta2)
+
+
+def run(*arrays, beta2):
+    losses, metrics = loss(*arrays, beta2=beta2)
     return np.asarray(losses), {key: np.asarray(value) for key, value in metrics.items()}
 
 
@@ -130,7 +132,7 @@ def test_loss_gradient_and_metrics_by_hand():
     np.testing.assert_allclose(metrics["target_log_ratio"], [5.0, -2.5], atol=1e-6)
     np.testing.assert_allclose(losses, [0.25, 0.1225], atol=1e-6)
 
-    total = lambda logp, behavior, adv: oapl.loss(logp, behavior, adv, MASK, beta2=0.1)[0].sum()
+    total = lambda logp, behavior, adv: loss(logp, behavior, adv, MASK, beta2=0.1)[0].sum()
     to_logp, to_behavior, to_advantage = jax.grad(total, (0, 1, 2))(LOGP, BEHAVIOR, advantages)
     # 2 beta2 (beta2 Delta - A) on every token of the response
     np.testing.assert_allclose(to_logp, [[-0.1, -0.1, -0.1, 0], [0.07, 0.07, 0, 0]], atol=1e-7)
@@ -155,7 +157,7 @@ def test_what_is_masked_has_neither_value_nor_gradient(garbage):
     advantages = np.array([0.4, -0.6, 0.1], np.float32)
 
     def both(logp, behavior):
-        total = lambda logp: oapl.loss(logp, behavior, advantages, mask, beta2=0.3)[0].sum()
+        total = lambda logp: loss(logp, behavior, advantages, mask, beta2=0.3)[0].sum()
         return jax.value_and_grad(total)(logp)
 
     clean, clean_gradient = both(np.where(mask, logp, 0), np.where(mask, behavior, 0))
@@ -186,7 +188,7 @@ def test_sums_over_16k_tokens_are_made_in_float32(dtype):
     # Of what the inputs say, in float64; a sum in bfloat16 would be off by tens of nats.
     expected = np.sum(np.asarray(logp, np.float64) - np.asarray(behavior, np.float64), axis=-1)
     losses, metrics = run(
-        logp, behavior, jnp.array([0.38, -0.62], dtype), np.ones((2, length)), 1e-3
+        logp, behavior, jnp.array([0.38, -0.62], dtype), np.ones((2, length)), beta2=1e-3
     )
     assert losses.dtype == metrics["log_ratio"].dtype == np.float32
     np.testing.assert_allclose(metrics["log_ratio"], expected, atol=2e-3)
@@ -204,7 +206,7 @@ def test_nothing_overflows(beta1):
     behavior, mask = -50.0 - logp, np.ones_like(logp)
 
     def total(logp):
-        losses, _ = oapl.loss(logp, behavior, found, mask, beta2=1e-3)
+        losses, _ = loss(logp, behavior, found, mask, beta2=1e-3)
         return losses.sum(), losses
 
     (_, losses), gradient = jax.value_and_grad(total, has_aux=True)(logp)
@@ -244,7 +246,7 @@ def exact_advantages():
 
 def bandit_loss(policy, sampling, advantages):
     behavior = token_logps((jnp.log(FIRST), jnp.log(SECOND)))
-    losses, _ = oapl.loss(token_logps(policy), behavior, advantages, np.ones((9, 2)), beta2=BETA)
+    losses, _ = loss(token_logps(policy), behavior, advantages, np.ones((9, 2)), beta2=BETA)
     return jnp.sum(sampling * losses)
 
 
