@@ -34,10 +34,10 @@ TASKS = {
 }
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
+def get_config(arg: str | None = None) -> common.Config:
     choice = common.parse_arg(arg, task=tuple(TASKS), objective=("oapl", "grpo"))
     task = TASKS[choice["task"]]
-    config = ConfigDict()
+    config: common.Config = ConfigDict()
     config.seed = 0
     config.num_steps = 400
     config.group_size = 8
@@ -79,7 +79,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         num_steps=task["warmup_steps"],
         batch_size=64,
         demonstrations=8000,
-        noise=0.35,
+        noise=0.37,
         optim=dict(
             learning_rate=6e-3,
             warmup_steps=20,

@@ -1,6 +1,10 @@
 """What the configurations share: the argument after the colon, and sections with one meaning everywhere."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
+
+Config = Any  # a ConfigDict, whose attributes have no static types
 
 
 def parse_arg(arg: str | None, **choices: tuple[str, ...]) -> dict[str, str]:
@@ -21,9 +25,9 @@ def parse_arg(arg: str | None, **choices: tuple[str, ...]) -> dict[str, str]:
     return chosen
 
 
-def objective(name: str) -> ConfigDict:
+def objective(name: str) -> Config:
     """The hyper-parameters of every objective; each takes the ones that it names."""
-    section = ConfigDict(
+    section: Config = ConfigDict(
         {
             "name": name,
             # Whose log-probs anchor or correct: the sampler's own ("behavior"), or recomputed by the

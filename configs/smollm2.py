@@ -3,13 +3,11 @@
     make run-smollm2
 """
 
-from ml_collections import ConfigDict
-
-from configs import arithmetic
+from configs import arithmetic, common
 
 
-def get_config() -> ConfigDict:
-    config = arithmetic.get_config("task=chain_sum").unlock()
+def get_config() -> common.Config:
+    config: common.Config = arithmetic.get_config("task=chain_sum").unlock()
     config.model.path = "runs/smollm2-model"
     config.num_steps = 2
     config.group_size = 4

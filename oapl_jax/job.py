@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from oapl_jax import checkpoint, learner
 from oapl_jax.data import prompts, reasoning
@@ -27,9 +25,12 @@ from oapl_jax.sharding import make_mesh
 from oapl_jax.structs import Prompt
 
 
+Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
-    config: ConfigDict
+    config: Config
     workdir: epath.Path
     mesh: Mesh
     policy: Policy
@@ -114,7 +115,7 @@ class Job:
         return step, self.checkpoints.restore_params(step, self.abstract_state().params)
 
 
-def open_job(config: ConfigDict, workdir: epath.Path) -> Job:
+def open_job(config: Config, workdir: epath.Path) -> Job:
     """Opens mesh, policy, data and checkpoints, and refuses what does not fit, before any work.
 
     Raises:
@@ -155,7 +156,7 @@ def open_job(config: ConfigDict, workdir: epath.Path) -> Job:
     )
 
 
-def check_sizes(config: ConfigDict) -> None:
+def check_sizes(config: Config) -> None:
     """Raises a UserError for the first set of sizes that can't work together."""
     mesh = make_mesh(**config.mesh)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -18,16 +18,16 @@ from jaxtyping import Array, Float, Int
 from oapl_jax.models.transformer import Transformer, head, logits
 from oapl_jax.objectives import Objective
 from oapl_jax.sharding import ROWS, parameter_shardings
-from oapl_jax.structs import Batch
+from oapl_jax.structs import Batch, Leaf
 
 
 @flax.struct.dataclass
 class TrainState:
-    step: jax.Array  # int32[], gradient steps tried, skipped ones included
+    step: Leaf  # int32[], gradient steps tried, skipped ones included
     params: Any  # float32 masters
     opt_state: Any
-    skipped: jax.Array  # int32[], steps whose loss or gradient was not finite
-    skipped_in_a_row: jax.Array  # int32[]
+    skipped: Leaf  # int32[], steps whose loss or gradient was not finite
+    skipped_in_a_row: Leaf  # int32[]
 
 
 def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -126,7 +126,7 @@ def response_logp(
     params: Any, micro: Batch, *, model: Transformer, temperature: float, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """[S, C] log-probability and entropy of each response token of one packed micro-batch."""
-    hidden = model.apply({"params": params}, micro.tokens, micro.positions, micro.segments)
+    hidden: Any = model.apply({"params": params}, micro.tokens, micro.positions, micro.segments)
     logp, entropy = token_logp(
         hidden[:, :-1],  # the state at t - 1 predicts the token at t
         head(params, model.config),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,12 +46,12 @@ def open_policy(
     """
     if path:
         checkpoint = epath.Path(path)
-        config, tokenizer = hf.load_config(checkpoint), load_tokenizer(checkpoint)
+        config, tokenizer = hf.load_config(checkpoint), load_tokenizer(os.fspath(checkpoint))
     else:
         checkpoint = None
         if not (directory / "config.json").exists():
             directory.mkdir(parents=True, exist_ok=True)
-            tokenizer = make_character_tokenizer(characters, directory)
+            tokenizer = make_character_tokenizer(characters, os.fspath(directory))
             sizes = {
                 **architecture,
                 "vocab_size": len(tokenizer),
@@ -61,7 +62,7 @@ def open_policy(
             (directory / "config.json").write_text(
                 json.dumps(config.to_hf(dtype="float32"), indent=1)
             )
-        config, tokenizer = hf.load_config(directory), load_tokenizer(directory)
+        config, tokenizer = hf.load_config(directory), load_tokenizer(os.fspath(directory))
     check_tokenizer(tokenizer, config, source=path or "model.architecture")
     return Policy(config, tokenizer, checkpoint)
 

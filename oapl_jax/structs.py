@@ -5,9 +5,9 @@ learner's compiled step takes.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.struct
-import jax
 import numpy as np
 
 
@@ -87,6 +87,9 @@ class Group:
         return bool(np.all(self.reward == self.reward[0]))
 
 
+Leaf = Any  # a jax.Array; a numpy array before it is on the mesh; or the sharding of one
+
+
 @flax.struct.dataclass
 class Batch:
     """M micro-batches of R packed rows of length T, holding S sequences each (see batching.py).
@@ -95,15 +98,13 @@ class Batch:
     the tokens of each response lie, so that one float a token is unpacked for the objective.
     """
 
-    tokens: jax.Array  # int32[M, R, T]
-    positions: jax.Array  # int32[M, R, T], restart in each segment
-    segments: jax.Array  # int32[M, R, T], 0 is padding
-    where: (
-        jax.Array
-    )  # int32[M, S, C], index into R * T of the response's tokens, C = longest response
-    mask: jax.Array  # float32[M, S, C], 1 on response tokens
-    behavior_logp: jax.Array  # float32[M, S, C]
-    advantage: jax.Array  # float32[M, S]
-    reward: jax.Array  # float32[M, S]
-    weight: jax.Array  # float32[M, S], aggregation weight from counts of the global batch
-    lag: jax.Array  # int32[M, S], learner version minus behavior version
+    tokens: Leaf  # int32[M, R, T]
+    positions: Leaf  # int32[M, R, T], restart in each segment
+    segments: Leaf  # int32[M, R, T], 0 is padding
+    where: Leaf  # int32[M, S, C], places in R * T of a response's tokens, C = the most tokens
+    mask: Leaf  # float32[M, S, C], 1 on response tokens
+    behavior_logp: Leaf  # float32[M, S, C]
+    advantage: Leaf  # float32[M, S]
+    reward: Leaf  # float32[M, S]
+    weight: Leaf  # float32[M, S], aggregation weight from counts of the global batch
+    lag: Leaf  # int32[M, S], learner version minus behavior version

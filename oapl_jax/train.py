@@ -8,6 +8,7 @@ everything else that moves is in the checkpoint, so a killed run goes on as if i
 """
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from oapl_jax import batching, learner, publisher
 from oapl_jax.buffer import Buffer
@@ -25,7 +26,7 @@ from oapl_jax.checkpoint import check_config
 from oapl_jax.data.demonstrations import demonstrations
 from oapl_jax.errors import RunError, exit_with_code, parse_flags
 from oapl_jax.evaluate import table
-from oapl_jax.job import Job, open_job
+from oapl_jax.job import Config, Job, open_job
 from oapl_jax.lag import LagPolicy
 from oapl_jax.metrics import CompileClock, MetricsWriter, group_metrics, read_lines
 from oapl_jax.models import hf
@@ -41,7 +42,7 @@ from oapl_jax.warmup import warm_up
 NON_FINITE_IN_A_ROW = 3  # steps with a non-finite loss or gradient after which a run gives up
 
 
-def run(config: ConfigDict, workdir: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
+def run(config: Config, workdir: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
     """Trains until `config.num_steps`; returns the results, or None if it was stopped before.
 
     Raises:
@@ -220,7 +221,7 @@ def publish_and_serve(
 
 
 def collect(
-    config: ConfigDict, step: int, worker: Worker, buffer: Buffer, stop: StopRequest
+    config: Config, step: int, worker: Worker, buffer: Buffer, stop: StopRequest
 ) -> tuple[list[Group], float]:
     """The groups of one gradient step, and the seconds that the learner waited for them."""
     buffer.expire(step)
@@ -242,7 +243,7 @@ def collect(
     return buffer.sample(config.groups_per_step, step), time.monotonic() - started
 
 
-def make_batch(config: ConfigDict, objective: Objective, groups: list[Group], step: int) -> Batch:
+def make_batch(config: Config, objective: Objective, groups: list[Group], step: int) -> Batch:
     """Advantages of whole groups, aggregation weights of the whole batch, packed rows."""
     advantages = [np.asarray(objective.advantage(g.reward)) for g in groups]
     lengths = np.array([len(r.tokens) for g in groups for r in g.rollouts])
@@ -273,10 +274,10 @@ def recompute_denominator(job: Job, logp_step: Any, batch: Batch, step: int) -> 
         params = hf.load_params(path, job.policy.config, mesh=job.mesh)
         mine = (batch.lag == lag)[..., None]
         behavior_logp = jax.numpy.where(mine, logp_step(params, batch), behavior_logp)
-    return batch.replace(behavior_logp=behavior_logp)
+    return dataclasses.replace(batch, behavior_logp=behavior_logp)
 
 
-def report(config: ConfigDict, workdir: epath.Path, result: dict[str, Any]) -> None:
+def report(config: Config, workdir: epath.Path, result: dict[str, Any]) -> None:
     """Writes result.json and learning.png, and prints the table."""
     (workdir / "result.json").write_text(json.dumps(result, indent=1))
     lines = read_lines(workdir / "metrics.jsonl")

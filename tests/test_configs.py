@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
 CHOICES = {
     "arithmetic": ["", "task=chain_sum", "task=number_sorting", "task=countdown", "objective=grpo"],
+    "smollm2": [""],
 }
 CASES = [(path, arg) for path in FILES for arg in CHOICES[path.stem]]
 
@@ -23,7 +24,7 @@ def load(path: Path, arg: str) -> ml_collections.ConfigDict:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(arg or None)
+    return module.get_config(arg) if arg else module.get_config()
 
 
 def other_value(value):
@@ -59,8 +60,8 @@ def test_every_path_takes_its_type_and_no_other(path, arg):
         config.no_such_setting = 1
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_unknown_choices_are_refused_with_the_offer(path):
+def test_unknown_choices_are_refused_with_the_offer():
+    path = ROOT / "configs" / "arithmetic.py"
     with pytest.raises(ValueError, match="choose among"):
         load(path, "no_such=choice")
     with pytest.raises(ValueError, match="choose among"):

@@ -158,7 +158,8 @@ def decode(
     lengths = jnp.sum(segments, axis=1)
     positions = jnp.maximum(jnp.arange(width)[None] - (width - lengths)[:, None], 0)
     cache = empty_cache(model.config, batch, width + max_tokens, model.dtype)
-    hidden, cache = model.apply({"params": params}, tokens, positions, segments, cache)
+    apply: Any = functools.partial(model.apply, {"params": params})
+    hidden, cache = apply(tokens, positions, segments, cache)
     cache = cache.replace(  # the n samples of a prompt share its prefill
         key=jnp.repeat(cache.key, n, axis=1),
         value=jnp.repeat(cache.value, n, axis=1),
@@ -192,9 +193,7 @@ def decode(
         lengths = lengths + ~done
         done = done | jnp.any(chosen[:, None] == stops, axis=1)
         ones = jnp.ones((rows, 1), jnp.int32)
-        hidden, cache = model.apply(
-            {"params": params}, chosen[:, None], (starts + t)[:, None], ones, cache
-        )
+        hidden, cache = apply(chosen[:, None], (starts + t)[:, None], ones, cache)
         return t + 1, hidden[:, 0], cache, done, lengths, out_tokens, out_logp
 
     state = (

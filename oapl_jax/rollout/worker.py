@@ -5,7 +5,7 @@ It runs either in turns with the learner (`produce`, deterministic), or beside i
 
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -47,7 +47,7 @@ class Worker:
         self._group_size, self._sampling = group_size, sampling
         self._prompts_per_call, self._deadline = prompts_per_call, deadline
         self._delivered = prompts.state()
-        self._totals: Counter[str] = Counter()
+        self._totals: dict[str, float] = defaultdict(float)
         self._wanted: tuple[int, epath.Path] | None = None
         self._serving: tuple[int, epath.Path] | None = None
         self._thread: threading.Thread | None = None
@@ -107,7 +107,7 @@ class Worker:
         with self._buffer.lock:
             if not self._totals["groups"]:
                 return {}  # seconds waited since then belong to the groups that follow
-            total, self._totals = self._totals, Counter()
+            total, self._totals = self._totals, defaultdict(float)
         return {
             "rollout/groups": total["groups"],
             "rollout/reward": total["reward"] / total["rollouts"],
