@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="oapl_jax",
     version="0.1.0",
-    description="Off-policy reinforcement learning of language models in JAX, with lag as a treatment variable",
+    description="Off-policy reinforcement learning of language models in JAX, at a chosen lag",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["oapl_jax*", "configs*", "experiments*"]),

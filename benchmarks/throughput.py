@@ -2,9 +2,9 @@
 
     python benchmarks/throughput.py [--rounds=5]
 
-Peak and programs are timed in turns in one run, since a shared machine drifts; the median counts. Work
-is counted by formula: 2 FLOP for each multiplication of a weight or of attention, three times that for a
-learner step (the recomputation of logits in the backward pass is not counted as work).
+Peak and programs are timed in turns in one run, since a shared machine drifts; the median counts.
+Work is counted by formula: 2 FLOP for each multiplication of a weight or of attention, three times
+that for a learner step (the recomputation of logits in the backward pass is not counted as work).
 """
 
 import argparse
@@ -49,7 +49,7 @@ GROUPS, GROUP_SIZE = 8, 8
 
 
 def forward_flops(config: ModelConfig, tokens: int, context: float, head_tokens: int) -> float:
-    """FLOP of a forward pass over `tokens` with a mean context, logits for `head_tokens` of them."""
+    """FLOP of a forward pass over `tokens` with a mean context, logits for `head_tokens`."""
     heads = config.num_heads * config.head_dim
     keys = 2 * config.num_kv_heads * config.head_dim
     layer = config.hidden_size * (2 * heads + keys + 3 * config.intermediate_size)

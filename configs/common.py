@@ -1,4 +1,4 @@
-"""What the configurations share: the argument after the colon, and sections with one meaning everywhere."""
+"""What the configurations share: the argument after the colon, and common sections."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ Config = Any  # a ConfigDict, whose attributes have no static types
 
 
 def parse_arg(arg: str | None, **choices: tuple[str, ...]) -> dict[str, str]:
-    """Reads "task=chain_sum,objective=grpo" into a dictionary; the first of `choices` is the default.
+    """Reads "task=chain_sum,objective=grpo"; the first of `choices` is the default.
 
     Raises:
       ValueError: for a name or a value that is not offered.
@@ -30,8 +30,8 @@ def objective(name: str) -> Config:
     section: Config = ConfigDict(
         {
             "name": name,
-            # Whose log-probs anchor or correct: the sampler's own ("behavior"), or recomputed by the
-            # learner from the published version ("learner").
+            # Whose log-probs anchor or correct: the sampler's own ("behavior"), or recomputed by
+            # the learner from the published version ("learner").
             "denominator": "behavior",
             "aggregation": "sequence",
             "constant_length": 1,  # tokens, for aggregation="constant"

@@ -1,6 +1,6 @@
-"""A real pretrained model on two CPU cores: SmolLM2-135M-Instruct takes two OAPL steps on chain sums.
+"""A real pretrained model on two CPU cores: SmolLM2-135M-Instruct takes two OAPL steps.
 
-    make run-smollm2
+make run-smollm2
 """
 
 from configs import arithmetic, common

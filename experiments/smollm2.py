@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a real pretrained model, through the weights table and the embedded sampler.
+"""SmolLM2-135M-Instruct, a real pretrained model, through weights table and embedded sampler.
 
 Claim: its greedy text and log-probs here are those of transformers, and it takes OAPL steps.
 Command: make run-smollm2 (unpack with torch and transformers, compare and train without).
@@ -18,15 +18,15 @@ TOLERANCE = 1e-4  # nats
 
 
 def unpack(to: Path) -> None:
-    """Dequantises the packaged model into a float32 checkpoint, with transformers' answers beside it."""
+    """Dequantises the packaged model into a checkpoint, with transformers' answers beside it."""
     import importlib.util
 
     import torch  # pyright: ignore[reportMissingImports]  (not in the package's environment)
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
     spec = importlib.util.find_spec(MODEL_PACKAGE)
-    assert spec and spec.origin, f"package {MODEL_PACKAGE} is not installed"
-    file = next(Path(spec.origin).parent.rglob("*.gguf"))
+    assert spec is not None, f"package {MODEL_PACKAGE} is not installed"
+    file = next(Path(str(spec.origin)).parent.rglob("*.gguf"))
     source = dict(pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
     tokenizer = AutoTokenizer.from_pretrained(**source)
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -61,7 +61,7 @@ def unpack(to: Path) -> None:
 
 
 def compare(model: Path) -> None:
-    """Answers the same questions with the embedded sampler; prints both, and fails where they differ."""
+    """Answers the same questions with the embedded sampler; fails where the two differ."""
     from etils import epath
 
     from oapl_jax.models import hf

@@ -1,7 +1,8 @@
 """Groups -> packed rows -> arrays on the mesh.
 
-Several responses, each behind its prompt, share a row of fixed length: a segment id keeps them apart, and
-positions start again at 0 in each. Objectives never see rows: `Batch.where` finds each response again.
+Several responses, each behind its prompt, share a row of fixed length: a segment id keeps them
+apart, and positions start again at 0 in each. Objectives never see rows: `Batch.where` finds each
+response again.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from oapl_jax.structs import Batch, Group
 
 
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Rows of sequence indices by first fit, longest first; no row holds more than `row_length` tokens.
+    """Rows of sequence indices by first fit, longest first, none of over `row_length` tokens.
 
     Raises:
       UserError: if a sequence is longer than a row.
@@ -59,7 +60,8 @@ def make_batch(
       step: learner step, for the lag.
       micro_batches: M; the number of sequences must be a multiple of it.
       row_length: T.
-      rows_multiple: the number of rows is rounded up to a multiple, so that few shapes are compiled.
+      rows_multiple: the number of rows is rounded up to a multiple, so that few shapes are
+        compiled.
       max_response_tokens: C.
 
     Raises:
@@ -68,8 +70,8 @@ def make_batch(
     rollouts = [(g, r) for g in groups for r in g.rollouts]
     if len(rollouts) % micro_batches:
         raise UserError(
-            f"learner.micro_batches={micro_batches} does not divide the {len(rollouts)} sequences of a step "
-            "(groups_per_step x group_size); choose a divisor"
+            f"learner.micro_batches={micro_batches} does not divide the {len(rollouts)} sequences "
+            "of a step (groups_per_step x group_size); choose a divisor"
         )
     per_micro = len(rollouts) // micro_batches
     lengths = [len(g.prompt.tokens) + len(r.tokens) for g, r in rollouts]

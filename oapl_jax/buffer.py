@@ -1,4 +1,4 @@
-"""The buffer between worker and learner: groups by policy version, and a count for every one dropped."""
+"""The buffer between worker and learner, with a count for every group that it drops."""
 
 import threading
 import time
@@ -19,8 +19,8 @@ class Buffer:
 
     Args:
       mode: "clear_on_sync": a new version empties it (arXiv 2602.19362, algorithm 1), each group
-        trains once, oldest first. "keep_with_anchor": groups of older versions stay, each with its own
-        behavior log-probs. "replay": groups are drawn at random, up to `max_reuse` times.
+        trains once, oldest first. "keep_with_anchor": groups of older versions stay, each with its
+        own behavior log-probs. "replay": groups are drawn at random, up to `max_reuse` times.
       max_age: steps after which a group is dropped as expired ("keep_with_anchor" and "replay").
       max_reuse: gradient steps that may use one group ("replay").
       capacity: groups held at most, for who asks `has_room` before it adds.
@@ -48,7 +48,8 @@ class Buffer:
             raise UserError(f"buffer.mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
         if zero_variance not in ZERO_VARIANCE:
             raise UserError(
-                f"buffer.zero_variance={zero_variance!r} is unknown; choose one of {', '.join(ZERO_VARIANCE)}"
+                f"buffer.zero_variance={zero_variance!r} is unknown; choose one of "
+                f"{', '.join(ZERO_VARIANCE)}"
             )
         if max_reuse < 1:
             raise UserError(

@@ -1,8 +1,9 @@
 """Checkpoints to resume from: everything that moves, in one Orbax step.
 
-A step holds four items. `params` alone serves evaluation. The order of a restore: params and optimizer into
-their shardings (the mesh may differ from the one that saved), then the buffer from `loop` and `groups`, then
-the worker's place in the prompts from `loop`. The lag phase and all random numbers follow from the step.
+A step holds four items. `params` alone serves evaluation. The order of a restore: params and
+optimizer into their shardings (the mesh may differ from the one that saved), then the buffer from
+`loop` and `groups`, then the worker's place in the prompts from `loop`. The lag phase and all
+random numbers follow from the step.
 """
 
 import copy
@@ -82,8 +83,9 @@ class Checkpoints:
     def _failed(self, error: Exception) -> RunError:
         kept = ", ".join(map(str, self.steps())) or "none"
         return RunError(
-            f"a checkpoint could not be saved below {self._directory} ({type(error).__name__}: {error}); free "
-            f"space or mend the directory, then start again: it resumes from the newest whole step (have: {kept})"
+            f"a checkpoint could not be saved below {self._directory} ({type(error).__name__}: "
+            f"{error}); free space or mend the directory, then start again: it resumes from the "
+            f"newest whole step (have: {kept})"
         )
 
     def restore(
@@ -114,7 +116,7 @@ class Checkpoints:
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise UserError(
                 f"checkpoint step {step} below {self._directory} does not fit this configuration "
-                f"({str(error).splitlines()[0]}); use the configuration that saved it, or another --workdir"
+                f"({str(error).splitlines()[0]}); use the one that saved it, or another --workdir"
             ) from error
 
     def close(self) -> None:
@@ -147,7 +149,8 @@ def check_config(path: epath.Path, config: dict[str, Any]) -> list[str]:
     """Compares a configuration with the one saved in a workdir, saving it if there is none.
 
     Returns:
-      A line for each setting that differs but may (a longer run, another mesh, another learning rate).
+      A line for each setting that differs but may (a longer run, another mesh, another learning
+      rate).
 
     Raises:
       UserError: listing the settings that differ and may not.

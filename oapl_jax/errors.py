@@ -1,4 +1,4 @@
-"""The two ways in which a run ends on purpose, each with one sentence for the person who reads it."""
+"""The two ways in which a run ends on purpose, each with a sentence for its reader."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What was learned: pass@k, avg@n, maj@n and greedy accuracy, with intervals, length and truncation.
+"""What was learned: pass@k, avg@n, maj@n and greedy accuracy, with intervals.
 
 python -m oapl_jax.evaluate --config=configs/arithmetic.py --workdir=runs/arithmetic [--step=N]
 """
@@ -19,7 +19,7 @@ from oapl_jax.structs import Prompt, Rollout
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k): the chance that k of n samples, drawn without replacement, hold a right one.
+    """1 - C(n - c, k) / C(n, k): the chance that k of the n samples hold a right one.
 
     The unbiased estimator of arXiv 2107.03374, as a product, so that no binomial overflows.
 
@@ -37,7 +37,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def maj_at_n(answers: Sequence[str], correct: Sequence[float]) -> float:
-    """Whether the most frequent final answer is right; ties count by the share of tied answers that are.
+    """Whether the most frequent final answer is right; in a tie, the share of those that are.
 
     An answer is right if a response with it is: one that was cut off behind it gets no reward.
     """
@@ -82,9 +82,9 @@ def evaluate(
       seed: of the bootstrap.
 
     Returns:
-      "pass@k" and its interval "pass@k/interval" for each k, "avg@n", "maj@n", "greedy", "length" (mean
-      tokens), "truncated" (share), "entropy" (nats a token, -log-prob averaged over samples), "version",
-      "prompts" and "samples".
+      "pass@k" and its interval "pass@k/interval" for each k, "avg@n", "maj@n", "greedy", "length"
+      (mean tokens), "truncated" (share), "entropy" (nats a token, -log-prob averaged over samples),
+      "version", "prompts" and "samples".
 
     Raises:
       UserError: unless each k lies within 1 and n.

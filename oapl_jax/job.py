@@ -24,7 +24,6 @@ from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.sharding import make_mesh
 from oapl_jax.structs import Prompt
 
-
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
 
 
@@ -157,51 +156,60 @@ def open_job(config: Config, workdir: epath.Path) -> Job:
 
 
 def check_sizes(config: Config) -> None:
-    """Raises a UserError for the first set of sizes that can't work together."""
-    mesh = make_mesh(**config.mesh)
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    sequences = config.group_size * config.groups_per_step
-    needed = config.groups_per_step + config.rollout.prompts_per_call
-    for wrong, sentence in (
-        (
-            config.data.task not in TASKS,
-            f"data.task={config.data.task!r} is not one of {', '.join(TASKS)}",
-        ),
-        (
-            config.model.remat not in REMAT_POLICIES,
-            f"model.remat={config.model.remat!r} is not one of {', '.join(REMAT_POLICIES)}",
-        ),
-        (
-            config.model.dtype not in ("float32", "bfloat16"),
-            f"model.dtype={config.model.dtype!r} is not float32 or bfloat16",
-        ),
-        (
-            min(sequences, config.rollout.prompts_per_call) < 1,
-            "group_size, groups_per_step and rollout.prompts_per_call must be at least 1",
-        ),
-        (
-            sequences % config.learner.micro_batches,
-            f"learner.micro_batches={config.learner.micro_batches} does not divide the {sequences} "
-            "sequences of a step (group_size x groups_per_step); choose a divisor",
-        ),
-        (
-            config.learner.rows_multiple % rows,
-            f"learner.rows_multiple={config.learner.rows_multiple} can't be divided over mesh.data x "
-            f"mesh.fsdp = {rows} devices; choose a multiple of {rows}",
-        ),
-        (
-            config.buffer.capacity < needed,
-            f"buffer.capacity={config.buffer.capacity} is too small for groups_per_step + "
-            f"rollout.prompts_per_call; raise it to at least {needed}",
-        ),
-        (
-            config.rollout.temperature <= 0,
-            f"rollout.temperature={config.rollout.temperature} leaves nothing to learn from; it must be above 0",
-        ),
-        (
-            config.objective.denominator not in ("behavior", "learner"),
-            f"objective.denominator={config.objective.denominator!r} is not behavior or learner",
-        ),
-    ):
+    """Raises a UserError for the first setting or set of sizes that can't work."""
+
+    def refuse(wrong: Any, sentence: str) -> None:
         if wrong:
             raise UserError(sentence)
+
+    for name, value, choices in (
+        ("data.task", config.data.task, tuple(TASKS)),
+        ("model.remat", config.model.remat, tuple(REMAT_POLICIES)),
+        ("model.dtype", config.model.dtype, ("float32", "bfloat16")),
+        ("publish_dtype", config.publish_dtype, ("float32", "bfloat16")),
+        ("objective.denominator", config.objective.denominator, ("behavior", "learner")),
+    ):
+        refuse(value not in choices, f"{name}={value!r} is not one of {', '.join(choices)}")
+    for name, value in (
+        ("group_size", config.group_size),
+        ("groups_per_step", config.groups_per_step),
+        ("rollout.prompts_per_call", config.rollout.prompts_per_call),
+        ("rollout.prompt_multiple", config.rollout.prompt_multiple),
+        ("learner.micro_batches", config.learner.micro_batches),
+        ("learner.rows_multiple", config.learner.rows_multiple),
+        ("learner.logp_chunk", config.learner.logp_chunk),
+        ("evaluation.every", config.evaluation.every),
+        ("checkpoint.every", config.checkpoint.every),
+        ("checkpoint.keep", config.checkpoint.keep),
+    ):
+        refuse(value < 1, f"{name}={value} must be at least 1")
+    temperature = config.rollout.temperature
+    refuse(
+        temperature <= 0,
+        f"rollout.temperature={temperature} leaves nothing to learn from; it must be above 0",
+    )
+    sequences = config.group_size * config.groups_per_step
+    micro_batches = config.learner.micro_batches
+    refuse(
+        sequences % micro_batches,
+        f"learner.micro_batches={micro_batches} does not divide the {sequences} sequences of a "
+        "step (group_size x groups_per_step); choose a divisor",
+    )
+    mesh = make_mesh(**config.mesh)
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    refuse(
+        config.learner.rows_multiple % devices,
+        f"learner.rows_multiple={config.learner.rows_multiple} can't be divided over mesh.data x "
+        f"mesh.fsdp = {devices} devices; choose a multiple of {devices}",
+    )
+    needed = config.groups_per_step + config.rollout.prompts_per_call
+    refuse(
+        config.buffer.capacity < needed,
+        f"buffer.capacity={config.buffer.capacity} is too small for groups_per_step + "
+        f"rollout.prompts_per_call; raise it to at least {needed}",
+    )
+    ks, n = config.evaluation.ks, config.evaluation.n
+    refuse(
+        not ks or min(ks) < 1 or max(ks) > n,
+        f"evaluation.ks={list(ks)} must lie within 1 and evaluation.n={n} samples; raise n",
+    )

@@ -1,7 +1,7 @@
-"""The lag policy: which learner steps are published, and how old a version serves the next rollouts.
+"""The lag policy: which learner steps are published, and which version serves next.
 
-Lag is learner step minus the version that a rollout was sampled from. Nothing here has state: the answer
-depends on the step (and the seed), so a resumed run is in the phase in which it stopped.
+Lag is learner step minus the version that a rollout was sampled from. Nothing here has state: the
+answer depends on the step (and the seed), so a resumed run is in the phase in which it stopped.
 """
 
 import dataclasses

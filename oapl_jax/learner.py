@@ -1,6 +1,6 @@
 """The learner: (state, batch) -> (state, metrics), compiled once over a mesh.
 
-It knows neither files nor prompts nor samplers. train.py calls `init_state`, then `train_step` for ever.
+It knows neither files nor prompts nor samplers.
 """
 
 import functools
@@ -45,7 +45,7 @@ def init_params(model: Transformer, key: jax.Array) -> Any:
 def state_shardings(
     model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Where each array of a TrainState lives; the optimizer's moments lie beside their parameters."""
+    """Where each array of a TrainState lives; moments lie beside their parameters."""
     params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
     placed = parameter_shardings(params, mesh)
     shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), params)
@@ -61,7 +61,7 @@ def state_shardings(
 
 
 def batch_shardings(mesh: Mesh) -> Batch:
-    """Rows are split over data and fsdp; what belongs to sequences (a float a token) is everywhere."""
+    """Rows are split over data and fsdp; a float a token of each sequence is everywhere."""
     rows, everywhere = NamedSharding(mesh, P(None, *ROWS)), NamedSharding(mesh, P())
     return Batch(rows, rows, rows, *([everywhere] * 7))
 
@@ -90,8 +90,9 @@ def token_logp(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """log softmax(logits / temperature)[target] and the entropy of that softmax, in float32.
 
-    The whole vocabulary is never held for more than `chunk` tokens of a row: each chunk's logits are made,
-    reduced, dropped, and made again for the backward pass, so the largest temporary is [B, chunk, V].
+    The whole vocabulary is never held for more than `chunk` tokens of a row: each chunk's logits
+    are made, reduced, dropped, and made again for the backward pass, so the largest temporary is
+    [B, chunk, V].
 
     Args:
       hidden: final hidden states.
@@ -100,7 +101,7 @@ def token_logp(
       temperature: of the sampler; both sides of a ratio need the same.
       chunk: tokens of a row at a time.
     """
-    batch, length, dim = hidden.shape
+    batch, length, _ = hidden.shape
     padded = -length % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, padded), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padded)))
@@ -169,8 +170,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles one gradient step; the old state's buffers are given to the new one.
 
-    The gradient is the sum over micro-batches of sum_i weight_i L_i, so a split batch gives the whole
-    batch's gradient. A step whose loss or gradient norm is not finite changes nothing but the counts.
+    The gradient is the sum over micro-batches of sum_i weight_i L_i, so a split batch gives the
+    whole batch's gradient. A step whose loss or gradient norm is not finite changes nothing but the
+    counts.
     """
 
     def micro_loss(params, micro: Batch):
@@ -178,7 +180,7 @@ def make_train_step(
             params, micro, model=model, temperature=temperature, chunk=logp_chunk
         )
         losses, metrics = objective.loss(logp, micro.behavior_logp, micro.advantage, micro.mask)
-        # KL(pi_lag || pi) from its own samples, term by term >= 0 (k3, joschu.net/blog/kl-approx.html).
+        # KL(pi_lag || pi) from pi_lag's samples in the form whose terms are never negative (k3).
         gap = jnp.where(micro.mask > 0, logp - micro.behavior_logp, 0.0)
         tokens = jnp.sum(micro.mask, axis=-1)
         per_sequence = {

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl always, TensorBoard if asked. A key that was not computed is absent."""
+"""Metrics of a run: metrics.jsonl always, TensorBoard if asked; what was not computed is absent."""
 
 import json
 import math
@@ -20,8 +20,8 @@ class MetricsWriter:
 
     Args:
       workdir: of the run; the file is workdir/metrics.jsonl.
-      start_step: a resumed run's; lines of later steps (and a line cut by a kill) are removed, since they
-        are computed again: the file holds each step once.
+      start_step: a resumed run's; lines of later steps (and a line cut by a kill) are removed,
+        since they are computed again: the file holds each step once.
       tensorboard: whether to write event files below workdir/tensorboard too.
     """
 

@@ -79,5 +79,5 @@ def check_lengths(
         if total > limit:
             raise UserError(
                 f"data.max_prompt_tokens={max_prompt_tokens} + rollout.max_response_tokens="
-                f"{max_response_tokens} is {total} tokens, more than {name} ({limit}); lower one of them"
+                f"{max_response_tokens} is {total} tokens, more than {name} ({limit}); lower one"
             )

@@ -1,8 +1,8 @@
 """Learner weights -> immutable version directories that samplers load.
 
-A version `v000016` is a Hugging Face checkpoint (safetensors, config.json, tokenizer files) and a manifest
-with the size and checksum of each file. It is written aside, synced, renamed, and committed by a marker
-last: a reader sees a whole version or none.
+A version `v000016` is a Hugging Face checkpoint (safetensors, config.json, tokenizer files) and a
+manifest with the size and checksum of each file. It is written aside, synced, renamed, and
+committed by a marker last: a reader sees a whole version or none.
 """
 
 import hashlib
@@ -104,7 +104,7 @@ def check_version(path: epath.Path) -> None:
 
 
 def collect(directory: epath.Path, *, keep: set[int]) -> list[int]:
-    """Deletes the versions not in `keep`; returns them. The marker goes first, so no half is ever read.
+    """Deletes the versions not in `keep`, marker first, and returns them.
 
     What a killed run left without a marker goes too.
     """

@@ -10,6 +10,8 @@ from typing import Any
 import flax.struct
 import numpy as np
 
+from oapl_jax.errors import RunError
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -39,8 +41,8 @@ class Rollout:
 
     Attributes:
       tokens: int32[T], the response with its stop token if it has one, without the prompt.
-      behavior_logp: float32[T], log-probability of each token under the policy that sampled it, at the
-        sampling temperature, over the whole vocabulary (top-k and top-p are not renormalised).
+      behavior_logp: float32[T], log-probability of each token under the policy that sampled it, at
+        the sampling temperature, over the whole vocabulary (top-k and top-p are not renormalised).
       policy_version: learner step of the weights that the sampler held.
       finish_reason: "stop" (a stop token was drawn) or "length" (the response was cut off).
     """
@@ -56,8 +58,9 @@ class Group:
     """All rollouts of one prompt, with their rewards; always of one policy version.
 
     Raises:
-      ValueError: if the rollouts come from several policy versions, or their number is not the
-        number of rewards: the anchor of one group must be one policy.
+      RunError: if the rollouts come from several policy versions: the anchor of one group must be
+        one policy.
+      ValueError: if the number of rollouts is not that of rewards.
     """
 
     prompt: Prompt
@@ -67,13 +70,13 @@ class Group:
     def __post_init__(self):
         versions = sorted({r.policy_version for r in self.rollouts})
         if len(versions) != 1:
-            raise ValueError(
-                f"group of prompt {self.prompt.id} mixes policy versions {versions}; sample each group "
-                "from one version (drain the sampler before it is refreshed)"
+            raise RunError(
+                f"group of prompt {self.prompt.id} mixes policy versions {versions}; sample each "
+                "group from one version (drain the sampler before it is refreshed)"
             )
         if self.reward.shape != (len(self.rollouts),):
             raise ValueError(
-                f"group of prompt {self.prompt.id} has {len(self.rollouts)} rollouts but rewards of "
+                f"group of prompt {self.prompt.id} has {len(self.rollouts)} rollouts but reward of "
                 f"shape {self.reward.shape}"
             )
 

@@ -1,10 +1,11 @@
 """Training: open the job, begin or resume, then the loop.
 
-    python -m oapl_jax.train --config=configs/arithmetic.py --workdir=runs/arithmetic [--config.lag.steps=32]
+    python -m oapl_jax.train --config=configs/arithmetic.py --workdir=runs/a [--config.seed=1]
 
-Each gradient step: publish if the lag policy says so; let the version that it names sample groups; pack
-them; step; now and then evaluate and save. Every random number follows from the seed and the step, and
-everything else that moves is in the checkpoint, so a killed run goes on as if it had not been.
+Each gradient step: publish if the lag policy says so; let the version that it names sample groups;
+pack them; step; now and then evaluate and save. Every random number follows from the seed and the
+step, and everything else that moves is in the checkpoint, so a killed run goes on as if it had not
+been.
 """
 
 import contextlib
@@ -112,9 +113,9 @@ def run(config: Config, workdir: epath.Path, stop: StopRequest) -> dict[str, Any
             progress.step(done, metrics_file.write(done, values))
             if of_step["skipped_in_a_row"] == NON_FINITE_IN_A_ROW:
                 raise RunError(
-                    f"loss or gradient was not finite in {NON_FINITE_IN_A_ROW} steps up to {done}; lower "
-                    f"optim.learning_rate ({config.optim.learning_rate}) or look at the rewards, and start "
-                    f"again: it resumes from checkpoint step {job.checkpoints.steps()[-1]}"
+                    f"loss or gradient was not finite in {NON_FINITE_IN_A_ROW} steps up to {done}; "
+                    f"lower optim.learning_rate ({config.optim.learning_rate}) or look at the "
+                    f"rewards; the same command resumes from step {job.checkpoints.steps()[-1]}"
                 )
             if due(config.checkpoint.every) or stop.requested:
                 save(job, state, loop, worker, buffer, lag)
@@ -126,9 +127,7 @@ def run(config: Config, workdir: epath.Path, stop: StopRequest) -> dict[str, Any
             if int(state.step) not in job.checkpoints.steps():
                 save(job, state, loop, worker, buffer, lag)
             job.checkpoints.wait()
-            say(
-                f"stopped by {stop.requested} at step {int(state.step)}; the same command goes on from here"
-            )
+            say(f"stopped by {stop.requested} at step {int(state.step)}; the same command goes on")
             return None
         after = job.grade(config.num_steps, state.params, "test")
     return {"before": loop["before"], "after": after, "seconds": loop["seconds"]}
@@ -172,7 +171,8 @@ def begin(job: Job) -> tuple[learner.TrainState, dict[str, Any]]:
 
 
 def resume(job: Job, worker: Worker, buffer: Buffer) -> tuple[learner.TrainState, dict[str, Any]]:
-    """The newest checkpoint. Versions published after it are removed: they will be published again."""
+    """The newest checkpoint. Versions published after it are removed: they will be published
+    again."""
     step = job.checkpoints.steps()[-1]
     state, loop, groups = job.checkpoints.restore(step, job.abstract_state())
     buffer.restore(loop["buffer"], groups)
@@ -200,7 +200,8 @@ def save(
 def publish_and_serve(
     job: Job, step: int, params: Any, loop: dict, worker: Worker, buffer: Buffer, lag: LagPolicy
 ) -> None:
-    """Publishes the learner's weights if it is time, and lets the sampler serve the version that is due."""
+    """Publishes the learner's weights if it is time, and lets the sampler serve the version that is
+    due."""
     versions = job.workdir / "versions"
     if lag.publishes(step):
         publisher.publish(
@@ -237,9 +238,8 @@ def collect(
     while not (enough() or stop.requested):
         worker.produce()
         if time.monotonic() - started > config.rollout.deadline:
-            raise RunError(
-                f"sampled {config.rollout.deadline:.0f} s for {what}; dropped: {dict(buffer.counts)}"
-            )
+            seconds = f"{config.rollout.deadline:.0f} s"
+            raise RunError(f"sampled {seconds} for {what}; what became of groups: {buffer.counts}")
     return buffer.sample(config.groups_per_step, step), time.monotonic() - started
 
 

@@ -37,7 +37,8 @@ def room_of(path: Path) -> str:
 
 
 def imports(path: Path, *, whole: bool = True) -> set[str]:
-    """Names of modules that a file imports; without `whole`, only those imported when it is loaded."""
+    """Names of modules that a file imports; without `whole`, only those imported when it is
+    loaded."""
     tree = ast.parse(path.read_text())
     names = set()
     for node in ast.walk(tree) if whole else tree.body:

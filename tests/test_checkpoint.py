@@ -9,6 +9,7 @@ import re
 import resource
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +165,15 @@ def test_a_state_comes_back_on_another_mesh(opened):
     assert moment.addressable_shards[0].data.shape == (2, 16, 16)
 
 
-def test_what_is_saved_is_what_was_given_even_if_it_changes_at_once(opened):
+def test_what_is_saved_is_what_was_given_even_if_it_changes_at_once(opened, monkeypatch):
+    changed, dumps = threading.Event(), json.dumps
+
+    def late(*args, **options):
+        if threading.current_thread() is not threading.main_thread():
+            changed.wait(5)
+        return dumps(*args, **options)
+
+    monkeypatch.setattr(json, "dumps", late)
     mesh = make_mesh(1, 1, 1)
     state, (_, arrays) = random_state(mesh), flatten(make_groups())
     expected = jax.device_get(state), {k: v.copy() for k, v in arrays.items()}
@@ -175,6 +184,7 @@ def test_what_is_saved_is_what_was_given_even_if_it_changes_at_once(opened):
     loop["results"].append(3)
     for array in arrays.values():
         array[:] = 0
+    changed.set()
     checkpoints.wait()
     found, loop, groups = checkpoints.restore(1, abstract(mesh))
     assert_same(jax.device_get(found), expected[0])

@@ -322,10 +322,13 @@ def fork_publishers():
 def test_a_killed_process_leaves_every_version_whole_or_absent(tmp_path):
     rng = np.random.default_rng()
     halves = 0
-    command = [sys.executable, __file__]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, **pipes) as publishers:
-        reply = lambda word: next(line for line in publishers.stdout if line.startswith(word))
+    with subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as publishers:
+        assert publishers.stdin
+        assert publishers.stdout
+        lines = iter(publishers.stdout)
+        reply = lambda word: next(line for line in lines if line.startswith(word))
         for kill in range(KILLS):
             directory = epath.Path(tmp_path / str(kill))
             print(directory, file=publishers.stdin, flush=True)

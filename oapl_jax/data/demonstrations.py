@@ -22,7 +22,7 @@ def demonstrations(
     max_prompt_tokens: int,
     max_response_tokens: int,
 ) -> Iterator[Group]:
-    """Endless groups of one demonstrated response with reward 1: `count` of them, shuffled anew each epoch.
+    """Endless groups of one demonstrated response each, with reward 1, in epochs of `count`.
 
     Args:
       source: records of the training split; the first `count` are demonstrated.
@@ -51,8 +51,8 @@ def demonstrations(
         tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
         if len(tokens) > max_response_tokens:
             raise UserError(
-                f"the demonstration {text!r} has {len(tokens)} tokens, more than rollout.max_response_tokens="
-                f"{max_response_tokens}; raise it"
+                f"the demonstration {text!r} has {len(tokens)} tokens, more than "
+                f"rollout.max_response_tokens={max_response_tokens}; raise it"
             )
         response = Rollout(np.array(tokens, np.int32), np.zeros(len(tokens), np.float32), 0, "stop")
         groups.append(Group(prompt, (response,), np.ones(1, np.float32)))

@@ -161,7 +161,7 @@ def prepare(
 
 @contextlib.contextmanager
 def quiet():
-    """TFDS announces a download where there is none, and warns of configurations made at run time."""
+    """TFDS announces downloads where there are none, and warns of configurations made here."""
     level = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)
     try:

@@ -116,8 +116,8 @@ def content_id(task: str, metadata: Mapping[str, Any]) -> str:
     return hashlib.sha256(f"{task}:{TASKS[task].key(metadata)}".encode()).hexdigest()[:16]
 
 
-# chain_sum: "4+3-2=" is answered by its running totals, "07,05". Problems whose totals stay within two
-# characters keep the steps of the reasoning at fixed places: a two-layer model then learns them in a minute.
+# chain_sum: "4+3-2=" is answered by its running totals, "07,05". Problems whose totals stay within
+# two characters keep the steps of the reasoning at fixed places: a small model then learns faster.
 
 
 def _totals(terms: list[str], misread: Callable[[], bool]) -> list[int]:

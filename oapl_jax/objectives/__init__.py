@@ -3,8 +3,8 @@
     advantage(reward[G], *, ...) -> [G]                                          no gradient
     loss(logp[G T], behavior_logp[G T], advantage[G], mask[G T], *, ...) -> (loss[G], metrics)
 
-`advantage` sees one whole group; `loss` gives one number a sequence, and `metrics` per-sequence arrays.
-How sequences are averaged is a separate choice, see aggregation.py.
+`advantage` sees one whole group; `loss` gives one number a sequence, and `metrics` per-sequence
+arrays. How sequences are averaged is a separate choice, see aggregation.py.
 """
 
 import functools
@@ -37,7 +37,8 @@ def hyper_parameters(function: Callable[..., Any]) -> list[str]:
 def bind(name: str, **values: Any) -> Objective:
     """The objective with its hyper-parameters filled in from a configuration section.
 
-    The section may serve several objectives: each function takes the values that its signature names.
+    The section may serve several objectives: each function takes the values that its signature
+    names.
 
     Raises:
       UserError: if the objective is unknown or one of its hyper-parameters is missing.

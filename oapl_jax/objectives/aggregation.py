@@ -1,7 +1,7 @@
 """How the losses of single sequences become the loss of a batch: one weight a sequence.
 
-Weights come from counts of the global batch before it is split, so responses can be shuffled, packed and
-accumulated in any order. The loss of a sequence is a sum over its tokens.
+Weights come from counts of the global batch before it is split, so responses can be shuffled,
+packed and accumulated in any order. The loss of a sequence is a sum over its tokens.
 """
 
 import numpy as np
@@ -16,9 +16,10 @@ def sequence_weights(lengths: np.ndarray, aggregation: str, *, constant_length: 
 
     Args:
       lengths: int[S], response tokens of every sequence of the global batch.
-      aggregation: "sequence" mean over sequences, 1/S; "token" mean over all tokens, 1/sum(lengths);
-        "sequence_token" mean over sequences of the token mean, 1/(S length_i); "constant" mean over
-        sequences of the sum over a fixed length (Dr.GRPO, arXiv 2503.20783), 1/(S constant_length).
+      aggregation: "sequence" mean over sequences, 1/S; "token" mean over all tokens,
+        1/sum(lengths); "sequence_token" mean over sequences of the token mean, 1/(S length_i);
+        "constant" mean over sequences of the sum over a fixed length (Dr.GRPO, arXiv 2503.20783),
+        1/(S constant_length).
       constant_length: tokens, for "constant" only.
 
     Raises:
@@ -36,6 +37,7 @@ def sequence_weights(lengths: np.ndarray, aggregation: str, *, constant_length: 
         weights = np.full(count, 1 / (count * constant_length))
     else:
         raise UserError(
-            f"objective.aggregation={aggregation!r} is unknown; choose one of {', '.join(AGGREGATIONS)}"
+            f"objective.aggregation={aggregation!r} is unknown; choose one of "
+            f"{', '.join(AGGREGATIONS)}"
         )
     return weights.astype(np.float32)

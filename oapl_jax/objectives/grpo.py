@@ -1,7 +1,7 @@
 """GRPO and the importance corrections that make it the paper's asynchronous baseline.
 
-GRPO: arXiv 2402.03300. Clip-higher: DAPO, arXiv 2503.14476. Without the standard deviation: Dr.GRPO,
-arXiv 2503.20783. Decoupled behavior and proximal policies: AReaL, arXiv 2505.24298.
+GRPO: arXiv 2402.03300. Clip-higher: DAPO, arXiv 2503.14476. Without the standard deviation:
+Dr.GRPO, arXiv 2503.20783. Decoupled behavior and proximal policies: AReaL, arXiv 2505.24298.
 """
 
 import jax
@@ -45,8 +45,9 @@ def loss(
       proximal: "behavior" clips against the policy that sampled (w = 1, so `correction` must be
         "none"); "learner" recomputes pi_prox with the learner's weights. A batch gets one gradient
         step, so these are the weights of the step itself: rho = 1, and w alone repairs the lag.
-      correction: "none" (w = 1); "token_truncate" min(w_t, cap); "sequence_truncate" the same for the
-        product over the response; "token_mask", "sequence_mask" w where floor <= w <= cap, else 0.
+      correction: "none" (w = 1); "token_truncate" min(w_t, cap); "sequence_truncate" the same for
+        the product over the response; "token_mask", "sequence_mask" w where
+        floor <= w <= cap, else 0.
       correction_cap, correction_floor: the bounds of `correction`.
 
     Raises:

@@ -1,6 +1,6 @@
 """The embedded sampler: batched decoding with a KV cache in one compiled program.
 
-It holds its own parameters, read from published versions, so its lag is as real as a remote fleet's.
+It holds its own parameters, read from published versions: its lag is as real as a fleet's.
 """
 
 import functools
@@ -27,10 +27,11 @@ class LocalSampler:
       config: sizes of the model; published versions must have the same.
       dtype: of activations and cache.
       stop_ids: token ids that end a response.
-      seed: with a prompt's `draw` and the sample's index it names the random numbers of a rollout, which
-        so depend neither on the batch that it is sampled in nor on what was sampled before.
+      seed: with a prompt's `draw` and the sample's index it names the random numbers of a rollout,
+        which so depend neither on the batch that it is sampled in nor on what was sampled before.
       max_sequences: rollouts decoded at a time.
-      prompt_multiple: prompts are padded on the left to a multiple, so that few shapes are compiled.
+      prompt_multiple: prompts are padded on the left to a multiple, so that few shapes are
+        compiled.
     """
 
     def __init__(
@@ -149,8 +150,8 @@ def decode(
       temperature, top_p: float32[].
 
     Returns:
-      tokens int32[B * n, max_tokens], their log-probs float32 of the same shape, lengths int32[B * n]
-      (stop token included) and bool[B * n], whether a stop token was drawn.
+      tokens int32[B * n, max_tokens], their log-probs float32 of the same shape, lengths
+      int32[B * n] (stop token included) and bool[B * n], whether a stop token was drawn.
     """
     batch, width = tokens.shape
     rows = batch * n

@@ -15,8 +15,8 @@ class Sampling:
     """How tokens are drawn.
 
     Attributes:
-      temperature: divides the logits; 0 takes the most likely token, and then log-probs are those at
-        temperature 1.
+      temperature: divides the logits; 0 takes the most likely token, and then log-probs are those
+        at temperature 1.
       top_p: only the smallest set of tokens with at least this probability; 1 switches it off.
       top_k: only the k most likely tokens; 0 switches it off.
       max_response_tokens: a response that has not stopped by then is cut off ("length").

@@ -1,6 +1,6 @@
 """The worker: prompts in, rewarded groups out, into the buffer.
 
-It runs either in turns with the learner (`produce`, deterministic), or beside it in a thread (`start`).
+It runs in turns with the learner (`produce`, deterministic), or beside it in a thread (`start`).
 """
 
 import threading
@@ -120,7 +120,7 @@ class Worker:
         }
 
     def state(self) -> dict:
-        """The place in the prompts up to which groups were added; those in progress are drawn again."""
+        """The place in the prompts up to which groups were added; the rest is redrawn."""
         return self._delivered
 
     def restore(self, state: dict) -> None:
