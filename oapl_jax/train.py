@@ -89,7 +89,7 @@ def run(config: Config, workdir: epath.Path, stop: StopRequest) -> dict[str, Any
             if config.rollout.overlap and step == first:
                 worker.start()
             groups, waited = collect(config, step, worker, buffer, stop)
-            if stop.requested:
+            if not groups:
                 break
             batch = batching.to_mesh(make_batch(config, objective, groups, step), shardings)
             if config.objective.denominator == "learner":
@@ -224,7 +224,7 @@ def publish_and_serve(
 def collect(
     config: Config, step: int, worker: Worker, buffer: Buffer, stop: StopRequest
 ) -> tuple[list[Group], float]:
-    """The groups of one gradient step, and the seconds that the learner waited for them."""
+    """The groups of one gradient step (none: stopped), and the seconds waited for them."""
     buffer.expire(step)
     started, enough = time.monotonic(), lambda: len(buffer) >= config.groups_per_step
     what = f"{config.groups_per_step} groups for step {step} (rollout.deadline)"
@@ -240,7 +240,9 @@ def collect(
         if time.monotonic() - started > config.rollout.deadline:
             seconds = f"{config.rollout.deadline:.0f} s"
             raise RunError(f"sampled {seconds} for {what}; what became of groups: {buffer.counts}")
-    return buffer.sample(config.groups_per_step, step), time.monotonic() - started
+    # Whoever stops leaves the groups in the buffer, and the checkpoint has them.
+    groups = [] if stop.requested else buffer.sample(config.groups_per_step, step)
+    return groups, time.monotonic() - started
 
 
 def make_batch(config: Config, objective: Objective, groups: list[Group], step: int) -> Batch:

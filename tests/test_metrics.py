@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto import event_pb2
 
 from oapl_jax.metrics import CompileClock, MetricsWriter, group_metrics, read_lines
 from oapl_jax.structs import Group, Prompt, Rollout
@@ -98,7 +98,7 @@ def events(workdir):
         content = path.read_bytes()
         while content:
             size = int.from_bytes(content[:8], "little")
-            event = Event.FromString(content[12 : 12 + size])
+            event = event_pb2.Event.FromString(content[12 : 12 + size])  # pyright: ignore[reportAttributeAccessIssue]
             found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
             content = content[16 + size :]
     return sorted(found)
@@ -152,8 +152,7 @@ def test_group_metrics_are_those_worked_out_by_hand(workdir):
 def test_the_clock_counts_each_compiled_program_once():
     clock = CompileClock()
     add = jax.jit(lambda x: jnp.sin(x) + 1)
-    x, y = jnp.ones(3), jnp.ones(4)
-    x.block_until_ready(), y.block_until_ready()
+    x, y = jax.block_until_ready((jnp.ones(3), jnp.ones(4)))
     programs, seconds = clock.programs, clock.seconds
     add(x).block_until_ready()
     assert clock.programs == programs + 1

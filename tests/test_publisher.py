@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def assert_holds(path, seed, config=SMALL):
     """The version at `path` is whole, and these are its weights, to the last bit."""
     check_version(path)
     assert hf.load_config(path) == config
-    found = flatten_dict(hf.load_params(path, config))
+    found: Any = flatten_dict(hf.load_params(path, config))
     expected = flatten_dict(make_params(config, seed))
     assert found.keys() == expected.keys()
     for name, value in expected.items():

@@ -120,12 +120,13 @@ class Worker:
         }
 
     def state(self) -> dict:
-        """The place in the prompts up to which groups were added; the rest is redrawn."""
-        return self._delivered
+        """The place in the prompts up to which groups were added (the rest is redrawn), and totals."""
+        return {"prompts": self._delivered, "totals": dict(self._totals)}
 
     def restore(self, state: dict) -> None:
-        self._prompts.restore(state)
-        self._delivered = state
+        self._prompts.restore(state["prompts"])
+        self._delivered = state["prompts"]
+        self._totals = defaultdict(float, state["totals"])
 
     def start(self) -> None:
         """Produces in a thread, as long as the buffer has room."""

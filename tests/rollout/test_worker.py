@@ -183,10 +183,10 @@ def test_metrics_count_groups_that_the_buffer_drops(make, monkeypatch):
 
 def test_state_stands_behind_what_was_delivered_and_restore_draws_the_rest_again(make):
     worker, sampler, buffer = make()
-    assert worker.state()["draw"] == 0
+    assert worker.state()["prompts"]["draw"] == 0
     worker.produce()
     after_one = worker.state()
-    assert after_one["draw"] == PER_CALL
+    assert after_one["prompts"]["draw"] == PER_CALL
     sampler.failure = OSError("lost")
     with pytest.raises(OSError, match="lost"):
         worker.produce()
@@ -254,11 +254,11 @@ def test_a_portion_in_progress_is_not_in_the_state(make):
     worker.start()
     until(lambda: len(sampler.asked) == 2)
     with buffer.lock:
-        assert worker.state()["draw"] == len(buffer) == PER_CALL
+        assert worker.state()["prompts"]["draw"] == len(buffer) == PER_CALL
     sampler.permits.release()
     until(lambda: len(buffer) == 2 * PER_CALL)
     with buffer.lock:
-        assert worker.state()["draw"] == 2 * PER_CALL
+        assert worker.state()["prompts"]["draw"] == 2 * PER_CALL
 
 
 def test_a_new_version_serves_between_portions_and_what_is_late_is_counted(make):
@@ -309,7 +309,7 @@ def test_what_the_sampler_raises_reaches_the_learner(make):
     with pytest.raises(ZeroDivisionError) as caught:
         worker.check()
     assert caught.value is failure
-    assert worker.state()["draw"] == 0
+    assert worker.state()["prompts"]["draw"] == 0
 
 
 def test_stop_ends_the_thread_after_its_portion(make):
@@ -321,7 +321,7 @@ def test_stop_ends_the_thread_after_its_portion(make):
     worker.stop()
     assert not worker._thread.is_alive()
     assert len(sampler.asked) == 1
-    assert (len(buffer), worker.state()["draw"]) == (PER_CALL, PER_CALL)
+    assert (len(buffer), worker.state()["prompts"]["draw"]) == (PER_CALL, PER_CALL)
     worker.check()
 
 
