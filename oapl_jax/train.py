@@ -22,9 +22,9 @@ from etils import epath
 from ml_collections import config_flags
 
 from oapl_jax import batching, learner, publisher
+from oapl_jax.begin import begin
 from oapl_jax.buffer import Buffer
 from oapl_jax.checkpoint import check_config
-from oapl_jax.data.demonstrations import demonstrations
 from oapl_jax.errors import RunError, exit_with_code, parse_flags
 from oapl_jax.evaluate import table
 from oapl_jax.job import Config, Job, open_job
@@ -33,12 +33,10 @@ from oapl_jax.metrics import CompileClock, MetricsWriter, group_metrics, read_li
 from oapl_jax.models import hf
 from oapl_jax.objectives import Objective, bind
 from oapl_jax.objectives.aggregation import sequence_weights
-from oapl_jax.optim import make_optimizer
 from oapl_jax.report.learning import draw
 from oapl_jax.report.progress import Progress, StopRequest, say
 from oapl_jax.rollout.worker import Worker
 from oapl_jax.structs import Batch, Group
-from oapl_jax.warmup import warm_up
 
 NON_FINITE_IN_A_ROW = 3  # steps with a non-finite loss or gradient after which a run gives up
 
@@ -104,70 +102,42 @@ def run(config: Config, workdir: epath.Path, stop: StopRequest) -> dict[str, Any
             due = lambda every, done=done: done % every == 0 or done == config.num_steps
             values = {**of_step, **group_metrics(groups, step), **worker.take_metrics()}
             values |= {f"buffer/{name}": count for name, count in buffer.counts.items()}
-            values["learner/tokens_per_second"] = int(np.sum(batch.segments > 0)) / learned
-            values["learner/waiting_seconds"] = waited
-            values["compile/seconds"], values["compile/programs"] = clock.seconds, clock.programs
+            values |= {
+                "learner/tokens_per_second": int(np.sum(batch.segments > 0)) / learned,
+                "learner/waiting_seconds": waited,
+                "compile/seconds": clock.seconds,
+                "compile/programs": clock.programs,
+            }
             if due(config.evaluation.every):
                 result = job.grade(done, state.params, "validation")
                 values |= {f"eval/{k}": v for k, v in result.items() if not isinstance(v, tuple)}
             progress.step(done, metrics_file.write(done, values))
-            if of_step["skipped_in_a_row"] == NON_FINITE_IN_A_ROW:
-                raise RunError(
-                    f"loss or gradient was not finite in {NON_FINITE_IN_A_ROW} steps up to {done}; "
-                    f"lower optim.learning_rate ({config.optim.learning_rate}) or look at the "
-                    f"rewards; the same command resumes from step {job.checkpoints.steps()[-1]}"
-                )
-            if due(config.checkpoint.every) or stop.requested:
+            check_finite(job, done, int(of_step["skipped_in_a_row"]))
+            if due(config.checkpoint.every):
                 save(job, state, loop, worker, buffer, lag)
             job.checkpoints.check()
             if stop.requested:
                 break
         worker.stop()
-        if int(state.step) < config.num_steps:
-            if int(state.step) not in job.checkpoints.steps():
-                save(job, state, loop, worker, buffer, lag)
+        step = int(state.step)
+        if step < config.num_steps:
             job.checkpoints.wait()
-            say(f"stopped by {stop.requested} at step {int(state.step)}; the same command goes on")
+            save(job, state, loop, worker, buffer, lag)
+            job.checkpoints.wait()
+            say(f"stopped by {stop.requested} at step {step}; the same command goes on")
             return None
-        after = job.grade(config.num_steps, state.params, "test")
+        after = job.grade(step, state.params, "test")
     return {"before": loop["before"], "after": after, "seconds": loop["seconds"]}
 
 
-def begin(job: Job) -> tuple[learner.TrainState, dict[str, Any]]:
-    """A state at step 0, after the warm-up if there is one, and what the loop keeps beside it."""
-    config, started = job.config, time.monotonic()
-    params: Any = job.policy.load_params(job.mesh) if job.policy.checkpoint else config.seed
-    if config.warmup.num_steps:
-        warmup = config.warmup
-        stream = demonstrations(
-            job.splits["train"],
-            job.policy.tokenizer,
-            task=config.data.task,
-            count=warmup.demonstrations,
-            noise=warmup.noise,
-            seed=config.seed,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            max_response_tokens=config.rollout.max_response_tokens,
+def check_finite(job: Job, step: int, skipped_in_a_row: int) -> None:
+    """Raises a RunError once too many steps in a row had to be skipped."""
+    if skipped_in_a_row == NON_FINITE_IN_A_ROW:
+        raise RunError(
+            f"loss or gradient was not finite in {NON_FINITE_IN_A_ROW} steps up to {step}; lower "
+            f"optim.learning_rate ({job.config.optim.learning_rate}) or look at the rewards; the "
+            f"same command resumes from checkpoint step {job.checkpoints.steps()[-1]}"
         )
-        progress = Progress("warm up", warmup.num_steps, 0)
-        params = warm_up(
-            job.model,
-            make_optimizer(**warmup.optim, num_steps=warmup.num_steps),
-            job.mesh,
-            stream,
-            params=params,
-            num_steps=warmup.num_steps,
-            batch_size=warmup.batch_size,
-            row_length=config.learner.row_length,
-            rows_multiple=config.learner.rows_multiple,
-            logp_chunk=config.learner.logp_chunk,
-            max_response_tokens=config.rollout.max_response_tokens,
-            log=progress.step,
-        )
-        progress.close()
-    seconds = {"warmup": time.monotonic() - started, "rl": 0.0}
-    state = learner.init_state(job.model, job.optimizer, job.mesh, params)
-    return state, {"before": job.grade(0, state.params, "test"), "seconds": seconds, "pins": {}}
 
 
 def resume(job: Job, worker: Worker, buffer: Buffer) -> tuple[learner.TrainState, dict[str, Any]]:

@@ -16,6 +16,7 @@ FLOORS = (
     ("learner", "batching", "buffer", "publisher", "rollout"),
     ("checkpoint", "warmup", "evaluate"),
     ("job", "report"),
+    ("begin",),
     ("train",),
 )
 # What the learner, the objectives and the model must never know, whatever the floors allow.

@@ -120,7 +120,7 @@ class Worker:
         }
 
     def state(self) -> dict:
-        """The place in the prompts up to which groups were added (the rest is redrawn), and totals."""
+        """The place in the prompts up to which groups were added (the rest is redrawn); totals."""
         return {"prompts": self._delivered, "totals": dict(self._totals)}
 
     def restore(self, state: dict) -> None:

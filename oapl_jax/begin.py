@@ -1,0 +1,48 @@
+"""A run's first state: a checkpoint's weights or fresh ones, after the warm-up if there is one."""
+
+import time
+from typing import Any
+
+from oapl_jax import learner
+from oapl_jax.data.demonstrations import demonstrations
+from oapl_jax.job import Job
+from oapl_jax.optim import make_optimizer
+from oapl_jax.report.progress import Progress
+from oapl_jax.warmup import warm_up
+
+
+def begin(job: Job) -> tuple[learner.TrainState, dict[str, Any]]:
+    """A state at step 0, after the warm-up if there is one, and what the loop keeps beside it."""
+    config, started = job.config, time.monotonic()
+    params: Any = job.policy.load_params(job.mesh) if job.policy.checkpoint else config.seed
+    if config.warmup.num_steps:
+        warmup = config.warmup
+        stream = demonstrations(
+            job.splits["train"],
+            job.policy.tokenizer,
+            task=config.data.task,
+            count=warmup.demonstrations,
+            noise=warmup.noise,
+            seed=config.seed,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_response_tokens=config.rollout.max_response_tokens,
+        )
+        progress = Progress("warm up", warmup.num_steps, 0)
+        params = warm_up(
+            job.model,
+            make_optimizer(**warmup.optim, num_steps=warmup.num_steps),
+            job.mesh,
+            stream,
+            params=params,
+            num_steps=warmup.num_steps,
+            batch_size=warmup.batch_size,
+            row_length=config.learner.row_length,
+            rows_multiple=config.learner.rows_multiple,
+            logp_chunk=config.learner.logp_chunk,
+            max_response_tokens=config.rollout.max_response_tokens,
+            log=progress.step,
+        )
+        progress.close()
+    seconds = {"warmup": time.monotonic() - started, "rl": 0.0}
+    state = learner.init_state(job.model, job.optimizer, job.mesh, params)
+    return state, {"before": job.grade(0, state.params, "test"), "seconds": seconds, "pins": {}}
