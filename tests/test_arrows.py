@@ -30,7 +30,9 @@ COMMANDS = ("train", "evaluate")
 
 
 def modules():
-    return sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
+    return sorted(
+        path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__"
+    )
 
 
 def room_of(path: Path) -> str:
@@ -78,7 +80,11 @@ def test_only_commands_and_the_job_know_a_configuration():
         if any(name.startswith("ml_collections") for name in imports(path)):
             assert room_of(path) in COMMANDS
         if room_of(path) not in (*COMMANDS, "job"):
-            names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+            names = {
+                node.id
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Name)
+            }
             assert "ConfigDict" not in names
             assert "FLAGS" not in names or room_of(path) == "errors"
 

@@ -45,7 +45,9 @@ class Runs:
     def __init__(self, shared: Path):
         self._shared = shared
 
-    def command(self, workdir: Path, module: str = "train", config: str = "", **settings) -> list[str]:
+    def command(
+        self, workdir: Path, module: str = "train", config: str = "", **settings
+    ) -> list[str]:
         values = {**SMALL, "data.data_dir": self._shared / "data", **settings}
         return [
             *(sys.executable, "-m", f"oapl_jax.{module}"),
@@ -131,7 +133,16 @@ def test_a_run_leaves_what_it_promises(unbroken):
     lines = metrics(workdir)
     assert [line["step"] for line in lines] == list(range(1, 13))
     for line in lines:
-        for key in ("loss", "reward", "lag/mean", "kl", "entropy", "grad_norm", "length", "truncated"):
+        for key in (
+            "loss",
+            "reward",
+            "lag/mean",
+            "kl",
+            "entropy",
+            "grad_norm",
+            "length",
+            "truncated",
+        ):
             assert np.isfinite(line[key]), key
         # The window of 4 steps: a rollout of step s comes from the version published at s - s % 4.
         assert line["lag/mean"] == line["lag/max"] == (line["step"] - 1) % 4
@@ -139,7 +150,9 @@ def test_a_run_leaves_what_it_promises(unbroken):
     assert {k for k in lines[4] if k.startswith("eval/pass")} == {"eval/pass@1", "eval/pass@4"}
     assert "eval/pass@1" not in lines[3]
     result = json.loads((workdir / "result.json").read_text())
-    assert {"pass@1", "pass@4", "greedy", "length", "entropy"} <= set(result["before"]) & set(result["after"])
+    assert {"pass@1", "pass@4", "greedy", "length", "entropy"} <= set(result["before"]) & set(
+        result["after"]
+    )
     assert result["seconds"]["rl"] > 0
     assert (workdir / "learning.png").read_bytes().startswith(b"\x89PNG")
     assert list((workdir / "tensorboard").iterdir())
@@ -158,11 +171,15 @@ def test_killed_at_random_points_it_ends_in_the_same_bits(runs, unbroken, tmp_pa
     kills = 0
     while kills < 3:
         process = runs.start(runs.command(workdir))
-        wanted = moments.randint(1, 3) + len(metrics(workdir) if (workdir / "metrics.jsonl").exists() else [])
+        wanted = moments.randint(1, 3) + len(
+            metrics(workdir) if (workdir / "metrics.jsonl").exists() else []
+        )
         while process.poll() is None:
             path = workdir / "metrics.jsonl"
             if path.exists() and path.read_text().count("\n") >= wanted:
-                time.sleep(moments.random() * 0.2)  # anywhere: in sampling, the step, a save, a publication
+                time.sleep(
+                    moments.random() * 0.2
+                )  # anywhere: in sampling, the step, a save, a publication
                 process.kill()
                 kills += 1
                 break
@@ -275,7 +292,10 @@ MISTAKES = {
     "mesh": (dict(mesh__data=3), "mesh.data=3"),
     "micro-batches": (dict(learner__micro_batches=3), "learner.micro_batches=3"),
     "prompt too long": (dict(data__max_prompt_tokens=5), "data.max_prompt_tokens"),
-    "context too short": (dict(model__architecture__max_position_embeddings=20), "max_position_embeddings"),
+    "context too short": (
+        dict(model__architecture__max_position_embeddings=20),
+        "max_position_embeddings",
+    ),
     "row too short": (dict(learner__row_length=16), "learner.row_length"),
     "objective": (dict(objective__name="ppo"), "objective.name='ppo'"),
     "aggregation": (dict(objective__aggregation="mean"), "objective.aggregation='mean'"),
@@ -288,6 +308,7 @@ MISTAKES = {
     "ks": (dict(evaluation__n=2), "evaluation.n=2"),
     "task": (dict(data__task="sudoku"), "data.task='sudoku'"),
 }
+
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_sentence_and_code_2(runs, tmp_path, name):
@@ -305,7 +326,9 @@ def test_a_workdir_of_another_structure_is_refused(runs, copy):
     assert "group_size: 4 -> 2" in output
     assert "model.architecture.hidden_size: 32 -> 64" in output
     assert (copy / "config.json").read_text() == saved
-    assert "changed since this run began: optim.learning_rate" in runs.run(copy, optim__learning_rate=1e-5)
+    assert "changed since this run began: optim.learning_rate" in runs.run(
+        copy, optim__learning_rate=1e-5
+    )
 
 
 @pytest.mark.parametrize("damage", ["missing", "half-written", "corrupted"])
