@@ -73,6 +73,12 @@ def make_batch(
             f"learner.micro_batches={micro_batches} does not divide the {len(rollouts)} sequences "
             "of a step (groups_per_step x group_size); choose a divisor"
         )
+    longest = max(len(r.tokens) for _, r in rollouts)
+    if longest > max_response_tokens:
+        raise UserError(
+            f"a response has {longest} tokens, more than rollout.max_response_tokens="
+            f"{max_response_tokens}; raise it to what the rollouts were sampled with"
+        )
     per_micro = len(rollouts) // micro_batches
     lengths = [len(g.prompt.tokens) + len(r.tokens) for g, r in rollouts]
     packed = [

@@ -16,6 +16,9 @@ from oapl_jax.data.tasks import TASKS
 from oapl_jax.errors import UserError
 from oapl_jax.evaluate import evaluate
 from oapl_jax.models.transformer import REMAT_POLICIES, Transformer
+from oapl_jax.objectives import OBJECTIVES
+from oapl_jax.objectives.aggregation import AGGREGATIONS
+from oapl_jax.objectives.grpo import CORRECTIONS, PROXIMALS
 from oapl_jax.optim import make_optimizer
 from oapl_jax.policy import Policy, check_lengths, open_policy
 from oapl_jax.rewards import Grader
@@ -168,6 +171,10 @@ def check_sizes(config: Config) -> None:
         ("model.dtype", config.model.dtype, ("float32", "bfloat16")),
         ("publish_dtype", config.publish_dtype, ("float32", "bfloat16")),
         ("objective.denominator", config.objective.denominator, ("behavior", "learner")),
+        ("objective.proximal", config.objective.proximal, PROXIMALS),
+        ("objective.correction", config.objective.correction, CORRECTIONS),
+        ("objective.aggregation", config.objective.aggregation, AGGREGATIONS),
+        ("objective.name", config.objective.name, tuple(OBJECTIVES)),
     ):
         refuse(value not in choices, f"{name}={value!r} is not one of {', '.join(choices)}")
     for name, value in (
@@ -183,6 +190,18 @@ def check_sizes(config: Config) -> None:
         ("checkpoint.keep", config.checkpoint.keep),
     ):
         refuse(value < 1, f"{name}={value} must be at least 1")
+    for name, value in (
+        ("objective.beta1", config.objective.beta1),
+        ("objective.beta2", config.objective.beta2),
+        ("optim.learning_rate", config.optim.learning_rate),
+    ):
+        refuse(value <= 0, f"{name}={value} must be above 0")
+    proximal, correction = config.objective.proximal, config.objective.correction
+    refuse(
+        proximal == "behavior" and correction != "none",
+        f"objective.correction={correction!r} repairs the gap of behavior and proximal policy; "
+        "it needs objective.proximal='learner'",
+    )
     temperature = config.rollout.temperature
     refuse(
         temperature <= 0,

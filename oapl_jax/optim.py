@@ -6,9 +6,9 @@ import optax
 def make_schedule(
     *, learning_rate: float, warmup_steps: int, final_fraction: float, num_steps: int
 ) -> optax.Schedule:
-    """0 -> learning_rate over `warmup_steps`, then a cosine to learning_rate * final_fraction."""
+    """Up to learning_rate over `warmup_steps`, then a cosine to learning_rate * final_fraction."""
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup_steps else learning_rate,
+        init_value=learning_rate / (warmup_steps + 1),  # not 0: the first step would be wasted
         peak_value=learning_rate,
         warmup_steps=warmup_steps,
         decay_steps=max(num_steps, warmup_steps + 1),

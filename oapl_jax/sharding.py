@@ -82,11 +82,24 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, params)
 
 
+def constrain_embedded(x: jax.Array) -> jax.Array:
+    """Leaves looked-up [B, T, D] embeddings split as their table is, before they are split by row.
+
+    From there the rows are exchanged within `fsdp`; in one stride the compiler finds no way but to
+    replicate them on every device.
+    """
+    return _constrain(x, P("data", None, "fsdp"))
+
+
 def constrain_activations(x: jax.Array) -> jax.Array:
     """Keeps [B, T, D] activations split by row: the compiler must gather weights, never rows.
 
     Outside a mesh (a sampler on one device) there is nothing to constrain.
     """
+    return _constrain(x, P(("data", "fsdp"), None, None))
+
+
+def _constrain(x: jax.Array, spec: P) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(("data", "fsdp"), None, None))
+    return jax.lax.with_sharding_constraint(x, spec)

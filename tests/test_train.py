@@ -299,6 +299,8 @@ MISTAKES = {
     "row too short": (dict(learner__row_length=16), "learner.row_length"),
     "objective": (dict(objective__name="ppo"), "objective.name='ppo'"),
     "aggregation": (dict(objective__aggregation="mean"), "objective.aggregation='mean'"),
+    "beta2": (dict(objective__beta2=0.0), "objective.beta2=0.0"),
+    "correction": (dict(objective__correction="token_mask"), "objective.proximal='learner'"),
     "lag": (dict(lag__mode="never"), "lag.mode='never'"),
     "lag steps": (dict(lag__steps=0), "lag.steps=0"),
     "buffer": (dict(buffer__mode="heap"), "buffer.mode='heap'"),

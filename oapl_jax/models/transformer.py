@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from oapl_jax.models.attention import attention, visible
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.rope import angles, rotate
-from oapl_jax.sharding import constrain_activations
+from oapl_jax.sharding import constrain_activations, constrain_embedded
 
 # What a layer keeps for its backward pass; the rest is computed again.
 REMAT_POLICIES = {
@@ -132,7 +132,7 @@ class Transformer(nn.Module):
             embedding_init=nn.initializers.normal(c.hidden_size**-0.5),
             name="embed",
         )
-        x = constrain_activations(embed(tokens))
+        x = constrain_activations(constrain_embedded(embed(tokens)))
         slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         if cache is None:
             mask = visible(segments, segments, slots, slots)
