@@ -22,11 +22,11 @@ format: .venv/dev
 	$(BIN)/ruff format .
 
 # A stamp file holds the seconds that its install took.
-.venv/run: requirements/run.lock setup.py
+.venv/run: requirements/build.lock requirements/run.lock setup.py
 	@echo "installing into .venv"
 	@start=$$(date +%s); \
 	$(PYTHON) -m venv .venv && \
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/run.lock && \
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/build.lock -r requirements/run.lock && \
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . && \
 	echo $$(( $$(date +%s) - start )) > $@
 

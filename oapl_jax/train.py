@@ -170,8 +170,7 @@ def save(
 def publish_and_serve(
     job: Job, step: int, params: Any, loop: dict, worker: Worker, buffer: Buffer, lag: LagPolicy
 ) -> None:
-    """Publishes the learner's weights if it is time, and lets the sampler serve the version that is
-    due."""
+    """Publishes the learner's weights if it is time; the sampler serves the version that is due."""
     versions = job.workdir / "versions"
     if lag.publishes(step):
         publisher.publish(
@@ -183,9 +182,8 @@ def publish_and_serve(
             dtype=job.config.publish_dtype,
         )
         pinned = {v for kept in loop["pins"].values() for v in kept}
-        publisher.collect(
-            versions, keep=pinned | lag.needs(step) | buffer.versions() | {worker.version}
-        )
+        in_use = worker.versions() | buffer.versions()
+        publisher.collect(versions, keep=pinned | in_use | lag.needs(step))
     due = lag.serves(step)
     if worker.version != due:
         worker.serve(due, publisher.version_path(versions, due))
@@ -205,8 +203,11 @@ def collect(
             deadline=config.rollout.deadline,
             alive=worker.check,
         )
-    while not (enough() or stop.requested):
+    # Replay has enough for long: without fresh groups it would see the first ones only.
+    fresh = config.buffer.mode == "replay" and buffer.has_room(config.rollout.prompts_per_call)
+    while not (config.rollout.overlap or stop.requested) and (fresh or not enough()):
         worker.produce()
+        fresh = False
         if time.monotonic() - started > config.rollout.deadline:
             seconds = f"{config.rollout.deadline:.0f} s"
             raise RunError(f"sampled {seconds} for {what}; what became of groups: {buffer.counts}")
