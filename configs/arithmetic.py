@@ -15,7 +15,7 @@ TASKS = {
         generator=dict(min_terms=4, max_terms=4, min_digits=1, max_digits=1),
         max_prompt_tokens=12,
         max_response_tokens=16,
-        warmup_steps=700,
+        warmup_steps=1000,
     ),
     "number_sorting": dict(
         generator=dict(min_numbers=5, max_numbers=5, min_value=0, max_value=9),
@@ -39,7 +39,7 @@ def get_config(arg: str | None = None) -> common.Config:
     task = TASKS[choice["task"]]
     config: common.Config = ConfigDict()
     config.seed = 0
-    config.num_steps = 400
+    config.num_steps = 450
     config.group_size = 8
     config.groups_per_step = 32
 
