@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 CPU := JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2
 
-.PHONY: run test lint format lock parity golden run-smollm2 clean
+.PHONY: run test lint format lock parity golden run-smollm2 benchmark clean
 
 run: .venv/run
 	$(CPU) $(BIN)/python -m oapl_jax.train --config=configs/arithmetic.py --workdir=runs/arithmetic \
@@ -35,6 +35,10 @@ format: .venv/dev
 	@start=$$(date +%s); \
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/dev.lock && \
 	echo $$(( $$(date +%s) - start )) > $@
+
+# Tokens a second of learner and sampler, as shares of the machine's matrix-product peak.
+benchmark: .venv/run
+	$(CPU) $(BIN)/python benchmarks/throughput.py
 
 # New versions for the lock files, from setup.py.
 COMPILE := $(BIN)/pip-compile --quiet --strip-extras --allow-unsafe --no-emit-index-url \

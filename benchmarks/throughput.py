@@ -1,6 +1,6 @@
 """Tokens a second of learner and sampler, as fractions of this machine's matrix-product peak.
 
-    python benchmarks/throughput.py [--rounds=5]
+    python benchmarks/throughput.py [--rounds=3]
 
 Peak and programs are timed in turns in one run, since a shared machine drifts; the median counts.
 Work is counted by formula: 2 FLOP for each multiplication of a weight or of attention, three times
@@ -46,6 +46,7 @@ CASES = {
     ),
 }
 GROUPS, GROUP_SIZE = 8, 8
+PRODUCT = jax.jit(lambda x: x @ x)
 
 
 def forward_flops(config: ModelConfig, tokens: int, context: float, head_tokens: int) -> float:
@@ -61,12 +62,11 @@ def forward_flops(config: ModelConfig, tokens: int, context: float, head_tokens:
 def matrix_peak() -> float:
     """FLOP/s of one float32 product of 2048 x 2048 matrices."""
     a = jnp.ones((2048, 2048))
-    product = jax.jit(lambda x: x @ x)
-    return 2 * 2048**3 / seconds(lambda: product(a))
+    PRODUCT(a).block_until_ready()
+    return 2 * 2048**3 / seconds(lambda: PRODUCT(a))
 
 
 def seconds(run) -> float:
-    run()  # compiles
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
@@ -134,11 +134,11 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
     learned = 3 * forward_flops(config, tokens, context, responses)
     prefill = forward_flops(config, GROUPS * prompt_length, prompt_length / 2, GROUPS)
     sampled = prefill + forward_flops(config, responses, prompt_length + length / 2, responses)
+    sample = lambda: sampler.generate(prompts, n=GROUP_SIZE, sampling=sampling)
+    seconds(learn), seconds(sample)  # compiles
     rows = []
     for _ in range(rounds):
-        peak = matrix_peak()
-        learning = seconds(learn)
-        sampling_time = seconds(lambda: sampler.generate(prompts, n=GROUP_SIZE, sampling=sampling))
+        peak, learning, sampling_time = matrix_peak(), seconds(learn), seconds(sample)
         rows.append(
             (
                 tokens / learning,
@@ -161,7 +161,7 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     results = [measure(name, parser.parse_args().rounds) for name in CASES]
     columns = list(results[0])
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

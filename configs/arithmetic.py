@@ -9,27 +9,31 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-# The generators' settings, the longest prompt and response in characters, and the warm-up's steps.
+# The generators' settings; the longest prompt and response in characters; how many training problems
+# there are room for; and the warm-up: steps, and how often the teacher errs.
 TASKS = {
     "chain_sum": dict(
         generator=dict(min_terms=4, max_terms=4, min_digits=1, max_digits=1),
         max_prompt_tokens=12,
         max_response_tokens=16,
-        warmup_steps=1000,
+        train_size=16000,
+        warmup=dict(num_steps=1000, noise=0.37),
     ),
     "number_sorting": dict(
-        generator=dict(min_numbers=5, max_numbers=5, min_value=0, max_value=9),
-        max_prompt_tokens=12,
-        max_response_tokens=14,
-        warmup_steps=200,
+        generator=dict(min_numbers=6, max_numbers=6, min_value=0, max_value=9),
+        max_prompt_tokens=16,
+        max_response_tokens=16,
+        train_size=6000,
+        warmup=dict(num_steps=500, noise=0.2),
     ),
     "countdown": dict(
         generator=dict(
-            min_numbers=3, max_numbers=3, min_value=1, max_value=9, min_target=1, max_target=30
+            min_numbers=3, max_numbers=3, min_value=1, max_value=20, min_target=1, max_target=60
         ),
-        max_prompt_tokens=12,
-        max_response_tokens=16,
-        warmup_steps=600,
+        max_prompt_tokens=16,
+        max_response_tokens=20,
+        train_size=4000,
+        warmup=dict(num_steps=1500, noise=0.05),
     ),
 }
 
@@ -46,7 +50,7 @@ def get_config(arg: str | None = None) -> common.Config:
     config.data = dict(
         task=choice["task"],
         data_dir="runs/data",
-        train_size=16000,
+        train_size=task["train_size"],
         validation_size=256,
         test_size=512,
         seed=0,
@@ -76,10 +80,9 @@ def get_config(arg: str | None = None) -> common.Config:
 
     # The supervised stage: demonstrations whose steps are wrong with probability `noise`.
     config.warmup = dict(
-        num_steps=task["warmup_steps"],
+        **task["warmup"],
         batch_size=64,
-        demonstrations=8000,
-        noise=0.37,
+        demonstrations=min(8000, task["train_size"]),
         optim=dict(
             learning_rate=6e-3,
             warmup_steps=20,

@@ -46,7 +46,7 @@ def draw(
 
     _plot(moved, lines, "entropy", "entropy of the policy", color="C0")
     _plot(moved, lines, "kl", "KL(lagged policy || policy)", color="C3")
-    moved.set(title="Nats a token", yscale="log")
+    moved.set(title="Nats a token", yscale="log", ylim=(1e-4, None))
 
     _plot(fitted, lines, "log_ratio/right", "right responses", color="C2")
     _plot(fitted, lines, "log_ratio/wrong", "wrong responses", color="C3")
