@@ -135,7 +135,8 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
     prefill = forward_flops(config, GROUPS * prompt_length, prompt_length / 2, GROUPS)
     sampled = prefill + forward_flops(config, responses, prompt_length + length / 2, responses)
     sample = lambda: sampler.generate(prompts, n=GROUP_SIZE, sampling=sampling)
-    seconds(learn), seconds(sample)  # compiles
+    for run in (learn, sample):
+        seconds(run)  # compiles
     rows = []
     for _ in range(rounds):
         peak, learning, sampling_time = matrix_peak(), seconds(learn), seconds(sample)
