@@ -17,7 +17,7 @@ TASKS = {
         max_prompt_tokens=12,
         max_response_tokens=16,
         train_size=16000,
-        warmup=dict(num_steps=1000, noise=0.37),
+        warmup=dict(num_steps=1000, noise=0.4),
     ),
     "number_sorting": dict(
         generator=dict(min_numbers=6, max_numbers=6, min_value=0, max_value=9),
@@ -43,7 +43,7 @@ def get_config(arg: str | None = None) -> common.Config:
     task = TASKS[choice["task"]]
     config: common.Config = ConfigDict()
     config.seed = 0
-    config.num_steps = 450
+    config.num_steps = 400
     config.group_size = 8
     config.groups_per_step = 32
 
