@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-# The generators' settings; the longest prompt and response in characters; how many training problems
-# there are room for; and the warm-up: steps, and how often the teacher errs.
+# The generators' settings; the longest prompt and response in characters; how many training
+# problems there is room for; and the warm-up: steps, and how often the teacher errs.
 TASKS = {
     "chain_sum": dict(
         generator=dict(min_terms=4, max_terms=4, min_digits=1, max_digits=1),
