@@ -5,13 +5,15 @@
 Choices: --config=configs/arithmetic.py:task=chain_sum|number_sorting|countdown,objective=oapl|grpo
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import common
 
 # The generators' settings; the longest prompt and response in characters; how many training
 # problems there is room for; and the warm-up: steps, and how often the teacher errs.
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": dict(
         generator=dict(min_terms=4, max_terms=4, min_digits=1, max_digits=1),
         max_prompt_tokens=12,
