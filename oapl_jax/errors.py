@@ -3,8 +3,6 @@
 import sys
 from collections.abc import Callable
 
-from absl import flags
-
 
 class UserError(Exception):
     """A mistake in the configuration or in the files that it names; the process exits with code 2.
@@ -25,14 +23,6 @@ def exit_with_code(main: Callable[[], None]) -> None:
         sys.exit(_report(error, 2))
     except RunError as error:
         sys.exit(_report(error, 1))
-
-
-def parse_flags(argv: list[str]) -> None:
-    """absl's flags; a misspelt one ends the process with code 2 and the nearest name."""
-    try:
-        flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        sys.exit(_report(error, 2))
 
 
 def _report(error: BaseException, code: int) -> int:

@@ -4,16 +4,14 @@ python -m oapl_jax.evaluate --config=configs/arithmetic.py --workdir=runs/arithm
 """
 
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags
-from etils import epath
 
-from oapl_jax.errors import UserError, exit_with_code, parse_flags
+from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.rollout.sampler import Sampler, Sampling
 from oapl_jax.structs import Prompt, Rollout
 
@@ -140,24 +138,18 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    from ml_collections import config_flags
+    from oapl_jax.command import read_command_line  # both import this module
+    from oapl_jax.job import open_job
 
-    from oapl_jax.job import open_job  # which imports this module
-
-    config_flag = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
-    workdir_flag = flags.DEFINE_string("workdir", None, "directory of the run", required=True)
-    step_flag = flags.DEFINE_integer("step", None, "checkpoint step; the newest by default")
-    split_flag = flags.DEFINE_enum(
-        "split", "test", ["train", "validation", "test"], "which prompts"
-    )
-    parse_flags(sys.argv)
-    workdir = epath.Path(workdir_flag.value)
+    step = flags.DEFINE_integer("step", None, "checkpoint step; the newest by default")
+    split = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "which prompts")
+    config, workdir = read_command_line()
     if not (workdir / "checkpoints").exists():
         raise UserError(f"--workdir={workdir} holds no checkpoints; train there first")
-    job = open_job(config_flag.value, workdir.resolve())
-    step, params = job.params_at(step_flag.value)
-    result = job.grade(step, params, split_flag.value)
-    print(table({f"{step}": result}))
+    job = open_job(config, workdir)
+    found, params = job.params_at(step.value)
+    result = job.grade(found, params, split.value)
+    print(table({str(found): result}))
     print(json.dumps(result))
 
 

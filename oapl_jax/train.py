@@ -11,7 +11,6 @@ been.
 import contextlib
 import dataclasses
 import json
-import sys
 import time
 from typing import Any
 
@@ -19,13 +18,13 @@ import jax
 import numpy as np
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
 
 from oapl_jax import batching, learner, publisher
 from oapl_jax.begin import begin
 from oapl_jax.buffer import Buffer
 from oapl_jax.checkpoint import check_config
-from oapl_jax.errors import RunError, exit_with_code, parse_flags
+from oapl_jax.command import read_command_line
+from oapl_jax.errors import RunError, exit_with_code
 from oapl_jax.evaluate import table
 from oapl_jax.job import Config, Job, open_job
 from oapl_jax.lag import LagPolicy
@@ -264,21 +263,14 @@ def report(config: Config, workdir: epath.Path, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    config_flag = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
-    workdir_flag = flags.DEFINE_string(
-        "workdir", None, "the run's directory; resumes what it finds", required=True
-    )
-    install_flag = flags.DEFINE_float(
-        "install_seconds", None, "seconds of the install, for result.json"
-    )
-    parse_flags(sys.argv)
-    config, workdir = config_flag.value, epath.Path(workdir_flag.value)
+    install = flags.DEFINE_float("install_seconds", None, "seconds of the install, for result.json")
+    config, workdir = read_command_line()
     workdir.mkdir(parents=True, exist_ok=True)
-    result = run(config, workdir.resolve(), StopRequest())
+    result = run(config, workdir, StopRequest())
     if result is None:
         return
-    if install_flag.value is not None:
-        result["seconds"]["install"] = install_flag.value
+    if install.value is not None:
+        result["seconds"]["install"] = install.value
     report(config, workdir, result)
 
 

@@ -312,6 +312,27 @@ MISTAKES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=configs/arithmetic.py", "--wrokdir=x"], "Did you mean: workdir"),
+        (["--config=configs/arithmetic.py", "--config.lag.stepz=1"], 'Did you mean "steps"'),
+        (["--config=configs/arithmetic.py:task=sums"], "choose among task=chain_sum|"),
+        (["--config=configs/nothing.py"], "No such file or directory: 'configs/nothing.py'"),
+        (["--config=configs/arithmetic.py"], "--workdir is missing"),
+        (["--workdir=x"], "--config is missing"),
+    ],
+)
+@pytest.mark.parametrize("module", ["train", "evaluate"])
+def test_a_mistake_on_the_command_line_is_one_sentence(module, arguments, words):
+    command = [sys.executable, "-m", f"oapl_jax.{module}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_sentence_and_code_2(runs, tmp_path, name):
     settings, words = MISTAKES[name]

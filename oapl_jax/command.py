@@ -1,0 +1,38 @@
+"""The command line that train and evaluate share: a configuration, its overrides, and a workdir."""
+
+import sys
+
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from oapl_jax.errors import UserError
+from oapl_jax.job import Config
+
+CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
+WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; what it holds is resumed")
+
+
+def read_command_line() -> tuple[Config, epath.Path]:
+    """The configuration with its overrides, and the workdir.
+
+    Raises:
+      UserError: for an unknown flag, key, choice or file, or a value of the wrong type.
+    """
+    try:
+        flags.FLAGS(sys.argv)
+        config = CONFIG.value
+        if config is not None:
+            config.to_dict()  # a file that could not be loaded fails only when it is used
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # The libraries put whole tracebacks into their messages; what is wrong stands at the end.
+        lines = [line for line in str(error.args[0]).splitlines() if line.strip()]
+        what = " ".join(lines) if len(lines) <= 2 else lines[-1].strip()
+        raise UserError(f"{what} (see the settings in the file that --config names)") from error
+    for flag, value in (
+        ("--config=configs/arithmetic.py", config),
+        ("--workdir=DIR", WORKDIR.value),
+    ):
+        if value is None:
+            raise UserError(f"{flag.partition('=')[0]} is missing; add, for example, {flag}")
+    return config, epath.Path(WORKDIR.value).resolve()
