@@ -29,10 +29,8 @@ def read_command_line() -> tuple[Config, epath.Path]:
         lines = [line for line in str(error.args[0]).splitlines() if line.strip()]
         what = " ".join(lines) if len(lines) <= 2 else lines[-1].strip()
         raise UserError(f"{what} (see the settings in the file that --config names)") from error
-    for flag, value in (
-        ("--config=configs/arithmetic.py", config),
-        ("--workdir=DIR", WORKDIR.value),
-    ):
-        if value is None:
-            raise UserError(f"{flag.partition('=')[0]} is missing; add, for example, {flag}")
+    if config is None:
+        raise UserError("--config is missing; add, for example, --config=configs/arithmetic.py")
+    if WORKDIR.value is None:
+        raise UserError("--workdir is missing; add, for example, --workdir=runs/arithmetic")
     return config, epath.Path(WORKDIR.value).resolve()
