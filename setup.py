@@ -34,6 +34,6 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
-        "dev": ["beartype", "chex", "pip-tools", "pyright[nodejs]", "pytest", "ruff"],
+        "dev": ["pip-tools", "pyright[nodejs]", "pytest", "ruff"],
     },
 )
