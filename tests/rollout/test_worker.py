@@ -336,7 +336,9 @@ def test_stop_ends_a_thread_that_waits_for_room(make):
 
 
 def test_a_thread_that_never_started_can_be_stopped(make):
-    make()[0].stop()
+    worker, _, buffer = make()
+    worker.stop()
+    assert (len(buffer), worker.state()["prompts"]["draw"]) == (0, 0)
 
 
 def test_waiting_for_room_has_a_deadline_that_names_the_setting(make):
