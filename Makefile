@@ -3,13 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 CPU := JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2
 
-.PHONY: run test lint format lock parity golden run-smollm2 benchmark clean
+.PHONY: run test lint format lock sglang parity golden run-smollm2 benchmark clean
 
 run: .venv/run
 	$(CPU) $(BIN)/python -m oapl_jax.train --config=configs/arithmetic.py --workdir=runs/arithmetic \
 	  --install_seconds=$$(cat .venv/run)
 
-test: .venv/dev
+test: .venv/dev .venv-sglang/done
 	$(CPU) $(BIN)/python -m pytest tests
 
 lint: .venv/dev
@@ -35,6 +35,15 @@ format: .venv/dev
 	@start=$$(date +%s); \
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/dev.lock && \
 	echo $$(( $$(date +%s) - start )) > $@
+
+# A real SGLang server and router on a CPU, for the tests and to try a fleet (2.5 GB).
+sglang: .venv-sglang/done
+
+.venv-sglang/done: requirements/sglang.txt
+	@echo "installing SGLang for CPU into .venv-sglang"
+	@$(PYTHON) -m venv .venv-sglang
+	@.venv-sglang/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt
+	@touch $@
 
 # Tokens a second of learner and sampler, as shares of the machine's matrix-product peak.
 benchmark: .venv/run
@@ -68,4 +77,4 @@ run-smollm2: .venv/run .venv-parity/done
 	$(CPU) $(BIN)/python -m oapl_jax.train --config=configs/smollm2.py --workdir=runs/smollm2
 
 clean:
-	rm -rf .venv .venv-parity *.egg-info
+	rm -rf .venv .venv-parity .venv-sglang *.egg-info

@@ -10,6 +10,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["oapl_jax*", "configs*", "experiments*"]),
     install_requires=[
+        "aiohttp",  # the fleet of servers, and the supervisor
         "array_record>=0.8",
         "etils[epath]>=1.13",
         "flax>=0.12",
@@ -17,11 +18,13 @@ setup(
         "importlib_resources",  # tensorflow-datasets needs it and does not declare it
         "jax>=0.10",
         "jaxtyping",
+        "math-verify[antlr4_13_2]>=0.9",
         "matplotlib",
         "ml-collections>=1.1",
         "numpy>=2",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.12",
+        "pyarrow",  # Parquet
         "reasoning-gym>=0.1.25",
         "safetensors",
         "tensorboardX",
@@ -34,6 +37,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
+        "sglang": ["sglang>=0.5", "sglang-router>=0.3"],  # for GPU hosts; a CPU: make sglang
         "dev": ["pip-tools", "pyright[nodejs]", "pytest", "ruff"],
     },
 )

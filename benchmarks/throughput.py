@@ -134,7 +134,7 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
     learned = 3 * forward_flops(config, tokens, context, responses)
     prefill = forward_flops(config, GROUPS * prompt_length, prompt_length / 2, GROUPS)
     sampled = prefill + forward_flops(config, responses, prompt_length + length / 2, responses)
-    sample = lambda: sampler.generate(prompts, n=GROUP_SIZE, sampling=sampling)
+    sample = lambda: list(sampler.generate(prompts, n=GROUP_SIZE, sampling=sampling))
     for run in (learn, sample):
         seconds(run)  # compiles
     rows = []

@@ -41,7 +41,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def get_config(arg: str | None = None) -> common.Config:
-    choice = common.parse_arg(arg, task=tuple(TASKS), objective=("oapl", "grpo"))
+    choice = common.parse_arg(arg, task=tuple(TASKS), objective=tuple(common.OBJECTIVES))
     task = TASKS[choice["task"]]
     config: common.Config = ConfigDict()
     config.seed = 0
@@ -58,6 +58,7 @@ def get_config(arg: str | None = None) -> common.Config:
         seed=0,
         generator=task["generator"],
         max_prompt_tokens=task["max_prompt_tokens"],
+        instruction="",  # below each question
     )
 
     config.model = dict(
@@ -122,16 +123,21 @@ def get_config(arg: str | None = None) -> common.Config:
     config.zero_variance_weight = 0.1  # for buffer.zero_variance="weight"
 
     config.rollout = dict(
+        sampler="local",  # the embedded decoder, or "fleet": the servers named below
         overlap=False,
         temperature=1.0,
         top_p=1.0,
         top_k=0,
         max_response_tokens=task["max_response_tokens"],
         prompts_per_call=32,
+        reward_threads=1,  # groups rewarded at a time; more where a reward takes long
         deadline=600.0,  # seconds either side waits for the other
         max_sequences=256,
         prompt_multiple=4,
+        **common.recorded(),
     )
+    config.fleet = common.fleet()
+    config.rewards = common.rewards()
     config.learner = dict(micro_batches=1, row_length=64, rows_multiple=8, logp_chunk=64)
     config.publish_dtype = "float32"
 

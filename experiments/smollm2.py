@@ -91,9 +91,8 @@ def compare(model: Path) -> None:
         assert tokens == answer["prompt"], "the chat templates differ"
         prompts.append(Prompt(str(i), i, np.array(tokens, np.int32), answer["question"], "", ""))
     greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_response_tokens=NEW_TOKENS)
-    for answer, (rollout,) in zip(
-        expected, sampler.generate(prompts, n=1, sampling=greedy), strict=True
-    ):
+    sampled = sampler.generate(prompts, n=1, sampling=greedy)
+    for answer, (rollout,) in zip(expected, (s.rollouts for s in sampled), strict=True):
         text = policy.tokenizer.decode(rollout.tokens, skip_special_tokens=True)
         assert rollout.tokens.tolist() == answer["tokens"], f"the texts differ: {text!r}"
         gap = float(np.abs(rollout.behavior_logp - np.array(answer["logp"])).max())

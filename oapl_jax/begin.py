@@ -25,6 +25,7 @@ def begin(job: Job) -> tuple[learner.TrainState, dict[str, Any]]:
             noise=warmup.noise,
             seed=config.seed,
             max_prompt_tokens=config.data.max_prompt_tokens,
+            instruction=config.data.instruction,
             max_response_tokens=config.rollout.max_response_tokens,
         )
         progress = Progress("warm up", warmup.num_steps, 0)

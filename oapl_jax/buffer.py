@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class Buffer:
       capacity: groups held at most, for who asks `has_room` before it adds.
       zero_variance: whether groups with equal rewards are kept, dropped, or kept with a weight.
       seed: of the draws of "replay".
+      on_end: hears what became of each group ("trained" at the gradient step that first used it,
+        "expired" or "zero_variance", without a step); called with the lock held.
 
     `counts` says what happened to every group that was ever added: the sum of all its entries but
     "added" and "reused", plus the groups still held, is "added".
@@ -43,6 +45,7 @@ class Buffer:
         capacity: int,
         zero_variance: str,
         seed: int,
+        on_end: Callable[[Group, str, int | None], None],
     ):
         if mode not in MODES:
             raise UserError(f"buffer.mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
@@ -57,6 +60,7 @@ class Buffer:
             )
         self._mode, self._max_age, self._capacity, self._seed = mode, max_age, capacity, seed
         self._uses = max_reuse if mode == "replay" else 1
+        self._on_end = on_end
         self._drop_zero_variance = zero_variance == "drop"
         self._held: list[tuple[Group, int]] = []  # with the number of uses so far
         self._version = 0  # the newest that the sampler serves
@@ -76,6 +80,11 @@ class Buffer:
         with self._changed:
             return {g.policy_version for g, _ in self._held}
 
+    def draws(self) -> set[int]:
+        """Places in the stream of prompts of the groups held."""
+        with self._changed:
+            return {g.prompt.draw for g, _ in self._held}
+
     def has_room(self, count: int) -> bool:
         return len(self._held) + count <= self._capacity
 
@@ -85,8 +94,10 @@ class Buffer:
             self.counts["added"] += 1
             if self._drop_zero_variance and group.zero_variance:
                 self.counts["zero_variance"] += 1
+                self._on_end(group, "zero_variance", None)
             elif self._mode == "clear_on_sync" and group.policy_version != self._version:
                 self.counts["expired"] += 1
+                self._on_end(group, "expired", None)
             else:
                 self._held.append((group, 0))
             self._changed.notify_all()
@@ -119,6 +130,8 @@ class Buffer:
                 group, uses = self._held[i]
                 self._held[i] = (group, uses + 1)
                 self.counts["reused"] += uses > 0
+                if not uses:
+                    self._on_end(group, "trained", step)
             trained = len(self._held)
             self._held = [(g, uses) for g, uses in self._held if uses < self._uses]
             self.counts["trained"] += trained - len(self._held)
@@ -139,11 +152,12 @@ class Buffer:
         """
         start = time.monotonic()
         with self._changed:
+            alive()
             while not condition():
-                alive()
                 if time.monotonic() - start > deadline:
                     raise RunError(f"waited {deadline:.0f} s for {what}")
                 self._changed.wait(timeout=0.2)
+                alive()
         return time.monotonic() - start
 
     def wake(self) -> None:
@@ -167,8 +181,9 @@ class Buffer:
     def _keep(self, mask: Sequence[bool]) -> None:
         kept = [held for held, keep in zip(self._held, mask, strict=True) if keep]
         for group, uses in (h for h, keep in zip(self._held, mask, strict=True) if not keep):
-            del group
             self.counts["trained" if uses else "expired"] += 1
+            if not uses:
+                self._on_end(group, "expired", None)
         self._held = kept
         self._changed.notify_all()
 

@@ -1,21 +1,27 @@
-"""Checkpoints to resume from: everything that moves, in one Orbax step.
+"""Orbax steps: checkpoints to resume from, with everything that moves, and weights to publish.
 
-A step holds four items. `params` alone serves evaluation. The order of a restore: params and
+A checkpoint holds five items, a step of weights two of them: `params` and `probe`, which the
+publisher reads. `params` alone serves evaluation. The order of a restore: params and
 optimizer into their shardings (the mesh may differ from the one that saved), then the buffer from
 `loop` and `groups`, then the worker's place in the prompts from `loop`. The lag phase and all
 random numbers follow from the step.
 """
 
+import contextlib
 import copy
 import json
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.learner import TrainState
+
+CHUNK_BYTES = 64 << 20  # of parameters: what the publisher must hold beside a tensor
 
 
 class Checkpoints:
@@ -27,15 +33,20 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.Path, *, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(directory, options=options)
+        self._manager = _open(directory, keep, optimizer=_ARRAYS, loop=_JSON, groups=_ARRAYS)
         self._directory = directory
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
     def save(
-        self, step: int, state: TrainState, loop: dict[str, Any], groups: dict[str, np.ndarray]
+        self,
+        step: int,
+        state: TrainState,
+        loop: dict[str, Any],
+        groups: dict[str, np.ndarray],
+        *,
+        probe: dict[str, Any],
     ) -> None:
         """Starts to save, unless the step stands already; returns when everything is copied.
 
@@ -44,49 +55,30 @@ class Checkpoints:
           state: parameters, optimizer state and counts.
           loop: JSON-able rest: worker, buffer, published versions, results so far.
           groups: the buffer's arrays.
+          probe: rows of tokens and what these parameters say of them (see publisher.read_probe).
 
         Raises:
           RunError: if this or the previous save failed; the run must not go on without checkpoints.
         """
-        self.check()
-        try:
-            started = self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
-                    optimizer=ocp.args.StandardSave(_without_params(state)),
-                    # A copy: it is written later, from a thread, and the caller's goes on changing.
-                    loop=ocp.args.JsonSave(copy.deepcopy(loop)),
-                    groups=ocp.args.StandardSave(groups),
-                ),
-            )
-        except Exception as error:
-            raise self._failed(error) from error
-        if not started and step not in self.steps():
-            raise self._failed(ValueError(f"step {step} is older than the newest"))
+        _save(
+            self._manager,
+            step,
+            params=_params(state.params),
+            probe=ocp.args.JsonSave(probe),
+            optimizer=ocp.args.StandardSave(_without_params(state)),
+            # A copy: it is written later, from a thread, and the caller's goes on changing.
+            loop=ocp.args.JsonSave(copy.deepcopy(loop)),
+            groups=ocp.args.StandardSave(groups),
+        )
 
     def check(self) -> None:
         """Raises a RunError if a save in the background has failed."""
-        try:
+        with _saving(self._manager):
             self._manager.check_for_errors()
-        except Exception as error:
-            raise self._failed(error) from error
 
     def wait(self) -> None:
         """Returns when all saves are on disk; raises a RunError if one failed."""
-        try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-        except Exception as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: Exception) -> RunError:
-        kept = ", ".join(map(str, self.steps())) or "none"
-        return RunError(
-            f"a checkpoint could not be saved below {self._directory} ({type(error).__name__}: "
-            f"{error}); free space or mend the directory, then start again: it resumes from the "
-            f"newest whole step (have: {kept})"
-        )
+        _wait(self._manager)
 
     def restore(
         self, step: int, abstract: TrainState
@@ -98,7 +90,7 @@ class Checkpoints:
         """
         items = self._read(
             step,
-            params=ocp.args.StandardRestore(abstract.params),
+            params=_params_like(abstract.params),
             optimizer=ocp.args.StandardRestore(_without_params(abstract)),
             loop=ocp.args.JsonRestore(),
             groups=ocp.args.StandardRestore(),
@@ -108,7 +100,7 @@ class Checkpoints:
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """Only the parameters of a step; raises as `restore` does."""
-        return self._read(step, params=ocp.args.StandardRestore(abstract)).params
+        return self._read(step, params=_params_like(abstract)).params
 
     def _read(self, step: int, **items: Any) -> Any:
         try:
@@ -122,6 +114,103 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+
+class Weights:
+    """Steps of parameters and probe alone, to be published; every host takes part in each call.
+
+    Args:
+      directory: of all steps.
+    """
+
+    def __init__(self, directory: epath.Path):
+        self._manager = _open(directory, None)
+        self._directory = directory
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def path(self, step: int) -> epath.Path:
+        """What the publisher reads, once `wait` has returned."""
+        return self._directory / str(step)
+
+    def save(self, step: int, params: Any, probe: dict[str, Any]) -> None:
+        """Starts to save, unless the step stands already; returns when everything is copied.
+
+        Raises:
+          RunError: if this or the previous save failed.
+        """
+        _save(self._manager, step, params=_params(params), probe=ocp.args.JsonSave(probe))
+
+    def wait(self) -> None:
+        """Returns when all saves are on disk; raises a RunError if one failed."""
+        _wait(self._manager)
+
+    def keep_only(self, steps: set[int]) -> list[int]:
+        """Deletes the other steps and returns them: as a rule, those without a version."""
+        self.wait()
+        gone = [step for step in self.steps() if step not in steps]
+        for step in gone:
+            self._manager.delete(step)
+        return gone
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+
+_ARRAYS, _JSON = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
+
+
+def _open(directory: epath.Path, keep: int | None, **items: Any) -> ocp.CheckpointManager:
+    # Compression would take a tenth off random-looking floats and make the publisher wait for it.
+    params = ocp.PyTreeCheckpointHandler(use_compression=False)
+    handlers = {"params": params, "probe": _JSON(), **{name: new() for name, new in items.items()}}
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+
+def _params(params: Any) -> ocp.args.PyTreeSave:
+    """Parameters in chunks that the publisher can read one at a time, none across layers."""
+
+    def chunks(path: Any, _: Any) -> ocp.SaveArgs:
+        stacked = path[0].key == "layers"
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
+
+    return ocp.args.PyTreeSave(params, jax.tree_util.tree_map_with_path(chunks, params))
+
+
+def _params_like(abstract: Any) -> ocp.args.PyTreeRestore:
+    arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
+    return ocp.args.PyTreeRestore(abstract, arguments)
+
+
+def _save(manager: ocp.CheckpointManager, step: int, **items: Any) -> None:
+    with _saving(manager):
+        manager.check_for_errors()
+        started = manager.save(step, args=ocp.args.Composite(**items))
+        if not started and step not in manager.all_steps():
+            raise ValueError(f"step {step} is older than the newest")
+
+
+def _wait(manager: ocp.CheckpointManager) -> None:
+    with _saving(manager):
+        manager.wait_until_finished()
+        manager.check_for_errors()
+
+
+@contextlib.contextmanager
+def _saving(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turns whatever a save raises into a RunError that says what is left."""
+    try:
+        yield
+    except Exception as error:
+        kept = ", ".join(map(str, sorted(manager.all_steps()))) or "none"
+        raise RunError(
+            f"a checkpoint could not be saved below {manager.directory} ({type(error).__name__}: "
+            f"{error}); free space or mend the directory, then start again: it resumes from the "
+            f"newest whole step (have: {kept})"
+        ) from error
 
 
 def _without_params(state: TrainState) -> dict[str, Any]:
@@ -140,6 +229,12 @@ STRUCTURAL = (
     "warmup",
     "buffer.mode",
     "lag",
+    "rollout.source",
+    "rollout.shards",
+    "rollout.recorded_share",
+    "rollout.recorded_order",
+    "rollout.recorded_version",
+    "rollout.record",
     "evaluation.n",
     "evaluation.ks",
 )

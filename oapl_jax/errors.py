@@ -1,30 +1,34 @@
-"""The two ways in which a run ends on purpose, each with a sentence for its reader."""
+"""The ways in which a run ends on purpose, each with a sentence for its reader and an exit code."""
 
 import sys
 from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake in the configuration or in the files that it names; the process exits with code 2.
+    """A mistake in the configuration or in the files that it names.
 
     The message is one sentence or two: what is wrong, which setting says so, and the remedy.
     """
 
+    exit_code = 2
+
 
 class RunError(Exception):
-    """A run that can't go on although its configuration is sound; the process exits with code 1."""
+    """A run that can't go on although its configuration is sound."""
+
+    exit_code = 1
+
+
+class FleetLost(RunError):
+    """No server was ready to sample for too long; what was saved stays, and a new start goes on."""
+
+    exit_code = 3
 
 
 def exit_with_code(main: Callable[[], None]) -> None:
-    """Runs a command: a UserError ends it with code 2 and a RunError with 1, each as one line."""
+    """Runs a command: an error of this file ends it with its code, as one line."""
     try:
         main()
-    except UserError as error:
-        sys.exit(_report(error, 2))
-    except RunError as error:
-        sys.exit(_report(error, 1))
-
-
-def _report(error: BaseException, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return code
+    except (UserError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)

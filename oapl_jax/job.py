@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import string
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +12,9 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from oapl_jax import checkpoint, learner
-from oapl_jax.data import prompts, reasoning
+from oapl_jax import checkpoint, learner, publisher, rewards
+from oapl_jax.data import prompts, reasoning, releases
+from oapl_jax.data.records import Record
 from oapl_jax.data.tasks import TASKS
 from oapl_jax.errors import UserError
 from oapl_jax.evaluate import evaluate
@@ -21,12 +24,16 @@ from oapl_jax.objectives.aggregation import AGGREGATIONS
 from oapl_jax.objectives.grpo import CORRECTIONS, PROXIMALS
 from oapl_jax.optim import make_optimizer
 from oapl_jax.policy import Policy, check_lengths, open_policy
-from oapl_jax.rewards import Grader
+from oapl_jax.probe import make_probe
+from oapl_jax.report.progress import say
+from oapl_jax.rollout.fleet import Fleet
 from oapl_jax.rollout.local import LocalSampler
-from oapl_jax.rollout.sampler import Sampling
+from oapl_jax.rollout.roster import FleetSettings
+from oapl_jax.rollout.sampler import Sampler, Sampling
 from oapl_jax.sharding import make_mesh
 from oapl_jax.structs import Prompt
 
+DENOMINATORS = ("behavior", "learner", "reference")
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
 
 
@@ -38,12 +45,34 @@ class Job:
     policy: Policy
     model: Transformer
     optimizer: optax.GradientTransformation
-    splits: dict[str, reasoning.Split]
-    grader: Grader
+    splits: Mapping[str, Sequence[Record]]
+    grader: rewards.Grader
     sampling: Sampling
     checkpoints: checkpoint.Checkpoints
+    weights: checkpoint.Weights  # what is published
 
-    def new_sampler(self, seed: int) -> LocalSampler:
+    def new_sampler(self, seed: int, *, older_versions: bool) -> Sampler:
+        """What `rollout.sampler` names; a fleet begins to look at its servers at once.
+
+        Args:
+          seed: of the embedded sampler.
+          older_versions: whether groups of an older version than the one wanted are of use.
+        """
+        if self.config.rollout.sampler == "local":
+            return self.local_sampler(seed)
+        return Fleet(
+            self.policy.config,
+            FleetSettings(**self.config.fleet),
+            tokenizer=self.policy.tokenizer,
+            stop_ids=self.policy.stop_ids,
+            sampling=self.sampling,
+            max_prompt_tokens=self.config.data.max_prompt_tokens,
+            dtype=self.config.publish_dtype,
+            older_versions=older_versions,
+            say=say,
+        )
+
+    def local_sampler(self, seed: int) -> LocalSampler:
         return LocalSampler(
             self.policy.config,
             dtype=self.config.model.dtype,
@@ -60,6 +89,7 @@ class Job:
             self.policy.tokenizer,
             task=self.config.data.task,
             max_prompt_tokens=self.config.data.max_prompt_tokens,
+            instruction=self.config.data.instruction,
             limit=None,
         )
 
@@ -70,11 +100,53 @@ class Job:
             task=self.config.data.task,
             seed=self.config.seed,
             max_prompt_tokens=self.config.data.max_prompt_tokens,
+            instruction=self.config.data.instruction,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
         )
 
     @functools.cached_property
     def _evaluator(self) -> LocalSampler:
-        return self.new_sampler(self.config.seed + 1)  # other random numbers than training
+        return self.local_sampler(self.config.seed + 1)  # other random numbers than training
+
+    @functools.cached_property
+    def probe(self) -> Callable[[Any], dict[str, Any]]:
+        """Parameters -> the probe that travels with them."""
+        settings = self.config.learner
+        probe = make_probe(
+            self.model,
+            self.mesh,
+            row_length=settings.row_length,
+            rows_multiple=settings.rows_multiple,
+            logp_chunk=settings.logp_chunk,
+        )
+        return lambda params: {**probe(params), "dtype": self.config.model.dtype}
+
+    def publish(self, step: int, params: Any) -> None:
+        """The learner's parameters -> an Orbax step -> a version, unless it stands already."""
+        if step in publisher.published_versions(self.workdir / "versions"):
+            return
+        self.weights.save(step, params, self.probe(params))
+        self.weights.wait()
+        publisher.publish(
+            self.weights.path(step),
+            self.policy.config,
+            version=step,
+            directory=self.workdir / "versions",
+            tokenizer=self.policy.tokenizer,
+            dtype=self.config.publish_dtype,
+            config_hash=publisher.config_hash(self.config.to_dict()),
+        )
+
+    def collect_versions(self, keep: set[int]) -> None:
+        """Deletes the other versions, and the Orbax steps that they were made of."""
+        publisher.collect(self.workdir / "versions", keep=keep)
+        self.weights.keep_only(keep)
+
+    def close(self) -> None:
+        self.grader.close()
+        self.weights.close()
+        self.checkpoints.close()
 
     def grade(self, step: int, params: Any, split: str) -> dict[str, Any]:
         """pass@k and the rest of the learner's parameters at `step` on a split."""
@@ -109,9 +181,9 @@ class Job:
         """
         steps = self.checkpoints.steps()
         if not steps or (step is not None and step not in steps):
-            have = ", ".join(map(str, steps)) or "none"
+            have, asked = ", ".join(map(str, steps)) or "none", "" if step is None else step
             raise UserError(
-                f"{self.workdir} has no checkpoint step {step or ''} (have: {have}); train first"
+                f"{self.workdir} has no checkpoint step {asked} (have: {have}); train first"
             )
         step = steps[-1] if step is None else step
         return step, self.checkpoints.restore_params(step, self.abstract_state().params)
@@ -124,12 +196,12 @@ def open_job(config: Config, workdir: epath.Path) -> Job:
       UserError: naming the setting and the remedy.
     """
     check_sizes(config)
-    mesh = make_mesh(**config.mesh)
+    mesh, task = make_mesh(**config.mesh), config.data.task
     policy = open_policy(
         workdir / "model",
         path=config.model.path,
         architecture=config.model.architecture,
-        characters=TASKS[config.data.task].characters,
+        characters=TASKS[task].characters if task in TASKS else string.printable,
     )
     check_lengths(
         policy,
@@ -137,8 +209,8 @@ def open_job(config: Config, workdir: epath.Path) -> Job:
         max_response_tokens=config.rollout.max_response_tokens,
         row_length=config.learner.row_length,
     )
-    data = {k: v for k, v in config.data.items() if k != "max_prompt_tokens"}
-    builder = reasoning.prepare(**data)
+    data = {k: v for k, v in config.data.to_dict().items() if k not in prompts.PROMPT_SETTINGS}
+    room = reasoning if task in TASKS else releases
     return Job(
         config=config,
         workdir=workdir,
@@ -146,8 +218,8 @@ def open_job(config: Config, workdir: epath.Path) -> Job:
         policy=policy,
         model=Transformer(policy.config, jnp.dtype(config.model.dtype), config.model.remat),
         optimizer=make_optimizer(**config.optim, num_steps=config.num_steps),
-        splits={s: reasoning.load(builder, split=s) for s in ("train", "validation", "test")},
-        grader=Grader(policy.tokenizer),
+        splits=room.open_splits(**data),
+        grader=rewards.Grader(policy.tokenizer, **config.rewards),
         sampling=Sampling(
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,
@@ -155,6 +227,7 @@ def open_job(config: Config, workdir: epath.Path) -> Job:
             max_response_tokens=config.rollout.max_response_tokens,
         ),
         checkpoints=checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep),
+        weights=checkpoint.Weights(workdir / "weights"),
     )
 
 
@@ -166,11 +239,17 @@ def check_sizes(config: Config) -> None:
             raise UserError(sentence)
 
     for name, value, choices in (
-        ("data.task", config.data.task, tuple(TASKS)),
+        ("data.task", config.data.task, rewards.TASKS),
         ("model.remat", config.model.remat, tuple(REMAT_POLICIES)),
         ("model.dtype", config.model.dtype, ("float32", "bfloat16")),
+        ("rollout.source", config.rollout.source, ("live", "shards", "both")),
+        ("rollout.sampler", config.rollout.sampler, ("local", "fleet")),
         ("publish_dtype", config.publish_dtype, ("float32", "bfloat16")),
-        ("objective.denominator", config.objective.denominator, ("behavior", "learner")),
+        (
+            "objective.denominator",
+            config.objective.denominator,
+            ("behavior", "learner", "reference"),
+        ),
         ("objective.proximal", config.objective.proximal, PROXIMALS),
         ("objective.correction", config.objective.correction, CORRECTIONS),
         ("objective.aggregation", config.objective.aggregation, AGGREGATIONS),
@@ -181,6 +260,8 @@ def check_sizes(config: Config) -> None:
         ("group_size", config.group_size),
         ("groups_per_step", config.groups_per_step),
         ("rollout.prompts_per_call", config.rollout.prompts_per_call),
+        ("rollout.reward_threads", config.rollout.reward_threads),
+        ("rollout.groups_per_shard", config.rollout.groups_per_shard),
         ("rollout.prompt_multiple", config.rollout.prompt_multiple),
         ("learner.micro_batches", config.learner.micro_batches),
         ("learner.rows_multiple", config.learner.rows_multiple),
@@ -221,11 +302,39 @@ def check_sizes(config: Config) -> None:
         f"learner.rows_multiple={config.learner.rows_multiple} can't be divided over mesh.data x "
         f"mesh.fsdp = {devices} devices; choose a multiple of {devices}",
     )
-    needed = config.groups_per_step + config.rollout.prompts_per_call
+    # Beside the learner, what a sampler takes at a time must have room in the buffer.
+    in_flight, of = {
+        "local": (
+            max(config.rollout.max_sequences // config.group_size, 1),
+            "rollout.max_sequences / group_size",
+        ),
+        "fleet": (config.fleet.max_in_flight, "fleet.max_in_flight"),
+    }[config.rollout.sampler]
+    needed = config.groups_per_step + max(config.rollout.prompts_per_call, in_flight)
+    source, share = config.rollout.source, config.rollout.recorded_share
     refuse(
-        config.buffer.capacity < needed,
+        source != "shards" and config.buffer.capacity < needed,
         f"buffer.capacity={config.buffer.capacity} is too small for groups_per_step + "
-        f"rollout.prompts_per_call; raise it to at least {needed}",
+        f"rollout.prompts_per_call or + {of}; raise it to at least {needed}",
+    )
+    refuse(
+        (source == "live") == bool(config.rollout.shards),
+        f"rollout.source={source!r} and rollout.shards={config.rollout.shards!r} do not go "
+        "together: name a set made by oapl_jax.rollout.generate with 'shards' or 'both', none with "
+        "'live'",
+    )
+    refuse(
+        source == "both" and not 0 < round(share * config.groups_per_step) < config.groups_per_step,
+        f"rollout.recorded_share={share} leaves no recorded or no live group of groups_per_step="
+        f"{config.groups_per_step}; use rollout.source='shards' or 'live'",
+    )
+    refuse(
+        source != "live"
+        and config.rollout.recorded_version != 0
+        and config.objective.denominator == "learner",
+        "objective.denominator='learner' needs the weights of every version, and this run does not "
+        "have those of recorded ones; set rollout.recorded_version=0 or "
+        "objective.denominator='behavior'",
     )
     ks, n = config.evaluation.ks, config.evaluation.n
     refuse(

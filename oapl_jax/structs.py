@@ -19,7 +19,8 @@ class Prompt:
 
     Attributes:
       id: name of the record in its dataset split, stable across runs.
-      draw: position in the stream of drawn prompts; with the sample's index in its group it names
+      draw: position in the stream of drawn prompts (below 0 for a recorded group: -1 - its draw
+        from the set); with the sample's index in its group it names
         the random numbers of a rollout, so a resumed run samples the same responses.
       tokens: int32[P], the templated prompt.
       text: the question as a person reads it.

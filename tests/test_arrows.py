@@ -14,9 +14,9 @@ FLOORS = (
     ("sharding", "optim", "lag", "models", "data", "tokenizer"),
     ("rewards", "policy", "metrics"),
     ("learner", "batching", "buffer", "publisher", "rollout"),
-    ("checkpoint", "warmup", "evaluate"),
+    ("checkpoint", "warmup", "evaluate", "probe"),
     ("job", "report"),
-    ("begin", "command"),
+    ("begin", "command", "supply", "assemble"),
     ("train",),
 )
 # What the learner, the objectives and the model must never know, whatever the floors allow.

@@ -12,7 +12,16 @@ from oapl_jax.errors import UserError
 from oapl_jax.structs import Group, Prompt, Rollout
 
 
-def new_buffer(mode, *, max_age=8, max_reuse=2, capacity=16, zero_variance="keep", seed=0):
+def new_buffer(
+    mode,
+    *,
+    max_age=8,
+    max_reuse=2,
+    capacity=16,
+    zero_variance="keep",
+    seed=0,
+    on_end=lambda group, end, step: None,
+):
     return Buffer(
         mode=mode,
         max_age=max_age,
@@ -20,6 +29,7 @@ def new_buffer(mode, *, max_age=8, max_reuse=2, capacity=16, zero_variance="keep
         capacity=capacity,
         zero_variance=zero_variance,
         seed=seed,
+        on_end=on_end,
     )
 
 
@@ -85,6 +95,7 @@ def test_keep_with_anchor_keeps_versions_up_to_an_age():
     fill(buffer, [2], version=0)
     assert held(buffer) == [0, 1, 2]
     assert buffer.versions() == {0, 4}
+    assert buffer.draws() == {0, 1, 2}
     buffer.expire(8)
     assert held(buffer) == [0, 1, 2]
     buffer.expire(9)
@@ -199,14 +210,24 @@ def test_impossible_settings_are_refused_by_name(options, message):
 def test_every_group_is_accounted_for_whatever_happens(mode, zero_variance, seed):
     """Random operations, against a plain list that follows the same rules."""
     rng = np.random.default_rng(seed)
-    buffer = new_buffer(mode, max_age=2, zero_variance=zero_variance)
-    kept, uses, ended = [], Counter(), Counter()
+    heard = []  # (draw, end, step) of each group, once
+    options = dict(
+        max_age=2,
+        zero_variance=zero_variance,
+        on_end=lambda group, end, step: heard.append((group.prompt.draw, end, step)),
+    )
+    buffer = new_buffer(mode, **options)
+    kept, uses, ended, first_use = [], Counter(), Counter(), {}
+    expected = {}
     version, step, added = 0, 0, 0
 
     def end(gone, reason=None):
         for group in gone:
             kept.remove(group)
-            ended[reason or ("trained" if uses[group.prompt.draw] else "expired")] += 1
+            draw = group.prompt.draw
+            why = reason or ("trained" if uses[draw] else "expired")
+            ended[why] += 1
+            expected[draw] = (draw, why, first_use.get(draw))
 
     for _ in range(200):
         stale = [g for g in kept if step - g.policy_version > 2]
@@ -230,6 +251,7 @@ def test_every_group_is_accounted_for_whatever_happens(mode, zero_variance, seed
                 if mode != "replay":
                     assert names(groups) == names(kept[: len(groups)])
                 uses.update(names(groups))
+                first_use.update({n: step for n in names(groups) if n not in first_use})
                 most = 2 if mode == "replay" else 1
                 end([g for g in kept if uses[g.prompt.draw] == most], "trained")
                 step += 1
@@ -244,11 +266,15 @@ def test_every_group_is_accounted_for_whatever_happens(mode, zero_variance, seed
                     end(stale)
             case "resume":
                 meta, arrays = buffer.state()
-                buffer = new_buffer(mode, max_age=2, zero_variance=zero_variance)
+                buffer = new_buffer(mode, **options)
                 buffer.restore(json.loads(json.dumps(meta)), arrays)
         assert held(buffer) == names(kept)
         assert buffer.versions() == {g.policy_version for g in kept}
+        assert buffer.draws() == set(names(kept))
         assert_balanced(buffer)
+        # What is used the first time is heard of at once, though a replay may use it again.
+        used = {n: (n, "trained", first_use[n]) for n in names(kept) if n in first_use}
+        assert sorted(heard) == sorted((expected | used).values())
         reused = sum(count - 1 for count in uses.values())
         assert +buffer.counts == +Counter(added=added, reused=reused, **ended)
     assert ended["trained"] > 5  # it was no quiet run
@@ -275,6 +301,38 @@ def test_two_threads_lose_no_group():
     assert taken == list(range(total))
     assert most <= 6
     assert buffer.counts == {"added": total, "trained": total, "reused": 0}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_lock_is_held_while_an_end_is_heard(mode):
+    """Who notes the end in a file that a checkpoint names must not be overtaken by one."""
+    free = []
+
+    def on_end(group, end, step):
+        def other():
+            free.append(buffer.lock.acquire(blocking=False))
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    buffer = new_buffer(mode, zero_variance="drop", max_age=0, on_end=on_end)
+    fill(buffer, [0], reward=(0.0, 0.0))
+    fill(buffer, [1, 2])
+    buffer.sample(1, step=0)
+    buffer.sync(1)
+    buffer.expire(1)
+    assert free == [False] * 3
+
+
+def test_who_waits_hears_of_the_other_sides_death_though_nothing_is_missing():
+    buffer = new_buffer("replay")
+
+    def alive():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        buffer.wait(lambda: True, what="x", deadline=20, alive=alive)
 
 
 # On disk and back

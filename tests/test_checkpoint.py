@@ -17,17 +17,20 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType
 
-from oapl_jax import learner
+from oapl_jax import checkpoint, learner
 from oapl_jax.buffer import flatten, unflatten
-from oapl_jax.checkpoint import Checkpoints, check_config
+from oapl_jax.checkpoint import Checkpoints, Weights, check_config
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.models.config import ModelConfig
+from oapl_jax.models.steps import load_probe, open_params
 from oapl_jax.models.transformer import Transformer
 from oapl_jax.sharding import AXES
 from oapl_jax.structs import Group, Prompt, Rollout
 
+PROBE = {"tokens": [[3, 1, 2]], "logp": [[-0.5, -1.25]], "dtype": "float32"}
 LOOP = {"worker": {"draw": 12}, "pins": {"3": [0, 3]}, "before": {"pass@1": 0.1, "note": None}}
 
 
@@ -130,7 +133,7 @@ def opened(tmp_path):
 def test_everything_comes_back_to_the_last_bit(opened):
     mesh = make_mesh(1, 1, 1)
     state, (meta, arrays) = random_state(mesh), flatten(make_groups())
-    opened().save(3, state, {**LOOP, "buffer": meta}, arrays)
+    opened().save(3, state, {**LOOP, "buffer": meta}, arrays, probe=PROBE)
     again = opened()
     assert again.steps() == [3]
     found, loop, groups = again.restore(3, abstract(mesh))
@@ -145,7 +148,7 @@ def test_everything_comes_back_to_the_last_bit(opened):
 def test_a_buffer_without_groups_comes_back_empty(opened):
     mesh = make_mesh(1, 1, 1)
     meta, arrays = flatten([])
-    opened().save(0, random_state(mesh), {"buffer": meta}, arrays)
+    opened().save(0, random_state(mesh), {"buffer": meta}, arrays, probe=PROBE)
     _, loop, groups = opened().restore(0, abstract(mesh))
     assert unflatten(loop["buffer"], groups) == []
 
@@ -153,7 +156,7 @@ def test_a_buffer_without_groups_comes_back_empty(opened):
 def test_a_state_comes_back_on_another_mesh(opened):
     saved_on, restored_on = make_mesh(8, 1, 1), make_mesh(2, 2, 2)
     state = random_state(saved_on)
-    opened().save(5, state, LOOP, NO_GROUPS)
+    opened().save(5, state, LOOP, NO_GROUPS, probe=PROBE)
     wanted = abstract(restored_on)
     found, _, _ = opened().restore(5, wanted)
     assert_same(found, state)
@@ -179,7 +182,7 @@ def test_what_is_saved_is_what_was_given_even_if_it_changes_at_once(opened, monk
     expected = jax.device_get(state), {k: v.copy() for k, v in arrays.items()}
     loop = {"results": [1, 2]}
     checkpoints = opened()
-    checkpoints.save(1, state, loop, arrays)
+    checkpoints.save(1, state, loop, arrays, probe=PROBE)
     jax.tree.map(lambda x: x.delete(), state)  # as a donated buffer is
     loop["results"].append(3)
     for array in arrays.values():
@@ -195,7 +198,7 @@ def test_what_is_saved_is_what_was_given_even_if_it_changes_at_once(opened, monk
 def test_parameters_alone(opened):
     mesh = make_mesh(1, 1, 1)
     state = random_state(mesh)
-    opened().save(3, state, LOOP, NO_GROUPS)
+    opened().save(3, state, LOOP, NO_GROUPS, probe=PROBE)
     assert_same(opened().restore_params(3, abstract(mesh).params), state.params)
 
 
@@ -205,7 +208,7 @@ def test_only_the_newest_steps_are_kept(opened):
     checkpoints = opened(keep=2)
     assert checkpoints.steps() == []
     for step, state in enumerate(states):
-        checkpoints.save(10 * step, state, {"step": step}, NO_GROUPS)
+        checkpoints.save(10 * step, state, {"step": step}, NO_GROUPS, probe=PROBE)
     checkpoints.wait()
     assert checkpoints.steps() == [20, 30]
     again = opened(keep=2)
@@ -219,9 +222,9 @@ def test_only_the_newest_steps_are_kept(opened):
 def test_another_model_is_refused_by_step_and_directory(opened):
     mesh = make_mesh(1, 1, 1)
     checkpoints = opened()
-    checkpoints.save(3, random_state(mesh), LOOP, NO_GROUPS)
+    checkpoints.save(3, random_state(mesh), LOOP, NO_GROUPS, probe=PROBE)
     checkpoints.wait()
-    longer = lambda x: jax.ShapeDtypeStruct((*x.shape[:-1], x.shape[-1] + 1), x.dtype)
+    longer = lambda x: x.update(shape=(*x.shape[:-1], x.shape[-1] + 8))
     place = re.escape(str(checkpoints._directory))
     for restore in (
         lambda: checkpoints.restore(3, abstract(mesh, make_model("llama"))),  # has no q_norm
@@ -233,6 +236,63 @@ def test_another_model_is_refused_by_step_and_directory(opened):
             restore()
 
 
+# What the publisher reads
+
+
+def test_checkpoints_and_weights_hold_parameters_and_probe_alike(tmp_path, opened):
+    """Parameters in chunks of one layer, uncompressed, of each device's part."""
+    mesh = make_mesh(1, 2, 2)
+    state = random_state(mesh)
+    opened().save(3, state, LOOP, NO_GROUPS, probe=PROBE)
+    opened().close()
+    weights = Weights(epath.Path(tmp_path / "weights"))
+    weights.save(3, state.params, PROBE)
+    weights.wait()
+    expected = flatten_dict(state.params, sep="/")
+    for step in (epath.Path(tmp_path / "checkpoints" / "3"), weights.path(3)):
+        assert load_probe(step) == PROBE
+        arrays = open_params(step)
+        assert arrays.keys() == expected.keys()
+        for path, array in arrays.items():
+            np.testing.assert_array_equal(np.asarray(array), expected[path])
+            assert array.spec().to_json()["metadata"]["compressor"] is None
+        assert arrays["layers/gate/kernel"].chunk_layout.read_chunk.shape == (1, 16, 32)
+        assert arrays["embed/embedding"].chunk_layout.read_chunk.shape == (16, 16)
+    weights.close()
+
+
+def test_large_layers_are_saved_in_several_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2048)
+    weights = Weights(epath.Path(tmp_path / "weights"))
+    weights.save(0, random_state(make_mesh(1, 1, 1)).params, PROBE)
+    weights.wait()
+    chunk = open_params(weights.path(0))["layers/gate/kernel"].chunk_layout.read_chunk
+    assert np.prod(chunk.shape) == 512
+    assert chunk.shape[0] == 1
+    weights.close()
+
+
+def test_weights_are_kept_as_named(tmp_path):
+    mesh = make_mesh(1, 1, 1)
+    weights = Weights(epath.Path(tmp_path / "weights"))
+    for step in (0, 4, 8):
+        weights.save(step, random_state(mesh, step).params, PROBE)
+    weights.save(4, random_state(mesh, 9).params, PROBE)  # stands already
+    with pytest.raises(RunError, match=r"step 6 is older .* \(have: 0, 4, 8\)"):
+        weights.save(6, random_state(mesh).params, PROBE)
+    assert weights.keep_only({4, 12}) == [0, 8]
+    assert weights.steps() == [4]
+    weights.save(6, random_state(mesh, 6).params, PROBE)  # as a resumed run does
+    weights.close()
+    again = Weights(epath.Path(tmp_path / "weights"))
+    assert again.steps() == [4, 6]
+    for step in (4, 6):
+        found = unflatten_dict(open_params(again.path(step)), sep="/")
+        expected = random_state(mesh, step).params
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), found, expected)
+    again.close()
+
+
 # Failures
 
 
@@ -240,14 +300,14 @@ def save_into_a_full_disk(directory):
     """Saves step 1; then no file may grow beyond 2 kB; prints what happens to step 2."""
     mesh = make_mesh(1, 1, 1)
     checkpoints = Checkpoints(epath.Path(directory), keep=3)
-    checkpoints.save(1, random_state(mesh, 1), LOOP, NO_GROUPS)
+    checkpoints.save(1, random_state(mesh, 1), LOOP, NO_GROUPS, probe=PROBE)
     checkpoints.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
     said = {}
     for name, act in (
-        ("save", lambda: checkpoints.save(2, random_state(mesh, 2), LOOP, NO_GROUPS)),
+        ("save", lambda: checkpoints.save(2, random_state(mesh, 2), LOOP, NO_GROUPS, probe=PROBE)),
         ("wait", checkpoints.wait),
-        ("later", lambda: checkpoints.save(3, random_state(mesh, 3), LOOP, NO_GROUPS)),
+        ("later", lambda: checkpoints.save(3, random_state(mesh, 3), LOOP, NO_GROUPS, probe=PROBE)),
     ):
         try:
             act()
@@ -275,9 +335,25 @@ def test_a_failed_save_is_an_error_and_older_steps_stay(tmp_path, opened):
     assert again.steps() == [1]
     mesh = make_mesh(1, 1, 1)
     assert_same(again.restore(1, abstract(mesh))[0], random_state(mesh, 1))
-    again.save(2, random_state(mesh, 2), LOOP, NO_GROUPS)  # and the run goes on
+    again.save(2, random_state(mesh, 2), LOOP, NO_GROUPS, probe=PROBE)  # and the run goes on
     again.wait()
     assert again.steps() == [1, 2]
+
+
+def test_weights_that_can_not_be_saved_are_an_error(tmp_path, monkeypatch):
+    weights = Weights(epath.Path(tmp_path / "weights"))
+    weights.save(1, random_state(make_mesh(1, 1, 1)).params, PROBE)
+    weights.wait()
+
+    def fail():
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(weights._manager, "check_for_errors", fail)
+    for act in (lambda: weights.save(2, {}, PROBE), weights.wait, lambda: weights.keep_only(set())):
+        with pytest.raises(RunError, match=r"the disk is gone.*\(have: 1\)"):
+            act()
+    monkeypatch.undo()
+    weights.close()
 
 
 def test_a_failure_in_the_background_stops_the_next_step_of_the_loop(opened, monkeypatch):
@@ -290,7 +366,7 @@ def test_a_failure_in_the_background_stops_the_next_step_of_the_loop(opened, mon
     with pytest.raises(RunError, match="the disk is gone"):
         checkpoints.check()
     with pytest.raises(RunError, match="the disk is gone"):
-        checkpoints.save(2, random_state(make_mesh(1, 1, 1)), LOOP, NO_GROUPS)
+        checkpoints.save(2, random_state(make_mesh(1, 1, 1)), LOOP, NO_GROUPS, probe=PROBE)
     with pytest.raises(RunError, match="the disk is gone"):
         checkpoints.wait()
     monkeypatch.undo()
@@ -300,10 +376,10 @@ def test_a_failure_in_the_background_stops_the_next_step_of_the_loop(opened, mon
 def test_a_step_that_stands_stays_and_an_older_one_is_an_error(opened):
     mesh = make_mesh(1, 1, 1)
     checkpoints = opened()
-    checkpoints.save(2, random_state(mesh, 1), LOOP, NO_GROUPS)
-    checkpoints.save(2, random_state(mesh, 2), LOOP, NO_GROUPS)
+    checkpoints.save(2, random_state(mesh, 1), LOOP, NO_GROUPS, probe=PROBE)
+    checkpoints.save(2, random_state(mesh, 2), LOOP, NO_GROUPS, probe=PROBE)
     with pytest.raises(RunError, match=r"step 1 is older .* \(have: 2\)"):
-        checkpoints.save(1, random_state(mesh, 2), LOOP, NO_GROUPS)
+        checkpoints.save(1, random_state(mesh, 2), LOOP, NO_GROUPS, probe=PROBE)
     checkpoints.wait()
     assert checkpoints.steps() == [2]
     assert_same(checkpoints.restore(2, abstract(mesh))[0], random_state(mesh, 1))

@@ -36,7 +36,7 @@ SMALL = {
     "evaluation.ks": "(1, 4)",
     "checkpoint.every": 3,
 }
-TIMES = ("seconds", "per_second", "compile/")  # what may differ between two equal runs
+TIMES = ("seconds", "per_second", "latency", "compile/")  # what may differ between two equal runs
 
 
 class Runs:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from oapl_jax.data.prompts import make_prompt
-from oapl_jax.data.tasks import TASKS, Record
+from oapl_jax.data.records import Record
+from oapl_jax.data.tasks import TASKS
 from oapl_jax.errors import UserError
 from oapl_jax.structs import Group, Rollout
 
@@ -21,6 +22,7 @@ def demonstrations(
     seed: int,
     max_prompt_tokens: int,
     max_response_tokens: int,
+    instruction: str,
 ) -> Iterator[Group]:
     """Endless groups of one demonstrated response each, with reward 1, in epochs of `count`.
 
@@ -32,6 +34,7 @@ def demonstrations(
       noise: probability that the teacher errs in a step.
       seed: of the teacher and of the order.
       max_prompt_tokens, max_response_tokens: limits, the stop token included.
+      instruction: as for prompts.
 
     Raises:
       UserError: for a demonstration that is too long, or more demonstrations than records.
@@ -45,8 +48,18 @@ def demonstrations(
     for i in range(count):
         record = source[i]
         prompt = make_prompt(
-            record, tokenizer, draw=i, task=task, max_prompt_tokens=max_prompt_tokens
+            record,
+            tokenizer,
+            draw=i,
+            task=task,
+            max_prompt_tokens=max_prompt_tokens,
+            instruction=instruction,
         )
+        if prompt is None:
+            raise UserError(
+                f"the prompt of demonstration {record.id} has more tokens than "
+                f"data.max_prompt_tokens ({max_prompt_tokens}); raise it"
+            )
         text = TASKS[task].demonstration(record, rng, noise)
         tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
         if len(tokens) > max_response_tokens:

@@ -4,23 +4,16 @@ The hash of a problem's content alone says which split it belongs to, so a probl
 is in no training split, whatever the sizes, settings and seeds of the two data sets.
 """
 
-import contextlib
 import dataclasses
-import hashlib
-import io
 import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
-from absl import logging as absl_logging
-from etils import epath
 
 from oapl_jax.data import tasks
+from oapl_jax.data.records import Record, Split, build, features, load, settings_name, to_row
 from oapl_jax.errors import UserError
-
-log = logging.getLogger(__name__)
 
 SHARES = {"train": 8, "validation": 1, "test": 1}  # of the space of problems, in tenths
 PATIENCE = 5000  # draws without a new record for a split that still wants some
@@ -39,23 +32,16 @@ class ReasoningConfig(tfds.core.BuilderConfig):
 class Reasoning(tfds.core.GeneratorBasedBuilder):
     """Records of one task in the splits train, validation and test."""
 
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.2.0")
     RELEASE_NOTES: ClassVar = {
         "1.0.0": "Splits by content: train 8/10, validation 1/10, test 1/10.",
         "1.1.0": "chain_sum keeps problems whose running totals are within 0 and 99.",
+        "1.2.0": "Messages instead of a question; source and difficulty.",
     }
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(
-                {
-                    "id": tfds.features.Text(),
-                    "question": tfds.features.Text(),
-                    "answer": tfds.features.Text(),
-                    "task": tfds.features.Text(),
-                    "metadata": tfds.features.Text(),
-                }
-            ),
+            features=features(),
             description="Procedurally generated problems with answers that a program can verify.",
             homepage="https://github.com/open-thought/reasoning-gym",
         )
@@ -69,20 +55,18 @@ class Reasoning(tfds.core.GeneratorBasedBuilder):
             for split, chosen in draw_splits(stream, sizes=config.sizes).items()
         }
 
-    def _generate_examples(self, chosen: list[tasks.Record]):
+    def _generate_examples(self, chosen: list[Record]):
         for record in chosen:
-            yield record.id, dataclasses.asdict(record) | {"metadata": json.dumps(record.metadata)}
+            yield record.id, to_row(record)
 
 
-def draw_splits(
-    stream: Iterator[tasks.Record], *, sizes: Mapping[str, int]
-) -> dict[str, list[tasks.Record]]:
+def draw_splits(stream: Iterator[Record], *, sizes: Mapping[str, int]) -> dict[str, list[Record]]:
     """The first `sizes[split]` distinct records of the stream for each split.
 
     Raises:
       UserError: if the stream stops bringing new problems before every split is full.
     """
-    chosen: dict[str, list[tasks.Record]] = {split: [] for split in sizes}
+    chosen: dict[str, list[Record]] = {split: [] for split in sizes}
     seen: set[str] = set()
     misses = 0
     while any(len(chosen[split]) < size for split, size in sizes.items()):
@@ -126,9 +110,7 @@ def prepare(
 ) -> tfds.core.DatasetBuilder:
     """Builds the data set unless it stands complete in `data_dir`, and opens it.
 
-    Different settings have different directories. TFDS writes into an `incomplete.*` directory and
-    renames it at the end, so on a file system an interrupted build leaves nothing that could be
-    taken for a data set (a bucket copies instead of renaming: there the remains are refused).
+    Different settings have different directories.
 
     Raises:
       UserError: for an unknown task, an empty split, a task too small for the sizes, or remains.
@@ -138,54 +120,13 @@ def prepare(
         if size < 1:
             raise UserError(f"data.{split}_size is {size}; every split needs at least one record")
     content = {"task": task, "generator": dict(generator), "sizes": sizes, "seed": seed}
-    settings = json.dumps(content, sort_keys=True)
-    name = f"{task}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
-    directory = epath.Path(data_dir) / Reasoning.name / name / str(Reasoning.VERSION)
-    complete = directory / "dataset_info.json"
-    if directory.exists() and not complete.exists():
-        raise UserError(f"{directory} holds half a data set; delete it, and it will be built anew")
-    if not complete.exists():
-        tfds.disable_progress_bar()
-        config = ReasoningConfig(name=name, description=settings, **content)
-        try:
-            with quiet():
-                builder = Reasoning(data_dir=data_dir, config=config, file_format="array_record")
-                builder.download_and_prepare()
-        except OSError:
-            # Two processes may build at once; what they build is equal, and the later rename fails.
-            if not complete.exists():
-                raise
-            log.info("%s was built by another process meanwhile", directory)
-    return tfds.builder_from_directory(directory)
+    config = ReasoningConfig(
+        name=settings_name(task, content), description=json.dumps(content), **content
+    )
+    return build(Reasoning, config, data_dir=data_dir)
 
 
-@contextlib.contextmanager
-def quiet():
-    """TFDS announces downloads where there are none, and warns of configurations made here."""
-    level = absl_logging.get_verbosity()
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        absl_logging.set_verbosity(level)
-
-
-class Split(Sequence[tasks.Record]):
-    """Random access to the records of one split."""
-
-    def __init__(self, rows: Sequence[Mapping[str, bytes]]):
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index):
-        index = range(len(self))[index]  # IndexError at the end, which array_record does not raise
-        row = {name: value.decode() for name, value in self._rows[index].items()}
-        return tasks.Record(**row | {"metadata": json.loads(row["metadata"])})
-
-
-def load(builder: tfds.core.DatasetBuilder, *, split: str) -> Split:
-    """The records of `train`, `validation` or `test` of a prepared builder."""
-    return Split(builder.as_data_source(split=split))  # pyright: ignore[reportCallIssue]
+def open_splits(**settings: Any) -> dict[str, Split]:
+    """The records of train, validation and test; the arguments are those of `prepare`."""
+    builder = prepare(**settings)
+    return {split: load(builder, split=split) for split in SHARES}

@@ -14,29 +14,11 @@ from reasoning_gym.algorithmic.number_sorting import NumberSortingConfig, Number
 from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
 from reasoning_gym.games.countdown import CountdownConfig, CountdownDataset
 
+from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
 
 DIGITS = "0123456789"
 FAILURES_IN_A_ROW = 20  # each is already a hundred attempts inside reasoning_gym
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One problem.
-
-    Attributes:
-      id: hash of the task and of what makes two problems the same; stable across runs and settings.
-      question: what the policy is asked.
-      answer: what the verifier of the task compares with.
-      task: key of TASKS and of the verifiers.
-      metadata: what the demonstration needs, JSON-able.
-    """
-
-    id: str
-    question: str
-    answer: str
-    task: str
-    metadata: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +85,11 @@ def _records(task: str, chosen: Task, items: Any) -> Iterator[Record]:
             if chosen.keep(metadata):
                 yield Record(
                     id=content_id(task, metadata),
-                    question=chosen.question(metadata),
+                    messages=user(chosen.question(metadata)),
                     answer=chosen.answer(metadata),
                     task=task,
                     metadata=metadata,
+                    source=task,
                 )
         index += 1
 

@@ -7,6 +7,7 @@ A run starts from `load_params`; the publisher writes what a fleet (or transform
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import struct
@@ -24,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from oapl_jax.errors import UserError
 from oapl_jax.models.config import ModelConfig
+from oapl_jax.models.files import ahead, write_file
 from oapl_jax.models.transformer import Transformer
 from oapl_jax.sharding import parameter_shardings
 
@@ -51,6 +53,7 @@ TABLE = {
 }
 EXPORT_DTYPES = {"float32": ("F32", np.float32), "bfloat16": ("BF16", ml_dtypes.bfloat16)}
 IMPORT_DTYPES = ("F32", "BF16", "F16")
+READ_AHEAD, STRIP = 64 << 20, 32  # bytes; rows
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -133,17 +136,22 @@ def load_params(directory: epath.PathLike, config: ModelConfig, *, mesh: Mesh | 
 
 def save_params(
     params: Any, config: ModelConfig, directory: epath.PathLike, *, dtype: str, max_shard_bytes: int
-) -> None:
+) -> dict[str, dict[str, Any]]:
     """Writes a checkpoint that transformers and SGLang load: safetensors first, config.json last.
 
-    Host memory beyond the parameters: two copies of the largest tensor.
+    Tensors are read while others are written. Host memory beyond the parameters: two of the largest
+    tensor (for small ones READ_AHEAD and one), and what reading takes for a few blocks.
 
     Args:
-      params: numpy or jax arrays that this process can address.
+      params: a tree (or a mapping by path) of numpy arrays, jax arrays that this process can
+        address, or open TensorStore arrays; of a stacked one, a layer at a time is read.
       config: their model.
       directory: made if need be; must not hold safetensors yet.
       dtype: of the tensors, a key of EXPORT_DTYPES.
       max_shard_bytes: of the tensors in one file; a tensor larger than that has a file of its own.
+
+    Returns:
+      File name -> {"bytes", "sha256"} of what was written, and is on the disk.
 
     Raises:
       UserError: for an unknown dtype, a size that is not positive, or a directory already in use.
@@ -169,26 +177,32 @@ def save_params(
         raise ValueError("some parameters lie on other hosts; gather them before the export")
 
     shards: list[list[Tensor]] = []
-    room, total = 0, 0
+    left, total = 0, 0
     for tensor in tensors_of(config):
         size = _bytes(tensor, dtype)
-        if size > room:
+        if size > left:
             shards.append([])
-            room = max_shard_bytes
+            left = max_shard_bytes
         shards[-1].append(tensor)
-        room, total = room - size, total + size
+        left, total = left - size, total + size
+    room = max(READ_AHEAD, *(_bytes(tensor, dtype) for tensor in tensors_of(config)))
     directory.mkdir(parents=True, exist_ok=True)
-    weight_map = {}
+    written, weight_map = {}, {}
     for i, shard in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write(directory / file, shard, flat, dtype)
+        written[file] = _write(directory / file, shard, flat, dtype, room)
         weight_map |= {tensor.name: file for tensor in shard}
+    documents = {"config.json": config.to_hf(dtype=dtype)}
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    (directory / "config.json").write_text(json.dumps(config.to_hf(dtype=dtype), indent=2) + "\n")
+        documents = {INDEX: index, **documents}
+    for file, document in documents.items():
+        text = json.dumps(document, indent=2) + "\n"
+        written[file] = write_file(directory / file, [text.encode()])
+    return written
 
 
+@functools.cache
 def _parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape as the initialiser has it: the truth that the table is held against."""
     model = Transformer(config, jnp.float32, "none")
@@ -285,7 +299,9 @@ def _bytes(tensor: Tensor, dtype: str) -> int:
     return math.prod(tensor.shape) * np.dtype(EXPORT_DTYPES[dtype][1]).itemsize
 
 
-def _write(path: epath.Path, shard: Sequence[Tensor], flat: Mapping[str, Any], dtype: str) -> None:
+def _write(
+    path: epath.Path, shard: Sequence[Tensor], flat: Mapping[str, Any], dtype: str, room: int
+) -> dict[str, Any]:
     """Writes one file: 8 bytes of header length, a JSON header, then the tensors end to end.
 
     By hand, since safetensors' own writer wants all tensors of a file in memory.
@@ -298,10 +314,32 @@ def _write(path: epath.Path, shard: Sequence[Tensor], flat: Mapping[str, Any], d
         header[tensor.name] = {"dtype": code, "shape": tensor.shape, "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # aligns the data
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for tensor in shard:
-            value = flat[tensor.path] if tensor.layer is None else flat[tensor.path][tensor.layer]
-            value = np.asarray(value.astype(numpy_dtype))
-            value = np.ascontiguousarray(value.T if tensor.transposed else value)
-            file.write(value.view(np.uint8).data)
+
+    head = struct.pack("<Q", len(encoded)) + encoded
+    tensors = ahead(
+        lambda tensor: _fetch(tensor, flat[tensor.path], numpy_dtype),
+        shard,
+        cost=lambda tensor: _bytes(tensor, dtype),
+        room=room,
+    )
+    with contextlib.closing(tensors):  # even if writing fails, no thread reads on
+        return write_file(path, itertools.chain([head], tensors))
+
+
+def _fetch(tensor: Tensor, leaf: Any, dtype: Any) -> memoryview:
+    """The bytes of a tensor as a file has them; beside them, one block is held at a time."""
+    value = leaf if tensor.layer is None else leaf[tensor.layer]
+    out = np.empty(tensor.shape, dtype)
+    place = out.T if tensor.transposed else out
+    layout = getattr(value, "chunk_layout", None)  # TensorStore reads whole chunks
+    block = layout.read_chunk.shape if layout else value.shape
+    cut = [
+        [slice(i, min(i + b, n)) for i in range(0, n, b)]
+        for n, b in zip(value.shape, block, strict=True)
+    ]
+    for index in itertools.product(*cut):
+        target, source = place[index], np.asarray(value[index])
+        # By strips that fit the cache: a transposed copy is twice as fast so.
+        for i in range(0, len(source), STRIP):
+            target[i : i + STRIP] = source[i : i + STRIP]
+    return out.reshape(-1).view(np.uint8).data

@@ -5,6 +5,9 @@
 
 `advantage` sees one whole group; `loss` gives one number a sequence, and `metrics` per-sequence
 arrays. How sequences are averaged is a separate choice, see aggregation.py.
+
+A loss takes any sequences, in any order and number, unless it names `group_size`: then they must be
+whole groups, one after another. docs/methods.md has every equation with its source.
 """
 
 import functools
@@ -13,7 +16,22 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from oapl_jax.errors import UserError
-from oapl_jax.objectives import grpo, oapl, sft
+from oapl_jax.objectives import (
+    a_star_po,
+    advantages,
+    asymre,
+    cispo,
+    grpo,
+    gspo,
+    maxrl,
+    mixed,
+    oapl,
+    oapl_length,
+    opmd,
+    sft,
+    tba,
+    vespo,
+)
 
 
 class Objective(NamedTuple):
@@ -23,7 +41,21 @@ class Objective(NamedTuple):
 
 OBJECTIVES = {
     "oapl": Objective(oapl.advantage, oapl.loss),
-    "grpo": Objective(grpo.advantage, grpo.loss),
+    "oapl_length": Objective(oapl.advantage, oapl_length.loss),
+    "a_star_po": Objective(a_star_po.advantage, a_star_po.loss),
+    "tba": Objective(tba.advantage, tba.loss),
+    "opmd_kimi": Objective(opmd.advantage, opmd.kimi_loss),
+    "opmd_trinity": Objective(opmd.advantage, opmd.trinity_loss),
+    "asymre": Objective(asymre.advantage, asymre.loss),
+    "grpo": Objective(advantages.advantage, grpo.loss),
+    "grpo_is": Objective(advantages.advantage, grpo.loss),
+    "dr_grpo": Objective(advantages.advantage, grpo.loss),
+    "rloo": Objective(advantages.advantage, grpo.loss),
+    "gspo": Objective(advantages.advantage, gspo.loss),
+    "cispo": Objective(advantages.advantage, cispo.loss),
+    "vespo": Objective(advantages.advantage, vespo.loss),
+    "maxrl": Objective(maxrl.advantage, grpo.loss),
+    "mixed": Objective(mixed.advantage, grpo.loss),
     "sft": Objective(sft.advantage, sft.loss),
 }
 

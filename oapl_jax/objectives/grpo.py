@@ -1,25 +1,18 @@
 """GRPO and the importance corrections that make it the paper's asynchronous baseline.
 
-GRPO: arXiv 2402.03300. Clip-higher: DAPO, arXiv 2503.14476. Without the standard deviation:
-Dr.GRPO, arXiv 2503.20783. Decoupled behavior and proximal policies: AReaL, arXiv 2505.24298.
+GRPO: arXiv 2402.03300. Clip-higher: DAPO, arXiv 2503.14476. Dual clip: arXiv 1912.09729.
+Decoupled behavior and proximal policies: AReaL, arXiv 2505.24298. Dr.GRPO, RLOO and others are a
+choice of `estimator` (advantages.py) and aggregation.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from oapl_jax.objectives.ratios import bounded_exp, token_log_ratio
+
 CORRECTIONS = ("none", "token_truncate", "sequence_truncate", "token_mask", "sequence_mask")
 PROXIMALS = ("behavior", "learner")
-
-
-def advantage(reward: Float[Array, " G"], *, normalize_std: bool) -> Float[Array, " G"]:
-    """A_i = r_i - mean(r), divided by std(r) + 1e-6 (with G - 1) if `normalize_std`."""
-    reward = reward.astype(jnp.float32)
-    reward = reward - reward[0]  # the mean of equal rewards is rounded; that of zeros is not
-    centred = reward - jnp.mean(reward)
-    if normalize_std and len(reward) > 1:
-        centred = centred / (jnp.std(reward, ddof=1) + 1e-6)
-    return jax.lax.stop_gradient(centred)
 
 
 def loss(
@@ -30,6 +23,7 @@ def loss(
     *,
     clip_low: float,
     clip_high: float,
+    dual_clip: float,
     proximal: str,
     correction: str,
     correction_cap: float,
@@ -38,10 +32,12 @@ def loss(
     """L_i = sum_t w_t max( -A rho_t, -A clip(rho_t, 1 - clip_low, 1 + clip_high) ).
 
     rho_t = pi / pi_prox carries the gradient, w_t = correction(pi_prox / pi_behavior) does not.
+    Where A < 0 the surrogate is at most -A dual_clip.
 
     Args:
       logp, behavior_logp, advantage, mask: as in objectives/oapl.py.
       clip_low, clip_high: half-widths of the trust region; inf switches a side off.
+      dual_clip: the most that rho counts for bad responses, above 1; inf switches it off.
       proximal: "behavior" clips against the policy that sampled (w = 1, so `correction` must be
         "none"); "learner" recomputes pi_prox with the learner's weights. A batch gets one gradient
         step, so these are the weights of the step itself: rho = 1, and w alone repairs the lag.
@@ -59,28 +55,24 @@ def loss(
         raise ValueError(
             f"correction={correction!r} repairs a gap that proximal='behavior' does not have"
         )
-    logp, behavior_logp = logp.astype(jnp.float32), behavior_logp.astype(jnp.float32)
-    behavior_logp = jnp.where(mask > 0, jax.lax.stop_gradient(behavior_logp), 0.0)
-    logp = jnp.where(mask > 0, logp, 0.0)
-    proximal_logp = behavior_logp if proximal == "behavior" else jax.lax.stop_gradient(logp)
+    log_ratio = token_log_ratio(logp, behavior_logp, mask)
+    to_behavior = jax.lax.stop_gradient(log_ratio)
+    to_proximal, gap = log_ratio, jnp.zeros_like(log_ratio)
+    if proximal == "learner":
+        to_proximal, gap = log_ratio - to_behavior, to_behavior
 
-    ratio = _ratio(logp - proximal_logp)
+    ratio, gain = bounded_exp(to_proximal), advantage[:, None]
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-    gain = advantage[:, None]
     surrogate = jnp.maximum(-gain * ratio, -gain * clipped)
-    weight = _correct(proximal_logp - behavior_logp, correction, correction_cap, correction_floor)
+    surrogate = jnp.minimum(surrogate, jnp.where(gain < 0, -gain * dual_clip, jnp.inf))
+    weight = _correct(gap, correction, correction_cap, correction_floor)
     tokens = jnp.maximum(jnp.sum(mask, axis=-1), 1)
     metrics = {
-        "log_ratio": jnp.sum(logp - behavior_logp, axis=-1),
+        "log_ratio": jnp.sum(log_ratio, axis=-1),
         "clip_fraction": jnp.sum((surrogate != -gain * ratio) * mask, axis=-1) / tokens,
         "correction": jnp.sum(weight * mask, axis=-1) / tokens,
     }
     return jnp.sum(weight * surrogate * mask, axis=-1), metrics
-
-
-def _ratio(log_ratio: jax.Array) -> jax.Array:
-    # exp(20) is still far from an overflow of the sum.
-    return jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
 
 
 def _correct(gap: jax.Array, correction: str, cap: float, floor: float) -> jax.Array:
@@ -89,7 +81,7 @@ def _correct(gap: jax.Array, correction: str, cap: float, floor: float) -> jax.A
         return jnp.ones_like(gap)
     if correction.startswith("sequence"):
         gap = jnp.broadcast_to(jnp.sum(gap, axis=-1, keepdims=True), gap.shape)
-    weight = _ratio(gap)
+    weight = bounded_exp(gap)
     if correction.endswith("truncate"):
         return jnp.minimum(weight, cap)
     return weight * ((floor <= weight) & (weight <= cap))

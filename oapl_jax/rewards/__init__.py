@@ -1,26 +1,77 @@
 """Rewards: what a response is worth, by the verifier of the prompt's task."""
 
+import threading
+from collections.abc import Mapping
 from typing import Any
 
 from oapl_jax.data.prompts import response_text
+from oapl_jax.rewards.answers import Answers
+from oapl_jax.rewards.problems import extract, parse_problem
+from oapl_jax.rewards.programs import Programs
 from oapl_jax.rewards.tasks import FINAL_ANSWERS, VERIFIERS
 from oapl_jax.structs import Prompt, Rollout
 
+TASKS = (*VERIFIERS, "math", "code")
+
 
 class Grader:
-    """Turns token ids into text, and asks the verifier of the task.
+    """Turns token ids into text, and asks the verifier of the task. Any thread.
 
     A response that was cut off gets 0 and is trained as a negative: there is no overlong masking
     (the code released with arXiv 2602.19362).
+
+    Args:
+      tokenizer: of the policy.
+      math: keyword arguments of Answers, opened for the first prompt of task "math".
+      code: keyword arguments of Programs, opened for the first prompt of task "code".
     """
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, *, math: Mapping[str, Any], code: Mapping[str, Any]):
+        self._tokenizer, self._math, self._code = tokenizer, math, code
+        self._opened: dict[str, Answers | Programs] = {}
+        self._lock = threading.Lock()
 
     def reward(self, prompt: Prompt, rollout: Rollout) -> float:
         if rollout.finish_reason == "length":
             return 0.0
-        return VERIFIERS[prompt.task](response_text(self._tokenizer, rollout.tokens), prompt.answer)
+        text = response_text(self._tokenizer, rollout.tokens)
+        if prompt.task == "math":
+            return self._answers.verify(text, prompt.answer).reward
+        if prompt.task == "code":
+            return self._programs.grade(text, parse_problem(prompt.answer)).reward
+        return VERIFIERS[prompt.task](text, prompt.answer)
 
     def final_answer(self, prompt: Prompt, rollout: Rollout) -> str:
-        return FINAL_ANSWERS[prompt.task](response_text(self._tokenizer, rollout.tokens))
+        """What a response says at its end, for a vote; of a program, all of its text."""
+        text = response_text(self._tokenizer, rollout.tokens)
+        if prompt.task == "math":
+            return self._answers.final_answer(text)
+        if prompt.task == "code":
+            return extract(text, thinking_opened=self._code["thinking_opened"]) or ""
+        return FINAL_ANSWERS[prompt.task](text)
+
+    def metrics(self) -> dict[str, float]:
+        """Verdicts so far, of the verifiers that were opened."""
+        return {
+            f"rewards/{task}/{outcome}": count
+            for task, verifier in self._opened.items()
+            for outcome, count in verifier.counts().items()
+        }
+
+    def close(self) -> None:
+        for verifier in self._opened.values():
+            verifier.close()
+
+    @property
+    def _answers(self) -> Answers:
+        return self._open("math", Answers, self._math)
+
+    @property
+    def _programs(self) -> Programs:
+        return self._open("code", Programs, self._code)
+
+    def _open(self, task: str, make: Any, settings: Mapping[str, Any]) -> Any:
+        with self._lock:
+            if task not in self._opened:
+                self._opened[task] = make(**settings)
+            return self._opened[task]

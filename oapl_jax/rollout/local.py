@@ -4,7 +4,9 @@ It holds its own parameters, read from published versions: its lag is as real as
 """
 
 import functools
-from collections.abc import Sequence
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ from oapl_jax.models import hf
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.transformer import Transformer, empty_cache, head, logits
 from oapl_jax.publisher import check_version
-from oapl_jax.rollout.sampler import Sampling
+from oapl_jax.rollout.sampler import Sampled, Sampling
 from oapl_jax.structs import Prompt, Rollout
 
 
@@ -64,21 +66,36 @@ class LocalSampler:
         self._params = jax.device_put(params, jax.local_devices()[0])
         self._version = version
 
+    def versions(self) -> set[int]:
+        return {self._version}
+
+    def metrics(self) -> dict[str, float]:
+        return {}  # what the worker counts is all there is
+
+    def close(self) -> None:
+        """A portion is decoded to its end: nothing is in flight between two."""
+
     def generate(
-        self, prompts: Sequence[Prompt], *, n: int, sampling: Sampling
-    ) -> list[list[Rollout]]:
+        self, prompts: Iterable[Prompt], *, n: int, sampling: Sampling
+    ) -> Iterator[Sampled]:
         """See Sampler. Prompts are taken in portions of max_sequences // n, the last one filled up.
 
         Fewer prompts than that make one portion, filled up to a power of two.
         """
-        portion = max(self._max_sequences // n, 1)
-        portion = min(portion, 1 << (len(prompts) - 1).bit_length())
-        rollouts = []
-        for start in range(0, len(prompts), portion):
-            rollouts += self._generate(prompts[start : start + portion], portion, n, sampling)
-        return rollouts
+        prompts, portion = iter(prompts), max(self._max_sequences // n, 1)
+        first = True
+        while taken := list(itertools.islice(prompts, portion)):
+            if first:
+                portion, first = min(portion, 1 << (len(taken) - 1).bit_length()), False
+            started = time.monotonic()
+            groups = self._generate(taken, portion, n, sampling)
+            seconds = time.monotonic() - started
+            for prompt, rollouts in zip(taken, groups, strict=True):
+                yield Sampled(prompt, tuple(rollouts), "local", seconds)
 
-    def _generate(self, prompts, portion: int, n: int, sampling: Sampling) -> list[list[Rollout]]:
+    def _generate(
+        self, prompts: Sequence[Prompt], portion: int, n: int, sampling: Sampling
+    ) -> list[list[Rollout]]:
         longest = max(len(p.tokens) for p in prompts)
         width = longest + -longest % self._prompt_multiple
         filled = [*prompts, *[prompts[0]] * (portion - len(prompts))]

@@ -1,7 +1,7 @@
 """What a worker asks of anything that can sample: the embedded decoder, or a fleet of servers."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from etils import epath
@@ -46,24 +46,84 @@ class Sampling:
                 raise UserError(f"rollout.{name}={value} is not possible; it must be {range_}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """A request for a group that came to nothing.
+
+    Attributes:
+      server: that was asked.
+      version: that it should have sampled from.
+      reason: "failed" (an error, a wrong answer), "aborted" (given up for a new version) or "mixed"
+        (its responses span two versions).
+      seconds: that it took.
+    """
+
+    server: str
+    version: int
+    reason: str
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """What became of one prompt.
+
+    Attributes:
+      prompt: as it was handed over.
+      rollouts: n of one version; none if every attempt failed.
+      server: that sampled them; "local" for the embedded sampler.
+      seconds: from the request to the last token.
+      attempts: the earlier ones, which came to nothing.
+    """
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    server: str
+    seconds: float
+    attempts: tuple[Attempt, ...] = ()
+
+
 class Sampler(Protocol):
-    """A policy that may be older than the learner's."""
+    """A policy that may be older than the learner's.
+
+    One thread generates. The prompts, which may refresh, can be taken in another one.
+    """
 
     @property
     def version(self) -> int:
-        """The learner step of the weights that it holds."""
+        """The version that prompts taken from now on are sampled from; -1 before the first.
+
+        A sampler of several servers may be made so that some go on with another one for a while;
+        each rollout says which it is of.
+        """
+        ...
+
+    def versions(self) -> set[int]:
+        """Every version that it holds or samples from, and whose files must stay. Any thread."""
         ...
 
     def generate(
-        self, prompts: Sequence[Prompt], *, n: int, sampling: Sampling
-    ) -> list[list[Rollout]]:
-        """`n` rollouts for each prompt, all of one prompt from one version."""
+        self, prompts: Iterable[Prompt], *, n: int, sampling: Sampling
+    ) -> Iterator[Sampled]:
+        """Yields each prompt with `n` rollouts, all of one version, in the order they are done.
+
+        Prompts are taken one by one as there is room to sample them, so they may be endless, may
+        block, and may call `refresh`.
+        """
         ...
 
     def refresh(self, version: int, path: epath.Path) -> None:
-        """Takes the weights of a published version.
+        """Prompts taken from now on are sampled from this published version. Any thread.
 
         Raises:
-          UserError: if the version is missing, or was not written to its end.
+          UserError: if the version is missing, damaged, or was not written to its end.
         """
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What it counts itself, under names of its own. Any thread."""
+        ...
+
+    def close(self) -> None:
+        """Gives up what is in flight, which ends `generate`. Any thread, any number of times."""
         ...

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from oapl_jax.data import reasoning, tasks
+from oapl_jax.data.records import Record
 from oapl_jax.errors import UserError
 
 # Small spaces, so that splits which are not disjoint by content are sure to collide.
@@ -41,11 +42,11 @@ def prepare(directory, task="chain_sum", generator=None, sizes=SIZES, seed=0):
     )
 
 
-def splits(builder) -> dict[str, list[tasks.Record]]:
+def splits(builder) -> dict[str, list[Record]]:
     return {split: list(reasoning.load(builder, split=split)) for split in SIZES}
 
 
-def content(record: tasks.Record):
+def content(record: Record):
     """What makes two problems the same, from the question and not from the code under test."""
     numbers = sorted(map(int, re.findall(r"\d+", record.question)))
     match record.task:
@@ -58,7 +59,7 @@ def content(record: tasks.Record):
             return numbers, target  # the target is also among the numbers, in both of two equals
 
 
-def shared_problems(chosen: dict[str, list[tasks.Record]]) -> int:
+def shared_problems(chosen: dict[str, list[Record]]) -> int:
     """How many problems stand more than once, in one split or in two."""
     everything = [str(content(record)) for split in chosen.values() for record in split]
     return len(everything) - len(set(everything))

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from oapl_jax.data.tasks import TASKS, Record, content_id, records
+from oapl_jax.data.records import Record, user
+from oapl_jax.data.tasks import TASKS, content_id, records
 from oapl_jax.errors import UserError
 from oapl_jax.rewards.tasks import VERIFIERS
 
@@ -73,7 +74,7 @@ def test_question_and_answer_by_hand():
 
 
 def test_chain_sum_demonstration_goes_on_from_a_wrong_total():
-    record = Record("0", "1+2-3=", "0", "chain_sum", {"terms": [*"1+2-3"]})
+    record = Record("0", user("1+2-3="), "0", "chain_sum", {"terms": [*"1+2-3"]})
     demonstration = TASKS["chain_sum"].demonstration
     assert demonstration(record, np.random.default_rng(0), 0.0) == "03,00"
     assert demonstration(record, np.random.default_rng(0), 1.0) == "-1,02"  # every operator misread
@@ -82,7 +83,7 @@ def test_chain_sum_demonstration_goes_on_from_a_wrong_total():
 
 
 def test_one_term_is_its_own_demonstration():
-    record = Record("0", "4=", "4", "chain_sum", {"terms": ["4"]})
+    record = Record("0", user("4="), "4", "chain_sum", {"terms": ["4"]})
     assert TASKS["chain_sum"].demonstration(record, np.random.default_rng(0), 0.0) == "04"
 
 

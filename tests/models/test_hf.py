@@ -5,6 +5,7 @@ tests/golden/make.py wrote the checkpoints and transformers' logits for them (`m
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 import shutil
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore as ts
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -183,6 +185,37 @@ def test_a_bfloat16_export_rounds_and_loads(limit, tmp_path):
     assert_same(hf.load_params(tmp_path, config), rounded)
 
 
+def test_what_was_written_is_said_with_its_checksum(tmp_path):
+    config, params = load("qwen3")
+    said = hf.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=7000)
+    assert set(said) == {path.name for path in tmp_path.iterdir()}
+    for name, entry in said.items():
+        content = (tmp_path / name).read_bytes()
+        expected = hashlib.sha256(content).hexdigest()
+        assert entry == {"bytes": len(content), "sha256": expected}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_numpy_jax_and_tensorstore_arrays_are_written_alike(dtype, tmp_path):
+    """Chunks that divide nothing evenly, and a tree or a mapping by path."""
+    config, params = load("qwen2")
+    flat: Any = flatten_dict(params, sep="/")
+    chunked = {}
+    for path, leaf in flat.items():
+        layout = ts.ChunkLayout(chunk_shape=[max(1, n * 2 // 3) for n in leaf.shape])
+        spec = {"driver": "zarr", "kvstore": "memory://"}
+        array = ts.open(
+            spec, create=True, dtype=ts.float32, shape=leaf.shape, chunk_layout=layout
+        ).result()
+        array[...] = np.asarray(leaf)
+        chunked[path] = array
+    kinds = {"jax": params, "numpy": jax.tree.map(np.asarray, params), "tensorstore": chunked}
+    for kind, given in kinds.items():
+        hf.save_params(given, config, tmp_path / kind, dtype=dtype, max_shard_bytes=GIB)
+    contents = {(tmp_path / kind / hf.SINGLE).read_bytes() for kind in kinds}
+    assert len(contents) == 1
+
+
 def test_numpy_parameters_and_float16_files(tmp_path):
     config, params = load("qwen2")
     hf.save_params(
@@ -242,8 +275,9 @@ def test_each_device_reads_only_its_part(monkeypatch):
     )
 
 
-def test_loading_and_saving_hold_one_parameter_at_a_time(tmp_path):
+def test_loading_and_saving_hold_one_parameter_at_a_time(tmp_path, monkeypatch):
     """Saving needs two tensors beside the parameters, loading one beside the result."""
+    monkeypatch.setattr(hf, "READ_AHEAD", 1)  # no more than the largest tensor
     config = dataclasses.replace(
         load("llama")[0], hidden_size=256, intermediate_size=768, num_layers=8
     )

@@ -6,31 +6,80 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import settings
 
+from configs import common
 from oapl_jax.errors import UserError
-from oapl_jax.objectives import OBJECTIVES, Objective, bind, grpo, hyper_parameters, oapl, sft
+from oapl_jax.objectives import (
+    OBJECTIVES,
+    Objective,
+    advantages,
+    bind,
+    grpo,
+    gspo,
+    hyper_parameters,
+    maxrl,
+    oapl,
+    tba,
+)
 from oapl_jax.objectives.aggregation import AGGREGATIONS, sequence_weights
 
-SECTION = {
-    "name": "unused",
-    "beta1": 0.5,
-    "beta2": 0.25,
-    "normalize_std": False,
-    "clip_low": 0.2,
-    "clip_high": 0.3,
-    "proximal": "learner",
-    "correction": "token_mask",
-    "correction_cap": 2.0,
-    "correction_floor": 0.5,
-}
-VALUES = {key: value for key, value in SECTION.items() if key != "name"}
+VALUES = settings(
+    "grpo",
+    beta1=0.5,
+    beta2=0.25,
+    estimator="dr_grpo",
+    proximal="learner",
+    correction="token_mask",
+    group_size=3,
+)
 ARGUMENTS = {"advantage": ["reward"], "loss": ["logp", "behavior_logp", "advantage", "mask"]}
+# What a section says beside hyper-parameters.
+OTHERS = {"denominator", "aggregation", "constant_length"}
 
 
-def test_the_table_names_the_functions_of_each_module():
-    modules = {"oapl": oapl, "grpo": grpo, "sft": sft}
-    pairs = {name: (module.advantage, module.loss) for name, module in modules.items()}
-    assert pairs == OBJECTIVES
+def test_every_objective_has_a_configuration_and_the_other_way_round():
+    assert list(common.OBJECTIVES) == list(OBJECTIVES)
+    assert OBJECTIVES["oapl"] == (oapl.advantage, oapl.loss)
+    assert OBJECTIVES["grpo"] == OBJECTIVES["rloo"] == (advantages.advantage, grpo.loss)
+    assert OBJECTIVES["gspo"] == (advantages.advantage, gspo.loss)
+    assert OBJECTIVES["maxrl"] == (maxrl.advantage, grpo.loss)
+    assert OBJECTIVES["tba"] == (tba.advantage, tba.loss)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_binds_from_its_own_section(name):
+    section = common.objective(name).to_dict()
+    assert section["name"] == name
+    assert section["aggregation"] in AGGREGATIONS
+    assert "aggregation" in common.OBJECTIVES[name]  # its own, not another's by default
+    assert set(section) == set(common.objective("oapl"))  # nothing misspelt has been added
+    bind(**section, group_size=4)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_misspelt_hyper_parameter_fails(name):
+    for form in OBJECTIVES[name]:
+        for parameter in hyper_parameters(form):
+            values = settings(name)
+            values[parameter + "_"] = values.pop(parameter)
+            with pytest.raises(UserError, match=f"{name} needs objective.{parameter};"):
+                bind(name, **values)
+
+
+def test_a_section_has_no_setting_that_no_objective_takes():
+    taken = {p for pair in OBJECTIVES.values() for form in pair for p in hyper_parameters(form)}
+    assert set(settings("oapl")) - OTHERS == taken
+
+
+def test_the_configurations_differ_in_what_the_methods_differ():
+    of = lambda name, *keys: tuple(common.objective(name)[key] for key in keys)
+    assert of("grpo", "aggregation", "clip_low", "clip_high") == ("token", 0.2, 0.28)
+    assert of("dr_grpo", "aggregation", "estimator") == ("constant", "dr_grpo")
+    assert of("gspo", "aggregation", "clip_low", "clip_high") == ("sequence", 3e-4, 4e-4)
+    assert of("grpo_is", "proximal", "correction") == ("learner", "token_truncate")
+    assert of("a_star_po", "denominator", "beta1", "beta2") == ("reference", 0.5, 1e-3)
+    assert of("oapl", "denominator", "beta1", "beta2") == ("behavior", 1.0, 1e-3)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -69,7 +118,7 @@ def test_bind_fills_what_each_signature_names():
     np.testing.assert_array_equal(bound.loss(*arrays)[0], expected)
 
     bound = bind("grpo", **VALUES)
-    expected = grpo.advantage(reward, normalize_std=False)
+    expected = advantages.advantage(reward, estimator="dr_grpo")
     np.testing.assert_array_equal(bound.advantage(reward), expected)
     names = hyper_parameters(grpo.loss)
     expected, _ = grpo.loss(*arrays, **{name: VALUES[name] for name in names})
@@ -85,7 +134,7 @@ def test_maximum_likelihood_imitates_demonstrations_with_reward_one():
 
 
 def test_an_unknown_objective_is_refused_with_the_choices():
-    with pytest.raises(UserError, match=r"objective\.name='oalp' .*oapl, grpo, sft"):
+    with pytest.raises(UserError, match=r"objective\.name='oalp' .*oapl, .*grpo, .*sft"):
         bind("oalp", **VALUES)
 
 

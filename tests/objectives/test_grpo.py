@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from oapl_jax.objectives import advantages as estimators
 from oapl_jax.objectives import grpo
 
 INF = float("inf")
@@ -17,6 +18,7 @@ PAPER = dict(clip_low=0.2, clip_high=0.28)
 def settings(**changes):
     return {
         **PAPER,
+        "dual_clip": INF,
         "proximal": "behavior",
         "correction": "none",
         "correction_cap": 1.5,
@@ -48,35 +50,6 @@ def random_group(seed, lengths, width, spread):
     return logp, behavior, rng.normal(0, 1, len(lengths)).astype(np.float32), mask
 
 
-@pytest.mark.parametrize(
-    ("reward", "normalize_std", "expected"),
-    [
-        ([1, 0, 0, 0], False, [0.75, -0.25, -0.25, -0.25]),
-        ([1, 0, 0, 0], True, [1.5, -0.5, -0.5, -0.5]),  # std with G - 1 is 1/2
-        ([2, 4, 9], False, [-3, -1, 4]),
-        ([2, 4, 9], True, [-3 / 13**0.5, -1 / 13**0.5, 4 / 13**0.5]),
-        ([-5.0], False, [0.0]),
-        ([-5.0], True, [0.0]),
-        ([0.1] * 3, True, [0.0] * 3),  # whose rounded mean is not 0.1
-        ([3333.3] * 11, True, [0.0] * 11),
-        ([10000.0, 10001.0], True, [-(0.5**0.5), 0.5**0.5]),
-    ],
-)
-def test_advantage_by_hand(reward, normalize_std, expected):
-    found = grpo.advantage(jnp.asarray(reward, jnp.float32), normalize_std=normalize_std)
-    tolerance = 1e-5 if any(expected) else 0  # std + 1e-6
-    np.testing.assert_allclose(found, expected, atol=tolerance, rtol=0)
-
-
-def test_advantage_follows_a_permutation_and_carries_no_gradient():
-    reward, order = jnp.array([0.5, -1.0, 3.0, 0.0]), np.array([2, 0, 3, 1])
-    for normalize_std in (False, True):
-        advantage = lambda r, n=normalize_std: grpo.advantage(r, normalize_std=n)
-        np.testing.assert_allclose(advantage(reward[order]), advantage(reward)[order], atol=1e-6)
-        gradient = jax.grad(lambda r, a=advantage: jnp.sum(a(r) ** 2))(reward)
-        np.testing.assert_array_equal(gradient, 0.0)
-
-
 # Three tokens with policy / behavior = 2, 1/2, 5/4 (their product is 5/4), then a pad.
 RATIOS = np.array([2.0, 0.5, 1.25])
 LOGP = np.array([[-1.0, -2.0, -0.5, 5.0]], np.float32)
@@ -96,6 +69,11 @@ MASK = np.array([[1.0, 1.0, 1.0, 0.0]], np.float32)
         (dict(clip_low=INF, clip_high=0.28), -1.0, [2.0, 0.5, 1.25], [2.0, 0.5, 1.25]),
         (dict(clip_low=0.2, clip_high=INF), 1.0, [-2.0, -0.5, -1.25], [-2.0, -0.5, -1.25]),
         (OPEN, -1.0, [2.0, 0.5, 1.25], [2.0, 0.5, 1.25]),
+        # The dual clip bounds what bad responses cost, and leaves good ones alone.
+        (dict(**OPEN, dual_clip=1.5), -2.0, [3.0, 1.0, 2.5], [0, 1.0, 2.5]),
+        (dict(**OPEN, dual_clip=1.5), 2.0, [-4.0, -1.0, -2.5], [-4.0, -1.0, -2.5]),
+        (dict(**PAPER, dual_clip=1.1), -1.0, [1.1, 0.8, 1.1], [0, 0, 0]),
+        (dict(**PAPER, dual_clip=1e30), -1.0, [2.0, 0.8, 1.25], [2.0, 0, 1.25]),
     ],
 )
 def test_clipping_by_hand(hyper, advantage, tokens, slopes):
@@ -159,18 +137,20 @@ def token_by_token(logp, behavior, advantages, mask, **h):
                     weight = 1.0
             plain = -advantage * ratio
             clipped = -advantage * min(max(ratio, 1 - h["clip_low"]), 1 + h["clip_high"])
-            losses[i] += weight * max(plain, clipped)
-            slopes[i, t] = weight * plain if plain >= clipped else 0.0
+            most = -advantage * h["dual_clip"] if advantage < 0 else INF
+            losses[i] += weight * min(max(plain, clipped), most)
+            slopes[i, t] = weight * plain if clipped <= plain < most else 0.0
     return losses, slopes
 
 
 CASES = [("behavior", "none"), *itertools.product(["learner"], grpo.CORRECTIONS)]
 
 
+@pytest.mark.parametrize("dual_clip", [INF, 1.2])
 @pytest.mark.parametrize(("proximal", "correction"), CASES)
-def test_loss_and_gradient_equal_a_loop_over_tokens(proximal, correction):
+def test_loss_and_gradient_equal_a_loop_over_tokens(proximal, correction, dual_clip):
     group = random_group(0, [6, 1, 4, 9, 3], 9, spread=0.3)
-    hyper = settings(proximal=proximal, correction=correction)
+    hyper = settings(proximal=proximal, correction=correction, dual_clip=dual_clip)
     losses, gradient, _ = run(*group, **hyper)
     expected_losses, expected_gradient = token_by_token(*group, **hyper)
     np.testing.assert_allclose(losses, expected_losses, atol=1e-5)
@@ -184,7 +164,7 @@ def test_on_policy_without_clipping_is_reinforce(proximal):
     policy = jnp.asarray(rng.normal(0, 1, (5, 5)), jnp.float32)  # logits given the last token
     tokens = rng.integers(0, 5, (6, 8))
     mask = (np.arange(7) < np.array([7, 3, 5, 1, 6, 2])[:, None]).astype(np.float32)
-    advantages = grpo.advantage(jnp.array([1.0, 0, 0, 1, 1, 0]), normalize_std=True)
+    advantages = estimators.advantage(jnp.array([1.0, 0, 0, 1, 1, 0]), estimator="grpo")
     token_logp = lambda policy: jax.nn.log_softmax(policy)[tokens[:, :-1], tokens[:, 1:]]
 
     behavior = token_logp(policy)

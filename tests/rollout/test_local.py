@@ -69,6 +69,14 @@ def prompts_of(*lengths):
     return [make_prompt(draw, length) for draw, length in enumerate(lengths)]
 
 
+def generate(sampler, prompts, n, sampling):
+    """The rollouts of each prompt; the sampler yields them in the order of the prompts."""
+    sampled = list(sampler.generate(iter(prompts), n=n, sampling=sampling))
+    assert [s.prompt for s in sampled] == prompts
+    assert all(s.server == "local" and s.seconds > 0 and s.attempts == () for s in sampled)
+    return [s.rollouts for s in sampled]
+
+
 def tokens_of(groups):
     return [[r.tokens.tolist() for r in rollouts] for rollouts in groups]
 
@@ -111,7 +119,7 @@ def test_log_probs_are_those_of_the_learners_packed_rows(name, temperature, top_
     """Over the whole vocabulary, whatever top-k and top-p leave to draw from."""
     sampler = new_sampler(name, stop_ids=STOPS)
     prompts = prompts_of()
-    sampled = sampler.generate(prompts, n=4, sampling=sampling(temperature, top_p, top_k))
+    sampled = generate(sampler, prompts, n=4, sampling=sampling(temperature, top_p, top_k))
     groups = [
         Group(prompt, tuple(rollouts), np.zeros(4, np.float32))
         for prompt, rollouts in zip(prompts, sampled, strict=True)
@@ -140,7 +148,7 @@ def test_log_probs_are_those_of_the_learners_packed_rows(name, temperature, top_
 
 def test_greedy_takes_the_best_token_of_the_plain_forward_pass():
     prompts = prompts_of()
-    sampled = new_sampler().generate(prompts, n=1, sampling=sampling(0.0))
+    sampled = generate(new_sampler(), prompts, n=1, sampling=sampling(0.0))
     whole = [[*p.tokens, *rollouts[0].tokens] for p, rollouts in zip(prompts, sampled, strict=True)]
     scores = plain_logits(NAME, whole)
     for row, (prompt, (rollout,)) in enumerate(zip(prompts, sampled, strict=True)):
@@ -152,7 +160,7 @@ def test_greedy_takes_the_best_token_of_the_plain_forward_pass():
 
 
 def test_rollouts_carry_version_types_and_lengths():
-    rollout = new_sampler().generate(prompts_of(3), n=2, sampling=sampling())[0][1]
+    rollout = generate(new_sampler(), prompts_of(3), n=2, sampling=sampling())[0][1]
     assert rollout.policy_version == VERSION
     assert (rollout.tokens.dtype, rollout.behavior_logp.dtype) == (np.int32, np.float32)
     assert rollout.tokens.shape == rollout.behavior_logp.shape == (8,)
@@ -166,7 +174,7 @@ def count_first_tokens(draws, **settings):
     """Counts of the first two tokens of many rollouts of one prompt, [V, V]."""
     prompts = [make_prompt(draw, 5, seed=1) for draw in range(draws)]
     sampler = new_sampler(max_sequences=64 * draws)
-    sampled = sampler.generate(prompts, n=64, sampling=sampling(max_response_tokens=2, **settings))
+    sampled = generate(sampler, prompts, n=64, sampling=sampling(max_response_tokens=2, **settings))
     counts = np.zeros((VOCAB, VOCAB), int)
     for rollout in (r for rollouts in sampled for r in rollouts):
         counts[rollout.tokens[0], rollout.tokens[1]] += 1
@@ -265,8 +273,8 @@ def test_impossible_settings_are_refused_by_name(wrong):
 
 def test_a_stop_token_ends_a_response_and_belongs_to_it():
     prompts = prompts_of(*[3, 9, 1, 6] * 4)
-    free = new_sampler().generate(prompts, n=4, sampling=sampling())
-    ended = new_sampler(stop_ids=STOPS).generate(prompts, n=4, sampling=sampling())
+    free = generate(new_sampler(), prompts, n=4, sampling=sampling())
+    ended = generate(new_sampler(stop_ids=STOPS), prompts, n=4, sampling=sampling())
     seen = set()
     for whole, cut in zip(itertools.chain(*free), itertools.chain(*ended), strict=True):
         first = next((i for i, token in enumerate(whole.tokens) if token in STOPS), None)
@@ -312,21 +320,21 @@ def test_the_program_ends_with_the_last_response():
 def test_a_rollout_is_the_same_in_any_batch():
     a, b, c, d = prompts_of()
     sampler = new_sampler(stop_ids=STOPS)
-    together = tokens_of(sampler.generate([a, b, c, d], n=4, sampling=sampling()))
-    assert tokens_of(sampler.generate([a, b, c, d], n=4, sampling=sampling())) == together
+    together = tokens_of(generate(sampler, [a, b, c, d], n=4, sampling=sampling()))
+    assert tokens_of(generate(sampler, [a, b, c, d], n=4, sampling=sampling())) == together
     # In another place, less padded, beside others, and fewer of them:
-    fewer = tokens_of(sampler.generate([c, a], n=2, sampling=sampling()))
+    fewer = tokens_of(generate(sampler, [c, a], n=2, sampling=sampling()))
     assert fewer == [together[2][:2], together[0][:2]]
     # In portions of one prompt, more padded, from another sampler:
     alone = new_sampler(stop_ids=STOPS, max_sequences=1, prompt_multiple=16)
-    assert tokens_of(alone.generate([a, b, c, d], n=4, sampling=sampling())) == together
+    assert tokens_of(generate(alone, [a, b, c, d], n=4, sampling=sampling())) == together
 
 
 def test_draws_samples_and_seeds_have_random_numbers_of_their_own():
     tokens = make_prompt(0, 9).tokens
     prompts = [Prompt("p", draw, tokens, "", "", "") for draw in range(4)]
-    one = tokens_of(new_sampler().generate(prompts, n=4, sampling=sampling()))
-    other = tokens_of(new_sampler(seed=1).generate(prompts, n=4, sampling=sampling()))
+    one = tokens_of(generate(new_sampler(), prompts, n=4, sampling=sampling()))
+    other = tokens_of(generate(new_sampler(seed=1), prompts, n=4, sampling=sampling()))
     responses = [tuple(r) for groups in (one, other) for rollouts in groups for r in rollouts]
     assert len(set(responses)) == len(responses) == 32
 
@@ -336,12 +344,12 @@ def test_few_programs_are_compiled():
     programs: Any = decode  # jax counts them, its types do not say so
     before = programs._cache_size()
     for lengths in [(5, 8, 6), (7, 5, 5, 8), (8, 6, 7), (1, 7, 1, 2)]:
-        sampler.generate(prompts_of(*lengths), n=2, sampling=sampling(max_response_tokens=4))
+        generate(sampler, prompts_of(*lengths), n=2, sampling=sampling(max_response_tokens=4))
     for temperature in (0.5, 1.5):
         settings = sampling(temperature, max_response_tokens=4)
-        sampler.generate(prompts_of(5, 5, 5), n=2, sampling=settings)
+        generate(sampler, prompts_of(5, 5, 5), n=2, sampling=settings)
     assert programs._cache_size() - before == 1
-    sampler.generate(prompts_of(5, 9, 5), n=2, sampling=sampling(max_response_tokens=4))
+    generate(sampler, prompts_of(5, 9, 5), n=2, sampling=sampling(max_response_tokens=4))
     assert programs._cache_size() - before == 2
 
 
@@ -357,8 +365,8 @@ def test_no_more_rows_are_decoded_than_a_power_of_two_needs(monkeypatch, prompts
         return np.zeros(shape, int), np.zeros(shape), np.ones(len(keys), int), np.ones(len(keys))
 
     monkeypatch.setattr("oapl_jax.rollout.local.decode", spy)
-    sampled = new_sampler(max_sequences=35).generate(
-        prompts_of(*[3] * prompts), n=4, sampling=sampling()
+    sampled = generate(
+        new_sampler(max_sequences=35), prompts_of(*[3] * prompts), n=4, sampling=sampling()
     )
     assert [len(rollouts) for rollouts in sampled] == [4] * prompts
     assert seen == [rows] * -(-prompts // rows)
@@ -385,7 +393,7 @@ def publish(directory, version, name=NAME, scale=1.0):
 
 
 def greedy(sampler):
-    found = sampler.generate(prompts_of(), n=1, sampling=sampling(0.0))
+    found = generate(sampler, prompts_of(), n=1, sampling=sampling(0.0))
     return [(r.tokens.tolist(), r.behavior_logp.tolist(), r.policy_version) for (r,) in found]
 
 
@@ -400,6 +408,28 @@ def test_refresh_takes_the_weights_of_a_published_version(tmp_path):
     sampler.refresh(21, publish(tmp_path, 21))
     again = greedy(sampler)
     assert [a[:2] for a in again] == [h[:2] for h in held]  # to the last bit
+
+
+def test_endless_prompts_are_taken_in_portions_and_may_refresh(tmp_path):
+    """A portion is of one version, the one that is held when its last prompt has been taken."""
+    sampler, taken = new_sampler(max_sequences=8), []
+    path = publish(tmp_path, 20, scale=0.5)
+
+    def prompts():
+        for draw in itertools.count():
+            if draw == 3:
+                sampler.refresh(20, path)
+            taken.append(draw)
+            yield make_prompt(draw, 3)
+
+    stream = sampler.generate(prompts(), n=4, sampling=sampling())
+    versions = []
+    for done, sampled in enumerate(itertools.islice(stream, 6), 1):
+        assert len(taken) == done + done % 2  # two prompts at a time
+        assert sampled.prompt.draw == done - 1
+        versions += {r.policy_version for r in sampled.rollouts}
+    assert versions == [VERSION, VERSION, 20, 20, 20, 20]
+    assert sampler.versions() == {20}
 
 
 def remove(path):

@@ -1,5 +1,7 @@
 """The worker, in turns with a learner and in a thread beside it; its sampler follows a script."""
 
+import itertools
+import json
 import threading
 import time
 
@@ -9,10 +11,11 @@ from etils import epath
 
 from oapl_jax.buffer import Buffer
 from oapl_jax.data.prompts import Prompts
-from oapl_jax.data.tasks import Record
+from oapl_jax.data.records import Record, user
 from oapl_jax.errors import RunError
-from oapl_jax.rewards import Grader
-from oapl_jax.rollout.sampler import Sampling
+from oapl_jax.rollout import account
+from oapl_jax.rollout.ledger import Ledger
+from oapl_jax.rollout.sampler import Attempt, Sampled, Sampling
 from oapl_jax.rollout.worker import Worker
 from oapl_jax.structs import Rollout
 from oapl_jax.tokenizer import make_character_tokenizer
@@ -29,30 +32,54 @@ def tokenizer(tmp_path_factory):
 
 
 class ScriptedSampler:
-    """Answers right, right but cut off, and wrong; waits for a permit each time if it has any."""
+    """Answers right, right but cut off, and wrong, to two prompts at a time.
+
+    It waits for a permit each time if it has any; a group in `fails` comes without rollouts; the
+    groups of a portion come in the order of `order`; told to close, it gives up what it has if
+    `gives_up`.
+    """
 
     def __init__(self, tokenizer):
         self.version = 0
         self.refreshed: list[tuple[int, str]] = []
         self.asked: list[list[int]] = []
         self.failure: BaseException | None = None
+        self.fails: set[int] = set()
+        self.order = slice(None)
+        self.gives_up, self.closed = False, 0
         self.started, self.permits = threading.Semaphore(0), None
         self._tokenizer = tokenizer
+
+    def versions(self):
+        return {self.version}
 
     def refresh(self, version, path):
         self.version = version
         self.refreshed.append((version, str(path)))
 
+    def close(self):
+        self.closed += 1
+        if self.gives_up:
+            self.permits.release(100)
+
     def generate(self, prompts, *, n, sampling):
         assert (n, sampling) == (GROUP_SIZE, SAMPLING)
-        version = self.version
-        self.asked.append([p.draw for p in prompts])
-        self.started.release()
-        if self.permits is not None:
-            assert self.permits.acquire(timeout=PATIENCE)
-        if self.failure:
-            raise self.failure
-        return [self._answers(prompt.answer, version) for prompt in prompts]
+        while taken := list(itertools.islice(prompts, PER_CALL)):
+            version = self.version
+            self.asked.append([p.draw for p in taken])
+            self.started.release()
+            if self.permits is not None:
+                assert self.permits.acquire(timeout=PATIENCE)
+            if self.failure:
+                raise self.failure
+            if self.gives_up and self.closed:
+                return
+            for prompt in taken[self.order]:
+                if prompt.draw in self.fails:
+                    attempts = (Attempt("s", version, "failed", 0.5),) * 2
+                    yield Sampled(prompt, (), "s", 1.0, attempts)
+                else:
+                    yield Sampled(prompt, self._answers(prompt.answer, version), "s", 0.25)
 
     def _answers(self, answer, version):
         def rollout(text, finish_reason):
@@ -62,17 +89,33 @@ class ScriptedSampler:
             return Rollout(np.array(tokens, np.int32), logp, version, finish_reason)
 
         wrong = str(int(answer) + 1)
-        return [rollout(answer, "stop"), rollout(answer, "length"), rollout(wrong, "stop")]
+        return (rollout(answer, "stop"), rollout(answer, "length"), rollout(wrong, "stop"))
 
 
 @pytest.fixture
-def make(tokenizer):
-    """Makes (worker, sampler, buffer) and stops the worker's thread at the end of the test."""
+def make(tokenizer, tmp_path):
+    """Makes (worker, sampler, buffer); at the end of the test the worker's thread is stopped, and
+    every ledger must balance."""
     workers = []
 
-    def made(*, mode="clear_on_sync", capacity=6, deadline=PATIENCE, zero_variance="keep"):
-        records = [Record(f"id{i}", f"{i}+1=", str(i + 1), "chain_sum", {}) for i in range(10, 17)]
-        prompts = Prompts(records, tokenizer, task="chain_sum", seed=0, max_prompt_tokens=5)
+    def right_and_whole(prompt, rollout):
+        text = tokenizer.decode(rollout.tokens.tolist(), skip_special_tokens=True)
+        return float(text == prompt.answer and rollout.finish_reason == "stop")
+
+    def made(
+        *,
+        mode="clear_on_sync",
+        capacity=6,
+        deadline=PATIENCE,
+        zero_variance="keep",
+        reward=None,
+        reward_threads=1,
+        record=lambda group: None,
+    ):
+        records = [
+            Record(f"id{i}", user(f"{i}+1="), str(i + 1), "chain_sum", {}) for i in range(10, 17)
+        ]
+        ledger = Ledger(epath.Path(tmp_path / f"{len(workers)}.jsonl"))
         buffer = Buffer(
             mode=mode,
             max_age=100,
@@ -80,26 +123,45 @@ def make(tokenizer):
             capacity=capacity,
             zero_variance=zero_variance,
             seed=0,
+            on_end=ledger.end,
         )
         sampler = ScriptedSampler(tokenizer)
         worker = Worker(
-            prompts,
+            Prompts(
+                records,
+                tokenizer,
+                task="chain_sum",
+                seed=0,
+                max_prompt_tokens=5,
+                instruction="",
+                host=0,
+                hosts=1,
+            ),
             sampler,
-            Grader(tokenizer).reward,
+            reward or right_and_whole,
             buffer,
+            ledger=ledger,
+            record=record,
             group_size=GROUP_SIZE,
             sampling=SAMPLING,
             prompts_per_call=PER_CALL,
+            reward_threads=reward_threads,
             deadline=deadline,
         )
         workers.append((worker, sampler))
         return worker, sampler, buffer
 
     yield made
-    for worker, sampler in workers:
+    for i, (worker, sampler) in enumerate(workers):
         if sampler.permits is not None:
             sampler.permits.release(1000)
         worker.stop()
+        summary = account.summary(account.read(epath.Path(tmp_path / f"{i}.jsonl")))
+        assert summary["balanced"], summary
+        asked = sum(map(len, sampler.asked))
+        failed = len(sampler.fails & set(itertools.chain(*sampler.asked)))
+        # What was taken is asked for; what stop found in hand was perhaps taken but not asked.
+        assert summary["requested"] >= GROUP_SIZE * (asked + failed)
 
 
 def held(buffer):
@@ -115,6 +177,11 @@ def until(condition):
 
 def path(version):
     return epath.Path(f"/versions/v{version:06d}")
+
+
+def ledger_of(tmp_path, number=0):
+    found = account.read(epath.Path(tmp_path / f"{number}.jsonl"))
+    return {k: v for k, v in account.summary(found)["balance"].items() if v}
 
 
 # In turns
@@ -138,9 +205,9 @@ def test_produce_adds_rewarded_groups_of_one_version(make):
 def test_serve_refreshes_once_and_before_the_next_portion(make):
     worker, sampler, buffer = make(mode="keep_with_anchor")
     assert worker.version == -1
-    assert worker.versions() == set()
+    assert worker.versions() == {0}  # the sampler's own
     worker.serve(4, path(4))
-    assert (worker.version, worker.versions(), sampler.version) == (4, {4}, 0)
+    assert (worker.version, worker.versions(), sampler.version) == (4, {0, 4}, 0)
     worker.produce()
     worker.produce()
     worker.serve(8, path(8))
@@ -163,6 +230,8 @@ def test_metrics_say_what_was_sampled_since_the_last_call(make):
     assert metrics["rollout/length"] == pytest.approx((3 + 2 + 3) / 3)
     assert metrics["rollout/zero_variance"] == 0
     assert metrics["rollout/waiting_seconds"] == 0
+    assert metrics["rollout/failed"] == 0
+    assert metrics["rollout/latency"] == 0.25
     assert metrics["rollout/seconds"] > 0
     assert metrics["rollout/tokens_per_second"] == pytest.approx(
         8 * 2 * PER_CALL / metrics["rollout/seconds"]
@@ -170,39 +239,97 @@ def test_metrics_say_what_was_sampled_since_the_last_call(make):
     assert worker.take_metrics() == {}
 
 
-def test_metrics_count_groups_that_the_buffer_drops(make, monkeypatch):
+def test_metrics_count_groups_that_the_buffer_drops(make, monkeypatch, tmp_path):
     worker, sampler, buffer = make(zero_variance="drop")
     answers = sampler._answers
     monkeypatch.setattr(sampler, "_answers", lambda *a: answers(*a)[1:2] * GROUP_SIZE)
     worker.produce()
     assert len(buffer) == 0
+    assert ledger_of(tmp_path) == {"zero_variance": GROUP_SIZE * PER_CALL}
     assert buffer.counts == {"added": PER_CALL, "zero_variance": PER_CALL}
     metrics = worker.take_metrics()
     assert (metrics["rollout/zero_variance"], metrics["rollout/truncated"]) == (1, 1)
 
 
-def test_state_stands_behind_what_was_delivered_and_restore_draws_the_rest_again(make):
+def test_draws_that_were_not_delivered_are_sampled_again_first(make):
     worker, sampler, buffer = make()
+    assert worker.state() == {"prompts": worker.state()["prompts"], "again": [], "totals": {}}
     assert worker.state()["prompts"]["draw"] == 0
     worker.produce()
     after_one = worker.state()
-    assert after_one["prompts"]["draw"] == PER_CALL
+    assert (after_one["prompts"]["draw"], after_one["again"]) == (PER_CALL, [])
     sampler.failure = OSError("lost")
     with pytest.raises(OSError, match="lost"):
         worker.produce()
     assert sampler.asked == [[0, 1], [2, 3]]
-    assert worker.state() == after_one  # those two were drawn, but never delivered
+    state = json.loads(json.dumps(worker.state()))
+    assert (state["prompts"]["draw"], state["again"]) == (2 * PER_CALL, [2, 3])
 
     again, sampler, other = make()
-    again.restore(after_one)
-    assert again.state() == after_one
+    again.restore(state)
+    assert again.state() == state
     again.produce()
-    assert sampler.asked == [[2, 3]]
+    again.produce()
+    assert sampler.asked == [[2, 3], [4, 5]]
+    assert again.state()["again"] == []
     worker, _, whole = make()
+    for _ in range(3):
+        worker.produce()
+    resumed = [(g.prompt.draw, g.prompt.id) for g in held(buffer) + held(other)]
+    assert resumed == [(g.prompt.draw, g.prompt.id) for g in held(whole)]
+
+
+def test_a_group_without_rollouts_is_counted_and_makes_room(make, tmp_path):
+    worker, sampler, buffer = make()
+    sampler.fails = {1, 2}
     worker.produce()
     worker.produce()
-    resumed = [g.prompt.id for g in held(buffer) + held(other)]
-    assert resumed == [g.prompt.id for g in held(whole)]
+    assert [g.prompt.draw for g in held(buffer)] == [0, 3]
+    assert worker.state()["again"] == []
+    metrics = worker.take_metrics()
+    assert (metrics["rollout/failed"], metrics["rollout/groups"]) == (2, 2)
+    # Two attempts each: the first was issued again, the second was the end.
+    assert ledger_of(tmp_path) == {"trained": 6, "failed": 6, "reissued": 6}
+
+
+def test_groups_are_recorded_whole_before_the_buffer_has_them(make):
+    recorded = []
+    record = lambda group: recorded.append((group, len(buffer)))
+    worker, _, buffer = make(record=record)
+    worker.produce()
+    assert [before for _, before in recorded] == [0, 1]
+    for (group, _), again in zip(recorded, held(buffer), strict=True):
+        assert group is again
+
+
+def test_one_reward_thread_keeps_the_order_of_the_sampler(make):
+    slow_first = lambda prompt, rollout: time.sleep(0.02 * (prompt.draw == 1)) or 1.0
+    worker, sampler, buffer = make(reward=slow_first, reward_threads=1)
+    sampler.order = slice(None, None, -1)
+    worker.produce()
+    worker.produce()
+    assert [g.prompt.draw for g in held(buffer)] == [1, 0, 3, 2]
+
+
+def test_groups_are_rewarded_beside_each_other(make):
+    """Each reward waits until another group's is asked for too: one thread would wait for ever."""
+    both = threading.Barrier(PER_CALL)
+    worker, _, buffer = make(
+        reward=lambda prompt, rollout: float(both.wait(PATIENCE) >= 0), reward_threads=PER_CALL
+    )
+    worker.produce()
+    assert sorted(g.prompt.draw for g in held(buffer)) == [0, 1]
+
+
+def test_a_reward_that_fails_reaches_the_learner_in_turns(make):
+    def reward(prompt, rollout):
+        return 1 / (1 - prompt.draw)
+
+    worker, _, buffer = make(reward=reward)
+    with pytest.raises(ZeroDivisionError):
+        worker.produce()
+    assert [g.prompt.draw for g in held(buffer)] == [0]
+    assert worker.state()["again"] == [1]
 
 
 # In a thread
@@ -212,6 +339,7 @@ def test_the_thread_fills_the_buffer_and_goes_on_when_there_is_room(make):
     worker, sampler, buffer = make(capacity=5)  # two portions fit, a third does not
     worker.start()
     until(lambda: len(buffer) == 4)
+    until(lambda: worker.state()["again"] == [4])  # half of the third is taken
     time.sleep(0.1)
     assert (len(buffer), len(sampler.asked)) == (4, 2)
     worker.check()
@@ -219,6 +347,7 @@ def test_the_thread_fills_the_buffer_and_goes_on_when_there_is_room(make):
     until(lambda: len(buffer) == 5)
     time.sleep(0.1)
     assert (len(buffer), len(sampler.asked)) == (5, 3)
+    assert worker.state()["again"] == []
     draws = [g.prompt.draw for g in taken + held(buffer)]
     assert draws == list(range(6))
 
@@ -248,17 +377,60 @@ def test_seconds_without_room_are_reported_even_if_the_learner_asks_before_the_n
     assert 0.25 < worker.take_metrics()["rollout/waiting_seconds"] < PATIENCE
 
 
-def test_a_portion_in_progress_is_not_in_the_state(make):
+def test_what_is_in_progress_is_in_the_state_and_not_in_the_buffer(make):
     worker, sampler, buffer = make()
     sampler.permits = threading.Semaphore(1)
     worker.start()
-    until(lambda: len(sampler.asked) == 2)
+    until(lambda: len(sampler.asked) == 2 and len(buffer) == PER_CALL)
     with buffer.lock:
-        assert worker.state()["prompts"]["draw"] == len(buffer) == PER_CALL
+        state = worker.state()
+    assert (state["prompts"]["draw"], state["again"]) == (2 * PER_CALL, [2, 3])
     sampler.permits.release()
     until(lambda: len(buffer) == 2 * PER_CALL)
     with buffer.lock:
-        assert worker.state()["prompts"]["draw"] == 2 * PER_CALL
+        assert not {2, 3} & set(worker.state()["again"])
+
+
+def test_a_group_that_is_being_rewarded_is_in_the_state_and_its_version_stays(make):
+    rewarded = threading.Event()
+    worker, sampler, buffer = make(
+        mode="keep_with_anchor",
+        reward=lambda prompt, rollout: float(prompt.draw != 1 or rewarded.wait(PATIENCE)),
+        reward_threads=2,
+    )
+    worker.serve(4, path(4))
+    sampler.permits = threading.Semaphore(1)
+    worker.start()
+    until(lambda: len(sampler.asked) == 2 and len(buffer) == 1)
+    assert worker.state()["again"] == [1, 2, 3]
+    worker.serve(8, path(8))
+    sampler.permits.release()
+    until(lambda: sampler.version == 8 and len(buffer) == 3)
+    assert worker.versions() == {4, 8}  # nobody but the reward of draw 1 still needs 4
+    rewarded.set()
+    until(lambda: len(buffer) == 4)
+    assert worker.versions() == {8}
+    assert [g.prompt.draw for g in held(buffer)] == [0, 2, 3, 1]
+
+
+def test_a_version_stays_while_the_sampler_loads_it(make):
+    worker, sampler, _ = make(mode="keep_with_anchor")
+    loading, loaded = threading.Event(), threading.Event()
+    refresh = sampler.refresh
+
+    def slow_refresh(version, path):
+        loading.set()
+        assert loaded.wait(PATIENCE)
+        refresh(version, path)
+
+    sampler.refresh = slow_refresh
+    worker.serve(4, path(4))
+    worker.start()
+    assert loading.wait(PATIENCE)
+    worker.serve(8, path(8))
+    assert worker.versions() == {0, 4, 8}
+    loaded.set()
+    until(lambda: sampler.version == 8)
 
 
 def test_a_new_version_serves_between_portions_and_what_is_late_is_counted(make):
@@ -266,15 +438,14 @@ def test_a_new_version_serves_between_portions_and_what_is_late_is_counted(make)
     sampler.permits = threading.Semaphore(1)
     worker.serve(0, path(0))
     worker.start()
-    until(lambda: len(sampler.asked) == 2)  # one portion held, one in progress
-    assert len(buffer) == 2
+    until(lambda: len(sampler.asked) == 2 and len(buffer) == 2)  # one held, one in progress
     worker.serve(5, path(5))
     assert len(buffer) == 0
     assert buffer.counts == {"added": 2, "expired": 2}
     assert worker.versions() == {0, 5}
     assert sampler.version == 0  # a portion is never sampled from two versions
     sampler.permits.release()
-    until(lambda: len(sampler.asked) == 3)
+    until(lambda: len(sampler.asked) == 3 and buffer.counts["added"] == 4)
     assert len(buffer) == 0
     assert buffer.counts == {"added": 4, "expired": 4}
     assert sampler.refreshed == [(5, str(path(5)))]
@@ -309,10 +480,25 @@ def test_what_the_sampler_raises_reaches_the_learner(make):
     with pytest.raises(ZeroDivisionError) as caught:
         worker.check()
     assert caught.value is failure
-    assert worker.state()["prompts"]["draw"] == 0
+    state = worker.state()
+    assert (state["prompts"]["draw"], state["again"]) == (PER_CALL, [0, 1])
 
 
-def test_stop_ends_the_thread_after_its_portion(make):
+def test_a_reward_that_fails_reaches_a_learner_that_has_enough(make):
+    def reward(prompt, rollout):
+        return 1 / (2 - prompt.draw)
+
+    worker, _, buffer = make(reward=reward, capacity=100)
+    worker.start()
+    until(lambda: worker._failure)
+    assert len(buffer) >= 2
+    with pytest.raises(ZeroDivisionError):
+        buffer.wait(lambda: len(buffer) > 0, what="x", deadline=PATIENCE, alive=worker.check)
+    until(lambda: not worker._thread.is_alive())  # it samples no more
+    assert 2 in worker.state()["again"]
+
+
+def test_stop_waits_for_what_the_sampler_goes_on_with(make):
     worker, sampler, buffer = make()
     sampler.permits = threading.Semaphore(0)
     worker.start()
@@ -320,9 +506,78 @@ def test_stop_ends_the_thread_after_its_portion(make):
     threading.Timer(0.1, lambda: sampler.permits.release(1)).start()
     worker.stop()
     assert not worker._thread.is_alive()
-    assert len(sampler.asked) == 1
-    assert (len(buffer), worker.state()["prompts"]["draw"]) == (PER_CALL, PER_CALL)
+    assert (len(sampler.asked), sampler.closed) == (1, 1)
+    state = worker.state()
+    assert (len(buffer), state["prompts"]["draw"], state["again"]) == (PER_CALL, PER_CALL, [])
     worker.check()
+
+
+def test_stop_leaves_what_the_sampler_gives_up_to_be_sampled_again(make, tmp_path):
+    worker, sampler, buffer = make()
+    sampler.permits, sampler.gives_up = threading.Semaphore(1), True
+    worker.start()
+    until(lambda: len(sampler.asked) == 2 and len(buffer) == PER_CALL)
+    worker.stop()
+    assert not worker._thread.is_alive()
+    state = worker.state()
+    assert (state["prompts"]["draw"], state["again"]) == (2 * PER_CALL, [2, 3])
+    assert ledger_of(tmp_path) == {"held": 6, "in flight": 6}
+    worker.check()
+
+
+def test_stop_lets_rewards_end(make):
+    slow = lambda prompt, rollout: time.sleep(0.05) or 1.0
+    worker, sampler, buffer = make(reward=slow)
+    sampler.permits = threading.Semaphore(1)
+    worker.start()
+    until(lambda: len(sampler.asked) == 2)
+    sampler.gives_up = True
+    worker.stop()
+    assert [g.prompt.draw for g in held(buffer)] == [0, 1]
+    assert worker.state()["again"] == [2, 3]
+
+
+def test_stop_has_a_deadline(make):
+    worker, sampler, _ = make(deadline=0.1)
+    sampler.permits = threading.Semaphore(0)
+    worker.start()
+    until(lambda: sampler.asked)
+    with pytest.raises(RunError, match=r"thread did not end in .* s \(rollout\.deadline\)"):
+        worker.stop()
+
+
+def test_rewards_have_a_deadline_in_turns(make):
+    rewarded = threading.Event()
+    slow = lambda prompt, rollout: float(prompt.draw != 1 or rewarded.wait(PATIENCE))
+    worker, _, buffer = make(reward=slow, deadline=0.1)
+    with pytest.raises(RunError, match=r"1 groups were not rewarded .* \(rollout\.deadline\)"):
+        worker.produce()
+    rewarded.set()
+    until(lambda: len(buffer) == PER_CALL)
+
+
+def test_stop_has_a_deadline_for_rewards(make):
+    """The sampler has failed, so nobody but `stop` waits for the reward."""
+    begun, rewarded = threading.Event(), threading.Event()
+
+    def reward(prompt, rollout):
+        begun.set()
+        return float(rewarded.wait(PATIENCE))
+
+    worker, sampler, _ = make(reward=reward, deadline=0.1)
+
+    def generate(prompts, **settings):
+        yield from itertools.islice(type(sampler).generate(sampler, prompts, **settings), 1)
+        assert begun.wait(PATIENCE)
+        raise OSError("lost")
+
+    sampler.generate = generate
+    with pytest.raises(OSError, match="lost"):
+        worker.produce()
+    with pytest.raises(RunError, match=r"1 groups were not rewarded .* \(rollout\.deadline\)"):
+        worker.stop()
+    rewarded.set()
+    until(lambda: not worker._outstanding - {1})
 
 
 def test_stop_ends_a_thread_that_waits_for_room(make):

@@ -1,57 +1,14 @@
-"""What was learned: pass@k, avg@n, maj@n and greedy accuracy, with intervals.
+"""A split of the job's own data, sampled and graded in memory: what training asks of a policy."""
 
-python -m oapl_jax.evaluate --config=configs/arithmetic.py --workdir=runs/arithmetic [--step=N]
-"""
-
-import json
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags
 
-from oapl_jax.errors import UserError, exit_with_code
+from oapl_jax.errors import RunError, UserError
+from oapl_jax.evaluate.estimators import interval, maj_at_n, pass_curve
 from oapl_jax.rollout.sampler import Sampler, Sampling
 from oapl_jax.structs import Prompt, Rollout
-
-
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k): the chance that k of the n samples hold a right one.
-
-    The unbiased estimator of arXiv 2107.03374, as a product, so that no binomial overflows.
-
-    Raises:
-      ValueError: unless 1 <= k <= n and 0 <= c <= n.
-    """
-    if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
-        raise ValueError(
-            f"pass@{k} needs 1 <= k <= n and 0 <= c <= n; n={num_samples}, c={num_correct}"
-        )
-    if num_samples - num_correct < k:
-        return 1.0
-    wrong = np.arange(num_samples - num_correct + 1, num_samples + 1)
-    return float(1.0 - np.prod(1.0 - k / wrong))
-
-
-def maj_at_n(answers: Sequence[str], correct: Sequence[float]) -> float:
-    """Whether the most frequent final answer is right; in a tie, the share of those that are.
-
-    An answer is right if a response with it is: one that was cut off behind it gets no reward.
-    """
-    votes: dict[str, list[float]] = defaultdict(list)
-    for answer, right in zip(answers, correct, strict=True):
-        votes[answer].append(right)
-    most = max(map(len, votes.values()))
-    return float(np.mean([max(v) for v in votes.values() if len(v) == most]))
-
-
-def interval(values: np.ndarray, *, resamples: int, seed: int) -> tuple[float, float]:
-    """95 % interval of the mean by bootstrap over problems (percentiles)."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def evaluate(
@@ -91,9 +48,9 @@ def evaluate(
         raise UserError(
             f"evaluation.ks={list(ks)} must lie within 1 and evaluation.n={n}; raise n or change ks"
         )
-    sampled = sampler.generate(prompts, n=n, sampling=sampling)
+    sampled = in_order(sampler, prompts, n=n, sampling=sampling)
     greedy_sampling = Sampling(0.0, 1.0, 0, sampling.max_response_tokens)
-    greedy = sampler.generate(prompts, n=1, sampling=greedy_sampling)
+    greedy = in_order(sampler, prompts, n=1, sampling=greedy_sampling)
 
     right = [[float(reward(p, r) > 0) for r in rs] for p, rs in zip(prompts, sampled, strict=True)]
     majority = [
@@ -102,8 +59,9 @@ def evaluate(
     ]
     rollouts = [r for rs in sampled for r in rs]
     result: dict[str, Any] = {}
+    curves = np.array([pass_curve(n, int(sum(correct))) for correct in right])
     for k in ks:
-        values = np.array([pass_at_k(n, int(sum(correct)), k) for correct in right])
+        values = curves[:, k - 1]
         result[f"pass@{k}"] = float(values.mean())
         result[f"pass@{k}/interval"] = interval(values, resamples=resamples, seed=seed)
     result[f"avg@{n}"] = float(np.mean(right))
@@ -121,6 +79,24 @@ def evaluate(
     return result
 
 
+def in_order(
+    sampler: Sampler, prompts: Sequence[Prompt], *, n: int, sampling: Sampling
+) -> list[tuple[Rollout, ...]]:
+    """The rollouts of each prompt, in the order of the prompts.
+
+    Raises:
+      RunError: if some prompt got none.
+    """
+    done = {s.prompt.draw: s for s in sampler.generate(prompts, n=n, sampling=sampling)}
+    failed = [p.id for p in prompts if p.draw not in done or not done[p.draw].rollouts]
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(prompts)} prompts could not be sampled, the first is "
+            f"{failed[0]}"
+        )
+    return [done[p.draw].rollouts for p in prompts]
+
+
 def table(results: dict[str, dict[str, Any]]) -> str:
     """A plain-text table, a row for each named result."""
     first = next(iter(results.values()))
@@ -135,23 +111,3 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for name, result in results.items():
         lines.append("".join([f"{name:<8}", *(f"{result[c]:>12.3f}" for c in columns)]))
     return "\n".join(lines)
-
-
-def main() -> None:
-    from oapl_jax.command import read_command_line  # both import this module
-    from oapl_jax.job import open_job
-
-    step = flags.DEFINE_integer("step", None, "checkpoint step; the newest by default")
-    split = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "which prompts")
-    config, workdir = read_command_line()
-    if not (workdir / "checkpoints").exists():
-        raise UserError(f"--workdir={workdir} holds no checkpoints; train there first")
-    job = open_job(config, workdir)
-    found, params = job.params_at(step.value)
-    result = job.grade(found, params, split.value)
-    print(table({str(found): result}))
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    exit_with_code(main)

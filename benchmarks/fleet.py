@@ -1,0 +1,253 @@
+"""How busy the fleet's client keeps a real server, against SGLang's own benchmark client.
+
+    make sglang
+    python benchmarks/fleet.py [--rounds=5]
+
+Both send token ids to one SGLang server on the CPU, with the same number of responses in flight and
+the same lengths, in turns, since a shared machine drifts. Two figures of each: output tokens a
+second, and requests in the server, which is the sum of the times that requests spent there, by its
+own account, over the time that the client took. The medians of the rounds' ratios count; the second
+suffers less from what else the machine does. The model is tiny: the faster the server, the more it
+waits for its client. Groups of 8 are shown too; SGLang's client has no such thing.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from oapl_jax import learner
+from oapl_jax.checkpoint import Weights
+from oapl_jax.models.config import ModelConfig
+from oapl_jax.models.transformer import Transformer
+from oapl_jax.probe import make_probe
+from oapl_jax.publisher import publish
+from oapl_jax.rollout.fleet import Fleet
+from oapl_jax.rollout.roster import FleetSettings
+from oapl_jax.rollout.sampler import Sampling
+from oapl_jax.sharding import make_mesh
+from oapl_jax.structs import Prompt
+from oapl_jax.tokenizer import make_character_tokenizer
+
+ROOT = pathlib.Path(__file__).parents[1]
+PYTHON = str(ROOT / ".venv-sglang/bin/python")
+SIZES = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 4096,  # so that a random model hardly ever draws the end of a response
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+IN_FLIGHT, RESPONSES = 32, 512
+PROMPT_TOKENS, RESPONSE_TOKENS = 32, 64
+GROUP_SIZES = (1, 8)
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=RESPONSE_TOKENS)
+DEADLINE = 180.0  # seconds for the server to be ready
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def publish_model(directory: epath.Path, config: ModelConfig, tokenizer) -> epath.Path:
+    model = Transformer(config, jnp.dtype("float32"), remat="none")
+    params = jax.jit(functools.partial(learner.init_params, model))(jax.random.key(0))
+    mesh = make_mesh(data=1, fsdp=-1, tensor=1)
+    probe = make_probe(model, mesh, row_length=64, rows_multiple=1, logp_chunk=64)
+    weights = Weights(directory / "weights")
+    weights.save(0, params, {**probe(params), "dtype": "float32"})
+    weights.wait()
+    path = publish(
+        weights.path(0),
+        config,
+        version=0,
+        directory=directory,
+        tokenizer=tokenizer,
+        dtype="float32",
+        config_hash="",
+    )
+    weights.close()
+    return path
+
+
+@contextlib.contextmanager
+def server(path: epath.Path, log: pathlib.Path) -> Iterator[str]:
+    port = free_port()
+    command = [PYTHON, "cpu_setup/serve.py", f"--model-path={path}", f"--port={port}"]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            ["setpriv", "--pdeathsig=KILL", *command, "--skip-tokenizer-init"],
+            cwd=ROOT,
+            env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        deadline = time.monotonic() + DEADLINE
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30).close()
+                break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the server did not start; see {log}")
+            time.sleep(1.0)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def open_fleet(url: str, path: epath.Path, config: ModelConfig, tokenizer, group: int) -> Fleet:
+    settings = FleetSettings(
+        servers=(url,),
+        servers_file="",
+        router="",
+        members_every=5.0,
+        max_in_flight=IN_FLIGHT // group,
+        attempts=1,
+        backoff=0.5,
+        backoff_limit=30.0,
+        health_every=10.0,
+        connect_deadline=5.0,
+        answer_deadline=60.0,
+        request_deadline=600.0,
+        drain_deadline=60.0,
+        update_deadline=60.0,
+        start_deadline=DEADLINE,
+        no_server_deadline=DEADLINE,
+        refresh_share=1.0,
+        probe_gap={"float32": 1e-3, "bfloat16": 0.3},
+        mixed_versions="reissue",
+    )
+    fleet = Fleet(
+        config,
+        settings,
+        tokenizer=tokenizer,
+        stop_ids=config.eos_token_ids,
+        sampling=SAMPLING,
+        max_prompt_tokens=PROMPT_TOKENS,
+        dtype="float32",
+        older_versions=False,
+        say=print,
+    )
+    fleet.refresh(0, path)
+    return fleet
+
+
+def seconds_in_server(url: str) -> float:
+    """Summed over all requests that the server has answered."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    named = [line for line in lines if line.startswith("sglang:e2e_request_latency_seconds_sum")]
+    return sum(float(line.split()[-1]) for line in named)
+
+
+def ours(fleet: Fleet, group: int, seed: int) -> tuple[int, float]:
+    """Output tokens and seconds of the fleet's client."""
+    rng = np.random.default_rng(seed)
+    draw = lambda: rng.integers(2, SIZES["vocab_size"], PROMPT_TOKENS).astype(np.int32)
+    prompts = [Prompt(str(i), i, draw(), "", "", "") for i in range(RESPONSES // group)]
+    start = time.perf_counter()
+    sampled = list(fleet.generate(prompts, n=group, sampling=SAMPLING))
+    seconds = time.perf_counter() - start
+    rollouts = [rollout for s in sampled for rollout in s.rollouts]
+    if len(rollouts) != RESPONSES:
+        raise SystemExit(f"the fleet got {len(rollouts)} of {RESPONSES} responses")
+    return sum(len(rollout.tokens) for rollout in rollouts), seconds
+
+
+def theirs(url: str, path: epath.Path, seed: int) -> tuple[int, float]:
+    """The same of SGLang's benchmark client, by its own account."""
+    with tempfile.NamedTemporaryFile() as file:
+        flags = {
+            "backend": "sglang",
+            "base-url": url,
+            "model": path,
+            "dataset-name": "random-ids",
+            "random-input-len": PROMPT_TOKENS,
+            "random-output-len": RESPONSE_TOKENS,
+            "random-range-ratio": 1.0,
+            "num-prompts": RESPONSES,
+            "max-concurrency": IN_FLIGHT,
+            "warmup-requests": 0,
+            "temperature": 1.0,
+            "seed": seed,
+            "output-file": file.name,
+        }
+        switches = ("tokenize-prompt", "return-logprob", "disable-stream", "disable-ignore-eos")
+        command = [PYTHON, "-Wignore", "cpu_setup/bench.py", "--disable-tqdm"]
+        command += [f"--{name}={value}" for name, value in flags.items()]
+        command += [f"--{switch}" for switch in switches]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        result = json.loads(pathlib.Path(file.name).read_text().splitlines()[-1])
+    if result["completed"] != RESPONSES:
+        raise SystemExit(f"SGLang's client got {result['completed']} of {RESPONSES} responses")
+    return result["total_output_tokens"], result["duration"]
+
+
+def measure(url: str, run: Callable[[], tuple[int, float]]) -> tuple[float, float]:
+    """Output tokens a second, and requests in the server."""
+    before = seconds_in_server(url)
+    tokens, seconds = run()
+    return tokens / seconds, (seconds_in_server(url) - before) / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    if not (ROOT / ".venv-sglang/done").exists():
+        raise SystemExit("SGLang is not installed (.venv-sglang); run make sglang")
+    config = ModelConfig.from_hf(SIZES, source="benchmarks/fleet.py")
+    with tempfile.TemporaryDirectory() as place:
+        directory = epath.Path(place)
+        tokenizer = make_character_tokenizer("0123456789", f"{place}/tokenizer")
+        path = publish_model(directory, config, tokenizer)
+        with server(path, pathlib.Path(place) / "server.log") as url:
+            fleets = {n: open_fleet(url, path, config, tokenizer, n) for n in GROUP_SIZES}
+            clients = {"SGLang's client": functools.partial(theirs, url, path)}
+            for n, fleet in fleets.items():
+                clients[f"ours, groups of {n}"] = functools.partial(ours, fleet, n)
+            for run in clients.values():
+                run(seed=0)  # until everything is ready and warm
+            rows = np.array(
+                [
+                    [measure(url, functools.partial(run, seed=seed)) for run in clients.values()]
+                    for seed in range(1, rounds + 1)
+                ]
+            )
+            for fleet in fleets.values():
+                fleet.close()
+    ratios = np.median(rows / rows[:, :1], axis=0)
+    print("| client | tokens/s | ratio | in the server | ratio |\n|---|---|---|---|---|")
+    for name, (rate, busy), by in zip(clients, np.median(rows, axis=0), ratios, strict=True):
+        print(f"| {name} | {rate:.0f} | {by[0]:.3f} | {busy:.2f} | {by[1]:.3f} |")
+    print(json.dumps({"rounds": rows.tolist()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Publishing an Orbax step: bytes a second as a share of the disk's, and memory.
+
+    python benchmarks/publishing.py [--directory=runs] [--rounds=5] [--json=FILE]
+
+A model of SmolLM2-135M's shape with random weights is saved with Orbax and published. In turns with
+each publication, as many bytes are written to the same disk in one go and synced: that is the
+disk's speed, and the median of the ratios counts, since a shared machine drifts. The step is in the
+page cache, as after a save. Memory is the rise of the peak of a process that only publishes.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from oapl_jax.models import hf
+from oapl_jax.models.config import ModelConfig
+from oapl_jax.publisher import publish, read_manifest
+
+SIZES = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}
+CONFIG = ModelConfig.from_hf(SIZES, source="SmolLM2-135M")
+BLOCK = 16 << 20
+
+
+class NoTokenizer:
+    def save_pretrained(self, directory: str) -> None:
+        """Has no files."""
+
+
+def save_step(directory: epath.Path) -> epath.Path:
+    """An Orbax step of random weights, finished."""
+    from flax.traverse_util import unflatten_dict
+
+    from oapl_jax.checkpoint import Weights  # the process that publishes does without
+
+    rng = np.random.default_rng(0)
+    flat: dict[str, Any] = {}
+    for tensor in hf.tensors_of(CONFIG):
+        shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
+        shape = shape if tensor.layer is None else (CONFIG.num_layers, *shape)
+        if tensor.path not in flat:
+            flat[tensor.path] = rng.standard_normal(shape, np.float32) * np.float32(0.05)
+    weights = Weights(directory)
+    weights.save(0, unflatten_dict(flat, sep="/"), {"tokens": [], "logp": [], "dtype": "float32"})
+    weights.close()
+    return weights.path(0)
+
+
+def publish_once(source: epath.Path, directory: epath.Path, dtype: str) -> tuple[float, int]:
+    """Seconds and bytes of one publication, which is removed again."""
+    start = time.perf_counter()
+    path = publish(
+        source,
+        CONFIG,
+        version=0,
+        directory=directory,
+        tokenizer=NoTokenizer(),
+        dtype=dtype,
+        config_hash="",
+    )
+    seconds = time.perf_counter() - start
+    written = sum(entry["bytes"] for entry in read_manifest(path)["files"].values())
+    directory.rmtree()
+    return seconds, written
+
+
+def write_once(path: pathlib.Path, size: int, block: bytes) -> float:
+    """Seconds to write and sync this many bytes."""
+    start = time.perf_counter()
+    with path.open("wb", buffering=0) as file:
+        for _ in range(size // len(block)):
+            file.write(block)
+        file.write(block[: size % len(block)])
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    path.unlink()
+    return seconds
+
+
+def hash_rate(block: bytes) -> float:
+    start = time.perf_counter()
+    hashlib.sha256(block).digest()
+    return len(block) / (time.perf_counter() - start)
+
+
+def memory(which: str) -> int:
+    """Bytes of this process: now (VmRSS) or at most since the last reset (VmHWM)."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
+
+
+def measure(source: epath.Path, directory: pathlib.Path, dtype: str, rounds: int) -> dict[str, Any]:
+    """In a process that does nothing else."""
+    versions = epath.Path(directory / "versions")
+    before = memory("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    _, size = publish_once(source, versions, dtype)
+    rise = memory("VmHWM") - before
+    block = np.random.default_rng(0).bytes(BLOCK)
+    rows = []
+    for _ in range(rounds):
+        disk = size / write_once(directory / "file", size, block)
+        cpu, (seconds, _) = time.process_time(), publish_once(source, versions, dtype)
+        cores = (time.process_time() - cpu) / seconds
+        rows.append((size / seconds, disk, size / seconds / disk, hash_rate(block), cores))
+    publishing, disk, ratio, hashing, cores = np.median(rows, axis=0)
+    largest = max(np.prod(tensor.shape) for tensor in hf.tensors_of(CONFIG)) * size_of(dtype)
+    return {
+        "dtype": dtype,
+        "MB": round(size / 1e6),
+        "publish MB/s": round(publishing / 1e6),
+        "disk MB/s": round(disk / 1e6),
+        "ratio": round(ratio, 2),
+        "lowest ratio": round(min(row[2] for row in rows), 2),
+        "highest ratio": round(max(row[2] for row in rows), 2),
+        "sha256 MB/s": round(hashing / 1e6),
+        "cores": round(cores, 2),
+        "memory MB": round(rise / 1e6),
+        "memory bound MB": round((2 * largest + 1e9) / 1e6),
+    }
+
+
+def size_of(dtype: str) -> int:
+    return np.dtype(hf.EXPORT_DTYPES[dtype][1]).itemsize
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--directory", type=pathlib.Path, default=pathlib.Path("runs"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=pathlib.Path, help="where to write the results")
+    parser.add_argument("--source", help=argparse.SUPPRESS)  # for the process that only publishes
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.source:
+        result = measure(epath.Path(given.source), given.directory, given.dtype, given.rounds)
+        print(json.dumps(result))
+        return
+    given.directory.mkdir(parents=True, exist_ok=True)
+    results = []
+    place = pathlib.Path(tempfile.mkdtemp(prefix="publishing-", dir=given.directory.resolve()))
+    try:
+        source = save_step(epath.Path(place / "weights"))
+        for dtype in hf.EXPORT_DTYPES:
+            options = [f"--source={source}", f"--dtype={dtype}", f"--directory={place}"]
+            command = [sys.executable, __file__, *options, f"--rounds={given.rounds}"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            results.append(json.loads(done.stdout.splitlines()[-1]))
+    finally:
+        shutil.rmtree(place)
+    columns = list(results[0])
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for result in results:
+        print("| " + " | ".join(str(result[c]) for c in columns) + " |")
+    print(json.dumps(results))
+    if given.json:
+        given.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

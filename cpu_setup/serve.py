@@ -1,0 +1,65 @@
+"""An unmodified SGLang server on a CPU, to test and to try the fleet; in an environment of its own.
+
+    make sglang
+    .venv-sglang/bin/python cpu_setup/serve.py --model-path=DIR --port=30000
+
+Flags are SGLang's; those that a CPU needs are set here and can be overridden. A model with a
+tokenizer that does not know English letters needs --skip-tokenizer-init.
+"""
+
+import os
+import sys
+import types
+
+# Threads wait for each other where cores are few: ten times slower without the first. Rotary angles
+# in the model's dtype cost three digits of the log-probs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")
+os.environ.update(SGLANG_USE_CPU_ENGINE="1", CUDA_VISIBLE_DEVICES="")
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+
+import torch
+
+CPU_FLAGS = [
+    "--device=cpu",
+    "--dtype=float32",
+    "--attention-backend=torch_native",
+    "--sampling-backend=pytorch",
+    "--disable-cuda-graph",
+    "--disable-overlap-schedule",
+    "--sleep-on-idle",  # otherwise an idle server keeps a core busy
+    "--page-size=1",
+    "--max-running-requests=32",
+    "--max-total-tokens=16384",
+    "--enable-metrics",
+]
+
+
+class Absent(types.ModuleType):
+    """Stands in for a package whose functions SGLang imports by name and does not call here."""
+
+    __version__ = "0"
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*args, **kwargs):
+            raise NotImplementedError(f"{self.__name__}.{name}: the package is not installed")
+
+        return missing
+
+
+# At the top level, since SGLang's processes load this file again.
+sys.modules["sgl_kernel"] = Absent("sgl_kernel")  # it has no CPU wheel
+# torchvision's compiled operators need CUDA; its Python part, which SGLang imports, wants them
+# declared.
+vision = torch.library.Library("torchvision", "DEF")
+for operator in ("nms", "qnms"):
+    vision.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+if __name__ == "__main__":
+    import runpy
+
+    sys.argv[1:1] = CPU_FLAGS
+    runpy.run_module("sglang.launch_server", run_name="__main__")

@@ -1,0 +1,96 @@
+"""Files written in one go: hashed and brought to the disk while their next part is made."""
+
+import collections
+import hashlib
+import os
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from etils import epath
+
+READERS = 4
+SYNC_EVERY = 64 << 20  # bytes that wait before the disk begins to take them
+
+X = TypeVar("X")
+Y = TypeVar("Y")
+
+
+def on_disk(path: epath.PathLike) -> bool:
+    """False for an object store: it has no cache of ours to flush, and renames by copying."""
+    return "://" not in os.fspath(path)
+
+
+def write_file(path: epath.Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Writes parts end to end; when it returns, they are on the disk.
+
+    Args:
+      path: of the file, local or not.
+      parts: bytes, or flat views of bytes.
+
+    Returns:
+      {"bytes": size, "sha256": hexadecimal digest}.
+
+    Raises:
+      OSError: if the disk is full or fails.
+    """
+    digest, size, waiting = hashlib.sha256(), 0, 0
+    local, syncing = on_disk(path), None
+    with ThreadPoolExecutor(2) as threads, path.open("wb") as file:
+        for part in parts:
+            hashing = threads.submit(digest.update, part)
+            file.write(part)
+            size, waiting = size + len(part), waiting + len(part)
+            hashing.result()
+            # Else the disk would idle until the end, and then everything wait for it.
+            if local and waiting >= SYNC_EVERY and (syncing is None or syncing.done()):
+                if syncing:
+                    syncing.result()
+                file.flush()
+                syncing, waiting = threads.submit(os.fsync, file.fileno()), 0
+        if local:
+            if syncing:
+                syncing.result()
+            file.flush()
+            os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def ahead(
+    make: Callable[[X], Y], items: Iterable[X], *, cost: Callable[[X], int], room: int
+) -> Generator[Y, None, None]:
+    """`make` of each item, in order; threads make the next ones while the caller has one.
+
+    Args:
+      make: called in threads.
+      items: arguments of `make`.
+      cost: of an item's result.
+      room: the results that the caller has not asked for yet cost no more (or there is only one).
+    """
+    coming: collections.deque[tuple[int, Future[Y]]] = collections.deque()
+    taken = 0
+    with ThreadPoolExecutor(READERS) as threads:
+        for item in items:
+            while coming and taken + cost(item) > room:
+                price, result = coming.popleft()
+                taken -= price
+                yield result.result()
+            coming.append((cost(item), threads.submit(make, item)))
+            taken += cost(item)
+        while coming:
+            yield coming.popleft()[1].result()
+
+
+def sync_directory(path: epath.Path) -> None:
+    """Brings the names in a directory to the disk."""
+    if on_disk(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def one_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

@@ -1,0 +1,56 @@
+"""Advantages of the policy-gradient family: what a response is worth beside its group.
+
+    grpo      A_i = (r_i - mean r) / (std r + 1e-6)      std with G - 1; arXiv 2402.03300
+    dr_grpo   A_i = r_i - mean r                         arXiv 2503.20783
+    rloo      A_i = r_i - mean_{j != i} r_j              arXiv 2402.14740
+    maxrl     A_i = (r_i - mean r) / mean r              arXiv 2602.02710, algorithm 1
+
+Any of them goes with any loss whose gradient on fresh data is that of -A log pi.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def advantage(reward: Float[Array, " G"], *, estimator: str) -> Float[Array, " G"]:
+    """The advantages of a whole group, exactly 0 if its rewards are equal.
+
+    Raises:
+      ValueError: for an unknown estimator.
+    """
+    if estimator not in ADVANTAGES:
+        raise ValueError(f"estimator is one of {tuple(ADVANTAGES)}")
+    return jax.lax.stop_gradient(ADVANTAGES[estimator](reward.astype(jnp.float32)))
+
+
+def dr_grpo(reward: Float[Array, " G"]) -> Float[Array, " G"]:
+    """r_i - mean r."""
+    reward = reward - reward[0]  # the mean of equal rewards is rounded; that of zeros is not
+    return reward - jnp.mean(reward)
+
+
+def grpo(reward: Float[Array, " G"]) -> Float[Array, " G"]:
+    """(r_i - mean r) / (std r + 1e-6); the reward of a group of one is its own mean."""
+    centred = dr_grpo(reward)
+    if len(reward) == 1:
+        return centred
+    return centred / (jnp.std(reward - reward[0], ddof=1) + 1e-6)
+
+
+def rloo(reward: Float[Array, " G"]) -> Float[Array, " G"]:
+    """r_i less the mean of the others = G / (G - 1) (r_i - mean r)."""
+    return dr_grpo(reward) * len(reward) / max(len(reward) - 1, 1)
+
+
+def maxrl(reward: Float[Array, " G"]) -> Float[Array, " G"]:
+    """(r_i - mean r) / mean r, and 0 where nothing was right; for rewards that are not negative.
+
+    The reciprocal of the pass rate turns the gradient of p into that of log p: hard prompts weigh
+    more. For its expectation see maxrl.py.
+    """
+    mean = jnp.mean(reward)
+    return jnp.where(mean > 0, dr_grpo(reward) / jnp.where(mean > 0, mean, 1.0), 0.0)
+
+
+ADVANTAGES = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo, "maxrl": maxrl}

@@ -1,0 +1,100 @@
+"""The words of an answer: names, units, choices, and text that is no mathematics."""
+
+import re
+
+TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+EMPTY = {
+    "nosolution", "nosolutions", "norealsolution", "norealsolutions", "nosolutionexists", "none",
+    "nosuchnumbers", "emptyset", "theemptyset", r"\emptyset", r"\{\}",
+}  # fmt: skip
+# A, (a), B., C) 12: a letter without capitals may be a variable, unless it is in brackets.
+CHOICE = re.compile(r"(?i:option|choice)?(?:\(?([A-HJ])(?:[).](?:[\\$A-Za-z0-9].*)?)?|\(([a-h])\))")
+FUNCTIONS = {
+    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "log", "ln", "exp",
+    "sqrt", "max", "min", "gcd", "lcm", "mod", "frac", "pi", "theta", "alpha", "beta", "inf",
+    "infinity",
+}  # fmt: skip
+ANGLE_OF = re.compile(r"sin|cos|tan|cot|sec|csc")
+NAME_BREAKS = re.compile(
+    r"[+*/<>&|!:-]|\^(?!\{?-1)"
+    r"|\\(?:cdot|times|frac|sqrt|pm|mp|div|sum|int|prod|log|ln|sin|cos|tan)(?![A-Za-z])"
+)
+# Other spellings of a unit; plurals lose their s before. "" is no unit.
+UNITS = {
+    "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "kilometer": "km",
+    "kilometre": "km", "meter": "m", "metre": "m", "inch": "in", "inche": "in", "foot": "ft",
+    "feet": "ft", "mile": "mi", "yard": "yd", "second": "s", "sec": "s", "minute": "min",
+    "hour": "h", "hr": "h", "kilogram": "kg", "gram": "g", "pound": "lb", "ounce": "oz",
+    "liter": "l", "litre": "l", "dollar": "$", r"\dollar": "$", "usd": "$", "degree": "°",
+    "deg": "°", r"^\circ": "°", "year": "yr", "mileperhour": "mph", "milesperhour": "mph",
+    "kilometersperhour": "km/h", "km/hr": "km/h", "radian": "", "rad": "", "unit": "",
+}  # fmt: skip
+POWERS = {"squared": "2", "square": "2", "sq": "2", "cubed": "3", "cubic": "3"}
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+POWER = r"\s*\^\s*\{?[23]\}?"
+UNIT = re.compile(
+    rf"(?<=[0-9}})!.a-z°])\s*(?:\\text\s*\{{\s*(?P<text>[^{{}}]+)\}}(?P<text_power>{POWER})?"
+    r"|(?P<sign>\^\\circ|\\dollar)"
+    # Without a blank, 5m is a product.
+    r"|(?<=[0-9}) ])(?P<short>cm|mm|km|kg|mg|ft|in|lb|oz|mph|km/h|m/s|ml|min|hr|am|pm"
+    r"|(?<= )[msghL])"
+    rf"(?P<short_power>{POWER})?"
+    rf"|(?<=[0-9}}) ]) (?P<words>[A-Za-z]{{3,}}[A-Za-z ./]*)(?P<words_power>{POWER})?)$"
+)
+ORDINAL = re.compile(r"(?<=[0-9])\s*(?:\^\s*)?\{?\s*(?:\\text\s*\{)?(?:st|nd|rd|th)\}{0,2}$")
+
+
+def words(text: str) -> str | None:
+    """Words without mathematics, in one spelling; None if there is mathematics."""
+    inner = re.sub(r"\s+", "", TEXT.sub(r" \1 ", text))
+    if inner.lower() in EMPTY:
+        return "∅"
+    if choice := CHOICE.fullmatch(re.sub(r"[\s*]", "", TEXT.sub(r"\1", text))):
+        return (choice[1] or choice[2]).upper()
+    plain = re.sub(r"[^a-z]", "", inner.lower())
+    if not re.fullmatch(r"[\"']?[A-Za-z][A-Za-z'.\"()/-]*", inner) or len(plain) < 2:
+        return None
+    if re.search(r"[A-Za-z]\(|[/-](?![A-Za-z]{3})", inner.rstrip(".")):  # f(x), a/b
+        return None
+    return plain if TEXT.fullmatch(text) or (len(plain) > 2 and plain not in FUNCTIONS) else None
+
+
+def name(text: str) -> str | None:
+    r"""What may stand before "=" to be told: x, f(x), a_1, \text{area}, (x, y); else None."""
+    text = re.sub(r"\s+", "", TEXT.sub(r"\1", text))
+    core = re.sub(r"_\{[^{}]*\}|_.|\{[^{}]*\}|(?<=.)\([^()]*\)|'", "", text)
+    if core[:1].isdigit() or not re.search("[A-Za-z]", core) or NAME_BREAKS.search(core):
+        return None
+    return text.strip("()").replace("{", "").replace("}", "")
+
+
+def measure(text: str) -> tuple[str, str, bool]:
+    """The number in "5 million cm^2" or "50%": without what stands around it, its unit, and whether
+    it is a percentage."""
+    text, scale, found_unit = ORDINAL.sub("", text.strip()), 0, ""
+    if dollars := re.fullmatch(r"(-?)\s*\\dollar\s*(.*)", text):
+        text, found_unit = dollars[1] + dollars[2], "$"
+    while found := UNIT.search(text):
+        said = (found["text"] or found["words"] or found["short"] or found["sign"]).lower().split()
+        power = found["text_power"] or found["words_power"] or found["short_power"] or ""
+        if not said or said[0] in FUNCTIONS or (found["sign"] and ANGLE_OF.search(text)):
+            break
+        text = text[: found.start()].rstrip()
+        while said and said[0] in SCALES:
+            scale += SCALES[said.pop(0)]
+        found_unit = unit(" ".join(said), re.sub(r"[^23]", "", power)) + found_unit
+    percent = text.endswith("%")
+    text = text.removesuffix("%").strip()
+    return rf"{text} \cdot 10^{{{scale}}}" if scale else text, found_unit, percent
+
+
+def unit(said: str, power: str) -> str:
+    """One spelling of a unit."""
+    for word, by in POWERS.items():
+        said, count = re.subn(rf"\b{word}\b\.?", "", said)
+        power = by if count else power
+    said = re.sub(r"[\s.]+", "", said)
+    if said != r"^\circ" and "^" in said:
+        said, _, power = said.partition("^")
+    said = UNITS.get(said, UNITS.get(said.removesuffix("s"), said.removesuffix("s")))
+    return said + power if said else ""

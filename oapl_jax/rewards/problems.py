@@ -1,0 +1,142 @@
+"""The tests of a problem, the program in a response, and when outputs agree: pure functions.
+
+The tests of a problem travel in the `answer` of its record, as JSON:
+
+    {"kind": "stdin", "name": "", "tests": [["3 4\\n", "7\\n"], ...]}
+    {"kind": "call", "name": "twoSum", "tests": [["[2, 7]\\n9", "[0, 1]"], ...]}
+
+`stdin`: what the program reads and what it must print. `call`: one JSON value a line for each
+argument of the function `name`, or of the method of that name of `class Solution`, and the JSON of
+what it must return. This is the form of LiveCodeBench, and of DeepCoder's three sources once their
+lists are written as JSON.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from oapl_jax.errors import UserError
+
+KINDS = ("stdin", "call")
+BLOCK = re.compile(r"```(?:\w+)?\n(.*?)```", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The tests of a problem: `kind` and `name` as above, and pairs of input and output."""
+
+    kind: str
+    name: str
+    tests: tuple[tuple[str, str], ...]
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        return hashlib.sha256(repr((self.kind, self.name, self.tests)).encode()).digest()
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the longest input and of the longest expected output."""
+        size = lambda part: max(len(test[part].encode(errors="replace")) for test in self.tests)
+        return size(0), size(1)
+
+
+def extract(response: str, *, thinking_opened: bool) -> str | None:
+    """The last fenced block behind the thinking part; None if there is none.
+
+    As in the reward that was released with arXiv 2602.19362 (and DeepCoder's), which knows of no
+    thinking part.
+
+    Args:
+      response: of a policy.
+      thinking_opened: whether the prompt ends inside the thinking part (its template writes
+        `<think>`), so that a response without `</think>` never came to an answer.
+    """
+    _, end, answer = response.rpartition("</think>")
+    if "<think>" in answer or (thinking_opened and not end):
+        return None
+    blocks = BLOCK.findall(answer)
+    return blocks[-1].strip() if blocks else None
+
+
+@functools.lru_cache(maxsize=32)  # the responses to one prompt are graded one after the other
+def parse_problem(answer: str) -> Problem:
+    """Reads the tests of a record from its `answer`.
+
+    Raises:
+      UserError: saying what is wrong with them.
+    """
+
+    def refuse(wrong: Any, what: str) -> None:
+        if wrong:
+            raise UserError(f"the tests of a record can't be used: {what}; build the data again")
+
+    try:
+        record = json.loads(answer)
+    except ValueError as error:
+        raise UserError(
+            f"the tests of a record can't be used: they are not JSON ({error}); build the data "
+            "again"
+        ) from error
+    form = isinstance(record, dict) and record.keys() == {"kind", "name", "tests"}
+    refuse(not form, 'they are not an object of "kind", "name" and "tests"')
+    kind, name, tests = record["kind"], record["name"], record["tests"]
+    refuse(kind not in KINDS, f"kind {kind!r} is not one of {', '.join(KINDS)}")
+    named = isinstance(name, str) and (name.isidentifier() if kind == "call" else name == "")
+    refuse(not named, f"name {name!r} does not fit kind {kind}")
+    refuse(not isinstance(tests, list) or not tests, "there are none")
+    for index, test in enumerate(tests):
+        pair = isinstance(test, list) and [type(part) for part in test] == [str, str]
+        refuse(not pair, f"test {index} is not a pair of strings")
+        if kind == "call":
+            try:
+                for line in (*test[0].split("\n"), test[1]):
+                    json.loads(line)
+            except ValueError:
+                refuse(True, f"test {index} is not one JSON value a line")
+    return Problem(kind, name, tuple((given, expected) for given, expected in tests))
+
+
+def choose_tests(problem: Problem, most: int) -> list[int]:
+    """Indices of the tests that count, in order: the `most` with the longest inputs; 0 for all."""
+    by_length = sorted(
+        range(len(problem.tests)), key=lambda i: len(problem.tests[i][0]), reverse=True
+    )
+    return sorted(by_length[: most or None])
+
+
+def same_output(printed: str, expected: str) -> bool:
+    """Whether two texts agree line by line, each stripped of white space.
+
+    A line that differs must hold the same numbers: 1.50 is 1.5 and 1e3 is 1000, but there is no
+    tolerance. This is LiveCodeBench's rule (lcb_runner/evaluation/testing_util.py), with which the
+    code released with arXiv 2602.19362 grades all of its sources.
+    """
+    lines, wanted = (
+        [line.strip() for line in text.strip().split("\n")] for text in (printed, expected)
+    )
+    return len(lines) == len(wanted) and all(map(_same_line, lines, wanted))
+
+
+def same_value(returned: str, expected: str) -> bool:
+    """Whether two JSON texts hold equal values.
+
+    Python's equality, so 1 is 1.0 and no tolerance; a tuple was returned as a list. LiveCodeBench's
+    rule, but for tuples and integer keys inside of other values, which it takes for different.
+    """
+    try:
+        return json.loads(returned) == json.loads(expected)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _same_line(line: str, wanted: str) -> bool:
+    if line == wanted:
+        return True
+    try:
+        return [Decimal(part) for part in line.split()] == [Decimal(p) for p in wanted.split()]
+    except InvalidOperation:
+        return False

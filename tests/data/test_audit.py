@@ -1,0 +1,201 @@
+"""The audit: what counts as the same problem, and the command over a configuration."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from oapl_jax.data import samples
+from oapl_jax.data.audit import audit, ngrams, normalized, table
+from oapl_jax.data.records import Record, user
+
+WORDS = [f"word{i}" for i in range(40)]
+
+
+def record(name, text, source="eval"):
+    return Record(name, user(text), "", "math", {}, source)
+
+
+def words(first, last):
+    return " ".join(WORDS[first:last])
+
+
+def found(train, evaluation):
+    result = audit(
+        [record(f"t{i}", text, "train") for i, text in enumerate(train)],
+        [record(f"e{i}", text) for i, text in enumerate(evaluation)],
+    )
+    return result["evaluation"]["eval"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Find $x^2 + 1$.", "find  x^2+1."),
+        (r"Let \( a \) and \[b\]", "let a\nand b"),
+        (r"\left(a\,b\right) \quad c", "(ab)c"),
+        ("ﬁnd ①", "find 1"),
+        (r"\displaystyle \frac{1}{2}", r"\frac{1}{2}"),
+    ],
+)
+def test_equal_after_normalisation(one, other):
+    assert found([one], [other])["exact"] == {"train": 1}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Find 2+3.", "Find 2-3."),
+        ("Find 12.", "Find 21."),
+        (r"a \leftarrow b", "a arrow b"),
+        (r"\lefty", "y"),
+    ],
+)
+def test_different_after_normalisation(one, other):
+    part = found([one], [other])
+    assert part["exact"] == {"train": 0}
+    assert part["found"] == []
+
+
+def test_thirteen_words_in_a_row_are_found_and_twelve_are_not():
+    # 20 words have 8 runs of 13; the first 14 words hold two of them.
+    part = found([words(0, 14)], [words(0, 20)])
+    assert part["ngram"] == {"train": 1}
+    (hit,) = part["found"]
+    assert hit["share"] == 0.25
+    assert (hit["id"], hit["train_id"], hit["train_source"], hit["exact"]) == (
+        "e0",
+        "t0",
+        "train",
+        False,
+    )
+    assert hit["text"] == words(0, 20)[:100]
+    assert found([words(0, 13)], [words(0, 20)])["found"][0]["share"] == 0.125
+    assert found([words(0, 12)], [words(0, 20)])["found"] == []
+    assert found([words(0, 12) + " other " + words(12, 20)], [words(0, 20)])["found"] == []
+
+
+def test_symbols_between_words_do_not_count_and_order_does():
+    assert found(["; ".join(WORDS[:13])], [words(0, 20)])["ngram"] == {"train": 1}
+    backwards = " ".join(reversed(WORDS[:20]))
+    assert found([backwards], [words(0, 20)])["ngram"] == {"train": 0}
+
+
+def test_the_share_joins_training_problems_and_the_nearest_is_named():
+    # Runs 0-1 stand in the first training problem, 5-7 in the second, 6-7 in the third: 5 of 8.
+    train = [words(0, 14), words(5, 20), words(6, 20)]
+    (hit,) = found(train, [words(0, 20)])["found"]
+    assert (hit["share"], hit["train_id"]) == (0.625, "t1")
+
+
+def test_counts_by_source_and_short_problems():
+    train = [record("a", words(0, 20), "one"), record("b", words(20, 40), "two")]
+    train.append(record("c", "Short.", "two"))
+    evaluation = [
+        record("1", words(0, 20), "x"),
+        record("2", words(19, 40), "x"),
+        record("3", "short.", "y"),
+        record("4", "Shorter.", "y"),
+    ]
+    result = audit(iter(train), iter(evaluation))
+    assert result["train"] == {"one": 1, "two": 2}
+    x, y = result["evaluation"]["x"], result["evaluation"]["y"]
+    assert (x["problems"], x["short"], x["exact"], x["ngram"]) == (
+        2,
+        0,
+        {"one": 1, "two": 0},
+        {"one": 1, "two": 1},
+    )
+    assert (y["problems"], y["short"], y["exact"], y["ngram"]) == (
+        2,
+        2,
+        {"one": 0, "two": 1},
+        {"one": 0, "two": 0},
+    )
+    assert [(h["id"], h["train_id"], h["exact"], h["share"]) for h in x["found"]] == [
+        ("1", "a", True, 1.0),
+        ("2", "b", False, round(8 / 9, 3)),
+    ]
+    assert [(h["id"], h["train_id"], h["exact"], h["share"]) for h in y["found"]] == [
+        ("3", "c", True, 0.0)
+    ]
+    assert table(result).splitlines() == [
+        "evaluation  problems  short  train  problems  exact  13-gram",
+        "x                  2      0  one           1      1        1",
+        "x                  2      0  two           2      0        1",
+        "y                  2      2  one           1      0        0",
+        "y                  2      2  two           2      1        0",
+    ]
+
+
+def test_ngrams_are_those_of_the_normalised_text():
+    assert len(ngrams(normalized(words(0, 15)))) == 3
+    assert ngrams(normalized(words(0, 13).upper())) == ngrams(normalized(words(0, 13)))
+    assert ngrams(words(0, 12)) == set()
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("releases")
+    samples.write(str(root), 4)
+    return root
+
+
+def run(tmp_path, root, *flags):
+    """The command over a configuration that names two releases."""
+    release = "agentica-org/DeepScaleR-Preview-Dataset"
+    text = f"""
+        from ml_collections import ConfigDict
+
+        def get_config():
+            common = dict(part=(0, 100), options=dict())
+            sets = dict(
+                deepscaler=dict(kind="deepscaler", path="{root / release}",
+                                files=("deepscaler.json",), rows=0, **common),
+                math500=dict(kind="math500", path="{root / "HuggingFaceH4/MATH-500"}",
+                             files=("test.jsonl",), rows=4, **common),
+                gone=dict(kind="math500", path="/nowhere", files=("*",), rows=4, **common),
+            )
+            data = dict(task="math", data_dir="{tmp_path / "data"}", sets=sets,
+                        train=("deepscaler",), validation=("math500",), test=("math500",),
+                        max_prompt_tokens=10, instruction="Think.")
+            return ConfigDict(dict(data=data)).lock()
+    """
+    (tmp_path / "config.py").write_text(textwrap.dedent(text))
+    command = [sys.executable, "-m", "oapl_jax.data.audit", f"--config={tmp_path / 'config.py'}"]
+    command += [f"--workdir={tmp_path / 'out'}", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    file = tmp_path / "out" / "audit.json"
+    return done, json.loads(file.read_text()) if file.exists() else None
+
+
+def test_the_command_finds_what_was_slipped_in(tmp_path, root):
+    done, result = run(tmp_path, root, "--against=math500")
+    assert done.returncode == 0, done.stderr
+    assert "math500: 4 rows, 4 kept" in done.stdout
+    assert result["evaluation"]["math500"]["found"] == []
+    assert result["rows"]["deepscaler"]["kept"] == 4
+
+    file = root / "agentica-org/DeepScaleR-Preview-Dataset/deepscaler.json"
+    rows = json.loads(file.read_text())
+    line = (root / "HuggingFaceH4/MATH-500/test.jsonl").read_text().splitlines()[2]
+    rows.append({"problem": json.loads(line)["problem"].upper(), "answer": "1"})
+    file.write_text(json.dumps(rows))
+    done, result = run(tmp_path, root, "--against=math500")
+    assert done.returncode == 1, done.stderr
+    (hit,) = result["evaluation"]["math500"]["found"]
+    assert hit["exact"]
+    assert hit["text"] == json.loads(line)["problem"]
+    last = done.stdout.splitlines()[-2].split()
+    assert last == ["math500", "4", "4", "deepscaler", "5", "1", "0"]
+
+
+def test_the_command_takes_every_set_that_is_not_trained_on(tmp_path, root):
+    done, _ = run(tmp_path, root)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: data.sets.gone.path=/nowhere does not exist")

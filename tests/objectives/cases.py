@@ -1,0 +1,64 @@
+"""What tests of objectives share: random groups, a bandit, an objective bound from its config."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import common
+from oapl_jax.objectives import Objective, bind
+
+INF = float("inf")
+
+
+def settings(name: str, **changes: Any) -> dict[str, Any]:
+    """The section of a configuration, as the job binds it, with some values changed."""
+    values = {"group_size": 4, **common.objective(name).to_dict(), **changes}
+    del values["name"]
+    return values
+
+
+def bound(name: str, **changes: Any) -> Objective:
+    return bind(name, **settings(name, **changes))
+
+
+def run(objective: Objective, logp, behavior_logp, advantage, mask):
+    """(losses, gradient of their sum by logp, metrics) as numpy."""
+
+    def total(logp):
+        losses, metrics = objective.loss(
+            logp, jnp.asarray(behavior_logp), jnp.asarray(advantage), jnp.asarray(mask)
+        )
+        return losses.sum(), (losses, metrics)
+
+    (_, (losses, metrics)), gradient = jax.value_and_grad(total, has_aux=True)(jnp.asarray(logp))
+    return np.asarray(losses), np.asarray(gradient), jax.tree.map(np.asarray, metrics)
+
+
+def random_group(seed, lengths, width, spread):
+    """(logp, behavior_logp, advantage, mask) in float32; lengths of responses, nats of spread."""
+    rng = np.random.default_rng(seed)
+    logp = rng.normal(-1.5, 0.5, (len(lengths), width)).astype(np.float32)
+    behavior = (logp + rng.normal(0, spread, logp.shape)).astype(np.float32)
+    mask = (np.arange(width) < np.asarray(lengths)[:, None]).astype(np.float32)
+    return logp, behavior, rng.normal(0, 1, len(lengths)).astype(np.float32), mask
+
+
+def log_ratios(logp, behavior, mask):
+    """Of whole responses, in float64."""
+    return ((logp.astype(np.float64) - behavior) * mask).sum(-1)
+
+
+# A bandit of four responses of two tokens: reference, the policy that samples, and the rewards.
+REFERENCE, SAMPLING = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.1, 0.2, 0.3, 0.4])
+REWARDS = np.array([0.0, 1.0, 0.25, -0.5])
+BETA = 0.7
+LOG_Z = np.log(REFERENCE @ np.exp(REWARDS / BETA))
+OPTIMUM = REFERENCE * np.exp(REWARDS / BETA - LOG_Z)
+
+
+def tokens(policy):
+    """Log-probs of the two tokens of each response: a third of the nats, and the rest."""
+    logp = np.log(np.asarray(policy, np.float64))
+    return np.stack([logp / 3, logp * 2 / 3], axis=-1).astype(np.float32)

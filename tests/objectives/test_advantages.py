@@ -1,0 +1,63 @@
+"""The estimators of the policy-gradient family by hand, and by each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oapl_jax.objectives.advantages import ADVANTAGES, advantage
+
+
+def of(reward, estimator):
+    return np.asarray(advantage(jnp.asarray(reward, jnp.float32), estimator=estimator))
+
+
+@pytest.mark.parametrize(
+    ("reward", "estimator", "expected"),
+    [
+        ([1, 0, 0, 0], "dr_grpo", [0.75, -0.25, -0.25, -0.25]),
+        ([1, 0, 0, 0], "grpo", [1.5, -0.5, -0.5, -0.5]),  # std with G - 1 is 1/2
+        ([1, 0, 0, 0], "rloo", [1, -1 / 3, -1 / 3, -1 / 3]),
+        ([1, 0, 0, 0], "maxrl", [3, -1, -1, -1]),
+        ([2, 4, 9], "dr_grpo", [-3, -1, 4]),
+        ([2, 4, 9], "grpo", [-3 / 13**0.5, -1 / 13**0.5, 4 / 13**0.5]),
+        ([2, 4, 9], "rloo", [2 - 6.5, 4 - 5.5, 9 - 3]),
+        ([2, 4, 9], "maxrl", [-3 / 5, -1 / 5, 4 / 5]),
+        ([-2, 0, 1], "maxrl", [0, 0, 0]),
+        ([10000.0, 10001.0], "grpo", [-(0.5**0.5), 0.5**0.5]),
+    ],
+)
+def test_by_hand(reward, estimator, expected):
+    np.testing.assert_allclose(of(reward, estimator), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ADVANTAGES)
+@pytest.mark.parametrize("reward", [[-5.0], [0.0], [0.1] * 3, [3333.3] * 11, [0.0] * 8, [1.0] * 8])
+def test_equal_rewards_have_no_advantage_at_all(estimator, reward):
+    """0.1 in threes has a rounded mean, and must not become an advantage of 1e-9 / 1e-6."""
+    np.testing.assert_array_equal(of(reward, estimator), np.zeros(len(reward)))
+
+
+def test_they_differ_by_a_factor_of_the_group_only():
+    reward = np.random.default_rng(0).uniform(0, 1, 7)
+    centred = of(reward, "dr_grpo")
+    np.testing.assert_allclose(of(reward, "rloo"), 7 / 6 * centred, rtol=1e-5)
+    np.testing.assert_allclose(of(reward, "grpo"), centred / np.std(reward, ddof=1), rtol=1e-4)
+    np.testing.assert_allclose(of(reward, "maxrl"), centred / reward.mean(), rtol=1e-5)
+    others = [r - np.mean(np.delete(reward, i)) for i, r in enumerate(reward)]
+    np.testing.assert_allclose(of(reward, "rloo"), others, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ADVANTAGES)
+def test_they_follow_a_permutation_and_carry_no_gradient(estimator):
+    reward, order = jnp.array([0.5, 0.25, 3.0, 0.0]), np.array([2, 0, 3, 1])
+    np.testing.assert_allclose(
+        of(reward[order], estimator), of(reward, estimator)[order], rtol=1e-6
+    )
+    gradient = jax.grad(lambda r: jnp.sum(advantage(r, estimator=estimator) ** 2))(reward)
+    np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_an_unknown_estimator_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match=r"grpo.*dr_grpo.*rloo.*maxrl"):
+        of([1.0, 0.0], "gae")

@@ -1,0 +1,121 @@
+"""MaxRL's estimators against the exact gradient of the truncated likelihood, by enumeration.
+
+A policy over three answers is small enough to go through every group that it can sample.
+"""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import bound, random_group, run
+
+from oapl_jax.objectives.maxrl import advantage
+
+POLICY = np.array([0.5, 0.2, 0.3])
+RIGHT = np.array([0.0, 1.0, 0.0])
+SCORE = np.eye(3) - POLICY  # gradient of log pi(y) by the logits
+NOT_TRUNCATED = dict(maxrl_order=1, verified_reward=1.0)
+
+
+def of(reward, **hyper):
+    return np.asarray(advantage(jnp.asarray(reward, jnp.float32), **hyper), np.float64)
+
+
+def exact_gradient(order, right=RIGHT):
+    """grad J^(T) = (1 - (1 - p)^T) / p grad p in float64."""
+    rate = POLICY @ right
+    of_rate = POLICY * (right - rate)
+    return (1 - (1 - rate) ** order) / rate * of_rate
+
+
+def expectation(estimate, count):
+    """Of mean_i A_i grad log pi(y_i) over all 3^N groups, each with its probability."""
+    total = np.zeros(3)
+    for group in itertools.product(range(3), repeat=count):
+        group = np.array(group)
+        total += np.prod(POLICY[group]) * (estimate(RIGHT[group]) @ SCORE[group]) / count
+    return total
+
+
+def test_the_exact_gradient_is_that_of_the_series():
+    rate, step = POLICY @ RIGHT, 1e-6
+    series = lambda p: -sum((1 - p) ** k / k for k in range(1, 6))
+    slope = (series(rate + step) - series(rate - step)) / (2 * step)
+    np.testing.assert_allclose(exact_gradient(5), slope * POLICY * (RIGHT - rate), rtol=1e-6)
+    np.testing.assert_allclose(exact_gradient(1), POLICY * (RIGHT - rate), rtol=1e-12)
+    np.testing.assert_allclose(exact_gradient(10**6), POLICY * (RIGHT - rate) / rate, rtol=1e-12)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize(("estimator", "below"), [("baseline", 1), ("success", 0), ("centred", 0)])
+def test_the_order_of_an_estimator_is_that_of_its_samples(estimator, below, count):
+    """Equations 9 and 10 have order N; algorithm 1, which drops the baseline too, N - 1."""
+    estimate = lambda reward: of(reward, maxrl_estimator=estimator, **NOT_TRUNCATED)
+    found = expectation(estimate, count)
+    np.testing.assert_allclose(found, exact_gradient(count - below), atol=1e-6)
+    assert not np.allclose(found, exact_gradient(count - 1 + below), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("count", "order"), [(1, 1), (3, 1), (3, 2), (3, 3), (5, 2), (5, 4), (5, 5)]
+)
+def test_a_truncated_order_is_met_with_any_number_of_samples(count, order):
+    hyper = dict(maxrl_estimator="truncated", maxrl_order=order, verified_reward=1.0)
+    found = expectation(lambda reward: of(reward, **hyper), count)
+    np.testing.assert_allclose(found, exact_gradient(order), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("hyper", "expected"),
+    [
+        (dict(maxrl_estimator="baseline", maxrl_order=1), [3, -1, -1, -1]),
+        (dict(maxrl_estimator="success", maxrl_order=1), [4, 0, 0, 0]),
+        (dict(maxrl_estimator="centred", maxrl_order=1), [3, -1, -1, -1]),
+        (dict(maxrl_estimator="truncated", maxrl_order=1), [1, 0, 0, 0]),
+        # c_2 = 2/3, c_3 = 2/3 1/2, c_4 = 0: three failures show no more.
+        (dict(maxrl_estimator="truncated", maxrl_order=2), [1, -2 / 3, -2 / 3, -2 / 3]),
+        (dict(maxrl_estimator="truncated", maxrl_order=3), [1, -1, -1, -1]),
+        (dict(maxrl_estimator="truncated", maxrl_order=4), [1, -1, -1, -1]),
+    ],
+)
+def test_by_hand(hyper, expected):
+    np.testing.assert_allclose(of([1, 0, 0, 0], **hyper, verified_reward=1.0), expected, rtol=1e-6)
+
+
+def test_groups_of_equal_rewards():
+    of_all = lambda value, estimator, order=4: of(
+        np.full(4, value), maxrl_estimator=estimator, maxrl_order=order, verified_reward=1.0
+    )
+    for value in (0.0, 1.0):
+        np.testing.assert_array_equal(of_all(value, "baseline"), 0)
+    np.testing.assert_array_equal(of_all(1.0, "success"), 1)
+    np.testing.assert_array_equal(of_all(0.0, "success"), 0)
+    np.testing.assert_array_equal(of_all(1.0, "centred"), 0)
+    np.testing.assert_array_equal(of_all(0.0, "centred"), -1)
+    np.testing.assert_array_equal(of_all(1.0, "truncated"), 1)
+    np.testing.assert_array_equal(of_all(0.0, "truncated"), -3)
+
+
+def test_graded_rewards_count_from_the_threshold():
+    hyper = dict(maxrl_estimator="success", maxrl_order=1)
+    np.testing.assert_array_equal(
+        of([0.9, 0.2, 0.8, 0], **hyper, verified_reward=0.8), [2, 0, 2, 0]
+    )
+    found = of([0.9, 0.2, 0.8, 0.1], maxrl_estimator="baseline", maxrl_order=1, verified_reward=1.0)
+    np.testing.assert_allclose(found, [0.8, -0.6, 0.6, -0.8], rtol=1e-5)
+
+
+def test_an_order_that_the_group_can_not_estimate_is_refused():
+    for order in (0, 4):
+        with pytest.raises(ValueError, match=f"maxrl_order={order} .* 3 responses"):
+            of([1, 0, 0], maxrl_estimator="truncated", maxrl_order=order, verified_reward=1.0)
+    with pytest.raises(ValueError, match=r"baseline.*truncated"):
+        of([1, 0, 0], maxrl_estimator="all", maxrl_order=1, verified_reward=1.0)
+
+
+def test_its_loss_is_the_policy_gradients():
+    group = random_group(0, [3, 5, 1, 2], 5, spread=0.3)
+    np.testing.assert_array_equal(
+        run(bound("maxrl"), *group)[1], run(bound("grpo", clip_high=0.2), *group)[1]
+    )

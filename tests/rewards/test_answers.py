@@ -1,0 +1,223 @@
+"""Answers: right ones are right, wrong ones are wrong, hostile ones cost their deadline."""
+
+import random
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import math_verify
+import pytest
+from answers_table import ANSWERS, RESPONSES
+
+from oapl_jax.rewards.answers import Answers, Verdict, _at_once
+from oapl_jax.rewards.extraction import MAX_ANSWER, final_answer
+from oapl_jax.rewards.pool import MAX_REQUEST_BYTES
+
+PAIRS = [(rf"It is \boxed{{{said}}}.", wanted, right) for said, wanted, right in ANSWERS]
+PAIRS += RESPONSES
+# Right answers that are called wrong; there is no wrong one that is called right.
+MISSES = {
+    (r"It is \boxed{|x| < 3}.", r"(-3, 3)"),  # needs a case distinction
+    (r"It is \boxed{50 \text{ cents}}.", r"\$0.50"),  # units are compared, not converted
+    (r"It is \boxed{bca}.", "abc"),  # three letters are a word, so that "evil" is not "live"
+}
+LATE = (r"9^{9^{9^{9}}}", r"(10^{9})!", r"\sum_{n=1}^{10^{9}} n^{n}", "1e999999999")
+TOO_LONG = ("1" * 10**6, "x+" * 500_000, "{" * 10**6, "1," * 500_000)
+
+
+def make(**changes):
+    limits: dict[str, Any] = dict(
+        processes=2, seconds=60.0, recycle_after=1000, memory_bytes=1 << 30
+    )
+    return Answers(**{**limits, "thinking_opened": False, **changes})
+
+
+@pytest.fixture(scope="module")
+def answers():
+    with make() as made:
+        yield made
+
+
+# The table
+
+
+def test_the_table_is_judged_right_but_for_the_misses(answers):
+    verdicts = answers.verify_many([(response, wanted) for response, wanted, _ in PAIRS])
+    judged = list(zip(PAIRS, verdicts, strict=True))
+    assert {v.outcome for v in verdicts} == {"right", "wrong"}  # none is late, none an error
+    assert {(a, r) for (a, r, _), v in judged if v.outcome == "right"} == {
+        (a, r) for a, r, right in PAIRS if right and (a, r) not in MISSES
+    }
+    assert len(MISSES) <= 0.01 * len(PAIRS)
+
+
+def test_the_table_is_large_and_has_both_kinds():
+    assert len(PAIRS) >= 200
+    assert len({(a, r) for a, r, _ in PAIRS}) == len(PAIRS)
+    assert sum(not right for _, _, right in PAIRS) >= 100
+    assert not MISSES - {(a, r) for a, r, right in PAIRS if right}
+
+
+def test_each_reference_can_be_read(answers):
+    """Whatever the answer looks like, no reference is called unreadable."""
+    for said in (r"x^{17}y", r"[17, 18)", r"z = 17, 18", r"\text{never}"):
+        wanted = sorted({r for _, r, _ in PAIRS})
+        verdicts = answers.verify_many([(rf"\boxed{{{said}}}", r) for r in wanted])
+        assert [(r, v) for r, v in zip(wanted, verdicts, strict=True) if v.outcome != "wrong"] == []
+
+
+# Plain numbers, without a process
+
+
+def plain_pairs():
+    rng = random.Random(0)
+    spell = (str, lambda v: f"{v:,}", lambda v: f"{v:.4f}", lambda v: f"{v}.0")
+    for _ in range(150):
+        value = rng.choice((rng.randint(-20, 20), rng.randint(-(10**7), 10**7)))
+        other = value if rng.random() < 0.6 else rng.choice((-value, value + 1, value * 10))
+        yield rng.choice(spell)(value), rng.choice(spell)(other)
+    yield from (("0.3333333", "0.3333334"), ("0.1234", "0.12341"), ("-0", "0"), (".50", "0.5"))
+
+
+def test_plain_numbers_get_the_verdict_of_the_judge_and_of_math_verify(answers):
+    pairs = list(plain_pairs())
+    quick = [_at_once(*pair) for pair in pairs]
+    assert None not in quick
+    assert {v.outcome for v in quick if v} == {"right", "wrong"}
+    parse = lambda text: math_verify.parse(
+        f"${text}$",
+        [math_verify.LatexExtractionConfig()],
+        parsing_timeout=None,  # type: ignore[arg-type]
+    )
+    for (said, wanted), verdict in zip(pairs, quick, strict=True):
+        assert verdict
+        # With a factor that is 1, the judge can't take its own way for plain numbers.
+        longer = answers._judge((rf"\frac{{{said.replace(',', '')}}}{{1}}", wanted))
+        assert longer.outcome == verdict.outcome, (said, wanted)
+        theirs = math_verify.verify(parse(wanted), parse(said), timeout_seconds=None)
+        assert theirs == (verdict.outcome == "right"), (said, wanted)
+
+
+# Hostile answers
+
+
+def test_a_hostile_answer_costs_its_deadline_and_nothing_else():
+    honest = [
+        (rf"\boxed{{\frac{{\sqrt{{{n * n * 2}}}}}{{{n}}}}}", r"\sqrt{2}") for n in range(2, 9)
+    ]
+    late = [(rf"\boxed{{{text}}}", "7") for text in LATE]
+    long = [(rf"\boxed{{{text}}}", "7") for text in TOO_LONG]
+    with make(seconds=4.0, memory_bytes=1 << 28) as answers:
+        before = threading.active_count()
+        mixed = [*late[:2], *honest[:4], *long, *late[2:], *honest[4:]]
+        verdicts = dict(zip(mixed, answers.verify_many(mixed), strict=True))
+        counts = answers.counts()
+        assert threading.active_count() <= before + 2
+    # An answer that runs out of memory before its time is an error, and no verdict on it either.
+    assert {verdicts[pair].outcome for pair in late} <= {"timeout", "error"}
+    assert verdicts[late[0]] == Verdict("timeout", "the deadline passed")
+    assert {verdicts[pair].outcome for pair in long} == {"wrong"}
+    assert {verdicts[pair].outcome for pair in honest} == {"right"}
+    assert [verdicts[pair].reward for pair in (late[0], long[0], honest[0])] == [0.0, 0.0, 1.0]
+    assert sum(counts.values()) == len(mixed)
+    assert counts["timeout"] + counts.get("error", 0) == 4
+    assert counts["wrong"] == len(long)
+
+
+def payloads(path):
+    """Texts that make a folder if anybody evaluates them."""
+    call = f"__import__('os').mkdir('{path}')"
+    yield call
+    yield f"[{call}, 1][1]"
+    yield f"(lambda: {call})()"
+    yield f"\\text{{{call}}}"
+    yield f"\\operatorname{{{call}}}(x)"
+    yield f"\\mathrm{{x}}_{{{call}}}"
+    yield f"x_{{{call}}} = 1"
+    yield f"\\frac{{{call}}}{{1}}"
+    yield f"\\begin{{pmatrix}} {call} \\\\ 1 \\end{{pmatrix}}"
+    yield f"\\sum_{{n=1}}^{{3}} {call}"
+    yield f"1 + {call}"
+
+
+def test_nothing_is_evaluated(answers, tmp_path):
+    made = tmp_path / "made"
+    for payload in payloads(made):
+        for pair in ((payload, "x + 1"), ("x + 1", payload), (payload, payload + " + 0")):
+            answers._pool.ask(pair)  # as it is
+            answers.verify(rf"\boxed{{{pair[0]}}}", pair[1])
+        assert not made.exists(), payload
+    # The same text through the parser that is not used:
+    code = f"import sympy; sympy.parse_expr({next(payloads(made))!r})"
+    subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL, check=False)
+    assert made.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "\ud800",
+            "\0",
+            "\u0663",
+            "\U0001d7db",
+            "\\",
+            "\\text",
+            "$",
+            "}{",
+            "= = =",
+            "(((",
+            "[1,2",
+            "%",
+        ),
+        *("\\begin{pmatrix}", "1/0", "\\frac{0}{0}", "a" * 999, "½" * 999, "😀" * 999),
+        *("\\pm" * 300, "∈" * 200),
+    ],
+)
+def test_no_text_raises(answers, text):
+    for pair in ((text, "3"), ("3", text), (rf"\boxed{{{text}}}", text + "x")):
+        verdict = answers.verify(*pair)
+        assert verdict.outcome in ("right", "wrong", "error")
+    assert 12 * 2 * MAX_ANSWER < MAX_REQUEST_BYTES
+
+
+def test_a_reference_that_can_not_be_read_is_an_error_and_no_wrong_answer(answers):
+    for reference in (r"\frac{1}{", "x +", "1" * 2000):
+        verdict = answers.verify(r"\boxed{x^2}", reference)
+        assert verdict.outcome == "error"
+        assert "reference" in verdict.reason
+
+
+# How it is called
+
+
+def test_threads_share_it(answers):
+    ask = lambda n: answers.verify(rf"\boxed{{\frac{{{n}}}{{3}}}}", rf"\frac{{{n % 5}}}{{3}}")
+    with ThreadPoolExecutor(4) as threads:
+        verdicts = list(threads.map(ask, range(40)))
+    assert [v.outcome for v in verdicts] == ["right"] * 5 + ["wrong"] * 35
+
+
+def test_what_is_said_in_thinking_does_not_count():
+    said = "so \\boxed{5}"
+    assert final_answer(said, thinking_opened=False) == "5"
+    assert final_answer(said, thinking_opened=True) is None
+    assert final_answer(f"{said}</think>\n\\boxed{{6}}", thinking_opened=True) == "6"
+    assert final_answer(f"<think>{said}", thinking_opened=False) is None
+    assert final_answer(f"<think>{said}</think>", thinking_opened=False) is None
+
+
+def test_a_vote_takes_one_number_for_one(answers):
+    vote = answers.final_answer
+    for same in (
+        (r"\boxed{0.50}", r"\boxed{\frac{1}{2}}", r"\boxed{2/4}", "The answer is .5."),
+        (r"\boxed{1,000}", r"\boxed{1000}", r"\boxed{1{,}000.0}"),
+        (r"\boxed{ (1, 2) }", r"\boxed{\left(1,2\right)}"),
+        ("I do not\nknow.", "<think>\\boxed{5}"),
+    ):
+        assert len({vote(response) for response in same}) == 1
+    assert vote(r"\boxed{0.50}") == "1/2"
+    assert vote("I do not\nknow.") == ""
+    assert vote(r"\boxed{1}") != vote(r"\boxed{2}")

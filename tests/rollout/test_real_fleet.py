@@ -1,0 +1,277 @@
+"""The fleet over real SGLang servers, against the learner's own model."""
+
+import itertools
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from etils import epath
+
+from oapl_jax.errors import UserError
+from oapl_jax.publisher import version_path
+from oapl_jax.rollout.fleet import Fleet
+from oapl_jax.rollout.roster import FleetSettings
+from oapl_jax.rollout.sampler import Sampling
+from oapl_jax.structs import Prompt
+
+N = 4
+CLOSE = 1e-4  # nats between a server's log-prob and the learner's, fp32
+PATIENCE = 180.0  # seconds until a test gives up
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=20)
+SETTINGS: dict[str, Any] = dict(
+    servers=(),
+    servers_file="",
+    router="",
+    members_every=0.5,
+    max_in_flight=8,
+    attempts=4,
+    backoff=0.2,
+    backoff_limit=2.0,
+    health_every=2.0,
+    connect_deadline=5.0,
+    answer_deadline=60.0,
+    request_deadline=120.0,
+    drain_deadline=60.0,
+    update_deadline=60.0,
+    start_deadline=150.0,
+    no_server_deadline=170.0,
+    refresh_share=0.5,
+    probe_gap={"float32": CLOSE, "bfloat16": 0.1},
+    mixed_versions="reissue",
+)
+
+
+@pytest.fixture
+def make_fleet(published):
+    """Makes a fleet whose sentences are in its `said`; closes it at the end."""
+    fleets = []
+
+    def make(urls=(), *, older_versions=False, **settings):
+        said = []
+        fleet: Any = Fleet(
+            published.policy.config,
+            FleetSettings(**{**SETTINGS, "servers": tuple(urls), **settings}),
+            tokenizer=published.policy.tokenizer,
+            stop_ids=published.policy.stop_ids,
+            sampling=SAMPLING,
+            max_prompt_tokens=12,
+            dtype="float32",
+            older_versions=older_versions,
+            say=said.append,
+        )
+        fleet.said = said
+        fleets.append(fleet)
+        return fleet
+
+    yield make
+    for fleet in fleets:
+        fleet.close()
+
+
+def prompt(draw):
+    tokens = np.random.default_rng(draw).integers(2, 16, 3 + draw % 9).astype(np.int32)
+    return Prompt(f"p{draw}", draw, tokens, "", "", "")
+
+
+class Taker(threading.Thread):
+    """Takes what a fleet generates, in a thread, so that a test can do other things."""
+
+    def __init__(self, fleet, prompts, sampling=SAMPLING):
+        super().__init__(daemon=True)
+        self._generate = lambda: fleet.generate(prompts, n=N, sampling=sampling)
+        self.taken, self.error = [], None
+        self.start()
+
+    def run(self):
+        try:
+            for sampled in self._generate():
+                self.taken.append(sampled)
+        except BaseException as error:
+            self.error = error
+
+    def result(self):
+        self.join(PATIENCE)
+        assert not self.is_alive(), "the fleet hangs"
+        if self.error:
+            raise self.error
+        return self.taken
+
+
+def wait_until(condition, what="it"):
+    give_up = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < give_up, f"{what} does not happen"
+        time.sleep(0.02)
+
+
+def wait_ready(fleet):
+    give_up = time.monotonic() + PATIENCE
+    while {server["state"] for server in fleet.servers().values()} != {"ready"}:
+        assert time.monotonic() < give_up, fleet.servers()
+        time.sleep(0.02)
+
+
+def gap(published, sampled, version, temperature=1.0):
+    """Largest difference of a log-prob of a group from those of a version."""
+    tokens = sampled.prompt.tokens
+    return max(
+        np.abs(published.logp(version, tokens, r.tokens, temperature) - r.behavior_logp).max()
+        for r in sampled.rollouts
+    )
+
+
+def assert_right(published, taken):
+    """Each group is of the version that it is stamped with, and of no other."""
+    for sampled in taken:
+        assert len(sampled.rollouts) == N
+        (version,) = {r.policy_version for r in sampled.rollouts}
+        assert gap(published, sampled, version) < CLOSE
+        for other in {1, 2, 3} - {version}:
+            assert gap(published, sampled, other) > 0.1
+
+
+def assert_each_once(taken, count):
+    assert sorted(s.prompt.draw for s in taken) == list(range(count))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_log_probs_are_those_of_the_learner(make_fleet, servers, published, temperature):
+    fleet = make_fleet(servers.urls)
+    fleet.refresh(2, published.path(2))
+    wait_ready(fleet)
+    sampling = Sampling(temperature, 1.0, 0, 20)
+    taken = Taker(fleet, map(prompt, range(16)), sampling).result()
+    assert_each_once(taken, 16)
+    assert {s.server for s in taken} == set(servers.urls)
+    at = temperature or 1.0  # greedy tokens have the log-probs of temperature 1
+    assert max(gap(published, s, 2, at) for s in taken) < CLOSE
+    assert min(gap(published, s, 1, at) for s in taken) > 0.1
+    rollouts = [r for s in taken for r in s.rollouts]
+    stops = set(published.policy.stop_ids)
+    for rollout in rollouts:
+        ended = int(rollout.tokens[-1]) in stops
+        assert rollout.finish_reason == ("stop" if ended else "length")
+        assert ended or len(rollout.tokens) == 20
+    if temperature:
+        assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+    assert fleet.metrics()["fleet/probe_gap"] < CLOSE
+
+
+@pytest.mark.parametrize(("older_versions", "drain_deadline"), [(False, 0.0), (True, 60.0)])
+def test_a_refresh_under_load_mixes_no_group(
+    make_fleet, servers, published, older_versions, drain_deadline
+):
+    fleet = make_fleet(servers.urls, older_versions=older_versions, drain_deadline=drain_deadline)
+    taken_at = {}
+
+    def refreshing():
+        """As a worker does it: from inside the pull."""
+        for draw in range(90):
+            if draw % 15 == 0:
+                version = 1 + draw // 15 % 3
+                fleet.refresh(version, published.path(version))
+            taken_at[draw] = version
+            yield prompt(draw)
+
+    taken = Taker(fleet, refreshing()).result()
+    assert_each_once(taken, 90)
+    assert_right(published, taken)
+    sampled_from = {s.rollouts[0].policy_version for s in taken}
+    assert len(sampled_from) > 1 if older_versions else sampled_from == {1, 2, 3}
+    assert {a.reason for s in taken for a in s.attempts} <= {"aborted"}
+    found = fleet.metrics()
+    assert found["fleet/aborted"] == sum(len(s.attempts) for s in taken)
+    assert found["fleet/aborted"] == 0 if older_versions else found["fleet/aborted"] > 0
+
+
+def test_a_killed_server_comes_back(make_fleet, servers, published, start_server, free_port):
+    port, steady = free_port(), servers.servers[0]
+    victim = start_server(published.path(1), port)
+    fleet = make_fleet([steady.url, victim.url])
+    fleet.refresh(3, published.path(3))
+    wait_ready(fleet)
+    ended = threading.Event()
+    endless = map(prompt, itertools.takewhile(lambda _: not ended.is_set(), itertools.count()))
+    taker = Taker(fleet, endless)
+    of_victim = lambda name: fleet.servers()[victim.url][name]
+    wait_until(lambda: of_victim("sampled") > 3 and of_victim("in_flight") > 1)
+    victim.kill()
+    wait_until(lambda: of_victim("state") == "lost", "the loss")
+    sampled = of_victim("sampled")
+    back = start_server(published.path(1), port, wait=False)
+    wait_until(lambda: of_victim("state") == "ready", "the return")
+    assert back.ask("/model_info")["weight_version"] == "3"
+    wait_until(lambda: of_victim("sampled") > sampled + 3, "work for who is back")
+    ended.set()
+    taken = taker.result()
+    assert_each_once(taken, len(taken))
+    assert_right(published, taken)
+    assert {s.rollouts[0].policy_version for s in taken} == {3}
+    failed = [a for s in taken for a in s.attempts]
+    assert {(a.server, a.reason) for a in failed} == {(victim.url, "failed")}
+    found = fleet.metrics()
+    assert found["fleet/prompts"] == found["fleet/groups"] == len(taken)
+    assert found["fleet/attempts_failed"] == len(failed)
+    assert any("is ready again, with version 3" in said for said in fleet.said)
+
+
+def test_a_damaged_version_is_refused_before_a_server_loads_it(
+    make_fleet, servers, published, tmp_path
+):
+    fleet = make_fleet(servers.urls)
+    fleet.refresh(1, published.path(1))
+    wait_ready(fleet)
+    whole, damaged = published.path(2), version_path(epath.Path(tmp_path), 2)
+    damaged.mkdir()
+    for file in whole.iterdir():
+        file.copy(damaged / file.name)
+    weights = bytearray((damaged / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (damaged / "model.safetensors").write_bytes(bytes(weights))
+    with pytest.raises(UserError, match=r"model\.safetensors in version directory .* damaged"):
+        fleet.refresh(2, damaged)
+    taken = Taker(fleet, map(prompt, range(8))).result()
+    assert {s.rollouts[0].policy_version for s in taken} == {1}
+    for server in servers.servers:
+        assert server.ask("/model_info")["weight_version"] == "1"
+        assert server.ask("/model_info")["model_path"] == str(published.path(1))
+
+
+def test_a_response_of_two_versions_is_requested_again(make_fleet, servers, published):
+    """Somebody else changes the weights under a request."""
+    server = servers.servers[0]
+    fleet = make_fleet([server.url])
+    fleet.refresh(1, published.path(1))
+    wait_ready(fleet)
+    long = Sampling(1.0, 1.0, 0, 4000)
+
+    def change():
+        server.ask("/pause_generation", {"mode": "in_place"})
+        other = {"model_path": str(published.path(2)), "weight_version": "2"}
+        try:
+            server.ask("/update_weights_from_disk", {**other, "flush_cache": False})
+        finally:
+            server.ask("/continue_generation", {})
+
+    def sample(draw):
+        taker = Taker(fleet, [prompt(draw)], long)
+        wait_until(lambda: fleet.metrics()["fleet/in_flight"] == 1 or not taker.is_alive())
+        change()
+        return taker.result()[0]
+
+    tries = (sample(draw) for draw in itertools.count())
+    sampled = next(sampled for sampled in tries if sampled.attempts)  # it was running still
+    assert [a.reason for a in sampled.attempts] == ["mixed"]
+    assert {r.policy_version for r in sampled.rollouts} == {1}
+    assert fleet.metrics()["fleet/mixed"] >= 1
+    assert server.ask("/model_info")["weight_version"] == "1"  # brought back before
+
+
+def test_the_router_knows_the_servers(make_fleet, servers, published):
+    fleet = make_fleet(router=servers.router.url)
+    fleet.refresh(3, published.path(3))
+    taken = Taker(fleet, map(prompt, range(12))).result()
+    assert set(fleet.servers()) == set(servers.urls)
+    assert_right(published, taken)
