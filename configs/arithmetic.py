@@ -142,6 +142,7 @@ def get_config(arg: str | None = None) -> common.Config:
     config.publish_dtype = "float32"
 
     config.evaluation = dict(every=50, n=8, ks=(1, 2, 4, 8), resamples=1000)
+    config.benchmarks = dict()  # name -> a data set, as in data.sets of real data (docs/data.md)
     config.checkpoint = dict(every=100, keep=2)
     config.tensorboard = True
     return config.lock()

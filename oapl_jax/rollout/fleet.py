@@ -156,7 +156,7 @@ class Fleet:
         """See Sampler.
 
         Raises:
-          RunError: if the fleet's thread does not end within `answer_deadline`.
+          RunError: if the fleet's thread does not give everything up within `answer_deadline`.
         """
         with self._lock:
             if self._closed:
@@ -169,10 +169,7 @@ class Fleet:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(self._settings.answer_deadline)
         if self._thread.is_alive():
-            raise RunError(
-                f"the fleet's thread did not end in {self._settings.answer_deadline:g} s "
-                "(fleet.answer_deadline)"
-            )
+            raise RunError("the fleet's thread did not end within fleet.answer_deadline")
         self._loop.close()
 
     def metrics(self) -> dict[str, float]:
@@ -230,8 +227,13 @@ class Fleet:
                 self._loop.call_soon_threadsafe(function, *args)
 
     def _in_loop(self, coroutine: Coroutine) -> Any:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        return future.result(self._settings.answer_deadline)
+        deadline = self._settings.answer_deadline
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(deadline)
+        except TimeoutError as error:
+            raise RunError(
+                f"the fleet's thread did not answer in {deadline:g} s (fleet.answer_deadline)"
+            ) from error
 
     async def _open(self, older_versions: bool) -> Members:
         connector = aiohttp.TCPConnector(limit=0, force_close=True)  # no stale connections

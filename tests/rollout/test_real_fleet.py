@@ -192,18 +192,29 @@ def test_a_killed_server_comes_back(make_fleet, servers, published, start_server
     fleet = make_fleet([steady.url, victim.url])
     fleet.refresh(3, published.path(3))
     wait_ready(fleet)
-    ended = threading.Event()
-    endless = map(prompt, itertools.takewhile(lambda _: not ended.is_set(), itertools.count()))
-    taker = Taker(fleet, endless)
-    of_victim = lambda name: fleet.servers()[victim.url][name]
-    wait_until(lambda: of_victim("sampled") > 3 and of_victim("in_flight") > 1)
+    flows, ended = threading.Event(), threading.Event()
+
+    def flowing():
+        for draw in itertools.count():
+            assert flows.wait(PATIENCE)
+            if ended.is_set():
+                return
+            yield prompt(draw)
+
+    flows.set()
+    taker = Taker(fleet, flowing())
+    of = lambda server, name: fleet.servers()[server.url][name]
+    wait_until(lambda: of(victim, "sampled") > 3 and of(victim, "in_flight") > 1)
     victim.kill()
-    wait_until(lambda: of_victim("state") == "lost", "the loss")
-    sampled = of_victim("sampled")
+    wait_until(lambda: of(victim, "state") == "lost", "the loss")
+    before = [of(server, "sampled") for server in (victim, steady)]
+    wait_until(lambda: of(steady, "sampled") > before[1] + 3, "work for the other one")
+    flows.clear()  # two cores: a server starts slowly beside one that samples
     back = start_server(published.path(1), port, wait=False)
-    wait_until(lambda: of_victim("state") == "ready", "the return")
+    wait_until(lambda: of(victim, "state") == "ready", "the return")
     assert back.ask("/model_info")["weight_version"] == "3"
-    wait_until(lambda: of_victim("sampled") > sampled + 3, "work for who is back")
+    flows.set()
+    wait_until(lambda: of(victim, "sampled") > before[0] + 3, "work for who is back")
     ended.set()
     taken = taker.result()
     assert_each_once(taken, len(taken))
