@@ -19,6 +19,7 @@ from jax.sharding import AxisType
 from scipy import stats
 
 from oapl_jax import batching, learner, publisher
+from oapl_jax.checkpoint import Weights
 from oapl_jax.errors import UserError
 from oapl_jax.models import hf
 from oapl_jax.models.transformer import Transformer, head, logits
@@ -382,13 +383,18 @@ class Tokenizer:
 
 def publish(directory, version, name=NAME, scale=1.0):
     config, params = load(name)
+    weights = Weights(epath.Path(directory) / "weights")
+    probe = {"tokens": [[1, 2]], "logp": [[-1.0]], "dtype": "float32"}
+    weights.save(version, jax.tree.map(lambda x: x * scale, params), probe)
+    weights.close()
     return publisher.publish(
-        jax.tree.map(lambda x: x * scale, params),
+        weights.path(version),
         config,
         version=version,
         directory=epath.Path(directory),
         tokenizer=Tokenizer(),
         dtype="float32",
+        config_hash="",
     )
 
 
