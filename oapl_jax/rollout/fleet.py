@@ -35,6 +35,7 @@ from oapl_jax.rollout.sglang import Aborted, Mixed, ServerError
 from oapl_jax.structs import Prompt
 
 COUNTS = ("prompts", "groups", "dropped", "given_up")  # the last three and those in flight balance
+THREAD_DEADLINE = 30.0  # seconds for the fleet's own thread to begin, and to end
 LOOK_EVERY = 0.2  # seconds between two looks at whether any server is ready
 
 
@@ -156,7 +157,7 @@ class Fleet:
         """See Sampler.
 
         Raises:
-          RunError: if the fleet's thread does not give everything up within `answer_deadline`.
+          RunError: if the fleet's thread does not end.
         """
         with self._lock:
             if self._closed:
@@ -167,9 +168,9 @@ class Fleet:
             self._count("given_up", call.stop())
         self._in_loop(self._shut())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(self._settings.answer_deadline)
+        self._thread.join(THREAD_DEADLINE)
         if self._thread.is_alive():
-            raise RunError("the fleet's thread did not end within fleet.answer_deadline")
+            raise RunError(f"the fleet's thread did not end in {THREAD_DEADLINE:.0f} s")
         self._loop.close()
 
     def metrics(self) -> dict[str, float]:
@@ -227,12 +228,12 @@ class Fleet:
                 self._loop.call_soon_threadsafe(function, *args)
 
     def _in_loop(self, coroutine: Coroutine) -> Any:
-        deadline = self._settings.answer_deadline
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
-            return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(deadline)
+            return future.result(THREAD_DEADLINE)
         except TimeoutError as error:
             raise RunError(
-                f"the fleet's thread did not answer in {deadline:g} s (fleet.answer_deadline)"
+                f"the fleet's thread did not answer in {THREAD_DEADLINE:.0f} s"
             ) from error
 
     async def _open(self, older_versions: bool) -> Members:

@@ -22,6 +22,7 @@ from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Rollout
 
 VOCAB, CONTEXT, STOP = 32, 64, 1
+LINGERS = 0.05  # seconds that a server is not idle after requests were aborted
 MODEL = ModelConfig.from_hf(
     dict(
         model_type="llama",
@@ -181,7 +182,7 @@ class FaultServer:
         self._aborting = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self.running = 0
+        self.running, self._busy_until = 0, 0.0
         self._transports: set = set()
         app = web.Application()
         app.router.add_post("/generate", self._generate)
@@ -247,6 +248,9 @@ class FaultServer:
         try:
             fault = await self._fault(request, "generate")
             aborted = await self._work()
+        except asyncio.CancelledError:  # the client hung up
+            self._busy_until = self._loop.time() + LINGERS
+            raise
         finally:
             self.running -= 1
             if not self.running:
@@ -394,6 +398,8 @@ class FaultServer:
         try:
             await self._idle.wait()
             fault = await self._fault(request, "update")
+            if self._loop.time() < self._busy_until:
+                fault = "half"
             if fault == "refuse":
                 return web.json_response({"success": False, "message": "on order"}, status=400)
             if fault == "no":
@@ -415,12 +421,13 @@ class FaultServer:
 
     async def _flush(self, request: web.Request) -> web.Response:
         fault = await self._fault(request, "flush")
-        if self.running or fault == "busy":
+        if self.running or fault == "busy" or self._loop.time() < self._busy_until:
             return web.Response(status=400, text="Flush cache failed.")
         return web.Response(text="Cache flushed.")
 
     async def _abort(self, request: web.Request) -> web.Response:
         await self._fault(request, "abort")
+        self._busy_until = self._loop.time() + LINGERS
         self._aborting.set()
         self._aborting = asyncio.Event()
         return web.Response()
