@@ -202,7 +202,8 @@ class Member:
 
     def hear_of_version(self) -> None:
         """Another version is wanted, so what was refused does not count."""
-        self._update_at = self._refused_updates = 0
+        if self._refused_updates:
+            self._update_at = self._refused_updates = 0
         if self.state in (STARTING, REFUSED):
             self._retry_at = 0.0
         self._wake.set()
@@ -224,9 +225,11 @@ class Member:
                 else:
                     self.reason = str(error)
                     self._retry_at = time.monotonic() + settings.backoff
-            wait = settings.health_every
+            wait, now = settings.health_every, time.monotonic()
             if self.state != READY:
-                wait = min(wait, max(self._retry_at - time.monotonic(), 0))
+                wait = min(wait, max(self._retry_at - now, 0))
+            elif self._update_at > now:
+                wait = min(wait, self._update_at - now)
             try:
                 async with asyncio.timeout(wait):
                     await self._wake.wait()
@@ -280,7 +283,11 @@ class Member:
         return not self._shared.older_versions or time.monotonic() >= self._update_at
 
     async def _refresh(self) -> None:
-        """Drain, update, flush, probe; never more servers at once than their share."""
+        """Drain, update, flush, probe; never more servers at once than their share.
+
+        Where older versions may serve, it then serves at least as long as that took: versions that
+        come faster than a server takes them would leave it no time to sample.
+        """
         shared = self._shared
         started, patience = time.monotonic(), shared.settings.drain_deadline
         if not shared.older_versions:  # it has nothing to do until it has the wanted version
@@ -298,7 +305,9 @@ class Member:
             for other in shared.members.values():
                 other._wake.set()
             shared.notify()
-        self.refresh_seconds = time.monotonic() - started
+        now = time.monotonic()
+        self.refresh_seconds = now - started
+        self._update_at = max(self._update_at, now + self.refresh_seconds)
 
     async def _drain(self, until: float) -> None:
         self._set(DRAINING, "it finishes what is in flight before a refresh")

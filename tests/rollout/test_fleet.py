@@ -644,6 +644,29 @@ def test_a_new_version_is_offered_at_once_to_who_refused_another(make_fleet, ser
     wait_until(lambda: states(fleet) == {"ready"} and fleet.versions() == {2})
 
 
+def test_versions_that_come_faster_than_servers_take_them(make_fleet, servers, directory):
+    """Each server samples between two updates, and each has its turn."""
+    made = servers(2)
+    fleet = ready_fleet(make_fleet, made, directory, older_versions=True, max_in_flight=4)
+    for server in made:
+        server.seconds, server.update_seconds = 0.01, 0.1
+    paths = [publish_toy(directory, version) for version in range(1, 50)]
+    versions = itertools.cycle(enumerate(paths, 1))
+    updated = lambda: min(len(server.loads) for server in made)
+
+    def another_each_time():
+        draws = itertools.count()
+        while updated() < 6:
+            fleet.refresh(*next(versions))
+            yield from (prompt(next(draws)) for _ in range(4))
+
+    taken = Taker(fleet, another_each_time()).result()
+    assert_right(taken)
+    held = {(s.server, s.rollouts[0].policy_version) for s in taken}
+    for server in made:
+        assert len({version for url, version in held if url == server.url}) > 2
+
+
 def test_stale_weights_after_a_refusal_do_not_pass_for_the_older_version(
     make_fleet, servers, directory
 ):
