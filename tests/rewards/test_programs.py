@@ -92,7 +92,18 @@ KEPT = set()  # processes that these tests keep for themselves
 
 
 def left_over():
-    """What hostile programs, or sandboxes, of this process left: processes and files."""
+    """What hostile programs, or sandboxes, of this process left, and that is there for seconds.
+
+    The name of a process that was killed stays in /proc until its parent has asked for it.
+    """
+    deadline = time.monotonic() + 5
+    while (found := left_now()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+def left_now():
+    """Processes and files."""
     children = [path.read_text().split() for path in Path("/proc/self/task").glob("*/children")]
     found = [pid for pids in children for pid in pids if int(pid) not in KEPT]
     for path in Path("/proc").glob("[0-9]*/task/*/comm"):
