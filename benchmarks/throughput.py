@@ -110,7 +110,14 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
     )
     batch = batching.to_mesh(batch, learner.batch_shardings(mesh))
     step = learner.make_train_step(
-        model, objective, optimizer, mesh, temperature=1.0, logp_chunk=chunk
+        model,
+        objective,
+        optimizer,
+        mesh,
+        temperature=1.0,
+        logp_chunk=chunk,
+        kl_weight=0.0,
+        ess_power=0.0,
     )
     sampler = LocalSampler(
         config,

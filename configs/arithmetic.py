@@ -2,7 +2,8 @@
 
     python -m oapl_jax.train --config=configs/arithmetic.py --workdir=runs/arithmetic
 
-Choices: --config=configs/arithmetic.py:task=chain_sum|number_sorting|countdown,objective=oapl|grpo
+Choices: --config=configs/arithmetic.py:task=chain_sum|number_sorting|countdown,objective=NAME, with
+the names of configs/common.py.
 """
 
 from typing import Any
@@ -100,6 +101,7 @@ def get_config(arg: str | None = None) -> common.Config:
 
     config.objective = common.objective(choice["objective"])
     config.objective.beta2 = 0.2  # answers of a dozen tokens: the anchor must not be that weak
+    config.objective.constant_length = task["max_response_tokens"]
 
     config.optim = dict(
         learning_rate=1e-3,

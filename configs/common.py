@@ -45,6 +45,14 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     # GRPO + importance sampling, the baseline of arXiv 2602.19362, which states neither level nor
     # cap of the weights: both are proposals.
     "grpo_is": dict(aggregation="token", proximal="learner", correction="token_truncate"),
+    # arXiv 2602.17616, but for its baseline, which needs the gradient of every response.
+    "vcpo": dict(
+        aggregation="token",
+        proximal="learner",
+        correction="sequence_truncate",
+        correction_cap=8.0,
+        ess_power=0.5,
+    ),
     # arXiv 2503.20783.
     "dr_grpo": dict(aggregation="constant", estimator="dr_grpo", clip_high=0.2),
     # arXiv 2402.14740, whose data are fresh; the correction of stale data is a proposal.
@@ -81,6 +89,9 @@ def objective(name: str) -> Config:
             "denominator": "behavior",
             "aggregation": "sequence",
             "constant_length": 1,  # tokens, for aggregation="constant": the longest response
+            "kl_weight": 0.0,  # of a KL to the reference, version 0, beside any objective
+            # A step is shortened by (ESS / B)^ess_power: arXiv 2602.17616 has 0.5 for Adam.
+            "ess_power": 0.0,
             # oapl: arXiv 2602.19362; values for long answers, short ones want a larger beta2, and
             # beta1 = 1e6 is the mean as a baseline. beta2 anchors a_star_po, tba and opmd_kimi too.
             "beta1": 1.0,

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from oapl_jax import batching, publisher
+from oapl_jax import batching
 from oapl_jax.job import Config, Job
-from oapl_jax.models import hf
 from oapl_jax.objectives import Objective
 from oapl_jax.objectives.aggregation import sequence_weights
 from oapl_jax.structs import Batch, Group
@@ -36,23 +35,22 @@ def make_batch(config: Config, objective: Objective, groups: list[Group], step: 
     )
 
 
-def recompute_denominator(job: Job, logp_step: Any, batch: Batch, step: int) -> Batch:
-    """The batch with other log-probs in the place of the samplers' own.
+def recompute(job: Job, logp_step: Any, batch: Batch, step: int) -> Batch:
+    """The batch with the log-probs that the objective wants from the learner's forward pass.
 
-    From the learner's forward pass with each rollout's own version (`denominator = "learner"`), or
-    with version 0 for all ("reference").
+    Of the reference, version 0, if the job has one; and in the place of the samplers' own those of
+    each rollout's version (`denominator = "learner"`) or of the reference ("reference").
     """
-    if job.config.objective.denominator == "reference":
-        return dataclasses.replace(batch, behavior_logp=logp_step(_published(job, 0), batch))
+    denominator = job.config.objective.denominator
+    if job.has_reference:
+        batch = dataclasses.replace(batch, reference_logp=logp_step(job.reference, batch))
+    if denominator == "reference":
+        return dataclasses.replace(batch, behavior_logp=batch.reference_logp)
+    if denominator == "behavior":
+        return batch
     behavior_logp = batch.behavior_logp
     for lag in np.unique(jax.device_get(batch.lag)):
         mine = (batch.lag == lag)[..., None]
-        logp = logp_step(_published(job, step - int(lag)), batch)
+        logp = logp_step(job.load_version(step - int(lag)), batch)
         behavior_logp = jax.numpy.where(mine, logp, behavior_logp)
     return dataclasses.replace(batch, behavior_logp=behavior_logp)
-
-
-def _published(job: Job, version: int) -> Any:
-    path = publisher.version_path(job.workdir / "versions", version)
-    publisher.check_version(path)
-    return hf.load_params(path, job.policy.config, mesh=job.mesh)

@@ -114,6 +114,7 @@ def make_batch(
         where=where,
         mask=mask,
         behavior_logp=behavior_logp,
+        reference_logp=behavior_logp,
         advantage=by_sequence(np.concatenate(advantages), np.float32),
         reward=by_sequence(np.concatenate([g.reward for g in groups]), np.float32),
         weight=by_sequence(weights, np.float32),

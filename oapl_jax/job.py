@@ -18,10 +18,14 @@ from oapl_jax.data.records import Record
 from oapl_jax.data.tasks import TASKS
 from oapl_jax.errors import UserError
 from oapl_jax.evaluate import evaluate
+from oapl_jax.models import hf
 from oapl_jax.models.transformer import REMAT_POLICIES, Transformer
-from oapl_jax.objectives import OBJECTIVES
+from oapl_jax.objectives import OBJECTIVES, hyper_parameters
+from oapl_jax.objectives.advantages import ADVANTAGES
 from oapl_jax.objectives.aggregation import AGGREGATIONS
 from oapl_jax.objectives.grpo import CORRECTIONS, PROXIMALS
+from oapl_jax.objectives.maxrl import ESTIMATORS
+from oapl_jax.objectives.opmd import BASELINES
 from oapl_jax.optim import make_optimizer
 from oapl_jax.policy import Policy, check_lengths, open_policy
 from oapl_jax.probe import make_probe
@@ -164,6 +168,22 @@ class Job:
             seed=self.config.seed,
         )
 
+    @property
+    def has_reference(self) -> bool:
+        objective = self.config.objective
+        return objective.denominator == "reference" or objective.kl_weight > 0
+
+    def load_version(self, version: int) -> Any:
+        """The parameters of a published version, on the mesh."""
+        path = publisher.version_path(self.workdir / "versions", version)
+        publisher.check_version(path)
+        return hf.load_params(path, self.policy.config, mesh=self.mesh)
+
+    @functools.cached_property
+    def reference(self) -> Any:
+        """The parameters of version 0, which a job with a reference policy keeps."""
+        return self.load_version(0)
+
     def abstract_state(self) -> learner.TrainState:
         """Shapes, dtypes and shardings of the state, to restore into."""
         fresh = lambda: learner.new_state(
@@ -245,15 +265,6 @@ def check_sizes(config: Config) -> None:
         ("rollout.source", config.rollout.source, ("live", "shards", "both")),
         ("rollout.sampler", config.rollout.sampler, ("local", "fleet")),
         ("publish_dtype", config.publish_dtype, ("float32", "bfloat16")),
-        (
-            "objective.denominator",
-            config.objective.denominator,
-            ("behavior", "learner", "reference"),
-        ),
-        ("objective.proximal", config.objective.proximal, PROXIMALS),
-        ("objective.correction", config.objective.correction, CORRECTIONS),
-        ("objective.aggregation", config.objective.aggregation, AGGREGATIONS),
-        ("objective.name", config.objective.name, tuple(OBJECTIVES)),
     ):
         refuse(value not in choices, f"{name}={value!r} is not one of {', '.join(choices)}")
     for name, value in (
@@ -271,18 +282,9 @@ def check_sizes(config: Config) -> None:
         ("checkpoint.keep", config.checkpoint.keep),
     ):
         refuse(value < 1, f"{name}={value} must be at least 1")
-    for name, value in (
-        ("objective.beta1", config.objective.beta1),
-        ("objective.beta2", config.objective.beta2),
-        ("optim.learning_rate", config.optim.learning_rate),
-    ):
-        refuse(value <= 0, f"{name}={value} must be above 0")
-    proximal, correction = config.objective.proximal, config.objective.correction
-    refuse(
-        proximal == "behavior" and correction != "none",
-        f"objective.correction={correction!r} repairs the gap of behavior and proximal policy; "
-        "it needs objective.proximal='learner'",
-    )
+    rate = config.optim.learning_rate
+    refuse(rate <= 0, f"optim.learning_rate={rate} must be above 0")
+    check_objective(config, refuse)
     temperature = config.rollout.temperature
     refuse(
         temperature <= 0,
@@ -340,4 +342,50 @@ def check_sizes(config: Config) -> None:
     refuse(
         not ks or min(ks) < 1 or max(ks) > n,
         f"evaluation.ks={list(ks)} must lie within 1 and evaluation.n={n} samples; raise n",
+    )
+
+
+def check_objective(config: Config, refuse: Callable[[Any, str], None]) -> None:
+    """Calls `refuse` for every setting of the objective; it raises if the first argument holds."""
+    section = config.objective
+    for name, choices in (
+        ("denominator", DENOMINATORS),
+        ("proximal", PROXIMALS),
+        ("correction", CORRECTIONS),
+        ("aggregation", AGGREGATIONS),
+        ("estimator", tuple(ADVANTAGES)),
+        ("maxrl_estimator", ESTIMATORS),
+        ("opmd_baseline", BASELINES),
+        ("name", tuple(OBJECTIVES)),
+    ):
+        value, offer = section[name], ", ".join(choices)
+        refuse(value not in choices, f"objective.{name}={value!r} is not one of {offer}")
+    for name in ("beta1", "beta2", "constant_length"):
+        refuse(section[name] <= 0, f"objective.{name}={section[name]} must be above 0")
+    for name in ("kl_weight", "ess_power"):
+        refuse(section[name] < 0, f"objective.{name}={section[name]} must be at least 0")
+    refuse(
+        section.proximal == "behavior" and section.correction != "none",
+        f"objective.correction={section.correction!r} repairs the gap of behavior and proximal "
+        "policy; it needs objective.proximal='learner'",
+    )
+    refuse(
+        section.denominator == "reference" and (section.ess_power or section.kl_weight),
+        "objective.denominator='reference' replaces the behavior log-probs that objective.ess_power"
+        " and objective.kl_weight need; set both to 0",
+    )
+    refuse(
+        section.name == "maxrl"
+        and section.maxrl_estimator == "truncated"
+        and not 1 <= section.maxrl_order <= config.group_size,
+        f"objective.maxrl_order={section.maxrl_order} must lie within 1 and "
+        f"group_size={config.group_size}",
+    )
+    micro_batches = config.learner.micro_batches
+    refuse(
+        "group_size" in hyper_parameters(OBJECTIVES[section.name].loss)
+        and config.groups_per_step % micro_batches,
+        f"objective {section.name} needs whole groups in a micro-batch, and learner.micro_batches="
+        f"{micro_batches} does not divide groups_per_step={config.groups_per_step}; choose a "
+        "divisor",
     )

@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from oapl_jax.models.transformer import Transformer, head, logits
 from oapl_jax.objectives import Objective
+from oapl_jax.objectives.reference import reference_kl
+from oapl_jax.objectives.sample_size import effective_share
 from oapl_jax.sharding import ROWS, parameter_shardings
 from oapl_jax.structs import Batch, Leaf
 
@@ -63,7 +65,7 @@ def state_shardings(
 def batch_shardings(mesh: Mesh) -> Batch:
     """Rows are split over data and fsdp; a float a token of each sequence is everywhere."""
     rows, everywhere = NamedSharding(mesh, P(None, *ROWS)), NamedSharding(mesh, P())
-    return Batch(rows, rows, rows, *([everywhere] * 7))
+    return Batch(rows, rows, rows, *([everywhere] * 8))
 
 
 def init_state(
@@ -167,12 +169,20 @@ def make_train_step(
     *,
     temperature: float,
     logp_chunk: int,
+    kl_weight: float,
+    ess_power: float,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles one gradient step; the old state's buffers are given to the new one.
 
     The gradient is the sum over micro-batches of sum_i weight_i L_i, so a split batch gives the
     whole batch's gradient. A step whose loss or gradient norm is not finite changes nothing but the
     counts.
+
+    Args:
+      temperature, logp_chunk: as in `token_logp`.
+      kl_weight: of KL(pi || pi_ref), which is added to the loss of each sequence; 0 adds nothing.
+      ess_power: the update is multiplied by (ESS / B)^ess_power: 0 leaves it, 1/2 is VCPO's for
+        Adam (objectives/sample_size.py).
     """
 
     def micro_loss(params, micro: Batch):
@@ -180,12 +190,16 @@ def make_train_step(
             params, micro, model=model, temperature=temperature, chunk=logp_chunk
         )
         losses, metrics = objective.loss(logp, micro.behavior_logp, micro.advantage, micro.mask)
+        if kl_weight:
+            kl = reference_kl(logp, micro.behavior_logp, micro.reference_logp, micro.mask)
+            losses, metrics = losses + kl_weight * kl, {**metrics, "reference_kl": kl}
         # KL(pi_lag || pi) from pi_lag's samples in the form whose terms are never negative (k3).
         gap = jnp.where(micro.mask > 0, logp - micro.behavior_logp, 0.0)
         tokens = jnp.sum(micro.mask, axis=-1)
         per_sequence = {
             "kl": jnp.sum(jnp.expm1(jnp.clip(gap, max=20.0)) - gap, axis=-1) / tokens,
             "entropy": jnp.sum(entropy * micro.mask, axis=-1) / tokens,
+            "log_weight": jnp.sum(gap, axis=-1),
             **metrics,
         }
         return jnp.sum(micro.weight * losses), per_sequence
@@ -203,6 +217,8 @@ def make_train_step(
             loss, grad_norm = jnp.sum(losses), optax.tree.norm(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            share = effective_share(per_sequence.pop("log_weight"))
+            updates = jax.tree.map(lambda u: u * share**ess_power, updates)
             params = optax.apply_updates(state.params, updates)
             keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
             bad = 1 - finite.astype(jnp.int32)
@@ -215,6 +231,7 @@ def make_train_step(
             )
             metrics = summarize(loss, per_sequence, batch)
             metrics["grad_norm"] = grad_norm
+            metrics["ess"] = share
             metrics["skipped"] = new_state.skipped
             metrics["skipped_in_a_row"] = new_state.skipped_in_a_row
         return new_state, metrics

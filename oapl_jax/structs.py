@@ -108,6 +108,7 @@ class Batch:
     where: Leaf  # int32[M, S, C], places in R * T of a response's tokens, C = the most tokens
     mask: Leaf  # float32[M, S, C], 1 on response tokens
     behavior_logp: Leaf  # float32[M, S, C]
+    reference_logp: Leaf  # float32[M, S, C], the behavior policy's unless the job has a reference
     advantage: Leaf  # float32[M, S]
     reward: Leaf  # float32[M, S]
     weight: Leaf  # float32[M, S], aggregation weight from counts of the global batch

@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 
 from oapl_jax import batching, learner, publisher
-from oapl_jax.assemble import make_batch, recompute_denominator
+from oapl_jax.assemble import make_batch, recompute
 from oapl_jax.begin import begin
 from oapl_jax.checkpoint import check_config
 from oapl_jax.command import read_command_line
@@ -47,13 +47,21 @@ def run(config: Config, workdir: epath.Path, stop: StopRequest) -> dict[str, Any
     job = open_job(config, workdir)
     for change in check_config(workdir / "config.json", config.to_dict()):
         say(f"changed since this run began: {change}")
-    objective = bind(**config.objective)
+    objective = bind(**config.objective, group_size=config.group_size)
     lag = LagPolicy(**config.lag, seed=config.seed)
     supply = open_supply(job)
     state, loop = resume(job, supply) if job.checkpoints.steps() else begin(job)
 
     settings = dict(temperature=config.rollout.temperature, logp_chunk=config.learner.logp_chunk)
-    train_step = learner.make_train_step(job.model, objective, job.optimizer, job.mesh, **settings)
+    train_step = learner.make_train_step(
+        job.model,
+        objective,
+        job.optimizer,
+        job.mesh,
+        kl_weight=config.objective.kl_weight,
+        ess_power=config.objective.ess_power,
+        **settings,
+    )
     logp_step = learner.make_logp_step(job.model, job.mesh, **settings)
     shardings = learner.batch_shardings(job.mesh)
     first = int(state.step)
@@ -77,8 +85,7 @@ def run(config: Config, workdir: epath.Path, stop: StopRequest) -> dict[str, Any
             if not groups:
                 break
             batch = batching.to_mesh(make_batch(config, objective, groups, step), shardings)
-            if config.objective.denominator != "behavior":
-                batch = recompute_denominator(job, logp_step, batch, step)
+            batch = recompute(job, logp_step, batch, step)
             learning = time.monotonic()
             state, of_step = train_step(state, batch)
             of_step = jax.device_get(of_step)
@@ -159,7 +166,7 @@ def needed_versions(job: Job, step: int, lag: LagPolicy) -> set[int]:
     as its reference."""
     denominator = job.config.objective.denominator
     recorded = job.config.rollout.source != "live" and denominator == "learner"
-    return lag.needs(step) | ({0} if recorded or denominator == "reference" else set())
+    return lag.needs(step) | ({0} if recorded or job.has_reference else set())
 
 
 def publish_and_serve(

@@ -46,7 +46,14 @@ def warm_up(
     """
     state = learner.init_state(model, optimizer, mesh, params)
     step_fn = learner.make_train_step(
-        model, bind("sft"), optimizer, mesh, temperature=1.0, logp_chunk=logp_chunk
+        model,
+        bind("sft"),
+        optimizer,
+        mesh,
+        temperature=1.0,
+        logp_chunk=logp_chunk,
+        kl_weight=0.0,
+        ess_power=0.0,
     )
     shardings = learner.batch_shardings(mesh)
     for step in range(num_steps):

@@ -160,13 +160,13 @@ def mesh_of(sizes):
     return Mesh(np.array(jax.devices()[:count]).reshape(sizes), AXES)
 
 
-def compiled(sizes=ONE, remat="none"):
+def compiled(sizes=ONE, remat="none", kl_weight=0.0, ess_power=0.0):
     """A learner on a mesh: `start()` gives its first state, `step` and `logp` are its programs."""
-    return _compiled(sizes, remat)
+    return _compiled(sizes, remat, kl_weight, ess_power)
 
 
 @functools.cache
-def _compiled(sizes, remat):
+def _compiled(sizes, remat, kl_weight, ess_power):
     mesh, optimizer = mesh_of(sizes), make_optimizer(**OPTIM)
     model = Transformer(CONFIG, jnp.float32, remat)
     objective = bind("oapl", beta1=BETA1, beta2=BETA2)
@@ -177,7 +177,9 @@ def _compiled(sizes, remat):
     first = learner.init_state(model, optimizer, mesh, parameters())
     return types.SimpleNamespace(
         start=lambda: jax.tree.map(jnp.copy, first),
-        step=learner.make_train_step(model, objective, optimizer, mesh, **settings),
+        step=learner.make_train_step(
+            model, objective, optimizer, mesh, kl_weight=kl_weight, ess_power=ess_power, **settings
+        ),
         logp=learner.make_logp_step(model, mesh, **settings),
         put=lambda batch: to_mesh(batch, shardings),
         mesh=mesh,
@@ -402,6 +404,7 @@ def test_metrics_equal_those_computed_sequence_by_sequence():
         "residual/wrong": np.mean(residual[wrong]),
         "residual/wrong_std": np.std(residual[wrong]),
         "target_log_ratio": np.mean(target),
+        "ess": np.sum(np.exp(log_ratio)) ** 2 / np.sum(np.exp(2 * log_ratio)) / 16,
         "skipped": 0,
         "skipped_in_a_row": 0,
     }
@@ -419,6 +422,33 @@ def test_metrics_of_an_empty_set_are_not_a_number_rather_than_zero():
     empty = {key for key, value in metrics.items() if np.isnan(value)}
     sides = {f"{name}/wrong{end}" for name in ("residual", "log_ratio") for end in ("", "_std")}
     assert empty == {*sides, "log_ratio/slope"}
+
+
+def test_a_stale_batch_shortens_the_step_and_nothing_else():
+    (state, metrics), (plain, expected) = one_step(batch_of(), ess_power=0.5), expected_step()
+    assert 0.1 < expected["ess"] < 0.9
+    assert metrics == expected
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, plain.opt_state)
+    move = lambda new: jax.tree.map(np.subtract, new.params, parameters())
+    shorter = jax.tree.map(lambda x: x * np.sqrt(expected["ess"]), move(plain))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=2e-7, rtol=1e-3), move(state), shorter
+    )
+
+
+def test_a_reference_adds_its_kl_to_the_loss_and_to_the_gradient():
+    batch = batch_of()
+    reference = (batch.behavior_logp - 0.1) * batch.mask
+    _, metrics = one_step(replace(batch, reference_logp=reference), kl_weight=0.3)
+    kl = []
+    for prompt, rollout in sequences():
+        logp, _ = plain_logp(parameters(), prompt, rollout.tokens, TEMPERATURE)
+        ratio, gap = np.exp(logp - rollout.behavior_logp), logp - rollout.behavior_logp + 0.1
+        kl.append(np.sum(ratio * (np.exp(-gap) + gap - 1)))
+    _, expected = expected_step()
+    np.testing.assert_allclose(metrics["reference_kl"], np.mean(kl), rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"] + 0.3 * np.mean(kl), rtol=1e-4)
+    assert abs(metrics["grad_norm"] / expected["grad_norm"] - 1) > 0.01
 
 
 # ---------------------------------------------------------------- which log-probabilities
@@ -537,7 +567,7 @@ def test_eight_devices_equal_one(sizes):
 
 def test_the_compiler_never_replicates_what_it_can_not_reshard(capfd):
     """It says so in a log line of its own, on the file descriptor of the process."""
-    run = _compiled.__wrapped__((2, 2, 2), "none")  # a program that is not compiled yet
+    run = _compiled.__wrapped__((2, 2, 2), "none", 0.0, 0.0)  # a program that is not compiled yet
     arguments = run.start(), run.put(batch_of())
     capfd.readouterr()
     run.step.lower(*arguments).compile()
@@ -630,7 +660,14 @@ def _fragile():
     mesh, optimizer = mesh_of(ONE), make_optimizer(**OPTIM)
     model = Transformer(CONFIG, jnp.float32, "none")
     return learner.make_train_step(
-        model, Objective(lambda r: r, loss), optimizer, mesh, temperature=1.0, logp_chunk=32
+        model,
+        Objective(lambda r: r, loss),
+        optimizer,
+        mesh,
+        temperature=1.0,
+        logp_chunk=32,
+        kl_weight=0.0,
+        ess_power=0.0,
     )
 
 

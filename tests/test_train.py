@@ -291,6 +291,20 @@ def test_grpo_runs_by_its_name_alone(runs, tmp_path):
     assert "clip_fraction" in metrics(tmp_path)[-1]
 
 
+@pytest.mark.parametrize("name", ["tba", "a_star_po", "grpo"])
+def test_a_reference_policy_is_version_0_to_the_end(runs, tmp_path, name):
+    """As a denominator or by a KL; over a resume; and it is the policy of the start itself."""
+    settings = {"config": f":objective={name}", "lag.steps": 2, "learner.micro_batches": 2}
+    settings |= {"objective.kl_weight": 0.1} if name == "grpo" else {}
+    runs.run(tmp_path, **settings, num_steps=6)
+    runs.run(tmp_path, **settings)
+    assert (tmp_path / "versions" / "v000000" / "COMMITTED").exists()
+    lines = metrics(tmp_path)
+    distance = [line["reference_kl" if name == "grpo" else "kl"] for line in lines]
+    assert distance[0] < 1e-6
+    assert min(distance[2:]) > 1e-5  # unlike the distance to pi_lag, which returns to 0
+
+
 def test_evaluate_grades_any_checkpoint(runs, unbroken):
     workdir, _ = unbroken
     output = runs.run(workdir, module="evaluate")
@@ -319,6 +333,19 @@ MISTAKES = {
     "aggregation": (dict(objective__aggregation="mean"), "objective.aggregation='mean'"),
     "beta2": (dict(objective__beta2=0.0), "objective.beta2=0.0"),
     "correction": (dict(objective__correction="token_mask"), "objective.proximal='learner'"),
+    "estimator": (dict(objective__estimator="gae"), "objective.estimator='gae'"),
+    "reference": (
+        dict(objective__denominator="reference", objective__ess_power=0.5),
+        "objective.ess_power",
+    ),
+    "order": (
+        dict(config=":objective=maxrl", objective__maxrl_estimator="truncated", group_size=3),
+        "objective.maxrl_order=4",
+    ),
+    "whole groups": (
+        dict(config=":objective=tba", learner__micro_batches=8),
+        "objective tba needs whole groups",
+    ),
     "lag": (dict(lag__mode="never"), "lag.mode='never'"),
     "lag steps": (dict(lag__steps=0), "lag.steps=0"),
     "buffer": (dict(buffer__mode="heap"), "buffer.mode='heap'"),

@@ -49,6 +49,7 @@ OBJECTIVES = {
     "asymre": Objective(asymre.advantage, asymre.loss),
     "grpo": Objective(advantages.advantage, grpo.loss),
     "grpo_is": Objective(advantages.advantage, grpo.loss),
+    "vcpo": Objective(advantages.advantage, grpo.loss),
     "dr_grpo": Objective(advantages.advantage, grpo.loss),
     "rloo": Objective(advantages.advantage, grpo.loss),
     "gspo": Objective(advantages.advantage, gspo.loss),

@@ -35,7 +35,7 @@ VALUES = settings(
 )
 ARGUMENTS = {"advantage": ["reward"], "loss": ["logp", "behavior_logp", "advantage", "mask"]}
 # What a section says beside hyper-parameters.
-OTHERS = {"denominator", "aggregation", "constant_length"}
+OTHERS = {"denominator", "aggregation", "constant_length", "kl_weight", "ess_power"}
 
 
 def test_every_objective_has_a_configuration_and_the_other_way_round():

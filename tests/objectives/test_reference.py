@@ -1,0 +1,56 @@
+"""The KL to a reference: value and gradient by enumeration, whoever sampled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import random_group
+
+from oapl_jax.objectives.reference import reference_kl
+
+POLICY = np.array([0.5, -0.3, 0.1, 1.0], np.float32)  # logits over four responses of one token
+REFERENCE = np.log([0.4, 0.3, 0.2, 0.1])
+ONES = np.ones((4, 1), np.float32)
+
+
+def column(logp):
+    return jnp.asarray(logp, jnp.float32)[:, None]
+
+
+def exact(logits):
+    logp = jax.nn.log_softmax(logits)
+    return jnp.sum(jnp.exp(logp) * (logp - REFERENCE))
+
+
+@pytest.mark.parametrize("sampling", [[0.25] * 4, [0.7, 0.1, 0.1, 0.1], REFERENCE])
+def test_its_expectation_and_gradient_are_those_of_the_kl_whoever_sampled(sampling):
+    chances = np.exp(sampling) if np.sum(sampling) < 0 else np.array(sampling)
+    behavior = column(np.log(chances))
+
+    def expectation(logits):
+        logp = column(jax.nn.log_softmax(logits))
+        return jnp.sum(chances * reference_kl(logp, behavior, column(REFERENCE), ONES))
+
+    value, gradient = jax.value_and_grad(expectation)(jnp.asarray(POLICY))
+    expected, slope = jax.value_and_grad(exact)(jnp.asarray(POLICY))
+    assert expected > 0.1
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-6)
+
+
+def test_on_fresh_data_a_tokens_slope_is_its_log_ratio():
+    logp, reference, _, mask = random_group(0, [5, 2, 7], 7, spread=0.4)
+    total = lambda x: reference_kl(x, logp, reference, mask).sum()
+    expected = (logp.astype(np.float64) - reference) * mask
+    np.testing.assert_allclose(jax.grad(total)(jnp.asarray(logp)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("gap", [-200.0, 200.0])
+def test_far_references_do_not_overflow(gap):
+    logp = np.full((2, 4096), -201.0, np.float32) + max(gap, 0)
+    value, gradient = jax.value_and_grad(
+        lambda x: reference_kl(x, logp - gap, logp - gap, np.ones_like(logp)).sum()
+    )(jnp.asarray(logp))
+    assert np.isfinite(value)
+    assert np.all(np.isfinite(gradient))
+    assert reference_kl(logp, logp, logp, np.ones_like(logp)).sum() == 0
