@@ -751,6 +751,7 @@ def test_servers_join_and_leave(make_fleet, servers, directory, tmp_path):
     taker = Taker(fleet, endless)
     urls = lambda: set(fleet.servers())
     sampled = lambda server: fleet.servers()[server.url]["sampled"]
+    wait_until(lambda: urls() == {first.url}, "the first look at the list")
     wait_until(lambda: sampled(first) > 5)
     write(first, second, third)
     wait_until(lambda: {second.url, third.url} <= urls())

@@ -20,8 +20,9 @@ from etils import epath
 
 from configs import arithmetic
 from oapl_jax import train
+from oapl_jax.check import check_sizes
 from oapl_jax.errors import RunError, UserError
-from oapl_jax.job import check_sizes, open_job
+from oapl_jax.job import open_job
 from oapl_jax.rollout import account, generate
 from oapl_jax.rollout.generate import fill
 from oapl_jax.rollout.ledger import FILE
