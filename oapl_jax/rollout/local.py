@@ -18,6 +18,7 @@ from oapl_jax.models import hf
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.transformer import Transformer, empty_cache, head, logits
 from oapl_jax.publisher import check_version
+from oapl_jax.rollout.draw import best, draw, restrict
 from oapl_jax.rollout.sampler import Sampled, Sampling
 from oapl_jax.structs import Prompt, Rollout
 
@@ -186,16 +187,17 @@ def decode(
     starts = jnp.repeat(lengths, n)
     stops = jnp.asarray(stop_ids, jnp.int32)
 
-    def draw(t, hidden):
-        scaled = logits(hidden, matrix) / temperature
-        normalised = jax.nn.log_softmax(scaled, axis=-1)
+    def next_token(t, hidden):
+        scores = logits(hidden, matrix) / temperature
         if greedy:
-            chosen = jnp.argmax(normalised, axis=-1)
-        else:
-            allowed = restrict(normalised, top_p if use_top_p else None, top_k)
-            row_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
-            chosen = jax.vmap(jax.random.categorical)(row_keys, allowed)
-        return chosen, jnp.take_along_axis(normalised, chosen[:, None], axis=-1)[:, 0]
+            return best(scores)
+        row_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
+        if not (use_top_p or top_k):
+            return draw(row_keys, scores)
+        # Log-probs are the policy's, whole: what top-p and top-k leave out is left to the caller.
+        logp = jax.nn.log_softmax(scores, axis=-1)
+        chosen, _ = draw(row_keys, restrict(logp, top_p if use_top_p else None, top_k))
+        return chosen, jnp.take_along_axis(logp, chosen[:, None], axis=-1)[:, 0]
 
     def unfinished(state):
         t, _, _, done, _, _, _ = state
@@ -203,7 +205,7 @@ def decode(
 
     def one_token(state):
         t, hidden, cache, done, lengths, out_tokens, out_logp = state
-        chosen, logp = draw(t, hidden)
+        chosen, logp = next_token(t, hidden)
         out_tokens = jax.lax.dynamic_update_slice(
             out_tokens, chosen[:, None].astype(jnp.int32), (0, t)
         )
@@ -225,22 +227,3 @@ def decode(
     )
     _, _, _, done, lengths, out_tokens, out_logp = jax.lax.while_loop(unfinished, one_token, state)
     return out_tokens, out_logp, lengths, done
-
-
-def restrict(logp: jax.Array, top_p: jax.Array | None, top_k: int) -> jax.Array:
-    """Sets the log-probabilities outside top-k and then top-p to -inf; the best token always stays.
-
-    Args:
-      logp: float32[N, V], normalised.
-      top_p: probability to keep (the smallest set that reaches it), or None.
-      top_k: number of tokens to keep, 0 for all.
-    """
-    if top_k:
-        least = jax.lax.top_k(logp, min(top_k, logp.shape[-1]))[0][:, -1:]
-        logp = jax.nn.log_softmax(jnp.where(logp >= least, logp, -jnp.inf), axis=-1)
-    if top_p is not None:
-        ordered = -jnp.sort(-logp, axis=-1)
-        before = jnp.cumsum(jnp.exp(ordered), axis=-1) - jnp.exp(ordered)
-        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logp = jnp.where(logp >= least, logp, -jnp.inf)
-    return logp
