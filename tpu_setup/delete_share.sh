@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Deletes the shared directory and everything on it: models, data, runs. It ends the billing.
+#
+#   tpu_setup/delete_share.sh --project=P --zone=us-east5-a --name=share
+#
+# --project=   that pays
+# --zone=      of the instance
+# --name=      of the instance
+# --dry-run    print the command, do nothing
+set -euo pipefail
+here=$(dirname "$0")
+. "$here/flags.sh"
+
+run gcloud filestore instances delete "$name" --project="$project" --zone="$zone" --quiet

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# On a virtual machine: mounts the share, so that every path below it is the same on all of them.
+#
+#   oapl_jax/tpu_setup/on_worker/mount.sh --share=10.1.2.3:/oapl
+#
+# --share=   NFS, as address:/name
+set -euo pipefail
+here=$(dirname "$0")
+. "$here/../flags.sh"
+
+mountpoint -q /mnt/oapl && exit
+# A fresh machine may still be upgrading itself.
+sudo apt-get -o DPkg::Lock::Timeout=600 install --yes --quiet nfs-common
+sudo mkdir -p /mnt/oapl
+sudo mount -t nfs -o hard "$share" /mnt/oapl
+sudo chmod 1777 /mnt/oapl

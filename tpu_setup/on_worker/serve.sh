@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# On a worker: a sglang-jax server, and beside it the supervisor that restarts it on new weights.
+#
+# --model=          a checkpoint or a published version
+# --chips=          of this machine, over which the model is split
+# --port=           that the run calls
+# --servers-file=   that the server enters itself into
+# --sglang-jax=     branch, tag or commit
+# -- ...            further flags of sgl_jax.launch_server
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+. "$here/../flags.sh"
+. "$here/fleet.sh"
+
+cd "$here/../.."
+source=https://github.com/sgl-project/sglang-jax.git@$sglang_jax
+python3 -m uv venv --quiet --allow-existing --python=3.12 ~/sglang-jax
+python3 -m uv pip install --quiet --python="$HOME/sglang-jax" \
+  "sglang-jax[tpu] @ git+$source#subdirectory=python"
+
+enter "$servers_file" "http://$(address):$port"
+# The chips are the server's, so the supervisor keeps off them; the cache makes its restarts short.
+exec env JAX_PLATFORMS=cpu .venv/bin/python -m oapl_jax.rollout.supervise \
+  --host="$(address)" --port="$port" --server_port=$((port + 100)) --model="$model" \
+  --deadline=900 -- \
+  env JAX_PLATFORMS=tpu JAX_COMPILATION_CACHE_DIR="$HOME/compile-cache" \
+  ~/sglang-jax/bin/python -m sgl_jax.launch_server --model-path='{model}' --host=127.0.0.1 \
+  --port='{port}' --device=tpu --tp-size="$chips" --dtype=bfloat16 --skip-server-warmup \
+  "${rest[@]}"

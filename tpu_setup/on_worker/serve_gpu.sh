@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# On a machine with GPUs: an SGLang server, which loads new weights by itself.
+#
+# --model=          a checkpoint or a published version
+# --gpus=           over which the model is split
+# --port=           that the run calls
+# --servers-file=   that the server enters itself into
+# -- ...            further flags of sglang.launch_server
+set -euo pipefail
+here=$(dirname "$0")
+. "$here/../flags.sh"
+. "$here/fleet.sh"
+
+python3 -m pip install --quiet --user uv
+python3 -m uv venv --quiet --allow-existing --python=3.11 ~/sglang
+python3 -m uv pip install --quiet --python="$HOME/sglang" 'sglang>=0.5'
+
+enter "$servers_file" "http://$(address):$port"
+exec ~/sglang/bin/python -m sglang.launch_server --model-path="$model" --host="$(address)" \
+  --port="$port" --tp-size="$gpus" --dtype=bfloat16 "${rest[@]}"

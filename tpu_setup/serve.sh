@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Starts a sglang-jax server on a slice of one worker, in the background, and returns. A fleet is
+# several such slices. The server enters itself into the servers file of the share, which the run
+# reads again and again (fleet.servers_file), and takes new weights by a restart.
+#
+#   tpu_setup/serve.sh --project=P --zone=us-east5-a --name=server-0 --topology=v6e:2x4 \
+#     --model=/mnt/oapl/models/Qwen3-4B -- --context-length=17408 --max-seq-len=17408
+#
+# --project=                           that pays
+# --zone=                              of the slice
+# --name=                              of the slice
+# --topology=                          of the slice
+# --model=                             a checkpoint or a published version, on the share
+# --port=30000                         that the run calls
+# --servers-file=/mnt/oapl/servers.txt that the server enters itself into
+# --sglang-jax=main                    branch, tag or commit of sglang-jax
+# --dry-run                            print the command, do nothing
+# -- ...                               further flags of sgl_jax.launch_server
+set -euo pipefail
+here=$(dirname "$0")
+. "$here/flags.sh"
+. "$here/slices.sh"
+. "$here/tpus.sh"
+
+find_slice
+((workers == 1)) || refuse "--topology=$topology has $workers workers, but a server lives on one;" \
+  "create several slices of one worker, for example v6e:2x4"
+on_workers all "$(quoted oapl_jax/tpu_setup/on_worker/job.sh start \
+  oapl_jax/tpu_setup/on_worker/serve.sh --model="$model" --chips="$chips" --port="$port" \
+  --servers-file="$servers_file" --sglang-jax="$sglang_jax" -- "${rest[@]}")"

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Starts a run on every worker of a slice, in the background, and returns. The same command goes on
+# with a run that was begun.
+#
+#   tpu_setup/train.sh --project=P --zone=us-east5-a --name=learner \
+#     --config=configs/competition_math.py --workdir=/mnt/oapl/run -- --config.lag.steps=50
+#
+# --project=   that pays
+# --zone=      of the slice
+# --name=      of the slice
+# --config=    a file of configs/
+# --workdir=   of the run, on the share: /mnt/oapl/...
+# --dry-run    print the command, do nothing
+# -- ...       further flags of oapl_jax.train
+set -euo pipefail
+here=$(dirname "$0")
+. "$here/flags.sh"
+. "$here/tpus.sh"
+
+[[ $workdir == /* ]] || refuse "--workdir=$workdir is not absolute; name one in /mnt/oapl"
+on_workers all "$(quoted oapl_jax/tpu_setup/on_worker/job.sh start \
+  oapl_jax/tpu_setup/on_worker/train.sh --config="$config" --workdir="$workdir" -- "${rest[@]}")"
