@@ -45,9 +45,10 @@ sglang: .venv-sglang/done
 	@.venv-sglang/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt
 	@touch $@
 
-# Tokens a second of learner and sampler, as shares of the machine's matrix-product peak.
+# Ratios within one run; each file says what of. benchmarks/fleet.py needs `make sglang` too.
+BENCHMARKS := throughput attention overlap publishing ledger prompts answers programs
 benchmark: .venv/run
-	$(CPU) $(BIN)/python benchmarks/throughput.py
+	@for name in $(BENCHMARKS); do echo "$$name"; $(CPU) $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # New versions for the lock files, from setup.py.
 COMPILE := $(BIN)/pip-compile --quiet --strip-extras --allow-unsafe --no-emit-index-url \

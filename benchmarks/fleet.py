@@ -76,7 +76,7 @@ def free_port() -> int:
 def publish_model(directory: epath.Path, config: ModelConfig, tokenizer) -> epath.Path:
     model = Transformer(config, jnp.dtype("float32"), remat="none")
     params = jax.jit(functools.partial(learner.init_params, model))(jax.random.key(0))
-    mesh = make_mesh(data=1, fsdp=-1, tensor=1)
+    mesh = make_mesh(data=1, fsdp=-1, context=1, tensor=1)
     probe = make_probe(model, mesh, row_length=64, rows_multiple=1, logp_chunk=64)
     weights = Weights(directory / "weights")
     weights.save(0, params, {**probe(params), "dtype": "float32"})

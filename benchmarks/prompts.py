@@ -49,7 +49,9 @@ def prepared(directory: Path, size: int) -> dict[str, Any]:
         part=(0, 100),
         options=options,
     )
-    arguments: dict[str, Any] = dict(data_dir=str(directory / "data"), sets={"made_up": table})
+    arguments: dict[str, Any] = dict(
+        section="data.sets", data_dir=str(directory / "data"), sets={"made_up": table}
+    )
     releases.open_set("made_up", **arguments)
     return arguments
 

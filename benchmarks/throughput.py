@@ -76,7 +76,7 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
     sizes, (prompt_length, length, row_length, chunk) = CASES[name]
     config = ModelConfig.from_hf({**COMMON, **sizes}, source=name)
     model = Transformer(config, jnp.float32, "none")
-    mesh = make_mesh(data=1, fsdp=-1, tensor=1)
+    mesh = make_mesh(data=1, fsdp=-1, context=1, tensor=1)
     optimizer = make_optimizer(
         learning_rate=1e-4,
         warmup_steps=0,

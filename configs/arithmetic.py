@@ -80,7 +80,7 @@ def get_config(arg: str | None = None) -> common.Config:
         dtype="float32",
         remat="none",
     )
-    config.mesh = dict(data=1, fsdp=-1, tensor=1)
+    config.mesh = dict(data=1, fsdp=-1, context=1, tensor=1)
 
     # The supervised stage: demonstrations whose steps are wrong with probability `noise`.
     config.warmup = dict(
@@ -133,17 +133,26 @@ def get_config(arg: str | None = None) -> common.Config:
         max_response_tokens=task["max_response_tokens"],
         prompts_per_call=32,
         reward_threads=1,  # groups rewarded at a time; more where a reward takes long
-        deadline=600.0,  # seconds either side waits for the other
+        unpaid_groups=256,  # in a row, whose rewards are all 0, end the run; 0: no number does
+        deadline=1800.0,  # seconds either side waits for the other, a fleet's pauses included
         max_sequences=256,
         prompt_multiple=4,
         **common.recorded(),
     )
+    config.curriculum = common.curriculum()
     config.fleet = common.fleet()
     config.rewards = common.rewards()
+    config.preferences = common.preferences(choice["objective"])
     config.learner = dict(micro_batches=1, row_length=64, rows_multiple=8, logp_chunk=64)
     config.publish_dtype = "float32"
 
-    config.evaluation = dict(every=50, n=8, ks=(1, 2, 4, 8), resamples=1000)
+    config.evaluation = dict(
+        every=50,  # steps between two of the validation split; 0: the run evaluates nothing
+        n=8,
+        ks=(1, 2, 4, 8),
+        resamples=1000,
+        max_response_tokens=config.rollout.get_oneway_ref("max_response_tokens"),  # of benchmarks
+    )
     config.benchmarks = dict()  # name -> a data set, as in data.sets of real data (docs/data.md)
     config.checkpoint = dict(every=100, keep=2)
     config.tensorboard = True

@@ -8,7 +8,8 @@ Config = Any  # a ConfigDict, whose attributes have no static types
 
 
 def parse_arg(arg: str | None, **choices: tuple[str, ...]) -> dict[str, str]:
-    """Reads "task=chain_sum,objective=grpo"; the first of `choices` is the default.
+    """Reads "task=chain_sum,objective=grpo", or values alone, "chain_sum,grpo"; the first of
+    `choices` is the default.
 
     Raises:
       ValueError: for a name or a value that is not offered.
@@ -17,7 +18,9 @@ def parse_arg(arg: str | None, **choices: tuple[str, ...]) -> dict[str, str]:
     for part in (arg or "").split(","):
         if not part:
             continue
-        name, _, value = part.partition("=")
+        name, equals, value = part.partition("=")
+        if not equals:  # a value alone: the choice that offers it
+            name, value = next((n for n, values in choices.items() if part in values), ""), part
         if name not in choices or value not in choices[name]:
             offered = "; ".join(f"{n}={'|'.join(v)}" for n, v in choices.items())
             raise ValueError(f"--config=...:{arg} is not offered here; choose among {offered}")
@@ -34,6 +37,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "a_star_po": dict(aggregation="sequence", denominator="reference", beta1=0.5),
     # arXiv 2503.18929; beta2, its beta, is a proposal.
     "tba": dict(aggregation="sequence", denominator="reference"),
+    # arXiv 2602.19041; beta2, its 1 / eta, is a proposal. Its rewards: see preferences().
+    "prosper": dict(aggregation="sequence"),
     # arXiv 2501.12599; beta2, its tau, is a proposal.
     "opmd_kimi": dict(aggregation="sequence"),
     # arXiv 2505.17826.
@@ -93,10 +98,14 @@ def objective(name: str) -> Config:
             # A step is shortened by (ESS / B)^ess_power: arXiv 2602.17616 has 0.5 for Adam.
             "ess_power": 0.0,
             # oapl: arXiv 2602.19362; values for long answers, short ones want a larger beta2, and
-            # beta1 = 1e6 is the mean as a baseline. beta2 anchors a_star_po, tba and opmd_kimi too.
+            # beta1 = 1e6 is the mean as a baseline. beta2 anchors a_star_po, tba, prosper and
+            # opmd_kimi too.
             "beta1": 1.0,
             "beta2": 1e-3,
             "length_exponent": 0.5,  # oapl_length; a proposal
+            # prosper: of a group's pairs, those that differ most. arXiv 2602.19041 keeps 0.15;
+            # whether of each prompt's pairs or of all is not known, so that 1 is a proposal.
+            "pair_share": 1.0,
             # The advantage of the policy-gradient family: grpo, dr_grpo, rloo or maxrl.
             "estimator": "grpo",
             "clip_low": 0.2,
@@ -169,6 +178,121 @@ def recorded() -> dict[str, Any]:
     )
 
 
+def curriculum() -> Config:
+    """Which of the prompts drawn are sampled; "window" takes rates and window, and so on."""
+    return ConfigDict(
+        dict(
+            # "uniform": all of them; or "window", "learnability", "actor_curator".
+            name="uniform",
+            candidates=256,  # drawn for each rollout.prompts_per_call that are sampled
+            # No more prompts than carry this probability are chosen by it; the others uniformly.
+            top_p=0.9,
+            # Pass rates, of window and learnability: all proposals.
+            rates=dict(
+                decay=0.5,  # of what is known of a prompt, at each of its groups
+                prior_rate=0.5,  # of a prompt never sampled ...
+                prior_count=1.0,  # ... which weighs as much as this many responses
+            ),
+            # Bounds of arXiv 2502.01456; the weight, beside 1 for a prompt within, is a proposal.
+            window=dict(low=0.2, high=0.8, outside=0.02),
+            # arXiv 2602.20532; its curator is a Qwen3-0.6B, trained at 1e-6.
+            curator=dict(
+                path="",  # a checkpoint with the policy's vocabulary; "": fresh, of this shape
+                architecture=dict(
+                    model_type="qwen3",
+                    hidden_size=64,
+                    intermediate_size=192,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    num_key_value_heads=2,
+                    head_dim=16,
+                    max_position_embeddings=64,
+                    rms_norm_eps=1e-6,
+                    rope_theta=10000.0,
+                    tie_word_embeddings=True,
+                ),
+                dtype="float32",
+                remat="none",
+                dormant=20,  # gradient steps without it ...
+                warmup=5,  # ... and then those that train it while prompts are still all sampled
+                temperature=1.0,
+                clip=0.2,
+                batch_size=32,  # groups of a gradient step of its own; they share a normaliser
+                passes=1,  # over them
+                optim=dict(
+                    learning_rate=3e-3,
+                    warmup_steps=0,
+                    final_fraction=1.0,
+                    b1=0.9,
+                    b2=0.95,
+                    eps=1e-8,
+                    weight_decay=0.0,
+                    max_grad_norm=1.0,
+                ),
+            ),
+        )
+    )
+
+
+JUDGE_TEMPLATE = """\
+Compare two responses to a task.
+
+Task:
+{prompt}
+
+Response A:
+{first}
+
+Response B:
+{second}
+
+{question} Answer with one letter, A or B, and nothing else."""
+
+
+def preferences(objective: str) -> Config:
+    """Rewards by comparison with the reference policy's responses, in the place of a verifier's.
+
+    Groups from a recorded set keep the rewards that they were recorded with.
+    """
+    return ConfigDict(
+        dict(
+            # "none": the verifier; "rubric", "language_model" or "callable", with its section.
+            judge="rubric" if objective == "prosper" else "none",
+            # arXiv 2602.19041 has both; their values are not known, so that these are proposals.
+            beta=0.25,  # of the adversary's entropy
+            comparators=8,  # responses of the reference policy to each prompt
+            # A set of them by oapl_jax.rollout.generate; "": version 0, by the embedded decoder.
+            shards="",
+            # Objective -> rule -> its vote. The second one is cyclic.
+            rubric=dict(
+                objectives=dict(
+                    right=dict(right=1.0), manner=dict(short=1.0, varied=1.0, rising=1.0)
+                )
+            ),
+            callable=dict(
+                function="",  # "package.module:name", see preferences/judge.py
+                objectives=(),  # names of what it compares by
+            ),
+            language_model=dict(
+                servers=(),  # URLs of SGLang servers that nobody gives new weights
+                tokenizer="",  # directory of the judge's own
+                chat=dict(enable_thinking=False),  # for its chat template
+                template=JUDGE_TEMPLATE,
+                questions=dict(better="Which response is better?"),  # by objective
+                verdicts=dict(A=1.0, B=0.0),  # tokens, and how far the first response is better
+                least_mass=0.5,  # probability of the verdicts together; below it there is no score
+                max_prompt_tokens=4096,  # arXiv 2602.19041; a longer question is not asked
+                questions_per_request=8,
+                max_in_flight=32,  # requests at a time, of one group
+                connect_deadline=5.0,  # seconds to open a connection
+                answer_deadline=60.0,  # seconds for a request
+                backoff=0.5,  # seconds before a failed request goes to the next server; doubles
+                patience=300.0,  # seconds for a group, below rollout.deadline
+            ),
+        )
+    )
+
+
 def rewards() -> Config:
     """Verifiers with processes of their own; each opens for the first prompt of its task."""
     return ConfigDict(
@@ -197,3 +321,71 @@ def rewards() -> Config:
             ),
         )
     )
+
+
+def release(root: Any, kind: str, path: str, *files: str, rows: int, **options: Any) -> Config:
+    """A public release in the layout of docs/data.md, below `root`, which it follows."""
+    return ConfigDict(
+        dict(
+            kind=kind,
+            path=root + f"/{path}",
+            files=files,
+            rows=rows,  # that the files must have; 0: any number
+            part=(0, 100),  # hundredths of the space of all problems
+            options=options,
+        )
+    )
+
+
+def no_warmup(config: Config) -> Config:
+    """A pretrained model needs none; the same optimizer, if one is set all the same."""
+    return ConfigDict(
+        dict(num_steps=0, noise=0.0, batch_size=64, demonstrations=1, optim=config.optim.to_dict())
+    )
+
+
+def smoke(config: Config) -> None:
+    """Shrinks a run of the paper to a fresh tiny decoder and made-up releases, for two CPU cores.
+
+    The releases are those of `python -m oapl_jax.data.samples --to=runs/samples --rows=8`, and the
+    warm-up teaches their solutions, so that some responses are right.
+    """
+    config.releases = "runs/samples"
+    for name in config.data.sets:
+        config.data.sets[name].rows = 0
+    for name in config.benchmarks:
+        config.benchmarks[name].rows = 0
+    config.group_size, config.groups_per_step = 8, 8
+    config.model = dict(
+        path="",
+        architecture=dict(
+            model_type="qwen3",
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=512,
+            rms_norm_eps=1e-6,
+            rope_theta=10000.0,
+            tie_word_embeddings=True,
+        ),
+        dtype="float32",
+        remat="none",
+    )
+    config.mesh.fsdp = -1
+    config.publish_dtype = "float32"
+    config.optim.update(learning_rate=1e-4, warmup_steps=0, max_grad_norm=1.0, eps=1e-8)
+    config.warmup.update(batch_size=16)
+    config.warmup.optim.update(config.optim.to_dict() | dict(learning_rate=6e-3, warmup_steps=20))
+    config.objective.beta2 = 0.05  # answers of a dozen tokens, not of thousands
+    config.rollout.update(
+        sampler="local", overlap=False, prompts_per_call=8, max_sequences=64, reward_threads=2
+    )
+    config.buffer.capacity = 32
+    config.learner.update(micro_batches=1, rows_multiple=8, logp_chunk=64)
+    config.rewards.math.update(processes=2, thinking_opened=False)
+    config.rewards.code.update(parallel=2, thinking_opened=False)
+    config.evaluation.update(every=4, n=4, ks=(1, 4), resamples=200)
+    config.checkpoint.update(every=4, keep=9)

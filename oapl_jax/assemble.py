@@ -42,7 +42,7 @@ def recompute(job: Job, logp_step: Any, batch: Batch, step: int) -> Batch:
     each rollout's version (`denominator = "learner"`) or of the reference ("reference").
     """
     denominator = job.config.objective.denominator
-    if job.has_reference:
+    if job.needs_reference_logp:
         batch = dataclasses.replace(batch, reference_logp=logp_step(job.reference, batch))
     if denominator == "reference":
         return dataclasses.replace(batch, behavior_logp=batch.reference_logp)

@@ -46,4 +46,5 @@ def begin(job: Job) -> tuple[learner.TrainState, dict[str, Any]]:
         progress.close()
     seconds = {"warmup": time.monotonic() - started, "rl": 0.0}
     state = learner.init_state(job.model, job.optimizer, job.mesh, params)
-    return state, {"before": job.grade(0, state.params, "test"), "seconds": seconds, "pins": {}}
+    before = job.grade(0, state.params, "test") if config.evaluation.every else {}
+    return state, {"before": before, "seconds": seconds, "pins": {}}

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from oapl_jax import rewards
+from oapl_jax.curriculum import CURRICULA
 from oapl_jax.errors import UserError
 from oapl_jax.models.transformer import REMAT_POLICIES
 from oapl_jax.objectives import OBJECTIVES, hyper_parameters
@@ -12,6 +15,7 @@ from oapl_jax.objectives.aggregation import AGGREGATIONS
 from oapl_jax.objectives.grpo import CORRECTIONS, PROXIMALS
 from oapl_jax.objectives.maxrl import ESTIMATORS
 from oapl_jax.objectives.opmd import BASELINES
+from oapl_jax.preferences import JUDGES
 from oapl_jax.sharding import make_mesh
 
 DENOMINATORS = ("behavior", "learner", "reference")
@@ -44,14 +48,21 @@ def check_sizes(config: Config) -> None:
         ("learner.micro_batches", config.learner.micro_batches),
         ("learner.rows_multiple", config.learner.rows_multiple),
         ("learner.logp_chunk", config.learner.logp_chunk),
-        ("evaluation.every", config.evaluation.every),
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep", config.checkpoint.keep),
     ):
         refuse(value < 1, f"{name}={value} must be at least 1")
+    for name, value in (
+        ("evaluation.every", config.evaluation.every),
+        ("rollout.unpaid_groups", config.rollout.unpaid_groups),
+    ):
+        refuse(value < 0, f"{name}={value} must be at least 0; 0 is never")
     rate = config.optim.learning_rate
     refuse(rate <= 0, f"optim.learning_rate={rate} must be above 0")
     check_objective(config, refuse)
+    check_curriculum(config, refuse)
+    check_preferences(config, refuse)
+    check_hosts(config, refuse)
     temperature = config.rollout.temperature
     refuse(
         temperature <= 0,
@@ -80,6 +91,12 @@ def check_sizes(config: Config) -> None:
         "fleet": (config.fleet.max_in_flight, "fleet.max_in_flight"),
     }[config.rollout.sampler]
     needed = config.groups_per_step + max(config.rollout.prompts_per_call, in_flight)
+    waits, pauses = config.rollout.deadline, config.fleet.no_server_deadline
+    refuse(
+        config.rollout.sampler == "fleet" and waits <= pauses,
+        f"rollout.deadline={waits:g} would end a run that pauses without a server before "
+        f"fleet.no_server_deadline={pauses:g} does; raise it above that",
+    )
     source, share = config.rollout.source, config.rollout.recorded_share
     refuse(
         source != "shards" and config.buffer.capacity < needed,
@@ -109,6 +126,31 @@ def check_sizes(config: Config) -> None:
     refuse(
         not ks or min(ks) < 1 or max(ks) > n,
         f"evaluation.ks={list(ks)} must lie within 1 and evaluation.n={n} samples; raise n",
+    )
+
+
+def check_hosts(config: Config, refuse: Callable[[Any, str], None]) -> None:
+    """Calls `refuse` for what several hosts can't do, or can't do together."""
+    hosts = jax.process_count()
+    recorded = {"live": 0.0, "both": config.rollout.recorded_share, "shards": 1.0}
+    share = recorded.get(config.rollout.source, 0.0)
+    live = config.groups_per_step - round(share * config.groups_per_step)
+    refuse(
+        live % hosts,
+        f"groups_per_step={config.groups_per_step} can't be divided over {hosts} hosts ({live} of "
+        "them are sampled); choose a multiple",
+    )
+    for name, value, alone in (
+        ("rollout.record", config.rollout.record, config.rollout.record),
+        ("curriculum.name", config.curriculum.name, config.curriculum.name != "uniform"),
+    ):
+        refuse(
+            hosts > 1 and alone, f"{name}={value!r} needs a single host, and this run has {hosts}"
+        )
+    servers = config.fleet.servers
+    refuse(
+        config.rollout.sampler == "fleet" and 0 < len(servers) < hosts,
+        f"fleet.servers names {len(servers)} servers for {hosts} hosts; each host needs its own",
     )
 
 
@@ -148,6 +190,12 @@ def check_objective(config: Config, refuse: Callable[[Any, str], None]) -> None:
         f"objective.maxrl_order={section.maxrl_order} must lie within 1 and "
         f"group_size={config.group_size}",
     )
+    share = section.pair_share
+    refuse(not 0 < share <= 1, f"objective.pair_share={share} must lie above 0 and at most at 1")
+    refuse(
+        section.name == "prosper" and config.group_size < 2,
+        "objective prosper compares the responses of a group; group_size must be at least 2",
+    )
     micro_batches = config.learner.micro_batches
     refuse(
         "group_size" in hyper_parameters(OBJECTIVES[section.name].loss)
@@ -155,4 +203,67 @@ def check_objective(config: Config, refuse: Callable[[Any, str], None]) -> None:
         f"objective {section.name} needs whole groups in a micro-batch, and learner.micro_batches="
         f"{micro_batches} does not divide groups_per_step={config.groups_per_step}; choose a "
         "divisor",
+    )
+
+
+def check_preferences(config: Config, refuse: Callable[[Any, str], None]) -> None:
+    """Calls `refuse` for every setting of the preferences that is none of a judge's own."""
+    section, choices = config.preferences, ("none", *JUDGES)
+    name, offer = section.judge, ", ".join(choices)
+    refuse(name not in choices, f"preferences.judge={name!r} is not one of {offer}")
+    if name == "none":
+        return
+    refuse(section.beta <= 0, f"preferences.beta={section.beta} must be above 0")
+    count = section.comparators
+    refuse(count < 1, f"preferences.comparators={count} must be at least 1")
+    refuse(
+        config.rollout.sampler == "fleet"
+        and config.rollout.source != "shards"
+        and not section.shards,
+        "a fleet holds the newest version and can't sample what preferences compare with; record "
+        "responses of the reference with oapl_jax.rollout.generate and name the set in "
+        "preferences.shards",
+    )
+
+
+def check_curriculum(config: Config, refuse: Callable[[Any, str], None]) -> None:
+    """Calls `refuse` for every setting that the curriculum chosen by name takes."""
+    section, picks = config.curriculum, config.rollout.prompts_per_call
+    name, rates, window, curator = section.name, section.rates, section.window, section.curator
+    offer = ", ".join(CURRICULA)
+    refuse(name not in CURRICULA, f"curriculum.name={name!r} is not one of {offer}")
+    if name == "uniform":
+        return
+    refuse(
+        config.rollout.source == "shards",
+        f"curriculum.name={name!r} chooses what is sampled, and rollout.source='shards' samples "
+        "nothing; set one of them back",
+    )
+    refuse(
+        section.candidates < picks,
+        f"curriculum.candidates={section.candidates} are too few to choose "
+        f"rollout.prompts_per_call={picks} of them; raise it, to several times as many",
+    )
+    for setting, value, good, bounds in (
+        ("top_p", section.top_p, 0 < section.top_p <= 1, "above 0 and at most at 1"),
+        ("rates.decay", rates.decay, 0 <= rates.decay <= 1, "within 0 and 1"),
+        ("rates.prior_rate", rates.prior_rate, 0 < rates.prior_rate < 1, "between 0 and 1"),
+        ("rates.prior_count", rates.prior_count, rates.prior_count > 0, "above 0"),
+        ("window.low", window.low, 0 <= window.low <= window.high, "within 0 and window.high"),
+        ("window.high", window.high, window.high <= 1, "at most at 1"),
+        ("window.outside", window.outside, 0 < window.outside <= 1, "above 0 and at most at 1"),
+        ("curator.temperature", curator.temperature, curator.temperature > 0, "above 0"),
+        ("curator.clip", curator.clip, curator.clip > 0, "above 0"),
+        ("curator.dormant", curator.dormant, curator.dormant >= 0, "at 0 or above"),
+        ("curator.warmup", curator.warmup, curator.warmup >= 0, "at 0 or above"),
+        ("curator.batch_size", curator.batch_size, curator.batch_size > 1, "above 1"),
+        ("curator.passes", curator.passes, curator.passes > 0, "above 0"),
+    ):
+        refuse(not good, f"curriculum.{setting}={value} must lie {bounds}")
+    mesh = make_mesh(**config.mesh)
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    refuse(
+        name == "actor_curator" and curator.batch_size % devices,
+        f"curriculum.curator.batch_size={curator.batch_size} can't be divided over mesh.data x "
+        f"mesh.fsdp = {devices} devices; choose a multiple of {devices}",
     )

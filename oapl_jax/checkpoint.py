@@ -1,25 +1,25 @@
 """Orbax steps: checkpoints to resume from, with everything that moves, and weights to publish.
 
-A checkpoint holds five items, a step of weights two of them: `params` and `probe`, which the
-publisher reads. `params` alone serves evaluation. The order of a restore: params and
-optimizer into their shardings (the mesh may differ from the one that saved), then the buffer from
-`loop` and `groups`, then the worker's place in the prompts from `loop`. The lag phase and all
-random numbers follow from the step.
+A checkpoint holds four items, a step of weights two of them: `params` and `probe`, which the
+publisher reads. `params` alone serves evaluation. A fifth, `teacher`, is there if the curriculum
+has arrays. What each host has of its own (buffer, place in the prompts) is in a file beside, its
+share, which is on disk before the step is whole. The order of a restore: params and optimizer into
+their shardings (the mesh may differ from the one that saved), then the shares, then the curriculum
+from its host's share and `teacher`. The lag phase and all random numbers follow from the step.
 """
 
 import contextlib
 import copy
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.learner import TrainState
+from oapl_jax.models.files import write_file
 
 CHUNK_BYTES = 64 << 20  # of parameters: what the publisher must hold beside a tensor
 
@@ -33,8 +33,9 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.Path, *, keep: int):
-        self._manager = _open(directory, keep, optimizer=_ARRAYS, loop=_JSON, groups=_ARRAYS)
-        self._directory = directory
+        items = dict(optimizer=_ARRAYS, loop=_JSON, teacher=_ARRAYS)
+        self._manager = _open(directory, keep, **items)
+        self._directory, self._shares = directory, directory / "shares"
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -44,22 +45,26 @@ class Checkpoints:
         step: int,
         state: TrainState,
         loop: dict[str, Any],
-        groups: dict[str, np.ndarray],
+        share: bytes,
         *,
         probe: dict[str, Any],
+        teacher: Any | None = None,
     ) -> None:
         """Starts to save, unless the step stands already; returns when everything is copied.
 
         Args:
           step: the learner's.
           state: parameters, optimizer state and counts.
-          loop: JSON-able rest: worker, buffer, published versions, results so far.
-          groups: the buffer's arrays.
+          loop: JSON-able rest, the same on all hosts: published versions, results so far.
+          share: what this host alone has: worker, buffer.
           probe: rows of tokens and what these parameters say of them (see publisher.read_probe).
+          teacher: the curriculum's arrays, if it has any.
 
         Raises:
           RunError: if this or the previous save failed; the run must not go on without checkpoints.
         """
+        with _saving(self._manager):
+            self._write_share(step, share)
         _save(
             self._manager,
             step,
@@ -68,7 +73,7 @@ class Checkpoints:
             optimizer=ocp.args.StandardSave(_without_params(state)),
             # A copy: it is written later, from a thread, and the caller's goes on changing.
             loop=ocp.args.JsonSave(copy.deepcopy(loop)),
-            groups=ocp.args.StandardSave(groups),
+            **({} if teacher is None else {"teacher": ocp.args.StandardSave(teacher)}),
         )
 
     def check(self) -> None:
@@ -80,27 +85,56 @@ class Checkpoints:
         """Returns when all saves are on disk; raises a RunError if one failed."""
         _wait(self._manager)
 
-    def restore(
-        self, step: int, abstract: TrainState
-    ) -> tuple[TrainState, dict, dict[str, np.ndarray]]:
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict, list[bytes]]:
         """Reads a step into the shapes and shardings of `abstract`.
 
+        Returns:
+          The state, `loop`, and the share of each host that saved.
+
         Raises:
-          UserError: if the step's arrays do not have these shapes.
+          UserError: if the step's arrays do not have these shapes, or a share is missing.
         """
         items = self._read(
             step,
             params=_params_like(abstract.params),
             optimizer=ocp.args.StandardRestore(_without_params(abstract)),
             loop=ocp.args.JsonRestore(),
-            groups=ocp.args.StandardRestore(),
         )
         state = TrainState(params=items.params, **items.optimizer)
-        return state, items.loop, {k: np.asarray(v) for k, v in items.groups.items()}
+        return state, items.loop, self._read_shares(step)
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """Only the parameters of a step; raises as `restore` does."""
         return self._read(step, params=_params_like(abstract)).params
+
+    def restore_teacher(self, step: int, abstract: Any) -> Any:
+        """The curriculum's arrays in the shapes and shardings of `abstract`; raises as `restore`
+        does."""
+        return self._read(step, teacher=ocp.args.StandardRestore(abstract)).teacher
+
+    def _write_share(self, step: int, share: bytes) -> None:
+        directory, count = self._shares / str(step), f"of{jax.process_count()}"
+        directory.mkdir(parents=True, exist_ok=True)
+        write_file(directory / f"host{jax.process_index()}{count}", [share])
+        if not jax.process_index():
+            kept = {str(step), *map(str, self.steps())}
+            for other in self._shares.iterdir():
+                if other.name not in kept:
+                    other.rmtree()
+            for other in directory.iterdir():  # of a run that was killed before its step was whole
+                if not other.name.endswith(count):
+                    other.unlink()
+
+    def _read_shares(self, step: int) -> list[bytes]:
+        directory = self._shares / str(step)
+        counts = {int(path.name.rpartition("of")[2]) for path in directory.glob("host*of*")}
+        paths = [directory / f"host{i}of{n}" for n in counts for i in range(n)]
+        if len(counts) != 1 or not all(path.exists() for path in paths):
+            raise UserError(
+                f"{directory} does not hold one share of checkpoint step {step} for each host; put "
+                "the run's own files back, or give another --workdir"
+            )
+        return [path.read_bytes() for path in paths]
 
     def _read(self, step: int, **items: Any) -> Any:
         try:
@@ -216,64 +250,3 @@ def _saving(manager: ocp.CheckpointManager) -> Iterator[None]:
 def _without_params(state: TrainState) -> dict[str, Any]:
     rest = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped}
     return {**rest, "skipped_in_a_row": state.skipped_in_a_row}
-
-
-# Sections that shape what is saved or what it means; a workdir belongs to one choice of them.
-# (After a change of lag.steps, the version that is due may never have been published.)
-STRUCTURAL = (
-    "seed",
-    "group_size",
-    "groups_per_step",
-    "model",
-    "data",
-    "warmup",
-    "buffer.mode",
-    "lag",
-    "rollout.source",
-    "rollout.shards",
-    "rollout.recorded_share",
-    "rollout.recorded_order",
-    "rollout.recorded_version",
-    "rollout.record",
-    "evaluation.n",
-    "evaluation.ks",
-)
-
-
-def check_config(path: epath.Path, config: dict[str, Any]) -> list[str]:
-    """Compares a configuration with the one saved in a workdir, saving it if there is none.
-
-    Returns:
-      A line for each setting that differs but may (a longer run, another mesh, another learning
-      rate).
-
-    Raises:
-      UserError: listing the settings that differ and may not.
-    """
-    new = flat(config)
-    old = flat(json.loads(path.read_text())) if path.exists() else new
-    value = lambda config, key: config.get(key, "absent")
-    differing = sorted(key for key in old.keys() | new.keys() if value(old, key) != value(new, key))
-    structural = lambda key: any(key == s or key.startswith(s + ".") for s in STRUCTURAL)
-    refused = [key for key in differing if structural(key) or key not in old or key not in new]
-    describe = lambda key: f"{key}: {value(old, key)} -> {value(new, key)}"
-    if refused:
-        raise UserError(
-            f"{path} was saved by a run with other settings ({'; '.join(map(describe, refused))}); "
-            "set them back, or give another --workdir"
-        )
-    aside = path.parent / f"{path.name}.new"  # a kill must not leave half a config
-    aside.write_text(json.dumps(config, indent=1, sort_keys=True))
-    aside.replace(path)
-    return [describe(key) for key in differing]
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    out = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            out.update(flat(value, f"{prefix}{key}."))
-        else:
-            out[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return out

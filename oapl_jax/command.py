@@ -8,6 +8,7 @@ from ml_collections import config_flags
 
 from oapl_jax.errors import UserError
 from oapl_jax.job import Config
+from oapl_jax.models.files import absolute, on_disk
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; what it holds is resumed")
@@ -17,7 +18,8 @@ def read_command_line() -> tuple[Config, epath.Path]:
     """The configuration with its overrides, and the workdir.
 
     Raises:
-      UserError: for an unknown flag, key, choice or file, or a value of the wrong type.
+      UserError: for an unknown flag, key, choice or file, a value of the wrong type, or a workdir
+        in an object store.
     """
     try:
         flags.FLAGS(sys.argv)
@@ -33,4 +35,9 @@ def read_command_line() -> tuple[Config, epath.Path]:
         raise UserError("--config is missing; add, for example, --config=configs/arithmetic.py")
     if WORKDIR.value is None:
         raise UserError("--workdir is missing; add, for example, --workdir=runs/arithmetic")
-    return config, epath.Path(WORKDIR.value).resolve()
+    if not on_disk(WORKDIR.value):
+        raise UserError(
+            f"--workdir={WORKDIR.value} is in an object store, whose files can't grow as a run's "
+            "ledger and metrics do; name a directory (a bucket can be mounted as one)"
+        )
+    return config, absolute(WORKDIR.value)

@@ -25,6 +25,16 @@ class FleetLost(RunError):
     exit_code = 3
 
 
+class HostLost(RunError):
+    """Another host of the run died, hangs, or did not come in time; a new start goes on."""
+
+    exit_code = 4
+
+
+class NoReward(RunError):
+    """No response was paid for so long that there is nothing to learn; the message shows some."""
+
+
 def exit_with_code(main: Callable[[], None]) -> None:
     """Runs a command: an error of this file ends it with its code, as one line."""
     try:

@@ -12,7 +12,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from oapl_jax import checkpoint, learner, publisher, rewards
+from oapl_jax import checkpoint, hosts, learner, publisher, rewards
 from oapl_jax.check import check_sizes
 from oapl_jax.data import prompts, reasoning, releases
 from oapl_jax.data.records import Record
@@ -25,11 +25,12 @@ from oapl_jax.optim import make_optimizer
 from oapl_jax.policy import Policy, check_lengths, open_policy
 from oapl_jax.probe import make_probe
 from oapl_jax.report.progress import say
+from oapl_jax.rewards.self_check import check_rewards
 from oapl_jax.rollout.fleet import Fleet
 from oapl_jax.rollout.local import LocalSampler
 from oapl_jax.rollout.roster import FleetSettings
 from oapl_jax.rollout.sampler import Sampler, Sampling
-from oapl_jax.sharding import make_mesh
+from oapl_jax.sharding import gathered, make_mesh
 from oapl_jax.structs import Prompt
 
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
@@ -91,6 +92,17 @@ class Job:
             limit=None,
         )
 
+    def check_rewards(self) -> None:
+        """See rewards.self_check: known responses go the way of every response."""
+        check_rewards(
+            self.grader,
+            self.policy.tokenizer,
+            self.splits["train"],
+            task=self.config.data.task,
+            max_prompt_tokens=self.config.data.max_prompt_tokens,
+            instruction=self.config.data.instruction,
+        )
+
     def prompt_stream(self) -> prompts.Prompts:
         return prompts.Prompts(
             self.splits["train"],
@@ -126,19 +138,21 @@ class Job:
             return
         self.weights.save(step, params, self.probe(params))
         self.weights.wait()
-        publisher.publish(
-            self.weights.path(step),
-            self.policy.config,
-            version=step,
-            directory=self.workdir / "versions",
-            tokenizer=self.policy.tokenizer,
-            dtype=self.config.publish_dtype,
-            config_hash=publisher.config_hash(self.config.to_dict()),
-        )
+        with hosts.first_host_first(f"version {step}", deadline=self.config.rollout.deadline):
+            publisher.publish(  # the others find it there
+                self.weights.path(step),
+                self.policy.config,
+                version=step,
+                directory=self.workdir / "versions",
+                tokenizer=self.policy.tokenizer,
+                dtype=self.config.publish_dtype,
+                config_hash=publisher.config_hash(self.config.to_dict()),
+            )
 
     def collect_versions(self, keep: set[int]) -> None:
         """Deletes the other versions, and the Orbax steps that they were made of."""
-        publisher.collect(self.workdir / "versions", keep=keep)
+        if not jax.process_index():
+            publisher.collect(self.workdir / "versions", keep=keep)
         self.weights.keep_only(keep)
 
     def close(self) -> None:
@@ -148,7 +162,7 @@ class Job:
 
     def grade(self, step: int, params: Any, split: str) -> dict[str, Any]:
         """pass@k and the rest of the learner's parameters at `step` on a split."""
-        self._evaluator.hold(step, params)
+        self._evaluator.hold(step, gathered(params))
         settings = self.config.evaluation
         return evaluate(
             self._evaluator,
@@ -163,9 +177,20 @@ class Job:
         )
 
     @property
-    def has_reference(self) -> bool:
+    def needs_reference_logp(self) -> bool:
         objective = self.config.objective
         return objective.denominator == "reference" or objective.kl_weight > 0
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether version 0 is kept: for its log-probs, or to sample what is compared with."""
+        sampled = self.compares and not self.config.preferences.shards
+        return self.needs_reference_logp or sampled
+
+    @property
+    def compares(self) -> bool:
+        """Whether a judge rewards what is sampled."""
+        return self.config.preferences.judge != "none" and self.config.rollout.source != "shards"
 
     def load_version(self, version: int) -> Any:
         """The parameters of a published version, on the mesh."""
@@ -211,20 +236,22 @@ def open_job(config: Config, workdir: epath.Path) -> Job:
     """
     check_sizes(config)
     mesh, task = make_mesh(**config.mesh), config.data.task
-    policy = open_policy(
-        workdir / "model",
-        path=config.model.path,
-        architecture=config.model.architecture,
-        characters=TASKS[task].characters if task in TASKS else string.printable,
-    )
+    data = {k: v for k, v in config.data.to_dict().items() if k not in prompts.PROMPT_SETTINGS}
+    room = reasoning if task in TASKS else releases
+    with hosts.first_host_first("model and data", deadline=config.rollout.deadline):
+        policy = open_policy(
+            workdir / "model",
+            path=config.model.path,
+            architecture=config.model.architecture,
+            characters=TASKS[task].characters if task in TASKS else string.printable,
+        )
+        splits = room.open_splits(**data)
     check_lengths(
         policy,
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_response_tokens=config.rollout.max_response_tokens,
         row_length=config.learner.row_length,
     )
-    data = {k: v for k, v in config.data.to_dict().items() if k not in prompts.PROMPT_SETTINGS}
-    room = reasoning if task in TASKS else releases
     return Job(
         config=config,
         workdir=workdir,
@@ -232,7 +259,7 @@ def open_job(config: Config, workdir: epath.Path) -> Job:
         policy=policy,
         model=Transformer(policy.config, jnp.dtype(config.model.dtype), config.model.remat),
         optimizer=make_optimizer(**config.optim, num_steps=config.num_steps),
-        splits=room.open_splits(**data),
+        splits=splits,
         grader=rewards.Grader(policy.tokenizer, **config.rewards),
         sampling=Sampling(
             temperature=config.rollout.temperature,

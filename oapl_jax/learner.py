@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
 
-from oapl_jax.models.transformer import Transformer, head, logits
+from oapl_jax.models.transformer import Transformer, head
+from oapl_jax.models.vocabulary import token_logp
 from oapl_jax.objectives import Objective
 from oapl_jax.objectives.reference import reference_kl
 from oapl_jax.objectives.sample_size import effective_share
@@ -63,8 +63,8 @@ def state_shardings(
 
 
 def batch_shardings(mesh: Mesh) -> Batch:
-    """Rows are split over data and fsdp; a float a token of each sequence is everywhere."""
-    rows, everywhere = NamedSharding(mesh, P(None, *ROWS)), NamedSharding(mesh, P())
+    """Rows are split over data and fsdp, their places over context; the rest is everywhere."""
+    rows, everywhere = NamedSharding(mesh, P(None, *ROWS, "context")), NamedSharding(mesh, P())
     return Batch(rows, rows, rows, *([everywhere] * 8))
 
 
@@ -82,62 +82,24 @@ def init_state(
     )
 
 
-def token_logp(
-    hidden: Float[Array, "B T D"],
-    head_matrix: Float[Array, "D V"],
-    targets: Int[Array, "B T"],
-    *,
-    temperature: float,
-    chunk: int,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """log softmax(logits / temperature)[target] and the entropy of that softmax, in float32.
-
-    The whole vocabulary is never held for more than `chunk` tokens of a row: each chunk's logits
-    are made, reduced, dropped, and made again for the backward pass, so the largest temporary is
-    [B, chunk, V].
-
-    Args:
-      hidden: final hidden states.
-      head_matrix: the output matrix.
-      targets: the token whose log-probability is asked for at each place.
-      temperature: of the sampler; both sides of a ratio need the same.
-      chunk: tokens of a row at a time.
-    """
-    batch, length, _ = hidden.shape
-    padded = -length % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, padded), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, padded)))
-    by_chunk = lambda x: jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one_chunk(chunk_hidden, chunk_targets):
-        scaled = logits(chunk_hidden, head_matrix) / temperature
-        normaliser = jax.nn.logsumexp(scaled, axis=-1)
-        chosen = jnp.take_along_axis(scaled, chunk_targets[..., None], axis=-1)[..., 0]
-        table = jax.lax.stop_gradient(scaled - normaliser[..., None])
-        entropy = -jnp.sum(jnp.exp(table) * table, axis=-1)
-        return chosen - normaliser, entropy
-
-    _, (logp, entropy) = jax.lax.scan(
-        lambda carry, x: (carry, one_chunk(*x)), None, (by_chunk(hidden), by_chunk(targets))
-    )
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length]
-    return join(logp), join(entropy)
-
-
 def response_logp(
     params: Any, micro: Batch, *, model: Transformer, temperature: float, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """[S, C] log-probability and entropy of each response token of one packed micro-batch."""
     hidden: Any = model.apply({"params": params}, micro.tokens, micro.positions, micro.segments)
+    shape, nowhere = micro.tokens.shape, micro.tokens.size
+    # The state before a token predicts it.
+    places = jnp.where(micro.mask > 0, micro.where - 1, nowhere)
+    wanted = jnp.zeros(nowhere, bool).at[places].set(True, mode="drop")
     logp, entropy = token_logp(
-        hidden[:, :-1],  # the state at t - 1 predicts the token at t
+        hidden,
         head(params, model.config),
-        micro.tokens[:, 1:],
+        jnp.roll(micro.tokens, -1, axis=1),
+        wanted.reshape(shape),
         temperature=temperature,
         chunk=chunk,
     )
-    unpack = lambda x: jnp.pad(x, ((0, 0), (1, 0))).reshape(-1)[micro.where]
+    unpack = lambda x: x.reshape(-1).at[places].get(mode="fill", fill_value=0.0)
     return unpack(logp), unpack(entropy)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from oapl_jax import hosts
 from oapl_jax.structs import Group
 
 
@@ -19,21 +20,21 @@ class MetricsWriter:
     """Appends one JSON object a step, each on one line, flushed at once.
 
     Args:
-      workdir: of the run; the file is workdir/metrics.jsonl.
+      workdir: of the run; the file is workdir/metrics.jsonl, of host 1 metrics.host1.jsonl.
       start_step: a resumed run's; lines of later steps (and a line cut by a kill) are removed,
         since they are computed again: the file holds each step once.
       tensorboard: whether to write event files below workdir/tensorboard too.
     """
 
     def __init__(self, workdir: epath.Path, *, start_step: int, tensorboard: bool):
-        self._path = workdir / "metrics.jsonl"
+        self._path = workdir / hosts.own("metrics.jsonl")
         kept = [line for line in read_lines(self._path) if line["step"] <= start_step]
-        aside = workdir / "metrics.jsonl.new"
+        aside = workdir / f"{self._path.name}.new"
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         aside.replace(self._path)
         self._file = self._path.open("a")
         self._events = None
-        if tensorboard:
+        if tensorboard and not jax.process_index():
             self._events = SummaryWriter(
                 os.fspath(workdir / "tensorboard"), purge_step=start_step + 1
             )

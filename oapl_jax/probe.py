@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from oapl_jax import batching, learner
 from oapl_jax.models.transformer import Transformer
-from oapl_jax.structs import Group, Prompt, Rollout
+from oapl_jax.structs import Batch, Group, Prompt, Rollout
 
 ROWS, LENGTH = 4, 33
 
@@ -22,15 +22,14 @@ def probe_tokens(vocab_size: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocab_size, (ROWS, length)).astype(np.int32)
 
 
-def make_probe(
-    model: Transformer, mesh: Mesh, *, row_length: int, rows_multiple: int, logp_chunk: int
-) -> Callable[[Any], dict[str, Any]]:
-    """Compiles params -> {"tokens": [[id]], "logp": [[float]]}, a JSON-able probe.
+def probe_batch(
+    vocab_size: int, *, row_length: int, rows_multiple: int
+) -> tuple[Batch, np.ndarray]:
+    """The probe as a batch on the host, and its tokens.
 
-    A row of `logp` is one shorter than its tokens: log-probabilities at temperature 1 of each
-    token given those before it. Rows have 33 tokens, or fewer where `row_length` does.
+    Rows have 33 tokens, or fewer where `row_length` does.
     """
-    tokens = probe_tokens(model.config.vocab_size, min(LENGTH, row_length))
+    tokens = probe_tokens(vocab_size, min(LENGTH, row_length))
     blank = np.zeros(tokens.shape[1] - 1, np.float32)
     groups = [
         Group(
@@ -49,6 +48,20 @@ def make_probe(
         row_length=row_length,
         rows_multiple=rows_multiple,
         max_response_tokens=len(blank),
+    )
+    return batch, tokens
+
+
+def make_probe(
+    model: Transformer, mesh: Mesh, *, row_length: int, rows_multiple: int, logp_chunk: int
+) -> Callable[[Any], dict[str, Any]]:
+    """Compiles params -> {"tokens": [[id]], "logp": [[float]]}, a JSON-able probe.
+
+    A row of `logp` is one shorter than its tokens: log-probabilities at temperature 1 of each
+    token given those before it.
+    """
+    batch, tokens = probe_batch(
+        model.config.vocab_size, row_length=row_length, rows_multiple=rows_multiple
     )
     logp_step = learner.make_logp_step(model, mesh, temperature=1.0, logp_chunk=logp_chunk)
     placed = batching.to_mesh(batch, learner.batch_shardings(mesh))

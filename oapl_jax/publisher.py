@@ -23,7 +23,7 @@ from etils import epath
 from oapl_jax.errors import RunError, UserError, exit_with_code
 from oapl_jax.models import hf
 from oapl_jax.models.config import ModelConfig
-from oapl_jax.models.files import on_disk, one_line, sync_directory, write_file
+from oapl_jax.models.files import absolute, on_disk, one_line, sync_directory, write_file
 from oapl_jax.models.steps import load_probe, open_params, steps_of
 from oapl_jax.tokenizer import check_tokenizer, load_tokenizer
 
@@ -234,12 +234,8 @@ def main() -> None:
     missing = [f"--{name}" for name in ("from", "step", "to") if given[name] is None]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; say what to publish, and where to")
-    workdir, directory = _absolute(given["from"]), _absolute(given["to"])
+    workdir, directory = absolute(given["from"]), absolute(given["to"])
     print(publish_step(workdir, given["step"], directory, dtype=given["dtype"]))
-
-
-def _absolute(path: str) -> epath.Path:
-    return epath.Path(os.path.abspath(path) if on_disk(path) else path)
 
 
 def publish_step(

@@ -1,9 +1,11 @@
 """Where arrays live: the mesh, the table from parameter names to axes, one activation constraint.
 
-Mesh axes: `data` (batch; parameters replicated), `fsdp` (batch; parameters sharded) and `tensor`
-(heads, feed-forward and vocabulary sharded).
+Mesh axes: `data` (batch; parameters replicated), `fsdp` (batch; parameters sharded), `context`
+(the places of a row) and `tensor` (heads, feed-forward and vocabulary sharded). Parameters are the
+same along `data` and `context`.
 """
 
+import math
 import re
 from typing import Any
 
@@ -13,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from oapl_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 ROWS = P(("data", "fsdp"))  # the leading axis of everything in a micro-batch
 
 # Parameter path -> axes; the first match counts, and every parameter must match. The leading axis
@@ -30,23 +32,25 @@ PARAMETER_RULES = (
 )
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
+def make_mesh(*, data: int, fsdp: int, context: int, tensor: int) -> Mesh:
     """A mesh over all devices; one of the sizes may be -1 and takes what is left.
 
     Raises:
       UserError: if the sizes do not multiply to the number of devices.
     """
-    sizes = [data, fsdp, tensor]
+    asked = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
+    sizes = [asked[axis] for axis in AXES]
     devices = jax.device_count()
     if sizes.count(-1) == 1:
-        rest = -data * fsdp * tensor
+        rest = -math.prod(sizes)
         sizes[sizes.index(-1)] = max(devices // rest, 1) if rest > 0 else 0
-    if min(sizes) < 1 or sizes[0] * sizes[1] * sizes[2] != devices:
+    if min(sizes) < 1 or math.prod(sizes) != devices:
+        product = " x ".join(f"mesh.{axis}={asked[axis]}" for axis in AXES)
         raise UserError(
-            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} does not make {devices} "
-            "devices; choose sizes with that product (one of them may be -1)"
+            f"{product} does not make {devices} devices; choose sizes with that product (one of "
+            "them may be -1)"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parameter_spec(path: str) -> P:
@@ -82,21 +86,34 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, params)
 
 
+def gathered(params: Any) -> Any:
+    """Parameters of any mesh, whole on one device of this host; all hosts must call it."""
+    here = jax.local_devices()[0]
+    if jax.process_count() == 1:
+        return jax.device_put(params, here)
+
+    def one(leaf: Any) -> jax.Array:
+        everywhere = NamedSharding(leaf.sharding.mesh, P())
+        return jax.device_put(jax.device_put(leaf, everywhere).addressable_data(0), here)
+
+    return jax.tree.map(one, params)
+
+
 def constrain_embedded(x: jax.Array) -> jax.Array:
     """Leaves looked-up [B, T, D] embeddings split as their table is, before they are split by row.
 
     From there the rows are exchanged within `fsdp`; in one stride the compiler finds no way but to
     replicate them on every device.
     """
-    return _constrain(x, P("data", None, "fsdp"))
+    return _constrain(x, P("data", "context", "fsdp"))
 
 
 def constrain_activations(x: jax.Array) -> jax.Array:
-    """Keeps [B, T, D] activations split by row: the compiler must gather weights, never rows.
+    """Keeps [B, T, D] activations split by row and place: weights are gathered, tokens never.
 
     Outside a mesh (a sampler on one device) there is nothing to constrain.
     """
-    return _constrain(x, P(("data", "fsdp"), None, None))
+    return _constrain(x, P(*ROWS, "context", None))
 
 
 def _constrain(x: jax.Array, spec: P) -> jax.Array:

@@ -1,21 +1,28 @@
 """Where groups come from: sampled live, recorded before, or both; opened, saved, stopped as one."""
 
 import dataclasses
+import json
 import time
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
-from oapl_jax import publisher
-from oapl_jax.buffer import Buffer
-from oapl_jax.errors import RunError
+from oapl_jax import hosts
+from oapl_jax.buffer import Buffer, flatten, unflatten
+from oapl_jax.curriculum import Curriculum
+from oapl_jax.errors import FleetLost, RunError
 from oapl_jax.job import Job
+from oapl_jax.preferences import Preferences
 from oapl_jax.report.progress import StopRequest
-from oapl_jax.rollout.ledger import Ledger
+from oapl_jax.resize import take_over
+from oapl_jax.rollout.ledger import FILE, Ledger, rewind
 from oapl_jax.rollout.recorded import Recorded
 from oapl_jax.rollout.sampler import Sampler
-from oapl_jax.rollout.shards import Shards, ShardWriter, describe
+from oapl_jax.rollout.shards import ShardWriter
+from oapl_jax.rollout.unpaid import Unpaid
 from oapl_jax.rollout.worker import Worker
 from oapl_jax.structs import Group
 
@@ -23,11 +30,15 @@ from oapl_jax.structs import Group
 @dataclasses.dataclass(frozen=True)
 class Supply:
     job: Job
-    live: int  # groups of a gradient step that are sampled; the others are recorded ones
+    live: int  # groups of a gradient step that this host samples
+    from_record: int  # and those that it takes from a recorded set
     ledger: Ledger
     buffer: Buffer
+    curriculum: Curriculum
+    unpaid: Unpaid
     sampler: Sampler
     worker: Worker
+    preferences: Preferences | None
     recorded: Recorded | None
     writer: ShardWriter | None
 
@@ -41,9 +52,22 @@ class Supply:
         return self.worker.versions() | self.buffer.versions()
 
     def collect(self, step: int, stop: StopRequest) -> tuple[list[Group], float]:
-        """The groups of one gradient step (none: stopped), and the seconds waited for them."""
+        """The groups of one gradient step, the same on all hosts (none: stopped), and the seconds
+        waited for them."""
+        self.buffer.expire(step)
+        started, lost = time.monotonic(), ""
+        try:
+            self._await(step, stop)
+        except FleetLost as error:
+            lost = str(error)
+        self._agree(step, stop, lost)
+        # Whoever stops leaves the groups in the buffer, and the checkpoint has them.
+        groups = [] if stop.requested else self._of_all_hosts(self._take(step))
+        return groups, time.monotonic() - started
+
+    def _await(self, step: int, stop: StopRequest) -> None:
+        """Returns when this host's part of the live groups is in the buffer, or on a stop."""
         config, buffer, worker = self.job.config, self.buffer, self.worker
-        buffer.expire(step)
         started, enough = time.monotonic(), lambda: len(buffer) >= self.live
         what = f"{self.live} groups for step {step} (rollout.deadline)"
         if config.rollout.overlap and self.live:
@@ -65,42 +89,102 @@ class Supply:
                 raise RunError(
                     f"sampled {seconds} for {what}; what became of groups: {buffer.counts}"
                 )
-        # Whoever stops leaves the groups in the buffer, and the checkpoint has them.
-        groups = [] if stop.requested else self._take(step)
-        return groups, time.monotonic() - started
+
+    def _agree(self, step: int, stop: StopRequest, lost: str) -> None:
+        """All hosts stop if one does.
+
+        Raises:
+          FleetLost: if one has lost its servers.
+          HostLost: if one does not come.
+        """
+        hosts.meet(f"step {step}", deadline=self.job.config.rollout.deadline)
+        said = hosts.gather(json.dumps([stop.requested, lost]).encode())
+        stops, losses = zip(*map(json.loads, said), strict=True)
+        if any(losses):
+            raise FleetLost(next(filter(None, losses)))
+        stop.requested = stop.requested or next(filter(None, stops), "")
+
+    def _of_all_hosts(self, groups: list[Group]) -> list[Group]:
+        """The groups of a step, the same on all hosts, in the order of their draws."""
+        if jax.process_count() == 1:
+            return groups
+        said = hosts.gather(hosts.encode(*flatten(groups)))
+        everyone = [group for content in said for group in unflatten(*hosts.decode(content))]
+        return sorted(everyone, key=lambda group: group.prompt.draw)
 
     def _take(self, step: int) -> list[Group]:
         groups = self.buffer.sample(self.live, step)
         if self.recorded:
             with self.buffer.lock:  # for the ledger
-                groups += self.recorded.take(self.job.config.groups_per_step - self.live, step)
+                taken = self.recorded.take(self.from_record, step)
+            for group in taken:
+                self.unpaid.note(group)
+            groups += taken
         return groups
+
+    def learned(self, groups: list[Group], rescore: Callable[[], Any]) -> None:
+        """Tells the curriculum what a gradient step was taken on.
+
+        Args:
+          groups: of the step.
+          rescore: gives [M, S, C], the log-probs of their tokens by the learner after the step;
+            called only if the curriculum needs them.
+        """
+        teacher, logp = self.curriculum.teacher, None
+        if teacher.rescores:
+            logp = np.asarray(rescore())
+            logp = logp.reshape(-1, logp.shape[-1])
+        with self.buffer.lock:
+            teacher.trained(groups, logp)
 
     def metrics(self) -> dict[str, float]:
         """What was sampled since the last call, and what became of all groups so far."""
         counts = {f"buffer/{name}": count for name, count in self.buffer.counts.items()}
         recorded = self.recorded.counts if self.recorded else {}
         counts |= {f"recorded/{name}": count for name, count in recorded.items()}
-        rewards = self.job.grader.metrics()
-        return {**self.worker.take_metrics(), **self.sampler.metrics(), **rewards, **counts}
+        counts |= self.job.grader.metrics() | self.curriculum.metrics()
+        counts["prompts/left_out"] = self.curriculum.left_out
+        counts |= self.preferences.metrics() if self.preferences else {}
+        return {**self.worker.take_metrics(), **self.sampler.metrics(), **counts}
 
-    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """What a checkpoint needs: JSON-able data and flat arrays."""
+    def state(self) -> bytes:
+        """This host's share of a checkpoint."""
         with self.buffer.lock:  # buffer, place in the prompts and end of the ledger agree
             buffer, groups = self.buffer.state()
+            worker = self.worker.state()
             state = {
                 "buffer": buffer,
-                "worker": self.worker.state(),
+                "worker": worker,
+                "teacher": self.curriculum.teacher.state({*worker["again"], *self.buffer.draws()}),
                 "ledger": self.ledger.position(),
                 "recorded": self.recorded.state() if self.recorded else None,
+                "unpaid": self.unpaid.count,
                 "shards": self.writer.flush() if self.writer else None,
             }
-        return state, groups
+        return hosts.encode(state, groups)
 
-    def restore(self, state: dict[str, Any], groups: dict[str, np.ndarray]) -> None:
-        self.buffer.restore(state["buffer"], groups)
+    def restore(self, shares: list[bytes], read: Callable[[Any], Any]) -> None:
+        """Goes on from the shares of all hosts that saved.
+
+        Args:
+          shares: as `state` gave them. If they are of another number of hosts, what was in their
+            buffers is sampled again: see resize.py.
+          read: takes the teacher's arrays for their shapes and shardings; gives those saved.
+        """
+        saved = [hosts.decode(share) for share in shares]
+        host, count = jax.process_index(), jax.process_count()
+        if len(saved) == count:
+            state, groups = saved[host]
+            self.buffer.restore(state["buffer"], groups)
+        else:
+            state = take_over([state for state, _ in saved], host=host, hosts=count)
+            if not host:
+                for gone in range(count, len(saved)):
+                    rewind(self.job.workdir / hosts.own(FILE, gone), saved[gone][0]["ledger"])
         self.worker.restore(state["worker"])
+        self.curriculum.teacher.restore(state["teacher"], read, self.curriculum.at)
         self.ledger.resume(state["ledger"], self.buffer.draws())
+        self.unpaid.count = state["unpaid"]
         if self.recorded:
             self.recorded.restore(state["recorded"])
         if self.writer:
@@ -113,83 +197,3 @@ class Supply:
     def close(self) -> None:
         self.stop()
         self.ledger.close()
-
-
-def open_supply(job: Job) -> Supply:
-    """Opens what the configuration's `rollout` and `buffer` name.
-
-    Raises:
-      UserError: for a recorded set that is not of this task, tokenizer or model, or is damaged.
-    """
-    config = job.config
-    ledger = Ledger(job.workdir / "ledger.jsonl")
-    buffer = Buffer(**config.buffer, seed=config.seed, on_end=ledger.end)
-    recorded = open_recorded(job, ledger) if config.rollout.source != "live" else None
-    writer = open_writer(job) if config.rollout.record else None
-    recorded_groups = {
-        "live": 0,
-        "both": round(config.rollout.recorded_share * config.groups_per_step),
-        "shards": config.groups_per_step,
-    }[config.rollout.source]
-    if config.rollout.source == "shards":
-        sampler = job.local_sampler(config.seed)  # never asked
-    else:
-        older_versions = config.buffer.mode != "clear_on_sync"
-        sampler = job.new_sampler(config.seed, older_versions=older_versions)
-    worker = Worker(
-        job.prompt_stream(),
-        sampler,
-        job.grader.reward,
-        buffer,
-        ledger=ledger,
-        record=writer.add if writer else lambda group: None,
-        group_size=config.group_size,
-        sampling=job.sampling,
-        prompts_per_call=config.rollout.prompts_per_call,
-        reward_threads=config.rollout.reward_threads,
-        deadline=config.rollout.deadline,
-    )
-    live = config.groups_per_step - recorded_groups
-    return Supply(job, live, ledger, buffer, sampler, worker, recorded, writer)
-
-
-def open_recorded(job: Job, ledger: Ledger) -> Recorded:
-    rollout = job.config.rollout
-    shards = Shards(epath.Path(rollout.shards))
-    shards.check(about(job, {}), max_prompt_tokens=job.config.data.max_prompt_tokens)
-    return Recorded(
-        shards,
-        order=rollout.recorded_order,
-        seed=job.config.seed,
-        policy_version=rollout.recorded_version if rollout.recorded_version >= 0 else None,
-        start=job.policy.checkpoint,
-        drop_zero_variance=job.config.buffer.zero_variance == "drop",
-        ledger=ledger,
-    )
-
-
-def open_writer(job: Job) -> ShardWriter:
-    versions = job.workdir / "versions"
-    writer = ShardWriter(
-        job.workdir / "rollouts",
-        about(job, {"by": "train"}),
-        groups_per_shard=job.config.rollout.groups_per_shard,
-        identify=lambda version: publisher.checksum(
-            publisher.version_path(versions, version) / publisher.MANIFEST
-        ),
-    )
-    if not job.checkpoints.steps():
-        writer.keep(0)  # of a run that was killed before its first checkpoint
-    return writer
-
-
-def about(job: Job, made: dict[str, Any]) -> dict[str, Any]:
-    """What the manifest of a recorded set says of its task, model and sampling."""
-    return describe(
-        task=job.config.data.task,
-        tokenizer=job.policy.tokenizer,
-        model=job.policy.config,
-        sampling=job.sampling,
-        group_size=job.config.group_size,
-        made=made,
-    )

@@ -9,6 +9,7 @@ been.
 """
 
 import contextlib
+import functools
 import json
 import time
 from typing import Any
@@ -18,10 +19,9 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from oapl_jax import batching, learner, publisher
+from oapl_jax import batching, hosts, learner, publisher
 from oapl_jax.assemble import make_batch, recompute
 from oapl_jax.begin import begin
-from oapl_jax.checkpoint import check_config
 from oapl_jax.command import read_command_line
 from oapl_jax.errors import FleetLost, RunError, exit_with_code
 from oapl_jax.evaluate import table
@@ -29,9 +29,11 @@ from oapl_jax.job import Config, Job, open_job
 from oapl_jax.lag import LagPolicy
 from oapl_jax.metrics import CompileClock, MetricsWriter, group_metrics, read_lines
 from oapl_jax.objectives import bind
+from oapl_jax.open_supply import open_supply
 from oapl_jax.report.learning import draw
 from oapl_jax.report.progress import Progress, StopRequest, say
-from oapl_jax.supply import Supply, open_supply
+from oapl_jax.saved_config import check_config
+from oapl_jax.supply import Supply
 
 NON_FINITE_IN_A_ROW = 3  # steps with a non-finite loss or gradient after which a run gives up
 
@@ -43,13 +45,21 @@ def run(config: Config, workdir: epath.Path, stop: StopRequest) -> dict[str, Any
       UserError: for settings or files that do not fit, before any work.
       RunError: for a run that can't go on; what was saved stays.
     """
-    clock = CompileClock()
-    job = open_job(config, workdir)
-    for change in check_config(workdir / "config.json", config.to_dict()):
-        say(f"changed since this run began: {change}")
+    return run_job(open_job(config, workdir), stop)
+
+
+def run_job(job: Job, stop: StopRequest) -> dict[str, Any] | None:
+    """`run` for a job that is open, as it is or with parts of it replaced; closes it."""
+    config, workdir, clock = job.config, job.workdir, CompileClock()
+    if not jax.process_index():
+        for change in check_config(workdir / "config.json", config.to_dict()):
+            say(f"changed since this run began: {change}")
+    hosts.meet("the saved configuration", deadline=config.rollout.deadline)
     objective = bind(**config.objective, group_size=config.group_size)
     lag = LagPolicy(**config.lag, seed=config.seed)
     supply = open_supply(job)
+    if supply.live or config.evaluation.every:
+        job.check_rewards()
     state, loop = resume(job, supply) if job.checkpoints.steps() else begin(job)
 
     settings = dict(temperature=config.rollout.temperature, logp_chunk=config.learner.logp_chunk)
@@ -68,7 +78,7 @@ def run(config: Config, workdir: epath.Path, stop: StopRequest) -> dict[str, Any
     metrics_file = MetricsWriter(workdir, start_step=first, tensorboard=config.tensorboard)
     progress = Progress("train", config.num_steps, first)
 
-    with contextlib.ExitStack() as closing:
+    with contextlib.ExitStack() as closing, hosts.ending_at_once():
         closing.callback(job.close)
         for part in (metrics_file.close, progress.close, supply.close):
             closing.callback(part)
@@ -90,14 +100,16 @@ def run(config: Config, workdir: epath.Path, stop: StopRequest) -> dict[str, Any
             state, of_step = train_step(state, batch)
             of_step = jax.device_get(of_step)
             learned = time.monotonic() - learning
+            supply.learned(groups, functools.partial(logp_step, state.params, batch))
             loop["seconds"]["rl"] += time.monotonic() - started
 
             done = step + 1
-            due = lambda every, done=done: done % every == 0 or done == config.num_steps
+            due = lambda every, done=done: every and (done % every == 0 or done == config.num_steps)
             values = {**of_step, **group_metrics(groups, step), **supply.metrics()}
             values |= {
                 "learner/tokens_per_second": int(np.sum(batch.segments > 0)) / learned,
                 "learner/waiting_seconds": waited,
+                "rl_seconds": loop["seconds"]["rl"],
                 "compile/seconds": clock.seconds,
                 "compile/programs": clock.programs,
             }
@@ -109,15 +121,13 @@ def run(config: Config, workdir: epath.Path, stop: StopRequest) -> dict[str, Any
             if due(config.checkpoint.every):
                 save(job, state, loop, supply, lag)
             job.checkpoints.check()
-            if stop.requested:
-                break
         supply.stop()
         step = int(state.step)
         if step < config.num_steps:
             leave(job, state, loop, supply, lag)
             say(f"stopped by {stop.requested} at step {step}; the same command goes on")
             return None
-        after = job.grade(step, state.params, "test")
+        after = job.grade(step, state.params, "test") if config.evaluation.every else {}
     return {"before": loop["before"], "after": after, "seconds": loop["seconds"]}
 
 
@@ -135,8 +145,8 @@ def resume(job: Job, supply: Supply) -> tuple[learner.TrainState, dict[str, Any]
     """The newest checkpoint. Versions published after it are removed: they will be published
     again."""
     step = job.checkpoints.steps()[-1]
-    state, loop, groups = job.checkpoints.restore(step, job.abstract_state())
-    supply.restore(loop["supply"], groups)
+    state, loop, shares = job.checkpoints.restore(step, job.abstract_state())
+    supply.restore(shares, functools.partial(job.checkpoints.restore_teacher, step))
     pinned = {v for versions in loop["pins"].values() for v in versions if v <= step}
     job.collect_versions(pinned)
     say(f"resumed from checkpoint step {step} of {job.workdir}")
@@ -146,11 +156,12 @@ def resume(job: Job, supply: Supply) -> tuple[learner.TrainState, dict[str, Any]
 def save(job: Job, state: learner.TrainState, loop: dict, supply: Supply, lag: LagPolicy) -> None:
     """Starts to save everything that moves, and notes which versions the step will need."""
     step = int(state.step)
-    loop["supply"], groups = supply.state()
+    held = hosts.union(supply.buffer.versions())
     kept = [str(s) for s in job.checkpoints.steps()]
     loop["pins"] = {s: versions for s, versions in loop["pins"].items() if s in kept}
-    loop["pins"][str(step)] = sorted(needed_versions(job, step, lag) | supply.buffer.versions())
-    job.checkpoints.save(step, state, loop, groups, probe=job.probe(state.params))
+    loop["pins"][str(step)] = sorted(needed_versions(job, step, lag) | held)
+    probe, teacher = job.probe(state.params), supply.curriculum.teacher.arrays()
+    job.checkpoints.save(step, state, loop, supply.state(), probe=probe, teacher=teacher)
 
 
 def leave(job: Job, state: learner.TrainState, loop: dict, supply: Supply, lag: LagPolicy) -> None:
@@ -177,19 +188,21 @@ def publish_and_serve(
     if lag.publishes(step) and (supply.live or step == 0):
         job.publish(step, params)
         pinned = {v for kept in loop["pins"].values() for v in kept}
-        job.collect_versions(pinned | supply.versions() | needed_versions(job, step, lag))
+        in_use = hosts.union(supply.versions())
+        job.collect_versions(pinned | in_use | needed_versions(job, step, lag))
     due = lag.serves(step)
     supply.serve(due, publisher.version_path(job.workdir / "versions", due))
 
 
 def report(config: Config, workdir: epath.Path, result: dict[str, Any]) -> None:
-    """Writes result.json and learning.png, and prints the table."""
+    """Writes result.json and learning.png, and prints the table if the run evaluates."""
     (workdir / "result.json").write_text(json.dumps(result, indent=1))
     lines = read_lines(workdir / "metrics.jsonl")
     before, after = result["before"], result["after"]
     title = f"{config.data.task}: {config.objective.name}, lag {config.lag.mode} {config.lag.steps}"
-    draw(lines, before, after, workdir / "learning.png", title=title)
-    say(table({"before": before, "after": after}))
+    draw(lines, before if after else {}, after, workdir / "learning.png", title=title)
+    if before and after:
+        say(table({"before": before, "after": after}))
     for name in ("metrics.jsonl", "tensorboard", "learning.png", "checkpoints", "result.json"):
         if (workdir / name).exists():
             say(f"{name:<14}{workdir / name}")
@@ -197,10 +210,16 @@ def report(config: Config, workdir: epath.Path, result: dict[str, Any]) -> None:
 
 def main() -> None:
     install = flags.DEFINE_float("install_seconds", None, "seconds of the install, for result.json")
+    pod = flags.DEFINE_bool("pod", False, "whether this is one of several hosts that JAX can find")
+    coordinator = flags.DEFINE_string("coordinator", "", "or where it can't: host 0's address:port")
+    count = flags.DEFINE_integer("hosts", 1, "with --coordinator: how many hosts there are")
+    host = flags.DEFINE_integer("host", 0, "with --coordinator: which one this is")
     config, workdir = read_command_line()
+    hosts.join(pod=pod.value, coordinator=coordinator.value, hosts=count.value, host=host.value)
     workdir.mkdir(parents=True, exist_ok=True)
-    result = run(config, workdir, StopRequest())
-    if result is None:
+    with hosts.ending_at_once():
+        result = run(config, workdir, StopRequest())
+    if result is None or jax.process_index():
         return
     if install.value is not None:
         result["seconds"]["install"] = install.value

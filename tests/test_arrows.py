@@ -9,15 +9,17 @@ PACKAGE = Path(__file__).parent.parent / "oapl_jax"
 
 # Floors from the ground up; a module imports from its own floor or from below.
 FLOORS = (
-    ("errors", "structs"),
+    ("errors", "structs", "hosts"),
     ("objectives",),
     ("sharding", "optim", "lag", "models", "data", "tokenizer"),
     ("rewards", "policy", "metrics"),
-    ("learner", "batching", "buffer", "publisher", "rollout"),
-    ("checkpoint", "warmup", "evaluate", "probe"),
+    ("learner", "batching", "buffer", "publisher", "rollout", "curriculum", "preferences"),
+    ("checkpoint", "warmup", "evaluate", "probe", "check", "saved_config"),
     ("job", "report"),
+    ("resize",),
     ("begin", "command", "supply", "assemble"),
-    ("train",),
+    ("open_supply",),
+    ("train", "plan"),
 )
 # What the learner, the objectives and the model must never know, whatever the floors allow.
 FORBIDDEN = {
@@ -26,7 +28,7 @@ FORBIDDEN = {
     "publisher": ("rollout", "learner", "buffer"),
     "models": ("data", "tokenizer"),
 }
-COMMANDS = ("train", "evaluate", "command")
+COMMANDS = ("train", "plan", "evaluate", "command")
 
 
 def modules():

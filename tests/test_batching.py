@@ -181,7 +181,7 @@ def test_indivisible_micro_batches_are_refused(micro_batches):
 
 def test_to_mesh_splits_rows_and_changes_no_value():
     rng = np.random.default_rng(4)
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = make_mesh(data=2, fsdp=2, context=1, tensor=2)
     batch, _, _ = batch_of(make_groups(rng, 4, 4, 8, 16), rng, micro_batches=2, rows_multiple=4)
     placed = to_mesh(batch, batch_shardings(mesh))
     jax.tree.map(np.testing.assert_array_equal, placed, batch)

@@ -22,11 +22,13 @@ from jax.sharding import AxisType
 
 from oapl_jax import checkpoint, learner
 from oapl_jax.buffer import flatten, unflatten
-from oapl_jax.checkpoint import Checkpoints, Weights, check_config
+from oapl_jax.checkpoint import Checkpoints, Weights
 from oapl_jax.errors import RunError, UserError
+from oapl_jax.hosts import decode, encode
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.steps import load_probe, open_params
 from oapl_jax.models.transformer import Transformer
+from oapl_jax.saved_config import check_config
 from oapl_jax.sharding import AXES
 from oapl_jax.structs import Group, Prompt, Rollout
 
@@ -50,9 +52,10 @@ def make_model(model_type="qwen3"):
     return Transformer(ModelConfig.from_hf(sizes, source="test"), jnp.float32, "none")
 
 
-def make_mesh(*shape):
+def make_mesh(data, fsdp, tensor):
+    shape = (data, fsdp, 1, tensor)
     devices = jax.devices()[: int(np.prod(shape))]
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 4, devices=devices)
 
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -98,7 +101,7 @@ def make_groups():
     return groups
 
 
-NO_GROUPS = flatten([])[1]
+NO_GROUPS = encode(*flatten([]))
 
 
 def assert_same(found, expected):
@@ -133,24 +136,39 @@ def opened(tmp_path):
 def test_everything_comes_back_to_the_last_bit(opened):
     mesh = make_mesh(1, 1, 1)
     state, (meta, arrays) = random_state(mesh), flatten(make_groups())
-    opened().save(3, state, {**LOOP, "buffer": meta}, arrays, probe=PROBE)
+    opened().save(3, state, LOOP, encode(meta, arrays), probe=PROBE)
     again = opened()
     assert again.steps() == [3]
-    found, loop, groups = again.restore(3, abstract(mesh))
+    found, loop, (share,) = again.restore(3, abstract(mesh))
     assert_same(found, state)
-    assert loop == json.loads(json.dumps({**LOOP, "buffer": meta}))
+    assert loop == json.loads(json.dumps(LOOP))
+    found_meta, groups = decode(share)
     assert_same(groups, arrays)
-    for old, new in zip(make_groups(), unflatten(loop["buffer"], groups), strict=True):
+    for old, new in zip(make_groups(), unflatten(found_meta, groups), strict=True):
         assert (old.prompt.id, old.policy_version) == (new.prompt.id, new.policy_version)
         np.testing.assert_array_equal(old.reward, new.reward)
 
 
 def test_a_buffer_without_groups_comes_back_empty(opened):
     mesh = make_mesh(1, 1, 1)
-    meta, arrays = flatten([])
-    opened().save(0, random_state(mesh), {"buffer": meta}, arrays, probe=PROBE)
-    _, loop, groups = opened().restore(0, abstract(mesh))
-    assert unflatten(loop["buffer"], groups) == []
+    opened().save(0, random_state(mesh), {}, encode(*flatten([])), probe=PROBE)
+    _, _, (share,) = opened().restore(0, abstract(mesh))
+    assert unflatten(*decode(share)) == []
+
+
+def test_shares_belong_to_whole_steps(opened, tmp_path):
+    """One of each host; what a killed run left goes with the next save."""
+    shares = tmp_path / "checkpoints" / "shares"
+    for stale in ("7/host0of1", "3/host1of2", "3/host0of2"):
+        (shares / stale).parent.mkdir(parents=True, exist_ok=True)
+        (shares / stale).write_bytes(b"stale")
+    mesh = make_mesh(1, 1, 1)
+    opened().save(3, random_state(mesh), LOOP, b"mine", probe=PROBE)
+    assert opened().restore(3, abstract(mesh))[2] == [b"mine"]
+    assert sorted(str(p.relative_to(shares)) for p in shares.rglob("host*")) == ["3/host0of1"]
+    (shares / "3" / "host0of1").rename(shares / "3" / "host1of2")
+    with pytest.raises(UserError, match="does not hold one share of checkpoint step 3"):
+        opened().restore(3, abstract(mesh))
 
 
 def test_a_state_comes_back_on_another_mesh(opened):
@@ -162,7 +180,7 @@ def test_a_state_comes_back_on_another_mesh(opened):
     assert_same(found, state)
     jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(str(b)), found, wanted)
     kernel = found.params["layers"]["q"]["kernel"]
-    assert kernel.sharding.mesh.shape == dict(data=2, fsdp=2, tensor=2)
+    assert kernel.sharding.mesh.shape == dict(data=2, fsdp=2, context=1, tensor=2)
     assert kernel.addressable_shards[0].data.shape == (2, 16, 16)  # of (2, 32, 32)
     moment = found.opt_state[1][0].mu["layers"]["q"]["kernel"]
     assert moment.addressable_shards[0].data.shape == (2, 16, 16)
@@ -178,20 +196,17 @@ def test_what_is_saved_is_what_was_given_even_if_it_changes_at_once(opened, monk
 
     monkeypatch.setattr(json, "dumps", late)
     mesh = make_mesh(1, 1, 1)
-    state, (_, arrays) = random_state(mesh), flatten(make_groups())
-    expected = jax.device_get(state), {k: v.copy() for k, v in arrays.items()}
+    state = random_state(mesh)
+    expected = jax.device_get(state)
     loop = {"results": [1, 2]}
     checkpoints = opened()
-    checkpoints.save(1, state, loop, arrays, probe=PROBE)
+    checkpoints.save(1, state, loop, NO_GROUPS, probe=PROBE)
     jax.tree.map(lambda x: x.delete(), state)  # as a donated buffer is
     loop["results"].append(3)
-    for array in arrays.values():
-        array[:] = 0
     changed.set()
     checkpoints.wait()
-    found, loop, groups = checkpoints.restore(1, abstract(mesh))
-    assert_same(jax.device_get(found), expected[0])
-    assert_same(groups, expected[1])
+    found, loop, _ = checkpoints.restore(1, abstract(mesh))
+    assert_same(jax.device_get(found), expected)
     assert loop == {"results": [1, 2]}
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import ml_collections
 import pytest
 
-from oapl_jax.checkpoint import flat
+from oapl_jax.saved_config import flat
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
 CHOICES = {
     "arithmetic": ["", "task=chain_sum", "task=number_sorting", "task=countdown", "objective=grpo"],
+    "code_contests": ["", "round=2", "smoke", "smoke,round=0", "smoke,round=2,objective=grpo"],
+    "competition_math": ["", "smoke", "grpo_is", "smoke,objective=grpo_is"],
     "smollm2": [""],
 }
 # Scripts of users rely on these names.
@@ -69,8 +71,15 @@ def test_unknown_choices_are_refused_with_the_offer():
     path = ROOT / "configs" / "arithmetic.py"
     with pytest.raises(ValueError, match="choose among"):
         load(path, "no_such=choice")
-    with pytest.raises(ValueError, match="choose among"):
-        load(path, "task=no_such_task")
+    for wrong in ("task=no_such_task", "no_such_task"):
+        with pytest.raises(ValueError, match="choose among"):
+            load(path, wrong)
+
+
+def test_a_value_alone_is_a_choice():
+    path = ROOT / "configs" / "arithmetic.py"
+    assert load(path, "countdown,grpo") == load(path, "task=countdown,objective=grpo")
+    assert load(path, "grpo").data.task == "chain_sum"
 
 
 def test_configurations_start_no_jax():

@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from oapl_jax import learner
 from oapl_jax.batching import make_batch, to_mesh
+from oapl_jax.models import vocabulary
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.transformer import Transformer, head, logits
+from oapl_jax.models.vocabulary import token_logp
 from oapl_jax.objectives import Objective, bind
 from oapl_jax.objectives.aggregation import sequence_weights
 from oapl_jax.optim import make_optimizer
@@ -26,7 +29,7 @@ from oapl_jax.structs import Group, Prompt, Rollout
 EOS = 2
 TEMPERATURE = 0.7
 BETA1, BETA2 = 0.5, 0.1
-ONE = (1, 1, 1)
+ONE = (1, 1, 1, 1)
 # eps is large, or the first step of AdamW would be the sign of gradients that are all rounding.
 OPTIM: dict[str, Any] = dict(
     learning_rate=1e-3,
@@ -220,10 +223,11 @@ def test_chunked_log_probabilities_equal_log_softmax_with_their_gradients(
     matrix = jnp.asarray(rng.normal(0, 1, (16, 50)), jnp.float32)
     targets = jnp.asarray(rng.integers(0, 50, (3, length)))
     seed = jnp.asarray(rng.normal(0, 1, (3, length)), jnp.float32)
+    everywhere = jnp.ones((3, length), bool)
 
     def chunked(hidden, matrix):
-        logp, entropy = learner.token_logp(
-            hidden, matrix, targets, temperature=temperature, chunk=chunk
+        logp, entropy = token_logp(
+            hidden, matrix, targets, everywhere, temperature=temperature, chunk=chunk
         )
         return jnp.sum(seed * logp), (logp, entropy)
 
@@ -241,11 +245,61 @@ def test_chunked_log_probabilities_equal_log_softmax_with_their_gradients(
     jax.tree.map(close, gradients, expected_gradients)
 
 
+WITH_TENSOR = (1, 2, 2, 2)
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 2, 1, 1), (2, 1, 2, 1), WITH_TENSOR])
+def test_only_wanted_places_are_computed_wherever_they_are(sizes, monkeypatch):
+    """Rows with many, few and no wanted places, in ten places of which at most 6 are wanted."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(0, 1, (4, 20, 16)), jnp.float32)
+    matrix = jnp.asarray(rng.normal(0, 1, (16, 50)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 50, (4, 20)))
+    wanted = np.zeros((4, 20), bool)
+    wanted[0, [0, 3, 4, 5, 8, 9]] = wanted[1, 7] = wanted[2, 12:18] = True
+    seed = rng.normal(0, 1, (4, 20))
+    chunks = []
+
+    def counted(hidden, matrix):
+        if sizes != WITH_TENSOR:  # where the compiler can't have side effects
+            jax.debug.callback(lambda: chunks.append(1))
+        return logits(hidden, matrix)
+
+    monkeypatch.setattr(vocabulary, "logits", counted)
+
+    def chunked(hidden, matrix):
+        logp, entropy = token_logp(hidden, matrix, targets, wanted, temperature=0.7, chunk=2)
+        return jnp.sum(seed * logp), (logp, entropy)
+
+    def plain(hidden, matrix):
+        table = jax.nn.log_softmax(hidden @ matrix / 0.7)
+        logp = jnp.take_along_axis(table, targets[..., None], axis=-1)[..., 0] * wanted
+        entropy = -jnp.sum(jnp.exp(table) * table, axis=-1) * wanted
+        return jnp.sum(seed * logp), (logp, entropy)
+
+    run = lambda f, given: jax.value_and_grad(f, (0, 1), has_aux=True)(*given)
+    expected, given = run(plain, (hidden, matrix)), (hidden, matrix)
+    if sizes is None:
+        found = run(jax.jit(chunked), given)
+    else:
+        mesh = mesh_of(sizes)
+        given = jax.device_put(given, NamedSharding(mesh, P()))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            found = run(jax.jit(chunked), given)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
+    jax.tree.map(close, found, expected)
+    jax.effects_barrier()
+    if sizes != WITH_TENSOR:
+        # Three chunks on each device, once more for the backward pass.
+        assert len(chunks) == 2 * 3 * int(np.prod(sizes or 1))
+
+
 def test_the_entropy_carries_no_gradient():
     hidden, matrix = jnp.ones((1, 4, 8)), jnp.arange(40.0).reshape(8, 5) / 40
-    entropy = lambda h: learner.token_logp(
-        h, matrix, jnp.zeros((1, 4), int), temperature=1.0, chunk=2
-    )[1].sum()
+    targets, everywhere = jnp.zeros((1, 4), int), jnp.ones((1, 4), bool)
+    entropy = lambda h: token_logp(h, matrix, targets, everywhere, temperature=1.0, chunk=2)[
+        1
+    ].sum()
     np.testing.assert_array_equal(jax.grad(entropy)(hidden), 0.0)
 
 
@@ -253,9 +307,10 @@ def test_bfloat16_states_are_normalised_in_float32():
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(0, 1, (2, 12, 16)), jnp.bfloat16)
     matrix = jnp.asarray(rng.normal(0, 1, (16, 50)), jnp.bfloat16)
-    targets = rng.integers(0, 50, (2, 12))
-    logp, entropy = learner.token_logp(
-        hidden, matrix.astype(jnp.float32), jnp.asarray(targets), temperature=0.7, chunk=5
+    targets, everywhere = rng.integers(0, 50, (2, 12)), jnp.ones((2, 12), bool)
+    wide = matrix.astype(jnp.float32)
+    logp, entropy = token_logp(
+        hidden, wide, jnp.asarray(targets), everywhere, temperature=0.7, chunk=5
     )
     assert logp.dtype == entropy.dtype == jnp.float32
     table = np.asarray(hidden, np.float64) @ np.asarray(matrix, np.float64) / 0.7
@@ -271,7 +326,8 @@ def test_temporaries_are_a_tenth_of_those_of_the_whole_vocabulary():
     targets = spec(jnp.int32, 8, 1024)
 
     def chunked(hidden, matrix, targets):
-        logp, entropy = learner.token_logp(hidden, matrix, targets, temperature=0.7, chunk=64)
+        everywhere = jnp.ones(targets.shape, bool)
+        logp, entropy = token_logp(hidden, matrix, targets, everywhere, temperature=0.7, chunk=64)
         return logp.sum(), entropy
 
     def naive(hidden, matrix, targets):
@@ -536,7 +592,7 @@ def test_remat_is_another_program_with_the_same_step():
     assert_same_step(one_step(batch, remat="full"), expected_step())
 
 
-MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
+MESHES = [(8, 1, 1, 1), (2, 2, 1, 2), (1, 4, 1, 2), (1, 2, 4, 1), (2, 1, 2, 2)]
 
 
 @pytest.mark.parametrize("sizes", MESHES)
@@ -544,10 +600,11 @@ def test_eight_devices_equal_one(sizes):
     """Two steps, in which parameters and moments stay where the table puts them."""
     run, one, batch = compiled(sizes), compiled(), batch_of()
     state, expected = run.start(), one.start()
-    data, fsdp, tensor = sizes
+    data, fsdp, context, tensor = sizes
     # Devices hold parts, or this would compare one device with itself.
     placed = run.put(batch)
-    assert placed.tokens.sharding.shard_shape(placed.tokens.shape)[1] == 8 // (data * fsdp)
+    shard = placed.tokens.sharding.shard_shape(placed.tokens.shape)
+    assert shard == (2, 8 // (data * fsdp), 64 // context)
     kernel = state.params["layers"]["q"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 32 // fsdp, 32 // tensor)
 
@@ -567,7 +624,7 @@ def test_eight_devices_equal_one(sizes):
 
 def test_the_compiler_never_replicates_what_it_can_not_reshard(capfd):
     """It says so in a log line of its own, on the file descriptor of the process."""
-    run = _compiled.__wrapped__((2, 2, 2), "none", 0.0, 0.0)  # a program that is not compiled yet
+    run = _compiled.__wrapped__((2, 2, 1, 2), "none", 0.0, 0.0)  # not compiled yet
     arguments = run.start(), run.put(batch_of())
     capfd.readouterr()
     run.step.lower(*arguments).compile()
@@ -578,7 +635,7 @@ def test_fresh_parameters_do_not_depend_on_the_mesh():
     model, optimizer = Transformer(CONFIG, jnp.float32, "none"), make_optimizer(**OPTIM)
     states = [
         jax.device_get(learner.init_state(model, optimizer, mesh_of(sizes), 3))
-        for sizes in (ONE, (2, 2, 2))
+        for sizes in (ONE, (2, 2, 1, 2))
     ]
     jax.tree.map(np.testing.assert_array_equal, *states)
     kernels = states[0].params["layers"]["q"]["kernel"]
@@ -674,7 +731,7 @@ def _fragile():
 # ---------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("sizes", [ONE, (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [ONE, (2, 2, 1, 2)])
 def test_the_old_state_is_given_to_the_new_one(sizes):
     run = compiled(sizes)
     batch = run.put(batch_of())

@@ -20,7 +20,7 @@ def test_the_probe_is_the_log_softmax_of_the_plain_forward_pass(row_length):
     config = hf.load_config(GOLDEN)
     params = hf.load_params(GOLDEN, config)
     model = Transformer(config, jnp.dtype("float32"), "none")
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = make_mesh(data=2, fsdp=2, context=1, tensor=2)
     split = hf.load_params(GOLDEN, config, mesh=mesh)
     probe = make_probe(model, mesh, row_length=row_length, rows_multiple=8, logp_chunk=8)(split)
 

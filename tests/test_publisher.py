@@ -177,7 +177,7 @@ def test_large_models_are_split_and_every_shard_is_in_the_manifest(tmp_path, mon
 
 
 def test_a_step_saved_on_a_mesh_is_published_to_the_last_bit(tmp_path):
-    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    mesh = make_mesh(data=1, fsdp=4, context=1, tensor=2)
     params = make_params(SMALL, 3)
     placed = jax.device_put(params, parameter_shardings(params, mesh))
     weights = Weights(epath.Path(tmp_path / "weights"))

@@ -15,6 +15,7 @@ from oapl_jax.learner import init_params
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.transformer import Transformer
 from oapl_jax.sharding import (
+    AXES,
     PARAMETER_RULES,
     constrain_activations,
     make_mesh,
@@ -81,7 +82,7 @@ def test_every_parameter_of_every_shape_has_its_axes(model_type, tied, bias):
     expected |= QKV_BIAS if bias or model_type == "qwen2" else {}
     expected |= OUTPUT_BIAS if bias and model_type != "qwen2" else {}
     placed = parameter_shardings(
-        shapes(config(model_type, tied, bias)), make_mesh(data=2, fsdp=2, tensor=2)
+        shapes(config(model_type, tied, bias)), make_mesh(data=2, fsdp=2, context=1, tensor=2)
     )
     assert {path: sharding.spec for path, sharding in by_path(placed).items()} == expected
 
@@ -113,87 +114,87 @@ def test_an_unknown_parameter_is_refused_and_never_replicated_unseen(path):
         parameter_spec(path)
     tree = functools.reduce(lambda leaf, key: {key: leaf}, reversed(path.split("/")), jnp.zeros(8))
     with pytest.raises(KeyError, match=re.escape(repr(path))):
-        parameter_shardings(tree, make_mesh(data=8, fsdp=1, tensor=1))
+        parameter_shardings(tree, make_mesh(data=8, fsdp=1, context=1, tensor=1))
 
 
 def test_a_parameter_with_other_dimensions_than_its_rule_is_refused():
     with pytest.raises(ValueError, match="zip"):
-        parameter_shardings({"head": jnp.zeros(64)}, make_mesh(data=8, fsdp=1, tensor=1))
+        parameter_shardings({"head": jnp.zeros(64)}, make_mesh(data=8, fsdp=1, context=1, tensor=1))
 
 
 @pytest.mark.parametrize(
     ("mesh", "sizes", "names"),
     [
-        (dict(data=1, fsdp=8, tensor=1), dict(hidden_size=36), ["mesh.fsdp=8", "divisor of 36"]),
-        (dict(data=1, fsdp=1, tensor=8), dict(vocab_size=60), ["mesh.tensor=8", "embed/embedding"]),
-        (dict(data=2, fsdp=1, tensor=4), dict(vocab_size=66), ["mesh.tensor=4", "(66, 32)"]),
+        ((1, 8, 1, 1), dict(hidden_size=36), ["mesh.fsdp=8", "divisor of 36"]),
+        ((1, 1, 1, 8), dict(vocab_size=60), ["mesh.tensor=8", "embed/embedding"]),
+        ((2, 1, 1, 4), dict(vocab_size=66), ["mesh.tensor=4", "(66, 32)"]),
         (
-            dict(data=1, fsdp=1, tensor=8),
+            (1, 1, 1, 8),
             dict(intermediate_size=44),
             ["mesh.tensor=8", "layers/down/kernel", "(2, 44, 32)", "divisor of 44"],
         ),
-        (
-            dict(data=1, fsdp=1, tensor=8),
-            dict(head_dim=6),
-            ["mesh.tensor=8", "layers/k/kernel", "divisor of 12"],
-        ),
+        ((1, 1, 1, 8), dict(head_dim=6), ["mesh.tensor=8", "layers/k/kernel", "divisor of 12"]),
     ],
 )
 def test_an_indivisible_axis_of_a_parameter_is_refused_by_name(mesh, sizes, names):
+    axes = dict(zip(AXES, mesh, strict=True))
     with pytest.raises(UserError) as error:
-        parameter_shardings(shapes(config(**sizes)), make_mesh(**mesh))
+        parameter_shardings(shapes(config(**sizes)), make_mesh(**axes))
     for name in names:
         assert name in str(error.value)
     # Sizes that only the data axis meets need no divisor.
-    parameter_shardings(shapes(config(**sizes)), make_mesh(data=8, fsdp=1, tensor=1))
+    parameter_shardings(shapes(config(**sizes)), make_mesh(data=8, fsdp=1, context=1, tensor=1))
 
 
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        ((8, 1, 1), (8, 1, 1)),
-        ((2, 2, 2), (2, 2, 2)),
-        ((-1, 1, 1), (8, 1, 1)),
-        ((1, -1, 1), (1, 8, 1)),
-        ((2, -1, 2), (2, 2, 2)),
-        ((1, 2, -1), (1, 2, 4)),
-        ((8, -1, 1), (8, 1, 1)),
+        ((8, 1, 1, 1), (8, 1, 1, 1)),
+        ((2, 2, 1, 2), (2, 2, 1, 2)),
+        ((1, 2, 4, 1), (1, 2, 4, 1)),
+        ((-1, 1, 1, 1), (8, 1, 1, 1)),
+        ((1, -1, 1, 1), (1, 8, 1, 1)),
+        ((2, -1, 1, 2), (2, 2, 1, 2)),
+        ((1, 2, 1, -1), (1, 2, 1, 4)),
+        ((1, 2, -1, 1), (1, 2, 4, 1)),
+        ((8, -1, 1, 1), (8, 1, 1, 1)),
     ],
 )
 def test_a_mesh_takes_all_devices_and_minus_one_takes_what_is_left(sizes, expected):
-    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
-    assert dict(mesh.shape) == dict(zip(("data", "fsdp", "tensor"), expected, strict=True))
+    mesh = make_mesh(**dict(zip(AXES, sizes, strict=True)))
+    assert dict(mesh.shape) == dict(zip(AXES, expected, strict=True))
     assert {d.id for d in mesh.devices.flat} == {d.id for d in jax.devices()}
 
 
 @pytest.mark.parametrize(
     "sizes",
     [
-        (1, 1, 1),
-        (3, 1, 1),
-        (4, 4, 1),
-        (-1, 3, 1),
-        (-1, 16, 1),
-        (-1, -1, 1),
-        (-1, -2, -1),
-        (-2, -4, 1),
-        (0, 8, 1),
-        (-1, 0, 1),
+        (1, 1, 1, 1),
+        (3, 1, 1, 1),
+        (4, 4, 1, 1),
+        (4, 1, 4, 1),
+        (-1, 3, 1, 1),
+        (-1, 16, 1, 1),
+        (-1, -1, 1, 1),
+        (-1, -2, 1, -1),
+        (-2, -4, 1, 1),
+        (0, 8, 1, 1),
+        (-1, 0, 1, 1),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
-    data, fsdp, tensor = sizes
-    names = rf"mesh\.data={data} x mesh\.fsdp={fsdp} x mesh\.tensor={tensor} .* 8 devices"
+    asked = dict(zip(AXES, sizes, strict=True))
+    names = " x ".join(rf"mesh\.{axis}={size}" for axis, size in asked.items()) + " .* 8 devices"
     with pytest.raises(UserError, match=names):
-        make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+        make_mesh(**asked)
 
 
-def test_activations_are_split_by_row_on_a_mesh_and_left_alone_outside():
+def test_activations_are_split_by_row_and_place_on_a_mesh_and_left_alone_outside():
     x = np.arange(8 * 2 * 4, dtype=np.float32).reshape(8, 2, 4)
     np.testing.assert_array_equal(jax.jit(constrain_activations)(x), x)
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = make_mesh(data=2, fsdp=2, context=2, tensor=1)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, P(None, None, "tensor")))
+        placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, P(None, None, "context")))
         found = jax.jit(constrain_activations)(placed)
     np.testing.assert_array_equal(found, x)
-    assert found.sharding.shard_shape(x.shape) == (2, 2, 4)
+    assert found.sharding.shard_shape(x.shape) == (2, 1, 4)

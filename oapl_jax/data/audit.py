@@ -2,8 +2,9 @@
 
     python -m oapl_jax.data.audit --config=configs/competition_math.py --workdir=runs/audit
 
-Compares the training split with all other data of the configuration, prints a table, and writes
-audit.json into the workdir. Exit code 0: nothing found; 1: something; 2: a mistake in a setting.
+Compares the training split with all other data of the configuration, its benchmarks among them,
+prints a table, and writes audit.json into the workdir. Exit code 0: nothing found; 1: something; 2:
+a mistake in a setting.
 
 A shared 13-gram need not be a shared problem (contests use set phrases), so the share of a
 problem's 13-grams that training problems hold is reported with it.
@@ -24,7 +25,7 @@ from oapl_jax.data import reasoning, releases
 from oapl_jax.data.prompts import PROMPT_SETTINGS
 from oapl_jax.data.records import Joined, Record
 from oapl_jax.data.tasks import TASKS
-from oapl_jax.errors import exit_with_code
+from oapl_jax.errors import UserError, exit_with_code
 
 N = 13  # words, as in arXiv 2005.14165, appendix C
 SHOWN = 100  # characters of a problem that was found
@@ -166,6 +167,23 @@ def rows_table(reports: Mapping[str, releases.Report]) -> str:
     return "\n".join(f"{name}: {report}" for name, report in reports.items())
 
 
+def sections(
+    sets: Mapping[str, Any], benchmarks: Mapping[str, Any]
+) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Name of a data set -> the section of the configuration that has it, and what that holds.
+
+    Raises:
+      UserError: for two data sets of one name.
+    """
+    for name in sets.keys() & benchmarks.keys():
+        if sets[name] != benchmarks[name]:
+            raise UserError(
+                f"data.sets.{name} and config.benchmarks.{name} are not the same; rename one"
+            )
+    of_benchmarks = dict.fromkeys(benchmarks, ("config.benchmarks", benchmarks))
+    return of_benchmarks | dict.fromkeys(sets, ("data.sets", sets))
+
+
 def main() -> None:
     from oapl_jax.command import read_command_line  # stands above the rooms of the data
 
@@ -177,17 +195,18 @@ def main() -> None:
         splits = reasoning.open_splits(**data)
         result = audit(splits["train"], Joined([splits["validation"], splits["test"]]))
     else:
-        sets, data_dir, train = data["sets"], data["data_dir"], data["train"]
-        others = against.value or [name for name in sets if name not in train]
-        opened = {
-            name: releases.open_set(name, data_dir=data_dir, sets=sets)
-            for name in (*train, *others)
-        }
+        train = list(data["train"])
+        found_in = sections(data["sets"], config.benchmarks.to_dict())
+        others = against.value or [name for name in found_in if name not in train]
+        opened, reports = {}, {}
+        for name in (*train, *others):
+            if name not in found_in:
+                raise UserError(f"{name!r} is not one of data.sets or config.benchmarks")
+            section, sets = found_in[name]
+            how: dict[str, Any] = dict(section=section, data_dir=data["data_dir"])
+            opened[name] = releases.open_set(name, sets=sets, **how)
+            reports[name] = releases.report_of(releases.prepare(name, **how, **sets[name]))
         result = audit(Joined([opened[n] for n in train]), Joined([opened[n] for n in others]))
-        reports = {
-            name: releases.report_of(releases.prepare(name, data_dir=data_dir, **sets[name]))
-            for name in opened
-        }
         result["rows"] = {name: report.to_json() for name, report in reports.items()}
         print(rows_table(reports), end="\n\n")
     print(table(result))

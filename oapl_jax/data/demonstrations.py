@@ -1,5 +1,7 @@
 """Demonstrations for the warm-up: what a noisy teacher answers to training prompts."""
 
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,40 +29,43 @@ def demonstrations(
     """Endless groups of one demonstrated response each, with reward 1, in epochs of `count`.
 
     Args:
-      source: records of the training split; the first `count` are demonstrated.
+      source: records of the training split; the first `count` with a solution, and a prompt that
+        fits, are demonstrated.
       tokenizer: as for prompts.
-      task: key of TASKS.
+      task: the verifier of the records.
       count: number of demonstrations.
-      noise: probability that the teacher errs in a step.
+      noise: probability that the teacher errs: in a step of a task of TASKS; elsewhere with the
+        whole solution, which is then another problem's.
       seed: of the teacher and of the order.
       max_prompt_tokens, max_response_tokens: limits, the stop token included.
       instruction: as for prompts.
 
     Raises:
-      UserError: for a demonstration that is too long, or more demonstrations than records.
+      UserError: for a demonstration that is too long, or more demonstrations than solutions.
     """
-    if not 0 < count <= len(source):
+    if count < 1:
+        raise UserError(f"warmup.demonstrations={count} must be at least 1")
+    template = functools.partial(
+        make_prompt,
+        tokenizer=tokenizer,
+        task=task,
+        max_prompt_tokens=max_prompt_tokens,
+        instruction=instruction,
+    )
+    solved = ((template(r, draw=i), r) for i, r in enumerate(source) if solution(r))
+    chosen = list(itertools.islice(((p, r) for p, r in solved if p), count))
+    if len(chosen) < count:
         raise UserError(
-            f"warmup.demonstrations={count} is not within 1 and data.train_size={len(source)}"
+            f"warmup.demonstrations={count}, but {len(chosen)} of the training problems have a "
+            "solution, and a prompt within data.max_prompt_tokens; lower it"
         )
     rng = np.random.default_rng([seed, 1])
     groups = []
-    for i in range(count):
-        record = source[i]
-        prompt = make_prompt(
-            record,
-            tokenizer,
-            draw=i,
-            task=task,
-            max_prompt_tokens=max_prompt_tokens,
-            instruction=instruction,
-        )
-        if prompt is None:
-            raise UserError(
-                f"the prompt of demonstration {record.id} has more tokens than "
-                f"data.max_prompt_tokens ({max_prompt_tokens}); raise it"
-            )
-        text = TASKS[task].demonstration(record, rng, noise)
+    for prompt, record in chosen:
+        if task in TASKS:
+            text = TASKS[task].demonstration(record, rng, noise)
+        else:
+            text = solution(chosen[rng.integers(count)][1] if rng.random() < noise else record)
         tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
         if len(tokens) > max_response_tokens:
             raise UserError(
@@ -72,3 +77,13 @@ def demonstrations(
     while True:
         for i in rng.permutation(count):
             yield groups[i]
+
+
+def solution(record: Record) -> str:
+    """A right response: of the task, a final answer in a box, or a release's program; "" if the
+    release has none."""
+    if record.task in TASKS:
+        return TASKS[record.task].demonstration(record, np.random.default_rng(0), 0.0)
+    if record.task == "math":
+        return rf"\boxed{{{record.answer}}}"
+    return record.metadata.get("solution", "")

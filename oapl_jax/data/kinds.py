@@ -34,7 +34,9 @@ KINDS: dict[str, Kind] = {
     ),
     "math500": Kind(mathematics.math500, ("problem", "answer", "subject", "level", "unique_id")),
     "gsm8k": Kind(mathematics.gsm8k, ("question", "answer")),
-    "deepcoder": Kind(programs.deepcoder, ("problem", "tests"), ("starter_code", "metadata")),
+    "deepcoder": Kind(
+        programs.deepcoder, ("problem", "tests"), ("starter_code", "metadata", "solutions")
+    ),
     "livecodebench": Kind(
         programs.livecodebench,
         (

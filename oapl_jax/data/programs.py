@@ -47,16 +47,30 @@ def deepcoder(row: Row, *, max_tests: int) -> Record:
 
     Args:
       row: "problem" and "tests"; lcbv5 also has "starter_code", and the function's name in
-        "metadata".
+        "metadata"; the others have "solutions".
       max_tests: see `shortened`.
     """
     name = text(_object(row.get("metadata")).get("func_name"))
-    return program(
+    record = program(
         row["problem"],
         normal_tests(row["tests"], name),
         starter_code=row.get("starter_code"),
         max_tests=max_tests,
     )
+    found = first_solution(row.get("solutions"))
+    return dataclasses.replace(record, metadata={"solution": found} if found else {})
+
+
+def first_solution(cell: Any) -> str:
+    """The first program of a list, or of JSON of one, in a fence; "" if there is none."""
+    try:
+        programs = _parsed(cell)
+    except Unfit:
+        return ""
+    first = programs[0] if isinstance(programs, list) and programs else ""
+    if not isinstance(first, str) or not first.strip():
+        return ""
+    return first.strip() if "```" in first else f"```python\n{first.strip()}\n```"
 
 
 def livecodebench(row: Row, *, start: str, end: str, max_tests: int) -> Record:

@@ -48,8 +48,8 @@ class ReleaseConfig(tfds.core.BuilderConfig):
 class Release(tfds.core.GeneratorBasedBuilder):
     """The records of one release in one split."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {"1.0.0": "The first."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES: ClassVar = {"1.0.0": "The first.", "1.1.0": "DeepCoder's first solution."}
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
@@ -137,6 +137,7 @@ def percentile(record_id: str) -> int:
 def prepare(
     name: str,
     *,
+    section: str,
     data_dir: str,
     kind: str,
     path: str,
@@ -151,6 +152,7 @@ def prepare(
 
     Args:
       name: of the data set, and the `source` of its records.
+      section: of the configuration that names it, for errors.
       data_dir: where prepared data sets stand.
       kind: see `choose_kind`.
       path: the release: a file, or a directory; local or gs://.
@@ -163,7 +165,7 @@ def prepare(
     Raises:
       UserError: for files that are missing, damaged or of another release.
     """
-    setting = f"data.sets.{name}"
+    setting = f"{section}.{name}"
     chosen = choose_kind(kind, options, setting=setting)
     low, high = part
     if not 0 <= low < high <= 100:
@@ -206,19 +208,21 @@ def report_of(builder: tfds.core.DatasetBuilder) -> Report:
 
 
 def open_set(
-    name: str, *, data_dir: str, sets: Mapping[str, Mapping[str, Any]]
+    name: str, *, section: str, data_dir: str, sets: Mapping[str, Mapping[str, Any]]
 ) -> Sequence[Record]:
-    """The records of one of the `sets`, prepared if need be.
+    """The records of one of the `sets`, which are that section of a configuration, prepared if need
+    be.
 
     Raises:
       UserError: for a name that is not among them; and what `prepare` raises.
     """
     if name not in sets:
-        raise UserError(f"{name!r} is not one of data.sets: {', '.join(sets)}")
+        raise UserError(f"{name!r} is not one of {section}: {', '.join(sets)}")
     try:
-        return load(prepare(name, data_dir=data_dir, **sets[name]), split=SPLIT)
+        builder = prepare(name, section=section, data_dir=data_dir, **sets[name])
     except TypeError as error:
-        raise UserError(f"data.sets.{name}: {error}") from error
+        raise UserError(f"{section}.{name}: {error}") from error
+    return load(builder, split=SPLIT)
 
 
 def open_splits(
@@ -246,7 +250,9 @@ def open_splits(
     for split, names in splits.items():
         if not names:
             raise UserError(f"data.{split} names no data set; name one of {', '.join(sets)}")
-        parts = [open_set(name, data_dir=data_dir, sets=sets) for name in names]
+        parts = [
+            open_set(name, section="data.sets", data_dir=data_dir, sets=sets) for name in names
+        ]
         for name, part in zip(names, parts, strict=True):
             if part[0].task != task:
                 raise UserError(f"data.sets.{name} is of task {part[0].task}, and data.task={task}")

@@ -120,8 +120,11 @@ class _Programs:
         else:
             common = {"type": "stdin_stdout"}
             tests = [common | {"input": f"{x}\n", "output": f"{x + n}\n"} for x in (1, 20)]
-        solutions = ["```python\nprint(0)\n```"]
-        return {"problem": _task(n, called), "solutions": solutions, "tests": json.dumps(tests)}
+        return {
+            "problem": _task(n, called),
+            "solutions": [f"```python\n{_solution(n, called)}\n```"],
+            "tests": json.dumps(tests),
+        }
 
     def taco(self) -> Row:
         n, called = self._next()
@@ -133,8 +136,11 @@ class _Programs:
             }
         else:
             tests = {"inputs": ["1\n", "20\n"], "outputs": [f"{1 + n}\n", f"{20 + n}\n"]}
-        solutions = ["```python\nprint(0)\n```"]
-        return {"problem": _task(n, called), "solutions": solutions, "tests": json.dumps(tests)}
+        return {
+            "problem": _task(n, called),
+            "solutions": [_solution(n, called)],
+            "tests": json.dumps(tests),
+        }
 
     def lcbv5(self) -> Row:
         n, called = self._next()
@@ -167,6 +173,10 @@ def _task(n: int, called: bool) -> str:
     if called:
         return f"Write a function add_{n} that adds {n} to an integer."
     return f"Read an integer and print the sum of it and {n}."
+
+
+def _solution(n: int, called: bool) -> str:
+    return f"def add_{n}(x):\n    return x + {n}" if called else f"print(int(input()) + {n})"
 
 
 def _starter_code(n: int) -> str:

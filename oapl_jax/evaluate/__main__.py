@@ -24,6 +24,7 @@ def main() -> None:
         return
     from oapl_jax.command import read_command_line  # these know of this package's floor
     from oapl_jax.job import open_job
+    from oapl_jax.models.files import absolute
 
     step = flags.DEFINE_integer("step", None, "checkpoint step; the newest by default")
     version_dir = flags.DEFINE_string("version_dir", None, "or a published version's directory")
@@ -42,7 +43,7 @@ def main() -> None:
             evaluate_benchmarks(
                 job,
                 benchmarks.value,
-                epath.Path(to.value).resolve() if to.value else workdir / "evaluation",
+                absolute(to.value) if to.value else workdir / "evaluation",
                 step=step.value,
                 version_dir=version_dir.value,
                 n=config.evaluation.n if n.value is None else n.value,

@@ -1,5 +1,6 @@
 """The benchmarks of a configuration, in a job that is open: one version, one directory."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,7 @@ def run(
     """Evaluates one version on each benchmark, or what is left of that to do.
 
     Args:
-      job: that is open.
+      job: that is open; responses may have evaluation.max_response_tokens here.
       names: of config.benchmarks.
       to: DIR/weights gets the version if it must be published, and DIR/v000012/NAME what is made of
         version 12.
@@ -44,10 +45,13 @@ def run(
       DIR/v000012, and the results by name, see `measure`.
 
     Raises:
-      UserError: for names that there are not, or a directory with responses of another kind.
+      UserError: for names that there are not, responses that do not fit the model's context, or a
+        directory with responses of another kind.
       RunError: if samples are missing at the end; the others are kept.
     """
+    job = with_own_length(job)
     opened = {name: benchmark_prompts(job, name) for name in dict.fromkeys(names)}
+    job.check_rewards()
     version, weights = fixed_version(job, to, step, version_dir)
     directory = publisher.version_path(to, version)
     results = {}
@@ -69,6 +73,20 @@ def run(
     return directory, results
 
 
+def with_own_length(job: Any) -> Any:
+    """The job with the response length of benchmarks, which may exceed that of training."""
+    prompt = job.config.data.max_prompt_tokens
+    longest = job.config.evaluation.max_response_tokens
+    if prompt + longest > job.policy.config.max_positions:
+        raise UserError(
+            f"data.max_prompt_tokens={prompt} + evaluation.max_response_tokens={longest} is more "
+            f"than the model's max_position_embeddings ({job.policy.config.max_positions}); lower "
+            "one"
+        )
+    sampling = dataclasses.replace(job.sampling, max_response_tokens=longest)
+    return dataclasses.replace(job, sampling=sampling)
+
+
 def checksum_of_tensors(version: epath.Path) -> str:
     """sha256 of a published version's tensors, the same whenever and wherever it is published."""
     files = publisher.read_manifest(version)["files"]
@@ -87,7 +105,9 @@ def benchmark_prompts(job: Any, name: str) -> tuple[list[Prompt], int]:
     if name not in sets:
         have = ", ".join(sorted(sets)) or "none"
         raise UserError(f"--benchmark={name} is not one of config.benchmarks (have: {have})")
-    records = releases.open_set(name, data_dir=config.data.data_dir, sets=sets)
+    records = releases.open_set(
+        name, section="config.benchmarks", data_dir=config.data.data_dir, sets=sets
+    )
     prompts = all_prompts(
         records,
         job.policy.tokenizer,

@@ -1,24 +1,29 @@
-"""Grouped-query attention over packed rows or a KV cache."""
+"""Grouped-query attention: of the learner over packed rows, of a sampler over its cache.
+
+The learner's has a kernel for each platform, and one way to lie over a mesh: rows and heads stay
+where they are; over `context`, keys and values are gathered and queries exchanged.
+"""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from oapl_jax.errors import UserError
+from oapl_jax.models.blocked import LOWEST, blocked_attention, visible
+from oapl_jax.models.splash import LANES, splash_kernel
+from oapl_jax.sharding import ROWS
 
 
-def visible(
-    query_segments: jax.Array, key_segments: jax.Array, query_slots: jax.Array, key_slots: jax.Array
+def masked_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """bool[B, Tq, Tk]: a token sees the tokens of its own segment that do not come after it.
-
-    Args:
-      query_segments, key_segments: int32[B, Tq], int32[B, Tk]; packed neighbours differ.
-      query_slots, key_slots: int32[Tq], int32[Tk]; places in the row or in the cache.
-    """
-    same = query_segments[:, :, None] == key_segments[:, None, :]
-    return same & (key_slots[None, None, :] <= query_slots[None, :, None])
-
-
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
     """softmax(q k' / sqrt(d)) v, with logits and softmax in float32 and no repeated keys.
+
+    All weights exist at a time: it is for the short queries of a sampler, and the reference that
+    every kernel must equal.
 
     Args:
       query: [B, Tq, heads, d]; heads is a multiple of kv_heads.
@@ -32,7 +37,108 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, dim)
     logits = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
-    logits = jnp.where(mask[:, None, None], logits * dim**-0.5, jnp.finfo(jnp.float32).min)
+    logits = jnp.where(mask[:, None, None], logits * dim**-0.5, LOWEST)
     probs = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     out = jnp.einsum("bkgts,bskd->btkgd", probs, value)
     return out.reshape(batch, length, heads, dim)
+
+
+def fused_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+    query_slots: jax.Array,
+) -> jax.Array:
+    """The same by cuDNN's kernel, or by what XLA fuses in float32, for which cuDNN has none."""
+    key_slots = jnp.arange(key.shape[1])
+    mask = visible(query_segments, key_segments, query_slots, key_slots)[:, None]
+    implementation = "xla" if query.dtype == jnp.float32 else "cudnn"
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+
+
+# Platform -> what the places of a device must be a multiple of, and a function of (heads, slots,
+# mesh) that makes a kernel and says along which axes the arrays in it lie, if it has any.
+KERNELS = {
+    "cpu": (2, lambda *_: (jax.tree_util.Partial(blocked_attention), P())),
+    "gpu": (2, lambda *_: (jax.tree_util.Partial(fused_attention), P())),
+    "tpu": (LANES, splash_kernel),
+}
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+    """softmax(q k' / sqrt(d)) v over packed rows: a token sees the past of its own segment.
+
+    The kernel is that of the platform of the mesh's devices, which may be absent: a program for a
+    TPU is compiled on any host. Outside a mesh it is the CPU's.
+
+    Args:
+      query: [B, T, heads, d]; heads is a multiple of kv_heads.
+      key, value: [B, T, kv_heads, d].
+      segments: int32[B, T].
+
+    Returns:
+      [B, T, heads, d] in the dtype of `value`.
+
+    Raises:
+      UserError: if the mesh can't divide the key heads.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        slots = jnp.arange(query.shape[1])
+        return blocked_attention(query, key, value, segments, segments, slots)
+    multiple, make_kernel = KERNELS[mesh.abstract_device.platform]
+    return over_mesh(make_kernel, query, key, value, segments, multiple=multiple)
+
+
+def over_mesh(make_kernel: Any, query, key, value, segments, *, multiple: int) -> jax.Array:
+    """`attention` by a kernel on every device.
+
+    Places are split over `context` in order, so that the first devices would see little and the
+    last ones all; half of each one's queries are therefore exchanged, i with context - 1 - i, and
+    all do the same work. Rows are filled up to what kernel and axis divide.
+
+    Args:
+      make_kernel, multiple: as in KERNELS.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    context, tensor = mesh.shape["context"], mesh.shape["tensor"]
+    places, heads, kv_heads = query.shape[1], query.shape[2], key.shape[2]
+    if kv_heads % tensor:
+        raise UserError(
+            f"mesh.tensor={tensor} does not divide the {kv_heads} key heads of the model; choose a "
+            "divisor"
+        )
+
+    def exchange(x):
+        kept, given = jnp.split(x, 2, axis=1)
+        pairs = [(i, context - 1 - i) for i in range(context)]
+        return jnp.concatenate([kept, jax.lax.ppermute(given, "context", pairs)], axis=1)
+
+    def on_device(kernel, query, key, value, segments, slots):
+        if context == 1:
+            return kernel(query, key, value, segments, segments, slots)
+        whole = lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True)
+        query, query_segments = exchange(query), exchange(segments)
+        out = kernel(query, whole(key), whole(value), query_segments, whole(segments), slots)
+        return exchange(out)
+
+    length = places + -places % (context * multiple)
+    if length > places:
+        ends = ((0, 0), (0, length - places))
+        query, key, value = (jnp.pad(x, (*ends, (0, 0), (0, 0))) for x in (query, key, value))
+        segments = jnp.pad(segments, ends, constant_values=-1)  # that no token has
+    slots = np.arange(length, dtype=np.int32)
+    if context > 1:
+        parts = slots.reshape(context, 2, -1)
+        slots = np.stack([parts[:, 0], parts[::-1, 1]], axis=1).reshape(-1)
+    kernel, tables = make_kernel(heads // tensor, slots, mesh)
+    by_head, by_place = P(*ROWS, "context", "tensor"), P(*ROWS, "context")
+    out = jax.shard_map(
+        on_device,
+        in_specs=(tables, by_head, by_head, by_head, by_place, P("context")),
+        out_specs=by_head,
+        check_vma=False,
+    )(kernel, query, key, value, segments, slots)
+    return out[:, :places]

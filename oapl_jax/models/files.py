@@ -21,6 +21,11 @@ def on_disk(path: epath.PathLike) -> bool:
     return "://" not in os.fspath(path)
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The same from any directory; epath's own `resolve` takes a bucket for a local name."""
+    return epath.Path(os.path.abspath(path) if on_disk(path) else path)
+
+
 def write_file(path: epath.Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Writes parts end to end; when it returns, they are on the disk.
 

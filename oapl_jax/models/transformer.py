@@ -12,7 +12,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from oapl_jax.models.attention import attention, visible
+from oapl_jax.models.attention import attention, masked_attention
+from oapl_jax.models.blocked import visible
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.rope import angles, rotate
 from oapl_jax.sharding import constrain_activations, constrain_embedded
@@ -57,13 +58,16 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. Scanned over the layers, with the cache in the carry to be updated in place."""
+    """One layer. Scanned over the layers, with the cache in the carry to be updated in place.
+
+    `seen` is what attention goes by: the segments of a whole row, or the mask of a cache's slots.
+    """
 
     config: ModelConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, carry, layer, cos, sin, mask):
+    def __call__(self, carry, layer, cos, sin, seen):
         x, cache = carry
         c = self.config
         dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=jnp.float32)
@@ -78,7 +82,9 @@ class Block(nn.Module):
             query = RMSNorm(c.rms_norm_eps, name="q_norm")(query)
             key = RMSNorm(c.rms_norm_eps, name="k_norm")(key)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if cache is not None:
+        if cache is None:
+            mixed = attention(query, key, value, seen)
+        else:
             at = (layer, 0, cache.slot, 0, 0)
             cache = cache.replace(
                 key=jax.lax.dynamic_update_slice(cache.key, key[None], at),
@@ -86,7 +92,8 @@ class Block(nn.Module):
             )
             key = jax.lax.dynamic_index_in_dim(cache.key, layer, keepdims=False)
             value = jax.lax.dynamic_index_in_dim(cache.value, layer, keepdims=False)
-        mixed = attention(query, key, value, mask).reshape(*x.shape[:2], inner)
+            mixed = masked_attention(query, key, value, seen)
+        mixed = mixed.reshape(*x.shape[:2], inner)
         x = x + dense(c.hidden_size, use_bias=c.output_bias, name="o")(mixed)
         x = constrain_activations(x)
 
@@ -133,16 +140,15 @@ class Transformer(nn.Module):
             name="embed",
         )
         x = constrain_activations(constrain_embedded(embed(tokens)))
-        slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        if cache is None:
-            mask = visible(segments, segments, slots, slots)
-        else:
+        seen = segments
+        if cache is not None:
+            slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
             cache = dataclasses.replace(
                 cache,
                 segments=jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.slot)),
             )
             key_slots = jnp.arange(cache.segments.shape[1], dtype=jnp.int32)
-            mask = visible(segments, cache.segments, cache.slot + slots, key_slots)
+            seen = visible(segments, cache.segments, cache.slot + slots, key_slots)
         cos, sin = angles(positions, dict(c.rope), c.head_dim)
 
         block = Block
@@ -156,7 +162,7 @@ class Transformer(nn.Module):
             length=c.num_layers,
         )
         (x, cache), _ = layers(c, self.dtype, name="layers")(
-            (x, cache), jnp.arange(c.num_layers), cos, sin, mask
+            (x, cache), jnp.arange(c.num_layers), cos, sin, seen
         )
         x = RMSNorm(c.rms_norm_eps, name="final_norm")(x)
         if not c.tie_embeddings and self.is_initializing():

@@ -15,8 +15,9 @@ from etils import epath
 
 from oapl_jax.errors import UserError
 from oapl_jax.models.config import ModelConfig
+from oapl_jax.rollout.failures import Refused
 from oapl_jax.rollout.sampler import Sampling
-from oapl_jax.rollout.sglang import Refused, Server, sampling_params
+from oapl_jax.rollout.sglang import Server, sampling_params
 from oapl_jax.structs import Prompt
 
 NOT_COMPARED = ("max_positions", "bos_token_id", "eos_token_ids", "pad_token_id")

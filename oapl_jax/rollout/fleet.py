@@ -14,7 +14,6 @@ is finished or given up and requested again. Each prompt comes out once.
 import asyncio
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any
@@ -23,15 +22,17 @@ import aiohttp
 from etils import epath
 
 from oapl_jax import publisher
-from oapl_jax.errors import FleetLost, RunError, UserError
+from oapl_jax.errors import RunError
 from oapl_jax.models.config import ModelConfig
+from oapl_jax.models.files import absolute
 from oapl_jax.rollout.call import Call
 from oapl_jax.rollout.contract import Terms, check_prompt, warnings_of
-from oapl_jax.rollout.member import READY, Shared, Version
+from oapl_jax.rollout.member import READY
 from oapl_jax.rollout.members import Members
+from oapl_jax.rollout.pause import Pause
 from oapl_jax.rollout.roster import FleetSettings
-from oapl_jax.rollout.sampler import Attempt, Sampled, Sampling
-from oapl_jax.rollout.sglang import Aborted, Mixed, ServerError
+from oapl_jax.rollout.sampler import Sampled, Sampling
+from oapl_jax.rollout.shared import Shared, Version
 from oapl_jax.structs import Prompt
 
 COUNTS = ("prompts", "groups", "dropped", "given_up")  # the last three and those in flight balance
@@ -90,7 +91,7 @@ class Fleet:
         self._calls: set[Call] = set()
         self._failure: BaseException | None = None
         self._closed = False
-        self._paused_since, self._paused_seconds = None, 0.0
+        self._pause = Pause(settings, say)
         self._tasks: set[asyncio.Task] = set()  # the fleet's thread only
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
@@ -110,8 +111,7 @@ class Fleet:
 
         The servers read the same path, so it must be on a disk or in a bucket that all can read.
         """
-        where = os.fspath(path)
-        where = where if "://" in where else os.path.abspath(where)
+        where = os.fspath(absolute(path))
         if (version, where) not in self._checked:
             publisher.check_version(path)
             probe = publisher.read_probe(path)
@@ -176,8 +176,6 @@ class Fleet:
     def metrics(self) -> dict[str, float]:
         """The fleet now, and counts since it was made; see docs/metrics.md. Any thread."""
         members = self._members.all()
-        since = self._paused_since
-        paused = time.monotonic() - since if since else 0.0
         with self._lock:
             counts = Counter(self._counts)
         for of_server in list(self._members.counts.values()):
@@ -189,7 +187,7 @@ class Fleet:
             "waiting": sum(call.outstanding for call in self._open_calls()),
             "probe_gap": max((m.probe_gap for m in members), default=0.0),
             "refresh_seconds": max((m.refresh_seconds for m in members), default=0.0),
-            "paused_seconds": self._paused_seconds + paused,
+            "paused_seconds": self._pause.seconds,
         }
         return {f"fleet/{name}": float(v) for name, v in {**gauges, **counts}.items()}
 
@@ -282,59 +280,12 @@ class Fleet:
         call.start(self._spawn(self._sample(call, prompt, n, sampling)))
 
     async def _sample(self, call: Call, prompt: Prompt, n: int, sampling: Sampling) -> None:
-        """Requests a group until it is there, or has failed too often."""
-        attempts: list[Attempt] = []
-        rollouts, failures, member = (), 0, None
-        while not rollouts and failures < self._settings.attempts:
-            if failures:
-                await asyncio.sleep(self._settings.backoff_after(failures))
-            member = await self._members.pick(avoid=member)
-            version, started, reason = member.version, time.monotonic(), "failed"
-            assert version is not None
-            try:
-                rollouts = await member.request(prompt, n=n, sampling=sampling)
-            except ServerError as error:
-                if isinstance(error, Aborted | Mixed):
-                    reason = "aborted" if isinstance(error, Aborted) else "mixed"
-            seconds = time.monotonic() - started
-            if not rollouts:
-                attempts.append(Attempt(member.url, version, reason, seconds))
-                failures += reason != "aborted"  # to give a group up for a refresh is our doing
-        assert member
-        call.deliver(Sampled(prompt, rollouts, member.url, seconds, tuple(attempts)))
+        call.deliver(await self._members.sample(prompt, n=n, sampling=sampling))
 
     async def _look_after(self, members: Members) -> None:
-        """Notices when groups wait and no server is ready: says so, and ends the run in time."""
-        told = served = False
         while not self._failure:
             await asyncio.sleep(LOOK_EVERY)
-            now, everyone = time.monotonic(), members.all()
             waiting = any(call.outstanding for call in self._open_calls())
-            serving = any(m.serves for m in everyone)
-            served = served or serving
-            if serving or not waiting:
-                if self._paused_since:
-                    self._paused_seconds += now - self._paused_since
-                if told:
-                    self._say("a server is ready, training goes on")
-                self._paused_since, told = None, False
-                continue
-            self._paused_since = self._paused_since or now
-            seconds, deadline = now - self._paused_since, self._settings.no_server_deadline
-            states = "; ".join(f"{m.url} is {m.state} ({m.reason})" for m in everyone)
-            states = states or "the list of servers is empty"
-            if everyone and not served and all(m.by_contract for m in everyone):
-                self._fail(UserError(f"no server can be used: {states}"))
-            elif seconds > deadline:
-                self._fail(
-                    FleetLost(
-                        f"no server was ready for {deadline:g} s (fleet.no_server_deadline): "
-                        f"{states}; the same command goes on from the newest checkpoint"
-                    )
-                )
-            elif not told and (seconds > deadline / 2 or not any(m.hopeful for m in everyone)):
-                told = True
-                self._say(
-                    f"no server is ready: training pauses, for {deadline - seconds:.0f} s at most "
-                    f"(fleet.no_server_deadline); {states}"
-                )
+            error = self._pause.look(members.all(), waiting=waiting)
+            if error:
+                self._fail(error)

@@ -20,8 +20,10 @@ from etils import epath
 
 from oapl_jax import publisher
 from oapl_jax.errors import RunError, UserError, exit_with_code
+from oapl_jax.models.files import absolute
 from oapl_jax.rollout.sampler import Sampled, Sampler, Sampling
 from oapl_jax.rollout.shards import ShardWriter, describe
+from oapl_jax.rollout.unpaid import Unpaid
 from oapl_jax.structs import Group, Prompt, Rollout
 
 
@@ -36,6 +38,7 @@ def fill(
     sampling: Sampling,
     groups_per_shard: int,
     reward_threads: int,
+    note: Callable[[Group], None],
     progress: Callable[[int], None],
 ) -> None:
     """Samples and rewards the prompts of every shard that is not there yet.
@@ -50,6 +53,7 @@ def fill(
       sampling: how tokens are drawn.
       groups_per_shard: the k-th so many prompts are shard k.
       reward_threads: groups rewarded at a time.
+      note: takes each rewarded group, and may raise.
       progress: hears how many groups are in whole shards.
 
     Raises:
@@ -75,6 +79,7 @@ def fill(
             nonlocal done
             while len(rewarding) > until or (rewarding and rewarding[0].done()):
                 group = rewarding.popleft().result()
+                note(group)
                 index = shard_of[group.prompt.draw]
                 missing[index][group.prompt.draw] = group
                 groups = [group for group in missing[index].values() if group is not None]
@@ -107,7 +112,7 @@ def fixed_version(
             return 0, _publish(job, to, 0, _as_step(job, to))
         version_dir = start
     if version_dir is not None:
-        path = epath.Path(version_dir).resolve()
+        path = absolute(version_dir)
         publisher.check_version(path)
         return publisher.read_manifest(path)["version"], path
     if not steps or (step is not None and step not in steps):
@@ -165,6 +170,7 @@ def make_set(
     if limit is not None and not 0 < limit <= len(prompts):
         raise UserError(f"--prompts={limit} is asked of a split of {len(prompts)} prompts")
     prompts = prompts[:limit]
+    job.check_rewards()
     version, path = fixed_version(job, to, step, version_dir)
     weights = publisher.checksum(path / publisher.MANIFEST)
     about = describe(
@@ -185,6 +191,7 @@ def make_set(
     writer = ShardWriter(
         to, about, groups_per_shard=groups_per_shard, identify=lambda version: weights
     )
+    unpaid = Unpaid(limit=job.config.rollout.unpaid_groups, decode=job.policy.tokenizer.decode)
     sampler = job.new_sampler(job.config.seed, older_versions=False)
     try:
         sampler.refresh(version, path)
@@ -198,6 +205,7 @@ def make_set(
             sampling=job.sampling,
             groups_per_shard=groups_per_shard,
             reward_threads=job.config.rollout.reward_threads,
+            note=unpaid.note,
             progress=progress,
         )
     finally:
@@ -220,7 +228,7 @@ def main() -> None:
         raise UserError("--to is missing; add, for example, --to=runs/round1")
     if step.value is not None and version_dir.value is not None:
         raise UserError("--step and --version_dir both name a version; give one of them")
-    directory = epath.Path(to.value).resolve()
+    directory = absolute(to.value)
     job = open_job(config, workdir)
     try:
         make_set(

@@ -1,6 +1,6 @@
 """The ledger: what became of every rollout that was ever asked for.
 
-    python -m oapl_jax.rollout.ledger WORKDIR [--json]
+    python -m oapl_jax.rollout.ledger WORKDIR [--host=N] [--json]
 
 `WORKDIR/ledger.jsonl` only grows: a line for each event of a group, handed to the operating system
 at once, so that a kill loses none. A group is requested; it is sampled, with its lengths, rewards
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from oapl_jax import hosts
 from oapl_jax.errors import RunError, UserError, exit_with_code
 from oapl_jax.rollout import account
 from oapl_jax.rollout.sampler import Sampled
@@ -112,14 +113,22 @@ class Ledger:
         self._size += len(line)
 
 
+def rewind(path: epath.Path, position: int) -> None:
+    """Ends the ledger of a host that takes no part any more: what it held is sampled again."""
+    ledger = Ledger(path)
+    ledger.resume(position, ())
+    ledger.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         "oapl_jax.rollout.ledger", description="What became of rollouts"
     )
     parser.add_argument("workdir", type=epath.Path, help="of a run, which may be under way")
+    parser.add_argument("--host", type=int, default=0, help="each host of a run has its own")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
     arguments = parser.parse_args()
-    found = account.read(arguments.workdir / FILE)
+    found = account.read(arguments.workdir / hosts.own(FILE, arguments.host))
     summary = account.summary(found)
     print(json.dumps(summary) if arguments.json else account.table(summary))
     if not summary["balanced"]:

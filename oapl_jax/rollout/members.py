@@ -10,11 +10,17 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 
 import aiohttp
+import jax
 from etils import epath
 
-from oapl_jax.rollout.member import COUNTS, Member, Shared, Version
+from oapl_jax.rollout.failures import Aborted, Mixed, ServerError
+from oapl_jax.rollout.keeper import Keeper
+from oapl_jax.rollout.member import COUNTS, Member
 from oapl_jax.rollout.roster import FleetSettings
+from oapl_jax.rollout.sampler import Attempt, Sampled, Sampling
 from oapl_jax.rollout.sglang import Server
+from oapl_jax.rollout.shared import Shared, Version
+from oapl_jax.structs import Prompt
 
 
 class Members:
@@ -35,7 +41,7 @@ class Members:
         spawn: Callable[[Coroutine], asyncio.Task],
     ):
         self._session, self._shared, self._spawn = session, shared, spawn
-        self._tending: dict[Member, asyncio.Task] = {}
+        self._keeping: dict[Member, asyncio.Task] = {}
         self.counts: dict[str, Counter[str]] = {}
 
     def all(self) -> list[Member]:
@@ -77,10 +83,10 @@ class Members:
         counts = self.counts.setdefault(url, Counter(dict.fromkeys(COUNTS, 0)))
         counts["joined"] += 1
         member = self._shared.members[url] = Member(server, self._shared, counts)
-        self._tending[member] = self._spawn(member.tend())
+        self._keeping[member] = self._spawn(Keeper(member, self._shared).keep())
 
     async def _leave(self, member: Member) -> None:
-        self._tending.pop(member).cancel()
+        self._keeping.pop(member).cancel()
         await member.leave()
         del self._shared.members[member.url]
         self._shared.notify()
@@ -93,10 +99,32 @@ class Members:
         keep = self.versions()
         shared.published = {n: v for n, v in shared.published.items() if n in keep}
         for member in self.all():
-            member.hear_of_version()
+            member.woken.set()
         shared.notify()
 
-    async def pick(self, avoid: Member | None) -> Member:
+    async def sample(self, prompt: Prompt, *, n: int, sampling: Sampling) -> Sampled:
+        """Requests a group until it is there, or has failed too often."""
+        attempts: list[Attempt] = []
+        rollouts, failures, member = (), 0, None
+        while not rollouts and failures < self._shared.settings.attempts:
+            if failures:
+                await asyncio.sleep(self._shared.settings.backoff_after(failures))
+            member = await self._pick(avoid=member)
+            version, started, reason = member.version, time.monotonic(), "failed"
+            assert version is not None
+            try:
+                rollouts = await member.request(prompt, n=n, sampling=sampling)
+            except ServerError as error:
+                if isinstance(error, Aborted | Mixed):
+                    reason = "aborted" if isinstance(error, Aborted) else "mixed"
+            seconds = time.monotonic() - started
+            if not rollouts:
+                attempts.append(Attempt(member.url, version, reason, seconds))
+                failures += reason != "aborted"  # to give a group up for a refresh is our doing
+        assert member
+        return Sampled(prompt, rollouts, member.url, seconds, tuple(attempts))
+
+    async def _pick(self, avoid: Member | None) -> Member:
         """Waits for a server that may sample, and takes the one with the least to do.
 
         The fleet ends the wait when `no_server_deadline` has passed.
@@ -109,7 +137,8 @@ class Members:
 
 
 async def read_members(settings: FleetSettings, session: aiohttp.ClientSession) -> set[str]:
-    """The URLs of the servers, now.
+    """The URLs of the servers of this host, now: of several hosts, each takes every so many-th, so
+    that none changes the weights of another's.
 
     Raises:
       OSError, ValueError, aiohttp.ClientError, TimeoutError: if the list can't be read.
@@ -130,7 +159,8 @@ async def read_members(settings: FleetSettings, session: aiohttp.ClientSession) 
         found = [line.partition("#")[0] for line in text.splitlines()]
     else:
         found = settings.servers
-    return {_url(name) for name in found if name.strip()}
+    urls = sorted({_url(name) for name in found if name.strip()})
+    return set(urls[jax.process_index() :: jax.process_count()])
 
 
 def _url(name: str) -> str:

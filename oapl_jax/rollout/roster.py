@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from oapl_jax.errors import UserError
-from oapl_jax.rollout.sglang import MIXED_VERSIONS
+from oapl_jax.rollout.answer import MIXED_VERSIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class FleetSettings:
       refresh_share: of the servers, that may be refreshed at a time; at least one always may.
       probe_gap: largest difference in nats of a log-prob of a version's probe between learner and
         server, for "float32" (both sides) and "bfloat16" (any other pair of dtypes).
-      mixed_versions: what becomes of a response that spans two versions: see `sglang.read_group`.
+      mixed_versions: what becomes of a response that spans two versions: see `answer.read_group`.
 
     Raises:
       UserError: for a value that can't work.

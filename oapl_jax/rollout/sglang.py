@@ -5,53 +5,17 @@ retries a group or knows of other servers: see members.py and fleet.py.
 """
 
 import asyncio
-import dataclasses
 import json
-import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
 import numpy as np
 
+from oapl_jax.rollout.answer import Answer, read_group, read_scores
+from oapl_jax.rollout.failures import Refused, ServerError, Unreachable, WrongVersion, short
 from oapl_jax.rollout.sampler import Sampling
-from oapl_jax.structs import Rollout
-
-MIXED_VERSIONS = ("reissue", "keep")
-ROUNDING = 1e-4  # nats above 0 that a log-prob may be, from arithmetic in a short dtype
-
-
-class ServerError(Exception):
-    """A server did not do what it was asked: it is not there, late, or its answer is wrong."""
-
-
-class Unreachable(ServerError):
-    """There is nothing at the address, or the connection broke."""
-
-
-class Refused(ServerError):
-    """The server works, and said no."""
-
-
-class Aborted(ServerError):
-    """The server gave the group up before its end."""
-
-
-class WrongVersion(ServerError):
-    """The server holds another version than the one that it was told to hold."""
-
-
-class Mixed(ServerError):
-    """The responses of one group span two versions."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """A group, and whether it was kept although it spans two versions."""
-
-    rollouts: tuple[Rollout, ...]
-    mixed: bool
 
 
 class Server:
@@ -115,7 +79,8 @@ class Server:
         """Log-probs at temperature 1 of each row's tokens but the first, given those before.
 
         Returns:
-          float32[T - 1] a row, and the versions that the server scored them with.
+          float32[T - 1] a row, and the versions that the server scored them with; see
+          `read_scores` for what its answer must be.
         """
         body = {
             "input_ids": [list(map(int, row)) for row in rows],
@@ -125,22 +90,7 @@ class Server:
             "stream": False,
         }
         answer = await self._ask("POST", "/generate", body, deadline=self.answer_deadline)
-        try:
-            answers = answer if isinstance(answer, list) else [answer]
-            entries = [a["meta_info"]["input_token_logprobs"] for a in answers]
-            found = [[int(entry[1]) for entry in row] for row in entries]
-            scores = [np.array([e[0] for e in row[1:]], np.float32) for row in entries]
-            versions = {str(a["meta_info"]["weight_version"]) for a in answers}
-        except (LookupError, TypeError, ValueError, OverflowError) as error:
-            raise ServerError(f"{self.url}/generate gave no log-probs of a prompt") from error
-        # SGLang 0.5 calls the last id of the vocabulary 0 here; its log-prob is right.
-        same = len(found) == len(rows) and all(
-            len(said) == len(row) and all(a in (b, 0) for a, b in zip(said, row, strict=True))
-            for said, row in zip(found, body["input_ids"], strict=True)
-        )
-        if not same or not all(np.isfinite(row).all() for row in scores):
-            raise ServerError(f"{self.url}/generate gave wrong log-probs of a prompt")
-        return scores, versions
+        return read_scores(answer, body["input_ids"], source=f"{self.url}/generate")
 
     async def health(self) -> None:
         """Returns if the server can generate."""
@@ -153,7 +103,7 @@ class Server:
         try:
             return {**server, **models["data"][0], **model}
         except (LookupError, TypeError) as error:
-            raise ServerError(f"{self.url} says nothing of itself: {_short(models)}") from error
+            raise ServerError(f"{self.url} says nothing of itself: {short(models)}") from error
 
     async def version(self) -> str:
         """The version that the server says it holds, in its own words."""
@@ -189,7 +139,7 @@ class Server:
         body = {"model_path": path, "weight_version": str(version), "flush_cache": True}
         answer = await self._ask("POST", "/update_weights_from_disk", body, deadline=deadline)
         if not (isinstance(answer, dict) and answer.get("success") is True):
-            raise Refused(f"{self.url} did not take version {version}: {_short(answer)}")
+            raise Refused(f"{self.url} did not take version {version}: {short(answer)}")
         acknowledged = await self.version()
         if acknowledged != str(version):
             raise WrongVersion(
@@ -219,13 +169,13 @@ class Server:
         try:
             return json.loads(content)
         except ValueError as error:
-            raise ServerError(f"{self.url}{route} answered no JSON: {_short(content)}") from error
+            raise ServerError(f"{self.url}{route} answered no JSON: {short(content)}") from error
 
     async def _call(self, method: str, route: str, body: Any, *, deadline: float) -> Any:
         status, content = await self._request(method, route, body, deadline)
         if status != 200:
             kind = Refused if 400 <= status < 500 else ServerError
-            raise kind(f"{self.url}{route} answered {status}: {_short(content)}")
+            raise kind(f"{self.url}{route} answered {status}: {short(content)}")
         return content
 
     async def _request(self, method: str, route: str, body: Any, deadline: float):
@@ -258,106 +208,3 @@ def sampling_params(sampling: Sampling, *, n: int, stop_ids: Sequence[int]) -> d
         "min_new_tokens": 0,
         "ignore_eos": False,
     }
-
-
-def read_group(
-    answer: Any,
-    *,
-    n: int,
-    vocab_size: int,
-    stop_ids: Sequence[int],
-    max_response_tokens: int,
-    version: int | None,
-    mixed_versions: str,
-) -> Answer:
-    """The rollouts of an answer of /generate, or the reason why it has none.
-
-    Args:
-      answer: parsed JSON: a list of n responses, or one response for n = 1.
-      version: that the server must acknowledge for each response, and the rollouts' policy version;
-        None for whatever it holds (-1 in the rollouts).
-      mixed_versions: what becomes of responses that began with `version` and went on with another:
-        "reissue" raises Mixed, "keep" takes them. Their log-probs are then those of the policies
-        that drew the tokens, and the stamp is the version that they began with, the older one.
-
-    Raises:
-      Aborted: if the server gave a response up.
-      Mixed, WrongVersion: see above.
-      ServerError: if the number of responses, an id, a log-prob or an end is not what it must be.
-    """
-    responses = answer if isinstance(answer, list) else [answer]
-    stamp = -1 if version is None else version
-    if len(responses) != n:
-        raise ServerError(f"{len(responses)} responses instead of {n}")
-    rollouts, spanned = [], []
-    for response in responses:
-        try:
-            meta = response["meta_info"]
-            reason = meta["finish_reason"]["type"]
-            drawn = list(response["output_ids"])
-            tokens = np.array(drawn, np.int64)
-            logp = np.array([entry[0] for entry in meta["output_token_logprobs"]], np.float64)
-            scored = [entry[1] for entry in meta["output_token_logprobs"]]
-            spans = [str(s["version"]) for s in meta.get("weight_versions") or () if _covers(s)]
-            acknowledged = str(meta["weight_version"])
-        except (LookupError, TypeError, ValueError, OverflowError, AttributeError) as error:
-            raise ServerError(f"a response lacks what it must have: {_short(response)}") from error
-        if reason == "abort":
-            raise Aborted(f"the server gave the group up: {_short(meta['finish_reason'])}")
-        if drawn != scored:
-            raise ServerError("log-probs of other tokens than those of the response")
-        wrong = _wrong(tokens, logp, reason, vocab_size, stop_ids, max_response_tokens)
-        if wrong:
-            raise ServerError(wrong)
-        spanned.append(spans or [acknowledged])
-        if spanned[-1][-1] != acknowledged:
-            raise WrongVersion(f"acknowledges version {acknowledged} with spans {spans}")
-        ended = reason if tokens[-1] not in stop_ids else "stop"  # "length" if both came at once
-        behavior_logp = np.minimum(logp, 0).astype(np.float32)
-        rollouts.append(Rollout(tokens.astype(np.int32), behavior_logp, stamp, ended))
-    versions = sorted({v for spans in spanned for v in spans})
-    mixed = version is not None and versions != [str(version)]
-    if mixed:
-        if any(spans[0] != str(version) for spans in spanned):
-            raise WrongVersion(f"acknowledges version {', '.join(versions)} instead of {version}")
-        if mixed_versions == "reissue":
-            raise Mixed(f"spans versions {', '.join(versions)}")
-    return Answer(tuple(rollouts), mixed)
-
-
-def _wrong(
-    tokens: np.ndarray,
-    logp: np.ndarray,
-    reason: str,
-    vocab_size: int,
-    stop_ids: Sequence[int],
-    max_response_tokens: int,
-) -> str:
-    """What a response can't be, or ""."""
-    if tokens.ndim != 1 or not 1 <= len(tokens) <= max_response_tokens:
-        return f"a response of shape {tokens.shape}, at most {max_response_tokens} tokens"
-    if tokens.min() < 0 or tokens.max() >= vocab_size:
-        outside = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
-        return f"token id {outside} outside the vocabulary of {vocab_size}"
-    if not np.isfinite(logp).all() or logp.max() > ROUNDING:
-        return "a log-prob that is above 0 or not finite"
-    stops = np.isin(tokens, list(stop_ids))
-    if stops[:-1].any():
-        return "a response that goes on after a stop token"
-    if reason == "stop" and not stops[-1]:
-        return f"a stop at token {tokens[-1]}, which is no stop token of this run"
-    if reason == "length" and not stops[-1] and len(tokens) < max_response_tokens:
-        return f"a response cut off after {len(tokens)} of {max_response_tokens} tokens"
-    return "" if reason in ("stop", "length") else f"finish_reason {reason!r}"
-
-
-def _covers(span: Mapping[str, Any]) -> bool:
-    start, end = span["start"], span["end"]
-    if not (math.isfinite(start) and math.isfinite(end)):
-        raise ValueError("a span without bounds")
-    return end > start
-
-
-def _short(content: Any) -> str:
-    text = content.decode(errors="replace") if isinstance(content, bytes) else json.dumps(content)
-    return text if len(text) <= 300 else text[:300] + "..."

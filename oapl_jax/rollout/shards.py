@@ -1,16 +1,6 @@
 """Groups on disk: a directory of array_record files and one manifest, to be trained on later.
 
-A record is one group, in msgpack with arrays as flax.serialization writes them (no pickle):
-
-    prompt            map: id, text, answer and task, strings; draw, int; tokens, int32[P]
-    policy_version    int, as Rollout has it
-    lengths           int32[n], tokens of each response
-    tokens            int32[sum of lengths], the responses one behind the other
-    behavior_logp     float32[sum of lengths]
-    finish_reasons    list of n strings, "stop" or "length"
-    reward            float32[n]
-
-`manifest.json` says where they come from:
+A record is one group; encoding.py lists its fields. `manifest.json` says where they come from:
 
     format            FORMAT
     about             task; sha256 of the tokenizer's vocabulary; sizes of the model; how tokens
@@ -24,6 +14,7 @@ a kill leaves each shard whole or absent. What the manifest does not name does n
 """
 
 import bisect
+import functools
 import hashlib
 import json
 import os
@@ -33,13 +24,13 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
-from flax import serialization
 
 from oapl_jax.errors import UserError
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.publisher import checksum
+from oapl_jax.rollout.encoding import decode, encode
 from oapl_jax.rollout.sampler import Sampling
-from oapl_jax.structs import Group, Prompt, Rollout
+from oapl_jax.structs import Group
 
 FORMAT = "oapl_jax rollouts 1"
 MANIFEST = "manifest.json"
@@ -102,7 +93,7 @@ class ShardWriter:
     ):
         if "://" in os.fspath(directory):
             raise UserError(f"rollouts can't be written to {directory}; name a local directory")
-        self._directory, self._identify = directory, identify
+        self._directory, self._identify = directory, functools.cache(identify)
         self._groups_per_shard = groups_per_shard
         self._pending: list[Group] = []
         directory.mkdir(parents=True, exist_ok=True)
@@ -124,6 +115,7 @@ class ShardWriter:
 
     def add(self, group: Group) -> None:
         """Keeps a group for the next shard."""
+        self._identify(group.policy_version)  # its weights may be gone when the shard is written
         self._pending.append(group)
         if len(self._pending) == self._groups_per_shard:
             self.flush()
@@ -263,45 +255,6 @@ def read_manifest(directory: epath.Path) -> dict[str, Any]:
     if found != FORMAT:
         raise UserError(f"{path} is of format {found!r}, not {FORMAT!r}; make the set again")
     return manifest
-
-
-def encode(group: Group) -> bytes:
-    """One record."""
-    prompt, rollouts = group.prompt, group.rollouts
-    join = lambda arrays, dtype: np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype)
-    return serialization.msgpack_serialize(
-        {
-            "prompt": {
-                "id": prompt.id,
-                "draw": prompt.draw,
-                "tokens": np.asarray(prompt.tokens, np.int32),
-                "text": prompt.text,
-                "answer": prompt.answer,
-                "task": prompt.task,
-            },
-            "policy_version": group.policy_version,
-            "lengths": np.array([len(r.tokens) for r in rollouts], np.int32),
-            "tokens": join([r.tokens for r in rollouts], np.int32),
-            "behavior_logp": join([r.behavior_logp for r in rollouts], np.float32),
-            "finish_reasons": [r.finish_reason for r in rollouts],
-            "reward": np.asarray(group.reward, np.float32),
-        }
-    )
-
-
-def decode(record: bytes) -> Group:
-    """The inverse of `encode`."""
-    content: Any = serialization.msgpack_restore(record)
-    ends = np.cumsum(content["lengths"])[:-1]
-    rollouts = zip(
-        np.split(content["tokens"], ends),
-        np.split(content["behavior_logp"], ends),
-        [content["policy_version"]] * len(content["lengths"]),
-        content["finish_reasons"],
-        strict=True,
-    )
-    prompt = Prompt(**content["prompt"])
-    return Group(prompt, tuple(Rollout(*parts) for parts in rollouts), content["reward"])
 
 
 def _index(name: str) -> int:

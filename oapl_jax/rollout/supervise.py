@@ -22,7 +22,7 @@ from aiohttp import web
 from etils import epath
 
 from oapl_jax.errors import UserError, exit_with_code
-from oapl_jax.publisher import MANIFEST, check_version, read_manifest
+from oapl_jax.publisher import MANIFEST, check_version, checksum, read_manifest
 from oapl_jax.rollout.supervisor import Supervisor, Version, say
 
 CONNECT_DEADLINE = 5.0  # seconds; the server is on this machine
@@ -131,8 +131,10 @@ def read_version(path: str) -> Version:
     Raises:
       UserError: if they are not.
     """
-    check_version(epath.Path(path))
-    return Version(str(read_manifest(epath.Path(path))["version"]), path)
+    directory = epath.Path(path)
+    check_version(directory)
+    name = str(read_manifest(directory)["version"])
+    return Version(name, path, checksum(directory / MANIFEST))
 
 
 def first_version(path: str) -> Version:
@@ -145,7 +147,7 @@ def first_version(path: str) -> Version:
         return read_version(path)
     if not (epath.Path(path) / "config.json").exists():
         raise UserError(f"--model={path} has no config.json; name a checkpoint or a version")
-    return Version("default", path)
+    return Version("default", path, "")
 
 
 def stamp(answer: Any, version: str) -> Any:

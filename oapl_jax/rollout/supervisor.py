@@ -17,10 +17,18 @@ MAX_BACKOFF = 30.0  # seconds
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """What a server holds: the learner's step, as servers say it, and its directory."""
+    """What a server holds.
+
+    Attributes:
+      name: the learner's step, as servers say it.
+      path: of its directory.
+      manifest: sha256 of its manifest; a run that was killed publishes a step anew, and perhaps not
+        the same weights.
+    """
 
     name: str
     path: str
+    manifest: str
 
 
 @dataclasses.dataclass(frozen=True)

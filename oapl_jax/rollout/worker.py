@@ -6,13 +6,14 @@ It runs in turns with the learner (`produce`, deterministic), or beside it in a 
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 from etils import epath
 
 from oapl_jax.buffer import Buffer
+from oapl_jax.curriculum import Curriculum
 from oapl_jax.data.prompts import Prompts
 from oapl_jax.errors import RunError
 from oapl_jax.rollout.ledger import Ledger
@@ -24,9 +25,9 @@ class Worker:
     """Draws prompts, samples a group for each, rewards it and adds it to the buffer.
 
     Args:
-      prompts: the stream of prompts.
+      prompts: the stream of prompts, or what a curriculum makes of it.
       sampler: holds the behavior policy.
-      reward: prompt and rollout -> reward; called in threads.
+      reward: prompt and its rollouts -> float32[n], their rewards; called in threads.
       buffer: takes the groups.
       ledger: hears of every rollout that is asked for.
       record: takes each rewarded group before the buffer does; nothing it keeps may change.
@@ -40,9 +41,9 @@ class Worker:
 
     def __init__(
         self,
-        prompts: Prompts,
+        prompts: Prompts | Curriculum,
         sampler: Sampler,
-        reward: Callable[[Prompt, Rollout], float],
+        reward: Callable[[Prompt, Sequence[Rollout]], np.ndarray],
         buffer: Buffer,
         *,
         ledger: Ledger,
@@ -151,7 +152,7 @@ class Worker:
         """Rewards a group and adds it; what fails here is raised again by `check`."""
         try:
             prompt, rollouts = sampled.prompt, sampled.rollouts
-            reward = np.array([self._reward(prompt, rollout) for rollout in rollouts], np.float32)
+            reward = self._reward(prompt, rollouts) if rollouts else np.empty(0, np.float32)
             with self._buffer.lock:
                 self._ledger.sampled(sampled, reward)
                 self._outstanding.remove(prompt.draw)

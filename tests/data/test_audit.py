@@ -8,8 +8,9 @@ import textwrap
 import pytest
 
 from oapl_jax.data import samples
-from oapl_jax.data.audit import audit, ngrams, normalized, table
+from oapl_jax.data.audit import audit, ngrams, normalized, sections, table
 from oapl_jax.data.records import Record, user
+from oapl_jax.errors import UserError
 
 WORDS = [f"word{i}" for i in range(40)]
 
@@ -164,7 +165,9 @@ def run(tmp_path, root, *flags):
             data = dict(task="math", data_dir="{tmp_path / "data"}", sets=sets,
                         train=("deepscaler",), validation=("math500",), test=("math500",),
                         max_prompt_tokens=10, instruction="Think.")
-            return ConfigDict(dict(data=data)).lock()
+            lines = dict(kind="math500", path="{root / "HuggingFaceH4/MATH-500"}",
+                         files=("test.jsonl",), rows=0, **common)
+            return ConfigDict(dict(data=data, benchmarks=dict(lines=lines))).lock()
     """
     (tmp_path / "config.py").write_text(textwrap.dedent(text))
     command = [sys.executable, "-m", "oapl_jax.data.audit", f"--config={tmp_path / 'config.py'}"]
@@ -193,6 +196,24 @@ def test_the_command_finds_what_was_slipped_in(tmp_path, root):
     assert hit["text"] == json.loads(line)["problem"]
     last = done.stdout.splitlines()[-2].split()
     assert last == ["math500", "4", "4", "deepscaler", "5", "1", "0"]
+    done, result = run(tmp_path, root, "--against=lines")  # a benchmark, of the same file
+    assert done.returncode == 1, done.stderr
+    assert len(result["evaluation"]["lines"]["found"]) == 1
+
+
+def test_a_name_that_is_nowhere_or_twice(tmp_path, root):
+    done, _ = run(tmp_path, root, "--against=imo")
+    assert done.returncode == 2
+    assert done.stderr == "error: 'imo' is not one of data.sets or config.benchmarks\n"
+    with pytest.raises(
+        UserError, match=r"sets\.a and config\.benchmarks\.a are not the same; rename one"
+    ):
+        sections({"a": dict(rows=1)}, {"a": dict(rows=2)})
+    same = sections({"a": dict(rows=1)}, {"a": dict(rows=1), "b": {}})
+    assert {name: section for name, (section, _) in same.items()} == {
+        "a": "data.sets",
+        "b": "config.benchmarks",
+    }
 
 
 def test_the_command_takes_every_set_that_is_not_trained_on(tmp_path, root):

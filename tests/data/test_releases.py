@@ -72,7 +72,7 @@ def table(tmp_path):
         options = dict(task=task, columns=columns, max_tests=max_tests)
         arguments = dict(kind="table", path=str(file), files=(), rows=0, part=(0, 100))
         arguments |= dict(options=options, data_dir=str(tmp_path / "data")) | changes
-        builder = prepare(name, **arguments)
+        builder = prepare(name, section="data.sets", **arguments)
         return list(records.load(builder, split=releases.SPLIT)), report_of(builder)
 
     return prepared
@@ -80,7 +80,7 @@ def table(tmp_path):
 
 @pytest.mark.parametrize("name", SETS)
 def test_every_release_becomes_records(name, sets, tmp_path):
-    found = list(open_set(name, data_dir=str(tmp_path), sets=sets))
+    found = list(open_set(name, section="data.sets", data_dir=str(tmp_path), sets=sets))
     expected = 2 * ROWS if name == "livecodebench" else ROWS  # August and October
     assert len(found) == len({r.id for r in found}) == expected
     for record in found:
@@ -103,7 +103,10 @@ def test_every_release_becomes_records(name, sets, tmp_path):
 
 def test_what_else_is_known(sets, tmp_path):
     first = {
-        name: min(open_set(name, data_dir=str(tmp_path), sets=sets), key=lambda r: r.question)
+        name: min(
+            open_set(name, section="data.sets", data_dir=str(tmp_path), sets=sets),
+            key=lambda r: r.question,
+        )
         for name in ("aime24", "aime25", "math500", "gsm8k")
     }
     assert first["aime24"].metadata == {"number": 0, "type": []}
@@ -235,7 +238,12 @@ def test_a_map_of_columns_that_does_not_work(columns, table):
 )
 def test_settings_that_do_not_fit(changes, message, sets, tmp_path):
     with pytest.raises(UserError, match=message):
-        open_set("gsm8k", data_dir=str(tmp_path), sets={"gsm8k": sets["gsm8k"] | changes})
+        open_set(
+            "gsm8k",
+            section="data.sets",
+            data_dir=str(tmp_path),
+            sets={"gsm8k": sets["gsm8k"] | changes},
+        )
 
 
 def test_parts_are_disjoint_and_together_all(table):
@@ -252,7 +260,9 @@ def test_parts_are_disjoint_and_together_all(table):
 
 def test_it_is_built_once_and_again_if_settings_or_files_change(sets, root, tmp_path, monkeypatch):
     def build(**changes):
-        return prepare("gsm8k", data_dir=str(tmp_path), **sets["gsm8k"] | changes).data_path
+        return prepare(
+            "gsm8k", section="data.sets", data_dir=str(tmp_path), **sets["gsm8k"] | changes
+        ).data_path
 
     first = build()
     file = next((root / "openai/gsm8k/main").glob("train-*"))
@@ -315,9 +325,9 @@ def test_splits_that_can_not_be(changes, message, sets, tmp_path):
 
 
 def test_a_large_split_is_read_record_by_record(sets, tmp_path, monkeypatch):
-    small = open_set("deepscaler", data_dir=str(tmp_path), sets=sets)
+    small = open_set("deepscaler", section="data.sets", data_dir=str(tmp_path), sets=sets)
     monkeypatch.setattr(records, "IN_MEMORY", 0)
-    large = open_set("deepscaler", data_dir=str(tmp_path), sets=sets)
+    large = open_set("deepscaler", section="data.sets", data_dir=str(tmp_path), sets=sets)
     assert isinstance(small._stored, list)
     assert not isinstance(large._stored, list)
     assert list(large) == list(small)

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import numpy as np
 import pytest
 from etils import epath
 
@@ -69,13 +68,14 @@ class Shop:
             "sums": self.table("sums", PROBLEMS),
             "more": self.table("more", [*PROBLEMS[:2], LONG]),
             "foreign": self.table("foreign", PROBLEMS[:1], task="countdown"),
+            "gone": {**self.table("gone", PROBLEMS[:1]), "path": "/nowhere"},
+            "short": {**self.table("short", PROBLEMS[:3]), "rows": 5},
         }
         content = CONFIG.format(settings=self.settings, benchmarks=self.benchmarks)
         (root / "config.py").write_text(content)
         job = self.job()
         state = learner.init_state(job.model, job.optimizer, job.mesh, 0)
-        none = {"none": np.zeros(1)}
-        job.checkpoints.save(3, state, {}, none, probe=job.probe(state.params))
+        job.checkpoints.save(3, state, {}, b"", probe=job.probe(state.params))
         job.close()
 
     def table(self, name, problems, task="chain_sum"):
@@ -241,6 +241,7 @@ def test_a_changed_grader_grades_anew_and_samples_nothing(shop, unbroken, monkey
     with monkeypatch.context() as changed:
         changed.setattr(rewards, "__file__", str(tmp_path / "__init__.py"))
         changed.setattr(rewards.Grader, "reward", lambda self, prompt, rollout: 1.0)
+        changed.setattr(Job, "check_rewards", lambda self: None)
         again = shop.run(unbroken.directory.parent)
     assert again.results["sums"]["avg@n"]["value"] == 1
     assert again.said[-1] == "sums: 384 of 384 responses graded"
@@ -263,6 +264,18 @@ def test_a_published_version_serves_as_well_and_n_may_be_raised(shop, unbroken, 
     assert len(contents(more.directory)) == 6 * 12
 
 
+def test_benchmarks_may_have_longer_responses_than_training(shop, tmp_path):
+    """The model's context is of 64 tokens, prompts of 12 at most."""
+    found = shop.run(tmp_path, n=8, evaluation__max_response_tokens=40)
+    lengths = [len(tokens) for tokens, _, _ in contents(found.directory).values()]
+    assert 16 < max(lengths) <= 40
+    assert found.results["sums"]["about"]["max_response_tokens"] == 40
+    with pytest.raises(
+        UserError, match=r"12 \+ evaluation.max_response_tokens=53 is more than .*64"
+    ):
+        shop.run(tmp_path, n=8, evaluation__max_response_tokens=53)
+
+
 def test_a_directory_is_of_one_version_and_one_way_of_sampling(shop, unbroken):
     to = unbroken.directory.parent
     for changed, words in (
@@ -280,8 +293,13 @@ def test_a_directory_is_of_one_version_and_one_way_of_sampling(shop, unbroken):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("aime25", r"--benchmark=aime25 is not one of config.benchmarks \(have: foreign, more, s"),
+        (
+            "aime25",
+            r"--benchmark=aime25 is not one of config.benchmarks \(have: foreign, gone, more, s",
+        ),
         ("foreign", r"is of task countdown, but data.task is chain_sum"),
+        ("gone", r"^config\.benchmarks\.gone\.path=/nowhere does not exist"),
+        ("short", r"^config\.benchmarks\.short: the files hold 3 rows, and config\.benchmarks\.sh"),
     ],
 )
 def test_a_benchmark_that_does_not_fit_is_refused_before_any_work(shop, tmp_path, name, words):

@@ -236,7 +236,7 @@ def test_numpy_parameters_and_float16_files(tmp_path):
 @pytest.mark.parametrize("name", ["llama", "qwen2_tied", "qwen3"])  # the first is in several files
 def test_a_mesh_loads_the_same_parameters_each_device_its_part(name, tmp_path):
     config, expected = load(name)
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = make_mesh(data=2, fsdp=2, context=1, tensor=2)
     params = hf.load_params(GOLDEN / name, config, mesh=mesh)
     assert_same(params, expected)
     split = 0
@@ -268,7 +268,7 @@ def test_each_device_reads_only_its_part(monkeypatch):
     read = hf._read
     record = lambda *args: sizes.append(part := read(*args)) or part
     monkeypatch.setattr(hf, "_read", record)
-    hf.load_params(GOLDEN / "qwen3", config, mesh=make_mesh(data=1, fsdp=4, tensor=2))
+    hf.load_params(GOLDEN / "qwen3", config, mesh=make_mesh(data=1, fsdp=4, context=1, tensor=2))
     kernels = [part.size for part in sizes if part.ndim == 3]
     assert sum(kernels) == sum(
         np.prod(t.shape) for t in hf.tensors_of(config) if t.path.endswith("kernel")
@@ -302,7 +302,7 @@ def test_loading_and_saving_hold_one_parameter_at_a_time(tmp_path, monkeypatch):
     params = unflatten_dict(flat, sep="/")
     save = lambda: hf.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=GIB)
     assert peak(save)[0] < 2 * tensor + slack
-    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    mesh = make_mesh(data=1, fsdp=4, context=1, tensor=2)
     memory, loaded = peak(lambda: hf.load_params(tmp_path, config, mesh=mesh))
     # On CPU devices some results are host arrays that tracemalloc counts, so at most all of them.
     assert memory < everything + tensor + slack

@@ -18,6 +18,7 @@ FRESH = {
     "oapl_length": lambda n: 2 * BETA2 / n**EXPONENT,
     "a_star_po": lambda n: 2 * BETA2,
     "tba": lambda n: 2 * BETA2,
+    "prosper": lambda n: 4 * BETA2 * 4 / 3,  # each pair counts for both, among three others
     "opmd_trinity": lambda n: 1 / (1 + TAU),
     "gspo": lambda n: 1 / n,
 }
@@ -26,6 +27,7 @@ FRESH = {
 @pytest.mark.parametrize("name", NAMES)
 def test_on_fresh_data_every_objective_is_reinforce_with_its_advantage(name):
     logp, _, advantages, mask = random_group(0, LENGTHS, 9, spread=0)
+    advantages -= np.repeat(advantages.reshape(2, 4).mean(-1), 4)  # a pair has only differences
     losses, gradient, metrics = run(bound(name, **CONSTANTS), logp, logp, advantages, mask)
     factor = FRESH.get(name, lambda n: 1.0)
     expected = -advantages[:, None] * mask * [[factor(n)] for n in LENGTHS]
@@ -59,7 +61,7 @@ def test_equal_rewards_have_no_advantage_but_where_answers_are_imitated(name, va
         np.testing.assert_array_equal(found, 0.0)
 
 
-ANCHORED = ("oapl", "oapl_length", "a_star_po", "tba", "opmd_kimi")
+ANCHORED = ("oapl", "oapl_length", "a_star_po", "tba", "prosper", "opmd_kimi")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from fault_server import FaultServer
+from fleets import open_toy_fleet
 from jax.sharding import AxisType
 
 from configs import arithmetic
@@ -214,7 +216,7 @@ def published(tmp_path_factory) -> Published:
     )
     model = Transformer(policy.config, jnp.dtype("float32"), remat="none")
     init = jax.jit(functools.partial(learner.init_params, model))
-    mesh = jax.make_mesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    mesh = jax.make_mesh((1,) * 4, AXES, (AxisType.Auto,) * 4, devices=jax.devices()[:1])
     probe = make_probe(model, mesh, row_length=64, rows_multiple=1, logp_chunk=64)
     params = {version: jax.device_get(init(jax.random.key(version))) for version in (1, 2, 3)}
     weights = Weights(directory / "weights")
@@ -305,3 +307,39 @@ def start_server(tmp_path):
     yield start
     for process in running:
         process.kill()
+
+
+# Against servers that misbehave
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return epath.Path(tmp_path / "versions")
+
+
+@pytest.fixture
+def toy_servers(tmp_path):
+    """Makes fault servers, and ends them at the end."""
+    made = []
+
+    def make(count):
+        made.extend(FaultServer(epath.Path(tmp_path)) for _ in range(count))
+        return made[-count:]
+
+    yield make
+    for server in made:
+        server.close()
+
+
+@pytest.fixture
+def make_fleet(toy_servers):
+    """`fleets.open_toy_fleet`; what it opens is closed at the end, before the servers."""
+    opened = []
+
+    def make(*args, **kwargs):
+        opened.append(open_toy_fleet(*args, **kwargs))
+        return opened[-1]
+
+    yield make
+    for fleet in opened:
+        fleet.close()

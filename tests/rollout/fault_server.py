@@ -93,12 +93,13 @@ def is_right(rollout: Rollout, prompt_tokens: np.ndarray, sampling: Sampling) ->
     )
 
 
-def publish_toy(directory: epath.Path, version: int) -> epath.Path:
-    """A whole version directory of the toy policy."""
+def publish_toy(directory: epath.Path, version: int, *, off: float = 0.0) -> epath.Path:
+    """A whole version directory of the toy policy, whose probe is off by so many nats."""
     path = version_path(directory, version)
     path.mkdir(parents=True)
     rows = np.random.default_rng(version).integers(0, VOCAB, (3, 9)).tolist()
-    logp = [[float(toy_logp(version)[i, row[i]]) for i in range(1, len(row))] for row in rows]
+    says = toy_logp(version) + off
+    logp = [[float(says[i, row[i]]) for i in range(1, len(row))] for row in rows]
     contents = {
         "config.json": MODEL.to_hf(dtype="float32"),
         "probe.json": {"tokens": rows, "logp": logp, "dtype": "float32"},

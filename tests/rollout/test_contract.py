@@ -21,8 +21,9 @@ from oapl_jax.rollout.contract import (
     examine,
     warnings_of,
 )
+from oapl_jax.rollout.failures import ServerError
 from oapl_jax.rollout.sampler import Sampling
-from oapl_jax.rollout.sglang import Server, ServerError
+from oapl_jax.rollout.sglang import Server
 from oapl_jax.structs import Prompt
 
 

@@ -77,6 +77,7 @@ def run_fill(directory, count, sampler, *, reward=lambda p, r: float(p.draw), th
         sampling=SAMPLING,
         groups_per_shard=PER_SHARD,
         reward_threads=threads,
+        note=lambda group: None,
         progress=seen.append,
     )
     return seen

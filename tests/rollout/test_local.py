@@ -23,7 +23,8 @@ from oapl_jax.checkpoint import Weights
 from oapl_jax.errors import UserError
 from oapl_jax.models import hf
 from oapl_jax.models.transformer import Transformer, head, logits
-from oapl_jax.rollout.local import LocalSampler, decode, restrict
+from oapl_jax.rollout.draw import restrict
+from oapl_jax.rollout.local import LocalSampler, decode
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.sharding import AXES
 from oapl_jax.structs import Group, Prompt
@@ -139,7 +140,7 @@ def test_log_probs_are_those_of_the_learners_packed_rows(name, temperature, top_
     assert not np.any(batch.lag)
 
     config, params = load(name)
-    mesh = jax.make_mesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    mesh = jax.make_mesh((1,) * 4, AXES, (AxisType.Auto,) * 4, devices=jax.devices()[:1])
     model = Transformer(config, jnp.float32, "none")
 
     step = learner.make_logp_step(model, mesh, temperature=temperature, logp_chunk=8)

@@ -1,72 +1,42 @@
 """The fleet over real SGLang servers, against the learner's own model."""
 
-import itertools
-import threading
 import time
-from typing import Any
 
+import fleets
 import numpy as np
 import pytest
 from etils import epath
+from fleets import (
+    CLOSE,
+    REAL_SAMPLING,
+    Run,
+    Taker,
+    assert_each_once,
+    assert_published,
+    gap,
+    open_real_fleet,
+)
 
 from oapl_jax.errors import UserError
 from oapl_jax.publisher import version_path
-from oapl_jax.rollout.fleet import Fleet
-from oapl_jax.rollout.roster import FleetSettings
+from oapl_jax.rollout import account
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Prompt
 
-N = 4
-CLOSE = 1e-4  # nats between a server's log-prob and the learner's, fp32
 PATIENCE = 180.0  # seconds until a test gives up
-SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=20)
-SETTINGS: dict[str, Any] = dict(
-    servers=(),
-    servers_file="",
-    router="",
-    members_every=0.5,
-    max_in_flight=8,
-    attempts=4,
-    backoff=0.2,
-    backoff_limit=2.0,
-    health_every=2.0,
-    connect_deadline=5.0,
-    answer_deadline=60.0,
-    request_deadline=120.0,
-    drain_deadline=60.0,
-    update_deadline=60.0,
-    start_deadline=150.0,
-    no_server_deadline=170.0,
-    refresh_share=0.5,
-    probe_gap={"float32": CLOSE, "bfloat16": 0.1},
-    mixed_versions="reissue",
-)
 
 
 @pytest.fixture
 def make_fleet(published):
-    """Makes a fleet whose sentences are in its `said`; closes it at the end."""
-    fleets = []
+    """`fleets.open_real_fleet`; what it opens is closed at the end."""
+    opened = []
 
-    def make(urls=(), *, older_versions=False, **settings):
-        said = []
-        fleet: Any = Fleet(
-            published.policy.config,
-            FleetSettings(**{**SETTINGS, "servers": tuple(urls), **settings}),
-            tokenizer=published.policy.tokenizer,
-            stop_ids=published.policy.stop_ids,
-            sampling=SAMPLING,
-            max_prompt_tokens=12,
-            dtype="float32",
-            older_versions=older_versions,
-            say=said.append,
-        )
-        fleet.said = said
-        fleets.append(fleet)
-        return fleet
+    def make(*args, **kwargs):
+        opened.append(open_real_fleet(published, *args, **kwargs))
+        return opened[-1]
 
     yield make
-    for fleet in fleets:
+    for fleet in opened:
         fleet.close()
 
 
@@ -75,35 +45,12 @@ def prompt(draw):
     return Prompt(f"p{draw}", draw, tokens, "", "", "")
 
 
-class Taker(threading.Thread):
-    """Takes what a fleet generates, in a thread, so that a test can do other things."""
-
-    def __init__(self, fleet, prompts, sampling=SAMPLING):
-        super().__init__(daemon=True)
-        self._generate = lambda: fleet.generate(prompts, n=N, sampling=sampling)
-        self.taken, self.error = [], None
-        self.start()
-
-    def run(self):
-        try:
-            for sampled in self._generate():
-                self.taken.append(sampled)
-        except BaseException as error:
-            self.error = error
-
-    def result(self):
-        self.join(PATIENCE)
-        assert not self.is_alive(), "the fleet hangs"
-        if self.error:
-            raise self.error
-        return self.taken
+def take(fleet, prompts, sampling=REAL_SAMPLING):
+    return Taker(fleet, prompts, sampling, PATIENCE)
 
 
 def wait_until(condition, what="it"):
-    give_up = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < give_up, f"{what} does not happen"
-        time.sleep(0.02)
+    fleets.wait_until(condition, what, PATIENCE)
 
 
 def wait_ready(fleet):
@@ -113,36 +60,13 @@ def wait_ready(fleet):
         time.sleep(0.02)
 
 
-def gap(published, sampled, version, temperature=1.0):
-    """Largest difference of a log-prob of a group from those of a version."""
-    tokens = sampled.prompt.tokens
-    return max(
-        np.abs(published.logp(version, tokens, r.tokens, temperature) - r.behavior_logp).max()
-        for r in sampled.rollouts
-    )
-
-
-def assert_right(published, taken):
-    """Each group is of the version that it is stamped with, and of no other."""
-    for sampled in taken:
-        assert len(sampled.rollouts) == N
-        (version,) = {r.policy_version for r in sampled.rollouts}
-        assert gap(published, sampled, version) < CLOSE
-        for other in {1, 2, 3} - {version}:
-            assert gap(published, sampled, other) > 0.1
-
-
-def assert_each_once(taken, count):
-    assert sorted(s.prompt.draw for s in taken) == list(range(count))
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 def test_log_probs_are_those_of_the_learner(make_fleet, servers, published, temperature):
     fleet = make_fleet(servers.urls)
     fleet.refresh(2, published.path(2))
     wait_ready(fleet)
     sampling = Sampling(temperature, 1.0, 0, 20)
-    taken = Taker(fleet, map(prompt, range(16)), sampling).result()
+    taken = take(fleet, map(prompt, range(16)), sampling).result()
     assert_each_once(taken, 16)
     assert {s.server for s in taken} == set(servers.urls)
     at = temperature or 1.0  # greedy tokens have the log-probs of temperature 1
@@ -175,9 +99,9 @@ def test_a_refresh_under_load_mixes_no_group(
             taken_at[draw] = version
             yield prompt(draw)
 
-    taken = Taker(fleet, refreshing()).result()
+    taken = take(fleet, refreshing()).result()
     assert_each_once(taken, 90)
-    assert_right(published, taken)
+    assert_published(published, taken)
     sampled_from = {s.rollouts[0].policy_version for s in taken}
     assert len(sampled_from) > 1 if older_versions else sampled_from == {1, 2, 3}
     assert {a.reason for s in taken for a in s.attempts} <= {"aborted"}
@@ -186,45 +110,47 @@ def test_a_refresh_under_load_mixes_no_group(
     assert found["fleet/aborted"] == 0 if older_versions else found["fleet/aborted"] > 0
 
 
-def test_a_killed_server_comes_back(make_fleet, servers, published, start_server, free_port):
+def test_a_killed_server_comes_back(
+    make_fleet, servers, published, start_server, free_port, tmp_path
+):
+    """By the ledger no group is lost or duplicated, and what the victim had is sampled again."""
     port, steady = free_port(), servers.servers[0]
     victim = start_server(published.path(1), port)
     fleet = make_fleet([steady.url, victim.url])
     fleet.refresh(3, published.path(3))
     wait_ready(fleet)
-    flows, ended = threading.Event(), threading.Event()
-
-    def flowing():
-        for draw in itertools.count():
-            assert flows.wait(PATIENCE)
-            if ended.is_set():
-                return
-            yield prompt(draw)
-
-    flows.set()
-    taker = Taker(fleet, flowing())
+    run = Run(
+        fleet,
+        epath.Path(tmp_path),
+        published.policy.tokenizer,
+        sampling=REAL_SAMPLING,
+        capacity=16,
+        patience=PATIENCE,
+    )
+    run.worker.start()
     of = lambda server, name: fleet.servers()[server.url][name]
-    wait_until(lambda: of(victim, "sampled") > 3 and of(victim, "in_flight") > 1)
+    run.train_until(lambda: of(victim, "sampled") > 3 and of(victim, "in_flight") > 1, "work")
     victim.kill()
-    wait_until(lambda: of(victim, "state") == "lost", "the loss")
+    run.train_until(lambda: of(victim, "state") == "lost", "the loss")
     before = [of(server, "sampled") for server in (victim, steady)]
-    wait_until(lambda: of(steady, "sampled") > before[1] + 3, "work for the other one")
-    flows.clear()  # two cores: a server starts slowly beside one that samples
+    run.train_until(lambda: of(steady, "sampled") > before[1] + 3, "work for the other one")
+    # Nobody trains, so soon nobody samples: on two cores a server starts slowly beside one at work.
     back = start_server(published.path(1), port, wait=False)
     wait_until(lambda: of(victim, "state") == "ready", "the return")
     assert back.ask("/model_info")["weight_version"] == "3"
-    flows.set()
-    wait_until(lambda: of(victim, "sampled") > before[0] + 3, "work for who is back")
-    ended.set()
-    taken = taker.result()
-    assert_each_once(taken, len(taken))
-    assert_right(published, taken)
-    assert {s.rollouts[0].policy_version for s in taken} == {3}
-    failed = [a for s in taken for a in s.attempts]
-    assert {(a.server, a.reason) for a in failed} == {(victim.url, "failed")}
-    found = fleet.metrics()
-    assert found["fleet/prompts"] == found["fleet/groups"] == len(taken)
-    assert found["fleet/attempts_failed"] == len(failed)
+    run.train_until(lambda: of(victim, "sampled") > before[0] + 3, "work for who is back")
+    found = run.finish()
+
+    assert_published(published, run.groups)
+    assert {group.policy_version for group in run.groups} == {3}
+    assert account.summary(found)["balance"]["failed"] == 0
+    rows = {row.id: row for row in account.rows(found.entries)}
+    again = [row for row in rows.values() if row.state == "reissued"]
+    assert again
+    for row in again:
+        assert (row.server, row.reason) == (victim.url, "failed")
+        after = rows[row.reissued_as]
+        assert after.state in ("trained", "held", "reissued")
     assert any("is ready again, with version 3" in said for said in fleet.said)
 
 
@@ -243,7 +169,7 @@ def test_a_damaged_version_is_refused_before_a_server_loads_it(
     (damaged / "model.safetensors").write_bytes(bytes(weights))
     with pytest.raises(UserError, match=r"model\.safetensors in version directory .* damaged"):
         fleet.refresh(2, damaged)
-    taken = Taker(fleet, map(prompt, range(8))).result()
+    taken = take(fleet, map(prompt, range(8))).result()
     assert {s.rollouts[0].policy_version for s in taken} == {1}
     for server in servers.servers:
         assert server.ask("/model_info")["weight_version"] == "1"
@@ -267,7 +193,7 @@ def test_a_response_of_two_versions_is_requested_again(make_fleet, servers, publ
             server.ask("/continue_generation", {})
 
     def sample(draw):
-        taker = Taker(fleet, [prompt(draw)], long)
+        taker = take(fleet, [prompt(draw)], long)
         wait_until(lambda: fleet.metrics()["fleet/in_flight"] == 1 or not taker.is_alive())
         change()
         return taker.result()[0]
@@ -283,6 +209,6 @@ def test_a_response_of_two_versions_is_requested_again(make_fleet, servers, publ
 def test_the_router_knows_the_servers(make_fleet, servers, published):
     fleet = make_fleet(router=servers.router.url)
     fleet.refresh(3, published.path(3))
-    taken = Taker(fleet, map(prompt, range(12))).result()
+    taken = take(fleet, map(prompt, range(12))).result()
     assert set(fleet.servers()) == set(servers.urls)
-    assert_right(published, taken)
+    assert_published(published, taken)

@@ -10,18 +10,17 @@ import pytest
 from etils import epath
 from fault_server import STOP, VOCAB, FaultServer, is_right, publish_toy, toy_logp
 
-from oapl_jax.rollout.sampler import Sampling
-from oapl_jax.rollout.sglang import (
+from oapl_jax.rollout.answer import read_group
+from oapl_jax.rollout.failures import (
     Aborted,
     Mixed,
     Refused,
-    Server,
     ServerError,
     Unreachable,
     WrongVersion,
-    read_group,
-    sampling_params,
 )
+from oapl_jax.rollout.sampler import Sampling
+from oapl_jax.rollout.sglang import Server, sampling_params
 
 READ: dict[str, Any] = dict(
     n=2,

@@ -14,10 +14,11 @@ from flax import serialization
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.rollout import account
+from oapl_jax.rollout.encoding import decode, encode
 from oapl_jax.rollout.ledger import FILE, Ledger
 from oapl_jax.rollout.recorded import Recorded
 from oapl_jax.rollout.sampler import Sampling
-from oapl_jax.rollout.shards import MANIFEST, Shards, ShardWriter, decode, describe, encode
+from oapl_jax.rollout.shards import MANIFEST, Shards, ShardWriter, describe
 from oapl_jax.structs import Group, Prompt, Rollout
 
 
@@ -206,6 +207,19 @@ def test_a_writer_goes_on_where_another_ended(tmp_path):
     found = Shards(epath.Path(tmp_path))
     for a, b in zip(found, groups, strict=True):
         assert_same(a, b)
+
+
+def test_a_version_is_identified_while_it_is_there(tmp_path):
+    """A run deletes versions that it no longer needs, long before the shard of their groups."""
+    there = {0: "of zero", 4: "of four"}
+    writer = ShardWriter(
+        epath.Path(tmp_path), about(), groups_per_shard=9, identify=there.__getitem__
+    )
+    for version in (0, 4):
+        writer.add(make_group(version, version=version))
+        del there[version]
+    writer.flush()
+    assert Shards(epath.Path(tmp_path)).manifest["weights"] == {"0": "of zero", "4": "of four"}
 
 
 def test_shards_after_a_checkpoint_are_removed(tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import json
 import pathlib
 import shutil
 import signal
@@ -12,14 +13,17 @@ import time
 import aiohttp
 import numpy as np
 import pytest
+from fleets import REAL_SAMPLING, Taker, assert_published, open_real_fleet
 
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.publisher import COMMITTED, MANIFEST
 from oapl_jax.rollout import supervise
 from oapl_jax.rollout.supervise import first_version, serve
+from oapl_jax.structs import Prompt
 
 STAND_IN = pathlib.Path(__file__).parent / "stand_in.py"
 PATIENCE = 30.0  # seconds until a test gives up
+START = 240.0  # seconds for a real server to start
 PROMPT = [4, 11, 6, 12, 3, 14]
 
 
@@ -159,6 +163,24 @@ def test_a_new_version_is_served_by_a_new_process(versions, free_port):
             counts = (await call.ask("/server_info"))["supervisor"]
             assert counts == {"refreshes": 1, "failed_refreshes": 0, "deaths": 0, "given_up": 0}
         assert not any(map(alive, new))
+
+    asyncio.run(body())
+
+
+def test_a_version_that_was_published_again_is_taken_again(versions, free_port):
+    """A run that was killed publishes a step again, and the weights may be others."""
+
+    async def body():
+        async with supervised(versions(1), free_port) as call:
+            *_, old = await call.version()
+            manifest = json.loads((versions(2) / MANIFEST).read_text())
+            shutil.rmtree(versions(1))
+            shutil.copytree(versions(2), versions(1))
+            (versions(1) / MANIFEST).write_text(json.dumps({**manifest, "version": 1}))
+            assert (await call.update(versions(1), "1"))[0] == 200
+            *held, new = await call.version()
+            assert held == ["1", str(versions(1))]
+            assert not set(old) & set(new)
 
     asyncio.run(body())
 
@@ -443,9 +465,18 @@ def test_a_real_server_takes_versions_by_restarts(
     body = {"model_path": str(versions(3)), "weight_version": "3"}
     assert process.call("/update_weights_from_disk", body)[0] == 400
     check("1")
-    body = {"model_path": str(published.path(2)), "weight_version": "2"}
-    status, answer = process.call("/update_weights_from_disk", body, timeout=240.0)
-    assert (status, answer["success"]) == (200, True)
+    # The fleet's client takes it for a server that can load weights.
+    fleet = open_real_fleet(
+        published, [process.url], update_deadline=START, no_server_deadline=2 * START
+    )
+    try:
+        fleet.refresh(2, published.path(2))
+        group = Prompt("p", 0, np.array(PROMPT, np.int32), "", "", "")
+        taken = Taker(fleet, [group] * 4, REAL_SAMPLING, 2 * START).result()
+    finally:
+        fleet.close()
+    assert_published(published, taken)
+    assert {(s.rollouts[0].policy_version, s.attempts) for s in taken} == {(2, ())}
     check("2")
     process.interrupt(signal.SIGTERM)
     assert process.wait_exit(PATIENCE) == 0

@@ -125,7 +125,7 @@ def make(tokenizer, tmp_path):
             seed=0,
             on_end=ledger.end,
         )
-        sampler = ScriptedSampler(tokenizer)
+        sampler, rate = ScriptedSampler(tokenizer), reward or right_and_whole
         worker = Worker(
             Prompts(
                 records,
@@ -138,7 +138,7 @@ def make(tokenizer, tmp_path):
                 hosts=1,
             ),
             sampler,
-            reward or right_and_whole,
+            lambda prompt, of: np.array([rate(prompt, rollout) for rollout in of], np.float32),
             buffer,
             ledger=ledger,
             record=record,

@@ -1,0 +1,91 @@
+"""Attention with its gradient against the length of rows, at a fixed number of tokens.
+
+    python benchmarks/attention.py [--tokens=32768] [--rounds=3]
+
+The blocked kernel, which a CPU has, beside the plain one, with all weights at a time: seconds, and
+the megabytes of temporaries that XLA plans. Both are timed in turns, and the fastest round counts.
+Where the plain one would need more than 4 GB it is compiled and not run. `packed` rows hold
+sequences of 512 tokens, `whole` ones are one sequence. Four query heads share two key heads of 64.
+"""
+
+import argparse
+import json
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from oapl_jax.models.attention import masked_attention
+from oapl_jax.models.blocked import blocked_attention, visible
+
+LENGTHS = (64, 256, 1024, 2048, 4096, 8192, 16384, 32768)
+HEADS, KV_HEADS, DIM = 4, 2, 64
+SEQUENCE = 512
+LIMIT = 4 << 30  # bytes of temporaries that are still run
+
+
+def blocked(query, key, value, segments):
+    return blocked_attention(query, key, value, segments, segments, jnp.arange(query.shape[1]))
+
+
+def plain(query, key, value, segments):
+    slots = jnp.arange(query.shape[1])
+    return masked_attention(query, key, value, visible(segments, segments, slots, slots))
+
+
+def gradients(attention, query, key, value, segments):
+    total = lambda *given: jnp.sum(jnp.square(attention(*given, segments)))
+    return jax.grad(total, argnums=(0, 1, 2))(query, key, value)
+
+
+def measure(length: int, packed: bool, tokens: int, rounds: int) -> dict[str, float | str]:
+    rng, rows = np.random.default_rng(0), tokens // length
+    draw = lambda heads: jnp.asarray(rng.normal(0, 1, (rows, length, heads, DIM)), jnp.float32)
+    sequence = SEQUENCE if packed else length
+    segments = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32) // sequence, (rows, length))
+    given = draw(HEADS), draw(KV_HEADS), draw(KV_HEADS), segments
+    programs = {
+        name: jax.jit(partial(gradients, attention)).lower(*given).compile()
+        for name, attention in (("blocked", blocked), ("plain", plain))
+    }
+    temporaries = {n: p.memory_analysis().temp_size_in_bytes for n, p in programs.items()}
+    run = [name for name in programs if temporaries[name] < LIMIT]
+    seconds: dict[str, list[float]] = {name: [] for name in run}
+    for _ in range(rounds + 1):  # the first one does not count
+        for name in run:
+            started = time.perf_counter()
+            jax.block_until_ready(programs[name](*given))
+            seconds[name].append(time.perf_counter() - started)
+    best = {name: min(times[1:]) for name, times in seconds.items()}
+    line: dict[str, float | str] = {"length": length, "rows": "packed" if packed else "whole"}
+    for name in programs:
+        line[f"{name} s"] = round(best[name], 3) if name in best else "-"
+    line["s ratio"] = round(best["plain"] / best["blocked"], 1) if "plain" in best else "-"
+    for name, size in temporaries.items():
+        line[f"{name} MB"] = round(size / 2**20)
+    line["MB ratio"] = round(temporaries["plain"] / temporaries["blocked"], 1)
+    return line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Attention against the length of rows.")
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    lines = [
+        measure(length, packed, given.tokens, given.rounds)
+        for length in LENGTHS
+        for packed in (False, True)
+        if length <= given.tokens and not (packed and length <= SEQUENCE)
+    ]
+    columns = list(lines[0])
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for line in lines:
+        print("| " + " | ".join(str(line[c]) for c in columns) + " |")
+    print(json.dumps(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Does a learner wait for its fleet, or the fleet for it? Wall time against the larger of the two.
+
+    JAX_PLATFORMS=cpu python benchmarks/overlap.py [--steps=96] [--rounds=3]
+
+The whole training loop of the default job, with a sampler that waits instead of computing: to the
+learner, which shares no core with them, that is what servers look like. For each share of the
+learner's own time that generation takes, the loop runs with rollout.overlap=True, and
+
+    ratio = wall time of a step / max(time to learn a step, time to generate one)
+
+where the time to learn is that of a run whose rollouts cost nothing, in turns with the others.
+"""
+
+import argparse
+import json
+import queue
+import statistics
+import tempfile
+import threading
+import time
+from unittest import mock
+
+import numpy as np
+from etils import epath
+
+from configs import arithmetic
+from oapl_jax import train
+from oapl_jax.job import Job
+from oapl_jax.metrics import read_lines
+from oapl_jax.report.progress import StopRequest
+from oapl_jax.rollout.sampler import Sampled
+from oapl_jax.structs import Rollout
+
+IN_FLIGHT = 64  # groups, the default of fleet.max_in_flight
+TOKENS = 9  # of a response, the default job's mean length
+SETTLED = 16  # first steps, which compile and fill the buffer, are left out
+
+
+class WaitingSampler:
+    """IN_FLIGHT groups at a time, each of which takes `latency` seconds."""
+
+    def __init__(self, latency: float):
+        self._latency, self.version = latency, -1
+
+    def versions(self):
+        return {self.version}
+
+    def refresh(self, version, path):
+        self.version = version
+
+    def generate(self, prompts, *, n, sampling):
+        asked = queue.Queue(IN_FLIGHT)
+
+        def ask():
+            for prompt in prompts:
+                asked.put((time.monotonic() + self._latency, self.version, prompt))
+            asked.put(None)
+
+        threading.Thread(target=ask, daemon=True).start()
+        while entry := asked.get():
+            done, version, prompt = entry
+            time.sleep(max(done - time.monotonic(), 0))
+            tokens = np.random.default_rng(prompt.draw).integers(2, 12, (n, TOKENS), np.int32)
+            logp = np.full(TOKENS, -0.3, np.float32)
+            rollouts = tuple(Rollout(row, logp, version, "length") for row in tokens)
+            yield Sampled(prompt, rollouts, "waiting", self._latency)
+
+    def metrics(self):
+        return {}
+
+    def close(self):
+        pass
+
+
+def seconds_a_step(steps: int, generate: float) -> float:
+    """Median wall time of a gradient step whose groups take `generate` seconds to sample."""
+    config = arithmetic.get_config()
+    with config.unlocked():
+        config.num_steps, config.warmup.num_steps = steps, 0
+        config.evaluation.every, config.checkpoint.every = 0, 10 * steps
+        config.rollout.overlap, config.tensorboard = True, False
+        config.buffer.mode, config.buffer.zero_variance = "keep_with_anchor", "keep"
+    latency = generate * IN_FLIGHT / config.groups_per_step
+    new_sampler = lambda job, seed, older_versions: WaitingSampler(latency)
+    with tempfile.TemporaryDirectory() as directory:
+        config.data.data_dir = f"{directory}/data"
+        workdir = epath.Path(directory) / "run"
+        workdir.mkdir()
+        with mock.patch.object(Job, "new_sampler", new_sampler):
+            train.run(config, workdir, StopRequest())
+        times = [line["rl_seconds"] for line in read_lines(workdir / "metrics.jsonl")]
+    return (times[-1] - times[SETTLED]) / (len(times) - 1 - SETTLED)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    ratios: dict[float, list[float]] = {0.5: [], 1.0: [], 2.0: []}
+    for _ in range(args.rounds):
+        learn = seconds_a_step(args.steps, 0.0)
+        for share, found in ratios.items():
+            found.append(seconds_a_step(args.steps, share * learn) / max(learn, share * learn))
+    results = {str(share): round(statistics.median(found), 3) for share, found in ratios.items()}
+    print("| generation / learning | wall / max(generation, learning) |\n|---|---|")
+    for share, ratio in results.items():
+        print(f"| {share} | {ratio} |")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Numbers from the lines of finished runs: means over seeds, intervals, differences.
+
+A seed is the unit: runs of one seed share the warmed-up policy that they start from, the order of
+the prompts and, on a recorded stream, every group, so that two methods are compared by the
+differences of their runs of the same seed.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments.grid import Grid, Line
+from experiments.runs import Run
+from oapl_jax.evaluate import interval
+from oapl_jax.evaluate.estimators import intervals
+
+LEVEL = 0.8  # of pass@1 on the validation split, to count the generations up to it
+RESAMPLES = 10_000
+Spread = tuple[float, float, float]  # mean, and the ends of its interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """The same run for several seeds, all come to an end.
+
+    Attributes:
+      lines: one a seed, in the order of the seeds.
+      starts: of the policies that they started from.
+    """
+
+    lines: list[Line]
+    starts: list[Line]
+
+    def of(self, measure: str) -> list[float]:
+        return [score(line, measure) for line in self.lines]
+
+    def mean(self, measure: str) -> float:
+        return float(np.mean(self.of(measure)))
+
+    def spread(self, measure: str) -> Spread:
+        return spread(self.of(measure))
+
+    @property
+    def lost(self) -> int:
+        """Runs that failed or ended with a lower pass@1 on the test split than they began with."""
+        began = [score(start, "pass@1") for start in self.starts]
+        return sum(end < start for end, start in zip(self.of("pass@1"), began, strict=True))
+
+    @property
+    def reached(self) -> int:
+        """Runs that reached LEVEL."""
+        return sum(bool(_at_level(line)) for line in self.lines)
+
+
+def cell_of(grid: Grid, runs: Sequence[Run]) -> Cell | None:
+    """None unless there are runs and all have come to an end."""
+    lines = [grid.line(run) for run in runs]
+    starts = [grid.line(run.start) for run in runs if run.start]
+    there = Cell([x for x in lines if x is not None], [x for x in starts if x is not None])
+    whole = runs and len(there.lines) == len(there.starts) == len(runs)
+    return there if whole else None
+
+
+def score(line: Line, measure: str) -> float:
+    """A measure of a run's last policy on the run's split, or of the run.
+
+    A run that failed has a pass@k of 0 and not a number for the rest. "to the level" are the
+    generations up to the first evaluation at which LEVEL was reached; a run that never does counts
+    all of its own, which is the least that it would need.
+    """
+    if line["outcome"] != "ended":
+        return 0.0 if measure.startswith("pass@") else float("nan")
+    if measure == "to the level":
+        return float([*_at_level(line), line["generations"]][0])
+    of_policy = line[line["settings"]["split"]]
+    return float(of_policy[measure] if measure in of_policy else line[measure])
+
+
+def _at_level(line: Line) -> list[int]:
+    """Generations at each evaluation that found LEVEL reached."""
+    if line["outcome"] != "ended":
+        return []
+    return [made for _, made, pass_at_1, _ in line["progress"] if pass_at_1 >= LEVEL]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and 95 % interval by bootstrap over seeds (percentiles)."""
+    low, high = interval(np.array(values), resamples=RESAMPLES, seed=0)
+    return float(np.mean(values)), low, high
+
+
+def difference(ours: Cell, theirs: Cell, measure: str) -> Spread:
+    """Mean and interval of ours - theirs, seed by seed."""
+    return spread(np.subtract(ours.of(measure), theirs.of(measure)).tolist())
+
+
+def verdict(of: Spread) -> str:
+    """What the interval of a difference says: "more", "less", or "level" if 0 is not outside."""
+    _, low, high = of
+    return "more" if low > 0 else "less" if high < 0 else "level"
+
+
+def coverage(seeds: int) -> float:
+    """How often such an interval of so many normal values holds their mean, by simulation."""
+    values = np.random.default_rng(0).normal(size=(seeds, 2000))
+    low, high = intervals(values, np.ones_like(values), resamples=2000, seed=1)
+    return float(np.mean((low <= 0) & (high >= 0)))

@@ -1,0 +1,233 @@
+"""Many runs: those that are missing, a few at a time, each in a process of its own.
+
+Below the root of a grid lie `results.jsonl`, a line for each finished run, which only grows;
+`runs/`, with what unfinished runs go on from and what others need; and compile cache and data set,
+which all share. The same command, interrupted in whatever way, goes on; when all is there it does
+nothing.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from etils import epath
+
+from experiments.runs import OUTCOME, Run, do
+from oapl_jax.errors import RunError, UserError
+from oapl_jax.report.progress import say
+
+DEADLINE = 3600.0  # seconds for one run, an order of magnitude more than one takes
+PATIENCE = 120.0  # seconds for a run to save and leave when it is told to
+Line = dict[str, Any]
+
+
+class Grid:
+    """Attributes:
+    root: its directory.
+    jobs: runs at a time. Each computes in one thread, where two runs side by side do more than
+      one in two threads.
+    lines: of the results file, by key; of several for a run, the last.
+    """
+
+    def __init__(self, root: epath.Path, *, jobs: int):
+        self.root, self.jobs = root, jobs
+        self.lines: dict[str, Line] = {line["key"]: line for line in read(root)}
+        self._append = threading.Lock()
+        self._stopping = threading.Event()
+        self._processes = multiprocessing.get_context("forkserver")
+        # Each run is a fork of a process that has imported everything and computed nothing.
+        self._processes.set_forkserver_preload(["experiments.runs"])
+
+    def line(self, run: Run) -> Line | None:
+        """What is known of a run; None if it has not come to an end.
+
+        A run that broke, by no fault of its policy, counts as one that is still to be done.
+        """
+        line = self.lines.get(run.key)
+        if line is None or line["outcome"] == "broken":
+            return None
+        if run.needed and not run.workdir(self.root).exists():
+            return None
+        return line
+
+    def run(self, runs: Iterable[Run], *, what: str) -> None:
+        """Does what is missing of the runs, and before them of those that they need.
+
+        Raises:
+          RunError: if one that others need came to nothing.
+          KeyboardInterrupt: after all processes have saved and left.
+        """
+        runs = list(dict.fromkeys(runs))
+        needed = [other for run in runs for other in (run.start, run.stream) if other]
+        missing = [run for run in runs if self.line(run) is None]
+        if not missing:
+            return
+        if needed:
+            self.run(needed, what=f"{what}: what its runs start from")
+            for run in needed:
+                line = self.lines[run.key]
+                if line["outcome"] != "ended":
+                    raise RunError(
+                        f"run {run.key}, which others need, {line['outcome']} ({line['reason']}); "
+                        f"see log.txt in {run.workdir(self.root)}"
+                    )
+        say(f"{what}: {len(missing)} of {len(runs)} runs to do")
+        started, done = time.monotonic(), 0
+        with ThreadPoolExecutor(self.jobs, thread_name_prefix="run") as pool:
+            try:
+                for line in pool.map(self._one, missing):
+                    done += 1
+                    left = (time.monotonic() - started) * (len(missing) - done) / done
+                    say(f"  {done}/{len(missing)} {describe(line)}; {left / 60:.0f} min left here")
+            except BaseException:
+                self._stopping.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _one(self, run: Run) -> Line:
+        """Does one run; what it left is taken up if the command was killed before it could be."""
+        workdir, started = run.workdir(self.root), time.monotonic()
+        reason = "" if (workdir / OUTCOME).exists() else self._do(run)
+        line: Line = {"key": run.key, "settings": run.settings}
+        if (workdir / OUTCOME).exists():
+            line |= json.loads((workdir / OUTCOME).read_text())
+        elif self._stopping.is_set():
+            raise KeyboardInterrupt
+        else:
+            line |= {"outcome": "broken", "reason": reason}
+        line["seconds"] = round(time.monotonic() - started, 1)
+        with self._append:
+            append(self.root, line)
+            self.lines[run.key] = line
+        if line["outcome"] != "broken" and not run.needed:
+            workdir.rmtree()
+        return line
+
+    def _do(self, run: Run) -> str:
+        """Returns what went wrong if the process leaves no outcome."""
+        if self._stopping.is_set():
+            return "stopped"
+        process: Any = self._processes.Process(target=do, args=(run, self.root))
+        process.start()
+        started = time.monotonic()
+        while process.is_alive() and time.monotonic() - started < DEADLINE:
+            process.join(0.5)
+            if self._stopping.is_set():
+                process.terminate()
+                process.join(PATIENCE)
+                break
+        if process.is_alive():
+            process.kill()
+            process.join()
+            return f"it was killed after {time.monotonic() - started:.0f} s"
+        return f"its process ended with code {process.exitcode}; see log.txt in its directory"
+
+
+def describe(line: Line) -> str:
+    """A few words on a finished run, for who watches."""
+    settings, seconds = line["settings"], f"{line['seconds']:.0f} s"
+    if line["outcome"] != "ended":
+        return f"{settings['objective']} {line['outcome']}: {line['reason']} ({seconds})"
+    if settings["split"] not in line:
+        return f"{settings['kind']} ({seconds})"
+    graded = line[settings["split"]]["pass@1"]
+    return (
+        f"{settings['kind']} {settings['objective']} seed {settings['seed']}: "
+        f"{settings['split']} pass@1 {graded:.3f} ({seconds})"
+    )
+
+
+def read(root: epath.Path) -> list[Line]:
+    """The whole lines of the results file."""
+    path = root / "results.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def append(root: epath.Path, line: Line) -> None:
+    with (root / "results.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def open_grid(root: epath.Path, *, jobs: int) -> Iterator[Grid]:
+    """A grid that this process alone may add to; at its end, an error if runs broke.
+
+    Raises:
+      UserError: if another process has it, or for less than one job.
+      RunError: at the end, for runs that broke.
+    """
+    if jobs < 1:
+        raise UserError(f"--jobs={jobs} does nothing; give at least 1")
+    root.mkdir(parents=True, exist_ok=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.fspath(root / "cache")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with (root / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another process works on {root}; wait for it, or give another --root"
+            ) from error
+        cut_off(root / "results.jsonl")
+        grid = Grid(root, jobs=jobs)
+        yield grid
+    broken = [line for line in grid.lines.values() if line["outcome"] == "broken"]
+    if broken:
+        raise RunError(
+            f"{len(broken)} runs broke, the first one since {broken[0]['reason']}; the same "
+            "command tries them again"
+        )
+
+
+def cut_off(path: epath.Path) -> None:
+    """Removes a last line that a kill has cut, so that the next one does not go on in it."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def command(
+    description: str,
+    work: Callable[[Grid, bool], None],
+    render: Callable[[Grid, epath.Path, bool], None],
+) -> None:
+    """What the commands of a grid have in common; once stopped, the same command goes on.
+
+    Args:
+      description: of --help; its first line is shown.
+      work: does the runs of a grid, of the quick form if its second argument holds.
+      render: writes what is known into a directory, at the end and also if `work` was stopped.
+    """
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--root", default="runs/comparison", help="of results and unfinished runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--quick", action="store_true", help="minutes, to see that all of it works")
+    parser.add_argument("--to", default="docs", help="where comparison.md and its pictures go")
+    arguments = parser.parse_args()
+    root, to = epath.Path(arguments.root).resolve(), epath.Path(arguments.to).resolve()
+    if arguments.quick and arguments.to == "docs":
+        to = root  # what it shows is that it works, and no more
+    try:
+        with open_grid(root, jobs=arguments.jobs) as grid:
+            try:
+                work(grid, arguments.quick)
+            finally:
+                render(grid, to, arguments.quick)
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on")
+        sys.exit(130)

@@ -1,0 +1,172 @@
+"""Every objective at equal lag, sampled live and on the same recorded rollouts.
+
+Claim: none beforehand; docs/comparison.md has the rules by which the figures are read.
+Command: python -m experiments.objectives --jobs=2
+Hardware: 2 CPU cores, 4 GB of memory.
+
+Each objective gets the same number of trials: learning rates times values of its own constants, one
+run each, with a seed of their own, graded on the validation split. The best one trains once more
+for each of five other seeds. The test split grades these runs, and the warmed-up policies that they
+start from, and nothing else. Trials are made for each live lag and for the offline set; a replay
+takes the choice of the live arm of its lag.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from experiments.arms import Arm, Plan, Values, a_run, arms
+from experiments.findings import score
+from experiments.grid import Grid, command
+from experiments.runs import Run
+from oapl_jax.errors import exit_with_code
+
+# The constants that are tried, of configs/common.py:objective. A value without a source is a
+# proposal: what suits answers of ten tokens in the place of thousands.
+METHODS: dict[str, tuple[Values, ...]] = {
+    # The default job's beta2, and a weaker anchor.
+    "oapl": ({"beta2": 0.2}, {"beta2": 0.05}),
+    # arXiv 2402.03300; clip-higher of arXiv 2503.14476.
+    "grpo": ({"clip_high": 0.2}, {"clip_high": 0.28}),
+    # Caps within those of published recipes for truncated importance sampling, 1.5 to 5.
+    "grpo_is": ({"correction_cap": 2.0}, {"correction_cap": 5.0}),
+    # arXiv 2507.18071; and a hundred times wider, for a mean over a hundredth of the tokens.
+    "gspo": (
+        {"clip_low": 3e-4, "clip_high": 4e-4},
+        {"clip_low": 3e-2, "clip_high": 4e-2},
+    ),
+    # arXiv 2510.13786; and a tighter cap.
+    "cispo": ({"correction_cap": 5.0}, {"correction_cap": 2.0}),
+    # The authors' code; and a kernel that is W exp(1 - W) on both sides.
+    "vespo": (
+        {},
+        {
+            "vespo_power_good": 1.0,
+            "vespo_decay_good": 1.0,
+            "vespo_power_bad": 1.0,
+            "vespo_decay_bad": 1.0,
+        },
+    ),
+    # beta2 as for oapl; per root of the length, a root of the length more.
+    "oapl_length": ({"beta2": 0.6}, {"beta2": 0.15}),
+    "a_star_po": ({"beta2": 0.2}, {"beta2": 0.05}),
+    "tba": ({"beta2": 0.2}, {"beta2": 0.05}),
+    "opmd_kimi": ({"beta2": 0.2}, {"beta2": 0.05}),
+    # tau only scales the loss, which Adam undoes.
+    "opmd_trinity": ({},),
+    # Around the value that arXiv 2506.20520 recommends.
+    "asymre": ({"asymre_shift": -0.1}, {"asymre_shift": -0.3}),
+    # arXiv 2503.20783 (clipped as GRPO); clip-higher.
+    "dr_grpo": ({"clip_high": 0.2}, {"clip_high": 0.28}),
+    # As for grpo_is.
+    "rloo": ({"correction_cap": 2.0}, {"correction_cap": 5.0}),
+    # arXiv 2602.17616; and a tighter cap.
+    "vcpo": ({"correction_cap": 8.0}, {"correction_cap": 2.0}),
+    # arXiv 2602.02710 (its clip, never active there); clip-higher.
+    "maxrl": ({"clip_high": 0.2}, {"clip_high": 0.28}),
+    # arXiv 2504.05118; and five times as much likelihood.
+    "mixed": ({"likelihood_weight": 0.1}, {"likelihood_weight": 0.5}),
+    "sft": ({},),
+}
+CORE = ("oapl", "grpo", "grpo_is", "gspo", "cispo", "vespo")  # the first to be compared
+# The same range for all: who has fewer constants gets more rates within it.
+RATES = {1: (3e-4, 5e-4, 8e-4, 1.2e-3, 1.9e-3, 3e-3), 2: (3e-4, 1e-3, 3e-3)}
+TUNING_SEED = 100
+
+
+COMMON = {
+    "num_steps": 256,
+    "groups_per_step": 8,
+    "rollout.prompts_per_call": 8,
+    # Groups with equal rewards weigh nothing, as in the default job, but no others are sampled in
+    # their place: each step costs the same number of rollouts, for every method.
+    "buffer.zero_variance": "weight",
+    "zero_variance_weight": 0.0,
+    "checkpoint.every": 128,
+    "checkpoint.keep": 1,
+    "evaluation.n": 4,  # of the curves; how a run's last policy is graded: runs.GRADES
+    "evaluation.ks": (1,),
+}
+FULL = Plan(
+    config="arithmetic:chain_sum",
+    core=CORE,
+    rest=tuple(name for name in METHODS if name not in CORE),
+    lags=(128, 8, 32, 1),
+    seeds=(0, 1, 2, 3, 4),
+    trials=6,
+    recorders=("oapl", "grpo_is"),
+    prompts=1024,
+    data={"data.validation_size": 256, "data.test_size": 256},
+    warmup={},
+    common=COMMON,
+)
+QUICK = dataclasses.replace(
+    FULL,
+    core=("oapl", "grpo"),
+    rest=(),
+    lags=(8, 2),
+    seeds=(0,),
+    trials=2,
+    recorders=("oapl",),
+    prompts=64,
+    data={"data.validation_size": 16, "data.test_size": 16},
+    warmup={"warmup.num_steps": 150},
+    common={**COMMON, "num_steps": 16, "checkpoint.every": 4},
+)
+
+
+def candidates(plan: Plan, method: str) -> list[Values]:
+    """What is tried for a method."""
+    constants = METHODS[method]
+    tried: list[Values] = [
+        {"optim.learning_rate": rate, **{f"objective.{k}": v for k, v in chosen.items()}}
+        for chosen, rate in itertools.product(constants, RATES[len(constants)])
+    ]
+    return tried[: plan.trials]
+
+
+def choose(grid: Grid, plan: Plan, arm: Arm, method: str) -> Values | None:
+    """The best trial by pass@1 on the validation split, of equals the first; a failed one has 0.
+
+    None until all trials have come to an end.
+    """
+    tried = candidates(plan, method)
+    lines = [grid.line(a_run(plan, arm.tuned, method, v, TUNING_SEED, "validation")) for v in tried]
+    if any(line is None for line in lines):
+        return None
+    scores = [score(line, "pass@1") for line in lines if line]
+    return tried[scores.index(max(scores))]
+
+
+def compared(plan: Plan, arm: Arm, method: str, values: Values) -> list[Run]:
+    """The runs of a method that are graded on the test split."""
+    return [a_run(plan, arm, method, values, seed, "test") for seed in plan.seeds]
+
+
+def run_arm(grid: Grid, plan: Plan, arm: Arm, methods: Sequence[str]) -> None:
+    """Trials, then the runs of what they choose."""
+    trials = [
+        a_run(plan, arm.tuned, method, values, TUNING_SEED, "validation")
+        for method in methods
+        for values in candidates(plan, method)
+    ]
+    grid.run(trials, what=f"{arm.tuned.name}: trials")
+    chosen = {method: choose(grid, plan, arm, method) for method in methods}
+    runs = [run for name, v in chosen.items() if v for run in compared(plan, arm, name, v)]
+    grid.run(runs, what=f"{arm.name}: {', '.join(methods)}")
+
+
+def work(grid: Grid, quick: bool) -> None:
+    plan = QUICK if quick else FULL
+    for arm, methods in arms(plan):
+        run_arm(grid, plan, arm, methods)
+
+
+def main() -> None:
+    from experiments import plot  # each run's process imports this module, and needs no pictures
+
+    command(__doc__ or "", work, plot.render)
+
+
+if __name__ == "__main__":
+    exit_with_code(main)

@@ -1,0 +1,148 @@
+"""The words of docs/comparison.md; its tables are those of tables.py.
+
+What the figures are asked, and by which rule they answer, was written before any full run.
+"""
+
+import textwrap
+from collections.abc import Iterable, Mapping
+
+from experiments import tables
+from experiments.arms import Plan, warm_up
+from experiments.findings import LEVEL, coverage, spread
+from experiments.grid import Grid
+from experiments.lag import Table
+from experiments.objectives import TUNING_SEED
+from experiments.runs import GRADES
+
+# Of OAPL against every other method: the question, and whether more is better.
+QUESTIONS = {
+    "pass@1": ("Which is better?", True),
+    "pass@8": ("Does its lead grow with k? Compare with pass@1.", True),
+    "pass@64": ("The same; where both are almost 1 there is nothing to see.", True),
+    "entropy": (
+        "Is entropy (nats a token) kept? A policy that has learned less has more of it: read it "
+        "beside pass@1.",
+        True,
+    ),
+    "to the level": (
+        f"Are fewer generations needed for a pass@1 of {LEVEL} on the validation split? A run that "
+        "does not get there counts all that it made, the least that it would need.",
+        False,
+    ),
+}
+LIMITS = """\
+- There is one task, one model of a hundred thousand parameters, answers of ten tokens and at most
+  1,024 steps. On long answers clips, ratios of sequences and beta2 are another matter.
+- On this task pass@64 is almost 1 before any reinforcement: it can fall, and can hardly grow.
+- The intervals are narrow: of {seeds} normal values they hold the mean {coverage:.0%} of the time
+  (by simulation) and not 95 %. None is corrected for their number, so that some "more" and some
+  "less" are chance.
+- A choice rests on one run a trial and one seed: who varies more from run to run loses more by it.
+  Where the chosen rate is the smallest or the largest that was tried, marked by "!", there may be
+  more to be had.
+- Replays are at home with the family of who recorded them, and take the choice of the live arm.
+- Groups with equal rewards are not replaced, so that all runs sample alike; where they are
+  (`buffer.zero_variance=drop`, the default job) a step is worth more and costs more.
+- Methods are as docs/methods.md says, some with corrections for stale data that their papers do not
+  have; `vcpo` is without its paper's baseline."""
+ARMS = f"""\
+Rate and constants are those that the trials chose. Generations are the rollouts that a run trained
+on, of a recorded set each counted once; beside them those up to a pass@1 of {LEVEL}, and how many
+runs got there. Drift is KL(pi_lag || pi) in nats a token before the last step of a window. Lost
+runs failed, or ended with a lower pass@1 than they began with."""
+
+
+def page(grid: Grid, plan: Plan, pictures: Mapping[str, str]) -> str:
+    """The whole text; `pictures` are captions by file name."""
+    found, surfaces = tables.collect(grid, plan), tables.surfaces(grid, plan)
+    parts = ["# Objectives at equal lag", introduction(grid, plan)]
+    if found:
+        parts += ["## pass@1 of every objective in every arm", overview(plan, found)]
+        parts += ["## OAPL against the others", *questions(plan, found)]
+    if surfaces:
+        parts += ["## Where robustness to lag and step size ends", *robustness(surfaces.values())]
+    if pictures:
+        parts += ["## Pictures"]
+        parts += [f"![{caption}]({name})\n\n{caption}" for name, caption in pictures.items()]
+    parts += ["## What the figures do not support"]
+    parts += [LIMITS.format(seeds=len(plan.seeds), coverage=coverage(len(plan.seeds)))]
+    if found:
+        parts += ["## Each arm", ARMS]
+        parts += [f"### {arm.name}\n\n{tables.of_arm(plan, of)}" for arm, of in found.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def introduction(grid: Grid, plan: Plan) -> str:
+    outcomes = [line["outcome"] for line in grid.lines.values()]
+    hours = sum(line["seconds"] for line in grid.lines.values()) / 3600
+    steps, groups = plan.common["num_steps"], plan.common["groups_per_step"]
+    validation, test = (
+        f"{plan.data[f'data.{split}_size']} problems, {GRADES[split]['n']} samples each"
+        for split in ("validation", "test")
+    )
+    paragraphs = (
+        f"""Written by `python -m experiments.objectives` and `python -m experiments.lag`, from the
+        results of {outcomes.count("ended")} runs that ended and {outcomes.count("failed")} that
+        could not go on; they took {hours:.1f} hours, summed over runs. Started again, the commands
+        add what is missing.""",
+        f"""A run takes {steps} gradient steps of {groups} groups of 8 rollouts, with
+        `--config=configs/{plan.config.replace(":", ".py:")}`, from a policy that is the same for
+        all runs of a seed{beginning(grid, plan)}. Groups with equal rewards weigh nothing. Arms are
+        where rollouts come from (`experiments/arms.py`): live at a lag of up to L - 1; offline, a
+        set that the first policy sampled, gone through twice; a replay of another run's rollouts in
+        their order.""",
+        f"""Budget: each of {len(plan.core) + len(plan.rest)} methods gets {plan.trials} trials in
+        each arm that is not a replay, learning rates by values of its own constants
+        (`experiments/objectives.py`), one run each with seed {TUNING_SEED}. The last policy's
+        pass@1 on the validation split decides ({validation}). The choice then trains with
+        {len(plan.seeds)} other seeds, and the test split grades ({test}, temperature 1). Nothing is
+        chosen by what it says.""",
+        """Brackets are 95 % intervals by bootstrap over the seeds (percentiles). Methods are
+        compared by the differences of runs of the same seed; "more" and "less" are said, and
+        numbers are bold, where the interval of the mean difference lies on one side of 0.""",
+    )
+    return "\n\n".join(textwrap.fill(" ".join(text.split()), 110) for text in paragraphs)
+
+
+def beginning(grid: Grid, plan: Plan) -> str:
+    """The policy after the warm-up."""
+    lines = [grid.line(warm_up(plan, seed)) for seed in plan.seeds]
+    if not all(lines):
+        return ""
+    measures = ("pass@1", "pass@8", "pass@64", "entropy")
+    means = {k: spread([line["test"][k] for line in lines if line])[0] for k in measures}
+    return f" ({', '.join(f'{k} {mean:.3f}' for k, mean in means.items())})"
+
+
+def overview(plan: Plan, found: tables.Arms) -> str:
+    table = tables.overview(found, (*plan.core, *plan.rest))
+    note = f"Means over {len(plan.seeds)} seeds. + and -: more or less than OAPL in that arm."
+    return f"{table}\n\n{note}"
+
+
+def questions(plan: Plan, found: tables.Arms) -> Iterable[str]:
+    for measure, (question, more_is_better) in QUESTIONS.items():
+        table, verdicts = tables.differences(found, measure, plan.core)
+        better, worse = ("more", "less") if more_is_better else ("less", "more")
+        yield (
+            f"### {measure}\n\n{question} Against all methods in all arms OAPL is better "
+            f"{verdicts.count(better)} times, level {verdicts.count('level')} times and worse "
+            f"{verdicts.count(worse)} times.\n\n{table}"
+        )
+
+
+def robustness(surfaces: Iterable[tuple[Table, Mapping]]) -> Iterable[str]:
+    by_lag = {t.title: cells for t, cells in surfaces if t.title.startswith("Lag ")}
+    if by_lag:
+        good, kept = tables.limits(by_lag)
+        yield (
+            f"The largest learning rate whose mean pass@1 is within {tables.CLOSE} of the method's "
+            f"best at that lag:\n\n{good}"
+        )
+        yield f"The largest one up to which no run was lost:\n\n{kept}"
+    for table, cells in surfaces:
+        seeds = len(next(iter(next(iter(cells.values())).values())).lines)
+        yield (
+            f"### {table.title}\n\n{table.num_steps} steps, {seeds} seeds: smallest and largest "
+            f"pass@1; lost runs; drift.\n\n{tables.of_surface(table, cells)}"
+        )

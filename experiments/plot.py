@@ -1,0 +1,185 @@
+"""The pictures of docs/comparison.md, and the page itself.
+
+    python -m experiments.plot [--root=runs/comparison] [--to=docs] [--quick]
+
+draws anew what a results file holds; the commands of the comparison do so at their end.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from etils import epath
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from experiments import tables
+from experiments.arms import Plan
+from experiments.findings import LEVEL, Cell, Spread
+from experiments.grid import Grid, command
+from experiments.objectives import FULL, QUICK
+from experiments.page import page
+from oapl_jax.errors import exit_with_code
+from oapl_jax.report.progress import say
+
+DIRECTORY = "comparison"  # of the pictures, beside comparison.md
+
+
+def render(grid: Grid, to: epath.Path, quick: bool) -> None:
+    """Writes comparison.md and the pictures for which there are results."""
+    plan = QUICK if quick else FULL
+    (to / DIRECTORY).mkdir(parents=True, exist_ok=True)
+    pictures = draw(grid, plan, to / DIRECTORY)
+    (to / "comparison.md").write_text(page(grid, plan, pictures))
+    say(f"written: {to / 'comparison.md'}")
+
+
+def draw(grid: Grid, plan: Plan, to: epath.Path) -> dict[str, str]:
+    """Draws what can be drawn; captions by file name, as seen from beside the directory."""
+    found = tables.collect(grid, plan)
+    live = {arm: methods for arm, methods in found.items() if arm.source == "live"}
+    live = dict(sorted(live.items(), key=lambda item: item[0].lag))
+    surfaces = tables.surfaces(grid, plan)
+    by_lag = {title: cells for title, (_, cells) in surfaces.items() if title.startswith("Lag ")}
+    n, captions = len(plan.seeds), {}
+
+    def save(name: str, figure, caption: str) -> None:
+        with (to / name).open("wb") as file:
+            figure.savefig(file, format="png", dpi=110)
+        plt.close(figure)
+        captions[f"{to.name}/{name}"] = caption
+
+    whiskers = f"Means of {n} seeds with 95 % bootstrap intervals over seeds"
+    if live:
+        save("lags.png", lags(live, plan), f"Live, by lag, at each method's choice. {whiskers}.")
+        save("pass_at_k.png", passes(live, plan), f"pass@k by lag, test split. {whiskers}.")
+        save(
+            "generations.png",
+            generations(live, plan),
+            f"pass@1 on the validation split by rollouts sampled. Means of {n} seeds; bands reach "
+            f"from the smallest to the largest. Dashed: {LEVEL}.",
+        )
+    if by_lag:
+        seeds = len(next(iter(next(iter(by_lag.values())).values()))["0.001"].lines)
+        save(
+            "rates.png",
+            rates(by_lag),
+            f"pass@1 on the test split by learning rate. Means of {seeds} seeds; bars reach from "
+            "the smallest to the largest.",
+        )
+        save(
+            "drift.png",
+            drifts(by_lag),
+            "KL(pi_lag || pi), nats a token, in every eighth step at a learning rate of 0.001; one "
+            "run (the first seed) each.",
+        )
+    return captions
+
+
+def lags(live: tables.Arms, plan: Plan):
+    """pass@1 and entropy against the lag; the core in colours."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5))
+    for panel, measure in zip(panels, ("pass@1", "entropy"), strict=True):
+        for name in (*plan.rest, *plan.core):
+            points: dict[float, Spread] = {
+                arm.lag: of[name][1].spread(measure) for arm, of in live.items() if name in of
+            }
+            with_whiskers(panel, points, name, _style(name, plan))
+        panel.set(xscale="log", xlabel="lag L (steps of a window)", title=f"{measure}, test split")
+    panels[0].legend(fontsize=7, ncols=2)
+    return finish(figure)
+
+
+def passes(live: tables.Arms, plan: Plan):
+    """pass@k against k, a panel for each lag."""
+    figure, panels = plt.subplots(1, len(live), figsize=(3.6 * len(live), 4), squeeze=False)
+    for panel, (arm, methods) in zip(panels[0], live.items(), strict=True):
+        for name in plan.core:
+            if name in methods:
+                points: dict[float, Spread] = {
+                    k: methods[name][1].spread(f"pass@{k}") for k in (1, 8, 64)
+                }
+                with_whiskers(panel, points, name, _style(name, plan))
+        panel.set(xscale="log", xlabel="k", title=arm.name)
+    panels[0][0].legend(fontsize=7)
+    return finish(figure)
+
+
+def generations(live: tables.Arms, plan: Plan):
+    """pass@1 on the validation split against rollouts sampled, a panel for each lag."""
+    figure, panels = plt.subplots(1, len(live), figsize=(3.6 * len(live), 4), squeeze=False)
+    for panel, (arm, methods) in zip(panels[0], live.items(), strict=True):
+        for name in plan.core:
+            ended = _ended(methods[name][1]) if name in methods else []
+            if ended:
+                made = [point[1] for point in ended[0]["validation"]]
+                values = np.array([[point[2] for point in line["progress"]] for line in ended])
+                style = _style(name, plan)
+                panel.plot(made, values.mean(axis=0), label=name, **style)
+                low, high = values.min(axis=0), values.max(axis=0)
+                panel.fill_between(made, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        panel.axhline(LEVEL, color="0.5", linestyle="--", linewidth=1)
+        panel.set(xlabel="rollouts sampled", title=arm.name)
+    panels[0][0].legend(fontsize=7)
+    return finish(figure)
+
+
+def rates(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
+    """pass@1 against the learning rate, a panel for each lag."""
+    figure, panels = plt.subplots(1, len(by_lag), figsize=(3.6 * len(by_lag), 4), squeeze=False)
+    for panel, (title, cells) in zip(panels[0], by_lag.items(), strict=True):
+        for i, (name, row) in enumerate(cells.items()):
+            points: dict[float, Spread] = {}
+            for rate, cell in row.items():
+                values = cell.of("pass@1")
+                points[float(rate)] = (cell.mean("pass@1"), min(values), max(values))
+            with_whiskers(panel, points, name, dict(color=f"C{i}"))
+        panel.set(xscale="log", xlabel="learning rate", title=title, ylim=(0, 1))
+    panels[0][0].legend(fontsize=7)
+    return finish(figure)
+
+
+def drifts(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
+    """The distance to pi_lag over the steps, a panel for each lag at which there is one to see."""
+    figure, panels = plt.subplots(1, len(by_lag), figsize=(3.6 * len(by_lag), 4), squeeze=False)
+    for panel, (title, cells) in zip(panels[0], by_lag.items(), strict=True):
+        for i, (name, row) in enumerate(cells.items()):
+            for line in _ended(row["0.001"])[:1]:
+                kl = np.maximum(line["curve"]["kl"], 1e-7)
+                panel.plot(8 * np.arange(1, len(kl) + 1), kl, color=f"C{i}", label=name, lw=1)
+        panel.set(yscale="log", xlabel="gradient step", title=title)
+    panels[0][0].legend(fontsize=7)
+    return finish(figure)
+
+
+def with_whiskers(panel, points: Mapping[float, Spread], name: str, style: dict) -> None:
+    if points:
+        x, (mean, low, high) = list(points), np.array(list(points.values())).T
+        bars = np.maximum([mean - low, high - mean], 0)
+        panel.errorbar(x, mean, yerr=bars, label=name, marker=".", capsize=2, **style)
+
+
+def finish(figure):
+    for panel in figure.axes:
+        panel.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def _style(name: str, plan: Plan) -> dict:
+    if name in plan.core:
+        return dict(color=f"C{plan.core.index(name)}", linewidth=1.6)
+    return dict(color="0.8", linewidth=0.8)
+
+
+def _ended(cell: Cell) -> Sequence[dict]:
+    return [line for line in cell.lines if line["outcome"] == "ended"]
+
+
+def main() -> None:
+    command(__doc__ or "", lambda grid, quick: None, render)
+
+
+if __name__ == "__main__":
+    exit_with_code(main)

@@ -1,0 +1,294 @@
+"""One run of a grid: what decides it, and how it is done, in a process of its own.
+
+A run may start from the weights of another (the warm-up, which all runs of a seed share) and train
+on what another recorded. Its key is a hash of its settings and of theirs, so a run is done once,
+whoever asks for it.
+"""
+
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+
+from oapl_jax import train
+from oapl_jax.begin import begin
+from oapl_jax.errors import RunError
+from oapl_jax.job import Config, Job, open_job
+from oapl_jax.metrics import read_lines
+from oapl_jax.publisher import version_path
+from oapl_jax.report.progress import Progress, StopRequest
+from oapl_jax.rollout.generate import make_set
+
+OUTCOME = "outcome.json"
+# How a policy is graded at the end of its run: samples a problem, and the k of pass@k.
+GRADES = {"validation": dict(n=16, ks=(1, 8)), "test": dict(n=64, ks=(1, 8, 64))}
+STRIDE = 8  # steps between two points of a curve: each is the last of a block of so many
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Attributes:
+    kind: "warm_up": the supervised stage, published as version 0. "generate": a set of rollouts
+      of `start`. "train": a whole run of oapl_jax.train.
+    config: module of configs/ and what stands behind the colon, such as "arithmetic:chain_sum".
+    objective: its name there.
+    seed: of everything but the problems, which are the same for all.
+    overrides: names and values of the configuration, as of --config.NAME=VALUE, sorted.
+    split: of the problems that grade the run's last policy.
+    start: whose version 0 the run starts from; None for a warm-up.
+    stream: whose rollouts it trains on; None samples its own.
+    prompts: of the training split, of "generate".
+    forget_every: steps after which Adam's moments begin anew; 0 is never.
+    """
+
+    kind: str
+    config: str
+    objective: str
+    seed: int
+    overrides: tuple[tuple[str, Any], ...]
+    split: str
+    start: "Run | None" = None
+    stream: "Run | None" = None
+    prompts: int = 0
+    forget_every: int = 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON-able; other runs by their keys."""
+        mine = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        others = {name: run.key for name, run in mine.items() if isinstance(run, Run)}
+        return {**mine, "overrides": dict(self.overrides), **others}
+
+    @functools.cached_property
+    def key(self) -> str:
+        text = json.dumps(self.settings, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def needed(self) -> bool:
+        """Whether other runs may read its directory."""
+        return self.kind != "train" or dict(self.overrides).get("rollout.record", False)
+
+    def workdir(self, root: epath.Path) -> epath.Path:
+        return root / "runs" / self.key
+
+    def rollouts(self, root: epath.Path) -> epath.Path:
+        """The set that it recorded."""
+        return self.workdir(root) / "rollouts"
+
+    def resolve(self, root: epath.Path) -> Config:
+        """Its configuration.
+
+        Raises:
+          KeyError, TypeError, ValueError: for an override or a choice that does not exist.
+        """
+        module, _, choice = self.config.partition(":")
+        choices = [part for part in (choice, f"objective={self.objective}") if part]
+        config = importlib.import_module(f"configs.{module}").get_config(",".join(choices))
+        values = {
+            "seed": self.seed,
+            "data.data_dir": os.fspath(root / "data"),
+            "tensorboard": False,
+        }
+        if self.start:
+            values |= {"warmup.num_steps": 0, "model.path": os.fspath(weights(self.start, root))}
+        if self.stream:
+            recorded = self.stream.kind == "train"
+            values |= {
+                "rollout.source": "shards",
+                "rollout.shards": os.fspath(self.stream.rollouts(root)),
+                "rollout.recorded_order": "recorded" if recorded else "shuffled",
+                "rollout.recorded_version": -1 if recorded else 0,
+            }
+        config.update_from_flattened_dict(values | dict(self.overrides))
+        return config
+
+
+def run_of(kind: str, config: str, *, overrides: Mapping[str, Any], **others: Any) -> Run:
+    """A Run with overrides from a mapping."""
+    return Run(kind, config, overrides=tuple(sorted(overrides.items())), **others)
+
+
+def weights(start: Run, root: epath.Path) -> epath.Path:
+    """The version 0 that a warm-up published."""
+    return version_path(start.workdir(root) / "versions", 0)
+
+
+def do(run: Run, root: epath.Path) -> None:
+    """Does a run to its end, or until SIGTERM, and goes on where an earlier try has stopped.
+
+    Leaves log.txt and, at its end, outcome.json in the run's directory: "ended" with what was
+    found, or "failed" with the reason for a run that can't go on, which is a finding too. Any other
+    exception ends the process and leaves no outcome.
+    """
+    stop = StopRequest()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the whole group; the grid says when to stop
+    _leave_with_parent()
+    workdir = run.workdir(root)
+    workdir.mkdir(parents=True, exist_ok=True)
+    log = os.open(workdir / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    # Of a grid that was killed a process may still be leaving; the grid has a deadline for both.
+    fcntl.flock(log, fcntl.LOCK_EX)
+    if (workdir / OUTCOME).exists():
+        return
+    try:
+        outcome = {"warm_up": warm_up, "generate": generate, "train": trained}[run.kind](
+            run, root, stop
+        )
+    except RunError as error:
+        outcome = {"outcome": "failed", "reason": str(error)}
+    if outcome is not None:
+        aside = workdir / f"{OUTCOME}.new"
+        aside.write_text(json.dumps(outcome))
+        aside.replace(workdir / OUTCOME)
+
+
+def _leave_with_parent() -> None:
+    """Asks this process to stop when the grid's is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def follow() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def warm_up(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
+    """The supervised stage, graded; it begins anew after a stop."""
+    config = run.resolve(root)
+    config.evaluation.every = 0  # it is graded once, below
+    job = open_job(config, run.workdir(root))
+    try:
+        state, _ = begin(job)
+        job.publish(0, state.params)
+        return None if stop.requested else {"outcome": "ended", **grade(job, 0, state.params, run)}
+    finally:
+        job.close()
+
+
+def generate(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
+    """One group for each of the first `run.prompts` training prompts, from version 0."""
+    assert run.start is not None
+    job = open_job(run.resolve(root), run.workdir(root))
+    progress = Progress("generate", run.prompts, 0)
+    try:
+        make_set(
+            job,
+            run.rollouts(root),
+            step=None,
+            version_dir=os.fspath(weights(run.start, root)),
+            split="train",
+            limit=run.prompts,
+            groups_per_shard=256,
+            progress=lambda done: progress.step(done, {}),
+        )
+        return None if stop.requested else {"outcome": "ended"}
+    finally:
+        job.close()
+
+
+def trained(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
+    """A run of oapl_jax.train, with its last policy graded on `run.split`."""
+    config, workdir = run.resolve(root), run.workdir(root)
+    job = open_job(config, workdir)
+    if run.forget_every:
+        job = dataclasses.replace(job, optimizer=forgetful(job.optimizer, every=run.forget_every))
+    if train.run_job(job, stop) is None:
+        return None
+    job = dataclasses.replace(open_job(config, workdir), optimizer=job.optimizer)
+    try:
+        graded = grade(job, *job.params_at(None), run)
+    finally:
+        job.close()
+    lines = read_lines(workdir / "metrics.jsonl")
+    return {"outcome": "ended", **graded, **summary(lines, config, run)}
+
+
+def grade(job: Job, step: int, params: Any, run: Run) -> dict[str, Any]:
+    """What a policy is worth on the split of the run, under the name of the split."""
+    job.config.evaluation.update(GRADES[run.split])
+    graded = job.grade(step, params, run.split)
+    return {run.split: {k: v for k, v in graded.items() if not isinstance(v, tuple)}}
+
+
+def forgetful(
+    optimizer: optax.GradientTransformation, *, every: int
+) -> optax.GradientTransformation:
+    """The same with Adam's moments and their bias correction begun anew every so many steps.
+
+    The schedule goes on. With `every` a window of the lag policy, no gradient of one window weighs
+    in the steps of the next.
+    """
+    adam = lambda part: isinstance(part, optax.ScaleByAdamState)
+
+    def update(updates, state, params=None):
+        step, inner = state
+        kept = step % every != 0
+        forget = lambda part: jax.tree.map(lambda x: x * kept.astype(x.dtype), part)
+        inner = jax.tree.map(lambda p: forget(p) if adam(p) else p, inner, is_leaf=adam)
+        updates, inner = optimizer.update(updates, inner, params)
+        return updates, (step + 1, inner)
+
+    return optax.GradientTransformation(
+        lambda params: (jnp.zeros((), jnp.int32), optimizer.init(params)), update
+    )
+
+
+def summary(lines: list[dict[str, Any]], config: Config, run: Run) -> dict[str, Any]:
+    """What the metrics of a whole run say.
+
+    Returns:
+      "generations": rollouts sampled for it so far, of a recorded set those taken at least once;
+      "skipped": steps that were not finite;
+      "drift": KL(pi_lag || pi), nats a token, before the last step of a window, mean over windows
+        (0 at lag 1, where each step begins at pi_lag);
+      "progress": step, generations, pass@1 and entropy of each evaluation on the validation split;
+      "curve": kl, entropy and reward of every STRIDE-th step.
+    """
+    lag = [line["lag/mean"] for line in lines] + [0.0]
+    value = lambda line, key: line.get(key, np.nan)  # metrics leave out what is not finite
+    drift = [
+        value(line, "kl")
+        for line, now, then in zip(lines, lag, lag[1:], strict=False)
+        if then <= now
+    ]
+    made = run.stream.prompts * config.group_size if run.stream and run.stream.prompts else np.inf
+
+    def generations(line: Mapping[str, Any]) -> int:
+        groups = line["buffer/added"] if not run.stream else line["recorded/taken"]
+        return int(min(groups * config.group_size, made))
+
+    graded = [line for line in lines if "eval/pass@1" in line]
+    points = lines[STRIDE - 1 :: STRIDE]
+    short = lambda x: float(f"{x:.3g}")
+    return {
+        "generations": generations(lines[-1]),
+        "skipped": int(lines[-1]["skipped"]),
+        "drift": float(np.mean(drift)),
+        "progress": [
+            [line["step"], generations(line), line["eval/pass@1"], line["eval/entropy"]]
+            for line in graded
+        ],
+        "curve": {
+            key: [short(value(line, key)) for line in points] for key in ("kl", "entropy", "reward")
+        },
+    }

@@ -1,0 +1,149 @@
+"""The tables of docs/comparison.md."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from experiments import lag, objectives
+from experiments.arms import Arm, Plan, Values, arms
+from experiments.findings import LEVEL, Cell, Spread, cell_of, difference, verdict
+from experiments.grid import Grid
+
+OURS = "oapl"
+CLOSE = 0.05  # of pass@1: a learning rate that costs no more than this is still a good one
+Arms = Mapping[Arm, Mapping[str, tuple[Values, Cell]]]  # what was chosen, and how it ended
+
+
+def collect(grid: Grid, plan: Plan) -> Arms:
+    """For each arm the methods whose runs are all done, best pass@1 first; arms without any are
+    left out."""
+    found: dict[Arm, dict[str, tuple[Values, Cell]]] = {}
+    for arm, names in arms(plan):
+        for name in names:
+            chosen = objectives.choose(grid, plan, arm, name)
+            cell = cell_of(grid, objectives.compared(plan, arm, name, chosen)) if chosen else None
+            if chosen and cell:
+                found.setdefault(arm, {})[name] = (chosen, cell)
+    rank = lambda item: -item[1][1].mean("pass@1")
+    return {arm: dict(sorted(methods.items(), key=rank)) for arm, methods in found.items()}
+
+
+def overview(found: Arms, names: Iterable[str]) -> str:
+    """Mean pass@1 by method and arm, with the verdict against OAPL."""
+
+    def entry(methods: Mapping[str, tuple[Values, Cell]], name: str) -> str:
+        if name not in methods:
+            return ""
+        cell, sign = methods[name][1], ""
+        if name != OURS and OURS in methods:
+            against = difference(cell, methods[OURS][1], "pass@1")
+            sign = {"more": " +", "less": " -", "level": ""}[verdict(against)]
+        lost = f" ({cell.lost} lost)" if cell.lost else ""
+        return f"{cell.mean('pass@1'):.3f}{sign}{lost}"
+
+    rows = [[f"`{name}`", *(entry(methods, name) for methods in found.values())] for name in names]
+    return markdown(["", *(arm.name for arm in found)], [row for row in rows if any(row[1:])])
+
+
+def differences(found: Arms, measure: str, core: Iterable[str]) -> tuple[str, list[str]]:
+    """OAPL minus each of the core by arm, and the verdicts on all methods of all arms."""
+    others = [name for name in core if name != OURS]
+    form = "{:+.0f}" if measure == "to the level" else "{:+.3f}"
+    rows, verdicts = [], []
+    for arm, methods in found.items():
+        if OURS not in methods:
+            continue
+        ours = methods[OURS][1]
+        apart = {
+            name: difference(ours, cell, measure)
+            for name, (_, cell) in methods.items()
+            if name != OURS
+        }
+        verdicts += map(verdict, apart.values())
+        shown = [bracketed(apart[n], form, bold=True) if n in apart else "" for n in others]
+        rows.append([arm.name, *shown])
+    return markdown(["OAPL minus", *(f"`{name}`" for name in others)], rows), verdicts
+
+
+def of_arm(plan: Plan, methods: Mapping[str, tuple[Values, Cell]]) -> str:
+    """All that was measured of an arm."""
+    rows = []
+    for name, (chosen, cell) in methods.items():
+        rate = chosen["optim.learning_rate"]
+        tried = [values["optim.learning_rate"] for values in objectives.candidates(plan, name)]
+        constants = {k.removeprefix("objective."): v for k, v in chosen.items()}
+        del constants["optim.learning_rate"]
+        rows.append(
+            [
+                f"`{name}`",
+                f"{rate:g}{'!' if rate in (min(tried), max(tried)) else ''}",
+                ", ".join(f"{k} {v:g}" for k, v in constants.items()),
+                *(bracketed(cell.spread(k)) for k in ("pass@1", "pass@8", "pass@64", "entropy")),
+                f"{cell.mean('generations'):.0f}",
+                f"{cell.mean('to the level'):.0f} ({cell.reached}/{len(cell.lines)})",
+                f"{cell.mean('drift'):.2g}",
+                f"{cell.lost}/{len(cell.lines)}",
+            ]
+        )
+    measures = ("pass@1", "pass@8", "pass@64", "entropy", "generations")
+    header = ["", "rate", "constants", *measures, f"to pass@1 {LEVEL}", "drift", "lost"]
+    return markdown(header, rows)
+
+
+def surfaces(grid: Grid, plan: Plan) -> dict[str, tuple[lag.Table, dict[str, dict[str, Cell]]]]:
+    """By title the tables of experiments/lag.py whose runs are all done."""
+    ready = {}
+    for table in lag.tables(plan):
+        cells = {
+            name: {column: cell_of(grid, runs) for column, runs in row.items()}
+            for name, row in table.cells.items()
+        }
+        if all(cell for row in cells.values() for cell in row.values()):
+            ready[table.title] = (table, cells)
+    return ready
+
+
+def of_surface(table: lag.Table, cells: Mapping[str, Mapping[str, Cell]]) -> str:
+    """Smallest and largest pass@1 of the seeds, lost runs, and drift."""
+
+    def entry(cell: Cell) -> str:
+        values, lost = cell.of("pass@1"), f" ({cell.lost} lost)" if cell.lost else ""
+        return f"{min(values):.2f} to {max(values):.2f}{lost}; {cell.mean('drift'):.2g}"
+
+    columns = list(next(iter(cells.values())))
+    rows = [[name, *(entry(row[column]) for column in columns)] for name, row in cells.items()]
+    return markdown([table.rows, *columns], rows)
+
+
+def limits(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]) -> tuple[str, str]:
+    """For each method and lag the largest rate that is still good, and that loses no run."""
+
+    def good(row: Mapping[str, Cell]) -> str:
+        means = {rate: cell.mean("pass@1") for rate, cell in row.items()}
+        return [rate for rate, mean in means.items() if mean >= max(means.values()) - CLOSE][-1]
+
+    def kept(row: Mapping[str, Cell]) -> str:
+        lost = [cell.lost for cell in row.values()]
+        return ["none", *row][int(np.argmax([*map(bool, lost), True]))]
+
+    names = list(next(iter(by_lag.values())))
+    tables = [
+        markdown(
+            ["", *by_lag],
+            [[name, *(ends(cells[name]) for cells in by_lag.values())] for name in names],
+        )
+        for ends in (good, kept)
+    ]
+    return tables[0], tables[1]
+
+
+def bracketed(of: Spread, form: str = "{:.3f}", *, bold: bool = False) -> str:
+    """A mean and its interval; bold, if asked, where it does not hold 0."""
+    mean, low, high = map(form.format, of)
+    mark = "**" if bold and verdict(of) != "level" else ""
+    return f"{mark}{mean}{mark} [{low}, {high}]"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))

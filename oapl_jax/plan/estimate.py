@@ -1,0 +1,135 @@
+"""One configuration on one slice: everything that a plan says, as a dictionary for JSON."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from oapl_jax.job import Config
+from oapl_jax.models.config import ModelConfig
+from oapl_jax.plan import collectives, flops, host, memory, programs, roofline, traffic
+from oapl_jax.plan.topology import Slice, axis_bandwidth, hbm_available, make_mesh
+
+
+def estimate(
+    config: Config,
+    model_config: ModelConfig,
+    where: Slice,
+    *,
+    from_checkpoint: bool,
+    storage: float,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Compiles a run's programs and reads them; the others are left if the first does not fit.
+
+    Args:
+      config: of the run.
+      model_config: of its model.
+      where: the slice.
+      from_checkpoint: whether the run starts from weights in files.
+      storage: bytes/s between a host and the storage of versions.
+      say: called with a line for each program.
+
+    Raises:
+      UserError: if the configuration can't be laid out on the slice.
+      RunError: if a program does not compile, for other reasons than memory.
+    """
+    mesh = make_mesh(where, config.mesh)
+    plan = programs.Learner(config, model_config, mesh, from_checkpoint)
+    available = hbm_available(where)
+    verdicts, times = [], {}
+    for program in plan.programs():
+        started = time.monotonic()
+        traced = program.trace()
+        verdict = memory.judge(program, traced, available)
+        seconds = time.monotonic() - started
+        say(f"{where.name}, {program.name}: {verdict.because} ({seconds:.0f} s)")
+        verdicts.append(
+            {
+                "program": program.name,
+                "fits": verdict.fits,
+                "because": verdict.because,
+                "hbm": dict(verdict.hbm),
+                "donated": dict(verdict.donated),
+                "compile_seconds": round(seconds, 1),
+            }
+        )
+        if program.name == "train step":
+            if not verdict.fits:
+                break
+            times = step_times(plan, where, traced, verdict.text)
+    return {
+        "topology": where.name,
+        "chips": len(where.devices),
+        "hosts": where.hosts,
+        "mesh": dict(mesh.shape),
+        "model": {"type": model_config.model_type, "parameters": host.parameters(model_config)},
+        "batch": {
+            "micro_batches": config.learner.micro_batches,
+            "rows": plan.longest.tokens.shape[1],
+            "row_length": config.learner.row_length,
+            "sequences": config.group_size * config.groups_per_step,
+            "prompt_tokens": config.data.max_prompt_tokens,
+            "response_tokens": config.rollout.max_response_tokens,
+        },
+        "remat": config.model.remat,
+        "fits": all(verdict["fits"] for verdict in verdicts),
+        "hbm_available": available,
+        "programs": verdicts,
+        "restore": {"hbm": programs.per_chip(plan.state)},
+        "not_planned": programs.not_planned(config),
+        **times,
+        **(around(plan, where, times["roofline"]["seconds"], storage) if times else {}),
+    }
+
+
+def step_times(plan: programs.Learner, where: Slice, traced: Any, text: Any) -> dict[str, Any]:
+    """FLOPs, traffic and the roofline of the train step."""
+    config = plan.config
+    sequences = config.group_size * config.groups_per_step
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    table = collectives.by_kind_and_axis(collectives.collectives(text, plan.mesh))
+    received: dict[str, float] = {}
+    for row in table.values():
+        for axes, size in row.items():
+            received[axes] = received.get(axes, 0.0) + size
+    bandwidth = {axes: axis_bandwidth(where, plan.mesh, axes.split("+")) for axes in received}
+    work = flops.traced_work(traced)
+    needed = flops.step_flops(plan.model_config, sequences, prompt, response)
+    moved = traffic.hbm_bytes(text)
+    bound = roofline.roofline(
+        where.chip,
+        len(where.devices),
+        program_flops=work.total,
+        model_flops=needed,
+        hbm_bytes=moved,
+        received=received,
+        bandwidth=bandwidth,
+        tokens=sequences * (prompt + response),
+    )
+    return {
+        "flops": {
+            "formula": needed,
+            "program": work.total,
+            "remat": work.remat,
+            "remat_share": work.remat / work.total,
+        },
+        "hbm_traffic": moved,
+        "collectives": table,
+        "ici_bandwidth": bandwidth,
+        "roofline": vars(bound),
+    }
+
+
+def around(plan: programs.Learner, where: Slice, seconds: float, storage: float) -> dict[str, Any]:
+    """Hosts, publication and fleet at one step every `seconds`."""
+    config = plan.config
+    size = {"float32": 4, "bfloat16": 2}[config.publish_dtype]
+    count = host.parameters(plan.model_config)
+    publish = host.publish_seconds(count, size, where.hosts, storage)
+    wanted = host.host_memory(plan, where.chip.chips_per_host)
+    return {
+        "host_memory": {**wanted, "total": sum(wanted.values()), "ram": where.chip.ram_bytes},
+        "publish_seconds": publish,
+        "storage": storage,
+        "fleet": vars(host.fleet(config, seconds, publish)),
+    }

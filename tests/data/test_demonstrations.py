@@ -1,0 +1,105 @@
+"""What the warm-up learns from: the solutions that tasks and releases have."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from oapl_jax.data.demonstrations import demonstrations, solution
+from oapl_jax.data.programs import first_solution
+from oapl_jax.data.records import Record, user
+from oapl_jax.errors import UserError
+from oapl_jax.tokenizer import make_character_tokenizer
+
+CHARACTERS = "".join(map(chr, range(32, 127))) + "\n"
+MATHS = [Record(str(i), user(f"{i}+{i}?"), str(2 * i), "math", {}) for i in range(10, 18)]
+PROGRAM = "```python\nprint(1)\n```"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_character_tokenizer(CHARACTERS, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def taught(tokenizer):
+    """Pairs of question and demonstration of one epoch."""
+
+    def taught(source, task, *, count, noise=0.0, seed=0, longest=60):
+        stream = demonstrations(
+            source,
+            tokenizer,
+            task=task,
+            count=count,
+            noise=noise,
+            seed=seed,
+            max_prompt_tokens=60,
+            max_response_tokens=longest,
+            instruction="",
+        )
+        groups = list(itertools.islice(stream, max(count, 1)))
+        assert all(g.reward.tolist() == [1] and len(g.rollouts) == 1 for g in groups)
+        return [(g.prompt.text, tokenizer.decode(g.rollouts[0].tokens)) for g in groups]
+
+    return taught
+
+
+def test_a_final_answer_is_put_into_a_box(taught):
+    found = dict(taught(MATHS, "math", count=8))
+    assert found == {f"{i}+{i}?": rf"\boxed{{{2 * i}}}<eos>" for i in range(10, 18)}
+
+
+def test_a_teacher_who_errs_solves_another_problem(taught):
+    right = dict(taught(MATHS, "math", count=8))
+    wrong = sum(
+        right[question] != answer
+        for seed in range(50)
+        for question, answer in taught(MATHS, "math", count=8, noise=0.5, seed=seed)
+    )
+    # Of eight problems one is the right one by chance.
+    assert wrong / 400 == pytest.approx(0.5 * 7 / 8, abs=0.08)
+    assert {a for _, a in taught(MATHS, "math", count=8, noise=1.0)} <= set(right.values())
+
+
+def test_programs_without_a_solution_are_passed_over(taught):
+    with_one = Record("a", user("A"), "", "code", {"solution": PROGRAM})
+    without = [Record(str(i), user(f"B{i}"), "", "code", {}) for i in range(3)]
+    assert taught([*without, with_one], "code", count=1) == [("A", f"{PROGRAM}<eos>")]
+    with pytest.raises(UserError, match="demonstrations=2, but 1 of the training problems have"):
+        taught([*without, with_one], "code", count=2)
+    with pytest.raises(UserError, match="demonstrations=0 must be at least 1"):
+        taught([with_one], "code", count=0)
+
+
+def test_a_prompt_that_does_not_fit_is_passed_over(taught):
+    long = Record("long", user("?" * 61), "1", "math", {})
+    assert [question for question, _ in taught([long, MATHS[0]], "math", count=1)] == ["10+10?"]
+
+
+def test_a_response_that_does_not_fit_is_refused(taught):
+    with pytest.raises(UserError, match=r"has 11 tokens, more than .*max_response_tokens=10"):
+        taught(MATHS, "math", count=8, longest=10)
+
+
+def test_the_solution_of_an_embedded_task_is_right_at_any_time():
+    record = Record("a", user("4+3-2="), "5", "chain_sum", {"terms": ["4", "+", "3", "-", "2"]})
+    assert {solution(record) for _ in range(3)} == {"07,05"}
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ([PROGRAM, "other"], PROGRAM),
+        (["print(1)\n"], PROGRAM),
+        ('["print(1)"]', PROGRAM),
+        (np.array(["print(1)"]).tolist(), PROGRAM),
+        ([], ""),
+        (["  "], ""),
+        ([3], ""),
+        (None, ""),
+        ("no list", ""),
+        ({"a": 1}, ""),
+    ],
+)
+def test_the_first_solution_of_a_release(cell, expected):
+    assert first_solution(cell) == expected

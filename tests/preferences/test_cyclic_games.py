@@ -1,0 +1,46 @@
+"""Small cyclic games: the objective's policy against brute force, beside self-play."""
+
+import numpy as np
+import pytest
+from scipy import optimize
+
+from experiments import preferences as games
+
+
+def test_brute_force_finds_what_a_linear_programme_finds_without_entropy(monkeypatch):
+    """max v with P_j(pi > y') >= v for every objective and opponent."""
+    monkeypatch.setattr(games, "BETA", 1e-3)
+    for game in games.GAMES.values():
+        against = np.concatenate([-p.T for p in game.preference])  # [J x 3, 3]
+        found = optimize.linprog(
+            [0, 0, 0, -1],
+            A_ub=np.hstack([against, np.ones((len(against), 1))]),
+            b_ub=np.zeros(len(against)),
+            A_eq=[[1, 1, 1, 0]],
+            b_eq=[1],
+            bounds=[(0, 1)] * 4,
+        )
+        assert found.success
+        _, value = games.brute_force(game)
+        assert abs(value + found.fun) < 0.003  # the grid's step, and what entropy is left
+
+
+@pytest.mark.parametrize("name", games.GAMES)
+def test_the_policy_reaches_the_value_of_brute_force_where_self_play_cycles(name):
+    game = games.GAMES[name]
+    best, highest = games.brute_force(game)
+    assert best.min() > 0.1  # inside of the simplex: no pure policy will do
+    assert games.value(game, games.START) < highest - 0.02
+    prosper = games.train(game, games.against_the_worst, seed=0)
+    self_play = games.train(game, games.against_itself, seed=0)
+    late = len(prosper) // 4
+    for policy in (prosper[-1], prosper[-late:].mean(0)):
+        assert highest - 0.01 < games.value(game, policy) < highest + 0.002
+    values = games.value(game, self_play[len(self_play) // 2 :])
+    assert values.min() < highest - 0.2
+    assert values.max() - values.min() > 0.1
+    assert games.value(game, self_play[-late:].mean(0)) < highest - 0.02
+    # It goes round the middle of the simplex.
+    x, y = ((self_play - 1 / 3) @ np.array([[0, 0], [1, 0], [0.5, 3**0.5 / 2]])).T
+    angle = np.unwrap(np.arctan2(y, x))
+    assert abs(angle[-1] - angle[0]) > 2 * np.pi

@@ -1,0 +1,84 @@
+"""Training runs in processes of their own, small, for the tests of the whole loop."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "num_steps": 12,
+    "group_size": 4,
+    "groups_per_step": 4,
+    "data.train_size": 200,
+    "data.validation_size": 8,
+    "data.test_size": 16,
+    "model.architecture.hidden_size": 32,
+    "model.architecture.intermediate_size": 32,
+    "warmup.num_steps": 6,
+    "warmup.batch_size": 8,
+    "warmup.demonstrations": 50,
+    "lag.steps": 4,
+    "buffer.zero_variance": "keep",
+    "rollout.prompts_per_call": 6,  # so that groups are left over at a checkpoint
+    "rollout.max_sequences": 24,
+    "evaluation.every": 5,
+    "evaluation.n": 4,
+    "evaluation.ks": "(1, 4)",
+    "checkpoint.every": 3,
+}
+TIMES = ("seconds", "per_second", "latency", "compile/")  # what may differ between two equal runs
+
+
+class Runs:
+    """Starts training processes that share a data set and a compile cache."""
+
+    def __init__(self, shared: Path):
+        self._shared = shared
+
+    def command(
+        self, workdir: Path, module: str = "train", config: str = "", **settings
+    ) -> list[str]:
+        values = {**SMALL, "data.data_dir": self._shared / "data", **settings}
+        return [
+            *(sys.executable, "-m", f"oapl_jax.{module}"),
+            *(f"--config=configs/arithmetic.py{config}", f"--workdir={workdir}"),
+            *(f"--config.{name}={value}" for name, value in values.items()),
+        ]
+
+    def environment(self, devices: int) -> dict[str, str]:
+        return {
+            **os.environ,
+            "JAX_COMPILATION_CACHE_DIR": str(self._shared / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+
+    def start(self, command: list[str], devices: int = 1) -> subprocess.Popen:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=self.environment(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, workdir: Path, *extra: str, devices: int = 1, code: int = 0, **settings) -> str:
+        config = settings.pop("config", "")
+        module = settings.pop("module", "train")
+        names = {name.replace("__", "."): value for name, value in settings.items()}
+        command = [*self.command(workdir, module, config, **names), *extra]
+        process = self.start(command, devices)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == code, output
+        return output
+
+
+def metrics(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(line: dict) -> dict:
+    return {k: v for k, v in line.items() if not any(part in k for part in TIMES)}

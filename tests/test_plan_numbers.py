@@ -1,0 +1,248 @@
+"""What a plan computes without a compiler: bounds, FLOPs, hosts, layouts; and what it refuses."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import arithmetic
+from oapl_jax.errors import RunError, UserError
+from oapl_jax.models.config import ModelConfig
+from oapl_jax.models.published import PUBLISHED, published
+from oapl_jax.plan import host
+from oapl_jax.plan.chips import CHIPS, SLICES
+from oapl_jax.plan.choices import Choice, applied, families
+from oapl_jax.plan.flops import step_flops, traced_work
+from oapl_jax.plan.programs import Learner
+from oapl_jax.plan.roofline import roofline
+from oapl_jax.plan.settings import check, model_of
+from oapl_jax.plan.sweep import Record, sweep
+from oapl_jax.sharding import make_mesh
+
+# Billions of parameters, as the model cards have them.
+SIZES = {
+    "qwen3-0.6b": 0.596,
+    "qwen3-1.7b": 1.721,
+    "qwen3-4b": 4.022,
+    "qwen3-4b-thinking-2507": 4.022,
+    "qwen3-8b": 8.191,
+    "qwen3-14b": 14.768,
+    "qwen3-32b": 32.762,
+    "r1-distill-qwen-14b": 14.770,
+    "llama-3-8b": 8.030,
+    "llama-3.1-8b": 8.030,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_make_the_published_number_of_parameters(name):
+    assert round(host.parameters(published(name)) / 1e9, 3) == SIZES[name]
+
+
+def test_the_roofline_is_arithmetic_in_float64():
+    chip = dataclasses.replace(CHIPS["v5e"], flops=200e12, hbm_bandwidth=800e9)
+    bound = roofline(
+        chip,
+        64,
+        program_flops=2.56e17,
+        model_flops=1.92e17,
+        hbm_bytes=4e12,
+        received={"fsdp": 3e11, "data+fsdp": 1e10},
+        bandwidth={"fsdp": 1e11, "data+fsdp": 5e10},
+        tokens=4_456_448,
+    )
+    assert (bound.compute, bound.hbm, bound.interconnect) == (20.0, 5.0, 3.2)
+    assert (bound.seconds, bound.binds) == (20.0, "compute")
+    assert bound.tokens_per_second == 222822.4
+    assert bound.mfu == 0.75
+    slow = dataclasses.replace(chip, hbm_bandwidth=100e9)
+    numbers = dict(program_flops=2.56e17, model_flops=1.92e17, hbm_bytes=4e12, tokens=1)
+    bound = roofline(slow, 64, **numbers, received={}, bandwidth={})
+    assert (bound.seconds, bound.binds, bound.mfu) == (40.0, "hbm", 0.375)
+
+
+def test_published_bandwidths_of_all_links():
+    published_bidirectional = {"v5e": 400e9, "v5p": 1200e9, "v6e": 800e9}
+    for name, chip in CHIPS.items():
+        assert chip.link_bandwidth * 2 * 2 * chip.dimensions == published_bidirectional[name]
+        for chips, shape in SLICES[name].items():
+            sizes = [int(size) for size in shape.split("x")]
+            assert len(sizes) == chip.dimensions
+            assert np.prod(sizes) == chips
+
+
+def test_flops_by_formula_are_those_of_a_step_counted_by_hand():
+    config = published("qwen3-4b")
+    layer = 2560 * (2 * 4096 + 2 * 1024 + 3 * 9728)
+    weights = 36 * layer + 2560 * 151936
+    # One prompt token, whose logits nobody wants, and 7 response tokens; each sees 4 on average.
+    products = 8 * weights - 2560 * 151936 + 36 * 8 * 2 * 4096 * 4
+    assert step_flops(config, 1, 1, 7) == 6 * products
+
+
+def test_flops_of_a_program_are_counted_through_loops_and_remat():
+    x = jax.ShapeDtypeStruct((16, 32), jnp.float32)
+    w = jax.ShapeDtypeStruct((5, 32, 32), jnp.float32)
+
+    def net(w, x, remat):
+        layer = lambda x, w: (jnp.sin(x @ w), None)
+        layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+        return jnp.sum(jax.lax.scan(layer, x, w)[0])
+
+    one = 2 * 16 * 32 * 32
+    trace = lambda f: traced_work(jax.jit(f).trace(w, x))
+    assert trace(lambda w, x: net(w, x, False)) == (forward := trace(lambda w, x: net(w, x, True)))
+    assert (forward.total, forward.remat) == (5 * one, 0)
+    plain = trace(jax.grad(lambda w, x: net(w, x, False), argnums=(0, 1)))
+    again = trace(jax.grad(lambda w, x: net(w, x, True), argnums=(0, 1)))
+    assert (plain.total, plain.remat) == (15 * one, 0)
+    assert (again.total, again.remat) == (20 * one, 5 * one)
+
+
+@pytest.fixture
+def config():
+    config = arithmetic.get_config().unlock()
+    config.rollout.sampler = "fleet"
+    config.evaluation.every = 0
+    config.warmup.num_steps = 0
+    return config
+
+
+@pytest.fixture
+def plan(config, tmp_path):
+    sizes, from_checkpoint = model_of(config, None, epath.Path(tmp_path))
+    return Learner(config, sizes, make_mesh(**config.mesh), from_checkpoint)
+
+
+def test_a_loop_without_a_known_number_of_turns_is_not_counted():
+    endless = lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x)
+    with pytest.raises(RunError, match="turns"):
+        traced_work(jax.jit(endless).trace(jax.ShapeDtypeStruct((4, 4), jnp.float32)))
+
+
+def test_the_longest_batch_has_the_most_rows(plan):
+    # 256 sequences of 28 tokens, two in a row of 64.
+    assert plan.longest.tokens.shape == (1, 128, 64)
+    assert plan.batch.tokens.sharding.shard_shape((1, 128, 64)) == (1, 16, 64)
+
+
+def test_what_lies_beside_a_program_is_counted(config, plan):
+    parameters = 4 * host.parameters(plan.model_config)
+    step = plan.train_step()
+    assert dict(step.beside) == {}
+    assert [p.name for p in plan.programs()] == ["train step", "initialisation", "probe"]
+    config.objective.kl_weight = 0.1
+    config.rollout.sampler = "local"
+    config.evaluation.every = 10
+    beside = plan.train_step().beside
+    assert beside["embedded samplers"] == 2 * parameters
+    assert parameters / 8 <= beside["reference parameters"] < parameters / 7
+    assert "recomputed log-probs" in [p.name for p in plan.programs()]
+
+
+def test_a_fleet_keeps_up_with_the_steps_between_two_publications(config):
+    config.lag.update(mode="window", steps=50)
+    config.buffer.mode = "clear_on_sync"
+    generated = 8 * 32 * 16
+    fleet = host.fleet(config, 2.0, 25.0)
+    assert fleet.tokens_per_second == generated / 2.0
+    assert fleet.learning == 100 / 125
+    config.buffer.mode = "keep_with_anchor"  # the fleet generates while the learner publishes
+    assert host.fleet(config, 2.0, 25.0).tokens_per_second == 50 * generated / 125
+    config.lag.mode = "fixed"  # a publication a step
+    fleet = host.fleet(config, 2.0, 6.0)
+    assert (fleet.tokens_per_second, fleet.learning) == (generated / 8, 0.25)
+
+
+def test_publishing_takes_the_weights_out_and_the_version_in():
+    # 4 bytes a parameter from 16 hosts at once, then from one, which meanwhile writes 2.
+    assert host.publish_seconds(4_000_000_000, 2, 16, 1e9) == 1.0 + 16.0
+    assert host.publish_seconds(1_000_000_000, 4, 1, 2e9) == 2.0 + 2.0
+
+
+def test_host_memory_holds_a_copy_of_each_chips_part(plan):
+    memory = host.host_memory(plan, 4)
+    state = 3 * 4 * host.parameters(plan.model_config) / 8  # over 8 chips
+    assert 4 * state <= memory["copy of the state for a checkpoint"] < 4 * 1.2 * state
+    assert memory["buffer"] == 128 * (8 * 8 * 16 + 4 * 12)
+
+
+CHOICE = Choice(data=2, fsdp=4, context=2, tensor=1, remat="full", micro_batches=4)
+
+
+def test_a_choice_becomes_settings(config):
+    new = applied(config, CHOICE)
+    assert new.mesh.to_dict() == dict(data=2, fsdp=4, context=2, tensor=1)
+    assert (new.model.remat, new.learner.micro_batches, new.learner.rows_multiple) == ("full", 4, 8)
+    assert new.learner.row_length == 1024  # a multiple of 512 on each of two chips
+    assert config.learner.row_length == 64
+    assert str(CHOICE) == "data 2 fsdp 4 context 2, remat full, 4 micro-batches"
+
+
+def test_families_fill_the_slice_and_split_whole_sequences(config):
+    sizes = published("qwen3-4b")
+    found = list(families(config, sizes, 64, ("none", "full")))
+    assert found[0][0].mesh == dict(data=1, fsdp=64, context=1, tensor=1)
+    assert [c.remat for c in (found[0][0], found[1][0])] == ["none", "full"]
+    for family in found:
+        assert [c.micro_batches for c in family] == sorted({c.micro_batches for c in family})
+        for choice in family:
+            assert np.prod(list(choice.mesh.values())) == 64
+            assert 256 % (choice.data * choice.fsdp * choice.micro_batches) == 0
+            assert 8 % choice.tensor == 2560 % choice.fsdp == 0
+    assert [c.micro_batches for c in found[0]] == [1, 2, 4]
+
+
+def test_a_sweep_takes_the_first_of_a_family_that_fits_and_ranks_them():
+    of = lambda fsdp, m: dataclasses.replace(CHOICE, fsdp=fsdp, micro_batches=m)
+    tried = []
+
+    def plan(choice):
+        tried.append((choice.fsdp, choice.micro_batches))
+        if choice.fsdp == 3:
+            raise UserError("3 divides nothing")
+        fits = choice.micro_batches > 1
+        return {"fits": fits, "roofline": {"seconds": choice.fsdp / choice.micro_batches}}
+
+    choices = [[of(fsdp, m) for m in (1, 2, 4)] for fsdp in (8, 3, 4, 2)]
+    found = sweep(choices, plan, enough=2)
+    assert tried == [(8, 1), (8, 2), (3, 1), (4, 1), (4, 2)]
+    assert [(c.fsdp, p["roofline"]["seconds"]) for c, p in found] == [(4, 2.0), (8, 4.0)]
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path):
+    path = epath.Path(tmp_path) / "record.json"
+    assert Record(path).get("a", lambda: {"fits": True}) == {"fits": True}
+    assert json.loads(path.read_text()) == {"a": {"fits": True}}
+    assert Record(path).get("a", lambda: pytest.fail("made again")) == {"fits": True}
+
+
+def test_what_a_run_refuses_a_plan_refuses(config, tmp_path):
+    config.mesh.update(data=7, fsdp=64)  # not of this machine's devices, and none of its business
+    check(config)
+    config.learner.micro_batches = 3
+    with pytest.raises(UserError, match="micro_batches=3 does not divide"):
+        check(config)
+
+
+def test_sizes_come_from_a_name_a_checkpoint_or_the_configuration(config, tmp_path):
+    scratch = epath.Path(tmp_path)
+    sizes, from_checkpoint = model_of(config, None, scratch)
+    assert (sizes.hidden_size, from_checkpoint) == (64, False)
+    sizes, from_checkpoint = model_of(config, "qwen3-0.6b", scratch)
+    assert (sizes.hidden_size, from_checkpoint) == (1024, True)
+    config.model.path = "tests/golden/qwen3"
+    assert isinstance(model_of(config, None, scratch)[0], ModelConfig)
+    config.model.path = "/no/such/place"
+    with pytest.raises(UserError, match="not on this machine; give its sizes with --model=qwen3"):
+        model_of(config, None, scratch)
+    with pytest.raises(UserError, match="'qwen9' is not known"):
+        model_of(config, "qwen9", scratch)
+    config.rollout.max_response_tokens = 9000
+    config.learner.row_length = 10000
+    with pytest.raises(UserError, match="more than the model's max_position_embeddings"):
+        model_of(config, "llama-3-8b", scratch)

@@ -1,0 +1,159 @@
+"""The whole loop on several hosts: real processes on one machine, four devices each."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import Runs, metrics
+
+# Where all rewards are equal gradients are rounding noise, and a small eps would make steps of it.
+SETTINGS = {"mesh.data": 2, "mesh.fsdp": 4, "learner.rows_multiple": 8, "optim.eps": 1e-3}
+PER_STEP = 4  # groups, so that what each host samples at a time is its part of a step
+DEADLINE = 240.0  # seconds for a whole run of all hosts
+
+
+class Pod:
+    def __init__(self, runs: Runs, hosts: int):
+        self._runs, self._hosts = runs, hosts
+
+    def start(self, workdir: Path, **settings) -> list[subprocess.Popen]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        settings = {**SETTINGS, "rollout.prompts_per_call": PER_STEP // self._hosts, **settings}
+        command = self._runs.command(workdir, **settings)
+        flags = [f"--hosts={self._hosts}", f"--coordinator=127.0.0.1:{port}"]
+        return [
+            self._runs.start([*command, *flags, f"--host={host}"], devices=8 // self._hosts)
+            for host in range(self._hosts)
+        ]
+
+    def run(self, workdir: Path, **settings) -> list[str]:
+        processes = self.start(workdir, **settings)
+        try:
+            outputs = [process.communicate(timeout=DEADLINE)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        for process, output in zip(processes, outputs, strict=True):
+            assert process.returncode == 0, output
+        return outputs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
+def alone(runs, tmp_path_factory):
+    """The run of one process with all eight devices."""
+    workdir = tmp_path_factory.mktemp("alone")
+    runs.run(
+        workdir,
+        devices=8,
+        **{k.replace(".", "__"): v for k, v in SETTINGS.items()}
+        | {"rollout__prompts_per_call": PER_STEP},
+    )
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def together(runs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("together")
+    Pod(runs, 2).run(workdir)
+    return workdir
+
+
+SAME = ("loss", "reward", "entropy", "kl", "grad_norm", "lag/max", "eval/pass@1")
+
+
+def assert_same_losses(found: list[dict], expected: list[dict]) -> None:
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        for key in SAME:
+            assert mine.get(key) == pytest.approx(theirs.get(key), abs=2e-4), (mine["step"], key)
+
+
+def test_two_hosts_learn_what_one_does(alone, together):
+    assert_same_losses(metrics(together), metrics(alone))
+    results = [json.loads((w / "result.json").read_text()) for w in (alone, together)]
+    assert results[0]["after"]["pass@1"] == pytest.approx(results[1]["after"]["pass@1"], abs=0.02)
+
+
+def wait_for_step(workdir: Path, step: int, processes: list[subprocess.Popen]) -> None:
+    give_up = time.monotonic() + DEADLINE
+    while not (workdir / "metrics.jsonl").exists() or len(metrics(workdir)) < step:
+        assert time.monotonic() < give_up, f"no step {step}"
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+
+
+def test_a_killed_host_is_named_and_the_run_goes_on(runs, together, tmp_path):
+    pod, workdir = Pod(runs, 2), tmp_path / "run"
+    first, second = pod.start(workdir, **{"rollout.deadline": 20})
+    try:
+        wait_for_step(workdir, 7, [first, second])
+        second.kill()
+        output, _ = first.communicate(timeout=90)
+    finally:
+        first.kill()
+    assert first.returncode == 4, output
+    reasons = ("host 1 did not come", "host 0 lost another one", "host 1 has not been heard of")
+    assert any(reason in output for reason in reasons), output
+    assert output.rstrip().endswith("on all hosts goes on from the newest checkpoint")
+    pod.run(workdir)
+    assert_same_losses(metrics(workdir), metrics(together))
+    for host in (0, 1):
+        assert balance(runs, workdir, host)["trained"] == 12 * PER_STEP * 4 // 2
+
+
+def balance(runs: Runs, workdir: Path, host: int) -> dict[str, int]:
+    command = [sys.executable, "-m", "oapl_jax.rollout.ledger", str(workdir), f"--host={host}"]
+    output, _ = (process := runs.start([*command, "--json"])).communicate(timeout=60)
+    assert process.returncode == 0, output
+    return json.loads(output)["balance"]
+
+
+def test_a_stop_of_one_host_stops_all_and_one_process_goes_on(runs, together, tmp_path):
+    workdir = tmp_path / "run"
+    processes = Pod(runs, 2).start(workdir)
+    try:
+        wait_for_step(workdir, 4, processes)
+        processes[1].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+        assert "stopped by SIGTERM" in output
+    before = metrics(workdir)
+    Pod(runs, 1).run(workdir)
+    lines = metrics(workdir)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert_same_losses(lines[: len(before)], metrics(together)[: len(before)])
+    of_host = [balance(runs, workdir, host) for host in (0, 1)]
+    assert sum(states["trained"] for states in of_host) == 12 * PER_STEP * 4
+    assert of_host[1]["held"] == of_host[1]["in flight"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"groups_per_step": 5}, "groups_per_step=5 can't be divided over 2 hosts"),
+        ({"rollout.record": True}, "rollout.record=True needs a single host"),
+        ({"curriculum.name": "learnability"}, "curriculum.name='learnability' needs a single host"),
+    ],
+)
+def test_what_several_hosts_can_not_do(runs, tmp_path, settings, why):
+    processes = Pod(runs, 2).start(tmp_path / "run", **settings)
+    outputs = [process.communicate(timeout=DEADLINE)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 2, output
+        assert f"error: {why}" in output
