@@ -8,6 +8,7 @@ nothing.
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import json
 import multiprocessing
@@ -201,33 +202,46 @@ def cut_off(path: epath.Path) -> None:
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    root: epath.Path
+    jobs: int
+    quick: bool
+    to: epath.Path
+
+
+def read_arguments(description: str) -> Arguments:
+    """Of the commands that share a grid; the first line of the description is shown by --help."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--root", default="runs/comparison", help="of results and unfinished runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--quick", action="store_true", help="minutes, to see that all of it works")
+    parser.add_argument("--to", help="where comparison.md goes; docs, or if quick the root")
+    given = parser.parse_args()
+    to = given.to or (given.root if given.quick else "docs")
+    absolute = lambda path: epath.Path(path).resolve()
+    return Arguments(absolute(given.root), given.jobs, given.quick, absolute(to))
+
+
 def command(
     description: str,
     work: Callable[[Grid, bool], None],
     render: Callable[[Grid, epath.Path, bool], None],
 ) -> None:
-    """What the commands of a grid have in common; once stopped, the same command goes on.
+    """Does runs; once stopped, the same command goes on.
 
     Args:
-      description: of --help; its first line is shown.
+      description: see `read_arguments`.
       work: does the runs of a grid, of the quick form if its second argument holds.
       render: writes what is known into a directory, at the end and also if `work` was stopped.
     """
-    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
-    parser.add_argument("--root", default="runs/comparison", help="of results and unfinished runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    parser.add_argument("--quick", action="store_true", help="minutes, to see that all of it works")
-    parser.add_argument("--to", default="docs", help="where comparison.md and its pictures go")
-    arguments = parser.parse_args()
-    root, to = epath.Path(arguments.root).resolve(), epath.Path(arguments.to).resolve()
-    if arguments.quick and arguments.to == "docs":
-        to = root  # what it shows is that it works, and no more
+    given = read_arguments(description)
     try:
-        with open_grid(root, jobs=arguments.jobs) as grid:
+        with open_grid(given.root, jobs=given.jobs) as grid:
             try:
-                work(grid, arguments.quick)
+                work(grid, given.quick)
             finally:
-                render(grid, to, arguments.quick)
+                render(grid, given.to, given.quick)
     except KeyboardInterrupt:
         say("stopped; the same command goes on")
         sys.exit(130)

@@ -2,7 +2,7 @@
 
     python -m experiments.plot [--root=runs/comparison] [--to=docs] [--quick]
 
-draws anew what a results file holds; the commands of the comparison do so at their end.
+draws what the results file holds by now. The commands of the comparison do so at their end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from experiments import tables
 from experiments.arms import Plan
 from experiments.findings import LEVEL, Cell, Spread
-from experiments.grid import Grid, command
+from experiments.grid import Grid, read_arguments
 from experiments.objectives import FULL, QUICK
 from experiments.page import page
 from oapl_jax.errors import exit_with_code
@@ -178,7 +178,8 @@ def _ended(cell: Cell) -> Sequence[dict]:
 
 
 def main() -> None:
-    command(__doc__ or "", lambda grid, quick: None, render)
+    given = read_arguments(__doc__ or "")
+    render(Grid(given.root, jobs=given.jobs), given.to, given.quick)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ JSON = "json"  # the array that holds the data which is no array
 SIGNS_OF_LOSS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Connection")  # in JAX's messages
 SILENCE = 40.0  # seconds after which a host that says nothing counts as lost
 JAX_SILENCE = 100  # seconds after which JAX ends everybody, without a sentence for people
+JAX_ERROR = jax.errors.JaxRuntimeError
 GOODBYE = "goodbye"
 AGAIN = "the same command on all hosts goes on from the newest checkpoint"
 
@@ -84,7 +85,7 @@ def _watch(leaving: threading.Event) -> None:
         try:
             client.key_value_set(mine, str(beat), allow_overwrite=True)
             said = dict(client.key_value_dir_get("alive/"))
-        except jax.errors.JaxRuntimeError as error:
+        except JAX_ERROR as error:
             end(
                 HostLost(
                     f"the coordinator, host 0, is gone ({str(error).splitlines()[0]}); {AGAIN}"
@@ -129,9 +130,11 @@ def ending_at_once() -> Iterator[None]:
     except Exception as error:
         if jax.process_count() == 1:
             raise
-        lost = isinstance(error, jax.errors.JaxRuntimeError)
-        if lost and any(sign in str(error) for sign in SIGNS_OF_LOSS):
-            first = str(error).splitlines()[0]
+        if isinstance(error, HostLost):
+            end(error)
+        broken = next((e for e in (error, error.__cause__) if isinstance(e, JAX_ERROR)), None)
+        if any(sign in str(broken) for sign in SIGNS_OF_LOSS):
+            first = str(broken).splitlines()[0]
             end(HostLost(f"host {jax.process_index()} lost another one ({first}); {AGAIN}"))
         end(error)
 

@@ -228,12 +228,14 @@ def shop(tmp_path_factory):
     cache = {
         "jax_compilation_cache_dir": str(root / "cache"),
         "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_disable_most_optimizations": True,  # compiling is most of what happens here
     }
     before = {name: getattr(jax.config, name) for name in cache}
     for name, value in cache.items():
         jax.config.update(name, value)
+    slow_to_compile = "jax_disable_most_optimizations"  # compiling is most of what happens here
+    jax.config.update(slow_to_compile, True)
     yield Shop(root)
+    jax.config.update(slow_to_compile, False)
     for name, value in before.items():
         jax.config.update(name, value)
 

@@ -195,6 +195,8 @@ def test_families_fill_the_slice_and_split_whole_sequences(config):
             assert 256 % (choice.data * choice.fsdp * choice.micro_batches) == 0
             assert 8 % choice.tensor == 2560 % choice.fsdp == 0
     assert [c.micro_batches for c in found[0]] == [1, 2, 4]
+    few = dataclasses.replace(sizes, num_kv_heads=2)
+    assert {family[0].tensor for family in families(config, few, 64, ("full",))} == {1, 2}
 
 
 def test_a_sweep_takes_the_first_of_a_family_that_fits_and_ranks_them():

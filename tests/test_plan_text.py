@@ -110,6 +110,14 @@ def test_a_printed_trip_count_is_taken():
     assert Module(text).executions("inner") == 35
 
 
+def test_where_data_end_a_loop_its_scope_says_the_most_turns():
+    text = LOOPS.replace("s32[]{:T(128)} constant(10)", "s32[]{:T(128)} custom-call()")
+    named = lambda path: text.replace("body=%inner", f'body=%inner, metadata={{op_name="{path}"}}')
+    assert Module(named("jit(f)/at_most_9/while")).executions("inner") == 27
+    with pytest.raises(RunError, match="number of turns of loop"):  # it is a loop within that one
+        Module(named("jit(f)/at_most_9/while/body/while")).executions("inner")
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -263,7 +271,9 @@ ENTRY %main (w: bf16[36,1024], i: s32[], v: bf16[1,1024]) -> bf16[36,1024] {
   %i = s32[]{:S(6)} parameter(1)
   %v = bf16[1,1024]{1,0} parameter(2)
   %layer = bf16[1024]{0:T(1024)S(1)} fusion(%w, %i), kind=kLoop, calls=%one_layer
-  %doubled = bf16[1024]{0:T(1024)S(1)} add(%layer, %layer)
+  %doubled = bf16[1024]{0:T(1024)S(1)} add(%layer, %layer), backend_config={"note":{
+"a kernel":"prints its notes, a = b (c), on lines of their own"
+}}, metadata={op_name="jit(f)/add"}
   %fetch = (bf16[1,1024]{1,0:S(1)}, bf16[1,1024]{1,0}, u32[]{:S(2)}) copy-start(%v)
   %near = bf16[1,1024]{1,0:S(1)} copy-done(%fetch)
   ROOT %out = bf16[36,1024]{1,0} fusion(%w, %near, %i), kind=kLoop, calls=%put
@@ -280,45 +290,51 @@ def test_traffic_is_what_goes_through_hbm():
 def test_what_a_loop_leaves_to_a_later_loop_is_kept():
     text = """HloModule m
 
-%c (s: (s32[], f32[8,64], f32[4])) -> pred[] {
-  %s = (s32[], f32[8,64]{1,0}, f32[4]{0}) parameter(0)
+%c (s: (s32[], f32[8,64], f32[4,4])) -> pred[] {
+  %s = (s32[], f32[8,64]{1,0}, f32[4,4]{1,0}, f32[8,2]{1,0:S(1)}) parameter(0)
   %i = s32[] get-tuple-element(%s), index=0
   %n = s32[] constant(8)
   ROOT %less = pred[] compare(%i, %n), direction=LT
 }
 
-%forward (f: (s32[], f32[8,64], f32[4])) -> (s32[], f32[8,64], f32[4]) {
-  %f = (s32[], f32[8,64]{1,0}, f32[4]{0}) parameter(0)
+%forward (f: (s32[], f32[8,64], f32[4,4])) -> (s32[], f32[8,64], f32[4,4]) {
+  %f = (s32[], f32[8,64]{1,0}, f32[4,4]{1,0}, f32[8,2]{1,0:S(1)}) parameter(0)
   %j = s32[] get-tuple-element(%f), index=0
   %old = f32[8,64]{1,0} get-tuple-element(%f), index=1
-  %weights = f32[4]{0} get-tuple-element(%f), index=2
+  %weights = f32[4,4]{1,0} get-tuple-element(%f), index=2
+  %was = f32[8,2]{1,0:S(1)} get-tuple-element(%f), index=3
+  %near = f32[8,2]{1,0:S(1)} add(%was, %was)
   %one = s32[] constant(1)
   %k = s32[] add(%j, %one)
   %written = f32[8,64]{1,0} add(%old, %old)
-  ROOT %g = (s32[], f32[8,64]{1,0}, f32[4]{0}) tuple(%k, %written, %weights)
+  ROOT %g = (s32[], f32[8,64]{1,0}, f32[4,4]{1,0}, f32[8,2]{1,0:S(1)}) tuple(%k, %written, %weights, %near)
 }
 
-%backward (b: (s32[], f32[8,64], f32[4])) -> (s32[], f32[8,64], f32[4]) {
-  %b = (s32[], f32[8,64]{1,0}, f32[4]{0}) parameter(0)
+%backward (b: (s32[], f32[8,64], f32[4,4])) -> (s32[], f32[8,64], f32[4,4]) {
+  %b = (s32[], f32[8,64]{1,0}, f32[4,4]{1,0}, f32[8,2]{1,0:S(1)}) parameter(0)
   %l = s32[] get-tuple-element(%b), index=0
   %saved = f32[8,64]{1,0} get-tuple-element(%b), index=1
-  %same = f32[4]{0} get-tuple-element(%b), index=2
+  %same = f32[4,4]{1,0} get-tuple-element(%b), index=2
+  %nearer = f32[8,2]{1,0:S(1)} get-tuple-element(%b), index=3
   %uno = s32[] constant(1)
   %m = s32[] add(%l, %uno)
-  ROOT %h = (s32[], f32[8,64]{1,0}, f32[4]{0}) tuple(%m, %saved, %same)
+  ROOT %h = (s32[], f32[8,64]{1,0}, f32[4,4]{1,0}, f32[8,2]{1,0:S(1)}) tuple(%m, %saved, %same, %nearer)
 }
 
-ENTRY %main (x: f32[8,64], w: f32[4]) -> f32[8,64] {
+ENTRY %main (x: f32[8,64], w: f32[4,4]) -> f32[8,64] {
   %x = f32[8,64]{1,0} parameter(0)
-  %w = f32[4]{0} parameter(1)
+  %w = f32[4,4]{1,0} parameter(1)
+  %v = f32[8,2]{1,0:S(1)} parameter(2)
   %zero = s32[] constant(0)
-  %a = (s32[], f32[8,64]{1,0}, f32[4]{0}) tuple(%zero, %x, %w)
-  %first = (s32[], f32[8,64]{1,0}, f32[4]{0}) while(%a), condition=%c, body=%forward
+  %a = (s32[], f32[8,64]{1,0}, f32[4,4]{1,0}, f32[8,2]{1,0:S(1)}) tuple(%zero, %x, %w, %v)
+  %first = (s32[], f32[8,64]{1,0}, f32[4,4]{1,0}, f32[8,2]{1,0:S(1)}) while(%a), condition=%c, body=%forward
   %made = f32[8,64]{1,0} get-tuple-element(%first), index=1
-  %handed = f32[4]{0} get-tuple-element(%first), index=2
-  %d = (s32[], f32[8,64]{1,0}, f32[4]{0}) tuple(%zero, %made, %handed)
-  %second = (s32[], f32[8,64]{1,0}, f32[4]{0}) while(%d), condition=%c, body=%backward
+  %handed = f32[4,4]{1,0} get-tuple-element(%first), index=2
+  %fast = f32[8,2]{1,0:S(1)} get-tuple-element(%first), index=3
+  %d = (s32[], f32[8,64]{1,0}, f32[4,4]{1,0}, f32[8,2]{1,0:S(1)}) tuple(%zero, %made, %handed, %fast)
+  %second = (s32[], f32[8,64]{1,0}, f32[4,4]{1,0}, f32[8,2]{1,0:S(1)}) while(%d), condition=%c, body=%backward
   ROOT %out = f32[8,64]{1,0} get-tuple-element(%second), index=1
 }
 """
+    # Not the weights, which the loop hands on, nor what stays in VMEM.
     assert kept_bytes(Module(text)) == 8 * 64 * 4

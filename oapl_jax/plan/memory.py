@@ -13,6 +13,7 @@ import jax
 from oapl_jax.errors import RunError
 from oapl_jax.plan.module import Module
 from oapl_jax.plan.programs import Program, per_chip
+from oapl_jax.plan.traffic import HBM
 
 REFUSALS = ("RESOURCE_EXHAUSTED", "Ran out of memory", "out of memory")
 
@@ -118,5 +119,5 @@ def kept_bytes(text: Module) -> int:
                 if source is not None and source not in seen:
                     seen.add(source)
                     array = computation.instructions[source[0]].arrays[source[1]]
-                    total += array.bytes if array.space == 0 and len(array.shape) > 1 else 0
+                    total += array.bytes if array.space == HBM else 0
     return total

@@ -64,12 +64,14 @@ class Module:
 
     @functools.cache  # noqa: B019
     def trip_count(self, caller: Computation, loop: Instruction) -> int:
-        """Turns of a while loop: as printed, or as its condition `i < n` and its body `i + 1` say.
+        """Turns of a while loop: as printed, or as its condition `i < n` and its body `i + 1` say;
+        the most of them where data decide, as the scope `at_most_n` of the loop says.
 
         Raises:
           RunError: if neither says it; a guess would make every figure wrong.
         """
         printed = re.search(r'known_trip_count[^0-9]*"?n"?[^0-9]*(\d+)', loop.rest)
+        printed = printed or re.search(r'/at_most_(\d+)/while"', loop.rest)
         if printed:
             return int(printed.group(1))
         compare, sides = self._comparison(self.computations[loop.callee("condition")])

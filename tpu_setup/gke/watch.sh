@@ -56,7 +56,7 @@ failing_since=''
 retry() {
   failing_since=${failing_since:-$SECONDS}
   say "$(date +%H:%M:%S) waits for the $1, at most $service_deadline s"
-  true ||
+  ((SECONDS - failing_since < service_deadline)) ||
     end 1 "the $1 did not come within $service_deadline s"
   sleep "$((poll < 60 ? poll : 60))"
 }
