@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,8 @@ def measure(length: int, packed: bool, tokens: int, rounds: int) -> dict[str, fl
         name: jax.jit(partial(gradients, attention)).lower(*given).compile()
         for name, attention in (("blocked", blocked), ("plain", plain))
     }
-    temporaries = {n: p.memory_analysis().temp_size_in_bytes for n, p in programs.items()}
+    analyses: dict[str, Any] = {name: p.memory_analysis() for name, p in programs.items()}
+    temporaries = {name: found.temp_size_in_bytes for name, found in analyses.items()}
     run = [name for name in programs if temporaries[name] < LIMIT]
     seconds: dict[str, list[float]] = {name: [] for name in run}
     for _ in range(rounds + 1):  # the first one does not count

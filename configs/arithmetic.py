@@ -151,7 +151,9 @@ def get_config(arg: str | None = None) -> common.Config:
         n=8,
         ks=(1, 2, 4, 8),
         resamples=1000,
-        max_response_tokens=config.rollout.get_oneway_ref("max_response_tokens"),  # of benchmarks
+        max_response_tokens=common.reference(
+            config.rollout, "max_response_tokens"
+        ),  # of benchmarks
     )
     config.benchmarks = dict()  # name -> a data set, as in data.sets of real data (docs/data.md)
     config.checkpoint = dict(every=100, keep=2)

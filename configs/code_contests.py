@@ -21,6 +21,7 @@ from configs import common
 # Gradient steps of each round, of 256 sequences. Groups whose rewards are all equal don't count:
 # the released set of round 1 has 107,000 of 192,000 responses left, which fits that [I]. Another
 # set may have more or fewer left: epochs x groups left x group_size / 256.
+SMOKE_STEPS = 4
 STEPS = {
     "1": 418,  # one pass over the 107,000 [I]: the "more than 400 steps" of lag
     "2": 279,  # four passes over 4,000 x 8 responses, if as large a share is left [I]
@@ -126,7 +127,6 @@ def get_config(arg: str | None = None) -> common.Config:
     config.rewards = common.rewards()
     config.preferences = common.preferences(choice["objective"])
     config.rewards.code.update(parallel=32, thinking_opened=True)
-    config.preferences = common.preferences(choice["objective"])
     config.learner = dict(
         micro_batches=4,  # of 64 rows at most, one a device
         row_length=4096 + 32000,
@@ -145,30 +145,44 @@ def get_config(arg: str | None = None) -> common.Config:
     config.checkpoint = dict(every=50, keep=2)
     config.tensorboard = True
 
-    last = STEPS["1"]
     if choice["size"] == "smoke":
-        common.smoke(config)
-        config.benchmarks.seen = config.data.sets.taco  # what the warm-up teaches
-        config.num_steps = config.lag.steps = last = 4
-        config.data.instruction = "Use a ```python block."
-        config.data.max_prompt_tokens = 192
-        config.rollout.max_response_tokens = config.evaluation.max_response_tokens = 56
-        config.objective.constant_length = 56
-        config.learner.row_length = 256
-        config.warmup.demonstrations = 16
-        config.model.path = rounds + "/versions/v000000"
+        shrink(config, rounds)
     if number == "2":
         # As oapl_jax.publisher wrote it; and 17 hundredths of all problems are the 4,000.
-        config.model.path = rounds + f"/versions/v{last:06d}"
-        for name in config.data.train:
-            config.data.sets[name].part = (0, 60) if choice["size"] == "smoke" else (0, 17)
+        last = SMOKE_STEPS if choice["size"] == "smoke" else STEPS["1"]
+        continue_from(config, rounds, last, part=(0, 60 if choice["size"] == "smoke" else 17))
     if number == "0":
-        config.num_steps, config.lag.steps = 0, 1
-        config.rollout.update(source="live", shards="")
-        if choice["size"] == "smoke":
-            config.model.path = ""
-            config.warmup.num_steps = 32
+        begin(config, smoke=choice["size"] == "smoke")
     return config.lock()
+
+
+def shrink(config: common.Config, rounds: str) -> None:
+    common.smoke(config)
+    config.benchmarks.seen = config.data.sets.taco  # what the warm-up teaches
+    config.num_steps = config.lag.steps = SMOKE_STEPS
+    config.data.instruction = "Use a ```python block."
+    config.data.max_prompt_tokens = 192
+    config.rollout.max_response_tokens = config.evaluation.max_response_tokens = 56
+    config.objective.constant_length = 56
+    config.learner.row_length = 256
+    config.warmup.demonstrations = 16
+    config.model.path = rounds + "/versions/v000000"
+
+
+def continue_from(config: common.Config, rounds: str, last: int, part: tuple[int, int]) -> None:
+    """Round 2 starts from the last version of round 1, with a part of the problems."""
+    config.model.path = rounds + f"/versions/v{last:06d}"
+    for name in config.data.train:
+        config.data.sets[name].part = part
+
+
+def begin(config: common.Config, *, smoke: bool) -> None:
+    """Round 0 takes no step: it samples from the model as it is."""
+    config.num_steps, config.lag.steps = 0, 1
+    config.rollout.update(source="live", shards="")
+    if smoke:
+        config.model.path = ""
+        config.warmup.num_steps = 32
 
 
 def deepcoder(root: common.Config, path: str) -> common.Config:

@@ -28,6 +28,11 @@ def parse_arg(arg: str | None, **choices: tuple[str, ...]) -> dict[str, str]:
     return chosen
 
 
+def reference(section: Config, name: str) -> Any:
+    """The value of another setting, which it follows when that one is overridden."""
+    return section.get_oneway_ref(name)
+
+
 # What each objective changes in the section below, above all how its sequences are averaged.
 # "A proposal" is a value that the method's source does not state.
 OBJECTIVES: dict[str, dict[str, Any]] = {

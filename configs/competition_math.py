@@ -113,7 +113,6 @@ def get_config(arg: str | None = None) -> common.Config:
     config.rewards = common.rewards()
     config.preferences = common.preferences(choice["objective"])
     config.rewards.math.update(processes=8, thinking_opened=True)
-    config.preferences = common.preferences(choice["objective"])
     config.learner = dict(
         micro_batches=4,  # of 64 rows at most, one a device
         row_length=1024 + 16384,
@@ -127,7 +126,7 @@ def get_config(arg: str | None = None) -> common.Config:
         n=10,  # and --n=256 for the scaling figure
         ks=(1, 5, 10),
         resamples=1000,
-        max_response_tokens=config.rollout.get_oneway_ref("max_response_tokens"),  # [I]
+        max_response_tokens=common.reference(config.rollout, "max_response_tokens"),  # [I]
     )
     config.checkpoint = dict(every=50, keep=2)
     config.tensorboard = True
@@ -136,16 +135,20 @@ def get_config(arg: str | None = None) -> common.Config:
         config.lag = dict(mode="fixed", steps=1)
         config.buffer.update(mode="keep_with_anchor", max_age=1)
     if choice["size"] == "smoke":
-        common.smoke(config)
-        config.benchmarks.seen = config.data.sets.deepscaler  # what the warm-up teaches
-        config.num_steps = 8
-        config.lag.steps = min(config.lag.steps, 4)
-        config.data.max_prompt_tokens = 128
-        config.rollout.max_response_tokens = 16
-        config.objective.constant_length = 16
-        config.learner.row_length = 144
-        config.warmup.update(num_steps=18, demonstrations=8)
+        shrink(config)
     return config.lock()
+
+
+def shrink(config: common.Config) -> None:
+    common.smoke(config)
+    config.benchmarks.seen = config.data.sets.deepscaler  # what the warm-up teaches
+    config.num_steps = 8
+    config.lag.steps = min(config.lag.steps, 4)
+    config.data.max_prompt_tokens = 128
+    config.rollout.max_response_tokens = 16
+    config.objective.constant_length = 16
+    config.learner.row_length = 144
+    config.warmup.update(num_steps=18, demonstrations=8)
 
 
 def competition(root: common.Config, path: str, *, rows: int) -> common.Config:

@@ -113,7 +113,7 @@ def generations(live: tables.Arms, plan: Plan):
         for name in plan.core:
             ended = _ended(methods[name][1]) if name in methods else []
             if ended:
-                made = [point[1] for point in ended[0]["validation"]]
+                made = [point[1] for point in ended[0]["progress"]]
                 values = np.array([[point[2] for point in line["progress"]] for line in ended])
                 style = _style(name, plan)
                 panel.plot(made, values.mean(axis=0), label=name, **style)

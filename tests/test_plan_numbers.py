@@ -119,9 +119,16 @@ def plan(config, tmp_path):
 
 
 def test_a_loop_without_a_known_number_of_turns_is_not_counted():
+    def bounded(x, turns):
+        with jax.named_scope("at_most_7"):
+            return jax.lax.fori_loop(0, turns, lambda _, x: x @ x, x)
+
+    turns = jax.ShapeDtypeStruct((), jnp.int32)
+    x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    assert traced_work(jax.jit(bounded).trace(x, turns)).total == 7 * 2 * 4**3
     endless = lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x)
     with pytest.raises(RunError, match="turns"):
-        traced_work(jax.jit(endless).trace(jax.ShapeDtypeStruct((4, 4), jnp.float32)))
+        traced_work(jax.jit(endless).trace(x))
 
 
 def test_the_longest_batch_has_the_most_rows(plan):

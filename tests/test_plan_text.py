@@ -118,6 +118,16 @@ def test_where_data_end_a_loop_its_scope_says_the_most_turns():
         Module(named("jit(f)/at_most_9/while/body/while")).executions("inner")
 
 
+def test_a_bound_that_is_data_is_named():
+    unknown = LOOPS.replace("constant(10)", "custom-call()")
+    named = 'metadata={op_name="jit(f)/while/body/at_most_34/while"}'
+    text = unknown.replace("body=%inner", f"body=%inner, {named}")
+    assert Module(text).executions("inner") == 3 * 34
+    below = text.replace("at_most_34/while", "at_most_34/while/body/while")
+    with pytest.raises(RunError, match="number of turns"):
+        Module(below).executions("inner")
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

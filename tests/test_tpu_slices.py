@@ -260,11 +260,20 @@ def test_a_preempted_slice_is_requested_anew_and_the_same_command_resumes(cloud,
     assert done.returncode == 0, done.stderr
     assert cloud.calls() == [*ONE_LIFE, "delete", *ONE_LIFE]
     assert f"the slice is gone ({end.split()[-1]})" in done.stderr
+    assert ("waits for the end of the deletion" in done.stderr) == ("SUSPENDING" in end)
     assert "worker-0 running step 1" in done.stderr
     first, second = cloud.starts()[::2], cloud.starts()[1::2]
     assert [line[0] for line in first] == ["0", "1"]
     assert first == second
     assert "the slice is billed until: " in done.stderr
+
+
+def test_a_slice_may_be_taken_away_again_and_again(cloud):
+    resume = RESUME.replace("start > 1", "start > 4")
+    cloud.tell(*["ACTIVE* SUSPENDED"] * 4, "ACTIVE", trainer=resume, workers=1)
+    done = cloud.watch()
+    assert done.returncode == 0, done.stderr
+    assert len(cloud.starts()) == 5
 
 
 def test_the_commit_of_the_beginning_is_installed_after_a_preemption(cloud):

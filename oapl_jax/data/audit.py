@@ -180,8 +180,10 @@ def sections(
             raise UserError(
                 f"data.sets.{name} and config.benchmarks.{name} are not the same; rename one"
             )
-    of_benchmarks = dict.fromkeys(benchmarks, ("config.benchmarks", benchmarks))
-    return of_benchmarks | dict.fromkeys(sets, ("data.sets", sets))
+    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for section, holds in (("config.benchmarks", benchmarks), ("data.sets", sets)):
+        found |= dict.fromkeys(holds, (section, holds))
+    return found
 
 
 def main() -> None:

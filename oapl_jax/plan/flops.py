@@ -6,6 +6,7 @@ it is traced, whole loops; products below "rematted_computation" are those that 
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ from oapl_jax.models.config import ModelConfig
 REMAT = "rematted_computation"
 # Of the blocks of a causal row's attention, those that the kernel does not skip.
 CAUSAL = 0.5
+# A loop whose bound is data says its most turns in the name of its scope.
+AT_MOST = re.compile(r"at_most_(\d+)$")
 
 
 def forward_flops(config: ModelConfig, tokens: int, context: float, head_tokens: int) -> float:
@@ -69,7 +72,9 @@ def _products(jaxpr: Any, times: float, again: bool) -> Iterator[tuple[float, bo
             inside *= math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         elif name == "pallas_call":
             inside *= math.prod(params["grid_mapping"].grid) * CAUSAL
-        elif name == "while" and _has_products(params["body_jaxpr"].jaxpr):
+        elif name == "while" and (most := AT_MOST.search(str(equation.source_info.name_stack))):
+            inside *= int(most.group(1))
+        elif name == "while" and any(_products(params["body_jaxpr"].jaxpr, 1.0, False)):
             raise RunError(
                 "the program has a loop with matrix products whose number of turns is not known "
                 f"before it runs, at {equation.source_info.name_stack}; its FLOPs can't be counted"
@@ -89,7 +94,3 @@ def _product(equation: Any) -> float:
     (contracted, _), _ = equation.params["dimension_numbers"]
     left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     return 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
-
-
-def _has_products(jaxpr: Any) -> bool:
-    return any(True for _ in _products(jaxpr, 1.0, False))

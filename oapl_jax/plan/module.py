@@ -13,6 +13,7 @@ from oapl_jax.errors import RunError
 from oapl_jax.plan.hlo import Computation, Instruction, read_computations
 
 COPIES = ("copy", "bitcast", "convert", "copy-done", "optimization-barrier")
+AT_MOST = re.compile(r'at_most_(\d+)/while"')
 CONTROL = ("while", "conditional", "call", "async-start")
 
 
@@ -85,6 +86,9 @@ class Module:
             if start is not None and step and direction in ("LT", "LE", "GT", "GE"):
                 beyond = {"LT": 0, "LE": 1, "GT": 0, "GE": -1}[direction]
                 return max(math.ceil((limit - start + beyond) / step), 0)
+        named = AT_MOST.search(loop.rest)
+        if named:
+            return int(named.group(1))
         raise RunError(f"the number of turns of loop {loop.name} of the program can't be read")
 
     def made_by_loop(self, computation: Computation, name: str) -> tuple[str, int] | None:

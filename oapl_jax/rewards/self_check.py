@@ -84,10 +84,10 @@ def check_rewards(
         make_prompt, tokenizer=tokenizer, draw=0, task=task, instruction=instruction
     )
     known = KNOWN.get(task, ())
-    asked = [template(known_record, max_prompt_tokens=1 << 30) for known_record, *_ in known]
-    opened = any(prompt and ends_thinking(tokenizer, prompt) for prompt in asked)
+    asked: list[Any] = [template(record, max_prompt_tokens=1 << 30) for record, *_ in known]
+    opened = any(ends_thinking(tokenizer, prompt) for prompt in asked)
     own = ((template(r, max_prompt_tokens=max_prompt_tokens), r) for r in records)
-    own = itertools.islice(((p, r) for p, r in own if p), CHECKED)
+    own: Any = itertools.islice(((p, r) for p, r in own if p), CHECKED)
     cases = [(p, right, wrong) for p, (_, right, wrong) in zip(asked, known, strict=True)]
     cases += [(prompt, *of_record(record)) for prompt, record in own]
     for prompt, right, wrong in cases:

@@ -10,6 +10,7 @@ here=$(dirname "$0")
 
 mountpoint -q /mnt/oapl && exit
 # A fresh machine may still be upgrading itself.
+sudo apt-get -o DPkg::Lock::Timeout=600 update --quiet
 sudo apt-get -o DPkg::Lock::Timeout=600 install --yes --quiet nfs-common
 sudo mkdir -p /mnt/oapl
 sudo mount -t nfs -o hard "$share" /mnt/oapl

@@ -11,7 +11,7 @@ here=$(dirname "$0")
 . "$here/../flags.sh"
 . "$here/fleet.sh"
 
-python3 -m pip install --quiet --user uv
+PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python=3.11 ~/sglang
 python3 -m uv pip install --quiet --python="$HOME/sglang" 'sglang>=0.5'
 
