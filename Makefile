@@ -16,6 +16,7 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/shellcheck tpu_setup/*.sh tpu_setup/*/*.sh
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .

@@ -85,7 +85,10 @@ def _at_level(line: Line) -> list[int]:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and 95 % interval by bootstrap over seeds (percentiles)."""
+    """Mean and 95 % interval by bootstrap over seeds (percentiles); one seed has no interval, and
+    not-a-number for its ends."""
+    if len(values) == 1:
+        return float(values[0]), float("nan"), float("nan")
     low, high = interval(np.array(values), resamples=RESAMPLES, seed=0)
     return float(np.mean(values)), low, high
 

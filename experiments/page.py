@@ -3,6 +3,7 @@
 What the figures are asked, and by which rule they answer, was written before any full run.
 """
 
+import math
 import textwrap
 from collections.abc import Iterable, Mapping
 
@@ -33,7 +34,7 @@ QUESTIONS = {
 LIMITS = """\
 - There is one task, one model of a hundred thousand parameters, answers of ten tokens and at most
   1,024 steps. On long answers clips, ratios of sequences and beta2 are another matter.
-- On this task pass@64 is almost 1 before any reinforcement: it can fall, and can hardly grow.
+- Where pass@64 is almost 1 before any reinforcement (see above) it can fall, and can hardly grow.
 - The intervals are narrow: of {seeds} normal values they hold the mean {coverage:.0%} of the time
   (by simulation) and not 95 %. None is corrected for their number, so that some "more" and some
   "less" are chance.
@@ -132,7 +133,7 @@ def questions(plan: Plan, found: tables.Arms) -> Iterable[str]:
 
 
 def robustness(surfaces: Iterable[tuple[Table, Mapping]]) -> Iterable[str]:
-    by_lag = {t.title: cells for t, cells in surfaces if t.title.startswith("Lag ")}
+    by_lag = {t.title: cells for t, cells in surfaces if math.isfinite(t.lag)}
     if by_lag:
         good, kept = tables.limits(by_lag)
         yield (

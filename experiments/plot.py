@@ -5,6 +5,7 @@
 draws what the results file holds by now. The commands of the comparison do so at their end.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -39,9 +40,8 @@ def draw(grid: Grid, plan: Plan, to: epath.Path) -> dict[str, str]:
     """Draws what can be drawn; captions by file name, as seen from beside the directory."""
     found = tables.collect(grid, plan)
     live = {arm: methods for arm, methods in found.items() if arm.source == "live"}
-    live = dict(sorted(live.items(), key=lambda item: item[0].lag))
     surfaces = tables.surfaces(grid, plan)
-    by_lag = {title: cells for title, (_, cells) in surfaces.items() if title.startswith("Lag ")}
+    by_lag = {title: cells for title, (t, cells) in surfaces.items() if math.isfinite(t.lag)}
     n, captions = len(plan.seeds), {}
 
     def save(name: str, figure, caption: str) -> None:
@@ -86,7 +86,8 @@ def lags(live: tables.Arms, plan: Plan):
                 arm.lag: of[name][1].spread(measure) for arm, of in live.items() if name in of
             }
             with_whiskers(panel, points, name, _style(name, plan))
-        panel.set(xscale="log", xlabel="lag L (steps of a window)", title=f"{measure}, test split")
+        panel.set(xlabel="lag L (steps of a window)", title=f"{measure}, test split")
+        powers_of_two(panel, [arm.lag for arm in live])
     panels[0].legend(fontsize=7, ncols=2)
     return finish(figure)
 
@@ -101,7 +102,8 @@ def passes(live: tables.Arms, plan: Plan):
                     k: methods[name][1].spread(f"pass@{k}") for k in (1, 8, 64)
                 }
                 with_whiskers(panel, points, name, _style(name, plan))
-        panel.set(xscale="log", xlabel="k", title=arm.name)
+        panel.set(xlabel="k", title=arm.name)
+        powers_of_two(panel, [1, 8, 64])
     panels[0][0].legend(fontsize=7)
     return finish(figure)
 
@@ -113,14 +115,14 @@ def generations(live: tables.Arms, plan: Plan):
         for name in plan.core:
             ended = _ended(methods[name][1]) if name in methods else []
             if ended:
-                made = [point[1] for point in ended[0]["progress"]]
+                made = [point[1] / 1000 for point in ended[0]["progress"]]
                 values = np.array([[point[2] for point in line["progress"]] for line in ended])
                 style = _style(name, plan)
                 panel.plot(made, values.mean(axis=0), label=name, **style)
                 low, high = values.min(axis=0), values.max(axis=0)
                 panel.fill_between(made, low, high, color=style["color"], alpha=0.15, linewidth=0)
         panel.axhline(LEVEL, color="0.5", linestyle="--", linewidth=1)
-        panel.set(xlabel="rollouts sampled", title=arm.name)
+        panel.set(xlabel="thousands of rollouts", title=arm.name)
     panels[0][0].legend(fontsize=7)
     return finish(figure)
 
@@ -156,8 +158,13 @@ def drifts(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
 def with_whiskers(panel, points: Mapping[float, Spread], name: str, style: dict) -> None:
     if points:
         x, (mean, low, high) = list(points), np.array(list(points.values())).T
-        bars = np.maximum([mean - low, high - mean], 0)
+        bars = np.nan_to_num(np.maximum([mean - low, high - mean], 0))  # one seed has none
         panel.errorbar(x, mean, yerr=bars, label=name, marker=".", capsize=2, **style)
+
+
+def powers_of_two(panel, values: Sequence[int]) -> None:
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(values, [str(value) for value in values])
 
 
 def finish(figure):

@@ -1,5 +1,6 @@
 """The tables of docs/comparison.md."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -15,8 +16,10 @@ Arms = Mapping[Arm, Mapping[str, tuple[Values, Cell]]]  # what was chosen, and h
 
 
 def collect(grid: Grid, plan: Plan) -> Arms:
-    """For each arm the methods whose runs are all done, best pass@1 first; arms without any are
-    left out."""
+    """For each arm the methods whose runs are all done, best pass@1 first.
+
+    Live arms come first, by their lag, and then the offline one; arms without a method are left out.
+    """
     found: dict[Arm, dict[str, tuple[Values, Cell]]] = {}
     for arm, names in arms(plan):
         for name in names:
@@ -25,7 +28,9 @@ def collect(grid: Grid, plan: Plan) -> Arms:
             if chosen and cell:
                 found.setdefault(arm, {})[name] = (chosen, cell)
     rank = lambda item: -item[1][1].mean("pass@1")
-    return {arm: dict(sorted(methods.items(), key=rank)) for arm, methods in found.items()}
+    sources = ["live", "offline", *plan.recorders]
+    order = sorted(found, key=lambda arm: (sources.index(arm.source), arm.lag))
+    return {arm: dict(sorted(found[arm].items(), key=rank)) for arm in order}
 
 
 def overview(found: Arms, names: Iterable[str]) -> str:
@@ -91,9 +96,9 @@ def of_arm(plan: Plan, methods: Mapping[str, tuple[Values, Cell]]) -> str:
 
 
 def surfaces(grid: Grid, plan: Plan) -> dict[str, tuple[lag.Table, dict[str, dict[str, Cell]]]]:
-    """By title the tables of experiments/lag.py whose runs are all done."""
+    """By title the tables of experiments/lag.py whose runs are all done, small lags first."""
     ready = {}
-    for table in lag.tables(plan):
+    for table in sorted(lag.tables(plan), key=lambda table: table.lag):
         cells = {
             name: {column: cell_of(grid, runs) for column, runs in row.items()}
             for name, row in table.cells.items()
@@ -141,7 +146,7 @@ def bracketed(of: Spread, form: str = "{:.3f}", *, bold: bool = False) -> str:
     """A mean and its interval; bold, if asked, where it does not hold 0."""
     mean, low, high = map(form.format, of)
     mark = "**" if bold and verdict(of) != "level" else ""
-    return f"{mark}{mean}{mark} [{low}, {high}]"
+    return f"{mark}{mean}{mark}" + (f" [{low}, {high}]" if math.isfinite(of[1]) else "")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

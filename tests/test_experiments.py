@@ -322,6 +322,7 @@ def test_intervals_are_those_of_all_resamples():
     assert findings.verdict((mean, low, high)) == "more"
     assert findings.verdict(findings.difference(*cells[::-1], "pass@1")) == "less"
     assert findings.verdict((0.1, 0.0, 0.2)) == "level"
+    assert findings.verdict(findings.spread([0.1])) == "level"  # one seed decides nothing
 
 
 def test_few_seeds_make_narrow_intervals():

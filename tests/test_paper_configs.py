@@ -232,10 +232,7 @@ def shop(tmp_path_factory):
     before = {name: getattr(jax.config, name) for name in cache}
     for name, value in cache.items():
         jax.config.update(name, value)
-    slow_to_compile = "jax_disable_most_optimizations"  # compiling is most of what happens here
-    jax.config.update(slow_to_compile, True)
     yield Shop(root)
-    jax.config.update(slow_to_compile, False)
     for name, value in before.items():
         jax.config.update(name, value)
 

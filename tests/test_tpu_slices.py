@@ -157,7 +157,8 @@ class Cloud:
     @property
     def environment(self) -> dict[str, str]:
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        return os.environ | dict(PATH=path, FAKE_CLOUD=os.fspath(self.folder), TMPDIR="/tmp")
+        here = os.fspath(self.folder)
+        return os.environ | dict(PATH=path, FAKE_CLOUD=here, TMPDIR=here)
 
     def words(self, name: str, *more: str) -> list[str]:
         where = ["--project=p", "--zone=z", "--name=learner"]
@@ -244,7 +245,7 @@ def test_from_nothing_to_the_end(cloud):
     for state in ("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"):
         assert f"waits for the capacity, at most 86400 s. {state}" in done.stderr
     assert "the job is done" in done.stderr
-    words = f"--config=configs/arithmetic.py --workdir={cloud.folder}/run --config.seed=1"
+    words = f"--config=configs/arithmetic.py --workdir={cloud.folder}/run --pod --config.seed=1"
     assert cloud.starts() == [
         f"{n} {cloud.folder}/worker-{n}/oapl_jax tpu,cpu {words}" for n in (0, 1)
     ]

@@ -35,7 +35,7 @@ run tar -xf "$source.tar" -C "${source%/*}"
 run xpk workload create --project="$project" --zone="$zone" --cluster="$cluster" \
   --workload="$workload" --tpu-type="$accelerator" --num-slices=1 \
   --base-docker-image="$image" --script-dir="$source" \
-  --max-restarts="$max_restarts" --restart-on-exit-codes=1,3,75 \
+  --max-restarts="$max_restarts" --restart-on-exit-codes=1,3,4,75 \
   --termination-grace-period-seconds=120 \
   --command="tpu_setup/on_worker/install.sh && exec $(quoted tpu_setup/on_worker/train.sh \
     --config="$config" --workdir="$workdir" -- "${rest[@]}")"

@@ -18,4 +18,4 @@ mkdir -p "$workdir"
 export JAX_PLATFORMS=tpu,cpu
 cd "$here/../.."
 exec .venv/bin/python tpu_setup/on_worker/train.py --config="$config" --workdir="$workdir" \
-  "${rest[@]}"
+  --pod "${rest[@]}"
