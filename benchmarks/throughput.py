@@ -87,6 +87,7 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
         eps=1e-8,
         weight_decay=0.0,
         max_grad_norm=1.0,
+        mu_dtype="float32",
     )
     state = learner.init_state(model, optimizer, mesh, 0)
     rng = np.random.default_rng(0)
@@ -107,6 +108,7 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
         row_length=row_length,
         rows_multiple=8,
         max_response_tokens=length,
+        together=1,
     )
     batch = batching.to_mesh(batch, learner.batch_shardings(mesh))
     step = learner.make_train_step(

@@ -96,6 +96,7 @@ def get_config(arg: str | None = None) -> common.Config:
             eps=1e-8,
             weight_decay=0.0,
             max_grad_norm=1.0,
+            mu_dtype="float32",
         ),
     )
 
@@ -112,6 +113,7 @@ def get_config(arg: str | None = None) -> common.Config:
         eps=1e-8,
         weight_decay=0.0,
         max_grad_norm=1.0,
+        mu_dtype="float32",  # of Adam's first moment; "bfloat16" halves it
     )
 
     config.lag = dict(mode="window", steps=16)

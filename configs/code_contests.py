@@ -92,6 +92,7 @@ def get_config(arg: str | None = None) -> common.Config:
         eps=1e-10,
         weight_decay=1e-8,
         max_grad_norm=1.0,  # a step whose norm is not finite is skipped, see learner.py
+        mu_dtype="float32",
     )
     config.warmup = common.no_warmup(config)
 

@@ -222,8 +222,8 @@ def curriculum() -> Config:
                 warmup=5,  # ... and then those that train it while prompts are still all sampled
                 temperature=1.0,
                 clip=0.2,
-                batch_size=32,  # groups of a gradient step of its own; they share a normaliser
-                passes=1,  # over them
+                passes=1,  # gradient steps of its own on each choice that was trained on
+                rows=32,  # candidates of one of its forward passes
                 optim=dict(
                     learning_rate=3e-3,
                     warmup_steps=0,
@@ -233,6 +233,7 @@ def curriculum() -> Config:
                     eps=1e-8,
                     weight_decay=0.0,
                     max_grad_norm=1.0,
+                    mu_dtype="float32",
                 ),
             ),
         )

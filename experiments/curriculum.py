@@ -101,7 +101,7 @@ def get_config(name: str, seed: int) -> Any:
     config.checkpoint.every = config.num_steps
     config.tensorboard = False
     config.curriculum.name = name
-    config.curriculum.curator.update(dormant=0, warmup=2, batch_size=16, passes=4)
+    config.curriculum.curator.update(dormant=0, warmup=2, passes=4)
     return config
 
 

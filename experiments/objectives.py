@@ -109,8 +109,8 @@ QUICK = dataclasses.replace(
     trials=1,
     recorders=("oapl",),
     prompts=64,
-    data={"data.validation_size": 16, "data.test_size": 16},
-    warmup={"warmup.num_steps": 150},
+    data={"data.train_size": 1000, "data.validation_size": 16, "data.test_size": 16},
+    warmup={"warmup.num_steps": 150, "warmup.demonstrations": 1000},
     common={**COMMON, "num_steps": 16, "checkpoint.every": 4},
 )
 

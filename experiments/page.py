@@ -75,7 +75,9 @@ def page(grid: Grid, plan: Plan, pictures: Mapping[str, str]) -> str:
 
 def introduction(grid: Grid, plan: Plan) -> str:
     outcomes = [line["outcome"] for line in grid.lines.values()]
-    hours = sum(line["seconds"] for line in grid.lines.values()) / 3600
+    hours = (
+        sum(line["core_seconds"] for line in grid.lines.values() if "core_seconds" in line) / 3600
+    )
     steps, groups = plan.common["num_steps"], plan.common["groups_per_step"]
     validation, test = (
         f"{plan.data[f'data.{split}_size']} problems, {GRADES[split]['n']} samples each"
@@ -84,8 +86,8 @@ def introduction(grid: Grid, plan: Plan) -> str:
     paragraphs = (
         f"""Written by `python -m experiments.objectives` and `python -m experiments.lag`, from the
         results of {outcomes.count("ended")} runs that ended and {outcomes.count("failed")} that
-        could not go on; they took {hours:.1f} hours, summed over runs. Started again, the commands
-        add what is missing.""",
+        could not go on; they took {hours:.1f} hours of a core. Started again, the commands add what
+        is missing.""",
         f"""A run takes {steps} gradient steps of {groups} groups of 8 rollouts, with
         `--config=configs/{plan.config.replace(":", ".py:")}`, from a policy that is the same for
         all runs of a seed{beginning(grid, plan)}. Groups with equal rewards weigh nothing. Arms are

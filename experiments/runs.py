@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -132,8 +133,8 @@ def do(run: Run, root: epath.Path) -> None:
     """Does a run to its end, or until SIGTERM, and goes on where an earlier try has stopped.
 
     Leaves log.txt and, at its end, outcome.json in the run's directory: "ended" with what was
-    found, or "failed" with the reason for a run that can't go on, which is a finding too. Any other
-    exception ends the process and leaves no outcome.
+    found, or "failed" with the reason for a run that can't go on, which is a finding too, and the
+    processor time of the last try. Any other exception ends the process and leaves no outcome.
     """
     stop = StopRequest()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the whole group; the grid says when to stop
@@ -154,6 +155,7 @@ def do(run: Run, root: epath.Path) -> None:
     except RunError as error:
         outcome = {"outcome": "failed", "reason": str(error)}
     if outcome is not None:
+        outcome["core_seconds"] = round(time.process_time(), 1)
         aside = workdir / f"{OUTCOME}.new"
         aside.write_text(json.dumps(outcome))
         aside.replace(workdir / OUTCOME)

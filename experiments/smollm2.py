@@ -1,7 +1,10 @@
 """SmolLM2-135M-Instruct, a real pretrained model, through weights table and embedded sampler.
 
-Claim: its greedy text and log-probs here are those of transformers, and it takes OAPL steps.
-Command: make run-smollm2 (unpack with torch and transformers, compare and train without).
+Claim: its greedy text and log-probs here are those of transformers; and word problems in the form
+of GSM8K, its own chat template, the verifier of mathematics, two OAPL steps and the evaluation of
+the first and the last checkpoint go together.
+Command: make run-smollm2 (unpack with torch and transformers; the rest without: compare,
+oapl_jax.data.samples, oapl_jax.train, oapl_jax.evaluate).
 Hardware: 2 CPU cores, 8 GB of memory.
 """
 

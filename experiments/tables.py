@@ -18,7 +18,7 @@ Arms = Mapping[Arm, Mapping[str, tuple[Values, Cell]]]  # what was chosen, and h
 def collect(grid: Grid, plan: Plan) -> Arms:
     """For each arm the methods whose runs are all done, best pass@1 first.
 
-    Live arms come first, by their lag, and then the offline one; arms without a method are left out.
+    Live arms first, by their lag, and then the offline one; arms without a method are left out.
     """
     found: dict[Arm, dict[str, tuple[Values, Cell]]] = {}
     for arm, names in arms(plan):

@@ -8,13 +8,14 @@ import numpy as np
 
 from oapl_jax import batching
 from oapl_jax.job import Config, Job
-from oapl_jax.objectives import Objective
+from oapl_jax.objectives import OBJECTIVES, Objective, hyper_parameters
 from oapl_jax.objectives.aggregation import sequence_weights
 from oapl_jax.structs import Batch, Group
 
 
 def make_batch(config: Config, objective: Objective, groups: list[Group], step: int) -> Batch:
     """Advantages of whole groups, aggregation weights of the whole batch, packed rows."""
+    compares = "group_size" in hyper_parameters(OBJECTIVES[config.objective.name].loss)
     advantages = [np.asarray(objective.advantage(g.reward)) for g in groups]
     lengths = np.array([len(r.tokens) for g in groups for r in g.rollouts])
     weights = sequence_weights(
@@ -32,6 +33,7 @@ def make_batch(config: Config, objective: Objective, groups: list[Group], step: 
         row_length=config.learner.row_length,
         rows_multiple=config.learner.rows_multiple,
         max_response_tokens=config.rollout.max_response_tokens,
+        together=config.group_size if compares else 1,
     )
 
 

@@ -40,6 +40,33 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     return rows
 
 
+def fill(
+    lengths: Sequence[int], *, row_length: int, rows: int, together: int
+) -> list[list[list[int]]]:
+    """Micro-batches of at most `rows` rows of sequence indices, as few as packing finds.
+
+    Args:
+      lengths: tokens of each sequence.
+      row_length: T.
+      rows: R.
+      together: so many sequences in a row, a group, that may not be parted.
+    """
+    if together == 1:
+        packed = pack(lengths, row_length)
+        return [packed[start : start + rows] for start in range(0, len(packed), rows)]
+
+    def packed_range(start: int, end: int) -> list[list[int]]:
+        packed = pack(lengths[start:end], row_length)
+        return [[start + index for index in row] for row in packed]
+
+    filled, begin = [], 0
+    for end in range(together, len(lengths) + 1, together):
+        if len(packed_range(begin, end)) > rows:
+            filled.append(packed_range(begin, end - together))
+            begin = end - together
+    return [*filled, packed_range(begin, len(lengths))]
+
+
 def make_batch(
     groups: Sequence[Group],
     advantages: Sequence[np.ndarray],
@@ -50,63 +77,63 @@ def make_batch(
     row_length: int,
     rows_multiple: int,
     max_response_tokens: int,
+    together: int,
 ) -> Batch:
     """Packs all sequences of `groups` into a Batch of numpy arrays.
+
+    Its shapes depend on the number of sequences and not on their lengths, so that one program is
+    compiled: a micro-batch has R = S / M rows, and M hold all sequences even if no two of them
+    share a row.
 
     Args:
       groups: of one gradient step.
       advantages: float[G] for each group, from its complete set of rewards.
       weights: float[S] aggregation weights in the order of the groups' rollouts.
       step: learner step, for the lag.
-      micro_batches: M; the number of sequences must be a multiple of it.
+      micro_batches: M, the most of them.
       row_length: T.
-      rows_multiple: the number of rows is rounded up to a multiple, so that few shapes are
-        compiled.
+      rows_multiple: R is rounded up to a multiple.
       max_response_tokens: C.
+      together: 1, or the group size if groups must not be parted by micro-batches.
 
     Raises:
-      UserError: if the sequences can't be divided into micro-batches, or one is longer than a row.
+      UserError: if a sequence is longer than a row, or groups do not fit.
     """
     rollouts = [(g, r) for g in groups for r in g.rollouts]
-    if len(rollouts) % micro_batches:
-        raise UserError(
-            f"learner.micro_batches={micro_batches} does not divide the {len(rollouts)} sequences "
-            "of a step (groups_per_step x group_size); choose a divisor"
-        )
     longest = max(len(r.tokens) for _, r in rollouts)
     if longest > max_response_tokens:
         raise UserError(
             f"a response has {longest} tokens, more than rollout.max_response_tokens="
             f"{max_response_tokens}; raise it to what the rollouts were sampled with"
         )
-    per_micro = len(rollouts) // micro_batches
-    lengths = [len(g.prompt.tokens) + len(r.tokens) for g, r in rollouts]
-    packed = [
-        pack(lengths[m * per_micro : (m + 1) * per_micro], row_length) for m in range(micro_batches)
-    ]
-    rows = max(map(len, packed))
+    rows = -(-len(rollouts) // micro_batches)
     rows += -rows % rows_multiple
+    lengths = [len(g.prompt.tokens) + len(r.tokens) for g, r in rollouts]
+    filled = fill(lengths, row_length=row_length, rows=rows, together=together)
+    if len(filled) > micro_batches or max(map(len, filled)) > rows:
+        raise UserError(
+            f"learner.micro_batches={micro_batches} leaves no room for whole groups of {together}, "
+            "which the objective needs; choose a divisor of groups_per_step"
+        )
 
-    row_shape, sequence_shape = (micro_batches, rows, row_length), (micro_batches, per_micro)
-    token_shape = (*sequence_shape, max_response_tokens)
+    row_shape, token_shape = (micro_batches, rows, row_length), (len(rollouts), max_response_tokens)
     tokens, positions, segments = (np.zeros(row_shape, np.int32) for _ in range(3))
     where = np.zeros(token_shape, np.int32)
     mask, behavior_logp = np.zeros(token_shape, np.float32), np.zeros(token_shape, np.float32)
-    for m, layout in enumerate(packed):
+    for m, layout in enumerate(filled):
         for row, members in enumerate(layout):
-            start = 0
+            before, start = (m * rows + row) * row_length, 0
             for segment, s in enumerate(members, start=1):
-                group, rollout = rollouts[m * per_micro + s]
+                group, rollout = rollouts[s]
                 prompt, response = group.prompt.tokens, rollout.tokens
                 end, here = start + len(prompt) + len(response), start + len(prompt)
                 tokens[m, row, start:here], tokens[m, row, here:end] = prompt, response
                 positions[m, row, start:end] = np.arange(end - start)
                 segments[m, row, start:end] = segment
-                where[m, s, : len(response)] = row * row_length + np.arange(here, end)
-                mask[m, s, : len(response)] = 1
-                behavior_logp[m, s, : len(response)] = rollout.behavior_logp
+                where[s, : len(response)] = before + np.arange(here, end)
+                mask[s, : len(response)] = 1
+                behavior_logp[s, : len(response)] = rollout.behavior_logp
                 start = end
-    by_sequence = lambda values, dtype: np.asarray(values, dtype).reshape(sequence_shape)
     return Batch(
         tokens=tokens,
         positions=positions,
@@ -115,10 +142,10 @@ def make_batch(
         mask=mask,
         behavior_logp=behavior_logp,
         reference_logp=behavior_logp,
-        advantage=by_sequence(np.concatenate(advantages), np.float32),
-        reward=by_sequence(np.concatenate([g.reward for g in groups]), np.float32),
-        weight=by_sequence(weights, np.float32),
-        lag=by_sequence([step - r.policy_version for _, r in rollouts], np.int32),
+        advantage=np.concatenate(advantages).astype(np.float32),
+        reward=np.concatenate([g.reward for g in groups]).astype(np.float32),
+        weight=np.asarray(weights, np.float32),
+        lag=np.array([step - r.policy_version for _, r in rollouts], np.int32),
     )
 
 

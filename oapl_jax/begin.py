@@ -37,6 +37,7 @@ def begin(job: Job) -> tuple[learner.TrainState, dict[str, Any]]:
             params=params,
             num_steps=warmup.num_steps,
             batch_size=warmup.batch_size,
+            micro_batches=config.learner.micro_batches,
             row_length=config.learner.row_length,
             rows_multiple=config.learner.rows_multiple,
             logp_chunk=config.learner.logp_chunk,

@@ -33,6 +33,7 @@ def check_sizes(config: Config) -> None:
         ("data.task", config.data.task, rewards.TASKS),
         ("model.remat", config.model.remat, tuple(REMAT_POLICIES)),
         ("model.dtype", config.model.dtype, ("float32", "bfloat16")),
+        ("optim.mu_dtype", config.optim.mu_dtype, ("float32", "bfloat16")),
         ("rollout.source", config.rollout.source, ("live", "shards", "both")),
         ("rollout.sampler", config.rollout.sampler, ("local", "fleet")),
         ("publish_dtype", config.publish_dtype, ("float32", "bfloat16")),
@@ -68,19 +69,18 @@ def check_sizes(config: Config) -> None:
         temperature <= 0,
         f"rollout.temperature={temperature} leaves nothing to learn from; it must be above 0",
     )
-    sequences = config.group_size * config.groups_per_step
-    micro_batches = config.learner.micro_batches
-    refuse(
-        sequences % micro_batches,
-        f"learner.micro_batches={micro_batches} does not divide the {sequences} sequences of a "
-        "step (group_size x groups_per_step); choose a divisor",
-    )
     mesh = make_mesh(**config.mesh)
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     refuse(
         config.learner.rows_multiple % devices,
         f"learner.rows_multiple={config.learner.rows_multiple} can't be divided over mesh.data x "
         f"mesh.fsdp = {devices} devices; choose a multiple of {devices}",
+    )
+    context = mesh.shape["context"]
+    refuse(
+        config.learner.row_length % context,
+        f"learner.row_length={config.learner.row_length} can't be divided over mesh.context="
+        f"{context}; choose a multiple of it, on TPU of {128 * context}",
     )
     # Beside the learner, what a sampler takes at a time must have room in the buffer.
     in_flight, of = {
@@ -256,14 +256,20 @@ def check_curriculum(config: Config, refuse: Callable[[Any, str], None]) -> None
         ("curator.clip", curator.clip, curator.clip > 0, "above 0"),
         ("curator.dormant", curator.dormant, curator.dormant >= 0, "at 0 or above"),
         ("curator.warmup", curator.warmup, curator.warmup >= 0, "at 0 or above"),
-        ("curator.batch_size", curator.batch_size, curator.batch_size > 1, "above 1"),
+        ("curator.rows", curator.rows, curator.rows > 0, "above 0"),
         ("curator.passes", curator.passes, curator.passes > 0, "above 0"),
     ):
         refuse(not good, f"curriculum.{setting}={value} must lie {bounds}")
     mesh = make_mesh(**config.mesh)
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     refuse(
-        name == "actor_curator" and curator.batch_size % devices,
-        f"curriculum.curator.batch_size={curator.batch_size} can't be divided over mesh.data x "
+        name == "actor_curator" and curator.rows % devices,
+        f"curriculum.curator.rows={curator.rows} can't be divided over mesh.data x "
         f"mesh.fsdp = {devices} devices; choose a multiple of {devices}",
+    )
+    context = mesh.shape["context"]
+    refuse(
+        config.learner.row_length % context,
+        f"learner.row_length={config.learner.row_length} can't be divided over mesh.context="
+        f"{context}; choose a multiple of it, on TPU of {128 * context}",
     )

@@ -4,6 +4,7 @@ It knows neither files nor prompts nor samplers.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -83,28 +84,52 @@ def init_state(
 
 
 def response_logp(
-    params: Any, micro: Batch, *, model: Transformer, temperature: float, chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """[S, C] log-probability and entropy of each response token of one packed micro-batch."""
-    hidden: Any = model.apply({"params": params}, micro.tokens, micro.positions, micro.segments)
-    shape, nowhere = micro.tokens.shape, micro.tokens.size
-    # The state before a token predicts it.
-    places = jnp.where(micro.mask > 0, micro.where - 1, nowhere)
-    wanted = jnp.zeros(nowhere, bool).at[places].set(True, mode="drop")
+    params: Any, batch: Batch, m: Any, *, model: Transformer, temperature: float, chunk: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probability and entropy [S, C] of the response tokens in micro-batch m, 0 elsewhere; and
+    bool[S], the responses that lie there."""
+    take = functools.partial(jax.lax.dynamic_index_in_dim, index=m, keepdims=False)
+    tokens, positions, segments = map(take, (batch.tokens, batch.positions, batch.segments))
+    hidden: Any = model.apply({"params": params}, tokens, positions, segments)
+    places = batch.where - m * tokens.size
+    here = (batch.mask > 0) & (places >= 0) & (places < tokens.size)
+    before = jnp.where(here, places - 1, tokens.size)  # the state before a token predicts it
+    wanted = jnp.zeros(tokens.size, bool).at[before].set(True, mode="drop")
     logp, entropy = token_logp(
         hidden,
         head(params, model.config),
-        jnp.roll(micro.tokens, -1, axis=1),
-        wanted.reshape(shape),
+        jnp.roll(tokens, -1, axis=1),
+        wanted.reshape(tokens.shape),
         temperature=temperature,
         chunk=chunk,
     )
-    unpack = lambda x: x.reshape(-1).at[places].get(mode="fill", fill_value=0.0)
-    return unpack(logp), unpack(entropy)
+    unpack = lambda x: x.reshape(-1).at[before].get(mode="fill", fill_value=0.0)
+    return unpack(logp), unpack(entropy), jnp.any(here, axis=-1)
+
+
+def micro_batches_used(batch: Batch) -> jax.Array:
+    return jnp.max(batch.where) // math.prod(batch.tokens.shape[1:]) + 1
+
+
+def padding(batch: Batch) -> jax.Array:
+    """The share of the places that a step computes which hold no token."""
+    places = micro_batches_used(batch) * math.prod(batch.tokens.shape[1:])
+    return 1 - jnp.sum(batch.segments > 0) / places
+
+
+def over_micro_batches(of_one: Callable[[Any], Any], batch: Batch) -> Any:
+    """The sum of of_one(m) over the micro-batches that hold anything."""
+    most = batch.tokens.shape[0]
+    if most == 1:
+        return of_one(0)
+    start = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_one, 0))
+    visit = lambda m, total: jax.tree.map(jnp.add, total, of_one(m))
+    with jax.named_scope(f"at_most_{most}"):  # the bound is data, see models/vocabulary.py
+        return jax.lax.fori_loop(0, micro_batches_used(batch), visit, start)
 
 
 def summarize(loss: jax.Array, metrics: dict[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-    """Scalars from per-sequence [M, S] arrays; not-a-number where a set of sequences is empty."""
+    """Scalars from per-sequence [S] arrays; not-a-number where a set of sequences is empty."""
     right = batch.reward > 0
     mean = lambda x, where: jnp.sum(jnp.where(where, x, 0)) / jnp.sum(where)
     out = {"loss": loss}
@@ -147,36 +172,35 @@ def make_train_step(
         Adam (objectives/sample_size.py).
     """
 
-    def micro_loss(params, micro: Batch):
-        logp, entropy = response_logp(
-            params, micro, model=model, temperature=temperature, chunk=logp_chunk
+    def micro_loss(params, batch: Batch, m):
+        logp, entropy, mine = response_logp(
+            params, batch, m, model=model, temperature=temperature, chunk=logp_chunk
         )
-        losses, metrics = objective.loss(logp, micro.behavior_logp, micro.advantage, micro.mask)
+        # Those of other micro-batches are as if they were on policy; below, nothing of them counts.
+        logp = jnp.where(mine[:, None], logp, batch.behavior_logp)
+        losses, metrics = objective.loss(logp, batch.behavior_logp, batch.advantage, batch.mask)
         if kl_weight:
-            kl = reference_kl(logp, micro.behavior_logp, micro.reference_logp, micro.mask)
+            kl = reference_kl(logp, batch.behavior_logp, batch.reference_logp, batch.mask)
             losses, metrics = losses + kl_weight * kl, {**metrics, "reference_kl": kl}
         # KL(pi_lag || pi) from pi_lag's samples in the form whose terms are never negative (k3).
-        gap = jnp.where(micro.mask > 0, logp - micro.behavior_logp, 0.0)
-        tokens = jnp.sum(micro.mask, axis=-1)
+        gap = jnp.where(batch.mask > 0, logp - batch.behavior_logp, 0.0)
+        tokens = jnp.sum(batch.mask, axis=-1)
         per_sequence = {
             "kl": jnp.sum(jnp.expm1(jnp.clip(gap, max=20.0)) - gap, axis=-1) / tokens,
-            "entropy": jnp.sum(entropy * micro.mask, axis=-1) / tokens,
+            "entropy": jnp.sum(entropy * batch.mask, axis=-1) / tokens,
             "log_weight": jnp.sum(gap, axis=-1),
             **metrics,
         }
-        return jnp.sum(micro.weight * losses), per_sequence
+        count = lambda x: jnp.where(mine, x, 0)
+        return jnp.sum(count(batch.weight * losses)), jax.tree.map(count, per_sequence)
 
     def step(state: TrainState, batch: Batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            total = jax.tree.map(jnp.zeros_like, state.params)
-
-            def accumulate(total, micro):
-                grad_fn = jax.value_and_grad(micro_loss, has_aux=True)
-                (loss, per_sequence), grads = grad_fn(state.params, micro)
-                return jax.tree.map(jnp.add, total, grads), (loss, per_sequence)
-
-            grads, (losses, per_sequence) = jax.lax.scan(accumulate, total, batch)
-            loss, grad_norm = jnp.sum(losses), optax.tree.norm(grads)
+            with_gradient = jax.value_and_grad(micro_loss, has_aux=True)
+            (loss, per_sequence), grads = over_micro_batches(
+                functools.partial(with_gradient, state.params, batch), batch
+            )
+            grad_norm = optax.tree.norm(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             share = effective_share(per_sequence.pop("log_weight"))
@@ -194,6 +218,7 @@ def make_train_step(
             metrics = summarize(loss, per_sequence, batch)
             metrics["grad_norm"] = grad_norm
             metrics["ess"] = share
+            metrics["padding"] = padding(batch)
             metrics["skipped"] = new_state.skipped
             metrics["skipped_in_a_row"] = new_state.skipped_in_a_row
         return new_state, metrics
@@ -211,13 +236,13 @@ def make_train_step(
 def make_logp_step(
     model: Transformer, mesh: Mesh, *, temperature: float, logp_chunk: int
 ) -> Callable[[Any, Batch], jax.Array]:
-    """Compiles params, batch -> float32[M, S, C] log-probs, for `denominator = learner`."""
+    """Compiles params, batch -> float32[S, C] log-probs, for `denominator = learner`."""
 
     def logp(params, batch: Batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             one = functools.partial(
-                response_logp, params, model=model, temperature=temperature, chunk=logp_chunk
+                response_logp, params, batch, model=model, temperature=temperature, chunk=logp_chunk
             )
-            return jax.lax.map(lambda micro: one(micro)[0], batch) * batch.mask
+            return over_micro_batches(lambda m: one(m)[0], batch)
 
     return jax.jit(logp, out_shardings=NamedSharding(mesh, P()))

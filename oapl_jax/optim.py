@@ -27,8 +27,12 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
     max_grad_norm: float,
+    mu_dtype: str,
 ) -> optax.GradientTransformation:
-    """clip_by_global_norm, then AdamW with decoupled weight decay (arXiv 1711.05101)."""
+    """clip_by_global_norm, then AdamW with decoupled weight decay (arXiv 1711.05101).
+
+    The first moment is kept in `mu_dtype`, computed in float32; the second one is float32.
+    """
     schedule = make_schedule(
         learning_rate=learning_rate,
         warmup_steps=warmup_steps,
@@ -37,5 +41,7 @@ def make_optimizer(
     )
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+        optax.adamw(
+            schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=mu_dtype
+        ),
     )

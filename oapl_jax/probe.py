@@ -48,6 +48,7 @@ def probe_batch(
         row_length=row_length,
         rows_multiple=rows_multiple,
         max_response_tokens=len(blank),
+        together=1,
     )
     return batch, tokens
 
@@ -67,7 +68,7 @@ def make_probe(
     placed = batching.to_mesh(batch, learner.batch_shardings(mesh))
 
     def probe(params: Any) -> dict[str, Any]:
-        logp = np.asarray(jax.device_get(logp_step(params, placed)))[0]
+        logp = np.asarray(jax.device_get(logp_step(params, placed)))
         return {"tokens": tokens.tolist(), "logp": logp.astype(float).tolist()}
 
     return probe

@@ -96,20 +96,21 @@ Leaf = Any  # a jax.Array; a numpy array before it is on the mesh; or the shardi
 
 @flax.struct.dataclass
 class Batch:
-    """M micro-batches of R packed rows of length T, holding S sequences each (see batching.py).
+    """S sequences, packed into at most M micro-batches of R rows of length T (see batching.py).
 
-    The forward pass runs on rows; `where` says in which places of its micro-batch's flattened rows
-    the tokens of each response lie, so that one float a token is unpacked for the objective.
+    The forward pass runs on rows; `where` says in which of all their places the tokens of each
+    response lie, so that one float a token is unpacked for the objective. Micro-batches are filled
+    in order, and what the sequences do not fill is padding.
     """
 
     tokens: Leaf  # int32[M, R, T]
     positions: Leaf  # int32[M, R, T], restart in each segment
     segments: Leaf  # int32[M, R, T], 0 is padding
-    where: Leaf  # int32[M, S, C], places in R * T of a response's tokens, C = the most tokens
-    mask: Leaf  # float32[M, S, C], 1 on response tokens
-    behavior_logp: Leaf  # float32[M, S, C]
-    reference_logp: Leaf  # float32[M, S, C], the behavior policy's unless the job has a reference
-    advantage: Leaf  # float32[M, S]
-    reward: Leaf  # float32[M, S]
-    weight: Leaf  # float32[M, S], aggregation weight from counts of the global batch
-    lag: Leaf  # int32[M, S], learner version minus behavior version
+    where: Leaf  # int32[S, C], places in M * R * T of a response's tokens, C = the most tokens
+    mask: Leaf  # float32[S, C], 1 on response tokens
+    behavior_logp: Leaf  # float32[S, C]
+    reference_logp: Leaf  # float32[S, C], the behavior policy's unless the job has a reference
+    advantage: Leaf  # float32[S]
+    reward: Leaf  # float32[S]
+    weight: Leaf  # float32[S], aggregation weight from counts of the global batch
+    lag: Leaf  # int32[S], learner version minus behavior version

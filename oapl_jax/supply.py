@@ -127,13 +127,12 @@ class Supply:
 
         Args:
           groups: of the step.
-          rescore: gives [M, S, C], the log-probs of their tokens by the learner after the step;
+          rescore: gives [S, C], the log-probs of their tokens by the learner after the step;
             called only if the curriculum needs them.
         """
         teacher, logp = self.curriculum.teacher, None
         if teacher.rescores:
             logp = np.asarray(rescore())
-            logp = logp.reshape(-1, logp.shape[-1])
         with self.buffer.lock:
             teacher.trained(groups, logp)
 

@@ -24,6 +24,7 @@ def warm_up(
     params: Any | int,
     num_steps: int,
     batch_size: int,
+    micro_batches: int,
     row_length: int,
     rows_multiple: int,
     logp_chunk: int,
@@ -38,7 +39,8 @@ def warm_up(
       params: to start from, or the seed of fresh ones.
       num_steps: gradient steps.
       batch_size: demonstrations a step.
-      row_length, rows_multiple, logp_chunk, max_response_tokens: as for the learner.
+      micro_batches, row_length, rows_multiple, logp_chunk, max_response_tokens: as for the
+        learner.
       log: called with the step and its loss (nats a token).
 
     Returns:
@@ -64,10 +66,11 @@ def warm_up(
             [g.reward for g in groups],
             sequence_weights(lengths, "token", constant_length=1),
             step=0,
-            micro_batches=1,
+            micro_batches=micro_batches,
             row_length=row_length,
             rows_multiple=rows_multiple,
             max_response_tokens=max_response_tokens,
+            together=1,
         )
         state, metrics = step_fn(state, batching.to_mesh(batch, shardings))
         log(step + 1, {"loss": float(jax.device_get(metrics["loss"]))})

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from oapl_jax.batching import make_batch, pack, to_mesh
+from oapl_jax.batching import fill, make_batch, pack, to_mesh
 from oapl_jax.errors import UserError
 from oapl_jax.learner import batch_shardings
 from oapl_jax.sharding import make_mesh
@@ -40,7 +40,12 @@ def batch_of(groups, rng, **changes):
     advantages = [rng.normal(0, 1, len(g.rollouts)).astype(np.float32) for g in groups]
     weights = rng.uniform(0, 1, sequences).astype(np.float32)
     settings = dict(
-        step=40, micro_batches=1, row_length=32, rows_multiple=1, max_response_tokens=16
+        step=40,
+        micro_batches=1,
+        row_length=32,
+        rows_multiple=1,
+        max_response_tokens=16,
+        together=1,
     )
     return make_batch(groups, advantages, weights, **{**settings, **changes}), advantages, weights
 
@@ -95,66 +100,89 @@ def test_every_response_is_found_again(seed):
         groups, rng, micro_batches=micro_batches, row_length=row_length, rows_multiple=multiple
     )
     rollouts = [(g.prompt, r) for g in groups for r in g.rollouts]
-    per_micro = len(rollouts) // micro_batches
     rows = batch.tokens.shape[1]
     assert batch.tokens.shape == (micro_batches, rows, row_length)
     assert batch.positions.shape == batch.segments.shape == batch.tokens.shape
-    assert batch.where.shape == (micro_batches, per_micro, 16)
+    assert batch.where.shape == (len(rollouts), 16)
     assert rows % multiple == 0
+    assert rows - multiple < len(rollouts) / micro_batches <= rows
 
     taken = np.zeros(batch.tokens.shape, int)
     for s, (prompt, rollout) in enumerate(rollouts):
-        m, i = divmod(s, per_micro)
         length, before = len(rollout.tokens), len(prompt.tokens)
-        np.testing.assert_array_equal(batch.mask[m, i], np.arange(16) < length)
-        where = batch.where[m, i, :length]
+        np.testing.assert_array_equal(batch.mask[s], np.arange(16) < length)
+        where = batch.where[s, :length]
         assert np.all(np.diff(where) == 1)
         row, start = divmod(where[0] - before, row_length)
+        m, row = divmod(row, rows)
         whole = slice(start, start + before + length)
         assert start >= 0
         assert whole.stop <= row_length
         expected = np.concatenate([prompt.tokens, rollout.tokens])
         np.testing.assert_array_equal(batch.tokens[m, row, whole], expected)
-        np.testing.assert_array_equal(batch.tokens[m].reshape(-1)[where], rollout.tokens)
+        np.testing.assert_array_equal(batch.tokens.reshape(-1)[where], rollout.tokens)
         np.testing.assert_array_equal(batch.positions[m, row, whole], np.arange(before + length))
-        np.testing.assert_array_equal(batch.behavior_logp[m, i, :length], rollout.behavior_logp)
+        np.testing.assert_array_equal(batch.behavior_logp[s, :length], rollout.behavior_logp)
         segment = batch.segments[m, row, start]
         assert segment > 0
         # The segment is this sequence, all of it and nothing else.
         places = np.flatnonzero(batch.segments[m, row] == segment)
         np.testing.assert_array_equal(places, start + np.arange(before + length))
         taken[m, row, whole] += 1
-        assert batch.lag[m, i] == 40 - rollout.policy_version
+        assert batch.lag[s] == 40 - rollout.policy_version
     assert taken.max() == 1  # nobody overlaps
     for padded in (batch.tokens, batch.segments, batch.positions):
         np.testing.assert_array_equal(padded[taken == 0], 0)
     np.testing.assert_array_equal(batch.behavior_logp[batch.mask == 0], 0)
 
-    np.testing.assert_array_equal(batch.advantage.reshape(-1), np.concatenate(advantages))
-    np.testing.assert_array_equal(
-        batch.reward.reshape(-1), np.concatenate([g.reward for g in groups])
-    )
-    np.testing.assert_array_equal(batch.weight.reshape(-1), weights)
+    # Micro-batches and rows are filled in order.
+    for part in (batch.segments.any((1, 2)), *batch.segments.any(2)):
+        np.testing.assert_array_equal(part, np.sort(part)[::-1])
+    np.testing.assert_array_equal(batch.advantage, np.concatenate(advantages))
+    np.testing.assert_array_equal(batch.reward, np.concatenate([g.reward for g in groups]))
+    np.testing.assert_array_equal(batch.weight, weights)
     floats = (batch.mask, batch.behavior_logp, batch.advantage, batch.reward, batch.weight)
     integers = (batch.tokens, batch.positions, batch.segments, batch.where, batch.lag)
     assert {x.dtype for x in floats} == {np.dtype(np.float32)}
     assert {x.dtype for x in integers} == {np.dtype(np.int32)}
 
 
-@pytest.mark.parametrize(("multiple", "rows"), [(1, 3), (2, 4), (3, 3), (8, 8)])
-def test_the_number_of_rows_is_rounded_up(multiple, rows):
+def test_shapes_do_not_depend_on_lengths():
+    """So one program is compiled, and whether it fits does not change."""
     rng = np.random.default_rng(0)
-    groups = make_groups(rng, 3, 1, 1, 1)
-    batch, _, _ = batch_of(groups, rng, row_length=2, rows_multiple=multiple)
-    assert batch.tokens.shape == (1, rows, 2)
-    np.testing.assert_array_equal(np.count_nonzero(batch.segments[0].any(-1)), 3)
+    shapes = []
+    for longest in (1, 16):
+        groups = make_groups(rng, 4, 4, longest, longest)
+        batch, _, _ = batch_of(groups, rng, micro_batches=3, rows_multiple=2)
+        shapes.append([getattr(batch, f.name).shape for f in dataclasses.fields(batch)])
+        used = batch.segments.any((1, 2))
+        np.testing.assert_array_equal(used, [True, longest > 1, False])
+    assert shapes[0] == shapes[1]
+    assert shapes[0][0] == (3, 6, 32)
 
 
-def test_a_group_may_be_split_between_micro_batches():
-    rng = np.random.default_rng(1)
-    groups = make_groups(rng, 1, 6, 4, 8)
-    batch, advantages, _ = batch_of(groups, rng, micro_batches=3)
-    np.testing.assert_array_equal(batch.advantage, advantages[0].reshape(3, 2))
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("together", [1, 4])
+def test_groups_are_parted_only_where_they_may_be(seed, together):
+    rng = np.random.default_rng(seed)
+    groups = make_groups(rng, 6, 4, 8, 16)
+    batch, advantages, _ = batch_of(groups, rng, micro_batches=3, row_length=24, together=together)
+    rows = batch.tokens.shape[1]
+    parts = (batch.where[:, 0] // (rows * 24)).reshape(6, 4)
+    parted = np.any(parts != parts[:, :1])
+    assert parted == (together == 1)
+    assert np.all(np.diff(np.unique(parts)) == 1)
+    np.testing.assert_array_equal(batch.advantage, np.concatenate(advantages))
+
+
+def test_whole_groups_always_fit_a_divisor_of_their_number():
+    """Even if no two sequences share a row."""
+    lengths = [9] * 24
+    filled = fill(lengths, row_length=10, rows=8, together=4)
+    assert [len(rows) for rows in filled] == [8, 8, 8]
+    groups = make_groups(np.random.default_rng(0), 6, 4, 1, 1)
+    with pytest.raises(UserError, match=r"learner\.micro_batches=5 .* whole groups of 4"):
+        batch_of(groups, np.random.default_rng(0), micro_batches=5, row_length=2, together=4)
 
 
 def test_a_sequence_longer_than_a_row_is_refused():
@@ -170,23 +198,16 @@ def test_a_sequence_longer_than_a_row_is_refused():
         batch_of(groups, rng, row_length=longest - 1)
 
 
-@pytest.mark.parametrize("micro_batches", [3, 5, 16])
-def test_indivisible_micro_batches_are_refused(micro_batches):
-    rng = np.random.default_rng(3)
-    groups = make_groups(rng, 2, 4, 4, 4)
-    settings = rf"learner\.micro_batches={micro_batches} .*8 seq.*\(groups_per_step x group_size\)"
-    with pytest.raises(UserError, match=settings):
-        batch_of(groups, rng, micro_batches=micro_batches)
-
-
 def test_to_mesh_splits_rows_and_changes_no_value():
     rng = np.random.default_rng(4)
-    mesh = make_mesh(data=2, fsdp=2, context=1, tensor=2)
+    mesh = make_mesh(data=1, fsdp=2, context=2, tensor=2)
     batch, _, _ = batch_of(make_groups(rng, 4, 4, 8, 16), rng, micro_batches=2, rows_multiple=4)
     placed = to_mesh(batch, batch_shardings(mesh))
     jax.tree.map(np.testing.assert_array_equal, placed, batch)
     for field in dataclasses.fields(batch):
         array = getattr(placed, field.name)
-        split = 4 if field.name in ("tokens", "positions", "segments") else 1
-        micro, rows, *rest = array.shape
-        assert array.sharding.shard_shape(array.shape) == (micro, rows // split, *rest)
+        expected = array.shape
+        if field.name in ("tokens", "positions", "segments"):
+            micro, rows, places = array.shape
+            expected = (micro, rows // 2, places // 2)
+        assert array.sharding.shard_shape(array.shape) == expected

@@ -109,7 +109,8 @@ def test_replays_have_the_choice_of_the_live_arm():
 def test_adam_forgets_but_the_schedule_goes_on():
     """Against Adam by hand, whose moments and bias correction begin anew at steps 0, 3, 6, .."""
     settings = dict(learning_rate=0.1, warmup_steps=2, final_fraction=0.1, num_steps=9)
-    rest = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01, max_grad_norm=1e9)
+    rest = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01)
+    rest |= dict(max_grad_norm=1e9, mu_dtype="float32")
     optimizer = forgetful(make_optimizer(**settings, **rest), every=3)
     rate = make_schedule(**settings)
     gradients = np.random.default_rng(0).normal(size=(9, 4))
@@ -174,6 +175,7 @@ def line_of(run, pass_at_1, *, entropy=0.1, level_at=None):
         "key": run.key,
         "settings": run.settings,
         "seconds": 1.0,
+        "core_seconds": 1.0,
         "outcome": "ended",
         run.split: graded,
         "generations": 16384,

@@ -41,6 +41,7 @@ OPTIM: dict[str, Any] = dict(
     eps=1e-3,
     weight_decay=0.1,
     max_grad_norm=0.5,
+    mu_dtype="float32",
 )
 CONFIG = ModelConfig.from_hf(
     {
@@ -141,8 +142,9 @@ def oapl_advantages(reward, beta1):
     return reward - beta1 * np.log(np.mean(np.exp(reward.astype(np.float64) / beta1)))
 
 
-def batch_of(*, micro_batches=2, row_length=64, aggregation="sequence", step=9):
-    """Eight rows in each micro-batch: one shape for most tests, and work for eight devices."""
+def batch_of(*, micro_batches=2, row_length=24, rows_multiple=8, aggregation="sequence", step=9):
+    """Two micro-batches of eight rows, the second one not full: one shape for most tests, and work
+    for eight devices."""
     return make_batch(
         groups(),
         [oapl_advantages(g.reward, BETA1) for g in groups()],
@@ -150,8 +152,9 @@ def batch_of(*, micro_batches=2, row_length=64, aggregation="sequence", step=9):
         step=step,
         micro_batches=micro_batches,
         row_length=row_length,
-        rows_multiple=8,
+        rows_multiple=rows_multiple,
         max_response_tokens=LONGEST,
+        together=1,
     )
 
 
@@ -174,8 +177,8 @@ def _compiled(sizes, remat, kl_weight, ess_power):
     model = Transformer(CONFIG, jnp.float32, remat)
     objective = bind("oapl", beta1=BETA1, beta2=BETA2)
     settings: dict[str, Any] = dict(
-        temperature=TEMPERATURE, logp_chunk=24
-    )  # 63 places in chunks of 24
+        temperature=TEMPERATURE, logp_chunk=5
+    )  # 24 places in chunks of 5
     shardings = learner.batch_shardings(mesh)
     first = learner.init_state(model, optimizer, mesh, parameters())
     return types.SimpleNamespace(
@@ -207,6 +210,8 @@ def assert_same_step(found, expected, atol=1e-6):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=atol), state, expected_state)
     assert metrics.keys() == expected_metrics.keys()
     for key, value in expected_metrics.items():
+        if key == "padding":  # it is of the layout
+            continue
         np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
 
 
@@ -461,6 +466,7 @@ def test_metrics_equal_those_computed_sequence_by_sequence():
         "residual/wrong_std": np.std(residual[wrong]),
         "target_log_ratio": np.mean(target),
         "ess": np.sum(np.exp(log_ratio)) ** 2 / np.sum(np.exp(2 * log_ratio)) / 16,
+        "padding": np.mean(batch_of().segments == 0),
         "skipped": 0,
         "skipped_in_a_row": 0,
     }
@@ -513,7 +519,7 @@ def test_a_reference_adds_its_kl_to_the_loss_and_to_the_gradient():
 def test_the_stop_token_is_part_of_the_sum():
     """A behavior policy that is a nat less sure of each EOS moves each log-ratio by a nat."""
     batch = batch_of()
-    tokens = np.stack([t.reshape(-1)[w] for t, w in zip(batch.tokens, batch.where, strict=True)])
+    tokens = batch.tokens.reshape(-1)[batch.where]
     stops = (tokens == EOS) * batch.mask
     np.testing.assert_array_equal(stops.sum(-1), 1)
     _, found = one_step(replace(batch, behavior_logp=batch.behavior_logp - stops))
@@ -528,7 +534,7 @@ def test_the_temperature_is_on_both_sides(temperature):
     for i, (prompt, rollout) in enumerate(sequences()):
         logp, _ = plain_logp(parameters(), prompt, rollout.tokens, temperature)
         behavior[i, : len(logp)] = logp
-    _, metrics = one_step(replace(batch, behavior_logp=behavior.reshape(batch.mask.shape)))
+    _, metrics = one_step(replace(batch, behavior_logp=behavior))
     gap = max(abs(metrics["log_ratio/right"]), abs(metrics["log_ratio/wrong"]))
     if temperature == TEMPERATURE:
         assert gap < 1e-5
@@ -545,7 +551,7 @@ def test_the_recomputed_denominator_is_the_steps_own():
     found = np.asarray(run.logp(run.start().params, run.put(batch)))
     assert found.shape == batch.mask.shape
     np.testing.assert_array_equal(found[batch.mask == 0], 0.0)
-    for logp, (prompt, rollout) in zip(found.reshape(16, -1), sequences(), strict=True):
+    for logp, (prompt, rollout) in zip(found, sequences(), strict=True):
         expected, _ = plain_logp(parameters(), prompt, rollout.tokens, TEMPERATURE)
         np.testing.assert_allclose(logp[: len(expected)], expected, atol=1e-5)
     _, metrics = one_step(replace(batch, behavior_logp=found))
@@ -557,29 +563,54 @@ def test_the_recomputed_denominator_is_the_steps_own():
 
 
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])
-@pytest.mark.parametrize("micro_batches", [2, 4])
-def test_accumulation_equals_the_whole_batch(micro_batches, aggregation):
-    split = batch_of(micro_batches=micro_batches, aggregation=aggregation)
-    assert split.mask.shape == (micro_batches, 16 // micro_batches, LONGEST)
-    assert len(set(split.mask.sum((1, 2)))) > 1  # with equal parts a local normaliser would do
+@pytest.mark.parametrize(("micro_batches", "used"), [(2, 2), (4, 3)])
+def test_accumulation_equals_the_whole_batch(micro_batches, used, aggregation):
+    """In parts of different size, since with equal ones a local normaliser would do; and some of
+    the micro-batches that there is room for are empty."""
+    split = batch_of(micro_batches=micro_batches, rows_multiple=1, aggregation=aggregation)
+    parts = np.sum(split.segments > 0, axis=(1, 2))
+    assert np.count_nonzero(parts) == used
+    assert len(set(parts[:used])) > 1
     whole = batch_of(micro_batches=1, aggregation=aggregation)
     assert_same_step(one_step(split), one_step(whole))
 
 
+def test_micro_batches_that_hold_nothing_are_not_computed():
+    run, batch = compiled(), batch_of(micro_batches=4, rows_multiple=1)
+    empty = ~batch.segments.any((1, 2))
+    assert list(empty) == [False, False, False, True]
+    calls = []
+
+    def count(m):
+        jax.debug.callback(lambda m: calls.append(int(m)), m)
+        return jnp.zeros(())
+
+    jax.jit(functools.partial(learner.over_micro_batches, count))(run.put(batch))
+    jax.effects_barrier()
+    assert sorted(calls) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("layout", [dict(), dict(row_length=64), dict(micro_batches=4)])
+def test_padding_is_the_share_of_computed_places_without_a_token(layout):
+    batch = batch_of(**layout)
+    used = [part for part in batch.segments if part.any()]
+    np.testing.assert_allclose(learner.padding(batch), np.mean(np.array(used) == 0), rtol=1e-6)
+
+
 def test_packed_equals_one_sequence_a_row():
-    packed, unpacked = batch_of(), batch_of(row_length=19)
+    packed, unpacked = batch_of(row_length=64), batch_of(row_length=19)
     assert np.count_nonzero(packed.segments.any(-1)) <= 6
     assert packed.segments.max() >= 3
     assert np.count_nonzero(unpacked.segments.any(-1)) == 16
     assert unpacked.segments.max() == 1
-    assert_same_step(one_step(unpacked), expected_step())
+    for batch in (packed, unpacked):
+        assert_same_step(one_step(batch), expected_step())
 
 
 def test_the_order_of_sequences_does_not_matter():
-    """Shuffled in each micro-batch; which micro-batch a sequence is in, accumulation has shown."""
-    batch, order = batch_of(), np.random.default_rng(2).permutation(8)
+    batch, order = batch_of(), np.random.default_rng(2).permutation(16)
     per_sequence = ("where", "mask", "behavior_logp", "advantage", "reward", "weight", "lag")
-    moved = replace(batch, **{name: getattr(batch, name)[:, order] for name in per_sequence})
+    moved = replace(batch, **{name: getattr(batch, name)[order] for name in per_sequence})
     assert_same_step(one_step(moved), expected_step())
 
 
@@ -604,7 +635,7 @@ def test_eight_devices_equal_one(sizes):
     # Devices hold parts, or this would compare one device with itself.
     placed = run.put(batch)
     shard = placed.tokens.sharding.shard_shape(placed.tokens.shape)
-    assert shard == (2, 8 // (data * fsdp), 64 // context)
+    assert shard == (2, 8 // (data * fsdp), 24 // context)
     kernel = state.params["layers"]["q"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 32 // fsdp, 32 // tensor)
 
@@ -685,7 +716,7 @@ def test_steps_that_are_not_finite_change_nothing_and_are_counted():
 
 def _with_one(array, value):
     array = np.array(array)
-    array[(-1,) + (0,) * (array.ndim - 1)] = value  # in the last micro-batch
+    array[(-1,) + (0,) * (array.ndim - 1)] = value
     return array
 
 
@@ -694,9 +725,9 @@ def test_loss_and_gradient_must_both_be_finite(case):
     run, batch = compiled(), batch_of()
     behavior, advantage = np.ones_like(batch.behavior_logp), np.zeros_like(batch.advantage)
     if case == "only the gradient":
-        behavior[1, 0, 0] = 0.0
+        behavior[12, 0] = 0.0
     if case == "only the loss":
-        advantage[1, 0] = np.inf
+        advantage[12] = np.inf
     batch = replace(batch, behavior_logp=behavior, advantage=advantage)
     state, metrics = _fragile()(run.start(), run.put(batch))
     assert np.isfinite(metrics["loss"]) == (case != "only the loss")

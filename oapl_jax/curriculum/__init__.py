@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
@@ -45,14 +44,8 @@ def open_actor_curator(
       num_steps: over which the curator's learning rate decays, in steps of its own.
 
     Raises:
-      UserError: if its vocabulary is not the policy's, prompts do not fit it, or several processes
-        share the run.
+      UserError: if its vocabulary is not the policy's, or prompts do not fit it.
     """
-    if jax.process_count() > 1:
-        raise UserError(
-            f"curriculum.name='actor_curator' has lessons of one process, and this run has "
-            f"{jax.process_count()}; choose another curriculum.name"
-        )
     settings = dict(curator)
     path, architecture = settings.pop("path"), settings.pop("architecture")
     optimizer = make_optimizer(**settings.pop("optim"), num_steps=num_steps)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from oapl_jax.curriculum.utility import surrogate
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.transformer import Transformer
-from oapl_jax.sharding import ROWS, parameter_shardings
+from oapl_jax.sharding import parameter_shardings
 from oapl_jax.structs import Leaf, Prompt
 
 
@@ -97,19 +97,23 @@ def make_step(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     *,
+    rows: int,
     temperature: float,
     clip: float,
 ) -> Callable[..., tuple[CuratorState, dict[str, jax.Array]]]:
-    """Compiles (state, tokens[S, P], segments[S, P], log_p[S], utility[S]) -> (state, metrics).
+    """Compiles (state, tokens[C, P], segments[C, P], log_p[C], utility[C], count) -> (state,
+    metrics): one gradient step on the surrogate (utility.py).
 
-    One gradient step on the surrogate (utility.py). If loss or gradient is not finite, nothing
-    changes but the count.
+    Only `rows` prompts are held for the backward pass at a time. If loss or gradient is not finite,
+    nothing changes but the count.
     """
 
-    def step(state: CuratorState, tokens, segments, log_p, utility):
+    def step(state: CuratorState, tokens, segments, log_p, utility, count):
         def loss_fn(params):
-            logits = model.apply({"params": params}, tokens, segments)
-            return surrogate(logits, log_p, utility, temperature=temperature, clip=clip)  # pyright: ignore[reportArgumentType]
+            logits = score(params, tokens, segments, model=model, rows=rows)
+            return surrogate(
+                logits, log_p, utility, count=count, temperature=temperature, clip=clip
+            )
 
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -126,28 +130,31 @@ def make_step(
         return new, metrics
 
     shardings = state_shardings(model, optimizer, mesh)
-    rows, everywhere = NamedSharding(mesh, P(*ROWS, "context")), NamedSharding(mesh, P())
+    everywhere = NamedSharding(mesh, P())
     return jax.jit(
         step,
-        in_shardings=(shardings, rows, rows, everywhere, everywhere),
+        in_shardings=(shardings, *([everywhere] * 5)),
         out_shardings=(shardings, everywhere),
     )
 
 
+def score(
+    params: Any, tokens: jax.Array, segments: jax.Array, *, model: Curator, rows: int
+) -> jax.Array:
+    """float32[C], the logits of int32[C, P] prompts, `rows` at a time."""
+    portions = lambda x: x.reshape(-1, rows, x.shape[-1])
+    one = jax.checkpoint(lambda portion: model.apply({"params": params}, *portion))
+    return jax.lax.map(one, (portions(tokens), portions(segments))).reshape(-1)
+
+
 def make_scorer(model: Curator, *, rows: int) -> Callable[[Any, Any, Any], jax.Array]:
-    """Compiles (params, tokens[C, P], segments[C, P]) -> logits[C], `rows` prompts at a time.
+    """Compiles (params, tokens[C, P], segments[C, P]) -> logits[C].
 
     It runs where the parameters are: one device, so that the worker's thread may ask while the
     learner computes (two programs with collectives, started by two threads, could wait for each
     other for ever).
     """
-
-    def score(params, tokens, segments):
-        portions = lambda x: x.reshape(-1, rows, x.shape[-1])
-        one = lambda portion: model.apply({"params": params}, *portion)
-        return jax.lax.map(one, (portions(tokens), portions(segments))).reshape(-1)
-
-    return jax.jit(score)
+    return jax.jit(functools.partial(score, model=model, rows=rows))
 
 
 def padded(prompts: Sequence[Prompt], *, width: int, rows: int) -> tuple[np.ndarray, np.ndarray]:

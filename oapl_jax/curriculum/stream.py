@@ -21,7 +21,7 @@ class Curriculum(Iterator[Prompt]):
     Args:
       prompts: the stream of candidates, uniform over the data.
       teacher: weighs them.
-      candidates: C; each chosen prompt's recorded probability is normalised over these.
+      candidates: C.
       picks: chosen of them, at most C.
       top_p: see `choose`.
       seed: with the first candidate's draw it names the random numbers of a choice.
@@ -44,12 +44,8 @@ class Curriculum(Iterator[Prompt]):
         self._latest: dict[str, float] = {}  # metrics of the latest choice
 
     def __next__(self) -> Prompt:
-        if not self.teacher.awake and not self._chosen:
-            prompt = next(self._prompts)
-            self.teacher.picked([prompt], np.array([-np.log(self._candidates)]))
-            return prompt
         if not self._chosen:
-            self._chosen = self._choose()
+            self._chosen = self._choose() if self.teacher.awake else [next(self._prompts)]
         return self._chosen.pop(0)
 
     def _choose(self) -> list[Prompt]:
@@ -57,15 +53,14 @@ class Curriculum(Iterator[Prompt]):
         log_p = log_softmax(self.teacher.logits(candidates))
         rng = np.random.default_rng([self._seed, candidates[0].draw, 1])
         chosen, by_p = choose(log_p, self._picks, top_p=self._top_p, rng=rng)
-        prompts = [candidates[i] for i in chosen]
-        self.teacher.picked(prompts, log_p[chosen])
+        self.teacher.picked(candidates, log_p, chosen)
         self._latest = {
             "curriculum/chosen": by_p / self._picks,
             "curriculum/effective_share": float(
                 np.exp(-np.sum(np.exp(log_p) * log_p)) / self._candidates
             ),
         }
-        return prompts
+        return [candidates[i] for i in chosen]
 
     def at(self, draw: int) -> Prompt:
         """The prompt of one draw, as `Prompts.at`."""

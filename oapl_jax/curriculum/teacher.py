@@ -29,8 +29,9 @@ class Teacher:
         """float[C]: a prompt is chosen with the softmax of these."""
         raise NotImplementedError
 
-    def picked(self, prompts: Sequence[Prompt], log_p: np.ndarray) -> None:
-        """These prompts will be sampled; log_p is what they were chosen with."""
+    def picked(self, candidates: Sequence[Prompt], log_p: np.ndarray, chosen: np.ndarray) -> None:
+        """Of C candidates those at the indices `chosen` will be sampled; float64[C] log_p is what
+        they were chosen with."""
 
     def ended(self, group: Group) -> None:
         """A group's rewards are known."""

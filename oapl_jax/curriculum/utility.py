@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from oapl_jax.objectives.advantages import advantage
 from oapl_jax.structs import Group
@@ -35,34 +35,38 @@ def utility(group: Group, logp: Float[np.ndarray, "G C"]) -> float:
 
 
 def surrogate(
-    logits: Float[Array, " S"],
-    log_p: Float[Array, " S"],
-    utility: Float[Array, " S"],
+    logits: Float[Array, " C"],
+    log_p: Float[Array, " C"],
+    utility: Float[Array, " C"],
     *,
+    count: Int[Array, ""] | int,
     temperature: float,
     clip: float,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The clipped policy-improvement loss of the curator, to be minimised:
 
-        L = -mean_{x in S} min( rho U, clip(rho, 1 - eps, 1 + eps) U ),
-        rho(x) = p(x) / p_old(x),  p = softmax_S(logits / temperature),  p_old = softmax_S(log_p)
+        L = -1/k sum_{x in S} min( rho U, clip(rho, 1 - eps, 1 + eps) U ),  rho(x) = p(x) / p_old(x)
 
-    Both probabilities are normalised over S, the prompts that were sampled: a quotient of numbers
-    with different normalisers would not be 1 where nothing has changed. At rho = 1 the gradient by
-    a logit is (p(x) sum U - U(x)) / (|S| temperature): it rests where p is proportional to U.
+    Both probabilities are normalised over the same C candidates, of which the k in S were sampled:
+    p = softmax(logits / temperature), and p_old is what the choice was made with. A quotient of
+    numbers with different normalisers would not be 1 where nothing has changed; and with S alone as
+    the normaliser, candidates outside of S would not be held down where those in it are useful.
+    At rho = 1 the gradient by a logit is (p(x) sum U - U(x)) / (k temperature).
 
     Args:
       logits: the curator's, now.
-      log_p: recorded when each prompt was drawn; an equal constant on all changes nothing.
-      utility: U.
+      log_p: log p_old; -inf where there is no candidate.
+      utility: U; 0 outside of S, and for what is not known.
+      count: k.
       temperature: as when they were drawn.
       clip: eps.
 
     Returns:
-      The loss, and metrics: the share of prompts whose term is clipped.
+      The loss, and metrics: of the prompts with a utility, the share whose term is clipped.
     """
-    log_ratio = jax.nn.log_softmax(logits / temperature) - jax.nn.log_softmax(log_p)
-    ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1 - clip, 1 + clip)
-    terms = jnp.minimum(ratio * utility, clipped * utility)
-    return -jnp.mean(terms), {"clip_fraction": jnp.mean(terms < ratio * utility)}
+    real = jnp.isfinite(log_p)
+    log_ratio = jax.nn.log_softmax(logits / temperature, where=real) - log_p
+    ratio = jnp.exp(jnp.where(real, log_ratio, 0.0))
+    terms = jnp.minimum(ratio * utility, jnp.clip(ratio, 1 - clip, 1 + clip) * utility)
+    clipped = jnp.sum(terms < ratio * utility) / jnp.sum(utility != 0)
+    return -jnp.sum(terms) / count, {"clip_fraction": clipped}

@@ -94,11 +94,14 @@ class _Sums:
         }
 
     def word_problem(self) -> Row:
+        """Of small numbers; every fourth one has an answer with a comma."""
         self._number += 1
-        have, total = self._number, self._number + 1000
+        have, more = self._number % 9 + 1, self._number // 9
+        more += 1000 if self._number % 4 == 0 else 0
+        total = have + more
         return {
-            "question": f"Ada has {have} nuts and finds 1000 more. How many nuts does she have?",
-            "answer": f"{have} + 1000 = <<{have}+1000={total}>>{total}\n#### {total:,}",
+            "question": f"Ada has {have} nuts and finds {more} more. How many nuts does she have?",
+            "answer": f"{have} + {more} = <<{have}+{more}={total}>>{total}\n#### {total:,}",
         }
 
 

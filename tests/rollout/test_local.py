@@ -135,6 +135,7 @@ def test_log_probs_are_those_of_the_learners_packed_rows(name, temperature, top_
         row_length=32,
         rows_multiple=1,
         max_response_tokens=8,
+        together=1,
     )
     assert np.sum(batch.segments.max(axis=-1) > 1) > 2  # rows are shared
     assert not np.any(batch.lag)
