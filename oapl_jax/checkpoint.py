@@ -35,7 +35,7 @@ class Checkpoints:
     def __init__(self, directory: epath.Path, *, keep: int):
         items = dict(optimizer=_ARRAYS, loop=_JSON, teacher=_ARRAYS)
         self._manager = _open(directory, keep, **items)
-        self._directory, self._shares = directory, directory / "shares"
+        self._directory, self._shares = directory, directory.parent / "shares"
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())

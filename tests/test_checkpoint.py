@@ -158,7 +158,7 @@ def test_a_buffer_without_groups_comes_back_empty(opened):
 
 def test_shares_belong_to_whole_steps(opened, tmp_path):
     """One of each host; what a killed run left goes with the next save."""
-    shares = tmp_path / "checkpoints" / "shares"
+    shares = tmp_path / "shares"
     for stale in ("7/host0of1", "3/host1of2", "3/host0of2"):
         (shares / stale).parent.mkdir(parents=True, exist_ok=True)
         (shares / stale).write_bytes(b"stale")
