@@ -46,8 +46,9 @@ class Grid:
         self._append = threading.Lock()
         self._stopping = threading.Event()
         self._processes = multiprocessing.get_context("forkserver")
-        # Each run is a fork of a process that has imported everything and computed nothing.
-        self._processes.set_forkserver_preload(["experiments.runs"])
+        # Each run is a fork of a process that has imported everything and computed nothing, so that
+        # a change of the code reaches the next command and not the next run.
+        self._processes.set_forkserver_preload(["experiments.lag", "configs.arithmetic"])
 
     def line(self, run: Run) -> Line | None:
         """What is known of a run; None if it has not come to an end.

@@ -149,9 +149,11 @@ def do(run: Run, root: epath.Path) -> None:
     if (workdir / OUTCOME).exists():
         return
     try:
-        outcome = {"warm_up": warm_up, "generate": generate, "train": trained}[run.kind](
-            run, root, stop
-        )
+        outcome: dict[str, Any] | None = {
+            "warm_up": warm_up,
+            "generate": generate,
+            "train": trained,
+        }[run.kind](run, root, stop)
     except RunError as error:
         outcome = {"outcome": "failed", "reason": str(error)}
     if outcome is not None:

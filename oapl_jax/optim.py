@@ -41,7 +41,5 @@ def make_optimizer(
     )
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(
-            schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=mu_dtype
-        ),
+        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=mu_dtype),
     )

@@ -17,6 +17,7 @@ import optax
 import pytest
 from etils import epath
 
+from configs import arithmetic
 from configs.common import OBJECTIVES
 from experiments import findings, grid, lag, objectives, page, plot, tables
 from experiments.arms import Arm, a_run, arms, stream, warm_up
@@ -108,16 +109,18 @@ def test_replays_have_the_choice_of_the_live_arm():
 
 def test_adam_forgets_but_the_schedule_goes_on():
     """Against Adam by hand, whose moments and bias correction begin anew at steps 0, 3, 6, .."""
-    settings = dict(learning_rate=0.1, warmup_steps=2, final_fraction=0.1, num_steps=9)
-    rest = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01)
-    rest |= dict(max_grad_norm=1e9, mu_dtype="float32")
-    optimizer = forgetful(make_optimizer(**settings, **rest), every=3)
-    rate = make_schedule(**settings)
+    changes = dict(learning_rate=0.1, warmup_steps=2, weight_decay=0.01, max_grad_norm=1e9)
+    settings = {**arithmetic.get_config().optim.to_dict(), **changes, "num_steps": 9}
+    optimizer, remembering = (
+        forgetful(make_optimizer(**settings), every=3),
+        make_optimizer(**settings),
+    )
+    of_rate = ("learning_rate", "warmup_steps", "final_fraction", "num_steps")
+    rate = make_schedule(**{name: settings[name] for name in of_rate})
     gradients = np.random.default_rng(0).normal(size=(9, 4))
     params = {"w": jnp.ones(4)}
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     expected, m, v = np.ones(4), np.zeros(4), np.zeros(4)
-    remembering = make_optimizer(**settings, **rest)
     other, other_state = params, remembering.init(params)
     for step, g in enumerate(gradients):
         if step % 3 == 0:
