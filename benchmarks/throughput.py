@@ -107,6 +107,7 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
         micro_batches=1,
         row_length=row_length,
         rows_multiple=8,
+        max_prompt_tokens=prompt_length,
         max_response_tokens=length,
         together=1,
     )

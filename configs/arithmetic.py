@@ -145,7 +145,7 @@ def get_config(arg: str | None = None) -> common.Config:
     config.fleet = common.fleet()
     config.rewards = common.rewards()
     config.preferences = common.preferences(choice["objective"])
-    config.learner = dict(micro_batches=1, row_length=64, rows_multiple=8, logp_chunk=64)
+    config.learner = dict(micro_batches=16, row_length=64, rows_multiple=8, logp_chunk=64)
     config.publish_dtype = "float32"
 
     config.evaluation = dict(

@@ -2,30 +2,33 @@
 
 Round 1: the base model answers each DeepCoder problem 8 times, and a run learns from that set.
 Round 2: the result answers 4,000 of the problems again, and another run goes on from there.
+Round 0: no step; the base model becomes the version that round 1 starts from.
 
+    python -m oapl_jax.train --config=configs/code_contests.py:round=0 ...
     python -m oapl_jax.rollout.generate --config=configs/code_contests.py:round=1 ...
     python -m oapl_jax.train --config=configs/code_contests.py:round=1 ...
 
-Choices: round=1|2; `smoke`, the whole path with a tiny model on two CPU cores, whose base model is
-made by round=0; objective=NAME, with the names of configs/common.py. The paper's baseline is
-DeepCoder's released model (GRPO+), which is evaluated and not trained here. experiments/README.md
-has all commands.
+Choices: round=1|2|0; `smoke`, the whole path with a tiny model on two CPU cores; objective=NAME,
+with the names of configs/common.py. The paper's baseline is DeepCoder's released model (GRPO+),
+which is evaluated and not trained here. experiments/README.md has all commands.
 
 [I] marks a value that is inferred: neither the paper nor its authors' code is known to state it.
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import common
 
+SMOKE_STEPS = 4
 # Gradient steps of each round, of 256 sequences. Groups whose rewards are all equal don't count:
 # the released set of round 1 has 107,000 of 192,000 responses left, which fits that [I]. Another
 # set may have more or fewer left: epochs x groups left x group_size / 256.
-SMOKE_STEPS = 4
 STEPS = {
     "1": 418,  # one pass over the 107,000 [I]: the "more than 400 steps" of lag
     "2": 279,  # four passes over 4,000 x 8 responses, if as large a share is left [I]
-    "0": 0,  # the base model as it is, or what the warm-up makes of a fresh one
+    "0": 0,
 }
 
 
@@ -70,7 +73,7 @@ def get_config(arg: str | None = None) -> common.Config:
     )
 
     config.model = dict(
-        path="/data/models/DeepSeek-R1-Distill-Qwen-14B",
+        path="/data/models/DeepSeek-R1-Distill-Qwen-14B",  # the base, of round 0
         architecture=dict(),  # of a fresh model
         dtype="bfloat16",  # of activations; parameters and optimizer are float32
         remat="full",
@@ -146,18 +149,20 @@ def get_config(arg: str | None = None) -> common.Config:
     config.checkpoint = dict(every=50, keep=2)
     config.tensorboard = True
 
-    if choice["size"] == "smoke":
-        shrink(config, rounds)
-    if number == "2":
-        # As oapl_jax.publisher wrote it; and 17 hundredths of all problems are the 4,000.
-        last = SMOKE_STEPS if choice["size"] == "smoke" else STEPS["1"]
-        continue_from(config, rounds, last, part=(0, 60 if choice["size"] == "smoke" else 17))
+    small = choice["size"] == "smoke"
+    if small:
+        shrink(config)
     if number == "0":
-        begin(config, smoke=choice["size"] == "smoke")
+        take_in(config, small=small)
+    else:
+        last = 0 if number == "1" else SMOKE_STEPS if small else STEPS["1"]
+        start_from(config, rounds + f"/versions/v{last:06d}")
+    if number == "2":
+        take_part(config, hundredths=60 if small else 17)  # 17 of all problems are the 4,000
     return config.lock()
 
 
-def shrink(config: common.Config, rounds: str) -> None:
+def shrink(config: common.Config) -> None:
     common.smoke(config)
     config.benchmarks.seen = config.data.sets.taco  # what the warm-up teaches
     config.num_steps = config.lag.steps = SMOKE_STEPS
@@ -167,22 +172,23 @@ def shrink(config: common.Config, rounds: str) -> None:
     config.objective.constant_length = 56
     config.learner.row_length = 256
     config.warmup.demonstrations = 16
-    config.model.path = rounds + "/versions/v000000"
 
 
-def continue_from(config: common.Config, rounds: str, last: int, part: tuple[int, int]) -> None:
-    """Round 2 starts from the last version of round 1, with a part of the problems."""
-    config.model.path = rounds + f"/versions/v{last:06d}"
+def start_from(config: common.Config, version: Any) -> None:
+    """The last version of the round before, as oapl_jax.publisher wrote it."""
+    config.model.path = version
+
+
+def take_part(config: common.Config, *, hundredths: int) -> None:
     for name in config.data.train:
-        config.data.sets[name].part = part
+        config.data.sets[name].part = (0, hundredths)
 
 
-def begin(config: common.Config, *, smoke: bool) -> None:
-    """Round 0 takes no step: it samples from the model as it is."""
+def take_in(config: common.Config, *, small: bool) -> None:
+    """Round 0 takes no gradient step: the base model becomes a checkpoint, to be published."""
     config.num_steps, config.lag.steps = 0, 1
-    config.rollout.update(source="live", shards="")
-    if smoke:
-        config.model.path = ""
+    config.rollout.update(source="live", shards="", sampler="local")
+    if small:
         config.warmup.num_steps = 32
 
 

@@ -390,7 +390,7 @@ def smoke(config: Config) -> None:
         sampler="local", overlap=False, prompts_per_call=8, max_sequences=64, reward_threads=2
     )
     config.buffer.capacity = 32
-    config.learner.update(micro_batches=1, rows_multiple=8, logp_chunk=64)
+    config.learner.update(micro_batches=8, rows_multiple=8, logp_chunk=64)
     config.rewards.math.update(processes=2, thinking_opened=False)
     config.rewards.code.update(parallel=2, thinking_opened=False)
     config.evaluation.update(every=4, n=4, ks=(1, 4), resamples=200)

@@ -32,6 +32,7 @@ def make_batch(config: Config, objective: Objective, groups: list[Group], step: 
         micro_batches=config.learner.micro_batches,
         row_length=config.learner.row_length,
         rows_multiple=config.learner.rows_multiple,
+        max_prompt_tokens=config.data.max_prompt_tokens,
         max_response_tokens=config.rollout.max_response_tokens,
         together=config.group_size if compares else 1,
     )

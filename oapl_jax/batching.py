@@ -67,6 +67,37 @@ def fill(
     return [*filled, packed_range(begin, len(lengths))]
 
 
+def rows_of(sequences: int, *, per_row: int, micro_batches: int, rows_multiple: int) -> int:
+    """R, the rows of a micro-batch: M of them hold all sequences with `per_row` in a row."""
+    rows = -(-sequences // (per_row * micro_batches))
+    return rows + -rows % rows_multiple
+
+
+def check_lengths(
+    groups: Sequence[Group], *, max_prompt_tokens: int, max_response_tokens: int
+) -> None:
+    """Raises a UserError for a prompt or response that is longer than its setting says."""
+    for what, longest, setting, limit in (
+        (
+            "response",
+            max(len(r.tokens) for g in groups for r in g.rollouts),
+            "rollout.max_response_tokens",
+            max_response_tokens,
+        ),
+        (
+            "prompt",
+            max(len(g.prompt.tokens) for g in groups),
+            "data.max_prompt_tokens",
+            max_prompt_tokens,
+        ),
+    ):
+        if longest > limit:
+            raise UserError(
+                f"a {what} has {longest} tokens, more than {setting}={limit}; raise it to what the "
+                "rollouts were sampled with"
+            )
+
+
 def make_batch(
     groups: Sequence[Group],
     advantages: Sequence[np.ndarray],
@@ -76,14 +107,15 @@ def make_batch(
     micro_batches: int,
     row_length: int,
     rows_multiple: int,
+    max_prompt_tokens: int,
     max_response_tokens: int,
     together: int,
 ) -> Batch:
     """Packs all sequences of `groups` into a Batch of numpy arrays.
 
     Its shapes depend on the number of sequences and not on their lengths, so that one program is
-    compiled: a micro-batch has R = S / M rows, and M hold all sequences even if no two of them
-    share a row.
+    compiled: M micro-batches have room for all even if each is the longest. Mostly more of them
+    share a row, and fewer micro-batches are filled.
 
     Args:
       groups: of one gradient step.
@@ -93,6 +125,7 @@ def make_batch(
       micro_batches: M, the most of them.
       row_length: T.
       rows_multiple: R is rounded up to a multiple.
+      max_prompt_tokens: of any prompt.
       max_response_tokens: C.
       together: 1, or the group size if groups must not be parted by micro-batches.
 
@@ -100,14 +133,15 @@ def make_batch(
       UserError: if a sequence is longer than a row, or groups do not fit.
     """
     rollouts = [(g, r) for g in groups for r in g.rollouts]
-    longest = max(len(r.tokens) for _, r in rollouts)
-    if longest > max_response_tokens:
-        raise UserError(
-            f"a response has {longest} tokens, more than rollout.max_response_tokens="
-            f"{max_response_tokens}; raise it to what the rollouts were sampled with"
-        )
-    rows = -(-len(rollouts) // micro_batches)
-    rows += -rows % rows_multiple
+    check_lengths(
+        groups, max_prompt_tokens=max_prompt_tokens, max_response_tokens=max_response_tokens
+    )
+    rows = rows_of(
+        len(rollouts),
+        per_row=max(row_length // (max_prompt_tokens + max_response_tokens), 1),
+        micro_batches=micro_batches,
+        rows_multiple=rows_multiple,
+    )
     lengths = [len(g.prompt.tokens) + len(r.tokens) for g, r in rollouts]
     filled = fill(lengths, row_length=row_length, rows=rows, together=together)
     if len(filled) > micro_batches or max(map(len, filled)) > rows:

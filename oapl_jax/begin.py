@@ -41,6 +41,7 @@ def begin(job: Job) -> tuple[learner.TrainState, dict[str, Any]]:
             row_length=config.learner.row_length,
             rows_multiple=config.learner.rows_multiple,
             logp_chunk=config.learner.logp_chunk,
+            max_prompt_tokens=config.data.max_prompt_tokens,
             max_response_tokens=config.rollout.max_response_tokens,
             log=progress.step,
         )

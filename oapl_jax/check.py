@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from oapl_jax import rewards
+from oapl_jax.batching import rows_of
 from oapl_jax.curriculum import CURRICULA
 from oapl_jax.errors import UserError
 from oapl_jax.models.transformer import REMAT_POLICIES
@@ -20,6 +21,7 @@ from oapl_jax.sharding import make_mesh
 
 DENOMINATORS = ("behavior", "learner", "reference")
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
+Refuse = Callable[[Any, str], None]  # raises the sentence as a UserError if the first one holds
 
 
 def check_sizes(config: Config) -> None:
@@ -29,6 +31,21 @@ def check_sizes(config: Config) -> None:
         if wrong:
             raise UserError(sentence)
 
+    for check in (
+        check_values,
+        check_mesh,
+        check_rollout,
+        check_objective,
+        check_curriculum,
+        check_preferences,
+        check_hosts,
+    ):
+        check(config, refuse)
+
+
+def check_values(config: Config, refuse: Refuse) -> None:
+    """Calls `refuse` for each setting that can't have its value; it raises if its first argument
+    holds."""
     for name, value, choices in (
         ("data.task", config.data.task, rewards.TASKS),
         ("model.remat", config.model.remat, tuple(REMAT_POLICIES)),
@@ -60,15 +77,20 @@ def check_sizes(config: Config) -> None:
         refuse(value < 0, f"{name}={value} must be at least 0; 0 is never")
     rate = config.optim.learning_rate
     refuse(rate <= 0, f"optim.learning_rate={rate} must be above 0")
-    check_objective(config, refuse)
-    check_curriculum(config, refuse)
-    check_preferences(config, refuse)
-    check_hosts(config, refuse)
     temperature = config.rollout.temperature
     refuse(
         temperature <= 0,
         f"rollout.temperature={temperature} leaves nothing to learn from; it must be above 0",
     )
+    ks, n = config.evaluation.ks, config.evaluation.n
+    refuse(
+        not ks or min(ks) < 1 or max(ks) > n,
+        f"evaluation.ks={list(ks)} must lie within 1 and evaluation.n={n} samples; raise n",
+    )
+
+
+def check_mesh(config: Config, refuse: Refuse) -> None:
+    """Calls `refuse` for rows that can't be divided over the devices."""
     mesh = make_mesh(**config.mesh)
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     refuse(
@@ -82,6 +104,10 @@ def check_sizes(config: Config) -> None:
         f"learner.row_length={config.learner.row_length} can't be divided over mesh.context="
         f"{context}; choose a multiple of it, on TPU of {128 * context}",
     )
+
+
+def check_rollout(config: Config, refuse: Refuse) -> None:
+    """Calls `refuse` for a buffer, waits and recorded sets that do not go together."""
     # Beside the learner, what a sampler takes at a time must have room in the buffer.
     in_flight, of = {
         "local": (
@@ -122,14 +148,9 @@ def check_sizes(config: Config) -> None:
         "have those of recorded ones; set rollout.recorded_version=0 or "
         "objective.denominator='behavior'",
     )
-    ks, n = config.evaluation.ks, config.evaluation.n
-    refuse(
-        not ks or min(ks) < 1 or max(ks) > n,
-        f"evaluation.ks={list(ks)} must lie within 1 and evaluation.n={n} samples; raise n",
-    )
 
 
-def check_hosts(config: Config, refuse: Callable[[Any, str], None]) -> None:
+def check_hosts(config: Config, refuse: Refuse) -> None:
     """Calls `refuse` for what several hosts can't do, or can't do together."""
     hosts = jax.process_count()
     recorded = {"live": 0.0, "both": config.rollout.recorded_share, "shards": 1.0}
@@ -154,7 +175,7 @@ def check_hosts(config: Config, refuse: Callable[[Any, str], None]) -> None:
     )
 
 
-def check_objective(config: Config, refuse: Callable[[Any, str], None]) -> None:
+def check_objective(config: Config, refuse: Refuse) -> None:
     """Calls `refuse` for every setting of the objective; it raises if the first argument holds."""
     section = config.objective
     for name, choices in (
@@ -196,17 +217,26 @@ def check_objective(config: Config, refuse: Callable[[Any, str], None]) -> None:
         section.name == "prosper" and config.group_size < 2,
         "objective prosper compares the responses of a group; group_size must be at least 2",
     )
+    groups, size = config.groups_per_step, config.group_size
     micro_batches = config.learner.micro_batches
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    per_row = max(config.learner.row_length // longest, 1)
+    rows = rows_of(
+        groups * size,
+        per_row=per_row,
+        micro_batches=micro_batches,
+        rows_multiple=config.learner.rows_multiple,
+    )
     refuse(
         "group_size" in hyper_parameters(OBJECTIVES[section.name].loss)
-        and config.groups_per_step % micro_batches,
+        and micro_batches * (rows // -(-size // per_row)) < groups,
         f"objective {section.name} needs whole groups in a micro-batch, and learner.micro_batches="
-        f"{micro_batches} does not divide groups_per_step={config.groups_per_step}; choose a "
-        "divisor",
+        f"{micro_batches} leaves each {rows} rows for them; choose a divisor of groups_per_step="
+        f"{groups}",
     )
 
 
-def check_preferences(config: Config, refuse: Callable[[Any, str], None]) -> None:
+def check_preferences(config: Config, refuse: Refuse) -> None:
     """Calls `refuse` for every setting of the preferences that is none of a judge's own."""
     section, choices = config.preferences, ("none", *JUDGES)
     name, offer = section.judge, ", ".join(choices)
@@ -226,7 +256,7 @@ def check_preferences(config: Config, refuse: Callable[[Any, str], None]) -> Non
     )
 
 
-def check_curriculum(config: Config, refuse: Callable[[Any, str], None]) -> None:
+def check_curriculum(config: Config, refuse: Refuse) -> None:
     """Calls `refuse` for every setting that the curriculum chosen by name takes."""
     section, picks = config.curriculum, config.rollout.prompts_per_call
     name, rates, window, curator = section.name, section.rates, section.window, section.curator
@@ -266,10 +296,4 @@ def check_curriculum(config: Config, refuse: Callable[[Any, str], None]) -> None
         name == "actor_curator" and curator.rows % devices,
         f"curriculum.curator.rows={curator.rows} can't be divided over mesh.data x "
         f"mesh.fsdp = {devices} devices; choose a multiple of {devices}",
-    )
-    context = mesh.shape["context"]
-    refuse(
-        config.learner.row_length % context,
-        f"learner.row_length={config.learner.row_length} can't be divided over mesh.context="
-        f"{context}; choose a multiple of it, on TPU of {128 * context}",
     )

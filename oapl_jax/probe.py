@@ -47,6 +47,7 @@ def probe_batch(
         micro_batches=1,
         row_length=row_length,
         rows_multiple=rows_multiple,
+        max_prompt_tokens=1,
         max_response_tokens=len(blank),
         together=1,
     )

@@ -28,6 +28,7 @@ def warm_up(
     row_length: int,
     rows_multiple: int,
     logp_chunk: int,
+    max_prompt_tokens: int,
     max_response_tokens: int,
     log: Callable[[int, dict[str, float]], None],
 ) -> Any:
@@ -39,8 +40,8 @@ def warm_up(
       params: to start from, or the seed of fresh ones.
       num_steps: gradient steps.
       batch_size: demonstrations a step.
-      micro_batches, row_length, rows_multiple, logp_chunk, max_response_tokens: as for the
-        learner.
+      micro_batches, row_length, rows_multiple, logp_chunk: as for the learner.
+      max_prompt_tokens, max_response_tokens: of a demonstration.
       log: called with the step and its loss (nats a token).
 
     Returns:
@@ -69,6 +70,7 @@ def warm_up(
             micro_batches=micro_batches,
             row_length=row_length,
             rows_multiple=rows_multiple,
+            max_prompt_tokens=max_prompt_tokens,
             max_response_tokens=max_response_tokens,
             together=1,
         )

@@ -44,6 +44,7 @@ def batch_of(groups, rng, **changes):
         micro_batches=1,
         row_length=32,
         rows_multiple=1,
+        max_prompt_tokens=16,
         max_response_tokens=16,
         together=1,
     )
@@ -105,7 +106,8 @@ def test_every_response_is_found_again(seed):
     assert batch.positions.shape == batch.segments.shape == batch.tokens.shape
     assert batch.where.shape == (len(rollouts), 16)
     assert rows % multiple == 0
-    assert rows - multiple < len(rollouts) / micro_batches <= rows
+    per_row = max(row_length // 32, 1)
+    assert rows - multiple < len(rollouts) / per_row / micro_batches <= rows
 
     taken = np.zeros(batch.tokens.shape, int)
     for s, (prompt, rollout) in enumerate(rollouts):
@@ -176,13 +178,34 @@ def test_groups_are_parted_only_where_they_may_be(seed, together):
 
 
 def test_whole_groups_always_fit_a_divisor_of_their_number():
-    """Even if no two sequences share a row."""
-    lengths = [9] * 24
-    filled = fill(lengths, row_length=10, rows=8, together=4)
+    """Even if all sequences are the longest."""
+    filled = fill([9] * 24, row_length=10, rows=8, together=4)
     assert [len(rows) for rows in filled] == [8, 8, 8]
-    groups = make_groups(np.random.default_rng(0), 6, 4, 1, 1)
+    filled = fill([5] * 24, row_length=10, rows=4, together=4)
+    assert [len(rows) for rows in filled] == [4, 4, 4]
+    rng = np.random.default_rng(0)
+    settings = dict(row_length=2, max_prompt_tokens=1, together=4)
     with pytest.raises(UserError, match=r"learner\.micro_batches=5 .* whole groups of 4"):
-        batch_of(groups, np.random.default_rng(0), micro_batches=5, row_length=2, together=4)
+        batch_of(make_groups(rng, 6, 4, 1, 1), rng, micro_batches=5, **settings)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_longest_sequences_have_room(seed):
+    """As many in a row as fit, whatever the others are."""
+    rng = np.random.default_rng(seed)
+    groups = make_groups(rng, 8, 4, 16, 16)
+    row_length, micro_batches = int(rng.choice([32, 64, 100])), int(rng.integers(1, 33))
+    batch, _, _ = batch_of(groups, rng, row_length=row_length, micro_batches=micro_batches)
+    assert batch.tokens.shape[1] == -(-32 // (row_length // 32 * micro_batches))
+
+
+@pytest.mark.parametrize("what", ["prompt", "response"])
+def test_what_is_longer_than_its_setting_says_is_refused(what):
+    rng = np.random.default_rng(5)
+    groups = make_groups(rng, 4, 4, 12, 12)
+    setting = f"max_{what}_tokens"
+    with pytest.raises(UserError, match=rf"a {what} has \d+ tokens, more than .*{setting}=3;"):
+        batch_of(groups, rng, **{setting: 3})
 
 
 def test_a_sequence_longer_than_a_row_is_refused():

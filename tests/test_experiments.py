@@ -248,21 +248,23 @@ def test_the_page_says_where_oapl_loses(tmp_path):
         "grpo_is": [0.50, 0.51, 0.50, 0.52, 0.50],
         "gspo": [0.61, 0.61, 0.65, 0.60, 0.63],
         "cispo": [0.62, 0.20, None, 0.61, 0.63],
+        "sft": [0.30, 0.30, 0.30, 0.30, 0.30],
     }
     levels = {"oapl": dict(level_at=4096), "grpo": dict(level_at=2048)}
     made = FakeGrid(tmp_path, [*starts(0.25), *an_arm(arm, scores, **levels)])
     found = tables.collect(made, FULL)
     assert list(found) == [arm]
-    assert list(found[arm]) == ["grpo", "gspo", "oapl", "grpo_is", "cispo"]  # best first
+    assert list(found[arm]) == ["grpo", "gspo", "oapl", "grpo_is", "cispo", "sft"]  # best first
     text = page.page(made, FULL, {})
     assert "| `grpo` | 0.720 + |" in text
     assert "| `grpo_is` | 0.506 - |" in text
     assert "| `gspo` | 0.620 |" in text
     assert "| `cispo` | 0.412 (2 lost) |" in text  # a failed run counts as 0, and as lost
-    assert "better 1 times, level 2 times and worse 1 times" in text.split("### pass@1")[1]
+    assert "better 2 times, level 2 times and worse 1 times" in text.split("### pass@1")[1]
     row = next(x for x in text.splitlines() if x.startswith("| live, lag 128 | **-0.100**"))
     assert "| **+0.114** [+0." in row
-    # Fewer generations are better: GRPO needs fewer, the others never got there.
+    # Fewer generations are better: GRPO needs fewer, others never got there, one has failed.
+    assert "better 3 times, level 1 times and worse 1 times" in text.split("### to the level")[1]
     assert "| live, lag 128 | **+2048** [+2048, +2048] | **-12288**" in text
     of_arm = text.split("### live, lag 128")[1]
     assert "| `grpo` | 0.001 | clip_high 0.2 | 0.720 [0.702, 0.738] |" in of_arm

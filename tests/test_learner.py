@@ -153,6 +153,7 @@ def batch_of(*, micro_batches=2, row_length=24, rows_multiple=8, aggregation="se
         micro_batches=micro_batches,
         row_length=row_length,
         rows_multiple=rows_multiple,
+        max_prompt_tokens=11,
         max_response_tokens=LONGEST,
         together=1,
     )

@@ -133,8 +133,9 @@ def test_a_loop_without_a_known_number_of_turns_is_not_counted():
 
 def test_the_longest_batch_has_the_most_rows(plan):
     # 256 sequences of 28 tokens, two in a row of 64.
-    assert plan.longest.tokens.shape == (1, 128, 64)
-    assert plan.batch.tokens.sharding.shard_shape((1, 128, 64)) == (1, 16, 64)
+    assert plan.longest.tokens.shape == (16, 8, 64)
+    assert plan.longest.segments.any(-1).all()
+    assert plan.batch.tokens.sharding.shard_shape((16, 8, 64)) == (16, 1, 64)
 
 
 def test_what_lies_beside_a_program_is_counted(config, plan):
@@ -233,8 +234,8 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path):
 def test_what_a_run_refuses_a_plan_refuses(config, tmp_path):
     config.mesh.update(data=7, fsdp=64)  # not of this machine's devices, and none of its business
     check(config)
-    config.learner.micro_batches = 3
-    with pytest.raises(UserError, match="micro_batches=3 does not divide"):
+    config.learner.micro_batches = 0
+    with pytest.raises(UserError, match="micro_batches=0 must be"):
         check(config)
 
 

@@ -245,7 +245,7 @@ MISTAKES = {
     "unknown key": (dict(no_such_key=1), "no_such_key"),
     "wrong type": (dict(num_steps="many"), "num_steps"),
     "mesh": (dict(mesh__data=3), "mesh.data=3"),
-    "micro-batches": (dict(learner__micro_batches=3), "learner.micro_batches=3"),
+    "micro-batches": (dict(learner__micro_batches=0), "learner.micro_batches=0"),
     "prompt too long": (dict(data__max_prompt_tokens=5), "data.max_prompt_tokens"),
     "context too short": (
         dict(model__architecture__max_position_embeddings=20),
@@ -266,7 +266,7 @@ MISTAKES = {
         "objective.maxrl_order=4",
     ),
     "whole groups": (
-        dict(config=":objective=tba", learner__micro_batches=8),
+        dict(config=":objective=tba", learner__micro_batches=8, learner__rows_multiple=1),
         "objective tba needs whole groups",
     ),
     "lag": (dict(lag__mode="never"), "lag.mode='never'"),

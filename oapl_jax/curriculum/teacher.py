@@ -26,8 +26,8 @@ class Teacher:
         return False
 
     def logits(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """float[C]: a prompt is chosen with the softmax of these."""
-        raise NotImplementedError
+        """float[C]: a prompt is chosen with the softmax of these; all are equal here."""
+        return np.zeros(len(prompts))
 
     def picked(self, candidates: Sequence[Prompt], log_p: np.ndarray, chosen: np.ndarray) -> None:
         """Of C candidates those at the indices `chosen` will be sampled; float64[C] log_p is what

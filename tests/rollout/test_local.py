@@ -134,6 +134,7 @@ def test_log_probs_are_those_of_the_learners_packed_rows(name, temperature, top_
         micro_batches=2,
         row_length=32,
         rows_multiple=1,
+        max_prompt_tokens=24,
         max_response_tokens=8,
         together=1,
     )
