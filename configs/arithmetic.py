@@ -3,14 +3,14 @@
     python -m oapl_jax.train --config=configs/arithmetic.py --workdir=runs/arithmetic
 
 Choices: --config=configs/arithmetic.py:task=chain_sum|number_sorting|countdown,objective=NAME, with
-the names of configs/common.py.
+the names of configs/objectives.py.
 """
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, objectives
 
 # The generators' settings; the longest prompt and response in characters; how many training
 # problems there is room for; and the warm-up: steps, and how often the teacher errs.
@@ -42,7 +42,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def get_config(arg: str | None = None) -> common.Config:
-    choice = common.parse_arg(arg, task=tuple(TASKS), objective=tuple(common.OBJECTIVES))
+    choice = common.parse_arg(arg, task=tuple(TASKS), objective=tuple(objectives.OBJECTIVES))
     task = TASKS[choice["task"]]
     config: common.Config = ConfigDict()
     config.seed = 0
@@ -100,7 +100,7 @@ def get_config(arg: str | None = None) -> common.Config:
         ),
     )
 
-    config.objective = common.objective(choice["objective"])
+    config.objective = objectives.objective(choice["objective"])
     config.objective.beta2 = 0.2  # answers of a dozen tokens: the anchor must not be that weak
     config.objective.constant_length = task["max_response_tokens"]
 

@@ -9,7 +9,7 @@ Round 0: no step; the base model becomes the version that round 1 starts from.
     python -m oapl_jax.train --config=configs/code_contests.py:round=1 ...
 
 Choices: round=1|2|0; `smoke`, the whole path with a tiny model on two CPU cores; objective=NAME,
-with the names of configs/common.py. The paper's baseline is DeepCoder's released model (GRPO+),
+with the names of configs/objectives.py. The paper's baseline is DeepCoder's released model (GRPO+),
 which is evaluated and not trained here. experiments/README.md has all commands.
 
 [I] marks a value that is inferred: neither the paper nor its authors' code is known to state it.
@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, objectives
 
 SMOKE_STEPS = 4
 # Gradient steps of each round, of 256 sequences. Groups whose rewards are all equal don't count:
@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> common.Config:
         arg,
         round=("1", "2", "0"),
         size=("paper", "smoke"),
-        objective=tuple(common.OBJECTIVES),
+        objective=tuple(objectives.OBJECTIVES),
     )
     number = choice["round"]
     config: common.Config = ConfigDict()
@@ -80,7 +80,7 @@ def get_config(arg: str | None = None) -> common.Config:
     )
     config.mesh = dict(data=1, fsdp=64, context=1, tensor=1)
 
-    config.objective = common.objective(choice["objective"])
+    config.objective = objectives.objective(choice["objective"])
     config.objective.constant_length = 32000
     if choice["objective"] == "oapl":
         # The denominator: recomputed by the learner from the round's first weights.

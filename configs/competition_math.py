@@ -4,7 +4,7 @@
         --config.releases=/data/releases --config.model.path=/data/models/Qwen3-4B-Thinking-2507 \
         --config.fleet.servers_file=servers.txt
 
-Choices: objective=NAME, with the names of configs/common.py, of which grpo_is is the paper's
+Choices: objective=NAME, with the names of configs/objectives.py, of which grpo_is is the paper's
 baseline, at a lag of at most 1; and `smoke`, the whole path with a tiny model on two CPU cores.
 experiments/README.md has all commands.
 
@@ -13,11 +13,11 @@ experiments/README.md has all commands.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, objectives
 
 
 def get_config(arg: str | None = None) -> common.Config:
-    choice = common.parse_arg(arg, size=("paper", "smoke"), objective=tuple(common.OBJECTIVES))
+    choice = common.parse_arg(arg, size=("paper", "smoke"), objective=tuple(objectives.OBJECTIVES))
     config: common.Config = ConfigDict()
     config.releases = "/data/releases"  # where the releases lie, a directory or gs://
     root = config.get_oneway_ref("releases")
@@ -64,7 +64,7 @@ def get_config(arg: str | None = None) -> common.Config:
     )
     config.mesh = dict(data=1, fsdp=64, context=1, tensor=1)
 
-    config.objective = common.objective(choice["objective"])
+    config.objective = objectives.objective(choice["objective"])
     config.objective.constant_length = 16384
     if choice["objective"] == "oapl":
         # The denominator: the servers' own log-probs.

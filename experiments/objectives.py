@@ -21,7 +21,7 @@ from experiments.grid import Grid, command
 from experiments.runs import Run
 from oapl_jax.errors import exit_with_code
 
-# The constants that are tried, of configs/common.py:objective. A value without a source is a
+# The constants that are tried, of configs/objectives.py. A value without a source is a
 # proposal: what suits answers of ten tokens in the place of thousands.
 METHODS: dict[str, tuple[Values, ...]] = {
     # The default job's beta2, and a weaker anchor.

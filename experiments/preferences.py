@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from configs import common
+from configs import objectives
 from oapl_jax.objectives import Objective, bind
 from oapl_jax.preferences.winner import blackwell_winner
 
@@ -94,7 +94,7 @@ def against_itself(game: Game, policy: np.ndarray, drawn: np.ndarray, rng) -> np
 
 def train(game: Game, targets: Callable[..., np.ndarray], *, seed: int) -> np.ndarray:
     """float64[ITERATIONS + 1, 3], the policies; each fits the objective on samples of the last."""
-    values = {**common.objective("prosper").to_dict(), "beta2": 1 / ETA, "group_size": GROUP}
+    values = {**objectives.objective("prosper").to_dict(), "beta2": 1 / ETA, "group_size": GROUP}
     objective = bind(**values)
     rng, logits = np.random.default_rng(seed), jnp.log(START)
     policies = [START]

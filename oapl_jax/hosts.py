@@ -86,16 +86,13 @@ def _watch(leaving: threading.Event) -> None:
             client.key_value_set(mine, str(beat), allow_overwrite=True)
             said = dict(client.key_value_dir_get("alive/"))
         except JAX_ERROR as error:
-            end(
-                HostLost(
-                    f"the coordinator, host 0, is gone ({str(error).splitlines()[0]}); {AGAIN}"
-                )
-            )
+            first = str(error).splitlines()[0]
+            end(HostLost(f"host 0, the coordinator, does not answer ({first}); {AGAIN}"))
         now = time.monotonic()
         for host in {*said, *heard}:
             if said.get(host) != heard.get(host, ("", 0))[0]:
                 heard[host] = said.get(host), now
-            elif said[host] != GOODBYE and now - heard[host][1] > SILENCE:
+            elif said.get(host) != GOODBYE and now - heard[host][1] > SILENCE:
                 number = host.rpartition("/")[2]
                 end(HostLost(f"host {number} has not been heard of for {SILENCE:.0f} s; {AGAIN}"))
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import common
+from configs import objectives
 from oapl_jax.objectives import Objective, bind
 
 INF = float("inf")
@@ -14,7 +14,7 @@ INF = float("inf")
 
 def settings(name: str, **changes: Any) -> dict[str, Any]:
     """The section of a configuration, as the job binds it, with some values changed."""
-    values = {"group_size": 4, **common.objective(name).to_dict(), **changes}
+    values = {"group_size": 4, **objectives.objective(name).to_dict(), **changes}
     del values["name"]
     return values
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import settings
 
-from configs import common
+from configs import objectives
 from oapl_jax.errors import UserError
 from oapl_jax.objectives import (
     OBJECTIVES,
@@ -39,7 +39,7 @@ OTHERS = {"denominator", "aggregation", "constant_length", "kl_weight", "ess_pow
 
 
 def test_every_objective_has_a_configuration_and_the_other_way_round():
-    assert list(common.OBJECTIVES) == list(OBJECTIVES)
+    assert list(objectives.OBJECTIVES) == list(OBJECTIVES)
     assert OBJECTIVES["oapl"] == (oapl.advantage, oapl.loss)
     assert OBJECTIVES["grpo"] == OBJECTIVES["rloo"] == (advantages.advantage, grpo.loss)
     assert OBJECTIVES["gspo"] == (advantages.advantage, gspo.loss)
@@ -49,11 +49,11 @@ def test_every_objective_has_a_configuration_and_the_other_way_round():
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_binds_from_its_own_section(name):
-    section = common.objective(name).to_dict()
+    section = objectives.objective(name).to_dict()
     assert section["name"] == name
     assert section["aggregation"] in AGGREGATIONS
-    assert "aggregation" in common.OBJECTIVES[name]  # its own, not another's by default
-    assert set(section) == set(common.objective("oapl"))  # nothing misspelt has been added
+    assert "aggregation" in objectives.OBJECTIVES[name]  # its own, not another's by default
+    assert set(section) == set(objectives.objective("oapl"))  # nothing misspelt has been added
     bind(**section, group_size=4)
 
 
@@ -73,7 +73,7 @@ def test_a_section_has_no_setting_that_no_objective_takes():
 
 
 def test_the_configurations_differ_in_what_the_methods_differ():
-    of = lambda name, *keys: tuple(common.objective(name)[key] for key in keys)
+    of = lambda name, *keys: tuple(objectives.objective(name)[key] for key in keys)
     assert of("grpo", "aggregation", "clip_low", "clip_high") == ("token", 0.2, 0.28)
     assert of("dr_grpo", "aggregation", "estimator") == ("constant", "dr_grpo")
     assert of("gspo", "aggregation", "clip_low", "clip_high") == ("sequence", 3e-4, 4e-4)
