@@ -11,7 +11,8 @@ import pytest
 from oapl_jax.saved_config import flat
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
+SHARED = ("__init__", "common", "objectives")
+FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in SHARED)
 CHOICES = {
     "arithmetic": ["", "task=chain_sum", "task=number_sorting", "task=countdown", "objective=grpo"],
     "code_contests": ["", "round=2", "smoke", "smoke,round=0", "smoke,round=2,objective=grpo"],
