@@ -18,7 +18,7 @@ import pytest
 from etils import epath
 
 from configs import arithmetic
-from configs.common import OBJECTIVES
+from configs.objectives import OBJECTIVES
 from experiments import findings, grid, lag, objectives, page, plot, tables
 from experiments.arms import Arm, a_run, arms, stream, warm_up
 from experiments.runs import forgetful, run_of, summary
