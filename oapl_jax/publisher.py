@@ -21,7 +21,7 @@ from absl import flags
 from etils import epath
 
 from oapl_jax.errors import RunError, UserError, exit_with_code
-from oapl_jax.models import hf
+from oapl_jax.models import export, hf
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.files import absolute, on_disk, one_line, sync_directory, write_file
 from oapl_jax.models.steps import load_probe, open_params, steps_of
@@ -95,7 +95,9 @@ def publish(
     params, probe = open_params(source), load_probe(source)
     try:
         aside.mkdir(parents=True)
-        files = hf.save_params(params, config, aside, dtype=dtype, max_shard_bytes=MAX_SHARD_BYTES)
+        files = export.save_params(
+            params, config, aside, dtype=dtype, max_shard_bytes=MAX_SHARD_BYTES
+        )
         with tempfile.TemporaryDirectory() as local:
             tokenizer.save_pretrained(local)
             for path in sorted(epath.Path(local).iterdir()):
@@ -224,7 +226,7 @@ def main() -> None:
     flags.DEFINE_string("from", None, "workdir of the run", flag_values=values)
     flags.DEFINE_integer("step", None, "Orbax step to publish", flag_values=values)
     flags.DEFINE_string("to", None, "directory of versions", flag_values=values)
-    choices = list(hf.EXPORT_DTYPES)
+    choices = list(export.EXPORT_DTYPES)
     flags.DEFINE_enum("dtype", None, choices, "the run's publish_dtype", flag_values=values)
     try:
         values(sys.argv)

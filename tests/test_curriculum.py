@@ -23,7 +23,7 @@ from oapl_jax.data.prompts import Prompts
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
 from oapl_jax.learner import init_params, new_state
-from oapl_jax.models import hf
+from oapl_jax.models import export
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.transformer import Transformer
 from oapl_jax.optim import make_optimizer
@@ -543,7 +543,7 @@ def test_a_curator_begins_as_a_checkpoint(tokenizer, tmp_path):
     """It reads a prompt as that decoder does, with a head of zeros."""
     policy = dataclasses.replace(POLICY, tie_embeddings=False)
     params = init_params(Transformer(policy, jnp.float32, "none"), jax.random.key(7))
-    hf.save_params(params, policy, tmp_path, dtype="float32", max_shard_bytes=1 << 30)
+    export.save_params(params, policy, tmp_path, dtype="float32", max_shard_bytes=1 << 30)
     teacher = teacher_of("actor_curator", path=str(tmp_path))
     found = teacher.arrays()["params"]
     params = dict(params)

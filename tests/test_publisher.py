@@ -34,7 +34,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from oapl_jax import publisher
 from oapl_jax.checkpoint import Weights
 from oapl_jax.errors import RunError, UserError, exit_with_code
-from oapl_jax.models import hf
+from oapl_jax.models import export, hf, layout
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.files import write_file
 from oapl_jax.models.steps import open_params
@@ -82,7 +82,7 @@ def make_config(hidden_size=32):
 def make_params(config, seed):
     rng = np.random.default_rng(seed)
     shapes = {}
-    for tensor in hf.tensors_of(config):
+    for tensor in layout.tensors_of(config):
         shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
         shapes[tensor.path] = shape if tensor.layer is None else (config.num_layers, *shape)
     draw = lambda shape: rng.normal(size=shape).astype(np.float32)
@@ -173,7 +173,7 @@ def test_large_models_are_split_and_every_shard_is_in_the_manifest(tmp_path, mon
     assert_holds(path, 16)
     shards = sorted(p.name for p in path.glob("*.safetensors"))
     assert len(shards) > 3
-    assert {*shards, hf.INDEX} < set(read_manifest(path)["files"])
+    assert {*shards, layout.INDEX} < set(read_manifest(path)["files"])
 
 
 def test_a_step_saved_on_a_mesh_is_published_to_the_last_bit(tmp_path):
@@ -207,7 +207,7 @@ def test_bfloat16_halves_the_file(tmp_path):
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch):
     """Beside what the process held before: less than a stacked parameter, of which it reads 7."""
-    monkeypatch.setattr(hf, "READ_AHEAD", 1)
+    monkeypatch.setattr(export, "READ_AHEAD", 1)
     sizes = dict(hidden_size=512, intermediate_size=1536, num_layers=12, vocab_size=64)
     config = dataclasses.replace(SMALL, head_dim=128, **sizes)
     source = orbax_step(0, config)

@@ -15,7 +15,7 @@ from oapl_jax import learner, train
 from oapl_jax.data import samples
 from oapl_jax.evaluate.run import run as run_benchmarks
 from oapl_jax.job import open_job
-from oapl_jax.models import hf
+from oapl_jax.models import export
 from oapl_jax.models.transformer import Transformer
 from oapl_jax.policy import open_policy
 from oapl_jax.rollout.shards import Shards
@@ -50,7 +50,7 @@ def model(tmp_path_factory):
     params = jax.jit(functools.partial(learner.init_params, network))(jax.random.key(0))
     policy.tokenizer.chat_template = CHATML
     policy.tokenizer.save_pretrained(str(directory / "llama"))
-    hf.save_params(
+    export.save_params(
         params, policy.config, directory / "llama", dtype="float32", max_shard_bytes=1 << 30
     )
     return directory / "llama"

@@ -1,90 +1,33 @@
-"""Hugging Face checkpoints in and out, through one table of names.
-
-A run starts from `load_params`; the publisher writes what a fleet (or transformers) loads with
-`save_params`. Both stream one tensor at a time.
-"""
+"""Hugging Face checkpoints in: what a run starts from, one tensor streamed at a time."""
 
 import contextlib
-import dataclasses
 import functools
-import itertools
 import json
-import math
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from etils import epath
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from oapl_jax.errors import UserError
 from oapl_jax.models.config import ModelConfig
-from oapl_jax.models.files import ahead, write_file
-from oapl_jax.models.transformer import Transformer
+from oapl_jax.models.layout import (
+    INDEX,
+    SINGLE,
+    TABLE,
+    Tensor,
+    flatten,
+    parameter_shapes,
+    tensors_of,
+)
 from oapl_jax.sharding import parameter_shardings
 
-# Our parameter -> their tensor. A name with {layer} stands for one tensor a layer, stacked here on
-# the leading axis. Kernels and the head are transposed: a torch Linear keeps [out, in].
-TABLE = {
-    "embed/embedding": "model.embed_tokens.weight",
-    "layers/attention_norm/scale": "model.layers.{layer}.input_layernorm.weight",
-    "layers/q/kernel": "model.layers.{layer}.self_attn.q_proj.weight",
-    "layers/q/bias": "model.layers.{layer}.self_attn.q_proj.bias",
-    "layers/q_norm/scale": "model.layers.{layer}.self_attn.q_norm.weight",
-    "layers/k/kernel": "model.layers.{layer}.self_attn.k_proj.weight",
-    "layers/k/bias": "model.layers.{layer}.self_attn.k_proj.bias",
-    "layers/k_norm/scale": "model.layers.{layer}.self_attn.k_norm.weight",
-    "layers/v/kernel": "model.layers.{layer}.self_attn.v_proj.weight",
-    "layers/v/bias": "model.layers.{layer}.self_attn.v_proj.bias",
-    "layers/o/kernel": "model.layers.{layer}.self_attn.o_proj.weight",
-    "layers/o/bias": "model.layers.{layer}.self_attn.o_proj.bias",
-    "layers/mlp_norm/scale": "model.layers.{layer}.post_attention_layernorm.weight",
-    "layers/gate/kernel": "model.layers.{layer}.mlp.gate_proj.weight",
-    "layers/up/kernel": "model.layers.{layer}.mlp.up_proj.weight",
-    "layers/down/kernel": "model.layers.{layer}.mlp.down_proj.weight",
-    "final_norm/scale": "model.norm.weight",
-    "head": "lm_head.weight",
-}
-EXPORT_DTYPES = {"float32": ("F32", np.float32), "bfloat16": ("BF16", ml_dtypes.bfloat16)}
 IMPORT_DTYPES = ("F32", "BF16", "F16")
-READ_AHEAD, STRIP = 64 << 20, 32  # bytes; rows
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A tensor of a checkpoint, and the parameter (or the layer of a stacked one) that it is."""
-
-    name: str
-    shape: tuple[int, ...]
-    path: str
-    layer: int | None
-    transposed: bool
-
-
-def tensors_of(config: ModelConfig) -> list[Tensor]:
-    """The tensors of this model's checkpoint, with the shapes of our own initialiser.
-
-    Raises:
-      KeyError: for a parameter without a row: it would be neither loaded nor published.
-    """
-    tensors = []
-    for path, leaf in _parameter_shapes(config).items():
-        if path not in TABLE:
-            raise KeyError(f"no row names parameter {path!r}; add one to TABLE")
-        stacked = "{layer}" in TABLE[path]
-        transposed = path == "head" or path.endswith("/kernel")
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        shape = shape[::-1] if transposed else shape
-        for layer in range(config.num_layers) if stacked else (None,):
-            tensors.append(Tensor(TABLE[path].format(layer=layer), shape, path, layer, transposed))
-    return tensors
 
 
 def load_config(directory: epath.PathLike) -> ModelConfig:
@@ -117,11 +60,11 @@ def load_params(directory: epath.PathLike, config: ModelConfig, *, mesh: Mesh | 
         index says, misshapen, or of a dtype not in IMPORT_DTYPES. With tied embeddings
         `lm_head.weight` may be there, as some checkpoints have it, if it equals the embedding.
     """
-    tensors, shapes = tensors_of(config), _parameter_shapes(config)
+    tensors, shapes = tensors_of(config), parameter_shapes(config)
     shardings = dict.fromkeys(shapes, jnp.zeros(()).sharding)
     if mesh is not None:
         tree = parameter_shardings(unflatten_dict(shapes, sep="/"), mesh)
-        shardings = _flatten(tree)
+        shardings = flatten(tree)
     params = {}
     with contextlib.ExitStack() as stack:
         slices = _open(epath.Path(directory), tensors, stack)
@@ -132,87 +75,6 @@ def load_params(directory: epath.PathLike, config: ModelConfig, *, mesh: Mesh | 
             # Transfers are asynchronous: without this, all parameters could pile up on the host.
             params[path].block_until_ready()
     return unflatten_dict(params, sep="/")
-
-
-def save_params(
-    params: Any, config: ModelConfig, directory: epath.PathLike, *, dtype: str, max_shard_bytes: int
-) -> dict[str, dict[str, Any]]:
-    """Writes a checkpoint that transformers and SGLang load: safetensors first, config.json last.
-
-    Tensors are read while others are written. Host memory beyond the parameters: two of the largest
-    tensor (for small ones READ_AHEAD and one), and what reading takes for a few blocks.
-
-    Args:
-      params: a tree (or a mapping by path) of numpy arrays, jax arrays that this process can
-        address, or open TensorStore arrays; of a stacked one, a layer at a time is read.
-      config: their model.
-      directory: made if need be; must not hold safetensors yet.
-      dtype: of the tensors, a key of EXPORT_DTYPES.
-      max_shard_bytes: of the tensors in one file; a tensor larger than that has a file of its own.
-
-    Returns:
-      File name -> {"bytes", "sha256"} of what was written, and is on the disk.
-
-    Raises:
-      UserError: for an unknown dtype, a size that is not positive, or a directory already in use.
-      ValueError: if the parameters are not those of the model, listing the differences, or lie on
-        other hosts.
-    """
-    directory = epath.Path(directory)
-    if dtype not in EXPORT_DTYPES:
-        raise UserError(f"can't export dtype {dtype!r}; choose one of {', '.join(EXPORT_DTYPES)}")
-    if max_shard_bytes < 1:
-        raise UserError(f"max_shard_bytes={max_shard_bytes} must be positive")
-    if directory.exists() and any(directory.glob("*.safetensors*")):
-        raise UserError(f"{directory} already holds safetensors; export to a directory of its own")
-    flat = _flatten(params)
-    given = {path: tuple(np.shape(leaf)) for path, leaf in flat.items()}
-    wanted = {path: leaf.shape for path, leaf in _parameter_shapes(config).items()}
-    wrong = [p for p in sorted(given | wanted) if given.get(p) != wanted.get(p)]
-    if wrong:
-        differences = ", ".join(f"{p} {given.get(p)} instead of {wanted.get(p)}" for p in wrong)
-        raise ValueError(f"not the parameters of this {config.model_type}: {differences}")
-
-    if any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flat.values()):
-        raise ValueError("some parameters lie on other hosts; gather them before the export")
-
-    shards: list[list[Tensor]] = []
-    left, total = 0, 0
-    for tensor in tensors_of(config):
-        size = _bytes(tensor, dtype)
-        if size > left:
-            shards.append([])
-            left = max_shard_bytes
-        shards[-1].append(tensor)
-        left, total = left - size, total + size
-    room = max(READ_AHEAD, *(_bytes(tensor, dtype) for tensor in tensors_of(config)))
-    directory.mkdir(parents=True, exist_ok=True)
-    written, weight_map = {}, {}
-    for i, shard in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        written[file] = _write(directory / file, shard, flat, dtype, room)
-        weight_map |= {tensor.name: file for tensor in shard}
-    documents = {"config.json": config.to_hf(dtype=dtype)}
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        documents = {INDEX: index, **documents}
-    for file, document in documents.items():
-        text = json.dumps(document, indent=2) + "\n"
-        written[file] = write_file(directory / file, [text.encode()])
-    return written
-
-
-@functools.cache
-def _parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path -> shape as the initialiser has it: the truth that the table is held against."""
-    model = Transformer(config, jnp.float32, "none")
-    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), token, token, token)
-    return _flatten(variables["params"])
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    return {"/".join(path): leaf for path, leaf in flatten_dict(tree).items()}
 
 
 def _read(
@@ -293,53 +155,3 @@ def _files(directory: epath.Path) -> tuple[list[str], dict[str, str]]:
     if absent:
         raise UserError(f"{index} names files that don't exist: {', '.join(absent)}")
     return files, weight_map
-
-
-def _bytes(tensor: Tensor, dtype: str) -> int:
-    return math.prod(tensor.shape) * np.dtype(EXPORT_DTYPES[dtype][1]).itemsize
-
-
-def _write(
-    path: epath.Path, shard: Sequence[Tensor], flat: Mapping[str, Any], dtype: str, room: int
-) -> dict[str, Any]:
-    """Writes one file: 8 bytes of header length, a JSON header, then the tensors end to end.
-
-    By hand, since safetensors' own writer wants all tensors of a file in memory.
-    """
-    code, numpy_dtype = EXPORT_DTYPES[dtype]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in shard:
-        start, end = end, end + _bytes(tensor, dtype)
-        header[tensor.name] = {"dtype": code, "shape": tensor.shape, "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # aligns the data
-
-    head = struct.pack("<Q", len(encoded)) + encoded
-    tensors = ahead(
-        lambda tensor: _fetch(tensor, flat[tensor.path], numpy_dtype),
-        shard,
-        cost=lambda tensor: _bytes(tensor, dtype),
-        room=room,
-    )
-    with contextlib.closing(tensors):  # even if writing fails, no thread reads on
-        return write_file(path, itertools.chain([head], tensors))
-
-
-def _fetch(tensor: Tensor, leaf: Any, dtype: Any) -> memoryview:
-    """The bytes of a tensor as a file has them; beside them, one block is held at a time."""
-    value = leaf if tensor.layer is None else leaf[tensor.layer]
-    out = np.empty(tensor.shape, dtype)
-    place = out.T if tensor.transposed else out
-    layout = getattr(value, "chunk_layout", None)  # TensorStore reads whole chunks
-    block = layout.read_chunk.shape if layout else value.shape
-    cut = [
-        [slice(i, min(i + b, n)) for i in range(0, n, b)]
-        for n, b in zip(value.shape, block, strict=True)
-    ]
-    for index in itertools.product(*cut):
-        target, source = place[index], np.asarray(value[index])
-        # By strips that fit the cache: a transposed copy is twice as fast so.
-        for i in range(0, len(source), STRIP):
-            target[i : i + STRIP] = source[i : i + STRIP]
-    return out.reshape(-1).view(np.uint8).data

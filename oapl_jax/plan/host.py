@@ -6,7 +6,7 @@ import math
 import jax
 
 from oapl_jax.job import Config
-from oapl_jax.models import hf
+from oapl_jax.models import layout
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.plan.programs import Learner, per_chip
 
@@ -19,7 +19,7 @@ def host_memory(plan: Learner, chips_per_host: int) -> dict[str, float]:
     config = plan.config
     response = config.rollout.max_response_tokens
     group = config.group_size * (8 * response) + 4 * config.data.max_prompt_tokens
-    largest = max(math.prod(tensor.shape) for tensor in hf.tensors_of(plan.model_config))
+    largest = max(math.prod(tensor.shape) for tensor in layout.tensors_of(plan.model_config))
     return {
         "copy of the state for a checkpoint": float(chips_per_host * per_chip(plan.state)),
         "copy of the weights to publish": float(chips_per_host * per_chip(plan.state.params)),
@@ -30,7 +30,7 @@ def host_memory(plan: Learner, chips_per_host: int) -> dict[str, float]:
 
 
 def parameters(config: ModelConfig) -> int:
-    return sum(math.prod(tensor.shape) for tensor in hf.tensors_of(config))
+    return sum(math.prod(tensor.shape) for tensor in layout.tensors_of(config))
 
 
 def publish_seconds(count: int, dtype_bytes: int, hosts: int, storage: float) -> float:
