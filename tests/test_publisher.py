@@ -676,7 +676,7 @@ def test_a_crash_at_any_line_leaves_a_version_whole_or_absent(
     def save_params(params, config, directory, **_):  # as the real one, but in no time
         return {"model.safetensors": write_file(directory / "model.safetensors", [weights])}
 
-    monkeypatch.setattr(hf, "save_params", save_params)
+    monkeypatch.setattr(export, "save_params", save_params)
     monkeypatch.setattr(publisher, "open_params", lambda source: {})
     monkeypatch.setattr(publisher, "load_probe", lambda source: SAID)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
