@@ -200,7 +200,14 @@ def _open(directory: epath.Path, keep: int | None, **items: Any) -> ocp.Checkpoi
     # Compression would take a tenth off random-looking floats and make the publisher wait for it.
     params = ocp.PyTreeCheckpointHandler(use_compression=False)
     handlers = {"params": params, "probe": _JSON(), **{name: new() for name, new in items.items()}}
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        enable_async_checkpointing=True,
+        # Hosts meet under a name: two managers that save one step must not meet under the same.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            barrier_sync_key_prefix=directory.name
+        ),
+    )
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 

@@ -218,11 +218,13 @@ def test_grpo_runs_by_its_name_alone(runs, tmp_path):
 def test_a_reference_policy_is_version_0_to_the_end(runs, tmp_path, name):
     """As a denominator or by a KL; over a resume; and it is the policy of the start itself."""
     settings = {"config": f":objective={name}", "lag.steps": 2, "learner.micro_batches": 2}
+    settings |= {"warmup.num_steps": 60, "group_size": 8, "rollout.max_sequences": 48}
     settings |= {"objective.kl_weight": 0.1} if name == "grpo" else {}
     runs.run(tmp_path, **settings, num_steps=6)
     runs.run(tmp_path, **settings)
     assert (tmp_path / "versions" / "v000000" / "COMMITTED").exists()
     lines = metrics(tmp_path)
+    assert sum(line["reward"] for line in lines) > 0
     distance = [line["reference_kl" if name == "grpo" else "kl"] for line in lines]
     assert distance[0] < 1e-6
     assert min(distance[2:]) > 1e-5  # unlike the distance to pi_lag, which returns to 0

@@ -84,15 +84,17 @@ def separate(user_namespace: bool) -> None:
                 file.write(line)
 
 
-def small_root(visible: list[str], temporary_bytes: int) -> None:
+def small_root(visible: dict[str, str], temporary_bytes: int) -> None:
     """Replaces the file system by one with the paths `visible`, read-only, and a fresh /tmp.
+
+    A key is where it is seen, its value where it is now.
 
     There is no /proc: nothing of other processes, and no switch of the kernel, which a process of
     the user root could turn even without capabilities.
     """
     _mount("none", "/", "", RECURSIVE | PRIVATE, "")  # nothing below is seen outside
-    links = {path: os.readlink(path) for path in visible if os.path.islink(path)}
-    sources = {path: os.open(path, os.O_PATH) for path in visible if path not in links}
+    links = {path: os.readlink(p) for path, p in visible.items() if os.path.islink(p)}
+    sources = {path: os.open(p, os.O_PATH) for path, p in visible.items() if path not in links}
     null = os.open("/dev/null", os.O_PATH)
     _mount("tmpfs", "/tmp", "tmpfs", NO_SETUID | NO_DEVICES, "mode=755,size=1m")
     for path, source in sources.items():

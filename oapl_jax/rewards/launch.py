@@ -15,6 +15,7 @@ from oapl_jax.rewards._walls import MACHINES
 
 FIRST_USER = 1 << 31  # above what distributions and containers give to users
 HERE = Path(__file__).parent
+PACKAGES = "/packages"  # inside; outside they may lie in a folder that a program gets afresh
 KEPT_CAPABILITIES = ("CAP_SYS_ADMIN", "CAP_SETUID", "CAP_SETGID")  # until the program comes in
 
 
@@ -49,7 +50,9 @@ def command(way: str, limits: Limits, packages: tuple[str, ...], folder: str) ->
         "way": way,
         "folder": folder,
         "visible": visible,
-        "package_folders": [os.path.dirname(path) for path in _package_paths(packages)],
+        "package_folders": [PACKAGES]
+        if way != "none"
+        else [os.path.dirname(path) for path in _package_paths(packages)],
         "user_namespace": not root,
         "uid": _own_user() if root else None,
         "filter": platform.machine() in MACHINES,
@@ -70,9 +73,9 @@ def command(way: str, limits: Limits, packages: tuple[str, ...], folder: str) ->
         line += ["--cap-add", capability]
     for parent in sorted({str(p) for path in visible for p in Path(path).parents} - {"/"}):
         line += ["--perms", "0755", "--dir", parent]  # else only root may pass
-    for path in visible:
-        link = os.path.islink(path)
-        line += ["--symlink", os.readlink(path), path] if link else ["--ro-bind", path, path]
+    for path, source in visible.items():
+        link = os.path.islink(source)
+        line += ["--symlink", os.readlink(source), path] if link else ["--ro-bind", source, path]
     for place in ("/inside", "/dev"):
         line += ["--perms", "0755", "--dir", place]
     for name in ("_inside.py", "_walls.py"):
@@ -82,18 +85,22 @@ def command(way: str, limits: Limits, packages: tuple[str, ...], folder: str) ->
     return [*line, *python, "/inside/_inside.py", inside[1]]
 
 
-def visible_paths(packages: tuple[str, ...]) -> list[str]:
-    """This Python, the system's libraries and the packages: all that a program sees of the disk."""
+def visible_paths(packages: tuple[str, ...]) -> dict[str, str]:
+    """This Python, the system's libraries and the packages: all that a program sees of the disk.
+
+    Returns:
+      The path inside -> the path outside, equal but for packages.
+    """
     libraries = [os.path.join(sys.base_prefix, name) for name in ("lib", sys.platlibdir)]
     libraries.append(sysconfig.get_path("stdlib"))
     system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache"]
-    paths = [*system, *libraries, os.path.realpath(sys.executable), *_package_paths(packages)]
-    found: list[str] = []
+    paths = [*system, *libraries, os.path.realpath(sys.executable)]
+    found: dict[str, str] = {}
     for path in paths:
         covered = any(path == other or path.startswith(f"{other}/") for other in found)
         if os.path.exists(path) and not covered:
-            found.append(path)
-    return found
+            found[path] = path
+    return found | {f"{PACKAGES}/{os.path.basename(p)}": p for p in _package_paths(packages)}
 
 
 _slots = itertools.count()
@@ -121,5 +128,5 @@ def _package_paths(packages: tuple[str, ...]) -> list[str]:
         origin = Path(spec.origin)
         place = origin.parent if spec.submodule_search_locations else origin
         libraries = place.with_name(f"{name}.libs")
-        paths += [str(path) for path in (place, libraries) if path.exists()]
+        paths += [str(path.resolve()) for path in (place, libraries) if path.exists()]
     return paths

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -180,6 +181,18 @@ def test_packages_are_there_if_named(way):
     assert run(way, code, "")[0][0] == 1
     with pytest.raises(NoSandbox, match="no_such_package"):
         run(way, code, "", packages=("no_such_package",))
+
+
+@each_way
+def test_a_package_may_lie_where_a_program_has_a_fresh_folder(way, monkeypatch):
+    """A checkout below /tmp has its environment there too."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        package = Path(folder) / "below_tmp"
+        package.mkdir()
+        (package / "__init__.py").write_text("VALUE = 7")
+        monkeypatch.syspath_prepend(folder)
+        code = "import below_tmp, os; print(below_tmp.VALUE, os.listdir('/tmp'))"
+        assert run(way, code, "", packages=("below_tmp",)) == [(0, b"7 ['stdin']\n")]
 
 
 @each_way
