@@ -53,12 +53,12 @@ def get_config(arg: str | None = None) -> common.Config:
         task="code",  # the reward is 1 if every test passes, 6 s a test, else 0
         data_dir="runs/data",
         sets=dict(
-            primeintellect=deepcoder(root, "primeintellect/train"),
-            taco=deepcoder(root, "taco/train"),
-            lcbv5=deepcoder(root, "lcbv5/train"),
-            lcbv5_test=deepcoder(root, "lcbv5/test"),
+            primeintellect=deepcoder(root, "primeintellect/train", rows=16252),
+            taco=deepcoder(root, "taco/train", rows=7436),
+            lcbv5=deepcoder(root, "lcbv5/train", rows=599),
+            lcbv5_test=deepcoder(root, "lcbv5/test", rows=279),
         ),
-        train=("primeintellect", "taco", "lcbv5"),  # about 24,000 problems
+        train=("primeintellect", "taco", "lcbv5"),  # 24,287 problems
         validation=("lcbv5_test",),
         test=("lcbv5_test",),
         max_prompt_tokens=4096,
@@ -107,14 +107,14 @@ def get_config(arg: str | None = None) -> common.Config:
         capacity=512,
         zero_variance="drop",  # [I] see STEPS
     )
-    config.zero_variance_weight = 0.1
+    config.zero_variance_weight = 0.1  # for buffer.zero_variance="weight"
 
     config.rollout = dict(
         sampler="fleet",  # of oapl_jax.rollout.generate and oapl_jax.evaluate
         overlap=False,
         temperature=0.6,
         top_p=0.95,
-        top_k=0,
+        top_k=0,  # [I] none
         max_response_tokens=32000,
         prompts_per_call=32,
         reward_threads=32,
@@ -137,7 +137,7 @@ def get_config(arg: str | None = None) -> common.Config:
         rows_multiple=64,
         logp_chunk=512,
     )
-    config.publish_dtype = "bfloat16"
+    config.publish_dtype = "bfloat16"  # [I] of the servers' weights
 
     config.evaluation = dict(
         every=0,  # the run itself evaluates nothing: oapl_jax.evaluate does, through the fleet
@@ -158,7 +158,8 @@ def get_config(arg: str | None = None) -> common.Config:
         last = 0 if number == "1" else SMOKE_STEPS if small else STEPS["1"]
         start_from(config, rounds + f"/versions/v{last:06d}")
     if number == "2":
-        take_part(config, hundredths=60 if small else 17)  # 17 of all problems are the 4,000
+        # 17 % of all problems for the paper's 4,000; which ones those are is not known [I].
+        take_part(config, hundredths=60 if small else 17)
     return config.lock()
 
 
@@ -192,13 +193,13 @@ def take_in(config: common.Config, *, small: bool) -> None:
         config.warmup.num_steps = 32
 
 
-def deepcoder(root: common.Config, path: str) -> common.Config:
+def deepcoder(root: common.Config, path: str, *, rows: int) -> common.Config:
     return common.release(
         root,
         "deepcoder",
         "agentica-org/DeepCoder-Preview-Dataset",
         f"{path}-*.parquet",
-        rows=0,
+        rows=rows,
         max_tests=0,  # every test counts
     )
 

@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> common.Config:
         aime24=competition(root, "HuggingFaceH4/aime_2024", rows=30),
         aime25=competition(root, "MathArena/aime_2025", rows=30),
         hmmt25_feb=competition(root, "MathArena/hmmt_feb_2025", rows=30),
-        hmmt25_nov=competition(root, "MathArena/hmmt_nov_2025", rows=0),  # not known here
+        hmmt25_nov=competition(root, "MathArena/hmmt_nov_2025", rows=30),
         brumo25=competition(root, "MathArena/brumo_2025", rows=30),
         math500=common.release(root, "math500", "HuggingFaceH4/MATH-500", "test.jsonl", rows=500),
     )
@@ -88,10 +88,10 @@ def get_config(arg: str | None = None) -> common.Config:
         mode="clear_on_sync",  # algorithm 1
         max_age=50,
         max_reuse=1,
-        capacity=512,
+        capacity=512,  # [I] how large D may become
         zero_variance="keep",  # [I] algorithm 1 drops none
     )
-    config.zero_variance_weight = 0.1
+    config.zero_variance_weight = 0.1  # for buffer.zero_variance="weight"
 
     config.rollout = dict(
         sampler="fleet",
@@ -120,7 +120,7 @@ def get_config(arg: str | None = None) -> common.Config:
         rows_multiple=64,
         logp_chunk=512,
     )
-    config.publish_dtype = "bfloat16"
+    config.publish_dtype = "bfloat16"  # [I] of the servers' weights
 
     config.evaluation = dict(
         every=0,  # the run itself evaluates nothing: oapl_jax.evaluate does, through the fleet

@@ -138,14 +138,19 @@ def build(
 ) -> tfds.core.DatasetBuilder:
     """Builds a data set unless it stands complete in `data_dir`, and opens it.
 
-    TFDS writes into an `incomplete.*` directory and renames it at the end, so on a file system an
-    interrupted build leaves nothing that could be taken for a data set (a bucket copies instead of
-    renaming: there the remains are refused).
+    TFDS writes into an `incomplete.*` directory and renames it at the end, so an interrupted build
+    leaves nothing that could be taken for a data set.
 
     Raises:
-      UserError: for remains; and what the builder raises.
+      UserError: for a directory in a bucket, which array_record can neither write nor read; for
+        remains; and what the builder raises.
     """
     assert config.name is not None
+    if "://" in data_dir:
+        raise UserError(
+            f"data.data_dir={data_dir} is in an object store, and array_record knows local files "
+            "only; name a directory (a bucket can be mounted as one)"
+        )
     directory = epath.Path(data_dir) / builder.name / config.name / str(builder.VERSION)
     complete = directory / "dataset_info.json"
     if directory.exists() and not complete.exists():

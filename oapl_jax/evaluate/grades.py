@@ -30,11 +30,13 @@ from oapl_jax.evaluate.responses import Responses
 from oapl_jax.structs import Prompt, Rollout
 
 FORMAT = "oapl_jax grades 1"
-LIBRARIES = ("latex2sympy2_extended", "math-verify", "sympy")  # which have a say in rewards
+# Those that have a say in rewards.
+LIBRARIES = ("latex2sympy2_extended", "math-verify", "pylatexenc", "rapidfuzz", "sympy")
 # Settings that decide how fast a grade comes and not what it is.
 SPEED = {
     "math": ("processes", "recycle_after"),
     "code": ("parallel", "start_seconds", "cache_entries"),
+    "documents": (),
 }
 
 # (prompt, responses) -> their rewards, and their final answers.
@@ -77,7 +79,7 @@ class Grades:
     Attributes:
       about: as above.
       there: bool[P, n], which samples are graded.
-      correct: bool[P, n], whether the reward is above 0.
+      correct: bool[P, n], whether the reward is 1.
       answers: for each prompt and sample.
       verdicts: the verifier's counts of all that was graded.
       seconds: float, wall-clock, that grading took.
@@ -184,7 +186,7 @@ class Grades:
             if line["logp"][: len(logp)] != logp.tolist():
                 return  # of responses that were deleted
             for column in range(start, start + len(logp)):
-                self.correct[row, column] = line["reward"][column - start] > 0
+                self.correct[row, column] = line["reward"][column - start] >= 1
                 self.answers[row][column] = line["answer"][column - start]
                 self.there[row, column] = True
             self.verdicts.update(line["verdicts"])

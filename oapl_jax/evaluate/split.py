@@ -28,7 +28,7 @@ def evaluate(
     Args:
       sampler: holds the policy in question.
       prompts: of the split.
-      reward: a response is right if its reward is above 0.
+      reward: a response is right if its reward is 1.
       final_answer: what a response says at its end, for the vote of maj@n.
       n: samples a prompt.
       ks: of pass@k, each at most n.
@@ -52,7 +52,7 @@ def evaluate(
     greedy_sampling = Sampling(0.0, 1.0, 0, sampling.max_response_tokens)
     greedy = in_order(sampler, prompts, n=1, sampling=greedy_sampling)
 
-    right = [[float(reward(p, r) > 0) for r in rs] for p, rs in zip(prompts, sampled, strict=True)]
+    right = [[float(reward(p, r) >= 1) for r in rs] for p, rs in zip(prompts, sampled, strict=True)]
     majority = [
         maj_at_n([final_answer(p, r) for r in rs], correct)
         for p, rs, correct in zip(prompts, sampled, right, strict=True)
@@ -67,7 +67,7 @@ def evaluate(
     result[f"avg@{n}"] = float(np.mean(right))
     result[f"maj@{n}"] = float(np.mean(majority))
     result["greedy"] = float(
-        np.mean([reward(p, rs[0]) > 0 for p, rs in zip(prompts, greedy, strict=True)])
+        np.mean([reward(p, rs[0]) >= 1 for p, rs in zip(prompts, greedy, strict=True)])
     )
     tokens = sum(len(r.tokens) for r in rollouts)
     result["length"] = tokens / len(rollouts)

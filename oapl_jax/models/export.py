@@ -134,7 +134,7 @@ def _fetch(tensor: Tensor, leaf: Any, dtype: Any) -> memoryview:
     ]
     for index in itertools.product(*cut):
         target, source = place[index], np.asarray(value[index])
-        # By strips that fit the cache: a transposed copy is twice as fast so.
+        # Twice as fast by strips that fit the cache, and as much again if each is rounded before.
         for i in range(0, len(source), STRIP):
-            target[i : i + STRIP] = source[i : i + STRIP]
+            target[i : i + STRIP] = source[i : i + STRIP].astype(dtype, copy=False)
     return out.reshape(-1).view(np.uint8).data

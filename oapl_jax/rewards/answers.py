@@ -28,7 +28,8 @@ class Verdict:
 
     Attributes:
       outcome: "right"; "wrong" (also: no answer was given, or it can't be read); "timeout" (the
-        deadline passed); "error" (the reference can't be read, or the judge ran out of memory).
+        deadline passed); "error" (the reference can't be read, or the judge itself failed, for
+        instance for want of memory).
       reason: for people and logs.
     """
 

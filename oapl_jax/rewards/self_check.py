@@ -2,8 +2,8 @@
 
     record -> chat template -> prompt;  text -> tokens -> Grader: decode, extraction, verifier
 
-A right one that is not paid, or a wrong one that is, ends the run with one sentence, where a
-thousand rewards of 0 would have told the same hours later.
+A right one that is not paid in full, with 1, or a wrong one that is, ends the run with one
+sentence, where a thousand rewards of 0 would have told the same hours later.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ def check_rewards(
             tokens = tokenizer.encode(trial.text, add_special_tokens=False)
             tokens = np.array([*tokens, tokenizer.eos_token_id], np.int32)
             logp = np.zeros(len(tokens), np.float32)
-            paid = grader.reward(prompt, Rollout(tokens, logp, 0, trial.finish_reason)) > 0
+            paid = grader.reward(prompt, Rollout(tokens, logp, 0, trial.finish_reason)) >= 1
             if paid != (trial.kind == "right"):
                 where = "inside" if opened else "outside"
                 raise UserError(

@@ -408,7 +408,7 @@ def result_by_hand(tmp_path):
     graded.fill(
         responses,
         prompts,
-        lambda p, rs: ([s[3] - 0.5 for s in BY_HAND[p.id]], [s[4] for s in BY_HAND[p.id]]),
+        lambda p, rs: ([(s[3] + 1) / 2 for s in BY_HAND[p.id]], [s[4] for s in BY_HAND[p.id]]),
         lambda: {"late": 2},  # counts from before this benchmark
         threads=1,
         progress=lambda done: None,

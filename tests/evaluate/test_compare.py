@@ -182,6 +182,26 @@ def test_the_table_has_a_column_for_each_benchmark():
     assert "(weights abcdefabcdef)" in lines[-1]
 
 
+def test_the_picture_has_the_curves_and_their_bands(tmp_path, monkeypatch):
+    drawn = []
+    with monkeypatch.context() as patched:
+        patched.setattr(report.plt, "close", drawn.append)
+        panels = {"contest": {"before": A, "after": B}, "other": {"": B}}
+        report.draw(panels, epath.Path(tmp_path / "x.png"), title="Version 9")
+    (figure,) = drawn
+    assert figure.get_suptitle() == "Version 9"
+    for axis, (name, results) in zip(figure.axes, panels.items(), strict=True):
+        assert axis.get_title() == name
+        for line, band, result in zip(axis.lines, axis.collections, results.values(), strict=True):
+            curve = result["pass@k"]
+            assert line.get_xdata().tolist() == [1, 2, 3, 4]
+            assert line.get_ydata().tolist() == curve["value"]
+            corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
+            for k, *ends in zip((1, 2, 3, 4), curve["low"], curve["high"], strict=True):
+                assert {(k, end) for end in ends} <= corners
+    report.plt.close(figure)
+
+
 def test_the_command_compares_two_files(tmp_path):
     for name, result in (("a", A), ("b", B)):
         (tmp_path / f"{name}.json").write_text(json.dumps(result))

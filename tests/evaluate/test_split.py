@@ -61,7 +61,7 @@ def answer(prompt, rollout):
 
 def reward(prompt, rollout):
     right = answer(prompt, rollout) == prompt.answer and rollout.finish_reason == "stop"
-    return 0.5 if right else -1.0  # right means above 0
+    return 1.0 if right else 0.5  # right is what is paid in full
 
 
 def run(prompts=PROMPTS, n=4, ks=(1, 2, 4)):

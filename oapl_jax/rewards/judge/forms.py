@@ -90,9 +90,10 @@ def same(answer: Form, reference: Form, same_value: SameValue) -> bool:
             return answer.text.upper() == reference.text
         case (Words(), _) | (_, Words()):
             return False
-        case (Parts(left=":", parts=(a, b)), Value()) | (Value(), Parts(left=":", parts=(a, b))):
-            other = reference if isinstance(reference, Value) else answer
-            return same_value(rf"\frac{{{a.text}}}{{{b.text}}}", other.text)
+        case Parts(left=":", parts=(a, b)), Value():
+            return same_value(rf"\frac{{{a.text}}}{{{b.text}}}", reference.text)
+        case Value(), Parts(left=":", parts=(a, b)):
+            return same_value(answer.text, rf"\frac{{{a.text}}}{{{b.text}}}")
         case Parts(left=""), _:
             return False
         case _, Parts(left=""):
@@ -146,11 +147,12 @@ def _same_ratios(answer: Parts, reference: Parts, same_value: SameValue) -> bool
     a, r = ([part.text for part in parts.parts] for parts in (answer, reference))
     if answer.left != reference.left or len(a) != len(r):
         return False
-    times, zero = lambda x, y: rf"({x}) \cdot ({y})", lambda x: same_value(x, "0")
-    return all(
-        zero(x) == zero(y) and same_value(times(x, r[0]), times(a[0], y))
-        for x, y in zip(a, r, strict=True)
-    )
+    zeros = [[same_value(x, "0") for x in parts] for parts in (a, r)]
+    if zeros[0] != zeros[1] or all(zeros[1]):
+        return zeros[0] == zeros[1]
+    first = zeros[1].index(False)
+    over = lambda parts, i: rf"\frac{{{parts[i]}}}{{{parts[first]}}}"
+    return all(same_value(over(a, i), over(r, i)) for i in range(len(a)))
 
 
 def _vector(form: Form) -> tuple[Form, ...]:

@@ -7,12 +7,13 @@ from words import TEXT, measure, name, words
 
 MAX_DEPTH = 40  # of brackets
 MAX_PARTS = 200
-OPEN = {"(", "[", "{", r"\{", r"\langle", r"\begin"}
-CLOSE = {")", "]", "}", r"\}", r"\rangle", r"\end"}
+OPEN = {"(", "[", "{", r"\{", r"\begin"}
+CLOSE = {")", "]", "}", r"\}", r"\end"}
 TOKEN = re.compile(r"\\(?:[A-Za-z]+|.)|.", re.DOTALL)
 BETWEEN = re.compile(r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
 SAYS_MORE = re.compile(rf"^\s*(?:\d|\\dollar)|,|{BETWEEN.pattern}")  # text that is no word
 OR = re.compile(r"(?<![A-Za-z\\])or(?![A-Za-z])")
+OUTWARD = re.compile(r"([\[\]])([^\[\]]+)([\[\]])")
 MATRIX = re.compile(r"\\begin\{([pbBv]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", re.DOTALL)
 THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?!\d)")
 PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
@@ -29,6 +30,8 @@ def read(text: str, depth: int = MAX_DEPTH) -> Form:
     if not depth:
         raise ValueError("nested too deeply")
     text = _bare(text)
+    if ends := OUTWARD.fullmatch(text):  # ]0, 1] is (0, 1]
+        text = {"]": "(", "[": "["}[ends[1]] + ends[2] + {"[": ")", "]": "]"}[ends[3]]
     if (inner := TEXT.fullmatch(text)) and SAYS_MORE.search(inner[1]):
         return read(inner[1], depth - 1)
     if not BETWEEN.search(text) and (said := words(text)):
@@ -47,9 +50,8 @@ def read(text: str, depth: int = MAX_DEPTH) -> Form:
         if tokens[0] == r"\{" and len(builder) == 2 and name(builder[0]):  # {x | x > 0}
             return read(builder[1], depth - 1)
         parts = split(inside, ",", ";")
-        if len(parts) > 1 or tokens[0] in (r"\{", r"\langle"):
-            left, right = tokens[0].replace(r"\langle", "("), tokens[-1].replace(r"\rangle", ")")
-            return Parts(left, right, _flat(_all(parts, depth)), text)
+        if len(parts) > 1 or tokens[0] == r"\{":
+            return Parts(tokens[0], tokens[-1], _flat(_all(parts, depth)), text)
     if PLUS_MINUS.search(text):
         upper, lower = (
             PLUS_MINUS.sub(lambda m, plus=plus: "+" if m[1] == plus else "-", text)
@@ -110,7 +112,7 @@ def _relation(text: str, depth: int) -> Form | None:
     r"""An equation with a name, or an inequality as its interval; None for neither."""
     sides = split(text, r"\approx")
     if len(sides) == 2 and "=" not in sides[1]:  # the exact side counts
-        return read(sides[0], depth - 1)
+        return read(sides[0] if sides[0].strip() else sides[1], depth - 1)
     sides = split(text, "=")
     if len(sides) > 1:
         if not (found := name(sides[0])) or not all(side.strip() for side in sides):

@@ -31,6 +31,8 @@ REWRITES = tuple(
         (r"\\text\s*\{\s*([A-Za-z])\s*\}", r" \1 "),
         (r"(?<![A-Za-z0-9])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\infinity", r"\\infty"),
+        (r"\\lg(?![A-Za-z])", r"\\log"),
+        (r"(\d+|[A-Za-z])!(?=\s*\^)", r"(\1!)"),
         (r"(?<=\d)[eE]([+-]?\d+)(?![\d.])", r" \\cdot 10^{\1}"),
         # One character without braces is an argument, too.
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
@@ -151,6 +153,9 @@ def _decided(found: Any, expected: Any, *, decimal: bool) -> bool | None:
 
 def _same_equations(found: Any, expected: Any) -> bool:
     """Whether one equation is a multiple of the other, as x + y = 2 and 2x + 2y = 4 are."""
+    sides = (found.lhs, found.rhs, expected.lhs, expected.rhs)
+    if not all(isinstance(side, sympy.Expr) for side in sides):  # a set
+        return False
     ratio = sympy.cancel((found.lhs - found.rhs) / (expected.lhs - expected.rhs))
     return bool(ratio.is_number and ratio.is_finite and ratio.is_zero is False)
 

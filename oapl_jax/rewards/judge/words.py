@@ -19,22 +19,24 @@ NAME_BREAKS = re.compile(
     r"[+*/<>&|!:-]|\^(?!\{?-1)"
     r"|\\(?:cdot|times|frac|sqrt|pm|mp|div|sum|int|prod|log|ln|sin|cos|tan)(?![A-Za-z])"
 )
+DERIVATIVE = re.compile(r"\\frac\{d[A-Za-z]\}\{d[A-Za-z]\}")
 # Other spellings of a unit; plurals lose their s before. "" is no unit.
 UNITS = {
     "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "kilometer": "km",
     "kilometre": "km", "meter": "m", "metre": "m", "inch": "in", "inche": "in", "foot": "ft",
     "feet": "ft", "mile": "mi", "yard": "yd", "second": "s", "sec": "s", "minute": "min",
     "hour": "h", "hr": "h", "kilogram": "kg", "gram": "g", "pound": "lb", "ounce": "oz",
-    "liter": "l", "litre": "l", "dollar": "$", r"\dollar": "$", "usd": "$", "degree": "°",
-    "deg": "°", r"^\circ": "°", "year": "yr", "mileperhour": "mph", "milesperhour": "mph",
-    "kilometersperhour": "km/h", "km/hr": "km/h", "radian": "", "rad": "", "unit": "",
+    "liter": "l", "litre": "l", "dollar": "$", r"\dollar": "$", "usd": "$", "euro": "€",
+    "degree": "°", "deg": "°", r"^\circ": "°", "year": "yr", "mileperhour": "mph",
+    "milesperhour": "mph", "kilometersperhour": "km/h", "km/hr": "km/h", "radian": "", "rad": "",
+    "unit": "",
 }  # fmt: skip
 POWERS = {"squared": "2", "square": "2", "sq": "2", "cubed": "3", "cubic": "3"}
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 POWER = r"\s*\^\s*\{?[23]\}?"
 UNIT = re.compile(
     rf"(?<=[0-9}})!.a-z°])\s*(?:\\text\s*\{{\s*(?P<text>[^{{}}]+)\}}(?P<text_power>{POWER})?"
-    r"|(?P<sign>\^\\circ|\\dollar)"
+    r"|(?P<sign>\^\\circ|\\dollar|€)"
     # Without a blank, 5m is a product.
     r"|(?<=[0-9}) ])(?P<short>cm|mm|km|kg|mg|ft|in|lb|oz|mph|km/h|m/s|ml|min|hr|am|pm"
     r"|(?<= )[msghL])"
@@ -56,12 +58,15 @@ def words(text: str) -> str | None:
         return None
     if re.search(r"[A-Za-z]\(|[/-](?![A-Za-z]{3})", inner.rstrip(".")):  # f(x), a/b
         return None
-    return plain if TEXT.fullmatch(text) or (len(plain) > 2 and plain not in FUNCTIONS) else None
+    long = len(plain) > 2 or plain == "no"  # shorter ones are products
+    return plain if TEXT.fullmatch(text) or (long and plain not in FUNCTIONS) else None
 
 
 def name(text: str) -> str | None:
-    r"""What may stand before "=" to be told: x, f(x), a_1, \text{area}, (x, y); else None."""
+    r"""What may stand before "=": x, f(x), a_1, \frac{dy}{dx}, \text{area}, (x, y); else None."""
     text = re.sub(r"\s+", "", TEXT.sub(r"\1", text))
+    if DERIVATIVE.fullmatch(text):
+        return text
     core = re.sub(r"_\{[^{}]*\}|_.|\{[^{}]*\}|(?<=.)\([^()]*\)|'", "", text)
     if core[:1].isdigit() or not re.search("[A-Za-z]", core) or NAME_BREAKS.search(core):
         return None
@@ -72,8 +77,8 @@ def measure(text: str) -> tuple[str, str, bool]:
     """The number in "5 million cm^2" or "50%": without what stands around it, its unit, and whether
     it is a percentage."""
     text, scale, found_unit = ORDINAL.sub("", text.strip()), 0, ""
-    if dollars := re.fullmatch(r"(-?)\s*\\dollar\s*(.*)", text):
-        text, found_unit = dollars[1] + dollars[2], "$"
+    if money := re.fullmatch(r"(-?)\s*(\\dollar|€)\s*(.*)", text):
+        text, found_unit = money[1] + money[3], unit(money[2], "")
     while found := UNIT.search(text):
         said = (found["text"] or found["words"] or found["short"] or found["sign"]).lower().split()
         power = found["text_power"] or found["words_power"] or found["short_power"] or ""
