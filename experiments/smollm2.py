@@ -6,6 +6,10 @@ the first and the last checkpoint go together.
 Command: make run-smollm2 (unpack with torch and transformers; the rest without: compare,
 oapl_jax.data.samples, oapl_jax.train, oapl_jax.evaluate).
 Hardware: 2 CPU cores, 8 GB of memory.
+Measured: log-probs at most 2.1e-5 nats apart. Two steps of 16 responses each, for which 416 were
+sampled, since groups with equal rewards are dropped. 20 problems with 2 samples each: pass@1 .025
+[.000, .075] before and .050 [.000, .125] after, so that the path works and nothing more is said;
+two responses in three are cut off at 48 tokens. 12 minutes on 2 cores, shared with other programs.
 """
 
 import argparse
