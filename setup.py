@@ -25,6 +25,8 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.12",
         "pyarrow",  # Parquet
+        "pylatexenc>=2.10,<3",  # parses formulas
+        "rapidfuzz>=3",  # distances of texts
         "reasoning-gym>=0.1.25",
         "safetensors",
         "tensorboardX",

@@ -216,6 +216,13 @@ def rewards() -> Config:
                 start_seconds=60.0,  # for a sandbox to come up
                 cache_entries=100_000,  # verdicts kept, by content
             ),
+            # arXiv 2603.01840 has the four terms; all of these values are proposals.
+            documents=dict(
+                weights=dict(syntax=0.25, closure=0.25, table=0.25, text=1.0),
+                plain_formula=0.2,  # a valid formula without the reference's commands, within -1, 1
+                per_open_tag=0.1,  # off the term of closure, which is at least -1
+                max_characters=8192,  # of a response; a longer one is worth nothing
+            ),
         )
     )
 

@@ -16,6 +16,7 @@ FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in SHARE
 CHOICES = {
     "arithmetic": ["", "task=chain_sum", "task=number_sorting", "task=countdown", "objective=grpo"],
     "code_contests": ["", "round=2", "smoke", "smoke,round=0", "smoke,round=2,objective=grpo"],
+    "documents": ["", "round=1", "round=2,objective=grpo"],
     "competition_math": ["", "smoke", "grpo_is", "smoke,objective=grpo_is"],
     "smollm2": [""],
 }

@@ -1,7 +1,9 @@
-"""The embedded tasks: endless records from reasoning_gym, and what a noisy teacher would answer.
+"""The embedded tasks: endless made records, most of reasoning_gym, and what a noisy teacher would
+answer.
 
 Questions are compact, for a character-level model. All that a task knows about a record follows
-from the record's metadata by pure functions; how a response is judged stands in rewards/tasks.py.
+from the record's metadata by pure functions; how a response is judged stands in rewards/tasks.py
+and rewards/documents.py.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ from reasoning_gym.algorithmic.number_sorting import NumberSortingConfig, Number
 from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
 from reasoning_gym.games.countdown import CountdownConfig, CountdownDataset
 
+from oapl_jax.data import documents
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
 
@@ -26,8 +29,8 @@ class Task:
     """The pure functions of one task.
 
     Attributes:
-      generator: makes the reasoning_gym data set from a seed and the settings.
-      metadata: of one reasoning_gym item.
+      generator: makes items by index, {"metadata": ..} each, from a seed and the settings.
+      metadata: of one item's.
       question, answer: of one metadata.
       key: canonical content of one metadata: equal keys mean the same problem.
       keep: whether a problem of this metadata belongs to the task; the others are passed over.
@@ -203,5 +206,15 @@ TASKS = {
         keep=lambda m: True,
         demonstration=_countdown_demonstration,
         characters=COUNTDOWN_SYMBOLS + ",:=",
+    ),
+    "documents": Task(
+        generator=documents.MadeDocuments,
+        metadata=dict,
+        question=documents.question,
+        answer=documents.answer,
+        key=documents.key,
+        keep=lambda m: True,
+        demonstration=documents.demonstration,
+        characters=documents.CHARACTERS,
     ),
 }

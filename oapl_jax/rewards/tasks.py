@@ -1,4 +1,4 @@
-"""Verifiers of the embedded tasks: (response text, answer) -> 1.0 if right, else 0.0.
+"""Verifiers of arithmetic's tasks: (response text, answer) -> 1.0 if right, else 0.0.
 
 A response is hostile until proven otherwise: it never reaches eval, exec or a parser that evaluates
 (reasoning_gym judges countdown with sympy's parse_expr, which calls eval, and is not used), every

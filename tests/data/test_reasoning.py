@@ -26,6 +26,16 @@ SETTINGS = {
         "min_target": 1,
         "max_target": 30,
     },
+    "documents": {
+        "min_rows": 1,
+        "max_rows": 1,
+        "min_columns": 2,
+        "max_columns": 2,
+        "max_letters": 1,
+        "formulas_alone": 0.5,
+        "formulas_in_tables": 0.0,
+        "max_depth": 1,
+    },
 }
 SIZES = {"train": 400, "validation": 40, "test": 40}
 
@@ -50,7 +60,7 @@ def content(record: Record):
     """What makes two problems the same, from the question and not from the code under test."""
     numbers = sorted(map(int, re.findall(r"\d+", record.question)))
     match record.task:
-        case "chain_sum":
+        case "chain_sum" | "documents":
             return record.question
         case "number_sorting":
             return numbers, record.question[-1]

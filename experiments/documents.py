@@ -1,0 +1,195 @@
+"""Do unclosed tags and ragged tables go away by the rewards of documents?
+
+Claim: by GRPO and by OAPL alike, the rates of responses with an unclosed tag and with a ragged
+table fall to less than a fifth of what they are after the warm-up, on problems not trained on.
+Command: python experiments/documents.py --to=runs/documents-rates
+Hardware: 2 CPU cores.
+Expected: ratios below 0.2, of both faults, both objectives and every seed.
+Measured: docs/documents.md.
+
+The runs are `configs/documents.py:objective=NAME`; those of a seed start from one warmed-up policy.
+Rates are of responses to the test split, sampled as in training. A run that is there already is
+taken as it is.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from configs import documents
+from oapl_jax import publisher, train
+from oapl_jax.begin import begin
+from oapl_jax.data.prompts import response_text
+from oapl_jax.evaluate import in_order
+from oapl_jax.job import Job, open_job
+from oapl_jax.models.files import absolute
+from oapl_jax.report.progress import StopRequest, say
+from oapl_jax.rewards.documents import Documents
+from oapl_jax.sharding import gathered
+
+OBJECTIVES = ("grpo", "oapl")
+FAULTS = ("unclosed", "ragged")  # that the claim is about
+WANTED = 0.2  # of the rate before
+SAMPLES = 8  # of each prompt
+# Smaller documents and fewer steps, for the tests: rates fall, and nothing more is claimed.
+QUICK = {
+    "num_steps": 24,
+    "groups_per_step": 8,
+    "data.generator.max_columns": 2,
+    "data.generator.max_letters": 1,
+    "data.generator.formulas_alone": 0.0,
+    "data.generator.formulas_in_tables": 0.0,
+    "data.train_size": 1000,
+    "data.validation_size": 4,
+    "data.test_size": 32,
+    "data.max_prompt_tokens": 10,
+    "model.architecture.max_position_embeddings": 96,
+    "warmup.num_steps": 80,
+    "warmup.demonstrations": 1000,
+    "rollout.max_response_tokens": 80,
+    "rollout.prompts_per_call": 8,
+    "learner.row_length": 192,
+    "lag.steps": 4,
+}
+
+
+def get_config(name: str, seed: int, **changes: Any) -> Any:
+    config = documents.get_config(f"objective={name}").unlock()
+    config.seed = seed
+    config.evaluation.every = 0  # rates are all that is asked
+    config.checkpoint.every = config.num_steps
+    config.tensorboard = False
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def rates(job: Job, step: int, params: Any) -> dict[str, float]:
+    """The shares of right responses to the test split and of those with each fault."""
+    sampler = job.local_sampler(job.config.seed + 1)
+    sampler.hold(step, gathered(params))
+    prompts = job.split_prompts("test")
+    sampled = in_order(sampler, prompts, n=SAMPLES, sampling=job.sampling)
+    verifier = Documents(**job.config.rewards.documents)
+    for prompt, rollouts in zip(prompts, sampled, strict=True):
+        for rollout in rollouts:
+            text = response_text(job.policy.tokenizer, rollout.tokens)
+            verifier.grade(text, prompt.answer)
+    counts = verifier.counts()
+    found = ("right", "unclosed", "ragged", "invalid", "empty")
+    return {name: counts.get(name, 0) / counts["graded"] for name in found}
+
+
+def start(to: epath.Path, config: Any) -> epath.Path:
+    """The warmed-up policy that the runs of a seed start from; its rates stand beside it."""
+    version = publisher.version_path(to / "versions", 0)
+    if not (to / "rates.json").exists():
+        job = open_job(config, to)
+        state, _ = begin(job)
+        job.publish(0, state.params)
+        (to / "rates.json").write_text(json.dumps(rates(job, 0, state.params)))
+        job.close()
+    return version
+
+
+def run(to: epath.Path, config: Any, policy: epath.Path) -> None:
+    """Trains from the policy, and writes the rates at the end."""
+    config.model.path, config.warmup.num_steps = str(policy), 0
+    if (to / "rates.json").exists():
+        return
+    if train.run_job(open_job(config, to), StopRequest()) is None:
+        raise SystemExit("stopped; the same command goes on")
+    job = open_job(config, to)
+    (to / "rates.json").write_text(json.dumps(rates(job, *job.params_at(None))))
+    job.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fall:
+    """The rates of one run.
+
+    Attributes:
+      objective, seed: of the run.
+      before, after: rates at the end of the warm-up and of RL.
+    """
+
+    objective: str
+    seed: int
+    before: dict[str, float]
+    after: dict[str, float]
+
+    def ratio(self, fault: str) -> float:
+        """After to before; 1 if there was nothing to fall."""
+        return self.after[fault] / self.before[fault] if self.before[fault] else 1.0
+
+    @property
+    def holds(self) -> bool:
+        return all(self.ratio(fault) < WANTED for fault in FAULTS)
+
+
+def compare(
+    to: epath.Path, objectives: Sequence[str], seeds: Sequence[int], **changes: Any
+) -> list[Fall]:
+    """Trains each objective from each seed's policy, unless it is done.
+
+    Args:
+      to: directory of all runs.
+      objectives: names of configs/objectives.py.
+      seeds: of the runs.
+      changes: of the configuration, by path.
+    """
+    found = []
+    for seed in seeds:
+        policy = start(to / f"start-{seed}", get_config(objectives[0], seed, **changes))
+        for name in objectives:
+            run(to / f"{name}-{seed}", get_config(name, seed, **changes), policy)
+            before, after = (
+                json.loads((to / workdir / "rates.json").read_text())
+                for workdir in (f"start-{seed}", f"{name}-{seed}")
+            )
+            found.append(Fall(name, seed, before, after))
+    return found
+
+
+def table(found: Sequence[Fall]) -> str:
+    """Markdown: a row for each run."""
+    head = ["objective", "seed", *(f"{fault}, ratio" for fault in FAULTS), "invalid", "right", ""]
+    lines = [head, ["---", *["---:"] * (len(head) - 2), "---"]]
+    for fall in found:
+        change = lambda name, fall=fall: f"{fall.before[name]:.4f} -> {fall.after[name]:.4f}"
+        of_faults = [f"{change(fault)}, {fall.ratio(fault):.3f}" for fault in FAULTS]
+        told = "holds" if fall.holds else "FAILS"
+        of_run = [f"`{fall.objective}`", str(fall.seed)]
+        lines.append([*of_run, *of_faults, change("invalid"), change("right"), told])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--to", default="runs/documents-rates", help="directory of all runs")
+    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--quick", action="store_true", help="a minute's work, see QUICK")
+    arguments = parser.parse_args()
+    to = absolute(arguments.to)
+    to.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(to / "compiled"))
+    changes = {**QUICK, "data.data_dir": str(to / "data")} if arguments.quick else {}
+    found = compare(to, arguments.objectives, arguments.seeds, **changes)
+    falls = [
+        {**dataclasses.asdict(f), "ratios": {x: f.ratio(x) for x in FAULTS}, "holds": f.holds}
+        for f in found
+    ]
+    (to / "documents.json").write_text(json.dumps(falls, indent=1))
+    say(table(found))
+    say(json.dumps(falls))
+    if not arguments.quick and not all(fall.holds for fall in found):
+        raise SystemExit(f"a rate is not below {WANTED} of what it was")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+r"""Made documents: tables and formulas by a plain description, to be written as HTML and LaTeX.
+
+    ab|c/d|sqrt(x)=      <table><tr><td>ab</td><td>c</td></tr><tr><td>d</td><td>$\sqrt{x}$</td>..
+    frac(pow(b,2),a)=    $\frac{b^{2}}{a}$
+
+A description has a slash between rows and a bar between cells; a formula is the name of a function
+with its arguments. The noisy teacher forgets: closing tags, braces, whole cells.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from oapl_jax.data.records import Record
+from oapl_jax.errors import UserError
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+DIGITS = "123456789"
+# Function -> LaTeX before, between and behind its arguments.
+FUNCTIONS = {
+    "frac": (r"\frac{", "}{", "}"),
+    "sqrt": (r"\sqrt{", "}"),
+    "pow": ("", "^{", "}"),
+    "sub": ("", "_{", "}"),
+}
+CHARACTERS = "".join(dict.fromkeys(LETTERS + DIGITS + "(),|/=<>$^_{}\\"))
+
+Forget = Callable[[], bool]
+
+
+class MadeDocuments:
+    """Endless items by index, each {"metadata": {"rows": ..}} or {"metadata": {"formula": ..}}.
+
+    "rows" are lists of cells, "formula" is a formula that stands alone; a cell is a word or
+    {"formula": ..}. An item follows from seed and index; items of two seeds have nothing to do with
+    each other.
+
+    Args:
+      seed: of all items.
+      min_rows, max_rows, min_columns, max_columns: of a table.
+      max_letters: of a word.
+      formulas_alone: share of the items that are a formula.
+      formulas_in_tables: share of the tables of which one cell is a formula, of a single function.
+      max_depth: of functions in a formula that stands alone.
+
+    Raises:
+      UserError: for ranges without an element, or shares that are none.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        min_rows: int,
+        max_rows: int,
+        min_columns: int,
+        max_columns: int,
+        max_letters: int,
+        formulas_alone: float,
+        formulas_in_tables: float,
+        max_depth: int,
+    ):
+        for name, value, least in (
+            ("min_rows", min_rows, 1),
+            ("max_rows", max_rows, min_rows),
+            ("min_columns", min_columns, 1),
+            ("max_columns", max_columns, min_columns),
+            ("max_letters", max_letters, 1),
+            ("max_depth", max_depth, 1),
+        ):
+            if value < least:
+                raise UserError(f"data.generator.{name}={value} must be at least {least}")
+        for name, share in (("alone", formulas_alone), ("in_tables", formulas_in_tables)):
+            if not 0 <= share <= 1:
+                raise UserError(f"data.generator.formulas_{name}={share} must lie within 0 and 1")
+        self._seed = seed
+        self._rows, self._columns = (min_rows, max_rows + 1), (min_columns, max_columns + 1)
+        self._max_letters, self._max_depth = max_letters, max_depth
+        self._alone, self._in_tables = formulas_alone, formulas_in_tables
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng([self._seed, index])
+        if rng.random() < self._alone:
+            return {"metadata": {"formula": _formula(rng, int(rng.integers(self._max_depth)) + 1)}}
+        rows, columns = rng.integers(*self._rows), rng.integers(*self._columns)
+        cells: list[Any] = [self._word(rng) for _ in range(rows * columns)]
+        if rng.random() < self._in_tables:
+            cells[rng.integers(len(cells))] = {"formula": _formula(rng, 1)}
+        return {
+            "metadata": {"rows": [cells[i : i + columns] for i in range(0, len(cells), columns)]}
+        }
+
+    def _word(self, rng: np.random.Generator) -> str:
+        return "".join(rng.choice([*LETTERS], int(rng.integers(self._max_letters)) + 1))
+
+
+def _formula(rng: np.random.Generator, depth: int) -> Any:
+    """[function, argument, ..] with letters, digits or, to that depth, functions as arguments."""
+    name = str(rng.choice([*FUNCTIONS]))
+    letter, digit = str(rng.choice([*LETTERS])), str(rng.choice([*DIGITS]))
+    if name in ("pow", "sub"):
+        return [name, letter, digit]
+    deeper = lambda: _formula(rng, depth - 1) if depth > 1 else str(rng.choice([*LETTERS]))
+    return [name, deeper()] if name == "sqrt" else [name, deeper(), letter]
+
+
+def question(metadata: Mapping[str, Any]) -> str:
+    """The plain description."""
+    if "formula" in metadata:
+        return f"{_plain(metadata['formula'])}="
+    cell = lambda c: c if isinstance(c, str) else _plain(c["formula"])
+    return "/".join("|".join(map(cell, row)) for row in metadata["rows"]) + "="
+
+
+def _plain(formula: Any) -> str:
+    if isinstance(formula, str):
+        return formula
+    name, *arguments = formula
+    return f"{name}({','.join(map(_plain, arguments))})"
+
+
+def answer(metadata: Mapping[str, Any]) -> str:
+    """The document: HTML with its formulas in LaTeX."""
+    return _write(metadata, lambda: False)
+
+
+def demonstration(record: Record, rng: np.random.Generator, noise: float) -> str:
+    """The document by a teacher who forgets each closing tag, closing brace and cell of a table
+    with probability `noise`."""
+    return _write(record.metadata, lambda: rng.random() < noise)
+
+
+def key(metadata: Mapping[str, Any]) -> str:
+    """Equal for equal documents."""
+    return json.dumps(metadata, sort_keys=True)
+
+
+def _write(metadata: Mapping[str, Any], forget: Forget) -> str:
+    if "formula" in metadata:
+        return f"${_latex(metadata['formula'], forget)}$"
+
+    def tag(name: str, content: str) -> str:
+        return f"<{name}>{content}" + ("" if forget() else f"</{name}>")
+
+    def cell(content: Any) -> str:
+        formula = lambda: f"${_latex(content['formula'], forget)}$"
+        return "" if forget() else tag("td", content if isinstance(content, str) else formula())
+
+    rows = ("".join(map(cell, row)) for row in metadata["rows"])
+    return tag("table", "".join(tag("tr", row) for row in rows))
+
+
+def _latex(formula: Any, forget: Forget) -> str:
+    if isinstance(formula, str):
+        return formula
+    name, *arguments = formula
+    begin, *between, end = FUNCTIONS[name]
+    parts = [_latex(argument, forget) for argument in arguments]
+    inner = parts[0] + "".join(b + p for b, p in zip(between, parts[1:], strict=True))
+    return begin + inner + ("" if forget() else end)

@@ -1,0 +1,130 @@
+"""Made documents: descriptions and answers by hand, what a teacher forgets, unrelated seeds."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from configs import common, documents
+from oapl_jax.data.documents import MadeDocuments, answer, demonstration, question
+from oapl_jax.data.records import Record, user
+from oapl_jax.data.tasks import TASKS, records
+from oapl_jax.errors import UserError
+from oapl_jax.rewards.documents import Documents
+
+CONFIG = documents.get_config()
+GENERATOR = CONFIG.data.generator.to_dict()
+ROWS = {"rows": [["ab", {"formula": ["frac", "x", "y"]}], ["c", "de"]]}
+FORMULA = {"formula": ["frac", ["pow", "b", "2"], ["sqrt", ["sub", "a", "1"]]]}
+
+
+def record(metadata):
+    return Record("0", user(question(metadata)), answer(metadata), "documents", metadata)
+
+
+class Forgetful:
+    """A generator of random numbers that forgets at given steps alone."""
+
+    def __init__(self, *steps):
+        self.steps, self.step = steps, -1
+
+    def random(self):
+        self.step += 1
+        return 0.0 if self.step in self.steps else 1.0
+
+
+def test_question_and_answer_by_hand():
+    assert question(ROWS) == "ab|frac(x,y)/c|de="
+    assert answer(ROWS) == (
+        r"<table><tr><td>ab</td><td>$\frac{x}{y}$</td></tr><tr><td>c</td><td>de</td></tr></table>"
+    )
+    assert question(FORMULA) == "frac(pow(b,2),sqrt(sub(a,1)))="
+    assert answer(FORMULA) == r"$\frac{b^{2}}{\sqrt{a_{1}}}$"
+
+
+def test_what_the_teacher_forgets():
+    """Its steps: each cell, with its formula and its tag; the row; at last the table."""
+    right = answer(ROWS)
+    forgotten = [
+        demonstration(record(ROWS), Forgetful(step), 0.5)  # pyright: ignore[reportArgumentType]
+        for step in range(12)
+    ]
+    expected = [
+        right.replace("<td>ab</td>", ""),
+        right.replace("ab</td>", "ab"),
+        right.replace(r"<td>$\frac{x}{y}$</td>", ""),
+        right.replace("y}$", "y$"),
+        right.replace("$</td>", "$"),
+        right.replace("</tr>", "", 1),
+        right.replace("<td>c</td>", ""),
+        right.replace("c</td>", "c"),
+        right.replace("<td>de</td>", ""),
+        right.replace("de</td>", "de"),
+        right.replace("</tr></table>", "</table>"),
+        right.replace("</table>", ""),
+    ]
+    assert forgotten == expected
+    assert (
+        demonstration(record(FORMULA), np.random.default_rng(0), 1.0) == r"$\frac{b^{2}{\sqrt{a_{1$"
+    )
+    assert demonstration(record(ROWS), np.random.default_rng(0), 1.0) == "<table><tr><tr>"
+
+
+def test_a_forgetful_teacher_makes_every_fault():
+    verifier, rng = Documents(**common.rewards().documents), np.random.default_rng(0)
+    for made in itertools.islice(records("documents", seed=0, settings=GENERATOR), 500):
+        text = demonstration(made, rng, CONFIG.warmup.noise)
+        assert (verifier.grade(text, made.answer).reward == 1) == (text == made.answer)
+    counts = verifier.counts()
+    assert 0.35 < counts["right"] / 500 < 0.6
+    assert min(counts[fault] for fault in ("unclosed", "ragged", "invalid")) > 25
+
+
+def test_neighbouring_seeds_share_no_items():
+    def content(seed):
+        items = MadeDocuments(seed=seed, **{**GENERATOR, "formulas_alone": 0.0})
+        return {json.dumps(items[index]) for index in range(200)}
+
+    assert content(0) == content(0)
+    assert not content(0) & content(1)
+    assert len(content(0)) > 195
+
+
+def test_items_are_of_the_size_that_is_asked_for():
+    items = MadeDocuments(seed=0, **GENERATOR)
+    made = [items[index]["metadata"] for index in range(500)]
+    assert made == json.loads(json.dumps(made))
+    tables = [m["rows"] for m in made if "rows" in m]
+    assert 0.68 < len(tables) / 500 < 0.82
+    assert {(len(rows), len(row)) for rows in tables for row in rows} == {(2, 2), (2, 3)}
+    formulas = [sum(not isinstance(c, str) for row in rows for c in row) for rows in tables]
+    assert set(formulas) == {0, 1}
+    assert 0.4 < np.mean(formulas) < 0.6
+    deep = MadeDocuments(seed=0, **{**GENERATOR, "formulas_alone": 1.0, "max_depth": 3})
+    depth = lambda f: 0 if isinstance(f, str) else 1 + max(map(depth, f[1:]))
+    assert {depth(deep[i]["metadata"]["formula"]) for i in range(200)} == {1, 2, 3}
+
+
+def test_what_the_configuration_makes_fits_into_its_tokens():
+    for made in itertools.islice(records("documents", seed=1, settings=GENERATOR), 3000):
+        assert len(made.question) <= CONFIG.data.max_prompt_tokens
+        assert len(made.answer) < CONFIG.rollout.max_response_tokens  # and a stop token
+        assert set(made.question + made.answer) <= set(TASKS["documents"].characters)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (dict(min_rows=0), r"min_rows=0 must be at least 1"),
+        (dict(max_columns=1), r"max_columns=1 must be at least 2"),
+        (dict(max_letters=0), r"max_letters=0 must be"),
+        (dict(max_depth=0), r"max_depth=0 must be"),
+        (dict(formulas_alone=1.5), r"formulas_alone=1.5 must lie"),
+        (dict(formulas_in_tables=-0.5), r"formulas_in_tables=-0.5 must lie"),
+        (dict(rows=3), r"does not fit task documents"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(wrong, words):
+    with pytest.raises(UserError, match=words):
+        next(records("documents", seed=0, settings={**GENERATOR, **wrong}))

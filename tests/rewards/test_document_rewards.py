@@ -1,0 +1,507 @@
+"""The rewards of documents: each term by hand, the guards, and responses that mean harm."""
+
+import itertools
+import json
+import re
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_grader import Text, prompt, rollout
+
+from configs import common, documents
+from oapl_jax.data.tasks import TASKS, records
+from oapl_jax.errors import UserError
+from oapl_jax.rewards import Grader
+from oapl_jax.rewards.documents import LEAST, RANGES, Documents, closure, syntax, table, text, total
+from oapl_jax.rewards.latex import MAX_DEPTH, MAX_FORMULA, commands
+from oapl_jax.rewards.markup import MAX_COLUMNS, Table, read
+from oapl_jax.rewards.self_check import check_rewards
+from oapl_jax.tokenizer import make_character_tokenizer
+
+SETTINGS = common.rewards().documents.to_dict()
+GENERATOR = documents.get_config().data.generator.to_dict()
+
+ROWS = "<table><tr><td>ab</td><td>c</td></tr><tr><td>d</td><td>ef</td></tr></table>"
+PIPES = "| ab | c |\n|---|:-:|\n| d | ef |"
+GOOD, RAGGED = Table(ragged=False, complete=True), Table(ragged=True, complete=True)
+
+
+@pytest.fixture(scope="module")
+def made():
+    stream = records("documents", seed=5, settings=GENERATOR)
+    return list(itertools.islice(stream, 200))
+
+
+# ---------------------------------------------------------------- formulas
+
+
+@pytest.mark.parametrize(
+    ("formula", "number"),
+    [
+        ("x", 0),
+        (r"\frac{a}{b}", 1),
+        (r"\frac ab", 1),
+        (r"a^{2}_1", 2),
+        (r"{}^2", 1),
+        (r"\sum_{i=1}^{n} i^2 = \frac{n(n+1)}{2}", 5),
+        (r"\sqrt[3]{\alpha}", 2),
+        (r"\left(\frac{a}{b}\right)", 3),
+        (r"\begin{pmatrix}a&b\\c&d\end{pmatrix}", 2),
+        (r"x_\text{max}\,\mathrm{d}x", 3),  # a space is no command
+        (r"\operatorname{tr} A \leq \dfrac12", 3),
+    ],
+)
+def test_formulas_and_their_commands(formula, number):
+    assert commands(formula) == number
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        *(r"\frac{a}", r"\frac{a", r"\frac", "a}", "{a", r"\sqrt[3", r"\sqrt\frac ab"),  # arguments
+        *("a^b^c", "a_b_c", "a^", "_", r"x^{a}_{b}^{c}", "a^_b"),  # scripts
+        *(
+            r"\left(a",
+            r"a\right)",
+            r"\left(a\right",
+            r"{\left(}a\right)",
+            r"\right)a\left(",
+        ),  # pairs
+        *(r"\begin{matrix}a", r"\begin{matrix}a\end{pmatrix}", r"\end{matrix}"),
+        *(r"\foo", r"\foo{a}", r"\begin{foo}a\end{foo}", r"\newcommand{\a}{b}\a"),  # illegal names
+        *(r"\input{/etc/passwd}", r"\verb|a|", r"\include{a}", r"\def\a{b}"),
+        *("a&b", "a#b", "a%b", "a$b", "a\\"),  # illegal characters
+        *(
+            "",
+            " ",
+            "{}",
+            r"\,",
+            r"\frac{}{}",
+            r"\phantom{a}",
+            r"\quad~",
+            "\u200b",
+        ),  # nothing to see
+    ],
+)
+def test_what_latex_would_stop_at_is_no_formula(formula):
+    assert commands(formula) is None
+
+
+def test_depth_and_length_are_bounded_before_anything_is_parsed():
+    nested = lambda n: r"\sqrt{" * n + "x" + "}" * n
+    assert commands(nested(MAX_DEPTH)) == MAX_DEPTH
+    assert commands(nested(MAX_DEPTH + 1)) is None
+    mixed = "{]" * (MAX_DEPTH + 1) + "x" + "}" * (MAX_DEPTH + 1)
+    assert commands(mixed) is None  # a bracket of another kind closes nothing
+    both = r"\sqrt[{" * (MAX_DEPTH // 2 + 1) + "x" + "}]{y}" * (MAX_DEPTH // 2 + 1)
+    assert commands(both) is None
+    assert commands(both[7:-5]) == MAX_DEPTH // 2
+    assert commands("x" * MAX_FORMULA) == 0
+    assert commands("x" * (MAX_FORMULA + 1)) is None
+
+
+# ---------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(
+    ("source", "tables", "open_tags", "shown"),
+    [
+        (ROWS, (GOOD,), 0, "\tab\tc\n\td\tef"),
+        (PIPES, (GOOD,), 0, "\tab\tc\n\td\tef"),
+        ("ab|c\n-|-\nd|ef", (GOOD,), 0, "\tab\tc\n\td\tef"),
+        (ROWS.replace("<td>c</td>", ""), (RAGGED,), 0, "\tab\n\td\tef"),
+        (PIPES.replace("| ef ", ""), (RAGGED,), 0, "\tab\tc\n\td"),
+        (PIPES.replace("|:-:", ""), (), 0, "| ab | c | |---| | d | ef |"),  # a rule of one
+        (ROWS.replace("</td>", "", 1), (GOOD,), 1, "\tab\tc\n\td\tef"),
+        (ROWS.replace("</td>", ""), (GOOD,), 4, "\tab\tc\n\td\tef"),
+        (ROWS.replace("</tr>", "", 1), (GOOD,), 1, "\tab\tc\n\td\tef"),
+        (ROWS.replace("<tr>", "", 1), (GOOD,), 1, "\tab\tc\n\td\tef"),
+        (ROWS.replace("</table>", ""), (Table(False, False),), 1, "\tab\tc\n\td\tef"),
+        ("<table></table>", (Table(False, False),), 0, ""),
+        (
+            "<table><caption>x</caption><tr><td></td></tr></table>",
+            (Table(False, False),),
+            0,
+            "x\n\t",
+        ),
+        (f"<b><i>{ROWS}</b>", (GOOD,), 1, "\tab\tc\n\td\tef"),
+        ("a<br>b<br/>c &lt;&#100; <!-- e -->", (), 0, "a\nb\nc <d <!-- e -->"),
+        ("**a** **b", (), 1, "a b"),
+        ("```\na\n```\n~~b", (), 1, "a b"),
+        ("</p>a", (), 1, "a"),
+        ("a < b and <c", (), 0, "a < b and <c"),
+        ("a|b\nc|d", (), 0, "a|b c|d"),  # no rule
+        ("a<i/>b", (), 0, "ab"),
+        ("\ue0000\ue001$x$", (), 0, "0$x$"),
+    ],
+)
+def test_tags_tables_and_text(source, tables, open_tags, shown):
+    found = read(source)
+    assert (found.tables, found.open_tags, found.text) == (tables, open_tags, shown)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ragged"),
+    [
+        ("<tr><td colspan=2>a</td></tr><tr><td>b</td><td>c</td></tr>", False),
+        ("<tr><td colspan='3'>a</td></tr><tr><td>b</td><td>c</td></tr>", True),
+        ("<tr><td rowspan=2>a</td><td>b</td></tr><tr><td>c</td></tr>", False),
+        ("<tr><td rowspan=2>a</td><td>b</td></tr><tr><td>c</td><td>d</td></tr>", True),
+        ("<tr><td>a</td><td ROWSPAN = 2>b</td></tr><tr><td>c</td></tr>", False),
+        ("<tr><td>a</td><td rowspan=2>b</td></tr><tr><td colspan=2>c</td></tr>", True),  # one over
+        ("<tr><td rowspan=3>a</td><td>b</td></tr><tr><td>c</td></tr>", True),  # beyond the end
+        ("<tr><td>a</td><td>b</td><td rowspan=2>c</td></tr><tr><td>d</td></tr>", True),  # a hole
+        ("<tr></tr><tr><td>a</td></tr>", True),
+        ("<tr><th>a</th></tr><tr><td>b</td></tr>", False),
+        ("<tr><td>a</td></tr><td>b</td><tr><td colspan=0>c</td></tr>", False),  # a row without tags
+        (f"<tr>{'<td>a</td>' * MAX_COLUMNS}</tr>", False),
+        (f"<tr><td colspan={MAX_COLUMNS}>a</td></tr>", False),
+        (f"<tr><td>a</td><td colspan={MAX_COLUMNS}>b</td></tr>", True),
+        (f"<tr><td>a{ROWS}</td><td>b</td></tr><tr><td>c</td><td>d</td></tr>", False),
+    ],
+)
+def test_rows_have_the_columns_that_their_cells_span(rows, ragged):
+    assert read(f"<table>{rows}</table>").tables[-1].ragged is ragged
+
+
+def test_formulas_are_cut_out_before_tags_and_pipes_are_read():
+    found = read(r"$a<b$ \(c\) \[d\] $$e$$ \$5 | $f")
+    assert [f.source for f in found.formulas] == ["a<b", "c", "d", "e", "f"]
+    assert [f.commands for f in found.formulas] == [0, 0, 0, 0, None]  # the last never ends
+    assert read("a|$|b|$\n-|-\nc|d").tables == (GOOD,)
+    cells = read("<td>$a</td><td>b$</td>")  # a closing tag ends what has no end
+    assert [f.commands for f in cells.formulas] == [None, None]
+    assert cells.open_tags == 0
+
+
+# ---------------------------------------------------------------- the terms
+
+RICH = r"$\frac{a}{b^{2}}$"  # two commands
+
+
+@pytest.mark.parametrize(
+    ("response", "reference", "value"),
+    [
+        (RICH, RICH, 1.0),
+        (r"$\frac{a}{b}$", RICH, 1 - 0.8 / 2),
+        ("$x$", RICH, 0.2),
+        (r"$\frac{\frac{a}{b}}{c^{2}}$", RICH, 1.0),  # no more than the reference has
+        (r"$\frac{a}{b$", RICH, -1.0),
+        (r"$\foo$", RICH, -1.0),
+        ("$ $", RICH, -1.0),  # valid, but empty
+        ("none", RICH, -1.0),
+        (f"{RICH} $a^$", RICH, (1 - 1) / 2),
+        (RICH, f"{RICH} {RICH}", ((1 - 0.8 / 2) - 1) / 2),  # half of the commands, one missing
+        (f"{RICH} {RICH} $x", f"{RICH} {RICH}", (1 + 1 - 1) / 3),
+        ("a", "b", 1.0),
+        ("$x$", "b", 1.0),
+        ("$x", "b", -1.0),
+    ],
+)
+def test_syntax(response, reference, value):
+    assert syntax(read(response), read(reference), plain=0.2) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("response", "value"),
+    [
+        (ROWS, 0.0),
+        (ROWS.replace("</td>", "", 1), -0.1),
+        (ROWS.replace("</td>", ""), -0.4),
+        (ROWS.replace("</td>", "").replace("</tr>", "").replace("</table>", ""), -0.7),
+        ("<b>" * 30, -1.0),
+        ("</i>**", -0.2),
+    ],
+)
+def test_closure(response, value):
+    assert closure(read(response), per_tag=0.1) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("response", "reference", "value"),
+    [
+        (ROWS, ROWS, 1.0),
+        (PIPES, ROWS, 1.0),
+        (ROWS.replace("<td>c</td>", ""), ROWS, 0.0),
+        (ROWS.replace("</table>", ""), ROWS, 0.0),
+        ("<table><tr><td></td></tr></table>", ROWS, 0.0),  # valid, but empty
+        ("ab c", ROWS, 0.0),
+        (ROWS, ROWS * 2, 0.5),
+        (ROWS * 2, ROWS, 1.0),
+        (ROWS + ROWS.replace("<td>c</td>", ""), ROWS, 0.5),
+        ("a", "b", 1.0),
+        (ROWS, "b", 1.0),
+        (ROWS.replace("<td>c</td>", ""), "b", 0.0),
+    ],
+)
+def test_table(response, reference, value):
+    assert table(read(response), read(reference)) == value
+
+
+@pytest.mark.parametrize(
+    ("response", "reference", "value"),
+    [
+        (ROWS, ROWS, 0.0),
+        (PIPES, ROWS, 0.0),
+        (ROWS.replace("td>", "th>"), ROWS, 0.0),  # of tags only what they lay out counts
+        (ROWS.replace(">ab", ">ax"), ROWS, -1 / 11),
+        (ROWS.replace("<td>c</td>", ""), ROWS, -2 / 11),  # "\tc" of "\tab\tc\n\td\tef"
+        (ROWS.replace("</td><td>", ""), ROWS, -2 / 11),  # cells run together
+        ("", ROWS, -1.0),
+        ("xyz", "abc", -1.0),
+        ("abcd", "ab", -2 / 4),
+        ("a  b\n c", "<b>a</b> b c", 0.0),
+    ],
+)
+def test_text(response, reference, value):
+    assert text(read(response), read(reference)) == pytest.approx(value)
+
+
+def test_the_sum_is_a_share_of_what_it_can_be():
+    weights = dict(syntax=1.0, closure=2.0, table=3.0, text=4.0)
+    assert total(LEAST, weights) == 0.0
+    assert total({name: high for name, (_, high) in RANGES.items()}, weights) == 1.0
+    # R = -0.5 - 2 * 0.25 + 3 * 0.5 - 4 * 0.25 = -0.5, within -7 and 4.
+    terms = dict(syntax=-0.5, closure=-0.25, table=0.5, text=-0.25)
+    assert total(terms, weights) == pytest.approx((-0.5 + 7) / 11)
+    only = dict(syntax=0.0, closure=0.0, table=1.0, text=0.0)
+    assert total(terms, only) == 0.5
+
+
+# ---------------------------------------------------------------- a grade
+
+BOTH = f"{ROWS} {RICH}"
+
+
+@pytest.mark.parametrize(
+    ("response", "faults"),
+    [
+        (BOTH, ()),
+        (BOTH.replace("</td>", "", 1), ("unclosed",)),
+        (BOTH.replace("<td>c</td>", ""), ("ragged",)),
+        (BOTH.replace("}$", "$"), ("invalid",)),
+        (ROWS, ("invalid",)),  # a missing one
+        (
+            BOTH.replace("<td>c</td>", "").replace("}$", "$") + "<b>",
+            ("unclosed", "ragged", "invalid"),
+        ),
+        ("", ("invalid", "empty")),
+        ("<b></b> $ $ ", ("invalid", "empty")),
+        ("x" * 8193, ("long",)),
+        (re.sub(">[a-f]+<", "><", ROWS), ("invalid", "empty")),
+    ],
+)
+def test_faults(response, faults):
+    grade = Documents(**SETTINGS).grade(response, BOTH)
+    assert grade.faults == faults
+    assert (grade.reward == 1) == (faults == ())
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "",
+        " \n",
+        "\u200b",
+        "<b></b>",
+        "<table><tr><td></td></tr></table>",
+        "$$$$",
+        "$ $",
+        "x" * 8193,
+    ],
+)
+def test_valid_but_empty_output_gets_the_least_of_every_term(response):
+    grade = Documents(**SETTINGS).grade(response, BOTH)
+    assert (grade.reward, dict(grade.terms)) == (0.0, LEAST)
+
+
+def test_leaving_out_what_can_go_wrong_is_worth_less_than_getting_it_wrong_once():
+    """A policy must not learn to write nothing rather than something with a fault."""
+    verifier = Documents(**SETTINGS)
+    words = verifier.grade("ab c d ef", BOTH).reward
+    for response in (BOTH.replace("</td>", "", 1), BOTH.replace("<td>c</td>", "")):
+        assert verifier.grade(response, BOTH).reward > words
+    assert verifier.grade(BOTH.replace("}$", "$"), BOTH).reward > verifier.grade(ROWS, BOTH).reward
+    one_row = re.sub("<tr><td>d.*?</tr>", "", BOTH)
+    assert verifier.grade(one_row, BOTH).terms["table"] == 1.0  # rectangular: the text tells
+    assert verifier.grade(one_row, BOTH).reward < 1
+
+
+def test_weights_choose_the_terms():
+    weights = dict(syntax=0.0, closure=0.0, table=1.0, text=0.0)
+    verifier = Documents(**{**SETTINGS, "weights": weights})
+    assert verifier.grade(ROWS.replace(">ab", ">xyz") + "<b>", ROWS).reward == 1.0
+    assert verifier.grade(ROWS.replace("<td>c</td>", ""), ROWS).reward == 0.0
+    constants = Documents(**{**SETTINGS, "plain_formula": 0.5, "per_open_tag": 0.4})
+    terms = constants.grade("<b>$x$", RICH).terms
+    assert (terms["syntax"], terms["closure"]) == (0.5, -0.4)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"weights": dict(syntax=0.0, closure=0.0, table=0.0, text=0.0)},
+        {"weights": dict(syntax=1.0, closure=-1.0, table=1.0, text=1.0)},
+        {"plain_formula": 1.5},
+        {"per_open_tag": -0.1},
+    ],
+)
+def test_settings_that_are_none_are_refused_by_name(wrong):
+    with pytest.raises(UserError, match=rf"rewards\.documents\.{next(iter(wrong))}="):
+        Documents(**{**SETTINGS, **wrong})
+
+
+def test_the_reference_has_the_highest_reward_and_nothing_else_of_another_text_has_it(made):
+    """Over random edits of made documents, and over other documents."""
+    verifier, rng = Documents(**SETTINGS), np.random.default_rng(0)
+    for record, other in itertools.pairwise(made):
+        assert verifier.grade(record.answer, record.answer).reward == 1.0
+        assert 0 <= verifier.grade(other.answer, record.answer).reward < 1
+        edited = edit(record.answer, rng)
+        grade = verifier.grade(edited, record.answer)
+        assert all(low <= grade.terms[name] <= high for name, (low, high) in RANGES.items())
+        assert 0 <= grade.reward <= 1
+        same = read(edited).text == read(record.answer).text
+        assert (grade.reward == 1) == (same and not grade.faults)
+
+
+def edit(document, rng):
+    """The document with some characters left out, doubled or replaced."""
+    characters = list(document)
+    for place in rng.integers(len(characters), size=rng.integers(1, 4)):
+        other = str(rng.choice(list("<>/td$\\{}a")))
+        characters[place] = ("", characters[place] * 2, other)[rng.integers(3)]
+    return "".join(characters)
+
+
+# ---------------------------------------------------------------- what means harm
+
+MANY = 8192
+PIECES = [
+    *(
+        "<",
+        "<a ",
+        "<a>",
+        "</a>",
+        "</",
+        "<!--",
+        "<![",
+        "<a b='",
+        '<a b="c" ',
+        "<script>",
+        "<a =",
+        "<a/",
+    ),
+    *("&", "&#", "&amp;", "&#x10ffff;", "<br/>", "<td><table>", "<tr>", "<table>", "</table>"),
+    *(
+        "$",
+        "$$",
+        "\\(",
+        "\\[",
+        "\\",
+        "{",
+        "}",
+        "{}",
+        "{]",
+        "^",
+        "$a",
+        "$</",
+        "$x$",
+        "\\left",
+        "\\frac",
+    ),
+    *("|", "|-|\n", "a|b\n-|-\n", "**", "`", "# ", " ", "\n", "\t", " \n"),
+    *("\\begin{a}", "\\begin{matrix}", "\\sqrt[", "\\text{$", "\\verb|", "\ue000", "\ue0000\ue001"),
+    *("\0", "\ud800", "\u2028", "\u200b", "\U0010ffff", "é"),
+    "<td colspan=9999 rowspan=9999>",
+]
+HOSTILE = {
+    **{repr(piece): (piece * MANY)[:MANY] for piece in PIECES},
+    **{f"formula of {piece!r}": f"${(piece * MANY)[: MAX_FORMULA - 2]}$" for piece in PIECES},
+    "a million characters": "<td>" * 250_000,
+    "digits beyond int()": f"&#{'1' * 5000};",
+    "digits of a span": f"<table><tr><td colspan={'9' * 5000}>",
+    "spans over spans": "<table>" + "<tr><td rowspan=99 colspan=99>" * 250,
+    "wide and long": "<table><tr>" + "<td rowspan=100 colspan=100></td>" * 2 + "<tr>" * 2000,
+    "closing the first": "<a>" * 1300 + "</b>" * 1000,
+    "an empty stand-in": "&#xe000;0&#xe001;$x$&#xe000;99999999999999999999&#xe001;",
+    "a file": r"$\input{/etc/passwd}$",
+    "a program": r"$\immediate\write18{touch owned}$ <script>open('owned')</script>",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_is_read_quickly_and_is_not_right(name):
+    start = time.perf_counter()
+    grade = Documents(**SETTINGS).grade(HOSTILE[name], BOTH)
+    assert time.perf_counter() - start < 1
+    assert grade.reward < 0.6
+
+
+def test_random_text_never_raises(made):
+    rng, verifier = np.random.default_rng(1), Documents(**SETTINGS)
+    parts = [*PIECES, *ROWS, *RICH, "<td>", "</td>", "<tr>", "colspan=2", "&lt;", "word", "|", "\n"]
+    for record in made:
+        response = "".join(rng.choice(np.array(parts, object), rng.integers(1, 60)))
+        grade = verifier.grade(response, record.answer)
+        assert 0 <= grade.reward < 1
+
+
+def test_nothing_is_executed_or_opened(monkeypatch):
+    import builtins
+
+    verifier = Documents(**SETTINGS)
+    verifier.grade(BOTH, BOTH)  # what is imported late
+
+    def forbidden(*_, **__):
+        raise AssertionError("model text was executed")
+
+    for name in ("eval", "exec", "compile", "open", "__import__"):
+        monkeypatch.setattr(builtins, name, forbidden)
+    for response in HOSTILE.values():
+        verifier.grade(response, BOTH)
+
+
+# ---------------------------------------------------------------- in a run
+
+
+def test_the_grader_counts_responses_and_faults():
+    grader = Grader(Text(), **common.rewards())
+    asked = prompt("documents", ROWS)
+    assert grader.metrics() == {}
+    assert grader.reward(asked, rollout(ROWS)) == 1.0
+    one_open = grader.reward(asked, rollout(ROWS.replace("</tr>", "", 1)))
+    # 0.25 * 0.1 of closure, of a range of 2 * 0.25 + 0.25 + 0.25 + 1.
+    assert one_open == pytest.approx(1 - 0.025 / 2)
+    assert 0 < grader.reward(asked, rollout("<table><tr><td>ab</td></tr><tr>")) < one_open
+    assert grader.reward(asked, rollout("")) == 0.0
+    assert grader.reward(asked, rollout(ROWS, "length")) == 0.0  # cut off, and not counted
+    assert grader.metrics() == {
+        "rewards/documents/graded": 4,
+        "rewards/documents/right": 1,
+        "rewards/documents/unclosed": 2,
+        "rewards/documents/ragged": 1,
+        "rewards/documents/empty": 1,
+    }
+    assert grader.final_answer(asked, rollout(ROWS)) == ROWS
+    grader.close()
+
+
+def test_the_self_check_passes_these_rewards_and_refuses_lenient_ones(made, tmp_path):
+    tokenizer = make_character_tokenizer(TASKS["documents"].characters, tmp_path)
+    grader = Grader(tokenizer, **common.rewards())
+    how = dict(task="documents", max_prompt_tokens=32, instruction="")
+    check_rewards(grader, tokenizer, made, **how)
+    with pytest.raises(UserError, match="is wrong and was paid"):
+        check_rewards(SimpleNamespace(reward=lambda *_: 1.0), tokenizer, made, **how)
+    settings = common.rewards()
+    settings.documents.max_characters = 5
+    with pytest.raises(UserError, match="is right and was not paid"):
+        check_rewards(Grader(tokenizer, **settings), tokenizer, made, **how)
+
+
+def test_rewards_are_json(made):
+    grade = Documents(**SETTINGS).grade(BOTH, BOTH)
+    assert json.loads(json.dumps(dict(grade.terms))) == grade.terms
