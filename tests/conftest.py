@@ -1,8 +1,20 @@
-"""Eight devices on any machine, so that meshes are tested everywhere; set before jax starts."""
+"""Eight devices on any machine, so that meshes are tested everywhere; set before jax starts.
+And who runs what, of the processes that share the tests."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+ROOT = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of a file, or of a folder here, run in one process: what they share (servers,
+    models, finished runs) is made once."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).parts[0]))
