@@ -460,10 +460,11 @@ def test_nothing_is_executed_or_opened(monkeypatch):
     def forbidden(*_, **__):
         raise AssertionError("model text was executed")
 
-    for name in ("eval", "exec", "compile", "open", "__import__"):
-        monkeypatch.setattr(builtins, name, forbidden)
-    for response in HOSTILE.values():
-        verifier.grade(response, BOTH)
+    with monkeypatch.context() as patch:
+        for name in ("eval", "exec", "compile", "open"):
+            patch.setattr(builtins, name, forbidden)
+        for response in HOSTILE.values():
+            verifier.grade(response, BOTH)
 
 
 # ---------------------------------------------------------------- in a run
@@ -506,8 +507,7 @@ def test_the_self_check_passes_these_rewards_and_refuses_lenient_ones(made, tmp_
 
 def test_what_is_graded_with_other_weights_is_graded_again():
     about = lambda settings: describe([prompt("documents", ROWS)], settings)
-    settings = common.rewards().to_dict()
-    before = about(settings)
-    assert before == json.loads(json.dumps(before))
-    settings["documents"]["weights"]["table"] = 0.5
-    assert about(settings)["settings"] != before["settings"]
+    before, other = about(common.rewards().to_dict()), common.rewards().to_dict()
+    assert before == json.loads(json.dumps(before)) == about(common.rewards().to_dict())
+    other["documents"]["weights"]["table"] = 0.5
+    assert about(other)["settings"] != before["settings"]
