@@ -4,8 +4,9 @@ Claim: by GRPO and by OAPL alike, the rates of responses with an unclosed tag an
 table fall to less than a fifth of what they are after the warm-up, on problems not trained on.
 Command: python experiments/documents.py --to=runs/documents-rates
 Hardware: 2 CPU cores.
+Hours: 0.25 a seed, or more beside other programs.
 Expected: ratios below 0.2, of both faults, both objectives and every seed.
-Measured: docs/documents.md.
+Measured: at most 0.061 (unclosed) and 0.029 (ragged) for seeds 0 and 1; docs/documents.md has all.
 
 The runs are `configs/documents.py:objective=NAME`; those of a seed start from one warmed-up policy.
 Rates are of responses to the test split, sampled as in training. A run that is there already is
@@ -172,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", default="runs/documents-rates", help="directory of all runs")
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--quick", action="store_true", help="a minute's work, see QUICK")
     arguments = parser.parse_args()
     to = absolute(arguments.to)

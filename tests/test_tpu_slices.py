@@ -175,8 +175,9 @@ class Cloud:
         )
 
     def begin(self, name: str, *more: str) -> subprocess.Popen[str]:
+        """Ctrl-C reaches it, even where this runs as a shell's background job, which ignores it."""
         return subprocess.Popen(
-            self.words(name, *more),
+            ["env", "--default-signal=INT", *self.words(name, *more)],
             cwd=self.checkout,
             env=self.environment,
             stderr=subprocess.PIPE,

@@ -55,6 +55,12 @@ def until(condition, seconds=30):
         time.sleep(0.02)
 
 
+@pytest.fixture
+def nothing_marked():
+    """Programs that other tests ended have been cleared away by the system."""
+    until(lambda: not marked())
+
+
 def run(way, code, *inputs, limits=LIMITS, packages=()):
     with Sandbox(way, limits, packages=packages, start_seconds=60) as box:
         box.load(kind="stdin", name="", code=textwrap.dedent(code))
@@ -215,6 +221,7 @@ def test_every_call_of_the_filter_is_refused(way):
 
 
 @each_way
+@pytest.mark.usefixtures("nothing_marked")
 def test_from_outside_it_is_nobody_with_nothing(way):
     with Sandbox(way, LIMITS, **START) as box:
         box.load(kind="stdin", name="", code=HEAD + "time.sleep(500)")
@@ -245,6 +252,7 @@ def test_from_outside_it_is_nobody_with_nothing(way):
 
 
 @each_way
+@pytest.mark.usefixtures("nothing_marked")
 def test_it_dies_with_the_process_that_opened_it(way):
     script = f"""
     import time
