@@ -35,6 +35,7 @@ setup(
         "tokenizers",
         "tqdm",
         "transformers>=5",  # tokenizers and chat templates; torch is not needed
+        "xxhash>=3.5",  # checksums
     ],
     extras_require={
         "tpu": ["jax[tpu]"],

@@ -11,7 +11,6 @@ process that only publishes.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import pathlib
@@ -23,6 +22,7 @@ import time
 from typing import Any
 
 import numpy as np
+import xxhash
 from etils import epath
 
 from oapl_jax.models import export, layout
@@ -104,7 +104,7 @@ def write_once(path: pathlib.Path, size: int, block: bytes) -> float:
 
 def hash_rate(block: bytes) -> float:
     start = time.perf_counter()
-    hashlib.sha256(block).digest()
+    xxhash.xxh3_128(block)
     return len(block) / (time.perf_counter() - start)
 
 
@@ -139,7 +139,7 @@ def measure(source: epath.Path, directory: pathlib.Path, dtype: str, rounds: int
         "ratio": round(ratio, 2),
         "lowest ratio": round(min(row[2] for row in rows), 2),
         "highest ratio": round(max(row[2] for row in rows), 2),
-        "sha256 MB/s": round(hashing / 1e6),
+        "checksum MB/s": round(hashing / 1e6),
         "cores it got": round(cores, 2),
         "CPU s/GB": round(cpu * 1e9, 2),
         "memory MB": round(rise / 1e6),

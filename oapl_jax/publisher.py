@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import xxhash
 from absl import flags
 from etils import epath
 
@@ -145,7 +146,7 @@ def check_version(path: epath.Path) -> None:
             f"version directory {path} was not written to its end (no {COMMITTED}); {REMEDY}"
         )
     for name, entry in read_manifest(path)["files"].items():
-        if not (path / name).exists() or checksum(path / name) != entry["sha256"]:
+        if not (path / name).exists() or checksum(path / name) != entry["xxh128"]:
             raise UserError(f"{name} in version directory {path} is missing or damaged; {REMEDY}")
 
 
@@ -154,7 +155,7 @@ def read_manifest(path: epath.Path) -> dict[str, Any]:
 
     Returns:
       "version" (learner step), "parent" (Orbax step, relative to the workdir), "config_hash",
-      "dtype", and "files": name -> {"bytes", "sha256"}.
+      "dtype", and "files": name -> {"bytes", "xxh128"}.
 
     Raises:
       UserError: if the manifest can't be read.
@@ -162,7 +163,7 @@ def read_manifest(path: epath.Path) -> dict[str, Any]:
     with _reading(path, MANIFEST):
         manifest = json.loads((path / MANIFEST).read_text())
         files = {
-            name: {field: entry[field] for field in ("bytes", "sha256")}
+            name: {field: entry[field] for field in ("bytes", "xxh128")}
             for name, entry in manifest["files"].items()
         }
         said = {field: manifest[field] for field in ("version", "parent", "config_hash", "dtype")}
@@ -214,7 +215,7 @@ def _sweep(*paths: epath.Path) -> None:
 
 
 def checksum(path: epath.Path) -> str:
-    digest = hashlib.sha256()
+    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 24):
             digest.update(block)

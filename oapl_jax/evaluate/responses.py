@@ -50,7 +50,7 @@ def describe(
       prompts: of all problems.
       benchmark: its name.
       version: of the policy.
-      weights: sha256 of the version's tensors.
+      weights: checksum of the version's tensors.
       sampler: "local" or "fleet".
       seed: of the local sampler.
       tokenizer, model, sampling: as of rollout.shards.describe.

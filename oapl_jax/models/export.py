@@ -39,7 +39,7 @@ def save_params(
       max_shard_bytes: of the tensors in one file; a tensor larger than that has a file of its own.
 
     Returns:
-      File name -> {"bytes", "sha256"} of what was written, and is on the disk.
+      File name -> {"bytes", "xxh128"} of what was written, and is on the disk.
 
     Raises:
       UserError: for an unknown dtype, a size that is not positive, or a directory already in use.
@@ -73,12 +73,11 @@ def save_params(
             left = max_shard_bytes
         shards[-1].append(tensor)
         left, total = left - size, total + size
-    room = max(READ_AHEAD, *(_bytes(tensor, dtype) for tensor in tensors_of(config)))
     directory.mkdir(parents=True, exist_ok=True)
     written, weight_map = {}, {}
     for i, shard in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        written[file] = _write(directory / file, shard, flat, dtype, room)
+        written[file] = _write(directory / file, shard, flat, dtype)
         weight_map |= {tensor.name: file for tensor in shard}
     documents = {"config.json": config.to_hf(dtype=dtype)}
     if len(shards) > 1:
@@ -95,7 +94,7 @@ def _bytes(tensor: Tensor, dtype: str) -> int:
 
 
 def _write(
-    path: epath.Path, shard: Sequence[Tensor], flat: Mapping[str, Any], dtype: str, room: int
+    path: epath.Path, shard: Sequence[Tensor], flat: Mapping[str, Any], dtype: str
 ) -> dict[str, Any]:
     """Writes one file: 8 bytes of header length, a JSON header, then the tensors end to end.
 
@@ -111,29 +110,43 @@ def _write(
     encoded += b" " * (-len(encoded) % 8)  # aligns the data
 
     head = struct.pack("<Q", len(encoded)) + encoded
-    tensors = ahead(
-        lambda tensor: _fetch(tensor, flat[tensor.path], numpy_dtype),
-        shard,
-        cost=lambda tensor: _bytes(tensor, dtype),
-        room=room,
+    parts = [(tensor, rows) for tensor in shard for rows in _rows(tensor, flat[tensor.path])]
+    cost = lambda part: _bytes(part[0], dtype) * len(part[1]) // part[0].shape[0]
+    read = ahead(
+        lambda part: _fetch(*part, flat[part[0].path], numpy_dtype),
+        parts,
+        cost=cost,
+        room=max(READ_AHEAD, *map(cost, parts)),
     )
-    with contextlib.closing(tensors):  # even if writing fails, no thread reads on
-        return write_file(path, itertools.chain([head], tensors))
+    with contextlib.closing(read):  # even if writing fails, no thread reads on
+        return write_file(path, itertools.chain([head], read))
 
 
-def _fetch(tensor: Tensor, leaf: Any, dtype: Any) -> memoryview:
-    """The bytes of a tensor as a file has them; beside them, one block is held at a time."""
+def _rows(tensor: Tensor, leaf: Any) -> list[range]:
+    """The rows of a tensor in parts that TensorStore, which reads whole chunks, reads once."""
+    layout = getattr(leaf, "chunk_layout", None)
+    axis = -1 if tensor.transposed else -len(tensor.shape)
+    size = tensor.shape[0]
+    step = layout.read_chunk.shape[axis] if layout else size
+    return [range(i, min(i + step, size)) for i in range(0, size, step)]
+
+
+def _fetch(tensor: Tensor, rows: range, leaf: Any, dtype: Any) -> memoryview:
+    """The bytes of some rows as a file has them; beside them, one block is held at a time."""
     value = leaf if tensor.layer is None else leaf[tensor.layer]
-    out = np.empty(tensor.shape, dtype)
-    place = out.T if tensor.transposed else out
-    layout = getattr(value, "chunk_layout", None)  # TensorStore reads whole chunks
+    out = np.empty((len(rows), *tensor.shape[1:]), dtype)
+    place, axis = (out.T, -1) if tensor.transposed else (out, 0)
+    layout = getattr(value, "chunk_layout", None)
     block = layout.read_chunk.shape if layout else value.shape
     cut = [
         [slice(i, min(i + b, n)) for i in range(0, n, b)]
         for n, b in zip(value.shape, block, strict=True)
     ]
+    cut[axis] = [slice(rows.start, rows.stop)]
     for index in itertools.product(*cut):
-        target, source = place[index], np.asarray(value[index])
+        within = list(index)
+        within[axis] = slice(None)
+        target, source = place[tuple(within)], np.asarray(value[index])
         # Twice as fast by strips that fit the cache, and as much again if each is rounded before.
         for i in range(0, len(source), STRIP):
             target[i : i + STRIP] = source[i : i + STRIP].astype(dtype, copy=False)

@@ -5,8 +5,8 @@ A record is one group; encoding.py lists its fields. `manifest.json` says where 
     format            FORMAT
     about             task; sha256 of the tokenizer's vocabulary; sizes of the model; how tokens
                       were drawn; group_size; "made", by which command and from what
-    weights           policy version -> sha256 of the manifest.json of that published version
-    shards            file name -> groups, policy versions, bytes, sha256, and in tokens the longest
+    weights           policy version -> xxh128 of the manifest.json of that published version
+    shards            file name -> groups, policy versions, bytes, xxh128, and in tokens the longest
                       prompt and response
 
 A shard is written aside, synced, renamed, and then named in the manifest, which is replaced as one:
@@ -77,7 +77,7 @@ class ShardWriter:
       directory: on a local disk.
       about: see `describe`; what is there must be of the same.
       groups_per_shard: after so many `add` writes a shard by itself.
-      identify: policy version -> sha256 of the manifest of its weights.
+      identify: policy version -> xxh128 of the manifest of its weights.
 
     Raises:
       UserError: if the directory holds a set that is about something else.
@@ -153,7 +153,7 @@ class ShardWriter:
             "groups": len(groups),
             "versions": versions,
             "bytes": aside.stat().length,
-            "sha256": checksum(aside),
+            "xxh128": checksum(aside),
             "longest_prompt": max(len(g.prompt.tokens) for g in groups),
             "longest_response": max(len(r.tokens) for g in groups for r in g.rollouts),
         }
@@ -186,7 +186,7 @@ class Shards(Sequence[Group]):
         remedy = "copy the set again, or name another"
         for name, entry in shards.items():
             path = directory / name
-            if not path.exists() or checksum(path) != entry["sha256"]:
+            if not path.exists() or checksum(path) != entry["xxh128"]:
                 raise UserError(f"{path} is missing or damaged; {remedy}")
         if not shards:
             raise UserError(f"{directory} holds no rollouts yet; {remedy}")

@@ -22,7 +22,7 @@ class Version:
     Attributes:
       name: the learner's step, as servers say it.
       path: of its directory.
-      manifest: sha256 of its manifest; a run that was killed publishes a step anew, and perhaps not
+      manifest: xxh128 of its manifest; a run that was killed publishes a step anew, and perhaps not
         the same weights.
     """
 

@@ -108,7 +108,7 @@ def publish_toy(directory: epath.Path, version: int, *, off: float = 0.0) -> epa
     for name, content in contents.items():
         (path / name).write_text(json.dumps(content))
     files = {
-        name: {"bytes": (path / name).stat().length, "sha256": checksum(path / name)}
+        name: {"bytes": (path / name).stat().length, "xxh128": checksum(path / name)}
         for name in contents
     }
     manifest: dict[str, Any] = {
