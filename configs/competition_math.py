@@ -131,6 +131,7 @@ def get_config(arg: str | None = None) -> common.Config:
     )
     config.checkpoint = dict(every=50, keep=2)
     config.tensorboard = True
+    config.compile_cache = "../programs"  # from the workdir, for all runs beside it; "": none
 
     if choice["objective"] == "grpo_is":  # GRPO + importance sampling, asynchronous
         config.lag = dict(mode="fixed", steps=1)

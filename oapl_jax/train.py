@@ -23,6 +23,7 @@ from oapl_jax import batching, hosts, learner, publisher
 from oapl_jax.assemble import make_batch, recompute
 from oapl_jax.begin import begin
 from oapl_jax.command import read_command_line
+from oapl_jax.compile_cache import keep_programs
 from oapl_jax.errors import FleetLost, RunError, exit_with_code
 from oapl_jax.evaluate import table
 from oapl_jax.job import Config, Job, open_job
@@ -217,6 +218,7 @@ def main() -> None:
     config, workdir = read_command_line()
     hosts.join(pod=pod.value, coordinator=coordinator.value, hosts=count.value, host=host.value)
     workdir.mkdir(parents=True, exist_ok=True)
+    keep_programs(config, workdir)
     with hosts.ending_at_once():
         result = run(config, workdir, StopRequest())
     if result is None or jax.process_index():

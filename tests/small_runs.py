@@ -35,12 +35,16 @@ class Runs:
     """Starts training processes that share a data set and a compile cache."""
 
     def __init__(self, shared: Path):
-        self._shared = shared
+        self.shared = shared
 
     def command(
         self, workdir: Path, module: str = "train", config: str = "", **settings
     ) -> list[str]:
-        values = {**SMALL, "data.data_dir": self._shared / "data", **settings}
+        shared = {
+            "data.data_dir": self.shared / "data",
+            "compile_cache": self.shared / "programs",
+        }
+        values = {**SMALL, **shared, **settings}
         return [
             *(sys.executable, "-m", f"oapl_jax.{module}"),
             *(f"--config=configs/arithmetic.py{config}", f"--workdir={workdir}"),
@@ -50,7 +54,6 @@ class Runs:
     def environment(self, devices: int) -> dict[str, str]:
         return {
             **os.environ,
-            "JAX_COMPILATION_CACHE_DIR": str(self._shared / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         }

@@ -51,6 +51,14 @@ def final_parameters(runs: Runs, workdir: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+def test_programs_are_kept_and_none_is_new_after_the_first_evaluation(runs, unbroken):
+    compiled = [line["compile/programs"] for line in metrics(unbroken[0])]
+    # The validation split, met after step 5, ends with a batch of another size than the test split.
+    assert compiled == [compiled[0]] * 5 + [compiled[5]] * 7
+    kept = {file.name.split("-")[0] for file in (runs.shared / "programs").glob("*-cache")}
+    assert kept >= {"jit_step", "jit_logp", "jit_decode"}
+
+
 def test_a_run_leaves_what_it_promises(unbroken):
     workdir, output = unbroken
     lines = metrics(workdir)

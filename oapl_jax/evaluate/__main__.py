@@ -23,6 +23,7 @@ def main() -> None:
         compare.main()  # needs no configuration
         return
     from oapl_jax.command import read_command_line  # these know of this package's floor
+    from oapl_jax.compile_cache import keep_programs
     from oapl_jax.job import open_job
     from oapl_jax.models.files import absolute
 
@@ -37,6 +38,7 @@ def main() -> None:
     check_flags(benchmarks.value, {name for name in names if flags.FLAGS[name].present})
     if not benchmarks.value and not (workdir / "checkpoints").exists():
         raise UserError(f"--workdir={workdir} holds no checkpoints; train there first")
+    keep_programs(config, workdir)
     job = open_job(config, workdir)
     try:
         if benchmarks.value:

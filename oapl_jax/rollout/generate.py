@@ -214,6 +214,7 @@ def make_set(
 
 def main() -> None:
     from oapl_jax.command import read_command_line  # these know of this module's floor
+    from oapl_jax.compile_cache import keep_programs
     from oapl_jax.job import open_job
     from oapl_jax.report.progress import say
 
@@ -229,6 +230,7 @@ def main() -> None:
     if step.value is not None and version_dir.value is not None:
         raise UserError("--step and --version_dir both name a version; give one of them")
     directory = absolute(to.value)
+    keep_programs(config, workdir)
     job = open_job(config, workdir)
     try:
         make_set(

@@ -1,0 +1,39 @@
+"""Where compiled programs are kept."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys
+import jax
+from etils import epath
+from configs.arithmetic import get_config
+from oapl_jax.compile_cache import keep_programs
+config = get_config()
+config.compile_cache = sys.argv[2] if len(sys.argv) > 2 else config.compile_cache
+keep_programs(config, epath.Path(sys.argv[1]))
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "environment", "expected"),
+    [
+        ([], {}, "/shared/programs"),  # of all runs in /shared
+        (["gs://bucket/programs"], {}, "gs://bucket/programs"),
+        ([""], {}, "None"),
+        ([], {"JAX_COMPILATION_CACHE_DIR": "/mine"}, "/mine"),
+    ],
+)
+def test_programs_are_kept_beside_the_run_or_where_it_is_said(chosen, environment, expected):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "/shared/run", *chosen],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == expected
