@@ -190,7 +190,8 @@ def assert_published(published, taken):
         (version,) = {r.policy_version for r in sampled.rollouts}
         assert gap(published, sampled, version) < CLOSE
         for other in {1, 2, 3} - {version}:
-            assert gap(published, sampled, other) > 0.1
+            # Of a token or two, versions can say nearly the same.
+            assert gap(published, sampled, other) > 10 * CLOSE
 
 
 def assert_each_once(taken, count):

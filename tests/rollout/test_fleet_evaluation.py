@@ -11,6 +11,7 @@ from configs import arithmetic
 from oapl_jax.evaluate.estimators import pass_at_k
 from oapl_jax.evaluate.run import benchmark_prompts, run
 from oapl_jax.job import Job, open_job
+from oapl_jax.rewards.tasks import chain_sum
 
 PROBLEMS = [("1+1=", "2"), ("9-8=", "1"), ("3+4-1=", "6"), ("8-5=", "3"), ("2+2+2=", "6")]
 N, VERSION = 8, 2
@@ -83,9 +84,7 @@ def test_what_is_measured_is_what_the_version_says(evaluate, servers, published,
             assert total == pytest.approx(expected.sum(), abs=CLOSE)
             assert abs(total - published.logp(1, prompt.tokens, response).sum()) > CLOSE
             text = published.policy.tokenizer.decode(response, skip_special_tokens=True)
-            numbers = "".join(c if c.isdigit() else " " for c in text).split()
-            right = finish == "stop" and numbers[-1:] == [prompt.answer]
-            correct[prompt.id] += right
+            correct[prompt.id] += finish == "stop" and chain_sum(text, prompt.answer) == 1
             tokens, logp = tokens + len(response), logp + expected.sum()
     assert seen == {(p, i) for p in prompts for i in range(N)}
     assert {p["id"]: p["correct"] for p in result["per_problem"]} == correct
