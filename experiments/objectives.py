@@ -104,7 +104,7 @@ QUICK = dataclasses.replace(
     FULL,
     core=("oapl", "grpo"),
     rest=(),
-    lags=(8, 2),
+    lags=(8,),
     seeds=(0,),
     trials=1,
     recorders=("oapl",),

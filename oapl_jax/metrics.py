@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from oapl_jax import hosts
 from oapl_jax.structs import Group
@@ -35,6 +34,8 @@ class MetricsWriter:
         self._file = self._path.open("a")
         self._events = None
         if tensorboard and not jax.process_index():
+            from tensorboardX import SummaryWriter  # brings Google's cloud clients along
+
             self._events = SummaryWriter(
                 os.fspath(workdir / "tensorboard"), purge_step=start_step + 1
             )

@@ -116,6 +116,12 @@ def constrain_activations(x: jax.Array) -> jax.Array:
     return _constrain(x, P(*ROWS, "context", None))
 
 
+def platform() -> str:
+    """What the mesh's devices are, which may be absent; outside a mesh it is a CPU."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return "cpu" if mesh.empty else mesh.abstract_device.platform
+
+
 def _constrain(x: jax.Array, spec: P) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x

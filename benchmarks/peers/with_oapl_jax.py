@@ -172,6 +172,7 @@ if __name__ == "__main__":
     given = work.arguments()
     if given.part == "model":
         make_model(given.model)
+        work.report()
     elif given.part in ("learner", "check"):
         learn(given.model, given.steps, check=given.part == "check")
     elif given.part == "sampler":

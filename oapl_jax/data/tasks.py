@@ -12,9 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from reasoning_gym.algorithmic.number_sorting import NumberSortingConfig, NumberSortingDataset
-from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
-from reasoning_gym.games.countdown import CountdownConfig, CountdownDataset
 
 from oapl_jax.data import documents
 from oapl_jax.data.records import Record, user
@@ -172,9 +169,29 @@ def _countdown_demonstration(record: Record, rng: np.random.Generator, noise: fl
     )
 
 
+# reasoning_gym is imported where data is made: all its tasks come along, with half a second.
+def _chain_sums(**settings: Any) -> Any:
+    from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
+
+    return ChainSumDataset(ChainSumConfig(**settings))
+
+
+def _number_sortings(**settings: Any) -> Any:
+    from reasoning_gym.algorithmic import number_sorting as module
+
+    config = module.NumberSortingConfig(**settings, min_decimals=0, max_decimals=0)
+    return module.NumberSortingDataset(config)
+
+
+def _countdowns(**settings: Any) -> Any:
+    from reasoning_gym.games.countdown import CountdownConfig, CountdownDataset
+
+    return CountdownDataset(CountdownConfig(**settings))
+
+
 TASKS = {
     "chain_sum": Task(
-        generator=lambda **settings: ChainSumDataset(ChainSumConfig(**settings)),
+        generator=_chain_sums,
         metadata=lambda item: {"terms": item["expression"].split()},
         question=lambda m: "".join(m["terms"]) + "=",
         answer=lambda m: str(_right_totals(m)[-1]),
@@ -184,9 +201,7 @@ TASKS = {
         characters=DIGITS + "+-=,",
     ),
     "number_sorting": Task(
-        generator=lambda **settings: NumberSortingDataset(
-            NumberSortingConfig(**settings, min_decimals=0, max_decimals=0)
-        ),
+        generator=_number_sortings,
         metadata=_number_sorting_metadata,
         question=lambda m: (
             ",".join(map(str, m["numbers"])) + ("<" if m["direction"] == "ascending" else ">")
@@ -198,7 +213,7 @@ TASKS = {
         characters=DIGITS + "-,<>",
     ),
     "countdown": Task(
-        generator=lambda **settings: CountdownDataset(CountdownConfig(**settings)),
+        generator=_countdowns,
         metadata=_countdown_metadata,
         question=lambda m: f"{','.join(map(str, m['numbers']))}:{m['target']}=",
         answer=lambda m: f"{' '.join(map(str, m['numbers']))} -> {m['target']}",

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from oapl_jax.errors import UserError
 from oapl_jax.models.blocked import LOWEST, blocked_attention, visible
 from oapl_jax.models.splash import LANES, splash_kernel
-from oapl_jax.sharding import ROWS
+from oapl_jax.sharding import ROWS, platform
 
 
 def masked_attention(
@@ -35,12 +35,13 @@ def masked_attention(
     """
     batch, length, heads, dim = query.shape
     kv_heads = key.shape[2]
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    logits = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
+    # In this order of axes a CPU turns neither keys nor values around.
+    rows = query.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    logits = jnp.einsum("bkgtd,bskd->bkgts", rows, key, preferred_element_type=jnp.float32)
     logits = jnp.where(mask[:, None, None], logits * dim**-0.5, LOWEST)
     probs = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    out = jnp.einsum("bkgts,bskd->btkgd", probs, value)
-    return out.reshape(batch, length, heads, dim)
+    out = jnp.einsum("bkgts,bskd->bkgtd", probs, value)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
 
 
 def fused_attention(
@@ -88,7 +89,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.
     if mesh.empty:
         slots = jnp.arange(query.shape[1])
         return blocked_attention(query, key, value, segments, segments, slots)
-    multiple, make_kernel = KERNELS[mesh.abstract_device.platform]
+    multiple, make_kernel = KERNELS[platform()]
     return over_mesh(make_kernel, query, key, value, segments, multiple=multiple)
 
 

@@ -11,39 +11,72 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from oapl_jax.models.attention import attention, masked_attention
 from oapl_jax.models.blocked import visible
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.rope import angles, rotate
-from oapl_jax.sharding import constrain_activations, constrain_embedded
+from oapl_jax.sharding import constrain_activations, constrain_embedded, platform
 
 # What a layer keeps for its backward pass; the rest is computed again.
+PRODUCT = "product"  # the name of what `cpu_product` makes, in which a policy sees no dot
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
 }
 
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of the tokens seen so far; all rows of a batch are filled to one slot."""
+    """Keys and values of the tokens seen so far; all rows of a batch are filled to one slot.
 
-    key: jax.Array  # [layers, B, S, kv_heads, head_dim]
-    value: jax.Array  # [layers, B, S, kv_heads, head_dim]
+    Slots lie behind heads, as attention's products want them: a CPU would turn all around for every
+    token.
+    """
+
+    key: jax.Array  # [layers, B, kv_heads, S, head_dim]
+    value: jax.Array  # [layers, B, kv_heads, S, head_dim]
     segments: jax.Array  # int32[B, S]; 0 marks padding and slots not yet filled
     slot: jax.Array  # int32[], the next slot to fill
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return Cache(
         key=jnp.zeros(shape, dtype),
         value=jnp.zeros(shape, dtype),
         segments=jnp.zeros((batch, slots), jnp.int32),
         slot=jnp.zeros((), jnp.int32),
     )
+
+
+def cpu_product(x, kernel, dimensions, precision):
+    """nn.Dense's dot_general for a CPU, with another order in the kernel's gradient.
+
+    In jax's own order a CPU makes d_out anew inside of that product, turned around, out of all that
+    it was made of: a fifth of a learner's step.
+    """
+    del dimensions, precision  # of nn.Dense, always the same
+    return checkpoint_name(_product(x, kernel), PRODUCT)
+
+
+@jax.custom_vjp
+def _product(x, kernel):
+    return jnp.einsum("btd,df->btf", x, kernel)
+
+
+def _product_backward(kept, d_out):
+    x, kernel = kept
+    d_x = jnp.einsum("btf,df->btd", d_out, kernel)
+    return d_x, jnp.einsum("btd,btf->df", x, d_out)
+
+
+_product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_backward)
 
 
 class RMSNorm(nn.Module):
@@ -70,7 +103,12 @@ class Block(nn.Module):
     def __call__(self, carry, layer, cos, sin, seen):
         x, cache = carry
         c = self.config
-        dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=jnp.float32)
+        dense = functools.partial(
+            nn.Dense,
+            dtype=self.dtype,
+            param_dtype=jnp.float32,
+            dot_general=cpu_product if platform() == "cpu" else None,
+        )
         heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)
 
         h = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
@@ -85,14 +123,15 @@ class Block(nn.Module):
         if cache is None:
             mixed = attention(query, key, value, seen)
         else:
-            at = (layer, 0, cache.slot, 0, 0)
+            by_head = lambda x: x.swapaxes(-3, -2)
+            at = (layer, 0, 0, cache.slot, 0)
             cache = cache.replace(
-                key=jax.lax.dynamic_update_slice(cache.key, key[None], at),
-                value=jax.lax.dynamic_update_slice(cache.value, value[None], at),
+                key=jax.lax.dynamic_update_slice(cache.key, by_head(key[None]), at),
+                value=jax.lax.dynamic_update_slice(cache.value, by_head(value[None]), at),
             )
             key = jax.lax.dynamic_index_in_dim(cache.key, layer, keepdims=False)
             value = jax.lax.dynamic_index_in_dim(cache.value, layer, keepdims=False)
-            mixed = masked_attention(query, key, value, seen)
+            mixed = masked_attention(query, by_head(key), by_head(value), seen)
         mixed = mixed.reshape(*x.shape[:2], inner)
         x = x + dense(c.hidden_size, use_bias=c.output_bias, name="o")(mixed)
         x = constrain_activations(x)

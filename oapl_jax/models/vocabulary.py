@@ -44,7 +44,7 @@ def token_logp(
     parts = 1 if mesh.empty else mesh.shape["context"]
     most = jnp.max(jnp.sum(wanted.reshape(-1, wanted.shape[1] // parts), axis=-1))
     of_rows = functools.partial(_of_rows, temperature=temperature, chunk=chunk)
-    if mesh.empty:
+    if mesh.empty or mesh.size == 1:  # where a gather would be a copy
         return of_rows(hidden, head_matrix, targets, wanted, most)
 
     def on_device(hidden, part, *rest):
