@@ -2,6 +2,7 @@
 And who runs what, of the processes that share the tests."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,14 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 ROOT = Path(__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One folder for the compiled programs of all runs of these tests: many are the same."""
+    if "TEST_PROGRAMS" not in os.environ:  # else a process of the one that has made it
+        folder = tempfile.TemporaryDirectory(prefix="programs")
+        config.add_cleanup(folder.cleanup)
+        os.environ["TEST_PROGRAMS"] = folder.name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,17 +32,17 @@ TIMES = ("seconds", "per_second", "latency", "compile/")  # what may differ betw
 
 
 class Runs:
-    """Starts training processes that share a data set and a compile cache."""
+    """Starts training processes that share a data set and compiled programs."""
 
     def __init__(self, shared: Path):
-        self.shared = shared
+        self._shared = shared
 
     def command(
         self, workdir: Path, module: str = "train", config: str = "", **settings
     ) -> list[str]:
         shared = {
-            "data.data_dir": self.shared / "data",
-            "compile_cache": self.shared / "programs",
+            "data.data_dir": self._shared / "data",
+            "compile_cache": os.environ["TEST_PROGRAMS"],
         }
         values = {**SMALL, **shared, **settings}
         return [

@@ -63,7 +63,7 @@ def test_a_round_is_a_supervised_stage_and_then_rl(tmp_path):
         environment = {
             **os.environ,
             "XLA_FLAGS": "",  # one device
-            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+            "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_PROGRAMS"],
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         command = [sys.executable, "-m", f"oapl_jax.{module}", *flags]

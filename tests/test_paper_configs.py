@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,7 +280,7 @@ class Shop:
 def shop(tmp_path_factory):
     root = tmp_path_factory.mktemp("shop")
     cache = {
-        "jax_compilation_cache_dir": str(root / "cache"),
+        "jax_compilation_cache_dir": os.environ["TEST_PROGRAMS"],
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
     before = {name: getattr(jax.config, name) for name in cache}

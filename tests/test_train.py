@@ -2,6 +2,7 @@
 mistakes."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -55,7 +56,7 @@ def test_programs_are_kept_and_none_is_new_after_the_first_evaluation(runs, unbr
     compiled = [line["compile/programs"] for line in metrics(unbroken[0])]
     # The validation split, met after step 5, ends with a batch of another size than the test split.
     assert compiled == [compiled[0]] * 5 + [compiled[5]] * 7
-    kept = {file.name.split("-")[0] for file in (runs.shared / "programs").glob("*-cache")}
+    kept = {file.name.split("-")[0] for file in Path(os.environ["TEST_PROGRAMS"]).glob("*-cache")}
     assert kept >= {"jit_step", "jit_logp", "jit_decode"}
 
 

@@ -123,7 +123,7 @@ class Shop:
             cwd=ROOT,
             env={
                 **os.environ,
-                "JAX_COMPILATION_CACHE_DIR": str(self.root / "cache"),
+                "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_PROGRAMS"],
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             },
             stdout=subprocess.PIPE,
@@ -136,7 +136,7 @@ class Shop:
 def shop(tmp_path_factory):
     root = tmp_path_factory.mktemp("shop")
     cache = {
-        "jax_compilation_cache_dir": str(root / "cache"),
+        "jax_compilation_cache_dir": os.environ["TEST_PROGRAMS"],
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
     before = {name: getattr(jax.config, name) for name in cache}

@@ -47,7 +47,7 @@ def train(tmp_path_factory):
     environment = {
         **os.environ,
         "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(shared / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_PROGRAMS"],
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 

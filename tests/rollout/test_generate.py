@@ -255,7 +255,7 @@ class Jobs:
             cwd=ROOT,
             env={
                 **os.environ,
-                "JAX_COMPILATION_CACHE_DIR": str(self._shared / "cache"),
+                "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_PROGRAMS"],
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             },
             capture_output=True,
@@ -270,7 +270,7 @@ class Jobs:
 def jobs(tmp_path_factory):
     shared = tmp_path_factory.mktemp("shared")
     cache = {
-        "jax_compilation_cache_dir": str(shared / "cache"),
+        "jax_compilation_cache_dir": os.environ["TEST_PROGRAMS"],
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
     before = {name: getattr(jax.config, name) for name in cache}

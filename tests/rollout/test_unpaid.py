@@ -1,5 +1,6 @@
 """A run whose rewards are all 0 stops, and shows why."""
 
+import os
 from types import SimpleNamespace
 
 import jax
@@ -86,10 +87,10 @@ def test_no_number_ends_a_run_that_wants_none():
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A directory for the data, and a compile cache."""
+    """A directory for the data; compiled programs are kept."""
     root = tmp_path_factory.mktemp("shared")
     cache = {
-        "jax_compilation_cache_dir": str(root / "cache"),
+        "jax_compilation_cache_dir": os.environ["TEST_PROGRAMS"],
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
     before = {name: getattr(jax.config, name) for name in cache}
