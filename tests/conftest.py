@@ -3,6 +3,7 @@ And who runs what, of the processes that share the tests."""
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,23 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.TemporaryDirectory(prefix="programs")
         config.add_cleanup(folder.cleanup)
         os.environ["TEST_PROGRAMS"] = folder.name
+
+
+@pytest.fixture(scope="module")
+def kept_programs() -> Iterator[None]:
+    """What a file's tests compile in this process is kept there too."""
+    import jax  # once the environment above is set
+
+    cache = {
+        "jax_compilation_cache_dir": os.environ["TEST_PROGRAMS"],
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in cache}
+    for name, value in cache.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

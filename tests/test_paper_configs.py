@@ -3,12 +3,10 @@
 import inspect
 import itertools
 import json
-import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -277,18 +275,9 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
+def shop(tmp_path_factory, kept_programs):
     root = tmp_path_factory.mktemp("shop")
-    cache = {
-        "jax_compilation_cache_dir": os.environ["TEST_PROGRAMS"],
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in cache}
-    for name, value in cache.items():
-        jax.config.update(name, value)
-    yield Shop(root)
-    for name, value in before.items():
-        jax.config.update(name, value)
+    return Shop(root)
 
 
 def test_the_maths_path(shop):

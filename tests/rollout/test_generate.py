@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 import xxhash
@@ -267,18 +266,9 @@ class Jobs:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory):
+def jobs(tmp_path_factory, kept_programs):
     shared = tmp_path_factory.mktemp("shared")
-    cache = {
-        "jax_compilation_cache_dir": os.environ["TEST_PROGRAMS"],
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in cache}
-    for name, value in cache.items():
-        jax.config.update(name, value)
-    yield Jobs(shared)
-    for name, value in before.items():
-        jax.config.update(name, value)
+    return Jobs(shared)
 
 
 @pytest.fixture(scope="module")

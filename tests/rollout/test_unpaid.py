@@ -1,9 +1,7 @@
 """A run whose rewards are all 0 stops, and shows why."""
 
-import os
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -86,19 +84,9 @@ def test_no_number_ends_a_run_that_wants_none():
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
+def shared(tmp_path_factory, kept_programs):
     """A directory for the data; compiled programs are kept."""
-    root = tmp_path_factory.mktemp("shared")
-    cache = {
-        "jax_compilation_cache_dir": os.environ["TEST_PROGRAMS"],
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in cache}
-    for name, value in cache.items():
-        jax.config.update(name, value)
-    yield root
-    for name, value in before.items():
-        jax.config.update(name, value)
+    return tmp_path_factory.mktemp("shared")
 
 
 @pytest.fixture
