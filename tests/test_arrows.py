@@ -17,7 +17,7 @@ FLOORS = (
     ("checkpoint", "warmup", "evaluate", "probe", "check", "saved_config"),
     ("job", "report"),
     ("resize",),
-    ("begin", "command", "supply", "assemble"),
+    ("begin", "command", "compile_cache", "supply", "assemble"),
     ("open_supply",),
     ("train", "plan"),
 )
