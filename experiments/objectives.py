@@ -104,7 +104,7 @@ QUICK = dataclasses.replace(
     FULL,
     core=("oapl", "grpo"),
     rest=(),
-    lags=(8,),
+    lags=(8, 2),
     seeds=(0,),
     trials=1,
     recorders=("oapl",),

@@ -117,7 +117,7 @@ def constrain_activations(x: jax.Array) -> jax.Array:
 
 
 def platform() -> str:
-    """What the mesh's devices are, which may be absent; outside a mesh it is a CPU."""
+    """Of the mesh's devices, which need not be here; outside a mesh taken to be "cpu"."""
     mesh = jax.sharding.get_abstract_mesh()
     return "cpu" if mesh.empty else mesh.abstract_device.platform
 

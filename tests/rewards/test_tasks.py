@@ -122,7 +122,10 @@ def test_no_response_reaches_eval_exec_or_compile(monkeypatch):
     import ast
     import builtins
 
-    def forbidden(*_, **__):
+    called = []
+
+    def forbidden(*words, **__):
+        called.append(words)
         raise AssertionError("model text was executed")
 
     parse = ast.parse("3*4+5", mode="eval")
@@ -132,3 +135,5 @@ def test_no_response_reaches_eval_exec_or_compile(monkeypatch):
     for task, verify in VERIFIERS.items():
         for response in HOSTILE.values():
             verify(response, ANSWERS[task])
+    monkeypatch.undo()
+    assert called == []  # a verifier may have caught what was raised

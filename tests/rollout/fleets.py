@@ -191,7 +191,8 @@ def assert_published(published, taken):
         assert gap(published, sampled, version) < CLOSE
         for other in {1, 2, 3} - {version}:
             # Of a token or two, versions can say nearly the same.
-            assert gap(published, sampled, other) > 10 * CLOSE
+            short = sum(len(r.tokens) for r in sampled.rollouts) < 3 * N
+            assert gap(published, sampled, other) > (10 * CLOSE if short else 0.1)
 
 
 def assert_each_once(taken, count):
