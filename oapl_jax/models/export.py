@@ -122,12 +122,15 @@ def _write(
         return write_file(path, itertools.chain([head], read))
 
 
+def _block(value: Any) -> tuple[int, ...]:
+    """The shape of what is read at a time: TensorStore reads whole chunks."""
+    layout = getattr(value, "chunk_layout", None)
+    return layout.read_chunk.shape if layout else value.shape
+
+
 def _rows(tensor: Tensor, leaf: Any) -> list[range]:
-    """The rows of a tensor in parts that TensorStore, which reads whole chunks, reads once."""
-    layout = getattr(leaf, "chunk_layout", None)
-    axis = -1 if tensor.transposed else -len(tensor.shape)
-    size = tensor.shape[0]
-    step = layout.read_chunk.shape[axis] if layout else size
+    """The rows of a tensor in parts of whole blocks, so that each block is read once."""
+    size, step = tensor.shape[0], _block(leaf)[-1 if tensor.transposed else -len(tensor.shape)]
     return [range(i, min(i + step, size)) for i in range(0, size, step)]
 
 
@@ -136,11 +139,9 @@ def _fetch(tensor: Tensor, rows: range, leaf: Any, dtype: Any) -> memoryview:
     value = leaf if tensor.layer is None else leaf[tensor.layer]
     out = np.empty((len(rows), *tensor.shape[1:]), dtype)
     place, axis = (out.T, -1) if tensor.transposed else (out, 0)
-    layout = getattr(value, "chunk_layout", None)
-    block = layout.read_chunk.shape if layout else value.shape
     cut = [
         [slice(i, min(i + b, n)) for i in range(0, n, b)]
-        for n, b in zip(value.shape, block, strict=True)
+        for n, b in zip(value.shape, _block(value), strict=True)
     ]
     cut[axis] = [slice(rows.start, rows.stop)]
     for index in itertools.product(*cut):
