@@ -40,8 +40,15 @@ def kept_programs() -> Iterator[None]:
         jax.config.update(name, value)
 
 
+# What takes minutes, longest first: begun late, one would keep a process when the other is done.
+LONG = ("rollout", "test_pods.py", "test_train.py", "test_experiments.py", "test_documents.py")
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests of a file, or of a folder here, run in one process: what they share (servers,
     models, finished runs) is made once."""
+    group = lambda item: item.path.relative_to(ROOT).parts[0]
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).parts[0]))
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: (*LONG, group(item)).index(group(item)))
