@@ -10,7 +10,7 @@ run: .venv/run
 	  --install_seconds=$$(cat .venv/run)
 
 test: .venv/dev .venv-sglang/done
-	$(CPU) $(BIN)/python -m pytest tests --numprocesses=2 --dist=loadgroup --no-loadscope-reorder --durations=25
+	$(CPU) $(BIN)/python -m pytest tests --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=25
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,10 +1,9 @@
 """Eight devices on any machine, so that meshes are tested everywhere; set before jax starts.
-And who runs what, of the processes that share the tests."""
+And what the processes that share the tests have in common."""
 
 import os
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-ROOT = Path(__file__).parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,15 +38,14 @@ def kept_programs() -> Iterator[None]:
         jax.config.update(name, value)
 
 
-# What takes minutes, longest first: begun late, one would keep a process when the other is done.
-LONG = ("rollout", "test_pods.py", "test_train.py", "test_experiments.py", "test_documents.py")
+# Minutes each, longest first: begun last, one of them would keep a process when the other is done.
+LONG = (
+    *("test_pods.py", "test_train.py", "test_experiments.py", "test_generate.py"),
+    *("test_real_fleet.py", "test_fleet_job.py", "test_documents.py", "test_paper_configs.py"),
+    *("test_learning.py", "test_supervise.py"),
+)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests of a file, or of a folder here, run in one process: what they share (servers,
-    models, finished runs) is made once."""
-    group = lambda item: item.path.relative_to(ROOT).parts[0]
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: (*LONG, group(item)).index(group(item)))
+    """The order in which the processes that share the tests take them, a file at a time."""
+    items.sort(key=lambda item: (*LONG, item.path.name).index(item.path.name))
