@@ -27,7 +27,6 @@ from oapl_jax.models.published import published
 from oapl_jax.plan.chips import SLICES
 from oapl_jax.plan.choices import Choice, applied
 from oapl_jax.plan.estimate import estimate
-from oapl_jax.plan.settings import check
 from oapl_jax.plan.topology import open_slice
 from oapl_jax.report.progress import say
 
@@ -64,7 +63,10 @@ def layouts(sequences: int, hidden_size: int, chips: int) -> Iterator[Choice]:
 def line(run: str, model: str, topology: str) -> Line:
     """The first layout that fits, or the refusal of the last."""
     config, sizes, where = RUNS[run][0](), published(model), open_slice(topology)
-    check(config)
+    said = ""
+    if where.hosts > config.groups_per_step:  # each host samples one of a step at the least
+        config.groups_per_step = where.hosts
+        said = f", {where.hosts} groups a step"
     sequences = config.group_size * config.groups_per_step
     result: Line = {"fits": False, "because": "no layout divides the model over the chips"}
     for choice in layouts(sequences, sizes.hidden_size, len(where.devices)):
@@ -85,7 +87,7 @@ def line(run: str, model: str, topology: str) -> Line:
         result = {
             "fits": plan["fits"],
             "because": f"{worst['program']}: {worst['because']}",
-            "layout": str(choice),
+            "layout": f"{choice}{said}",
             "compile_seconds": sum(p["compile_seconds"] for p in plan["programs"]),
         }
         if plan["fits"]:
@@ -138,7 +140,8 @@ def tables(lines: dict[str, Line]) -> str:
     for run, (get_config, model) in RUNS.items():
         config = get_config()
         length = f"{config.data.max_prompt_tokens} + {config.rollout.max_response_tokens}"
-        head = f"`configs/{run}.py`, {model}, 256 sequences of {length} tokens a step"
+        groups = f"{config.groups_per_step} groups of {config.group_size} sequences of {length}"
+        head = f"`configs/{run}.py`, {model}, {groups} tokens a step"
         rows = []
         for generation, slices in SLICES.items():
             for shape in slices.values():

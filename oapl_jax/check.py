@@ -1,6 +1,6 @@
 """What a configuration can't be, refused by name before any work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,22 +25,24 @@ Refuse = Callable[[Any, str], None]  # raises the sentence as a UserError if the
 
 
 def check_sizes(config: Config) -> None:
-    """Raises a UserError for the first setting or set of sizes that can't work."""
+    """Raises a UserError for the first setting or set of sizes that can't work on these hosts."""
+    check_layout(config, mesh=make_mesh(**config.mesh).shape, hosts=jax.process_count())
+
+
+def check_layout(config: Config, *, mesh: Mapping[str, int], hosts: int) -> None:
+    """`check_sizes` for a mesh of these sizes and so many hosts, which need not be there."""
 
     def refuse(wrong: Any, sentence: str) -> None:
         if wrong:
             raise UserError(sentence)
 
-    for check in (
-        check_values,
-        check_mesh,
-        check_rollout,
-        check_objective,
-        check_curriculum,
-        check_preferences,
-        check_hosts,
-    ):
-        check(config, refuse)
+    check_values(config, refuse)
+    check_mesh(config, refuse, mesh)
+    check_rollout(config, refuse)
+    check_objective(config, refuse)
+    check_curriculum(config, refuse, mesh)
+    check_preferences(config, refuse)
+    check_hosts(config, refuse, hosts)
 
 
 def check_values(config: Config, refuse: Refuse) -> None:
@@ -89,16 +91,15 @@ def check_values(config: Config, refuse: Refuse) -> None:
     )
 
 
-def check_mesh(config: Config, refuse: Refuse) -> None:
+def check_mesh(config: Config, refuse: Refuse, mesh: Mapping[str, int]) -> None:
     """Calls `refuse` for rows that can't be divided over the devices."""
-    mesh = make_mesh(**config.mesh)
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = mesh["data"] * mesh["fsdp"]
     refuse(
         config.learner.rows_multiple % devices,
         f"learner.rows_multiple={config.learner.rows_multiple} can't be divided over mesh.data x "
         f"mesh.fsdp = {devices} devices; choose a multiple of {devices}",
     )
-    context = mesh.shape["context"]
+    context = mesh["context"]
     refuse(
         config.learner.row_length % context,
         f"learner.row_length={config.learner.row_length} can't be divided over mesh.context="
@@ -150,9 +151,8 @@ def check_rollout(config: Config, refuse: Refuse) -> None:
     )
 
 
-def check_hosts(config: Config, refuse: Refuse) -> None:
+def check_hosts(config: Config, refuse: Refuse, hosts: int) -> None:
     """Calls `refuse` for what several hosts can't do, or can't do together."""
-    hosts = jax.process_count()
     recorded = {"live": 0.0, "both": config.rollout.recorded_share, "shards": 1.0}
     share = recorded.get(config.rollout.source, 0.0)
     live = config.groups_per_step - round(share * config.groups_per_step)
@@ -256,7 +256,7 @@ def check_preferences(config: Config, refuse: Refuse) -> None:
     )
 
 
-def check_curriculum(config: Config, refuse: Refuse) -> None:
+def check_curriculum(config: Config, refuse: Refuse, mesh: Mapping[str, int]) -> None:
     """Calls `refuse` for every setting that the curriculum chosen by name takes."""
     section, picks = config.curriculum, config.rollout.prompts_per_call
     name, rates, window, curator = section.name, section.rates, section.window, section.curator
@@ -290,8 +290,7 @@ def check_curriculum(config: Config, refuse: Refuse) -> None:
         ("curator.passes", curator.passes, curator.passes > 0, "above 0"),
     ):
         refuse(not good, f"curriculum.{setting}={value} must lie {bounds}")
-    mesh = make_mesh(**config.mesh)
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = mesh["data"] * mesh["fsdp"]
     refuse(
         name == "actor_curator" and curator.rows % devices,
         f"curriculum.curator.rows={curator.rows} can't be divided over mesh.data x "

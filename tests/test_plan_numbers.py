@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +11,21 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import arithmetic
+from configs import arithmetic, competition_math
+from oapl_jax.check import check_sizes
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.published import PUBLISHED, published
 from oapl_jax.plan import host
 from oapl_jax.plan.chips import CHIPS, SLICES
 from oapl_jax.plan.choices import Choice, applied, families
+from oapl_jax.plan.estimate import estimate
 from oapl_jax.plan.flops import step_flops, traced_work
 from oapl_jax.plan.programs import Learner
 from oapl_jax.plan.roofline import roofline
-from oapl_jax.plan.settings import check, model_of
+from oapl_jax.plan.settings import model_of
 from oapl_jax.plan.sweep import Record, sweep
+from oapl_jax.plan.topology import Slice, open_slice
 from oapl_jax.sharding import make_mesh
 
 # Billions of parameters, as the model cards have them.
@@ -231,12 +236,53 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path):
     assert Record(path).get("a", lambda: pytest.fail("made again")) == {"fits": True}
 
 
-def test_what_a_run_refuses_a_plan_refuses(config, tmp_path):
-    config.mesh.update(data=7, fsdp=64)  # not of this machine's devices, and none of its business
-    check(config)
+def planned(config, topology, **mesh):
+    """A plan that must be refused before anything is compiled."""
+    config.mesh.update(mesh)
+    unused: Any = None
+    estimate(
+        config,
+        published("qwen3-0.6b"),
+        open_slice(topology),
+        from_checkpoint=True,
+        storage=1e9,
+        say=unused,
+    )
+
+
+def test_what_a_run_refuses_on_a_slice_a_plan_refuses():
+    config = competition_math.get_config().unlock()
+    config.learner.rows_multiple = 256
+    with pytest.raises(UserError, match="groups_per_step=32 can't be divided over 64 hosts"):
+        planned(config, "v5e:16x16", fsdp=256)
+    with pytest.raises(UserError, match=r"learner\.rows_multiple=256 can't be .* = 12 devices"):
+        planned(config, "v5p:2x2x3", fsdp=12)
+    with pytest.raises(UserError, match=r"learner\.row_length=17408 can't be .* mesh.context=3;"):
+        planned(config, "v5p:2x2x3", fsdp=4, context=3)
     config.learner.micro_batches = 0
     with pytest.raises(UserError, match="micro_batches=0 must be"):
-        check(config)
+        planned(config, "v5e:2x2", fsdp=4, context=1)
+
+
+def test_a_run_of_these_hosts_refuses_the_same(config):
+    check_sizes(config)
+    config.learner.rows_multiple = 4
+    with pytest.raises(UserError, match=r"learner\.rows_multiple=4 can't be .* = 8 devices"):
+        check_sizes(config)
+
+
+def test_hosts_are_the_workers_that_the_scripts_request():
+    table = Path("tpu_setup/slices.sh").read_text().partition('slices="')[2].partition('"')[0]
+    rows = [line.split() for line in table.splitlines() if line]
+    offered = {f"{g}:{shape}" for g, shapes in SLICES.items() for shape in shapes.values()}
+    assert offered <= {name for name, _, _ in rows}
+    for name, _, workers in rows:
+        generation, _, sizes = name.partition(":")
+        shape = tuple(map(int, sizes.split("x")))
+        where = Slice(generation, shape, range(int(np.prod(shape))))
+        assert where.hosts == int(workers), name
+        assert where.hosts * where.chips_per_host == len(where.devices)
+        assert where.host_ram > 0
 
 
 def test_sizes_come_from_a_name_a_checkpoint_or_the_configuration(config, tmp_path):

@@ -18,7 +18,7 @@ from oapl_jax.models.transformer import REMAT_POLICIES
 from oapl_jax.plan import report
 from oapl_jax.plan.choices import applied, families
 from oapl_jax.plan.estimate import estimate
-from oapl_jax.plan.settings import check, model_of
+from oapl_jax.plan.settings import model_of
 from oapl_jax.plan.sweep import Record, sweep
 from oapl_jax.plan.topology import open_slice
 from oapl_jax.publisher import config_hash
@@ -37,7 +37,6 @@ def main() -> None:
     if topology.value is None:
         raise UserError("--topology is missing; add, for example, --topology=v5e:8x8")
     where = open_slice(topology.value)
-    check(config)
     with tempfile.TemporaryDirectory() as scratch:
         sizes, from_checkpoint = model_of(config, model.value, epath.Path(scratch))
     workdir.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
-"""What the TPU generations can do, as published, and the slices that they are rented in."""
+"""What the TPU generations can do, as published, and the slices and machines they are rented in."""
 
 import dataclasses
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip, and the host that it sits on.
+    """One chip, and the machines that it is in.
 
     Attributes:
       flops: bfloat16 FLOP/s.
@@ -15,8 +16,8 @@ class Chip:
         both directions, divided by two directions and two links for each dimension of the torus.
       dimensions: of the torus.
       ring: chips along a dimension from which its ends are joined; a multiple of it keeps the ring.
-      chips_per_host: of a slice of several hosts.
-      ram_bytes: of such a host.
+      machines: chips of a machine -> bytes of its RAM. A slice of so many chips is one machine, any
+        other is made of those with CHIPS_PER_HOST.
       source: where the numbers stand.
     """
 
@@ -26,13 +27,13 @@ class Chip:
     link_bandwidth: float
     dimensions: int
     ring: int
-    chips_per_host: int
-    ram_bytes: float
+    machines: Mapping[int, float]
     source: str
 
 
-# Rings: https://jax-ml.github.io/scaling-book/tpus. RAM: the machine types ct5lp-hightpu-4t,
-# ct5p-hightpu-4t and ct6e-standard-4t of the same pages.
+CHIPS_PER_HOST = 4
+# Rings: https://jax-ml.github.io/scaling-book/tpus. Machines: the types ct5lp-hightpu-1t, -4t, -8t,
+# ct5p-hightpu-4t and ct6e-standard-1t, -4t, -8t of the same pages as the rest.
 CHIPS = {
     "v5e": Chip(
         flops=197e12,
@@ -41,8 +42,7 @@ CHIPS = {
         link_bandwidth=400e9 / 2 / 4,
         dimensions=2,
         ring=16,
-        chips_per_host=4,
-        ram_bytes=192e9,
+        machines={1: 48e9, 4: 192e9, 8: 384e9},
         source="https://cloud.google.com/tpu/docs/v5e",
     ),
     "v5p": Chip(
@@ -52,8 +52,7 @@ CHIPS = {
         link_bandwidth=1200e9 / 2 / 6,
         dimensions=3,
         ring=4,
-        chips_per_host=4,
-        ram_bytes=448e9,
+        machines={4: 448e9},
         source="https://cloud.google.com/tpu/docs/v5p",
     ),
     "v6e": Chip(
@@ -63,16 +62,23 @@ CHIPS = {
         link_bandwidth=800e9 / 2 / 4,
         dimensions=2,
         ring=16,
-        chips_per_host=4,
-        ram_bytes=720e9,
+        machines={1: 176e9, 4: 720e9, 8: 1440e9},
         source="https://cloud.google.com/tpu/docs/v6e",
     ),
 }
 
 # Topologies by number of chips.
-FLAT = {4: "2x2", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 SLICES = {
     "v5e": FLAT,
-    "v5p": {4: "2x2x1", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"},
+    "v5p": {
+        4: "2x2x1",
+        8: "2x2x2",
+        16: "2x2x4",
+        32: "2x4x4",
+        64: "4x4x4",
+        128: "4x4x8",
+        256: "4x8x8",
+    },
     "v6e": FLAT,
 }

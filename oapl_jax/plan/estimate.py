@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from oapl_jax.check import check_layout
 from oapl_jax.job import Config
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.plan import collectives, flops, host, memory, programs, roofline, traffic
@@ -30,10 +31,11 @@ def estimate(
       say: called with a line for each program.
 
     Raises:
-      UserError: if the configuration can't be laid out on the slice.
+      UserError: if the run would refuse the configuration on the slice.
       RunError: if a program does not compile, for other reasons than memory.
     """
     mesh = make_mesh(where, config.mesh)
+    check_layout(config, mesh=mesh.shape, hosts=where.hosts)
     plan = programs.Learner(config, model_config, mesh, from_checkpoint)
     available = hbm_available(where)
     verdicts, times = [], {}
@@ -126,9 +128,13 @@ def around(plan: programs.Learner, where: Slice, seconds: float, storage: float)
     size = {"float32": 4, "bfloat16": 2}[config.publish_dtype]
     count = host.parameters(plan.model_config)
     publish = host.publish_seconds(count, size, where.hosts, storage)
-    wanted = host.host_memory(plan, where.chip.chips_per_host)
+    wanted = host.host_memory(plan, where.chips_per_host)
     return {
-        "host_memory": {**wanted, "total": sum(wanted.values()), "ram": where.chip.ram_bytes},
+        "host_memory": {
+            **wanted,
+            "total": sum(wanted.values()),
+            "ram": where.host_ram,
+        },
         "publish_seconds": publish,
         "storage": storage,
         "fleet": vars(host.fleet(config, seconds, publish)),

@@ -1,13 +1,10 @@
-"""What a plan reads of a configuration, checked as a run checks it."""
+"""The model that a configuration names, in sizes."""
 
-import copy
 import os
 import string
-from typing import Any
 
 from etils import epath
 
-from oapl_jax.check import check_sizes
 from oapl_jax.data.tasks import TASKS
 from oapl_jax.errors import UserError
 from oapl_jax.job import Config
@@ -15,13 +12,6 @@ from oapl_jax.models import hf
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.published import PUBLISHED, published
 from oapl_jax.policy import Policy, check_lengths, open_policy
-
-
-def check(config: Config) -> None:
-    """Refuses what a run refuses before any work, but for the mesh of another machine."""
-    here: Any = copy.deepcopy(config)
-    here.mesh.update(dict.fromkeys(here.mesh, 1) | {"tensor": -1})
-    check_sizes(here)
 
 
 def model_of(config: Config, name: str | None, scratch: epath.Path) -> tuple[ModelConfig, bool]:

@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from oapl_jax.errors import RunError, UserError
-from oapl_jax.plan.chips import CHIPS, SLICES, Chip
+from oapl_jax.plan.chips import CHIPS, CHIPS_PER_HOST, SLICES, Chip
 from oapl_jax.sharding import AXES
 
 # Without these the TPU library asks the cloud who it is, and waits for an answer.
@@ -43,8 +43,17 @@ class Slice:
         return CHIPS[self.generation]
 
     @property
+    def chips_per_host(self) -> int:
+        chips = len(self.devices)
+        return chips if chips in self.chip.machines else CHIPS_PER_HOST
+
+    @property
     def hosts(self) -> int:
-        return max(len(self.devices) // self.chip.chips_per_host, 1)
+        return -(-len(self.devices) // self.chips_per_host)
+
+    @property
+    def host_ram(self) -> float:
+        return self.chip.machines[self.chips_per_host]
 
 
 def open_slice(name: str) -> Slice:
@@ -65,14 +74,18 @@ def open_slice(name: str) -> Slice:
         )
     for variable, value in ALONE.items():
         os.environ.setdefault(variable, value)
+    shape = tuple(map(int, sizes.split("x")))
+    # A slice on one machine has all of its chips there; else the compiler puts 2 x 2 in each.
+    alone = sizes in SLICES[generation].values() and math.prod(shape) in CHIPS[generation].machines
+    bounds = dict(chips_per_host_bounds=[*shape, 1][:3]) if alone else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
             f"--topology={name} is refused by the TPU compiler ({error}); for example one of "
             f"{offered}"
         ) from error
-    return Slice(generation, tuple(map(int, sizes.split("x"))), found.devices)
+    return Slice(generation, shape, found.devices)
 
 
 def hbm_available(where: Slice) -> int:
