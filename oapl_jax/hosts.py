@@ -32,6 +32,8 @@ JAX_SILENCE = 100  # seconds after which JAX ends everybody, without a sentence 
 JAX_ERROR = jax.errors.JaxRuntimeError
 GOODBYE = "goodbye"
 LAST_WORDS = 10.0  # seconds that host 0 stays for those of the others
+FIRST = 4088  # bytes of a message that go with its length; of most messages all
+BLOCK = 1 << 20  # bytes that follow at a time
 AGAIN = "the same command on all hosts goes on from the newest checkpoint"
 
 
@@ -183,11 +185,21 @@ def gather(mine: bytes) -> list[bytes]:
     """What each host has to say, in their order; all must call it."""
     if jax.process_count() == 1:
         return [mine]
-    sizes = multihost_utils.process_allgather(np.int32(len(mine)))
-    padded = np.zeros(sizes.max(), np.uint8)
+    first = _exchange(len(mine).to_bytes(8, "little") + mine[:FIRST], 8 + FIRST)
+    sizes = [int.from_bytes(row[:8], "little") for row in first]
+    said = [row[8:] for row in first]
+    for start in range(FIRST, max(sizes), BLOCK):
+        blocks = _exchange(mine[start : start + BLOCK], BLOCK)
+        for whole, block in zip(said, blocks, strict=True):
+            whole += block
+    return [bytes(whole[:size]) for whole, size in zip(said, sizes, strict=True)]
+
+
+def _exchange(mine: bytes, size: int) -> list[bytearray]:
+    """At most `size` bytes of each host, filled up with zeros: JAX compiles a program a size."""
+    padded = np.zeros(size, np.uint8)
     padded[: len(mine)] = np.frombuffer(mine, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+    return [bytearray(row) for row in np.asarray(multihost_utils.process_allgather(padded))]
 
 
 def union(mine: set[int]) -> set[int]:

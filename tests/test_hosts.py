@@ -17,8 +17,18 @@ TALK = """
 import os, sys, time
 import jax
 from oapl_jax import hosts
+from oapl_jax.metrics import CompileClock
 
 host, coordinator, ending = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+def exchange_more_than_a_block():
+    clock, programs = CompileClock(), []
+    for count in (hosts.FIRST, hosts.FIRST + 1, hosts.FIRST + hosts.BLOCK, 10**6, 3 * 10**6):
+        sizes = (count - 7, count)  # whoever says less is done first
+        said = hosts.gather(bytes([65 + host]) * sizes[host])
+        assert said == [bytes([65 + i]) * size for i, size in enumerate(sizes)], count
+        programs.append(clock.programs)
+    assert programs == [0, 1, 1, 1, 1]  # of the first block
 
 def main():
     hosts.join(pod=False, coordinator=coordinator, hosts=2, host=host)
@@ -26,6 +36,8 @@ def main():
     hosts.meet("start", deadline=30.0)
     mine = b"x" * (3 + host) if ending != "empty" else b""
     print("gathered", hosts.gather(mine))
+    if ending == "long":
+        exchange_more_than_a_block()
     assert hosts.union({host, 7}) == {0, 1, 7}
     assert hosts.own("a.jsonl") == ("a.jsonl", "a.host1.jsonl")[host]
     if host == 1 and ending == "dies":
@@ -62,7 +74,7 @@ def talk(ending: str) -> list[subprocess.Popen]:
     ]
 
 
-@pytest.mark.parametrize("ending", ["well", "empty"])
+@pytest.mark.parametrize("ending", ["well", "empty", "long"])
 def test_hosts_exchange_bytes(ending):
     for process in talk(ending):
         out, err = process.communicate(timeout=120)

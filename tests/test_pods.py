@@ -86,6 +86,14 @@ def test_two_hosts_learn_what_one_does(alone, together):
     assert results[0]["after"]["pass@1"] == pytest.approx(results[1]["after"]["pass@1"], abs=0.02)
 
 
+def test_hosts_compile_nothing_after_the_first_evaluation(together):
+    for name in ("metrics.jsonl", "metrics.host1.jsonl"):
+        lines = [json.loads(line) for line in (together / name).read_text().splitlines()]
+        compiled = [line["compile/programs"] for line in lines]
+        # As for one host: the last batch of the validation split, after step 5, has a new size.
+        assert compiled == [compiled[0]] * 5 + [compiled[5]] * 7, name
+
+
 def wait_for_step(workdir: Path, step: int, processes: list[subprocess.Popen]) -> None:
     give_up = time.monotonic() + DEADLINE
     while not (workdir / "metrics.jsonl").exists() or len(metrics(workdir)) < step:
