@@ -4,12 +4,12 @@
 - offline: a set that the warmed-up policy sampled, one group for each of so many prompts, gone
   through twice in an order that follows from the seed. Nothing is ever synced: at step s the lag is
   s. All objectives see the same groups in the same order.
-- replay of M, lag L: the rollouts of a recorded live run of M at lag L, group by group in its
-  order; M had the constants of the configuration, not tuned ones. All objectives see the same
-  groups at the same steps. For M itself they are about its own; for any other they come from a
-  policy that goes another way, so that L is the age of the data and not the distance to who sampled
-  them: at L = 1 they are as fresh as can be, and off-policy all the same. This is learning from
-  another's stream, and M is at home in it. Two recorders, of two families, show what that is worth.
+- replay, lag L: the rollouts of a recorded live run of the recorder at lag L, group by group in its
+  order; it had the constants of the configuration, not tuned ones. All objectives see the same
+  groups at the same steps. For the recorder itself they are about its own; for any other they come
+  from a policy that goes another way, so that L is the age of the data and not the distance to who
+  sampled them: at L = 1 they are as fresh as can be, and off-policy all the same. This is learning
+  from another's stream, and the recorder is at home in it.
 """
 
 import dataclasses
@@ -28,10 +28,11 @@ class Plan:
     core: methods that have all arms before the others have any.
     rest: the others.
     lags: of the live arms and replays, in the order in which they are run; the first two for the
-      replays that not all are compared on.
+      replays of the rest.
+    tuned_lags: those at which trials are made, rising.
     seeds: of the runs that are graded on the test split.
-    trials: for each method.
-    recorders: of the replays.
+    trials: values tried for each method.
+    recorder: of the replays.
     prompts: of the offline set.
     data: overrides of all runs.
     warmup: more of them, of the warm-up.
@@ -42,9 +43,10 @@ class Plan:
     core: tuple[str, ...]
     rest: tuple[str, ...]
     lags: tuple[int, ...]
+    tuned_lags: tuple[int, ...]
     seeds: tuple[int, ...]
     trials: int
-    recorders: tuple[str, ...]
+    recorder: str
     prompts: int
     data: Values
     warmup: Values
@@ -63,23 +65,20 @@ class Arm:
         names = {"live": f"live, lag {self.lag}", "offline": "offline"}
         return names.get(self.source) or f"replay of {self.source}, lag {self.lag}"
 
-    @property
-    def tuned(self) -> "Arm":
-        """The arm whose trials choose for this one."""
-        return self if self.source in ("live", "offline") else Arm("live", self.lag)
+
+def tuned(plan: Plan, arm: Arm) -> Arm:
+    """The arm whose trials choose for this one: live, at the next larger tuned lag if there is one,
+    else, as for the offline arm, at the largest."""
+    larger = [lag for lag in plan.tuned_lags if lag >= arm.lag and arm.source != "offline"]
+    return Arm("live", [*larger, plan.tuned_lags[-1]][0])
 
 
 def arms(plan: Plan) -> list[tuple[Arm, tuple[str, ...]]]:
-    """Arms and their methods, in the order in which they are run.
-
-    The core has the replays of the first recorder at all lags, and of the others at two; the rest
-    has those of the first at two.
-    """
-    first, *others = plan.recorders
+    """Arms and their methods, in the order in which they are run; the rest has replays at two
+    lags."""
     sampled = [*(Arm("live", lag) for lag in plan.lags), Arm("offline", 0)]
-    replays = [Arm(first, lag) for lag in plan.lags]
-    away = [Arm(recorder, lag) for recorder in others for lag in plan.lags[:2]]
-    of_core = [(arm, plan.core) for arm in (*sampled, *replays, *away)]
+    replays = [Arm(plan.recorder, lag) for lag in plan.lags]
+    of_core = [(arm, plan.core) for arm in (*sampled, *replays)]
     return of_core + [(arm, plan.rest) for arm in (*sampled, *replays[:2]) if plan.rest]
 
 

@@ -9,14 +9,12 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 from experiments.grid import Grid, Line
 from experiments.runs import Run
-from oapl_jax.evaluate import interval
-from oapl_jax.evaluate.estimators import intervals
 
 LEVEL = 0.8  # of pass@1 on the validation split, to count the generations up to it
-RESAMPLES = 10_000
 Spread = tuple[float, float, float]  # mean, and the ends of its interval
 
 
@@ -85,12 +83,13 @@ def _at_level(line: Line) -> list[int]:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and 95 % interval by bootstrap over seeds (percentiles); one seed has no interval, and
-    not-a-number for its ends."""
-    if len(values) == 1:
-        return float(values[0]), float("nan"), float("nan")
-    low, high = interval(np.array(values), resamples=RESAMPLES, seed=0)
-    return float(np.mean(values)), low, high
+    """Mean and 95 % interval of Student's t; one value has no interval, and not-a-number for its
+    ends."""
+    mean, n = float(np.mean(values)), len(values)
+    if n == 1:
+        return mean, float("nan"), float("nan")
+    reach = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return mean, mean - reach, mean + reach
 
 
 def difference(ours: Cell, theirs: Cell, measure: str) -> Spread:
@@ -102,10 +101,3 @@ def verdict(of: Spread) -> str:
     """What the interval of a difference says: "more", "less", or "level" if 0 is not outside."""
     _, low, high = of
     return "more" if low > 0 else "less" if high < 0 else "level"
-
-
-def coverage(seeds: int) -> float:
-    """How often such an interval of so many normal values holds their mean, by simulation."""
-    values = np.random.default_rng(0).normal(size=(seeds, 2000))
-    low, high = intervals(values, np.ones_like(values), resamples=2000, seed=1)
-    return float(np.mean((low <= 0) & (high >= 0)))

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -19,15 +20,18 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 
+import oapl_jax
 from experiments.runs import OUTCOME, Run, do
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.report.progress import say
 
 DEADLINE = 3600.0  # seconds for one run, an order of magnitude more than one takes
+PACKAGE = Path(oapl_jax.__file__).parent
 PATIENCE = 120.0  # seconds for a run to save and leave when it is told to
 Line = dict[str, Any]
 
@@ -43,6 +47,7 @@ class Grid:
     def __init__(self, root: epath.Path, *, jobs: int):
         self.root, self.jobs = root, jobs
         self.lines: dict[str, Line] = {line["key"]: line for line in read(root)}
+        self._code = code()
         self._append = threading.Lock()
         self._stopping = threading.Event()
         self._processes = multiprocessing.get_context("forkserver")
@@ -107,7 +112,7 @@ class Grid:
             raise KeyboardInterrupt
         else:
             line |= {"outcome": "broken", "reason": reason}
-        line["seconds"] = round(time.monotonic() - started, 1)
+        line |= {"seconds": round(time.monotonic() - started, 1), "code": self._code}
         with self._append:
             append(self.root, line)
             self.lines[run.key] = line
@@ -133,6 +138,14 @@ class Grid:
             process.join()
             return f"it was killed after {time.monotonic() - started:.0f} s"
         return f"its process ended with code {process.exitcode}; see log.txt in its directory"
+
+
+def code() -> str:
+    """A digest of the package that runs compute with."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def describe(line: Line) -> str:

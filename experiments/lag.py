@@ -1,4 +1,4 @@
-"""Where robustness to lag and step size ends: OAPL and two of the GRPO family, live.
+"""Where robustness to lag and step size ends: OAPL and four others, live.
 
 Claim under test: at a lag of 128 OAPL survives a learning rate at which the others collapse.
 Command: python -m experiments.lag --jobs=2
@@ -12,10 +12,10 @@ and each cell the same run for two seeds; a run that stands in two tables is don
 - Adam's moments at a sync: are the large first steps of a window, or what the moments remember of
   the last one, to blame? Kept as they are; begun anew with each window; remembered over a thousand
   steps (b2 = 0.999).
-- The scale of advantages: what V^ is (beta1 small: the maximum; large: the mean), and how much the
-  clip of the gradient's norm cuts, for Adam undoes any scale but there; for GRPO, advantages that
-  are not divided by the standard deviation.
-- Many syncs: four times as many steps.
+- The scale of advantages: what V^ is (beta1 small: the maximum; large: the mean), whether groups of
+  equal rewards pull to pi_lag, and how much the clip of the gradient's norm cuts, for Adam undoes
+  any scale but there; for GRPO, advantages that are not divided by the standard deviation.
+- Many syncs: four times as many steps, the rate constant, so that only their number grows.
 """
 
 from collections.abc import Iterator
@@ -35,6 +35,8 @@ METHODS: dict[str, tuple[str, Values]] = {
     "oapl, beta2 0.5": ("oapl", {"objective.beta2": 0.5}),
     "grpo": ("grpo", {}),
     "grpo_is": ("grpo_is", {}),
+    "gspo, wide": ("gspo", {"objective.clip_low": 3e-2, "objective.clip_high": 4e-2}),
+    "vespo": ("vespo", {}),
 }
 THREE = ("oapl, beta2 0.2", "grpo", "grpo_is")
 Cells = dict[str, dict[str, list[Run]]]  # by row and column
@@ -73,6 +75,8 @@ def tables(plan: Plan) -> Iterator[Table]:
         cells = {name: {f"{rate:g}": cell(name, lag, rate) for rate in rates} for name in names}
         yield Table(f"Lag {lag}", lag, "learning rate", cells, steps)
     if quick:
+        anew = {"Adam anew": {f"lag {lag}": cell(names[0], lag, 1e-3, forget_every=lag)}}
+        yield Table("Adam's moments at a sync", inf, "", anew, steps)
         return
     far = [lag for lag in plan.lags if lag >= 32]
     columns = {f"lag {lag}, rate {rate:g}": (lag, rate) for lag in far for rate in (1e-3, 1e-2)}
@@ -90,12 +94,13 @@ def tables(plan: Plan) -> Iterator[Table]:
     yield Table("Adam's moments at a sync", inf, "", cells, steps)
     cells = {
         f"{name}: {what}": {
-            f"lag 32, rate {rate:g}": cell(name, 32, rate, **c) for rate in (1e-3, 1e-2)
+            column: cell(name, lag, rate, **c) for column, (lag, rate) in columns.items()
         }
         for name, what, c in (
             (THREE[0], "as it is", {}),
             (THREE[0], "beta1 0.25", dict(objective__beta1=0.25)),
             (THREE[0], "mean as baseline", dict(objective__beta1=1e6)),
+            (THREE[0], "equal groups kept", dict(zero_variance_weight=1.0)),
             (THREE[0], "norm clipped at 0.03", dict(optim__max_grad_norm=0.03)),
             (THREE[0], "norm not clipped", dict(optim__max_grad_norm=1e9)),
             (THREE[2], "as it is", {}),
@@ -106,7 +111,9 @@ def tables(plan: Plan) -> Iterator[Table]:
     yield Table("The scale of advantages", inf, "", cells, steps)
     cells = {
         name: {
-            f"lag {lag}, rate {rate:g}": cell(name, lag, rate, num_steps=4 * steps)
+            f"lag {lag}, rate {rate:g}": cell(
+                name, lag, rate, num_steps=4 * steps, optim__final_fraction=1.0
+            )
             for lag in (8, 128)
             for rate in (1e-3, 3e-3)
         }

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 
 from experiments import tables
 from experiments.arms import Plan, warm_up
-from experiments.findings import LEVEL, coverage, spread
+from experiments.findings import LEVEL, spread
 from experiments.grid import Grid
 from experiments.lag import Table
-from experiments.objectives import TUNING_SEED
+from experiments.objectives import TUNING_SEEDS
 from experiments.runs import GRADES
 
 # Of OAPL against every other method: the question, and whether more is better.
@@ -35,15 +35,19 @@ LIMITS = """\
 - There is one task, one model of a hundred thousand parameters, answers of ten tokens and at most
   1,024 steps. On long answers clips, ratios of sequences and beta2 are another matter.
 - Where pass@64 is almost 1 before any reinforcement (see above) it can fall, and can hardly grow.
-- The intervals are narrow: of {seeds} normal values they hold the mean {coverage:.0%} of the time
-  (by simulation) and not 95 %. None is corrected for their number, so that some "more" and some
-  "less" are chance.
-- A choice rests on one run a trial and one seed: who varies more from run to run loses more by it.
-  Where the chosen rate is the smallest or the largest that was tried, marked by "!", there may be
-  more to be had.
-- Replays are at home with the family of who recorded them, and take the choice of the live arm.
-- Groups with equal rewards are not replaced, so that all runs sample alike; where they are
-  (`buffer.zero_variance=drop`, the default job) a step is worth more and costs more.
+- The intervals are those of Student's t for {seeds} seeds, right for normal values; scores are not
+  where some runs are lost. None is corrected for their number: by chance alone one in twenty would
+  be a "more" or a "less".
+- A choice rests on two runs a trial: who varies more from run to run loses more by it. Where the
+  chosen rate is the smallest or the largest that was tried, marked by "!", there may be more to be
+  had. It is made live at lags of {tuned}; a lag between takes that of the next larger one, the
+  offline arm that of the largest.
+- Replays are at home with the family of who recorded them. Not all methods have them at all lags,
+  and `prosper`, whose rewards are preferences, is not compared.
+- Groups with equal rewards are not replaced, so that all runs sample alike, and weigh nothing, but
+  for methods that imitate (`sft`, `mixed`, `asymre`); where they are replaced
+  (`buffer.zero_variance=drop`, the default job) a step is worth more and costs more. OAPL as its
+  paper has it keeps them, as a pull to pi_lag: a row of "The scale of advantages" does.
 - Methods are as docs/methods.md says, some with corrections for stale data that their papers do not
   have; `vcpo` is without its paper's baseline."""
 ARMS = f"""\
@@ -66,7 +70,8 @@ def page(grid: Grid, plan: Plan, pictures: Mapping[str, str]) -> str:
         parts += ["## Pictures"]
         parts += [f"![{caption}]({name})\n\n{caption}" for name, caption in pictures.items()]
     parts += ["## What the figures do not support"]
-    parts += [LIMITS.format(seeds=len(plan.seeds), coverage=coverage(len(plan.seeds)))]
+    at = " and ".join(map(str, plan.tuned_lags))
+    parts += [LIMITS.format(seeds=len(plan.seeds), tuned=at)]
     if found:
         parts += ["## Each arm", ARMS]
         parts += [f"### {arm.name}\n\n{tables.of_arm(plan, of)}" for arm, of in found.items()]
@@ -78,6 +83,7 @@ def introduction(grid: Grid, plan: Plan) -> str:
     hours = (
         sum(line["core_seconds"] for line in grid.lines.values() if "core_seconds" in line) / 3600
     )
+    codes = {line["code"] for line in grid.lines.values()}
     steps, groups = plan.common["num_steps"], plan.common["groups_per_step"]
     validation, test = (
         f"{plan.data[f'data.{split}_size']} problems, {GRADES[split]['n']} samples each"
@@ -86,23 +92,22 @@ def introduction(grid: Grid, plan: Plan) -> str:
     paragraphs = (
         f"""Written by `python -m experiments.objectives` and `python -m experiments.lag`, from the
         results of {outcomes.count("ended")} runs that ended and {outcomes.count("failed")} that
-        could not go on; they took {hours:.1f} hours of a core. Started again, the commands add what
-        is missing.""",
+        could not go on, by {len(codes)} state{"s" if len(codes) > 1 else ""} of the package's code;
+        they took {hours:.1f} hours of a core. Started again, the commands add what is missing.""",
         f"""A run takes {steps} gradient steps of {groups} groups of 8 rollouts, with
         `--config=configs/{plan.config.replace(":", ".py:")}`, from a policy that is the same for
-        all runs of a seed{beginning(grid, plan)}. Groups with equal rewards weigh nothing. Arms are
-        where rollouts come from (`experiments/arms.py`): live at a lag of up to L - 1; offline, a
-        set that the first policy sampled, gone through twice; a replay of another run's rollouts in
-        their order.""",
-        f"""Budget: each of {len(plan.core) + len(plan.rest)} methods gets {plan.trials} trials in
-        each arm that is not a replay, learning rates by values of its own constants
-        (`experiments/objectives.py`), one run each with seed {TUNING_SEED}. The last policy's
-        pass@1 on the validation split decides ({validation}). The choice then trains with
-        {len(plan.seeds)} other seeds, and the test split grades ({test}, temperature 1). Nothing is
-        chosen by what it says.""",
-        """Brackets are 95 % intervals by bootstrap over the seeds (percentiles). Methods are
-        compared by the differences of runs of the same seed; "more" and "less" are said, and
-        numbers are bold, where the interval of the mean difference lies on one side of 0.""",
+        all runs of a seed{beginning(grid, plan)}. Arms are where rollouts come from
+        (`experiments/arms.py`): live at a lag of up to L - 1; offline, a set that the first policy
+        sampled, gone through twice; a replay of another run's rollouts in their order.""",
+        f"""Budget: each of {len(plan.core) + len(plan.rest)} methods gets {plan.trials} trials at
+        each lag that is tuned, learning rates by values of its own constants
+        (`experiments/objectives.py`), each with seeds {" and ".join(map(str, TUNING_SEEDS))}. The
+        last policies' mean pass@1 on the validation split decides ({validation}). The choice then
+        trains with {len(plan.seeds)} other seeds, and the test split grades ({test}, temperature
+        1). Nothing is chosen by what it says.""",
+        """Brackets are 95 % intervals of Student's t over the seeds. Methods are compared by the
+        differences of runs of the same seed; "more" and "less" are said, and numbers are bold,
+        where the interval of the mean difference lies on one side of 0.""",
     )
     return "\n\n".join(textwrap.fill(" ".join(text.split()), 110) for text in paragraphs)
 

@@ -50,7 +50,7 @@ def draw(grid: Grid, plan: Plan, to: epath.Path) -> dict[str, str]:
         plt.close(figure)
         captions[f"{to.name}/{name}"] = caption
 
-    whiskers = f"Means of {n} seeds with 95 % bootstrap intervals over seeds"
+    whiskers = f"Means of {n} seeds with 95 % intervals over seeds"
     if live:
         save("lags.png", lags(live, plan), f"Live, by lag, at each method's choice. {whiskers}.")
         save("pass_at_k.png", passes(live, plan), f"pass@k by lag, test split. {whiskers}.")

@@ -1,8 +1,8 @@
 """One run of a grid: what decides it, and how it is done, in a process of its own.
 
 A run may start from the weights of another (the warm-up, which all runs of a seed share) and train
-on what another recorded. Its key is a hash of its settings and of theirs, so a run is done once,
-whoever asks for it.
+on what another recorded. Its key is a hash of its settings, of theirs, and of its configuration, so
+a run is done once, whoever asks for it, and anew where a default has changed.
 """
 
 import dataclasses
@@ -76,7 +76,8 @@ class Run:
 
     @functools.cached_property
     def key(self) -> str:
-        text = json.dumps(self.settings, sort_keys=True)
+        config = self.resolve(epath.Path("/")).to_dict()  # paths of all runs below the same root
+        text = json.dumps([self.settings, config], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property

@@ -28,7 +28,7 @@ def collect(grid: Grid, plan: Plan) -> Arms:
             if chosen and cell:
                 found.setdefault(arm, {})[name] = (chosen, cell)
     rank = lambda item: -item[1][1].mean("pass@1")
-    sources = ["live", "offline", *plan.recorders]
+    sources = ["live", "offline", plan.recorder]
     order = sorted(found, key=lambda arm: (sources.index(arm.source), arm.lag))
     return {arm: dict(sorted(found[arm].items(), key=rank)) for arm in order}
 
@@ -82,11 +82,12 @@ def of_arm(plan: Plan, methods: Mapping[str, tuple[Values, Cell]]) -> str:
             [
                 f"`{name}`",
                 f"{rate:g}{'!' if rate in (min(tried), max(tried)) else ''}",
-                ", ".join(f"{k} {v:g}" for k, v in constants.items()),
+                ", ".join(f"{k} {v}" for k, v in constants.items()),
                 *(bracketed(cell.spread(k)) for k in ("pass@1", "pass@8", "pass@64", "entropy")),
-                f"{cell.mean('generations'):.0f}",
-                f"{cell.mean('to the level'):.0f} ({cell.reached}/{len(cell.lines)})",
-                f"{cell.mean('drift'):.2g}",
+                bracketed(cell.spread("generations"), "{:.0f}"),
+                f"{bracketed(cell.spread('to the level'), '{:.0f}')} "
+                f"({cell.reached}/{len(cell.lines)})",
+                bracketed(cell.spread("drift"), "{:.2g}"),
                 f"{cell.lost}/{len(cell.lines)}",
             ]
         )
@@ -146,7 +147,8 @@ def bracketed(of: Spread, form: str = "{:.3f}", *, bold: bool = False) -> str:
     """A mean and its interval; bold, if asked, where it does not hold 0."""
     mean, low, high = map(form.format, of)
     mark = "**" if bold and verdict(of) != "level" else ""
-    return f"{mark}{mean}{mark}" + (f" [{low}, {high}]" if math.isfinite(of[1]) else "")
+    certain = of[1] == of[2] or not math.isfinite(of[1])  # all values equal, or one alone
+    return f"{mark}{mean}{mark}" + ("" if certain else f" [{low}, {high}]")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -452,11 +452,13 @@ def test_a_kill_loses_no_event_that_was_told(tmp_path):
             kind, draw = line.split()
             entry = next(e for e in mine if e.draw == int(draw))
             assert {"request": True, "sampled": entry.sample, "trained": entry.end}[kind]
-        # As if a checkpoint had been saved in the middle of it all.
+        # As if this child had saved a checkpoint in the middle of what it did.
         events = (tmp_path / FILE).read_bytes().splitlines(keepends=True)
-        position = sum(map(len, events[: len(events) // 2]))
+        resumes = [i for i, event in enumerate(events) if b'"resume"' in event]
+        middle = (len(events) + [0, *resumes][-1]) // 2
+        position = sum(map(len, events[:middle]))
         cut = tmp_path / "cut.jsonl"
-        cut.write_bytes(b"".join(events[: len(events) // 2]))
+        cut.write_bytes(b"".join(events[:middle]))
         held = [e.draw for e in account.read(epath.Path(cut)).entries if e.state == "held"]
 
 
