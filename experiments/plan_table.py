@@ -89,6 +89,7 @@ def line(run: str, model: str, topology: str) -> Line:
             "because": f"{worst['program']}: {worst['because']}",
             "layout": f"{choice}{said}",
             "compile_seconds": sum(p["compile_seconds"] for p in plan["programs"]),
+            "replicated": sum(p["resharded by replication"] for p in plan["programs"]),
         }
         if plan["fits"]:
             kept = ("roofline", "flops", "collectives", "host_memory", "publish_seconds", "fleet")
@@ -163,10 +164,12 @@ fleet, generated tokens/s |
 def row(topology: str, made: Line) -> str:
     if not made["fits"]:
         return f"| {topology} | does not fit | {made['because']} | | | | |"
-    bound = made["roofline"]
+    bound, layout = made["roofline"], made["layout"]
+    if made["replicated"]:
+        layout += f", {made['replicated']} arrays resharded by replication"
     terms = ", ".join(f"{bound[term]:.3g}" for term in ("compute", "hbm", "interconnect"))
     return (
-        f"| {topology} | {made['layout']} | {made['because'].partition(': ')[2]} | {terms} | "
+        f"| {topology} | {layout} | {made['because'].partition(': ')[2]} | {terms} | "
         f"{bound['tokens_per_second']:,.0f} | {bound['mfu']:.0%} | "
         f"{made['fleet']['tokens_per_second']:,.0f} |"
     )

@@ -1,9 +1,13 @@
 """The learner's step against a plain one: whole log_softmax, one sequence a row, AdamW in numpy."""
 
 import functools
+import os
+import subprocess
+import sys
 import types
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -654,13 +658,37 @@ def test_eight_devices_equal_one(sizes):
             assert all(jax.tree.leaves(kept))
 
 
-def test_the_compiler_never_replicates_what_it_can_not_reshard(capfd):
-    """It says so in a log line of its own, on the file descriptor of the process."""
-    run = _compiled.__wrapped__((2, 2, 1, 2), "none", 0.0, 0.0)  # not compiled yet
-    arguments = run.start(), run.put(batch_of())
-    capfd.readouterr()
-    run.step.lower(*arguments).compile()
-    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+LOGGED = """
+import sys
+import test_learner
+from oapl_jax.models import transformer
+
+def compile_step():
+    run = test_learner.compiled((2, 2, 1, 2))
+    run.step.lower(run.start(), run.put(test_learner.batch_of())).compile()
+
+compile_step()
+print("now in one stride", file=sys.stderr, flush=True)
+transformer.constrain_embedded = lambda x: x
+test_learner._compiled.cache_clear()
+compile_step()
+"""
+
+
+def test_the_compiler_never_replicates_what_it_can_not_reshard():
+    """It says so in a warning, and does where embeddings are to be split by row in one stride.
+
+    In a process of its own, since the compiler reads what it may say once, when it is loaded.
+    """
+    log = {"TF_CPP_MIN_LOG_LEVEL": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | log | {"PYTHONPATH": str(Path(__file__).parent)}
+    child = subprocess.run(
+        [sys.executable, "-c", LOGGED], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert child.returncode == 0, child.stderr
+    ours, _, in_one_stride = child.stderr.partition("now in one stride")
+    assert "Involuntary full rematerialization" not in ours
+    assert "Involuntary full rematerialization" in in_one_stride
 
 
 def test_fresh_parameters_do_not_depend_on_the_mesh():

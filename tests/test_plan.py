@@ -82,6 +82,20 @@ def test_no_argument_is_copied(plan, verdict):
     assert donated["results not in an argument's place"] < 64 * 1024  # the metrics
 
 
+def test_nothing_is_resharded_by_replication(verdict):
+    assert verdict.replicated == 0
+
+
+def test_what_is_resharded_by_replication_is_counted(where):
+    """No exchange between two chips leads from rows over all of them to columns and planes."""
+    mesh = topology.make_mesh(where, dict(data=2, fsdp=2))
+    rows, rest = (NamedSharding(mesh, P(*axes)) for axes in ([AXES[:2]], [None, *AXES[:2]]))
+    x = jax.ShapeDtypeStruct((8, 8, 128), jnp.float32, sharding=rows)
+    turned = lambda x: jnp.cos(jax.lax.with_sharding_constraint(jnp.sin(x), rest))
+    program = programs.Program("turning", lambda: jax.jit(turned).trace(x), {"numbers": x}, {})
+    assert memory.judge(program, program.trace(), topology.hbm_available(where)).replicated == 1
+
+
 def test_the_learners_collectives_go_over_fsdp(plan, traced, verdict, where):
     times = step_times(plan, where, traced, verdict.text)
     table = times["collectives"]

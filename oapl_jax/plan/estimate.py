@@ -52,6 +52,7 @@ def estimate(
                 "because": verdict.because,
                 "hbm": dict(verdict.hbm),
                 "donated": dict(verdict.donated),
+                "resharded by replication": verdict.replicated,
                 "compile_seconds": round(seconds, 1),
             }
         )

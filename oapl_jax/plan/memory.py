@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from oapl_jax.errors import RunError
+from oapl_jax.plan import compiler_log
 from oapl_jax.plan.module import Module
 from oapl_jax.plan.programs import Program, per_chip
 from oapl_jax.plan.traffic import HBM
@@ -23,7 +24,6 @@ class Verdict:
     """Whether a program fits.
 
     Attributes:
-      program: its name.
       fits: the answer.
       because: one sentence.
       hbm: kind -> bytes on a chip; empty if the compiler refused.
@@ -31,19 +31,16 @@ class Verdict:
         of their own.
       compiled: the program, None if it was refused.
       text: the compiled program, read.
+      replicated: arrays that the compiler reshards by replicating them whole on every chip.
     """
 
-    program: str
     fits: bool
     because: str
     hbm: Mapping[str, int]
     donated: Mapping[str, int]
     compiled: Any
     text: Module | None
-
-    @property
-    def total(self) -> int:
-        return sum(self.hbm.values())
+    replicated: int
 
 
 def judge(program: Program, traced: Any, available: int) -> Verdict:
@@ -53,18 +50,27 @@ def judge(program: Program, traced: Any, available: int) -> Verdict:
       RunError: if the compiler fails for another reason than memory.
     """
     try:
-        compiled = traced.lower().compile()
+        with compiler_log.heard() as lines:
+            compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         sentence = " ".join(str(error).split())
         if any(word in sentence for word in REFUSALS):
-            return Verdict(program.name, False, f"the compiler: {sentence}", {}, {}, None, None)
+            return Verdict(False, f"the compiler: {sentence}", {}, {}, None, None, 0)
         raise RunError(f"{program.name} does not compile for this slice: {sentence}") from error
     text = Module(compiled.as_text())
     hbm = by_kind(program, compiled.memory_analysis(), text)
     total = sum(hbm.values())
     fits = total <= available
     because = f"{total / 2**30:.2f} GiB of {available / 2**30:.2f} GiB"
-    return Verdict(program.name, fits, because, hbm, donation(compiled, text), compiled, text)
+    return Verdict(
+        fits=fits,
+        because=because,
+        hbm=hbm,
+        donated=donation(compiled, text),
+        compiled=compiled,
+        text=text,
+        replicated=compiler_log.replicated(lines),
+    )
 
 
 def by_kind(program: Program, said: Any, text: Module) -> dict[str, int]:

@@ -55,6 +55,10 @@ def _memory(plan: dict[str, Any]) -> list[str]:
         if verdict["hbm"]:
             kinds = [f"{kind} {size(used)}" for kind, used in verdict["hbm"].items()]
             lines.append("    " + ", ".join(kinds))
+        if count := verdict["resharded by replication"]:
+            lines.append(
+                f"    WARNING: the compiler replicates {count} arrays on every chip to reshard them"
+            )
     lines.append(f"  restore: {size(plan['restore']['hbm'])} a chip, no program is compiled")
     return lines
 

@@ -14,6 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from oapl_jax.errors import RunError, UserError
+from oapl_jax.plan import compiler_log
 from oapl_jax.plan.chips import CHIPS, CHIPS_PER_HOST, SLICES, Chip
 from oapl_jax.sharding import AXES
 
@@ -74,6 +75,7 @@ def open_slice(name: str) -> Slice:
         )
     for variable, value in ALONE.items():
         os.environ.setdefault(variable, value)
+    os.environ.update(compiler_log.LEVEL)
     shape = tuple(map(int, sizes.split("x")))
     # A slice on one machine has all of its chips there; else the compiler puts 2 x 2 in each.
     alone = sizes in SLICES[generation].values() and math.prod(shape) in CHIPS[generation].machines
@@ -91,20 +93,29 @@ def open_slice(name: str) -> Slice:
 def hbm_available(where: Slice) -> int:
     """Bytes of a chip's HBM that a program may have, in the compiler's own words.
 
-    It says so only when it refuses, so it is asked for a petabyte.
+    It says so only when it refuses, so it is asked for a petabyte. It logs that too, which shows
+    that what it logs is heard.
 
     Raises:
-      RunError: if its refusal names no number.
+      RunError: if its refusal names no number, or was not logged.
     """
     everywhere = jax.sharding.SingleDeviceSharding(where.devices[0])
     huge = jax.ShapeDtypeStruct((2**48,), np.float32, sharding=everywhere)
     try:
-        jax.jit(lambda x: x + 1).lower(huge).compile()
+        with compiler_log.heard() as lines:
+            jax.jit(lambda x: x + 1).lower(huge).compile()
     except jax.errors.JaxRuntimeError as error:
         found = re.search(r"available HBM \(([0-9.]+)([MG])\)", str(error))
-        if found:
-            return int(float(found.group(1)) * {"M": 2**20, "G": 2**30}[found.group(2)])
-        raise RunError(f"the TPU compiler does not say how much HBM there is: {error}") from error
+        if not found:
+            raise RunError(
+                f"the TPU compiler does not say how much HBM there is: {error}"
+            ) from error
+        if not any("Ran out of memory" in line for line in lines):
+            raise RunError(
+                "the TPU compiler's log can't be heard; plan in a process that has not loaded "
+                "libtpu before"
+            ) from error
+        return int(float(found.group(1)) * {"M": 2**20, "G": 2**30}[found.group(2)])
     raise RunError("the TPU compiler accepts a petabyte; its verdicts are worth nothing")
 
 
