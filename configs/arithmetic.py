@@ -78,6 +78,8 @@ def get_config(arg: str | None = None) -> common.Config:
             tie_word_embeddings=True,
         ),
         dtype="float32",
+        # What a layer keeps for its backward pass, see docs/architecture.md: "none" keeps all, then
+        # ever less HBM with "dots", "attention", "full" and "offload".
         remat="none",
     )
     config.mesh = dict(data=1, fsdp=-1, context=1, tensor=1)

@@ -60,7 +60,7 @@ def get_config(arg: str | None = None) -> common.Config:
         path="/data/models/Qwen3-4B-Thinking-2507",
         architecture=dict(),  # of a fresh model
         dtype="bfloat16",  # of activations; parameters and optimizer are float32
-        remat="full",
+        remat="full",  # or none, dots, attention, offload: docs/architecture.md
     )
     config.mesh = dict(data=1, fsdp=64, context=1, tensor=1)
 

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 BLOCK = 128  # places; larger ones leave the cache, smaller ones pay more for the loop
 LOWEST = float(np.finfo(np.float32).min)
+ATTENTION = "attention"  # the name of what a kernel's backward pass needs of its forward pass
 
 
 def visible(
@@ -104,8 +105,8 @@ def _forward(query, key, value, query_segments, key_segments, query_slots, query
     out, log_total = jax.lax.map(
         one_block, (rows, _split(query_segments, query_block), query_slots.reshape(-1, query_block))
     )
-    out = checkpoint_name(_from_rows(out, query.shape), "attention")
-    log_total = checkpoint_name(log_total, "attention")
+    out = checkpoint_name(_from_rows(out, query.shape), ATTENTION)
+    log_total = checkpoint_name(log_total, ATTENTION)
     kept = query, key, value, query_segments, key_segments, query_slots, out, log_total
     return out, kept
 

@@ -13,6 +13,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from oapl_jax.models.blocked import ATTENTION
+
 LANES = 128  # of a vector register; every block is a multiple
 BLOCKS = (512, 256, LANES)
 
@@ -43,7 +45,7 @@ def splash_kernel(heads: int, slots: np.ndarray, mesh: Any, *, interpret: bool =
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=context,
-        residual_checkpoint_name="attention",
+        residual_checkpoint_name=ATTENTION,
         interpret=interpret,
     )
     split = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, "context")))

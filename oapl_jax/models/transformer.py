@@ -14,19 +14,29 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from oapl_jax.models.attention import attention, masked_attention
-from oapl_jax.models.blocked import visible
+from oapl_jax.models.blocked import ATTENTION, visible
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.rope import angles, rotate
 from oapl_jax.sharding import constrain_activations, constrain_embedded, platform
 
-# What a layer keeps for its backward pass; the rest is computed again.
 PRODUCT = "product"  # the name of what `cpu_product` makes, in which a policy sees no dot
+LAYER = "layer"  # the name of a layer's input
+# What a layer keeps for its backward pass beside its input; the rest is computed again. What each
+# costs is in docs/architecture.md.
 REMAT_POLICIES = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # As "attention", but all of it, the input too, lies in the host's memory between the passes.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(),
+        names_which_can_be_offloaded=(LAYER, ATTENTION),
+        offload_src="device",
+        offload_dst="pinned_host",
     ),
 }
 
@@ -102,6 +112,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carry, layer, cos, sin, seen):
         x, cache = carry
+        x = checkpoint_name(x, LAYER)
         c = self.config
         dense = functools.partial(
             nn.Dense,
