@@ -1,5 +1,7 @@
 """The optimizer: AdamW behind a gradient-norm clip, with a warm-up and a cosine decay."""
 
+from typing import Any
+
 import optax
 
 
@@ -31,7 +33,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """clip_by_global_norm, then AdamW with decoupled weight decay (arXiv 1711.05101).
 
-    The first moment is kept in `mu_dtype`, computed in float32; the second one is float32.
+    The first moment is kept in `mu_dtype`: a step reads it into float32, computes with that, and
+    rounds what it leaves to the next one. The second moment is float32.
     """
     schedule = make_schedule(
         learning_rate=learning_rate,
@@ -41,5 +44,30 @@ def make_optimizer(
     )
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=mu_dtype),
+        optax.chain(
+            scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
+            optax.add_decayed_weights(weight_decay),
+            optax.scale_by_learning_rate(schedule),
+        ),
     )
+
+
+def scale_by_adam(
+    *, b1: float, b2: float, eps: float, mu_dtype: str
+) -> optax.GradientTransformation:
+    """optax.scale_by_adam with its first moment kept in `mu_dtype`.
+
+    Optax's own `mu_dtype` multiplies the moment by b1 in that dtype: in bfloat16 another rounding
+    in each step, unless the compiler happens to leave it out.
+    """
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    with_mu = lambda state, dtype: state._replace(mu=optax.tree.cast(state.mu, dtype))
+
+    def init(params: Any) -> Any:
+        return with_mu(adam.init(params), mu_dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = adam.update(updates, with_mu(state, "float32"), params)
+        return updates, with_mu(state, mu_dtype)
+
+    return optax.GradientTransformation(init, update)
