@@ -16,6 +16,9 @@ from oapl_jax.models.blocked import LOWEST, blocked_attention, visible
 from oapl_jax.models.splash import LANES, splash_kernel
 from oapl_jax.sharding import ROWS, platform
 
+# What attention on a GPU may lay out for all pairs of places: in half precision a row of 11,585.
+QUADRATIC_BYTES = 256 << 20
+
 
 def masked_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
@@ -52,18 +55,42 @@ def fused_attention(
     key_segments: jax.Array,
     query_slots: jax.Array,
 ) -> jax.Array:
-    """The same by cuDNN's kernel, or by what XLA fuses in float32, for which cuDNN has none."""
+    """The same by cuDNN's kernel, or by what XLA fuses in float32, for which cuDNN has none.
+
+    Segments reach both as a mask of all pairs: of packed rows jax's public function for cuDNN knows
+    no more than one length each.
+    """
     key_slots = jnp.arange(key.shape[1])
     mask = visible(query_segments, key_segments, query_slots, key_slots)[:, None]
     implementation = "xla" if query.dtype == jnp.float32 else "cudnn"
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
 
 
+def gpu_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+    query_slots: jax.Array,
+) -> jax.Array:
+    """`fused_attention` up to QUADRATIC_BYTES, `blocked_attention` for longer rows.
+
+    What grows with the square of the length is cuDNN's mask, two bytes a pair, and XLA's logits,
+    four bytes a pair and head.
+    """
+    batch, length, heads, _ = query.shape
+    per_pair = 4 * heads if query.dtype == jnp.float32 else 2
+    fits = batch * length * key.shape[1] * per_pair <= QUADRATIC_BYTES
+    kernel = fused_attention if fits else blocked_attention
+    return kernel(query, key, value, query_segments, key_segments, query_slots)
+
+
 # Platform -> what the places of a device must be a multiple of, and a function of (heads, slots,
 # mesh) that makes a kernel and says along which axes the arrays in it lie, if it has any.
 KERNELS = {
     "cpu": (2, lambda *_: (jax.tree_util.Partial(blocked_attention), P())),
-    "gpu": (2, lambda *_: (jax.tree_util.Partial(fused_attention), P())),
+    "gpu": (2, lambda *_: (jax.tree_util.Partial(gpu_attention), P())),
     "tpu": (LANES, splash_kernel),
 }
 

@@ -1,14 +1,17 @@
 """Every kernel against the plain reference, with its gradient: blocked, splash, fused.
 
-The splash kernel is interpreted, operation by operation, as there is no TPU; cuDNN's can't be run.
+The splash kernel is interpreted, operation by operation, as there is no TPU; cuDNN's is lowered for
+CUDA and can't be run.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -162,6 +165,48 @@ def test_half_precision_is_for_products_only():
 def test_fused_equals_the_reference():
     """The operations that XLA fuses; cuDNN takes the same arguments."""
     assert_equal_the_reference(on_one_device(attention.fused_attention), 3, 48)
+
+
+def lowered_for_cuda(run, rows, length, dtype):
+    """What a GPU's compiler would be given of the value and the gradients."""
+    given = *arrays(rows, length, dtype=dtype), packed(rows, length)
+    traced = jax.jit(functools.partial(value_and_gradients, run)).trace(*given)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """jax asks for cuDNN's version when it traces, and refuses without one."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+
+@pytest.mark.parametrize("sizes", [None, dict(context=2, tensor=2)], ids=str)
+def test_half_precision_lowers_to_cudnns_kernels_for_a_gpu(cudnn, sizes):
+    gpu = attention.KERNELS["gpu"]
+    run = over(gpu, mesh_of(**sizes)) if sizes else on_one_device(attention.gpu_attention)
+    text = lowered_for_cuda(run, 2, 256, jnp.bfloat16)
+    calls = [line for line in text.splitlines() if "@__cudnn$fmha" in line]
+    assert [re.findall(r"fmha\w+", call)[0] for call in calls] == [
+        *("fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward")
+    ]
+    queries, shards = (128, 2) if sizes else (256, 1)
+    for call in calls:  # a device's part of queries, keys and mask; keys are not repeated
+        for shape in ((queries, HEADS), (256, KV_HEADS)):
+            assert f"tensor<2x{shape[0]}x{shape[1] // shards}x{DIM}xbf16>" in call
+        assert f"tensor<2x1x{queries}x256xbf16>" in call
+
+
+@pytest.mark.parametrize(("dtype", "length"), [(jnp.float32, 128), (jnp.bfloat16, 362)])
+def test_no_row_is_too_long_for_a_gpu(cudnn, monkeypatch, dtype, length):
+    """One place more than fit, and there is no array of all pairs; the limit is lowered for it."""
+    monkeypatch.setattr(attention, "QUADRATIC_BYTES", 2**18)
+    run = on_one_device(attention.gpu_attention)
+    for places, quadratic in ((length, True), (length + 2, False)):
+        text = lowered_for_cuda(run, 1, places, dtype)
+        assert (f"{places}x{places}x" in text) == quadratic
+        assert ("fmha" in text) == (quadratic and dtype == jnp.bfloat16)
+    if dtype == jnp.float32:
+        assert_equal_the_reference(run, 1, length + 2)
 
 
 # ---------------------------------------------------------------- over a mesh
