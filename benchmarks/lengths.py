@@ -111,6 +111,7 @@ def at_length(length: int, tokens: int, rounds: int) -> dict[str, float]:
         logp_chunk=max(2048 // rows, 64),
         kl_weight=0.0,
         ess_power=0.0,
+        to_reference=False,
     )
     program: Any = step.lower(state, batch).compile()  # pyright: ignore[reportFunctionMemberAccess]
 

@@ -121,6 +121,7 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
         logp_chunk=chunk,
         kl_weight=0.0,
         ess_power=0.0,
+        to_reference=False,
     )
     sampler = LocalSampler(
         config,

@@ -41,15 +41,12 @@ def make_batch(config: Config, objective: Objective, groups: list[Group], step: 
 def recompute(job: Job, logp_step: Any, batch: Batch, step: int) -> Batch:
     """The batch with the log-probs that the objective wants from the learner's forward pass.
 
-    Of the reference, version 0, if the job has one; and in the place of the samplers' own those of
-    each rollout's version (`denominator = "learner"`) or of the reference ("reference").
+    Of the reference, version 0, if the job has one; and with `denominator = "learner"` those of
+    each rollout's version in the place of the samplers' own.
     """
-    denominator = job.config.objective.denominator
     if job.needs_reference_logp:
         batch = dataclasses.replace(batch, reference_logp=logp_step(job.reference, batch))
-    if denominator == "reference":
-        return dataclasses.replace(batch, behavior_logp=batch.reference_logp)
-    if denominator == "behavior":
+    if job.config.objective.denominator != "learner":
         return batch
     behavior_logp = batch.behavior_logp
     for lag in np.unique(jax.device_get(batch.lag)):

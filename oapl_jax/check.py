@@ -13,9 +13,10 @@ from oapl_jax.models.transformer import REMAT_POLICIES
 from oapl_jax.objectives import OBJECTIVES, hyper_parameters
 from oapl_jax.objectives.advantages import ADVANTAGES
 from oapl_jax.objectives.aggregation import AGGREGATIONS
-from oapl_jax.objectives.grpo import CORRECTIONS, PROXIMALS
+from oapl_jax.objectives.corrections import CORRECTIONS
+from oapl_jax.objectives.grpo import PROXIMALS
 from oapl_jax.objectives.maxrl import ESTIMATORS
-from oapl_jax.objectives.opmd import BASELINES
+from oapl_jax.objectives.opmd_kimi import BASELINES
 from oapl_jax.preferences import JUDGES
 from oapl_jax.sharding import make_mesh
 
@@ -198,11 +199,6 @@ def check_objective(config: Config, refuse: Refuse) -> None:
         section.proximal == "behavior" and section.correction != "none",
         f"objective.correction={section.correction!r} repairs the gap of behavior and proximal "
         "policy; it needs objective.proximal='learner'",
-    )
-    refuse(
-        section.denominator == "reference" and (section.ess_power or section.kl_weight),
-        "objective.denominator='reference' replaces the behavior log-probs that objective.ess_power"
-        " and objective.kl_weight need; set both to 0",
     )
     refuse(
         section.name == "maxrl"

@@ -158,6 +158,7 @@ def make_train_step(
     logp_chunk: int,
     kl_weight: float,
     ess_power: float,
+    to_reference: bool,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles one gradient step; the old state's buffers are given to the new one.
 
@@ -170,15 +171,18 @@ def make_train_step(
       kl_weight: of KL(pi || pi_ref), which is added to the loss of each sequence; 0 adds nothing.
       ess_power: the update is multiplied by (ESS / B)^ess_power: 0 leaves it, 1/2 is VCPO's for
         Adam (objectives/sample_size.py).
+      to_reference: whether the objective compares with the reference policy in the place of the
+        behavior policy. KL and ESS are those of the behavior policy all the same: the drift.
     """
 
     def micro_loss(params, batch: Batch, m):
         logp, entropy, mine = response_logp(
             params, batch, m, model=model, temperature=temperature, chunk=logp_chunk
         )
-        # Those of other micro-batches are as if they were on policy; below, nothing of them counts.
-        logp = jnp.where(mine[:, None], logp, batch.behavior_logp)
-        losses, metrics = objective.loss(logp, batch.behavior_logp, batch.advantage, batch.mask)
+        anchor = batch.reference_logp if to_reference else batch.behavior_logp
+        # Those of other micro-batches are as if they were at it; below, nothing of them counts.
+        logp = jnp.where(mine[:, None], logp, anchor)
+        losses, metrics = objective.loss(logp, anchor, batch.advantage, batch.mask)
         if kl_weight:
             kl = reference_kl(logp, batch.behavior_logp, batch.reference_logp, batch.mask)
             losses, metrics = losses + kl_weight * kl, {**metrics, "reference_kl": kl}

@@ -108,7 +108,7 @@ class Batch:
     segments: Leaf  # int32[M, R, T], 0 is padding
     where: Leaf  # int32[S, C], places in M * R * T of a response's tokens, C = the most tokens
     mask: Leaf  # float32[S, C], 1 on response tokens
-    behavior_logp: Leaf  # float32[S, C]
+    behavior_logp: Leaf  # float32[S, C], of the policy that sampled: what drift is measured from
     reference_logp: Leaf  # float32[S, C], the behavior policy's unless the job has a reference
     advantage: Leaf  # float32[S]
     reward: Leaf  # float32[S]

@@ -71,6 +71,7 @@ def run_job(job: Job, stop: StopRequest) -> dict[str, Any] | None:
         job.mesh,
         kl_weight=config.objective.kl_weight,
         ess_power=config.objective.ess_power,
+        to_reference=config.objective.denominator == "reference",
         **settings,
     )
     logp_step = learner.make_logp_step(job.model, job.mesh, **settings)

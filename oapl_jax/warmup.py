@@ -57,6 +57,7 @@ def warm_up(
         logp_chunk=logp_chunk,
         kl_weight=0.0,
         ess_power=0.0,
+        to_reference=False,
     )
     shardings = learner.batch_shardings(mesh)
     for step in range(num_steps):

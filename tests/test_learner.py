@@ -171,13 +171,13 @@ def mesh_of(sizes):
     return Mesh(np.array(jax.devices()[:count]).reshape(sizes), AXES)
 
 
-def compiled(sizes=ONE, remat="none", kl_weight=0.0, ess_power=0.0):
+def compiled(sizes=ONE, remat="none", kl_weight=0.0, ess_power=0.0, to_reference=False):
     """A learner on a mesh: `start()` gives its first state, `step` and `logp` are its programs."""
-    return _compiled(sizes, remat, kl_weight, ess_power)
+    return _compiled(sizes, remat, kl_weight, ess_power, to_reference)
 
 
 @functools.cache
-def _compiled(sizes, remat, kl_weight, ess_power):
+def _compiled(sizes, remat, kl_weight, ess_power, to_reference):
     mesh, optimizer = mesh_of(sizes), make_optimizer(**OPTIM)
     model = Transformer(CONFIG, jnp.float32, remat)
     objective = bind("oapl", beta1=BETA1, beta2=BETA2)
@@ -189,7 +189,14 @@ def _compiled(sizes, remat, kl_weight, ess_power):
     return types.SimpleNamespace(
         start=lambda: jax.tree.map(jnp.copy, first),
         step=learner.make_train_step(
-            model, objective, optimizer, mesh, kl_weight=kl_weight, ess_power=ess_power, **settings
+            model,
+            objective,
+            optimizer,
+            mesh,
+            kl_weight=kl_weight,
+            ess_power=ess_power,
+            to_reference=to_reference,
+            **settings,
         ),
         logp=learner.make_logp_step(model, mesh, **settings),
         put=lambda batch: to_mesh(batch, shardings),
@@ -518,6 +525,21 @@ def test_a_reference_adds_its_kl_to_the_loss_and_to_the_gradient():
     assert abs(metrics["grad_norm"] / expected["grad_norm"] - 1) > 0.01
 
 
+def test_drift_is_from_the_behavior_policy_when_the_objective_compares_with_a_reference():
+    """The objective's loss, gradient and metrics are the reference's; `kl` and `ess` are not."""
+    batch = batch_of()
+    reference = (batch.behavior_logp - 0.1) * batch.mask
+    state, found = one_step(replace(batch, reference_logp=reference), to_reference=True)
+    compared, of_reference = one_step(replace(batch, behavior_logp=reference))
+    drift, of_behavior = {"kl", "ess"}, expected_step()[1]
+    for key in found.keys() - drift:
+        np.testing.assert_array_equal(found[key], of_reference[key], err_msg=key)
+    jax.tree.map(np.testing.assert_array_equal, state, compared)
+    for key in drift:
+        np.testing.assert_allclose(found[key], of_behavior[key], rtol=1e-6, err_msg=key)
+        assert abs(of_reference[key] / of_behavior[key] - 1) > 0.01, key
+
+
 # ---------------------------------------------------------------- which log-probabilities
 
 
@@ -785,6 +807,7 @@ def _fragile():
         logp_chunk=32,
         kl_weight=0.0,
         ess_power=0.0,
+        to_reference=False,
     )
 
 

@@ -234,9 +234,13 @@ def test_a_reference_policy_is_version_0_to_the_end(runs, tmp_path, name):
     assert (tmp_path / "versions" / "v000000" / "COMMITTED").exists()
     lines = metrics(tmp_path)
     assert sum(line["reward"] for line in lines) > 0
-    distance = [line["reference_kl" if name == "grpo" else "kl"] for line in lines]
-    assert distance[0] < 1e-6
-    assert min(distance[2:]) > 1e-5  # unlike the distance to pi_lag, which returns to 0
+    # The spread of log-ratios, nats: the objective compares with the reference.
+    distance = [line["reference_kl" if name == "grpo" else "log_ratio/wrong_std"] for line in lines]
+    assert distance[0] < (1e-6 if name == "grpo" else 1e-3)
+    assert min(distance[2:]) > (1e-5 if name == "grpo" else 1e-2)
+    # The drift is from pi_lag, to which the learner is back at every second step.
+    drift = [line["kl"] for line in lines]
+    assert 10 * max(drift[::2]) < min(drift[1::2])
 
 
 def test_evaluate_grades_any_checkpoint(runs, unbroken):
@@ -268,10 +272,6 @@ MISTAKES = {
     "beta2": (dict(objective__beta2=0.0), "objective.beta2=0.0"),
     "correction": (dict(objective__correction="token_mask"), "objective.proximal='learner'"),
     "estimator": (dict(objective__estimator="gae"), "objective.estimator='gae'"),
-    "reference": (
-        dict(objective__denominator="reference", objective__ess_power=0.5),
-        "objective.ess_power",
-    ),
     "order": (
         dict(config=":objective=maxrl", objective__maxrl_estimator="truncated", group_size=3),
         "objective.maxrl_order=4",

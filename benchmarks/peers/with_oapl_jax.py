@@ -113,6 +113,7 @@ def learn(path: str, steps: int, check: bool) -> None:
         logp_chunk=CHUNK,
         kl_weight=0.0,
         ess_power=0.0,
+        to_reference=False,
     )
     batch = mine.place(responses)
 

@@ -1,17 +1,16 @@
-"""GRPO and the importance corrections that make it the paper's asynchronous baseline.
+"""GRPO, and with a correction of stale data the paper's asynchronous baseline.
 
-GRPO: arXiv 2402.03300. Clip-higher: DAPO, arXiv 2503.14476. Dual clip: arXiv 1912.09729.
-Decoupled behavior and proximal policies: AReaL, arXiv 2505.24298. Dr.GRPO, RLOO and others are a
-choice of `estimator` (advantages.py) and aggregation.
+GRPO: arXiv 2402.03300. Clip-higher: DAPO, arXiv 2503.14476. Dual clip: arXiv 1912.09729. Dr.GRPO,
+RLOO and others are a choice of `estimator` (advantages.py) and aggregation.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from oapl_jax.objectives.corrections import correction_weight
 from oapl_jax.objectives.ratios import bounded_exp, token_log_ratio
 
-CORRECTIONS = ("none", "token_truncate", "sequence_truncate", "token_mask", "sequence_mask")
 PROXIMALS = ("behavior", "learner")
 
 
@@ -41,31 +40,24 @@ def loss(
       proximal: "behavior" clips against the policy that sampled (w = 1, so `correction` must be
         "none"); "learner" recomputes pi_prox with the learner's weights. A batch gets one gradient
         step, so these are the weights of the step itself: rho = 1, and w alone repairs the lag.
-      correction: "none" (w = 1); "token_truncate" min(w_t, cap); "sequence_truncate" the same for
-        the product over the response; "token_mask", "sequence_mask" w where
-        floor <= w <= cap, else 0.
-      correction_cap, correction_floor: the bounds of `correction`.
+      correction, correction_cap, correction_floor: see corrections.py.
 
     Raises:
       ValueError: for unknown or contradicting choices.
     """
-    if proximal not in PROXIMALS or correction not in CORRECTIONS:
-        raise ValueError(f"proximal is one of {PROXIMALS} and correction one of {CORRECTIONS}")
+    if proximal not in PROXIMALS:
+        raise ValueError(f"proximal is one of {PROXIMALS}")
     if proximal == "behavior" and correction != "none":
         raise ValueError(
             f"correction={correction!r} repairs a gap that proximal='behavior' does not have"
         )
     log_ratio = token_log_ratio(logp, behavior_logp, mask)
-    to_behavior = jax.lax.stop_gradient(log_ratio)
-    to_proximal, gap = log_ratio, jnp.zeros_like(log_ratio)
-    if proximal == "learner":
-        to_proximal, gap = log_ratio - to_behavior, to_behavior
-
-    ratio, gain = bounded_exp(to_proximal), advantage[:, None]
+    gap = jax.lax.stop_gradient(log_ratio) if proximal == "learner" else jnp.zeros_like(log_ratio)
+    ratio, gain = bounded_exp(log_ratio - gap), advantage[:, None]
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     surrogate = jnp.maximum(-gain * ratio, -gain * clipped)
     surrogate = jnp.minimum(surrogate, jnp.where(gain < 0, -gain * dual_clip, jnp.inf))
-    weight = _correct(gap, correction, correction_cap, correction_floor)
+    weight = correction_weight(gap, correction, cap=correction_cap, floor=correction_floor)
     tokens = jnp.maximum(jnp.sum(mask, axis=-1), 1)
     metrics = {
         "log_ratio": jnp.sum(log_ratio, axis=-1),
@@ -73,15 +65,3 @@ def loss(
         "correction": jnp.sum(weight * mask, axis=-1) / tokens,
     }
     return jnp.sum(weight * surrogate * mask, axis=-1), metrics
-
-
-def _correct(gap: jax.Array, correction: str, cap: float, floor: float) -> jax.Array:
-    """The weight of each token, for the masked log-gap between proximal and behavior policy."""
-    if correction == "none":
-        return jnp.ones_like(gap)
-    if correction.startswith("sequence"):
-        gap = jnp.broadcast_to(jnp.sum(gap, axis=-1, keepdims=True), gap.shape)
-    weight = bounded_exp(gap)
-    if correction.endswith("truncate"):
-        return jnp.minimum(weight, cap)
-    return weight * ((floor <= weight) & (weight <= cap))

@@ -110,6 +110,7 @@ class Learner:
             self.mesh,
             kl_weight=objective.kl_weight,
             ess_power=objective.ess_power,
+            to_reference=objective.denominator == "reference",
             **self._settings(),
         )
         return Program(

@@ -9,6 +9,7 @@ import pytest
 
 from oapl_jax.objectives import advantages as estimators
 from oapl_jax.objectives import grpo
+from oapl_jax.objectives.corrections import CORRECTIONS
 
 INF = float("inf")
 OPEN = dict(clip_low=INF, clip_high=INF)  # no clipping
@@ -143,7 +144,7 @@ def token_by_token(logp, behavior, advantages, mask, **h):
     return losses, slopes
 
 
-CASES = [("behavior", "none"), *itertools.product(["learner"], grpo.CORRECTIONS)]
+CASES = [("behavior", "none"), *itertools.product(["learner"], CORRECTIONS)]
 
 
 @pytest.mark.parametrize("dual_clip", [INF, 1.2])
@@ -279,7 +280,7 @@ def test_sums_are_made_in_float32(proximal, correction):
     [
         (dict(proximal="reference"), "proximal"),
         (dict(correction="truncate"), "correction"),
-        *[(dict(correction=c), c) for c in grpo.CORRECTIONS if c != "none"],
+        *[(dict(correction=c), c) for c in CORRECTIONS if c != "none"],
     ],
 )
 def test_unknown_and_contradicting_choices_are_refused(changes, names):

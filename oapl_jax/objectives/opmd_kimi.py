@@ -1,7 +1,7 @@
-"""OPMD: online policy mirror descent, in the form of Kimi k1.5 and in that of Trinity-RFT.
+"""OPMD, online policy mirror descent, as a regression: Kimi k1.5's form.
 
-Both iterate max_pi E[r] - tau KL(pi || pi_i), with pi_i the policy that sampled. "Kimi k1.5",
-arXiv 2501.12599, section 2.3; Trinity-RFT, arXiv 2505.17826.
+"Kimi k1.5", arXiv 2501.12599, section 2.3: max_pi E[r] - tau KL(pi || pi_i), again and again, with
+pi_i the policy that sampled.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from oapl_jax.objectives import advantages, oapl
-from oapl_jax.objectives.ratios import masked_logp, token_log_ratio
+from oapl_jax.objectives.ratios import token_log_ratio
 
 BASELINES = ("mean", "log_mean_exp")
 
@@ -34,7 +34,7 @@ def advantage(
     return advantages.advantage(reward, estimator="dr_grpo")
 
 
-def kimi_loss(
+def loss(
     logp: Float[Array, "G T"],
     behavior_logp: Float[Array, "G T"],
     advantage: Float[Array, " G"],
@@ -55,22 +55,3 @@ def kimi_loss(
     residual = beta2 * log_ratio - jax.lax.stop_gradient(advantage)
     losses = -advantage * log_ratio + beta2 / 2 * jnp.square(log_ratio)
     return losses, {"log_ratio": log_ratio, "residual": residual}
-
-
-def trinity_loss(
-    logp: Float[Array, "G T"],
-    behavior_logp: Float[Array, "G T"],
-    advantage: Float[Array, " G"],
-    mask: Float[Array, "G T"],
-    *,
-    opmd_tau: float,
-) -> tuple[Float[Array, " G"], dict[str, Float[Array, " G"]]]:
-    """L_i = -A_i / (1 + tau) sum_t log pi: no ratio, no clipping.
-
-    Args:
-      logp, behavior_logp, advantage, mask: as in objectives/oapl.py.
-      opmd_tau: tau, at least 0.
-    """
-    log_ratio = jnp.sum(token_log_ratio(logp, behavior_logp, mask), axis=-1)
-    losses = -advantage / (1 + opmd_tau) * jnp.sum(masked_logp(logp, mask), axis=-1)
-    return losses, {"log_ratio": log_ratio}

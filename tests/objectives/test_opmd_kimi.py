@@ -1,18 +1,18 @@
-"""OPMD's two forms: a regression, and REINFORCE; and their baselines by hand."""
+"""OPMD in Kimi's form is a regression, without its anchor REINFORCE; and its baselines by hand."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import bound, random_group, run
 
-from oapl_jax.objectives import opmd
+from oapl_jax.objectives import opmd_kimi
 
 REWARD = jnp.array([1.0, 0.0, 0.5, 0.0])
 LENGTHS = [6, 1, 4, 9]
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.2, 3.0])
-def test_kimis_form_is_the_regression_over_two_tau_up_to_a_constant(tau):
+def test_it_is_the_regression_over_two_tau_up_to_a_constant(tau):
     group = random_group(2, LENGTHS, 9, spread=0.3)
     losses, gradient, metrics = run(bound("opmd_kimi", beta2=tau), *group)
     regression, slopes, theirs = run(bound("oapl", beta2=tau), *group)
@@ -22,21 +22,17 @@ def test_kimis_form_is_the_regression_over_two_tau_up_to_a_constant(tau):
     np.testing.assert_allclose(metrics["residual"], theirs["residual"], rtol=1e-6)
 
 
-def test_kimis_form_without_tau_and_trinitys_without_tau_are_plain_reinforce():
+def test_without_tau_it_is_plain_reinforce():
     group = random_group(3, LENGTHS, 9, spread=0.3)
     reinforce = run(bound("sft"), *group)[1]
     np.testing.assert_array_equal(run(bound("opmd_kimi", beta2=0.0), *group)[1], reinforce)
-    trinity = lambda tau: run(bound("opmd_trinity", opmd_tau=tau), *group)
-    np.testing.assert_array_equal(trinity(0.0)[1], reinforce)
-    np.testing.assert_allclose(trinity(1.0)[1], reinforce / 2, rtol=1e-6)
-    np.testing.assert_allclose(trinity(1.0)[0], trinity(0.0)[0] / 2, rtol=1e-6)
 
 
-def test_opmds_baselines():
-    mean = opmd.advantage(REWARD, opmd_baseline="mean", beta1=1.0)
+def test_baselines():
+    mean = opmd_kimi.advantage(REWARD, opmd_baseline="mean", beta1=1.0)
     np.testing.assert_allclose(mean, [0.625, -0.375, 0.125, -0.375], atol=1e-7)
-    soft = opmd.advantage(REWARD, opmd_baseline="log_mean_exp", beta1=0.5)
+    soft = opmd_kimi.advantage(REWARD, opmd_baseline="log_mean_exp", beta1=0.5)
     expected = np.asarray(REWARD) - 0.5 * np.log(np.mean(np.exp(np.asarray(REWARD) / 0.5)))
     np.testing.assert_allclose(soft, expected, atol=1e-6)
     with pytest.raises(ValueError, match=r"mean.*log_mean_exp"):
-        opmd.advantage(REWARD, opmd_baseline="max", beta1=1.0)
+        opmd_kimi.advantage(REWARD, opmd_baseline="max", beta1=1.0)
