@@ -103,6 +103,16 @@ def test_a_body_runs_as_often_as_its_loops_turn():
     assert module.executions("step") == 15
 
 
+def test_a_computation_of_other_cores_ends_where_it_says_of_which():
+    """As a v5p's sparse cores have them: after a first one the others were parts of it."""
+    text = LOOPS.replace("add(%a, %b)\n}", 'add(%a, %b)\n}, execution_thread="sparsecore"').replace(
+        "add(%p, %two)\n}", 'add(%p, %two)\n}, execution_thread="sparsecore"'
+    )
+    assert text.count("sparsecore") == 2
+    assert list(Module(text).computations) == list(Module(LOOPS).computations)
+    assert Module(text).executions("step") == 15
+
+
 def test_a_printed_trip_count_is_taken():
     text = LOOPS.replace(
         "body=%outer", 'body=%outer, backend_config={"known_trip_count":{"n":"7"}}'

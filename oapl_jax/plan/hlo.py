@@ -9,6 +9,7 @@ from collections.abc import Iterator
 BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
 ARRAY = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,]*)\](\{[^}]*\})?")
 CALLEE = re.compile(r"\b(calls|to_apply|body|condition|(?:true|false)_computation)=%([^,\s]+)")
+END = re.compile(r'\}(, execution_thread="[^"]*")?')  # v5p has cores beside, for sparse work
 CALLEES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 
 
@@ -114,7 +115,7 @@ def _blocks(text: str) -> Iterator[tuple[str, bool, list[str]]]:
     """(name, is the entry, lines) of each computation."""
     name, is_entry, lines = "", False, []
     for line in text.splitlines():
-        if name and line == "}":
+        if name and END.fullmatch(line):
             yield name, is_entry, lines
             name = ""
         elif name and line.startswith(("  %", "  ROOT %")):
