@@ -241,13 +241,17 @@ ENTRY %main (p: f32[4]) -> f32[8] {{
         ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", (0, 1, 2, 3)),
         ("mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", (0, 4)),
         ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
+        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", (0, 2, 4, 6)),
+        ("mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'b'}", (0, 1)),
     ],
 )
 def test_groups_of_devices_are_read_in_every_form(groups, group):
     assert device_group(gather_among(groups), 8) == group
 
 
-@pytest.mark.parametrize("groups", ["mesh['a'=8] {'a':(1)2}", "mesh['a'=4] {'a'}", "groups_of_two"])
+@pytest.mark.parametrize(
+    "groups", ["mesh['a'=8] {'a':(1)2}", "mesh['a'=4] {'a'}", "mesh['a'=8]", "groups_of_two"]
+)
 def test_groups_of_devices_are_never_guessed(groups):
     with pytest.raises(RunError, match="devices of g"):
         device_group(gather_among(groups), 8)

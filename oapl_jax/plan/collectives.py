@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -21,6 +22,7 @@ RECEIVED = {
     "all-to-all": lambda payload, n: payload * (n - 1) / n,
     "collective-permute": lambda payload, n: payload,
 }
+ORDER = r"\[([0-9,]+)\](?:T\(([0-9,]+)\))?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,33 +134,33 @@ def device_group(instruction: Instruction, devices: int) -> tuple[int, ...]:
     Raises:
       RunError: for a form that is not known.
     """
-    text = instruction.attribute("replica_groups")
+    text = instruction.rest.partition("replica_groups=")[2]
     listed = re.match(r"\{\{([0-9,]*)\}", text)
     if listed:
         return tuple(int(place) for place in listed.group(1).split(","))
-    iota = re.match(r"\[(\d+),(\d+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", text)
+    iota = re.match(r"\[(\d+),(\d+)\]<=" + ORDER, text)
     if iota:
-        shape = [int(size) for size in iota.group(3).split(",")]
-        places = np.arange(devices).reshape(shape)
-        if iota.group(4):
-            places = places.transpose([int(axis) for axis in iota.group(4).split(",")])
+        places = _ordered(devices, *iota.groups()[2:])
         return tuple(places.reshape(int(iota.group(1)), -1)[0].tolist())
-    named = re.match(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}$", text)
+    named = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(" + ORDER + r"\))?\s*\{([^}]*)\}", text)
     if named:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
         shape = [int(size) for size in sizes.values()]
-        over = [list(sizes).index(axis) for axis in re.findall(r"'(\w+)'", named.group(2))]
-        if ":(" not in text and int(np.prod(shape)) == devices:
-            places = np.arange(devices).reshape(shape)
+        over = [list(sizes).index(axis) for axis in re.findall(r"'(\w+)'", named.group(4))]
+        if ":(" not in named.group(4) and math.prod(shape) == devices:
+            places = _ordered(devices, named.group(2) or str(devices), named.group(3))
             others = [axis for axis in range(len(shape)) if axis not in over]
-            return tuple(places.transpose([*others, *over]).reshape(-1, _size(shape, over))[0])
-    if text in ("{}", ""):
+            places = places.reshape(shape).transpose([*others, *over])
+            return tuple(places.reshape(-1, math.prod(shape[axis] for axis in over))[0].tolist())
+    if instruction.attribute("replica_groups") in ("{}", ""):
         return tuple(range(devices))
-    raise RunError(f"the devices of {instruction.name} can't be read from {text!r}")
+    raise RunError(f"the devices of {instruction.name} can't be read from {text[:80]!r}")
 
 
-def _size(shape: Sequence[int], axes: Sequence[int]) -> int:
-    return int(np.prod([shape[axis] for axis in axes]))
+def _ordered(devices: int, sizes: str, order: str | None) -> np.ndarray:
+    """All places in a row, as "2,4" and "1,0" of the form `[2,4]T(1,0)` order them."""
+    places = np.arange(devices).reshape([int(size) for size in sizes.split(",")])
+    return places.transpose([int(axis) for axis in order.split(",")] if order else None).reshape(-1)
 
 
 def axes_of(group: Sequence[int], shape: Mapping[str, int]) -> tuple[str, ...]:
