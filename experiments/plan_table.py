@@ -25,7 +25,7 @@ from configs import code_contests, competition_math
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.models.published import published
 from oapl_jax.plan.chips import SLICES
-from oapl_jax.plan.choices import Choice, applied
+from oapl_jax.plan.choices import applied, layouts
 from oapl_jax.plan.estimate import estimate
 from oapl_jax.plan.topology import open_slice
 from oapl_jax.report.progress import say
@@ -47,17 +47,6 @@ SHAPING = (
     *("models/steps", "models/transformer", "models/vocabulary"),
 )
 Line = dict[str, Any]
-
-
-def layouts(sequences: int, hidden_size: int, chips: int) -> Iterator[Choice]:
-    """Rows over all chips, as few as can be at a time; then rows split over more and more chips."""
-    for context in (1, 2, 4, 8):
-        fsdp = chips // context
-        data = 1
-        while fsdp > 1 and (hidden_size % fsdp or sequences % (data * fsdp)):
-            data, fsdp = 2 * data, fsdp // 2
-        micro_batches = max(sequences // (data * fsdp), 1)
-        yield Choice(data, fsdp, context, 1, "full", micro_batches)
 
 
 def line(run: str, model: str, topology: str) -> Line:

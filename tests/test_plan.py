@@ -211,7 +211,8 @@ def test_the_command_prints_and_writes_a_plan(tmp_path):
     assert [p["program"] for p in plan["programs"]] == [
         *("train step", "initialisation", "recomputed log-probs", "probe")
     ]
-    for said in ("FITS", "FLOPs of a step", "all-gather", "MFU", "generated tokens/s", "warm-up"):
+    verdict = "FITS, but for what is not planned and needs HBM too: the warm-up (warmup.num_steps)"
+    for said in (verdict, "FLOPs of a step", "all-gather", "MFU", "generated tokens/s", "of RAM"):
         assert said in done.stdout
     for number in ("host_memory", "publish_seconds", "fleet", "roofline", "flops", "hbm_traffic"):
         assert plan[number]

@@ -1,7 +1,6 @@
 """What a plan computes without a compiler: bounds, FLOPs, hosts, layouts; and what it refuses."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,18 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import arithmetic, competition_math
+from configs import arithmetic, code_contests, competition_math
 from oapl_jax.check import check_sizes
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.published import PUBLISHED, published
-from oapl_jax.plan import host
+from oapl_jax.plan import host, report
 from oapl_jax.plan.chips import CHIPS, SLICES
-from oapl_jax.plan.choices import Choice, applied, families
 from oapl_jax.plan.estimate import estimate
 from oapl_jax.plan.flops import step_flops, traced_work
 from oapl_jax.plan.programs import Learner
 from oapl_jax.plan.roofline import roofline
 from oapl_jax.plan.settings import model_of
-from oapl_jax.plan.sweep import Record, sweep
 from oapl_jax.plan.topology import Slice, open_slice
 from oapl_jax.sharding import make_mesh
 
@@ -119,7 +116,7 @@ def config():
 
 @pytest.fixture
 def plan(config, tmp_path):
-    sizes, from_checkpoint = model_of(config, None, epath.Path(tmp_path))
+    sizes, from_checkpoint = model_of(config, None, epath.Path(tmp_path), print)
     return Learner(config, sizes, make_mesh(**config.mesh), from_checkpoint)
 
 
@@ -184,56 +181,14 @@ def test_host_memory_holds_a_copy_of_each_chips_part(plan):
     assert memory["buffer"] == 128 * (8 * 8 * 16 + 4 * 12)
 
 
-CHOICE = Choice(data=2, fsdp=4, context=2, tensor=1, remat="full", micro_batches=4)
-
-
-def test_a_choice_becomes_settings(config):
-    new = applied(config, CHOICE)
-    assert new.mesh.to_dict() == dict(data=2, fsdp=4, context=2, tensor=1)
-    assert (new.model.remat, new.learner.micro_batches, new.learner.rows_multiple) == ("full", 4, 8)
-    assert new.learner.row_length == 1024  # a multiple of 512 on each of two chips
-    assert config.learner.row_length == 64
-    assert str(CHOICE) == "data 2 fsdp 4 context 2, remat full, 4 micro-batches"
-
-
-def test_families_fill_the_slice_and_split_whole_sequences(config):
-    sizes = published("qwen3-4b")
-    found = list(families(config, sizes, 64, ("none", "full")))
-    assert found[0][0].mesh == dict(data=1, fsdp=64, context=1, tensor=1)
-    assert [c.remat for c in (found[0][0], found[1][0])] == ["none", "full"]
-    for family in found:
-        assert [c.micro_batches for c in family] == sorted({c.micro_batches for c in family})
-        for choice in family:
-            assert np.prod(list(choice.mesh.values())) == 64
-            assert 256 % (choice.data * choice.fsdp * choice.micro_batches) == 0
-            assert 8 % choice.tensor == 2560 % choice.fsdp == 0
-    assert [c.micro_batches for c in found[0]] == [1, 2, 4]
-    few = dataclasses.replace(sizes, num_kv_heads=2)
-    assert {family[0].tensor for family in families(config, few, 64, ("full",))} == {1, 2}
-
-
-def test_a_sweep_takes_the_first_of_a_family_that_fits_and_ranks_them():
-    of = lambda fsdp, m: dataclasses.replace(CHOICE, fsdp=fsdp, micro_batches=m)
-    tried = []
-
-    def plan(choice):
-        tried.append((choice.fsdp, choice.micro_batches))
-        if choice.fsdp == 3:
-            raise UserError("3 divides nothing")
-        fits = choice.micro_batches > 1
-        return {"fits": fits, "roofline": {"seconds": choice.fsdp / choice.micro_batches}}
-
-    choices = [[of(fsdp, m) for m in (1, 2, 4)] for fsdp in (8, 3, 4, 2)]
-    found = sweep(choices, plan, enough=2)
-    assert tried == [(8, 1), (8, 2), (3, 1), (4, 1), (4, 2)]
-    assert [(c.fsdp, p["roofline"]["seconds"]) for c, p in found] == [(4, 2.0), (8, 4.0)]
-
-
-def test_a_sweep_goes_on_where_it_stopped(tmp_path):
-    path = epath.Path(tmp_path) / "record.json"
-    assert Record(path).get("a", lambda: {"fits": True}) == {"fits": True}
-    assert json.loads(path.read_text()) == {"a": {"fits": True}}
-    assert Record(path).get("a", lambda: pytest.fail("made again")) == {"fits": True}
+def test_the_verdict_is_of_the_chip_and_of_the_host():
+    plan = {"chip_fits": True, "fits": True, "not_planned": []}
+    assert report.verdict(plan) == "FITS"
+    assert report.verdict(plan | {"not_planned": ["the warm-up", "the curator"]}) == (
+        "FITS, but for what is not planned and needs HBM too: the warm-up; the curator"
+    )
+    assert report.verdict(plan | {"fits": False}) == "DOES NOT FIT THE HOST"
+    assert report.verdict(plan | {"fits": False, "chip_fits": False}) == "DOES NOT FIT"
 
 
 def planned(config, topology, **mesh):
@@ -286,19 +241,39 @@ def test_hosts_are_the_workers_that_the_scripts_request():
 
 
 def test_sizes_come_from_a_name_a_checkpoint_or_the_configuration(config, tmp_path):
-    scratch = epath.Path(tmp_path)
-    sizes, from_checkpoint = model_of(config, None, scratch)
+    said = []
+    sizes_of = lambda name: model_of(config, name, epath.Path(tmp_path), said.append)
+    sizes, from_checkpoint = sizes_of(None)
     assert (sizes.hidden_size, from_checkpoint) == (64, False)
-    sizes, from_checkpoint = model_of(config, "qwen3-0.6b", scratch)
+    sizes, from_checkpoint = sizes_of("qwen3-0.6b")
     assert (sizes.hidden_size, from_checkpoint) == (1024, True)
     config.model.path = "tests/golden/qwen3"
-    assert isinstance(model_of(config, None, scratch)[0], ModelConfig)
+    assert isinstance(sizes_of(None)[0], ModelConfig)
+    assert not said
     config.model.path = "/no/such/place"
     with pytest.raises(UserError, match="not on this machine; give its sizes with --model=qwen3"):
-        model_of(config, None, scratch)
+        sizes_of(None)
     with pytest.raises(UserError, match="'qwen9' is not known"):
-        model_of(config, "qwen9", scratch)
+        sizes_of("qwen9")
     config.rollout.max_response_tokens = 9000
     config.learner.row_length = 10000
     with pytest.raises(UserError, match="more than the model's max_position_embeddings"):
-        model_of(config, "llama-3-8b", scratch)
+        sizes_of("llama-3-8b")
+
+
+@pytest.mark.parametrize(
+    ("get_config", "name"),
+    [
+        (competition_math.get_config, "qwen3-4b-thinking-2507"),
+        (lambda: code_contests.get_config("round=0"), "r1-distill-qwen-14b"),
+    ],
+)
+def test_a_checkpoint_that_is_not_here_has_the_sizes_of_the_model_it_is_called_after(
+    get_config, name, tmp_path
+):
+    config, said = get_config(), []
+    found = model_of(config, None, epath.Path(tmp_path), said.append)
+    assert found == (published(name), True)
+    assert said == [
+        f"model.path={config.model.path} is not on this machine; planned with the sizes of {name}"
+    ]

@@ -7,20 +7,24 @@ python -m oapl_jax.plan --config=configs/competition_math.py --topology=v5e:8x8 
 import functools
 import json
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from absl import flags
 from etils import epath
 
 from oapl_jax.command import read_command_line
-from oapl_jax.errors import UserError, exit_with_code
+from oapl_jax.errors import RunError, UserError, exit_with_code
+from oapl_jax.job import Config
+from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.transformer import REMAT_POLICIES
-from oapl_jax.plan import report
-from oapl_jax.plan.choices import applied, families
+from oapl_jax.plan import digest, report
+from oapl_jax.plan.choices import FULL, Choice, applied, family, meshes
 from oapl_jax.plan.estimate import estimate
 from oapl_jax.plan.settings import model_of
 from oapl_jax.plan.sweep import Record, sweep
-from oapl_jax.plan.topology import open_slice
+from oapl_jax.plan.topology import Slice, open_slice
 from oapl_jax.publisher import config_hash
 from oapl_jax.report.progress import say
 
@@ -30,7 +34,9 @@ def main() -> None:
     model = flags.DEFINE_string("model", None, "a published model's sizes, not model.path's")
     storage = flags.DEFINE_float("storage", 1e9, "bytes/s between a host and what keeps versions")
     sweeps = flags.DEFINE_boolean("sweep", False, "try meshes, remat policies and micro-batches")
-    enough = flags.DEFINE_integer("enough", 6, "plans that fit, after which a sweep ends", 1)
+    enough = flags.DEFINE_integer(
+        "enough", 6, "meshes that fit, after which a sweep tries no more", 1
+    )
     jax.config.update("jax_platforms", "cpu")  # else jax looks for a TPU
     flags.FLAGS.set_default("workdir", "runs/plan")
     config, workdir = read_command_line()
@@ -38,7 +44,7 @@ def main() -> None:
         raise UserError("--topology is missing; add, for example, --topology=v5e:8x8")
     where = open_slice(topology.value)
     with tempfile.TemporaryDirectory() as scratch:
-        sizes, from_checkpoint = model_of(config, model.value, epath.Path(scratch))
+        sizes, from_checkpoint = model_of(config, model.value, epath.Path(scratch), say)
     workdir.mkdir(parents=True, exist_ok=True)
     name = where.name.replace(":", "-")
     plan_of = functools.partial(
@@ -46,26 +52,55 @@ def main() -> None:
     )
     if sweeps.value:
         record = Record(workdir / f"sweep-{name}.json")
-
-        def plan_choice(choice):
-            chosen = applied(config, choice)
-            key = f"{choice}; configuration {config_hash(chosen.to_dict())[:12]}, {sizes}"
-            say(f"trying {choice}")
-            return record.get(key, lambda: plan_of(chosen, sizes, where))
-
-        chips, remats = len(where.devices), tuple(REMAT_POLICIES)
-        tried = families(config, sizes, chips, remats)
-        found = sweep(tried, plan_choice, enough=enough.value)
-        if not found:
-            raise UserError(f"nothing fits {where.name}; name a larger --topology")
-        say(report.ranking(found))
-        plan = found[0][1]
+        plan = swept(config, sizes, where, plan_of, record, enough.value)
     else:
         plan = plan_of(config, sizes, where)
     say(report.text(plan))
     path = workdir / f"{name}.json"
     path.write_text(json.dumps(plan, indent=1) + "\n")
     say(f"\n{path}")
+
+
+def swept(
+    config: Config,
+    sizes: ModelConfig,
+    where: Slice,
+    plan_of: Callable[[Config, ModelConfig, Slice], dict[str, Any]],
+    record: Record,
+    enough: int,
+) -> dict[str, Any]:
+    """The plan of the fastest layout that fits, and a table of the others.
+
+    Raises:
+      UserError: if none fits.
+    """
+    version, refusals = digest.code(), []
+
+    def made(chosen: Config) -> dict[str, Any]:
+        try:
+            return plan_of(chosen, sizes, where)
+        except (UserError, RunError) as error:  # of this layout; there are others
+            return {"fits": False, "chip_fits": False, "refused": str(error)}
+
+    def plan(choice: Choice) -> dict[str, Any]:
+        chosen = applied(config, choice)
+        say(f"trying {choice}")
+        key = f"{choice}; configuration {config_hash(chosen.to_dict())[:12]}, {sizes}, {version}"
+        found = record.get(key, lambda: made(chosen))
+        if "refused" in found:
+            say(f"refused: {found['refused']}")
+            refusals.append(found["refused"])
+        return found
+
+    remats = [FULL, *(remat for remat in reversed(REMAT_POLICIES) if remat != FULL)]
+    of_mesh = functools.partial(family, config)
+    tried = meshes(config, sizes, len(where.devices))
+    found = sweep(tried, remats, of_mesh, plan, enough=enough)
+    if not found:
+        last = f"; the last refusal: {refusals[-1]}" if refusals else ""
+        raise UserError(f"nothing fits {where.name}; name a larger --topology{last}")
+    say(report.ranking(found))
+    return found[0][1]
 
 
 if __name__ == "__main__":

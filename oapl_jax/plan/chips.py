@@ -37,7 +37,7 @@ CHIPS_PER_HOST = 4
 CHIPS = {
     "v5e": Chip(
         flops=197e12,
-        hbm_bytes=16e9,
+        hbm_bytes=16 * 2**30,
         hbm_bandwidth=819e9,
         link_bandwidth=400e9 / 2 / 4,
         dimensions=2,
@@ -57,7 +57,7 @@ CHIPS = {
     ),
     "v6e": Chip(
         flops=918e12,
-        hbm_bytes=32e9,
+        hbm_bytes=32 * 2**30,
         hbm_bandwidth=1600e9,
         link_bandwidth=800e9 / 2 / 4,
         dimensions=2,

@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from oapl_jax.job import Config
@@ -10,6 +11,8 @@ from oapl_jax.models.config import ModelConfig
 
 BLOCK = 512  # places of a row that attention takes at a time; a device's are a multiple
 DOUBLINGS = (1, 2, 4, 8)
+FULL = "full"  # the policy that keeps the least
+Mesh = dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Choice:
     micro_batches: int
 
     @property
-    def mesh(self) -> dict[str, int]:
+    def mesh(self) -> Mesh:
         return dict(data=self.data, fsdp=self.fsdp, context=self.context, tensor=self.tensor)
 
     def __str__(self) -> str:
@@ -45,23 +48,33 @@ def applied(config: Config, choice: Choice) -> Config:
     return new
 
 
-def families(
-    config: Config, model: ModelConfig, chips: int, remats: Sequence[str]
-) -> Iterator[list[Choice]]:
-    """For each mesh and policy, the simplest meshes first: from few micro-batches to many.
+def meshes(config: Config, model: ModelConfig, chips: int) -> list[Mesh]:
+    """The meshes over all chips that split whole sequences and the model, the simplest first."""
+    sequences, found = config.group_size * config.groups_per_step, []
+    for data, tensor, context in itertools.product(DOUBLINGS, repeat=3):
+        fsdp, rest = divmod(chips, data * tensor * context)
+        fine = not rest and fsdp and not sequences % (data * fsdp)
+        if fine and not model.num_kv_heads % tensor and not model.hidden_size % fsdp:
+            found.append(dict(data=data, fsdp=fsdp, context=context, tensor=tensor))
+    return sorted(found, key=lambda mesh: chips // mesh["fsdp"])
 
-    Within a family more micro-batches take less memory and move more weights: the first that fits
-    is the best of it.
-    """
-    sequences = config.group_size * config.groups_per_step
-    for data in DOUBLINGS:
-        for tensor in DOUBLINGS:
-            for context in DOUBLINGS:
-                fsdp, rest = divmod(chips, data * tensor * context)
-                rows = data * fsdp
-                fine = not rest and fsdp and not sequences % rows
-                if not fine or model.num_kv_heads % tensor or model.hidden_size % fsdp:
-                    continue
-                splits = [m for m in range(1, sequences // rows + 1) if not sequences % (m * rows)]
-                for remat in remats:
-                    yield [Choice(data, fsdp, context, tensor, remat, m) for m in splits]
+
+def family(config: Config, mesh: Mesh, remat: str) -> list[Choice]:
+    """From few micro-batches to many, which take less memory and move more weights: the first that
+    fits is the best."""
+    rows, rest = divmod(config.group_size * config.groups_per_step, mesh["data"] * mesh["fsdp"])
+    splits = [m for m in range(1, rows + 1) if not rows % m]
+    return [] if rest else [Choice(**mesh, remat=remat, micro_batches=m) for m in splits]
+
+
+def layouts(sequences: int, hidden_size: int, chips: int) -> Iterator[Choice]:
+    """Rows over all chips, as few as can be at a time; then rows split over more and more chips."""
+    for context in DOUBLINGS:
+        if context > chips:
+            return
+        fsdp = chips // context
+        data = 1
+        while fsdp > 1 and (hidden_size % fsdp or sequences % (data * fsdp)):
+            data, fsdp = 2 * data, fsdp // 2
+        micro_batches = max(sequences // (data * fsdp), 1)
+        yield Choice(data, fsdp, context, 1, FULL, micro_batches)

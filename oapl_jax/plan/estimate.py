@@ -60,6 +60,9 @@ def estimate(
             if not verdict.fits:
                 break
             times = step_times(plan, where, traced, verdict.text)
+    asked = host.host_memory(plan, where.chips_per_host)
+    held = {**asked, "total": sum(asked.values()), "ram": where.host_ram}
+    chip_fits = all(verdict["fits"] for verdict in verdicts)
     return {
         "topology": where.name,
         "chips": len(where.devices),
@@ -75,10 +78,16 @@ def estimate(
             "response_tokens": config.rollout.max_response_tokens,
         },
         "remat": config.model.remat,
-        "fits": all(verdict["fits"] for verdict in verdicts),
-        "hbm_available": available,
+        "fits": chip_fits and held["total"] <= held["ram"],
+        "chip_fits": chip_fits,
+        "hbm": {
+            "available": available,
+            "published": where.chip.hbm_bytes,
+            "source": where.chip.source,
+        },
         "programs": verdicts,
         "restore": {"hbm": programs.per_chip(plan.state)},
+        "host_memory": held,
         "not_planned": programs.not_planned(config),
         **times,
         **(around(plan, where, times["roofline"]["seconds"], storage) if times else {}),
@@ -124,7 +133,7 @@ def step_times(plan: programs.Learner, where: Slice, traced: Any, text: Any) -> 
 
 
 def around(plan: programs.Learner, where: Slice, seconds: float, storage: float) -> dict[str, Any]:
-    """Hosts, publication and fleet at one step every `seconds`."""
+    """Publication and fleet at one step every `seconds`."""
     config = plan.config
     size = {"float32": 4, "bfloat16": 2}[config.publish_dtype]
     count = host.parameters(plan.model_config)

@@ -28,14 +28,22 @@ def text(plan: dict[str, Any]) -> str:
         f"sequences of {batch['prompt_tokens']} + {batch['response_tokens']} tokens in "
         f"{batch['micro_batches']} micro-batches of {batch['rows']} rows; remat {plan['remat']}",
         "",
-        "FITS" if plan["fits"] else "DOES NOT FIT",
+        verdict(plan),
         *_memory(plan),
     ]
     if "roofline" in plan:
         lines += ["", *_work(plan), "", *_collectives(plan), "", *_bound(plan), "", *_around(plan)]
-    if plan["not_planned"]:
-        lines += ["", "Not planned, and in need of HBM: " + "; ".join(plan["not_planned"])]
     return "\n".join(lines)
+
+
+def verdict(plan: dict[str, Any]) -> str:
+    """Whether it fits, and what was left out of that."""
+    if not plan["chip_fits"]:
+        return "DOES NOT FIT"
+    if not plan["fits"]:
+        return "DOES NOT FIT THE HOST"
+    left = "; ".join(plan["not_planned"])
+    return f"FITS, but for what is not planned and needs HBM too: {left}" if left else "FITS"
 
 
 def size(count: float) -> str:
@@ -47,20 +55,26 @@ def size(count: float) -> str:
 
 def _memory(plan: dict[str, Any]) -> list[str]:
     lines = []
-    for verdict in plan["programs"]:
+    for program in plan["programs"]:
         lines.append(
-            f"  {verdict['program']}: {'fits' if verdict['fits'] else 'does not fit'}, "
-            f"{verdict['because']} a chip"
+            f"  {program['program']}: {'fits' if program['fits'] else 'does not fit'}, "
+            f"{program['because']} a chip"
         )
-        if verdict["hbm"]:
-            kinds = [f"{kind} {size(used)}" for kind, used in verdict["hbm"].items()]
+        if program["hbm"]:
+            kinds = [f"{kind} {size(used)}" for kind, used in program["hbm"].items()]
             lines.append("    " + ", ".join(kinds))
-        if count := verdict["resharded by replication"]:
+        if count := program["resharded by replication"]:
             lines.append(
                 f"    WARNING: the compiler replicates {count} arrays on every chip to reshard them"
             )
-    lines.append(f"  restore: {size(plan['restore']['hbm'])} a chip, no program is compiled")
-    return lines
+    hbm, ram = plan["hbm"], plan["host_memory"]
+    return [
+        *lines,
+        f"  restore: {size(plan['restore']['hbm'])} a chip, no program is compiled",
+        f"  a chip: {size(hbm['available'])} for a program, says the compiler; "
+        f"{size(hbm['published'])} of HBM, says {hbm['source']}",
+        f"  a host: {ram['total'] / 1e9:.0f} GB of {ram['ram'] / 1e9:.0f} GB of RAM",
+    ]
 
 
 def _work(plan: dict[str, Any]) -> list[str]:
@@ -91,9 +105,8 @@ def _bound(plan: dict[str, Any]) -> list[str]:
 
 
 def _around(plan: dict[str, Any]) -> list[str]:
-    memory, fleet = plan["host_memory"], plan["fleet"]
+    fleet = plan["fleet"]
     return [
-        f"Host memory: {memory['total'] / 1e9:.0f} GB of {memory['ram'] / 1e9:.0f} GB",
         f"Publishing: {plan['publish_seconds']:.3g} s at {plan['storage'] / 1e9:g} GB/s a host",
         f"Fleet: {fleet['tokens_per_second']:,.0f} generated tokens/s keep the learner busy, "
         f"{fleet['learning']:.0%} of the time with steps, else publishing",

@@ -1,40 +1,67 @@
 """Many ways to lay out one run, tried until enough of them fit; results outlast an interruption."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from etils import epath
 
-from oapl_jax.errors import UserError
-from oapl_jax.plan.choices import Choice
+from oapl_jax.plan.choices import Choice, Mesh
 
 Plan = dict[str, Any]
+Found = list[tuple[Choice, Plan]]
 
 
 def sweep(
-    families: Iterable[list[Choice]], plan: Callable[[Choice], Plan], *, enough: int
-) -> list[tuple[Choice, Plan]]:
-    """The first choice of each family that fits, until there are enough, the fastest first.
+    meshes: Sequence[Mesh],
+    remats: Sequence[str],
+    family: Callable[[Mesh, str], list[Choice]],
+    plan: Callable[[Choice], Plan],
+    *,
+    enough: int,
+) -> Found:
+    """The layouts that fit, the fastest first.
+
+    Meshes are tried with the first policy until enough fit, then the fastest mesh with the other
+    policies, unless one plan is enough; if no mesh fits, all of them with the other policies.
 
     Args:
-      families: of choices; a family ends with its first choice that fits.
-      plan: of a choice; a UserError says that the slice or the model refuses it.
+      meshes: in the order in which they are tried.
+      remats: names of policies, the first one for all meshes.
+      family: of a mesh and a policy, from few micro-batches to many; its first that fits is taken.
+      plan: of a choice.
       enough: plans that fit.
     """
-    found = []
+    first, *others = remats
+    found = fitting((family(mesh, first) for mesh in meshes), plan, enough=enough)
+    if found:
+        best = min(found, key=seconds)[0].mesh
+        found += fitting((family(best, remat) for remat in others), plan, enough=enough - 1)
+    else:
+        rest = (family(mesh, remat) for remat in others for mesh in meshes)
+        found = fitting(rest, plan, enough=enough)
+    return sorted(found, key=seconds)
+
+
+def fitting(
+    families: Iterable[list[Choice]], plan: Callable[[Choice], Plan], *, enough: int
+) -> Found:
+    """The first choice of each family that fits, until there are enough."""
+    found: Found = []
     for family in families:
-        for choice in family:
-            try:
-                result = plan(choice)
-            except UserError:
-                break  # of the mesh, so of all of the family
-            if result["fits"]:
-                found.append((choice, result))
-                break
         if len(found) == enough:
             break
-    return sorted(found, key=lambda pair: pair[1]["roofline"]["seconds"])
+        for choice in family:
+            result = plan(choice)
+            if result["fits"]:
+                found.append((choice, result))
+            if result["chip_fits"]:
+                break  # where the host is too small, micro-batches do not help
+    return found
+
+
+def seconds(pair: tuple[Choice, Plan]) -> float:
+    return pair[1]["roofline"]["seconds"]
 
 
 class Record:

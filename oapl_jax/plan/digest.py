@@ -1,0 +1,37 @@
+"""What kept plans depend on beside their settings: plans of other code are made again."""
+
+import ast
+import hashlib
+import importlib.metadata
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent
+# What shapes the compiled programs, and what reads them.
+SHAPING = (
+    *("assemble", "batching", "learner", "optim", "probe", "sharding", "structs", "objectives/*"),
+    *("models/attention", "models/blocked", "models/config", "models/layout", "models/rope"),
+    *("models/splash", "models/transformer", "models/vocabulary"),
+    *("plan/chips", "plan/choices", "plan/collectives", "plan/compiler_log", "plan/estimate"),
+    *("plan/flops", "plan/hlo", "plan/host", "plan/memory", "plan/module", "plan/programs"),
+    *("plan/roofline", "plan/topology", "plan/traffic"),
+)
+
+
+def code() -> str:
+    """A digest of that code and of the compiler's version."""
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
+    digest = hashlib.sha256(" ".join(versions).encode())
+    for name in SHAPING:
+        for path in sorted(PACKAGE.glob(f"{name}.py")):
+            digest.update(meaning(path.read_text()).encode())
+    return digest.hexdigest()[:12]
+
+
+def meaning(text: str) -> str:
+    """The text of a module without its comments, docstrings and layout."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        match getattr(node, "body", None):
+            case [ast.Expr(ast.Constant(str())), *rest]:
+                node.body = rest  # pyright: ignore[reportAttributeAccessIssue]
+    return ast.dump(tree)
