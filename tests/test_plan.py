@@ -146,12 +146,12 @@ def test_bytes_of_each_collective_equal_a_hand_computation(where):
     }
 
 
-def program_of(size, beside):
+def program_of(size, beside, donated=True):
     device = topology.open_slice("v5e:2x2").devices[0]
     x = jax.ShapeDtypeStruct(
         (size // 4,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device)
     )
-    traced = jax.jit(lambda x: x * 2, donate_argnums=0).trace(x)
+    traced = jax.jit(lambda x: x * 2, donate_argnums=(0,) if donated else ()).trace(x)
     return programs.Program("doubling", lambda: traced, {"numbers": x}, beside)
 
 
@@ -160,9 +160,13 @@ def test_what_does_not_fit_is_said_not_to_fit(where):
     assert available == 15.75 * GIB
     judge = lambda program: memory.judge(program, program.trace(), available)
     assert judge(program_of(15 * GIB, {})).fits
-    refused = judge(program_of(17 * GIB, {}))
+    refused = judge(program_of(9 * GIB, {}, donated=False))  # argument and result
     assert not refused.fits
     assert "exceeds available HBM (15.75G)" in refused.because
+    assert memory.too_large(program_of(15 * GIB, {}), available) is None
+    unasked = memory.too_large(program_of(9 * GIB, {"another copy": 9 * GIB}), available)
+    assert unasked and not unasked.fits
+    assert unasked.because == "arguments alone are 18.00 GiB of 15.75 GiB"
     crowded = judge(program_of(15 * GIB, {"another copy": GIB}))
     assert not crowded.fits
     assert crowded.hbm["another copy"] == GIB

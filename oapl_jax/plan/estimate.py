@@ -38,28 +38,7 @@ def estimate(
     check_layout(config, mesh=mesh.shape, hosts=where.hosts)
     plan = programs.Learner(config, model_config, mesh, from_checkpoint)
     available = hbm_available(where)
-    verdicts, times = [], {}
-    for program in plan.programs():
-        started = time.monotonic()
-        traced = program.trace()
-        verdict = memory.judge(program, traced, available)
-        seconds = time.monotonic() - started
-        say(f"{where.name}, {program.name}: {verdict.because} ({seconds:.0f} s)")
-        verdicts.append(
-            {
-                "program": program.name,
-                "fits": verdict.fits,
-                "because": verdict.because,
-                "hbm": dict(verdict.hbm),
-                "donated": dict(verdict.donated),
-                "resharded by replication": verdict.replicated,
-                "compile_seconds": round(seconds, 1),
-            }
-        )
-        if program.name == "train step":
-            if not verdict.fits:
-                break
-            times = step_times(plan, where, traced, verdict.text)
+    verdicts, times = judged(plan, where, available, say)
     asked = host.host_memory(plan, where.chips_per_host)
     held = {**asked, "total": sum(asked.values()), "ram": where.host_ram}
     chip_fits = all(verdict["fits"] for verdict in verdicts)
@@ -92,6 +71,37 @@ def estimate(
         **times,
         **(around(plan, where, times["roofline"]["seconds"], storage) if times else {}),
     }
+
+
+def judged(
+    plan: programs.Learner, where: Slice, available: int, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What is said of each program, and the times of the train step if it fits."""
+    verdicts, times = [], {}
+    for program in plan.programs():
+        started, traced = time.monotonic(), None
+        verdict = memory.too_large(program, available)
+        if verdict is None:
+            traced = program.trace()
+            verdict = memory.judge(program, traced, available)
+        seconds = time.monotonic() - started
+        say(f"{where.name}, {program.name}: {verdict.because} ({seconds:.0f} s)")
+        verdicts.append(
+            {
+                "program": program.name,
+                "fits": verdict.fits,
+                "because": verdict.because,
+                "hbm": dict(verdict.hbm),
+                "donated": dict(verdict.donated),
+                "resharded by replication": verdict.replicated,
+                "compile_seconds": round(seconds, 1),
+            }
+        )
+        if program.name == "train step":
+            if not verdict.fits:
+                break
+            times = step_times(plan, where, traced, verdict.text)
+    return verdicts, times
 
 
 def step_times(plan: programs.Learner, where: Slice, traced: Any, text: Any) -> dict[str, Any]:

@@ -26,10 +26,10 @@ class Verdict:
     Attributes:
       fits: the answer.
       because: one sentence.
-      hbm: kind -> bytes on a chip; empty if the compiler refused.
+      hbm: kind -> bytes on a chip; empty if the compiler refused, arguments if it was not asked.
       donated: arguments whose memory becomes a result's, and bytes of the results that have memory
         of their own.
-      compiled: the program, None if it was refused.
+      compiled: the program, None if there is none.
       text: the compiled program, read.
       replicated: arrays that the compiler reshards by replicating them whole on every chip.
     """
@@ -41,6 +41,18 @@ class Verdict:
     compiled: Any
     text: Module | None
     replicated: int
+
+
+def too_large(program: Program, available: int) -> Verdict | None:
+    """The verdict on a program that is not worth compiling: what it is given and what lies beside
+    it take more than there is. None for any other."""
+    hbm = {kind: per_chip(tree) for kind, tree in program.arguments.items()}
+    hbm |= program.beside
+    total = sum(hbm.values())
+    if total <= available:
+        return None
+    because = f"arguments alone are {total / 2**30:.2f} GiB of {available / 2**30:.2f} GiB"
+    return Verdict(False, because, hbm, {}, None, None, 0)
 
 
 def judge(program: Program, traced: Any, available: int) -> Verdict:
