@@ -42,7 +42,7 @@ def kept_programs() -> Iterator[None]:
 LONG = (
     *("test_pods.py", "test_train.py", "test_experiments.py", "test_generate.py"),
     *("test_real_fleet.py", "test_fleet_job.py", "test_documents.py", "test_paper_configs.py"),
-    *("test_learning.py", "test_supervise.py"),
+    *("test_every_objective.py", "test_learning.py", "test_supervise.py"),
 )
 
 
