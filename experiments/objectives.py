@@ -108,7 +108,7 @@ QUICK = dataclasses.replace(
     FULL,
     core=("oapl", "grpo"),
     rest=(),
-    lags=(8, 2),
+    lags=(8,),
     tuned_lags=(8,),
     seeds=(0,),
     trials=1,

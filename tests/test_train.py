@@ -223,7 +223,7 @@ def test_grpo_runs_by_its_name_alone(runs, tmp_path):
     assert "clip_fraction" in metrics(tmp_path)[-1]
 
 
-@pytest.mark.parametrize("name", ["tba", "a_star_po", "grpo"])
+@pytest.mark.parametrize("name", ["tba", "grpo"])
 def test_a_reference_policy_is_version_0_to_the_end(runs, tmp_path, name):
     """As a denominator or by a KL; over a resume; and it is the policy of the start itself."""
     settings = {"config": f":objective={name}", "lag.steps": 2, "learner.micro_batches": 2}
