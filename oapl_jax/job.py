@@ -12,7 +12,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from oapl_jax import checkpoint, hosts, learner, publisher, rewards
+from oapl_jax import checkpoint, heartbeat, hosts, learner, publisher, rewards
 from oapl_jax.check import check_sizes
 from oapl_jax.data import prompts, reasoning, releases
 from oapl_jax.data.records import Record
@@ -162,7 +162,10 @@ class Job:
 
     def grade(self, step: int, params: Any, split: str) -> dict[str, Any]:
         """pass@k and the rest of the learner's parameters at `step` on a split."""
-        self._evaluator.hold(step, gathered(params))
+        deadline = self.config.rollout.deadline
+        with heartbeat.together(f"the gathering of step {step}", deadline=deadline):
+            here = gathered(params)
+        self._evaluator.hold(step, here)
         settings = self.config.evaluation
         return evaluate(
             self._evaluator,

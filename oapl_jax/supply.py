@@ -62,7 +62,7 @@ class Supply:
             lost = str(error)
         self._agree(step, stop, lost)
         # Whoever stops leaves the groups in the buffer, and the checkpoint has them.
-        groups = [] if stop.requested else self._of_all_hosts(self._take(step))
+        groups = [] if stop.requested else self._of_all_hosts(self._take(step), step)
         return groups, time.monotonic() - started
 
     def _await(self, step: int, stop: StopRequest) -> None:
@@ -97,18 +97,21 @@ class Supply:
           FleetLost: if one has lost its servers.
           HostLost: if one does not come.
         """
-        hosts.meet(f"step {step}", deadline=self.job.config.rollout.deadline)
-        said = hosts.gather(json.dumps([stop.requested, lost]).encode())
+        deadline = self.job.config.rollout.deadline
+        hosts.meet(f"step {step}", deadline=deadline)
+        mine = json.dumps([stop.requested, lost]).encode()
+        said = hosts.gather(mine, f"the state at step {step}", deadline=deadline)
         stops, losses = zip(*map(json.loads, said), strict=True)
         if any(losses):
             raise FleetLost(next(filter(None, losses)))
         stop.requested = stop.requested or next(filter(None, stops), "")
 
-    def _of_all_hosts(self, groups: list[Group]) -> list[Group]:
+    def _of_all_hosts(self, groups: list[Group], step: int) -> list[Group]:
         """The groups of a step, the same on all hosts, in the order of their draws."""
         if jax.process_count() == 1:
             return groups
-        said = hosts.gather(hosts.encode(*flatten(groups)))
+        mine, deadline = hosts.encode(*flatten(groups)), self.job.config.rollout.deadline
+        said = hosts.gather(mine, f"the groups of step {step}", deadline=deadline)
         everyone = [group for content in said for group in unflatten(*hosts.decode(content))]
         return sorted(everyone, key=lambda group: group.prompt.draw)
 

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from oapl_jax import batching, hosts, learner, publisher
+from oapl_jax import batching, heartbeat, hosts, learner, publisher
 from oapl_jax.assemble import make_batch, recompute
 from oapl_jax.begin import begin
 from oapl_jax.command import read_command_line
@@ -80,7 +80,7 @@ def run_job(job: Job, stop: StopRequest) -> dict[str, Any] | None:
     metrics_file = MetricsWriter(workdir, start_step=first, tensorboard=config.tensorboard)
     progress = Progress("train", config.num_steps, first)
 
-    with contextlib.ExitStack() as closing, hosts.ending_at_once():
+    with contextlib.ExitStack() as closing, heartbeat.ending_at_once():
         closing.callback(job.close)
         for part in (metrics_file.close, progress.close, supply.close):
             closing.callback(part)
@@ -97,10 +97,11 @@ def run_job(job: Job, stop: StopRequest) -> dict[str, Any] | None:
             if not groups:
                 break
             batch = batching.to_mesh(make_batch(config, objective, groups, step), shardings)
-            batch = recompute(job, logp_step, batch, step)
-            learning = time.monotonic()
-            state, of_step = train_step(state, batch)
-            of_step = jax.device_get(of_step)
+            with heartbeat.together(f"gradient step {step + 1}", deadline=config.rollout.deadline):
+                batch = recompute(job, logp_step, batch, step)
+                learning = time.monotonic()
+                state, of_step = train_step(state, batch)
+                of_step = jax.device_get(of_step)
             learned = time.monotonic() - learning
             supply.learned(groups, functools.partial(logp_step, state.params, batch))
             loop["seconds"]["rl"] += time.monotonic() - started
@@ -147,7 +148,8 @@ def resume(job: Job, supply: Supply) -> tuple[learner.TrainState, dict[str, Any]
     """The newest checkpoint. Versions published after it are removed: they will be published
     again."""
     step = job.checkpoints.steps()[-1]
-    state, loop, shares = job.checkpoints.restore(step, job.abstract_state())
+    with heartbeat.together(f"the restore of step {step}", deadline=job.config.rollout.deadline):
+        state, loop, shares = job.checkpoints.restore(step, job.abstract_state())
     supply.restore(shares, functools.partial(job.checkpoints.restore_teacher, step))
     pinned = {v for versions in loop["pins"].values() for v in versions if v <= step}
     job.collect_versions(pinned)
@@ -157,13 +159,15 @@ def resume(job: Job, supply: Supply) -> tuple[learner.TrainState, dict[str, Any]
 
 def save(job: Job, state: learner.TrainState, loop: dict, supply: Supply, lag: LagPolicy) -> None:
     """Starts to save everything that moves, and notes which versions the step will need."""
-    step = int(state.step)
-    held = hosts.union(supply.buffer.versions())
+    step, deadline = int(state.step), job.config.rollout.deadline
+    held = hosts.union(supply.buffer.versions(), f"the pins of step {step}", deadline=deadline)
     kept = [str(s) for s in job.checkpoints.steps()]
     loop["pins"] = {s: versions for s, versions in loop["pins"].items() if s in kept}
     loop["pins"][str(step)] = sorted(needed_versions(job, step, lag) | held)
-    probe, teacher = job.probe(state.params), supply.curriculum.teacher.arrays()
-    job.checkpoints.save(step, state, loop, supply.state(), probe=probe, teacher=teacher)
+    teacher = supply.curriculum.teacher.arrays()
+    with heartbeat.together(f"the checkpoint of step {step}", deadline=deadline):
+        probe = job.probe(state.params)
+        job.checkpoints.save(step, state, loop, supply.state(), probe=probe, teacher=teacher)
 
 
 def leave(job: Job, state: learner.TrainState, loop: dict, supply: Supply, lag: LagPolicy) -> None:
@@ -190,7 +194,8 @@ def publish_and_serve(
     if lag.publishes(step) and (supply.live or step == 0):
         job.publish(step, params)
         pinned = {v for kept in loop["pins"].values() for v in kept}
-        in_use = hosts.union(supply.versions())
+        deadline = job.config.rollout.deadline
+        in_use = hosts.union(supply.versions(), f"the versions in use at {step}", deadline=deadline)
         job.collect_versions(pinned | in_use | needed_versions(job, step, lag))
     due = lag.serves(step)
     supply.serve(due, publisher.version_path(job.workdir / "versions", due))
@@ -220,7 +225,7 @@ def main() -> None:
     hosts.join(pod=pod.value, coordinator=coordinator.value, hosts=count.value, host=host.value)
     workdir.mkdir(parents=True, exist_ok=True)
     keep_programs(config, workdir)
-    with hosts.ending_at_once():
+    with heartbeat.ending_at_once():
         result = run(config, workdir, StopRequest())
     if result is None or jax.process_index():
         return

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "oapl_jax"
 
 # Floors from the ground up; a module imports from its own floor or from below.
 FLOORS = (
-    ("errors", "structs", "hosts"),
+    ("errors", "structs", "hosts", "heartbeat"),
     ("objectives",),
     ("sharding", "optim", "lag", "models", "data", "tokenizer"),
     ("rewards", "policy", "metrics"),

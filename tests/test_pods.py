@@ -15,11 +15,37 @@ from small_runs import Runs, metrics
 SETTINGS = {"mesh.data": 2, "mesh.fsdp": 4, "learner.rows_multiple": 8, "optim.eps": 1e-3}
 PER_STEP = 4  # groups, so that what each host samples at a time is its part of a step
 DEADLINE = 240.0  # seconds for a whole run of all hosts
+AGAIN = "; the same command on all hosts goes on from the newest checkpoint"
+# A host that is less patient with the others, and may hang before a step.
+IMPATIENT = """
+import time
+from oapl_jax import heartbeat, train
+from oapl_jax.errors import exit_with_code
+
+def make_batch(config, objective, groups, step, whole=train.make_batch):
+    if step == {hangs_at}:
+        time.sleep(600)
+    return whole(config, objective, groups, step)
+
+def together(name, *, deadline, whole=heartbeat.together):
+    return whole(name, deadline=5.0 if name == "gradient step 10" else deadline)
+
+heartbeat.SILENCE, heartbeat.LAST_WORDS = 16.0, 8.0
+train.make_batch, heartbeat.together = make_batch, together
+exit_with_code(train.main)
+"""
 
 
 class Pod:
-    def __init__(self, runs: Runs, hosts: int):
-        self._runs, self._hosts = runs, hosts
+    """The processes of a run.
+
+    Args:
+      hosts: how many.
+      hangs_at: of hosts that have less patience with each other, the step at which one hangs.
+    """
+
+    def __init__(self, runs: Runs, hosts: int, hangs_at: dict[int, int] | None = None):
+        self._runs, self._hosts, self._hangs_at = runs, hosts, hangs_at
 
     def start(self, workdir: Path, **settings) -> list[subprocess.Popen]:
         with socket.socket() as probe:
@@ -29,9 +55,17 @@ class Pod:
         command = self._runs.command(workdir, **settings)
         flags = [f"--hosts={self._hosts}", f"--coordinator=127.0.0.1:{port}"]
         return [
-            self._runs.start([*command, *flags, f"--host={host}"], devices=8 // self._hosts)
+            self._runs.start(
+                [*self._program(host, command), *flags, f"--host={host}"], devices=8 // self._hosts
+            )
             for host in range(self._hosts)
         ]
+
+    def _program(self, host: int, command: list[str]) -> list[str]:
+        if self._hangs_at is None:
+            return command
+        python, _, _, *flags = command  # python -m oapl_jax.train
+        return [python, "-c", IMPATIENT.format(hangs_at=self._hangs_at.get(host, -1)), *flags]
 
     def run(self, workdir: Path, **settings) -> list[str]:
         processes = self.start(workdir, **settings)
@@ -98,23 +132,39 @@ def wait_for_step(workdir: Path, step: int, processes: list[subprocess.Popen]) -
     give_up = time.monotonic() + DEADLINE
     while not (workdir / "metrics.jsonl").exists() or len(metrics(workdir)) < step:
         assert time.monotonic() < give_up, f"no step {step}"
-        assert all(process.poll() is None for process in processes)
+        for process in processes:
+            assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
 
 
-def test_a_killed_host_is_named_and_the_run_goes_on(runs, together, tmp_path):
-    pod, workdir = Pod(runs, 2), tmp_path / "run"
-    first, second = pod.start(workdir, **{"rollout.deadline": 20})
+def assert_lost(process: subprocess.Popen, *reasons: str) -> None:
+    output, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 4, output
+    (said,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert said.endswith(AGAIN), output
+    assert any(reason in said for reason in reasons), output
+
+
+def test_whichever_host_is_lost_is_named_and_the_run_goes_on(runs, together, tmp_path):
+    workdir = tmp_path / "run"
+    for lost, step in ((1, 4), (0, 7)):
+        processes = Pod(runs, 2, hangs_at={}).start(workdir)
+        try:
+            wait_for_step(workdir, step, processes)
+            processes[lost].kill()
+            silent, broken = f"host {lost} has not been heard of", f"host {1 - lost} lost another"
+            assert_lost(processes[1 - lost], silent, broken, "host 0, the coordinator, is lost")
+        finally:
+            processes[1 - lost].kill()
+    processes = Pod(runs, 2, hangs_at={1: 9}).start(workdir)
+    hang = "host 0 waited 5 s (rollout.deadline) in gradient step 10: host 1 has not begun it"
     try:
-        wait_for_step(workdir, 7, [first, second])
-        second.kill()
-        output, _ = first.communicate(timeout=90)
+        for process in processes:
+            assert_lost(process, hang)
     finally:
-        first.kill()
-    assert first.returncode == 4, output
-    reasons = ("host 1 did not come", "host 0 lost another one", "host 1 has not been heard of")
-    assert any(reason in output for reason in reasons), output
-    assert output.rstrip().endswith("on all hosts goes on from the newest checkpoint")
+        for process in processes:
+            process.kill()
+    pod = Pod(runs, 2)
     pod.run(workdir)
     assert_same_losses(metrics(workdir), metrics(together))
     for host in (0, 1):
