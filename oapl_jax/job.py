@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import os
 import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -132,22 +134,36 @@ class Job:
         )
         return lambda params: {**probe(params), "dtype": self.config.model.dtype}
 
+    @functools.cached_property
+    def _standing(self) -> list[int]:
+        """The versions that stood when this run first published, as host 0 sees them: a host that
+        sees others, in the cache of a network's file system, would not save with the rest."""
+        mine = json.dumps(publisher.published_versions(self.workdir / "versions")).encode()
+        deadline = self.config.rollout.deadline
+        return json.loads(hosts.gather(mine, "the versions that stand", deadline=deadline)[0])
+
     def publish(self, step: int, params: Any) -> None:
-        """The learner's parameters -> an Orbax step -> a version, unless it stands already."""
-        if step in publisher.published_versions(self.workdir / "versions"):
-            return
-        self.weights.save(step, params, self.probe(params))
-        self.weights.wait()
-        with hosts.first_host_first(f"version {step}", deadline=self.config.rollout.deadline):
-            publisher.publish(  # the others find it there
-                self.weights.path(step),
-                self.policy.config,
-                version=step,
-                directory=self.workdir / "versions",
-                tokenizer=self.policy.tokenizer,
-                dtype=self.config.publish_dtype,
-                config_hash=publisher.config_hash(self.config.to_dict()),
-            )
+        """The learner's parameters -> an Orbax step -> a version, unless it stands already.
+
+        Host 0 alone writes the version; the others look for its marker.
+        """
+        versions, deadline = self.workdir / "versions", self.config.rollout.deadline
+        if step not in self._standing:
+            with heartbeat.together(f"the weights of version {step}", deadline=deadline):
+                self.weights.save(step, params, self.probe(params))
+                self.weights.wait()
+            if not jax.process_index():
+                publisher.publish(
+                    self.weights.path(step),
+                    self.policy.config,
+                    version=step,
+                    directory=versions,
+                    tokenizer=self.policy.tokenizer,
+                    dtype=self.config.publish_dtype,
+                    config_hash=publisher.config_hash(self.config.to_dict()),
+                )
+        marker = publisher.version_path(versions, step) / publisher.COMMITTED
+        hosts.wait_until(marker.exists, os.fspath(marker), deadline=deadline)
 
     def collect_versions(self, keep: set[int]) -> None:
         """Deletes the other versions, and the Orbax steps that they were made of."""

@@ -41,6 +41,7 @@ class Supply:
     preferences: Preferences | None
     recorded: Recorded | None
     writer: ShardWriter | None
+    in_use: set[int] = dataclasses.field(default_factory=set)  # versions, by all hosts
 
     def serve(self, version: int, path: epath.Path) -> None:
         """The version that is due samples from now on."""
@@ -48,7 +49,14 @@ class Supply:
             self.worker.serve(version, path)
 
     def versions(self) -> set[int]:
-        """Versions that are sampled from, or that held groups refer to."""
+        """Versions that are sampled from, or that held groups refer to, on any host.
+
+        Of several hosts, those that they said when they last took a step: until another version
+        serves, none is added to them. Before the first step the pins have what buffers refer to.
+        """
+        return self._versions() if jax.process_count() == 1 else self.in_use
+
+    def _versions(self) -> set[int]:
         return self.worker.versions() | self.buffer.versions()
 
     def collect(self, step: int, stop: StopRequest) -> tuple[list[Group], float]:
@@ -91,7 +99,7 @@ class Supply:
                 )
 
     def _agree(self, step: int, stop: StopRequest, lost: str) -> None:
-        """All hosts stop if one does.
+        """All hosts stop if one does, and know which versions any of them uses.
 
         Raises:
           FleetLost: if one has lost its servers.
@@ -99,9 +107,11 @@ class Supply:
         """
         deadline = self.job.config.rollout.deadline
         hosts.meet(f"step {step}", deadline=deadline)
-        mine = json.dumps([stop.requested, lost]).encode()
+        mine = json.dumps([stop.requested, lost, sorted(self._versions())]).encode()
         said = hosts.gather(mine, f"the state at step {step}", deadline=deadline)
-        stops, losses = zip(*map(json.loads, said), strict=True)
+        stops, losses, versions = zip(*map(json.loads, said), strict=True)
+        self.in_use.clear()
+        self.in_use.update(*versions)
         if any(losses):
             raise FleetLost(next(filter(None, losses)))
         stop.requested = stop.requested or next(filter(None, stops), "")

@@ -194,9 +194,7 @@ def publish_and_serve(
     if lag.publishes(step) and (supply.live or step == 0):
         job.publish(step, params)
         pinned = {v for kept in loop["pins"].values() for v in kept}
-        deadline = job.config.rollout.deadline
-        in_use = hosts.union(supply.versions(), f"the versions in use at {step}", deadline=deadline)
-        job.collect_versions(pinned | in_use | needed_versions(job, step, lag))
+        job.collect_versions(pinned | supply.versions() | needed_versions(job, step, lag))
     due = lag.serves(step)
     supply.serve(due, publisher.version_path(job.workdir / "versions", due))
 
