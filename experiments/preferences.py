@@ -92,6 +92,9 @@ def against_itself(game: Game, policy: np.ndarray, drawn: np.ndarray, rng) -> np
     return game.preference.mean(0)[drawn][:, comparators].mean(-1)
 
 
+METHODS = {"PROSPER": against_the_worst, "self-play": against_itself}
+
+
 def train(game: Game, targets: Callable[..., np.ndarray], *, seed: int) -> np.ndarray:
     """float64[ITERATIONS + 1, 3], the policies; each fits the objective on samples of the last."""
     values = {**objectives.objective("prosper").to_dict(), "beta2": 1 / ETA, "group_size": GROUP}
@@ -123,21 +126,26 @@ def fit(advantage: jax.Array, drawn: jax.Array, logits: jax.Array, objective: Ob
 
 def draw(runs: dict[str, dict[str, np.ndarray]], to: Path) -> None:
     """For each game the policies' way through the simplex, and their values."""
-    figure, axes = plt.subplots(len(runs), 2, figsize=(10, 4.2 * len(runs)), squeeze=False)
+    figure, axes = plt.subplots(len(runs), 2, figsize=(11, 4.2 * len(runs)), squeeze=False)
     corners = np.array([[0, 0], [1, 0], [0.5, 3**0.5 / 2]])
     for (name, policies), (where, values) in zip(runs.items(), axes, strict=True):
         best, highest = brute_force(GAMES[name])
         where.plot(*np.vstack([corners, corners[:1]]).T, color="0.7")
+        for response, (x, y) in enumerate(corners):
+            side = "bottom" if y else "top"
+            where.annotate(f"always {response}", (x, y), ha="center", va=side, fontsize=8)
         for (method, way), color in zip(policies.items(), ("C0", "C3"), strict=True):
-            where.plot(*(way @ corners).T, color=color, linewidth=1, label=method)
+            where.plot(*(way @ corners).T, color=color, linewidth=1.2, label=method)
             values.plot(value(GAMES[name], way), color=color, label=method)
-        where.plot(*(best @ corners), "k*", markersize=12, label="best policy, brute force")
-        where.set(title=name, aspect="equal", xticks=[], yticks=[])
-        values.axhline(highest, color="k", linestyle="--", label="its value")
-        values.set(title="value against the worst objective and opponent", xlabel="iteration")
+        where.plot(*(START @ corners), "ko", markersize=5, label="start")
+        where.plot(*(best @ corners), "k*", markersize=12, label="best policy, by brute force")
+        where.set(title=f"{name}: policies", aspect="equal", xlim=(-0.1, 1.5), ylim=(-0.1, 1.0))
+        where.set(xticks=[], yticks=[])
+        values.axhline(highest, color="k", linestyle="--", label="value of the best policy")
+        values.set(title="their values: against the worst objective", xlabel="iteration")
         values.grid(alpha=0.3)
-        for axis in (where, values):
-            axis.legend(fontsize=8)
+        where.legend(fontsize=8, loc="upper right")
+        values.legend(fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(to, dpi=110)
     plt.close(figure)
@@ -150,10 +158,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.to.mkdir(parents=True, exist_ok=True)
     runs = {name: {} for name in GAMES}
-    methods = {"PROSPER": against_the_worst, "self-play": against_itself}
     for name, game in GAMES.items():
         print(f"{name}: value of the best policy {brute_force(game)[1]:.4f}")
-        for method, targets in methods.items():
+        for method, targets in METHODS.items():
             for seed in range(arguments.seeds):
                 policies = train(game, targets, seed=seed)
                 runs[name].setdefault(method, policies)

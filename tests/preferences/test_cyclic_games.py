@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib import image
 from scipy import optimize
 
 from experiments import preferences as games
@@ -25,14 +26,24 @@ def test_brute_force_finds_what_a_linear_programme_finds_without_entropy(monkeyp
         assert abs(value + found.fun) < 0.003  # the grid's step, and what entropy is left
 
 
+@pytest.fixture(scope="module")
+def runs():
+    """Policies by game and method, as the command draws them."""
+    return {
+        name: {
+            method: games.train(game, targets, seed=0) for method, targets in games.METHODS.items()
+        }
+        for name, game in games.GAMES.items()
+    }
+
+
 @pytest.mark.parametrize("name", games.GAMES)
-def test_the_policy_reaches_the_value_of_brute_force_where_self_play_cycles(name):
+def test_the_policy_reaches_the_value_of_brute_force_where_self_play_cycles(name, runs):
     game = games.GAMES[name]
     best, highest = games.brute_force(game)
     assert best.min() > 0.1  # inside of the simplex: no pure policy will do
     assert games.value(game, games.START) < highest - 0.02
-    prosper = games.train(game, games.against_the_worst, seed=0)
-    self_play = games.train(game, games.against_itself, seed=0)
+    prosper, self_play = runs[name].values()
     late = len(prosper) // 4
     for policy in (prosper[-1], prosper[-late:].mean(0)):
         assert highest - 0.01 < games.value(game, policy) < highest + 0.002
@@ -44,3 +55,24 @@ def test_the_policy_reaches_the_value_of_brute_force_where_self_play_cycles(name
     x, y = ((self_play - 1 / 3) @ np.array([[0, 0], [1, 0], [0.5, 3**0.5 / 2]])).T
     angle = np.unwrap(np.arctan2(y, x))
     assert abs(angle[-1] - angle[0]) > 2 * np.pi
+
+
+def test_the_picture_shows_both_methods_in_every_game(runs, tmp_path, monkeypatch):
+    """Their way through the simplex, and the values on it, in a picture of some detail."""
+    drawn = []
+    monkeypatch.setattr(games.plt, "close", drawn.append)
+    games.draw(runs, tmp_path / "preferences.png")
+    monkeypatch.undo()
+    panels = np.array(drawn[0].axes).reshape(len(games.GAMES), 2)
+    corners = np.array([[0, 0], [1, 0], [0.5, 3**0.5 / 2]])
+    for (name, policies), (where, values) in zip(runs.items(), panels, strict=True):
+        assert name in where.get_title()
+        for method, way in policies.items():
+            of_method = lambda panel, label=method: next(
+                line for line in panel.lines if line.get_label() == label
+            )
+            np.testing.assert_allclose(of_method(where).get_xydata(), way @ corners)
+            expected = games.value(games.GAMES[name], way)
+            np.testing.assert_allclose(of_method(values).get_ydata(), expected)
+    games.plt.close(drawn[0])
+    assert image.imread(tmp_path / "preferences.png").std() > 0.05
