@@ -1,10 +1,11 @@
 """Which TPU slice trains what, and how fast at most: the table in docs/plan.md.
 
-    python experiments/plan_table.py [--only competition_math] [--models qwen3-8b] [--jobs=2]
+    python experiments/plan_table.py [--only competition_math] [--models qwen3-8b] [--jobs=1]
 
 Claim: Qwen3-4B at 16k tokens and R1-Distill-Qwen-14B at 32k train on slices of 16 to 256 chips, and
 every model from 0.6B to 32B at 16k on some slice; docs/plan.md says on which, and on which not.
-Hardware: two CPU cores, about three minutes for each line that fits. Measured: nothing; every
+Hardware: CPU cores, of which a line keeps two busy; about three minutes of processor time for one
+that fits (170 s for Qwen3-4B on v5e:8x8), 3 GB of memory. Measured: nothing; every
 number is the compiler's or follows from published ones.
 
 Each line is kept in docs/plan_table.json with a digest of the code, the settings and the compiler
@@ -217,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[*RUNS, SMALLEST], choices=[*RUNS, SMALLEST])
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
-    parser.add_argument("--jobs", type=int, default=1, help="lines to make at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="lines at a time, two cores each")
     arguments = parser.parse_args()
     fill(arguments.only, arguments.models, arguments.jobs)
 

@@ -165,7 +165,8 @@ def test_what_does_not_fit_is_said_not_to_fit(where):
     assert "exceeds available HBM (15.75G)" in refused.because
     assert memory.too_large(program_of(15 * GIB, {}), available) is None
     unasked = memory.too_large(program_of(9 * GIB, {"another copy": 9 * GIB}), available)
-    assert unasked and not unasked.fits
+    assert unasked
+    assert not unasked.fits
     assert unasked.because == "arguments alone are 18.00 GiB of 15.75 GiB"
     crowded = judge(program_of(15 * GIB, {"another copy": GIB}))
     assert not crowded.fits

@@ -40,6 +40,7 @@ def estimate(
     available = hbm_available(where)
     verdicts, times = judged(plan, where, available, say)
     asked = host.host_memory(plan, where.chips_per_host)
+    asked["offloaded"] = float(where.chips_per_host * max(v["offloaded"] for v in verdicts))
     held = {**asked, "total": sum(asked.values()), "ram": where.host_ram}
     chip_fits = all(verdict["fits"] for verdict in verdicts)
     return {
@@ -93,6 +94,7 @@ def judged(
                 "because": verdict.because,
                 "hbm": dict(verdict.hbm),
                 "donated": dict(verdict.donated),
+                "offloaded": verdict.offloaded,
                 "resharded by replication": verdict.replicated,
                 "compile_seconds": round(seconds, 1),
             }

@@ -31,6 +31,7 @@ class Verdict:
         of their own.
       compiled: the program, None if there is none.
       text: the compiled program, read.
+      offloaded: bytes of the host's memory that it takes for a chip.
       replicated: arrays that the compiler reshards by replicating them whole on every chip.
     """
 
@@ -40,6 +41,7 @@ class Verdict:
     donated: Mapping[str, int]
     compiled: Any
     text: Module | None
+    offloaded: int
     replicated: int
 
 
@@ -52,7 +54,7 @@ def too_large(program: Program, available: int) -> Verdict | None:
     if total <= available:
         return None
     because = f"arguments alone are {total / 2**30:.2f} GiB of {available / 2**30:.2f} GiB"
-    return Verdict(False, because, hbm, {}, None, None, 0)
+    return Verdict(False, because, hbm, {}, None, None, 0, 0)
 
 
 def judge(program: Program, traced: Any, available: int) -> Verdict:
@@ -67,7 +69,7 @@ def judge(program: Program, traced: Any, available: int) -> Verdict:
     except jax.errors.JaxRuntimeError as error:
         sentence = " ".join(str(error).split())
         if any(word in sentence for word in REFUSALS):
-            return Verdict(False, f"the compiler: {sentence}", {}, {}, None, None, 0)
+            return Verdict(False, f"the compiler: {sentence}", {}, {}, None, None, 0, 0)
         raise RunError(f"{program.name} does not compile for this slice: {sentence}") from error
     text = Module(compiled.as_text())
     hbm = by_kind(program, compiled.memory_analysis(), text)
@@ -81,6 +83,7 @@ def judge(program: Program, traced: Any, available: int) -> Verdict:
         donated=donation(compiled, text),
         compiled=compiled,
         text=text,
+        offloaded=compiled.memory_analysis().host_temp_size_in_bytes,
         replicated=compiler_log.replicated(lines),
     )
 
