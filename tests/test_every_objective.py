@@ -36,9 +36,11 @@ SMALL = {
     "lag.steps": 1,
     "buffer.mode": "keep_with_anchor",
     "buffer.zero_variance": "keep",
+    "data.max_prompt_tokens": 8,
+    "rollout.max_response_tokens": 8,
     "rollout.prompts_per_call": PROMPTS,
     "rollout.max_sequences": 64,
-    "rollout.prompt_multiple": 12,  # one shape to compile
+    "rollout.prompt_multiple": 8,  # one shape to compile
     "learner.micro_batches": 1,
     "evaluation.every": 0,
     "checkpoint.every": STEPS,
