@@ -55,7 +55,7 @@ METHODS: dict[str, tuple[Values, ...]] = {
     "opmd_kimi": ({"beta2": 0.2}, {"beta2": 0.05}),
     # tau only scales the loss, which Adam undoes.
     "opmd_trinity": ({},),
-    # A shift below zero, as arXiv 2506.20520 recommends; how far is a proposal.
+    # Below zero, as arXiv 2506.20520 recommends: the default of Trinity-RFT; and three times that.
     "asymre": ({"asymre_shift": -0.1}, {"asymre_shift": -0.3}),
     # arXiv 2503.20783 (clipped as GRPO); clip-higher.
     "dr_grpo": ({"clip_high": 0.2}, {"clip_high": 0.28}),
