@@ -19,12 +19,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from etils import epath
 
+from experiments.forgetful import forgetful
 from oapl_jax import train
 from oapl_jax.begin import begin
 from oapl_jax.errors import RunError
@@ -74,11 +72,9 @@ class Run:
         others = {name: run.key for name, run in mine.items() if isinstance(run, Run)}
         return {**mine, "overrides": dict(self.overrides), **others}
 
-    @functools.cached_property
+    @property
     def key(self) -> str:
-        config = self.resolve(epath.Path("/")).to_dict()  # paths of all runs below the same root
-        text = json.dumps([self.settings, config], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return key_of(self)
 
     @property
     def needed(self) -> bool:
@@ -120,6 +116,13 @@ class Run:
         return config
 
 
+@functools.cache  # the same run is asked for again and again, and a configuration takes a while
+def key_of(run: Run) -> str:
+    config = run.resolve(epath.Path("/")).to_dict()  # paths of all runs below the same root
+    text = json.dumps([run.settings, config], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def run_of(kind: str, config: str, *, overrides: Mapping[str, Any], **others: Any) -> Run:
     """A Run with overrides from a mapping."""
     return Run(kind, config, overrides=tuple(sorted(overrides.items())), **others)
@@ -133,9 +136,8 @@ def weights(start: Run, root: epath.Path) -> epath.Path:
 def do(run: Run, root: epath.Path) -> None:
     """Does a run to its end, or until SIGTERM, and goes on where an earlier try has stopped.
 
-    Leaves log.txt and, at its end, outcome.json in the run's directory: "ended" with what was
-    found, or "failed" with the reason for a run that can't go on, which is a finding too, and the
-    processor time of the last try. Any other exception ends the process and leaves no outcome.
+    Leaves log.txt and, at its end, outcome.json: "ended" with what was found, or "failed" with the
+    reason for a run that can't go on, a finding too. Any other exception leaves no outcome.
     """
     stop = StopRequest()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the whole group; the grid says when to stop
@@ -233,29 +235,6 @@ def grade(job: Job, step: int, params: Any, run: Run) -> dict[str, Any]:
     job.config.evaluation.update(GRADES[run.split])
     graded = job.grade(step, params, run.split)
     return {run.split: {k: v for k, v in graded.items() if not isinstance(v, tuple)}}
-
-
-def forgetful(
-    optimizer: optax.GradientTransformation, *, every: int
-) -> optax.GradientTransformation:
-    """The same with Adam's moments and their bias correction begun anew every so many steps.
-
-    The schedule goes on. With `every` a window of the lag policy, no gradient of one window weighs
-    in the steps of the next.
-    """
-    adam = lambda part: isinstance(part, optax.ScaleByAdamState)
-
-    def update(updates, state, params=None):
-        step, inner = state
-        kept = step % every != 0
-        forget = lambda part: jax.tree.map(lambda x: x * kept.astype(x.dtype), part)
-        inner = jax.tree.map(lambda p: forget(p) if adam(p) else p, inner, is_leaf=adam)
-        updates, inner = optimizer.update(updates, inner, params)
-        return updates, (step + 1, inner)
-
-    return optax.GradientTransformation(
-        lambda params: (jnp.zeros((), jnp.int32), optimizer.init(params)), update
-    )
 
 
 def summary(lines: list[dict[str, Any]], config: Config, run: Run) -> dict[str, Any]:

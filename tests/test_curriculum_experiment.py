@@ -89,6 +89,8 @@ def test_the_short_form_goes_through_and_is_not_run_twice(tmp_path):
 
     def run():
         environment = {**os.environ, "XLA_FLAGS": ""}  # one device
+        environment["JAX_COMPILATION_CACHE_DIR"] = os.environ["TEST_PROGRAMS"]
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         done = subprocess.run(
             command, cwd=ROOT, env=environment, timeout=300, stdout=subprocess.PIPE, text=True
         )

@@ -20,7 +20,8 @@ from configs import arithmetic
 from configs.objectives import OBJECTIVES
 from experiments import findings, grid, lag, objectives, page, plot, tables
 from experiments.arms import Arm, a_run, arms, stream, tuned, warm_up
-from experiments.runs import forgetful, run_of, summary
+from experiments.forgetful import forgetful
+from experiments.runs import key_of, run_of, summary
 from oapl_jax.check import check_sizes
 from oapl_jax.optim import make_optimizer, make_schedule
 
@@ -133,7 +134,9 @@ def test_a_changed_default_makes_another_run(monkeypatch):
         return config
 
     monkeypatch.setattr(arithmetic, "get_config", changed)
+    key_of.cache_clear()  # as if in another process
     assert run().key != before
+    key_of.cache_clear()
 
 
 # A run's numbers

@@ -145,17 +145,17 @@ def assert_lost(process: subprocess.Popen, *reasons: str) -> None:
     assert any(reason in said for reason in reasons), output
 
 
-def test_whichever_host_is_lost_is_named_and_the_run_goes_on(runs, together, tmp_path):
+def test_a_host_that_is_lost_is_named_and_the_run_goes_on(runs, together, tmp_path):
+    """Host 0, which is the coordinator too; test_hosts.py loses the other one."""
     workdir = tmp_path / "run"
-    for lost, step in ((1, 4), (0, 7)):
-        processes = Pod(runs, 2, hangs_at={}).start(workdir)
-        try:
-            wait_for_step(workdir, step, processes)
-            processes[lost].kill()
-            silent, broken = f"host {lost} has not been heard of", f"host {1 - lost} lost another"
-            assert_lost(processes[1 - lost], silent, broken, "host 0, the coordinator, is lost")
-        finally:
-            processes[1 - lost].kill()
+    processes = Pod(runs, 2, hangs_at={}).start(workdir)
+    try:
+        wait_for_step(workdir, 4, processes)
+        processes[0].kill()
+        silent = "host 0 has not been heard of"
+        assert_lost(processes[1], silent, "host 1 lost another", "host 0, the coordinator, is lost")
+    finally:
+        processes[1].kill()
     processes = Pod(runs, 2, hangs_at={1: 9}).start(workdir)
     hang = "host 0 waited 5 s (rollout.deadline) in gradient step 10: host 1 has not begun it"
     try:
