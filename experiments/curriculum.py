@@ -130,7 +130,7 @@ def get_config(name: str, seed: int, **changes: Any) -> Any:
     config.checkpoint.every = 20
     config.tensorboard = False
     config.curriculum.name = name
-    config.curriculum.curator.update(dormant=0, warmup=2, passes=4)
+    config.curriculum.curator.update(dormant=0, warmup=2, passes=2)
     config.update_from_flattened_dict(changes)
     return config
 
@@ -149,8 +149,12 @@ def start(to: epath.Path, config: Any) -> epath.Path:
 
 
 def run(to: epath.Path, config: Any, policy: epath.Path, split: str) -> list[dict[str, Any]]:
-    """Trains on the bank, and returns the lines of its metrics."""
+    """Trains on the bank, and returns the lines of its metrics.
+
+    The curator begins as the policy does: who has learnt to answer sums tells them apart sooner.
+    """
     config.model.path, config.warmup.num_steps = str(policy), 0
+    config.curriculum.curator.path = str(policy)
     if not (to / "result.json").exists():
         job = open_job(config.lock(), to)
         splits = {"train": bank(job.splits["train"]), "validation": job.splits[split]}
