@@ -69,7 +69,12 @@ def test_accumulation_keeps_one_gradient_more_and_nothing_else(over_context):
 def test_what_is_offloaded_is_the_hosts(over_context):
     _, kept, _ = over_context
     assert kept.offloaded == 0
-    _, verdict, _ = judged(dict(fsdp=4), micro_batches=2, remat="offload")
+    _, verdict, times = judged(dict(fsdp=4), micro_batches=2, remat="offload")
     layer = ROWS // 4 * LENGTH * 256 * 2  # what enters it, in bfloat16
     assert 2 * layer < verdict.offloaded < 16 * layer
+    # Out and back for each micro-batch and layer: its input, attention's results in 4 heads of 64,
+    # and a float32 of each head's row.
+    one = 2 * layer + ROWS // 4 * LENGTH * 4 * 4
+    assert times["host_traffic"] == 2 * 2 * 2 * one
+    assert times["roofline"]["host"] == times["host_traffic"] / 16e9
     assert verdict.replicated == 0

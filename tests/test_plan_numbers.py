@@ -53,18 +53,21 @@ def test_the_roofline_is_arithmetic_in_float64():
         program_flops=2.56e17,
         model_flops=1.92e17,
         hbm_bytes=4e12,
+        host_bytes=1.6e10,
         received={"fsdp": 3e11, "data+fsdp": 1e10},
         bandwidth={"fsdp": 1e11, "data+fsdp": 5e10},
         tokens=4_456_448,
     )
-    assert (bound.compute, bound.hbm, bound.interconnect) == (20.0, 5.0, 3.2)
+    assert (bound.compute, bound.hbm, bound.interconnect, bound.host) == (20.0, 5.0, 3.2, 1.0)
     assert (bound.seconds, bound.binds) == (20.0, "compute")
     assert bound.tokens_per_second == 222822.4
     assert bound.mfu == 0.75
     slow = dataclasses.replace(chip, hbm_bandwidth=100e9)
     numbers = dict(program_flops=2.56e17, model_flops=1.92e17, hbm_bytes=4e12, tokens=1)
-    bound = roofline(slow, 64, **numbers, received={}, bandwidth={})
+    bound = roofline(slow, 64, **numbers, host_bytes=0, received={}, bandwidth={})
     assert (bound.seconds, bound.binds, bound.mfu) == (40.0, "hbm", 0.375)
+    bound = roofline(chip, 64, **numbers, host_bytes=1.28e12, received={}, bandwidth={})
+    assert (bound.seconds, bound.binds) == (80.0, "host")
 
 
 def test_published_bandwidths_of_all_links():

@@ -15,7 +15,7 @@ from oapl_jax.plan.collectives import (
 )
 from oapl_jax.plan.memory import kept_bytes
 from oapl_jax.plan.module import Module
-from oapl_jax.plan.traffic import hbm_bytes
+from oapl_jax.plan.traffic import hbm_bytes, host_bytes
 
 # An outer loop of 3 turns; in it one of 5 turns, whose bound 10 the outer loop is handed and whose
 # counter takes steps of 2; in that a product whose weights are gathered.
@@ -309,6 +309,31 @@ def test_traffic_is_what_goes_through_hbm():
     # A layer of the stack is read (2048 bytes) into VMEM and doubled there; a row is fetched (2048)
     # and written into its place (2048). The other 35 layers stay where they are.
     assert hbm_bytes(Module(TRAFFIC)) == 3 * 2048
+    assert host_bytes(Module(TRAFFIC)) == 0
+
+
+OFFLOADING = """HloModule m, is_scheduled=true
+
+ENTRY %main (v: bf16[1,1024], i: s32[]) -> bf16[1,1024] {
+  %v = bf16[1,1024]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %far = bf16[36,1024]{1,0:S(5)} custom-call(), custom_call_target="AllocateBuffer"
+  %out = (bf16[36,1024]{1,0:S(5)}, bf16[1,1024]{1,0}, s32[], bf16[36,1024]{1,0:S(5)}, \
+u32[]{:S(2)}) dynamic-update-slice-start(%far, %v, %i)
+  %kept = bf16[36,1024]{1,0:S(5)} dynamic-update-slice-done(%out)
+  %in = ((bf16[36,1024]{1,0:S(5)}, s32[]), bf16[1,1024]{1,0}, u32[]{:S(2)}) \
+dynamic-slice-start(%kept, %i)
+  ROOT %back = bf16[1,1024]{1,0} dynamic-slice-done(%in)
+}
+""".replace("\\\n", "")
+
+
+def test_what_goes_to_the_host_and_back_is_counted_apart():
+    # A row leaves HBM and comes back: one read, one write, and twice over the link.
+    assert hbm_bytes(Module(OFFLOADING)) == host_bytes(Module(OFFLOADING)) == 2 * 2048
+    unknown = OFFLOADING.replace("dynamic-slice-done(%in)", "gather(%kept, %i)")
+    with pytest.raises(RunError, match="gather"):
+        host_bytes(Module(unknown))
 
 
 def test_what_a_loop_leaves_to_a_later_loop_is_kept():

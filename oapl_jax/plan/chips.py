@@ -14,6 +14,7 @@ class Chip:
       hbm_bandwidth: bytes/s.
       link_bandwidth: bytes/s of one link in one direction: the published bandwidth of all links in
         both directions, divided by two directions and two links for each dimension of the torus.
+      host_bandwidth: bytes/s between a chip and its host, each way.
       dimensions: of the torus.
       ring: chips along a dimension from which its ends are joined; a multiple of it keeps the ring.
       machines: chips of a machine -> bytes of its RAM. A slice of so many chips is one machine, any
@@ -25,6 +26,7 @@ class Chip:
     hbm_bytes: float
     hbm_bandwidth: float
     link_bandwidth: float
+    host_bandwidth: float
     dimensions: int
     ring: int
     machines: Mapping[int, float]
@@ -32,7 +34,7 @@ class Chip:
 
 
 CHIPS_PER_HOST = 4
-# Rings: https://jax-ml.github.io/scaling-book/tpus. Machines: the types ct5lp-hightpu-1t, -4t, -8t,
+# Rings, hosts' links: https://jax-ml.github.io/scaling-book/tpus. Machines: the types ct5lp-hightpu-1t, -4t, -8t,
 # ct5p-hightpu-4t and ct6e-standard-1t, -4t, -8t of the same pages as the rest.
 CHIPS = {
     "v5e": Chip(
@@ -40,6 +42,7 @@ CHIPS = {
         hbm_bytes=16 * 2**30,
         hbm_bandwidth=819e9,
         link_bandwidth=400e9 / 2 / 4,
+        host_bandwidth=16e9,
         dimensions=2,
         ring=16,
         machines={1: 48e9, 4: 192e9, 8: 384e9},
@@ -50,6 +53,7 @@ CHIPS = {
         hbm_bytes=95 * 2**30,
         hbm_bandwidth=2765e9,
         link_bandwidth=1200e9 / 2 / 6,
+        host_bandwidth=16e9,
         dimensions=3,
         ring=4,
         machines={4: 448e9},
@@ -60,6 +64,7 @@ CHIPS = {
         hbm_bytes=32 * 2**30,
         hbm_bandwidth=1600e9,
         link_bandwidth=800e9 / 2 / 4,
+        host_bandwidth=32e9,
         dimensions=2,
         ring=16,
         machines={1: 176e9, 4: 720e9, 8: 1440e9},

@@ -119,13 +119,14 @@ def step_times(plan: programs.Learner, where: Slice, traced: Any, text: Any) -> 
     bandwidth = {axes: axis_bandwidth(where, plan.mesh, axes.split("+")) for axes in received}
     work = flops.traced_work(traced)
     needed = flops.step_flops(plan.model_config, sequences, prompt, response)
-    moved = traffic.hbm_bytes(text)
+    moved, offloaded = traffic.hbm_bytes(text), traffic.host_bytes(text)
     bound = roofline.roofline(
         where.chip,
         len(where.devices),
         program_flops=work.total,
         model_flops=needed,
         hbm_bytes=moved,
+        host_bytes=offloaded,
         received=received,
         bandwidth=bandwidth,
         tokens=sequences * (prompt + response),
@@ -138,6 +139,7 @@ def step_times(plan: programs.Learner, where: Slice, traced: Any, text: Any) -> 
             "remat_share": work.remat / work.total,
         },
         "hbm_traffic": moved,
+        "host_traffic": offloaded,
         "collectives": table,
         "ici_bandwidth": bandwidth,
         "roofline": vars(bound),
@@ -150,13 +152,7 @@ def around(plan: programs.Learner, where: Slice, seconds: float, storage: float)
     size = {"float32": 4, "bfloat16": 2}[config.publish_dtype]
     count = host.parameters(plan.model_config)
     publish = host.publish_seconds(count, size, where.hosts, storage)
-    wanted = host.host_memory(plan, where.chips_per_host)
     return {
-        "host_memory": {
-            **wanted,
-            "total": sum(wanted.values()),
-            "ram": where.host_ram,
-        },
         "publish_seconds": publish,
         "storage": storage,
         "fleet": vars(host.fleet(config, seconds, publish)),

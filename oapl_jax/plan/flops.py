@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from jax.extend.core import Var
+
 from oapl_jax.errors import RunError
 from oapl_jax.models.config import ModelConfig
 
@@ -59,7 +61,7 @@ def traced_work(traced: Any) -> Work:
 
 
 def _products(jaxpr: Any, times: float, again: bool) -> Iterator[tuple[float, bool]]:
-    for equation in jaxpr.eqns:
+    for equation in _live(jaxpr):
         name, params = equation.primitive.name, equation.params
         here = again or REMAT in str(equation.source_info.name_stack)
         if name == "dot_general":
@@ -88,6 +90,20 @@ def _products(jaxpr: Any, times: float, again: bool) -> Iterator[tuple[float, bo
                 body = getattr(part, "jaxpr", part)
                 if hasattr(body, "eqns"):
                     yield from _products(body, inside, here)
+
+
+def _live(jaxpr: Any) -> list[Any]:
+    """The equations without those that nothing takes a result of, which the compiler leaves out.
+
+    Remat traces a layer again and takes of it what a gradient needs. (The rule of JAX's own
+    dce_jaxpr keeps a kernel of which nothing is taken.)
+    """
+    used, live = {v for v in jaxpr.outvars if isinstance(v, Var)}, []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or not used.isdisjoint(equation.outvars):
+            live.append(equation)
+            used.update(v for v in equation.invars if isinstance(v, Var))
+    return live
 
 
 def _product(equation: Any) -> float:

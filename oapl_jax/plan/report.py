@@ -82,7 +82,8 @@ def _work(plan: dict[str, Any]) -> list[str]:
     return [
         f"FLOPs of a step: {flops['formula']:.3g} by formula, {flops['program']:.3g} in the "
         f"program, of which remat adds {flops['remat_share']:.0%}",
-        f"HBM traffic of a step: {size(plan['hbm_traffic'])} a chip",
+        f"HBM traffic of a step: {size(plan['hbm_traffic'])} a chip; between chip and host "
+        f"{size(plan['host_traffic'])}",
     ]
 
 
@@ -99,7 +100,8 @@ def _bound(plan: dict[str, Any]) -> list[str]:
     bound = plan["roofline"]
     return [
         f"A step takes at least {bound['seconds']:.3g} s: compute {bound['compute']:.3g}, HBM "
-        f"{bound['hbm']:.3g}, interconnect {bound['interconnect']:.3g}; {bound['binds']} binds",
+        f"{bound['hbm']:.3g}, interconnect {bound['interconnect']:.3g}, host's link {bound['host']:.3g}; "
+        f"{bound['binds']} binds",
         f"At most {bound['tokens_per_second']:,.0f} tokens/s and {bound['mfu']:.0%} MFU",
     ]
 

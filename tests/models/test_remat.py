@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from oapl_jax.models.config import ModelConfig
 from oapl_jax.models.transformer import REMAT_POLICIES, Transformer
 from oapl_jax.plan import topology
+from oapl_jax.plan.flops import traced_work
 from oapl_jax.sharding import AXES, ROWS, parameter_shardings
 
 LAYERS, HIDDEN, LENGTH, ROWS_PER_CHIP = 256, 256, 256, 2
@@ -84,11 +85,16 @@ def test_what_a_policy_keeps_is_not_computed_again():
 
 
 @functools.cache
-def compiled(remat):
+def traced(remat):
     where = topology.open_slice("v5e:2x2")
     mesh = topology.make_mesh(where, dict(data=1, fsdp=4, context=1, tensor=1))
     run, given = gradient(remat, mesh)
-    return run.lower(*given).compile()
+    return run.trace(*given)
+
+
+@functools.cache
+def compiled(remat):
+    return traced(remat).lower().compile()
 
 
 def kernels(remat):
@@ -103,6 +109,16 @@ def test_splash_runs_forward_once_if_its_results_are_kept():
     # Where the compiler takes turns out of the loops, it takes them out of both passes.
     offload = kernels("offload")
     assert offload["fwd"] == offload["dkv"] == offload["dq"] > 0
+
+
+def test_flops_are_those_of_what_is_compiled():
+    """Of what remat traces again, attention's forward kernel is left out where its results are
+    kept."""
+    work = {remat: traced_work(traced(remat)) for remat in ("full", "attention", "offload")}
+    attention = LAYERS * 4 * ROWS_PER_CHIP * 2 * 2 * 2 * 128 * LENGTH**2 / 2  # two products, causal
+    assert work["attention"] == work["offload"]
+    assert work["full"].total - work["attention"].total == attention
+    assert work["full"].remat - work["attention"].remat == attention
 
 
 def test_offload_moves_what_a_layer_keeps_to_the_hosts_memory():
