@@ -12,6 +12,8 @@ import json
 import random
 import time
 
+from results import keep
+
 from oapl_jax.rewards.answers import Answers
 
 PLAIN, EXPRESSIONS = 20_000, 400
@@ -98,6 +100,7 @@ def main() -> None:
         answers.verify(r"\boxed{\sqrt{2}}", "2")
         result["hostile"] = {name: cost(answers, text) for name, text in HOSTILE.items()}
     print(json.dumps(result, indent=1))
+    keep(result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ sequences of 512 tokens, `whole` ones are one sequence. Four query heads share t
 """
 
 import argparse
-import json
 import time
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from results import keep, show
 
 from oapl_jax.models.attention import masked_attention
 from oapl_jax.models.blocked import blocked_attention, visible
@@ -82,11 +82,8 @@ def main() -> None:
         for packed in (False, True)
         if length <= given.tokens and not (packed and length <= SEQUENCE)
     ]
-    columns = list(lines[0])
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for line in lines:
-        print("| " + " | ".join(str(line[c]) for c in columns) + " |")
-    print(json.dumps(lines))
+    show(lines)
+    keep(lines)
 
 
 if __name__ == "__main__":

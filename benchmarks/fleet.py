@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from results import keep, show
 
 from oapl_jax import learner
 from oapl_jax.checkpoint import Weights
@@ -243,10 +244,18 @@ def main() -> None:
             for fleet in fleets.values():
                 fleet.close()
     ratios = np.median(rows / rows[:, :1], axis=0)
-    print("| client | tokens/s | ratio | in the server | ratio |\n|---|---|---|---|---|")
-    for name, (rate, busy), by in zip(clients, np.median(rows, axis=0), ratios, strict=True):
-        print(f"| {name} | {rate:.0f} | {by[0]:.3f} | {busy:.2f} | {by[1]:.3f} |")
-    print(json.dumps({"rounds": rows.tolist()}))
+    lines = [
+        {
+            "client": name,
+            "tokens/s": round(rate),
+            "of SGLang's": round(by[0], 3),
+            "in the server": round(busy, 2),
+            "of its": round(by[1], 3),
+        }
+        for name, (rate, busy), by in zip(clients, np.median(rows, axis=0), ratios, strict=True)
+    ]
+    show(lines)
+    keep({"table": lines, "rounds": rows.tolist()})
 
 
 if __name__ == "__main__":

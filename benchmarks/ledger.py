@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 from etils import epath
+from results import keep
 
 from oapl_jax.rollout import account
 from oapl_jax.rollout.ledger import FILE, Ledger
@@ -56,6 +57,7 @@ def main() -> None:
         f"{events} events, {size / 1e6:.1f} MB: {wrote:.2f} s, {wrote / events * 1e6:.1f} us each, "
         f"{wrote / seconds:.2%} of {seconds:.0f} s; read and summed in {read:.2f} s"
     )
+    keep({"events": events, "MB": size / 1e6, "s": wrote, "of": seconds, "read s": read})
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ less than 8 GB.
 """
 
 import argparse
-import json
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from results import keep, show
 
 from oapl_jax import batching, learner
 from oapl_jax.models.config import ModelConfig
@@ -170,11 +170,8 @@ def main() -> None:
         tokens = given.tokens // 8
         found["vocabularies"] = [at_vocabulary(n, tokens, given.rounds) for n in VOCABULARIES]
     for lines in found.values():
-        print("| " + " | ".join(lines[0]) + " |\n|" + "---|" * len(lines[0]))
-        for line in lines:
-            print("| " + " | ".join(str(value) for value in line.values()) + " |")
-        print()
-    print(json.dumps(found))
+        show(lines)
+    keep(found)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ where the time to learn is that of a run whose rollouts cost nothing, in turns w
 """
 
 import argparse
-import json
 import queue
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 from etils import epath
+from results import keep, show
 
 from configs import arithmetic
 from oapl_jax import train
@@ -52,9 +52,11 @@ class WaitingSampler:
         asked = queue.Queue(IN_FLIGHT)
 
         def ask():
-            for prompt in prompts:
-                asked.put((time.monotonic() + self._latency, self.version, prompt))
-            asked.put(None)
+            try:
+                for prompt in prompts:
+                    asked.put((time.monotonic() + self._latency, self.version, prompt))
+            finally:
+                asked.put(None)
 
         threading.Thread(target=ask, daemon=True).start()
         while entry := asked.get():
@@ -79,6 +81,7 @@ def seconds_a_step(steps: int, generate: float) -> float:
         config.num_steps, config.warmup.num_steps = steps, 0
         config.evaluation.every, config.checkpoint.every = 0, 10 * steps
         config.rollout.overlap, config.tensorboard = True, False
+        config.rollout.unpaid_groups = 0  # random tokens are never right
         config.buffer.mode, config.buffer.zero_variance = "keep_with_anchor", "keep"
     latency = generate * IN_FLIGHT / config.groups_per_step
     new_sampler = lambda job, seed, older_versions: WaitingSampler(latency)
@@ -102,11 +105,16 @@ def main() -> None:
         learn = seconds_a_step(args.steps, 0.0)
         for share, found in ratios.items():
             found.append(seconds_a_step(args.steps, share * learn) / max(learn, share * learn))
-    results = {str(share): round(statistics.median(found), 3) for share, found in ratios.items()}
-    print("| generation / learning | wall / max(generation, learning) |\n|---|---|")
-    for share, ratio in results.items():
-        print(f"| {share} | {ratio} |")
-    print(json.dumps(results))
+    lines = [
+        {
+            "generation / learning": share,
+            "wall / max(generation, learning)": round(statistics.median(found), 3),
+            "of the rounds": ", ".join(f"{ratio:.3f}" for ratio in found),
+        }
+        for share, found in ratios.items()
+    ]
+    show(lines)
+    keep(lines)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import resource
 import statistics
 import time
 
+from results import keep
+
 from oapl_jax.rewards import sandbox
 from oapl_jax.rewards.launch import Limits
 from oapl_jax.rewards.problems import Problem
@@ -105,6 +107,7 @@ def main() -> None:
         for way in ways
     ]
     print(json.dumps(results, indent=1))
+    keep(results)
 
 
 if __name__ == "__main__":

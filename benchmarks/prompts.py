@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from results import keep
 
 from oapl_jax.data import releases
 from oapl_jax.data.prompts import Prompts
@@ -91,7 +92,7 @@ def main() -> None:
             }
     for name, value in results.items():
         print(f"{name}: {value}")
-    print(json.dumps(results))
+    keep(results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Publishing an Orbax step: bytes a second as a share of the disk's, and memory.
 
-    python benchmarks/publishing.py [--directory=runs] [--rounds=5] [--json=FILE]
+    python benchmarks/publishing.py [--directory=runs] [--rounds=5]
 
 A model of SmolLM2-135M's shape with random weights is saved with Orbax and published. In turns with
 each publication, as many bytes are written to the same disk in one go and synced: that is the
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import xxhash
 from etils import epath
+from results import keep, show
 
 from oapl_jax.models import export, layout
 from oapl_jax.models.config import ModelConfig
@@ -155,7 +156,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--directory", type=pathlib.Path, default=pathlib.Path("runs"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=pathlib.Path, help="where to write the results")
     parser.add_argument("--source", help=argparse.SUPPRESS)  # for the process that only publishes
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -175,13 +175,8 @@ def main() -> None:
             results.append(json.loads(done.stdout.splitlines()[-1]))
     finally:
         shutil.rmtree(place)
-    columns = list(results[0])
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for result in results:
-        print("| " + " | ".join(str(result[c]) for c in columns) + " |")
-    print(json.dumps(results))
-    if given.json:
-        given.json.write_text(json.dumps(results, indent=1) + "\n")
+    show(results)
+    keep(results)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ that for a learner step (the recomputation of logits in the backward pass is not
 """
 
 import argparse
-import json
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from results import keep, show
 
 from oapl_jax import batching, learner
 from oapl_jax.models.config import ModelConfig
@@ -174,12 +174,9 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    results = [measure(name, parser.parse_args().rounds) for name in CASES]
-    columns = list(results[0])
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for result in results:
-        print("| " + " | ".join(str(result[c]) for c in columns) + " |")
-    print(json.dumps(results))
+    lines = [measure(name, parser.parse_args().rounds) for name in CASES]
+    show(lines)
+    keep(lines)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ class Grid:
         self._processes = multiprocessing.get_context("forkserver")
         # Each run is a fork of a process that has imported everything and computed nothing, so that
         # a change of the code reaches the next command and not the next run.
-        self._processes.set_forkserver_preload(["experiments.lag", "configs.arithmetic"])
+        self._processes.set_forkserver_preload(
+            ["experiments.arms", "experiments.findings", "configs.arithmetic"]
+        )
 
     def line(self, run: Run) -> Line | None:
         """What is known of a run; None if it has not come to an end.

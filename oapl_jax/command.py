@@ -15,12 +15,15 @@ WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; what it ho
 
 
 def read_command_line() -> tuple[Config, epath.Path]:
-    """The configuration with its overrides, and the workdir.
+    """The configuration with its overrides, and the workdir; `--help` prints and ends instead.
 
     Raises:
       UserError: for an unknown flag, key, choice or file, a value of the wrong type, or a workdir
         in an object store.
     """
+    if "--help" in sys.argv:
+        print(usage())
+        sys.exit()
     try:
         flags.FLAGS(sys.argv)
         config = CONFIG.value
@@ -41,3 +44,17 @@ def read_command_line() -> tuple[Config, epath.Path]:
             "ledger and metrics do; name a directory (a bucket can be mounted as one)"
         )
     return config, absolute(WORKDIR.value)
+
+
+def usage() -> str:
+    """What the command does, and its own flags."""
+    modules = flags.FLAGS.flags_by_module_dict()
+    mine = [
+        f for name in modules if name.startswith(("oapl_jax", sys.argv[0])) for f in modules[name]
+    ]
+    lines = [
+        f"  --{flag.name}: {flag.help}" + (f" [{flag.default}]" if flag.default is not None else "")
+        for flag in sorted(mine, key=lambda flag: flag.name)
+    ]
+    overrides = "  --config.NAME=VALUE: a setting of that file, such as --config.lag.steps=8"
+    return "\n".join([sys.modules["__main__"].__doc__ or "", *lines, overrides])

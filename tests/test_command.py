@@ -1,4 +1,4 @@
-"""The command line: where a run may live."""
+"""The command line: help, and where a run may live."""
 
 import os
 import sys
@@ -30,3 +30,13 @@ def test_a_workdir_in_a_bucket_is_refused_and_no_local_name(monkeypatch):
 def test_a_path_in_a_bucket_is_absolute_already():
     assert os.fspath(absolute("gs://fleet/versions")) == "gs://fleet/versions"
     assert os.fspath(absolute("versions")) == f"{os.getcwd()}/versions"
+
+
+def test_help_names_the_flags_and_ends(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", "--help"])
+    with pytest.raises(SystemExit) as end:
+        read_command_line()
+    assert not end.value.code
+    said = capsys.readouterr().out
+    assert "  --workdir: directory of the run" in said
+    assert "--config.NAME=VALUE" in said

@@ -100,8 +100,8 @@ def _bound(plan: dict[str, Any]) -> list[str]:
     bound = plan["roofline"]
     return [
         f"A step takes at least {bound['seconds']:.3g} s: compute {bound['compute']:.3g}, HBM "
-        f"{bound['hbm']:.3g}, interconnect {bound['interconnect']:.3g}, host's link {bound['host']:.3g}; "
-        f"{bound['binds']} binds",
+        f"{bound['hbm']:.3g}, interconnect {bound['interconnect']:.3g}, link to the host "
+        f"{bound['host']:.3g}; {bound['binds']} binds",
         f"At most {bound['tokens_per_second']:,.0f} tokens/s and {bound['mfu']:.0%} MFU",
     ]
 
