@@ -52,6 +52,7 @@ def check_values(config: Config, refuse: Refuse) -> None:
     for name, value, choices in (
         ("data.task", config.data.task, rewards.TASKS),
         ("model.remat", config.model.remat, tuple(REMAT_POLICIES)),
+        ("curriculum.curator.remat", config.curriculum.curator.remat, tuple(REMAT_POLICIES)),
         ("model.dtype", config.model.dtype, ("float32", "bfloat16")),
         ("optim.mu_dtype", config.optim.mu_dtype, ("float32", "bfloat16")),
         ("rollout.source", config.rollout.source, ("live", "shards", "both")),

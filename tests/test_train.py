@@ -285,6 +285,7 @@ MISTAKES = {
     "buffer": (dict(buffer__mode="heap"), "buffer.mode='heap'"),
     "capacity": (dict(buffer__capacity=9), "buffer.capacity=9"),
     "remat": (dict(model__remat="some"), "model.remat='some'"),
+    "curator": (dict(curriculum__curator__remat="all"), "curriculum.curator.remat='all'"),
     "missing checkpoint": (dict(model__path="/no/such/model"), "/no/such/model"),
     "ks": (dict(evaluation__n=2), "evaluation.n=2"),
     "task": (dict(data__task="sudoku"), "data.task='sudoku'"),
