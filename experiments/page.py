@@ -1,6 +1,7 @@
 """The words of docs/comparison.md; its tables are those of tables.py.
 
-What the figures are asked, and by which rule they answer, was written before any full run.
+What the figures are asked, and by which rule they answer, was written before any full run. What
+they then say together is written by hand into the page itself, between two marks, and stays there.
 """
 
 import math
@@ -31,6 +32,7 @@ QUESTIONS = {
         False,
     ),
 }
+BEGIN, END = "<!-- by hand, kept when this page is written again -->\n", "<!-- end -->"
 LIMITS = """\
 - There is one task, one model of a hundred thousand parameters, answers of ten tokens and at most
   1,024 steps. On long answers clips, ratios of sequences and beta2 are another matter.
@@ -57,10 +59,16 @@ runs got there. Drift is KL(pi_lag || pi) in nats a token before the last step o
 runs failed, or ended with a lower pass@1 than they began with."""
 
 
-def page(grid: Grid, plan: Plan, pictures: Mapping[str, str]) -> str:
-    """The whole text; `pictures` are captions by file name."""
+def by_hand(text: str) -> str:
+    """What somebody wrote into a page."""
+    return text.partition(BEGIN)[2].partition(END)[0]
+
+
+def page(grid: Grid, plan: Plan, pictures: Mapping[str, str], conclusions: str) -> str:
+    """The whole text; `pictures` are captions by file name, `conclusions` are kept."""
     found, surfaces = tables.collect(grid, plan), tables.surfaces(grid, plan)
     parts = ["# Objectives at equal lag", introduction(grid, plan)]
+    parts += [f"{BEGIN}{conclusions}{END}"]
     if found:
         parts += ["## pass@1 of every objective in every arm", overview(plan, found)]
         parts += ["## OAPL against the others", *questions(plan, found)]

@@ -20,7 +20,7 @@ from experiments.arms import Plan
 from experiments.findings import LEVEL, Cell, Spread
 from experiments.grid import Grid, read_arguments
 from experiments.objectives import FULL, QUICK
-from experiments.page import page
+from experiments.page import by_hand, page
 from oapl_jax.errors import exit_with_code
 from oapl_jax.report.progress import say
 
@@ -28,12 +28,15 @@ DIRECTORY = "comparison"  # of the pictures, beside comparison.md
 
 
 def render(grid: Grid, to: epath.Path, quick: bool) -> None:
-    """Writes comparison.md and the pictures for which there are results."""
+    """Writes comparison.md, keeping what is by hand, and the pictures for which there are
+    results."""
     plan = QUICK if quick else FULL
     (to / DIRECTORY).mkdir(parents=True, exist_ok=True)
     pictures = draw(grid, plan, to / DIRECTORY)
-    (to / "comparison.md").write_text(page(grid, plan, pictures))
-    say(f"written: {to / 'comparison.md'}")
+    file = to / "comparison.md"
+    conclusions = by_hand(file.read_text()) if file.exists() else ""
+    file.write_text(page(grid, plan, pictures, conclusions))
+    say(f"written: {file}")
 
 
 def draw(grid: Grid, plan: Plan, to: epath.Path) -> dict[str, str]:

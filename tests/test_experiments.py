@@ -345,8 +345,20 @@ def test_pictures_are_drawn_of_what_is_there(tmp_path):
         assert picture.startswith(b"\x89PNG")
     assert "### Lag 128" in text
     assert "### Lag 8" not in text
-    plot.render(FakeGrid(tmp_path / "none", []), epath.Path(tmp_path / "empty"), False)
-    assert "](comparison/" not in (tmp_path / "empty" / "comparison.md").read_text()
+    empty = epath.Path(tmp_path / "empty")
+    plot.render(FakeGrid(tmp_path / "none", []), empty, False)
+    assert "](comparison/" not in (empty / "comparison.md").read_text()
+
+
+def test_what_is_written_into_the_page_by_hand_is_kept(tmp_path):
+    file, grid = epath.Path(tmp_path / "comparison.md"), FakeGrid(tmp_path / "grid", [])
+    plot.render(grid, epath.Path(tmp_path), False)
+    first = file.read_text()
+    written = first.replace(page.BEGIN, f"{page.BEGIN}## What they say\n\nLittle.\n")
+    assert written != first
+    file.write_text(written)
+    plot.render(grid, epath.Path(tmp_path), False)
+    assert file.read_text() == written
 
 
 def test_intervals_are_those_of_student():
