@@ -292,7 +292,7 @@ def test_the_page_says_where_oapl_loses(tmp_path):
     found = tables.collect(made, FULL)
     assert list(found) == [arm]
     assert list(found[arm]) == ["grpo", "gspo", "oapl", "grpo_is", "cispo", "sft"]  # best first
-    text = page.page(made, FULL, {})
+    text = page.page(made, FULL, {}, "")
     assert "| `grpo` | 0.720 + |" in text
     assert "| `grpo_is` | 0.506 - |" in text
     assert "| `gspo` | 0.620 |" in text
