@@ -75,6 +75,7 @@ def line(run: str, model: str, topology: str) -> Line:
                 say=say,
             )
         except (UserError, RunError) as error:
+            say(f"refused: {error}")
             result = {"fits": False, "because": f"refused: {error}"}
             continue
         worst = max(plan["programs"], key=lambda p: (not p["fits"], sum(p["hbm"].values())))

@@ -26,6 +26,7 @@ def judged(mesh, micro_batches, remat="full"):
     )
     sizes = dict(config.model.architecture, hidden_size=256, intermediate_size=512, head_dim=64)
     sizes |= dict(num_hidden_layers=2, vocab_size=1024, max_position_embeddings=LENGTH)
+    sizes |= dict(tie_word_embeddings=False)  # test_plan.py has the other ones
     model = ModelConfig.from_hf(sizes, source="this test")
     plan = programs.Learner(config, model, topology.make_mesh(where, config.mesh), False)
     assert plan.longest.tokens.shape == (micro_batches, ROWS, LENGTH)

@@ -57,16 +57,20 @@ def test_meshes_fill_the_slice_and_split_whole_sequences(config):
     assert {mesh["tensor"] for mesh in meshes(config, few, 64)} == {1, 2}
 
 
-def test_layouts_of_the_table_go_from_whole_rows_to_parts():
+def test_layouts_of_the_table_go_from_whole_rows_to_parts_and_then_to_the_hosts():
     assert [str(layout) for layout in layouts(256, 2560, 64)] == [
         "fsdp 64, remat full, 4 micro-batches",
         "fsdp 32 context 2, remat full, 8 micro-batches",
         "fsdp 16 context 4, remat full, 16 micro-batches",
         "fsdp 8 context 8, remat full, 32 micro-batches",
+        "fsdp 64, remat offload, 4 micro-batches",
+        "fsdp 32 context 2, remat offload, 8 micro-batches",
+        "fsdp 16 context 4, remat offload, 16 micro-batches",
+        "fsdp 8 context 8, remat offload, 32 micro-batches",
     ]
     assert str(next(layouts(256, 2560, 256))) == "fsdp 256, remat full, 1 micro-batches"
     assert str(next(layouts(256, 96, 64))) == "data 2 fsdp 32, remat full, 4 micro-batches"
-    assert [layout.context for layout in layouts(256, 2560, 4)] == [1, 2, 4]
+    assert [layout.context for layout in layouts(256, 2560, 4)] == [1, 2, 4, 1, 2, 4]
 
 
 MESHES = [dict(data=1, fsdp=fsdp, context=8 // fsdp, tensor=1) for fsdp in (8, 4, 2, 1)]

@@ -13,7 +13,7 @@ from oapl_jax.plan.collectives import (
     device_group,
     permuted_axes,
 )
-from oapl_jax.plan.memory import kept_bytes
+from oapl_jax.plan.memory import by_kind, kept_bytes
 from oapl_jax.plan.module import Module
 from oapl_jax.plan.traffic import hbm_bytes, host_bytes
 
@@ -310,6 +310,29 @@ def test_traffic_is_what_goes_through_hbm():
     # and written into its place (2048). The other 35 layers stay where they are.
     assert hbm_bytes(Module(TRAFFIC)) == 3 * 2048
     assert host_bytes(Module(TRAFFIC)) == 0
+
+
+def test_what_lies_with_the_host_is_no_hbm():
+    """As the compiler says of a step whose layers' inputs are offloaded: its peak has them in it."""
+    said = types.SimpleNamespace(
+        argument_size_in_bytes=8 * 2,
+        output_size_in_bytes=8 * 2,
+        alias_size_in_bytes=8 * 2,
+        temp_size_in_bytes=10,
+        host_temp_size_in_bytes=17,
+        peak_memory_in_bytes=8 * 2 + 17,
+        generated_code_size_in_bytes=0,
+    )
+    program = types.SimpleNamespace(arguments={}, beside={})
+    text = """HloModule m
+
+ENTRY %main (p: bf16[8]) -> bf16[8] {
+  ROOT %p = bf16[8]{0} parameter(0)
+}
+"""
+    assert by_kind(program, said, Module(text)) == {"temporaries": 10}
+    said.peak_memory_in_bytes += 11  # of HBM: more than the sum of parts
+    assert by_kind(program, said, Module(text)) == {"temporaries": 11}
 
 
 OFFLOADING = """HloModule m, is_scheduled=true

@@ -48,6 +48,10 @@ def token_logp(
         return of_rows(hidden, head_matrix, targets, wanted, most)
 
     def on_device(hidden, part, *rest):
+        # The TPU compiler dies of a gradient that is scattered narrow, widened and added up in a
+        # loop over micro-batches (a check in its while_loop_all_reduce_code_motion); not behind a
+        # barrier.
+        part = jax.lax.optimization_barrier(part)
         # It moves in the dtype of the activations; sums over chunks are float32.
         whole = jax.lax.all_gather(part.astype(hidden.dtype), "fsdp", axis=0, tiled=True)
         return of_rows(hidden, whole.astype(jnp.float32), *rest)

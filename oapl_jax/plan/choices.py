@@ -12,6 +12,7 @@ from oapl_jax.models.config import ModelConfig
 BLOCK = 512  # places of a row that attention takes at a time; a device's are a multiple
 DOUBLINGS = (1, 2, 4, 8)
 FULL = "full"  # the policy that keeps the least
+OFFLOAD = "offload"  # the one that keeps it elsewhere
 Mesh = dict[str, int]
 
 
@@ -68,13 +69,13 @@ def family(config: Config, mesh: Mesh, remat: str) -> list[Choice]:
 
 
 def layouts(sequences: int, hidden_size: int, chips: int) -> Iterator[Choice]:
-    """Rows over all chips, as few as can be at a time; then rows split over more and more chips."""
-    for context in DOUBLINGS:
-        if context > chips:
-            return
+    """Rows over all chips, as few as can be at a time; then rows split over more and more chips;
+    then all that again with what layers keep in the hosts' memory."""
+    splits = [context for context in DOUBLINGS if context <= chips]
+    for remat, context in itertools.product((FULL, OFFLOAD), splits):
         fsdp = chips // context
         data = 1
         while fsdp > 1 and (hidden_size % fsdp or sequences % (data * fsdp)):
             data, fsdp = 2 * data, fsdp // 2
         micro_batches = max(sequences // (data * fsdp), 1)
-        yield Choice(data, fsdp, context, 1, FULL, micro_batches)
+        yield Choice(data, fsdp, context, 1, remat, micro_batches)

@@ -103,8 +103,10 @@ def by_kind(program: Program, said: Any, text: Module) -> dict[str, int]:
     kinds["padding"] = said.argument_size_in_bytes - used
     results = said.output_size_in_bytes - said.alias_size_in_bytes
     arguments = said.argument_size_in_bytes
-    # A chip's peak is another figure of the compiler: the greater one counts.
-    made = max(said.temp_size_in_bytes + results, said.peak_memory_in_bytes - arguments)
+    # A chip's peak is another figure of the compiler, with the host's memory in it: the greater one
+    # counts.
+    peak = said.peak_memory_in_bytes - said.host_temp_size_in_bytes - arguments
+    made = max(said.temp_size_in_bytes + results, peak)
     kept = min(kept_bytes(text), made - results)
     kinds |= {
         "activations": kept,
