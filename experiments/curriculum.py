@@ -21,7 +21,7 @@ of sums of four digits that are not in the bank.
 
 Tuning was done on the validation split with other seeds (100, 101): the learning rate as the best
 of four for uniform, then the curator's own and its passes (--split=validation --seeds 100 101). A
-run that is there already is taken as it is, and one that was killed goes on.
+run that is there already is not run again, and one that was killed goes on.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from oapl_jax import publisher, train
 from oapl_jax.begin import begin
 from oapl_jax.data.records import Joined, Record, user
 from oapl_jax.data.tasks import TASKS, content_id
+from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.job import open_job
 from oapl_jax.metrics import read_lines
 from oapl_jax.models.files import absolute
@@ -164,6 +165,8 @@ def run(to: epath.Path, config: Any, policy: epath.Path, split: str) -> list[dic
         if result is None:
             raise SystemExit("stopped; the same command goes on")
         (to / "result.json").write_text(json.dumps(result))
+    if json.loads((to / "config.json").read_text()) != json.loads(json.dumps(config.to_dict())):
+        raise UserError(f"{to} holds a run with other settings; remove it, or give another --to")
     return read_lines(to / "metrics.jsonl")
 
 
@@ -301,4 +304,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_code(main)

@@ -14,6 +14,7 @@ from experiments import curriculum
 from experiments.curriculum import Outcome, steps_to, table
 from oapl_jax.data.records import Record, user
 from oapl_jax.data.tasks import TASKS
+from oapl_jax.errors import UserError
 from oapl_jax.metrics import read_lines
 
 ROOT = Path(__file__).parent.parent
@@ -116,3 +117,7 @@ def test_the_short_form_goes_through_and_is_not_run_twice(tmp_path):
     assert again.splitlines()[-5:] == output.splitlines()[-5:]
     assert f"train {steps}/{steps}" in output
     assert "train" not in again
+    runs = epath.Path(tmp_path) / "test"
+    others = curriculum.get_config("uniform", 0, **{**curriculum.QUICK, "optim.learning_rate": 1.0})
+    with pytest.raises(UserError, match="uniform-0 holds a run with other settings"):
+        curriculum.run(runs / "uniform-0", others, runs / "start-0" / "versions/v000000", "test")
