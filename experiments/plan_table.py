@@ -178,7 +178,7 @@ def tables(lines: dict[str, Line]) -> str:
 
 
 HEAD = """\
-| slice | layout | HBM a chip | compute, HBM, ICI: s a step | tokens/s at most | MFU at most | \
+| slice | layout | HBM a chip | compute, HBM, ICI, host link: s a step | tokens/s at most | MFU at most | \
 fleet, generated tokens/s |
 |---|---|---|---|---|---|---|"""
 
@@ -189,7 +189,7 @@ def row(topology: str, made: Line) -> str:
     bound, layout = made["roofline"], made["layout"]
     if made["replicated"]:
         layout += f", {made['replicated']} arrays resharded by replication"
-    terms = ", ".join(f"{bound[term]:.3g}" for term in ("compute", "hbm", "interconnect"))
+    terms = ", ".join(f"{bound[t]:.3g}" for t in ("compute", "hbm", "interconnect", "host"))
     return (
         f"| {topology} | {layout} | {made['because'].partition(': ')[2]} | {terms} | "
         f"{bound['tokens_per_second']:,.0f} | {bound['mfu']:.0%} | "

@@ -11,7 +11,9 @@ FITS = {
     "because": "train step: 9.00 GiB of 15.75 GiB",
     "layout": "fsdp 64, remat full, 4 micro-batches",
     "replicated": 0,
-    "roofline": dict(compute=2.0, hbm=1.0, interconnect=0.5, tokens_per_second=1e6, mfu=0.5),
+    "roofline": dict(
+        compute=2.0, hbm=1.0, interconnect=0.5, host=0.0, tokens_per_second=1e6, mfu=0.5
+    ),
     "fleet": dict(tokens_per_second=9e5),
 }
 NOT = {"fits": False, "because": "train step: 99.00 GiB of 15.75 GiB"}
@@ -78,7 +80,7 @@ def test_all_lines_are_made_of_runs_and_smallest_slices():
 def test_rows_of_the_page():
     row = plan_table.row("v5e:8x8", FITS)
     assert row == (
-        "| v5e:8x8 | fsdp 64, remat full, 4 micro-batches | 9.00 GiB of 15.75 GiB | 2, 1, 0.5 | "
+        "| v5e:8x8 | fsdp 64, remat full, 4 micro-batches | 9.00 GiB of 15.75 GiB | 2, 1, 0.5, 0 | "
         "1,000,000 | 50% | 900,000 |"
     )
     many = plan_table.row("v5e:8x8", FITS | {"replicated": 3})
