@@ -178,8 +178,8 @@ def tables(lines: dict[str, Line]) -> str:
 
 
 HEAD = """\
-| slice | layout | HBM a chip | compute, HBM, ICI, host link: s a step | tokens/s at most | MFU at most | \
-fleet, generated tokens/s |
+| slice | layout | HBM a chip | compute, HBM, ICI, host link: s a step | tokens/s at most | \
+MFU at most | fleet, generated tokens/s |
 |---|---|---|---|---|---|---|"""
 
 
