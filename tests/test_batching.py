@@ -1,6 +1,8 @@
 """From ragged groups to packed rows: what went in is found again, and rows are used well."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +13,8 @@ from oapl_jax.errors import UserError
 from oapl_jax.learner import batch_shardings
 from oapl_jax.sharding import make_mesh
 from oapl_jax.structs import Group, Prompt, Rollout
+
+ROOT = Path(__file__).parent.parent
 
 
 def make_groups(rng, num_groups, group_size, max_prompt, max_response, version=3):
@@ -234,3 +238,17 @@ def test_to_mesh_splits_rows_and_changes_no_value():
             micro, rows, places = array.shape
             expected = (micro, rows // 2, places // 2)
         assert array.sharding.shard_shape(array.shape) == expected
+
+
+def test_recorded_lengths_fill_their_rows():
+    """Of SmolLM2's answers to word problems, of which the longest are several times the median."""
+    kept = json.loads((ROOT / "benchmarks" / "lengths_smollm2.json").read_text())
+    responses = np.array(kept["response"])
+    lengths = responses + np.array(kept["prompt"])
+    assert len(lengths) >= 256
+    assert responses.max() > 3 * np.median(responses)
+    for sequences in (64, 256):
+        for start in range(0, len(lengths) - sequences + 1, sequences):
+            step, row = lengths[start : start + sequences], int(lengths.max())
+            rows = fill(step.tolist(), row_length=row, rows=1, together=1)
+            assert step.sum() >= 0.95 * len(rows) * row
