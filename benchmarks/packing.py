@@ -4,11 +4,14 @@
     python benchmarks/packing.py --record=DIRECTORY --lengths=FILE
 
 The file holds {"prompt": [...], "response": [...]}: tokens of rollouts, in the order in which they
-were sampled; `--record` writes it from a recorded set (docs/rollouts.md). Rows are as long as the
-longest sequence. The file that is there has 8 answers of SmolLM2-135M-Instruct to each of 32 word
-problems (oapl_jax.data.samples --rows=64), made by oapl_jax.rollout.generate with configs/smollm2.py
-at a temperature of 1 and at most 640 tokens. For each number of sequences in a step, and of rows in a micro-batch (one a chip,
-say): the share of the places computed that hold a token, over all steps and in the worst one.
+were sampled; `--record` writes it from a recorded set (docs/rollouts.md). The file that is there
+has 8 answers of SmolLM2-135M-Instruct to each of 32 word problems (oapl_jax.data.samples
+--rows=64), made by oapl_jax.rollout.generate with configs/smollm2.py at a temperature of 1 and at
+most 640 tokens.
+
+Rows are as long as the longest sequence. For each number of sequences in a step, and of rows in a
+micro-batch (one a chip, say): the share of the places computed that hold a token, over all steps
+and in the worst one.
 """
 
 import argparse
