@@ -34,9 +34,9 @@ class Chip:
 
 
 CHIPS_PER_HOST = 4
-# Rings and hosts' links: https://jax-ml.github.io/scaling-book/tpus. Machines: the types
-# ct5lp-hightpu-1t, -4t, -8t, ct5p-hightpu-4t and ct6e-standard-1t, -4t, -8t of the same pages as
-# the rest.
+# Rings: https://jax-ml.github.io/scaling-book/tpus. Machines: the types ct5lp-hightpu-1t, -4t,
+# -8t, ct5p-hightpu-4t and ct6e-standard-1t, -4t, -8t of the same pages as the rest. The links to
+# hosts are not on them: these are second-hand, from notes on that book (16 to 32 GB/s of PCIe).
 CHIPS = {
     "v5e": Chip(
         flops=197e12,
