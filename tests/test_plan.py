@@ -207,6 +207,7 @@ def test_the_command_prints_and_writes_a_plan(tmp_path):
         *(sys.executable, "-m", "oapl_jax.plan", "--config=configs/arithmetic.py"),
         *("--topology=v5e:2x2", f"--workdir={tmp_path}", "--config.learner.row_length=128"),
         *("--config.rollout.sampler=fleet", "--config.objective.denominator=learner"),
+        "--config.model.remat=offload",
     ]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -221,3 +222,8 @@ def test_the_command_prints_and_writes_a_plan(tmp_path):
         assert said in done.stdout
     for number in ("host_memory", "publish_seconds", "fleet", "roofline", "flops", "hbm_traffic"):
         assert plan[number]
+    held = dict(plan["host_memory"])
+    del held["ram"]
+    assert held.pop("total") == sum(held.values())
+    assert held["offloaded"] == 4 * max(p["offloaded"] for p in plan["programs"]) > 0
+    assert plan["host_traffic"] > 0
