@@ -3,7 +3,8 @@
 Below the root of a grid lie `results.jsonl`, a line for each finished run, which only grows;
 `runs/`, with what unfinished runs go on from and what others need; and compile cache and data set,
 which all share. The same command, interrupted in whatever way, goes on; when all is there it does
-nothing.
+nothing. On another machine it goes on from the results file alone: what others need is done again,
+and must come out as before.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from oapl_jax.report.progress import say
 
 DEADLINE = 3600.0  # seconds for one run, an order of magnitude more than one takes
 PACKAGE = Path(oapl_jax.__file__).parent
+RESULTS = "results.jsonl"  # below the root
 PATIENCE = 120.0  # seconds for a run to save and leave when it is told to
 Line = dict[str, Any]
 
@@ -63,11 +65,13 @@ class Grid:
         A run that broke, by no fault of its policy, counts as one that is still to be done.
         """
         line = self.lines.get(run.key)
-        if line is None or line["outcome"] == "broken":
-            return None
-        if run.needed and not run.workdir(self.root).exists():
-            return None
-        return line
+        return None if line is None or line["outcome"] == "broken" else line
+
+    def _to_do(self, run: Run) -> bool:
+        """A run that others need is done again where its directory is not, as on another machine
+        that has the results file alone."""
+        gone = run.needed and not (run.workdir(self.root) / OUTCOME).exists()
+        return gone or self.line(run) is None
 
     def run(self, runs: Iterable[Run], *, what: str) -> None:
         """Does what is missing of the runs, and before them of those that they need.
@@ -78,7 +82,7 @@ class Grid:
         """
         runs = list(dict.fromkeys(runs))
         needed = [other for run in runs for other in (run.start, run.stream) if other]
-        missing = [run for run in runs if self.line(run) is None]
+        missing = [run for run in runs if self._to_do(run)]
         if not missing:
             return
         if needed:
@@ -115,9 +119,18 @@ class Grid:
         else:
             line |= {"outcome": "broken", "reason": reason}
         line |= {"seconds": round(time.monotonic() - started, 1), "code": self._code}
-        with self._append:
-            append(self.root, line)
-            self.lines[run.key] = line
+        known = self.line(run)
+        if known is not None and found(known) != found(line):
+            workdir.rmtree()
+            raise RunError(
+                f"run {run.key}, done again since its directory was not below {self.root}, found "
+                "something else than results.jsonl says (another machine, or other code?); what "
+                "starts from it can't stand beside what did before: give another --root"
+            )
+        if known is None:
+            with self._append:
+                append(self.root, line)
+                self.lines[run.key] = line
         if line["outcome"] != "broken" and not run.needed:
             workdir.rmtree()
         return line
@@ -150,11 +163,18 @@ def code() -> str:
     return digest.hexdigest()[:12]
 
 
+def found(line: Line) -> str:
+    """What a run found, without what it took to find it."""
+    kept = {k: v for k, v in line.items() if k not in ("seconds", "core_seconds", "code")}
+    return json.dumps(kept, sort_keys=True)
+
+
 def describe(line: Line) -> str:
     """A few words on a finished run, for who watches."""
     settings, seconds = line["settings"], f"{line['seconds']:.0f} s"
     if line["outcome"] != "ended":
-        return f"{settings['objective']} {line['outcome']}: {line['reason']} ({seconds})"
+        reason = line["reason"].partition("\n")[0]
+        return f"{settings['objective']} {line['outcome']}: {reason} ({seconds})"
     if settings["split"] not in line:
         return f"{settings['kind']} ({seconds})"
     graded = line[settings["split"]]["pass@1"]
@@ -166,14 +186,18 @@ def describe(line: Line) -> str:
 
 def read(root: epath.Path) -> list[Line]:
     """The whole lines of the results file."""
-    path = root / "results.jsonl"
+    path = root / RESULTS
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
+def as_line(line: Line) -> str:
+    return json.dumps(line) + "\n"
+
+
 def append(root: epath.Path, line: Line) -> None:
-    with (root / "results.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with (root / RESULTS).open("a") as file:
+        file.write(as_line(line))
         file.flush()
         os.fsync(file.fileno())
 
@@ -201,7 +225,7 @@ def open_grid(root: epath.Path, *, jobs: int) -> Iterator[Grid]:
             raise UserError(
                 f"another process works on {root}; wait for it, or give another --root"
             ) from error
-        cut_off(root / "results.jsonl")
+        cut_off(root / RESULTS)
         grid = Grid(root, jobs=jobs)
         yield grid
     broken = [line for line in grid.lines.values() if line["outcome"] == "broken"]

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from experiments import tables
 from experiments.arms import Plan
 from experiments.findings import LEVEL, Cell, Spread
-from experiments.grid import Grid, read_arguments
+from experiments.grid import RESULTS, Grid, as_line, read_arguments
 from experiments.objectives import FULL, QUICK
 from experiments.page import by_hand, page
 from oapl_jax.errors import exit_with_code
@@ -28,14 +28,15 @@ DIRECTORY = "comparison"  # of the pictures, beside comparison.md
 
 
 def render(grid: Grid, to: epath.Path, quick: bool) -> None:
-    """Writes comparison.md, keeping what is by hand, and the pictures for which there are
-    results."""
+    """Writes comparison.md, keeping what is by hand, the pictures for which there are results, and
+    beside them the results file."""
     plan = QUICK if quick else FULL
     (to / DIRECTORY).mkdir(parents=True, exist_ok=True)
     pictures = draw(grid, plan, to / DIRECTORY)
     file = to / "comparison.md"
     conclusions = by_hand(file.read_text()) if file.exists() else ""
     file.write_text(page(grid, plan, pictures, conclusions))
+    (to / DIRECTORY / RESULTS).write_text("".join(map(as_line, grid.lines.values())))
     say(f"written: {file}")
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from configs.objectives import OBJECTIVES
 from experiments import findings, grid, lag, objectives, page, plot, tables
 from experiments.arms import Arm, a_run, arms, stream, tuned, warm_up
 from experiments.forgetful import forgetful
-from experiments.runs import key_of, run_of, summary
+from experiments.runs import OUTCOME, key_of, run_of, summary
 from oapl_jax.check import check_sizes
+from oapl_jax.errors import RunError
 from oapl_jax.optim import make_optimizer, make_schedule
 
 ROOT = Path(__file__).parent.parent
@@ -239,9 +241,6 @@ class FakeGrid(grid.Grid):
             grid.append(epath.Path(root), line)
         super().__init__(epath.Path(root), jobs=1)
 
-    def line(self, run):
-        return self.lines.get(run.key)
-
 
 def an_arm(arm, scores, **more):
     """Lines of one arm: trials of which the second is best, and runs with the given pass@1."""
@@ -345,6 +344,8 @@ def test_pictures_are_drawn_of_what_is_there(tmp_path):
         assert picture.startswith(b"\x89PNG")
     assert "### Lag 128" in text
     assert "### Lag 8" not in text
+    kept = grid.read(epath.Path(tmp_path / "docs" / "comparison"))
+    assert kept == list(made.lines.values())
     empty = epath.Path(tmp_path / "empty")
     plot.render(FakeGrid(tmp_path / "none", []), empty, False)
     assert "](comparison/" not in (empty / "comparison.md").read_text()
@@ -401,6 +402,47 @@ def test_what_broke_is_still_to_do_and_what_failed_is_not(tmp_path):
     made = grid.Grid(epath.Path(tmp_path), jobs=1)
     assert made.line(one) is None
     assert made.line(two) is not None
+
+
+class InstantGrid(grid.Grid):
+    """Runs that are over at once, and find what they are told to."""
+
+    def __init__(self, root, finding):
+        super().__init__(epath.Path(root), jobs=1)
+        self.finding, self.done = finding, []
+
+    def _do(self, run):
+        workdir = run.workdir(self.root)
+        workdir.mkdir(parents=True)
+        self.done.append(run.kind)
+        outcome = {"outcome": "ended", run.split: {"pass@1": self.finding, "drift": float("nan")}}
+        (workdir / OUTCOME).write_text(json.dumps(outcome))
+        return ""
+
+
+def test_another_machine_goes_on_from_the_results_alone(tmp_path):
+    """It needs the warm-up again, which must come out as it did where the results are from."""
+    values = {"optim.learning_rate": 1e-3}
+    one, two = (a_run(FULL, Arm("live", lag), "oapl", values, 0, "test") for lag in (8, 32))
+    here = InstantGrid(tmp_path / "here", 0.25)
+    here.run([one], what="here")
+    assert here.done == ["warm_up", "train"]
+    for name, finding in (("there", 0.25), ("elsewhere", 0.26)):
+        (tmp_path / name).mkdir()
+        shutil.copy(tmp_path / "here" / grid.RESULTS, tmp_path / name)
+        other = InstantGrid(tmp_path / name, finding)
+        other.run([one], what="nothing to do")
+        assert other.done == []
+        if name == "there":
+            other.run([one, two], what="there")
+            assert other.done == ["warm_up", "train"]
+            assert len(results(tmp_path / name)) == 3
+            continue
+        for _ in range(2):  # no less the second time
+            with pytest.raises(RunError, match=r"another machine.*another --root"):
+                other.run([one, two], what="elsewhere")
+        assert other.done == ["warm_up"] * 2
+        assert len(results(tmp_path / name)) == 2
 
 
 # The commands
