@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 CPU := JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2
 
-.PHONY: run test lint format lock sglang parity golden run-smollm2 peers benchmark benchmark-peers clean
+.PHONY: run test lint format lock sglang parity golden run-smollm2 comparison peers benchmark benchmark-peers clean
 
 run: .venv/run
 	$(CPU) $(BIN)/python -m oapl_jax.train --config=configs/arithmetic.py --workdir=runs/arithmetic \
@@ -45,6 +45,11 @@ sglang: .venv-sglang/done
 	@$(PYTHON) -m venv .venv-sglang
 	@.venv-sglang/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt
 	@touch $@
+
+# The comparison of objectives, hours; interrupted, it goes on.
+comparison: .venv/run
+	$(CPU) $(BIN)/python -m experiments.objectives --jobs=2
+	$(CPU) $(BIN)/python -m experiments.lag --jobs=2
 
 # Other people's learners and samplers, for benchmarks/peers/ (3 GB; it runs SGLang too).
 PEERS := .venv-tunix/done .venv-trl/done

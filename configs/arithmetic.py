@@ -124,7 +124,7 @@ def get_config(arg: str | None = None) -> common.Config:
         max_age=64,
         max_reuse=2,
         capacity=128,
-        zero_variance="drop",
+        zero_variance=objectives.zero_variance(choice["objective"]),
     )
     config.zero_variance_weight = 0.1  # for buffer.zero_variance="weight"
 

@@ -58,6 +58,15 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
+# These imitate what was right, also in a group in which all is; others learn from differences.
+IMITATING = ("sft", "mixed", "asymre")
+
+
+def zero_variance(name: str) -> str:
+    """What an objective's job does with a group of equal rewards: buffer.zero_variance."""
+    return "keep" if name in IMITATING else "drop"
+
+
 def objective(name: str) -> Config:
     """The hyper-parameters of every objective; each takes the ones that it names.
 

@@ -121,6 +121,7 @@ def a_run(plan: Plan, arm: Arm, method: str, values: Values, seed: int, split: s
     """A trial (`split` "validation") or a run that is compared ("test").
 
     Args:
+      method: an objective, and after a comma what is different about it.
       values: of the optimizer's learning rate and of the objective's constants, by their names in
         the configuration.
     """
@@ -135,7 +136,7 @@ def a_run(plan: Plan, arm: Arm, method: str, values: Values, seed: int, split: s
     return run_of(
         "train",
         plan.config,
-        objective=method,
+        objective=method.partition(",")[0],
         seed=seed,
         overrides=overrides,
         split=split,

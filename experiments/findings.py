@@ -6,6 +6,7 @@ differences of their runs of the same seed.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -63,12 +64,14 @@ def cell_of(grid: Grid, runs: Sequence[Run]) -> Cell | None:
 def score(line: Line, measure: str) -> float:
     """A measure of a run's last policy on the run's split, or of the run.
 
-    A run that failed has a pass@k of 0 and not a number for the rest. "to the level" are the
-    generations up to the first evaluation at which LEVEL was reached; a run that never does counts
-    all of its own, which is the least that it would need.
+    A run that failed has a pass@k of 0, the generations and the drift of its steps, and not a
+    number for the rest. "to the level" are the generations up to the first evaluation at which
+    LEVEL was reached; one that ends without it counts all of its own, which is the least that it
+    would need.
     """
     if line["outcome"] != "ended":
-        return 0.0 if measure.startswith("pass@") else float("nan")
+        of_steps = line.get(measure, float("nan"))
+        return 0.0 if measure.startswith("pass@") else float(of_steps)
     if measure == "to the level":
         return float([*_at_level(line), line["generations"]][0])
     of_policy = line[line["settings"]["split"]]
@@ -98,6 +101,9 @@ def difference(ours: Cell, theirs: Cell, measure: str) -> Spread:
 
 
 def verdict(of: Spread) -> str:
-    """What the interval of a difference says: "more", "less", or "level" if 0 is not outside."""
-    _, low, high = of
+    """What the interval of a difference says: "more", "less", "level" if 0 is not outside, and
+    "unknown" where a run failed before it had the measure."""
+    mean, low, high = of
+    if math.isnan(mean):
+        return "unknown"
     return "more" if low > 0 else "less" if high < 0 else "level"

@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+from configs.objectives import IMITATING
 from experiments.arms import Arm, Plan, Values, a_run, arms, tuned
 from experiments.findings import score
 from experiments.grid import Grid, command
@@ -48,6 +49,8 @@ METHODS: dict[str, tuple[Values, ...]] = {
             "vespo_decay_bad": 1.0,
         },
     ),
+    # As its paper has it: groups with equal rewards are pulled to pi_lag.
+    "oapl, all groups": ({"beta2": 0.2}, {"beta2": 0.05}),
     # beta2 as for oapl; per root of the length, a root of the length more.
     "oapl_length": ({"beta2": 0.6}, {"beta2": 0.15}),
     "a_star_po": ({"beta2": 0.2}, {"beta2": 0.05}),
@@ -69,12 +72,12 @@ METHODS: dict[str, tuple[Values, ...]] = {
     "mixed": ({"likelihood_weight": 0.1}, {"likelihood_weight": 0.5}),
     "sft": ({},),
 }
-CORE = ("oapl", "grpo", "grpo_is", "gspo", "cispo", "vespo")  # the first to be compared
+# The first to be compared.
+CORE = ("oapl", "oapl, all groups", "grpo", "grpo_is", "gspo", "cispo", "vespo")
 # The same range for all: who has fewer constants gets more rates within it.
 RATES = {1: (3e-4, 5e-4, 8e-4, 1.2e-3, 1.9e-3, 3e-3), 2: (3e-4, 1e-3, 3e-3)}
 TUNING_SEEDS = (100, 101)
-# What they imitate are right answers, also where all of a group are; others learn from differences.
-IMITATING = ("sft", "mixed", "asymre")
+ALL_GROUPS = ("oapl, all groups", *IMITATING)  # these learn from groups with equal rewards too
 
 
 COMMON = {
@@ -84,6 +87,8 @@ COMMON = {
     # Groups with equal rewards weigh nothing, as in the default job, but no others are sampled in
     # their place: each step costs the same number of rollouts, for every method.
     "buffer.zero_variance": "weight",
+    # A policy that has lost all is graded as any other.
+    "rollout.unpaid_groups": 0,
     "zero_variance_weight": 0.0,
     "checkpoint.every": 128,
     "checkpoint.keep": 1,
@@ -122,7 +127,7 @@ QUICK = dataclasses.replace(
 def candidates(plan: Plan, method: str) -> list[Values]:
     """What is tried for a method."""
     constants = METHODS[method]
-    always: Values = {"zero_variance_weight": 1.0} if method in IMITATING else {}
+    always: Values = {"zero_variance_weight": 1.0} if method in ALL_GROUPS else {}
     tried: list[Values] = [
         {"optim.learning_rate": rate, **{f"objective.{k}": v for k, v in chosen.items()}, **always}
         for chosen, rate in itertools.product(constants, RATES[len(constants)])

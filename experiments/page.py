@@ -46,17 +46,20 @@ LIMITS = """\
   offline arm that of the largest.
 - Replays are at home with the family of who recorded them. Not all methods have them at all lags,
   and `prosper`, whose rewards are preferences, is not compared.
-- Groups with equal rewards are not replaced, so that all runs sample alike, and weigh nothing, but
-  for methods that imitate (`sft`, `mixed`, `asymre`); where they are replaced
-  (`buffer.zero_variance=drop`, the default job) a step is worth more and costs more. OAPL as its
-  paper has it keeps them, as a pull to pi_lag: a row of "The scale of advantages" does.
+- Groups with equal rewards are not replaced, so that all runs sample alike; in the default job they
+  are (`buffer.zero_variance=drop`), and a step is worth more and costs more. Here they weigh
+  nothing, but for methods that imitate (`sft`, `mixed`, `asymre`) and for `oapl, all groups`, which
+  is OAPL as its paper has it: they pull to pi_lag.
 - Methods are as docs/methods.md says, some with corrections for stale data that their papers do not
-  have; `vcpo` is without its paper's baseline."""
+  have; `vcpo` is without its paper's baseline. A batch gets one gradient step, so that the clip of
+  `grpo_is`, `rloo`, `vcpo` and `mixed`, which is about the policy of the step itself, never
+  acts."""
 ARMS = f"""\
 Rate and constants are those that the trials chose. Generations are the rollouts that a run trained
 on, of a recorded set each counted once; beside them those up to a pass@1 of {LEVEL}, and how many
 runs got there. Drift is KL(pi_lag || pi) in nats a token before the last step of a window. Lost
-runs failed, or ended with a lower pass@1 than they began with."""
+runs ended with a lower pass@1 than they began with, or failed: their loss was not finite. A failed
+run counts as a pass@k of 0; what else it would have shown is unknown."""
 
 
 def by_hand(text: str) -> str:
@@ -102,9 +105,9 @@ def introduction(grid: Grid, plan: Plan) -> str:
         results of {outcomes.count("ended")} runs that ended and {outcomes.count("failed")} that
         could not go on, by {len(codes)} state{"s" if len(codes) > 1 else ""} of the package's code;
         they took {hours:.1f} hours of a core. Started again, the commands add what is missing.""",
-        f"""A run takes {steps} gradient steps of {groups} groups of 8 rollouts, with
-        `--config=configs/{plan.config.replace(":", ".py:")}`, from a policy that is the same for
-        all runs of a seed{beginning(grid, plan)}. Arms are where rollouts come from
+        f"""A run takes {steps} gradient steps of {groups} groups of 8 rollouts (the default job has
+        400 of 32), with `--config=configs/{plan.config.replace(":", ".py:")}`, from a policy that
+        is the same for all runs of a seed{beginning(grid, plan)}. Arms are where rollouts come from
         (`experiments/arms.py`): live at a lag of up to L - 1; offline, a set that the first policy
         sampled, gone through twice; a replay of another run's rollouts in their order.""",
         f"""Budget: each of {len(plan.core) + len(plan.rest)} methods gets {plan.trials} trials at
@@ -140,10 +143,13 @@ def questions(plan: Plan, found: tables.Arms) -> Iterable[str]:
     for measure, (question, more_is_better) in QUESTIONS.items():
         table, verdicts = tables.differences(found, measure, plan.core)
         better, worse = ("more", "less") if more_is_better else ("less", "more")
+        unknown = verdicts.count("unknown")
         yield (
             f"### {measure}\n\n{question} Against all methods in all arms OAPL is better "
             f"{verdicts.count(better)} times, level {verdicts.count('level')} times and worse "
-            f"{verdicts.count(worse)} times.\n\n{table}"
+            f"{verdicts.count(worse)} times"
+            f"{f'; {unknown} times it is not known, for a run failed' if unknown else ''}."
+            f"\n\n{table}"
         )
 
 

@@ -61,8 +61,9 @@ def draw(grid: Grid, plan: Plan, to: epath.Path) -> dict[str, str]:
         save(
             "generations.png",
             generations(live, plan),
-            f"pass@1 on the validation split by rollouts sampled. Means of {n} seeds; bands reach "
-            f"from the smallest to the largest. Dashed: {LEVEL}.",
+            f"pass@1 on the validation split by rollouts sampled. Means of {n} seeds"
+            f"{without(live, plan)}; bands reach from the smallest to the largest. Dashed: "
+            f"{LEVEL}.",
         )
     if by_lag:
         seeds = len(next(iter(next(iter(by_lag.values())).values()))["0.001"].lines)
@@ -151,7 +152,8 @@ def drifts(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
     figure, panels = plt.subplots(1, len(by_lag), figsize=(3.6 * len(by_lag), 4), squeeze=False)
     for panel, (title, cells) in zip(panels[0], by_lag.items(), strict=True):
         for i, (name, row) in enumerate(cells.items()):
-            for line in _ended(row["0.001"])[:1]:
+            line = row["0.001"].lines[0]
+            if "curve" in line:  # not of a run that failed at its first step
                 kl = np.maximum(line["curve"]["kl"], 1e-7)
                 panel.plot(8 * np.arange(1, len(kl) + 1), kl, color=f"C{i}", label=name, lw=1)
         panel.set(yscale="log", xlabel="gradient step", title=title)
@@ -182,6 +184,17 @@ def _style(name: str, plan: Plan) -> dict:
     if name in plan.core:
         return dict(color=f"C{plan.core.index(name)}", linewidth=1.6)
     return dict(color="0.8", linewidth=0.8)
+
+
+def without(live: tables.Arms, plan: Plan) -> str:
+    """Which runs a mean over the steps leaves out."""
+    failed = [
+        f"{len(of[name][1].lines) - len(_ended(of[name][1]))} of {name} at {arm.name}"
+        for arm, of in live.items()
+        for name in plan.core
+        if name in of and len(_ended(of[name][1])) < len(of[name][1].lines)
+    ]
+    return f", without runs that failed ({', '.join(failed)})" if failed else ""
 
 
 def _ended(cell: Cell) -> Sequence[dict]:

@@ -214,20 +214,25 @@ def generate(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | 
 
 
 def trained(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
-    """A run of oapl_jax.train, with its last policy graded on `run.split`."""
+    """A run of oapl_jax.train, with its last policy graded on `run.split`; of one that can't go on
+    the metrics up to there."""
     config, workdir = run.resolve(root), run.workdir(root)
     job = open_job(config, workdir)
     if run.forget_every:
         job = dataclasses.replace(job, optimizer=forgetful(job.optimizer, every=run.forget_every))
-    if train.run_job(job, stop) is None:
-        return None
-    job = dataclasses.replace(open_job(config, workdir), optimizer=job.optimizer)
+    of_run = lambda: summary(read_lines(workdir / "metrics.jsonl"), config, run)
     try:
-        graded = grade(job, *job.params_at(None), run)
+        done = train.run_job(job, stop)
+    except RunError as error:
+        return {"outcome": "failed", "reason": str(error), **of_run()}
+    if done is None:
+        return None
+    job = open_job(config, workdir)
+    try:
+        graded = grade(job, config.num_steps, done["params"], run)
     finally:
         job.close()
-    lines = read_lines(workdir / "metrics.jsonl")
-    return {"outcome": "ended", **graded, **summary(lines, config, run)}
+    return {"outcome": "ended", **graded, **of_run()}
 
 
 def grade(job: Job, step: int, params: Any, run: Run) -> dict[str, Any]:
@@ -238,9 +243,10 @@ def grade(job: Job, step: int, params: Any, run: Run) -> dict[str, Any]:
 
 
 def summary(lines: list[dict[str, Any]], config: Config, run: Run) -> dict[str, Any]:
-    """What the metrics of a whole run say.
+    """What the metrics of a run say.
 
     Returns:
+      Nothing of a run without a step; else
       "generations": rollouts sampled for it so far, of a recorded set those taken at least once;
       "skipped": steps that were not finite;
       "drift": KL(pi_lag || pi), nats a token, before the last step of a window, mean over windows
@@ -248,6 +254,8 @@ def summary(lines: list[dict[str, Any]], config: Config, run: Run) -> dict[str, 
       "progress": step, generations, pass@1 and entropy of each evaluation on the validation split;
       "curve": kl, entropy and reward of every STRIDE-th step.
     """
+    if not lines:
+        return {}
     lag = [line["lag/mean"] for line in lines] + [0.0]
     value = lambda line, key: line.get(key, np.nan)  # metrics leave out what is not finite
     drift = [

@@ -144,7 +144,10 @@ def limits(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]) -> tuple[str,
 
 
 def bracketed(of: Spread, form: str = "{:.3f}", *, bold: bool = False) -> str:
-    """A mean and its interval; bold, if asked, where it does not hold 0."""
+    """A mean and its interval; bold, if asked, where it does not hold 0. Without a mean, since a
+    run failed, it is unknown."""
+    if math.isnan(of[0]):
+        return "unknown"
     mean, low, high = map(form.format, of)
     mark = "**" if bold and verdict(of) != "level" else ""
     certain = of[1] == of[2] or not math.isfinite(of[1])  # all values equal, or one alone

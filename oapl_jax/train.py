@@ -50,7 +50,8 @@ def run(config: Config, workdir: epath.Path, stop: StopRequest) -> dict[str, Any
 
 
 def run_job(job: Job, stop: StopRequest) -> dict[str, Any] | None:
-    """`run` for a job that is open, as it is or with parts of it replaced; closes it."""
+    """`run` for a job that is open, as it is or with parts of it replaced; closes it. The results
+    have the last policy's parameters too."""
     config, workdir, clock = job.config, job.workdir, CompileClock()
     if not jax.process_index():
         for change in check_config(workdir / "config.json", config.to_dict()):
@@ -131,7 +132,8 @@ def run_job(job: Job, stop: StopRequest) -> dict[str, Any] | None:
             say(f"stopped by {stop.requested} at step {step}; the same command goes on")
             return None
         after = job.grade(step, state.params, "test") if config.evaluation.every else {}
-    return {"before": loop["before"], "after": after, "seconds": loop["seconds"]}
+    results = {"before": loop["before"], "after": after, "seconds": loop["seconds"]}
+    return {**results, "params": state.params}
 
 
 def check_finite(job: Job, step: int, skipped_in_a_row: int) -> None:

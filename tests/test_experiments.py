@@ -22,10 +22,11 @@ from configs.objectives import OBJECTIVES
 from experiments import findings, grid, lag, objectives, page, plot, tables
 from experiments.arms import Arm, a_run, arms, stream, tuned, warm_up
 from experiments.forgetful import forgetful
-from experiments.runs import OUTCOME, key_of, run_of, summary
+from experiments.runs import OUTCOME, key_of, run_of, summary, trained
 from oapl_jax.check import check_sizes
 from oapl_jax.errors import RunError
 from oapl_jax.optim import make_optimizer, make_schedule
+from oapl_jax.report.progress import StopRequest
 
 ROOT = Path(__file__).parent.parent
 FULL, QUICK = objectives.FULL, objectives.QUICK
@@ -37,7 +38,7 @@ SECONDS = 900  # for a command, on a machine that has other things to do
 
 def test_every_objective_has_the_same_budget():
     """`prosper` alone is not compared: its rewards are preferences."""
-    assert set(OBJECTIVES) - {"prosper"} == set(objectives.METHODS)
+    assert set(OBJECTIVES) - {"prosper"} == {m.partition(",")[0] for m in objectives.METHODS}
     for name in objectives.METHODS:
         tried = objectives.candidates(FULL, name)
         assert len(tried) == len({str(values) for values in tried}) == FULL.trials
@@ -204,6 +205,25 @@ def test_generations_of_a_recorded_set_count_once():
     assert summary(lines, config, run)["generations"] == FULL.prompts * 8
 
 
+def test_of_a_run_that_fails_the_steps_up_to_there_count(monkeypatch, tmp_path):
+    run = a_run(FULL, Arm("live", 2), "oapl", {}, 0, "test")
+    workdir = run.workdir(epath.Path(tmp_path))
+    workdir.mkdir(parents=True)
+    steps = [metric(s, 0.5, **{"buffer/added": 8 * s, "skipped": 3}) for s in (1, 2)]
+    (workdir / "metrics.jsonl").write_text("".join(map(grid.as_line, steps)))
+
+    def breaks(job, stop):
+        raise RunError("the loss was not finite")
+
+    monkeypatch.setattr("experiments.runs.open_job", lambda config, at: None)
+    monkeypatch.setattr("experiments.runs.train.run_job", breaks)
+    of_run = trained(run, epath.Path(tmp_path), StopRequest())
+    assert of_run is not None
+    assert (of_run["outcome"], of_run["reason"]) == ("failed", "the loss was not finite")
+    assert (of_run["generations"], of_run["drift"], of_run["skipped"]) == (2 * 8 * 8, 0.5, 3)
+    assert summary([], run.resolve(epath.Path(tmp_path)), run) == {}
+
+
 # What is made of them
 
 
@@ -229,7 +249,8 @@ def line_of(run, pass_at_1, *, entropy=0.1, level_at=None):
 
 def failed(run):
     line = {"key": run.key, "settings": run.settings, "seconds": 1.0, "code": "c0de"}
-    return line | {"outcome": "failed", "reason": "loss was not finite"}
+    of_steps = {"generations": 8192, "drift": 2.0, "curve": {"kl": [0.1]}, "progress": []}
+    return line | {"outcome": "failed", "reason": "loss was not finite", **of_steps}
 
 
 class FakeGrid(grid.Grid):
@@ -297,13 +318,16 @@ def test_the_page_says_where_oapl_loses(tmp_path):
     assert "| `gspo` | 0.620 |" in text
     assert "| `cispo` | 0.412 (2 lost) |" in text  # a failed run counts as 0, and as lost
     assert "better 2 times, level 2 times and worse 1 times" in text.split("### pass@1")[1]
-    row = next(x for x in text.splitlines() if x.startswith("| live, lag 128 | **-0.100**"))
+    row = next(x for x in text.splitlines() if x.startswith("| live, lag 128 |  | **-0.100**"))
     assert "| **+0.114** [+0." in row
     # Fewer generations are better: GRPO needs fewer, others never got there, one has failed.
-    assert "better 3 times, level 1 times and worse 1 times" in text.split("### to the level")[1]
-    assert "| live, lag 128 | **+2048** | **-12288**" in text
+    of_level = text.split("### to the level")[1]
+    assert "better 3 times, level 0 times and worse 1 times; 1 times it is not known" in of_level
+    assert "| live, lag 128 |  | **+2048** | **-12288**" in text
     of_arm = text.split("### live, lag 128")[1]
     assert "| `grpo` | 0.001 | clip_high 0.2 | 0.720 [0.691, 0.749] |" in of_arm
+    of_cispo = next(x for x in of_arm.splitlines() if x.startswith("| `cispo`"))
+    assert of_cispo.count("unknown") == 2  # its entropy, and the generations to the level
     assert "4096 (5/5)" in of_arm
     assert "16384 (0/5)" in of_arm
     assert "replay" not in of_arm  # arms without results have no table
@@ -329,7 +353,11 @@ def test_where_rates_end(tmp_path):
 
 def test_pictures_are_drawn_of_what_is_there(tmp_path):
     arm = Arm("live", 8)
-    scores = {"oapl": [0.6, 0.7, 0.6, 0.7, 0.6], "sft": [0.4, 0.5, 0.4, 0.5, None]}
+    scores = {
+        "oapl": [0.6, 0.7, 0.6, 0.7, 0.6],
+        "grpo": [0.6, None, 0.6, 0.7, None],
+        "sft": [0.4, 0.5, 0.4, 0.5, None],
+    }
     lines = [*starts(0.25), *an_arm(arm, scores)]
     surface = next(t for t in lag.tables(FULL) if t.title == "Lag 128")
     for row in surface.cells.values():
@@ -342,6 +370,7 @@ def test_pictures_are_drawn_of_what_is_there(tmp_path):
         assert f"(comparison/{name}.png)" in text
         picture = (tmp_path / "docs" / "comparison" / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
+    assert "without runs that failed (2 of grpo at live, lag 8)" in text
     assert "### Lag 128" in text
     assert "### Lag 8" not in text
     kept = grid.read(epath.Path(tmp_path / "docs" / "comparison"))
