@@ -16,7 +16,9 @@ def reference_kl(
 
     The bracket is the estimate of KL(pi || pi_ref) that is never negative (k3, as in GRPO, arXiv
     2402.03300), for tokens of pi. The importance weight makes it one for tokens of the behavior
-    policy and turns its gradient into rho_t d_t grad log pi, that of the KL itself.
+    policy and turns its gradient into rho_t d_t grad log pi: value and gradient of each token's KL,
+    at the prefixes that were sampled. With those of pi that adds up to the KL of whole responses,
+    whose gradient also holds what a token does to the prefixes after it; this one does not.
     """
     weight = bounded_exp(token_log_ratio(logp, behavior_logp, mask))
     gap = jnp.clip(token_log_ratio(logp, reference_logp, mask), -20.0, 20.0)

@@ -38,6 +38,43 @@ def test_its_expectation_and_gradient_are_those_of_the_kl_whoever_sampled(sampli
     np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-6)
 
 
+def two_tokens(first, second):
+    """log-probs [4, 2] of the responses (a, b), a and b 0 or 1, from logits of a, and of b by a."""
+    of_first, of_second = jax.nn.log_softmax(first), jax.nn.log_softmax(second)
+    return jnp.stack([jnp.repeat(of_first, 2), of_second.reshape(-1)], axis=-1)
+
+
+def test_of_two_tokens_it_is_each_ones_kl_at_the_prefixes_that_were_sampled():
+    first, second = jnp.array([0.7, -0.4]), jnp.array([[0.2, 1.1], [-0.9, 0.3]])
+    reference = two_tokens(jnp.array([-0.2, 0.5]), jnp.array([[0.6, -0.3], [1.2, 0.1]]))
+    behavior = two_tokens(jnp.array([-1.0, 0.8]), jnp.array([[0.4, 0.4], [0.3, -0.5]]))
+
+    def expectation(parts, sampling):
+        chances = jnp.exp(sampling.sum(-1))
+        return jnp.sum(
+            chances * reference_kl(two_tokens(*parts), sampling, reference, jnp.ones((4, 2)))
+        )
+
+    def by_place(parts, sampling):
+        """Both tokens' KL, the second's averaged over prefixes of the sampling policy."""
+        logp = two_tokens(*parts)
+        of_first = jnp.sum(jnp.exp(logp[::2, 0]) * (logp - reference)[::2, 0])
+        of_second = jnp.sum((jnp.exp(logp[:, 1]) * (logp - reference)[:, 1]).reshape(2, 2), axis=-1)
+        return of_first + jnp.sum(jnp.exp(sampling[::2, 0]) * of_second)
+
+    parts = (first, second)
+    for sampling in (two_tokens(*parts), behavior):
+        value, gradient = jax.value_and_grad(expectation)(parts, sampling)
+        expected, slope = jax.value_and_grad(by_place)(parts, sampling)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        for found, right in zip(gradient, slope, strict=True):
+            np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-6)
+    logp = two_tokens(*parts)
+    whole = jnp.sum(jnp.exp(logp.sum(-1)) * (logp - reference).sum(-1))
+    np.testing.assert_allclose(expectation(parts, logp), whole, rtol=1e-5)  # of responses, if fresh
+    assert abs(expectation(parts, behavior) - whole) > 0.01
+
+
 def test_on_fresh_data_a_tokens_slope_is_its_log_ratio():
     logp, reference, _, mask = random_group(0, [5, 2, 7], 7, spread=0.4)
     total = lambda x: reference_kl(x, logp, reference, mask).sum()

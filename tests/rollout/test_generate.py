@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import xxhash
 from etils import epath
 
 from configs import arithmetic
+from configs.objectives import OBJECTIVES
 from oapl_jax import train
 from oapl_jax.check import check_sizes
 from oapl_jax.errors import RunError, UserError
@@ -456,7 +458,10 @@ def test_two_offline_rounds(jobs, round1, tmp_path):
 
 
 def test_both_take_their_share_of_each_step(jobs, round1, tmp_path):
-    settings = dict(
+    """With the objective of hybrid training, which learns from both in one step."""
+    settings: dict[str, Any] = {f"objective__{k}": v for k, v in OBJECTIVES["mixed"].items()}
+    settings |= dict(
+        objective__name="mixed",
         model__path=str(round1 / "weights" / "v000000"),
         warmup__num_steps=0,
         rollout__source="both",
@@ -465,6 +470,7 @@ def test_both_take_their_share_of_each_step(jobs, round1, tmp_path):
         buffer__zero_variance="keep",
     )
     jobs.train(tmp_path, **settings)
+    assert any(line["grad_norm"] > 0 for line in metrics(tmp_path))
     for line in metrics(tmp_path):
         assert line["recorded/taken"] == line["step"]
         assert line["buffer/trained"] == 3 * line["step"]
