@@ -167,10 +167,10 @@ def run(to: epath.Path, config: Any, policy: epath.Path, split: str) -> list[dic
         job = open_job(config.lock(), to)
         splits = {"train": bank(job.splits["train"]), "validation": job.splits[split]}
         job = dataclasses.replace(job, splits={**job.splits, **splits})
-        result = train.run_job(job, StopRequest())
-        if result is None:
+        ended = train.run_job(job, StopRequest())
+        if ended is None:
             raise SystemExit("stopped; the same command goes on")
-        (to / "result.json").write_text(json.dumps(result))
+        (to / "result.json").write_text(json.dumps(ended[0]))
     if json.loads((to / "config.json").read_text()) != json.loads(json.dumps(config.to_dict())):
         raise UserError(f"{to} holds a run with other settings; remove it, or give another --to")
     return read_lines(to / "metrics.jsonl")

@@ -229,7 +229,7 @@ def trained(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | N
         return None
     job = open_job(config, workdir)
     try:
-        graded = grade(job, config.num_steps, done["params"], run)
+        graded = grade(job, config.num_steps, done[1], run)
     finally:
         job.close()
     return {"outcome": "ended", **graded, **of_run()}

@@ -46,12 +46,13 @@ def run(config: Config, workdir: epath.Path, stop: StopRequest) -> dict[str, Any
       UserError: for settings or files that do not fit, before any work.
       RunError: for a run that can't go on; what was saved stays.
     """
-    return run_job(open_job(config, workdir), stop)
+    ended = run_job(open_job(config, workdir), stop)
+    return None if ended is None else ended[0]
 
 
-def run_job(job: Job, stop: StopRequest) -> dict[str, Any] | None:
-    """`run` for a job that is open, as it is or with parts of it replaced; closes it. The results
-    have the last policy's parameters too."""
+def run_job(job: Job, stop: StopRequest) -> tuple[dict[str, Any], Any] | None:
+    """`run` for a job that is open, as it is or with parts of it replaced; closes it. Returns the
+    last policy's parameters beside the results."""
     config, workdir, clock = job.config, job.workdir, CompileClock()
     if not jax.process_index():
         for change in check_config(workdir / "config.json", config.to_dict()):
@@ -133,7 +134,7 @@ def run_job(job: Job, stop: StopRequest) -> dict[str, Any] | None:
             return None
         after = job.grade(step, state.params, "test") if config.evaluation.every else {}
     results = {"before": loop["before"], "after": after, "seconds": loop["seconds"]}
-    return {**results, "params": state.params}
+    return results, state.params
 
 
 def check_finite(job: Job, step: int, skipped_in_a_row: int) -> None:
