@@ -80,7 +80,9 @@ def curriculum() -> Config:
         dict(
             # "uniform": all of them; or "window", "learnability", "actor_curator".
             name="uniform",
-            candidates=256,  # drawn for each rollout.prompts_per_call that are sampled
+            # Drawn for each rollout.prompts_per_call that are sampled. 2,048 is arXiv 2602.20532's:
+            # with a few hundred, actor_curator soon knows only some of the prompts.
+            candidates=2048,
             # No more prompts than carry this probability are chosen by it; the others uniformly.
             top_p=0.9,
             # Pass rates, of window and learnability: all proposals.
@@ -91,7 +93,8 @@ def curriculum() -> Config:
             ),
             # Bounds of arXiv 2502.01456; the weight, beside 1 for a prompt within, is a proposal.
             window=dict(low=0.2, high=0.8, outside=0.02),
-            # arXiv 2602.20532; its curator is a Qwen3-0.6B, trained at 1e-6.
+            # arXiv 2602.20532, whose curator is a Qwen3-0.6B, trained at 1e-6; the values are
+            # proposals.
             curator=dict(
                 path="",  # a checkpoint with the policy's vocabulary; "": fresh, of this shape
                 architecture=dict(

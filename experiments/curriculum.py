@@ -137,7 +137,6 @@ def get_config(name: str, seed: int, **changes: Any) -> Any:
     config.checkpoint.every = 20
     config.tensorboard = False
     config.curriculum.name = name
-    config.curriculum.candidates = 2048  # of which a tenth is useful
     config.curriculum.curator.update(dormant=0, warmup=2, passes=2)
     config.update_from_flattened_dict(changes)
     return config

@@ -27,7 +27,7 @@ import jax
 from etils import epath
 
 from configs import code_contests, competition_math
-from oapl_jax.errors import RunError, UserError, exit_with_code
+from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.models.published import published
 from oapl_jax.plan.chips import SLICES
 from oapl_jax.plan.choices import applied, layouts
@@ -74,7 +74,7 @@ def line(run: str, model: str, topology: str) -> Line:
                 storage=1e9,
                 say=say,
             )
-        except (UserError, RunError) as error:
+        except UserError as error:  # of a layout; a program that can't be read ends the command
             say(f"refused: {error}")
             result = {"fits": False, "because": f"refused: {error}"}
             continue

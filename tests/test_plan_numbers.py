@@ -131,6 +131,8 @@ def test_a_loop_without_a_known_number_of_turns_is_not_counted():
     turns = jax.ShapeDtypeStruct((), jnp.int32)
     x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     assert traced_work(jax.jit(bounded).trace(x, turns)).total == 7 * 2 * 4**3
+    slope = lambda x, turns: jax.jvp(lambda y: bounded(y, turns), (x,), (x,))
+    assert traced_work(jax.jit(slope).trace(x, turns)).total == 7 * 3 * 2 * 4**3
     endless = lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x)
     with pytest.raises(RunError, match="turns"):
         traced_work(jax.jit(endless).trace(x))

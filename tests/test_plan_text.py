@@ -133,6 +133,8 @@ def test_a_bound_that_is_data_is_named():
     named = 'metadata={op_name="jit(f)/while/body/at_most_34/while"}'
     text = unknown.replace("body=%inner", f"body=%inner, {named}")
     assert Module(text).executions("inner") == 3 * 34
+    for within in ("jvp(at_most_34)", "transpose(jvp(at_most_34))"):  # as on one chip
+        assert Module(text.replace("at_most_34", within)).executions("inner") == 3 * 34
     below = text.replace("at_most_34/while", "at_most_34/while/body/while")
     with pytest.raises(RunError, match="number of turns"):
         Module(below).executions("inner")

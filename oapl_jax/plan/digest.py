@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import importlib.metadata
+import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent
@@ -18,9 +19,10 @@ SHAPING = (
 
 
 def code() -> str:
-    """A digest of that code and of the compiler's version."""
+    """A digest of that code and of the compiler, its version and flags."""
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
-    digest = hashlib.sha256(" ".join(versions).encode())
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    digest = hashlib.sha256((" ".join(versions) + flags).encode())
     for name in SHAPING:
         for path in sorted(PACKAGE.glob(f"{name}.py")):
             digest.update(meaning(path.read_text()).encode())

@@ -19,7 +19,7 @@ REMAT = "rematted_computation"
 # Of the blocks of a causal row's attention, those that the kernel does not skip.
 CAUSAL = 0.5
 # A loop whose bound is data says its most turns in the name of its scope.
-AT_MOST = re.compile(r"at_most_(\d+)$")
+AT_MOST = re.compile(r"at_most_(\d+)\)*$")
 
 
 def forward_flops(config: ModelConfig, tokens: int, context: float, head_tokens: int) -> float:

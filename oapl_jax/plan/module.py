@@ -13,7 +13,7 @@ from oapl_jax.errors import RunError
 from oapl_jax.plan.hlo import Computation, Instruction, read_computations
 
 COPIES = ("copy", "bitcast", "convert", "copy-done", "optimization-barrier")
-AT_MOST = re.compile(r'at_most_(\d+)/while"')
+AT_MOST = re.compile(r'at_most_(\d+)\)*/while"')  # on one chip it may be jvp(at_most_7)/while
 CONTROL = ("while", "conditional", "call", "async-start")
 
 
@@ -72,7 +72,7 @@ class Module:
           RunError: if neither says it; a guess would make every figure wrong.
         """
         printed = re.search(r'known_trip_count[^0-9]*"?n"?[^0-9]*(\d+)', loop.rest)
-        printed = printed or re.search(r'/at_most_(\d+)/while"', loop.rest)
+        printed = printed or AT_MOST.search(loop.rest)
         if printed:
             return int(printed.group(1))
         compare, sides = self._comparison(self.computations[loop.callee("condition")])
@@ -86,9 +86,6 @@ class Module:
             if start is not None and step and direction in ("LT", "LE", "GT", "GE"):
                 beyond = {"LT": 0, "LE": 1, "GT": 0, "GE": -1}[direction]
                 return max(math.ceil((limit - start + beyond) / step), 0)
-        named = AT_MOST.search(loop.rest)
-        if named:
-            return int(named.group(1))
         raise RunError(f"the number of turns of loop {loop.name} of the program can't be read")
 
     def made_by_loop(self, computation: Computation, name: str) -> tuple[str, int] | None:
