@@ -58,13 +58,14 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-# These imitate what was right, also in a group in which all is; others learn from differences.
-IMITATING = ("sft", "mixed", "asymre")
+# These learn from groups of equal rewards too: sft and mixed imitate right answers, asymre weighs
+# all of a group alike. Others learn from differences, or pull to an anchor.
+FROM_EQUAL_REWARDS = ("sft", "mixed", "asymre")
 
 
 def zero_variance(name: str) -> str:
-    """What an objective's job does with a group of equal rewards: buffer.zero_variance."""
-    return "keep" if name in IMITATING else "drop"
+    """What the default job does with a group of equal rewards: its buffer.zero_variance."""
+    return "keep" if name in FROM_EQUAL_REWARDS else "drop"
 
 
 def objective(name: str) -> Config:

@@ -67,22 +67,21 @@ def score(line: Line, measure: str) -> float:
     A run that failed has a pass@k of 0, the generations and the drift of its steps, and not a
     number for the rest. "to the level" are the generations up to the first evaluation at which
     LEVEL was reached; one that ends without it counts all of its own, which is the least that it
-    would need.
+    would need, and of one that fails without it they are not a number.
     """
-    if line["outcome"] != "ended":
-        of_steps = line.get(measure, float("nan"))
-        return 0.0 if measure.startswith("pass@") else float(of_steps)
     if measure == "to the level":
-        return float([*_at_level(line), line["generations"]][0])
+        never = line["generations"] if line["outcome"] == "ended" else math.nan
+        return float([*_at_level(line), never][0])
+    if line["outcome"] != "ended":
+        return 0.0 if measure.startswith("pass@") else float(line.get(measure, math.nan))
     of_policy = line[line["settings"]["split"]]
     return float(of_policy[measure] if measure in of_policy else line[measure])
 
 
 def _at_level(line: Line) -> list[int]:
     """Generations at each evaluation that found LEVEL reached."""
-    if line["outcome"] != "ended":
-        return []
-    return [made for _, made, pass_at_1, _ in line["progress"] if pass_at_1 >= LEVEL]
+    points = line.get("progress", [])
+    return [made for _, made, pass_at_1, _ in points if pass_at_1 >= LEVEL]
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -77,12 +77,12 @@ class Grid:
         """Does what is missing of the runs, and before them of those that they need.
 
         Raises:
-          RunError: if one that others need came to nothing.
+          RunError: if one that others need came to nothing, or, done again, to something else.
           KeyboardInterrupt: after all processes have saved and left.
         """
         runs = list(dict.fromkeys(runs))
-        needed = [other for run in runs for other in (run.start, run.stream) if other]
         missing = [run for run in runs if self._to_do(run)]
+        needed = [other for run in missing for other in (run.start, run.stream) if other]
         if not missing:
             return
         if needed:
@@ -120,6 +120,8 @@ class Grid:
             line |= {"outcome": "broken", "reason": reason}
         line |= {"seconds": round(time.monotonic() - started, 1), "code": self._code}
         known = self.line(run)
+        if known is not None and line["outcome"] == "broken":
+            raise RunError(f"run {run.key}, done again for others, broke: {line['reason']}")
         if known is not None and found(known) != found(line):
             workdir.rmtree()
             raise RunError(
@@ -260,6 +262,8 @@ def read_arguments(description: str) -> Arguments:
     given = parser.parse_args()
     to = given.to or (given.root if given.quick else "docs")
     absolute = lambda path: epath.Path(path).resolve()
+    if absolute(to) / "comparison" == absolute(given.root):
+        parser.error(f"--to={to} would put its pictures and lines into --root; name another")
     return Arguments(absolute(given.root), given.jobs, given.quick, absolute(to))
 
 

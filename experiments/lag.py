@@ -1,4 +1,4 @@
-"""Where robustness to lag and step size ends: OAPL and five others, live.
+"""Where robustness to lag and step size ends: OAPL and four others, live.
 
 Claim under test: at a lag of 128 OAPL survives a learning rate at which the others collapse.
 Command: python -m experiments.lag --jobs=2

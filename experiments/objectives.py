@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from configs.objectives import IMITATING
+from configs.objectives import FROM_EQUAL_REWARDS
 from experiments.arms import Arm, Plan, Values, a_run, arms, tuned
 from experiments.findings import score
 from experiments.grid import Grid, command
@@ -49,7 +49,7 @@ METHODS: dict[str, tuple[Values, ...]] = {
             "vespo_decay_bad": 1.0,
         },
     ),
-    # As its paper has it: groups with equal rewards are pulled to pi_lag.
+    # As algorithm 1 of its paper reads: groups with equal rewards are pulled to pi_lag.
     "oapl, all groups": ({"beta2": 0.2}, {"beta2": 0.05}),
     # beta2 as for oapl; per root of the length, a root of the length more.
     "oapl_length": ({"beta2": 0.6}, {"beta2": 0.15}),
@@ -77,19 +77,22 @@ CORE = ("oapl", "oapl, all groups", "grpo", "grpo_is", "gspo", "cispo", "vespo")
 # The same range for all: who has fewer constants gets more rates within it.
 RATES = {1: (3e-4, 5e-4, 8e-4, 1.2e-3, 1.9e-3, 3e-3), 2: (3e-4, 1e-3, 3e-3)}
 TUNING_SEEDS = (100, 101)
-ALL_GROUPS = ("oapl, all groups", *IMITATING)  # these learn from groups with equal rewards too
+ALL_GROUPS = (
+    "oapl, all groups",
+    *FROM_EQUAL_REWARDS,
+)  # these learn from groups with equal rewards too
 
 
 COMMON = {
     "num_steps": 256,
     "groups_per_step": 8,
     "rollout.prompts_per_call": 8,
-    # Groups with equal rewards weigh nothing, as in the default job, but no others are sampled in
-    # their place: each step costs the same number of rollouts, for every method.
+    # Groups with equal rewards weigh nothing, but no others are sampled in their place as the
+    # default job does: each step costs the same number of rollouts, for every method.
     "buffer.zero_variance": "weight",
+    "zero_variance_weight": 0.0,
     # A policy that has lost all is graded as any other.
     "rollout.unpaid_groups": 0,
-    "zero_variance_weight": 0.0,
     "checkpoint.every": 128,
     "checkpoint.keep": 1,
     "evaluation.n": 4,  # of the curves; how a run's last policy is graded: runs.GRADES

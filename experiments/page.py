@@ -48,8 +48,8 @@ LIMITS = """\
   and `prosper`, whose rewards are preferences, is not compared.
 - Groups with equal rewards are not replaced, so that all runs sample alike; in the default job they
   are (`buffer.zero_variance=drop`), and a step is worth more and costs more. Here they weigh
-  nothing, but for methods that imitate (`sft`, `mixed`, `asymre`) and for `oapl, all groups`, which
-  is OAPL as its paper has it: they pull to pi_lag.
+  nothing, but for `sft`, `mixed`, `asymre` and `oapl, all groups`, which is OAPL as algorithm 1 of
+  its paper reads: there they pull to pi_lag, as they would with `a_star_po`, `tba` and `opmd_kimi`.
 - Methods are as docs/methods.md says, some with corrections for stale data that their papers do not
   have; `vcpo` is without its paper's baseline. A batch gets one gradient step, so that the clip of
   `grpo_is`, `rloo`, `vcpo` and `mixed`, which is about the policy of the step itself, never
@@ -58,8 +58,9 @@ ARMS = f"""\
 Rate and constants are those that the trials chose. Generations are the rollouts that a run trained
 on, of a recorded set each counted once; beside them those up to a pass@1 of {LEVEL}, and how many
 runs got there. Drift is KL(pi_lag || pi) in nats a token before the last step of a window. Lost
-runs ended with a lower pass@1 than they began with, or failed: their loss was not finite. A failed
-run counts as a pass@k of 0; what else it would have shown is unknown."""
+runs ended with a lower pass@1 than they began with, or failed: loss or gradient were not finite. A
+failed run counts as a pass@k of 0, its generations and drift are those of its steps, and what else
+it would have shown is unknown."""
 
 
 def by_hand(text: str) -> str:
@@ -90,11 +91,10 @@ def page(grid: Grid, plan: Plan, pictures: Mapping[str, str], conclusions: str) 
 
 
 def introduction(grid: Grid, plan: Plan) -> str:
-    outcomes = [line["outcome"] for line in grid.lines.values()]
-    hours = (
-        sum(line["core_seconds"] for line in grid.lines.values() if "core_seconds" in line) / 3600
-    )
-    codes = {line["code"] for line in grid.lines.values()}
+    lines = [line for line in tables.behind(grid, plan) if line["outcome"] != "broken"]
+    outcomes = [line["outcome"] for line in lines]
+    hours = sum(line.get("core_seconds", 0.0) for line in lines) / 3600
+    codes = {line["code"] for line in lines}
     steps, groups = plan.common["num_steps"], plan.common["groups_per_step"]
     validation, test = (
         f"{plan.data[f'data.{split}_size']} problems, {GRADES[split]['n']} samples each"
@@ -126,10 +126,11 @@ def introduction(grid: Grid, plan: Plan) -> str:
 def beginning(grid: Grid, plan: Plan) -> str:
     """The policy after the warm-up."""
     lines = [grid.line(warm_up(plan, seed)) for seed in plan.seeds]
-    if not all(lines):
+    ended = [line for line in lines if line and line["outcome"] == "ended"]
+    if len(ended) < len(lines):
         return ""
     measures = ("pass@1", "pass@8", "pass@64", "entropy")
-    means = {k: spread([line["test"][k] for line in lines if line])[0] for k in measures}
+    means = {k: spread([line["test"][k] for line in ended])[0] for k in measures}
     return f" ({', '.join(f'{k} {mean:.3f}' for k, mean in means.items())})"
 
 
@@ -145,9 +146,9 @@ def questions(plan: Plan, found: tables.Arms) -> Iterable[str]:
         better, worse = ("more", "less") if more_is_better else ("less", "more")
         unknown = verdicts.count("unknown")
         yield (
-            f"### {measure}\n\n{question} Against all methods in all arms OAPL is better "
-            f"{verdicts.count(better)} times, level {verdicts.count('level')} times and worse "
-            f"{verdicts.count(worse)} times"
+            f"### {measure}\n\n{question} Against all methods in all arms, its variants too, OAPL "
+            f"is better {verdicts.count(better)} times, level {verdicts.count('level')} times and "
+            f"worse {verdicts.count(worse)} times"
             f"{f'; {unknown} times it is not known, for a run failed' if unknown else ''}."
             f"\n\n{table}"
         )

@@ -54,7 +54,8 @@ Key = tuple[str, str, str]  # run, model, topology
 
 
 def line(run: str, model: str, topology: str) -> Line:
-    """The first layout that fits, or the refusal of the last."""
+    """The first layout that fits; if none does, the last that splits no row, since those that do
+    spread the state over fewer chips."""
     jax.config.update("jax_platforms", "cpu")  # in a process of its own; else jax looks for a TPU
     config, sizes, where = RUNS[run][0](), published(model), open_slice(topology)
     said = ""
@@ -62,7 +63,7 @@ def line(run: str, model: str, topology: str) -> Line:
         config.groups_per_step = where.hosts
         said = f", {where.hosts} groups a step"
     sequences = config.group_size * config.groups_per_step
-    result: Line = {"fits": False, "because": "no layout divides the model over the chips"}
+    nearest: Line = {"fits": False, "because": "no layout divides the model over the chips"}
     for choice in layouts(sequences, sizes.hidden_size, len(where.devices)):
         say(f"{run}, {model}, {topology}: {choice}")
         try:
@@ -76,7 +77,8 @@ def line(run: str, model: str, topology: str) -> Line:
             )
         except UserError as error:  # of a layout; a program that can't be read ends the command
             say(f"refused: {error}")
-            result = {"fits": False, "because": f"refused: {error}"}
+            if "layout" not in nearest:
+                nearest = {"fits": False, "because": f"refused: {error}"}
             continue
         worst = max(plan["programs"], key=lambda p: (not p["fits"], sum(p["hbm"].values())))
         result = {
@@ -89,7 +91,9 @@ def line(run: str, model: str, topology: str) -> Line:
         if plan["fits"]:
             kept = ("roofline", "flops", "collectives", "host_memory", "publish_seconds", "fleet")
             return {**result, "hbm": worst["hbm"], **{name: plan[name] for name in kept}}
-    return result
+        if "layout" not in nearest or choice.context == 1:
+            nearest = result
+    return nearest
 
 
 def digest_of(run: str, model: str) -> str:
@@ -185,7 +189,8 @@ MFU at most | fleet, generated tokens/s |
 
 def row(topology: str, made: Line) -> str:
     if not made["fits"]:
-        return f"| {topology} | does not fit | {made['because']} | | | | |"
+        layout = made.get("layout", "no layout")
+        return f"| {topology} | does not fit: {layout} | {made['because']} | | | | |"
     bound, layout = made["roofline"], made["layout"]
     if made["replicated"]:
         layout += f", {made['replicated']} arrays resharded by replication"

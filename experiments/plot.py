@@ -29,14 +29,14 @@ DIRECTORY = "comparison"  # of the pictures, beside comparison.md
 
 def render(grid: Grid, to: epath.Path, quick: bool) -> None:
     """Writes comparison.md, keeping what is by hand, the pictures for which there are results, and
-    beside them the results file."""
+    beside them the lines of all runs."""
     plan = QUICK if quick else FULL
     (to / DIRECTORY).mkdir(parents=True, exist_ok=True)
     pictures = draw(grid, plan, to / DIRECTORY)
     file = to / "comparison.md"
     conclusions = by_hand(file.read_text()) if file.exists() else ""
     file.write_text(page(grid, plan, pictures, conclusions))
-    (to / DIRECTORY / RESULTS).write_text("".join(map(as_line, grid.lines.values())))
+    (to / DIRECTORY / RESULTS).write_text("".join(map(as_line, tables.behind(grid, plan))))
     say(f"written: {file}")
 
 
@@ -56,7 +56,9 @@ def draw(grid: Grid, plan: Plan, to: epath.Path) -> dict[str, str]:
 
     whiskers = f"Means of {n} seeds with 95 % intervals over seeds"
     if live:
-        save("lags.png", lags(live, plan), f"Live, by lag, at each method's choice. {whiskers}.")
+        gaps = "; no entropy where a run failed" if without(live, plan) else ""
+        caption = f"Live, by lag, at each method's choice. {whiskers}{gaps}."
+        save("lags.png", lags(live, plan), caption)
         save("pass_at_k.png", passes(live, plan), f"pass@k by lag, test split. {whiskers}.")
         save(
             "generations.png",
@@ -148,7 +150,7 @@ def rates(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
 
 
 def drifts(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
-    """The distance to pi_lag over the steps, a panel for each lag at which there is one to see."""
+    """The distance to pi_lag over the steps, a panel for each lag; at a lag of 1 there is none."""
     figure, panels = plt.subplots(1, len(by_lag), figsize=(3.6 * len(by_lag), 4), squeeze=False)
     for panel, (title, cells) in zip(panels[0], by_lag.items(), strict=True):
         for i, (name, row) in enumerate(cells.items()):

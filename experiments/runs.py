@@ -25,12 +25,13 @@ from etils import epath
 from experiments.forgetful import forgetful
 from oapl_jax import train
 from oapl_jax.begin import begin
-from oapl_jax.errors import RunError
+from oapl_jax.errors import NotFinite
 from oapl_jax.job import Config, Job, open_job
 from oapl_jax.metrics import read_lines
 from oapl_jax.publisher import version_path
 from oapl_jax.report.progress import Progress, StopRequest
 from oapl_jax.rollout.generate import make_set
+from oapl_jax.rollout.shards import Shards
 
 OUTCOME = "outcome.json"
 # How a policy is graded at the end of its run: samples a problem, and the k of pass@k.
@@ -137,7 +138,7 @@ def do(run: Run, root: epath.Path) -> None:
     """Does a run to its end, or until SIGTERM, and goes on where an earlier try has stopped.
 
     Leaves log.txt and, at its end, outcome.json: "ended" with what was found, or "failed" with the
-    reason for a run that can't go on, a finding too. Any other exception leaves no outcome.
+    reason for a policy whose loss is not finite, a finding too. An exception leaves no outcome.
     """
     stop = StopRequest()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the whole group; the grid says when to stop
@@ -151,14 +152,8 @@ def do(run: Run, root: epath.Path) -> None:
     fcntl.flock(log, fcntl.LOCK_EX)
     if (workdir / OUTCOME).exists():
         return
-    try:
-        outcome: dict[str, Any] | None = {
-            "warm_up": warm_up,
-            "generate": generate,
-            "train": trained,
-        }[run.kind](run, root, stop)
-    except RunError as error:
-        outcome = {"outcome": "failed", "reason": str(error)}
+    of_kind = {"warm_up": warm_up, "generate": generate, "train": trained}[run.kind]
+    outcome: dict[str, Any] | None = of_kind(run, root, stop)
     if outcome is not None:
         outcome["core_seconds"] = round(time.process_time(), 1)
         aside = workdir / f"{OUTCOME}.new"
@@ -193,7 +188,8 @@ def warm_up(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | N
 
 
 def generate(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
-    """One group for each of the first `run.prompts` training prompts, from version 0."""
+    """One group for each of the first `run.prompts` training prompts, from version 0; its outcome
+    has the checksums of the set."""
     assert run.start is not None
     job = open_job(run.resolve(root), run.workdir(root))
     progress = Progress("generate", run.prompts, 0)
@@ -208,7 +204,10 @@ def generate(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | 
             groups_per_shard=256,
             progress=lambda done: progress.step(done, {}),
         )
-        return None if stop.requested else {"outcome": "ended"}
+        if stop.requested:
+            return None
+        shards = Shards(run.rollouts(root)).manifest["shards"]
+        return {"outcome": "ended", "shards": [of["xxh128"] for of in shards.values()]}
     finally:
         job.close()
 
@@ -223,7 +222,7 @@ def trained(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | N
     of_run = lambda: summary(read_lines(workdir / "metrics.jsonl"), config, run)
     try:
         done = train.run_job(job, stop)
-    except RunError as error:
+    except NotFinite as error:
         return {"outcome": "failed", "reason": str(error), **of_run()}
     if done is None:
         return None
@@ -256,13 +255,11 @@ def summary(lines: list[dict[str, Any]], config: Config, run: Run) -> dict[str, 
     """
     if not lines:
         return {}
-    lag = [line["lag/mean"] for line in lines] + [0.0]
+    # A whole run ends with a window.
+    after = 0.0 if lines[-1]["step"] == config.num_steps else np.inf
+    lag = [*(line["lag/mean"] for line in lines), after]
     value = lambda line, key: line.get(key, np.nan)  # metrics leave out what is not finite
-    drift = [
-        value(line, "kl")
-        for line, now, then in zip(lines, lag, lag[1:], strict=False)
-        if then <= now
-    ]
+    ends = [line for line, now, then in zip(lines, lag, lag[1:], strict=False) if then <= now]
     made = run.stream.prompts * config.group_size if run.stream and run.stream.prompts else np.inf
 
     def generations(line: Mapping[str, Any]) -> int:
@@ -275,7 +272,7 @@ def summary(lines: list[dict[str, Any]], config: Config, run: Run) -> dict[str, 
     return {
         "generations": generations(lines[-1]),
         "skipped": int(lines[-1]["skipped"]),
-        "drift": float(np.mean(drift)),
+        "drift": float(np.mean([value(line, "kl") for line in ends])) if ends else float("nan"),
         "progress": [
             [line["step"], generations(line), line["eval/pass@1"], line["eval/entropy"]]
             for line in graded

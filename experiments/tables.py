@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
 from experiments import lag, objectives
 from experiments.arms import Arm, Plan, Values, arms
 from experiments.findings import LEVEL, Cell, Spread, cell_of, difference, verdict
-from experiments.grid import Grid
+from experiments.grid import Grid, Line
 
 OURS = "oapl"
 CLOSE = 0.05  # of pass@1: a learning rate that costs no more than this is still a good one
@@ -31,6 +32,25 @@ def collect(grid: Grid, plan: Plan) -> Arms:
     sources = ["live", "offline", plan.recorder]
     order = sorted(found, key=lambda arm: (sources.index(arm.source), arm.lag))
     return {arm: dict(sorted(found[arm].items(), key=rank)) for arm in order}
+
+
+def behind(grid: Grid, plan: Plan) -> list[Line]:
+    """The lines of this plan's runs, in the order of the file: another's may lie beside them."""
+    runs = [
+        run
+        for table in lag.tables(plan)
+        for row in table.cells.values()
+        for run in chain(*row.values())
+    ]
+    for arm, names in arms(plan):
+        for name in names:
+            for values in objectives.candidates(plan, name):
+                runs += objectives.trials(plan, arm, name, values)
+            chosen = objectives.choose(grid, plan, arm, name)
+            runs += objectives.compared(plan, arm, name, chosen) if chosen else []
+    needed = [other for run in runs for other in (run.start, run.stream) if other]
+    keys = {run.key for run in (*runs, *needed)}
+    return [line for line in grid.lines.values() if line["key"] in keys]
 
 
 def overview(found: Arms, names: Iterable[str]) -> str:
@@ -114,7 +134,8 @@ def of_surface(table: lag.Table, cells: Mapping[str, Mapping[str, Cell]]) -> str
 
     def entry(cell: Cell) -> str:
         values, lost = cell.of("pass@1"), f" ({cell.lost} lost)" if cell.lost else ""
-        return f"{min(values):.2f} to {max(values):.2f}{lost}; {cell.mean('drift'):.2g}"
+        drift = bracketed((cell.mean("drift"), math.nan, math.nan), "{:.2g}")
+        return f"{min(values):.2f} to {max(values):.2f}{lost}; {drift}"
 
     columns = list(next(iter(cells.values())))
     rows = [[name, *(entry(row[column]) for column in columns)] for name, row in cells.items()]

@@ -31,6 +31,10 @@ class HostLost(RunError):
     exit_code = 4
 
 
+class NotFinite(RunError):
+    """Loss or gradient was not finite in too many steps in a row."""
+
+
 class NoReward(RunError):
     """No response was paid for so long that there is nothing to learn; the message shows some."""
 

@@ -24,7 +24,7 @@ from oapl_jax.assemble import make_batch, recompute
 from oapl_jax.begin import begin
 from oapl_jax.command import read_command_line
 from oapl_jax.compile_cache import keep_programs
-from oapl_jax.errors import FleetLost, RunError, exit_with_code
+from oapl_jax.errors import FleetLost, NotFinite, exit_with_code
 from oapl_jax.evaluate import table
 from oapl_jax.job import Config, Job, open_job
 from oapl_jax.lag import LagPolicy
@@ -138,9 +138,9 @@ def run_job(job: Job, stop: StopRequest) -> tuple[dict[str, Any], Any] | None:
 
 
 def check_finite(job: Job, step: int, skipped_in_a_row: int) -> None:
-    """Raises a RunError once too many steps in a row had to be skipped."""
+    """Raises NotFinite once too many steps in a row had to be skipped."""
     if skipped_in_a_row == NON_FINITE_IN_A_ROW:
-        raise RunError(
+        raise NotFinite(
             f"loss or gradient was not finite in {NON_FINITE_IN_A_ROW} steps up to {step}; lower "
             f"optim.learning_rate ({job.config.optim.learning_rate}) or look at the rewards; the "
             f"same command resumes from checkpoint step {job.checkpoints.steps()[-1]}"

@@ -24,7 +24,7 @@ from experiments.arms import Arm, a_run, arms, stream, tuned, warm_up
 from experiments.forgetful import forgetful
 from experiments.runs import OUTCOME, key_of, run_of, summary, trained
 from oapl_jax.check import check_sizes
-from oapl_jax.errors import RunError
+from oapl_jax.errors import NotFinite, RunError
 from oapl_jax.optim import make_optimizer, make_schedule
 from oapl_jax.report.progress import StopRequest
 
@@ -190,6 +190,7 @@ def test_the_drift_is_that_at_the_end_of_windows():
     config = run.resolve(epath.Path("/nowhere"))
     lines = [metric(s, s / 100, **{"buffer/added": 8 * s, "skipped": 0}) for s in range(1, 13)]
     lines[7] |= {"eval/pass@1": 0.5, "eval/entropy": 0.1}
+    config.num_steps = 12
     found = summary(lines, config, run)
     assert found["drift"] == pytest.approx((0.04 + 0.08 + 0.12) / 3)
     assert found["generations"] == 12 * 8 * 8
@@ -209,18 +210,19 @@ def test_of_a_run_that_fails_the_steps_up_to_there_count(monkeypatch, tmp_path):
     run = a_run(FULL, Arm("live", 2), "oapl", {}, 0, "test")
     workdir = run.workdir(epath.Path(tmp_path))
     workdir.mkdir(parents=True)
-    steps = [metric(s, 0.5, **{"buffer/added": 8 * s, "skipped": 3}) for s in (1, 2)]
+    steps = [metric(s, s / 10, **{"buffer/added": 8 * s, "skipped": 3}) for s in range(1, 7)]
     (workdir / "metrics.jsonl").write_text("".join(map(grid.as_line, steps)))
 
     def breaks(job, stop):
-        raise RunError("the loss was not finite")
+        raise NotFinite("the loss was not finite")
 
     monkeypatch.setattr("experiments.runs.open_job", lambda config, at: None)
     monkeypatch.setattr("experiments.runs.train.run_job", breaks)
     of_run = trained(run, epath.Path(tmp_path), StopRequest())
     assert of_run is not None
     assert (of_run["outcome"], of_run["reason"]) == ("failed", "the loss was not finite")
-    assert (of_run["generations"], of_run["drift"], of_run["skipped"]) == (2 * 8 * 8, 0.5, 3)
+    assert (of_run["generations"], of_run["skipped"]) == (6 * 8 * 8, 3)
+    assert of_run["drift"] == 0.4  # of the window that came to its end
     assert summary([], run.resolve(epath.Path(tmp_path)), run) == {}
 
 
@@ -363,7 +365,7 @@ def test_pictures_are_drawn_of_what_is_there(tmp_path):
     for row in surface.cells.values():
         for runs in row.values():
             lines += [line_of(run, 0.5) for run in runs]
-    made = FakeGrid(tmp_path / "grid", lines)
+    made = FakeGrid(tmp_path / "grid", [*lines, {**lines[0], "key": "another"}])
     plot.render(made, epath.Path(tmp_path / "docs"), False)
     text = (tmp_path / "docs" / "comparison.md").read_text()
     for name in ("lags", "pass_at_k", "generations", "rates", "drift"):
@@ -374,7 +376,7 @@ def test_pictures_are_drawn_of_what_is_there(tmp_path):
     assert "### Lag 128" in text
     assert "### Lag 8" not in text
     kept = grid.read(epath.Path(tmp_path / "docs" / "comparison"))
-    assert kept == list(made.lines.values())
+    assert kept == [line for line in made.lines.values() if line["key"] != "another"]
     empty = epath.Path(tmp_path / "empty")
     plot.render(FakeGrid(tmp_path / "none", []), empty, False)
     assert "](comparison/" not in (empty / "comparison.md").read_text()
@@ -434,13 +436,15 @@ def test_what_broke_is_still_to_do_and_what_failed_is_not(tmp_path):
 
 
 class InstantGrid(grid.Grid):
-    """Runs that are over at once, and find what they are told to."""
+    """Runs that are over at once, and find what they are told to; None: that break."""
 
     def __init__(self, root, finding):
         super().__init__(epath.Path(root), jobs=1)
         self.finding, self.done = finding, []
 
     def _do(self, run):
+        if self.finding is None:
+            return "out of memory"
         workdir = run.workdir(self.root)
         workdir.mkdir(parents=True)
         self.done.append(run.kind)
@@ -468,9 +472,13 @@ def test_another_machine_goes_on_from_the_results_alone(tmp_path):
             assert len(results(tmp_path / name)) == 3
             continue
         for _ in range(2):  # no less the second time
+            other = InstantGrid(tmp_path / name, finding)
             with pytest.raises(RunError, match=r"another machine.*another --root"):
                 other.run([one, two], what="elsewhere")
-        assert other.done == ["warm_up"] * 2
+            assert other.done == ["warm_up"]
+        broken = InstantGrid(tmp_path / name, None)
+        with pytest.raises(RunError, match="done again for others, broke: out of memory"):
+            broken.run([one, two], what="elsewhere")
         assert len(results(tmp_path / name)) == 2
 
 

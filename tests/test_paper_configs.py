@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import arithmetic, code_contests, competition_math
+from configs import arithmetic, code_contests, competition_math, objectives
 from oapl_jax import publisher, train
 from oapl_jax.data import audit, samples
 from oapl_jax.evaluate.run import run as run_benchmarks
@@ -130,6 +130,12 @@ def test_each_round_starts_where_the_one_before_ended():
     two.rounds = "/elsewhere"
     assert two.model.path == "/elsewhere/versions/v000418"
     assert two.rollout.shards == "/elsewhere/set2"
+
+
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_groups_of_equal_rewards_are_kept_for_those_who_learn_from_them(name):
+    kept = arithmetic.get_config(f"objective={name}").buffer.zero_variance == "keep"
+    assert kept == (name in ("sft", "mixed", "asymre"))
 
 
 def test_the_baseline_is_at_a_lag_of_at_most_one():

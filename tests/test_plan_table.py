@@ -1,9 +1,12 @@
 """The table of plans: what is made again, what stops a chain, and what the page says."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from experiments import plan_table
 from experiments.plan_table import RUNS, SMALLEST, Table, chains, digest_of, smallest
+from oapl_jax.errors import UserError
 from oapl_jax.plan.chips import SLICES
 
 FITS = {
@@ -16,7 +19,11 @@ FITS = {
     ),
     "fleet": dict(tokens_per_second=9e5),
 }
-NOT = {"fits": False, "because": "train step: 99.00 GiB of 15.75 GiB"}
+NOT = {
+    "fits": False,
+    "because": "train step: 99.00 GiB of 15.75 GiB",
+    "layout": "fsdp 4, remat offload, 64 micro-batches",
+}
 MODEL = "qwen3-0.6b"
 
 
@@ -85,4 +92,28 @@ def test_rows_of_the_page():
     )
     many = plan_table.row("v5e:8x8", FITS | {"replicated": 3})
     assert ", 3 arrays resharded by replication |" in many
-    assert plan_table.row("v5e:2x2", NOT).startswith("| v5e:2x2 | does not fit | train step: 99.00")
+    assert plan_table.row("v5e:2x2", NOT).startswith(
+        "| v5e:2x2 | does not fit: fsdp 4, remat offload, 64 micro-batches | train step: 99.00"
+    )
+
+
+@pytest.mark.parametrize("most", [4, 2, 0])
+def test_of_layouts_that_do_not_fit_the_one_that_splits_no_row_is_shown(monkeypatch, most):
+    """Rows can be split over `most` chips; over more is refused, and with 0 all is."""
+
+    def estimate(config, *_, **__):
+        if config.mesh.context > most:
+            raise UserError("this mesh can't be")
+        program = dict(program="train step", fits=False, because=f"{config.mesh.context} ways")
+        numbers = {"hbm": {}, "compile_seconds": 1.0, "resharded by replication": 0}
+        return {"fits": False, "programs": [program | numbers]}
+
+    slice_of_4 = SimpleNamespace(hosts=1, devices=range(4))
+    monkeypatch.setattr(plan_table, "open_slice", lambda topology: slice_of_4)
+    monkeypatch.setattr(plan_table, "estimate", estimate)
+    made = plan_table.line("competition_math", MODEL, "v5e:2x2")
+    if not most:
+        assert made == {"fits": False, "because": "refused: this mesh can't be"}
+    else:
+        assert made["layout"] == "fsdp 4, remat offload, 64 micro-batches"
+        assert made["because"] == "train step: 1 ways"

@@ -19,7 +19,7 @@ SHAPING = (
 
 
 def code() -> str:
-    """A digest of that code and of the compiler, its version and flags."""
+    """A digest of that code, and of the versions and libtpu's flags that it compiles with."""
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
     digest = hashlib.sha256((" ".join(versions) + flags).encode())

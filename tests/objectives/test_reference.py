@@ -62,6 +62,10 @@ def test_of_two_tokens_it_is_each_ones_kl_at_the_prefixes_that_were_sampled():
         of_second = jnp.sum((jnp.exp(logp[:, 1]) * (logp - reference)[:, 1]).reshape(2, 2), axis=-1)
         return of_first + jnp.sum(jnp.exp(sampling[::2, 0]) * of_second)
 
+    def of_responses(parts):
+        logp = two_tokens(*parts)
+        return jnp.sum(jnp.exp(logp.sum(-1)) * (logp - reference).sum(-1))
+
     parts = (first, second)
     for sampling in (two_tokens(*parts), behavior):
         value, gradient = jax.value_and_grad(expectation)(parts, sampling)
@@ -69,10 +73,11 @@ def test_of_two_tokens_it_is_each_ones_kl_at_the_prefixes_that_were_sampled():
         np.testing.assert_allclose(value, expected, rtol=1e-5)
         for found, right in zip(gradient, slope, strict=True):
             np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-6)
-    logp = two_tokens(*parts)
-    whole = jnp.sum(jnp.exp(logp.sum(-1)) * (logp - reference).sum(-1))
+    whole, logp = of_responses(parts), two_tokens(*parts)
     np.testing.assert_allclose(expectation(parts, logp), whole, rtol=1e-5)  # of responses, if fresh
     assert abs(expectation(parts, behavior) - whole) > 0.01
+    fresh, of_whole = jax.grad(expectation)(parts, logp)[0], jax.grad(of_responses)(parts)[0]
+    assert np.abs(fresh - of_whole).max() > 0.01  # what the first token does to the second
 
 
 def test_on_fresh_data_a_tokens_slope_is_its_log_ratio():

@@ -458,7 +458,7 @@ def test_two_offline_rounds(jobs, round1, tmp_path):
 
 
 def test_both_take_their_share_of_each_step(jobs, round1, tmp_path):
-    """With the objective of hybrid training, which learns from both in one step."""
+    """With the objective of hybrid training."""
     settings: dict[str, Any] = {f"objective__{k}": v for k, v in OBJECTIVES["mixed"].items()}
     settings |= dict(
         objective__name="mixed",
