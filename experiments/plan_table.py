@@ -203,7 +203,8 @@ def row(topology: str, made: Line) -> str:
 
 
 def smallest(lines: dict[str, Line], model: str) -> Iterator[str]:
-    """Of each generation, the smallest slice that fits, or those that do not."""
+    """Of each generation, the smallest slice that fits, or those that do not; and which of its
+    slices are not tried."""
     for generation, slices in SLICES.items():
         refused, untried = [], False
         for shape in slices.values():
@@ -217,7 +218,8 @@ def smallest(lines: dict[str, Line], model: str) -> Iterator[str]:
             else:
                 refused.append(topology)
         else:
-            yield f"not {', '.join(refused)}" if refused else "not tried"
+            larger = " (others not tried)" if untried else ""
+            yield f"not {', '.join(refused)}{larger}" if refused else "not tried"
 
 
 def main() -> None:

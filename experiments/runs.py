@@ -213,22 +213,23 @@ def generate(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | 
 
 
 def trained(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
-    """A run of oapl_jax.train, with its last policy graded on `run.split`; of one that can't go on
-    the metrics up to there."""
+    """A run of oapl_jax.train, with its last policy graded on `run.split`; of one whose loss is no
+    longer finite the metrics up to there."""
     config, workdir = run.resolve(root), run.workdir(root)
     job = open_job(config, workdir)
     if run.forget_every:
         job = dataclasses.replace(job, optimizer=forgetful(job.optimizer, every=run.forget_every))
     of_run = lambda: summary(read_lines(workdir / "metrics.jsonl"), config, run)
     try:
-        done = train.run_job(job, stop)
+        ended = train.run_job(job, stop)
     except NotFinite as error:
         return {"outcome": "failed", "reason": str(error), **of_run()}
-    if done is None:
+    if ended is None:
         return None
+    _, params = ended
     job = open_job(config, workdir)
     try:
-        graded = grade(job, config.num_steps, done[1], run)
+        graded = grade(job, config.num_steps, params, run)
     finally:
         job.close()
     return {"outcome": "ended", **graded, **of_run()}

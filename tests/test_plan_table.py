@@ -71,7 +71,8 @@ def test_a_line_is_made_again_for_other_settings_sizes_or_code(monkeypatch):
 def test_the_smallest_slice_is_said_only_of_those_tried():
     of = lambda made: {f"competition_math {MODEL} v6e:{shape}": m for shape, m in made.items()}
     said = lambda made: list(smallest(of(made), MODEL))[2]
-    assert said({"1x1": NOT, "2x2": NOT}) == "not v6e:1x1, v6e:2x2"
+    assert said({"1x1": NOT, "2x2": NOT}) == "not v6e:1x1, v6e:2x2 (others not tried)"
+    assert said(dict.fromkeys(SLICES["v6e"].values(), NOT)).endswith("v6e:16x16")
     assert said({"1x1": NOT, "2x2": FITS, "8x8": FITS}) == "v6e:2x2"
     assert said({"1x1": NOT, "8x8": FITS}) == "v6e:8x8 (smaller ones not all tried)"
 
