@@ -1,4 +1,4 @@
-"""Many runs: those that are missing, a few at a time, each in a process of its own.
+"""Many runs: those that are missing, a few at a time, each in a process beside this one.
 
 Below the root of a grid lie `results.jsonl`, a line for each finished run, which only grows;
 `runs/`, with what unfinished runs go on from and what others need; and compile cache and data set,
@@ -13,13 +13,12 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,13 @@ from typing import Any
 from etils import epath
 
 import oapl_jax
-from experiments.runs import OUTCOME, Run, do
+from experiments.runs import OUTCOME, Run
+from experiments.workers import Workers
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.report.progress import say
 
-DEADLINE = 3600.0  # seconds for one run, an order of magnitude more than one takes
 PACKAGE = Path(oapl_jax.__file__).parent
 RESULTS = "results.jsonl"  # below the root
-PATIENCE = 120.0  # seconds for a run to save and leave when it is told to
 Line = dict[str, Any]
 
 
@@ -52,12 +50,11 @@ class Grid:
         self._code = code()
         self._append = threading.Lock()
         self._stopping = threading.Event()
-        self._processes = multiprocessing.get_context("forkserver")
-        # Each run is a fork of a process that has imported everything and computed nothing, so that
-        # a change of the code reaches the next command and not the next run.
-        self._processes.set_forkserver_preload(
-            ["experiments.arms", "experiments.findings", "configs.arithmetic"]
-        )
+        self._workers = Workers(root)
+
+    def close(self) -> None:
+        """Ends the processes; none may be at work."""
+        self._workers.close()
 
     def line(self, run: Run) -> Line | None:
         """What is known of a run; None if it has not come to an end.
@@ -139,22 +136,13 @@ class Grid:
 
     def _do(self, run: Run) -> str:
         """Returns what went wrong if the process leaves no outcome."""
-        if self._stopping.is_set():
-            return "stopped"
-        process: Any = self._processes.Process(target=do, args=(run, self.root))
-        process.start()
-        started = time.monotonic()
-        while process.is_alive() and time.monotonic() - started < DEADLINE:
-            process.join(0.5)
-            if self._stopping.is_set():
-                process.terminate()
-                process.join(PATIENCE)
-                break
-        if process.is_alive():
-            process.kill()
-            process.join()
-            return f"it was killed after {time.monotonic() - started:.0f} s"
-        return f"its process ended with code {process.exitcode}; see log.txt in its directory"
+        return "stopped" if self._stopping.is_set() else self._workers.do(run, self._stopping)
+
+
+def by_seed(runs: Iterable[Sequence[Run]]) -> list[Run]:
+    """Runs of all seeds, of each in turn: so runs of one program, compiled once and kept for all,
+    are not side by side."""
+    return [run for of_seed in zip(*runs, strict=True) for run in of_seed]
 
 
 def code() -> str:
@@ -228,8 +216,8 @@ def open_grid(root: epath.Path, *, jobs: int) -> Iterator[Grid]:
                 f"another process works on {root}; wait for it, or give another --root"
             ) from error
         cut_off(root / RESULTS)
-        grid = Grid(root, jobs=jobs)
-        yield grid
+        with contextlib.closing(Grid(root, jobs=jobs)) as grid:
+            yield grid
     broken = [line for line in grid.lines.values() if line["outcome"] == "broken"]
     if broken:
         raise RunError(

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from configs.objectives import FROM_EQUAL_REWARDS
 from experiments.arms import Arm, Plan, Values, a_run, arms, tuned
 from experiments.findings import score
-from experiments.grid import Grid, command
+from experiments.grid import Grid, by_seed, command
 from experiments.runs import Run
 from oapl_jax.errors import exit_with_code
 
@@ -165,15 +165,14 @@ def compared(plan: Plan, arm: Arm, method: str, values: Values) -> list[Run]:
 def run_arm(grid: Grid, plan: Plan, arm: Arm, methods: Sequence[str]) -> None:
     """Trials, then the runs of what they choose."""
     tries = [
-        run
+        trials(plan, arm, method, values)
         for method in methods
         for values in candidates(plan, method)
-        for run in trials(plan, arm, method, values)
     ]
-    grid.run(tries, what=f"{tuned(plan, arm).name}: trials")
+    grid.run(by_seed(tries), what=f"{tuned(plan, arm).name}: trials")
     chosen = {method: choose(grid, plan, arm, method) for method in methods}
-    runs = [run for name, v in chosen.items() if v for run in compared(plan, arm, name, v)]
-    grid.run(runs, what=f"{arm.name}: {', '.join(methods)}")
+    runs = [compared(plan, arm, method, values) for method, values in chosen.items() if values]
+    grid.run(by_seed(runs), what=f"{arm.name}: {', '.join(methods)}")
 
 
 def work(grid: Grid, quick: bool) -> None:

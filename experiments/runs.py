@@ -1,20 +1,20 @@
-"""One run of a grid: what decides it, and how it is done, in a process of its own.
+"""One run of a grid: what decides it, and how it is done, in a process that does nothing else.
 
 A run may start from the weights of another (the warm-up, which all runs of a seed share) and train
 on what another recorded. Its key is a hash of its settings, of theirs, and of its configuration, so
 a run is done once, whoever asks for it, and anew where a default has changed.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
 import hashlib
 import importlib
 import json
-import multiprocessing
 import os
 import signal
-import threading
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -142,36 +142,28 @@ def do(run: Run, root: epath.Path) -> None:
     """
     stop = StopRequest()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the whole group; the grid says when to stop
-    _leave_with_parent()
     workdir = run.workdir(root)
     workdir.mkdir(parents=True, exist_ok=True)
-    log = os.open(workdir / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    # Of a grid that was killed a process may still be leaving; the grid has a deadline for both.
-    fcntl.flock(log, fcntl.LOCK_EX)
-    if (workdir / OUTCOME).exists():
-        return
+    with (workdir / "log.txt").open("a") as log, contextlib.ExitStack() as closing:
+        closing.callback(sys.stdout.flush)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        # Of a grid that was killed a process may still be leaving; the next grid has a deadline.
+        fcntl.flock(log, fcntl.LOCK_EX)
+        closing.callback(fcntl.flock, log, fcntl.LOCK_UN)  # 1 and 2 hold it too
+        if not (workdir / OUTCOME).exists():
+            _do(run, root, stop)
+
+
+def _do(run: Run, root: epath.Path, stop: StopRequest) -> None:
+    started = time.process_time()
     of_kind = {"warm_up": warm_up, "generate": generate, "train": trained}[run.kind]
     outcome: dict[str, Any] | None = of_kind(run, root, stop)
     if outcome is not None:
-        outcome["core_seconds"] = round(time.process_time(), 1)
-        aside = workdir / f"{OUTCOME}.new"
+        outcome["core_seconds"] = round(time.process_time() - started, 1)
+        aside = run.workdir(root) / f"{OUTCOME}.new"
         aside.write_text(json.dumps(outcome))
-        aside.replace(workdir / OUTCOME)
-
-
-def _leave_with_parent() -> None:
-    """Asks this process to stop when the grid's is gone, however it went."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def follow() -> None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=follow, daemon=True).start()
+        aside.replace(run.workdir(root) / OUTCOME)
 
 
 def warm_up(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
