@@ -26,7 +26,7 @@ LONG = dataclasses.replace(
 
 
 def pids():
-    return {process.pid for process in multiprocessing.active_children()}
+    return {process.pid for process in multiprocessing.active_children() if process.pid}
 
 
 @pytest.fixture
@@ -81,7 +81,8 @@ def test_a_run_that_is_stopped_leaves_and_one_that_is_killed_is_named(at_work, t
     if how == "stopped":
         stopping.set()
     else:
-        os.kill(*pids(), signal.SIGKILL)
+        (pid,) = pids()
+        os.kill(pid, signal.SIGKILL)
     thread.join()
     assert metrics.exists()
     assert (
