@@ -136,30 +136,32 @@ def generations(live: tables.Arms, plan: Plan):
 
 def rates(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
     """pass@1 against the learning rate, a panel for each lag."""
+    colors = {name: f"C{i}" for i, name in enumerate(tables.names_of(by_lag))}
     figure, panels = plt.subplots(1, len(by_lag), figsize=(3.6 * len(by_lag), 4), squeeze=False)
     for panel, (title, cells) in zip(panels[0], by_lag.items(), strict=True):
-        for i, (name, row) in enumerate(cells.items()):
+        for name, row in cells.items():
             points: dict[float, Spread] = {}
             for rate, cell in row.items():
                 values = cell.of("pass@1")
                 points[float(rate)] = (cell.mean("pass@1"), min(values), max(values))
-            with_whiskers(panel, points, name, dict(color=f"C{i}"))
+            with_whiskers(panel, points, name, dict(color=colors[name]))
         panel.set(xscale="log", xlabel="learning rate", title=title, ylim=(0, 1))
-    panels[0][0].legend(fontsize=7)
+    panels[0][-1].legend(fontsize=7)
     return finish(figure)
 
 
 def drifts(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
     """The distance to pi_lag over the steps, a panel for each lag; at a lag of 1 there is none."""
+    colors = {name: f"C{i}" for i, name in enumerate(tables.names_of(by_lag))}
     figure, panels = plt.subplots(1, len(by_lag), figsize=(3.6 * len(by_lag), 4), squeeze=False)
     for panel, (title, cells) in zip(panels[0], by_lag.items(), strict=True):
-        for i, (name, row) in enumerate(cells.items()):
+        for name, row in cells.items():
             line = row["0.001"].lines[0]
             if "curve" in line:  # not of a run that failed at its first step
                 kl = np.maximum(line["curve"]["kl"], 1e-7)
-                panel.plot(8 * np.arange(1, len(kl) + 1), kl, color=f"C{i}", label=name, lw=1)
+                panel.plot(8 * np.arange(1, len(kl) + 1), kl, color=colors[name], label=name, lw=1)
         panel.set(yscale="log", xlabel="gradient step", title=title)
-    panels[0][0].legend(fontsize=7)
+    panels[0][-1].legend(fontsize=7)
     return finish(figure)
 
 

@@ -143,7 +143,8 @@ def of_surface(table: lag.Table, cells: Mapping[str, Mapping[str, Cell]]) -> str
 
 
 def limits(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]) -> tuple[str, str]:
-    """For each method and lag the largest rate that is still good, and that loses no run."""
+    """For each method and lag the largest rate that is still good, and that loses no run; nothing
+    where a method was not asked."""
 
     def good(row: Mapping[str, Cell]) -> str:
         means = {rate: cell.mean("pass@1") for rate, cell in row.items()}
@@ -153,15 +154,23 @@ def limits(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]) -> tuple[str,
         lost = [cell.lost for cell in row.values()]
         return ["none", *row][int(np.argmax([*map(bool, lost), True]))]
 
-    names = list(next(iter(by_lag.values())))
+    entry = lambda cells, name, ends: ends(cells[name]) if name in cells else ""
     tables = [
         markdown(
             ["", *by_lag],
-            [[name, *(ends(cells[name]) for cells in by_lag.values())] for name in names],
+            [
+                [name, *(entry(cells, name, ends) for cells in by_lag.values())]
+                for name in names_of(by_lag)
+            ],
         )
         for ends in (good, kept)
     ]
     return tables[0], tables[1]
+
+
+def names_of(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]) -> list[str]:
+    """All rows, once each, those of the largest lag first: not all lags have all."""
+    return list(dict.fromkeys(chain(*list(by_lag.values())[::-1])))
 
 
 def bracketed(of: Spread, form: str = "{:.3f}", *, bold: bool = False) -> str:

@@ -351,6 +351,8 @@ def test_where_rates_end(tmp_path):
     assert kept.splitlines()[-1] == "| oapl | 0.001 |"
     assert tables.limits({"Lag 8": {"oapl": {"0.003": cell("0.003")}}})[1].endswith("| none |")
     assert good.splitlines()[-1] != kept.splitlines()[-1]
+    some, _ = tables.limits({"Lag 1": {"oapl": row}, "Lag 8": {"oapl": row, "grpo": row}})
+    assert some.splitlines()[-1] == "| grpo |  | 0.01 |"
 
 
 def test_pictures_are_drawn_of_what_is_there(tmp_path):
