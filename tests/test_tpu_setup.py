@@ -108,6 +108,7 @@ EXAMPLES = [
     f"gke/create_cluster.sh {CLUSTER} --topology=v5e:8x8 --share=share --reservation=r",
     f"gke/create_workload.sh {CLUSTER} --workload=w --topology=v6e:8x8 {RUN} -- --config.seed=1",
     f"gke/watch.sh {CLUSTER} --workload=w --topology=v6e:8x8 {RUN}",
+    f"gke/watch.sh {CLUSTER} --workload=w --topology=v6e:8x8 {RUN} --libtpu=--xla_a=1",
     f"gke/delete_workload.sh {CLUSTER} --workload=w",
     f"gke/delete_cluster.sh {CLUSTER}",
 ]
@@ -251,6 +252,8 @@ def test_words_survive_both_shells():
     install, _, train = value(words, "--command").partition(" && exec ")
     assert install.endswith("install.sh")
     assert shlex.split(train)[-1] == servers
+    words = dry_run(f'{workload} --libtpu="--xla_a=1 --xla_b=2"')[-1]
+    assert "--libtpu=--xla_a=1 --xla_b=2" in shlex.split(value(words, "--command"))
 
 
 def test_a_mistake_in_a_setting_is_the_one_that_kubernetes_does_not_restart():

@@ -105,7 +105,8 @@ TRAINER = """
 import os, pathlib, sys, time
 cloud, worker = pathlib.Path(os.environ["FAKE_CLOUD"]), os.environ["WORKER"]
 with (cloud / "starts").open("a") as file:
-    print(worker, os.getcwd(), os.environ["JAX_PLATFORMS"], *sys.argv[1:], file=file)
+    print(worker, os.getcwd(), os.environ["JAX_PLATFORMS"], *sys.argv[1:], end=" ", file=file)
+    print(os.environ.get("LIBTPU_INIT_ARGS", ""), file=file)
 start = sum(line[0] == worker for line in (cloud / "starts").open())
 
 def finish():
@@ -185,9 +186,12 @@ class Cloud:
             start_new_session=True,
         )
 
-    def watching(self, *more: str, job: str = "tpu_setup/train.sh", seed: int = 1) -> list[str]:
+    def watching(
+        self, *more: str, job: str = "tpu_setup/train.sh", seed: int = 1, libtpu: str = ""
+    ) -> list[str]:
         flags = ["--topology=v6e:4x4", "--spot", "--share=10.0.0.2:/oapl", "--poll=0", *more]
         flags += ["--", job, "--config=configs/arithmetic.py", f"--workdir={self.folder}/run"]
+        flags += [f"--libtpu={libtpu}"] if libtpu else []
         return ["watch.sh", *flags, "--", f"--config.seed={seed}"]
 
     def watch(self, *more: str, **job) -> subprocess.CompletedProcess[str]:
@@ -202,7 +206,7 @@ class Cloud:
     def starts(self) -> list[str]:
         """Each start of the trainer, by worker: directory, environment and words."""
         file = self.folder / "starts"
-        return sorted(file.read_text().splitlines()) if file.exists() else []
+        return sorted(map(str.strip, file.open())) if file.exists() else []
 
     def end(self) -> None:
         for pid in self.folder.glob("worker-*/job/pid"):
@@ -240,13 +244,14 @@ ONE_LIFE = ["create", "scp", "ssh", "ssh"]  # request, source, install, start
 
 def test_from_nothing_to_the_end(cloud):
     cloud.tell("ACCEPTED WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
-    done = cloud.watch("--delete-at-end")
+    done = cloud.watch("--delete-at-end", libtpu="--xla_a=1 --xla_b=2")
     assert done.returncode == 0, done.stderr
     assert cloud.calls() == [*ONE_LIFE, "delete"]
     for state in ("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"):
         assert f"waits for the capacity, at most 86400 s. {state}" in done.stderr
     assert "the job is done" in done.stderr
     words = f"--config=configs/arithmetic.py --workdir={cloud.folder}/run --pod --config.seed=1"
+    words += " --xla_a=1 --xla_b=2"  # the compiler's flags, of the environment
     assert cloud.starts() == [
         f"{n} {cloud.folder}/worker-{n}/oapl_jax tpu,cpu {words}" for n in (0, 1)
     ]

@@ -10,6 +10,7 @@
 # --name=      of the slice
 # --config=    a file of configs/
 # --workdir=   of the run, on the share: /mnt/oapl/...
+# --libtpu=''  flags of the TPU compiler, in one word: LIBTPU_INIT_ARGS, as the plan was made with
 # --dry-run    print the command, do nothing
 # -- ...       further flags of oapl_jax.train
 set -euo pipefail
@@ -19,4 +20,5 @@ here=$(dirname "$0")
 
 [[ $workdir == /* ]] || refuse "--workdir=$workdir is not absolute; name one in /mnt/oapl"
 on_workers all "$(quoted oapl_jax/tpu_setup/on_worker/job.sh start \
-  oapl_jax/tpu_setup/on_worker/train.sh --config="$config" --workdir="$workdir" -- "${rest[@]}")"
+  oapl_jax/tpu_setup/on_worker/train.sh --config="$config" --workdir="$workdir" \
+  ${libtpu:+--libtpu="$libtpu"} -- "${rest[@]}")"

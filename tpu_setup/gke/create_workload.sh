@@ -15,6 +15,7 @@
 # --workdir=           of the run, on the share: /mnt/oapl/...
 # --commit=HEAD        of this checkout
 # --max-restarts=100   by Kubernetes; a preemption costs one
+# --libtpu=''          flags of the TPU compiler, in one word: LIBTPU_INIT_ARGS, as for the plan
 # --image=python:3.11  with Python, which the source is added to
 # --dry-run            print the commands, do nothing
 # -- ...               further flags of oapl_jax.train
@@ -38,4 +39,4 @@ run xpk workload create --project="$project" --zone="$zone" --cluster="$cluster"
   --max-restarts="$max_restarts" --restart-on-exit-codes=1,3,4,75 \
   --termination-grace-period-seconds=120 \
   --command="tpu_setup/on_worker/install.sh && exec $(quoted tpu_setup/on_worker/train.sh \
-    --config="$config" --workdir="$workdir" -- "${rest[@]}")"
+    --config="$config" --workdir="$workdir" ${libtpu:+--libtpu="$libtpu"} -- "${rest[@]}")"

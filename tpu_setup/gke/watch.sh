@@ -9,11 +9,12 @@
 # --zone=                   of the cluster
 # --cluster=                its name
 # --workload=               a name for the run
-# --topology=               as for create_workload.sh, as are the next four
+# --topology=               as for create_workload.sh, as are the next five
 # --config=                 ...
 # --workdir=                ...
 # --commit=HEAD             ..., also of the runs that follow
 # --max-restarts=100        ...
+# --libtpu=''               ...
 # --delete-cluster-at-end   delete the cluster when this ends by itself, for whatever reason
 # --renewals=3              of a workload that has used up its restarts
 # --poll=600                seconds between two looks
@@ -32,7 +33,7 @@ where=(--project="$project" --zone="$zone" --cluster="$cluster")
 dry=(${dry_run:+--dry-run})
 create=("$here/create_workload.sh" "${where[@]}" --workload="$workload" --topology="$topology"
   --config="$config" --workdir="$workdir" --commit="$commit"
-  --max-restarts="$max_restarts")
+  --max-restarts="$max_restarts" ${libtpu:+--libtpu="$libtpu"})
 delete=("$here/delete_workload.sh" "${where[@]}" --workload="$workload" "${dry[@]}")
 delete_cluster=("$here/delete_cluster.sh" "${where[@]}" "${dry[@]}")
 # Codes: 0 completed, 124 not finished within --timeout, 125 failed; otherwise it isn't known.

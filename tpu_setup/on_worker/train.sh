@@ -3,6 +3,7 @@
 #
 # --config=    a file of configs/
 # --workdir=   of the run, on the share
+# --libtpu=''  flags of the TPU compiler
 # -- ...       further flags of oapl_jax.train
 #
 # The code is that of the run (2: a mistake in a setting), or 75 if it was stopped before its end.
@@ -16,6 +17,7 @@ mkdir -p "$workdir"
 
 # Named, so that a TPU that can't be had is an error, and not a run on the CPU.
 export JAX_PLATFORMS=tpu,cpu
+[[ ! $libtpu ]] || export LIBTPU_INIT_ARGS=$libtpu
 cd "$here/../.."
 exec .venv/bin/python tpu_setup/on_worker/train.py --config="$config" --workdir="$workdir" \
   --pod "${rest[@]}"
