@@ -6,10 +6,10 @@
   s. All objectives see the same groups in the same order.
 - replay, lag L: the rollouts of a recorded live run of the recorder at lag L, group by group in its
   order; it had the constants of the configuration, not tuned ones. All objectives see the same
-  groups at the same steps. For the recorder itself they are about its own; for any other they come
-  from a policy that goes another way, so that L is the age of the data and not the distance to who
-  sampled them: at L = 1 they are as fresh as can be, and off-policy all the same. This is learning
-  from another's stream, and the recorder is at home in it.
+  groups at the same steps. For the recorder itself they are its own: with the same constants its
+  replay is its live run again. For any other they come from a policy that goes another way, so that
+  L is the age of the data and not the distance to who sampled them: at L = 1 they are as fresh as
+  can be, and off-policy all the same. This is learning from another's stream.
 """
 
 import dataclasses
@@ -59,6 +59,10 @@ class Arm:
 
     source: str
     lag: int
+
+    @property
+    def kind(self) -> str:
+        return self.source if self.source in ("live", "offline") else "replay"
 
     @property
     def name(self) -> str:

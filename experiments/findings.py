@@ -15,7 +15,8 @@ from scipy import stats
 from experiments.grid import Grid, Line
 from experiments.runs import Run
 
-LEVEL = 0.8  # of pass@1 on the validation split, to count the generations up to it
+# Measures: the generations up to these levels of pass@1 on the validation split.
+LEVELS = {"to pass@1 0.5": 0.5, "to pass@1 0.8": 0.8}
 Spread = tuple[float, float, float]  # mean, and the ends of its interval
 
 
@@ -46,10 +47,9 @@ class Cell:
         began = [score(start, "pass@1") for start in self.starts]
         return sum(end < start for end, start in zip(self.of("pass@1"), began, strict=True))
 
-    @property
-    def reached(self) -> int:
-        """Runs that reached LEVEL."""
-        return sum(bool(_at_level(line)) for line in self.lines)
+    def reached(self, measure: str) -> list[bool]:
+        """Of each run, whether it reached a level."""
+        return [bool(_at_level(line, LEVELS[measure])) for line in self.lines]
 
 
 def cell_of(grid: Grid, runs: Sequence[Run]) -> Cell | None:
@@ -65,23 +65,23 @@ def score(line: Line, measure: str) -> float:
     """A measure of a run's last policy on the run's split, or of the run.
 
     A run that failed has a pass@k of 0, the generations and the drift of its steps, and not a
-    number for the rest. "to the level" are the generations up to the first evaluation at which
-    LEVEL was reached; one that ends without it counts all of its own, which is the least that it
-    would need, and of one that fails without it they are not a number.
+    number for the rest. To a level are the generations up to the first evaluation at which it was
+    reached; one that ends without it counts all of its own, which is the least that it would need,
+    and of one that fails without it they are not a number.
     """
-    if measure == "to the level":
+    if measure in LEVELS:
         never = line["generations"] if line["outcome"] == "ended" else math.nan
-        return float([*_at_level(line), never][0])
+        return float([*_at_level(line, LEVELS[measure]), never][0])
     if line["outcome"] != "ended":
         return 0.0 if measure.startswith("pass@") else float(line.get(measure, math.nan))
     of_policy = line[line["settings"]["split"]]
     return float(of_policy[measure] if measure in of_policy else line[measure])
 
 
-def _at_level(line: Line) -> list[int]:
-    """Generations at each evaluation that found LEVEL reached."""
+def _at_level(line: Line, level: float) -> list[int]:
+    """Generations at each evaluation that found the level reached."""
     points = line.get("progress", [])
-    return [made for _, made, pass_at_1, _ in points if pass_at_1 >= LEVEL]
+    return [made for _, made, pass_at_1, _ in points if pass_at_1 >= level]
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -95,13 +95,21 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def difference(ours: Cell, theirs: Cell, measure: str) -> Spread:
-    """Mean and interval of ours - theirs, seed by seed."""
-    return spread(np.subtract(ours.of(measure), theirs.of(measure)).tolist())
+    """Mean and interval of ours - theirs, seed by seed.
+
+    Where a run did not reach a level the difference is the least that it can be; where neither run
+    of a seed did, nothing is known.
+    """
+    apart = np.subtract(ours.of(measure), theirs.of(measure))
+    if measure in LEVELS:
+        either = np.logical_or(ours.reached(measure), theirs.reached(measure))
+        apart = np.where(either, apart, math.nan)
+    return spread(apart.tolist())
 
 
 def verdict(of: Spread) -> str:
     """What the interval of a difference says: "more", "less", "level" if 0 is not outside, and
-    "unknown" where a run failed before it had the measure."""
+    "unknown" where a run failed before it had the measure, or no run of a seed reached a level."""
     mean, low, high = of
     if math.isnan(mean):
         return "unknown"

@@ -11,7 +11,7 @@ def forgetful(
     """The same with Adam's moments and their bias correction begun anew every so many steps.
 
     The schedule goes on. With `every` a window of the lag policy, no gradient of one window weighs
-    in the steps of the next.
+    in the steps of the next. (A step that is skipped, since it was not finite, is not counted.)
     """
     adam = lambda part: isinstance(part, optax.ScaleByAdamState)
 

@@ -31,7 +31,7 @@ from experiments.workers import Workers
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.report.progress import say
 
-PACKAGE = Path(oapl_jax.__file__).parent
+PACKAGE, HERE = Path(oapl_jax.__file__).parent, Path(__file__).parent
 RESULTS = "results.jsonl"  # below the root
 Line = dict[str, Any]
 
@@ -146,10 +146,10 @@ def by_seed(runs: Iterable[Sequence[Run]]) -> list[Run]:
 
 
 def code() -> str:
-    """A digest of the package that runs compute with."""
+    """A digest of what runs compute with."""
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        digest.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
+    for path in (*sorted(PACKAGE.rglob("*.py")), HERE / "runs.py", HERE / "forgetful.py"):
+        digest.update(path.relative_to(PACKAGE.parent).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -6,9 +6,9 @@ Hardware: 2 CPU cores, 4 GB of memory.
 
 Each objective gets the same number of trials: learning rates times values of its own constants,
 with two seeds of their own, graded on the validation split. The best one trains once more for each
-of five other seeds. The test split grades these runs, and the warmed-up policies that they start
-from, and nothing else. Trials are made live, at a lag of 8 and at one of 128; every other arm takes
-the choice of one of these (arms.tuned).
+of five other seeds. The test split grades these runs and the warmed-up policies that all start
+from, and nothing is chosen by what it says. Trials are made live, at a lag of 8 and at one of 128;
+every other arm takes the choice of one of these (arms.tuned).
 """
 
 import dataclasses

@@ -10,33 +10,35 @@ from collections.abc import Iterable, Mapping
 
 from experiments import tables
 from experiments.arms import Plan, warm_up
-from experiments.findings import LEVEL, spread
+from experiments.findings import LEVELS, spread
 from experiments.grid import Grid
 from experiments.lag import Table
 from experiments.objectives import TUNING_SEEDS
 from experiments.runs import GRADES
 
-# Of OAPL against every other method: the question, and whether more is better.
+# Of OAPL against every other method.
 QUESTIONS = {
-    "pass@1": ("Which is better?", True),
-    "pass@8": ("Does its lead grow with k? Compare with pass@1.", True),
-    "pass@64": ("The same; where both are almost 1 there is nothing to see.", True),
-    "entropy": (
-        "Is entropy (nats a token) kept? A policy that has learned less has more of it: read it "
-        "beside pass@1.",
-        True,
-    ),
-    "to the level": (
-        f"Are fewer generations needed for a pass@1 of {LEVEL} on the validation split? A run that "
-        "does not get there counts all that it made, the least that it would need.",
-        False,
+    "pass@1": "Which is better?",
+    "pass@8": "Does its lead grow with k? Compare with pass@1.",
+    "pass@64": "The same; where both are almost 1 there is nothing to see.",
+    "entropy": "Is entropy (nats a token) kept? A policy that has learned less has more of it: "
+    "read it beside pass@1.",
+    **dict.fromkeys(
+        LEVELS,
+        "Are fewer generations needed for this pass@1 on the validation split? A run that does not "
+        "get there counts all that it made, the least that it would need; where for some seed "
+        "neither does, it is not known.",
     ),
 }
+VERDICTS = ("more", "level", "less", "unknown")
 BEGIN, END = "<!-- by hand, kept when this page is written again -->\n", "<!-- end -->"
 LIMITS = """\
 - There is one task, one model of a hundred thousand parameters, answers of ten tokens and at most
   1,024 steps. On long answers clips, ratios of sequences and beta2 are another matter.
-- Where pass@64 is almost 1 before any reinforcement (see above) it can fall, and can hardly grow.
+- pass@64 is almost 1 before any reinforcement (see above): it can fall, and can hardly grow. If
+  what is gained grows with k is not answered here, only whether something is lost.
+- A run live at lag 128 has two windows, with one sync between them: it shows what a method makes of
+  data that is up to 127 steps old, and little of what many syncs do.
 - The intervals are those of Student's t for {seeds} seeds, right for normal values; scores are not
   where some runs are lost. None is corrected for their number: by chance alone one in twenty would
   be a "more" or a "less".
@@ -44,23 +46,28 @@ LIMITS = """\
   chosen rate is the smallest or the largest that was tried, marked by "!", there may be more to be
   had. It is made live at lags of {tuned}; a lag between takes that of the next larger one, the
   offline arm that of the largest.
-- Replays are at home with the family of who recorded them. Not all methods have them at all lags,
+- Replays are of OAPL's own runs: where the trials chose the recorder's constants, its replay is its
+  live run again, while all others learn from a foreign stream. They say who can learn from OAPL's
+  rollouts, and not who is better; so they are counted apart. Not all methods have them at all lags,
   and `prosper`, whose rewards are preferences, is not compared.
+- In the tables of robustness OAPL has three rows and some others one: don't compare the best of
+  each. "Best" there is the best of the rates in the table, by the test split.
 - Groups with equal rewards are not replaced, so that all runs sample alike; in the default job they
   are (`buffer.zero_variance=drop`), and a step is worth more and costs more. Here they weigh
   nothing, but for `sft`, `mixed`, `asymre` and `oapl, all groups`, which is OAPL as algorithm 1 of
-  its paper reads: there they pull to pi_lag, as they would with `a_star_po`, `tba` and `opmd_kimi`.
+  its paper reads: there they pull to pi_lag, as they would with `oapl_length` and `opmd_kimi`.
 - Methods are as docs/methods.md says, some with corrections for stale data that their papers do not
   have; `vcpo` is without its paper's baseline. A batch gets one gradient step, so that the clip of
   `grpo_is`, `rloo`, `vcpo` and `mixed`, which is about the policy of the step itself, never
   acts."""
 ARMS = f"""\
 Rate and constants are those that the trials chose. Generations are the rollouts that a run trained
-on, of a recorded set each counted once; beside them those up to a pass@1 of {LEVEL}, and how many
-runs got there. Drift is KL(pi_lag || pi) in nats a token before the last step of a window. Lost
-runs ended with a lower pass@1 than they began with, or failed: loss or gradient were not finite. A
-failed run counts as a pass@k of 0, its generations and drift are those of its steps, and what else
-it would have shown is unknown."""
+on, of a recorded set each counted once; beside them those up to a pass@1 of
+{" and of ".join(map(str, LEVELS.values()))}, and how many runs got there. Drift is
+KL(pi_lag || pi) in nats a token before the last step of a window. Lost runs ended with a lower
+pass@1 than they began with, or failed: loss or gradient were not finite. A failed run counts as a
+pass@k of 0, its generations and drift are those of its steps, and what else it would have shown is
+unknown."""
 
 
 def by_hand(text: str) -> str:
@@ -141,17 +148,15 @@ def overview(plan: Plan, found: tables.Arms) -> str:
 
 
 def questions(plan: Plan, found: tables.Arms) -> Iterable[str]:
-    for measure, (question, more_is_better) in QUESTIONS.items():
-        table, verdicts = tables.differences(found, measure, plan.core)
-        better, worse = ("more", "less") if more_is_better else ("less", "more")
-        unknown = verdicts.count("unknown")
-        yield (
-            f"### {measure}\n\n{question} Against all methods in all arms, its variants too, OAPL "
-            f"is better {verdicts.count(better)} times, level {verdicts.count('level')} times and "
-            f"worse {verdicts.count(worse)} times"
-            f"{f'; {unknown} times it is not known, for a run failed' if unknown else ''}."
-            f"\n\n{table}"
+    for measure, question in QUESTIONS.items():
+        table, by_kind = tables.differences(found, measure, plan.core)
+        counted = "; ".join(
+            f"{kind}: "
+            + ", ".join(f"{verdicts.count(word)} {word}" for word in VERDICTS if word in verdicts)
+            for kind, verdicts in by_kind.items()
         )
+        text = f"{question} OAPL's against those of all methods, its variants too: {counted}."
+        yield f"### {measure}\n\n{textwrap.fill(text, 110)}\n\n{table}"
 
 
 def robustness(surfaces: Iterable[tuple[Table, Mapping]]) -> Iterable[str]:

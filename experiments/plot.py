@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 
 from experiments import tables
 from experiments.arms import Plan
-from experiments.findings import LEVEL, Cell, Spread
+from experiments.findings import LEVELS, Cell, Spread
 from experiments.grid import RESULTS, Grid, as_line, read_arguments
 from experiments.objectives import FULL, QUICK
 from experiments.page import by_hand, page
@@ -65,7 +65,7 @@ def draw(grid: Grid, plan: Plan, to: epath.Path) -> dict[str, str]:
             generations(live, plan),
             f"pass@1 on the validation split by rollouts sampled. Means of {n} seeds"
             f"{without(live, plan)}; bands reach from the smallest to the largest. Dashed: "
-            f"{LEVEL}.",
+            f"{' and '.join(map(str, LEVELS.values()))}.",
         )
     if by_lag:
         seeds = len(next(iter(next(iter(by_lag.values())).values()))["0.001"].lines)
@@ -128,7 +128,8 @@ def generations(live: tables.Arms, plan: Plan):
                 panel.plot(made, values.mean(axis=0), label=name, **style)
                 low, high = values.min(axis=0), values.max(axis=0)
                 panel.fill_between(made, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        panel.axhline(LEVEL, color="0.5", linestyle="--", linewidth=1)
+        for level in LEVELS.values():
+            panel.axhline(level, color="0.5", linestyle="--", linewidth=1)
         panel.set(xlabel="thousands of rollouts", title=arm.name)
     panels[0][0].legend(fontsize=7)
     return finish(figure)

@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments import lag, objectives
 from experiments.arms import Arm, Plan, Values, arms
-from experiments.findings import LEVEL, Cell, Spread, cell_of, difference, verdict
+from experiments.findings import LEVELS, Cell, Spread, cell_of, difference, verdict
 from experiments.grid import Grid, Line
 
 OURS = "oapl"
@@ -70,11 +70,12 @@ def overview(found: Arms, names: Iterable[str]) -> str:
     return markdown(["", *(arm.name for arm in found)], [row for row in rows if any(row[1:])])
 
 
-def differences(found: Arms, measure: str, core: Iterable[str]) -> tuple[str, list[str]]:
-    """OAPL minus each of the core by arm, and the verdicts on all methods of all arms."""
+def differences(found: Arms, measure: str, core: Iterable[str]) -> tuple[str, dict[str, list[str]]]:
+    """OAPL minus each of the core by arm, and the verdicts on all methods by arms of one kind:
+    live, offline or replay."""
     others = [name for name in core if name != OURS]
-    form = "{:+.0f}" if measure == "to the level" else "{:+.3f}"
-    rows, verdicts = [], []
+    form = "{:+.0f}" if measure in LEVELS else "{:+.3f}"
+    rows, verdicts = [], dict[str, list[str]]()
     for arm, methods in found.items():
         if OURS not in methods:
             continue
@@ -84,7 +85,7 @@ def differences(found: Arms, measure: str, core: Iterable[str]) -> tuple[str, li
             for name, (_, cell) in methods.items()
             if name != OURS
         }
-        verdicts += map(verdict, apart.values())
+        verdicts.setdefault(arm.kind, []).extend(map(verdict, apart.values()))
         shown = [bracketed(apart[n], form, bold=True) if n in apart else "" for n in others]
         rows.append([arm.name, *shown])
     return markdown(["OAPL minus", *(f"`{name}`" for name in others)], rows), verdicts
@@ -105,14 +106,17 @@ def of_arm(plan: Plan, methods: Mapping[str, tuple[Values, Cell]]) -> str:
                 ", ".join(f"{k} {v}" for k, v in constants.items()),
                 *(bracketed(cell.spread(k)) for k in ("pass@1", "pass@8", "pass@64", "entropy")),
                 bracketed(cell.spread("generations"), "{:.0f}"),
-                f"{bracketed(cell.spread('to the level'), '{:.0f}')} "
-                f"({cell.reached}/{len(cell.lines)})",
+                *(
+                    f"{bracketed(cell.spread(level), '{:.0f}')} "
+                    f"({sum(cell.reached(level))}/{len(cell.lines)})"
+                    for level in LEVELS
+                ),
                 bracketed(cell.spread("drift"), "{:.2g}"),
                 f"{cell.lost}/{len(cell.lines)}",
             ]
         )
     measures = ("pass@1", "pass@8", "pass@64", "entropy", "generations")
-    header = ["", "rate", "constants", *measures, f"to pass@1 {LEVEL}", "drift", "lost"]
+    header = ["", "rate", "constants", *measures, *LEVELS, "drift", "lost"]
     return markdown(header, rows)
 
 
@@ -174,8 +178,7 @@ def names_of(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]) -> list[str
 
 
 def bracketed(of: Spread, form: str = "{:.3f}", *, bold: bool = False) -> str:
-    """A mean and its interval; bold, if asked, where it does not hold 0. Without a mean, since a
-    run failed, it is unknown."""
+    """A mean and its interval; bold, if asked, where it does not hold 0; or "unknown"."""
     if math.isnan(of[0]):
         return "unknown"
     mean, low, high = map(form.format, of)

@@ -319,17 +319,17 @@ def test_the_page_says_where_oapl_loses(tmp_path):
     assert "| `grpo_is` | 0.506 - |" in text
     assert "| `gspo` | 0.620 |" in text
     assert "| `cispo` | 0.412 (2 lost) |" in text  # a failed run counts as 0, and as lost
-    assert "better 2 times, level 2 times and worse 1 times" in text.split("### pass@1")[1]
+    of_pass, of_level = (text.split(f"### {name}\n")[1] for name in ("pass@1", "to pass@1 0.8"))
+    assert "live: 2 more, 2 level, 1 less." in of_pass
     row = next(x for x in text.splitlines() if x.startswith("| live, lag 128 |  | **-0.100**"))
     assert "| **+0.114** [+0." in row
-    # Fewer generations are better: GRPO needs fewer, others never got there, one has failed.
-    of_level = text.split("### to the level")[1]
-    assert "better 3 times, level 0 times and worse 1 times; 1 times it is not known" in of_level
+    # GRPO needs fewer generations, others never got there, of cispo one run has failed.
+    assert "live: 1 more, 3 less, 1 unknown." in " ".join(of_level.split())
     assert "| live, lag 128 |  | **+2048** | **-12288**" in text
     of_arm = text.split("### live, lag 128")[1]
     assert "| `grpo` | 0.001 | clip_high 0.2 | 0.720 [0.691, 0.749] |" in of_arm
     of_cispo = next(x for x in of_arm.splitlines() if x.startswith("| `cispo`"))
-    assert of_cispo.count("unknown") == 2  # its entropy, and the generations to the level
+    assert of_cispo.count("unknown") == 3  # its entropy, and the generations to the levels
     assert "4096 (5/5)" in of_arm
     assert "16384 (0/5)" in of_arm
     assert "replay" not in of_arm  # arms without results have no table
