@@ -383,6 +383,16 @@ def test_a_job_that_goes_on_failing_is_given_up(cloud):
     assert len(cloud.starts()) == 3
 
 
+@pytest.mark.parametrize("lasts, calm, restarts, code", [(3, 8, 3, 1), (4, 2, 1, 0)])
+def test_restarts_count_anew_after_a_calm_time_of_one_start(cloud, lasts, calm, restarts, code):
+    """Not of all together: four that fail after three seconds each are in a row."""
+    fail = f"if start < 5:\n  time.sleep({lasts})\n  sys.exit(1)\nfinish()"
+    cloud.tell("ACTIVE", trainer=fail, workers=1)
+    done = cloud.watch(f"--restarts={restarts}", f"--calm={calm}")
+    assert done.returncode == code, done.stderr
+    assert len(cloud.starts()) == (4 if code else 5)
+
+
 def test_a_run_that_was_stopped_is_not_done(cloud):
     """It saves and ends with code 0, but without a result; an older run's result does not count."""
     stopped = "time.sleep = lambda _: None\nif start > 1:\n  finish()"

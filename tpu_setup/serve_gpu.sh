@@ -14,12 +14,12 @@
 # --dry-run                            print the commands, do nothing
 # -- ...                               further flags of sglang.launch_server
 set -euo pipefail
-here=$(dirname "$0")
+here=$(cd "$(dirname "$0")" && pwd) # scp names the copy after it
 . "$here/flags.sh"
 
 run ssh "$host" mkdir -p oapl_jax
 run scp -r "$here" "$host:oapl_jax/"
-run ssh "$host" oapl_jax/tpu_setup/on_worker/mount.sh --share="$share"
+run ssh "$host" "$(quoted oapl_jax/tpu_setup/on_worker/mount.sh --share="$share")"
 run ssh "$host" "$(quoted oapl_jax/tpu_setup/on_worker/job.sh start \
   oapl_jax/tpu_setup/on_worker/serve_gpu.sh --model="$model" --gpus="$gpus" --port="$port" \
   --servers-file="$servers_file" -- "${rest[@]}")"

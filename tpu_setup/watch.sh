@@ -19,7 +19,8 @@
 # --share=                   as for install.sh
 # --commit=HEAD              as for install.sh, also of the slices that follow
 # --delete-at-end            delete the slice when this ends by itself, for whatever reason
-# --restarts=5               in a row of a job that failed; an hour of work makes them anew
+# --restarts=5               in a row of a job that failed, each before it was calm
+# --calm=3600                seconds of work of one start that make the restarts anew
 # --poll=60                  seconds between two looks
 # --queue-deadline=86400     seconds that a request may wait for capacity
 # --service-deadline=1800    seconds for gcloud, ssh or a deletion to succeed, with retries
@@ -85,7 +86,7 @@ trap 'say "stopped watching; the slice and its job go on, and are billed"; exit 
 "${create[@]}" --dry-run >/dev/null
 "${rest[0]}" "${slice[@]}" --dry-run "${rest[@]:1}" >/dev/null
 
-restarted=0 requests=0 begun=''
+restarted=0 requests=0 begun='' started=0
 while true; do
   ((SECONDS < deadline)) || end 1 "not done within $deadline s"
   if ! state=$(queue_state); then
@@ -124,11 +125,11 @@ while true; do
     *exited-2 | *"exited-2 "*) end 2 "the job found a mistake: $(grep -m 1 exited-2 <<<"$jobs")" ;;
     absent)
       try "installation" "${install[@]}" || continue
-      try "start of the job" "${start[@]}" && begun=yes
+      try "start of the job" "${start[@]}" && begun=yes started=$SECONDS
       ;;
     running | "exited-0 running")
-      [[ $begun ]] || { try "job of this slice" "${start[@]}" && begun=yes; } || continue
-      ((SECONDS - since < 3600)) || restarted=0
+      [[ $begun ]] || { try "job of this slice" "${start[@]}" && begun=yes started=$SECONDS; } || continue
+      ((SECONDS - started < calm)) || restarted=0
       wait_for "end of the job" "$deadline" "$(sort <<<"$jobs" | sed -n 1p)"
       ;;
     exited-0) end 0 "the job is done" ;;
