@@ -383,7 +383,7 @@ def test_a_job_that_goes_on_failing_is_given_up(cloud):
     assert len(cloud.starts()) == 3
 
 
-@pytest.mark.parametrize("lasts, calm, restarts, code", [(3, 8, 3, 1), (4, 2, 1, 0)])
+@pytest.mark.parametrize(("lasts", "calm", "restarts", "code"), [(3, 8, 3, 1), (4, 2, 1, 0)])
 def test_restarts_count_anew_after_a_calm_time_of_one_start(cloud, lasts, calm, restarts, code):
     """Not of all together: four that fail after three seconds each are in a row."""
     fail = f"if start < 5:\n  time.sleep({lasts})\n  sys.exit(1)\nfinish()"
