@@ -168,6 +168,14 @@ def test_a_fleet_keeps_up_with_the_steps_between_two_publications(config):
     assert fleet.learning == 100 / 125
     config.buffer.mode = "keep_with_anchor"  # the fleet generates while the learner publishes
     assert host.fleet(config, 2.0, 25.0).tokens_per_second == 50 * generated / 125
+    config.buffer.update(mode="replay", max_reuse=4)
+    assert host.fleet(config, 2.0, 25.0).tokens_per_second == 50 * generated / 125 / 4
+    config.rollout.update(source="both", recorded_share=0.75)
+    assert host.fleet(config, 2.0, 25.0).tokens_per_second == 50 * generated / 125 / 16
+    config.rollout.source = "shards"
+    assert host.fleet(config, 2.0, 25.0).tokens_per_second == 0
+    config.rollout.source = "live"
+    config.buffer.mode = "keep_with_anchor"
     config.lag.mode = "fixed"  # a publication a step
     fleet = host.fleet(config, 2.0, 6.0)
     assert (fleet.tokens_per_second, fleet.learning) == (generated / 8, 0.25)

@@ -128,6 +128,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path):
     assert Record(path).get("a", lambda: FITS) == FITS
     assert json.loads(path.read_text()) == {"a": FITS}
     assert Record(path).get("a", lambda: pytest.fail("made again")) == FITS
+    assert Record(path, ", slower storage").get("a", lambda: {"fits": False}) == {"fits": False}
 
 
 def test_kept_plans_depend_on_code_and_flags_and_not_on_words(monkeypatch):

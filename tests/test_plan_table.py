@@ -1,5 +1,6 @@
 """The table of plans: what is made again, what stops a chain, and what the page says."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -91,11 +92,19 @@ def test_rows_of_the_page():
         "| v5e:8x8 | fsdp 64, remat full, 4 micro-batches | 9.00 GiB of 15.75 GiB | 2, 1, 0.5, 0 | "
         "1,000,000 | 50% | 900,000 |"
     )
+    recorded = {"fleet": FITS["fleet"] | {"tokens_per_second": 0.0}}
+    assert plan_table.row("v5e:8x8", FITS | recorded).endswith("| 50% | none, it is recorded |")
     many = plan_table.row("v5e:8x8", FITS | {"replicated": 3})
     assert ", 3 arrays resharded by replication |" in many
     assert plan_table.row("v5e:2x2", NOT).startswith(
         "| v5e:2x2 | does not fit: fsdp 4, remat offload, 64 micro-batches | train step: 99.00"
     )
+
+
+def test_nothing_is_resharded_by_replication_on_any_slice_that_the_page_has():
+    kept = json.loads(plan_table.TABLE.read_text())
+    assert {key: made for key, made in kept.items() if made["fits"] and made["replicated"]} == {}
+    assert sum(made["fits"] for made in kept.values()) > 40
 
 
 @pytest.mark.parametrize("most", [4, 2, 0])

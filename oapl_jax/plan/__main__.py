@@ -51,7 +51,8 @@ def main() -> None:
         estimate, from_checkpoint=from_checkpoint, storage=storage.value, say=say
     )
     if sweeps.value:
-        record = Record(workdir / f"sweep-{name}.json")
+        made_with = f", {digest.code()}, {from_checkpoint}, {storage.value:g} bytes/s"
+        record = Record(workdir / f"sweep-{name}.json", made_with)
         plan = swept(config, sizes, where, plan_of, record, enough.value)
     else:
         plan = plan_of(config, sizes, where)
@@ -74,7 +75,7 @@ def swept(
     Raises:
       UserError: if none fits.
     """
-    version, refusals = digest.code(), []
+    refusals = []
 
     def made(chosen: Config) -> dict[str, Any]:
         try:
@@ -85,7 +86,7 @@ def swept(
     def plan(choice: Choice) -> dict[str, Any]:
         chosen = applied(config, choice)
         say(f"trying {choice}")
-        key = f"{choice}; configuration {config_hash(chosen.to_dict())[:12]}, {sizes}, {version}"
+        key = f"{choice}; configuration {config_hash(chosen.to_dict())[:12]}, {sizes}"
         found = record.get(key, lambda: made(chosen))
         if "refused" in found:
             say(f"refused: {found['refused']}")

@@ -1,5 +1,6 @@
 """One configuration on one slice: everything that a plan says, as a dictionary for JSON."""
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,7 @@ def estimate(
     chip_fits = all(verdict["fits"] for verdict in verdicts)
     return {
         "topology": where.name,
+        "compiler_flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
         "chips": len(where.devices),
         "hosts": where.hosts,
         "mesh": dict(mesh.shape),

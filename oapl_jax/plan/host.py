@@ -52,7 +52,8 @@ class Fleet:
     """What the samplers must deliver.
 
     Attributes:
-      tokens_per_second: generated and used, that keep the learner from waiting.
+      tokens_per_second: generated and used, that keep the learner from waiting; 0 where it learns
+        from recorded rollouts alone.
       learning: share of the time that the learner then takes steps; for the rest it publishes.
     """
 
@@ -61,13 +62,17 @@ class Fleet:
 
 
 def fleet(config: Config, step_seconds: float, publish: float) -> Fleet:
-    """With every response at its greatest length, as in the planned batch.
+    """With every response at its greatest length, as in the planned batch, and every group used as
+    often as the buffer lets it.
 
     Publications are `lag.steps` steps apart in a window, otherwise one. If the buffer is cleared at
     each, what it has for the next steps can only come after the publication.
     """
     sequences = config.group_size * config.groups_per_step
-    generated = sequences * config.rollout.max_response_tokens
+    recorded = {"live": 0.0, "both": config.rollout.recorded_share, "shards": 1.0}
+    fresh = 1 - recorded[config.rollout.source]
+    fresh /= config.buffer.max_reuse if config.buffer.mode == "replay" else 1
+    generated = fresh * sequences * config.rollout.max_response_tokens
     steps = config.lag.steps if config.lag.mode == "window" else 1
     cycle = steps * step_seconds + publish
     cleared = config.lag.mode == "window" and config.buffer.mode == "clear_on_sync"

@@ -28,6 +28,7 @@ def text(plan: dict[str, Any]) -> str:
         f"sequences of {batch['prompt_tokens']} + {batch['response_tokens']} tokens in "
         f"{batch['micro_batches']} micro-batches of {batch['rows']} rows; remat {plan['remat']}",
         "",
+        *([f"Compiled with {plan['compiler_flags']}"] if plan["compiler_flags"] else []),
         verdict(plan),
         *_memory(plan),
     ]
@@ -108,8 +109,10 @@ def _bound(plan: dict[str, Any]) -> list[str]:
 
 def _around(plan: dict[str, Any]) -> list[str]:
     fleet = plan["fleet"]
+    asked = f"{fleet['tokens_per_second']:,.0f} generated tokens/s keep the learner busy"
+    if not fleet["tokens_per_second"]:
+        asked = "none, the rollouts are recorded ones; the learner is busy"
     return [
         f"Publishing: {plan['publish_seconds']:.3g} s at {plan['storage'] / 1e9:g} GB/s a host",
-        f"Fleet: {fleet['tokens_per_second']:,.0f} generated tokens/s keep the learner busy, "
-        f"{fleet['learning']:.0%} of the time with steps, else publishing",
+        f"Fleet: {asked}, {fleet['learning']:.0%} of the time with steps, else publishing",
     ]

@@ -65,14 +65,20 @@ def seconds(pair: tuple[Choice, Plan]) -> float:
 
 
 class Record:
-    """Plans by key in one JSON file, written after each."""
+    """Plans by key in one JSON file, written after each.
 
-    def __init__(self, path: epath.Path):
-        self._path = path
+    Args:
+      path: of the file.
+      made_with: what else they depend on, which becomes a part of their keys.
+    """
+
+    def __init__(self, path: epath.Path, made_with: str = ""):
+        self._path, self._made_with = path, made_with
         self.plans: dict[str, Plan] = json.loads(path.read_text()) if path.exists() else {}
 
     def get(self, key: str, make: Callable[[], Plan]) -> Plan:
         """The plan under this key, made if it is not there."""
+        key += self._made_with
         if key not in self.plans:
             self.plans[key] = make()
             aside = self._path.with_suffix(".new")

@@ -149,14 +149,17 @@ def axis_bandwidth(where: Slice, mesh: Mesh, axes: Sequence[str]) -> float:
     """Bytes/s that a chip can take in from the others along these mesh axes.
 
     Along a dimension of the torus that the group goes all around it has two links; along an open
-    line one, since at its ends there is no more.
+    line one, since at its ends there is no more. A slice of three dimensions is a torus where it
+    is made of whole cubes, and has no ring otherwise.
     """
+    rings = [size % where.chip.ring == 0 for size in where.shape]
+    if where.chip.dimensions == 3:
+        rings = [all(rings)] * 3
     corner = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
     group = np.asarray(mesh.devices[corner]).reshape(-1)
     places = np.array([device.coords for device in group])
     links = 0
     for dimension, size in enumerate(where.shape):
         reached = len(set(places[:, dimension].tolist()))
-        whole_ring = reached == size and size % where.chip.ring == 0
-        links += 0 if reached == 1 else 2 if whole_ring else 1
+        links += 0 if reached == 1 else 2 if reached == size and rings[dimension] else 1
     return max(links, 1) * where.chip.link_bandwidth
