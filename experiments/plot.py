@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 
 from experiments import tables
 from experiments.arms import Plan
-from experiments.findings import LEVELS, Cell, Spread
+from experiments.findings import LEVELS, Cell, Spread, difference
 from experiments.grid import RESULTS, Grid, as_line, read_arguments
 from experiments.objectives import FULL, QUICK
 from experiments.page import by_hand, page
@@ -54,18 +54,18 @@ def draw(grid: Grid, plan: Plan, to: epath.Path) -> dict[str, str]:
         plt.close(figure)
         captions[f"{to.name}/{name}"] = caption
 
-    whiskers = f"Means of {n} seeds with 95 % intervals over seeds"
+    means = f"Means of {n} seeds"
+    whiskers = f"{means}; the differences with 95 % intervals"
     if live:
         gaps = "; no entropy where a run failed" if without(live, plan) else ""
         caption = f"Live, by lag, at each method's choice. {whiskers}{gaps}."
         save("lags.png", lags(live, plan), caption)
-        save("pass_at_k.png", passes(live, plan), f"pass@k by lag, test split. {whiskers}.")
+        save("pass_at_k.png", passes(live, plan), f"pass@k by lag, test split. {means}.")
         save(
             "generations.png",
             generations(live, plan),
-            f"pass@1 on the validation split by rollouts sampled. Means of {n} seeds"
-            f"{without(live, plan)}; bands reach from the smallest to the largest. Dashed: "
-            f"{' and '.join(map(str, LEVELS.values()))}.",
+            f"pass@1 on the validation split by rollouts sampled. {means}{without(live, plan)}. "
+            f"Dashed: {' and '.join(map(str, LEVELS.values()))}.",
         )
     if by_lag:
         seeds = len(next(iter(next(iter(by_lag.values())).values()))["0.001"].lines)
@@ -85,60 +85,63 @@ def draw(grid: Grid, plan: Plan, to: epath.Path) -> dict[str, str]:
 
 
 def lags(live: tables.Arms, plan: Plan):
-    """pass@1 and entropy against the lag; the core in colours."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5))
-    for panel, measure in zip(panels, ("pass@1", "entropy"), strict=True):
+    """pass@1 and entropy against the lag, and between them the differences to OAPL's pass@1."""
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4))
+    for panel, measure in zip(panels[::2], ("pass@1", "entropy"), strict=True):
         for name in (*plan.rest, *plan.core):
-            points: dict[float, Spread] = {
-                arm.lag: of[name][1].spread(measure) for arm, of in live.items() if name in of
-            }
-            with_whiskers(panel, points, name, _style(name, plan))
-        panel.set(xlabel="lag L (steps of a window)", title=f"{measure}, test split")
+            means = {a.lag: of[name][1].mean(measure) for a, of in live.items() if name in of}
+            label = name if name in plan.core else "_"  # without a place in the legend
+            panel.plot([*means], [*means.values()], label=label, marker=".", **_style(name, plan))
+        panel.set(title=f"{measure}, test split")
+    for place, name in enumerate(plan.core[1:]):
+        aside = 1.05 ** (place - len(plan.core) / 2)  # so that whiskers are not upon each other
+        points: dict[float, Spread] = {
+            arm.lag * aside: difference(of[name][1], of[tables.OURS][1], "pass@1")
+            for arm, of in live.items()
+            if name in of and tables.OURS in of
+        }
+        with_whiskers(panels[1], points, name, _style(name, plan))
+    panels[1].axhline(0, color="C0")
+    panels[1].set(title="pass@1 minus that of oapl, by seeds")
+    for panel in panels:
+        panel.set(xlabel="lag L (steps of a window)")
         powers_of_two(panel, [arm.lag for arm in live])
-    panels[0].legend(fontsize=7, ncols=2)
-    return finish(figure)
+    return finish(figure, panels[0])
 
 
 def passes(live: tables.Arms, plan: Plan):
     """pass@k against k, a panel for each lag."""
-    figure, panels = plt.subplots(1, len(live), figsize=(3.6 * len(live), 4), squeeze=False)
+    figure, panels = plt.subplots(1, len(live), figsize=_row(live), squeeze=False)
     for panel, (arm, methods) in zip(panels[0], live.items(), strict=True):
         for name in plan.core:
             if name in methods:
-                points: dict[float, Spread] = {
-                    k: methods[name][1].spread(f"pass@{k}") for k in (1, 8, 64)
-                }
-                with_whiskers(panel, points, name, _style(name, plan))
+                means = [methods[name][1].mean(f"pass@{k}") for k in (1, 8, 64)]
+                panel.plot([1, 8, 64], means, label=name, marker=".", **_style(name, plan))
         panel.set(xlabel="k", title=arm.name)
         powers_of_two(panel, [1, 8, 64])
-    panels[0][0].legend(fontsize=7)
-    return finish(figure)
+    return finish(figure, panels[0][0])
 
 
 def generations(live: tables.Arms, plan: Plan):
     """pass@1 on the validation split against rollouts sampled, a panel for each lag."""
-    figure, panels = plt.subplots(1, len(live), figsize=(3.6 * len(live), 4), squeeze=False)
+    figure, panels = plt.subplots(1, len(live), figsize=_row(live), squeeze=False)
     for panel, (arm, methods) in zip(panels[0], live.items(), strict=True):
         for name in plan.core:
             ended = _ended(methods[name][1]) if name in methods else []
             if ended:
                 made = [point[1] / 1000 for point in ended[0]["progress"]]
                 values = np.array([[point[2] for point in line["progress"]] for line in ended])
-                style = _style(name, plan)
-                panel.plot(made, values.mean(axis=0), label=name, **style)
-                low, high = values.min(axis=0), values.max(axis=0)
-                panel.fill_between(made, low, high, color=style["color"], alpha=0.15, linewidth=0)
+                panel.plot(made, values.mean(axis=0), label=name, **_style(name, plan))
         for level in LEVELS.values():
             panel.axhline(level, color="0.5", linestyle="--", linewidth=1)
         panel.set(xlabel="thousands of rollouts", title=arm.name)
-    panels[0][0].legend(fontsize=7)
-    return finish(figure)
+    return finish(figure, panels[0][0])
 
 
 def rates(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
     """pass@1 against the learning rate, a panel for each lag."""
     colors = {name: f"C{i}" for i, name in enumerate(tables.names_of(by_lag))}
-    figure, panels = plt.subplots(1, len(by_lag), figsize=(3.6 * len(by_lag), 4), squeeze=False)
+    figure, panels = plt.subplots(1, len(by_lag), figsize=_row(by_lag), squeeze=False)
     for panel, (title, cells) in zip(panels[0], by_lag.items(), strict=True):
         for name, row in cells.items():
             points: dict[float, Spread] = {}
@@ -147,14 +150,13 @@ def rates(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
                 points[float(rate)] = (cell.mean("pass@1"), min(values), max(values))
             with_whiskers(panel, points, name, dict(color=colors[name]))
         panel.set(xscale="log", xlabel="learning rate", title=title, ylim=(0, 1))
-    panels[0][-1].legend(fontsize=7)
-    return finish(figure)
+    return finish(figure, panels[0][-1])
 
 
 def drifts(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
     """The distance to pi_lag over the steps, a panel for each lag; at a lag of 1 there is none."""
     colors = {name: f"C{i}" for i, name in enumerate(tables.names_of(by_lag))}
-    figure, panels = plt.subplots(1, len(by_lag), figsize=(3.6 * len(by_lag), 4), squeeze=False)
+    figure, panels = plt.subplots(1, len(by_lag), figsize=_row(by_lag), squeeze=False)
     for panel, (title, cells) in zip(panels[0], by_lag.items(), strict=True):
         for name, row in cells.items():
             line = row["0.001"].lines[0]
@@ -162,8 +164,7 @@ def drifts(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
                 kl = np.maximum(line["curve"]["kl"], 1e-7)
                 panel.plot(8 * np.arange(1, len(kl) + 1), kl, color=colors[name], label=name, lw=1)
         panel.set(yscale="log", xlabel="gradient step", title=title)
-    panels[0][-1].legend(fontsize=7)
-    return finish(figure)
+    return finish(figure, panels[0][-1])
 
 
 def with_whiskers(panel, points: Mapping[float, Spread], name: str, style: dict) -> None:
@@ -178,11 +179,18 @@ def powers_of_two(panel, values: Sequence[int]) -> None:
     panel.set_xticks(values, [str(value) for value in values])
 
 
-def finish(figure):
+def finish(figure, named):
+    """Beside the panels the names of what the panel `named` shows."""
     for panel in figure.axes:
         panel.grid(alpha=0.3)
-    figure.tight_layout()
+    figure.set_layout_engine("constrained")
+    figure.legend(*named.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
+
+
+def _row(panels: Mapping) -> tuple[float, float]:
+    """The size of a row of panels, and of the names beside it."""
+    return 3.3 * len(panels) + 1.7, 3.6
 
 
 def _style(name: str, plan: Plan) -> dict:
