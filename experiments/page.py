@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 
 from experiments import tables
-from experiments.arms import Plan, warm_up
+from experiments.arms import Plan, arms, warm_up
 from experiments.findings import LEVELS, spread
 from experiments.grid import Grid
 from experiments.lag import Table
@@ -79,6 +79,7 @@ def page(grid: Grid, plan: Plan, pictures: Mapping[str, str], conclusions: str) 
     """The whole text; `pictures` are captions by file name, `conclusions` are kept."""
     found, surfaces = tables.collect(grid, plan), tables.surfaces(grid, plan)
     parts = ["# Objectives at equal lag", introduction(grid, plan)]
+    parts += missing(plan, found, surfaces)
     parts += [f"{BEGIN}{conclusions}{END}"]
     if found:
         parts += ["## pass@1 of every objective in every arm", overview(plan, found)]
@@ -128,6 +129,18 @@ def introduction(grid: Grid, plan: Plan) -> str:
         where the interval of the mean difference lies on one side of 0.""",
     )
     return "\n\n".join(textwrap.fill(" ".join(text.split()), 110) for text in paragraphs)
+
+
+def missing(plan: Plan, found: tables.Arms, surfaces: Iterable[str]) -> list[str]:
+    """A sentence on what has not been run, if there is something."""
+    wanted = {(arm, name) for arm, names in arms(plan) for name in names}
+    done = {(arm, name) for arm, methods in found.items() for name in methods}
+    without = [table.title for table in tables.lag.tables(plan) if table.title not in surfaces]
+    if not wanted - done and not without:
+        return []
+    also = f"; and of the tables of robustness {', '.join(without)}" if without else ""
+    text = f"Of {len(wanted)} pairs of a method and an arm {len(wanted - done)} are missing{also}."
+    return [textwrap.fill(f"**Not all has been run.** {text}", 110)]
 
 
 def beginning(grid: Grid, plan: Plan) -> str:

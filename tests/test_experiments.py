@@ -315,6 +315,7 @@ def test_the_page_says_where_oapl_loses(tmp_path):
     assert list(found) == [arm]
     assert list(found[arm]) == ["grpo", "gspo", "oapl", "grpo_is", "cispo", "sft"]  # best first
     text = page.page(made, FULL, {}, "")
+    assert "Of 147 pairs of a method and an arm 141 are missing" in " ".join(text.split())
     assert "| `grpo` | 0.720 + |" in text
     assert "| `grpo_is` | 0.506 - |" in text
     assert "| `gspo` | 0.620 |" in text
