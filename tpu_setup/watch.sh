@@ -128,7 +128,9 @@ while true; do
       try "start of the job" "${start[@]}" && begun=yes started=$SECONDS
       ;;
     running | "exited-0 running")
-      [[ $begun ]] || { try "job of this slice" "${start[@]}" && begun=yes started=$SECONDS; } || continue
+      [[ $begun ]] || try "job of this slice" "${start[@]}" || continue
+      [[ $begun ]] || started=$SECONDS
+      begun=yes
       ((SECONDS - started < calm)) || restarted=0
       wait_for "end of the job" "$deadline" "$(sort <<<"$jobs" | sed -n 1p)"
       ;;
