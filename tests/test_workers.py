@@ -75,7 +75,7 @@ def test_a_run_that_is_stopped_leaves_and_one_that_is_killed_is_named(at_work, t
     thread = threading.Thread(target=lambda: said.append(at_work.do(run, stopping)))
     thread.start()
     metrics = run.workdir(epath.Path(tmp_path)) / "metrics.jsonl"
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < end:
         time.sleep(0.2)
     if how == "stopped":
