@@ -35,8 +35,8 @@ BEGIN, END = "<!-- by hand, kept when this page is written again -->\n", "<!-- e
 LIMITS = """\
 - There is one task, one model of a hundred thousand parameters, answers of ten tokens and at most
   1,024 steps. On long answers clips, ratios of sequences and beta2 are another matter.
-- pass@64 is almost 1 before any reinforcement (see above): it can fall, and can hardly grow. If
-  what is gained grows with k is not answered here, only whether something is lost.
+- pass@64 is almost 1 before any reinforcement (see above): it can fall, and can hardly grow. What
+  is gained beside pass@1 shows at pass@8 alone.
 - A run live at lag 128 has two windows, with one sync between them: it shows what a method makes of
   data that is up to 127 steps old, and little of what many syncs do.
 - The intervals are those of Student's t for {seeds} seeds, right for normal values; scores are not

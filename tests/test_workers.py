@@ -85,6 +85,7 @@ def test_a_run_that_is_stopped_leaves_and_one_that_is_killed_is_named(at_work, t
         os.kill(pid, signal.SIGKILL)
     thread.join()
     assert metrics.exists()
+    assert not (metrics.parent / OUTCOME).exists()
     assert (
         said
         == {

@@ -9,17 +9,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent
 # What shapes the compiled programs, and what reads them.
 SHAPING = (
-    *(
-        "assemble",
-        "batching",
-        "check",
-        "learner",
-        "optim",
-        "probe",
-        "sharding",
-        "structs",
-        "objectives/*",
-    ),
+    *("assemble", "batching", "check", "learner", "optim", "probe", "sharding", "structs"),
+    "objectives/*",
     *("models/attention", "models/blocked", "models/config", "models/layout", "models/rope"),
     *("models/splash", "models/transformer", "models/vocabulary"),
     *("plan/chips", "plan/choices", "plan/collectives", "plan/compiler_log", "plan/estimate"),
