@@ -84,7 +84,7 @@ def curriculum() -> Config:
             # with a few hundred, actor_curator soon knows only some of the prompts.
             candidates=2048,
             # No more prompts than carry this probability are chosen by it; the others uniformly.
-            top_p=0.9,
+            top_p=0.9,  # arXiv 2602.20532
             # Pass rates, of window and learnability: all proposals.
             rates=dict(
                 decay=0.5,  # of what is known of a prompt, at each of its groups
@@ -93,8 +93,8 @@ def curriculum() -> Config:
             ),
             # Bounds of arXiv 2502.01456; the weight, beside 1 for a prompt within, is a proposal.
             window=dict(low=0.2, high=0.8, outside=0.02),
-            # arXiv 2602.20532, whose curator is a Qwen3-0.6B, trained at 1e-6; the values are
-            # proposals.
+            # arXiv 2602.20532 has dormant, warmup, temperature and clip, and as its curator a
+            # Qwen3-0.6B, trained at 1e-6; the other values are proposals.
             curator=dict(
                 path="",  # a checkpoint with the policy's vocabulary; "": fresh, of this shape
                 architecture=dict(

@@ -26,7 +26,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     # arXiv 2402.03300 with the clip-higher and the mean over tokens of arXiv 2503.14476.
     "grpo": dict(aggregation="token"),
     # GRPO + importance sampling, the baseline of arXiv 2602.19362, which states neither level nor
-    # cap of the weights: both are proposals.
+    # cap of the weights: both are proposals, and so is its clip, which never acts.
     "grpo_is": dict(aggregation="token", proximal="learner", correction="token_truncate"),
     # arXiv 2602.17616, but for its baseline, which needs the gradient of every response.
     "vcpo": dict(
@@ -109,7 +109,8 @@ def objective(name: str) -> Config:
             "vespo_decay_good": 3.0,
             "vespo_power_bad": 3.0,
             "vespo_decay_bad": 2.0,
-            # maxrl: algorithm 1. The order is that of estimator "truncated", a proposal.
+            # maxrl: algorithm 1. Others are biased unless buffer.zero_variance="keep". The order is
+            # that of "truncated", a proposal.
             "maxrl_estimator": "baseline",
             "maxrl_order": 4,
             "verified_reward": 1.0,  # maxrl, mixed: from which an answer is right; a proposal

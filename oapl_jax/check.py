@@ -126,6 +126,11 @@ def check_rollout(config: Config, refuse: Refuse) -> None:
         f"rollout.deadline={waits:g} would end a run that pauses without a server before "
         f"fleet.no_server_deadline={pauses:g} does; raise it above that",
     )
+    refuse(
+        config.group_size == 1 and config.buffer.zero_variance == "drop",
+        "group_size=1 makes all rewards of a group equal, and buffer.zero_variance='drop' drops "
+        "such groups, so that nothing is left; raise group_size or set buffer.zero_variance='keep'",
+    )
     source, share = config.rollout.source, config.rollout.recorded_share
     refuse(
         source != "shards" and config.buffer.capacity < needed,
@@ -139,7 +144,7 @@ def check_rollout(config: Config, refuse: Refuse) -> None:
         "'live'",
     )
     refuse(
-        source == "both" and not 0 < round(share * config.groups_per_step) < config.groups_per_step,
+        source == "both" and not 0 < recorded_groups(config) < config.groups_per_step,
         f"rollout.recorded_share={share} leaves no recorded or no live group of groups_per_step="
         f"{config.groups_per_step}; use rollout.source='shards' or 'live'",
     )
@@ -153,11 +158,15 @@ def check_rollout(config: Config, refuse: Refuse) -> None:
     )
 
 
+def recorded_groups(config: Config) -> int:
+    """Of the groups of a step, those that come from a recorded set; the others are sampled."""
+    shares = {"live": 0.0, "both": config.rollout.recorded_share, "shards": 1.0}
+    return round(shares[config.rollout.source] * config.groups_per_step)
+
+
 def check_hosts(config: Config, refuse: Refuse, hosts: int) -> None:
     """Calls `refuse` for what several hosts can't do, or can't do together."""
-    recorded = {"live": 0.0, "both": config.rollout.recorded_share, "shards": 1.0}
-    share = recorded.get(config.rollout.source, 0.0)
-    live = config.groups_per_step - round(share * config.groups_per_step)
+    live = config.groups_per_step - recorded_groups(config)
     refuse(
         live % hosts,
         f"groups_per_step={config.groups_per_step} can't be divided over {hosts} hosts ({live} of "

@@ -163,8 +163,8 @@ def make_train_step(
     """Compiles one gradient step; the old state's buffers are given to the new one.
 
     The gradient is the sum over micro-batches of sum_i weight_i L_i, so a split batch gives the
-    whole batch's gradient. A step whose loss or gradient norm is not finite changes nothing but the
-    counts.
+    whole batch's gradient. A step whose loss, gradient norm or scale by `ess_power` is not finite
+    changes nothing but the counts.
 
     Args:
       temperature, logp_chunk: as in `token_logp`.
@@ -205,10 +205,11 @@ def make_train_step(
                 functools.partial(with_gradient, state.params, batch), batch
             )
             grad_norm = optax.tree.norm(grads)
-            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             share = effective_share(per_sequence.pop("log_weight"))
-            updates = jax.tree.map(lambda u: u * share**ess_power, updates)
+            scale = share**ess_power
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(scale)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updates = jax.tree.map(lambda u: u * scale, updates)
             params = optax.apply_updates(state.params, updates)
             keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
             bad = 1 - finite.astype(jnp.int32)

@@ -10,6 +10,7 @@ from etils import epath
 
 from oapl_jax import hosts, publisher
 from oapl_jax.buffer import Buffer
+from oapl_jax.check import recorded_groups
 from oapl_jax.curriculum import CURRICULA, Curriculum
 from oapl_jax.data.prompts import response_text
 from oapl_jax.job import Job
@@ -36,11 +37,6 @@ def open_supply(job: Job) -> Supply:
     first = not jax.process_index()  # it alone takes from a recorded set
     recorded = open_recorded(job, ledger) if first and config.rollout.source != "live" else None
     writer = open_writer(job) if config.rollout.record else None
-    recorded_groups = {
-        "live": 0,
-        "both": round(config.rollout.recorded_share * config.groups_per_step),
-        "shards": config.groups_per_step,
-    }[config.rollout.source]
     if config.rollout.source == "shards":
         sampler = job.local_sampler(config.seed)  # never asked
     else:
@@ -69,11 +65,12 @@ def open_supply(job: Job) -> Supply:
         reward_threads=config.rollout.reward_threads,
         deadline=config.rollout.deadline,
     )
-    live = (config.groups_per_step - recorded_groups) // jax.process_count()
+    of_set = recorded_groups(config)
+    live = (config.groups_per_step - of_set) // jax.process_count()
     return Supply(
         job,
         live,
-        recorded_groups if recorded else 0,
+        of_set if recorded else 0,
         ledger,
         buffer,
         curriculum,

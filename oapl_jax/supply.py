@@ -164,10 +164,11 @@ class Supply:
         with self.buffer.lock:  # buffer, place in the prompts and end of the ledger agree
             buffer, groups = self.buffer.state()
             worker = self.worker.state()
+            to_come = {*worker["prompts"]["chosen"], *worker["again"]}
             state = {
                 "buffer": buffer,
                 "worker": worker,
-                "teacher": self.curriculum.teacher.state({*worker["again"], *self.buffer.draws()}),
+                "teacher": self.curriculum.teacher.state(to_come | self.buffer.draws()),
                 "ledger": self.ledger.position(),
                 "recorded": self.recorded.state() if self.recorded else None,
                 "unpaid": self.unpaid.count,

@@ -4,6 +4,9 @@ import dataclasses
 import functools
 import itertools
 import json
+import threading
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ import pytest
 from etils import epath
 
 from configs import arithmetic
+from oapl_jax import hosts
 from oapl_jax.check import check_sizes
 from oapl_jax.checkpoint import Checkpoints
 from oapl_jax.curriculum import CURRICULA, Curriculum
@@ -29,6 +33,7 @@ from oapl_jax.models.transformer import Transformer
 from oapl_jax.optim import make_optimizer
 from oapl_jax.sharding import make_mesh
 from oapl_jax.structs import Group, Prompt, Rollout
+from oapl_jax.supply import Supply
 from oapl_jax.tokenizer import make_character_tokenizer
 
 CONFIG = arithmetic.get_config()
@@ -225,6 +230,16 @@ def test_clipped_prompts_and_missing_ones_have_no_gradient():
     assert near[3] == 0
 
 
+@pytest.mark.parametrize("u", [[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+def test_a_prompt_whose_probability_explodes_gives_numbers(u):
+    """One that was all but impossible is now certain: exp of the log-ratio is beyond float32."""
+    log_p, logits = jnp.array([0.0, -95.0]), jnp.array([0.0, 1.0])
+    loss = lambda x: surrogate(x, log_p, jnp.array(u), **SETTINGS)[0]
+    value, gradient = jax.value_and_grad(loss)(logits)
+    assert np.isfinite(value)
+    assert np.all(np.isfinite(gradient))
+
+
 # ---------------------------------------------------------------- the stream
 
 
@@ -364,6 +379,29 @@ def test_a_restored_curriculum_goes_on_to_the_bit(tokenizer, name):
     assert again.metrics() == curriculum.metrics()
     equal = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     jax.tree.map(equal, again.teacher.arrays(), curriculum.teacher.arrays())
+
+
+def test_a_checkpoint_awaits_what_is_chosen_and_not_yet_given(tokenizer):
+    """The worker has taken three of a choice: one is in the buffer, one on its way, one failed."""
+    curriculum = curriculum_of("actor_curator", tokenizer)
+    lesson(curriculum, taken(curriculum, PICKS), lambda prompt: 0.1)  # it is awake
+    held, on_its_way, failed = draws(taken(curriculum, 3))
+    worker = lambda: {"prompts": curriculum.state(), "again": [on_its_way]}
+    parts: dict[str, Any] = dict.fromkeys(Supply.__dataclass_fields__)
+    parts |= {
+        "curriculum": curriculum,
+        "buffer": SimpleNamespace(
+            lock=threading.Lock(), state=lambda: ({}, {}), draws=lambda: {held}
+        ),
+        "worker": SimpleNamespace(state=worker),
+        "ledger": SimpleNamespace(position=lambda: 0),
+        "unpaid": SimpleNamespace(count=0),
+    }
+    saved, _ = hosts.decode(Supply(**parts).state())
+    [(_, _, _, awaited)] = saved["teacher"]["rounds"]
+    to_come = draws(taken(curriculum, PICKS - 3))
+    assert {draw for draw, _ in awaited} == {held, on_its_way, *to_come}
+    assert failed not in to_come
 
 
 # ---------------------------------------------------------------- actor-curator

@@ -54,6 +54,8 @@ def test_a_round_starts_where_the_one_before_ended():
         assert first.warmup.noise > config.warmup.noise == 0
     second.rounds = "/elsewhere"
     assert second.model.path.startswith("/elsewhere/round0/")
+    second.optim.learning_rate = 5e-4
+    assert second.warmup.optim.learning_rate == 5e-4
 
 
 def test_a_round_is_a_supervised_stage_and_then_rl(tmp_path):

@@ -765,6 +765,27 @@ def test_steps_that_are_not_finite_change_nothing_and_are_counted():
     assert_untouched(state, jax.device_get(alone))
 
 
+@pytest.mark.parametrize("ess_power", [0.0, 0.5])
+def test_a_scale_that_is_no_number_is_a_step_that_is_not_finite(ess_power):
+    """The objective looks at the reference alone, so loss and gradient are finite without it."""
+    batch = batch_of()
+    batch = replace(
+        batch,
+        behavior_logp=_with_one(batch.behavior_logp, np.nan),
+        reference_logp=(batch.behavior_logp - 0.1) * batch.mask,
+    )
+    run = compiled(ess_power=ess_power, to_reference=True)
+    old = jax.device_get(run.start())
+    state, metrics = jax.device_get(run.step(run.start(), run.put(batch)))
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["grad_norm"])
+    assert metrics["skipped"] == (ess_power > 0)
+    if ess_power:
+        assert_untouched(state, old)
+    else:
+        assert np.abs(state.params["head"] - old.params["head"]).max() > 1e-5
+
+
 def _with_one(array, value):
     array = np.array(array)
     array[(-1,) + (0,) * (array.ndim - 1)] = value

@@ -25,7 +25,10 @@ ROOT = Path(__file__).parent.parent
         ({"rollout.sampler": "fleet"}, "preferences.shards"),
         ({"objective.pair_share": 0.0}, "objective.pair_share"),
         ({"objective.pair_share": 1.5}, "objective.pair_share"),
-        ({"group_size": 1, "buffer.capacity": 512}, "group_size must be at least 2"),
+        (
+            {"group_size": 1, "buffer.capacity": 512, "buffer.zero_variance": "keep"},
+            "group_size must be at least 2",
+        ),
     ],
 )
 def test_settings_that_can_not_work_are_refused_by_name(settings, named):

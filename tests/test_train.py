@@ -284,6 +284,10 @@ MISTAKES = {
     "lag steps": (dict(lag__steps=0), "lag.steps=0"),
     "buffer": (dict(buffer__mode="heap"), "buffer.mode='heap'"),
     "capacity": (dict(buffer__capacity=9), "buffer.capacity=9"),
+    "groups of one": (
+        dict(group_size=1, buffer__zero_variance="drop"),
+        "buffer.zero_variance='drop'",
+    ),
     "remat": (dict(model__remat="some"), "model.remat='some'"),
     "curator": (dict(curriculum__curator__remat="all"), "curriculum.curator.remat='all'"),
     "missing checkpoint": (dict(model__path="/no/such/model"), "/no/such/model"),

@@ -41,14 +41,15 @@ def open_actor_curator(
       mesh: the learner's.
       seed: of a fresh network.
       max_prompt_tokens: of a prompt.
-      num_steps: over which the curator's learning rate decays, in steps of its own.
+      num_steps: of the learner. The curator's learning rate decays over `passes` times as many, as
+        if each studied one choice.
 
     Raises:
       UserError: if its vocabulary is not the policy's, or prompts do not fit it.
     """
     settings = dict(curator)
     path, architecture = settings.pop("path"), settings.pop("architecture")
-    optimizer = make_optimizer(**settings.pop("optim"), num_steps=num_steps)
+    optimizer = make_optimizer(**settings.pop("optim"), num_steps=num_steps * settings["passes"])
     start: Any = seed
     if path:
         config = hf.load_config(epath.Path(path))

@@ -8,7 +8,9 @@ from jaxtyping import Array, Float, Int
 from oapl_jax.objectives.advantages import advantage
 from oapl_jax.structs import Group
 
-MAX_LOG_RATIO = 20.0  # of a token, on average; beyond it exp overflows before anything is learnt
+# Of a token on average, and of a prompt's probability: beyond it exp overflows, and inf times a
+# utility of 0 is no number.
+MAX_LOG_RATIO = 20.0
 
 
 def utility(group: Group, logp: Float[np.ndarray, "G C"]) -> float:
@@ -51,7 +53,8 @@ def surrogate(
     p = softmax(logits / temperature), and p_old is what the choice was made with. A quotient of
     numbers with different normalisers would not be 1 where nothing has changed; and with S alone as
     the normaliser, candidates outside of S would not be held down where those in it are useful.
-    At rho = 1 the gradient by a logit is (p(x) sum U - U(x)) / (k temperature).
+    At rho = 1 the gradient by a logit is (p(x) sum U - U(x)) / (k temperature). Where U < 0 the
+    term is not clipped above rho = 1, as in PPO; beyond rho = e^20 it has no gradient.
 
     Args:
       logits: the curator's, now.
@@ -66,7 +69,8 @@ def surrogate(
     """
     real = jnp.isfinite(log_p)
     log_ratio = jax.nn.log_softmax(logits / temperature, where=real) - log_p
-    ratio = jnp.exp(jnp.where(real, log_ratio, 0.0))
+    log_ratio = jnp.clip(jnp.where(real, log_ratio, 0.0), -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = jnp.exp(log_ratio)
     terms = jnp.minimum(ratio * utility, jnp.clip(ratio, 1 - clip, 1 + clip) * utility)
     clipped = jnp.sum(terms < ratio * utility) / jnp.sum(utility != 0)
     return -jnp.sum(terms) / count, {"clip_fraction": clipped}

@@ -5,6 +5,7 @@ import math
 
 import jax
 
+from oapl_jax.check import recorded_groups
 from oapl_jax.job import Config
 from oapl_jax.models import layout
 from oapl_jax.models.config import ModelConfig
@@ -68,11 +69,9 @@ def fleet(config: Config, step_seconds: float, publish: float) -> Fleet:
     Publications are `lag.steps` steps apart in a window, otherwise one. If the buffer is cleared at
     each, what it has for the next steps can only come after the publication.
     """
-    sequences = config.group_size * config.groups_per_step
-    recorded = {"live": 0.0, "both": config.rollout.recorded_share, "shards": 1.0}
-    fresh = 1 - recorded[config.rollout.source]
-    fresh /= config.buffer.max_reuse if config.buffer.mode == "replay" else 1
-    generated = fresh * sequences * config.rollout.max_response_tokens
+    fresh = config.group_size * (config.groups_per_step - recorded_groups(config))
+    uses = config.buffer.max_reuse if config.buffer.mode == "replay" else 1
+    generated = fresh / uses * config.rollout.max_response_tokens
     steps = config.lag.steps if config.lag.mode == "window" else 1
     cycle = steps * step_seconds + publish
     cleared = config.lag.mode == "window" and config.buffer.mode == "clear_on_sync"

@@ -41,6 +41,8 @@ class SampledComparators:
 class RecordedComparators:
     """Takes the first responses of a recorded set's group of the same prompt. Any thread.
 
+    The reference is who recorded the set, whatever its model and temperature.
+
     Args:
       directory: of a set by oapl_jax.rollout.generate.
       about: see `shards.describe`; task and tokenizer must be those of the set.

@@ -216,6 +216,24 @@ def test_nothing_overflows(beta1):
     assert np.all(np.isfinite(gradient))
 
 
+def test_beta1_and_beta2_are_free_of_each_other():
+    """A response's loss is 0 where its log-ratio is A(beta1) / beta2, and grows away from there."""
+    reward, beta1, beta2 = [0.0, 1.0, 0.25, 1.0], 0.5, 0.1
+    target = exact_advantage(reward, beta1) / beta2
+    behavior, mask = np.full((4, 2), -1.0, np.float32), np.ones((4, 2), np.float32)
+    at = lambda log_ratio: np.float32(behavior + log_ratio[:, None] / 2)
+
+    def total(logp, beta2):
+        return loss(logp, behavior, advantage(reward, beta1), mask, beta2=beta2)[0].sum()
+
+    value, gradient = jax.value_and_grad(total)(at(target), beta2)
+    assert value < 1e-11
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
+    assert total(at(1.5 * target), beta2) > 0.1
+    assert total(at(target), beta1) > 0.1
+    assert total(at(exact_advantage(reward, beta2) / beta2), beta2) > 0.1
+
+
 # A bandit of nine responses of two tokens, whose lagged policy is a multiple of 1/16: a group that
 # holds each response that often has V^ = V*, exactly.
 FIRST = np.array([4, 8, 4]) / 16

@@ -22,6 +22,16 @@ def test_it_is_the_regression_over_two_tau_up_to_a_constant(tau):
     np.testing.assert_allclose(metrics["residual"], theirs["residual"], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("beta1", "beta2"), [(0.3, 0.3), (1.0, 0.2)])
+def test_with_the_soft_baseline_its_gradient_is_that_of_oapl(beta1, beta2):
+    """From rewards on; beta1 = beta2 is Kimi's one tau."""
+    ours = bound("opmd_kimi", opmd_baseline="log_mean_exp", beta1=beta1, beta2=beta2)
+    theirs = bound("oapl", beta1=beta1, beta2=beta2)
+    logp, behavior, _, mask = random_group(4, LENGTHS, 9, spread=0.3)
+    slopes = [run(o, logp, behavior, o.advantage(REWARD), mask)[1] for o in (ours, theirs)]
+    np.testing.assert_allclose(slopes[0], slopes[1] / (2 * beta2), rtol=1e-4, atol=1e-6)
+
+
 def test_without_tau_it_is_plain_reinforce():
     group = random_group(3, LENGTHS, 9, spread=0.3)
     reinforce = run(bound("sft"), *group)[1]
