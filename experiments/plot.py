@@ -56,6 +56,12 @@ def draw(grid: Grid, plan: Plan, to: epath.Path) -> dict[str, str]:
 
     means = f"Means of {n} seeds"
     whiskers = f"{means}; the differences with 95 % intervals"
+    if found:
+        save(
+            "methods.png",
+            methods(found, plan),
+            f"pass@1 of every method minus that of oapl, by the {n} seeds, with 95 % intervals.",
+        )
     if live:
         gaps = "; no entropy where a run failed" if without(live, plan) else ""
         caption = f"Live, by lag, at each method's choice. {whiskers}{gaps}."
@@ -82,6 +88,29 @@ def draw(grid: Grid, plan: Plan, to: epath.Path) -> dict[str, str]:
             "run (the first seed) each.",
         )
     return captions
+
+
+def methods(found: tables.Arms, plan: Plan):
+    """Every method's differences to OAPL's pass@1, a panel for each arm."""
+    names = [name for name in (*plan.core, *plan.rest) if name != tables.OURS]
+    size = 1.7 * len(found) + 1.5, 0.22 * len(names) + 1.2
+    figure, panels = plt.subplots(
+        1, len(found), figsize=size, squeeze=False, sharex=True, sharey=True
+    )
+    for panel, (arm, of) in zip(panels[0], found.items(), strict=True):
+        for row, name in enumerate(names):
+            if name in of and tables.OURS in of:
+                mean, *ends = difference(of[name][1], of[tables.OURS][1], "pass@1")
+                panel.plot(ends, [row, row], color="0.3", linewidth=1)
+                panel.plot(mean, row, color="0.3", marker=".")
+        panel.axvline(0, color="C0")
+        panel.set_title(arm.name.replace(", ", ",\n"), fontsize=8)
+        panel.tick_params(labelsize=7)
+        panel.grid(alpha=0.3)
+    panels[0][0].set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
+    panels[0][0].set_yticklabels(names, fontsize=8)
+    figure.set_layout_engine("constrained")
+    return figure
 
 
 def lags(live: tables.Arms, plan: Plan):

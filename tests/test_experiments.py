@@ -371,7 +371,7 @@ def test_pictures_are_drawn_of_what_is_there(tmp_path):
     made = FakeGrid(tmp_path / "grid", [*lines, {**lines[0], "key": "another"}])
     plot.render(made, epath.Path(tmp_path / "docs"), False)
     text = (tmp_path / "docs" / "comparison.md").read_text()
-    for name in ("lags", "pass_at_k", "generations", "rates", "drift"):
+    for name in ("methods", "lags", "pass_at_k", "generations", "rates", "drift"):
         assert f"(comparison/{name}.png)" in text
         picture = (tmp_path / "docs" / "comparison" / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
