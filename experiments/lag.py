@@ -1,4 +1,4 @@
-"""Where robustness to lag and step size ends: OAPL and five others, live.
+"""Where robustness to lag and step size ends: OAPL and six others, live.
 
 Claim under test: at a lag of 128 OAPL survives a learning rate at which the others collapse.
 Command: python -m experiments.lag --jobs=2
@@ -42,6 +42,8 @@ METHODS: dict[str, tuple[str, Values]] = {
     "gspo": ("gspo", {}),
     "gspo, wide": ("gspo", {"objective.clip_low": 3e-2, "objective.clip_high": 4e-2}),
     "vespo": ("vespo", {}),
+    # No correction at all: the likelihood of right answers, of groups with equal rewards too.
+    "sft": ("sft", {"zero_variance_weight": 1.0}),
 }
 LAGS = (128, 8, 1)  # the largest first; what only the largest can show is asked there alone
 THREE = ("oapl, beta2 0.2", "grpo", "grpo_is")
@@ -122,7 +124,7 @@ def tables(plan: Plan) -> Iterator[Table]:
             for lag in (8, 128)
             for rate in (1e-3, 3e-3)
         }
-        for name in THREE
+        for name in (*THREE, "gspo, wide", "sft")
     }
     yield Table("Many syncs", inf, "", cells, 4 * steps)
 

@@ -25,6 +25,7 @@ from oapl_jax.errors import exit_with_code
 from oapl_jax.report.progress import say
 
 DIRECTORY = "comparison"  # of the pictures, beside comparison.md
+COLORS = (*(f"C{i}" for i in range(10)), "black")
 
 
 def render(grid: Grid, to: epath.Path, quick: bool) -> None:
@@ -169,7 +170,7 @@ def generations(live: tables.Arms, plan: Plan):
 
 def rates(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
     """pass@1 against the learning rate, a panel for each lag."""
-    colors = {name: f"C{i}" for i, name in enumerate(tables.names_of(by_lag))}
+    colors = dict(zip(tables.names_of(by_lag), COLORS, strict=False))
     figure, panels = plt.subplots(1, len(by_lag), figsize=_row(by_lag), squeeze=False)
     for panel, (title, cells) in zip(panels[0], by_lag.items(), strict=True):
         for name, row in cells.items():
@@ -184,7 +185,7 @@ def rates(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
 
 def drifts(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
     """The distance to pi_lag over the steps, a panel for each lag; at a lag of 1 there is none."""
-    colors = {name: f"C{i}" for i, name in enumerate(tables.names_of(by_lag))}
+    colors = dict(zip(tables.names_of(by_lag), COLORS, strict=False))
     figure, panels = plt.subplots(1, len(by_lag), figsize=_row(by_lag), squeeze=False)
     for panel, (title, cells) in zip(panels[0], by_lag.items(), strict=True):
         for name, row in cells.items():
