@@ -44,8 +44,8 @@ LIMITS = """\
   be a "more" or a "less".
 - A choice rests on two runs a trial: who varies more from run to run loses more by it. Where the
   chosen rate is the smallest or the largest that was tried, marked by "!", there may be more to be
-  had. It is made live at lags of {tuned}; a lag between takes that of the next larger one, the
-  offline arm that of the largest.
+  had. It is made live at lags of {tuned}; at any other a method takes the choice of the next larger
+  one (fresh data too: that of 8), offline that of the largest.
 - Replays are of OAPL's own runs: where the trials chose the recorder's constants, its replay is its
   live run again, while all others learn from a foreign stream. They say who can learn from OAPL's
   rollouts, and not who is better; so they are counted apart. Not all methods have them at all lags,
