@@ -25,7 +25,7 @@ from oapl_jax.errors import exit_with_code
 from oapl_jax.report.progress import say
 
 DIRECTORY = "comparison"  # of the pictures, beside comparison.md
-COLORS = (*(f"C{i}" for i in range(10)), "black")
+COLORS = (*(f"C{i}" for i in range(7)), "black", "C8", "C9", "C7")  # the seventh is grey
 
 
 def render(grid: Grid, to: epath.Path, quick: bool) -> None:
@@ -82,9 +82,10 @@ def draw(grid: Grid, plan: Plan, to: epath.Path) -> dict[str, str]:
             f"pass@1 on the test split by learning rate. Means of {seeds} seeds; bars reach from "
             "the smallest to the largest.",
         )
+    if drifting := {title: by_lag[title] for title in by_lag if surfaces[title][0].lag > 1}:
         save(
             "drift.png",
-            drifts(by_lag),
+            drifts(drifting),
             "KL(pi_lag || pi), nats a token, in every eighth step at a learning rate of 0.001; one "
             "run (the first seed) each.",
         )
@@ -184,7 +185,7 @@ def rates(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
 
 
 def drifts(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
-    """The distance to pi_lag over the steps, a panel for each lag; at a lag of 1 there is none."""
+    """The distance to pi_lag over the steps, a panel for each lag above 1, where there is one."""
     colors = dict(zip(tables.names_of(by_lag), COLORS, strict=False))
     figure, panels = plt.subplots(1, len(by_lag), figsize=_row(by_lag), squeeze=False)
     for panel, (title, cells) in zip(panels[0], by_lag.items(), strict=True):
@@ -225,7 +226,7 @@ def _row(panels: Mapping) -> tuple[float, float]:
 
 def _style(name: str, plan: Plan) -> dict:
     if name in plan.core:
-        return dict(color=f"C{plan.core.index(name)}", linewidth=1.6)
+        return dict(color=COLORS[plan.core.index(name)], linewidth=1.6)
     return dict(color="0.8", linewidth=0.8)
 
 
