@@ -307,15 +307,15 @@ def test_the_page_says_where_oapl_loses(tmp_path):
         "grpo_is": [0.50, 0.51, 0.50, 0.52, 0.50],
         "gspo": [0.61, 0.61, 0.65, 0.60, 0.63],
         "cispo": [0.62, 0.20, None, 0.61, 0.63],
-        "sft": [0.30, 0.30, 0.30, 0.30, 0.30],
+        "maxrl": [0.30, 0.30, 0.30, 0.30, 0.30],
     }
     levels = {"oapl": dict(level_at=4096), "grpo": dict(level_at=2048)}
     made = FakeGrid(tmp_path, [*starts(0.25), *an_arm(arm, scores, **levels)])
     found = tables.collect(made, FULL)
     assert list(found) == [arm]
-    assert list(found[arm]) == ["grpo", "gspo", "oapl", "grpo_is", "cispo", "sft"]  # best first
+    assert list(found[arm]) == ["grpo", "gspo", "oapl", "grpo_is", "cispo", "maxrl"]  # best first
     text = page.page(made, FULL, {}, "")
-    assert "Of 147 pairs of a method and an arm 141 are missing" in " ".join(text.split())
+    assert "Of 149 pairs of a method and an arm 143 are missing" in " ".join(text.split())
     assert "| `grpo` | 0.720 + |" in text
     assert "| `grpo_is` | 0.506 - |" in text
     assert "| `gspo` | 0.620 |" in text
@@ -361,7 +361,7 @@ def test_pictures_are_drawn_of_what_is_there(tmp_path):
     scores = {
         "oapl": [0.6, 0.7, 0.6, 0.7, 0.6],
         "grpo": [0.6, None, 0.6, 0.7, None],
-        "sft": [0.4, 0.5, 0.4, 0.5, None],
+        "maxrl": [0.4, 0.5, 0.4, 0.5, None],
     }
     lines = [*starts(0.25), *an_arm(arm, scores)]
     surface = next(t for t in lag.tables(FULL) if t.title == "Lag 128")
