@@ -17,7 +17,8 @@ tables is done once.
 - The scale of advantages: what V^ is (beta1 small: the maximum; large: the mean), whether groups of
   equal rewards pull to pi_lag, and how much the clip of the gradient's norm cuts, for Adam undoes
   any scale but there; for GRPO, advantages that are not divided by the standard deviation.
-- Many syncs: four times as many steps, the rate constant, so that only their number grows.
+- Many syncs: four times as many steps, at a constant rate, or at one that falls to a tenth as in
+  all other runs.
 """
 
 from collections.abc import Iterator
@@ -113,16 +114,22 @@ def tables(plan: Plan) -> Iterator[Table]:
             (THREE[2], "as it is", {}),
             (THREE[2], "not divided by std", dict(objective__estimator="dr_grpo")),
             (THREE[2], "norm clipped at 0.03", dict(optim__max_grad_norm=0.03)),
+            ("sft", "as it is", {}),
+            ("sft", "equal groups dropped", dict(zero_variance_weight=0.0)),
         )
     }
     yield Table("The scale of advantages", inf, "", cells, steps)
+    of_rates = {
+        f"lag {lag}, rate {rate:g}{', falling' if end < 1 else ''}": (lag, rate, end)
+        for lag, rate, end in (
+            *((8, 1e-3, 1.0), (8, 3e-3, 1.0), (128, 1e-3, 1.0), (128, 3e-3, 1.0)),
+            (128, 3e-3, 0.1),  # to a tenth, as in all other runs
+        )
+    }
     cells = {
         name: {
-            f"lag {lag}, rate {rate:g}": cell(
-                name, lag, rate, num_steps=4 * steps, optim__final_fraction=1.0
-            )
-            for lag in (8, 128)
-            for rate in (1e-3, 3e-3)
+            column: cell(name, lag, rate, num_steps=4 * steps, optim__final_fraction=end)
+            for column, (lag, rate, end) in of_rates.items()
         }
         for name in (*THREE, "gspo, wide", "sft")
     }

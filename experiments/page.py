@@ -50,8 +50,15 @@ LIMITS = """\
   live run again, while all others learn from a foreign stream. They say who can learn from OAPL's
   rollouts, and not who is better; so they are counted apart. Not all methods have them at all lags,
   and `prosper`, whose rewards are preferences, is not compared.
-- In the tables of robustness OAPL has three rows and some others one: don't compare the best of
-  each. "Best" there is the best of the rates in the table, by the test split.
+- The learning rate falls to a tenth by a cosine, but in the columns of many syncs: what survives a
+  large step may be saved by the small ones at the end.
+- Each problem has one right answer, and greedy decoding knows it for half of them before any
+  reinforcement: to learn is to sharpen, and entropy must fall.
+- OAPL's beta2 of 0.2 is this repository's default for the task; its beta1 was not tuned. The curves
+  that generations are read from have a point for each eighth of a run.
+- The tables of robustness have three seeds and no intervals. A run is lost that ends below its
+  start; one that learned next to nothing is not. OAPL has three rows and some others one: don't
+  compare the best of each. "Best" there is the best of the rates in the table, by the test split.
 - Groups with equal rewards are not replaced, so that all runs sample alike; in the default job they
   are (`buffer.zero_variance=drop`), and a step is worth more and costs more. Here they weigh
   nothing, but for `sft`, `mixed`, `asymre` and `oapl, all groups`, which is OAPL as algorithm 1 of
