@@ -25,7 +25,7 @@ from oapl_jax.errors import exit_with_code
 from oapl_jax.report.progress import say
 
 DIRECTORY = "comparison"  # of the pictures, beside comparison.md
-COLORS = (*(f"C{i}" for i in range(7)), "black", "C8", "C9", "C7")  # the seventh is grey
+COLORS = (*(f"C{i}" for i in range(7)), "black")  # of the core
 
 
 def render(grid: Grid, to: epath.Path, quick: bool) -> None:
@@ -56,6 +56,7 @@ def draw(grid: Grid, plan: Plan, to: epath.Path) -> dict[str, str]:
         captions[f"{to.name}/{name}"] = caption
 
     means = f"Means of {n} seeds"
+    others = " Grey: the other methods." if plan.rest else ""
     whiskers = f"{means}; the differences with 95 % intervals"
     if found:
         save(
@@ -65,7 +66,7 @@ def draw(grid: Grid, plan: Plan, to: epath.Path) -> dict[str, str]:
         )
     if live:
         gaps = "; no entropy where a run failed" if without(live, plan) else ""
-        caption = f"Live, by lag, at each method's choice. {whiskers}{gaps}."
+        caption = f"Live, by lag, at each method's choice. {whiskers}{gaps}.{others}"
         save("lags.png", lags(live, plan), caption)
         save("pass_at_k.png", passes(live, plan), f"pass@k by lag, test split. {means}.")
         save(
@@ -87,7 +88,7 @@ def draw(grid: Grid, plan: Plan, to: epath.Path) -> dict[str, str]:
             "drift.png",
             drifts(drifting),
             "KL(pi_lag || pi), nats a token, in every eighth step at a learning rate of 0.001; one "
-            "run (the first seed) each.",
+            "run (the first seed) each. It falls with the learning rate, too.",
         )
     return captions
 
@@ -171,7 +172,7 @@ def generations(live: tables.Arms, plan: Plan):
 
 def rates(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
     """pass@1 against the learning rate, a panel for each lag."""
-    colors = dict(zip(tables.names_of(by_lag), COLORS, strict=False))
+    styles = _variants(tables.names_of(by_lag))
     figure, panels = plt.subplots(1, len(by_lag), figsize=_row(by_lag), squeeze=False)
     for panel, (title, cells) in zip(panels[0], by_lag.items(), strict=True):
         for name, row in cells.items():
@@ -179,21 +180,21 @@ def rates(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
             for rate, cell in row.items():
                 values = cell.of("pass@1")
                 points[float(rate)] = (cell.mean("pass@1"), min(values), max(values))
-            with_whiskers(panel, points, name, dict(color=colors[name]))
+            with_whiskers(panel, points, name, styles[name])
         panel.set(xscale="log", xlabel="learning rate", title=title, ylim=(0, 1))
     return finish(figure, panels[0][-1])
 
 
 def drifts(by_lag: Mapping[str, Mapping[str, Mapping[str, Cell]]]):
     """The distance to pi_lag over the steps, a panel for each lag above 1, where there is one."""
-    colors = dict(zip(tables.names_of(by_lag), COLORS, strict=False))
+    styles = _variants(tables.names_of(by_lag))
     figure, panels = plt.subplots(1, len(by_lag), figsize=_row(by_lag), squeeze=False)
     for panel, (title, cells) in zip(panels[0], by_lag.items(), strict=True):
         for name, row in cells.items():
             line = row["0.001"].lines[0]
             if "curve" in line:  # not of a run that failed at its first step
                 kl = np.maximum(line["curve"]["kl"], 1e-7)
-                panel.plot(8 * np.arange(1, len(kl) + 1), kl, color=colors[name], label=name, lw=1)
+                panel.plot(8 * np.arange(1, len(kl) + 1), kl, label=name, lw=1, **styles[name])
         panel.set(yscale="log", xlabel="gradient step", title=title)
     return finish(figure, panels[0][-1])
 
@@ -228,6 +229,17 @@ def _style(name: str, plan: Plan) -> dict:
     if name in plan.core:
         return dict(color=COLORS[plan.core.index(name)], linewidth=1.6)
     return dict(color="0.8", linewidth=0.8)
+
+
+def _variants(names: Sequence[str]) -> dict[str, dict]:
+    """A color for each objective, that of the core, and a line for each of its variants."""
+    styles: dict[str, dict] = {}
+    for name in names:
+        base = name.partition(",")[0]
+        variant = sum(other.partition(",")[0] == base for other in styles)
+        color = COLORS[FULL.core.index(base)]
+        styles[name] = dict(color=color, linestyle=("-", "--", ":")[variant])
+    return styles
 
 
 def without(live: tables.Arms, plan: Plan) -> str:
