@@ -72,7 +72,7 @@ METHODS: dict[str, tuple[Values, ...]] = {
     "mixed": ({"likelihood_weight": 0.1}, {"likelihood_weight": 0.5}),
     "sft": ({},),
 }
-# The first to be compared, in the tables of differences and in colour.
+# The first to be compared, in the tables of differences and in color.
 CORE = ("oapl", "oapl, all groups", "grpo", "grpo_is", "gspo", "cispo", "vespo", "sft")
 # The same range for all: who has fewer constants gets more rates within it.
 RATES = {1: (3e-4, 5e-4, 8e-4, 1.2e-3, 1.9e-3, 3e-3), 2: (3e-4, 1e-3, 3e-3)}

@@ -50,8 +50,8 @@ LIMITS = """\
   live run again, while all others learn from a foreign stream. They say who can learn from OAPL's
   rollouts, and not who is better; so they are counted apart. Not all methods have them at all lags,
   and `prosper`, whose rewards are preferences, is not compared.
-- The learning rate falls to a tenth by a cosine, but in the columns of many syncs: what survives a
-  large step may be saved by the small ones at the end.
+- The learning rate falls to a tenth by a cosine, but in those columns of many syncs that do not say
+  "falling": what survives a large step may be saved by the small ones at the end.
 - Each problem has one right answer, and greedy decoding knows it for half of them before any
   reinforcement: to learn is to sharpen, and entropy must fall.
 - OAPL's beta2 of 0.2 is this repository's default for the task; its beta1 was not tuned. The curves

@@ -56,7 +56,7 @@ def draw(grid: Grid, plan: Plan, to: epath.Path) -> dict[str, str]:
         captions[f"{to.name}/{name}"] = caption
 
     means = f"Means of {n} seeds"
-    others = " Grey: the other methods." if plan.rest else ""
+    others = " Gray: the other methods." if plan.rest else ""
     whiskers = f"{means}; the differences with 95 % intervals"
     if found:
         save(

@@ -416,6 +416,18 @@ def moved(before, curriculum):
     return any(jax.tree.leaves(differ))
 
 
+def test_its_learning_rate_decays_over_all_its_passes(monkeypatch):
+    asked = []
+
+    def noted(*, num_steps, **given):
+        asked.append(num_steps)
+        return make_optimizer(num_steps=num_steps, **given)
+
+    monkeypatch.setattr("oapl_jax.curriculum.make_optimizer", noted)
+    teacher_of("actor_curator", passes=3)
+    assert asked == [3 * 10]  # passes, and the steps of the learner
+
+
 def test_phases_dormant_then_warming_up_then_choosing(tokenizer):
     curriculum, stream = curriculum_of("actor_curator", tokenizer), prompts_of(tokenizer)
     useful = lambda prompt: 0.1 * (prompt.draw % 2)

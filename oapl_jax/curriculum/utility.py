@@ -6,11 +6,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from oapl_jax.objectives.advantages import advantage
+from oapl_jax.objectives.ratios import bounded_exp
 from oapl_jax.structs import Group
 
-# Of a token on average, and of a prompt's probability: beyond it exp overflows, and inf times a
-# utility of 0 is no number.
-MAX_LOG_RATIO = 20.0
+MAX_LOG_RATIO = 20.0  # of a token, on average; beyond it exp overflows before anything is learnt
 
 
 def utility(group: Group, logp: Float[np.ndarray, "G C"]) -> float:
@@ -69,8 +68,7 @@ def surrogate(
     """
     real = jnp.isfinite(log_p)
     log_ratio = jax.nn.log_softmax(logits / temperature, where=real) - log_p
-    log_ratio = jnp.clip(jnp.where(real, log_ratio, 0.0), -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = jnp.exp(log_ratio)
+    ratio = bounded_exp(jnp.where(real, log_ratio, 0.0))  # inf times a utility of 0 is no number
     terms = jnp.minimum(ratio * utility, jnp.clip(ratio, 1 - clip, 1 + clip) * utility)
     clipped = jnp.sum(terms < ratio * utility) / jnp.sum(utility != 0)
     return -jnp.sum(terms) / count, {"clip_fraction": clipped}
