@@ -14,7 +14,7 @@ import time
 
 from results import keep
 
-from oapl_jax.rewards.answers import Answers
+from oapl_jax.rewards.math.answers import Answers
 
 PLAIN, EXPRESSIONS = 20_000, 400
 HOSTILE = {

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from results import keep, show
 
-from oapl_jax.models.attention import masked_attention
-from oapl_jax.models.blocked import blocked_attention, visible
+from oapl_jax.model.attention import masked_attention
+from oapl_jax.model.blockwise_attention import blocked_attention, visible
 
 LENGTHS = (64, 256, 1024, 2048, 4096, 8192, 16384, 32768)
 HEADS, KV_HEADS, DIM = 4, 2, 64

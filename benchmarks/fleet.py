@@ -30,18 +30,18 @@ import numpy as np
 from etils import epath
 from results import keep, show
 
-from oapl_jax import learner
-from oapl_jax.checkpoint import Weights
-from oapl_jax.models.config import ModelConfig
-from oapl_jax.models.transformer import Transformer
-from oapl_jax.probe import make_probe
-from oapl_jax.publisher import publish
-from oapl_jax.rollout.fleet import Fleet
-from oapl_jax.rollout.roster import FleetSettings
+from oapl_jax.fleet.config import FleetSettings
+from oapl_jax.fleet.sampler import Fleet
+from oapl_jax.learner import train_step as learner
+from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.sharding import make_mesh
+from oapl_jax.model.tokenizer import make_character_tokenizer
+from oapl_jax.model.transformer import Transformer
 from oapl_jax.rollout.sampler import Sampling
-from oapl_jax.sharding import make_mesh
 from oapl_jax.structs import Prompt
-from oapl_jax.tokenizer import make_character_tokenizer
+from oapl_jax.weights.checkpoint import Weights
+from oapl_jax.weights.probe import make_probe
+from oapl_jax.weights.publisher import publish
 
 ROOT = pathlib.Path(__file__).parents[1]
 PYTHON = str(ROOT / ".venv-sglang/bin/python")

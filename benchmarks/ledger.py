@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from results import keep
 
-from oapl_jax.rollout import account
+from oapl_jax.rollout import ledger_report as account
 from oapl_jax.rollout.ledger import FILE, Ledger
 from oapl_jax.rollout.sampler import Sampled
 from oapl_jax.structs import Group, Prompt, Rollout

@@ -18,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from results import keep, show
 
-from oapl_jax import batching, learner
-from oapl_jax.models.config import ModelConfig
-from oapl_jax.models.transformer import Transformer, logits
-from oapl_jax.models.vocabulary import token_logp
+from oapl_jax.learner import packing as batching
+from oapl_jax.learner import train_step as learner
+from oapl_jax.learner.optimizer import make_optimizer
+from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.logprobs import token_logp
+from oapl_jax.model.sharding import make_mesh
+from oapl_jax.model.transformer import Transformer, logits
 from oapl_jax.objectives import bind
-from oapl_jax.optim import make_optimizer
-from oapl_jax.sharding import make_mesh
 from oapl_jax.structs import Group, Prompt, Rollout
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)

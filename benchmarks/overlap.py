@@ -25,11 +25,11 @@ from results import keep, show
 
 from configs import arithmetic
 from oapl_jax import train
-from oapl_jax.job import Job
-from oapl_jax.metrics import read_lines
-from oapl_jax.report.progress import StopRequest
+from oapl_jax.build import Job
 from oapl_jax.rollout.sampler import Sampled
 from oapl_jax.structs import Rollout
+from oapl_jax.tracking.metrics import read_lines
+from oapl_jax.tracking.progress import StopRequest
 
 IN_FLIGHT = 64  # groups, the default of fleet.max_in_flight
 TOKENS = 9  # of a response, the default job's mean length

@@ -6,7 +6,7 @@
 The file holds {"prompt": [...], "response": [...]}: tokens of rollouts, in the order in which they
 were sampled; `--record` writes it from a recorded set (docs/rollouts.md). The file that is there
 has 8 answers of SmolLM2-135M-Instruct to each of 32 word problems (oapl_jax.data.samples
---rows=64), made by oapl_jax.rollout.generate with configs/smollm2.py at a temperature of 1 and at
+--rows=64), made by oapl_jax.record with configs/smollm2.py at a temperature of 1 and at
 most 640 tokens.
 
 Rows are as long as the longest sequence. For each number of sequences in a step, and of rows in a
@@ -22,8 +22,8 @@ import numpy as np
 from etils import epath
 from results import keep, show
 
-from oapl_jax.batching import fill
-from oapl_jax.rollout.shards import Shards
+from oapl_jax.learner.packing import fill
+from oapl_jax.rollout.dataset import Shards
 
 FILE = pathlib.Path(__file__).parent / "lengths_smollm2.json"
 STEPS, ROWS = (64, 256), (1, 4, 16)

@@ -17,10 +17,10 @@ import time
 
 from results import keep
 
-from oapl_jax.rewards import sandbox
-from oapl_jax.rewards.launch import Limits
-from oapl_jax.rewards.problems import Problem
-from oapl_jax.rewards.programs import Programs
+from oapl_jax.rewards.code import sandbox
+from oapl_jax.rewards.code.launch import Limits
+from oapl_jax.rewards.code.problems import Problem
+from oapl_jax.rewards.code.programs import Programs
 
 LIMITS = Limits(
     seconds_per_test=60.0,

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from results import keep
 
-from oapl_jax.data import releases
 from oapl_jax.data.prompts import Prompts
-from oapl_jax.tokenizer import load_tokenizer
+from oapl_jax.data.public import releases
+from oapl_jax.model.tokenizer import load_tokenizer
 
 WORDS = ["find", "the", "number", "of", "positive", "integers", "$x^2", "+", "1$", "triangle", "12"]
 

@@ -26,9 +26,9 @@ import xxhash
 from etils import epath
 from results import keep, show
 
-from oapl_jax.models import export, layout
-from oapl_jax.models.config import ModelConfig
-from oapl_jax.publisher import publish, read_manifest
+from oapl_jax.model import export, layout
+from oapl_jax.model.config import ModelConfig
+from oapl_jax.weights.publisher import publish, read_manifest
 
 SIZES = {
     "model_type": "llama",
@@ -57,7 +57,7 @@ def save_step(directory: epath.Path) -> epath.Path:
     """An Orbax step of random weights, finished."""
     from flax.traverse_util import unflatten_dict
 
-    from oapl_jax.checkpoint import Weights  # the process that publishes does without
+    from oapl_jax.weights.checkpoint import Weights  # the process that publishes does without
 
     rng = np.random.default_rng(0)
     flat: dict[str, Any] = {}

@@ -5,7 +5,7 @@ Round 2: the result answers 4,000 of the problems again, and another run goes on
 Round 0: no step; the base model becomes the version that round 1 starts from.
 
     python -m oapl_jax.train --config=configs/code_contests.py:round=0 ...
-    python -m oapl_jax.rollout.generate --config=configs/code_contests.py:round=1 ...
+    python -m oapl_jax.record --config=configs/code_contests.py:round=1 ...
     python -m oapl_jax.train --config=configs/code_contests.py:round=1 ...
 
 Choices: round=1|2|0; `smoke`, the whole path with a tiny model on two CPU cores; objective=NAME,
@@ -110,7 +110,7 @@ def get_config(arg: str | None = None) -> common.Config:
     config.zero_variance_weight = 0.1  # for buffer.zero_variance="weight"
 
     config.rollout = dict(
-        sampler="fleet",  # of oapl_jax.rollout.generate and oapl_jax.evaluate
+        sampler="fleet",  # of oapl_jax.record and oapl_jax.evaluate
         overlap=False,
         temperature=0.6,
         top_p=0.95,
@@ -177,7 +177,7 @@ def shrink(config: common.Config) -> None:
 
 
 def start_from(config: common.Config, version: Any) -> None:
-    """The last version of the round before, as oapl_jax.publisher wrote it."""
+    """The last version of the round before, as oapl_jax.weights.publisher wrote it."""
     config.model.path = version
 
 

@@ -65,7 +65,7 @@ def recorded() -> dict[str, Any]:
     """Groups from a recorded set in the place of sampled ones, or beside them; and recording."""
     return dict(
         source="live",  # "shards": recorded groups only, nothing is sampled; "both"
-        shards="",  # directory of the set: by oapl_jax.rollout.generate, or rollouts/ of a run
+        shards="",  # directory of the set: by oapl_jax.record, or rollouts/ of a run
         recorded_share=0.5,  # of the groups of a step, for source="both"
         recorded_order="shuffled",  # endless; "recorded": in the order of the set, once
         recorded_version=0,  # of the set in this run: it starts from these weights; -1: as recorded
@@ -161,7 +161,7 @@ def preferences(objective: str) -> Config:
             # arXiv 2602.19041 has both; their values are not known, so that these are proposals.
             beta=0.25,  # of the adversary's entropy
             comparators=8,  # responses of the reference policy to each prompt
-            # A set of them by oapl_jax.rollout.generate; "": version 0, by the embedded decoder.
+            # A set of them by oapl_jax.record; "": version 0, by the embedded decoder.
             shards="",
             # Objective -> rule -> its vote. The second one is cyclic.
             rubric=dict(

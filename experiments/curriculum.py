@@ -43,15 +43,16 @@ import numpy as np
 from etils import epath
 
 from configs import arithmetic
-from oapl_jax import publisher, train
+from oapl_jax import train
 from oapl_jax.begin import begin
+from oapl_jax.build import open_job
 from oapl_jax.data.records import Joined, Record, user
-from oapl_jax.data.tasks import TASKS, content_id
+from oapl_jax.data.synthetic.tasks import TASKS, content_id
 from oapl_jax.errors import UserError, exit_with_code
-from oapl_jax.job import open_job
-from oapl_jax.metrics import read_lines
-from oapl_jax.models.files import absolute
-from oapl_jax.report.progress import StopRequest, say
+from oapl_jax.files import absolute
+from oapl_jax.tracking.metrics import read_lines
+from oapl_jax.tracking.progress import StopRequest, say
+from oapl_jax.weights import publisher
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -23,15 +23,16 @@ import jax
 from etils import epath
 
 from configs import documents
-from oapl_jax import publisher, train
+from oapl_jax import train
 from oapl_jax.begin import begin
+from oapl_jax.build import Job, open_job
 from oapl_jax.data.prompts import response_text
-from oapl_jax.evaluate import in_order
-from oapl_jax.job import Job, open_job
-from oapl_jax.models.files import absolute
-from oapl_jax.report.progress import StopRequest, say
-from oapl_jax.rewards.documents import Documents
-from oapl_jax.sharding import gathered
+from oapl_jax.evaluation import in_order
+from oapl_jax.files import absolute
+from oapl_jax.model.sharding import gathered
+from oapl_jax.rewards.documents.documents import Documents
+from oapl_jax.tracking.progress import StopRequest, say
+from oapl_jax.weights import publisher
 
 OBJECTIVES = ("grpo", "oapl")
 FAULTS = ("unclosed", "ragged")  # that the claim is about

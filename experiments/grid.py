@@ -29,7 +29,7 @@ import oapl_jax
 from experiments.runs import OUTCOME, Run
 from experiments.workers import Workers
 from oapl_jax.errors import RunError, UserError
-from oapl_jax.report.progress import say
+from oapl_jax.tracking.progress import say
 
 PACKAGE, HERE = Path(oapl_jax.__file__).parent, Path(__file__).parent
 RESULTS = "results.jsonl"  # below the root

@@ -28,14 +28,14 @@ from etils import epath
 
 from configs import code_contests, competition_math
 from oapl_jax.errors import UserError, exit_with_code
-from oapl_jax.models.published import published
-from oapl_jax.plan.chips import SLICES
-from oapl_jax.plan.choices import applied, layouts
-from oapl_jax.plan.digest import code
-from oapl_jax.plan.estimate import estimate
-from oapl_jax.plan.topology import open_slice
-from oapl_jax.publisher import config_hash
-from oapl_jax.report.progress import say
+from oapl_jax.model.published import published
+from oapl_jax.planning.digest import code
+from oapl_jax.planning.estimate import estimate
+from oapl_jax.planning.hardware import SLICES
+from oapl_jax.planning.layouts import applied, layouts
+from oapl_jax.planning.topology import open_slice
+from oapl_jax.tracking.progress import say
+from oapl_jax.weights.publisher import config_hash
 
 ROOT = Path(__file__).parent.parent
 TABLE, PAGE = epath.Path(ROOT / "docs/plan_table.json"), ROOT / "docs/plan.md"

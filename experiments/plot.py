@@ -22,7 +22,7 @@ from experiments.grid import RESULTS, Grid, as_line, read_arguments
 from experiments.objectives import FULL, QUICK
 from experiments.page import by_hand, page
 from oapl_jax.errors import exit_with_code
-from oapl_jax.report.progress import say
+from oapl_jax.tracking.progress import say
 
 DIRECTORY = "comparison"  # of the pictures, beside comparison.md
 COLORS = (*(f"C{i}" for i in range(7)), "black")  # of the core

@@ -25,13 +25,13 @@ from etils import epath
 from experiments.forgetful import forgetful
 from oapl_jax import train
 from oapl_jax.begin import begin
+from oapl_jax.build import Config, Job, open_job
 from oapl_jax.errors import NotFinite
-from oapl_jax.job import Config, Job, open_job
-from oapl_jax.metrics import read_lines
-from oapl_jax.publisher import version_path
-from oapl_jax.report.progress import Progress, StopRequest
-from oapl_jax.rollout.generate import make_set
-from oapl_jax.rollout.shards import Shards
+from oapl_jax.record import make_set
+from oapl_jax.rollout.dataset import Shards
+from oapl_jax.tracking.metrics import read_lines
+from oapl_jax.tracking.progress import Progress, StopRequest
+from oapl_jax.weights.publisher import version_path
 
 OUTCOME = "outcome.json"
 # How a policy is graded at the end of its run: samples a problem, and the k of pass@k.

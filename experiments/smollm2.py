@@ -71,9 +71,9 @@ def compare(model: Path) -> None:
     """Answers the same questions with the embedded sampler; fails where the two differ."""
     from etils import epath
 
-    from oapl_jax.models import hf
+    from oapl_jax.model import hf
     from oapl_jax.policy import open_policy
-    from oapl_jax.rollout.local import LocalSampler
+    from oapl_jax.rollout.local_sampler import LocalSampler
     from oapl_jax.rollout.sampler import Sampling
     from oapl_jax.structs import Prompt
 

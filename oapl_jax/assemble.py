@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from oapl_jax import batching
-from oapl_jax.job import Config, Job
+from oapl_jax.build import Config, Job
+from oapl_jax.learner import packing as batching
 from oapl_jax.objectives import OBJECTIVES, Objective, hyper_parameters
 from oapl_jax.objectives.aggregation import sequence_weights
 from oapl_jax.structs import Batch, Group

@@ -4,12 +4,13 @@ import functools
 import time
 from typing import Any
 
-from oapl_jax import heartbeat, learner
-from oapl_jax.data.demonstrations import demonstrations
-from oapl_jax.job import Job
-from oapl_jax.optim import make_optimizer
-from oapl_jax.report.progress import Progress
-from oapl_jax.warmup import warm_up
+from oapl_jax import heartbeat
+from oapl_jax.build import Job
+from oapl_jax.data.synthetic.demonstrations import demonstrations
+from oapl_jax.learner import train_step as learner
+from oapl_jax.learner.optimizer import make_optimizer
+from oapl_jax.learner.sft import warm_up
+from oapl_jax.tracking.progress import Progress
 
 
 def begin(job: Job) -> tuple[learner.TrainState, dict[str, Any]]:

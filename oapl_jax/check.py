@@ -6,10 +6,11 @@ from typing import Any
 import jax
 
 from oapl_jax import rewards
-from oapl_jax.batching import rows_of
 from oapl_jax.curriculum import CURRICULA
 from oapl_jax.errors import UserError
-from oapl_jax.models.transformer import REMAT_POLICIES
+from oapl_jax.learner.packing import rows_of
+from oapl_jax.model.sharding import make_mesh
+from oapl_jax.model.transformer import REMAT_POLICIES
 from oapl_jax.objectives import OBJECTIVES, hyper_parameters
 from oapl_jax.objectives.advantages import ADVANTAGES
 from oapl_jax.objectives.aggregation import AGGREGATIONS
@@ -18,7 +19,6 @@ from oapl_jax.objectives.grpo import PROXIMALS
 from oapl_jax.objectives.maxrl import ESTIMATORS
 from oapl_jax.objectives.opmd_kimi import BASELINES
 from oapl_jax.preferences import JUDGES
-from oapl_jax.sharding import make_mesh
 
 DENOMINATORS = ("behavior", "learner", "reference")
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
@@ -140,7 +140,7 @@ def check_rollout(config: Config, refuse: Refuse) -> None:
     refuse(
         (source == "live") == bool(config.rollout.shards),
         f"rollout.source={source!r} and rollout.shards={config.rollout.shards!r} do not go "
-        "together: name a set made by oapl_jax.rollout.generate with 'shards' or 'both', none with "
+        "together: name a set made by oapl_jax.record with 'shards' or 'both', none with "
         "'live'",
     )
     refuse(
@@ -257,7 +257,7 @@ def check_preferences(config: Config, refuse: Refuse) -> None:
         and config.rollout.source != "shards"
         and not section.shards,
         "a fleet holds the newest version and can't sample what preferences compare with; record "
-        "responses of the reference with oapl_jax.rollout.generate and name the set in "
+        "responses of the reference with oapl_jax.record and name the set in "
         "preferences.shards",
     )
 

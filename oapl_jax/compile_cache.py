@@ -5,8 +5,8 @@ import os
 import jax
 from etils import epath
 
-from oapl_jax.job import Config
-from oapl_jax.models.files import absolute, on_disk
+from oapl_jax.build import Config
+from oapl_jax.files import absolute, on_disk
 
 
 def keep_programs(config: Config, workdir: epath.Path) -> None:

@@ -8,21 +8,22 @@ import jax
 import numpy as np
 from etils import epath
 
-from oapl_jax import hosts, publisher
-from oapl_jax.buffer import Buffer
+from oapl_jax import multihost as hosts
+from oapl_jax.build import Job
 from oapl_jax.check import recorded_groups
 from oapl_jax.curriculum import CURRICULA, Curriculum
 from oapl_jax.data.prompts import response_text
-from oapl_jax.job import Job
 from oapl_jax.preferences import JUDGES, Preferences
 from oapl_jax.preferences.comparators import RecordedComparators, SampledComparators
+from oapl_jax.rollout.buffer import Buffer
+from oapl_jax.rollout.dataset import Shards, ShardWriter, describe
 from oapl_jax.rollout.ledger import FILE, Ledger
 from oapl_jax.rollout.recorded import Recorded
-from oapl_jax.rollout.shards import Shards, ShardWriter, describe
-from oapl_jax.rollout.unpaid import Unpaid
+from oapl_jax.rollout.source import Supply
 from oapl_jax.rollout.worker import Worker
+from oapl_jax.rollout.zero_reward_guard import Unpaid
 from oapl_jax.structs import Group, Prompt, Rollout
-from oapl_jax.supply import Supply
+from oapl_jax.weights import publisher
 
 
 def open_supply(job: Job) -> Supply:

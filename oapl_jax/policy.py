@@ -10,9 +10,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from oapl_jax.errors import UserError
-from oapl_jax.models import hf
-from oapl_jax.models.config import ModelConfig
-from oapl_jax.tokenizer import check_tokenizer, load_tokenizer, make_character_tokenizer
+from oapl_jax.model import hf
+from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.tokenizer import check_tokenizer, load_tokenizer, make_character_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,22 +19,26 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from oapl_jax import batching, heartbeat, hosts, learner, publisher
+from oapl_jax import heartbeat
+from oapl_jax import multihost as hosts
 from oapl_jax.assemble import make_batch, recompute
 from oapl_jax.begin import begin
-from oapl_jax.command import read_command_line
+from oapl_jax.build import Config, Job, open_job
 from oapl_jax.compile_cache import keep_programs
 from oapl_jax.errors import FleetLost, NotFinite, exit_with_code
-from oapl_jax.evaluate import table
-from oapl_jax.job import Config, Job, open_job
-from oapl_jax.lag import LagPolicy
-from oapl_jax.metrics import CompileClock, MetricsWriter, group_metrics, read_lines
+from oapl_jax.evaluation import table
+from oapl_jax.launch import read_command_line
+from oapl_jax.learner import packing as batching
+from oapl_jax.learner import train_step as learner
 from oapl_jax.objectives import bind
 from oapl_jax.open_supply import open_supply
-from oapl_jax.report.learning import draw
-from oapl_jax.report.progress import Progress, StopRequest, say
+from oapl_jax.rollout.source import Supply
 from oapl_jax.saved_config import check_config
-from oapl_jax.supply import Supply
+from oapl_jax.tracking.metrics import CompileClock, MetricsWriter, group_metrics, read_lines
+from oapl_jax.tracking.plots import draw
+from oapl_jax.tracking.progress import Progress, StopRequest, say
+from oapl_jax.weights import publisher
+from oapl_jax.weights.lag import LagPolicy
 
 NON_FINITE_IN_A_ROW = 3  # steps with a non-finite loss or gradient after which a run gives up
 

@@ -40,9 +40,9 @@ def kept_programs() -> Iterator[None]:
 
 # Minutes each, longest first: begun last, one of them would keep a process when the other is done.
 LONG = (
-    *("test_pods.py", "test_train.py", "test_experiments.py", "test_generate.py"),
-    *("test_real_fleet.py", "test_fleet_job.py", "test_documents.py", "test_paper_configs.py"),
-    *("test_every_objective.py", "test_learning.py", "test_supervise.py"),
+    *("test_pods.py", "test_train.py", "test_experiments.py", "test_record.py"),
+    *("test_real_fleet.py", "test_fleet_job.py", "test_documents_run.py", "test_paper_configs.py"),
+    *("test_every_objective.py", "test_learning.py", "test_restart_proxy.py"),
 )
 
 

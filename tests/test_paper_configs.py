@@ -12,13 +12,14 @@ import pytest
 from etils import epath
 
 from configs import arithmetic, code_contests, competition_math, objectives
-from oapl_jax import publisher, train
-from oapl_jax.data import audit, samples
-from oapl_jax.evaluate.run import run as run_benchmarks
-from oapl_jax.job import open_job
-from oapl_jax.rollout import generate
-from oapl_jax.rollout.shards import Shards
+from oapl_jax import audit, train
+from oapl_jax import record as generate
+from oapl_jax.build import open_job
+from oapl_jax.data import samples
+from oapl_jax.evaluation.run import run as run_benchmarks
+from oapl_jax.rollout.dataset import Shards
 from oapl_jax.saved_config import flat
+from oapl_jax.weights import publisher
 
 MATHS, CODE = competition_math.get_config, code_contests.get_config
 

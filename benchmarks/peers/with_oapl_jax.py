@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import work
 
-from oapl_jax import batching, learner
-from oapl_jax.models import hf
-from oapl_jax.models.config import ModelConfig
-from oapl_jax.models.export import save_params
-from oapl_jax.models.transformer import Transformer
+from oapl_jax.learner import packing as batching
+from oapl_jax.learner import train_step as learner
+from oapl_jax.learner.optimizer import make_optimizer
+from oapl_jax.model import hf
+from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.export import save_params
+from oapl_jax.model.sharding import make_mesh
+from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import bind
-from oapl_jax.optim import make_optimizer
-from oapl_jax.rollout.local import LocalSampler
+from oapl_jax.rollout.local_sampler import LocalSampler
 from oapl_jax.rollout.sampler import Sampling
-from oapl_jax.sharding import make_mesh
 from oapl_jax.structs import Batch, Group, Prompt, Rollout
 
 MICRO_BATCHES, CHUNK = 16, 64

@@ -16,9 +16,9 @@ from oapl_jax.curriculum.rates import PassRates
 from oapl_jax.curriculum.stream import Curriculum
 from oapl_jax.curriculum.teacher import Teacher, Uniform
 from oapl_jax.errors import UserError
-from oapl_jax.models import hf
-from oapl_jax.models.config import ModelConfig
-from oapl_jax.optim import make_optimizer
+from oapl_jax.learner.optimizer import make_optimizer
+from oapl_jax.model import hf
+from oapl_jax.model.config import ModelConfig
 
 __all__ = ["CURRICULA", "Curriculum", "Teacher"]
 

@@ -19,7 +19,7 @@ from oapl_jax.curriculum.curator import (
 )
 from oapl_jax.curriculum.teacher import Teacher
 from oapl_jax.curriculum.utility import utility
-from oapl_jax.sharding import gathered
+from oapl_jax.model.sharding import gathered
 from oapl_jax.structs import Group, Prompt
 
 

@@ -14,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from oapl_jax.curriculum.utility import surrogate
-from oapl_jax.models.config import ModelConfig
-from oapl_jax.models.transformer import Transformer
-from oapl_jax.sharding import parameter_shardings
+from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.sharding import parameter_shardings
+from oapl_jax.model.transformer import Transformer
 from oapl_jax.structs import Leaf, Prompt
 
 

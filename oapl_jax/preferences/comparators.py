@@ -8,8 +8,8 @@ import threading
 from etils import epath
 
 from oapl_jax.errors import UserError
+from oapl_jax.rollout.dataset import Shards, differences
 from oapl_jax.rollout.sampler import Sampler, Sampling
-from oapl_jax.rollout.shards import Shards, differences
 from oapl_jax.structs import Prompt, Rollout
 
 
@@ -44,7 +44,7 @@ class RecordedComparators:
     The reference is who recorded the set, whatever its model and temperature.
 
     Args:
-      directory: of a set by oapl_jax.rollout.generate.
+      directory: of a set by oapl_jax.record.
       about: see `shards.describe`; task and tokenizer must be those of the set.
       count: of each prompt.
 
@@ -73,7 +73,7 @@ class RecordedComparators:
         if prompt.id not in self._place:
             raise UserError(
                 f"{self._shards.directory} (preferences.shards) has no responses to prompt "
-                f"{prompt.id}; record the whole training split with oapl_jax.rollout.generate"
+                f"{prompt.id}; record the whole training split with oapl_jax.record"
             )
         with self._lock:
             return self._shards[self._place[prompt.id]].rollouts[: self._count]

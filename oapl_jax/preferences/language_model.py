@@ -16,11 +16,11 @@ import aiohttp
 import numpy as np
 
 from oapl_jax.errors import RunError, UserError
+from oapl_jax.fleet.client import Server
+from oapl_jax.fleet.failures import ServerError
+from oapl_jax.model.tokenizer import load_tokenizer
 from oapl_jax.preferences.judge import Response
-from oapl_jax.rollout.failures import ServerError
-from oapl_jax.rollout.sglang import Server
 from oapl_jax.structs import Prompt
-from oapl_jax.tokenizer import load_tokenizer
 
 FIELDS = ("prompt", "first", "second", "question")  # of a template
 

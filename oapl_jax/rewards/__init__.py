@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from oapl_jax.data.prompts import response_text
-from oapl_jax.rewards.answers import Answers
-from oapl_jax.rewards.documents import Documents
-from oapl_jax.rewards.problems import extract, parse_problem
-from oapl_jax.rewards.programs import Programs
+from oapl_jax.rewards.code.problems import extract, parse_problem
+from oapl_jax.rewards.code.programs import Programs
+from oapl_jax.rewards.documents.documents import Documents
+from oapl_jax.rewards.math.answers import Answers
 from oapl_jax.rewards.tasks import FINAL_ANSWERS, VERIFIERS
 from oapl_jax.structs import Prompt, Rollout
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from oapl_jax.data.demonstrations import solution
 from oapl_jax.data.prompts import make_prompt
 from oapl_jax.data.records import Record, user
-from oapl_jax.data.tasks import TASKS
+from oapl_jax.data.synthetic.demonstrations import solution
+from oapl_jax.data.synthetic.tasks import TASKS
 from oapl_jax.errors import UserError
 from oapl_jax.rewards import Grader
 from oapl_jax.structs import Prompt, Rollout

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from oapl_jax import hosts
+from oapl_jax import multihost as hosts
 from oapl_jax.errors import RunError, UserError, exit_with_code
-from oapl_jax.rollout import account
+from oapl_jax.rollout import ledger_report as account
 from oapl_jax.rollout.sampler import Sampled
 from oapl_jax.structs import Group, Prompt
 

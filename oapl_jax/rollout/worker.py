@@ -12,10 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 from etils import epath
 
-from oapl_jax.buffer import Buffer
 from oapl_jax.curriculum import Curriculum
 from oapl_jax.data.prompts import Prompts
 from oapl_jax.errors import RunError
+from oapl_jax.rollout.buffer import Buffer
 from oapl_jax.rollout.ledger import Ledger
 from oapl_jax.rollout.sampler import Sampled, Sampler, Sampling
 from oapl_jax.structs import Group, Prompt, Rollout

@@ -7,8 +7,8 @@ import textwrap
 
 import pytest
 
+from oapl_jax.audit import audit, ngrams, normalized, sections, table
 from oapl_jax.data import samples
-from oapl_jax.data.audit import audit, ngrams, normalized, sections, table
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
 
@@ -170,7 +170,7 @@ def run(tmp_path, root, *flags):
             return ConfigDict(dict(data=data, benchmarks=dict(lines=lines))).lock()
     """
     (tmp_path / "config.py").write_text(textwrap.dedent(text))
-    command = [sys.executable, "-m", "oapl_jax.data.audit", f"--config={tmp_path / 'config.py'}"]
+    command = [sys.executable, "-m", "oapl_jax.audit", f"--config={tmp_path / 'config.py'}"]
     command += [f"--workdir={tmp_path / 'out'}", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     file = tmp_path / "out" / "audit.json"

@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from oapl_jax.data.demonstrations import demonstrations, solution
-from oapl_jax.data.programs import first_solution
+from oapl_jax.data.public.programs import first_solution
 from oapl_jax.data.records import Record, user
+from oapl_jax.data.synthetic.demonstrations import demonstrations, solution
 from oapl_jax.errors import UserError
-from oapl_jax.tokenizer import make_character_tokenizer
+from oapl_jax.model.tokenizer import make_character_tokenizer
 
 CHARACTERS = "".join(map(chr, range(32, 127))) + "\n"
 MATHS = [Record(str(i), user(f"{i}+{i}?"), str(2 * i), "math", {}) for i in range(10, 18)]

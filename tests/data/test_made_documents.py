@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from configs import common, documents
-from oapl_jax.data.documents import MadeDocuments, answer, demonstration, question
 from oapl_jax.data.records import Record, user
-from oapl_jax.data.tasks import TASKS, records
+from oapl_jax.data.synthetic.documents import MadeDocuments, answer, demonstration, question
+from oapl_jax.data.synthetic.tasks import TASKS, records
 from oapl_jax.errors import UserError
-from oapl_jax.rewards.documents import Documents
+from oapl_jax.rewards.documents.documents import Documents
 
 CONFIG = documents.get_config()
 GENERATOR = CONFIG.data.generator.to_dict()

@@ -7,9 +7,9 @@ import zlib
 
 import pytest
 
-from oapl_jax.data import programs
-from oapl_jax.data.cells import Unfit
-from oapl_jax.data.programs import (
+from oapl_jax.data.public import programs
+from oapl_jax.data.public.cells import Unfit
+from oapl_jax.data.public.programs import (
     deepcoder,
     livecodebench,
     normal_tests,

@@ -6,16 +6,10 @@ import logging
 import numpy as np
 import pytest
 
-from oapl_jax.data.prompts import (
-    Prompts,
-    all_prompts,
-    instructed,
-    make_prompt,
-    response_text,
-)
+from oapl_jax.data.prompts import Prompts, all_prompts, instructed, make_prompt, response_text
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
-from oapl_jax.tokenizer import make_character_tokenizer
+from oapl_jax.model.tokenizer import make_character_tokenizer
 
 SIZE = 7
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from oapl_jax.data import reasoning, tasks
 from oapl_jax.data.records import Record
+from oapl_jax.data.synthetic import reasoning, tasks
 from oapl_jax.errors import UserError
 
 # Small spaces, so that splits which are not disjoint by content are sure to collide.
@@ -160,7 +160,7 @@ def test_an_empty_split_is_refused(tmp_path):
 def test_a_build_killed_while_it_writes_leaves_no_data_set(tmp_path):
     script = f"""
         import os, signal
-        from oapl_jax.data import reasoning
+        from oapl_jax.data.synthetic import reasoning
 
         whole = reasoning.Reasoning._generate_examples
 

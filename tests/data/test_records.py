@@ -8,9 +8,9 @@ import pytest
 
 from configs import common
 from oapl_jax.data.records import Record, user
-from oapl_jax.data.tasks import TASKS, content_id, records
+from oapl_jax.data.synthetic.tasks import TASKS, content_id, records
 from oapl_jax.errors import UserError
-from oapl_jax.rewards.documents import Documents
+from oapl_jax.rewards.documents.documents import Documents
 from oapl_jax.rewards.tasks import VERIFIERS
 
 SETTINGS = {
@@ -135,7 +135,7 @@ def test_the_stream_depends_on_the_seed_alone():
     ],
 )
 def test_settings_that_do_not_fit_are_named(task, settings, message, monkeypatch):
-    monkeypatch.setattr("oapl_jax.data.tasks.FAILURES_IN_A_ROW", 2)
+    monkeypatch.setattr("oapl_jax.data.synthetic.tasks.FAILURES_IN_A_ROW", 2)
     with pytest.raises(UserError, match=message):
         next(records(task, seed=0, settings=settings))
 

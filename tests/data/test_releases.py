@@ -14,11 +14,12 @@ import pytest
 from bucket import emulated
 from etils import epath
 
-from oapl_jax.data import records, releases, samples, tables
-from oapl_jax.data.kinds import KINDS
+from oapl_jax.data import records, samples
 from oapl_jax.data.prompts import Prompts
+from oapl_jax.data.public import releases, tables
+from oapl_jax.data.public.kinds import KINDS
+from oapl_jax.data.public.releases import open_set, open_splits, percentile, prepare, report_of
 from oapl_jax.data.records import Joined, Record, user
-from oapl_jax.data.releases import open_set, open_splits, percentile, prepare, report_of
 from oapl_jax.errors import UserError
 
 ROWS = 6

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
-from oapl_jax.data import tables
-from oapl_jax.data.tables import find_files, read_rows
+from oapl_jax.data.public import tables
+from oapl_jax.data.public.tables import find_files, read_rows
 from oapl_jax.errors import UserError
 
 ROWS = [{"a": 1, "b": "ä"}, {"a": 2, "b": "x\ny", "c": [1]}, {"a": 3, "b": None}]

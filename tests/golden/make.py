@@ -24,8 +24,8 @@ sys.path.insert(0, str(HERE.parents[1]))  # the package needs no installation to
 
 import jax.numpy as jnp  # noqa: E402
 
-from oapl_jax.models import hf  # noqa: E402
-from oapl_jax.models.transformer import Transformer, head, logits  # noqa: E402
+from oapl_jax.model import hf  # noqa: E402
+from oapl_jax.model.transformer import Transformer, head, logits  # noqa: E402
 
 TOLERANCE = 1e-4  # on a logit, float32
 BATCH, LENGTH = 2, 48

@@ -11,8 +11,8 @@ from etils import epath
 
 from oapl_jax.errors import UserError
 from oapl_jax.preferences.comparators import RecordedComparators, SampledComparators
+from oapl_jax.rollout.dataset import ShardWriter
 from oapl_jax.rollout.sampler import Sampled, Sampling
-from oapl_jax.rollout.shards import ShardWriter
 from oapl_jax.structs import Group, Prompt, Rollout
 
 

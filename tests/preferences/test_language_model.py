@@ -11,8 +11,8 @@ from asking import PROMPT, responses
 
 from configs import arithmetic
 from oapl_jax.errors import RunError, UserError
+from oapl_jax.model.tokenizer import make_character_tokenizer
 from oapl_jax.preferences.language_model import LanguageModel
-from oapl_jax.tokenizer import make_character_tokenizer
 
 
 class JudgeServer:

@@ -12,9 +12,9 @@ import math_verify
 import pytest
 from answers_table import ANSWERS, RESPONSES
 
-from oapl_jax.rewards.answers import Answers, Verdict, _at_once
-from oapl_jax.rewards.extraction import MAX_ANSWER, final_answer
-from oapl_jax.rewards.pool import MAX_REQUEST_BYTES
+from oapl_jax.rewards.math.answers import Answers, Verdict, _at_once
+from oapl_jax.rewards.math.extraction import MAX_ANSWER, final_answer
+from oapl_jax.rewards.math.pool import MAX_REQUEST_BYTES
 
 PAIRS = [(rf"It is \boxed{{{said}}}.", wanted, right) for said, wanted, right in ANSWERS]
 PAIRS += RESPONSES

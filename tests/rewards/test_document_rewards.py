@@ -11,15 +11,24 @@ import pytest
 from test_grader import Text, prompt, rollout
 
 from configs import common, documents
-from oapl_jax.data.tasks import TASKS, records
+from oapl_jax.data.synthetic.tasks import TASKS, records
 from oapl_jax.errors import UserError
-from oapl_jax.evaluate.grades import describe
+from oapl_jax.evaluation.grades import describe
+from oapl_jax.model.tokenizer import make_character_tokenizer
 from oapl_jax.rewards import Grader
-from oapl_jax.rewards.documents import LEAST, RANGES, Documents, closure, syntax, table, text, total
-from oapl_jax.rewards.latex import MAX_DEPTH, MAX_FORMULA, commands
-from oapl_jax.rewards.markup import MAX_COLUMNS, Table, read
+from oapl_jax.rewards.documents.documents import (
+    LEAST,
+    RANGES,
+    Documents,
+    closure,
+    syntax,
+    table,
+    text,
+    total,
+)
+from oapl_jax.rewards.documents.latex import MAX_DEPTH, MAX_FORMULA, commands
+from oapl_jax.rewards.documents.markup import MAX_COLUMNS, Table, read
 from oapl_jax.rewards.self_check import check_rewards
-from oapl_jax.tokenizer import make_character_tokenizer
 
 SETTINGS = common.rewards().documents.to_dict()
 GENERATOR = documents.get_config().data.generator.to_dict()

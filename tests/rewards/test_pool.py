@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from oapl_jax.errors import RunError, UserError
-from oapl_jax.rewards import pool as pool_module
-from oapl_jax.rewards.pool import MAX_REQUEST_BYTES, Pool
+from oapl_jax.rewards.math import pool as pool_module
+from oapl_jax.rewards.math.pool import MAX_REQUEST_BYTES, Pool
 
 # A judge that does as it is told.
 PROGRAM = f"""
@@ -197,7 +197,7 @@ def test_closing_ends_every_process(program):
 
 def test_nothing_outlives_a_parent_that_is_killed(program):
     code = (
-        "import sys; from pathlib import Path; from oapl_jax.rewards.pool import Pool\n"
+        "import sys; from pathlib import Path; from oapl_jax.rewards.math.pool import Pool\n"
         f"pool = Pool(Path({str(program)!r}), **{SIZES})\n"
         "print(*pool.ask(['pids', None])['reply'], flush=True)\n"
         "pool.ask(['stubborn', None])\n"

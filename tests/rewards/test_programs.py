@@ -29,9 +29,9 @@ from hostile import (
 )
 
 from oapl_jax.errors import RunError, UserError
-from oapl_jax.rewards import programs, sandbox
-from oapl_jax.rewards.launch import Limits
-from oapl_jax.rewards.problems import (
+from oapl_jax.rewards.code import programs, sandbox
+from oapl_jax.rewards.code.launch import Limits
+from oapl_jax.rewards.code.problems import (
     Problem,
     choose_tests,
     extract,
@@ -39,7 +39,7 @@ from oapl_jax.rewards.problems import (
     same_output,
     same_value,
 )
-from oapl_jax.rewards.programs import Programs, Verdict
+from oapl_jax.rewards.code.programs import Programs, Verdict
 
 SETTINGS = dict(
     isolation="auto",

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from hostile import HEAD, MARK
 
-from oapl_jax.rewards import sandbox
-from oapl_jax.rewards._walls import MACHINES
-from oapl_jax.rewards.launch import FIRST_USER, Limits, NoSandbox, visible_paths
-from oapl_jax.rewards.sandbox import Ended, OutOfTime, Sandbox
+from oapl_jax.rewards.code import sandbox
+from oapl_jax.rewards.code.isolation import MACHINES
+from oapl_jax.rewards.code.launch import FIRST_USER, Limits, NoSandbox, visible_paths
+from oapl_jax.rewards.code.sandbox import Ended, OutOfTime, Sandbox
 
 LIMITS = Limits(
     seconds_per_test=20,
@@ -32,7 +32,7 @@ START = dict(packages=(), start_seconds=60)
 HOLES = {way: sandbox.hole(way, LIMITS, **START) for way in sandbox.WAYS}
 WAYS = [way for way, hole in HOLES.items() if not hole]
 assert WAYS, HOLES
-PACKAGE = Path(sandbox.__file__).parents[1]
+PACKAGE = Path(sandbox.__file__).parents[2]
 each_way = pytest.mark.parametrize("way", WAYS)
 
 
@@ -256,8 +256,8 @@ def test_from_outside_it_is_nobody_with_nothing(way):
 def test_it_dies_with_the_process_that_opened_it(way):
     script = f"""
     import time
-    from oapl_jax.rewards.launch import Limits
-    from oapl_jax.rewards.sandbox import Sandbox
+    from oapl_jax.rewards.code.launch import Limits
+    from oapl_jax.rewards.code.sandbox import Sandbox
     box = Sandbox({way!r}, Limits(500, 1 << 30, 8, 1 << 20, 1 << 24), packages=(), start_seconds=60)
     box.load(kind="stdin", name="", code={HEAD + "time.sleep(500)"!r})
     box.run("{{}}")
@@ -279,7 +279,7 @@ def test_an_ordinary_user_can_do_it_too(way):
     package = sys.modules["oapl_jax.rewards"] = types.ModuleType("oapl_jax.rewards")
     package.__path__ = ["{{code}}/oapl_jax/rewards"]  # without what else is imported there
     import os
-    from oapl_jax.rewards import launch, sandbox
+    from oapl_jax.rewards.code import launch, sandbox
     limits = launch.Limits(20, 1 << 30, 8, 1 << 20, 1 << 24)
     print(os.geteuid() != 0, repr(sandbox.hole("{way}", limits, packages=(), start_seconds=60)))
     """

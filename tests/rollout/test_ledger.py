@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 
 from oapl_jax.errors import UserError
-from oapl_jax.rollout import account
+from oapl_jax.rollout import ledger_report as account
 from oapl_jax.rollout.ledger import FILE, Ledger
 from oapl_jax.rollout.sampler import Attempt, Sampled
 from oapl_jax.structs import Group, Prompt, Rollout

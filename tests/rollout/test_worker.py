@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from etils import epath
 
-from oapl_jax.buffer import Buffer
 from oapl_jax.data.prompts import Prompts
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import RunError
-from oapl_jax.rollout import account
+from oapl_jax.model.tokenizer import make_character_tokenizer
+from oapl_jax.rollout import ledger_report as account
+from oapl_jax.rollout.buffer import Buffer
 from oapl_jax.rollout.ledger import Ledger
 from oapl_jax.rollout.sampler import Attempt, Sampled, Sampling
 from oapl_jax.rollout.worker import Worker
 from oapl_jax.structs import Rollout
-from oapl_jax.tokenizer import make_character_tokenizer
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=4)
 GROUP_SIZE = 3

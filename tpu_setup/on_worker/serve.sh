@@ -20,7 +20,7 @@ python3 -m uv pip install --quiet --python="$HOME/sglang-jax" \
 
 enter "$servers_file" "http://$(address):$port"
 # The chips are the server's, so the supervisor keeps off them; the cache makes its restarts short.
-exec env JAX_PLATFORMS=cpu .venv/bin/python -m oapl_jax.rollout.supervise \
+exec env JAX_PLATFORMS=cpu .venv/bin/python -m oapl_jax.fleet.restart_proxy \
   --host="$(address)" --port="$port" --server_port=$((port + 100)) --model="$model" \
   --deadline=900 -- \
   env JAX_PLATFORMS=tpu JAX_COMPILATION_CACHE_DIR="$HOME/compile-cache" \

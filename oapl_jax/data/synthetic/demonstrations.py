@@ -1,0 +1,89 @@
+"""Demonstrations for the warm-up: what a noisy teacher answers to training prompts."""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from oapl_jax.data.prompts import make_prompt
+from oapl_jax.data.records import Record
+from oapl_jax.data.synthetic.tasks import TASKS
+from oapl_jax.errors import UserError
+from oapl_jax.structs import Group, Rollout
+
+
+def demonstrations(
+    source: Sequence[Record],
+    tokenizer: Any,
+    *,
+    task: str,
+    count: int,
+    noise: float,
+    seed: int,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    instruction: str,
+) -> Iterator[Group]:
+    """Endless groups of one demonstrated response each, with reward 1, in epochs of `count`.
+
+    Args:
+      source: records of the training split; the first `count` with a solution, and a prompt that
+        fits, are demonstrated.
+      tokenizer: as for prompts.
+      task: the verifier of the records.
+      count: number of demonstrations.
+      noise: probability that the teacher errs: in a step of a task of TASKS; elsewhere with the
+        whole solution, which is then another problem's.
+      seed: of the teacher and of the order.
+      max_prompt_tokens, max_response_tokens: limits, the stop token included.
+      instruction: as for prompts.
+
+    Raises:
+      UserError: for a demonstration that is too long, or more demonstrations than solutions.
+    """
+    if count < 1:
+        raise UserError(f"warmup.demonstrations={count} must be at least 1")
+    template = functools.partial(
+        make_prompt,
+        tokenizer=tokenizer,
+        task=task,
+        max_prompt_tokens=max_prompt_tokens,
+        instruction=instruction,
+    )
+    solved = ((template(r, draw=i), r) for i, r in enumerate(source) if solution(r))
+    chosen = list(itertools.islice(((p, r) for p, r in solved if p), count))
+    if len(chosen) < count:
+        raise UserError(
+            f"warmup.demonstrations={count}, but {len(chosen)} of the training problems have a "
+            "solution, and a prompt within data.max_prompt_tokens; lower it"
+        )
+    rng = np.random.default_rng([seed, 1])
+    groups = []
+    for prompt, record in chosen:
+        if task in TASKS:
+            text = TASKS[task].demonstration(record, rng, noise)
+        else:
+            text = solution(chosen[rng.integers(count)][1] if rng.random() < noise else record)
+        tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        if len(tokens) > max_response_tokens:
+            raise UserError(
+                f"the demonstration {text!r} has {len(tokens)} tokens, more than "
+                f"rollout.max_response_tokens={max_response_tokens}; raise it"
+            )
+        response = Rollout(np.array(tokens, np.int32), np.zeros(len(tokens), np.float32), 0, "stop")
+        groups.append(Group(prompt, (response,), np.ones(1, np.float32)))
+    while True:
+        for i in rng.permutation(count):
+            yield groups[i]
+
+
+def solution(record: Record) -> str:
+    """A right response: of the task, a final answer in a box, or a release's program; "" if the
+    release has none."""
+    if record.task in TASKS:
+        return TASKS[record.task].demonstration(record, np.random.default_rng(0), 0.0)
+    if record.task == "math":
+        return rf"\boxed{{{record.answer}}}"
+    return record.metadata.get("solution", "")

@@ -1,0 +1,162 @@
+"""Two results on the same problems, compared problem by problem.
+
+    python -m oapl_jax.evaluate --compare=A/result.json,B/result.json [--to=DIR]
+
+The difference is B - A. An interval is a bootstrap over problems of the mean difference, p the
+two-sided sign-flip test (estimators.py). What was not sampled alike is refused.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from oapl_jax.errors import UserError
+from oapl_jax.evaluation import report
+from oapl_jax.evaluation.benchmark import FORMAT
+from oapl_jax.evaluation.estimators import intervals, pass_curve, sign_flip_test
+from oapl_jax.rollout.dataset import differences
+
+SAMPLING = ("temperature", "top_p", "top_k", "max_response_tokens")
+Result = Mapping[str, Any]
+
+
+def read_result(path: epath.Path) -> dict[str, Any]:
+    """Raises a UserError for what is no result.json of a benchmark."""
+    try:
+        result = json.loads(path.read_text())
+        found = result["format"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is no result of a benchmark ({error!r})") from error
+    if found != FORMAT:
+        raise UserError(f"{path} is of format {found!r}, not {FORMAT!r}; evaluate again")
+    return result
+
+
+def compare(a: Result, b: Result, *, resamples: int, seed: int) -> dict[str, Any]:
+    """B - A over the same problems, JSON-able.
+
+    Args:
+      a, b: see benchmark.measure.
+      resamples: of the bootstrap, and at most so many sign vectors.
+      seed: of both.
+
+    Returns:
+      "pass@k" with lists "a", "b", "value" (the difference), "low", "high" and "p" for k = 1 .. n;
+      "maj@n" with the same of one number; "better", "worse" and "equal", problems by their
+      share of right samples; "same_grader"; and what was compared.
+
+    Raises:
+      UserError: for different problems, reference answers, sampling or numbers of samples.
+    """
+    check_pair(a, b)
+    order = {problem["id"]: problem for problem in b["per_problem"]}
+    pairs = [(mine, order[mine["id"]]) for mine in a["per_problem"]]
+    n = a["samples"]
+
+    def tested(of_a: np.ndarray, of_b: np.ndarray) -> dict[str, list[float]]:
+        difference = of_b - of_a
+        ones = np.ones((len(difference), 1))
+        low, high = intervals(difference, ones, resamples=resamples, seed=seed)
+        p = sign_flip_test(difference, flips=resamples, seed=seed)
+        means = {"a": of_a.mean(axis=0), "b": of_b.mean(axis=0), "value": difference.mean(axis=0)}
+        found = {**means, "low": low, "high": high, "p": p}
+        return {name: values.tolist() for name, values in found.items()}
+
+    curves = [np.array([pass_curve(n, p[side]["correct"]) for p in pairs]) for side in (0, 1)]
+    votes = [np.array([[p[side]["majority"]] for p in pairs]) for side in (0, 1)]
+    gained = [theirs["correct"] - mine["correct"] for mine, theirs in pairs]
+    return {
+        "benchmark": a["about"]["benchmark"],
+        "versions": [a["about"]["version"], b["about"]["version"]],
+        "weights": [a["about"]["weights"], b["about"]["weights"]],
+        "problems": len(pairs),
+        "samples": n,
+        "pass@k": tested(*curves),
+        "maj@n": _column(tested(*votes), 0),
+        "better": sum(g > 0 for g in gained),
+        "worse": sum(g < 0 for g in gained),
+        "equal": sum(g == 0 for g in gained),
+        "same_grader": _grader(a) == _grader(b),
+        "resamples": resamples,
+        "seed": seed,
+    }
+
+
+def check_pair(a: Result, b: Result) -> None:
+    """Raises a UserError unless the two were asked the same, in the same way."""
+    ids = [{problem["id"] for problem in result["per_problem"]} for result in (a, b)]
+    only = [sorted(ids[0] - ids[1]), sorted(ids[1] - ids[0])]
+    wrong = [
+        f"{len(missing)} problems only in {name}, such as {missing[0]}"
+        for name, missing in zip("AB", only, strict=True)
+        if missing
+    ]
+    if not wrong and a["graded"]["answers"] != b["graded"]["answers"]:
+        wrong.append("other reference answers")
+    sampling = differences(b["about"], a["about"], SAMPLING)
+    wrong += [sampling] if sampling else []
+    if a["samples"] != b["samples"]:
+        wrong.append(f"samples: {a['samples']} -> {b['samples']}")
+    if wrong:
+        raise UserError(
+            f"the two results can't be compared ({'; '.join(wrong)}); evaluate both on the same "
+            "benchmark with the same sampling and --n"
+        )
+
+
+def table(compared: Mapping[str, Any]) -> str:
+    """Markdown, a row for each k that is a power of two."""
+    lines = ["| | A | B | B - A | 95 % interval | p |", "|---|---:|---:|---:|---:|---:|"]
+    n = compared["samples"]
+    rows = {f"pass@{k}": _column(compared["pass@k"], k - 1) for k in report.powers_of_two(n)}
+    rows[f"maj@{n}"] = compared["maj@n"]
+    for name, row in rows.items():
+        lines.append(
+            f"| {name} | {row['a']:.3f} | {row['b']:.3f} | {row['value']:+.3f} "
+            f"| [{row['low']:+.3f}, {row['high']:+.3f}] | {row['p']:.4f} |"
+        )
+    lines += [
+        "",
+        f"{compared['benchmark']}: {compared['problems']} problems, {n} samples of each; B is "
+        f"better on {compared['better']}, worse on {compared['worse']}, equal on "
+        f"{compared['equal']}.",
+    ]
+    if not compared["same_grader"]:
+        lines.append("The two were graded by different sources or libraries: grade both again.")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("oapl_jax.evaluate", description="Compares two results")
+    parser.add_argument("--compare", required=True, help="A.json,B.json; the difference is B - A")
+    parser.add_argument("--to", type=epath.Path, help="directory for comparison.json and .png")
+    parser.add_argument("--resamples", type=int, default=20_000, help="of bootstrap and test")
+    parser.add_argument("--seed", type=int, default=0, help="of both")
+    arguments = parser.parse_args()
+    paths = arguments.compare.split(",")
+    if len(paths) != 2 or arguments.resamples < 1:
+        raise UserError("--compare takes two files, A.json,B.json, and --resamples at least 1")
+    a, b = (read_result(epath.Path(path)) for path in paths)
+    compared = compare(a, b, resamples=arguments.resamples, seed=arguments.seed)
+    print(table(compared))
+    if arguments.to:
+        arguments.to.mkdir(parents=True, exist_ok=True)
+        (arguments.to / "comparison.json").write_text(json.dumps(compared))
+        labels = [
+            f"{name}: version {v}" for name, v in zip("AB", compared["versions"], strict=True)
+        ]
+        panel = dict(zip(labels, (a, b), strict=True))
+        report.draw({compared["benchmark"]: panel}, arguments.to / "comparison.png")
+    print(json.dumps(compared))
+
+
+def _grader(result: Result) -> tuple[Any, Any]:
+    return result["graded"]["grader"], result["graded"]["libraries"]
+
+
+def _column(curves: Mapping[str, list[float]], index: int) -> dict[str, float]:
+    return {name: values[index] for name, values in curves.items()}

@@ -1,0 +1,113 @@
+"""A split of the job's own data, sampled and graded in memory: what training asks of a policy."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from oapl_jax.errors import RunError, UserError
+from oapl_jax.evaluation.estimators import interval, maj_at_n, pass_curve
+from oapl_jax.rollout.sampler import Sampler, Sampling
+from oapl_jax.structs import Prompt, Rollout
+
+
+def evaluate(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    reward: Callable[[Prompt, Rollout], float],
+    final_answer: Callable[[Prompt, Rollout], str],
+    *,
+    n: int,
+    ks: Sequence[int],
+    sampling: Sampling,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Samples n responses (and a greedy one) to each prompt and grades them.
+
+    Args:
+      sampler: holds the policy in question.
+      prompts: of the split.
+      reward: a response is right if its reward is 1.
+      final_answer: what a response says at its end, for the vote of maj@n.
+      n: samples a prompt.
+      ks: of pass@k, each at most n.
+      sampling: of the n samples.
+      resamples: of the bootstrap.
+      seed: of the bootstrap.
+
+    Returns:
+      "pass@k" and its interval "pass@k/interval" for each k, "avg@n", "maj@n", "greedy", "length"
+      (mean tokens), "truncated" (share), "entropy" (nats a token, -log-prob averaged over samples),
+      "version", "prompts" and "samples".
+
+    Raises:
+      UserError: unless each k lies within 1 and n.
+    """
+    if not ks or min(ks) < 1 or max(ks) > n:
+        raise UserError(
+            f"evaluation.ks={list(ks)} must lie within 1 and evaluation.n={n}; raise n or change ks"
+        )
+    sampled = in_order(sampler, prompts, n=n, sampling=sampling)
+    greedy_sampling = Sampling(0.0, 1.0, 0, sampling.max_response_tokens)
+    greedy = in_order(sampler, prompts, n=1, sampling=greedy_sampling)
+
+    right = [[float(reward(p, r) >= 1) for r in rs] for p, rs in zip(prompts, sampled, strict=True)]
+    majority = [
+        maj_at_n([final_answer(p, r) for r in rs], correct)
+        for p, rs, correct in zip(prompts, sampled, right, strict=True)
+    ]
+    rollouts = [r for rs in sampled for r in rs]
+    result: dict[str, Any] = {}
+    curves = np.array([pass_curve(n, int(sum(correct))) for correct in right])
+    for k in ks:
+        values = curves[:, k - 1]
+        result[f"pass@{k}"] = float(values.mean())
+        result[f"pass@{k}/interval"] = interval(values, resamples=resamples, seed=seed)
+    result[f"avg@{n}"] = float(np.mean(right))
+    result[f"maj@{n}"] = float(np.mean(majority))
+    result["greedy"] = float(
+        np.mean([reward(p, rs[0]) >= 1 for p, rs in zip(prompts, greedy, strict=True)])
+    )
+    tokens = sum(len(r.tokens) for r in rollouts)
+    result["length"] = tokens / len(rollouts)
+    result["truncated"] = float(np.mean([r.finish_reason == "length" for r in rollouts]))
+    result["entropy"] = (
+        -float(sum(r.behavior_logp.sum(dtype=np.float64) for r in rollouts)) / tokens
+    )
+    result["version"], result["prompts"], result["samples"] = sampler.version, len(prompts), n
+    return result
+
+
+def in_order(
+    sampler: Sampler, prompts: Sequence[Prompt], *, n: int, sampling: Sampling
+) -> list[tuple[Rollout, ...]]:
+    """The rollouts of each prompt, in the order of the prompts.
+
+    Raises:
+      RunError: if some prompt got none.
+    """
+    done = {s.prompt.draw: s for s in sampler.generate(prompts, n=n, sampling=sampling)}
+    failed = [p.id for p in prompts if p.draw not in done or not done[p.draw].rollouts]
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(prompts)} prompts could not be sampled, the first is "
+            f"{failed[0]}"
+        )
+    return [done[p.draw].rollouts for p in prompts]
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """A plain-text table, a row for each named result."""
+    first = next(iter(results.values()))
+    columns = [k for k in first if k.startswith("pass@") and "/" not in k]
+    columns += [k for k in first if k.startswith("maj@")] + [
+        "greedy",
+        "length",
+        "truncated",
+        "entropy",
+    ]
+    lines = ["".join(["        ", *(f"{name:>12}" for name in columns)])]
+    for name, result in results.items():
+        lines.append("".join([f"{name:<8}", *(f"{result[c]:>12.3f}" for c in columns)]))
+    return "\n".join(lines)

@@ -1,0 +1,234 @@
+"""One decoder for the Qwen3, Qwen2 and Llama shapes, for learning on packed rows and for sampling.
+
+`Transformer.apply({"params": params}, tokens, positions, segments)` gives hidden states; `head` is
+the [D, V] matrix that turns them into logits, so that the learner can do so in chunks.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from oapl_jax.model.attention import attention, masked_attention
+from oapl_jax.model.blockwise_attention import ATTENTION, visible
+from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.rope import angles, rotate
+from oapl_jax.model.sharding import constrain_activations, constrain_embedded, platform
+
+PRODUCT = "product"  # the name of what `cpu_product` makes, in which a policy sees no dot
+LAYER = "layer"  # the name of a layer's input
+# What a layer keeps for its backward pass beside its input; the rest is computed again. What each
+# costs is in docs/architecture.md.
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # As "attention", but all of it, the input too, lies in the host's memory between the passes.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(),
+        names_which_can_be_offloaded=(LAYER, ATTENTION),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of the tokens seen so far; all rows of a batch are filled to one slot.
+
+    Slots lie behind heads, as attention's products want them: a CPU would turn all around for every
+    token.
+    """
+
+    key: jax.Array  # [layers, B, kv_heads, S, head_dim]
+    value: jax.Array  # [layers, B, kv_heads, S, head_dim]
+    segments: jax.Array  # int32[B, S]; 0 marks padding and slots not yet filled
+    slot: jax.Array  # int32[], the next slot to fill
+
+
+def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
+    return Cache(
+        key=jnp.zeros(shape, dtype),
+        value=jnp.zeros(shape, dtype),
+        segments=jnp.zeros((batch, slots), jnp.int32),
+        slot=jnp.zeros((), jnp.int32),
+    )
+
+
+def cpu_product(x, kernel, dimensions, precision):
+    """nn.Dense's dot_general for a CPU, with another order in the kernel's gradient.
+
+    In jax's own order a CPU makes d_out anew inside of that product, turned around, out of all that
+    it was made of: a fifth of a learner's step.
+    """
+    del dimensions, precision  # of nn.Dense, always the same
+    return checkpoint_name(_product(x, kernel), PRODUCT)
+
+
+@jax.custom_vjp
+def _product(x, kernel):
+    return jnp.einsum("btd,df->btf", x, kernel)
+
+
+def _product_backward(kept, d_out):
+    x, kernel = kept
+    d_x = jnp.einsum("btf,df->btd", d_out, kernel)
+    return d_x, jnp.einsum("btd,btf->df", x, d_out)
+
+
+_product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_backward)
+
+
+class RMSNorm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * scale).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """One layer. Scanned over the layers, with the cache in the carry to be updated in place.
+
+    `seen` is what attention goes by: the segments of a whole row, or the mask of a cache's slots.
+    """
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, carry, layer, cos, sin, seen):
+        x, cache = carry
+        x = checkpoint_name(x, LAYER)
+        c = self.config
+        dense = functools.partial(
+            nn.Dense,
+            dtype=self.dtype,
+            param_dtype=jnp.float32,
+            dot_general=cpu_product if platform() == "cpu" else None,
+        )
+        heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)
+
+        h = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
+        inner, kv_inner = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        query = heads(dense(inner, use_bias=c.qkv_bias, name="q")(h))
+        key = heads(dense(kv_inner, use_bias=c.qkv_bias, name="k")(h))
+        value = heads(dense(kv_inner, use_bias=c.qkv_bias, name="v")(h))
+        if c.qk_norm:
+            query = RMSNorm(c.rms_norm_eps, name="q_norm")(query)
+            key = RMSNorm(c.rms_norm_eps, name="k_norm")(key)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if cache is None:
+            mixed = attention(query, key, value, seen)
+        else:
+            by_head = lambda x: x.swapaxes(-3, -2)
+            at = (layer, 0, 0, cache.slot, 0)
+            cache = cache.replace(
+                key=jax.lax.dynamic_update_slice(cache.key, by_head(key[None]), at),
+                value=jax.lax.dynamic_update_slice(cache.value, by_head(value[None]), at),
+            )
+            key = jax.lax.dynamic_index_in_dim(cache.key, layer, keepdims=False)
+            value = jax.lax.dynamic_index_in_dim(cache.value, layer, keepdims=False)
+            mixed = masked_attention(query, by_head(key), by_head(value), seen)
+        mixed = mixed.reshape(*x.shape[:2], inner)
+        x = x + dense(c.hidden_size, use_bias=c.output_bias, name="o")(mixed)
+        x = constrain_activations(x)
+
+        h = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
+        gate = dense(c.intermediate_size, use_bias=False, name="gate")(h)
+        up = dense(c.intermediate_size, use_bias=False, name="up")(h)
+        x = x + dense(c.hidden_size, use_bias=False, name="down")(nn.silu(gate) * up)
+        return (constrain_activations(x), cache), None
+
+
+class Transformer(nn.Module):
+    """Token ids to final hidden states.
+
+    Attributes:
+      config: sizes.
+      dtype: of activations and matrix products; parameters are float32 masters.
+      remat: a name in REMAT_POLICIES.
+    """
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    remat: str
+
+    @nn.compact
+    def __call__(self, tokens, positions, segments, cache: Cache | None = None):
+        """Runs the decoder.
+
+        Args:
+          tokens: int32[B, T].
+          positions: int32[B, T], counted from 0 in each segment.
+          segments: int32[B, T]; tokens see only their own segment, 0 is padding.
+          cache: earlier tokens; T new slots are filled. None for a whole sequence at once.
+
+        Returns:
+          [B, T, D] hidden states after the last norm; with a cache, the pair (states, cache).
+        """
+        c = self.config
+        embed = nn.Embed(
+            c.vocab_size,
+            c.hidden_size,
+            dtype=self.dtype,
+            param_dtype=jnp.float32,
+            embedding_init=nn.initializers.normal(c.hidden_size**-0.5),
+            name="embed",
+        )
+        x = constrain_activations(constrain_embedded(embed(tokens)))
+        seen = segments
+        if cache is not None:
+            slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+            cache = dataclasses.replace(
+                cache,
+                segments=jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.slot)),
+            )
+            key_slots = jnp.arange(cache.segments.shape[1], dtype=jnp.int32)
+            seen = visible(segments, cache.segments, cache.slot + slots, key_slots)
+        cos, sin = angles(positions, dict(c.rope), c.head_dim)
+
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            length=c.num_layers,
+        )
+        (x, cache), _ = layers(c, self.dtype, name="layers")(
+            (x, cache), jnp.arange(c.num_layers), cos, sin, seen
+        )
+        x = RMSNorm(c.rms_norm_eps, name="final_norm")(x)
+        if not c.tie_embeddings and self.is_initializing():
+            shape = (c.hidden_size, c.vocab_size)
+            self.param("head", nn.initializers.lecun_normal(), shape, jnp.float32)
+        if cache is None:
+            return x
+        return x, dataclasses.replace(cache, slot=cache.slot + tokens.shape[1])
+
+
+def head(params, config: ModelConfig) -> jax.Array:
+    """The [D, V] output matrix in float32; the transposed embedding where the two are tied."""
+    return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]
+
+
+def logits(hidden: jax.Array, head_matrix: jax.Array) -> jax.Array:
+    """float32[..., V]: products in the dtype of `hidden`, sums in float32."""
+    narrow = head_matrix.astype(hidden.dtype)
+    return jnp.einsum("...d,dv->...v", hidden, narrow, preferred_element_type=jnp.float32)

@@ -1,0 +1,38 @@
+"""What kept plans depend on beside their settings: plans of other code are made again."""
+
+import ast
+import hashlib
+import importlib.metadata
+import os
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent
+# What shapes the compiled programs, and what reads them.
+SHAPING = (
+    *("assemble", "check", "structs", "objectives/*"),
+    *("learner/packing", "learner/train_step", "learner/optimizer", "weights/probe"),
+    *("model/attention", "model/blockwise_attention", "model/config", "model/layout"),
+    *("model/logprobs", "model/rope", "model/sharding", "model/splash", "model/transformer"),
+    "planning/*",
+)
+
+
+def code() -> str:
+    """A digest of that code, and of the versions and libtpu's flags that it compiles with."""
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    digest = hashlib.sha256((" ".join(versions) + flags).encode())
+    for name in SHAPING:
+        for path in sorted(PACKAGE.glob(f"{name}.py")):
+            digest.update(meaning(path.read_text()).encode())
+    return digest.hexdigest()[:12]
+
+
+def meaning(text: str) -> str:
+    """The text of a module without its comments, docstrings and layout."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        match getattr(node, "body", None):
+            case [ast.Expr(ast.Constant(str())), *rest]:
+                node.body = rest  # pyright: ignore[reportAttributeAccessIssue]
+    return ast.dump(tree)

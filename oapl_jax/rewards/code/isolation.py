@@ -1,0 +1,225 @@
+"""The Linux system calls that a sandbox is made of; used by `sandbox_main.py` only.
+
+Two layers hold without each other. Namespaces, an almost empty file system and an unknown user id
+leave a program nothing to reach. The syscall filter leaves it no way to start a process, open a
+socket or hold memory that the limits do not count: what can't fork can't daemonise or multiply,
+so the limits of one process are those of the whole program.
+"""
+
+import ctypes
+import errno
+import os
+import platform
+import resource
+import struct
+
+INODES = 4096  # of the temporary folder; the kernel's memory for names is not in its size
+OPEN_FILES = 64
+STACK_BYTES = 64 << 20  # recursion through C (sort keys, caches) needs more than the usual 8 MB
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+NEW_MOUNT, NEW_CGROUP, NEW_UTS, NEW_IPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
+NEW_USER, NEW_PID, NEW_NET, THREAD = 0x10000000, 0x20000000, 0x40000000, 0x10000
+READ_ONLY, NO_SETUID, NO_DEVICES, REMOUNT, BIND = 1, 2, 4, 32, 4096
+RECURSIVE, PRIVATE = 16384, 1 << 18
+DETACH = 2  # umount2
+AT_FDCWD, AT_RECURSIVE = -100, 0x8000
+SET_DEATH_SIGNAL, SET_DUMPABLE, SET_SECCOMP, SET_NO_NEW_PRIVILEGES = 1, 4, 22, 38
+
+# Calls that a program is refused, by machine: audit's number of the architecture, then numbers.
+# Beyond processes and sockets: shared memory that outlives its mapping, other processes' memory,
+# keys, namespaces, and interfaces of the kernel that a contest program has no use for.
+NEWER = dict(  # the same number on every machine
+    clone3=435,
+    pidfd_getfd=438,
+    open_tree=428,
+    move_mount=429,
+    fsopen=430,
+    fsmount=432,
+    mount_setattr=442,
+    io_uring_setup=425,
+    io_uring_enter=426,
+    io_uring_register=427,
+    memfd_secret=447,
+)
+MACHINES = {
+    "x86_64": (
+        0xC000003E,
+        NEWER
+        | dict(fork=57, vfork=58, clone=56, execve=59, execveat=322, setsid=112, setpgid=109)
+        | dict(ptrace=101, process_vm_readv=310, process_vm_writev=311, kcmp=312, unshare=272)
+        | dict(setns=308, mount=165, umount2=166, pivot_root=155, chroot=161, add_key=248)
+        | dict(open_by_handle_at=304, request_key=249, keyctl=250, bpf=321, perf_event_open=298)
+        | dict(userfaultfd=323, memfd_create=319, shmget=29, semget=64, msgget=68, mq_open=240)
+        | dict(socket=41),
+    ),
+    "aarch64": (  # has no fork and no vfork
+        0xC00000B7,
+        NEWER
+        | dict(clone=220, execve=221, execveat=281, setsid=157, setpgid=154, ptrace=117)
+        | dict(process_vm_readv=270, process_vm_writev=271, kcmp=272, unshare=97, setns=268)
+        | dict(mount=40, umount2=39, pivot_root=41, chroot=51, add_key=217, request_key=218)
+        | dict(open_by_handle_at=265, keyctl=219, bpf=280, perf_event_open=241, userfaultfd=282)
+        | dict(memfd_create=279, shmget=194, semget=190, msgget=186, mq_open=180, socket=198),
+    ),
+}
+
+
+def separate(user_namespace: bool) -> None:
+    """New namespaces of every kind for this process; those of pids begin with its next child.
+
+    Without privileges they hang on a user namespace, in which this user keeps its number.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    kinds = NEW_MOUNT | NEW_CGROUP | NEW_UTS | NEW_IPC | NEW_PID | NEW_NET
+    _call("unshare", kinds | (NEW_USER if user_namespace else 0))
+    if user_namespace:
+        for name, line in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{uid} {uid} 1"),
+            ("gid_map", f"{gid} {gid} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(line)
+
+
+def small_root(visible: dict[str, str], temporary_bytes: int) -> None:
+    """Replaces the file system by one with the paths `visible`, read-only, and a fresh /tmp.
+
+    A key is where it is seen, its value where it is now.
+
+    There is no /proc: nothing of other processes, and no switch of the kernel, which a process of
+    the user root could turn even without capabilities.
+    """
+    _mount("none", "/", "", RECURSIVE | PRIVATE, "")  # nothing below is seen outside
+    links = {path: os.readlink(p) for path, p in visible.items() if os.path.islink(p)}
+    sources = {path: os.open(p, os.O_PATH) for path, p in visible.items() if path not in links}
+    null = os.open("/dev/null", os.O_PATH)
+    _mount("tmpfs", "/tmp", "tmpfs", NO_SETUID | NO_DEVICES, "mode=755,size=1m")
+    for path, source in sources.items():
+        _place(f"/tmp{path}", os.path.isdir(f"/proc/self/fd/{source}"))
+        _mount(f"/proc/self/fd/{source}", f"/tmp{path}", "", BIND | RECURSIVE, "")
+    for path, target in (links | {"/dev/stdin": "/tmp/stdin"}).items():
+        os.makedirs(os.path.dirname(f"/tmp{path}"), exist_ok=True)
+        os.symlink(target, f"/tmp{path}")
+    _place("/tmp/tmp", True)
+    _place("/tmp/dev/null", False)
+    flags = struct.pack("QQQQ", READ_ONLY | NO_SETUID | NO_DEVICES, 0, 0, 0)
+    _call(
+        "syscall",
+        ctypes.c_long(NEWER["mount_setattr"]),
+        ctypes.c_long(AT_FDCWD),
+        b"/tmp",
+        ctypes.c_long(AT_RECURSIVE),
+        flags,
+        ctypes.c_size_t(len(flags)),
+    )
+    _mount(f"/proc/self/fd/{null}", "/tmp/dev/null", "", BIND, "")
+    _mount("tmpfs", "/tmp/tmp", "tmpfs", NO_SETUID | NO_DEVICES, _size(temporary_bytes))
+    os.chdir("/tmp")
+    _call("pivot_root", b".", b".")
+    _call("umount2", b".", DETACH)
+    os.chdir("/tmp")
+    for descriptor in (*sources.values(), null):
+        os.close(descriptor)
+
+
+def limit_temporary(temporary_bytes: int) -> None:
+    """The same limits for a /tmp that bubblewrap has mounted."""
+    _mount("tmpfs", "/tmp", "", REMOUNT | NO_SETUID | NO_DEVICES, _size(temporary_bytes))
+    os.chmod("/tmp", 0o1777)  # the mode of a mount does not change with it
+
+
+def drop_privileges(uid: int | None) -> None:
+    """Becomes `uid` if there is one, gives every capability away and takes none up again.
+
+    The kernel holds no limit of processes against root, so root becomes a user that nobody else
+    is. Another user stays itself: its limits are counted per user namespace (Linux 5.14).
+    """
+    if uid is not None:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    version3 = struct.pack("Ii", 0x20080522, 0)
+    _call("capset", version3, bytes(24))
+    _control(SET_NO_NEW_PRIVILEGES, 1)
+    _control(SET_DUMPABLE, 0)  # no program attaches to what serves it
+    _control(SET_DEATH_SIGNAL, 9)  # last: a change of user clears it
+
+
+def limit_memory(bytes_: int) -> None:
+    """Of address space, in this process and in its children."""
+    _limit(resource.RLIMIT_AS, bytes_)
+
+
+def limit(settings: dict) -> None:
+    """The limits of a program beside memory."""
+    seconds = int(settings["seconds_per_test"]) + 2  # of CPU; the clock outside comes first
+    for what, most in (
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_FSIZE, settings["output_bytes"]),
+        (resource.RLIMIT_NPROC, settings["processes"] + 1),  # what serves it is counted too
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_STACK, STACK_BYTES),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_SIGPENDING, 64),
+    ):
+        _limit(what, most)
+
+
+def filter_calls() -> None:
+    """Refuses MACHINES' calls from here on (seccomp): EPERM; only a thread can be cloned.
+
+    clone3 hides its flags behind a pointer, so it does not exist (ENOSYS): the C library then
+    turns to clone. Calls in another architecture's numbering end the process.
+    """
+    architecture, numbers = MACHINES[platform.machine()]
+    load, equal, at_least, has_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, refuse, kill = 0x7FFF0000, 0x00050000, 0x80000000
+    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill)]
+    code += [(load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (answer, 0, 0, kill)]  # x32
+    for name in numbers.keys() - {"clone"}:
+        why = errno.ENOSYS if name == "clone3" else errno.EPERM
+        code += [(equal, 0, 1, numbers[name]), (answer, 0, 0, refuse | why)]
+    code += [(equal, 0, 3, numbers["clone"]), (load, 0, 0, 16), (has_bit, 1, 0, THREAD)]
+    code += [(answer, 0, 0, refuse | errno.EPERM), (answer, 0, 0, allow)]
+    packed = b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+    buffer = ctypes.create_string_buffer(packed)
+    program = struct.pack("HxxxxxxQ", len(code), ctypes.addressof(buffer))
+    _control(SET_NO_NEW_PRIVILEGES, 1)
+    _call("prctl", SET_SECCOMP, ctypes.c_ulong(2), program, ctypes.c_ulong(0), ctypes.c_ulong(0))
+
+
+def _limit(what: int, most: int) -> None:
+    hard = resource.getrlimit(what)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(what, (most, most))
+
+
+def _size(bytes_: int) -> str:
+    return f"mode=1777,size={bytes_},nr_inodes={INODES}"
+
+
+def _place(path: str, directory: bool) -> None:
+    os.makedirs(path if directory else os.path.dirname(path), exist_ok=True)
+    if not directory:
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644))
+
+
+def _mount(source: str, target: str, kind: str, flags: int, options: str) -> None:
+    names = (source.encode(), target.encode(), kind.encode())
+    _call("mount", *names, ctypes.c_ulong(flags), options.encode())
+
+
+def _control(option: int, value: int) -> None:
+    zero = ctypes.c_ulong(0)
+    _call("prctl", option, ctypes.c_ulong(value), zero, zero, zero)
+
+
+def _call(name: str, *arguments) -> None:
+    if getattr(_libc, name)(*arguments) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")

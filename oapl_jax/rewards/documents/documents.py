@@ -1,0 +1,194 @@
+"""Rewards of structured documents: four terms and their sum, after FireRed-OCR, arXiv 2603.01840.
+
+    R = l_syntax r_syntax + l_closure r_closure + l_table r_table + l_text r_text
+
+The paper states neither the weights l nor the constants of the terms: those here are proposals, and
+stand in configs/common.py. Its report warns of output that is valid but empty, so the terms look at
+the reference: what it has and a response lacks counts as wrong, no term rises above what the
+reference itself has, and a response without any text gets the least of every term.
+"""
+
+import dataclasses
+import functools
+import threading
+from collections import Counter
+from collections.abc import Mapping
+
+from rapidfuzz.distance import Levenshtein
+
+from oapl_jax.errors import UserError
+from oapl_jax.rewards.documents.markup import Document, read
+
+# Range of each term.
+RANGES = {"syntax": (-1.0, 1.0), "closure": (-1.0, 0.0), "table": (0.0, 1.0), "text": (-1.0, 0.0)}
+LEAST = {name: low for name, (low, _) in RANGES.items()}
+
+
+def syntax(response: Document, reference: Document, *, plain: float) -> float:
+    """Are the formulas LaTeX, and as rich in commands as those of the reference? Within -1 and 1.
+
+        r_syntax = 1 / max(n, n_ref) sum over formulas and missing ones of
+                       -1                        if it can't be parsed, is empty or missing
+                       1 - (1 - p) (1 - min(1, C / C_ref))    otherwise
+
+    with n formulas, of which those that parse have C commands; 1 if n = n_ref = 0. "Based on
+    complexity" is all that arXiv 2603.01840 says of a valid formula's score: counting commands, and
+    no more of them than the reference has, is a proposal.
+
+    Args:
+      plain: p, the score of a valid formula without any of the commands that were wanted.
+    """
+    most = max(len(response.formulas), len(reference.formulas))
+    if not most:
+        return 1.0
+    valid = [f.commands for f in response.formulas if f.commands is not None]
+    wanted = sum(f.commands or 0 for f in reference.formulas)
+    richness = min(1.0, sum(valid) / wanted) if wanted else 1.0
+    score = 1 - (1 - plain) * (1 - richness)
+    return (len(valid) * score - (most - len(valid))) / most
+
+
+def closure(response: Document, *, per_tag: float) -> float:
+    """Is every tag closed? Within -1 and 0.
+
+        r_closure = -min(1, c n_open)
+
+    with n_open tags of HTML or marks of Markdown without their other half; arXiv 2603.01840 has the
+    proportion and not its constant.
+
+    Args:
+      per_tag: c, the penalty of each.
+    """
+    return -min(1.0, per_tag * response.open_tags)
+
+
+def table(response: Document, reference: Document) -> float:
+    """Are the tables rectangular and complete? Within 0 and 1.
+
+        r_table = 1 / max(n, n_ref) sum over tables of [all rows have as many columns, it ends, and
+                                                        some cell holds text]
+
+    and 1 if n = n_ref = 0. For one table this is arXiv 2603.01840; the mean is a proposal.
+    """
+    most = max(len(response.tables), len(reference.tables))
+    return sum(t.complete and not t.ragged for t in response.tables) / most if most else 1.0
+
+
+def text(response: Document, reference: Document) -> float:
+    """How far is the text from that of the reference? Within -1 and 0, arXiv 2603.01840.
+
+        r_text = -Levenshtein(text, text_ref) / max(|text|, |text_ref|)
+
+    Text is what a reader sees, see markup.py: which words are cells of one row is part of it.
+    """
+    return -Levenshtein.normalized_distance(response.text, reference.text)
+
+
+def total(terms: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """The weighted sum as a share of what it can be, within 0 and 1.
+
+        (R - R_min) / (R_max - R_min), R = sum_k l_k r_k
+
+    It is exactly 1 if every term that has a weight is at its upper bound, as the reference's are.
+
+    Args:
+      terms: values by name, each within RANGES.
+      weights: l, at least 0, not all of them 0.
+    """
+    missing = sum(weights[name] * (high - terms[name]) for name, (_, high) in RANGES.items())
+    return 1 - missing / sum(weights[name] * (high - low) for name, (low, high) in RANGES.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Grade:
+    """What a response is worth.
+
+    Attributes:
+      reward: within 0 and 1, see `total`; 1 is a right response.
+      terms: the four terms.
+      faults: which of these it has: "unclosed" (a tag), "ragged" (a table), "invalid" (a formula
+        that can't be parsed, is empty or is missing), "empty" (no text), "long" (not read at all).
+    """
+
+    reward: float
+    terms: Mapping[str, float]
+    faults: tuple[str, ...]
+
+
+class Documents:
+    """Grades documents; every method is thread-safe, and no response makes one raise.
+
+    Args:
+      weights: of the terms, by name; at least 0, not all of them 0.
+      plain_formula: see `syntax`, within -1 and 1.
+      per_open_tag: see `closure`, at least 0.
+      max_characters: a longer response gets the least of every term, unread.
+
+    Raises:
+      UserError: for values out of these bounds.
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: Mapping[str, float],
+        plain_formula: float,
+        per_open_tag: float,
+        max_characters: int,
+    ):
+        if min(weights.values()) < 0 or not sum(weights.values()) > 0:
+            raise UserError(
+                f"rewards.documents.weights={dict(weights)} must be at least 0, and one above it"
+            )
+        for name, value, low, high in (
+            ("plain_formula", plain_formula, -1, 1),
+            ("per_open_tag", per_open_tag, 0, float("inf")),
+        ):
+            if not low <= value <= high:
+                raise UserError(f"rewards.documents.{name}={value} must lie within {low}, {high}")
+        self._weights, self._max_characters = dict(weights), max_characters
+        self._plain_formula, self._per_open_tag = plain_formula, per_open_tag
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def grade(self, response: str, reference: str) -> Grade:
+        grade = self._grade(response, reference)
+        with self._lock:
+            self._counts.update(("graded", *grade.faults, *(["right"] * (grade.reward == 1))))
+        return grade
+
+    def counts(self) -> dict[str, int]:
+        """How many responses were graded, how many were right, and how many had each fault."""
+        with self._lock:
+            return dict(self._counts)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _grade(self, response: str, reference: str) -> Grade:
+        if len(response) > self._max_characters:
+            return Grade(0.0, LEAST, ("long",))
+        found, wanted = read(response), _read_reference(reference)
+        faults = {
+            "unclosed": found.open_tags > 0,
+            "ragged": any(t.ragged for t in found.tables),
+            "invalid": any(f.commands is None for f in found.formulas)
+            or len(found.formulas) < len(wanted.formulas),
+            "empty": not found.text.strip(),
+        }
+        terms = LEAST
+        if not faults["empty"]:
+            terms = {
+                "syntax": syntax(found, wanted, plain=self._plain_formula),
+                "closure": closure(found, per_tag=self._per_open_tag),
+                "table": table(found, wanted),
+                "text": text(found, wanted),
+            }
+        reward = total(terms, self._weights)
+        return Grade(reward, terms, tuple(name for name, has in faults.items() if has))
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_reference(text: str) -> Document:
+    """The responses to one prompt share a reference."""
+    return read(text)

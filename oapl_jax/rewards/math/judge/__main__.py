@@ -1,0 +1,49 @@
+"""Judges pairs of answer and reference until standard input ends; see supervisor.py."""
+
+import logging
+import sys
+
+from answer_ast import same
+from parser import read
+from supervisor import supervise
+from sympy_equal import GENERATED, Unreadable, same_value
+
+
+def judge(pair: list[str]) -> list[str]:
+    """["right" | "wrong" | "error", why] of a tidied answer and reference."""
+    answer, reference = pair
+    try:
+        expected = read(reference)
+    except ValueError as error:
+        return ["error", f"the reference can't be read: {error}"]
+    try:
+        return ["right" if same(read(answer), expected, same_value) else "wrong", "compared"]
+    except Unreadable as error:
+        return ["error", f"the reference can't be read: {error}"]
+    except (ValueError, RecursionError) as error:
+        return ["wrong", f"the answer can't be read: {error}"[:200]]
+
+
+# What a worker meets first is slow; it is forked from a process that has met it.
+FAMILIAR = (
+    (r"\frac{\sqrt{3}}{2}", r"\frac{3}{2\sqrt{3}}"),
+    (r"x^{2}+2x+1", r"(x+1)^2"),
+    (r"\sin^2 x \cdot \pi", r"\frac{\pi (1-\cos 2x)}{2}"),
+    (r"(1, 2] \cup \{3\}", r"(1, \infty)"),
+    (r"\begin{pmatrix} 1 \\ a \end{pmatrix}", r"\begin{pmatrix} 1 \\ b \end{pmatrix}"),
+    (r"\log_2 5 + e^{3}", r"\binom{5}{2} \cdot 3!"),
+    (r"y = 2x+3", r"2x - y + 3 = 0"),
+    (r"a_{1} + |x|", r"3 \cdot 10^{-2} + 4i"),
+)  # fmt: skip
+
+if __name__ == "__main__":
+    logging.disable()  # math-verify warns that it keeps no deadline; the supervisor does
+    for pair in FAMILIAR:
+        judge(list(pair))
+    supervise(
+        judge,
+        generated=GENERATED,
+        seconds=float(sys.argv[1]),
+        recycle_after=int(sys.argv[2]),
+        memory_bytes=int(sys.argv[3]),
+    )

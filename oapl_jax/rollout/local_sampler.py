@@ -1,0 +1,229 @@
+"""The embedded sampler: batched decoding with a KV cache in one compiled program.
+
+It holds its own parameters, read from published versions: its lag is as real as a fleet's.
+"""
+
+import functools
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from oapl_jax.model import hf
+from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.transformer import Transformer, empty_cache, head, logits
+from oapl_jax.rollout.draw import best, draw, restrict
+from oapl_jax.rollout.sampler import Sampled, Sampling
+from oapl_jax.structs import Prompt, Rollout
+from oapl_jax.weights.publisher import check_version
+
+
+class LocalSampler:
+    """A Sampler on this process's first device.
+
+    Args:
+      config: sizes of the model; published versions must have the same.
+      dtype: of activations and cache.
+      stop_ids: token ids that end a response.
+      seed: with a prompt's `draw` and the sample's index it names the random numbers of a rollout,
+        which so depend neither on the batch that it is sampled in nor on what was sampled before.
+      max_sequences: rollouts decoded at a time.
+      prompt_multiple: prompts are padded on the left to a multiple, so that few shapes are
+        compiled.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: str,
+        stop_ids: Sequence[int],
+        seed: int,
+        max_sequences: int,
+        prompt_multiple: int,
+    ):
+        self._model = Transformer(config, jnp.dtype(dtype), remat="none")
+        self._stop_ids = tuple(sorted(stop_ids))
+        self._key = jax.random.key(seed)
+        self._max_sequences, self._prompt_multiple = max_sequences, prompt_multiple
+        self._params: Any = None
+        self._version = -1
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    def refresh(self, version: int, path: epath.Path) -> None:
+        check_version(path)
+        self.hold(version, hf.load_params(path, self._model.config))
+
+    def hold(self, version: int, params: Any) -> None:
+        """Takes parameters from memory, for evaluation of the learner's own."""
+        self._params = jax.device_put(params, jax.local_devices()[0])
+        self._version = version
+
+    def versions(self) -> set[int]:
+        return {self._version}
+
+    def metrics(self) -> dict[str, float]:
+        return {}  # what the worker counts is all there is
+
+    def close(self) -> None:
+        """A portion is decoded to its end: nothing is in flight between two."""
+
+    def generate(
+        self, prompts: Iterable[Prompt], *, n: int, sampling: Sampling
+    ) -> Iterator[Sampled]:
+        """See Sampler. Prompts are taken in portions of max_sequences // n, the last one filled up.
+
+        Fewer prompts than that make one portion, filled up to a power of two.
+        """
+        prompts, portion = iter(prompts), max(self._max_sequences // n, 1)
+        first = True
+        while taken := list(itertools.islice(prompts, portion)):
+            if first:
+                portion, first = min(portion, 1 << (len(taken) - 1).bit_length()), False
+            started = time.monotonic()
+            groups = self._generate(taken, portion, n, sampling)
+            seconds = time.monotonic() - started
+            for prompt, rollouts in zip(taken, groups, strict=True):
+                yield Sampled(prompt, tuple(rollouts), "local", seconds)
+
+    def _generate(
+        self, prompts: Sequence[Prompt], portion: int, n: int, sampling: Sampling
+    ) -> list[list[Rollout]]:
+        longest = max(len(p.tokens) for p in prompts)
+        width = longest + -longest % self._prompt_multiple
+        filled = [*prompts, *[prompts[0]] * (portion - len(prompts))]
+        tokens, segments = np.zeros((2, portion, width), np.int32)
+        for row, prompt in enumerate(filled):
+            tokens[row, width - len(prompt.tokens) :] = prompt.tokens
+            segments[row, width - len(prompt.tokens) :] = 1
+        draws = np.repeat([p.draw for p in filled], n)
+        out_tokens, out_logp, lengths, stopped = jax.device_get(
+            decode(
+                self._params,
+                tokens,
+                segments,
+                _row_keys(self._key, draws, np.tile(np.arange(n), portion)),
+                np.float32(sampling.temperature or 1.0),
+                np.float32(sampling.top_p),
+                model=self._model,
+                n=n,
+                greedy=sampling.temperature == 0,
+                use_top_p=sampling.top_p < 1,
+                top_k=sampling.top_k,
+                max_tokens=sampling.max_response_tokens,
+                stop_ids=self._stop_ids,
+            )
+        )
+        rollouts = [
+            Rollout(
+                tokens=out_tokens[i, : lengths[i]].copy(),
+                behavior_logp=out_logp[i, : lengths[i]].copy(),
+                policy_version=self._version,
+                finish_reason="stop" if stopped[i] else "length",
+            )
+            for i in range(len(prompts) * n)
+        ]
+        return [rollouts[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+
+@jax.jit
+def _row_keys(key: jax.Array, draws: jax.Array, samples: jax.Array) -> jax.Array:
+    return jax.vmap(lambda d, s: jax.random.fold_in(jax.random.fold_in(key, d), s))(draws, samples)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "n", "greedy", "use_top_p", "top_k", "max_tokens", "stop_ids"),
+)
+def decode(
+    params,
+    tokens,
+    segments,
+    keys,
+    temperature,
+    top_p,
+    *,
+    model: Transformer,
+    n: int,
+    greedy: bool,
+    use_top_p: bool,
+    top_k: int,
+    max_tokens: int,
+    stop_ids: tuple[int, ...],
+):
+    """Samples n responses to each of B left-padded prompts until all have stopped.
+
+    Args:
+      params: of the model.
+      tokens, segments: int32[B, P]; segments are 1 on prompt tokens and 0 on padding.
+      keys: one random key for each of the B * n rows.
+      temperature, top_p: float32[].
+
+    Returns:
+      tokens int32[B * n, max_tokens], their log-probs float32 of the same shape, lengths
+      int32[B * n] (stop token included) and bool[B * n], whether a stop token was drawn.
+    """
+    batch, width = tokens.shape
+    rows = batch * n
+    matrix = head(params, model.config).astype(model.dtype)
+    lengths = jnp.sum(segments, axis=1)
+    positions = jnp.maximum(jnp.arange(width)[None] - (width - lengths)[:, None], 0)
+    cache = empty_cache(model.config, batch, width + max_tokens, model.dtype)
+    apply: Any = functools.partial(model.apply, {"params": params})
+    hidden, cache = apply(tokens, positions, segments, cache)
+    cache = cache.replace(  # the n samples of a prompt share its prefill
+        key=jnp.repeat(cache.key, n, axis=1),
+        value=jnp.repeat(cache.value, n, axis=1),
+        segments=jnp.repeat(cache.segments, n, axis=0),
+    )
+    starts = jnp.repeat(lengths, n)
+    stops = jnp.asarray(stop_ids, jnp.int32)
+
+    def next_token(t, hidden):
+        scores = logits(hidden, matrix) / temperature
+        if greedy:
+            return best(scores)
+        row_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
+        if not (use_top_p or top_k):
+            return draw(row_keys, scores)
+        # Log-probs are the policy's, whole: what top-p and top-k leave out is left to the caller.
+        logp = jax.nn.log_softmax(scores, axis=-1)
+        chosen, _ = draw(row_keys, restrict(logp, top_p if use_top_p else None, top_k))
+        return chosen, jnp.take_along_axis(logp, chosen[:, None], axis=-1)[:, 0]
+
+    def unfinished(state):
+        t, _, _, done, _, _, _ = state
+        return (t < max_tokens) & ~jnp.all(done)
+
+    def one_token(state):
+        t, hidden, cache, done, lengths, out_tokens, out_logp = state
+        chosen, logp = next_token(t, hidden)
+        out_tokens = jax.lax.dynamic_update_slice(
+            out_tokens, chosen[:, None].astype(jnp.int32), (0, t)
+        )
+        out_logp = jax.lax.dynamic_update_slice(out_logp, logp[:, None], (0, t))
+        lengths = lengths + ~done
+        done = done | jnp.any(chosen[:, None] == stops, axis=1)
+        ones = jnp.ones((rows, 1), jnp.int32)
+        hidden, cache = apply(chosen[:, None], (starts + t)[:, None], ones, cache)
+        return t + 1, hidden[:, 0], cache, done, lengths, out_tokens, out_logp
+
+    state = (
+        0,
+        jnp.repeat(hidden[:, -1], n, axis=0),
+        cache,
+        jnp.zeros(rows, bool),
+        jnp.zeros(rows, jnp.int32),
+        jnp.zeros((rows, max_tokens), jnp.int32),
+        jnp.zeros((rows, max_tokens), jnp.float32),
+    )
+    _, _, _, done, lengths, out_tokens, out_logp = jax.lax.while_loop(unfinished, one_token, state)
+    return out_tokens, out_logp, lengths, done

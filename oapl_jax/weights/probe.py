@@ -1,0 +1,76 @@
+"""A few fixed rows of tokens and the learner's log-probs of them, which travel with each version.
+
+Whoever loads a version can so prove that it computes what the learner does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from oapl_jax.learner import packing as batching
+from oapl_jax.learner import train_step as learner
+from oapl_jax.model.transformer import Transformer
+from oapl_jax.structs import Batch, Group, Prompt, Rollout
+
+ROWS, LENGTH = 4, 33
+
+
+def probe_tokens(vocab_size: int, length: int) -> np.ndarray:
+    """int32[4, length] ids drawn from the whole vocabulary, the same in every process."""
+    return np.random.default_rng(0).integers(0, vocab_size, (ROWS, length)).astype(np.int32)
+
+
+def probe_batch(
+    vocab_size: int, *, row_length: int, rows_multiple: int
+) -> tuple[Batch, np.ndarray]:
+    """The probe as a batch on the host, and its tokens.
+
+    Rows have 33 tokens, or fewer where `row_length` does.
+    """
+    tokens = probe_tokens(vocab_size, min(LENGTH, row_length))
+    blank = np.zeros(tokens.shape[1] - 1, np.float32)
+    groups = [
+        Group(
+            Prompt(f"probe {i}", i, row[:1], "", "", ""),
+            (Rollout(row[1:], blank, 0, "length"),),
+            np.zeros(1, np.float32),
+        )
+        for i, row in enumerate(tokens)
+    ]
+    batch = batching.make_batch(
+        groups,
+        [np.zeros(1)] * ROWS,
+        np.ones(ROWS),
+        step=0,
+        micro_batches=1,
+        row_length=row_length,
+        rows_multiple=rows_multiple,
+        max_prompt_tokens=1,
+        max_response_tokens=len(blank),
+        together=1,
+    )
+    return batch, tokens
+
+
+def make_probe(
+    model: Transformer, mesh: Mesh, *, row_length: int, rows_multiple: int, logp_chunk: int
+) -> Callable[[Any], dict[str, Any]]:
+    """Compiles params -> {"tokens": [[id]], "logp": [[float]]}, a JSON-able probe.
+
+    A row of `logp` is one shorter than its tokens: log-probabilities at temperature 1 of each
+    token given those before it.
+    """
+    batch, tokens = probe_batch(
+        model.config.vocab_size, row_length=row_length, rows_multiple=rows_multiple
+    )
+    logp_step = learner.make_logp_step(model, mesh, temperature=1.0, logp_chunk=logp_chunk)
+    placed = batching.to_mesh(batch, learner.batch_shardings(mesh))
+
+    def probe(params: Any) -> dict[str, Any]:
+        logp = np.asarray(jax.device_get(logp_step(params, placed)))
+        return {"tokens": tokens.tolist(), "logp": logp.astype(float).tolist()}
+
+    return probe

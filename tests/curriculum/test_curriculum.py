@@ -1,0 +1,665 @@
+"""What a curriculum chooses, what a curator learns from, and that both go on where they stopped."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import arithmetic
+from oapl_jax import multihost as hosts
+from oapl_jax.check import check_sizes
+from oapl_jax.curriculum import CURRICULA, Curriculum
+from oapl_jax.curriculum.choice import choose, log_softmax, nucleus_size
+from oapl_jax.curriculum.curator import Curator, init_state, make_step, padded, state_shardings
+from oapl_jax.curriculum.rates import PassRates, learnability, window
+from oapl_jax.curriculum.utility import surrogate, utility
+from oapl_jax.data.prompts import Prompts
+from oapl_jax.data.records import Record, user
+from oapl_jax.errors import UserError
+from oapl_jax.learner.optimizer import make_optimizer
+from oapl_jax.learner.train_step import init_params, new_state
+from oapl_jax.model import export
+from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.sharding import make_mesh
+from oapl_jax.model.tokenizer import make_character_tokenizer
+from oapl_jax.model.transformer import Transformer
+from oapl_jax.rollout.source import Supply
+from oapl_jax.structs import Group, Prompt, Rollout
+from oapl_jax.weights.checkpoint import Checkpoints
+
+CONFIG = arithmetic.get_config()
+ONE, EIGHT = (1, 1, 1, 1), (2, 2, 1, 2)  # data, fsdp, context, tensor
+CANDIDATES, PICKS = 12, 4
+SMALL = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, head_dim=8)
+
+
+def mesh_of(sizes):
+    """A mesh of this shape on all eight devices, or on the first alone."""
+    axes = dict(zip(("data", "fsdp", "context", "tensor"), sizes, strict=True))
+    if np.prod(sizes) == 8:
+        return make_mesh(**axes)
+    devices = np.array(jax.devices()[:1]).reshape(sizes)
+    auto = (jax.sharding.AxisType.Auto,) * 4
+    return jax.sharding.Mesh(devices, tuple(axes), axis_types=auto)
+
+
+# ---------------------------------------------------------------- the choice
+
+
+def test_a_nucleus_is_the_largest_set_within_its_mass():
+    log_p = np.log([0.05, 0.5, 0.3, 0.15])
+    masses = {0.4: 1, 0.5: 1, 0.79: 1, 0.81: 2, 0.94: 2, 0.96: 3}  # one even if it has more mass
+    assert {top_p: nucleus_size(log_p, top_p) for top_p in masses} == masses
+
+
+def test_draws_are_without_replacement_by_what_is_left():
+    """Against the exact probabilities of successive draws from 0.5, 0.3, 0.15, 0.05."""
+    p, rng = np.array([0.5, 0.3, 0.15, 0.05]), np.random.default_rng(0)
+    exact = {
+        (i, j): p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j])
+        for i, j in itertools.combinations(range(4), 2)
+    }
+    tries = 20000
+    found = dict.fromkeys(exact, 0)
+    for _ in range(tries):
+        chosen, by_p = choose(np.log(p), 2, top_p=0.96, rng=rng)
+        assert by_p == 2
+        found[tuple(chosen)] += 1
+    for pair, probability in exact.items():
+        sigma = np.sqrt(probability * (1 - probability) / tries)
+        assert abs(found[pair] / tries - probability) < 4 * sigma, pair
+    # Drawn with replacement, the best would be missing in (1 - 0.5)^2 of all pairs.
+    assert sum(n for pair, n in found.items() if 0 not in pair) / tries < 0.2
+
+
+def test_places_beyond_the_nucleus_are_filled_uniformly():
+    p, rng, tries = np.array([0.9, 0.06, 0.02, 0.01, 0.01]), np.random.default_rng(1), 8000
+    counts = np.zeros(5)
+    for _ in range(tries):
+        chosen, by_p = choose(np.log(p), 3, top_p=0.92, rng=rng)
+        assert by_p == 1
+        assert len(set(chosen)) == 3
+        assert list(chosen) == sorted(chosen)
+        counts[chosen] += 1
+    # One by p, and two of the other four uniformly.
+    share = p + (1 - p) * 0.5
+    np.testing.assert_allclose(counts / tries, share, atol=4 * 0.5 / np.sqrt(tries))
+
+
+def test_all_of_them_can_be_chosen():
+    chosen, by_p = choose(np.log([0.7, 0.2, 0.1]), 3, top_p=0.9, rng=np.random.default_rng(0))
+    assert (list(chosen), by_p) == ([0, 1, 2], 2)
+
+
+# ---------------------------------------------------------------- pass rates
+
+
+def group_of(name, rewards, draw=0):
+    """A group with one token a response."""
+    prompt = Prompt(name, draw, np.array([3, 4], np.int32), name, "", "chain_sum")
+    one = Rollout(np.array([5], np.int32), np.array([-1.0], np.float32), 0, "stop")
+    return Group(prompt, (one,) * len(rewards), np.array(rewards, np.float32))
+
+
+def test_pass_rates_forget_by_decay_and_begin_at_the_prior():
+    rates = PassRates(learnability, decay=0.5, prior_rate=0.5, prior_count=2.0)
+    unseen, seen = group_of("a", [0]).prompt, group_of("b", [0]).prompt
+    rates.ended(group_of("b", [1, 0, 0, 0]))
+    rates.ended(group_of("b", [1, 1, 1, 0]))
+    # n = 4 / 2 + 4, s = 1 / 2 + 3, with two responses of rate 1/2 before
+    expected = [0.5, (3.5 + 1) / (6 + 2)]
+    np.testing.assert_allclose(rates.rates([unseen, seen]), expected)
+    np.testing.assert_allclose(np.exp(rates.logits([unseen, seen])), [0.25, 0.5625 * 0.4375])
+    again = PassRates(learnability, decay=0.5, prior_rate=0.5, prior_count=2.0)
+    again.restore(json.loads(json.dumps(rates.state(set()))), None, None)
+    np.testing.assert_array_equal(again.rates([unseen, seen]), expected)
+
+
+def test_a_window_weighs_what_is_outside_less():
+    rate = np.array([0.1, 0.2, 0.5, 0.8, 0.9])
+    weights = np.exp(window(rate, low=0.2, high=0.8, outside=0.02))
+    np.testing.assert_allclose(weights, [0.02, 1, 1, 1, 0.02])
+
+
+def test_learnability_is_the_variance_of_a_reward():
+    np.testing.assert_allclose(np.exp(learnability(np.array([0.5, 0.9]))), [0.25, 0.09])
+
+
+@pytest.mark.parametrize("rewards", [[-1, 0], [0, 2]])
+def test_rewards_that_are_no_pass_rates_are_refused(rewards):
+    rates = PassRates(learnability, decay=0.5, prior_rate=0.5, prior_count=1.0)
+    with pytest.raises(UserError, match=r"prompt hard .* curriculum\.name"):
+        rates.ended(group_of("hard", rewards))
+
+
+# ---------------------------------------------------------------- utility and surrogate
+
+
+def test_utility_is_the_improvement_on_old_rollouts():
+    """Against the definition in float64; rows are padded, and the padding is not read."""
+    rng = np.random.default_rng(3)
+    lengths, reward = [1, 4, 2, 3], np.array([1, 0, 0, 1], np.float32)
+    rollouts = tuple(
+        Rollout(np.zeros(n, np.int32), rng.normal(size=n).astype(np.float32), 0, "stop")
+        for n in lengths
+    )
+    logp = rng.normal(size=(4, 6)).astype(np.float32)
+    for row, n in zip(logp, lengths, strict=True):
+        row[n:] = np.nan
+    group = Group(group_of("x", [0]).prompt, rollouts, reward)
+    r = reward.astype(np.float64)
+    a = (r - r.mean()) / (r.std(ddof=1) + 1e-6)
+    s = [
+        np.exp((logp[i, :n].astype(np.float64) - rollouts[i].behavior_logp).mean())
+        for i, n in enumerate(lengths)
+    ]
+    assert utility(group, logp) == pytest.approx(np.mean(s * a), rel=1e-6)
+    same = dataclasses.replace(group, reward=np.ones(4, np.float32))
+    assert utility(same, logp) == 0
+
+
+def numpy_surrogate(logits, log_p, u, *, count, temperature, clip):
+    """In float64, term by term."""
+    z = np.asarray(logits, np.float64) / temperature
+    p = np.exp(z) / np.exp(z).sum()
+    total = 0.0
+    for probability, old, value in zip(p, np.exp(np.float64(log_p)), u, strict=True):
+        rho = probability / old
+        total += min(rho * value, min(max(rho, 1 - clip), 1 + clip) * value)
+    return -total / count
+
+
+SETTINGS = dict(count=3, temperature=0.7, clip=0.2)
+
+
+def test_surrogate_is_its_definition():
+    rng = np.random.default_rng(0)
+    clipped = []
+    for _ in range(20):
+        logits, old = rng.normal(size=(2, 6)) * 0.5
+        log_p = log_softmax(old)
+        u = np.where(rng.random(6) < 0.5, rng.normal(size=6), 0)
+        found, metrics = surrogate(jnp.array(logits), jnp.array(log_p), jnp.array(u), **SETTINGS)
+        assert float(found) == pytest.approx(
+            numpy_surrogate(logits, log_p, u, **SETTINGS), rel=2e-5, abs=1e-6
+        )
+        clipped.append(float(metrics["clip_fraction"]))
+    assert 0 < np.nanmean(clipped) < 1  # both branches were met
+
+
+def test_both_probabilities_have_one_normaliser():
+    """Where the curator has not changed, every ratio is 1, whatever constant its logits carry."""
+    logits = np.random.default_rng(1).normal(size=8)
+    log_p, u = log_softmax(logits / 0.7), np.array([1, -2, 0, 0, 0, 3, 0, 0.5])
+    for shift in (0.0, 5.0):
+        loss, metrics = surrogate(
+            jnp.array(logits + shift), jnp.array(log_p), jnp.array(u), **SETTINGS
+        )
+        assert float(loss) == pytest.approx(-u.sum() / 3, rel=1e-5)
+        assert float(metrics["clip_fraction"]) == 0
+
+
+def test_the_gradient_holds_down_candidates_that_were_not_sampled():
+    logits = np.random.default_rng(1).normal(size=8).astype(np.float32)
+    log_p = log_softmax(logits / 0.7)
+    u = np.array([1, -2, 0, 0, 0, 3, 0, 0.5])
+    loss = lambda x: surrogate(x, jnp.array(log_p), jnp.array(u), **SETTINGS)[0]
+    expected = (np.exp(log_p) * u.sum() - u) / (3 * 0.7)
+    found = jax.grad(loss)(jnp.array(logits))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert np.all(found[np.array([2, 3, 4, 6])] > 0)  # descent lowers them
+
+
+def test_clipped_prompts_and_missing_ones_have_no_gradient():
+    logits, u = np.array([2.0, 0.0, 0.0, 9.0]), np.array([1.0, 0.0, 0.0, 0.0])
+    log_p = np.array([*np.log([1 / 3] * 3), -np.inf])  # the fourth is no candidate
+    loss = lambda x: surrogate(x, jnp.array(log_p), jnp.array(u), **SETTINGS)[0]
+    assert float(loss(jnp.array(logits))) == pytest.approx(-1.2 / 3, rel=1e-5)
+    np.testing.assert_array_equal(jax.grad(loss)(jnp.array(logits)), np.zeros(4))
+    near = jax.grad(loss)(jnp.array([0.01, 0.0, 0.0, 9.0]))
+    assert near[0] < 0
+    assert near[3] == 0
+
+
+@pytest.mark.parametrize("u", [[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+def test_a_prompt_whose_probability_explodes_gives_numbers(u):
+    """One that was all but impossible is now certain: exp of the log-ratio is beyond float32."""
+    log_p, logits = jnp.array([0.0, -95.0]), jnp.array([0.0, 1.0])
+    loss = lambda x: surrogate(x, log_p, jnp.array(u), **SETTINGS)[0]
+    value, gradient = jax.value_and_grad(loss)(logits)
+    assert np.isfinite(value)
+    assert np.all(np.isfinite(gradient))
+
+
+# ---------------------------------------------------------------- the stream
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_character_tokenizer("0123456789+-=,", tmp_path_factory.mktemp("tokenizer"))
+
+
+def prompts_of(tokenizer, size=40):
+    records = [Record(f"id{i}", user(f"{i}+1="), "", "chain_sum", {}) for i in range(size)]
+    return Prompts(
+        records,
+        tokenizer,
+        task="chain_sum",
+        seed=5,
+        max_prompt_tokens=6,
+        instruction="",
+        host=0,
+        hosts=1,
+    )
+
+
+def teacher_of(name, *, mesh=None, **curator):
+    section = CONFIG.curriculum.copy_and_resolve_references().unlock()
+    section.curator.architecture.update(SMALL)
+    section.curator.update({**dict(dormant=1, warmup=1, rows=4, passes=2), **curator})
+    return CURRICULA[name](
+        rates=section.rates,
+        window=section.window,
+        curator=section.curator,
+        policy=POLICY,
+        mesh=mesh or mesh_of(ONE),
+        seed=3,
+        max_prompt_tokens=6,
+        num_steps=10,
+    )
+
+
+POLICY = ModelConfig.from_hf({**CONFIG.model.architecture, "vocab_size": 16}, source="tests")
+
+
+def curriculum_of(name, tokenizer, **curator):
+    return Curriculum(
+        prompts_of(tokenizer),
+        teacher_of(name, **curator),
+        candidates=CANDIDATES,
+        picks=PICKS,
+        top_p=0.9,
+        seed=5,
+    )
+
+
+def taken(stream, count):
+    return [next(stream) for _ in range(count)]
+
+
+def answered(prompt, rewards=(1, 0)):
+    return dataclasses.replace(group_of(prompt.id, rewards), prompt=prompt)
+
+
+def lesson(curriculum, prompts, better):
+    """A gradient step on these prompts after which `better(prompt)` nats a token are gained by
+    right responses."""
+    groups = [answered(prompt) for prompt in prompts]
+    logp = np.concatenate([[[-1.0 + better(p)], [-1.0]] for p in prompts]).astype(np.float32)
+    for group in groups:
+        curriculum.teacher.ended(group)
+    curriculum.teacher.trained(groups, logp if curriculum.teacher.rescores else None)
+
+
+def draws(prompts):
+    return [prompt.draw for prompt in prompts]
+
+
+def test_uniform_is_the_stream_itself(tokenizer):
+    curriculum, stream = curriculum_of("uniform", tokenizer), prompts_of(tokenizer)
+    found = taken(curriculum, 50)
+    assert [(p.id, p.draw) for p in found] == [(p.id, p.draw) for p in taken(stream, 50)]
+    assert curriculum.state()["stream"] == stream.state()
+    assert curriculum.metrics() == {}
+
+
+def test_chosen_prompts_keep_their_draws(tokenizer):
+    curriculum = curriculum_of("learnability", tokenizer)
+    for round_ in range(5):
+        chosen = taken(curriculum, PICKS)
+        first = round_ * CANDIDATES
+        assert all(first <= draw < first + CANDIDATES for draw in draws(chosen))
+        assert draws(chosen) == sorted(set(draws(chosen)))
+        for prompt in chosen:
+            assert curriculum.at(prompt.draw).id == prompt.id
+
+
+def test_what_is_always_solved_is_sampled_less(tokenizer):
+    for name in ("window", "learnability"):
+        curriculum = curriculum_of(name, tokenizer)
+        hard = lambda prompt: int(prompt.id[2:]) < 20
+        counts = []
+        for _ in range(60):
+            chosen = taken(curriculum, PICKS)
+            for prompt in chosen:
+                rewards = [1, 0] if hard(prompt) else [1, 1]
+                curriculum.teacher.ended(answered(prompt, rewards * 8))
+            counts.append(np.mean([hard(prompt) for prompt in chosen]))
+        assert 0.3 < np.mean(counts[:5]) < 0.75
+        assert np.mean(counts[-20:]) > 0.8, name
+
+
+@pytest.mark.parametrize("name", ["uniform", "window", "learnability", "actor_curator"])
+def test_a_restored_curriculum_goes_on_to_the_bit(tokenizer, name):
+    """Saved in the midst of a round, with groups on their way; and the other one goes on too."""
+    curriculum = curriculum_of(name, tokenizer)
+    useful = lambda prompt: 0.1 * (prompt.draw % 3 == 0)
+    lesson(curriculum, taken(curriculum, PICKS), useful)
+    lesson(curriculum, taken(curriculum, PICKS), useful)
+    lesson(curriculum, taken(curriculum, PICKS), useful)
+    on_their_way = taken(curriculum, PICKS + 2)
+    alive = {*draws(on_their_way)}
+    saved = json.dumps([curriculum.state(), curriculum.teacher.state(alive)])
+    arrays = jax.device_get(curriculum.teacher.arrays())
+
+    again = curriculum_of(name, tokenizer)
+    stream, teacher = json.loads(saved)
+    again.restore(stream)
+    again.teacher.restore(teacher, lambda abstract: jax.device_put(arrays), again.at)
+    assert json.dumps([again.state(), again.teacher.state(alive)]) == saved
+    for both in (curriculum, again):
+        lesson(both, on_their_way[1:], useful)
+        both.teacher.ended(answered(on_their_way[0], [1, 1]))
+    for _ in range(3):
+        chosen = [taken(both, PICKS) for both in (curriculum, again)]
+        assert draws(chosen[0]) == draws(chosen[1])
+        for both in (curriculum, again):
+            lesson(both, chosen[0], useful)
+    assert again.state() == curriculum.state()
+    assert again.teacher.state(set()) == curriculum.teacher.state(set())
+    assert again.metrics() == curriculum.metrics()
+    equal = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    jax.tree.map(equal, again.teacher.arrays(), curriculum.teacher.arrays())
+
+
+def test_a_checkpoint_awaits_what_is_chosen_and_not_yet_given(tokenizer):
+    """The worker has taken three of a choice: one is in the buffer, one on its way, one failed."""
+    curriculum = curriculum_of("actor_curator", tokenizer)
+    lesson(curriculum, taken(curriculum, PICKS), lambda prompt: 0.1)  # it is awake
+    held, on_its_way, failed = draws(taken(curriculum, 3))
+    worker = lambda: {"prompts": curriculum.state(), "again": [on_its_way]}
+    parts: dict[str, Any] = dict.fromkeys(Supply.__dataclass_fields__)
+    parts |= {
+        "curriculum": curriculum,
+        "buffer": SimpleNamespace(
+            lock=threading.Lock(), state=lambda: ({}, {}), draws=lambda: {held}
+        ),
+        "worker": SimpleNamespace(state=worker),
+        "ledger": SimpleNamespace(position=lambda: 0),
+        "unpaid": SimpleNamespace(count=0),
+    }
+    saved, _ = hosts.decode(Supply(**parts).state())
+    [(_, _, _, awaited)] = saved["teacher"]["rounds"]
+    to_come = draws(taken(curriculum, PICKS - 3))
+    assert {draw for draw, _ in awaited} == {held, on_its_way, *to_come}
+    assert failed not in to_come
+
+
+# ---------------------------------------------------------------- actor-curator
+
+
+def parameters(curriculum):
+    return jax.device_get(curriculum.teacher.arrays()["params"])
+
+
+def moved(before, curriculum):
+    differ = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, parameters(curriculum))
+    return any(jax.tree.leaves(differ))
+
+
+def test_its_learning_rate_decays_over_all_its_passes(monkeypatch):
+    asked = []
+
+    def noted(*, num_steps, **given):
+        asked.append(num_steps)
+        return make_optimizer(num_steps=num_steps, **given)
+
+    monkeypatch.setattr("oapl_jax.curriculum.make_optimizer", noted)
+    teacher_of("actor_curator", passes=3)
+    assert asked == [3 * 10]  # passes, and the steps of the learner
+
+
+def test_phases_dormant_then_warming_up_then_choosing(tokenizer):
+    curriculum, stream = curriculum_of("actor_curator", tokenizer), prompts_of(tokenizer)
+    useful = lambda prompt: 0.1 * (prompt.draw % 2)
+    start = parameters(curriculum)
+
+    assert not curriculum.teacher.awake
+    sleeping = taken(curriculum, PICKS)
+    assert draws(sleeping) == draws(taken(stream, PICKS))
+    lesson(curriculum, sleeping, useful)
+    assert not moved(start, curriculum)
+
+    assert curriculum.teacher.awake
+    warming = taken(curriculum, PICKS)
+    assert curriculum.metrics()["curriculum/effective_share"] == pytest.approx(1)
+    assert max(draws(warming)) >= PICKS
+    lesson(curriculum, warming, useful)
+    assert moved(start, curriculum)
+    assert curriculum.metrics()["curriculum/steps"] == 2  # passes
+
+    choosing = taken(curriculum, PICKS)
+    assert curriculum.metrics()["curriculum/effective_share"] < 1
+    lesson(curriculum, choosing, useful)
+    assert curriculum.metrics()["curriculum/steps"] == 4
+
+
+def test_what_moves_the_curator_and_what_does_not(tokenizer):
+    curriculum = curriculum_of("actor_curator", tokenizer)
+    nothing, useful = (lambda prompt: 0.0), (lambda prompt: 0.1)
+    lesson(curriculum, taken(curriculum, PICKS), nothing)
+    start, waiting = parameters(curriculum), lambda: curriculum.teacher.state(ALL)["rounds"]
+    chosen = taken(curriculum, PICKS)
+    assert len(waiting()[0][0]) == CANDIDATES
+    assert [draw for draw, _ in waiting()[0][3]] == draws(chosen)
+    # Of a group with equal rewards nothing is awaited, and nothing learnt.
+    curriculum.teacher.ended(answered(chosen[0], [0, 0]))
+    assert [draw for draw, _ in waiting()[0][3]] == draws(chosen[1:])
+    lesson(curriculum, chosen[1:2], nothing)  # neither of one without use
+    assert not moved(start, curriculum)
+    lesson(curriculum, [dataclasses.replace(chosen[2], draw=-1)], useful)  # nor of a recorded one
+    assert not moved(start, curriculum)
+    lesson(curriculum, chosen[2:3], useful)
+    assert moved(start, curriculum)
+    after = parameters(curriculum)
+    lesson(curriculum, chosen[2:3], useful)  # replayed
+    assert not moved(after, curriculum)
+    # The last one was lost on its way: nobody awaits it once it is not alive.
+    assert len(waiting()) == 1
+    assert curriculum.teacher.state(set())["rounds"] == []
+
+
+ALL = set(range(1000))
+
+
+def test_a_curator_learns_to_tell_prompts(tokenizer):
+    """A quarter is useful: those whose first digit is 1."""
+    curriculum = curriculum_of("actor_curator", tokenizer, optim=FAST)
+    first = lambda prompt: prompt.text.startswith("1")
+    others = taken(prompts_of(tokenizer), 200)
+    useful = np.array([first(prompt) for prompt in others])
+
+    def probability_of_useful():
+        # Exact, where the prompts that are chosen are a small sample of what it knows.
+        return np.exp(log_softmax(curriculum.teacher.logits(others)))[useful].sum()
+
+    assert probability_of_useful() < 0.4
+    for _ in range(40):
+        lesson(curriculum, taken(curriculum, PICKS), lambda prompt: 0.05 * first(prompt))
+    assert probability_of_useful() > 0.75
+
+
+FAST = dict(CONFIG.curriculum.curator.optim.to_dict(), learning_rate=1e-2)
+
+
+def model_and_optimizer():
+    config = ModelConfig.from_hf(
+        {**CONFIG.curriculum.curator.architecture, **SMALL, "vocab_size": 16}, source="tests"
+    )
+    return Curator(config, jnp.float32, "none"), make_optimizer(**FAST, num_steps=10)
+
+
+def a_round(tokenizer):
+    prompts = taken(prompts_of(tokenizer), 8)
+    tokens, segments = padded(prompts, width=6, rows=8)
+    u = np.array([0.3, 0, 0, -0.1, 0, 0, 0.2, 0], np.float32)
+    return tokens, segments, log_softmax(np.arange(8) / 5).astype(np.float32), u, 4
+
+
+def three_steps(sizes, a_round):
+    """State and metrics after three steps on a mesh; each array stays where it was placed."""
+    mesh, (model, optimizer) = mesh_of(sizes), model_and_optimizer()
+    state = init_state(model, optimizer, mesh, 3)
+    step = make_step(model, optimizer, mesh, rows=8, temperature=1.0, clip=0.2)
+    kernel, (_, fsdp, _, tensor) = state.params["decoder"]["layers"]["q"]["kernel"], sizes
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 16 // fsdp, 16 // tensor)
+    metrics = {}
+    for _ in range(3):
+        state, metrics = step(state, *a_round)
+    placed = state_shardings(model, optimizer, mesh)
+    same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, placed)
+    assert all(jax.tree.leaves(same))
+    return jax.device_get((state, metrics))
+
+
+def test_a_curator_on_eight_devices_is_that_on_one(tokenizer):
+    one = three_steps(ONE, a_round(tokenizer))
+    assert np.abs(one[0].params["score"]).max() > 1e-3
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
+    for sizes in (EIGHT, (1, 2, 2, 2)):
+        jax.tree.map(close, three_steps(sizes, a_round(tokenizer)), one)
+
+
+def test_checkpoints_hold_a_curator_for_any_mesh(tokenizer, tmp_path):
+    teachers = [teacher_of("actor_curator", mesh=mesh_of(sizes)) for sizes in (EIGHT, ONE)]
+    first, second = teachers
+    prompts = [taken(prompts_of(tokenizer), 8)] * 2
+    for _ in range(3):
+        first.picked(prompts[0], log_softmax(np.zeros(8)), np.arange(4))
+        lesson(Holder(first), prompts[0][:4], lambda prompt: 0.1 * prompt.draw)
+    policy = Transformer(POLICY, jnp.float32, "none")
+    optimizer = make_optimizer(**FAST, num_steps=10)
+    state = new_state(jax.jit(functools.partial(init_params, policy))(jax.random.key(0)), optimizer)
+    checkpoints = Checkpoints(epath.Path(tmp_path), keep=1)
+    checkpoints.save(1, state, {}, b"", probe={}, teacher=first.arrays())
+    checkpoints.wait()
+    saved = json.loads(json.dumps(first.state(ALL)))
+    second.restore(saved, functools.partial(checkpoints.restore_teacher, 1), None)
+    equal = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    jax.tree.map(equal, second.arrays(), first.arrays())
+    assert second.arrays()["params"]["score"].sharding.mesh.size == 1
+    np.testing.assert_allclose(second.logits(prompts[0]), first.logits(prompts[0]), atol=1e-5)
+    assert np.ptp(first.logits(prompts[0])) > 1e-3
+    checkpoints.close()
+
+
+@dataclasses.dataclass
+class Holder:
+    teacher: object
+
+
+def test_steps_that_are_not_finite_change_nothing_and_are_counted(tokenizer):
+    mesh = mesh_of(ONE)
+    model, optimizer = model_and_optimizer()
+    state = init_state(model, optimizer, mesh, 3)
+    step = make_step(model, optimizer, mesh, rows=8, temperature=1.0, clip=0.2)
+    tokens, segments, log_p, u, count = a_round(tokenizer)
+    after, metrics = step(state, tokens, segments, log_p, np.full_like(u, np.nan), count)
+    assert int(metrics["skipped"]) == 1
+    equal = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    jax.tree.map(equal, (after.params, after.opt_state), (state.params, state.opt_state))
+    after, metrics = step(after, tokens, segments, log_p, u, count)
+    assert int(metrics["skipped"]) == 1
+    assert not np.array_equal(after.params["score"], state.params["score"])
+
+
+def test_a_prompt_is_scored_alike_in_any_company(tokenizer):
+    curriculum = curriculum_of("actor_curator", tokenizer, dormant=0, warmup=0, optim=FAST)
+    for _ in range(4):
+        lesson(curriculum, taken(curriculum, PICKS), lambda prompt: 0.1 * (prompt.draw % 2))
+    prompts = taken(prompts_of(tokenizer), 9)  # 3-digit and 2-digit numbers, so other lengths
+    together = curriculum.teacher.logits(prompts)
+    assert np.ptp(together) > 1e-2
+    alone = [curriculum.teacher.logits([prompt])[0] for prompt in prompts]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_a_curator_begins_as_a_checkpoint(tokenizer, tmp_path):
+    """It reads a prompt as that decoder does, with a head of zeros."""
+    policy = dataclasses.replace(POLICY, tie_embeddings=False)
+    params = init_params(Transformer(policy, jnp.float32, "none"), jax.random.key(7))
+    export.save_params(params, policy, tmp_path, dtype="float32", max_shard_bytes=1 << 30)
+    teacher = teacher_of("actor_curator", path=str(tmp_path))
+    found = teacher.arrays()["params"]
+    params = dict(params)
+    del params["head"]
+    equal = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    jax.tree.map(equal, found["decoder"], params)
+    np.testing.assert_array_equal(found["score"], np.zeros(POLICY.hidden_size))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(policy=dataclasses.replace(POLICY, vocab_size=20)), "vocab"),
+        (dict(max_prompt_tokens=100), "100"),
+    ],
+)
+def test_a_curator_that_does_not_fit_is_refused(tmp_path, changes, words):
+    section = CONFIG.curriculum
+    policy = dataclasses.replace(POLICY)
+    (tmp_path / "config.json").write_text(json.dumps(policy.to_hf(dtype="float32")))
+    curator = {**section.curator.to_dict(), "path": str(tmp_path)}
+    given = dict(policy=POLICY, mesh=mesh_of(ONE), seed=0, max_prompt_tokens=6, num_steps=1)
+    with pytest.raises(UserError, match=r"curriculum\.curator\.path") as error:
+        CURRICULA["actor_curator"](curator=curator, **{**given, **changes})
+    assert words in str(error.value) or "20" in str(error.value)
+
+
+# ---------------------------------------------------------------- refusals
+
+MISTAKES = {
+    "curriculum.name": "hard_first",
+    "curriculum.candidates": 31,
+    "curriculum.top_p": 0.0,
+    "curriculum.rates.decay": 1.5,
+    "curriculum.rates.prior_rate": 1.0,
+    "curriculum.rates.prior_count": 0.0,
+    "curriculum.window.low": 0.9,
+    "curriculum.window.high": 1.5,
+    "curriculum.window.outside": 0.0,
+    "curriculum.curator.temperature": 0.0,
+    "curriculum.curator.clip": 0.0,
+    "curriculum.curator.dormant": -1,
+    "curriculum.curator.warmup": -1,
+    "curriculum.curator.passes": 0,
+    "curriculum.curator.rows": 12,  # of 8 devices
+}
+
+
+@pytest.mark.parametrize("setting", MISTAKES)
+def test_a_setting_that_can_not_be_is_refused_by_name(setting):
+    config = arithmetic.get_config()
+    config.curriculum.name = "actor_curator"
+    check_sizes(config)
+    config.update_from_flattened_dict({setting: MISTAKES[setting]})
+    with pytest.raises(UserError, match=setting.replace(".", r"\.") + "="):
+        check_sizes(config)
+
+
+def test_nothing_is_chosen_of_what_is_recorded():
+    config = arithmetic.get_config()
+    config.rollout.update(source="shards", shards="somewhere")
+    check_sizes(config)
+    config.curriculum.name = "window"
+    with pytest.raises(UserError, match=r"rollout\.source='shards' samples"):
+        check_sizes(config)

@@ -1,0 +1,204 @@
+"""Curricula in whole runs: steps are studied by what they gained, and kills change nothing."""
+
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+from small_runs import Runs, metrics, timeless
+
+from oapl_jax import multihost as hosts
+from oapl_jax.model import hf
+from oapl_jax.model.transformer import Transformer, head, logits
+from oapl_jax.rollout import ledger_report as account
+from oapl_jax.rollout.dataset import Shards
+
+CANDIDATES, PICKS, STEPS, TEMPERATURE = 16, 6, 16, 0.8
+DORMANT, WARMUP = 2, 2
+ASLEEP = 2 * PICKS  # groups sampled before the second step, each of four
+SETTINGS = {
+    "num_steps": STEPS,
+    "group_size": 8,
+    "data.generator.min_terms": 2,  # easy enough for rewards after a short warm-up
+    "data.generator.max_terms": 2,
+    "data.train_size": 60,
+    "data.validation_size": 4,
+    "data.test_size": 4,
+    "warmup.num_steps": 60,
+    "rollout.prompts_per_call": PICKS,  # so that some groups wait at a checkpoint
+    "rollout.max_sequences": 48,
+    "rollout.temperature": TEMPERATURE,
+    "rollout.record": True,
+    "evaluation.every": 0,
+    "checkpoint.keep": STEPS,
+    "tensorboard": False,
+    "curriculum.name": "actor_curator",
+    "curriculum.candidates": CANDIDATES,
+    "curriculum.curator.architecture.num_hidden_layers": 1,
+    "curriculum.curator.architecture.hidden_size": 16,
+    "curriculum.curator.architecture.intermediate_size": 16,
+    "curriculum.curator.dormant": DORMANT,
+    "curriculum.curator.warmup": WARMUP,
+    "curriculum.curator.passes": 2,
+    "curriculum.curator.rows": 8,
+    "curriculum.curator.optim.learning_rate": 1e-2,
+}
+CONFIG = ":objective=grpo"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(runs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    runs.run(workdir, config=CONFIG, **SETTINGS)
+    return workdir
+
+
+def saved(workdir: Path, step: int, item: str):
+    """The arrays of a checkpoint's item, read by Orbax without any of our code."""
+    path = workdir / "checkpoints" / str(step) / item
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return reader.restore(path, ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+
+def share(workdir: Path, step: int) -> dict:
+    """What the host has of its own in a checkpoint."""
+    return hosts.decode((workdir / "shares" / str(step) / "host0of1").read_bytes())[0]
+
+
+def entries(workdir: Path) -> list[account.Entry]:
+    """The groups that were sampled, without those that a kill has undone, by draw."""
+    found = account.read(epath.Path(workdir / "ledger.jsonl")).entries
+    return sorted((e for e in found if e.state != "rewound"), key=lambda e: e.draw)
+
+
+def round_of(draw: int) -> int:
+    """Which choice a prompt was a candidate of; below 0 while the curriculum slept."""
+    return (draw - ASLEEP) // CANDIDATES
+
+
+def test_a_run_sleeps_warms_up_and_then_chooses(unbroken):
+    draws = [entry.draw for entry in entries(unbroken)]
+    assert draws[:ASLEEP] == list(range(ASLEEP))
+    rounds = [round_of(draw) for draw in draws[ASLEEP:]]
+    assert rounds == [i // PICKS for i in range(len(rounds))]
+    lines = metrics(unbroken)
+    shares = [line.get("curriculum/effective_share") for line in lines]
+    # The first choice is made for the fourth step.
+    assert shares[:3] == [None] * 3
+    assert shares[3] == pytest.approx(1)
+    assert all(share < 0.999 for share in shares[5:])
+    assert lines[3]["curriculum/steps"] > 0
+    assert lines[-1]["curriculum/steps"] > lines[6]["curriculum/steps"]
+    assert lines[-1]["curriculum/skipped"] == 0
+
+
+def score(config, apply, params, group, width=32) -> list[np.ndarray]:
+    """float64 log-probs of each response's tokens, one response a row, over the whole
+    vocabulary."""
+    before = len(group.prompt.tokens)
+    texts = [[*group.prompt.tokens, *rollout.tokens] for rollout in group.rollouts]
+    rows = np.array([text + [0] * (width - len(text)) for text in texts], np.int32)
+    places = np.broadcast_to(np.arange(width, dtype=np.int32), rows.shape)
+    segments = np.array([places[0] < len(text) for text in texts], np.int32)
+    hidden = apply({"params": params}, rows, places, segments)
+    z = np.asarray(logits(hidden, head(params, config)), np.float64) / TEMPERATURE
+    logp = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    of_next = np.take_along_axis(logp[:, :-1], rows[:, 1:, None], axis=-1)[..., 0]
+    return [row[before - 1 : len(text) - 1] for row, text in zip(of_next, texts, strict=True)]
+
+
+def utility(group, logp: list[np.ndarray]) -> float:
+    reward = group.reward.astype(np.float64)
+    advantage = (reward - reward.mean()) / (reward.std(ddof=1) + 1e-6)
+    gaps = [np.mean(row - r.behavior_logp) for row, r in zip(logp, group.rollouts, strict=True)]
+    return float(np.mean(np.exp(gaps) * advantage))
+
+
+def test_utility_is_measured_by_the_learner_after_the_step(unbroken):
+    """Made again of what the run has left: recorded groups and the parameters of checkpoints."""
+    recorded = Shards(epath.Path(unbroken / "rollouts"))
+    groups = {group.prompt.draw: group for group in recorded}
+    trained = {e.draw: e.step + 1 for e in entries(unbroken) if e.state == "trained"}
+    config = hf.load_config(epath.Path(unbroken / "versions" / "v000000"))
+    apply = jax.jit(Transformer(config, jnp.float32, "none").apply)
+    compared = []
+    for line in metrics(unbroken):
+        step = line["step"]
+        if not (unbroken / "checkpoints" / str(step)).exists() or step <= DORMANT:
+            continue
+        params, sums = saved(unbroken, step, "params"), {}
+        for draw in (d for d, s in trained.items() if s == step and round_of(d) >= 0):
+            logp = score(config, apply, params, groups[draw])
+            at = round_of(draw)
+            sums[at] = sums.get(at, 0) + utility(groups[draw], logp)
+        sums = {at: total for at, total in sums.items() if total}
+        if sums:  # else no group of the step had a mixture of rewards
+            assert line["curriculum/utility"] == pytest.approx(sums[max(sums)] / PICKS, abs=2e-5)
+            compared.append((step, line["curriculum/utility"]))
+    recorded.close()
+    assert len(compared) >= 3
+    # At the head of a window the policy before the step is the one that sampled: its own log-probs
+    # would have the utility 0.
+    heads = [abs(value) for step, value in compared if step % 4 == 1]
+    assert min(heads) > 1e-3
+
+
+def test_killed_in_the_midst_of_a_round_it_goes_on_to_the_same_bits(runs, unbroken, tmp_path):
+    """Once the curator chooses, with groups in the buffer: losses, choices and the curator."""
+    process = runs.start(runs.command(tmp_path, config=CONFIG, **SETTINGS))
+    path, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 120
+    written = lambda: path.read_text().count("\n") if path.exists() else 0
+    while written() < 7 or not (tmp_path / "checkpoints" / "6").exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert len(metrics(tmp_path)) < STEPS
+    known = share(tmp_path, 6)
+    assert known["buffer"]["prompts"]
+    assert known["teacher"]["rounds"]
+    assert known["teacher"]["steps"] > 0
+    output = runs.run(tmp_path, config=CONFIG, **SETTINGS)
+    assert "resumed from checkpoint step" in output
+    assert "resumed from checkpoint step 0" not in output
+
+    found, expected = metrics(tmp_path), metrics(unbroken)
+    assert [timeless(line) for line in found] == [timeless(line) for line in expected]
+    story = lambda e: (e.draw, e.prompt, e.state, e.step, e.sample["tokens"], e.sample["reward"])
+    assert [story(e) for e in entries(tmp_path)] == [story(e) for e in entries(unbroken)]
+    mine, theirs = share(tmp_path, STEPS), share(unbroken, STEPS)
+    assert mine["teacher"] == theirs["teacher"]
+    assert mine["worker"]["prompts"] == theirs["worker"]["prompts"]
+    for item in ("teacher", "params", "optimizer"):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            saved(tmp_path, STEPS, item),
+            saved(unbroken, STEPS, item),
+        )
+    assert np.abs(saved(tmp_path, STEPS, "teacher")["params"]["score"]).max() > 1e-3
+
+
+def test_a_curriculum_by_pass_rate_knows_what_was_sampled(runs, tmp_path):
+    changes = {"curriculum.name": "learnability", "num_steps": 10}
+    runs.run(tmp_path, config=CONFIG, **{**SETTINGS, **changes})
+    sampled, lines = entries(tmp_path), metrics(tmp_path)
+    rounds = [entry.draw // CANDIDATES for entry in sampled]
+    assert rounds == [i // PICKS for i in range(len(rounds))]
+    for line in lines:
+        before = sampled[: int(line["buffer/added"])]
+        assert line["curriculum/known"] == len({entry.prompt for entry in before})
+    shares = [line["curriculum/effective_share"] for line in lines]
+    assert shares[0] == pytest.approx(1)  # nothing is known of any prompt
+    assert shares[-1] < 0.97

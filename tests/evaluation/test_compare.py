@@ -1,0 +1,216 @@
+"""Two results compared: numbers worked out by hand, refusals by name, and what people see."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from etils import epath
+
+from oapl_jax.errors import UserError
+from oapl_jax.evaluation import report
+from oapl_jax.evaluation.benchmark import FORMAT
+from oapl_jax.evaluation.compare import compare, read_result, table
+from oapl_jax.evaluation.estimators import interval, intervals, pass_curve
+
+IDS = ("a", "b", "c", "d", "e")
+CORRECT_A, CORRECT_B = (0, 1, 2, 4, 0), (1, 1, 4, 3, 2)
+MAJORITY_A, MAJORITY_B = (0, 0, 0.5, 1, 0), (0, 0, 1, 1, 1)
+
+
+def make_result(correct, majority, *, ids=IDS, n=4, version=3):
+    """What a comparison and a report read of a result."""
+    curves = np.array([pass_curve(n, c) for c in correct])
+    low, high = intervals(curves, np.ones((len(ids), 1)), resamples=200, seed=0)
+    measured = {"value": 0.5, "low": 0.25, "high": 0.75}
+    return {
+        "format": FORMAT,
+        "about": {
+            "benchmark": "contest",
+            "version": version,
+            "weights": "abcdef" * 10,
+            "prompts": "x",
+            "temperature": 1.0,
+            "top_p": 0.95,
+            "top_k": 0,
+            "max_response_tokens": 64,
+            "sampler": "local",
+        },
+        "graded": {"answers": "y", "grader": "z", "libraries": {}},
+        "problems": len(ids),
+        "left_out": 1,
+        "samples": n,
+        "pass@k": {
+            "value": curves.mean(axis=0).tolist(),
+            "low": low.tolist(),
+            "high": high.tolist(),
+        },
+        "avg@n": measured,
+        "maj@n": measured,
+        "verdicts": {"answers/right": 3, "answers/timeout": 1} if version == 3 else {},
+        "length": {"value": 12.25, "low": 10.0, "high": 15.0},
+        "truncated": measured,
+        "entropy": measured,
+        "bootstrap": {"resamples": 200, "seed": 0},
+        "seconds": {"sampling": 12.6, "grading": 0.2},
+        "per_problem": [
+            {"id": name, "correct": c, "majority": majority[i]}
+            for i, (name, c) in enumerate(zip(ids, correct, strict=True))
+        ],
+    }
+
+
+A = make_result(CORRECT_A, MAJORITY_A)
+B = make_result(CORRECT_B, MAJORITY_B, version=9)
+
+
+def test_a_comparison_has_the_numbers_worked_out_by_hand():
+    found = compare(A, B, resamples=1000, seed=4)
+    assert found == json.loads(json.dumps(found))
+    gains = np.array([1, 0, 2, -1, 2]) / 4
+    curve = {name: values[0] for name, values in found["pass@k"].items()}
+    assert (curve["a"], curve["b"]) == pytest.approx((7 / 20, 11 / 20))
+    assert curve["value"] == pytest.approx(gains.mean())
+    assert (curve["low"], curve["high"]) == pytest.approx(interval(gains, resamples=1000, seed=4))
+    # |+-1 +-2 +-1 +-2| reaches 4 if the 2s agree and the 1s are not both against them: 6 of 16.
+    assert curve["p"] == 6 / 16
+    for k in (2, 3, 4):
+        differences = np.array(
+            [
+                pass_curve(4, b)[k - 1] - pass_curve(4, a)[k - 1]
+                for a, b in zip(CORRECT_A, CORRECT_B, strict=True)
+            ]
+        )
+        assert found["pass@k"]["value"][k - 1] == pytest.approx(differences.mean())
+        expected = interval(differences, resamples=1000, seed=4)
+        bounds = (found["pass@k"]["low"][k - 1], found["pass@k"]["high"][k - 1])
+        assert bounds == pytest.approx(expected)
+    assert found["pass@k"]["p"][3] == 2 / 4  # two problems are gained at k = 4: ++ and -- of 4
+    assert found["maj@n"]["value"] == pytest.approx(1.5 / 5)
+    assert found["maj@n"]["p"] == 2 / 4
+    assert (found["better"], found["worse"], found["equal"]) == (3, 1, 1)
+    assert (found["problems"], found["samples"], found["versions"]) == (5, 4, [3, 9])
+    assert found["same_grader"] is True
+
+
+def test_problems_are_paired_by_their_names():
+    backwards = make_result(CORRECT_B[::-1], MAJORITY_B[::-1], ids=IDS[::-1], version=9)
+    mine, theirs = (compare(A, b, resamples=1000, seed=4) for b in (backwards, B))
+    assert mine == theirs
+
+
+def test_the_other_way_round_is_the_negative():
+    mine, theirs = compare(A, B, resamples=100, seed=0), compare(B, A, resamples=100, seed=0)
+    assert mine["pass@k"]["p"] == theirs["pass@k"]["p"]
+    np.testing.assert_allclose(mine["pass@k"]["value"], -np.array(theirs["pass@k"]["value"]))
+    np.testing.assert_allclose(mine["pass@k"]["low"], -np.array(theirs["pass@k"]["high"]))
+
+
+def changed(result, **values):
+    result = copy.deepcopy(result)
+    for path, value in values.items():
+        *way, last = path.split("__")
+        place = result
+        for part in way:
+            place = place[part]
+        place[last] = value
+    return result
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (
+            make_result((1, 1, 1), (1, 1, 1), ids=("a", "b", "x")),
+            "3 problems only in A, such as c; 1 problems only in B, such as x",
+        ),
+        (changed(B, about__temperature=0.6), "temperature: 1.0 -> 0.6"),
+        (changed(B, about__top_p=1.0, about__top_k=20), "top_p: 0.95 -> 1.0; top_k: 0 -> 20"),
+        (changed(B, about__max_response_tokens=32), "max_response_tokens: 64 -> 32"),
+        (make_result(CORRECT_B, MAJORITY_B, n=8), "samples: 4 -> 8"),
+        (changed(B, graded__answers="corrected"), "other reference answers"),
+    ],
+)
+def test_what_was_not_asked_alike_is_refused_by_name(other, words):
+    with pytest.raises(UserError) as refused:
+        compare(A, other, resamples=100, seed=0)
+    assert f"can't be compared ({words})" in str(refused.value)
+
+
+def test_another_grader_is_said():
+    other = compare(A, changed(B, graded__grader="new"), resamples=100, seed=0)
+    assert other["same_grader"] is False
+    assert "graded by different sources" in table(other)
+    assert "graded by" not in table(compare(A, B, resamples=100, seed=0))
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"format": "other"}'])
+def test_what_is_no_result_is_refused(tmp_path, content):
+    path = epath.Path(tmp_path / "a.json")
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"a\.json is (no result|of format 'other')"):
+        read_result(path)
+
+
+# What people see
+
+
+def test_the_powers_of_two():
+    assert report.powers_of_two(1) == [1]
+    assert report.powers_of_two(2) == [1, 2]
+    assert report.powers_of_two(5) == [1, 2, 4, 5]
+    assert report.powers_of_two(256) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+
+
+def test_the_table_has_a_column_for_each_benchmark():
+    lines = report.markdown({"contest": A, "other": B}).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:-2]]
+    assert rows[0] == ["", "contest", "other"]
+    assert rows[1] == ["---", "---:", "---:"]
+    cells = {name: cells for name, *cells in rows[2:]}
+    low, high = A["pass@k"]["low"][1], A["pass@k"]["high"][1]
+    assert cells["pass@2"][0] == f"{A['pass@k']['value'][1]:.3f} [{low:.3f}, {high:.3f}]"
+    assert list(cells)[:5] == ["pass@1", "pass@2", "pass@4", "avg@4", "maj@4"]
+    assert cells["tokens of a response"] == ["12.2 [10.0, 15.0]"] * 2
+    assert cells["seconds of sampling"] == ["13", "13"]
+    assert cells["verdicts"] == ["answers/right 3, answers/timeout 1", "-"]
+    assert cells["left out, too long"] == ["1", "1"]
+    assert "temperature 1, top_p 0.95, top_k 0, at most 64 tokens" in lines[-1]
+    assert "(weights abcdefabcdef)" in lines[-1]
+
+
+def test_the_picture_has_the_curves_and_their_bands(tmp_path, monkeypatch):
+    drawn = []
+    with monkeypatch.context() as patched:
+        patched.setattr(report.plt, "close", drawn.append)
+        panels = {"contest": {"before": A, "after": B}, "other": {"": B}}
+        report.draw(panels, epath.Path(tmp_path / "x.png"), title="Version 9")
+    (figure,) = drawn
+    assert figure.get_suptitle() == "Version 9"
+    for axis, (name, results) in zip(figure.axes, panels.items(), strict=True):
+        assert axis.get_title() == name
+        for line, band, result in zip(axis.lines, axis.collections, results.values(), strict=True):
+            curve = result["pass@k"]
+            assert line.get_xdata().tolist() == [1, 2, 3, 4]
+            assert line.get_ydata().tolist() == curve["value"]
+            corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
+            for k, *ends in zip((1, 2, 3, 4), curve["low"], curve["high"], strict=True):
+                assert {(k, end) for end in ends} <= corners
+    report.plt.close(figure)
+
+
+def test_the_command_compares_two_files(tmp_path):
+    for name, result in (("a", A), ("b", B)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    files = f"--compare={tmp_path / 'a.json'},{tmp_path / 'b.json'}"
+    command = [sys.executable, "-m", "oapl_jax.evaluate", files, f"--to={tmp_path / 'to'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == json.loads((tmp_path / "to" / "comparison.json").read_text())
+    assert found == compare(A, B, resamples=20_000, seed=0)
+    assert "| pass@1 | 0.350 | 0.550 | +0.200 |" in done.stdout
+    assert (tmp_path / "to" / "comparison.png").read_bytes().startswith(b"\x89PNG")

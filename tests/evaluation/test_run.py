@@ -1,0 +1,330 @@
+"""Benchmarks from the files of a configuration to numbers, with the embedded sampler; and a real
+process that is killed on the way."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from etils import epath
+
+from configs import arithmetic
+from oapl_jax import rewards
+from oapl_jax.build import Job, open_job
+from oapl_jax.errors import UserError
+from oapl_jax.evaluate import check_flags
+from oapl_jax.evaluation.run import benchmark_prompts, run
+from oapl_jax.learner import train_step as learner
+
+ROOT = Path(__file__).parents[2]
+PROBLEMS = [
+    ("1+1=", "2"),
+    ("2+3=", "5"),
+    ("4+4=", "8"),
+    ("9-8=", "1"),
+    ("3+4-1=", "6"),
+    ("8-5=", "3"),
+]
+LONG = ("+".join("123456789") + "=", "45")
+SMALL = {
+    "group_size": 4,
+    "data.train_size": 20,
+    "data.validation_size": 2,
+    "data.test_size": 2,
+    "data.generator.min_terms": 2,
+    "data.generator.max_terms": 2,
+    "model.architecture.hidden_size": 32,
+    "model.architecture.intermediate_size": 32,
+    "mesh.data": 8,
+    "mesh.fsdp": 1,
+    "rollout.max_sequences": 24,  # portions of six requests
+    "rollout.reward_threads": 2,
+}
+CONFIG = """
+import json
+from configs import arithmetic
+
+def get_config(arg=None):
+    config = arithmetic.get_config(arg)
+    config.update_from_flattened_dict({settings!r})
+    with config.unlocked():
+        config.benchmarks = {benchmarks!r}
+    return config
+"""
+
+
+class Shop:
+    """A workdir with a checkpoint step 3, benchmarks as files, and a compile cache."""
+
+    def __init__(self, root: Path):
+        self.root, self.workdir = root, root / "workdir"
+        self.settings = {**SMALL, "data.data_dir": str(root / "data")}
+        self.benchmarks = {
+            "sums": self.table("sums", PROBLEMS),
+            "more": self.table("more", [*PROBLEMS[:2], LONG]),
+            "foreign": self.table("foreign", PROBLEMS[:1], task="countdown"),
+            "gone": {**self.table("gone", PROBLEMS[:1]), "path": "/nowhere"},
+            "short": {**self.table("short", PROBLEMS[:3]), "rows": 5},
+        }
+        content = CONFIG.format(settings=self.settings, benchmarks=self.benchmarks)
+        (root / "config.py").write_text(content)
+        job = self.job()
+        state = learner.init_state(job.model, job.optimizer, job.mesh, 0)
+        job.checkpoints.save(3, state, {}, b"", probe=job.probe(state.params))
+        job.close()
+
+    def table(self, name, problems, task="chain_sum"):
+        rows = [json.dumps({"question": q, "target": a}) for q, a in problems]
+        (self.root / f"{name}.jsonl").write_text("\n".join(rows))
+        return dict(
+            kind="table",
+            path=str(self.root / f"{name}.jsonl"),
+            files=(),
+            rows=len(problems),
+            part=(0, 100),
+            options=dict(task=task, columns=dict(problem="question", answer="target"), max_tests=0),
+        )
+
+    def job(self, **settings):
+        config = arithmetic.get_config()
+        config.update_from_flattened_dict(self.settings)
+        config.update_from_flattened_dict({k.replace("__", "."): v for k, v in settings.items()})
+        with config.unlocked():
+            config.benchmarks = self.benchmarks
+        return open_job(config, epath.Path(self.workdir))
+
+    def run(self, to, *names, n=64, step=None, version_dir=None, **settings):
+        said, job = [], self.job(**settings)
+        try:
+            directory, results = run(
+                job,
+                names or ("sums",),
+                epath.Path(to),
+                step=step,
+                version_dir=version_dir,
+                n=n,
+                say=said.append,
+            )
+        finally:
+            job.close()
+        return SimpleNamespace(directory=Path(directory), results=results, said=said)
+
+    def start(self, *arguments):
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "oapl_jax.evaluate", f"--workdir={self.workdir}"),
+                *(f"--config={self.root / 'config.py'}", *arguments),
+            ],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_PROGRAMS"],
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory, kept_programs):
+    root = tmp_path_factory.mktemp("shop")
+    return Shop(root)
+
+
+@pytest.fixture(scope="module")
+def unbroken(shop, tmp_path_factory):
+    return shop.run(tmp_path_factory.mktemp("unbroken"))
+
+
+def lines(directory, name="sums", file="responses.jsonl"):
+    return [json.loads(line) for line in (directory / name / file).read_text().splitlines()]
+
+
+def contents(directory, name="sums"):
+    """(prompt, index) -> tokens, sum of log-probabilities, finish reason."""
+    found = {}
+    for line in lines(directory, name)[1:]:
+        parts = zip(line["tokens"], line["logp"], line["finish"], strict=True)
+        for index, part in enumerate(parts, line["start"]):
+            assert (line["prompt"], index) not in found
+            found[line["prompt"], index] = part
+    return found
+
+
+def test_the_result_is_what_the_file_of_responses_says(shop, unbroken):
+    """Counted again from the token ids, by another verifier."""
+    result, found = unbroken.results["sums"], contents(unbroken.directory)
+    assert unbroken.directory.name == "v000003"
+    assert len(found) == 6 * 64
+    prompts = {prompt.id: prompt for prompt in job_prompts(shop)}
+    tokenizer = shop.job().policy.tokenizer
+    right = dict.fromkeys(prompts, 0)
+    for (prompt_id, _), (tokens, _, finish) in found.items():
+        numbers = re.findall(r"\d+", tokenizer.decode(tokens, skip_special_tokens=True))
+        answered = bool(numbers) and int(numbers[-1]) == int(prompts[prompt_id].answer)
+        right[prompt_id] += answered and finish == "stop"
+    assert 0 < sum(right.values()) < 384
+    assert {p["id"]: p["correct"] for p in result["per_problem"]} == right
+    assert [p["id"] for p in result["per_problem"]] == list(prompts)
+    tokens = sum(len(tokens) for tokens, _, _ in found.values())
+    assert result["length"]["value"] == pytest.approx(tokens / 384)
+    assert result["entropy"]["value"] == pytest.approx(
+        -sum(logp for _, logp, _ in found.values()) / tokens
+    )
+    cut = sum(finish == "length" for _, _, finish in found.values())
+    assert 0 < result["truncated"]["value"] == pytest.approx(cut / 384)
+    assert result["avg@n"]["value"] == pytest.approx(sum(right.values()) / 384)
+    assert result["seconds"]["sampling"] > 0
+    saved = json.loads((unbroken.directory / "sums" / "result.json").read_text())
+    assert saved == json.loads(json.dumps(result))
+    assert unbroken.said[-1] == "sums: 384 of 384 responses graded"
+
+
+def job_prompts(shop):
+    return benchmark_prompts(shop.job(), "sums")[0]
+
+
+def test_killed_it_ends_with_the_same_samples(shop, unbroken, tmp_path):
+    command = ("--benchmark=sums", "--n=64", f"--to={tmp_path}")
+    process, there = shop.start(*command), 0
+    path = tmp_path / "v000003" / "sums" / "responses.jsonl"
+    while process.poll() is None:
+        there = path.read_bytes().count(b"\n") - 1 if path.exists() else 0
+        if there > 0:
+            process.kill()
+            break
+        time.sleep(0.002)
+    output, _ = process.communicate()
+    assert process.returncode == -9, output
+    before = path.read_bytes()
+    before = before[: before.rfind(b"\n") + 1]
+    assert 1 <= before.count(b"\n") - 1 < 96
+    process = shop.start(*command)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert path.read_bytes().startswith(before)
+    mine, theirs = contents(tmp_path / "v000003"), contents(unbroken.directory)
+    assert mine.keys() == theirs.keys()
+    for key, (tokens, logp, finish) in mine.items():
+        assert (tokens, finish) == (theirs[key][0], theirs[key][2])
+        assert logp == pytest.approx(theirs[key][1], abs=1e-4)
+    result = json.loads((tmp_path / "v000003" / "sums" / "result.json").read_text())
+    assert result["pass@k"] == unbroken.results["sums"]["pass@k"]
+    assert result["maj@n"] == unbroken.results["sums"]["maj@n"]
+    assert "| pass@64 |" in output
+    assert (tmp_path / "v000003" / "results.md").read_text().strip() in output
+    assert (tmp_path / "v000003" / "pass_at_k.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_changed_grader_grades_anew_and_samples_nothing(shop, unbroken, monkeypatch, tmp_path):
+    monkeypatch.setattr(Job, "new_sampler", None)
+    (tmp_path / "__init__.py").write_text("# other sources")
+    before = (unbroken.directory / "sums" / "responses.jsonl").read_bytes()
+    again = shop.run(unbroken.directory.parent)
+    assert again.said == []  # not even graded
+    with monkeypatch.context() as changed:
+        changed.setattr(rewards, "__file__", str(tmp_path / "__init__.py"))
+        changed.setattr(rewards.Grader, "reward", lambda self, prompt, rollout: 1.0)
+        changed.setattr(Job, "check_rewards", lambda self: None)
+        again = shop.run(unbroken.directory.parent)
+    assert again.results["sums"]["avg@n"]["value"] == 1
+    assert again.said[-1] == "sums: 384 of 384 responses graded"
+    assert (unbroken.directory / "sums" / "responses.jsonl").read_bytes() == before
+    again = shop.run(unbroken.directory.parent)
+    assert again.results["sums"]["pass@k"] == unbroken.results["sums"]["pass@k"]
+
+
+def test_a_published_version_serves_as_well_and_n_may_be_raised(shop, unbroken, tmp_path):
+    weights = unbroken.directory.parent / "weights" / "v000003"
+    first = shop.run(tmp_path, "sums", "more", n=8, version_dir=str(weights))
+    theirs = contents(unbroken.directory)
+    for key, (tokens, _, _) in contents(first.directory).items():
+        assert tokens == theirs[key][0]
+    assert not (tmp_path / "weights").exists()
+    assert list(first.results) == ["sums", "more"]
+    assert (first.results["more"]["problems"], first.results["more"]["left_out"]) == (2, 1)
+    more = shop.run(tmp_path, n=12, version_dir=str(weights))
+    assert more.results["sums"]["samples"] == 12
+    assert len(contents(more.directory)) == 6 * 12
+
+
+def test_benchmarks_may_have_longer_responses_than_training(shop, tmp_path):
+    """The model's context is of 64 tokens, prompts of 12 at most."""
+    found = shop.run(tmp_path, n=8, evaluation__max_response_tokens=40)
+    lengths = [len(tokens) for tokens, _, _ in contents(found.directory).values()]
+    assert 16 < max(lengths) <= 40
+    assert found.results["sums"]["about"]["max_response_tokens"] == 40
+    with pytest.raises(
+        UserError, match=r"12 \+ evaluation.max_response_tokens=53 is more than .*64"
+    ):
+        shop.run(tmp_path, n=8, evaluation__max_response_tokens=53)
+
+
+def test_a_directory_is_of_one_version_and_one_way_of_sampling(shop, unbroken):
+    to = unbroken.directory.parent
+    for changed, words in (
+        (dict(rollout__temperature=0.5), "temperature: 1.0 -> 0.5"),
+        (dict(rollout__max_response_tokens=9), "max_response_tokens: 16 -> 9"),
+        (dict(seed=5), "seed: 0 -> 5"),
+    ):
+        with pytest.raises(UserError) as refused:
+            shop.run(to, **changed)
+        assert f"about something else ({words})" in str(refused.value)
+    with pytest.raises(UserError, match=r"no checkpoint step 4 \(have: 3\)"):
+        shop.run(to, step=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "aime25",
+            r"--benchmark=aime25 is not one of config.benchmarks \(have: foreign, gone, more, s",
+        ),
+        ("foreign", r"is of task countdown, but data.task is chain_sum"),
+        ("gone", r"^config\.benchmarks\.gone\.path=/nowhere does not exist"),
+        ("short", r"^config\.benchmarks\.short: the files hold 3 rows, and config\.benchmarks\.sh"),
+    ],
+)
+def test_a_benchmark_that_does_not_fit_is_refused_before_any_work(shop, tmp_path, name, words):
+    with pytest.raises(UserError, match=words):
+        shop.run(tmp_path, "sums", name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("benchmarks", "given", "words"),
+    [
+        ([], ["n"], "--n is for benchmarks"),
+        ([], ["to", "step"], "--to is for benchmarks"),
+        ([], ["version_dir"], "--version_dir is for benchmarks"),
+        (["sums"], ["split", "n"], "--split and --benchmark both name problems"),
+        (["sums"], ["step", "version_dir"], "--step and --version_dir both name a version"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(benchmarks, given, words):
+    with pytest.raises(UserError, match=words):
+        check_flags(benchmarks, given)
+
+
+def test_flags_that_go_together_are_not():
+    for benchmarks, given in (
+        ([], ["split", "step"]),
+        (["sums"], ["version_dir", "n", "to"]),
+        (["sums"], ["step"]),
+    ):
+        check_flags(benchmarks, given)
+
+
+def test_a_mistake_on_the_command_line_is_one_sentence(shop):
+    process = shop.start("--to=x")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert output == "error: --to is for benchmarks; name some with --benchmark\n"

@@ -1,0 +1,129 @@
+"""The table of plans: what is made again, what stops a chain, and what the page says."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from experiments import plan_table
+from experiments.plan_table import RUNS, SMALLEST, Table, chains, digest_of, smallest
+from oapl_jax.errors import UserError
+from oapl_jax.planning.hardware import SLICES
+
+FITS = {
+    "fits": True,
+    "because": "train step: 9.00 GiB of 15.75 GiB",
+    "layout": "fsdp 64, remat full, 4 micro-batches",
+    "replicated": 0,
+    "roofline": dict(
+        compute=2.0, hbm=1.0, interconnect=0.5, host=0.0, tokens_per_second=1e6, mfu=0.5
+    ),
+    "fleet": dict(tokens_per_second=9e5),
+}
+NOT = {
+    "fits": False,
+    "because": "train step: 99.00 GiB of 15.75 GiB",
+    "layout": "fsdp 4, remat offload, 64 micro-batches",
+}
+MODEL = "qwen3-0.6b"
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    page = tmp_path / "plan.md"
+    page.write_text("above\n<!-- tables -->\nold\n<!-- end -->\nbelow\n")
+    monkeypatch.setattr(plan_table, "TABLE", tmp_path / "table.json")
+    monkeypatch.setattr(plan_table, "PAGE", page)
+    return page
+
+
+def chain(*shapes):
+    return [("competition_math", MODEL, f"v5e:{shape}") for shape in shapes]
+
+
+def test_a_chain_ends_with_its_first_fit_and_keeps_what_holds(files):
+    asked, digest = [], digest_of("competition_math", MODEL)
+
+    def make(run, model, topology):
+        asked.append(topology)
+        return FITS if topology == "v5e:2x4" else NOT
+
+    kept = {
+        f"competition_math {MODEL} v5e:1x1": NOT | {"code": digest},
+        f"competition_math {MODEL} v5e:2x2": FITS | {"code": "of other code"},
+    }
+    table = Table(kept, make)
+    table.follow(chain("1x1", "2x2", "2x4", "4x4"))
+    assert asked == ["v5e:2x2", "v5e:2x4"]
+    assert list(smallest(table.lines, MODEL)) == ["v5e:2x4", "not tried", "not tried"]
+    text = files.read_text()
+    assert text.startswith("above\n<!-- tables -->\n")
+    assert text.endswith("<!-- end -->\nbelow\n")
+    assert "old" not in text
+    assert f"| {MODEL} | v5e:2x4 | not tried | not tried |" in text
+
+
+def test_a_line_is_made_again_for_other_settings_sizes_or_code(monkeypatch):
+    digests = {digest_of(run, model) for run in RUNS for model in (MODEL, "qwen3-8b")}
+    monkeypatch.setattr(plan_table, "code", lambda: "other code")
+    assert len(digests | {digest_of("competition_math", MODEL)}) == 5
+
+
+def test_the_smallest_slice_is_said_only_of_those_tried():
+    of = lambda made: {f"competition_math {MODEL} v6e:{shape}": m for shape, m in made.items()}
+    said = lambda made: list(smallest(of(made), MODEL))[2]
+    assert said({"1x1": NOT, "2x2": NOT}) == "not v6e:1x1, v6e:2x2 (others not tried)"
+    assert said(dict.fromkeys(SLICES["v6e"].values(), NOT)).endswith("v6e:16x16")
+    assert said({"1x1": NOT, "2x2": FITS, "8x8": FITS}) == "v6e:2x2"
+    assert said({"1x1": NOT, "8x8": FITS}) == "v6e:8x8 (smaller ones not all tried)"
+
+
+def test_all_lines_are_made_of_runs_and_smallest_slices():
+    alone = list(chains(["code_contests"], ()))
+    assert all(len(lines) == 1 for lines in alone)
+    assert {lines[0][2].split(":")[0] for lines in alone} == set(SLICES)
+    (first, *_) = chains([SMALLEST], [MODEL])
+    assert first == [("competition_math", MODEL, f"v5e:{s}") for s in SLICES["v5e"].values()]
+
+
+def test_rows_of_the_page():
+    row = plan_table.row("v5e:8x8", FITS)
+    assert row == (
+        "| v5e:8x8 | fsdp 64, remat full, 4 micro-batches | 9.00 GiB of 15.75 GiB | 2, 1, 0.5, 0 | "
+        "1,000,000 | 50% | 900,000 |"
+    )
+    recorded = {"fleet": FITS["fleet"] | {"tokens_per_second": 0.0}}
+    assert plan_table.row("v5e:8x8", FITS | recorded).endswith("| 50% | none, it is recorded |")
+    many = plan_table.row("v5e:8x8", FITS | {"replicated": 3})
+    assert ", 3 arrays resharded by replication |" in many
+    assert plan_table.row("v5e:2x2", NOT).startswith(
+        "| v5e:2x2 | does not fit: fsdp 4, remat offload, 64 micro-batches | train step: 99.00"
+    )
+
+
+def test_nothing_is_resharded_by_replication_on_any_slice_that_the_page_has():
+    kept = json.loads(plan_table.TABLE.read_text())
+    assert {key: made for key, made in kept.items() if made["fits"] and made["replicated"]} == {}
+    assert sum(made["fits"] for made in kept.values()) > 40
+
+
+@pytest.mark.parametrize("most", [4, 2, 0])
+def test_of_layouts_that_do_not_fit_the_one_that_splits_no_row_is_shown(monkeypatch, most):
+    """Rows can be split over `most` chips; over more is refused, and with 0 all is."""
+
+    def estimate(config, *_, **__):
+        if config.mesh.context > most:
+            raise UserError("this mesh can't be")
+        program = dict(program="train step", fits=False, because=f"{config.mesh.context} ways")
+        numbers = {"hbm": {}, "compile_seconds": 1.0, "resharded by replication": 0}
+        return {"fits": False, "programs": [program | numbers]}
+
+    slice_of_4 = SimpleNamespace(hosts=1, devices=range(4))
+    monkeypatch.setattr(plan_table, "open_slice", lambda topology: slice_of_4)
+    monkeypatch.setattr(plan_table, "estimate", estimate)
+    made = plan_table.line("competition_math", MODEL, "v5e:2x2")
+    if not most:
+        assert made == {"fits": False, "because": "refused: this mesh can't be"}
+    else:
+        assert made["layout"] == "fsdp 4, remat offload, 64 micro-batches"
+        assert made["because"] == "train step: 1 ways"

@@ -1,0 +1,438 @@
+"""A server for tests that speaks SGLang's protocol, samples from a toy policy, and misbehaves.
+
+The toy policy's log-probs depend on version, position and token only, so a sample that is wrong, or
+of another version than it says, can be told from a right one.
+"""
+
+import asyncio
+import functools
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from aiohttp import web
+from etils import epath
+
+from oapl_jax.model.config import ModelConfig
+from oapl_jax.rollout.sampler import Sampling
+from oapl_jax.structs import Rollout
+from oapl_jax.weights.publisher import COMMITTED, MANIFEST, checksum, version_path
+
+VOCAB, CONTEXT, STOP = 32, 64, 1
+LINGERS = 0.05  # seconds that a server is not idle after requests were aborted
+MODEL = ModelConfig.from_hf(
+    dict(
+        model_type="llama",
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        rms_norm_eps=1e-6,
+        eos_token_id=STOP,
+    ),
+    source="test",
+)
+CONTROL = ("health", "info", "update", "flush", "abort")
+# What /generate can do wrong. All but "delay" must never be taken for a group.
+FAULTS = (
+    "delay",
+    "500",
+    "503",
+    "400",
+    "reset",
+    "cut",
+    "truncated",
+    "html",
+    "empty",
+    "wrong_version",
+    "few",
+    "many",
+    "range",
+    "negative",
+    "positive",
+    "nan",
+    "no_logp",
+    "other_logp",
+    "short",
+    "after_stop",
+    "abort",
+    "mixed",
+    "other_mixed",
+    "hang",
+)
+
+
+@functools.cache
+def toy_logits(version: int) -> np.ndarray:
+    """float64[CONTEXT, VOCAB] of the token at each position, whatever was before it."""
+    return np.random.default_rng([7, version + 1]).normal(size=(CONTEXT, VOCAB))
+
+
+def toy_logp(version: int, temperature: float = 1.0) -> np.ndarray:
+    scaled = toy_logits(version) / (temperature or 1.0)
+    return scaled - np.log(np.exp(scaled).sum(axis=-1, keepdims=True))
+
+
+def is_right(rollout: Rollout, prompt_tokens: np.ndarray, sampling: Sampling) -> bool:
+    """Whether a rollout is one of the version that it is stamped with."""
+    tokens, start = rollout.tokens, len(prompt_tokens)
+    where = np.arange(start, start + len(tokens))
+    expected = toy_logp(rollout.policy_version, sampling.temperature)[where, tokens]
+    ends = tokens[-1] == STOP
+    return (
+        np.allclose(rollout.behavior_logp, expected, atol=1e-5)
+        and not (tokens[:-1] == STOP).any()
+        and rollout.finish_reason == ("stop" if ends else "length")
+        and (ends or len(tokens) == sampling.max_response_tokens)
+    )
+
+
+def publish_toy(directory: epath.Path, version: int, *, off: float = 0.0) -> epath.Path:
+    """A whole version directory of the toy policy, whose probe is off by so many nats."""
+    path = version_path(directory, version)
+    path.mkdir(parents=True)
+    rows = np.random.default_rng(version).integers(0, VOCAB, (3, 9)).tolist()
+    says = toy_logp(version) + off
+    logp = [[float(says[i, row[i]]) for i in range(1, len(row))] for row in rows]
+    contents = {
+        "config.json": MODEL.to_hf(dtype="float32"),
+        "probe.json": {"tokens": rows, "logp": logp, "dtype": "float32"},
+        "model.safetensors": {"version": version},
+    }
+    for name, content in contents.items():
+        (path / name).write_text(json.dumps(content))
+    files = {
+        name: {"bytes": (path / name).stat().length, "xxh128": checksum(path / name)}
+        for name in contents
+    }
+    manifest: dict[str, Any] = {
+        "version": version,
+        "parent": "",
+        "config_hash": "",
+        "dtype": "float32",
+    }
+    manifest["files"] = files
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    (path / COMMITTED).write_text("")
+    return path
+
+
+class FaultServer:
+    """One server on a port of its own, in a thread of its own.
+
+    Attributes:
+      plan: called with the name of each call ("generate", "score", or one of CONTROL); returns the
+        fault to commit, or "".
+      seconds: that a group takes.
+      update_seconds: that an update takes.
+      calls: how often each was called.
+      faults: how often each fault was committed, by (call, fault).
+      held: the version whose policy it samples from; what it says can differ.
+      loads: versions that it was told to load, in order.
+      information: of /server_info.
+    """
+
+    def __init__(self, directory: epath.Path):
+        self.plan: Callable[[str], str] = lambda call: ""
+        self.seconds = self.update_seconds = 0.0
+        self.calls: Counter[str] = Counter()
+        self.faults: Counter[tuple[str, str]] = Counter()
+        self.loads: list[int] = []
+        self.running = self.most_running = 0
+        self.requests: list[dict] = []
+        self.updating: Callable[[int], None] = lambda change: None
+        self.information: dict = {"dtype": "float32", "skip_tokenizer_init": True}
+        self.max_model_len = CONTEXT
+        self.model_path = directory / "base"
+        if not self.model_path.exists():
+            self.model_path.mkdir(parents=True)
+            (self.model_path / "config.json").write_text(json.dumps(MODEL.to_hf(dtype="float32")))
+        self._rng = np.random.default_rng(0)
+        self._port = 0
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        """Begins, or begins anew after `kill`: on the same port, with weights of no version."""
+        self._in_loop(self._start())
+
+    def kill(self) -> None:
+        """Breaks every connection and closes the port."""
+        self._in_loop(self._kill())
+
+    def close(self) -> None:
+        self.kill()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _in_loop(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)
+
+    async def _start(self) -> None:
+        self.held, self.says = -1, "default"
+        self._aborting = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.running, self._busy_until = 0, 0.0
+        self._transports: set = set()
+        app = web.Application()
+        app.router.add_post("/generate", self._generate)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/model_info", self._model_info)
+        app.router.add_get("/server_info", self._server_info)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/update_weights_from_disk", self._update)
+        app.router.add_post("/flush_cache", self._flush)
+        app.router.add_post("/abort_request", self._abort)
+        app.router.add_post("/tokenize", self._tokenize)
+        self._runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=0.01
+        )
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
+        await site.start()
+        assert self._runner.addresses
+        self._port = self._runner.addresses[0][1]
+
+    async def _kill(self) -> None:
+        for transport in self._transports:
+            transport.abort()
+        await self._runner.cleanup()
+
+    # Routes
+
+    async def _fault(self, request: web.Request, call: str) -> str:
+        """The fault that is due, after those that any call can have."""
+        self.calls[call] += 1
+        self._transports.add(request.transport)
+        fault = self.plan(call)
+        self.faults[call, fault] += 1
+        if fault == "reset":
+            assert request.transport
+            request.transport.abort()
+        if fault in ("hang", "reset"):
+            await asyncio.sleep(60)
+        if fault == "delay":
+            await asyncio.sleep(float(self._rng.uniform(0, 0.05)))
+        if fault in ("400", "500", "503"):
+            raise {
+                "400": web.HTTPBadRequest,
+                "500": web.HTTPInternalServerError,
+                "503": web.HTTPServiceUnavailable,
+            }[fault](text="on order")
+        return fault
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        if isinstance(body["input_ids"][0], list):
+            return await self._score(request, body)
+        settings = body["sampling_params"]
+        self.requests.append(body)
+        if max(body["input_ids"]) >= VOCAB:
+            await self._kill()  # as the real one
+        if len(body["input_ids"]) + settings["max_new_tokens"] > self.max_model_len:
+            raise web.HTTPBadRequest(text="too long")
+        held, says = self.held, self.says
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        self._idle.clear()
+        try:
+            fault = await self._fault(request, "generate")
+            aborted = await self._work()
+        except asyncio.CancelledError:  # the client hung up
+            self._busy_until = self._loop.time() + LINGERS
+            raise
+        finally:
+            self.running -= 1
+            if not self.running:
+                self._idle.set()
+        answers = [self._sample(body, held, says) for _ in range(settings["n"])]
+        if aborted or fault == "abort":
+            for answer in answers:
+                answer["meta_info"]["finish_reason"] = {"type": "abort", "message": "Aborted"}
+        answers = self._spoil(answers, fault, settings)
+        content = json.dumps(answers[0] if len(answers) == 1 else answers)
+        if fault == "html":
+            content = "<html>on order</html>"
+        if fault == "truncated":
+            content = content[: len(content) // 2]
+        if fault == "empty":
+            content = ""
+        if fault == "cut":
+            response = web.StreamResponse(headers={"Content-Length": str(len(content))})
+            await response.prepare(request)
+            await response.write(content[: len(content) // 2].encode())
+            assert request.transport
+            request.transport.close()
+            return response
+        return web.Response(text=content, content_type="application/json")
+
+    async def _work(self) -> bool:
+        """Takes the time that a group takes; whether it was aborted meanwhile."""
+        if not self.seconds:
+            return False
+        try:
+            async with asyncio.timeout(self.seconds):
+                await self._aborting.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _sample(self, body: dict, held: int, says: str) -> dict:
+        settings = body["sampling_params"]
+        logp = toy_logp(held, settings["temperature"])
+        tokens: list[int] = []
+        while len(tokens) < settings["max_new_tokens"] and tokens[-1:] != [STOP]:
+            at = len(body["input_ids"]) + len(tokens)
+            greedy = settings["temperature"] == 0
+            drawn = logp[at].argmax() if greedy else self._rng.choice(VOCAB, p=np.exp(logp[at]))
+            tokens.append(int(drawn))
+        at = len(body["input_ids"])
+        stopped = tokens[-1] == STOP
+        return {
+            "output_ids": tokens,
+            "meta_info": {
+                "finish_reason": {"type": "stop", "matched": STOP}
+                if stopped
+                else {"type": "length", "length": len(tokens)},
+                "output_token_logprobs": [
+                    [float(logp[at + i, token]), token, None] for i, token in enumerate(tokens)
+                ],
+                "weight_version": says,
+                "weight_versions": [{"version": says, "start": 0, "end": len(tokens)}],
+            },
+        }
+
+    def _spoil(self, answers: list[dict], fault: str, settings: dict) -> list[dict]:
+        answer = answers[-1]
+        meta, ids = answer["meta_info"], answer["output_ids"]
+        pairs = meta["output_token_logprobs"]
+        if fault == "wrong_version":
+            meta["weight_version"] = "77"
+            meta["weight_versions"] = [{"version": "77", "start": 0, "end": len(ids)}]
+        if fault == "few":
+            return answers[:-1]
+        if fault == "many":
+            return [*answers, answer]
+        if fault in ("range", "negative"):
+            ids[0] = pairs[0][1] = VOCAB if fault == "range" else -1
+        if fault == "positive":
+            pairs[0][0] = 0.5
+        if fault == "nan":
+            pairs[-1][0] = float("nan")
+        if fault == "no_logp":
+            del meta["output_token_logprobs"]
+        if fault == "other_logp":
+            pairs[0][1] = (pairs[0][1] + 1) % VOCAB
+        if fault == "short":
+            for values in (ids, pairs):
+                del values[1:]
+            ids[0] = pairs[0][1] = STOP + 1
+            meta["finish_reason"] = {"type": "length", "length": 1}
+        if fault == "after_stop":
+            ids.insert(0, STOP)
+            pairs.insert(0, [-1.0, STOP, None])
+            del ids[settings["max_new_tokens"] :], pairs[settings["max_new_tokens"] :]
+        if fault in ("mixed", "other_mixed"):
+            first, last = meta["weight_version"], "78"
+            first, last = (last, first) if fault == "other_mixed" else (first, last)
+            meta["weight_version"] = last
+            meta["weight_versions"] = [
+                {"version": first, "start": 0, "end": 1},
+                {"version": last, "start": 1, "end": 2},
+            ]
+        return answers
+
+    async def _score(self, request: web.Request, body: dict) -> web.Response:
+        fault = await self._fault(request, "score")
+        logp = toy_logp(self.held)
+        answers = []
+        for row in body["input_ids"]:
+            named = [token if token < VOCAB - 1 else 0 for token in row]  # as the real one
+            scores = [[None, named[0], None]]
+            scores += [[float(logp[i, row[i]]), named[i], None] for i in range(1, len(row))]
+            if fault == "stale":
+                scores[-1][0] -= 0.01
+            if fault == "nan":
+                scores[-1][0] = float("nan")
+            says = "75" if fault == "wrong_version" else self.says
+            meta = {"input_token_logprobs": scores, "weight_version": says}
+            answers.append({"output_ids": [], "meta_info": meta})
+        if fault == "few":
+            answers.pop()
+        return web.json_response(answers)
+
+    async def _health(self, request: web.Request) -> web.Response:
+        await self._fault(request, "health")
+        return web.Response()
+
+    async def _model_info(self, request: web.Request) -> web.Response:
+        fault = await self._fault(request, "info")
+        says = "76" if fault == "wrong_version" else self.says
+        path = str(self.model_path)
+        return web.json_response(
+            {"weight_version": says, "model_path": path, "model_type": MODEL.model_type}
+        )
+
+    async def _server_info(self, request: web.Request) -> web.Response:
+        await self._fault(request, "info")
+        return web.json_response(self.information)
+
+    async def _models(self, request: web.Request) -> web.Response:
+        await self._fault(request, "info")
+        return web.json_response({"data": [{"max_model_len": self.max_model_len}]})
+
+    async def _update(self, request: web.Request) -> web.Response:
+        """Blocks until nothing runs, as the real one."""
+        body = await request.json()
+        self.updating(1)
+        try:
+            await self._idle.wait()
+            fault = await self._fault(request, "update")
+            if self._loop.time() < self._busy_until:
+                fault = "half"
+            if fault == "refuse":
+                return web.json_response({"success": False, "message": "on order"}, status=400)
+            if fault == "no":
+                return web.json_response({"success": False, "message": "on order"})
+            manifest = json.loads((epath.Path(body["model_path"]) / MANIFEST).read_text())
+            self.loads.append(manifest["version"])
+            if fault != "half":  # new weights under the old name, as the real one when not idle
+                self.says = body["weight_version"]
+            if fault != "stale":  # it keeps the old weights and says that it has the new ones
+                self.held = manifest["version"]
+            if fault == "misnamed":
+                self.says = "79"
+            if fault in ("half", "late_no"):
+                return web.json_response({"success": False, "message": "on order"}, status=400)
+            await asyncio.sleep(self.update_seconds)
+        finally:
+            self.updating(-1)
+        return web.json_response({"success": True, "message": "done"})
+
+    async def _flush(self, request: web.Request) -> web.Response:
+        fault = await self._fault(request, "flush")
+        if self.running or fault == "busy" or self._loop.time() < self._busy_until:
+            return web.Response(status=400, text="Flush cache failed.")
+        return web.Response(text="Cache flushed.")
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        await self._fault(request, "abort")
+        self._busy_until = self._loop.time() + LINGERS
+        self._aborting.set()
+        self._aborting = asyncio.Event()
+        return web.Response()
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        return web.json_response({"tokens": [ord(letter) % VOCAB for letter in body["prompt"]]})

@@ -1,0 +1,113 @@
+"""A published version, evaluated through real servers: what they sample is what the embedded
+decoder would."""
+
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import arithmetic
+from oapl_jax.build import Job, open_job
+from oapl_jax.evaluation.estimators import pass_at_k
+from oapl_jax.evaluation.run import benchmark_prompts, run
+from oapl_jax.rewards.tasks import chain_sum
+
+PROBLEMS = [("1+1=", "2"), ("9-8=", "1"), ("3+4-1=", "6"), ("8-5=", "3"), ("2+2+2=", "6")]
+N, VERSION = 8, 2
+CLOSE = 2e-3  # nats between two sums of log-probs of a response
+GREEDY = 1e-5  # a temperature at which there is no choice
+
+
+@pytest.fixture
+def evaluate(servers, published, tmp_path):
+    """Evaluates version 2 of the servers' model; gives the result, and the lines of responses."""
+    rows = [json.dumps({"question": q, "target": a}) for q, a in PROBLEMS]
+    (tmp_path / "sums.jsonl").write_text("\n".join(rows))
+
+    def evaluate(sampler, temperature):
+        config = arithmetic.get_config()
+        settings = {
+            "data.data_dir": str(tmp_path / "data"),
+            "data.train_size": 20,
+            "data.validation_size": 2,
+            "data.test_size": 2,
+            "data.generator.min_terms": 2,
+            "data.generator.max_terms": 2,
+            "model.path": str(published.path(1)),
+            "group_size": 4,
+            "rollout.sampler": sampler,
+            "rollout.temperature": temperature,
+            "fleet.servers": tuple(servers.urls),
+            "fleet.answer_deadline": 60.0,
+        }
+        config.update_from_flattened_dict(settings)
+        with config.unlocked():
+            config.benchmarks.sums = dict(
+                kind="table",
+                path=str(tmp_path / "sums.jsonl"),
+                files=(),
+                rows=len(PROBLEMS),
+                part=(0, 100),
+                options=dict(
+                    task="chain_sum",
+                    columns=dict(problem="question", answer="target"),
+                    max_tests=0,
+                ),
+            )
+        job = open_job(config, epath.Path(tmp_path / "workdir"))
+        what = dict(step=None, version_dir=str(published.path(VERSION)), n=N)
+        to = epath.Path(tmp_path / f"{sampler}{temperature}")
+        try:
+            directory, results = run(job, ["sums"], to, **what, say=lambda text: None)
+            prompts = {p.id: p for p in benchmark_prompts(job, "sums")[0]}
+        finally:
+            job.close()
+        lines = (directory / "sums" / "responses.jsonl").read_text().splitlines()
+        return results["sums"], [json.loads(line) for line in lines[1:]], prompts
+
+    return evaluate
+
+
+def test_what_is_measured_is_what_the_version_says(evaluate, servers, published, monkeypatch):
+    result, lines, prompts = evaluate("fleet", 1.0)
+    assert {line["server"] for line in lines} <= set(servers.urls)  # or the first one that is ready
+    tokens, logp, correct = 0, 0.0, dict.fromkeys(prompts, 0)
+    seen = set()
+    for line in lines:
+        prompt = prompts[line["prompt"]]
+        for index, (response, total, finish) in enumerate(
+            zip(line["tokens"], line["logp"], line["finish"], strict=True), line["start"]
+        ):
+            seen.add((prompt.id, index))
+            expected = published.logp(VERSION, prompt.tokens, response)
+            assert total == pytest.approx(expected.sum(), abs=CLOSE)
+            assert abs(total - published.logp(1, prompt.tokens, response).sum()) > CLOSE
+            text = published.policy.tokenizer.decode(response, skip_special_tokens=True)
+            correct[prompt.id] += finish == "stop" and chain_sum(text, prompt.answer) == 1
+            tokens, logp = tokens + len(response), logp + expected.sum()
+    assert seen == {(p, i) for p in prompts for i in range(N)}
+    assert {p["id"]: p["correct"] for p in result["per_problem"]} == correct
+    assert result["entropy"]["value"] == pytest.approx(-logp / tokens, abs=1e-4)
+    assert result["pass@k"]["value"][3] == pytest.approx(
+        np.mean([pass_at_k(N, c, 4) for c in correct.values()])
+    )
+    assert result["about"]["sampler"] == "fleet"
+    assert result["about"]["version"] == VERSION
+
+    monkeypatch.setattr(Job, "new_sampler", None)
+    assert evaluate("fleet", 1.0)[0]["pass@k"] == result["pass@k"]  # nothing is sampled again
+
+
+def test_without_a_choice_servers_and_embedded_decoder_say_the_same(evaluate):
+    texts = {}
+    for sampler in ("fleet", "local"):
+        result, lines, _ = evaluate(sampler, GREEDY)
+        texts[sampler] = {
+            (line["prompt"], line["start"] + i): (tokens, finish)
+            for line in lines
+            for i, (tokens, finish) in enumerate(zip(line["tokens"], line["finish"], strict=True))
+        }
+        texts[sampler]["measured"] = (result["avg@n"], result["length"], result["truncated"])
+    assert texts["fleet"] == texts["local"]
+    assert len(texts["local"]) == len(PROBLEMS) * N + 1

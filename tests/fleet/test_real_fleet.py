@@ -1,0 +1,224 @@
+"""The fleet over real SGLang servers, against the learner's own model."""
+
+import time
+
+import fleets
+import numpy as np
+import pytest
+from etils import epath
+from fleets import (
+    CLOSE,
+    REAL_SAMPLING,
+    Run,
+    Taker,
+    assert_each_once,
+    assert_published,
+    gap,
+    open_real_fleet,
+)
+
+from oapl_jax.errors import UserError
+from oapl_jax.rollout import ledger_report as account
+from oapl_jax.rollout.sampler import Sampling
+from oapl_jax.structs import Prompt
+from oapl_jax.weights.publisher import version_path
+
+PATIENCE = 180.0  # seconds until a test gives up
+
+
+@pytest.fixture
+def make_fleet(published):
+    """`fleets.open_real_fleet`; what it opens is closed at the end."""
+    opened = []
+
+    def make(*args, **kwargs):
+        opened.append(open_real_fleet(published, *args, **kwargs))
+        return opened[-1]
+
+    yield make
+    for fleet in opened:
+        fleet.close()
+
+
+def prompt(draw):
+    tokens = np.random.default_rng(draw).integers(2, 16, 3 + draw % 9).astype(np.int32)
+    return Prompt(f"p{draw}", draw, tokens, "", "", "")
+
+
+def take(fleet, prompts, sampling=REAL_SAMPLING):
+    return Taker(fleet, prompts, sampling, PATIENCE)
+
+
+def wait_until(condition, what="it"):
+    fleets.wait_until(condition, what, PATIENCE)
+
+
+def wait_ready(fleet):
+    give_up = time.monotonic() + PATIENCE
+    while {server["state"] for server in fleet.servers().values()} != {"ready"}:
+        assert time.monotonic() < give_up, fleet.servers()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_log_probs_are_those_of_the_learner(make_fleet, servers, published, temperature):
+    fleet = make_fleet(servers.urls)
+    fleet.refresh(2, published.path(2))
+    wait_ready(fleet)
+    sampling = Sampling(temperature, 1.0, 0, 20)
+    taken = take(fleet, map(prompt, range(16)), sampling).result()
+    assert_each_once(taken, 16)
+    assert {s.server for s in taken} == set(servers.urls)
+    at = temperature or 1.0  # greedy tokens have the log-probs of temperature 1
+    assert max(gap(published, s, 2, at) for s in taken) < CLOSE
+    assert min(gap(published, s, 1, at) for s in taken) > 0.1
+    rollouts = [r for s in taken for r in s.rollouts]
+    stops = set(published.policy.stop_ids)
+    for rollout in rollouts:
+        ended = int(rollout.tokens[-1]) in stops
+        assert rollout.finish_reason == ("stop" if ended else "length")
+        assert ended or len(rollout.tokens) == 20
+    if temperature:
+        assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+    assert fleet.metrics()["fleet/probe_gap"] < CLOSE
+
+
+@pytest.mark.parametrize(("older_versions", "drain_deadline"), [(False, 0.0), (True, 60.0)])
+def test_a_refresh_under_load_mixes_no_group(
+    make_fleet, servers, published, older_versions, drain_deadline
+):
+    fleet = make_fleet(servers.urls, older_versions=older_versions, drain_deadline=drain_deadline)
+    taken_at = {}
+
+    def refreshing():
+        """As a worker does it: from inside the pull."""
+        for draw in range(90):
+            if draw % 15 == 0:
+                version = 1 + draw // 15 % 3
+                fleet.refresh(version, published.path(version))
+            taken_at[draw] = version
+            yield prompt(draw)
+
+    taken = take(fleet, refreshing()).result()
+    assert_each_once(taken, 90)
+    assert_published(published, taken)
+    sampled_from = {s.rollouts[0].policy_version for s in taken}
+    assert len(sampled_from) > 1 if older_versions else sampled_from == {1, 2, 3}
+    assert {a.reason for s in taken for a in s.attempts} <= {"aborted"}
+    found = fleet.metrics()
+    assert found["fleet/aborted"] == sum(len(s.attempts) for s in taken)
+    assert found["fleet/aborted"] == 0 if older_versions else found["fleet/aborted"] > 0
+
+
+def test_a_killed_server_comes_back(
+    make_fleet, servers, published, start_server, free_port, tmp_path
+):
+    """By the ledger no group is lost or duplicated, and what the victim had is sampled again."""
+    port, steady = free_port(), servers.servers[0]
+    victim = start_server(published.path(1), port)
+    fleet = make_fleet([steady.url, victim.url])
+    fleet.refresh(3, published.path(3))
+    wait_ready(fleet)
+    run = Run(
+        fleet,
+        epath.Path(tmp_path),
+        published.policy.tokenizer,
+        sampling=REAL_SAMPLING,
+        capacity=16,
+        patience=PATIENCE,
+    )
+    run.worker.start()
+    of = lambda server, name: fleet.servers()[server.url][name]
+    run.train_until(lambda: of(victim, "sampled") > 3 and of(victim, "in_flight") > 1, "work")
+    victim.kill()
+    run.train_until(lambda: of(victim, "state") == "lost", "the loss")
+    before = [of(server, "sampled") for server in (victim, steady)]
+    run.train_until(lambda: of(steady, "sampled") > before[1] + 3, "work for the other one")
+    # Nobody trains, so soon nobody samples: on two cores a server starts slowly beside one at work.
+    back = start_server(published.path(1), port, wait=False)
+    wait_until(lambda: of(victim, "state") == "ready", "the return")
+    assert back.ask("/model_info")["weight_version"] == "3"
+    run.train_until(lambda: of(victim, "sampled") > before[0] + 3, "work for who is back")
+    found = run.finish()
+
+    assert_published(published, run.groups)
+    assert {group.policy_version for group in run.groups} == {3}
+    assert account.summary(found)["balance"]["failed"] == 0
+    rows = {row.id: row for row in account.rows(found.entries)}
+    again = [row for row in rows.values() if row.state == "reissued"]
+    assert again
+    for row in again:
+        assert (row.server, row.reason) == (victim.url, "failed")
+        after = rows[row.reissued_as]
+        assert after.state in ("trained", "held", "reissued")
+    assert any("is ready again, with version 3" in said for said in fleet.said)
+
+
+def test_a_damaged_version_is_refused_before_a_server_loads_it(
+    make_fleet, servers, published, tmp_path
+):
+    fleet = make_fleet(servers.urls)
+    fleet.refresh(1, published.path(1))
+    wait_ready(fleet)
+    whole, damaged = published.path(2), version_path(epath.Path(tmp_path), 2)
+    damaged.mkdir()
+    for file in whole.iterdir():
+        file.copy(damaged / file.name)
+    weights = bytearray((damaged / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (damaged / "model.safetensors").write_bytes(bytes(weights))
+    with pytest.raises(UserError, match=r"model\.safetensors in version directory .* damaged"):
+        fleet.refresh(2, damaged)
+    taken = take(fleet, map(prompt, range(8))).result()
+    assert {s.rollouts[0].policy_version for s in taken} == {1}
+    for server in servers.servers:
+        assert server.ask("/model_info")["weight_version"] == "1"
+        assert server.ask("/model_info")["model_path"] == str(published.path(1))
+
+
+def test_a_response_of_two_versions_is_requested_again(make_fleet, servers, published):
+    """Somebody else changes the weights under a request."""
+    server = servers.servers[0]
+    fleet = make_fleet([server.url])
+    fleet.refresh(1, published.path(1))
+    wait_ready(fleet)
+    greedy = Sampling(0.0, 1.0, 0, 400)
+
+    def sample(draw):
+        return take(fleet, [prompt(draw)], greedy)
+
+    # Random weights often go round in a circle, and so to the limit; again, when all is warm.
+    long = next(d for d in range(50) if len(sample(d).result()[0].rollouts[0].tokens) == 400)
+    begun = time.monotonic()
+    sample(long).result()
+    seconds = time.monotonic() - begun
+
+    def change():
+        server.ask("/pause_generation", {"mode": "in_place"})
+        other = {"model_path": str(published.path(2)), "weight_version": "2"}
+        try:
+            server.ask("/update_weights_from_disk", {**other, "flush_cache": False})
+        finally:
+            server.ask("/continue_generation", {})
+
+    def change_at(part):
+        taker = sample(long)
+        wait_until(lambda: fleet.metrics()["fleet/in_flight"] == 1)
+        time.sleep(part * seconds)
+        change()
+        return taker.result()[0]
+
+    # A try whose response had not begun at the change, or was done, is another case.
+    tries = map(change_at, np.random.default_rng(0).uniform(0.1, 0.9, 50))
+    sampled = next(s for s in tries if [a.reason for a in s.attempts] == ["mixed"])
+    assert {r.policy_version for r in sampled.rollouts} == {1}
+    assert fleet.metrics()["fleet/mixed"] >= 1
+    assert server.ask("/model_info")["weight_version"] == "1"  # brought back before
+
+
+def test_the_router_knows_the_servers(make_fleet, servers, published):
+    fleet = make_fleet(router=servers.router.url)
+    fleet.refresh(3, published.path(3))
+    taken = take(fleet, map(prompt, range(12))).result()
+    assert set(fleet.servers()) == set(servers.urls)
+    assert_published(published, taken)

@@ -1,0 +1,858 @@
+"""The learner's step against a plain one: whole log_softmax, one sequence a row, AdamW in numpy."""
+
+import functools
+import os
+import subprocess
+import sys
+import types
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from oapl_jax.learner import train_step as learner
+from oapl_jax.learner.optimizer import make_optimizer
+from oapl_jax.learner.packing import make_batch, to_mesh
+from oapl_jax.model import logprobs as vocabulary
+from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.logprobs import token_logp
+from oapl_jax.model.sharding import AXES, parameter_shardings
+from oapl_jax.model.transformer import Transformer, head, logits
+from oapl_jax.objectives import Objective, bind
+from oapl_jax.objectives.aggregation import sequence_weights
+from oapl_jax.structs import Group, Prompt, Rollout
+
+EOS = 2
+TEMPERATURE = 0.7
+BETA1, BETA2 = 0.5, 0.1
+ONE = (1, 1, 1, 1)
+# eps is large, or the first step of AdamW would be the sign of gradients that are all rounding.
+OPTIM: dict[str, Any] = dict(
+    learning_rate=1e-3,
+    warmup_steps=0,
+    final_fraction=0.1,
+    num_steps=10,
+    b1=0.9,
+    b2=0.95,
+    eps=1e-3,
+    weight_decay=0.1,
+    max_grad_norm=0.5,
+    mu_dtype="float32",
+)
+CONFIG = ModelConfig.from_hf(
+    {
+        "model_type": "qwen3",
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 100.0,
+    },
+    source="a test",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Optimising machine code takes most of the time of compiling programs that run for 10 ms."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+# ---------------------------------------------------------------- what is learned from
+
+
+@functools.cache
+def parameters(seed=0):
+    """Numpy parameters with every leaf at work: norms off 1 and biases off 0."""
+    model = Transformer(CONFIG, jnp.float32, "none")
+    shapes = jax.eval_shape(functools.partial(learner.init_params, model), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return (centre + rng.normal(0, 0.2, leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+# Prompts of 9 or more tokens and responses of 1 to 8: two sequences never fit a row of 19, and
+# three or four fit one of 64.
+LENGTHS = np.array([[8, 3, 5, 1], [2, 7, 4, 6], [8, 1, 2, 8], [3, 5, 1, 4]])
+REWARD = np.array([[1, 0, 0, 1], [0, 0, 1, 0], [0.5, -1, 1, 0], [1, 1, 1, 1]], np.float32)
+LONGEST = 8
+
+
+@functools.cache
+def groups():
+    """Four groups of four ragged responses that end in EOS, from a policy near the learner's."""
+    rng = np.random.default_rng(1)
+    out = []
+    for draw, lengths in enumerate(LENGTHS):
+        tokens = rng.integers(3, 64, 9 + draw % 3).astype(np.int32)
+        prompt = Prompt(id=str(draw), draw=draw, tokens=tokens, text="", answer="", task="")
+        rollouts = []
+        for n in lengths:
+            response = np.append(rng.integers(3, 64, n - 1), EOS).astype(np.int32)
+            logp = plain_logp(parameters(), prompt.tokens, response, TEMPERATURE)[0]
+            noise = rng.normal(0, 0.3, n)
+            rollouts.append(Rollout(response, (logp + noise).astype(np.float32), 5, "stop"))
+        out.append(Group(prompt, tuple(rollouts), REWARD[draw]))
+    return out
+
+
+def sequences():
+    return [(g.prompt.tokens, r) for g in groups() for r in g.rollouts]
+
+
+@functools.cache
+def _whole_vocabulary():
+    def run(params, tokens, length, temperature):
+        model = Transformer(CONFIG, jnp.float32, "none")
+        slots = jnp.arange(tokens.shape[1])[None]
+        hidden: Any = model.apply({"params": params}, tokens, slots, (slots < length).astype(int))
+        return jax.nn.log_softmax(logits(hidden, head(params, CONFIG)) / temperature)[0]
+
+    return jax.jit(run)
+
+
+def plain_logp(params, prompt, response, temperature):
+    """(log-probability, entropy) of each response token, for one sequence alone, in float64."""
+    length = len(prompt) + len(response)
+    tokens = np.zeros((1, 19), np.int32)
+    tokens[0, :length] = [*prompt, *response]
+    table = np.asarray(_whole_vocabulary()(params, tokens, length, temperature), np.float64)
+    table = table[len(prompt) - 1 : length - 1]  # the state before a token predicts it
+    return table[np.arange(len(response)), response], -np.sum(np.exp(table) * table, axis=-1)
+
+
+def oapl_advantages(reward, beta1):
+    return reward - beta1 * np.log(np.mean(np.exp(reward.astype(np.float64) / beta1)))
+
+
+def batch_of(*, micro_batches=2, row_length=24, rows_multiple=8, aggregation="sequence", step=9):
+    """Two micro-batches of eight rows, the second one not full: one shape for most tests, and work
+    for eight devices."""
+    return make_batch(
+        groups(),
+        [oapl_advantages(g.reward, BETA1) for g in groups()],
+        sequence_weights(LENGTHS.reshape(-1), aggregation, constant_length=10),
+        step=step,
+        micro_batches=micro_batches,
+        row_length=row_length,
+        rows_multiple=rows_multiple,
+        max_prompt_tokens=11,
+        max_response_tokens=LONGEST,
+        together=1,
+    )
+
+
+# ---------------------------------------------------------------- the learner, compiled
+
+
+def mesh_of(sizes):
+    count = int(np.prod(sizes))
+    return Mesh(np.array(jax.devices()[:count]).reshape(sizes), AXES)
+
+
+def compiled(sizes=ONE, remat="none", kl_weight=0.0, ess_power=0.0, to_reference=False):
+    """A learner on a mesh: `start()` gives its first state, `step` and `logp` are its programs."""
+    return _compiled(sizes, remat, kl_weight, ess_power, to_reference)
+
+
+@functools.cache
+def _compiled(sizes, remat, kl_weight, ess_power, to_reference):
+    mesh, optimizer = mesh_of(sizes), make_optimizer(**OPTIM)
+    model = Transformer(CONFIG, jnp.float32, remat)
+    objective = bind("oapl", beta1=BETA1, beta2=BETA2)
+    settings: dict[str, Any] = dict(
+        temperature=TEMPERATURE, logp_chunk=5
+    )  # 24 places in chunks of 5
+    shardings = learner.batch_shardings(mesh)
+    first = learner.init_state(model, optimizer, mesh, parameters())
+    return types.SimpleNamespace(
+        start=lambda: jax.tree.map(jnp.copy, first),
+        step=learner.make_train_step(
+            model,
+            objective,
+            optimizer,
+            mesh,
+            kl_weight=kl_weight,
+            ess_power=ess_power,
+            to_reference=to_reference,
+            **settings,
+        ),
+        logp=learner.make_logp_step(model, mesh, **settings),
+        put=lambda batch: to_mesh(batch, shardings),
+        mesh=mesh,
+    )
+
+
+def one_step(batch, **choices):
+    """(state, metrics) on the host after a step from the first state."""
+    run = compiled(**choices)
+    return jax.device_get(run.step(run.start(), run.put(batch)))
+
+
+@functools.cache
+def expected_step():
+    """After one step on one device: what other layouts of the same batch must equal."""
+    return one_step(batch_of())
+
+
+def assert_same_step(found, expected, atol=1e-6):
+    """Parameters, moments, loss and every metric agree."""
+    (state, metrics), (expected_state, expected_metrics) = found, expected
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=atol), state, expected_state)
+    assert metrics.keys() == expected_metrics.keys()
+    for key, value in expected_metrics.items():
+        if key == "padding":  # it is of the layout
+            continue
+        np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+# ---------------------------------------------------------------- log-probabilities by chunks
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(1, 8), (5, 8), (16, 8), (21, 8), (21, 1), (21, 64)])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 3.0])
+def test_chunked_log_probabilities_equal_log_softmax_with_their_gradients(
+    length, chunk, temperature
+):
+    rng = np.random.default_rng(length)
+    hidden = jnp.asarray(rng.normal(0, 1, (3, length, 16)), jnp.float32)
+    matrix = jnp.asarray(rng.normal(0, 1, (16, 50)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 50, (3, length)))
+    seed = jnp.asarray(rng.normal(0, 1, (3, length)), jnp.float32)
+    everywhere = jnp.ones((3, length), bool)
+
+    def chunked(hidden, matrix):
+        logp, entropy = token_logp(
+            hidden, matrix, targets, everywhere, temperature=temperature, chunk=chunk
+        )
+        return jnp.sum(seed * logp), (logp, entropy)
+
+    def plain(hidden, matrix):
+        table = jax.nn.log_softmax(hidden @ matrix / temperature)
+        logp = jnp.take_along_axis(table, targets[..., None], axis=-1)[..., 0]
+        return jnp.sum(seed * logp), (logp, -jnp.sum(jnp.exp(table) * table, axis=-1))
+
+    run = lambda f: jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(hidden, matrix)
+    (_, values), gradients = run(chunked)
+    (_, expected_values), expected_gradients = run(plain)
+    assert values[0].shape == values[1].shape == (3, length)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
+    jax.tree.map(close, values, expected_values)
+    jax.tree.map(close, gradients, expected_gradients)
+
+
+WITH_TENSOR = (1, 2, 2, 2)
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 2, 1, 1), (2, 1, 2, 1), WITH_TENSOR])
+def test_only_wanted_places_are_computed_wherever_they_are(sizes, monkeypatch):
+    """Rows with many, few and no wanted places, in ten places of which at most 6 are wanted."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(0, 1, (4, 20, 16)), jnp.float32)
+    matrix = jnp.asarray(rng.normal(0, 1, (16, 50)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 50, (4, 20)))
+    wanted = np.zeros((4, 20), bool)
+    wanted[0, [0, 3, 4, 5, 8, 9]] = wanted[1, 7] = wanted[2, 12:18] = True
+    seed = rng.normal(0, 1, (4, 20))
+    chunks = []
+
+    def counted(hidden, matrix):
+        if sizes != WITH_TENSOR:  # where the compiler can't have side effects
+            jax.debug.callback(lambda: chunks.append(1))
+        return logits(hidden, matrix)
+
+    monkeypatch.setattr(vocabulary, "logits", counted)
+
+    def chunked(hidden, matrix):
+        logp, entropy = token_logp(hidden, matrix, targets, wanted, temperature=0.7, chunk=2)
+        return jnp.sum(seed * logp), (logp, entropy)
+
+    def plain(hidden, matrix):
+        table = jax.nn.log_softmax(hidden @ matrix / 0.7)
+        logp = jnp.take_along_axis(table, targets[..., None], axis=-1)[..., 0] * wanted
+        entropy = -jnp.sum(jnp.exp(table) * table, axis=-1) * wanted
+        return jnp.sum(seed * logp), (logp, entropy)
+
+    run = lambda f, given: jax.value_and_grad(f, (0, 1), has_aux=True)(*given)
+    expected, given = run(plain, (hidden, matrix)), (hidden, matrix)
+    if sizes is None:
+        found = run(jax.jit(chunked), given)
+    else:
+        mesh = mesh_of(sizes)
+        given = jax.device_put(given, NamedSharding(mesh, P()))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            found = run(jax.jit(chunked), given)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
+    jax.tree.map(close, found, expected)
+    jax.effects_barrier()
+    if sizes != WITH_TENSOR:
+        # Three chunks on each device, once more for the backward pass.
+        assert len(chunks) == 2 * 3 * int(np.prod(sizes or 1))
+
+
+def test_the_entropy_carries_no_gradient():
+    hidden, matrix = jnp.ones((1, 4, 8)), jnp.arange(40.0).reshape(8, 5) / 40
+    targets, everywhere = jnp.zeros((1, 4), int), jnp.ones((1, 4), bool)
+    entropy = lambda h: token_logp(h, matrix, targets, everywhere, temperature=1.0, chunk=2)[
+        1
+    ].sum()
+    np.testing.assert_array_equal(jax.grad(entropy)(hidden), 0.0)
+
+
+def test_bfloat16_states_are_normalised_in_float32():
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(0, 1, (2, 12, 16)), jnp.bfloat16)
+    matrix = jnp.asarray(rng.normal(0, 1, (16, 50)), jnp.bfloat16)
+    targets, everywhere = rng.integers(0, 50, (2, 12)), jnp.ones((2, 12), bool)
+    wide = matrix.astype(jnp.float32)
+    logp, entropy = token_logp(
+        hidden, wide, jnp.asarray(targets), everywhere, temperature=0.7, chunk=5
+    )
+    assert logp.dtype == entropy.dtype == jnp.float32
+    table = np.asarray(hidden, np.float64) @ np.asarray(matrix, np.float64) / 0.7
+    table -= np.log(np.sum(np.exp(table), axis=-1, keepdims=True))
+    expected = np.take_along_axis(table, targets[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(logp, expected, atol=1e-5)
+
+
+def test_temporaries_are_a_tenth_of_those_of_the_whole_vocabulary():
+    """Of value and gradient, as compiled for batch 8, length 1024, vocabulary 32000."""
+    spec = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    hidden, matrix = spec(jnp.float32, 8, 1024, 64), spec(jnp.float32, 64, 32000)
+    targets = spec(jnp.int32, 8, 1024)
+
+    def chunked(hidden, matrix, targets):
+        everywhere = jnp.ones(targets.shape, bool)
+        logp, entropy = token_logp(hidden, matrix, targets, everywhere, temperature=0.7, chunk=64)
+        return logp.sum(), entropy
+
+    def naive(hidden, matrix, targets):
+        table = jax.nn.log_softmax(logits(hidden, matrix) / 0.7)
+        return jnp.take_along_axis(table, targets[..., None], axis=-1).sum(), None
+
+    def temporaries(f):
+        both = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))
+        analysis: Any = both.lower(hidden, matrix, targets).compile().memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    whole = temporaries(naive)
+    assert whole > 8 * 1024 * 32000 * 4  # the naive form does hold [B, T, V]
+    assert temporaries(chunked) <= whole / 10
+
+
+# ---------------------------------------------------------------- one step, by other means
+
+
+@functools.cache
+def _plain_gradient():
+    def loss(params, tokens, response, behavior_logp, advantages, weights):
+        """`response` is 1 where the token is part of a response; one sequence a row."""
+        model = Transformer(CONFIG, jnp.float32, "none")
+        slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        # Causal: what pads the end of a row is seen by no response token.
+        hidden: Any = model.apply({"params": params}, tokens, slots, jnp.ones_like(tokens))
+        table = jax.nn.log_softmax(logits(hidden, head(params, CONFIG)) / TEMPERATURE)
+        logp = jnp.take_along_axis(table[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+        log_ratio = jnp.sum((logp - behavior_logp[:, 1:]) * response[:, 1:], axis=-1)
+        return jnp.sum(weights * (BETA2 * log_ratio - advantages) ** 2)
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def plain_loss_and_gradient(params, weights):
+    tokens = np.zeros((16, 19), np.int32)
+    response, behavior = np.zeros((2, 16, 19), np.float32)
+    for i, (prompt, rollout) in enumerate(sequences()):
+        start, end = len(prompt), len(prompt) + len(rollout.tokens)
+        tokens[i, :start], tokens[i, start:end] = prompt, rollout.tokens
+        response[i, start:end], behavior[i, start:end] = 1, rollout.behavior_logp
+    advantages = np.concatenate([oapl_advantages(g.reward, BETA1) for g in groups()])
+    loss, gradient = _plain_gradient()(params, tokens, response, behavior, advantages, weights)
+    return float(loss), jax.tree.map(lambda x: np.asarray(x, np.float64), gradient)
+
+
+def adamw(params, gradients):
+    """Parameters after steps with these gradients, in float64, from the formulas."""
+    o = types.SimpleNamespace(**OPTIM)
+    mean = variance = jax.tree.map(lambda x: np.zeros(x.shape), params)
+    for t, gradient in enumerate(gradients, start=1):
+        norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(gradient)))
+        clipped = jax.tree.map(lambda g, n=norm: g * min(1, o.max_grad_norm / n), gradient)
+        mean = jax.tree.map(lambda m, g: o.b1 * m + (1 - o.b1) * g, mean, clipped)
+        variance = jax.tree.map(lambda v, g: o.b2 * v + (1 - o.b2) * g**2, variance, clipped)
+        cosine = (1 + np.cos(np.pi * (t - 1) / o.num_steps)) / 2
+        rate = o.learning_rate * (o.final_fraction + (1 - o.final_fraction) * cosine)
+
+        def update(p, m, v, t=t, rate=rate):
+            step = (m / (1 - o.b1**t)) / (np.sqrt(v / (1 - o.b2**t)) + o.eps)
+            return p - rate * (step + o.weight_decay * p)
+
+        params = jax.tree.map(update, params, mean, variance)
+    return params
+
+
+def test_golden_steps():
+    """Loss, gradient norm and parameters of two steps equal those of the plain computation."""
+    weights = np.full(16, 1 / 16)
+    run, params = compiled(), parameters()
+    state, gradients = run.start(), []
+    for step in range(2):
+        loss, gradient = plain_loss_and_gradient(params, weights)
+        gradients.append(gradient)
+        params = adamw(parameters(), gradients)
+        state, metrics = run.step(state, run.put(batch_of(step=step)))
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+        np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-5)
+        assert metrics["grad_norm"] > OPTIM["max_grad_norm"]  # the clip is at work
+        assert state.step == step + 1
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, atol=1e-6, rtol=0), state.params, params
+        )
+        params = jax.tree.map(np.float32, params)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, parameters())
+    assert min(jax.tree.leaves(moved)) > 1e-5
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence_token", "constant"])
+def test_the_gradient_is_that_of_the_aggregated_loss(aggregation):
+    lengths = LENGTHS.reshape(-1)
+    weights = {
+        "token": np.full(16, 1 / lengths.sum()),
+        "sequence_token": 1 / (16 * lengths),
+        "constant": np.full(16, 1 / (16 * 10)),
+    }[aggregation]
+    loss, gradient = plain_loss_and_gradient(parameters(), weights)
+    _, metrics = one_step(batch_of(aggregation=aggregation))
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-5)
+
+
+def test_metrics_equal_those_computed_sequence_by_sequence():
+    reward = REWARD.reshape(-1)
+    advantages = np.concatenate([oapl_advantages(g.reward, BETA1) for g in groups()])
+    kl, entropy, log_ratio = [], [], []
+    for prompt, rollout in sequences():
+        logp, spread = plain_logp(parameters(), prompt, rollout.tokens, TEMPERATURE)
+        gap = logp - rollout.behavior_logp
+        kl.append(np.mean(np.exp(gap) - 1 - gap))
+        entropy.append(np.mean(spread))
+        log_ratio.append(np.sum(gap))
+    log_ratio, target = np.array(log_ratio), advantages / BETA2
+    residual = BETA2 * log_ratio - advantages
+    right, wrong = reward > 0, reward <= 0
+    expected = {
+        "loss": np.mean(residual**2),
+        "kl": np.mean(kl),
+        "entropy": np.mean(entropy),
+        "log_ratio": np.mean(log_ratio),
+        "log_ratio/right": np.mean(log_ratio[right]),
+        "log_ratio/right_std": np.std(log_ratio[right]),
+        "log_ratio/wrong": np.mean(log_ratio[wrong]),
+        "log_ratio/wrong_std": np.std(log_ratio[wrong]),
+        "log_ratio/slope": np.linalg.lstsq(target[:, None], log_ratio, rcond=None)[0][0],
+        "residual": np.mean(residual),
+        "residual/right": np.mean(residual[right]),
+        "residual/right_std": np.std(residual[right]),
+        "residual/wrong": np.mean(residual[wrong]),
+        "residual/wrong_std": np.std(residual[wrong]),
+        "target_log_ratio": np.mean(target),
+        "ess": np.sum(np.exp(log_ratio)) ** 2 / np.sum(np.exp(2 * log_ratio)) / 16,
+        "padding": np.mean(batch_of().segments == 0),
+        "skipped": 0,
+        "skipped_in_a_row": 0,
+    }
+    _, metrics = expected_step()
+    assert metrics.keys() == {*expected, "grad_norm"}
+    for key, value in expected.items():
+        np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+def test_metrics_of_an_empty_set_are_not_a_number_rather_than_zero():
+    """All rewards above 0, all advantages 0: nothing is wrong, and there is no slope."""
+    batch = batch_of()
+    batch = replace(batch, reward=np.ones_like(batch.reward), advantage=0 * batch.advantage)
+    _, metrics = one_step(batch)
+    empty = {key for key, value in metrics.items() if np.isnan(value)}
+    sides = {f"{name}/wrong{end}" for name in ("residual", "log_ratio") for end in ("", "_std")}
+    assert empty == {*sides, "log_ratio/slope"}
+
+
+def test_a_stale_batch_shortens_the_step_and_nothing_else():
+    (state, metrics), (plain, expected) = one_step(batch_of(), ess_power=0.5), expected_step()
+    assert 0.1 < expected["ess"] < 0.9
+    assert metrics == expected
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, plain.opt_state)
+    move = lambda new: jax.tree.map(np.subtract, new.params, parameters())
+    shorter = jax.tree.map(lambda x: x * np.sqrt(expected["ess"]), move(plain))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=2e-7, rtol=1e-3), move(state), shorter
+    )
+
+
+def test_a_reference_adds_its_kl_to_the_loss_and_to_the_gradient():
+    batch = batch_of()
+    reference = (batch.behavior_logp - 0.1) * batch.mask
+    _, metrics = one_step(replace(batch, reference_logp=reference), kl_weight=0.3)
+    kl = []
+    for prompt, rollout in sequences():
+        logp, _ = plain_logp(parameters(), prompt, rollout.tokens, TEMPERATURE)
+        ratio, gap = np.exp(logp - rollout.behavior_logp), logp - rollout.behavior_logp + 0.1
+        kl.append(np.sum(ratio * (np.exp(-gap) + gap - 1)))
+    _, expected = expected_step()
+    np.testing.assert_allclose(metrics["reference_kl"], np.mean(kl), rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"] + 0.3 * np.mean(kl), rtol=1e-4)
+    assert abs(metrics["grad_norm"] / expected["grad_norm"] - 1) > 0.01
+
+
+def test_drift_is_from_the_behavior_policy_when_the_objective_compares_with_a_reference():
+    """The objective's loss, gradient and metrics are the reference's; `kl` and `ess` are not."""
+    batch = batch_of()
+    reference = (batch.behavior_logp - 0.1) * batch.mask
+    state, found = one_step(replace(batch, reference_logp=reference), to_reference=True)
+    compared, of_reference = one_step(replace(batch, behavior_logp=reference))
+    drift, of_behavior = {"kl", "ess"}, expected_step()[1]
+    for key in found.keys() - drift:
+        np.testing.assert_array_equal(found[key], of_reference[key], err_msg=key)
+    jax.tree.map(np.testing.assert_array_equal, state, compared)
+    for key in drift:
+        np.testing.assert_allclose(found[key], of_behavior[key], rtol=1e-6, err_msg=key)
+        assert abs(of_reference[key] / of_behavior[key] - 1) > 0.01, key
+
+
+# ---------------------------------------------------------------- which log-probabilities
+
+
+def test_the_stop_token_is_part_of_the_sum():
+    """A behavior policy that is a nat less sure of each EOS moves each log-ratio by a nat."""
+    batch = batch_of()
+    tokens = batch.tokens.reshape(-1)[batch.where]
+    stops = (tokens == EOS) * batch.mask
+    np.testing.assert_array_equal(stops.sum(-1), 1)
+    _, found = one_step(replace(batch, behavior_logp=batch.behavior_logp - stops))
+    np.testing.assert_allclose(found["log_ratio"], expected_step()[1]["log_ratio"] + 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [TEMPERATURE, 1.0])
+def test_the_temperature_is_on_both_sides(temperature):
+    """Behavior log-probs of the learner's weights leave no log-ratio, at its temperature only."""
+    batch = batch_of()
+    behavior = np.zeros((16, LONGEST), np.float32)
+    for i, (prompt, rollout) in enumerate(sequences()):
+        logp, _ = plain_logp(parameters(), prompt, rollout.tokens, temperature)
+        behavior[i, : len(logp)] = logp
+    _, metrics = one_step(replace(batch, behavior_logp=behavior))
+    gap = max(abs(metrics["log_ratio/right"]), abs(metrics["log_ratio/wrong"]))
+    if temperature == TEMPERATURE:
+        assert gap < 1e-5
+        assert metrics["kl"] < 1e-8
+        # At the anchor the loss is the square of the advantages.
+        np.testing.assert_allclose(metrics["loss"], np.mean(batch.advantage**2), rtol=1e-5)
+    else:
+        assert gap > 0.5
+        assert metrics["kl"] > 1e-2
+
+
+def test_the_recomputed_denominator_is_the_steps_own():
+    run, batch = compiled(), batch_of()
+    found = np.asarray(run.logp(run.start().params, run.put(batch)))
+    assert found.shape == batch.mask.shape
+    np.testing.assert_array_equal(found[batch.mask == 0], 0.0)
+    for logp, (prompt, rollout) in zip(found, sequences(), strict=True):
+        expected, _ = plain_logp(parameters(), prompt, rollout.tokens, TEMPERATURE)
+        np.testing.assert_allclose(logp[: len(expected)], expected, atol=1e-5)
+    _, metrics = one_step(replace(batch, behavior_logp=found))
+    for key in ("log_ratio/right", "log_ratio/wrong", "log_ratio/right_std", "kl"):
+        assert abs(metrics[key]) < 1e-6, key
+
+
+# ---------------------------------------------------------------- the same step, laid out otherwise
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+@pytest.mark.parametrize(("micro_batches", "used"), [(2, 2), (4, 3)])
+def test_accumulation_equals_the_whole_batch(micro_batches, used, aggregation):
+    """In parts of different size, since with equal ones a local normaliser would do; and some of
+    the micro-batches that there is room for are empty."""
+    split = batch_of(micro_batches=micro_batches, rows_multiple=1, aggregation=aggregation)
+    parts = np.sum(split.segments > 0, axis=(1, 2))
+    assert np.count_nonzero(parts) == used
+    assert len(set(parts[:used])) > 1
+    whole = batch_of(micro_batches=1, aggregation=aggregation)
+    assert_same_step(one_step(split), one_step(whole))
+
+
+def test_micro_batches_that_hold_nothing_are_not_computed():
+    run, batch = compiled(), batch_of(micro_batches=4, rows_multiple=1)
+    empty = ~batch.segments.any((1, 2))
+    assert list(empty) == [False, False, False, True]
+    calls = []
+
+    def count(m):
+        jax.debug.callback(lambda m: calls.append(int(m)), m)
+        return jnp.zeros(())
+
+    jax.jit(functools.partial(learner.over_micro_batches, count))(run.put(batch))
+    jax.effects_barrier()
+    assert sorted(calls) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("layout", [dict(), dict(row_length=64), dict(micro_batches=4)])
+def test_padding_is_the_share_of_computed_places_without_a_token(layout):
+    batch = batch_of(**layout)
+    used = [part for part in batch.segments if part.any()]
+    np.testing.assert_allclose(learner.padding(batch), np.mean(np.array(used) == 0), rtol=1e-6)
+
+
+def test_packed_equals_one_sequence_a_row():
+    packed, unpacked = batch_of(row_length=64), batch_of(row_length=19)
+    assert np.count_nonzero(packed.segments.any(-1)) <= 6
+    assert packed.segments.max() >= 3
+    assert np.count_nonzero(unpacked.segments.any(-1)) == 16
+    assert unpacked.segments.max() == 1
+    for batch in (packed, unpacked):
+        assert_same_step(one_step(batch), expected_step())
+
+
+def test_the_order_of_sequences_does_not_matter():
+    batch, order = batch_of(), np.random.default_rng(2).permutation(16)
+    per_sequence = ("where", "mask", "behavior_logp", "advantage", "reward", "weight", "lag")
+    moved = replace(batch, **{name: getattr(batch, name)[order] for name in per_sequence})
+    assert_same_step(one_step(moved), expected_step())
+
+
+def test_remat_is_another_program_with_the_same_step():
+    run, other, batch = compiled(), compiled(remat="full"), batch_of()
+    products = [
+        r.step.lower(r.start(), r.put(batch)).as_text().count("dot_general") for r in (run, other)
+    ]
+    assert products[1] > products[0]
+    assert_same_step(one_step(batch, remat="full"), expected_step())
+
+
+MESHES = [(8, 1, 1, 1), (2, 2, 1, 2), (1, 4, 1, 2), (1, 2, 4, 1), (2, 1, 2, 2)]
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_eight_devices_equal_one(sizes):
+    """Two steps, in which parameters and moments stay where the table puts them."""
+    run, one, batch = compiled(sizes), compiled(), batch_of()
+    state, expected = run.start(), one.start()
+    data, fsdp, context, tensor = sizes
+    # Devices hold parts, or this would compare one device with itself.
+    placed = run.put(batch)
+    shard = placed.tokens.sharding.shard_shape(placed.tokens.shape)
+    assert shard == (2, 8 // (data * fsdp), 24 // context)
+    kernel = state.params["layers"]["q"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 32 // fsdp, 32 // tensor)
+
+    for _ in range(2):
+        state, metrics = run.step(state, placed)
+        expected, expected_metrics = one.step(expected, one.put(batch))
+        assert_same_step(
+            jax.device_get((state, metrics)), jax.device_get((expected, expected_metrics))
+        )
+        table = parameter_shardings(state.params, run.mesh)
+        is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)
+        (adam,) = filter(is_adam, jax.tree.leaves(state.opt_state, is_leaf=is_adam))
+        for tree in (state.params, adam.mu, adam.nu):
+            kept = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), tree, table)
+            assert all(jax.tree.leaves(kept))
+
+
+LOGGED = """
+import sys
+import test_train_step
+from oapl_jax.model import transformer
+
+def compile_step():
+    run = test_train_step.compiled((2, 2, 1, 2))
+    run.step.lower(run.start(), run.put(test_train_step.batch_of())).compile()
+
+compile_step()
+print("now in one stride", file=sys.stderr, flush=True)
+transformer.constrain_embedded = lambda x: x
+test_train_step._compiled.cache_clear()
+compile_step()
+"""
+
+
+def test_the_compiler_never_replicates_what_it_can_not_reshard():
+    """It says so in a warning, and does where embeddings are to be split by row in one stride.
+
+    In a process of its own, since the compiler reads what it may say once, when it is loaded.
+    """
+    log = {"TF_CPP_MIN_LOG_LEVEL": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | log | {"PYTHONPATH": str(Path(__file__).parent)}
+    child = subprocess.run(
+        [sys.executable, "-c", LOGGED], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert child.returncode == 0, child.stderr
+    ours, _, in_one_stride = child.stderr.partition("now in one stride")
+    assert "Involuntary full rematerialization" not in ours
+    assert "Involuntary full rematerialization" in in_one_stride
+
+
+def test_fresh_parameters_do_not_depend_on_the_mesh():
+    model, optimizer = Transformer(CONFIG, jnp.float32, "none"), make_optimizer(**OPTIM)
+    states = [
+        jax.device_get(learner.init_state(model, optimizer, mesh_of(sizes), 3))
+        for sizes in (ONE, (2, 2, 1, 2))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    kernels = states[0].params["layers"]["q"]["kernel"]
+    assert not np.array_equal(kernels[0], kernels[1])
+
+
+# ---------------------------------------------------------------- steps that must not count
+
+
+def assert_untouched(new, old):
+    """To the bit."""
+    same = lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert jax.tree.all(jax.tree.map(same, new.params, old.params))
+    assert jax.tree.all(jax.tree.map(same, new.opt_state, old.opt_state))
+
+
+def test_steps_that_are_not_finite_change_nothing_and_are_counted():
+    run, good = compiled(), batch_of()
+    poison = lambda name, value: replace(good, **{name: _with_one(getattr(good, name), value)})
+    bad = [
+        poison("behavior_logp", np.nan),
+        poison("advantage", np.inf),
+        poison("weight", np.nan),
+        poison("advantage", 1e30),  # whose square overflows
+    ]
+    state, _ = run.step(run.start(), run.put(good))  # so that the moments are not all zero
+    counts = []
+    for batch in [bad[0], bad[1], good, bad[2], bad[3], bad[0], good]:
+        old = jax.device_get(state)
+        state, metrics = run.step(state, run.put(batch))
+        counts.append((int(state.skipped), int(state.skipped_in_a_row)))
+        assert counts[-1] == (int(metrics["skipped"]), int(metrics["skipped_in_a_row"]))
+        new = jax.device_get(state)
+        if batch is good:
+            assert np.abs(new.params["head"] - old.params["head"]).max() > 1e-5
+        else:
+            assert_untouched(new, old)
+    assert counts == [(1, 1), (2, 2), (2, 0), (3, 1), (4, 2), (5, 3), (5, 0)]
+    assert int(state.step) == 8
+
+    # Bad steps leave no trace: three good ones alone end in the same state.
+    alone = run.start()
+    for _ in range(3):
+        alone, _ = run.step(alone, run.put(good))
+    assert_untouched(state, jax.device_get(alone))
+
+
+@pytest.mark.parametrize("ess_power", [0.0, 0.5])
+def test_a_scale_that_is_no_number_is_a_step_that_is_not_finite(ess_power):
+    """The objective looks at the reference alone, so loss and gradient are finite without it."""
+    batch = batch_of()
+    batch = replace(
+        batch,
+        behavior_logp=_with_one(batch.behavior_logp, np.nan),
+        reference_logp=(batch.behavior_logp - 0.1) * batch.mask,
+    )
+    run = compiled(ess_power=ess_power, to_reference=True)
+    old = jax.device_get(run.start())
+    state, metrics = jax.device_get(run.step(run.start(), run.put(batch)))
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["grad_norm"])
+    assert metrics["skipped"] == (ess_power > 0)
+    if ess_power:
+        assert_untouched(state, old)
+    else:
+        assert np.abs(state.params["head"] - old.params["head"]).max() > 1e-5
+
+
+def _with_one(array, value):
+    array = np.array(array)
+    array[(-1,) + (0,) * (array.ndim - 1)] = value
+    return array
+
+
+@pytest.mark.parametrize("case", ["fine", "only the gradient", "only the loss"])
+def test_loss_and_gradient_must_both_be_finite(case):
+    run, batch = compiled(), batch_of()
+    behavior, advantage = np.ones_like(batch.behavior_logp), np.zeros_like(batch.advantage)
+    if case == "only the gradient":
+        behavior[12, 0] = 0.0
+    if case == "only the loss":
+        advantage[12] = np.inf
+    batch = replace(batch, behavior_logp=behavior, advantage=advantage)
+    state, metrics = _fragile()(run.start(), run.put(batch))
+    assert np.isfinite(metrics["loss"]) == (case != "only the loss")
+    assert np.isfinite(metrics["grad_norm"]) == (case != "only the gradient")
+    assert metrics["skipped"] == (case != "fine")
+    if case != "fine":
+        assert_untouched(jax.device_get(state), jax.device_get(run.start()))
+
+
+@functools.cache
+def _fragile():
+    """A learner whose loss is finite with a gradient that is not (0 * inf), or the reverse."""
+
+    def loss(logp, behavior_logp, advantage, mask):
+        root = jnp.sqrt(0 * logp + jnp.where(mask > 0, behavior_logp, 1.0))
+        return jnp.sum((root + 0.1 * logp) * mask, axis=-1) + advantage, {}
+
+    mesh, optimizer = mesh_of(ONE), make_optimizer(**OPTIM)
+    model = Transformer(CONFIG, jnp.float32, "none")
+    return learner.make_train_step(
+        model,
+        Objective(lambda r: r, loss),
+        optimizer,
+        mesh,
+        temperature=1.0,
+        logp_chunk=32,
+        kl_weight=0.0,
+        ess_power=0.0,
+        to_reference=False,
+    )
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("sizes", [ONE, (2, 2, 1, 2)])
+def test_the_old_state_is_given_to_the_new_one(sizes):
+    run = compiled(sizes)
+    batch = run.put(batch_of())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # jax warns of donated buffers that it could not use
+        old = run.start()
+        new, _ = run.step(old, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, batch)))
+
+
+def test_the_parameters_that_a_state_starts_from_are_not_given_away():
+    """They belong to whoever holds them: the sampler, or a published version."""
+    run = compiled()
+    model, optimizer = Transformer(CONFIG, jnp.float32, "none"), make_optimizer(**OPTIM)
+    params = jax.device_put(parameters(), parameter_shardings(parameters(), run.mesh))
+    state = learner.init_state(model, optimizer, run.mesh, params)
+    run.step(state, run.put(batch_of()))
+    jax.tree.map(np.testing.assert_array_equal, params, parameters(0))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))

@@ -1,0 +1,284 @@
+"""Every kernel against the plain reference, with its gradient: blocked, splash, fused.
+
+The splash kernel is interpreted, operation by operation, as there is no TPU; cuDNN's is lowered for
+CUDA and can't be run.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from oapl_jax.errors import UserError
+from oapl_jax.model import attention
+from oapl_jax.model import blockwise_attention as blocked
+from oapl_jax.model.sharding import AXES
+from oapl_jax.model.splash import LANES, splash_kernel
+
+HEADS, KV_HEADS, DIM = 4, 2, 16
+
+
+def mesh_of(data=1, fsdp=1, context=1, tensor=1):
+    sizes = data, fsdp, context, tensor
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 4, devices=devices)
+
+
+def packed(rows, length, seed=0):
+    """int32[rows, length] segments: sequences of several lengths in order, then padding, 0."""
+    rng = np.random.default_rng(seed)
+    segments = np.zeros((rows, length), np.int32)
+    for row in segments:
+        ends = np.sort(rng.choice(np.arange(1, length), 4, replace=False))
+        for i, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True), start=1):
+            row[start:end] = i
+    return segments
+
+
+def arrays(rows, length, seed=0, dtype=np.float32):
+    """Query, key, value and the cotangent of the output."""
+    rng = np.random.default_rng(seed)
+    draw = lambda heads: jnp.asarray(rng.normal(0, 1, (rows, length, heads, DIM)), dtype)
+    return draw(HEADS), draw(KV_HEADS), draw(KV_HEADS), draw(HEADS)
+
+
+def reference(query, key, value, segments):
+    slots = jnp.arange(segments.shape[1])
+    mask = blocked.visible(segments, segments, slots, slots)
+    return attention.masked_attention(query, key, value, mask)
+
+
+def on_one_device(kernel):
+    def run(query, key, value, segments):
+        slots = jnp.arange(segments.shape[1])
+        return kernel(query, key, value, segments, segments, slots)
+
+    return run
+
+
+def over(kernel, mesh):
+    multiple, make_kernel = kernel
+
+    def run(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return attention.over_mesh(make_kernel, *arguments, multiple=multiple)
+
+    return jax.jit(run, in_shardings=NamedSharding(mesh, P()))
+
+
+def value_and_gradients(run, query, key, value, cotangent, segments):
+    def total(query, key, value):
+        out = run(query, key, value, segments)
+        assert out.dtype == value.dtype
+        return jnp.sum((out * cotangent).astype(jnp.float32)), out
+
+    gradients, out = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(query, key, value)
+    return out, *gradients
+
+
+def assert_equal_the_reference(run, rows, length, segments=None, atol=1e-5):
+    segments = packed(rows, length) if segments is None else segments
+    given = *arrays(rows, length), segments
+    found, expected = (value_and_gradients(f, *given) for f in (run, reference))
+    assert np.abs(expected[0]).max() > 0.5
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 64, 128, 129, 300, 512])
+def test_blocked_equals_the_reference(length):
+    segments = packed(3, length) if length > 4 else np.ones((3, length), np.int32)
+    assert_equal_the_reference(on_one_device(blocked.blocked_attention), 3, length, segments)
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        np.ones((1, 300)),
+        np.zeros((1, 300)),
+        np.arange(300)[None],
+        # Any order of any numbers: 7, 3, 7, 3, ... and one that comes again far behind.
+        np.where(np.arange(300) % 2, 3, 7)[None],
+        np.repeat([5, 1, 9, 5], 75)[None],
+        np.stack([np.repeat([1, 2, 3], 100), np.repeat([1, 0], 150)]),
+    ],
+)
+def test_blocked_finds_every_block_that_anyone_sees(segments):
+    run = on_one_device(blocked.blocked_attention)
+    assert_equal_the_reference(run, len(segments), 300, segments.astype(np.int32))
+
+
+def test_blocked_visits_only_what_is_seen():
+    """Four sequences of one block each: 4 products of a pass; one sequence of 4 blocks: 10."""
+    length = 4 * blocked.BLOCK
+    keys, counts = jnp.zeros((1, 1, length, DIM)), {}
+    for name, lengths in (("packed", [blocked.BLOCK] * 4), ("one", [length])):
+        segments = jnp.asarray(np.repeat(np.arange(len(lengths)), lengths), jnp.int32)[None]
+        look = blocked._Look(DIM, keys, segments, blocked.BLOCK)
+        ranges = [
+            look.range(segments[:, i : i + blocked.BLOCK], jnp.arange(i, i + blocked.BLOCK))
+            for i in range(0, length, blocked.BLOCK)
+        ]
+        counts[name] = int(sum(end - start for start, end in ranges))
+    assert counts == {"packed": 4, "one": 10}
+
+
+def test_no_quadratic_array_is_kept_or_made():
+    """At 2,048 places temporaries are a tenth of the reference's, and linear in the length."""
+
+    def temporaries(run, length):
+        given = *arrays(1, length), np.ones((1, length), np.int32)
+        compiled = jax.jit(functools.partial(value_and_gradients, run)).lower(*given).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    run = on_one_device(blocked.blocked_attention)
+    assert temporaries(run, 2048) < 0.1 * temporaries(reference, 2048)
+    assert temporaries(run, 4096) < 2.2 * temporaries(run, 2048)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_others():
+    query, key, value, _ = arrays(1, 300)
+    segments = packed(1, 300)
+    for scale in (30.0, 1e18):
+        found = blocked.blocked_attention(
+            query * scale, key, value, segments, segments, jnp.arange(300)
+        )
+        expected = reference(query * scale, key, value, segments)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_half_precision_is_for_products_only():
+    query, key, value, _ = arrays(2, 256)
+    segments = packed(2, 256)
+    narrow = (x.astype(jnp.bfloat16) for x in (query, key, value))
+    found = on_one_device(blocked.blocked_attention)(*narrow, segments)
+    assert found.dtype == jnp.bfloat16
+    expected = reference(query, key, value, segments)
+    assert 1e-3 < np.abs(found.astype(jnp.float32) - expected).max() < 0.05
+
+
+def test_fused_equals_the_reference():
+    """The operations that XLA fuses; cuDNN takes the same arguments."""
+    assert_equal_the_reference(on_one_device(attention.fused_attention), 3, 48)
+
+
+def lowered_for_cuda(run, rows, length, dtype):
+    """What a GPU's compiler would be given of the value and the gradients."""
+    given = *arrays(rows, length, dtype=dtype), packed(rows, length)
+    traced = jax.jit(functools.partial(value_and_gradients, run)).trace(*given)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """jax asks for cuDNN's version when it traces, and refuses without one."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+
+@pytest.mark.parametrize("sizes", [None, dict(context=2, tensor=2)], ids=str)
+def test_half_precision_lowers_to_cudnns_kernels_for_a_gpu(cudnn, sizes):
+    gpu = attention.KERNELS["gpu"]
+    run = over(gpu, mesh_of(**sizes)) if sizes else on_one_device(attention.gpu_attention)
+    text = lowered_for_cuda(run, 2, 256, jnp.bfloat16)
+    calls = [line for line in text.splitlines() if "@__cudnn$fmha" in line]
+    assert [re.findall(r"fmha\w+", call)[0] for call in calls] == [
+        *("fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward")
+    ]
+    queries, shards = (128, 2) if sizes else (256, 1)
+    for call in calls:  # a device's part of queries, keys and mask; keys are not repeated
+        for shape in ((queries, HEADS), (256, KV_HEADS)):
+            assert f"tensor<2x{shape[0]}x{shape[1] // shards}x{DIM}xbf16>" in call
+        assert f"tensor<2x1x{queries}x256xbf16>" in call
+
+
+@pytest.mark.parametrize(("dtype", "length"), [(jnp.float32, 128), (jnp.bfloat16, 362)])
+def test_no_row_is_too_long_for_a_gpu(cudnn, monkeypatch, dtype, length):
+    """One place more than fit, and there is no array of all pairs; the limit is lowered for it."""
+    monkeypatch.setattr(attention, "QUADRATIC_BYTES", 2**18)
+    run = on_one_device(attention.gpu_attention)
+    for places, quadratic in ((length, True), (length + 2, False)):
+        text = lowered_for_cuda(run, 1, places, dtype)
+        assert (f"{places}x{places}x" in text) == quadratic
+        assert ("fmha" in text) == (quadratic and dtype == jnp.bfloat16)
+    if dtype == jnp.float32:
+        assert_equal_the_reference(run, 1, length + 2)
+
+
+# ---------------------------------------------------------------- over a mesh
+
+KERNELS = dict(attention.KERNELS)
+INTERPRETED = LANES, functools.partial(splash_kernel, interpret=True)
+MESHES = [
+    dict(),
+    dict(context=2),
+    dict(data=2, tensor=2),
+    dict(fsdp=2, context=2, tensor=2),
+    dict(data=2, context=4),
+]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_splash_equals_the_reference(sizes):
+    length = 256 * max(sizes.get("context", 1), 2)
+    assert_equal_the_reference(over(INTERPRETED, mesh_of(**sizes)), 2, length)
+
+
+def test_a_row_of_any_length_is_filled_up_for_the_kernel():
+    assert_equal_the_reference(over(INTERPRETED, mesh_of(context=2)), 2, 130)
+    assert_equal_the_reference(over(KERNELS["cpu"], mesh_of(context=4)), 2, 54)
+
+
+@pytest.mark.parametrize("sizes", [*MESHES, dict(context=8)], ids=str)
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_kernels_over_a_mesh_equal_the_reference(platform, sizes):
+    assert_equal_the_reference(over(KERNELS[platform], mesh_of(**sizes)), 2, 320)
+
+
+def test_queries_are_exchanged_so_that_every_device_does_the_same_work():
+    seen = []
+
+    def make_kernel(heads, slots, mesh):
+        seen.append((heads, slots))
+        return KERNELS["cpu"][1](heads, slots, mesh)
+
+    mesh = mesh_of(context=4, tensor=2)
+    over((2, make_kernel), mesh)(*arrays(1, 64)[:3], packed(1, 64))
+    ((heads, slots),) = seen
+    assert heads == HEADS // 2
+    np.testing.assert_array_equal(np.sort(slots), np.arange(64))
+    work = (slots + 1).reshape(4, -1).sum(-1)  # keys that the queries of a device look at
+    np.testing.assert_array_equal(work, work[0])
+
+
+def test_the_mesh_says_which_kernel(monkeypatch):
+    """Its devices' platform and not the host's: a program for a TPU is compiled anywhere."""
+    asked = []
+
+    def noted(platform):
+        def make_kernel(*given):
+            asked.append(platform)
+            return KERNELS["cpu"][1](*given)
+
+        return 2, make_kernel
+
+    for platform in KERNELS:
+        monkeypatch.setitem(attention.KERNELS, platform, noted(platform))
+    given = *arrays(1, 64)[:3], packed(1, 64)
+    mesh = mesh_of().abstract_mesh
+    tpu = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
+    for here in (mesh, mesh.update(abstract_device=tpu)):
+        with jax.sharding.use_abstract_mesh(here):
+            jax.eval_shape(attention.attention, *given)
+    attention.attention(*given)  # a sampler's, outside a mesh
+    assert asked == ["cpu", "tpu"]
+
+
+def test_key_heads_that_the_mesh_can_not_divide_are_refused():
+    with pytest.raises(UserError, match=r"mesh\.tensor=4 .* 2 key heads"):
+        over(KERNELS["cpu"], mesh_of(tensor=4))(*arrays(1, 64)[:3], packed(1, 64))

@@ -1,0 +1,496 @@
+"""Checkpoints: parity with transformers, round trips, sharded loading, and every refusal.
+
+tests/golden/make.py wrote the checkpoints and transformers' logits for them (`make parity`).
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+import tracemalloc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorstore as ts
+import xxhash
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from oapl_jax.errors import UserError
+from oapl_jax.model import export, hf, layout
+from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.sharding import ROWS, make_mesh, parameter_shardings
+from oapl_jax.model.transformer import Transformer, head, logits
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+NAMES = [
+    "llama",
+    "llama_bias",
+    "llama_llama3",
+    "llama_tied",
+    "llama_yarn",
+    "qwen2",
+    "qwen2_tied",
+    "qwen3",
+    "qwen3_tied",
+    "qwen3_yarn",
+]
+GIB = 1 << 30
+
+
+@functools.cache
+def load(name):
+    config = hf.load_config(GOLDEN / name)
+    return config, hf.load_params(GOLDEN / name, config)
+
+
+@functools.cache
+def golden(name):
+    with np.load(GOLDEN / name / "golden.npz") as file:
+        return file["tokens"], file["logits"]
+
+
+def forward(config, params, tokens):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    model = Transformer(config, jnp.float32, "none")
+    hidden: Any = model.apply({"params": params}, tokens, positions, jnp.ones_like(tokens))
+    return logits(hidden, head(params, config))
+
+
+@functools.cache
+def compiled(config):
+    return jax.jit(functools.partial(forward, config))
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def tensors_on_disk(directory):
+    found = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="numpy") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return found
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """Copies a committed checkpoint to a place where it may be spoiled."""
+    return lambda name: pathlib.Path(shutil.copytree(GOLDEN / name, tmp_path / name))
+
+
+# Parity
+
+
+def test_every_committed_checkpoint_is_tested():
+    assert sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_those_of_transformers(name):
+    config, params = load(name)
+    tokens, expected = golden(name)
+    assert expected.std() > 1  # flat logits would agree by themselves
+    found = compiled(config)(params, tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama_llama3", "llama_yarn", "qwen3_yarn"])
+def test_the_scaled_checkpoints_notice_the_scaling(name):
+    config, params = load(name)
+    tokens, expected = golden(name)
+    plain = dataclasses.replace(config, rope=(("rope_theta", 100.0), ("rope_type", "default")))
+    found = compiled(plain)(params, tokens)
+    assert np.abs(found - expected).max() > 0.1
+
+
+# The table
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_is_the_initialisers_tree_and_transformers_names(name):
+    config = hf.load_config(GOLDEN / name)
+    blank = np.zeros((1, 2), np.int32)
+    model = Transformer(config, jnp.float32, "none")
+    tree = jax.eval_shape(model.init, jax.random.key(0), blank, blank, blank)["params"]
+    tensors = layout.tensors_of(config)
+    assert {tensor.path for tensor in tensors} == set(flatten_dict(tree, sep="/"))
+    found = sorted((tensor.name, tensor.shape) for tensor in tensors)
+    assert found == sorted((k, v.shape) for k, v in tensors_on_disk(GOLDEN / name).items())
+
+
+def test_every_row_of_the_table_is_used_and_a_parameter_without_one_raises(monkeypatch):
+    used = {t.path for name in NAMES for t in layout.tensors_of(hf.load_config(GOLDEN / name))}
+    assert used == set(layout.TABLE)
+    monkeypatch.delitem(layout.TABLE, "layers/o/bias")
+    with pytest.raises(KeyError, match="layers/o/bias"):
+        layout.tensors_of(hf.load_config(GOLDEN / "llama_bias"))
+
+
+# Out and in again
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_export_and_import_change_no_bit(name, tmp_path):
+    config, params = load(name)
+    export.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=GIB)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    again = hf.load_config(tmp_path)
+    assert again == config
+    loaded = hf.load_params(tmp_path, again)
+    assert_same(loaded, params)
+    run, tokens = compiled(config), golden(name)[0]
+    np.testing.assert_array_equal(run(loaded, tokens), run(params, tokens))
+
+    exported, original = tensors_on_disk(tmp_path), tensors_on_disk(GOLDEN / name)
+    assert_same(exported, original)
+    with safe_open(tmp_path / "model.safetensors", framework="numpy") as opened:
+        assert opened.metadata() == {"format": "pt"}
+
+
+def test_small_shards_hold_the_same_tensors(tmp_path):
+    config, params = load("qwen3")
+    limit = 7000  # the embedding (8 KiB) is larger, some tensors fit together
+    export.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=limit)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shards = {path.name: load_file(path) for path in tmp_path.glob("*.safetensors")}
+    sizes = {file: sum(t.nbytes for t in tensors.values()) for file, tensors in shards.items()}
+    assert index["weight_map"] == {name: file for file in shards for name in shards[file]}
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert min(len(tensors) for tensors in shards.values()) == 1
+    assert max(len(tensors) for tensors in shards.values()) > 1
+    for file, tensors in shards.items():
+        assert file.endswith(f"-of-{len(shards):05d}.safetensors")
+        assert sizes[file] <= limit or len(tensors) == 1
+    assert_same(hf.load_params(tmp_path, config), params)
+
+
+@pytest.mark.parametrize("limit", [GIB, 10_000])
+def test_a_bfloat16_export_rounds_and_loads(limit, tmp_path):
+    config, params = load("llama_bias")
+    export.save_params(params, config, tmp_path, dtype="bfloat16", max_shard_bytes=limit)
+    assert {t.dtype for t in tensors_on_disk(tmp_path).values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
+    assert_same(hf.load_params(tmp_path, config), rounded)
+
+
+def test_what_was_written_is_said_with_its_checksum(tmp_path):
+    config, params = load("qwen3")
+    said = export.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=7000)
+    assert set(said) == {path.name for path in tmp_path.iterdir()}
+    for name, entry in said.items():
+        content = (tmp_path / name).read_bytes()
+        expected = xxhash.xxh3_128_hexdigest(content)
+        assert entry == {"bytes": len(content), "xxh128": expected}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_numpy_jax_and_tensorstore_arrays_are_written_alike(dtype, tmp_path):
+    """Chunks that divide nothing evenly, and a tree or a mapping by path."""
+    config, params = load("qwen2")
+    flat: Any = flatten_dict(params, sep="/")
+    chunked = {}
+    for path, leaf in flat.items():
+        chunks = ts.ChunkLayout(chunk_shape=[max(1, n * 2 // 3) for n in leaf.shape])
+        spec = {"driver": "zarr", "kvstore": "memory://"}
+        array = ts.open(
+            spec, create=True, dtype=ts.float32, shape=leaf.shape, chunk_layout=chunks
+        ).result()
+        array[...] = np.asarray(leaf)
+        chunked[path] = array
+    kinds = {"jax": params, "numpy": jax.tree.map(np.asarray, params), "tensorstore": chunked}
+    for kind, given in kinds.items():
+        export.save_params(given, config, tmp_path / kind, dtype=dtype, max_shard_bytes=GIB)
+    contents = {(tmp_path / kind / layout.SINGLE).read_bytes() for kind in kinds}
+    assert len(contents) == 1
+
+
+def test_numpy_parameters_and_float16_files(tmp_path):
+    config, params = load("qwen2")
+    export.save_params(
+        jax.tree.map(np.asarray, params),
+        config,
+        tmp_path / "a",
+        dtype="float32",
+        max_shard_bytes=GIB,
+    )
+    halves = {
+        k: v.astype(np.float16) for k, v in load_file(tmp_path / "a/model.safetensors").items()
+    }
+    save_file(halves, tmp_path / "a/model.safetensors")
+    expected = jax.tree.map(lambda x: x.astype(jnp.float16).astype(jnp.float32), params)
+    assert_same(hf.load_params(tmp_path / "a", config), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_tied", "qwen3"])  # the first is in several files
+def test_a_mesh_loads_the_same_parameters_each_device_its_part(name, tmp_path):
+    config, expected = load(name)
+    mesh = make_mesh(data=2, fsdp=2, context=1, tensor=2)
+    params = hf.load_params(GOLDEN / name, config, mesh=mesh)
+    assert_same(params, expected)
+    split = 0
+    shardings = parameter_shardings(params, mesh)
+    for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding == sharding
+        assert len(leaf.addressable_shards) == 8
+        for shard in leaf.addressable_shards:
+            assert shard.data.shape == sharding.shard_shape(leaf.shape)
+        split += leaf.addressable_shards[0].data.size * 4 == leaf.size  # fsdp x tensor
+    assert split == {"llama": 9, "qwen2_tied": 8, "qwen3": 9}[name]  # all matrices
+
+    tokens, _ = golden(name)
+    tokens = np.concatenate([tokens, tokens[:, ::-1]])
+    with jax.set_mesh(mesh):
+        found = compiled(config)(params, tokens)
+    rows, vocabulary = ROWS[0], "tensor"
+    assert found.sharding.is_equivalent_to(NamedSharding(mesh, P(rows, None, vocabulary)), 3)
+    alone = compiled(config)(expected, tokens)
+    np.testing.assert_allclose(found, alone, atol=2e-5)
+
+    export.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=GIB)
+    assert_same(hf.load_params(tmp_path, config), expected)
+
+
+def test_each_device_reads_only_its_part(monkeypatch):
+    config, _ = load("qwen3")
+    sizes = []
+    read = hf._read
+    record = lambda *args: sizes.append(part := read(*args)) or part
+    monkeypatch.setattr(hf, "_read", record)
+    hf.load_params(GOLDEN / "qwen3", config, mesh=make_mesh(data=1, fsdp=4, context=1, tensor=2))
+    kernels = [part.size for part in sizes if part.ndim == 3]
+    assert sum(kernels) == sum(
+        np.prod(t.shape) for t in layout.tensors_of(config) if t.path.endswith("kernel")
+    )
+
+
+def test_loading_and_saving_hold_one_parameter_at_a_time(tmp_path, monkeypatch):
+    """Saving needs two tensors beside the parameters, loading one beside the result."""
+    monkeypatch.setattr(export, "READ_AHEAD", 1)  # no more than the largest tensor
+    config = dataclasses.replace(
+        load("llama")[0], hidden_size=256, intermediate_size=768, num_layers=8
+    )
+    rng = np.random.default_rng(0)
+    shapes = {}
+    for tensor in layout.tensors_of(config):
+        shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
+        shapes[tensor.path] = shape if tensor.layer is None else (config.num_layers, *shape)
+    flat = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+    everything = sum(leaf.nbytes for leaf in flat.values())
+    stacked, tensor = flat["layers/gate/kernel"].nbytes, flat["layers/gate/kernel"][0].nbytes
+    slack = 300_000
+    assert tensor + slack < stacked  # or holding all layers of a parameter twice would go unseen
+
+    def peak(work):
+        tracemalloc.start()
+        result = work()
+        memory = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return memory, result
+
+    params = unflatten_dict(flat, sep="/")
+    save = lambda: export.save_params(
+        params, config, tmp_path, dtype="float32", max_shard_bytes=GIB
+    )
+    assert peak(save)[0] < 2 * tensor + slack
+    mesh = make_mesh(data=1, fsdp=4, context=1, tensor=2)
+    memory, loaded = peak(lambda: hf.load_params(tmp_path, config, mesh=mesh))
+    # On CPU devices some results are host arrays that tracemalloc counts, so at most all of them.
+    assert memory < everything + tensor + slack
+    assert_same(loaded, params)
+
+
+# Refusals
+
+
+def spoil(directory, change, file="model.safetensors"):
+    tensors = load_file(directory / file)
+    change(tensors)
+    save_file(tensors, directory / file)
+
+
+def refused(directory, config=None):
+    with pytest.raises(UserError) as error:
+        hf.load_params(directory, config or hf.load_config(directory))
+    return str(error.value)
+
+
+def test_every_tensor_amiss_is_listed_at_once(copy):
+    directory = copy("qwen3")
+
+    def change(tensors):
+        del tensors["model.norm.weight"], tensors["model.layers.1.self_attn.q_norm.weight"]
+        tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((48, 32), np.float32)
+        tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float32)
+        kernel = "model.layers.0.mlp.down_proj.weight"
+        tensors[kernel] = np.ascontiguousarray(tensors[kernel].T)
+        tensors["model.layers.1.input_layernorm.weight"] = np.ones(31, np.float32)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.int8)
+
+    spoil(directory, change)
+    message = refused(directory)
+    assert message.startswith(str(directory))
+    for part in (
+        "unknown: model.layers.0.self_attn.q_proj.bias, model.layers.2.mlp.up_proj.weight;",
+        "missing: model.layers.1.self_attn.q_norm.weight, model.norm.weight;",
+        "misshapen: model.layers.0.mlp.down_proj.weight [48, 32] instead of [32, 48], "
+        "model.layers.1.input_layernorm.weight [31] instead of [32];",
+        "not F32, BF16, F16: lm_head.weight I8",
+    ):
+        assert part in message
+
+
+def test_duplicates_and_an_index_that_disagrees_are_listed(copy):
+    directory = copy("llama")
+    index = json.loads((directory / layout.INDEX).read_text())
+    names = index["weight_map"]
+    first, last = min(names.values()), max(names.values())
+    stray = load_file(directory / first)
+    spoil(directory, lambda tensors: tensors.update(stray), last)
+    for name in stray:
+        assert name in refused(directory).partition("in several files: ")[2]
+
+    shutil.copy(GOLDEN / "llama" / last, directory / last)
+    moved, dropped = sorted(names)[0], sorted(names)[-1]
+    names[moved] = next(file for file in sorted(set(names.values())) if file != names[moved])
+    del names[dropped]
+    names["model.nowhere.weight"] = last
+    (directory / layout.INDEX).write_text(json.dumps(index))
+    message = refused(directory)
+    found = message.partition("not where the index says: ")[2]
+    assert found == ", ".join(sorted([moved, dropped, "model.nowhere.weight"]))
+
+
+def test_files_that_are_absent_broken_or_ambiguous_are_named(copy):
+    directory = copy("llama")
+    files = sorted(path.name for path in directory.glob("*.safetensors"))
+    (directory / files[0]).unlink()
+    (directory / files[2]).unlink()
+    assert f"{files[0]}, {files[2]}" in refused(directory)
+    (directory / layout.INDEX).write_text('{"metadata": {}}')
+    assert "weight_map" in refused(directory)
+    (directory / layout.INDEX).unlink()
+    assert "holds none" in refused(directory)
+
+    directory = copy("qwen3")
+    whole = (directory / layout.SINGLE).read_bytes()
+    (directory / layout.SINGLE).write_bytes(whole[:-100])  # as an interrupted copy leaves it
+    assert str(directory / layout.SINGLE) in refused(directory)
+    (directory / layout.INDEX).write_text("{}")
+    assert "holds both" in refused(directory)
+
+
+def test_a_stored_head_must_equal_the_embedding_it_is_tied_to(copy):
+    directory = copy("qwen3_tied")
+    embedding = load_file(directory / layout.SINGLE)["model.embed_tokens.weight"]
+    spoil(directory, lambda tensors: tensors.update({"lm_head.weight": embedding}))
+    config, expected = load("qwen3_tied")
+    assert_same(hf.load_params(directory, config), expected)
+
+    other = embedding.copy()
+    other[-1, -1] += 1
+    spoil(directory, lambda tensors: tensors.update({"lm_head.weight": other}))
+    assert "unknown: lm_head.weight" in refused(directory)
+    assert "missing: lm_head.weight" in refused(
+        GOLDEN / "qwen3_tied", dataclasses.replace(config, tie_embeddings=False)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "qwen3_moe"}, "model_type='qwen3_moe'"),
+        ({"num_experts": 8}, "mixture of experts"),
+        ({"num_local_experts": 8}, "mixture of experts"),
+        ({"use_sliding_window": True}, "sliding-window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "rope_type='dynamic'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    ],
+)
+def test_what_the_decoder_lacks_is_refused_by_name(copy, change, named):
+    path = copy("qwen3") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError) as error:
+        hf.load_config(path.parent)
+    assert named in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]", '{"model_type": "llama"}'])
+def test_an_unreadable_config_is_named(content, tmp_path):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json"):
+        hf.load_config(tmp_path)
+
+
+def test_an_export_is_refused_before_anything_is_written(tmp_path):
+    config, params = load("qwen2")
+    save = functools.partial(export.save_params, directory=tmp_path / "out", config=config)
+    with pytest.raises(UserError, match="float8"):
+        save(params, dtype="float8", max_shard_bytes=GIB)
+    with pytest.raises(UserError, match="max_shard_bytes=0"):
+        save(params, dtype="float32", max_shard_bytes=0)
+    flat: dict[str, Any] = {**flatten_dict(params, sep="/")}
+    del flat["layers/k/bias"]
+    flat["layers/extra/kernel"] = np.zeros((2, 3))
+    flat["final_norm/scale"] = np.zeros(7)
+    with pytest.raises(ValueError, match="not the parameters of this qwen2") as error:
+        save(unflatten_dict(flat, sep="/"), dtype="float32", max_shard_bytes=GIB)
+    for path in ("layers/k/bias None", "layers/extra/kernel (2, 3)", "final_norm/scale (7,)"):
+        assert path in str(error.value)
+    assert not (tmp_path / "out").exists()
+    save(params, dtype="float32", max_shard_bytes=GIB)
+    with pytest.raises(UserError, match="already holds"):
+        save(params, dtype="float32", max_shard_bytes=GIB)
+
+
+# config.json
+
+
+def test_the_older_spelling_of_a_config_means_the_same():
+    """Checkpoints from before transformers 5 have rope_theta and rope_scaling side by side."""
+    new = json.loads((GOLDEN / "llama_llama3" / "config.json").read_text())
+    old = {k: v for k, v in new.items() if k != "rope_parameters"}
+    rope = dict(new["rope_parameters"])
+    old["rope_theta"] = rope.pop("rope_theta")
+    old["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
+    read = functools.partial(ModelConfig.from_hf, source="config.json")
+    assert read(old) == read(new)
+    assert read(read(new).to_hf(dtype="float32")) == read(new)
+    exported = read(new).to_hf(dtype="float32")
+    del exported["rope_parameters"]  # an old reader sees only this
+    assert read(exported) == read(new)
+
+
+@pytest.mark.parametrize(("model_type", "head_dim"), [("llama", 8), ("qwen2", 8), ("qwen3", 128)])
+def test_absent_fields_have_the_defaults_of_transformers(model_type, head_dim):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = ModelConfig.from_hf(
+        {
+            "model_type": model_type,
+            **sizes,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "rms_norm_eps": 1e-6,
+        },
+        source="config.json",
+    )
+    assert (config.tie_embeddings, config.head_dim, config.num_kv_heads) == (False, head_dim, 4)
+    assert dict(config.rope) == {"rope_type": "default", "rope_theta": 10000.0}

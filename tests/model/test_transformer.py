@@ -1,0 +1,181 @@
+"""The decoder against itself: caches, packing, causality, rematerialisation and precision.
+
+Weights come from the committed checkpoints, since a fresh initialiser leaves norms and biases idle.
+Parity with transformers is in test_hf.py.
+"""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oapl_jax.model import hf
+from oapl_jax.model.attention import visible
+from oapl_jax.model.transformer import REMAT_POLICIES, Transformer, empty_cache, head, logits
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+
+
+@functools.cache
+def load(name):
+    config = hf.load_config(GOLDEN / name)
+    return config, hf.load_params(GOLDEN / name, config)
+
+
+def forward(config, params, tokens, positions, segments, dtype=jnp.float32, remat="none"):
+    model = Transformer(config, dtype, remat)
+    hidden: Any = model.apply({"params": params}, tokens, positions, segments)
+    return logits(hidden, head(params, config))
+
+
+def rows(lengths, width, vocab_size, seed):
+    """One row that packs sequences of these lengths; what is left over is padding (segment 0)."""
+    tokens = np.random.default_rng(seed).integers(0, vocab_size, (1, width)).astype(np.int32)
+    segments, positions = np.zeros((2, 1, width), np.int32)
+    start = 0
+    for i, length in enumerate(lengths, start=1):
+        segments[0, start : start + length] = i
+        positions[0, start : start + length] = np.arange(length)
+        start += length
+    return tokens, positions, segments
+
+
+def test_a_token_sees_the_past_of_its_own_segment():
+    segments = jnp.array([[1, 1, 2, 0]])
+    slots = jnp.arange(4)
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(visible(segments, segments, slots, slots)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama_yarn"])
+def test_gradients_vanish_exactly_where_a_token_must_not_look(name):
+    """d logits[t] / d input[s] is 0 for later s and for packed neighbours, and only for those."""
+    config, params = load(name)
+    width = 24
+    _, positions, segments = rows([9, 7, 5], width, config.vocab_size, seed=0)
+    # Every token occurs once: the gradient of an embedding row is that of the input in one place.
+    tokens = np.random.default_rng(1).permutation(config.vocab_size)[None, :width].astype(np.int32)
+    probe = jax.random.normal(jax.random.key(0), (config.vocab_size,))
+
+    @jax.jit
+    @jax.jacrev
+    def influence(embedding):
+        changed = {**params, "embed": {"embedding": embedding}}
+        return forward(config, changed, tokens, positions, segments)[0] @ probe
+
+    gradients = influence(params["embed"]["embedding"])[:, tokens[0]]  # [t, s, D]
+    same = segments[0][:, None] == segments[0][None, :]
+    np.testing.assert_array_equal(jnp.abs(gradients).max(-1) > 0, np.tril(same))
+
+
+@pytest.mark.parametrize("name", ["qwen3_tied", "qwen2_tied", "llama_llama3"])
+def test_packed_sequences_have_the_logits_of_separate_ones(name):
+    config, params = load(name)
+    lengths = [11, 4, 14]
+    tokens, positions, segments = rows(lengths, 32, config.vocab_size, seed=2)
+    run = jax.jit(functools.partial(forward, config, params))
+    packed = run(tokens, positions, segments)
+    for start, length in zip([0, 11, 15], lengths, strict=True):
+        alone, positions, segments = rows([length], 32, config.vocab_size, seed=3)
+        alone[0, :length] = tokens[0, start : start + length]
+        found = run(alone, positions, segments)
+        np.testing.assert_allclose(packed[0, start : start + length], found[0, :length], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3_yarn", "qwen2", "llama_bias"])
+def test_cached_decoding_equals_the_whole_sequence(name):
+    """Left-padded prompts are prefilled together, then every token is decoded on its own."""
+    config, params = load(name)
+    lengths, prompt, total, slots = np.array([3, 9, 1, 6]), 9, 17, 20
+    batch = len(lengths)
+    tokens = (
+        np.random.default_rng(3).integers(0, config.vocab_size, (batch, total)).astype(np.int32)
+    )
+    places = np.arange(total)[None, :] - (prompt - lengths)[:, None]  # negative on the padding
+    positions, segments = np.maximum(places, 0), (places >= 0).astype(np.int32)
+
+    @jax.jit
+    def extend(cache, tokens, positions, segments):
+        model = Transformer(config, jnp.float32, "none")
+        hidden, cache = model.apply({"params": params}, tokens, positions, segments, cache)
+        return logits(hidden, head(params, config)), cache
+
+    cache = empty_cache(config, batch, slots, jnp.float32)
+    pieces = []
+    for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, total))]:
+        part = (x[:, start:end] for x in (tokens, positions, segments))
+        found, cache = extend(cache, *part)
+        pieces.append(found)
+    found = np.concatenate(pieces, axis=1)
+
+    assert int(cache.slot) == total
+    np.testing.assert_array_equal(cache.segments[:, total:], 0)
+    # Each sequence once more, without padding on its left and without a cache.
+    whole = np.stack(
+        [np.roll(row, -shift) for row, shift in zip(tokens, prompt - lengths, strict=True)]
+    )
+    causal = np.broadcast_to(np.arange(total, dtype=np.int32), whole.shape)
+    expected = jax.jit(functools.partial(forward, config, params))(
+        whole, causal, np.ones_like(whole)
+    )
+    for row, shift in enumerate(prompt - lengths):
+        np.testing.assert_allclose(found[row, shift:], expected[row, : total - shift], atol=1e-4)
+
+
+def test_remat_policies_compile_to_different_programs_with_the_same_gradients():
+    config, params = load("llama_bias")
+    batch = rows([14, 10], 24, config.vocab_size, seed=4)
+
+    def loss(params, remat):
+        found = forward(config, params, *batch, remat=remat)
+        return jnp.mean(jax.nn.logsumexp(found, axis=-1) ** 2)
+
+    products, gradients = {}, {}
+    for remat in REMAT_POLICIES:
+        lowered = jax.jit(jax.grad(functools.partial(loss, remat=remat))).lower(params)
+        compiled = lowered.compile()
+        products[remat] = str(compiled.as_text()).count(" dot(")
+        gradients[remat] = compiled(params)
+    # What is not kept is multiplied again.
+    assert 0 < products["none"] < products["dots"] < products["attention"], products
+    assert products["offload"] == products["attention"] < products["full"], products
+    assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(gradients["none"]))
+    for remat in REMAT_POLICIES:
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4),
+            gradients[remat],
+            gradients["none"],
+        )
+
+
+def test_bfloat16_is_for_computing_only():
+    config, params = load("qwen3")
+    batch = rows([40], 48, config.vocab_size, seed=5)
+    model = Transformer(config, jnp.bfloat16, "none")
+    loss = lambda params: forward(config, params, *batch, dtype=jnp.bfloat16).mean()
+    fresh = jax.eval_shape(model.init, jax.random.key(0), *batch)
+    for tree in (fresh, jax.eval_shape(jax.grad(loss), params)):
+        assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(jnp.float32)}
+    hidden = jax.eval_shape(model.apply, {"params": params}, *batch)
+    assert hidden.dtype == jnp.bfloat16
+
+    run = jax.jit(functools.partial(forward, config, params), static_argnames="dtype")
+    wide, narrow = run(*batch), run(*batch, dtype=jnp.bfloat16)
+    assert narrow.dtype == jnp.float32  # sums and what follows them stay wide
+    difference = np.abs(narrow - wide)
+    assert 1e-3 < difference.max() < 0.5  # logits deviate by 1.5
+    assert difference.mean() < 0.03
+
+
+def test_every_layer_starts_from_its_own_random_numbers():
+    config, _ = load("qwen3")
+    blank = np.zeros((1, 2), np.int32)
+    params = jax.jit(Transformer(config, jnp.float32, "none").init)(
+        jax.random.key(0), blank, blank, blank
+    )["params"]
+    kernel = params["layers"]["q"]["kernel"]
+    assert not np.allclose(kernel[0], kernel[1])

@@ -1,0 +1,415 @@
+"""The compiled program's text: trip counts, collectives in all their forms, HBM traffic."""
+
+import types
+
+import numpy as np
+import pytest
+
+from oapl_jax.errors import RunError
+from oapl_jax.planning.collectives import (
+    axes_of,
+    by_kind_and_axis,
+    collectives,
+    device_group,
+    permuted_axes,
+)
+from oapl_jax.planning.memory import by_kind, kept_bytes
+from oapl_jax.planning.module import Module
+from oapl_jax.planning.traffic import hbm_bytes, host_bytes
+
+# An outer loop of 3 turns; in it one of 5 turns, whose bound 10 the outer loop is handed and whose
+# counter takes steps of 2; in that a product whose weights are gathered.
+LOOPS = """\
+HloModule jit_f, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias) }
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%step (p: s32[], two: s32[]) -> s32[] {
+  %p = s32[]{:T(128)} parameter(0)
+  %two = s32[]{:T(128)} parameter(1)
+  ROOT %next = s32[]{:T(128)} add(%p, %two)
+}
+
+%inner_condition (s.0: (s32[], bf16[64,32], s32[])) -> pred[] {
+  %s.0 = (s32[]{:T(128)}, bf16[64,32]{1,0}, s32[]{:T(128)}) parameter(0)
+  %i.0 = s32[]{:T(128)} get-tuple-element(%s.0), index=0
+  %limit.0 = s32[]{:T(128)} get-tuple-element(%s.0), index=2
+  ROOT %less.0 = pred[]{:T(512)} compare(%i.0, %limit.0), direction=LT
+}
+
+%inner (s.1: (s32[], bf16[64,32], s32[])) -> (s32[], bf16[64,32], s32[]) {
+  %s.1 = (s32[]{:T(128)}, bf16[64,32]{1,0}, s32[]{:T(128)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%s.1), index=0
+  %x.1 = bf16[64,32]{1,0} get-tuple-element(%s.1), index=1
+  %limit.1 = s32[]{:T(128)} get-tuple-element(%s.1), index=2
+  %two.1 = s32[]{:T(128)S(6)} constant(2)
+  %i.2 = s32[]{:T(128)S(6)} fusion(%i.1, %two.1), kind=kLoop, calls=%step
+  %gathered = bf16[128,32]{1,0:T(8,128)(2,1)S(1)} all-gather(%x.1), channel_id=1, \
+replica_groups=[2,2]<=[4], dimensions={0}, use_global_device_ids=true
+  %reduced = bf16[64,32]{1,0:S(1)} all-reduce(%x.1), channel_id=2, \
+replica_groups={{0,2},{1,3}}, to_apply=%sum
+  ROOT %out.1 = (s32[]{:T(128)}, bf16[64,32]{1,0}, s32[]{:T(128)}) tuple(%i.2, %x.1, %limit.1)
+}
+
+%outer_condition (s.2: (s32[], bf16[64,32], s32[])) -> pred[] {
+  %three = s32[]{:T(128)} constant(3)
+  %s.2 = (s32[]{:T(128)}, bf16[64,32]{1,0}, s32[]{:T(128)}) parameter(0)
+  %i.3 = s32[]{:T(128)} get-tuple-element(%s.2), index=0
+  ROOT %less.2 = pred[]{:T(512)} compare(%i.3, %three), direction=LT
+}
+
+%outer (s.3: (s32[], bf16[64,32], s32[])) -> (s32[], bf16[64,32], s32[]) {
+  %s.3 = (s32[]{:T(128)}, bf16[64,32]{1,0}, s32[]{:T(128)}) parameter(0)
+  %i.4 = s32[]{:T(128)} get-tuple-element(%s.3), index=0
+  %x.3 = bf16[64,32]{1,0} get-tuple-element(%s.3), index=1
+  %limit.3 = s32[]{:T(128)} get-tuple-element(%s.3), index=2
+  %zero.3 = s32[]{:T(128)} constant(0)
+  %start.3 = (s32[]{:T(128)}, bf16[64,32]{1,0}, s32[]{:T(128)}) tuple(%zero.3, %x.3, %limit.3)
+  %loop.3 = (s32[]{:T(128)}, bf16[64,32]{1,0}, s32[]{:T(128)}) while(%start.3), \
+condition=%inner_condition, body=%inner
+  %one = s32[]{:T(128)} constant(1)
+  %i.5 = s32[]{:T(128)} add(%i.4, %one)
+  ROOT %out.3 = (s32[]{:T(128)}, bf16[64,32]{1,0}, s32[]{:T(128)}) tuple(%i.5, %x.3, %limit.3)
+}
+
+ENTRY %main (x: bf16[64,32]) -> bf16[64,32] {
+  %x = bf16[64,32]{1,0} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %ten = s32[]{:T(128)} constant(10)
+  %copied = s32[]{:T(128)} copy(%ten)
+  %start = (s32[]{:T(128)}, bf16[64,32]{1,0}, s32[]{:T(128)}) tuple(%zero, %x, %copied)
+  %loop = (s32[]{:T(128)}, bf16[64,32]{1,0}, s32[]{:T(128)}) while(%start), \
+condition=%outer_condition, body=%outer
+  ROOT %result = bf16[64,32]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+MESH = types.SimpleNamespace(shape={"data": 2, "fsdp": 2}, devices=np.zeros((2, 2)))
+
+
+def test_a_body_runs_as_often_as_its_loops_turn():
+    module = Module(LOOPS)
+    assert module.entry == "main"
+    assert {c.name: module.executions(c.name) for c in module.sequences()} == {
+        "main": 1,
+        "outer": 3,
+        "outer_condition": 1,
+        "inner": 15,
+        "inner_condition": 3,
+    }
+    assert module.executions("step") == 15
+
+
+def test_a_computation_of_other_cores_ends_where_it_says_of_which():
+    """As a v5p's sparse cores have them: after a first one the others were parts of it."""
+    text = LOOPS.replace("add(%a, %b)\n}", 'add(%a, %b)\n}, execution_thread="sparsecore"').replace(
+        "add(%p, %two)\n}", 'add(%p, %two)\n}, execution_thread="sparsecore"'
+    )
+    assert text.count("sparsecore") == 2
+    assert list(Module(text).computations) == list(Module(LOOPS).computations)
+    assert Module(text).executions("step") == 15
+
+
+def test_a_printed_trip_count_is_taken():
+    text = LOOPS.replace(
+        "body=%outer", 'body=%outer, backend_config={"known_trip_count":{"n":"7"}}'
+    )
+    assert Module(text).executions("inner") == 35
+
+
+def test_where_data_end_a_loop_its_scope_says_the_most_turns():
+    text = LOOPS.replace("s32[]{:T(128)} constant(10)", "s32[]{:T(128)} custom-call()")
+    named = lambda path: text.replace("body=%inner", f'body=%inner, metadata={{op_name="{path}"}}')
+    assert Module(named("jit(f)/at_most_9/while")).executions("inner") == 27
+    with pytest.raises(RunError, match="number of turns of loop"):  # it is a loop within that one
+        Module(named("jit(f)/at_most_9/while/body/while")).executions("inner")
+
+
+def test_a_bound_that_is_data_is_named():
+    unknown = LOOPS.replace("constant(10)", "custom-call()")
+    named = 'metadata={op_name="jit(f)/while/body/at_most_34/while"}'
+    text = unknown.replace("body=%inner", f"body=%inner, {named}")
+    assert Module(text).executions("inner") == 3 * 34
+    for within in ("jvp(at_most_34)", "transpose(jvp(at_most_34))"):  # as on one chip
+        assert Module(text.replace("at_most_34", within)).executions("inner") == 3 * 34
+    below = text.replace("at_most_34/while", "at_most_34/while/body/while")
+    with pytest.raises(RunError, match="number of turns"):
+        Module(below).executions("inner")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("s32[]{:T(128)} constant(10)", "s32[]{:T(128)} custom-call()"),  # a bound from outside
+        ("tuple(%i.5, %x.3, %limit.3)", "tuple(%i.5, %x.3, %i.5)"),  # a bound that changes
+        ("compare(%i.3, %three), direction=LT", "compare(%i.3, %three), direction=NE"),
+        ("ROOT %next = s32[]{:T(128)} add", "ROOT %next = s32[]{:T(128)} multiply"),
+    ],
+)
+def test_a_trip_count_is_never_guessed(old, new):
+    assert old in LOOPS
+    with pytest.raises(RunError, match="number of turns of loop"):
+        Module(LOOPS.replace(old, new)).executions("inner")
+
+
+def test_collectives_are_counted_by_hand():
+    # 15 times: an all-gather of 128 x 32 numbers of 2 bytes in pairs along fsdp, half of which is
+    # another's; and an all-reduce of 64 x 32 of them in pairs along data, in and out.
+    found = collectives(Module(LOOPS), MESH)
+    assert [(c.kind, c.axes, c.times) for c in found] == [
+        ("all-gather", ("fsdp",), 15),
+        ("all-reduce", ("data",), 15),
+    ]
+    assert by_kind_and_axis(found) == {
+        "all-gather": {"fsdp": 15 * 128 * 32 * 2 / 2},
+        "all-reduce": {"data": 15 * 2 * 64 * 32 * 2 / 2},
+    }
+
+
+CHAIN = """\
+HloModule jit_f
+
+%start (p: f32[4]) -> (f32[4], f32[8]) {
+  %p = f32[4]{0} parameter(0)
+  %g = f32[8]{0} all-gather(%p), channel_id=1, replica_groups={{0,1}}, dimensions={0}, \
+frontend_attributes={chain_id="3"}
+  ROOT %s = (f32[4]{0}, f32[8]{0}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%middle (q: f32[4]) -> (f32[4], f32[8]) {
+  %q = f32[4]{0} parameter(0)
+  %h = f32[8]{0} all-gather(%q), channel_id=1, replica_groups={{0,1}}, dimensions={0}, \
+frontend_attributes={chain_id="3"}
+  ROOT %t = (f32[4]{0}, f32[8]{0}) tuple(%q, %h)
+}
+
+%scatter (r: f32[8]) -> f32[4] {
+  %r = f32[8]{0} parameter(0)
+  %sum = f32[8]{0} all-reduce(%r), channel_id=2, replica_groups={{0,1}}, to_apply=%add
+  %view = f32[8]{0} bitcast(%sum)
+  %at = s32[] constant(0)
+  ROOT %mine = f32[4]{0} dynamic-slice(%view, %at), dynamic_slice_sizes={4}
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+ENTRY %main (x: f32[4], y: f32[8]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %y = f32[8]{0} parameter(1)
+  %one = (f32[4]{0}, f32[8]{0}) fusion(%x), kind=kCustom, calls=%start
+  %two = (f32[4]{0}, f32[8]{0}) fusion(%x), kind=kOutput, calls=%middle
+  %moved = (f32[4]{0}, f32[4]{0}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=3, \
+source_target_pairs={{0,1},{1,0}}
+  %arrived = f32[4]{0} collective-permute-done(%moved)
+  ROOT %out = f32[4]{0} fusion(%y), kind=kCustom, calls=%scatter
+}
+"""
+
+
+def test_a_collective_in_steps_counts_once_and_a_sliced_sum_is_a_reduce_scatter():
+    mesh = types.SimpleNamespace(shape={"fsdp": 2}, devices=np.zeros(2))
+    assert by_kind_and_axis(collectives(Module(CHAIN), mesh)) == {
+        "all-gather": {"fsdp": 8 * 4 / 2},
+        "reduce-scatter": {"fsdp": 8 * 4 / 2},
+        "collective-permute": {"fsdp": 4 * 4},
+    }
+
+
+def gather_among(groups):
+    text = f"""HloModule m
+
+ENTRY %main (p: f32[4]) -> f32[8] {{
+  %p = f32[4]{{0}} parameter(0)
+  %g = f32[8]{{0}} all-gather(%p), channel_id=1, replica_groups={groups}, dimensions={{0}}
+}}"""
+    return Module(text).computations["main"].instructions["g"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "group"),
+    [
+        ("{{0,4},{1,5},{2,6},{3,7}}", (0, 4)),
+        ("{}", tuple(range(8))),
+        ("[4,2]<=[8]", (0, 1)),
+        ("[2,4]<=[2,2,2]T(1,0,2)", (0, 1, 4, 5)),
+        ("[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", (0, 1, 2, 3)),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", (0, 4)),
+        ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
+        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", (0, 2, 4, 6)),
+        ("mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'b'}", (0, 1)),
+    ],
+)
+def test_groups_of_devices_are_read_in_every_form(groups, group):
+    assert device_group(gather_among(groups), 8) == group
+
+
+@pytest.mark.parametrize(
+    "groups", ["mesh['a'=8] {'a':(1)2}", "mesh['a'=4] {'a'}", "mesh['a'=8]", "groups_of_two"]
+)
+def test_groups_of_devices_are_never_guessed(groups):
+    with pytest.raises(RunError, match="devices of g"):
+        device_group(gather_among(groups), 8)
+
+
+def test_a_permutation_crosses_the_axes_of_its_pairs():
+    line = CHAIN.replace("{{0,1},{1,0}}", "{{0,1},{1,0},{2,3},{3,2}}")
+    moved = Module(line).computations["main"].instructions["moved"]
+    assert permuted_axes(moved, {"data": 2, "fsdp": 2}) == ("fsdp",)
+    assert permuted_axes(moved, {"data": 1, "fsdp": 4}) == ("fsdp",)
+    assert permuted_axes(moved, {"fsdp": 4, "tensor": 1}) == ("fsdp",)
+
+
+def test_axes_are_those_along_which_places_differ():
+    shape = {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+    assert axes_of((0, 1), shape) == ("tensor",)
+    assert axes_of((0, 2), shape) == ("fsdp",)
+    assert axes_of((0, 2, 4, 6), shape) == ("data", "fsdp")
+    assert axes_of((3,), shape) == ()
+
+
+TRAFFIC = """\
+HloModule jit_f
+
+%one_layer (stack: bf16[36,1024], at: s32[]) -> bf16[1024] {
+  %stack = bf16[36,1024]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %row = bf16[1,1024]{1,0} dynamic-slice(%stack, %at), dynamic_slice_sizes={1,1024}
+  ROOT %flat = bf16[1024]{0} bitcast(%row)
+}
+
+%put (all: bf16[36,1024], new: bf16[1,1024], where: s32[]) -> bf16[36,1024] {
+  %all = bf16[36,1024]{1,0} parameter(0)
+  %new = bf16[1,1024]{1,0} parameter(1)
+  %where = s32[] parameter(2)
+  ROOT %updated = bf16[36,1024]{1,0} dynamic-update-slice(%all, %new, %where)
+}
+
+ENTRY %main (w: bf16[36,1024], i: s32[], v: bf16[1,1024]) -> bf16[36,1024] {
+  %w = bf16[36,1024]{1,0} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  %v = bf16[1,1024]{1,0} parameter(2)
+  %layer = bf16[1024]{0:T(1024)S(1)} fusion(%w, %i), kind=kLoop, calls=%one_layer
+  %doubled = bf16[1024]{0:T(1024)S(1)} add(%layer, %layer), backend_config={"note":{
+"a kernel":"prints its notes, a = b (c), on lines of their own"
+}}, metadata={op_name="jit(f)/add"}
+  %fetch = (bf16[1,1024]{1,0:S(1)}, bf16[1,1024]{1,0}, u32[]{:S(2)}) copy-start(%v)
+  %near = bf16[1,1024]{1,0:S(1)} copy-done(%fetch)
+  ROOT %out = bf16[36,1024]{1,0} fusion(%w, %near, %i), kind=kLoop, calls=%put
+}
+"""
+
+
+def test_traffic_is_what_goes_through_hbm():
+    # A layer of the stack is read (2048 bytes) into VMEM and doubled there; a row is fetched (2048)
+    # and written into its place (2048). The other 35 layers stay where they are.
+    assert hbm_bytes(Module(TRAFFIC)) == 3 * 2048
+    assert host_bytes(Module(TRAFFIC)) == 0
+
+
+def test_what_lies_with_the_host_is_no_hbm():
+    """As the compiler says of a step whose layers' inputs are offloaded: its peak has them in it."""
+    said = types.SimpleNamespace(
+        argument_size_in_bytes=8 * 2,
+        output_size_in_bytes=8 * 2,
+        alias_size_in_bytes=8 * 2,
+        temp_size_in_bytes=10,
+        host_temp_size_in_bytes=17,
+        peak_memory_in_bytes=8 * 2 + 17,
+        generated_code_size_in_bytes=0,
+    )
+    program = types.SimpleNamespace(arguments={}, beside={})
+    text = """HloModule m
+
+ENTRY %main (p: bf16[8]) -> bf16[8] {
+  ROOT %p = bf16[8]{0} parameter(0)
+}
+"""
+    assert by_kind(program, said, Module(text)) == {"temporaries": 10}
+    said.peak_memory_in_bytes += 11  # of HBM: more than the sum of parts
+    assert by_kind(program, said, Module(text)) == {"temporaries": 11}
+
+
+OFFLOADING = """HloModule m, is_scheduled=true
+
+ENTRY %main (v: bf16[1,1024], i: s32[]) -> bf16[1,1024] {
+  %v = bf16[1,1024]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %far = bf16[36,1024]{1,0:S(5)} custom-call(), custom_call_target="AllocateBuffer"
+  %out = (bf16[36,1024]{1,0:S(5)}, bf16[1,1024]{1,0}, s32[], bf16[36,1024]{1,0:S(5)}, \
+u32[]{:S(2)}) dynamic-update-slice-start(%far, %v, %i)
+  %kept = bf16[36,1024]{1,0:S(5)} dynamic-update-slice-done(%out)
+  %in = ((bf16[36,1024]{1,0:S(5)}, s32[]), bf16[1,1024]{1,0}, u32[]{:S(2)}) \
+dynamic-slice-start(%kept, %i)
+  ROOT %back = bf16[1,1024]{1,0} dynamic-slice-done(%in)
+}
+""".replace("\\\n", "")
+
+
+def test_what_goes_to_the_host_and_back_is_counted_apart():
+    # A row leaves HBM and comes back: one read, one write, and twice over the link.
+    assert hbm_bytes(Module(OFFLOADING)) == host_bytes(Module(OFFLOADING)) == 2 * 2048
+    unknown = OFFLOADING.replace("dynamic-slice-done(%in)", "gather(%kept, %i)")
+    with pytest.raises(RunError, match="gather"):
+        host_bytes(Module(unknown))
+
+
+def test_what_a_loop_leaves_to_a_later_loop_is_kept():
+    text = """HloModule m
+
+%c (s: STATE) -> pred[] {
+  %s = STATE parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %n = s32[] constant(8)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%forward (f: STATE) -> STATE {
+  %f = STATE parameter(0)
+  %j = s32[] get-tuple-element(%f), index=0
+  %old = f32[8,64]{1,0} get-tuple-element(%f), index=1
+  %weights = f32[4,4]{1,0} get-tuple-element(%f), index=2
+  %was = f32[8,2]{1,0:S(1)} get-tuple-element(%f), index=3
+  %near = f32[8,2]{1,0:S(1)} add(%was, %was)
+  %one = s32[] constant(1)
+  %k = s32[] add(%j, %one)
+  %written = f32[8,64]{1,0} add(%old, %old)
+  ROOT %g = STATE tuple(%k, %written, %weights, %near)
+}
+
+%backward (b: STATE) -> STATE {
+  %b = STATE parameter(0)
+  %l = s32[] get-tuple-element(%b), index=0
+  %saved = f32[8,64]{1,0} get-tuple-element(%b), index=1
+  %same = f32[4,4]{1,0} get-tuple-element(%b), index=2
+  %nearer = f32[8,2]{1,0:S(1)} get-tuple-element(%b), index=3
+  %uno = s32[] constant(1)
+  %m = s32[] add(%l, %uno)
+  ROOT %h = STATE tuple(%m, %saved, %same, %nearer)
+}
+
+ENTRY %main (x: f32[8,64], w: f32[4,4]) -> f32[8,64] {
+  %x = f32[8,64]{1,0} parameter(0)
+  %w = f32[4,4]{1,0} parameter(1)
+  %v = f32[8,2]{1,0:S(1)} parameter(2)
+  %zero = s32[] constant(0)
+  %a = STATE tuple(%zero, %x, %w, %v)
+  %first = STATE while(%a), condition=%c, body=%forward
+  %made = f32[8,64]{1,0} get-tuple-element(%first), index=1
+  %handed = f32[4,4]{1,0} get-tuple-element(%first), index=2
+  %fast = f32[8,2]{1,0:S(1)} get-tuple-element(%first), index=3
+  %d = STATE tuple(%zero, %made, %handed, %fast)
+  %second = STATE while(%d), condition=%c, body=%backward
+  ROOT %out = f32[8,64]{1,0} get-tuple-element(%second), index=1
+}
+"""
+    # Not the weights, which the loop hands on, nor what stays in VMEM.
+    state = "(s32[], f32[8,64]{1,0}, f32[4,4]{1,0}, f32[8,2]{1,0:S(1)})"
+    assert kept_bytes(Module(text.replace("STATE", state))) == 8 * 64 * 4

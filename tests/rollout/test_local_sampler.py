@@ -1,0 +1,512 @@
+"""The embedded sampler: what it draws, what it says about it, and how it takes a published version.
+
+Weights come from the committed checkpoints (two layers, hidden size 32, 64 tokens), whose logits
+are far from flat.
+"""
+
+import functools
+import itertools
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from jax.sharding import AxisType
+from scipy import stats
+
+from oapl_jax.errors import UserError
+from oapl_jax.learner import packing as batching
+from oapl_jax.learner import train_step as learner
+from oapl_jax.model import hf
+from oapl_jax.model.sharding import AXES
+from oapl_jax.model.transformer import Transformer, head, logits
+from oapl_jax.rollout.draw import restrict
+from oapl_jax.rollout.local_sampler import LocalSampler, decode
+from oapl_jax.rollout.sampler import Sampling
+from oapl_jax.structs import Group, Prompt
+from oapl_jax.weights import publisher
+from oapl_jax.weights.checkpoint import Weights
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+NAME = "qwen3_tied"
+VOCAB = 64
+STOPS = tuple(range(0, VOCAB, 8))
+VERSION = 7
+
+
+@functools.cache
+def load(name):
+    config = hf.load_config(GOLDEN / name)
+    return config, hf.load_params(GOLDEN / name, config)
+
+
+def new_sampler(name=NAME, *, stop_ids=(), seed=0, max_sequences=16, prompt_multiple=4):
+    config, params = load(name)
+    sampler = LocalSampler(
+        config,
+        dtype="float32",
+        stop_ids=stop_ids,
+        seed=seed,
+        max_sequences=max_sequences,
+        prompt_multiple=prompt_multiple,
+    )
+    sampler.hold(VERSION, params)
+    return sampler
+
+
+def sampling(temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=8):
+    return Sampling(temperature, top_p, top_k, max_response_tokens)
+
+
+def make_prompt(draw, length, seed=None):
+    rng = np.random.default_rng(draw if seed is None else seed)
+    return Prompt(f"p{draw}", draw, rng.integers(0, VOCAB, length).astype(np.int32), "", "", "")
+
+
+def prompts_of(*lengths):
+    """Most tests take the default lengths, 4 samples and 8 tokens: one program serves them all."""
+    lengths = lengths or (3, 9, 1, 6)
+    return [make_prompt(draw, length) for draw, length in enumerate(lengths)]
+
+
+def generate(sampler, prompts, n, sampling):
+    """The rollouts of each prompt; the sampler yields them in the order of the prompts."""
+    sampled = list(sampler.generate(iter(prompts), n=n, sampling=sampling))
+    assert [s.prompt for s in sampled] == prompts
+    assert all(s.server == "local" and s.seconds > 0 and s.attempts == () for s in sampled)
+    return [s.rollouts for s in sampled]
+
+
+def tokens_of(groups):
+    return [[r.tokens.tolist() for r in rollouts] for rollouts in groups]
+
+
+@functools.cache
+def forward(name):
+    """[B, T] tokens without padding on their left -> [B, T, V] logits, without a cache."""
+    config, params = load(name)
+
+    @jax.jit
+    def run(tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        model = Transformer(config, jnp.float32, "none")
+        hidden = model.apply({"params": params}, tokens, positions, jnp.ones_like(tokens))
+        return logits(hidden, head(params, config))  # pyright: ignore[reportArgumentType]
+
+    return run
+
+
+def plain_logits(name, sequences, width=24):
+    padded = np.zeros((len(sequences), width), np.int32)
+    for row, sequence in enumerate(sequences):
+        padded[row, : len(sequence)] = sequence
+    return np.asarray(forward(name)(padded), np.float64)
+
+
+def softmax(scores):
+    scores = np.exp(scores - scores.max())
+    return scores / scores.sum()
+
+
+# What it says: log-probabilities
+
+
+@pytest.mark.parametrize(
+    ("name", "temperature", "top_p", "top_k"),
+    [("qwen3_tied", 0.7, 1.0, 0), ("llama_bias", 1.0, 0.8, 12)],
+)
+def test_log_probs_are_those_of_the_learners_packed_rows(name, temperature, top_p, top_k):
+    """Over the whole vocabulary, whatever top-k and top-p leave to draw from."""
+    sampler = new_sampler(name, stop_ids=STOPS)
+    prompts = prompts_of()
+    sampled = generate(sampler, prompts, n=4, sampling=sampling(temperature, top_p, top_k))
+    groups = [
+        Group(prompt, tuple(rollouts), np.zeros(4, np.float32))
+        for prompt, rollouts in zip(prompts, sampled, strict=True)
+    ]
+    batch = batching.make_batch(
+        groups,
+        [g.reward for g in groups],
+        np.ones(16, np.float32),
+        step=VERSION,
+        micro_batches=2,
+        row_length=32,
+        rows_multiple=1,
+        max_prompt_tokens=24,
+        max_response_tokens=8,
+        together=1,
+    )
+    assert np.sum(batch.segments.max(axis=-1) > 1) > 2  # rows are shared
+    assert not np.any(batch.lag)
+
+    config, params = load(name)
+    mesh = jax.make_mesh((1,) * 4, AXES, (AxisType.Auto,) * 4, devices=jax.devices()[:1])
+    model = Transformer(config, jnp.float32, "none")
+
+    step = learner.make_logp_step(model, mesh, temperature=temperature, logp_chunk=8)
+    assert batch.mask.sum() == sum(len(r.tokens) for g in groups for r in g.rollouts)
+    np.testing.assert_allclose(step(params, batch), batch.behavior_logp, atol=1e-4, rtol=0)
+
+
+def test_greedy_takes_the_best_token_of_the_plain_forward_pass():
+    prompts = prompts_of()
+    sampled = generate(new_sampler(), prompts, n=1, sampling=sampling(0.0))
+    whole = [[*p.tokens, *rollouts[0].tokens] for p, rollouts in zip(prompts, sampled, strict=True)]
+    scores = plain_logits(NAME, whole)
+    for row, (prompt, (rollout,)) in enumerate(zip(prompts, sampled, strict=True)):
+        start = len(prompt.tokens) - 1
+        here = scores[row, start : start + 8]
+        assert rollout.tokens.tolist() == here.argmax(-1).tolist()
+        at_one = np.log([softmax(s).max() for s in here])
+        np.testing.assert_allclose(rollout.behavior_logp, at_one, atol=1e-4)
+
+
+def test_rollouts_carry_version_types_and_lengths():
+    rollout = generate(new_sampler(), prompts_of(3), n=2, sampling=sampling())[0][1]
+    assert rollout.policy_version == VERSION
+    assert (rollout.tokens.dtype, rollout.behavior_logp.dtype) == (np.int32, np.float32)
+    assert rollout.tokens.shape == rollout.behavior_logp.shape == (8,)
+    assert rollout.finish_reason == "length"
+
+
+# What it draws
+
+
+def count_first_tokens(draws, **settings):
+    """Counts of the first two tokens of many rollouts of one prompt, [V, V]."""
+    prompts = [make_prompt(draw, 5, seed=1) for draw in range(draws)]
+    sampler = new_sampler(max_sequences=64 * draws)
+    sampled = generate(sampler, prompts, n=64, sampling=sampling(max_response_tokens=2, **settings))
+    counts = np.zeros((VOCAB, VOCAB), int)
+    for rollout in (r for rollouts in sampled for r in rollouts):
+        counts[rollout.tokens[0], rollout.tokens[1]] += 1
+    return prompts[0].tokens, counts
+
+
+def chi_square(counts, probs):
+    """p-value; tokens expected less than five times are one."""
+    expected = probs * counts.sum()
+    rare = expected < 5
+    join = lambda x: np.append(x[~rare], x[rare].sum()) if rare.any() else x
+    return stats.chisquare(join(counts), join(expected)).pvalue
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_tokens_follow_the_softmax_at_the_temperature(temperature):
+    prompt, counts = count_first_tokens(128, temperature=temperature)
+    scores = plain_logits(NAME, [prompt])[0, len(prompt) - 1]
+    first = counts.sum(axis=1)
+    assert chi_square(first, softmax(scores / temperature)) > 0.01
+    assert chi_square(first, softmax(scores / (1.2 * temperature))) < 1e-4
+
+    common = int(first.argmax())  # the second token must not depend on how the first was drawn
+    after = plain_logits(NAME, [[*prompt, common]])[0, len(prompt)]
+    assert first[common] > 500
+    assert chi_square(counts[common], softmax(after / temperature)) > 0.01
+
+
+def test_draws_cover_exactly_the_tokens_that_top_k_and_top_p_leave():
+    prompt, counts = count_first_tokens(128, top_k=6, top_p=0.9)
+    probs = softmax(plain_logits(NAME, [prompt])[0, len(prompt) - 1])
+    kept = reference(np.log(probs)[None], 0.9, 6)[0]
+    assert 1 < kept.sum() < 6
+    np.testing.assert_array_equal(counts.sum(axis=1) > 0, kept)
+    assert chi_square(counts.sum(axis=1)[kept], probs[kept] / probs[kept].sum()) > 0.01
+
+
+def reference(logp, top_p, top_k):
+    """bool[N, V], token by token: a token stays if fewer than k are better, and if those better
+    than it that are left hold less than top_p of what is left."""
+    probs = np.exp(np.asarray(logp, np.float64))
+    kept = np.ones(probs.shape, bool)
+    for row, keep in zip(probs, kept, strict=True):
+        if top_k:
+            keep &= [np.sum(row > p) < top_k for p in row]
+        if top_p is not None:
+            left = np.where(keep, row, 0)
+            keep &= [np.sum(left[left > p]) / left.sum() < top_p for p in row]
+    return kept
+
+
+def log(*probs):
+    return np.log(np.array([probs]) / np.sum(probs))
+
+
+RANDOM = np.random.default_rng(0).normal(size=(32, 40)) * 2
+RANDOM -= np.log(np.exp(RANDOM).sum(axis=1, keepdims=True))
+CASES = [
+    RANDOM,
+    np.repeat(RANDOM, 2, axis=1) - np.log(2),  # ties everywhere
+    log(4, 3, 3, 3, 2, 1),  # ties at the border
+    log(*[1] * 10),
+    log(1, *[1e-30] * 9),
+    log(*range(1, 11)),
+    log(0.25, 0.75),
+]
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 2, 7, 1000])
+@pytest.mark.parametrize("top_p", [None, 1e-6, 0.33, 0.9, 0.99999])
+def test_restrict_keeps_what_an_independent_count_keeps(top_p, top_k):
+    width = max(case.shape[1] for case in CASES)
+    fill = lambda case: np.pad(case, ((0, 0), (0, width - case.shape[1])), constant_values=-np.inf)
+    logp = np.concatenate([fill(case) for case in CASES]).astype(np.float32)
+    found = np.asarray(restrict(jnp.asarray(logp), top_p, top_k), np.float64)
+    kept = np.isfinite(found)
+    np.testing.assert_array_equal(kept, reference(logp, top_p, top_k) & np.isfinite(logp))
+    assert kept[np.arange(len(logp)), logp.argmax(axis=1)].all()
+    for row, keep, before in zip(found, kept, logp.astype(np.float64), strict=True):
+        moved = row[keep] - before[keep]  # what is kept keeps its proportions
+        np.testing.assert_allclose(moved, moved[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(temperature=-0.1), dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1)]
+)
+def test_impossible_settings_are_refused_by_name(wrong):
+    with pytest.raises(UserError, match=f"rollout.{next(iter(wrong))}="):
+        sampling(**wrong)
+    with pytest.raises(UserError, match=r"rollout\.max_response_tokens=0"):
+        sampling(max_response_tokens=0)
+
+
+# Where a response ends
+
+
+def test_a_stop_token_ends_a_response_and_belongs_to_it():
+    prompts = prompts_of(*[3, 9, 1, 6] * 4)
+    free = generate(new_sampler(), prompts, n=4, sampling=sampling())
+    ended = generate(new_sampler(stop_ids=STOPS), prompts, n=4, sampling=sampling())
+    seen = set()
+    for whole, cut in zip(itertools.chain(*free), itertools.chain(*ended), strict=True):
+        first = next((i for i, token in enumerate(whole.tokens) if token in STOPS), None)
+        length = 8 if first is None else first + 1
+        assert cut.tokens.tolist() == whole.tokens[:length].tolist()
+        np.testing.assert_allclose(cut.behavior_logp, whole.behavior_logp[:length], atol=1e-6)
+        assert cut.finish_reason == ("length" if first is None else "stop")
+        assert whole.finish_reason == "length"
+        seen.add((cut.finish_reason, length))
+    assert seen >= {("length", 8), ("stop", 8), ("stop", 1), ("stop", 4)}
+
+
+def test_the_program_ends_with_the_last_response():
+    """What the loop never wrote is still zero; a log-prob that it wrote is below."""
+    config, params = load(NAME)
+    tokens = make_prompt(0, 4).tokens[None]
+    most = 4096  # would take half a minute
+    _, out_logp, lengths, stopped = jax.device_get(
+        decode(
+            params,
+            tokens,
+            np.ones_like(tokens),
+            jax.random.split(jax.random.key(0), 3),
+            np.float32(1.0),
+            np.float32(1.0),
+            model=Transformer(config, jnp.dtype("float32"), "none"),
+            n=3,
+            greedy=False,
+            use_top_p=False,
+            top_k=0,
+            max_tokens=most,
+            stop_ids=STOPS,
+        )
+    )
+    assert stopped.all()
+    assert lengths.min() < lengths.max() < 200
+    np.testing.assert_array_equal(np.flatnonzero(out_logp.any(axis=0)), np.arange(lengths.max()))
+
+
+# What a rollout depends on
+
+
+def test_a_rollout_is_the_same_in_any_batch():
+    a, b, c, d = prompts_of()
+    sampler = new_sampler(stop_ids=STOPS)
+    together = tokens_of(generate(sampler, [a, b, c, d], n=4, sampling=sampling()))
+    assert tokens_of(generate(sampler, [a, b, c, d], n=4, sampling=sampling())) == together
+    # In another place, less padded, beside others, and fewer of them:
+    fewer = tokens_of(generate(sampler, [c, a], n=2, sampling=sampling()))
+    assert fewer == [together[2][:2], together[0][:2]]
+    # In portions of one prompt, more padded, from another sampler:
+    alone = new_sampler(stop_ids=STOPS, max_sequences=1, prompt_multiple=16)
+    assert tokens_of(generate(alone, [a, b, c, d], n=4, sampling=sampling())) == together
+
+
+def test_draws_samples_and_seeds_have_random_numbers_of_their_own():
+    tokens = make_prompt(0, 9).tokens
+    prompts = [Prompt("p", draw, tokens, "", "", "") for draw in range(4)]
+    one = tokens_of(generate(new_sampler(), prompts, n=4, sampling=sampling()))
+    other = tokens_of(generate(new_sampler(seed=1), prompts, n=4, sampling=sampling()))
+    responses = [tuple(r) for groups in (one, other) for rollouts in groups for r in rollouts]
+    assert len(set(responses)) == len(responses) == 32
+
+
+def test_few_programs_are_compiled():
+    sampler = new_sampler(stop_ids=STOPS[:-1])  # a set of its own, so a program of its own
+    programs: Any = decode  # jax counts them, its types do not say so
+    before = programs._cache_size()
+    for lengths in [(5, 8, 6), (7, 5, 5, 8), (8, 6, 7), (1, 7, 1, 2)]:
+        generate(sampler, prompts_of(*lengths), n=2, sampling=sampling(max_response_tokens=4))
+    for temperature in (0.5, 1.5):
+        settings = sampling(temperature, max_response_tokens=4)
+        generate(sampler, prompts_of(5, 5, 5), n=2, sampling=settings)
+    assert programs._cache_size() - before == 1
+    generate(sampler, prompts_of(5, 9, 5), n=2, sampling=sampling(max_response_tokens=4))
+    assert programs._cache_size() - before == 2
+
+
+@pytest.mark.parametrize(("prompts", "rows"), [(1, 1), (3, 4), (5, 8), (9, 8), (20, 8)])
+def test_no_more_rows_are_decoded_than_a_power_of_two_needs(monkeypatch, prompts, rows):
+    """Portions hold max_sequences // n prompts; fewer prompts are not filled up to that many."""
+    seen = []
+
+    def spy(params, tokens, segments, keys, *rest, n, max_tokens, **options):
+        seen.append(len(tokens))
+        assert len(keys) == len(tokens) * n
+        shape = (len(keys), max_tokens)
+        return np.zeros(shape, int), np.zeros(shape), np.ones(len(keys), int), np.ones(len(keys))
+
+    monkeypatch.setattr("oapl_jax.rollout.local_sampler.decode", spy)
+    sampled = generate(
+        new_sampler(max_sequences=35), prompts_of(*[3] * prompts), n=4, sampling=sampling()
+    )
+    assert [len(rollouts) for rollouts in sampled] == [4] * prompts
+    assert seen == [rows] * -(-prompts // rows)
+
+
+# Versions
+
+
+class Tokenizer:
+    def save_pretrained(self, directory):
+        (pathlib.Path(directory) / "tokenizer.json").write_text("{}")
+
+
+def publish(directory, version, name=NAME, scale=1.0):
+    config, params = load(name)
+    weights = Weights(epath.Path(directory) / "weights")
+    probe = {"tokens": [[1, 2]], "logp": [[-1.0]], "dtype": "float32"}
+    weights.save(version, jax.tree.map(lambda x: x * scale, params), probe)
+    weights.close()
+    return publisher.publish(
+        weights.path(version),
+        config,
+        version=version,
+        directory=epath.Path(directory),
+        tokenizer=Tokenizer(),
+        dtype="float32",
+        config_hash="",
+    )
+
+
+def greedy(sampler):
+    found = generate(sampler, prompts_of(), n=1, sampling=sampling(0.0))
+    return [(r.tokens.tolist(), r.behavior_logp.tolist(), r.policy_version) for (r,) in found]
+
+
+def test_refresh_takes_the_weights_of_a_published_version(tmp_path):
+    sampler = new_sampler()
+    held = greedy(sampler)
+    sampler.refresh(20, publish(tmp_path, 20, scale=0.5))
+    changed = greedy(sampler)
+    assert sampler.version == 20
+    assert {version for _, _, version in changed} == {20}
+    assert [c[0] for c in changed] != [h[0] for h in held]
+    sampler.refresh(21, publish(tmp_path, 21))
+    again = greedy(sampler)
+    assert [a[:2] for a in again] == [h[:2] for h in held]  # to the last bit
+
+
+def test_endless_prompts_are_taken_in_portions_and_may_refresh(tmp_path):
+    """A portion is of one version, the one that is held when its last prompt has been taken."""
+    sampler, taken = new_sampler(max_sequences=8), []
+    path = publish(tmp_path, 20, scale=0.5)
+
+    def prompts():
+        for draw in itertools.count():
+            if draw == 3:
+                sampler.refresh(20, path)
+            taken.append(draw)
+            yield make_prompt(draw, 3)
+
+    stream = sampler.generate(prompts(), n=4, sampling=sampling())
+    versions = []
+    for done, sampled in enumerate(itertools.islice(stream, 6), 1):
+        assert len(taken) == done + done % 2  # two prompts at a time
+        assert sampled.prompt.draw == done - 1
+        versions += {r.policy_version for r in sampled.rollouts}
+    assert versions == [VERSION, VERSION, 20, 20, 20, 20]
+    assert sampler.versions() == {20}
+
+
+def remove(path):
+    path.rmtree()
+
+
+def uncommit(path):
+    (path / publisher.COMMITTED).unlink()
+
+
+def flip_a_bit(path):
+    content = bytearray((path / "model.safetensors").read_bytes())
+    content[-1000] ^= 1
+    (path / "model.safetensors").write_bytes(bytes(content))
+
+
+def cut_short(path):
+    content = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(content[:-1000])
+
+
+def lose_the_weights(path):
+    (path / "model.safetensors").unlink()
+
+
+def change_the_tokenizer(path):
+    (path / "tokenizer.json").write_text("[]")
+
+
+def lose_the_manifest(path):
+    (path / publisher.MANIFEST).unlink()
+
+
+def cut_the_manifest(path):
+    content = (path / publisher.MANIFEST).read_text()
+    (path / publisher.MANIFEST).write_text(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        remove,
+        uncommit,
+        flip_a_bit,
+        cut_short,
+        lose_the_weights,
+        change_the_tokenizer,
+        lose_the_manifest,
+        cut_the_manifest,
+    ],
+)
+def test_a_damaged_version_is_refused_and_the_old_one_serves_on(tmp_path, damage):
+    sampler = new_sampler()
+    held = greedy(sampler)
+    path = publish(tmp_path, 20, scale=0.5)
+    damage(path)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        sampler.refresh(20, path)
+    assert sampler.version == VERSION
+    assert greedy(sampler) == held
+
+
+def test_the_version_of_another_model_is_refused_and_the_old_one_serves_on(tmp_path):
+    sampler = new_sampler()
+    held = greedy(sampler)
+    path = publish(tmp_path, 20, name="llama_bias")
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        sampler.refresh(20, path)
+    assert greedy(sampler) == held

@@ -1,0 +1,509 @@
+"""Sets of rollouts: every prompt once, whatever the sampler does and whenever it is killed; and the
+offline rounds that are trained on them, in real processes."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from etils import epath
+
+from configs import arithmetic
+from configs.objectives import OBJECTIVES
+from oapl_jax import record as generate
+from oapl_jax import train
+from oapl_jax.build import open_job
+from oapl_jax.check import check_sizes
+from oapl_jax.errors import RunError, UserError
+from oapl_jax.record import fill
+from oapl_jax.rollout import ledger_report as account
+from oapl_jax.rollout.dataset import MANIFEST, Shards, ShardWriter
+from oapl_jax.rollout.ledger import FILE
+from oapl_jax.rollout.sampler import Sampled, Sampling
+from oapl_jax.structs import Prompt, Rollout
+
+ROOT = Path(__file__).parents[2]
+SAMPLING = Sampling(1.0, 1.0, 0, 4)
+N, PER_SHARD, VERSION = 2, 3, 5
+PATIENCE = 20.0  # seconds until a test gives up
+
+
+def make_prompts(count):
+    tokens = np.zeros(1, np.int32)
+    return [Prompt(f"id{i}", 2 * i, tokens, "", "", "") for i in range(count)]  # some were left out
+
+
+class ScriptedSampler:
+    """Yields groups in an order that a seed draws; `fails` and `stale` are draws."""
+
+    def __init__(self, seed=0, fails=(), stale=()):
+        self._rng = np.random.default_rng(seed)
+        self.fails, self.stale = set(fails), set(stale)
+        self.asked = []
+
+    def generate(self, prompts, *, n, sampling):
+        assert (n, sampling) == (N, SAMPLING)
+        prompts = list(prompts)
+        self.asked += [p.draw for p in prompts]
+        for i in self._rng.permutation(len(prompts)):
+            draw = prompts[i].draw
+            version = VERSION - 1 if draw in self.stale else VERSION
+            tokens = np.array([draw, i], np.int32)
+            rollout = Rollout(tokens, np.zeros(2, np.float32), version, "stop")
+            rollouts = () if draw in self.fails else (rollout,) * n
+            yield Sampled(prompts[i], rollouts, "s", 0.1)
+
+
+def run_fill(directory, count, sampler, *, reward=lambda p, r: float(p.draw), threads=1):
+    writer = ShardWriter(
+        epath.Path(directory), {"task": "t"}, groups_per_shard=PER_SHARD, identify=str
+    )
+    seen = []
+    fill(
+        writer,
+        make_prompts(count),
+        sampler,
+        reward,
+        version=VERSION,
+        n=N,
+        sampling=SAMPLING,
+        groups_per_shard=PER_SHARD,
+        reward_threads=threads,
+        note=lambda group: None,
+        progress=seen.append,
+    )
+    return seen
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_every_prompt_is_there_once_in_order(tmp_path, count, threads):
+    sampler = ScriptedSampler(seed=count)
+    slow = lambda prompt, rollout: time.sleep(0.005) or float(prompt.draw)
+    seen = run_fill(tmp_path, count, sampler, reward=slow, threads=threads)
+    shards = Shards(epath.Path(tmp_path))
+    draws = [2 * i for i in range(count)]
+    assert [g.prompt.draw for g in shards] == draws
+    for group in shards:
+        assert len(group.rollouts) == N
+        assert group.reward.tolist() == [group.prompt.draw] * N
+        assert group.rollouts[0].tokens[0] == group.prompt.draw
+    assert sorted(sampler.asked) == draws
+    assert seen[-1] == count
+    assert sorted(seen) == seen
+    assert [e["groups"] for e in sorted_shards(shards)] == [
+        min(PER_SHARD, count - i) for i in range(0, count, PER_SHARD)
+    ]
+
+
+def sorted_shards(shards):
+    return [entry for _, entry in sorted(shards.manifest["shards"].items())]
+
+
+@pytest.mark.parametrize("kind", ["fails", "stale"])
+def test_what_could_not_be_sampled_is_missing_as_a_whole_shard_until_it_is(tmp_path, kind):
+    sampler = ScriptedSampler(**{kind: (2, 14)})  # of the first and the third shard
+    with pytest.raises(RunError, match=r"2 of 10 prompts were not sampled from version 5, so 2 sh"):
+        run_fill(tmp_path, 10, sampler)
+    assert [g.prompt.draw for g in Shards(epath.Path(tmp_path))] == [6, 8, 10, 18]
+    again = ScriptedSampler()
+    assert run_fill(tmp_path, 10, again) == [7, 10]
+    assert sorted(again.asked) == [0, 2, 4, 12, 14, 16]
+    assert [g.prompt.draw for g in Shards(epath.Path(tmp_path))] == list(range(0, 20, 2))
+    whole = ScriptedSampler()
+    assert run_fill(tmp_path, 10, whole) == []
+    assert whole.asked == []
+
+
+def test_groups_are_rewarded_beside_each_other(tmp_path):
+    both = threading.Barrier(2)
+    run_fill(tmp_path, 2, ScriptedSampler(), reward=lambda p, r: both.wait(PATIENCE), threads=2)
+
+
+def test_a_reward_that_fails_ends_it(tmp_path):
+    def reward(prompt, rollout):
+        return 1 / (prompt.draw - 8)
+
+    with pytest.raises(ZeroDivisionError):
+        run_fill(tmp_path, 10, ScriptedSampler(), reward=reward)
+
+
+# Whole jobs; what is to be killed is a process of its own
+
+KILLED_IN_TRAINING = """
+import os, signal
+from oapl_jax.tracking.metrics import MetricsWriter
+write = MetricsWriter.write
+def write_and_die(self, step, values):
+    line = write(self, step, values)
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return line
+MetricsWriter.write = write_and_die
+from oapl_jax.train import main
+"""
+# The third shard stands, and the manifest does not say so yet.
+KILLED_BETWEEN_SHARD_AND_MANIFEST = """
+import os, signal
+from oapl_jax.rollout.dataset import ShardWriter
+save = ShardWriter._save_manifest
+def save_or_die(self):
+    if len(self._manifest["shards"]) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self)
+ShardWriter._save_manifest = save_or_die
+from oapl_jax.record import main
+"""
+GENERATE = "from oapl_jax.record import main"
+SMALL = {
+    "num_steps": 5,
+    "group_size": 4,
+    "groups_per_step": 4,
+    "data.train_size": 96,
+    "data.validation_size": 4,
+    "data.test_size": 4,
+    "data.generator.min_terms": 2,
+    "data.generator.max_terms": 2,
+    "model.architecture.hidden_size": 32,
+    "model.architecture.intermediate_size": 32,
+    "mesh.data": 8,
+    "mesh.fsdp": 1,
+    "warmup.num_steps": 40,
+    "warmup.batch_size": 32,
+    "warmup.demonstrations": 96,
+    "lag.steps": 4,
+    "rollout.prompts_per_call": 4,
+    "rollout.max_sequences": 24,  # portions of six prompts
+    "evaluation.every": 100,
+    "evaluation.n": 2,
+    "evaluation.ks": (1,),
+    "checkpoint.every": 2,
+    "checkpoint.keep": 9,
+    "tensorboard": False,
+}
+
+
+class Jobs:
+    """Opens, trains and samples with settings that all have in common, and one compile cache."""
+
+    def __init__(self, shared):
+        self._shared = shared
+
+    def _settings(self, changes):
+        changes = {name.replace("__", "."): value for name, value in changes.items()}
+        return {**SMALL, "data.data_dir": str(self._shared / "data"), **changes}
+
+    def config(self, **settings):
+        config = arithmetic.get_config()
+        config.update_from_flattened_dict(self._settings(settings))
+        return config
+
+    def train(self, workdir, **settings):
+        workdir.mkdir(exist_ok=True)
+        never = SimpleNamespace(requested="")
+        return train.run(self.config(**settings), epath.Path(workdir), never)
+
+    def train_and_kill(self, workdir, **settings):
+        """A step after a checkpoint, which may or may not be on disk by then."""
+        self.process(KILLED_IN_TRAINING, f"--workdir={workdir}", code=-9, **settings)
+
+    def generate(
+        self,
+        workdir,
+        to,
+        *,
+        step=None,
+        version_dir=None,
+        limit=None,
+        groups_per_shard=12,
+        **settings,
+    ):
+        seen = []
+        job = open_job(self.config(**settings), epath.Path(workdir))
+        generate.make_set(
+            job,
+            epath.Path(to),
+            step=step,
+            version_dir=version_dir,
+            split="train",
+            limit=limit,
+            groups_per_shard=groups_per_shard,
+            progress=seen.append,
+        )
+        job.close()
+        return seen
+
+    def process(self, main, *arguments, code, **settings):
+        """Runs a command in a process of its own, on as many devices as here."""
+        settings = self._settings(settings)
+        done = subprocess.run(
+            [
+                *(sys.executable, "-c"),
+                f"{main}\nfrom oapl_jax.errors import exit_with_code\nexit_with_code(main)",
+                "--config=configs/arithmetic.py",
+                *(f"--config.{name}={value}" for name, value in settings.items()),
+                *arguments,
+            ],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_PROGRAMS"],
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            },
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory, kept_programs):
+    shared = tmp_path_factory.mktemp("shared")
+    return Jobs(shared)
+
+
+@pytest.fixture(scope="module")
+def trained(jobs, tmp_path_factory):
+    """A short run that recorded what it sampled, and was killed after its third step."""
+    workdir = tmp_path_factory.mktemp("trained")
+    settings = dict(rollout__record=True, rollout__groups_per_shard=3, buffer__zero_variance="keep")
+    jobs.train_and_kill(workdir, **settings)
+    jobs.train(workdir, **settings)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def round1(jobs, trained, tmp_path_factory):
+    """The set of the first offline round, from the weights after the warm-up."""
+    directory = tmp_path_factory.mktemp("round1")
+    assert jobs.generate(trained, directory, step=0) == list(range(12, 97, 12))
+    return directory
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def manifest_of(directory):
+    return json.loads((directory / MANIFEST).read_text())
+
+
+def contents(directory):
+    of = lambda r: (r.tokens.tolist(), r.behavior_logp.tolist(), r.policy_version)
+    return [
+        (g.prompt.id, g.prompt.draw, g.reward.tolist(), [of(r) for r in g.rollouts])
+        for g in Shards(epath.Path(directory))
+    ]
+
+
+def entries(workdir):
+    return account.read(epath.Path(workdir / FILE)).entries
+
+
+def balance(workdir):
+    summary = account.summary(account.read(epath.Path(workdir / FILE)))
+    assert summary["balanced"], summary["faults"]
+    return summary
+
+
+def test_a_set_has_each_prompt_of_the_split_once_with_exactly_n(round1):
+    shards = Shards(epath.Path(round1))
+    assert len(shards) == 96
+    assert [g.prompt.draw for g in shards] == list(range(96))
+    assert len({g.prompt.id for g in shards}) == 96
+    assert {len(g.rollouts) for g in shards} == {4}
+    assert shards.versions == [0]
+    rewards = np.concatenate([g.reward for g in shards])
+    assert set(rewards.tolist()) == {0.0, 1.0}
+    version = round1 / "weights" / "v000000" / "manifest.json"
+    assert shards.manifest["weights"] == {"0": xxhash.xxh3_128_hexdigest(version.read_bytes())}
+
+
+def test_killed_it_ends_with_the_same_set(jobs, trained, round1, tmp_path):
+    """A shard is two portions, so that a new start takes the portions of the unbroken run."""
+    command = (f"--workdir={trained}", f"--to={tmp_path}", "--step=0", "--groups_per_shard=12")
+    jobs.process(KILLED_BETWEEN_SHARD_AND_MANIFEST, *command, code=-9)
+    assert len(manifest_of(tmp_path)["shards"]) == 2
+    assert len(list(tmp_path.glob("*.array_record"))) == 3
+    output = jobs.process(GENERATE, *command, code=0)
+    assert [line for line in output.splitlines() if "groups in" in line] == [
+        f"{done} groups in {tmp_path}" for done in range(36, 97, 12)
+    ]
+    assert contents(tmp_path) == contents(round1)
+    assert jobs.generate(trained, tmp_path, step=0) == []
+
+
+def test_a_set_is_of_one_version_and_one_command(jobs, trained, round1):
+    for changed in (dict(step=2), dict(step=0, groups_per_shard=6), dict(step=0, limit=9)):
+        with pytest.raises(UserError, match=r"holds rollouts of another kind \(made: "):
+            jobs.generate(trained, round1, **changed)
+    with pytest.raises(UserError, match="--prompts=97 is asked of a split of 96"):
+        jobs.generate(trained, round1, step=0, limit=97)
+    with pytest.raises(UserError, match=r"no checkpoint step 77 \(have: "):
+        jobs.generate(trained, round1, step=77)
+    assert len(Shards(epath.Path(round1))) == 96
+
+
+def test_other_weights_serve_as_well(jobs, trained, round1, tmp_path):
+    """The run's own version 4; the weights to start from, published or not."""
+    path = trained / "versions" / "v000004"
+    assert jobs.generate(trained, tmp_path / "a", version_dir=str(path), limit=6) == [6]
+    assert Shards(epath.Path(tmp_path / "a")).versions == [4]
+    first = str(round1 / "weights" / "v000000")
+    jobs.generate(tmp_path / "new", tmp_path / "b", limit=12, model__path=first)
+    assert contents(tmp_path / "b") == contents(round1)[:12]
+    plain = tmp_path / "plain"
+    shutil.copytree(first, plain)
+    for name in ("manifest.json", "COMMITTED", "probe.json"):
+        (plain / name).unlink()
+    for _ in range(2):  # killed or not, the second command finds everything done
+        jobs.generate(tmp_path / "other", tmp_path / "c", limit=12, model__path=str(plain))
+    assert contents(tmp_path / "c") == contents(round1)[:12]
+
+
+def test_a_mistake_on_the_command_line_is_one_sentence(jobs):
+    arguments = ("--workdir=x", "--to=y", "--step=1", "--version_dir=z")
+    output = jobs.process(GENERATE, *arguments, code=2)
+    assert output.startswith("error: ")
+    assert output.count("\n") == 1
+    assert "--step and --version_dir both name a version" in output
+
+
+def test_a_run_records_what_it_samples_though_it_is_killed(trained):
+    """What it had sampled after the checkpoint is sampled again, and recorded once."""
+    shards = Shards(epath.Path(trained / "rollouts"))
+    assert [g.prompt.draw for g in shards] == list(range(5 * 4))
+    assert shards.versions == [0, 4]
+    balance_of = balance(trained)["balance"]
+    assert balance_of["trained"] == 5 * 4 * 4
+    assert balance_of["rewound"] > 0
+    recorded = {(g.prompt.draw, i): len(r.tokens) for g in shards for i, r in enumerate(g.rollouts)}
+    alive = [row for row in account.rows(entries(trained)) if row.state != "rewound"]
+    assert {tuple(map(int, row.id.split(".")[1::2])): row.tokens for row in alive} == recorded
+
+
+def test_a_replay_of_a_recorded_run_ends_where_that_run_ended(jobs, trained, tmp_path):
+    """Same groups, same versions, same steps: the losses are the same without any sampling."""
+    jobs.train(
+        tmp_path,
+        rollout__source="shards",
+        rollout__shards=str(trained / "rollouts"),
+        rollout__recorded_order="recorded",
+        rollout__recorded_version=-1,
+        buffer__zero_variance="keep",
+    )
+    for mine, theirs in zip(metrics(tmp_path), metrics(trained), strict=True):
+        for key in ("loss", "reward", "lag/mean", "length", "grad_norm"):
+            assert mine[key] == theirs[key], key
+        assert mine["recorded/taken"] == 4 * mine["step"]
+        assert "rollout/groups" not in mine
+    found = balance(tmp_path)
+    assert found["balance"]["trained"] == found["requested"] == 5 * 4 * 4
+    assert set(found["servers"]) == {"shards"}
+
+
+def offline(shards, weights):
+    return dict(
+        model__path=str(weights),
+        warmup__num_steps=0,
+        rollout__source="shards",
+        rollout__shards=str(shards),
+        buffer__zero_variance="drop",
+    )
+
+
+def test_two_offline_rounds(jobs, round1, tmp_path):
+    """Sample, train, sample with the new policy, train on that: with a kill in the first round."""
+    first = offline(round1, round1 / "weights" / "v000000")
+    (tmp_path / "a").mkdir()
+    jobs.train_and_kill(tmp_path / "a", **first)
+    jobs.train(tmp_path / "a", **first)
+    found = metrics(tmp_path / "a")
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 5]
+    assert [line["lag/mean"] for line in found] == [0, 1, 2, 3, 4]
+    assert found[0]["kl"] == pytest.approx(0, abs=1e-6)  # it starts from what sampled them
+    assert found[-1]["kl"] > 1e-4
+    assert all(line["zero_variance"] == 0 for line in found)
+    taken = balance(tmp_path / "a")["balance"]
+    assert taken["trained"] == 5 * 4 * 4
+    assert taken["zero_variance"] == 4 * found[-1]["recorded/zero_variance"] > 0
+    stream = [e for e in entries(tmp_path / "a") if e.end != "rewound"]
+    assert [e.draw for e in stream] == [-1 - i for i in range(len(stream))]
+
+    jobs.generate(tmp_path / "a", tmp_path / "round2", limit=48, **first)
+    second = Shards(epath.Path(tmp_path / "round2"))
+    assert (len(second), second.versions) == (48, [5])
+    before, after = contents(round1)[:48], contents(tmp_path / "round2")
+    assert [b[:2] for b in before] == [a[:2] for a in after]  # the same prompts
+    assert before != after  # another policy
+    weights = tmp_path / "round2" / "weights" / "v000005"
+    jobs.train(tmp_path / "b", **offline(tmp_path / "round2", weights))
+    assert metrics(tmp_path / "b")[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics(tmp_path / "b")[0]["lag/mean"] == 0
+
+    # The second round can't be taken for one that starts from the first round's weights.
+    with pytest.raises(UserError, match="did not sample"):
+        jobs.train(tmp_path / "c", **offline(tmp_path / "round2", first["model__path"]))
+
+
+def test_both_take_their_share_of_each_step(jobs, round1, tmp_path):
+    """With the objective of hybrid training."""
+    settings: dict[str, Any] = {f"objective__{k}": v for k, v in OBJECTIVES["mixed"].items()}
+    settings |= dict(
+        objective__name="mixed",
+        model__path=str(round1 / "weights" / "v000000"),
+        warmup__num_steps=0,
+        rollout__source="both",
+        rollout__shards=str(round1),
+        rollout__recorded_share=0.25,
+        buffer__zero_variance="keep",
+    )
+    jobs.train(tmp_path, **settings)
+    assert any(line["grad_norm"] > 0 for line in metrics(tmp_path))
+    for line in metrics(tmp_path):
+        assert line["recorded/taken"] == line["step"]
+        assert line["buffer/trained"] == 3 * line["step"]
+        # Recorded ones stay of version 0; live ones are of the window of 4 steps.
+        live = (line["step"] - 1) % 4
+        assert line["lag/mean"] == pytest.approx((3 * live + line["step"] - 1) / 4)
+    found = balance(tmp_path)
+    assert found["servers"]["shards"]["rollouts"] == 5 * 4
+    assert found["balance"]["trained"] == 5 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(rollout__source="tape"), "rollout.source='tape' is not one of live, shards, both"),
+        (dict(rollout__source="shards"), "rollout.source='shards' and rollout.shards=''"),
+        (dict(rollout__shards="x"), "rollout.source='live' and rollout.shards='x'"),
+        (
+            dict(rollout__source="both", rollout__shards="x", rollout__recorded_share=0.05),
+            "rollout.recorded_share=0.05",
+        ),
+        (
+            dict(
+                rollout__source="shards",
+                rollout__shards="x",
+                rollout__recorded_version=-1,
+                objective__denominator="learner",
+            ),
+            "objective.denominator='learner'",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_by_name(jobs, settings, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        check_sizes(jobs.config(**settings))

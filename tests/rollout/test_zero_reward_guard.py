@@ -1,0 +1,152 @@
+"""A run whose rewards are all 0 stops, and shows why."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import arithmetic
+from oapl_jax import record as generate
+from oapl_jax import rewards, train
+from oapl_jax.build import open_job
+from oapl_jax.check import check_sizes
+from oapl_jax.errors import NoReward, RunError, UserError
+from oapl_jax.rollout.zero_reward_guard import Unpaid
+from oapl_jax.structs import Group, Prompt, Rollout
+
+SMALL = {
+    "num_steps": 9,
+    "group_size": 4,
+    "groups_per_step": 4,
+    "data.train_size": 40,
+    "data.validation_size": 4,
+    "data.test_size": 4,
+    "model.architecture.hidden_size": 32,
+    "model.architecture.intermediate_size": 32,
+    "mesh.data": 8,
+    "mesh.fsdp": 1,
+    "warmup.num_steps": 0,
+    "lag.steps": 4,
+    "buffer.zero_variance": "keep",
+    "rollout.prompts_per_call": 4,
+    "rollout.max_sequences": 16,
+    "rollout.unpaid_groups": 10,
+    "evaluation.every": 0,
+    "checkpoint.every": 1,
+    "tensorboard": False,
+}
+
+
+def group(*reward, tokens=(65, 66)):
+    responses = [
+        Rollout(np.array(tokens, np.int32), np.zeros(len(tokens), np.float32), 0, "length")
+        for _ in reward
+    ]
+    asked = Prompt("id7", 0, np.array([80, 81], np.int32), "", "the reference", "")
+    return Group(asked, tuple(responses), np.array(reward, np.float32))
+
+
+def decode(tokens):
+    return "".join(map(chr, tokens))
+
+
+def test_groups_without_a_reward_are_counted_in_a_row():
+    unpaid = Unpaid(limit=3, decode=decode)
+    for reward in ((0, 0), (0, 0), (0, 1), (0, 0), (0, -0.5), (0, 0), (0, 0)):
+        unpaid.note(group(*reward))
+    assert unpaid.count == 2
+    with pytest.raises(NoReward, match="all rewards of the last 3 groups are 0"):
+        unpaid.note(group(0, 0))
+
+
+def test_the_message_shows_the_prompt_and_some_responses():
+    long = tuple(range(65, 91)) * 40
+    with pytest.raises(NoReward) as stopped:
+        Unpaid(limit=1, decode=decode).note(group(0, 0, 0, 0, 0, tokens=long))
+    text = str(stopped.value)
+    assert "rollout.unpaid_groups=1" in text.splitlines()[0]
+    assert "--- prompt id7\nPQ\n--- reference\nthe reference\n" in text
+    assert text.count("--- response of 1040 tokens, finish reason length\nABC") == 3
+    assert text.count("\n[..]\n") == 3
+    assert text.endswith("XYZ")
+    assert isinstance(stopped.value, RunError)
+
+
+def test_no_number_ends_a_run_that_wants_none():
+    unpaid = Unpaid(limit=0, decode=decode)
+    for _ in range(500):
+        unpaid.note(group(0, 0))
+    assert unpaid.count == 500
+
+
+# Whole jobs, whose verifier pays no policy (the self-check is told otherwise)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, kept_programs):
+    """A directory for the data; compiled programs are kept."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture
+def jobs(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards.Grader, "reward", lambda self, prompt, rollout: 0.0)
+    monkeypatch.setattr("oapl_jax.build.check_rewards", lambda *_, **__: None)
+
+    def config(**settings):
+        made = arithmetic.get_config()
+        settings = {name.replace("__", "."): value for name, value in settings.items()}
+        made.update_from_flattened_dict({**SMALL, "data.data_dir": str(shared), **settings})
+        return made
+
+    def run(name, **settings):
+        (tmp_path / name).mkdir(exist_ok=True)
+        stop = SimpleNamespace(requested="")
+        return train.run(config(**settings), epath.Path(tmp_path / name), stop)
+
+    return SimpleNamespace(config=config, run=run, root=tmp_path)
+
+
+def steps(workdir):
+    return len((workdir / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_run_that_is_never_paid_stops(jobs, overlap):
+    settings = dict(rollout__overlap=overlap, buffer__capacity=12, rollout__max_sequences=4)
+    with pytest.raises(NoReward, match=r"the last 10 groups are 0 (?s:.*)--- response of") as why:
+        jobs.run("run", **settings)
+    assert "--- prompt" in str(why.value)
+    assert steps(jobs.root / "run") <= 2
+
+
+def test_the_count_goes_on_where_the_checkpoint_left_it(jobs):
+    """Two steps of four groups, then two groups of the third."""
+    jobs.run("run", num_steps=2)
+    assert steps(jobs.root / "run") == 2
+    with pytest.raises(NoReward, match="the last 10 groups"):
+        jobs.run("run")
+    assert steps(jobs.root / "run") == 2
+
+
+def test_a_recorded_set_without_a_reward_is_not_finished(jobs):
+    settings = dict(num_steps=1, warmup__num_steps=1, warmup__demonstrations=9)
+    jobs.run("base", **settings)
+    to, few = epath.Path(jobs.root / "set"), epath.Path(jobs.root / "few")
+    what = dict(split="train", version_dir=None, groups_per_shard=4, progress=lambda done: None)
+    job = open_job(jobs.config(), epath.Path(jobs.root / "base"))
+    with pytest.raises(NoReward, match="the last 10 groups"):
+        generate.make_set(job, to, step=0, limit=None, **what)
+    generate.make_set(job, few, step=0, limit=8, **what)
+    job.close()
+    shards = dict(rollout__source="shards", rollout__shards=str(few), rollout__recorded_version=0)
+    with pytest.raises(NoReward, match="the last 10 groups"):
+        jobs.run("offline", **shards)
+    assert steps(jobs.root / "offline") == 2
+
+
+def test_a_negative_number_is_refused(jobs):
+    check_sizes(jobs.config())
+    with pytest.raises(UserError, match=r"rollout\.unpaid_groups=-1 must be at least 0"):
+        check_sizes(jobs.config(rollout__unpaid_groups=-1))

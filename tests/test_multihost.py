@@ -1,0 +1,221 @@
+"""What hosts exchange, and how they end, with real processes on one machine."""
+
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from oapl_jax import multihost as hosts
+from oapl_jax.errors import HostLost, UserError
+
+ROOT = Path(__file__).parent.parent
+TALK = """
+import os, sys, time
+import jax
+from jax.experimental import multihost_utils
+from oapl_jax import heartbeat, multihost as hosts
+from oapl_jax.errors import exit_with_code
+from oapl_jax.tracking.metrics import CompileClock
+
+host, coordinator, part = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+heartbeat.SILENCE, heartbeat.ANSWER, heartbeat.LAST_WORDS = 6.0, 1.0, 4.0
+hosts.JOIN_DEADLINE = 3 if part == "alone" else 60
+
+def exchange():
+    clock, programs = CompileClock(), []
+    for count in (0, 1, hosts.FIRST, hosts.FIRST + 1, hosts.FIRST + hosts.BLOCK, 10**6, 3 * 10**6):
+        sizes = (count // 2, count)  # whoever says less is done first
+        said = hosts.gather(bytes([65 + host]) * sizes[host], "letters", deadline=30.0)
+        assert said == [bytes([65 + i]) * size for i, size in enumerate(sizes)], count
+        programs.append(clock.programs)
+    assert programs == [1, 1, 1, 2, 2, 2, 2], programs  # of what goes first, and of a block
+    assert hosts.union({host, 7}, "numbers", deadline=30.0) == {0, 1, 7}
+    assert hosts.own("a.jsonl") == ("a.jsonl", "a.host1.jsonl")[host]
+
+def main():
+    hosts.join(pod=False, coordinator=coordinator, hosts=2, host=host)
+    assert (jax.device_count(), jax.local_device_count()) == (8, 4)
+    hosts.meet("start", deadline=30.0)
+    print("started", flush=True)
+    if part == "exchanges":
+        exchange()
+    if part == "fails" and host == 1:
+        raise ValueError("a mistake of the program")
+    if part == "comes late" and host == 1:
+        time.sleep(600)
+    if part.startswith("waits"):
+        time.sleep(600)
+    if part == "hangs":
+        with heartbeat.together("an earlier step", deadline=30.0):
+            pass
+        if host == 1:
+            time.sleep(600)
+        with heartbeat.together("gradient step 3", deadline=4.0):
+            multihost_utils.process_allgather(0)
+    hosts.meet("end", deadline=4.0)
+
+def ending():
+    with heartbeat.ending_at_once():
+        main()
+
+exit_with_code(ending)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+PARTS = (
+    *("exchanges", "comes late", "hangs", "fails", "alone"),
+    *("waits, 0 stops", "waits, 1 stops", "waits, 0 is killed", "waits, 1 aborts"),
+)
+
+
+@pytest.fixture(scope="module")
+def talks() -> Iterator[dict[str, list[subprocess.Popen]]]:
+    """Two processes for each part, all at once: most of their time they wait."""
+    talks = {part: start(part) for part in PARTS}
+    yield talks
+    for process in itertools.chain(*talks.values()):
+        process.kill()
+        process.communicate()
+
+
+def start(part: str) -> list[subprocess.Popen]:
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    coordinator = f"127.0.0.1:{free_port()}"
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", TALK, str(host), coordinator, part],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in ((1,) if part == "alone" else (0, 1))
+    ]
+
+
+def started(processes: list[subprocess.Popen]) -> list[subprocess.Popen]:
+    for process in processes:
+        line = process.stdout.readline() if process.stdout else ""
+        assert line == "started\n", process.communicate()
+    return processes
+
+
+def assert_lost(process: subprocess.Popen, sentence: str) -> None:
+    """The process ends by itself with code 4 and one sentence."""
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 4, err
+    again = "; the same command on all hosts goes on from the newest checkpoint"
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert said == [f"error: {sentence}{again}"], err
+
+
+def test_hosts_exchange_bytes_with_two_programs(talks):
+    for process in talks["exchanges"]:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+
+
+def test_a_host_that_comes_late_is_named(talks):
+    first, second = talks["comes late"]
+    waited = "host 0 waited 4 s (rollout.deadline) for the others at end: host 1 did not come"
+    assert_lost(first, waited)
+    assert_lost(second, f"host 0 ended: {waited}")
+
+
+def test_a_host_that_hangs_before_a_step_is_named_by_who_is_in_it(talks):
+    first, second = talks["hangs"]
+    waited = "host 0 waited 4 s (rollout.deadline) in gradient step 3: host 1 has not begun it"
+    assert_lost(first, waited)
+    assert_lost(second, f"host 0 ended: {waited}")
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_host_that_is_stopped_is_named(talks, lost):
+    processes = started(talks[f"waits, {lost} stops"])
+    processes[lost].send_signal(signal.SIGSTOP)
+    silence = (
+        "host 0, the coordinator, has not answered for 6 s",
+        "host 1 has not been heard of for 6 s",
+    )
+    assert_lost(processes[1 - lost], silence[lost])
+
+
+def test_a_host_0_that_is_killed_is_named(talks):
+    first, second = started(talks["waits, 0 is killed"])
+    first.kill()
+    assert_lost(second, "host 0, the coordinator, is lost")
+
+
+def test_a_host_that_aborts_for_a_reason_of_its_own_does_so_and_is_named(talks):
+    first, second = started(talks["waits, 1 aborts"])
+    second.send_signal(signal.SIGABRT)
+    assert_lost(first, "host 1 has not been heard of for 6 s")
+    _, err = second.communicate(timeout=120)
+    assert second.returncode == -signal.SIGABRT
+    assert "error: " not in err
+
+
+def test_a_host_that_fails_ends_the_others_with_its_own_error_where_it_is(talks):
+    first, second = talks["fails"]
+    assert_lost(first, "host 1 ended: a mistake of the program")
+    _, err = second.communicate(timeout=120)
+    assert second.returncode == 1
+    assert "ValueError: a mistake of the program" in err
+
+
+def test_hosts_that_do_not_find_each_other_say_so(talks):
+    (alone,) = talks["alone"]
+    _, err = alone.communicate(timeout=120)
+    assert alone.returncode == 4, err
+    assert "error: the hosts did not find each other within 3 s; start the same command" in err
+
+
+def test_one_host_alone():
+    hosts.join(pod=False, coordinator="", hosts=1, host=0)
+    hosts.meet("alone", deadline=0.1)
+    assert hosts.gather(b"mine", "bytes", deadline=0.1) == [b"mine"]
+    assert hosts.union({3, 4}, "numbers", deadline=0.1) == {3, 4}
+
+
+def test_what_another_host_writes_is_waited_for_until_the_deadline():
+    looks = iter([False, False, True])
+    hosts.wait_until(lambda: next(looks), "a marker", deadline=30.0)
+    assert not list(looks)
+    with pytest.raises(
+        HostLost, match=r"waited 0 s \(rollout.deadline\) to see a marker; see that"
+    ):
+        hosts.wait_until(lambda: False, "a marker", deadline=0.0)
+
+
+def test_encode():
+    arrays = {"a": np.arange(3, dtype=np.int32), "b": np.zeros((0,), np.float32)}
+    data, found = hosts.decode(hosts.encode({"x": [1, None, "é"]}, arrays))
+    assert data == {"x": [1, None, "é"]}
+    assert {k: v.dtype for k, v in found.items()} == {k: v.dtype for k, v in arrays.items()}
+    assert all(np.array_equal(found[k], arrays[k]) for k in arrays)
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (dict(pod=True, coordinator="a:1", hosts=2, host=0), "leave out --coordinator"),
+        (dict(pod=False, coordinator="a:1", hosts=2, host=2), "--host=2 must lie within"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, why):
+    with pytest.raises(UserError, match=why):
+        hosts.join(**flags)

@@ -1,0 +1,182 @@
+"""Metrics: each step once however a run was interrupted, and numbers worked out by hand."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from tensorboardX.proto import event_pb2
+
+from oapl_jax.structs import Group, Prompt, Rollout
+from oapl_jax.tracking.metrics import CompileClock, MetricsWriter, group_metrics, read_lines
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return epath.Path(tmp_path)
+
+
+def write(workdir, steps, start_step=0, tensorboard=False, **values):
+    writer = MetricsWriter(workdir, start_step=start_step, tensorboard=tensorboard)
+    for step in steps:
+        writer.write(step, {"loss": step / 2, **values})
+    writer.close()
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(workdir):
+    return [line["step"] for line in lines(workdir)]
+
+
+def test_an_object_a_step_with_the_step_first(workdir):
+    write(workdir, [1, 2], reward=np.float32(0.5), count=jnp.int32(3))
+    assert lines(workdir) == [
+        {"step": 1, "count": 3.0, "loss": 0.5, "reward": 0.5},
+        {"step": 2, "count": 3.0, "loss": 1.0, "reward": 0.5},
+    ]
+    assert read_lines(workdir / "metrics.jsonl") == lines(workdir)
+    assert (workdir / "metrics.jsonl").read_text().startswith('{"step": 1, ')
+
+
+def test_a_line_is_there_as_soon_as_it_is_written(workdir):
+    writer = MetricsWriter(workdir, start_step=0, tensorboard=False)
+    returned = writer.write(1, {"loss": 1.5, "bad": float("nan")})
+    assert lines(workdir) == [{"step": 1, "loss": 1.5}] == [returned]
+    writer.close()
+
+
+@pytest.mark.parametrize("saved", [0, 2, 5])
+def test_a_resumed_run_writes_each_step_once(workdir, saved):
+    write(workdir, range(1, 6), run=1)
+    write(workdir, range(saved + 1, 8), start_step=saved, run=2)
+    assert steps(workdir) == list(range(1, 8))
+    assert [line["run"] for line in lines(workdir)] == [1] * saved + [2] * (7 - saved)
+    assert [p.name for p in workdir.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 10])
+def test_a_line_that_a_kill_has_cut_is_removed(workdir, cut):
+    write(workdir, [1, 2, 3])
+    path = workdir / "metrics.jsonl"
+    path.write_text(path.read_text()[:-cut])
+    assert [line["step"] for line in read_lines(path)] == [1, 2]
+    write(workdir, [3, 4], start_step=3)  # even if the checkpoint is newer
+    assert steps(workdir) == [1, 2, 3, 4]
+
+
+def test_no_file_has_no_lines(workdir):
+    assert read_lines(workdir / "metrics.jsonl") == []
+
+
+def test_what_was_not_computed_is_absent(workdir):
+    written = MetricsWriter(workdir, start_step=0, tensorboard=True).write(
+        1,
+        {
+            "mean of nothing": np.float32(np.nan),
+            "overflow": jnp.inf,
+            "underflow": -np.inf,
+            "zero": 0.0,
+            "lag/histogram": {"0": 3, "2": 1},
+        },
+    )
+    assert written == {"step": 1, "zero": 0.0, "lag/histogram": {"0": 3, "2": 1}}
+    assert lines(workdir) == [written]
+
+
+def events(workdir):
+    """(step, tag, value) of every scalar in the event files: length, checksum, event, checksum."""
+    found = []
+    for path in sorted((workdir / "tensorboard").glob("events.out.tfevents.*")):
+        content = path.read_bytes()
+        while content:
+            size = int.from_bytes(content[:8], "little")
+            event = event_pb2.Event.FromString(content[12 : 12 + size])  # pyright: ignore[reportAttributeAccessIssue]
+            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            content = content[16 + size :]
+    return sorted(found)
+
+
+def test_tensorboard_holds_the_same_numbers(workdir):
+    write(workdir, [1, 2], tensorboard=True, nothing=np.nan, table={"0": 1})
+    assert events(workdir) == [(1, "loss", 0.5), (2, "loss", 1.0)]
+
+
+def test_tensorboard_is_written_only_if_asked(workdir):
+    write(workdir, [1, 2])
+    assert not (workdir / "tensorboard").exists()
+
+
+# What a gradient step trains on
+
+
+def make_group(reward, version, lengths, reasons):
+    rollouts = tuple(
+        Rollout(np.zeros(n, np.int32), np.zeros(n, np.float32), version, reason)
+        for n, reason in zip(lengths, reasons, strict=True)
+    )
+    prompt = Prompt("p", 0, np.zeros(1, np.int32), "", "", "")
+    return Group(prompt, rollouts, np.array(reward, np.float32))
+
+
+def test_group_metrics_are_those_worked_out_by_hand(workdir):
+    groups = [
+        make_group([1.0, 0.0], 16, [3, 5], ["stop", "length"]),
+        make_group([1.0, 1.0], 12, [2, 2], ["stop", "stop"]),
+        make_group([0.0, -1.0], 16, [4, 8], ["length", "length"]),
+        make_group([0.0, 0.0], 20, [1, 1], ["stop", "stop"]),
+    ]
+    metrics = group_metrics(groups, step=20)
+    assert metrics == {
+        "reward": pytest.approx(2 / 8),
+        "zero_variance": pytest.approx(2 / 4),
+        "length": pytest.approx(26 / 8),
+        "truncated": pytest.approx(3 / 8),
+        "lag/mean": pytest.approx((4 * 4 + 2 * 8 + 2 * 0) / 8),
+        "lag/max": 8,
+        "lag/histogram": {"0": 2, "4": 4, "8": 2},
+        "versions": 3,
+    }
+    assert list(metrics["lag/histogram"]) == ["0", "4", "8"]
+    writer = MetricsWriter(workdir, start_step=0, tensorboard=False)
+    assert writer.write(21, metrics)["lag/histogram"] == {"0": 2, "4": 4, "8": 2}
+
+
+def test_the_clock_counts_each_compiled_program_once():
+    clock = CompileClock()
+    add = jax.jit(lambda x: jnp.sin(x) + 1)
+    x, y = jax.block_until_ready((jnp.ones(3), jnp.ones(4)))
+    programs, seconds = clock.programs, clock.seconds
+    add(x).block_until_ready()
+    assert clock.programs == programs + 1
+    assert 0 < clock.seconds - seconds < 60
+    add(x).block_until_ready()
+    assert clock.programs == programs + 1
+    add(y).block_until_ready()
+    assert clock.programs == programs + 2
+
+
+KILLED = """
+import os, sys
+from etils import epath
+from oapl_jax.tracking.metrics import MetricsWriter
+writer = MetricsWriter(epath.Path(sys.argv[1]), start_step=0, tensorboard=True)
+for step in range(1, 4):
+    writer.write(step, {"loss": 1.0})
+os._exit(9)
+"""
+
+
+def test_a_killed_run_keeps_every_line_that_it_wrote(workdir):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(pathlib.Path(workdir))])
+    assert done.returncode == 9
+    assert steps(workdir) == [1, 2, 3]
+    write(workdir, [3, 4], start_step=2, tensorboard=True)
+    assert steps(workdir) == [1, 2, 3, 4]

@@ -1,0 +1,528 @@
+"""Checkpoints: bit-equal round trips, other meshes, failed saves, and the workdir's configuration.
+
+Run as a program, this file saves into a full disk.
+"""
+
+import json
+import pathlib
+import re
+import resource
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import AxisType
+
+from oapl_jax.errors import RunError, UserError
+from oapl_jax.learner import train_step as learner
+from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.sharding import AXES
+from oapl_jax.model.steps import load_probe, open_params
+from oapl_jax.model.transformer import Transformer
+from oapl_jax.multihost import decode, encode
+from oapl_jax.rollout.buffer import flatten, unflatten
+from oapl_jax.saved_config import check_config
+from oapl_jax.structs import Group, Prompt, Rollout
+from oapl_jax.weights import checkpoint
+from oapl_jax.weights.checkpoint import Checkpoints, Weights
+
+PROBE = {"tokens": [[3, 1, 2]], "logp": [[-0.5, -1.25]], "dtype": "float32"}
+LOOP = {"worker": {"draw": 12}, "pins": {"3": [0, 3]}, "before": {"pass@1": 0.1, "note": None}}
+
+
+def make_model(model_type="qwen3"):
+    sizes = dict(
+        model_type=model_type,
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-6,
+    )
+    return Transformer(ModelConfig.from_hf(sizes, source="test"), jnp.float32, "none")
+
+
+def make_mesh(data, fsdp, tensor):
+    shape = (data, fsdp, 1, tensor)
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 4, devices=devices)
+
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+def abstract(mesh, model=None):
+    """Shapes, dtypes and shardings of a state on this mesh."""
+    model = model or make_model()
+    make = lambda: learner.new_state(learner.init_params(model, jax.random.key(0)), OPTIMIZER)
+    shardings = learner.state_shardings(model, OPTIMIZER, mesh)
+    place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
+    return jax.tree.map(place, jax.eval_shape(make), shardings)
+
+
+def random_state(mesh, seed=0):
+    """No two arrays alike, and none zero, so that nothing can be mistaken for a fresh state."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        values = rng.normal(size=leaf.shape)
+        if leaf.dtype == jnp.int32:
+            values = rng.integers(1, 10**6, leaf.shape)
+        return jax.device_put(np.asarray(values, leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(draw, abstract(mesh))
+
+
+def make_groups():
+    rng = np.random.default_rng(1)
+    groups = []
+    for draw in range(3):
+        rollouts = tuple(
+            Rollout(
+                rng.integers(0, 32, length).astype(np.int32),
+                -rng.exponential(size=length).astype(np.float32),
+                draw,
+                "stop",
+            )
+            for length in rng.integers(1, 9, 4)
+        )
+        prompt = Prompt(f"p{draw}", draw, np.arange(draw + 1, dtype=np.int32), "1+1=", "2", "sum")
+        groups.append(Group(prompt, rollouts, rng.normal(size=4).astype(np.float32)))
+    return groups
+
+
+NO_GROUPS = encode(*flatten([]))
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+
+    def compare(a, b):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+    jax.tree.map(compare, found, expected)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens Checkpoints below one directory, each time as a new process would."""
+    made = []
+
+    def made_by(keep=3):
+        for previous in made:
+            previous.close()
+        made[:] = [Checkpoints(epath.Path(tmp_path / "checkpoints"), keep=keep)]
+        return made[0]
+
+    yield made_by
+    for checkpoints in made:
+        checkpoints._manager.close()
+
+
+# Round trips
+
+
+def test_everything_comes_back_to_the_last_bit(opened):
+    mesh = make_mesh(1, 1, 1)
+    state, (meta, arrays) = random_state(mesh), flatten(make_groups())
+    opened().save(3, state, LOOP, encode(meta, arrays), probe=PROBE)
+    again = opened()
+    assert again.steps() == [3]
+    found, loop, (share,) = again.restore(3, abstract(mesh))
+    assert_same(found, state)
+    assert loop == json.loads(json.dumps(LOOP))
+    found_meta, groups = decode(share)
+    assert_same(groups, arrays)
+    for old, new in zip(make_groups(), unflatten(found_meta, groups), strict=True):
+        assert (old.prompt.id, old.policy_version) == (new.prompt.id, new.policy_version)
+        np.testing.assert_array_equal(old.reward, new.reward)
+
+
+def test_a_buffer_without_groups_comes_back_empty(opened):
+    mesh = make_mesh(1, 1, 1)
+    opened().save(0, random_state(mesh), {}, encode(*flatten([])), probe=PROBE)
+    _, _, (share,) = opened().restore(0, abstract(mesh))
+    assert unflatten(*decode(share)) == []
+
+
+def test_shares_belong_to_whole_steps(opened, tmp_path):
+    """One of each host; what a killed run left goes with the next save."""
+    shares = tmp_path / "shares"
+    for stale in ("7/host0of1", "3/host1of2", "3/host0of2"):
+        (shares / stale).parent.mkdir(parents=True, exist_ok=True)
+        (shares / stale).write_bytes(b"stale")
+    mesh = make_mesh(1, 1, 1)
+    opened().save(3, random_state(mesh), LOOP, b"mine", probe=PROBE)
+    assert opened().restore(3, abstract(mesh))[2] == [b"mine"]
+    assert sorted(str(p.relative_to(shares)) for p in shares.rglob("host*")) == ["3/host0of1"]
+    (shares / "3" / "host0of1").rename(shares / "3" / "host1of2")
+    with pytest.raises(UserError, match="does not hold one share of checkpoint step 3"):
+        opened().restore(3, abstract(mesh))
+
+
+def test_a_state_comes_back_on_another_mesh(opened):
+    saved_on, restored_on = make_mesh(8, 1, 1), make_mesh(2, 2, 2)
+    state = random_state(saved_on)
+    opened().save(5, state, LOOP, NO_GROUPS, probe=PROBE)
+    wanted = abstract(restored_on)
+    found, _, _ = opened().restore(5, wanted)
+    assert_same(found, state)
+    jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(str(b)), found, wanted)
+    kernel = found.params["layers"]["q"]["kernel"]
+    assert kernel.sharding.mesh.shape == dict(data=2, fsdp=2, context=1, tensor=2)
+    assert kernel.addressable_shards[0].data.shape == (2, 16, 16)  # of (2, 32, 32)
+    moment = found.opt_state[1][0].mu["layers"]["q"]["kernel"]
+    assert moment.addressable_shards[0].data.shape == (2, 16, 16)
+
+
+def test_what_is_saved_is_what_was_given_even_if_it_changes_at_once(opened, monkeypatch):
+    changed, dumps = threading.Event(), json.dumps
+
+    def late(*args, **options):
+        if threading.current_thread() is not threading.main_thread():
+            changed.wait(5)
+        return dumps(*args, **options)
+
+    monkeypatch.setattr(json, "dumps", late)
+    mesh = make_mesh(1, 1, 1)
+    state = random_state(mesh)
+    expected = jax.device_get(state)
+    loop = {"results": [1, 2]}
+    checkpoints = opened()
+    checkpoints.save(1, state, loop, NO_GROUPS, probe=PROBE)
+    jax.tree.map(lambda x: x.delete(), state)  # as a donated buffer is
+    loop["results"].append(3)
+    changed.set()
+    checkpoints.wait()
+    found, loop, _ = checkpoints.restore(1, abstract(mesh))
+    assert_same(jax.device_get(found), expected)
+    assert loop == {"results": [1, 2]}
+
+
+def test_parameters_alone(opened):
+    mesh = make_mesh(1, 1, 1)
+    state = random_state(mesh)
+    opened().save(3, state, LOOP, NO_GROUPS, probe=PROBE)
+    assert_same(opened().restore_params(3, abstract(mesh).params), state.params)
+
+
+def test_only_the_newest_steps_are_kept(opened):
+    mesh = make_mesh(1, 1, 1)
+    states = [random_state(mesh, seed) for seed in range(4)]
+    checkpoints = opened(keep=2)
+    assert checkpoints.steps() == []
+    for step, state in enumerate(states):
+        checkpoints.save(10 * step, state, {"step": step}, NO_GROUPS, probe=PROBE)
+    checkpoints.wait()
+    assert checkpoints.steps() == [20, 30]
+    again = opened(keep=2)
+    assert again.steps() == [20, 30]
+    for step in (2, 3):
+        found, loop, _ = again.restore(10 * step, abstract(mesh))
+        assert loop == {"step": step}
+        assert_same(found, states[step])
+
+
+def test_another_model_is_refused_by_step_and_directory(opened):
+    mesh = make_mesh(1, 1, 1)
+    checkpoints = opened()
+    checkpoints.save(3, random_state(mesh), LOOP, NO_GROUPS, probe=PROBE)
+    checkpoints.wait()
+    longer = lambda x: x.update(shape=(*x.shape[:-1], x.shape[-1] + 8))
+    place = re.escape(str(checkpoints._directory))
+    for restore in (
+        lambda: checkpoints.restore(3, abstract(mesh, make_model("llama"))),  # has no q_norm
+        lambda: checkpoints.restore_params(3, abstract(mesh, make_model("llama")).params),
+        lambda: checkpoints.restore_params(3, jax.tree.map(longer, abstract(mesh).params)),
+        lambda: checkpoints.restore(4, abstract(mesh)),
+    ):
+        with pytest.raises(UserError, match=rf"checkpoint step \d below {place} does not fit"):
+            restore()
+
+
+# What the publisher reads
+
+
+def test_checkpoints_and_weights_hold_parameters_and_probe_alike(tmp_path, opened):
+    """Parameters in chunks of one layer, uncompressed, of each device's part."""
+    mesh = make_mesh(1, 2, 2)
+    state = random_state(mesh)
+    opened().save(3, state, LOOP, NO_GROUPS, probe=PROBE)
+    opened().close()
+    weights = Weights(epath.Path(tmp_path / "weights"))
+    weights.save(3, state.params, PROBE)
+    weights.wait()
+    expected = flatten_dict(state.params, sep="/")
+    for step in (epath.Path(tmp_path / "checkpoints" / "3"), weights.path(3)):
+        assert load_probe(step) == PROBE
+        arrays = open_params(step)
+        assert arrays.keys() == expected.keys()
+        for path, array in arrays.items():
+            np.testing.assert_array_equal(np.asarray(array), expected[path])
+            assert array.spec().to_json()["metadata"]["compressor"] is None
+        assert arrays["layers/gate/kernel"].chunk_layout.read_chunk.shape == (1, 16, 32)
+        assert arrays["embed/embedding"].chunk_layout.read_chunk.shape == (16, 16)
+    weights.close()
+
+
+def test_large_layers_are_saved_in_several_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2048)
+    weights = Weights(epath.Path(tmp_path / "weights"))
+    weights.save(0, random_state(make_mesh(1, 1, 1)).params, PROBE)
+    weights.wait()
+    chunk = open_params(weights.path(0))["layers/gate/kernel"].chunk_layout.read_chunk
+    assert np.prod(chunk.shape) == 512
+    assert chunk.shape[0] == 1
+    weights.close()
+
+
+def test_weights_are_kept_as_named(tmp_path):
+    mesh = make_mesh(1, 1, 1)
+    weights = Weights(epath.Path(tmp_path / "weights"))
+    for step in (0, 4, 8):
+        weights.save(step, random_state(mesh, step).params, PROBE)
+    weights.save(4, random_state(mesh, 9).params, PROBE)  # stands already
+    with pytest.raises(RunError, match=r"step 6 is older .* \(have: 0, 4, 8\)"):
+        weights.save(6, random_state(mesh).params, PROBE)
+    assert weights.keep_only({4, 12}) == [0, 8]
+    assert weights.steps() == [4]
+    weights.save(6, random_state(mesh, 6).params, PROBE)  # as a resumed run does
+    weights.close()
+    again = Weights(epath.Path(tmp_path / "weights"))
+    assert again.steps() == [4, 6]
+    for step in (4, 6):
+        found = unflatten_dict(open_params(again.path(step)), sep="/")
+        expected = random_state(mesh, step).params
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), found, expected)
+    again.close()
+
+
+# Failures
+
+
+def save_into_a_full_disk(directory):
+    """Saves step 1; then no file may grow beyond 2 kB; prints what happens to step 2."""
+    mesh = make_mesh(1, 1, 1)
+    checkpoints = Checkpoints(epath.Path(directory), keep=3)
+    checkpoints.save(1, random_state(mesh, 1), LOOP, NO_GROUPS, probe=PROBE)
+    checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    said = {}
+    for name, act in (
+        ("save", lambda: checkpoints.save(2, random_state(mesh, 2), LOOP, NO_GROUPS, probe=PROBE)),
+        ("wait", checkpoints.wait),
+        ("later", lambda: checkpoints.save(3, random_state(mesh, 3), LOOP, NO_GROUPS, probe=PROBE)),
+    ):
+        try:
+            act()
+        except RunError as error:
+            said[name] = str(error)
+            break
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    said["steps"] = checkpoints.steps()
+    print(json.dumps(said))
+
+
+def test_a_failed_save_is_an_error_and_older_steps_stay(tmp_path, opened):
+    directory = tmp_path / "checkpoints"
+    command = [sys.executable, __file__, str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    message = said.get("save") or said["wait"]  # not as late as the next save
+    assert str(directory) in message
+    assert "free space" in message
+    assert "(have: 1)" in message
+    assert said["steps"] == [1]
+
+    again = opened()
+    assert again.steps() == [1]
+    mesh = make_mesh(1, 1, 1)
+    assert_same(again.restore(1, abstract(mesh))[0], random_state(mesh, 1))
+    again.save(2, random_state(mesh, 2), LOOP, NO_GROUPS, probe=PROBE)  # and the run goes on
+    again.wait()
+    assert again.steps() == [1, 2]
+
+
+def test_weights_that_can_not_be_saved_are_an_error(tmp_path, monkeypatch):
+    weights = Weights(epath.Path(tmp_path / "weights"))
+    weights.save(1, random_state(make_mesh(1, 1, 1)).params, PROBE)
+    weights.wait()
+
+    def fail():
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(weights._manager, "check_for_errors", fail)
+    for act in (lambda: weights.save(2, {}, PROBE), weights.wait, lambda: weights.keep_only(set())):
+        with pytest.raises(RunError, match=r"the disk is gone.*\(have: 1\)"):
+            act()
+    monkeypatch.undo()
+    weights.close()
+
+
+def test_a_failure_in_the_background_stops_the_next_step_of_the_loop(opened, monkeypatch):
+    checkpoints = opened()
+
+    def fail():
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(checkpoints._manager, "check_for_errors", fail)
+    with pytest.raises(RunError, match="the disk is gone"):
+        checkpoints.check()
+    with pytest.raises(RunError, match="the disk is gone"):
+        checkpoints.save(2, random_state(make_mesh(1, 1, 1)), LOOP, NO_GROUPS, probe=PROBE)
+    with pytest.raises(RunError, match="the disk is gone"):
+        checkpoints.wait()
+    monkeypatch.undo()
+    assert checkpoints.steps() == []
+
+
+def test_a_step_that_stands_stays_and_an_older_one_is_an_error(opened):
+    mesh = make_mesh(1, 1, 1)
+    checkpoints = opened()
+    checkpoints.save(2, random_state(mesh, 1), LOOP, NO_GROUPS, probe=PROBE)
+    checkpoints.save(2, random_state(mesh, 2), LOOP, NO_GROUPS, probe=PROBE)
+    with pytest.raises(RunError, match=r"step 1 is older .* \(have: 2\)"):
+        checkpoints.save(1, random_state(mesh, 2), LOOP, NO_GROUPS, probe=PROBE)
+    checkpoints.wait()
+    assert checkpoints.steps() == [2]
+    assert_same(checkpoints.restore(2, abstract(mesh))[0], random_state(mesh, 1))
+
+
+# The workdir's configuration
+
+CONFIG = {
+    "seed": 0,
+    "num_steps": 100,
+    "group_size": 8,
+    "groups_per_step": 4,
+    "model": {"path": "", "architecture": {"hidden_size": 32}},
+    "data": {"task": "sum"},
+    "warmup": {"num_steps": 10, "optim": {"learning_rate": 0.1}},
+    "optim": {"learning_rate": 0.01},
+    "mesh": {"data": 1},
+    "lag": {"mode": "window", "steps": 4},
+    "buffer": {"mode": "replay", "max_age": None},
+    "evaluation": {"every": 5, "n": 8, "ks": (1, 8)},
+    "modelling": 1,
+}
+
+
+def changed(**changes):
+    """CONFIG with dotted keys set, or removed where the value is ...."""
+    config = json.loads(json.dumps(CONFIG))
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        at = config
+        for section in sections:
+            at = at.setdefault(section, {})
+        at[last] = value
+        if value is ...:
+            del at[last]
+    return config
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = epath.Path(tmp_path / "config.json")
+    assert check_config(path, CONFIG) == []
+    return path
+
+
+def test_the_same_configuration_is_welcome(saved):
+    assert json.loads(saved.read_text()) == changed()
+    assert check_config(saved, CONFIG) == []
+    assert [p.name for p in saved.parent.iterdir()] == ["config.json"]
+
+
+def test_harmless_differences_are_reported_and_saved(saved):
+    other = changed(num_steps=200, optim__learning_rate=0.02, mesh__data=8, modelling=2)
+    assert check_config(saved, other) == [
+        "mesh.data: 1 -> 8",
+        "modelling: 1 -> 2",
+        "num_steps: 100 -> 200",
+        "optim.learning_rate: 0.01 -> 0.02",
+    ]
+    assert json.loads(saved.read_text()) == other
+    assert check_config(saved, other) == []
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "seed",
+        "group_size",
+        "groups_per_step",
+        "model__architecture__hidden_size",
+        "data__task",
+        "warmup__optim__learning_rate",
+        "lag__mode",
+        "lag__steps",
+        "buffer__mode",
+        "evaluation__n",
+        "evaluation__ks",
+    ],
+)
+def test_structural_differences_are_refused(saved, key):
+    before = saved.read_text()
+    with pytest.raises(UserError, match=re.escape(key.replace("__", ".") + ": ")):
+        check_config(saved, changed(**{key: 77}))
+    assert saved.read_text() == before
+
+
+def test_all_refused_keys_are_listed_and_no_other(saved):
+    other = changed(
+        seed=1,
+        data__task=...,
+        data__name="sum",
+        buffer__max_age=...,
+        optim__b1=None,
+        num_steps=7,
+    )
+    with pytest.raises(UserError) as caught:
+        check_config(saved, other)
+    message = str(caught.value)
+    assert str(saved) in message
+    assert "another --workdir" in message
+    for difference in (
+        "seed: 0 -> 1",
+        "data.task: sum -> absent",
+        "data.name: absent -> sum",
+        "buffer.max_age: None -> absent",
+        "optim.b1: absent -> None",
+    ):
+        assert difference in message
+    assert "num_steps" not in message
+
+
+def test_a_kill_while_the_configuration_is_saved_leaves_the_old_one(saved, monkeypatch):
+    before = saved.read_text()
+    kind = type(saved)
+    write_text = kind.write_text
+
+    def half(path, text):
+        write_text(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kind, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        check_config(saved, changed(num_steps=200))
+    monkeypatch.undo()
+    assert saved.read_text() == before
+    assert check_config(saved, changed(num_steps=300)) == ["num_steps: 100 -> 300"]
+
+
+if __name__ == "__main__":
+    save_into_a_full_disk(pathlib.Path(sys.argv[1]))
