@@ -94,3 +94,13 @@ def test_a_failure_comes_to_the_caller_and_closing_ends_the_threads():
 def test_an_error_is_one_line():
     assert one_line(ValueError("first\nsecond")) == "ValueError: first"
     assert one_line(OSError()) == "OSError: "
+
+
+def test_a_code_digest_ignores_comments_docstrings_and_layout(tmp_path):
+    def digest(source):
+        (tmp_path / "module.py").write_text(source)
+        return files.code_digest([tmp_path / "module.py"])
+
+    plain = digest("def f(x):\n    return x + 1\n")
+    assert digest('"""A."""\n\ndef f(x):  # b\n    "C."\n    return (\n  x + 1)\n') == plain
+    assert digest("def f(x):\n    return x + 2\n") != plain

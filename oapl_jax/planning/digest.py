@@ -1,10 +1,11 @@
 """What kept plans depend on beside their settings: plans of other code are made again."""
 
-import ast
 import hashlib
 import importlib.metadata
 import os
 from pathlib import Path
+
+from oapl_jax.files import code_digest
 
 PACKAGE = Path(__file__).parent.parent
 # What shapes the compiled programs, and what reads them.
@@ -21,18 +22,5 @@ def code() -> str:
     """A digest of that code, and of the versions and libtpu's flags that it compiles with."""
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-    digest = hashlib.sha256((" ".join(versions) + flags).encode())
-    for name in SHAPING:
-        for path in sorted(PACKAGE.glob(f"{name}.py")):
-            digest.update(meaning(path.read_text()).encode())
-    return digest.hexdigest()[:12]
-
-
-def meaning(text: str) -> str:
-    """The text of a module without its comments, docstrings and layout."""
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        match getattr(node, "body", None):
-            case [ast.Expr(ast.Constant(str())), *rest]:
-                node.body = rest  # pyright: ignore[reportAttributeAccessIssue]
-    return ast.dump(tree)
+    sources = code_digest(path for name in SHAPING for path in sorted(PACKAGE.glob(f"{name}.py")))
+    return hashlib.sha256((" ".join(versions) + flags + sources).encode()).hexdigest()[:12]

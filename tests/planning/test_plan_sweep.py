@@ -132,8 +132,6 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path):
 
 
 def test_kept_plans_depend_on_code_and_flags_and_not_on_words(monkeypatch):
-    assert digest.meaning('"""A."""\nx = 1  # b') == digest.meaning("x = (\n    1\n)")
-    assert digest.meaning('def f():\n    "A."\n    return 1') != digest.meaning("def f(): return 2")
     before = digest.code()
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_some_flag=1")
     assert digest.code() != before
