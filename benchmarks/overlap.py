@@ -62,7 +62,9 @@ class WaitingSampler:
         while entry := asked.get():
             done, version, prompt = entry
             time.sleep(max(done - time.monotonic(), 0))
-            tokens = np.random.default_rng(prompt.draw).integers(2, 12, (n, TOKENS), np.int32)
+            tokens = np.random.default_rng(prompt.stream_index).integers(
+                2, 12, (n, TOKENS), np.int32
+            )
             logp = np.full(TOKENS, -0.3, np.float32)
             rollouts = tuple(Rollout(row, logp, version, "length") for row in tokens)
             yield Sampled(prompt, rollouts, "waiting", self._latency)

@@ -59,13 +59,13 @@ def fill(
     Raises:
       RunError: if prompts could not be sampled; the other shards are there.
     """
-    shard_of = {prompt.draw: i // groups_per_shard for i, prompt in enumerate(prompts)}
+    shard_of = {prompt.stream_index: i // groups_per_shard for i, prompt in enumerate(prompts)}
     missing: dict[int, dict[int, Group | None]] = defaultdict(dict)  # shard -> draw -> group
     there = writer.indices()
     for prompt in prompts:
-        if shard_of[prompt.draw] not in there:
-            missing[shard_of[prompt.draw]][prompt.draw] = None
-    wanted = [prompt for prompt in prompts if shard_of[prompt.draw] in missing]
+        if shard_of[prompt.stream_index] not in there:
+            missing[shard_of[prompt.stream_index]][prompt.stream_index] = None
+    wanted = [prompt for prompt in prompts if shard_of[prompt.stream_index] in missing]
     done = len(prompts) - len(wanted)
 
     def rewarded(sampled: Sampled) -> Group:
@@ -80,8 +80,8 @@ def fill(
             while len(rewarding) > until or (rewarding and rewarding[0].done()):
                 group = rewarding.popleft().result()
                 note(group)
-                index = shard_of[group.prompt.draw]
-                missing[index][group.prompt.draw] = group
+                index = shard_of[group.prompt.stream_index]
+                missing[index][group.prompt.stream_index] = group
                 groups = [group for group in missing[index].values() if group is not None]
                 if len(groups) == len(missing[index]):
                     writer.write(index, groups)

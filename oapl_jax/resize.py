@@ -18,7 +18,7 @@ def take_over(saved: Sequence[dict[str, Any]], *, host: int, hosts: int) -> dict
       host, hosts: which host asks, of how many.
     """
     streams = [share["worker"]["prompts"] for share in saved]
-    places = [stream["stream"]["draw"] for stream in streams]
+    places = [stream["stream"]["stream_index"] for stream in streams]
     reached = max(places)
     start = reached // hosts * hosts
     again = set()

@@ -19,9 +19,9 @@ class Prompt:
 
     Attributes:
       id: name of the record in its dataset split, stable across runs.
-      draw: position in the stream of drawn prompts (below 0 for a recorded group: -1 - its draw
-        from the set); with the sample's index in its group it names
-        the random numbers of a rollout, so a resumed run samples the same responses.
+      stream_index: position in the prompt stream (for a recorded group -1 - its position in the
+        dataset's stream, below 0). With the sample's index in its group it names the random
+        numbers of a rollout, so a resumed run samples the same responses.
       tokens: int32[P], the templated prompt.
       text: the question as a person reads it.
       answer: what the reward function compares with.
@@ -29,7 +29,7 @@ class Prompt:
     """
 
     id: str
-    draw: int
+    stream_index: int
     tokens: np.ndarray
     text: str
     answer: str

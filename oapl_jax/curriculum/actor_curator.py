@@ -45,7 +45,7 @@ class Round:
         self.utility = np.zeros(len(self.candidates), np.float32)
 
     def state(self) -> list[Any]:
-        draws = [prompt.draw for prompt in self.candidates]
+        draws = [prompt.stream_index for prompt in self.candidates]
         return [draws, self.log_p.tolist(), self.count, list(self.awaited.items())]
 
     @classmethod
@@ -123,13 +123,13 @@ class ActorCurator(Teacher):
         return logits[: len(prompts)] / self._temperature
 
     def picked(self, candidates: Sequence[Prompt], log_p: np.ndarray, chosen: np.ndarray) -> None:
-        awaited = {candidates[i].draw: int(i) for i in chosen}
+        awaited = {candidates[i].stream_index: int(i) for i in chosen}
         self._rounds.append(Round(candidates, log_p, len(chosen), awaited))
 
     def ended(self, group: Group) -> None:
         if group.zero_variance:
             for round_ in self._rounds:
-                round_.awaited.pop(group.prompt.draw, None)
+                round_.awaited.pop(group.prompt.stream_index, None)
 
     def trained(self, groups: Sequence[Group], logp: np.ndarray | None) -> None:
         self._learner_steps += 1
@@ -139,8 +139,8 @@ class ActorCurator(Teacher):
         for group, of_group in zip(groups, rows, strict=True):
             for round_ in self._rounds:
                 # It is in none if it was drawn while this slept, or is recorded or replayed.
-                if group.prompt.draw in round_.awaited:
-                    index = round_.awaited.pop(group.prompt.draw)
+                if group.prompt.stream_index in round_.awaited:
+                    index = round_.awaited.pop(group.prompt.stream_index)
                     round_.utility[index] = utility(group, of_group)
         for round_ in self._rounds:
             if round_.utility.any():

@@ -51,7 +51,7 @@ class Curriculum(Iterator[Prompt]):
     def _choose(self) -> list[Prompt]:
         candidates = [next(self._prompts) for _ in range(self._candidates)]
         log_p = log_softmax(self.teacher.logits(candidates))
-        rng = np.random.default_rng([self._seed, candidates[0].draw, 1])
+        rng = np.random.default_rng([self._seed, candidates[0].stream_index, 1])
         chosen, by_p = choose(log_p, self._picks, top_p=self._top_p, rng=rng)
         self.teacher.picked(candidates, log_p, chosen)
         self._latest = {
@@ -78,7 +78,7 @@ class Curriculum(Iterator[Prompt]):
     def state(self) -> dict[str, Any]:
         """The place in the stream and what is chosen, JSON-able; the teacher has a state of its
         own."""
-        chosen = [prompt.draw for prompt in self._chosen]
+        chosen = [prompt.stream_index for prompt in self._chosen]
         return {"stream": self._prompts.state(), "chosen": chosen, "latest": dict(self._latest)}
 
     def restore(self, state: dict[str, Any]) -> None:

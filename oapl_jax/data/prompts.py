@@ -77,7 +77,7 @@ class Prompts(Iterator[Prompt]):
         for _ in range(len(self._source)):
             draw = self._round * self._hosts + self._host
             record = self._record(draw)
-            prompt = self._make(record, draw=draw)
+            prompt = self._make(record, stream_index=draw)
             self._round += 1
             if prompt is not None:
                 return prompt
@@ -101,7 +101,7 @@ class Prompts(Iterator[Prompt]):
           UserError: if the prompt is of another task or too long.
         """
         record = self._record(draw)
-        prompt = self._make(record, draw=draw)
+        prompt = self._make(record, stream_index=draw)
         if prompt is None:
             raise UserError(
                 f"prompt {record.id} (draw {draw}) has more tokens than data.max_prompt_tokens "
@@ -117,7 +117,7 @@ class Prompts(Iterator[Prompt]):
         """
         draw = self._round * self._hosts
         return {
-            "draw": draw,
+            "stream_index": draw,
             "seed": self._seed,
             "size": len(self._source),
             "next_id": self._record(draw).id,
@@ -135,8 +135,8 @@ class Prompts(Iterator[Prompt]):
             would repeat some prompts and omit others.
         """
         mine = self.state() | {
-            "draw": state["draw"],
-            "next_id": self._record(state["draw"]).id,
+            "stream_index": state["stream_index"],
+            "next_id": self._record(state["stream_index"]).id,
             "left_out": state["left_out"],
         }
         if mine != state:
@@ -144,7 +144,7 @@ class Prompts(Iterator[Prompt]):
                 f"the checkpoint's prompt stream ({state}) is not the configured one ({mine}); "
                 "restore data.* and the seed, or start a new run"
             )
-        self._round, self._left_out = state["draw"] // self._hosts, state["left_out"]
+        self._round, self._left_out = state["stream_index"] // self._hosts, state["left_out"]
 
     def _record(self, draw: int) -> Record:
         epoch, place = divmod(draw, len(self._source))
@@ -177,7 +177,7 @@ def all_prompts(
     made = [
         make_prompt(
             source[i],
-            draw=i,
+            stream_index=i,
             tokenizer=tokenizer,
             task=task,
             max_prompt_tokens=max_prompt_tokens,
@@ -199,7 +199,7 @@ def make_prompt(
     record: Record,
     tokenizer: Any,
     *,
-    draw: int,
+    stream_index: int,
     task: str,
     max_prompt_tokens: int,
     instruction: str,
@@ -221,7 +221,7 @@ def make_prompt(
         return None
     return Prompt(
         id=record.id,
-        draw=draw,
+        stream_index=stream_index,
         tokens=np.asarray(tokens, np.int32),
         text=record.question,
         answer=record.answer,

@@ -50,10 +50,10 @@ def sample(
     wanted = list(missing(responses.there, at_once))
     for count in sorted({count for _, _, count in wanted}, reverse=True):
         asked = {start * len(prompts) + row: (row, start) for start, row, c in wanted if c == count}
-        redrawn = [replace(prompts[row], draw=draw) for draw, (row, _) in asked.items()]
+        redrawn = [replace(prompts[row], stream_index=draw) for draw, (row, _) in asked.items()]
         for sampled in sampler.generate(redrawn, n=count, sampling=sampling):
             if {rollout.policy_version for rollout in sampled.rollouts} == {version}:
-                _, start = asked[sampled.prompt.draw]
+                _, start = asked[sampled.prompt.stream_index]
                 responses.append(start, sampled)
                 progress(int(responses.there.sum()))
     lost = int((~responses.there).sum())

@@ -87,14 +87,16 @@ def in_order(
     Raises:
       RunError: if some prompt got none.
     """
-    done = {s.prompt.draw: s for s in sampler.generate(prompts, n=n, sampling=sampling)}
-    failed = [p.id for p in prompts if p.draw not in done or not done[p.draw].rollouts]
+    done = {s.prompt.stream_index: s for s in sampler.generate(prompts, n=n, sampling=sampling)}
+    failed = [
+        p.id for p in prompts if p.stream_index not in done or not done[p.stream_index].rollouts
+    ]
     if failed:
         raise RunError(
             f"{len(failed)} of {len(prompts)} prompts could not be sampled, the first is "
             f"{failed[0]}"
         )
-    return [done[p.draw].rollouts for p in prompts]
+    return [done[p.stream_index].rollouts for p in prompts]
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

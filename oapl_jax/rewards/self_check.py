@@ -81,7 +81,7 @@ def check_rewards(
       UserError: naming the first response whose reward is not what it must be.
     """
     template = functools.partial(
-        make_prompt, tokenizer=tokenizer, draw=0, task=task, instruction=instruction
+        make_prompt, tokenizer=tokenizer, stream_index=0, task=task, instruction=instruction
     )
     known = KNOWN.get(task, ())
     asked: list[Any] = [template(record, max_prompt_tokens=1 << 30) for record, *_ in known]

@@ -83,7 +83,7 @@ class Buffer:
     def draws(self) -> set[int]:
         """Places in the stream of prompts of the groups held."""
         with self._changed:
-            return {g.prompt.draw for g, _ in self._held}
+            return {g.prompt.stream_index for g, _ in self._held}
 
     def has_room(self, count: int) -> bool:
         return len(self._held) + count <= self._capacity
@@ -193,7 +193,7 @@ def flatten(groups: Sequence[Group]) -> tuple[dict, dict[str, np.ndarray]]:
     rollouts = [r for g in groups for r in g.rollouts]
     meta = {
         "prompts": [
-            [g.prompt.id, g.prompt.draw, g.prompt.text, g.prompt.answer, g.prompt.task]
+            [g.prompt.id, g.prompt.stream_index, g.prompt.text, g.prompt.answer, g.prompt.task]
             for g in groups
         ],
         "prompt_lengths": [len(g.prompt.tokens) for g in groups],

@@ -32,7 +32,7 @@ from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Group
 from oapl_jax.weights.publisher import checksum
 
-FORMAT = "oapl_jax rollouts 1"
+FORMAT = "oapl_jax rollouts 2"
 MANIFEST = "manifest.json"
 
 

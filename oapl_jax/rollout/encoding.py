@@ -2,7 +2,7 @@
 
 It is a map, in msgpack with arrays as flax.serialization writes them (no pickle):
 
-    prompt            map: id, text, answer and task, strings; draw, int; tokens, int32[P]
+    prompt            map: id, text, answer and task, strings; stream_index, int; tokens, int32[P]
     policy_version    int, as Rollout has it
     lengths           int32[n], tokens of each response
     tokens            int32[sum of lengths], the responses one behind the other
@@ -27,7 +27,7 @@ def encode(group: Group) -> bytes:
         {
             "prompt": {
                 "id": prompt.id,
-                "draw": prompt.draw,
+                "stream_index": prompt.stream_index,
                 "tokens": np.asarray(prompt.tokens, np.int32),
                 "text": prompt.text,
                 "answer": prompt.answer,

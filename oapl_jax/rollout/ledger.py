@@ -50,7 +50,9 @@ class Ledger:
         """`n` rollouts are asked for."""
         if not self._goes_on:
             self.resume(0, ())  # the run before was killed before its first checkpoint
-        self._write({"event": "request", "draw": prompt.draw, "prompt": prompt.id, "n": n})
+        self._write(
+            {"event": "request", "stream_index": prompt.stream_index, "prompt": prompt.id, "n": n}
+        )
 
     def sampled(self, sampled: Sampled, reward: np.ndarray) -> None:
         """The rollouts have come, or every attempt failed, which ends the group.
@@ -63,7 +65,7 @@ class Ledger:
         self._write(
             {
                 "event": "sampled",
-                "draw": sampled.prompt.draw,
+                "stream_index": sampled.prompt.stream_index,
                 "server": sampled.server,
                 "version": rollouts[0].policy_version if rollouts else None,
                 "seconds": round(sampled.seconds, 4),
@@ -76,7 +78,9 @@ class Ledger:
 
     def end(self, group: Group, end: str, step: int | None) -> None:
         """A sampled group was "trained" at a step, or dropped ("expired", "zero_variance")."""
-        self._write({"event": "end", "draw": group.prompt.draw, "end": end, "step": step})
+        self._write(
+            {"event": "end", "stream_index": group.prompt.stream_index, "end": end, "step": step}
+        )
 
     def position(self) -> int:
         """The place that belongs into a checkpoint; what stands before it is on disk."""

@@ -22,7 +22,7 @@ class Entry:
     """One group, as the events tell it; a place (`*_at`) is one in the file, -1 for none."""
 
     incarnation: int  # how often the run had been resumed
-    draw: int
+    stream_index: int
     prompt: str
     n: int
     requested: float  # time in seconds since 1970
@@ -51,7 +51,7 @@ class Row:
     """One requested rollout.
 
     Attributes:
-      id: "incarnation.draw.attempt.sample", unique in a file.
+      id: "incarnation.stream_index.attempt.sample", unique in a file.
       prompt: id of the record.
       version, server, seconds: that sampled it and how long its group took; None before.
       tokens, finish_reason, reward: of the response; None if there is none.
@@ -117,15 +117,15 @@ def read(path: epath.Path) -> Account:
             _rewind(found, latest, event, at)
             incarnation += 1
         elif kind == "request":
-            entry = Entry(incarnation, event["draw"], event["prompt"], event["n"], now, at)
-            before = latest.get(entry.draw)
+            entry = Entry(incarnation, event["stream_index"], event["prompt"], event["n"], now, at)
+            before = latest.get(entry.stream_index)
             if before and before.end != "rewound":
-                found.faults.append(f"draw {entry.draw} is requested twice")
+                found.faults.append(f"draw {entry.stream_index} is requested twice")
             found.entries.append(entry)
             found.requested += entry.n
-            latest[entry.draw] = entry
+            latest[entry.stream_index] = entry
         else:
-            _follow(found, latest.get(event["draw"]), event, at)
+            _follow(found, latest.get(event["stream_index"]), event, at)
         at += len(line)
     return found
 
@@ -135,7 +135,9 @@ def _follow(found: Account, entry: Entry | None, event: dict[str, Any], at: int)
     kind, now = event["event"], event["time"]
     if not entry or entry.end or bool(entry.sample) == (kind == "sampled"):
         state = entry.state if entry else "not requested"
-        found.faults.append(f"draw {event['draw']} is {event.get('end', kind)} but was {state}")
+        found.faults.append(
+            f"draw {event['stream_index']} is {event.get('end', kind)} but was {state}"
+        )
     elif kind == "end":
         entry.end, entry.step, entry.ended, entry.ended_at = event["end"], event["step"], now, at
     else:
@@ -145,7 +147,7 @@ def _follow(found: Account, entry: Entry | None, event: dict[str, Any], at: int)
             entry.end, entry.ended, entry.ended_at = "failed", now, at
         elif len(event["tokens"]) != entry.n:
             found.faults.append(
-                f"draw {entry.draw} has {len(event['tokens'])} rollouts of {entry.n}"
+                f"draw {entry.stream_index} has {len(event['tokens'])} rollouts of {entry.n}"
             )
 
 
@@ -157,7 +159,7 @@ def _rewind(found: Account, latest: dict[int, Entry], event: dict[str, Any], at:
             continue
         if entry.ended_at >= place:
             entry.end = entry.step = entry.ended = None
-        if not entry.end and (entry.draw not in held or entry.sampled_at >= place):
+        if not entry.end and (entry.stream_index not in held or entry.sampled_at >= place):
             entry.end, entry.ended, entry.ended_at = "rewound", event["time"], at
     for draw in sorted(held):
         entry = latest.get(draw)
@@ -170,7 +172,7 @@ def rows(entries: list[Entry]) -> Iterator[Row]:
     """One for each requested rollout, those of earlier attempts too."""
     for entry in entries:
         sample = entry.sample or {"attempts": [], "tokens": [], "time": None}
-        name = f"{entry.incarnation}.{entry.draw}"
+        name = f"{entry.incarnation}.{entry.stream_index}"
         for attempt in range(entry.attempts):
             last = attempt == entry.attempts - 1
             server, version, seconds = (sample.get(k) for k in ("server", "version", "seconds"))

@@ -104,7 +104,7 @@ class LocalSampler:
         for row, prompt in enumerate(filled):
             tokens[row, width - len(prompt.tokens) :] = prompt.tokens
             segments[row, width - len(prompt.tokens) :] = 1
-        draws = np.repeat([p.draw for p in filled], n)
+        draws = np.repeat([p.stream_index for p in filled], n)
         out_tokens, out_logp, lengths, stopped = jax.device_get(
             decode(
                 self._params,

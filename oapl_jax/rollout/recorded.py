@@ -82,7 +82,9 @@ class Recorded:
         rollouts = group.rollouts
         if version is not None:
             rollouts = tuple(dataclasses.replace(r, policy_version=version) for r in rollouts)
-        return Group(dataclasses.replace(group.prompt, draw=-1 - draw), rollouts, group.reward)
+        return Group(
+            dataclasses.replace(group.prompt, stream_index=-1 - draw), rollouts, group.reward
+        )
 
     def take(self, count: int, step: int) -> list[Group]:
         """The next `count` groups, for the gradient step at `step`.
@@ -122,7 +124,7 @@ class Recorded:
     def state(self) -> dict[str, Any]:
         """What `restore` needs to continue exactly here, JSON-able."""
         return {
-            "draw": self._draw,
+            "stream_index": self._draw,
             "seed": self._seed,
             "order": self._order,
             "manifest": checksum(self._shards.directory / MANIFEST),
@@ -135,13 +137,13 @@ class Recorded:
         Raises:
           UserError: if the set, its order or the seed is another one.
         """
-        mine = self.state() | {"draw": state["draw"], "counts": state["counts"]}
+        mine = self.state() | {"stream_index": state["stream_index"], "counts": state["counts"]}
         if mine != state:
             raise UserError(
                 f"the checkpoint's recorded stream ({state}) is not the configured one ({mine}); "
                 "restore rollout.shards, rollout.recorded_order and the seed, or start a new run"
             )
-        self._draw, self.counts = state["draw"], Counter(state["counts"])
+        self._draw, self.counts = state["stream_index"], Counter(state["counts"])
 
 
 def check_start(shards: Shards, start: epath.Path | None) -> None:

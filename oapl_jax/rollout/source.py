@@ -123,7 +123,7 @@ class Supply:
         mine, deadline = hosts.encode(*flatten(groups)), self.job.config.rollout.deadline
         said = hosts.gather(mine, f"the groups of step {step}", deadline=deadline)
         everyone = [group for content in said for group in unflatten(*hosts.decode(content))]
-        return sorted(everyone, key=lambda group: group.prompt.draw)
+        return sorted(everyone, key=lambda group: group.prompt.stream_index)
 
     def _take(self, step: int) -> list[Group]:
         groups = self.buffer.sample(self.live, step)

@@ -105,7 +105,7 @@ class Worker:
             if sampled.rollouts:
                 with self._buffer.lock:
                     version = sampled.rollouts[0].policy_version
-                    self._rewarding[sampled.prompt.draw] = version
+                    self._rewarding[sampled.prompt.stream_index] = version
             self._deliveries = [future for future in self._deliveries if not future.done()]
             self._deliveries.append(self._graders.submit(self._deliver, sampled))
         self._await_rewards()
@@ -128,7 +128,7 @@ class Worker:
             if not self._outstanding:
                 self._busy_since = time.monotonic()
             prompt = self._prompts.at(self._again.pop(0)) if self._again else next(self._prompts)
-            self._outstanding.add(prompt.draw)
+            self._outstanding.add(prompt.stream_index)
             self._ledger.request(prompt, self._group_size)
         return prompt
 
@@ -155,8 +155,8 @@ class Worker:
             reward = self._reward(prompt, rollouts) if rollouts else np.empty(0, np.float32)
             with self._buffer.lock:
                 self._ledger.sampled(sampled, reward)
-                self._outstanding.remove(prompt.draw)
-                self._rewarding.pop(prompt.draw, None)
+                self._outstanding.remove(prompt.stream_index)
+                self._rewarding.pop(prompt.stream_index, None)
                 if not self._outstanding:
                     self._totals["seconds"] += time.monotonic() - self._busy_since
                 if rollouts:

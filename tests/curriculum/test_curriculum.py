@@ -103,9 +103,9 @@ def test_all_of_them_can_be_chosen():
 # ---------------------------------------------------------------- pass rates
 
 
-def group_of(name, rewards, draw=0):
+def group_of(name, rewards, stream_index=0):
     """A group with one token a response."""
-    prompt = Prompt(name, draw, np.array([3, 4], np.int32), name, "", "chain_sum")
+    prompt = Prompt(name, stream_index, np.array([3, 4], np.int32), name, "", "chain_sum")
     one = Rollout(np.array([5], np.int32), np.array([-1.0], np.float32), 0, "stop")
     return Group(prompt, (one,) * len(rewards), np.array(rewards, np.float32))
 
@@ -311,13 +311,15 @@ def lesson(curriculum, prompts, better):
 
 
 def draws(prompts):
-    return [prompt.draw for prompt in prompts]
+    return [prompt.stream_index for prompt in prompts]
 
 
 def test_uniform_is_the_stream_itself(tokenizer):
     curriculum, stream = curriculum_of("uniform", tokenizer), prompts_of(tokenizer)
     found = taken(curriculum, 50)
-    assert [(p.id, p.draw) for p in found] == [(p.id, p.draw) for p in taken(stream, 50)]
+    assert [(p.id, p.stream_index) for p in found] == [
+        (p.id, p.stream_index) for p in taken(stream, 50)
+    ]
     assert curriculum.state()["stream"] == stream.state()
     assert curriculum.metrics() == {}
 
@@ -330,7 +332,7 @@ def test_chosen_prompts_keep_their_draws(tokenizer):
         assert all(first <= draw < first + CANDIDATES for draw in draws(chosen))
         assert draws(chosen) == sorted(set(draws(chosen)))
         for prompt in chosen:
-            assert curriculum.at(prompt.draw).id == prompt.id
+            assert curriculum.at(prompt.stream_index).id == prompt.id
 
 
 def test_what_is_always_solved_is_sampled_less(tokenizer):
@@ -352,7 +354,7 @@ def test_what_is_always_solved_is_sampled_less(tokenizer):
 def test_a_restored_curriculum_goes_on_to_the_bit(tokenizer, name):
     """Saved in the midst of a round, with groups on their way; and the other one goes on too."""
     curriculum = curriculum_of(name, tokenizer)
-    useful = lambda prompt: 0.1 * (prompt.draw % 3 == 0)
+    useful = lambda prompt: 0.1 * (prompt.stream_index % 3 == 0)
     lesson(curriculum, taken(curriculum, PICKS), useful)
     lesson(curriculum, taken(curriculum, PICKS), useful)
     lesson(curriculum, taken(curriculum, PICKS), useful)
@@ -430,7 +432,7 @@ def test_its_learning_rate_decays_over_all_its_passes(monkeypatch):
 
 def test_phases_dormant_then_warming_up_then_choosing(tokenizer):
     curriculum, stream = curriculum_of("actor_curator", tokenizer), prompts_of(tokenizer)
-    useful = lambda prompt: 0.1 * (prompt.draw % 2)
+    useful = lambda prompt: 0.1 * (prompt.stream_index % 2)
     start = parameters(curriculum)
 
     assert not curriculum.teacher.awake
@@ -466,7 +468,8 @@ def test_what_moves_the_curator_and_what_does_not(tokenizer):
     assert [draw for draw, _ in waiting()[0][3]] == draws(chosen[1:])
     lesson(curriculum, chosen[1:2], nothing)  # neither of one without use
     assert not moved(start, curriculum)
-    lesson(curriculum, [dataclasses.replace(chosen[2], draw=-1)], useful)  # nor of a recorded one
+    recorded = dataclasses.replace(chosen[2], stream_index=-1)
+    lesson(curriculum, [recorded], useful)  # nor of a recorded one
     assert not moved(start, curriculum)
     lesson(curriculum, chosen[2:3], useful)
     assert moved(start, curriculum)
@@ -545,7 +548,7 @@ def test_checkpoints_hold_a_curator_for_any_mesh(tokenizer, tmp_path):
     prompts = [taken(prompts_of(tokenizer), 8)] * 2
     for _ in range(3):
         first.picked(prompts[0], log_softmax(np.zeros(8)), np.arange(4))
-        lesson(Holder(first), prompts[0][:4], lambda prompt: 0.1 * prompt.draw)
+        lesson(Holder(first), prompts[0][:4], lambda prompt: 0.1 * prompt.stream_index)
     policy = Transformer(POLICY, jnp.float32, "none")
     optimizer = make_optimizer(**FAST, num_steps=10)
     state = new_state(jax.jit(functools.partial(init_params, policy))(jax.random.key(0)), optimizer)
@@ -585,7 +588,7 @@ def test_steps_that_are_not_finite_change_nothing_and_are_counted(tokenizer):
 def test_a_prompt_is_scored_alike_in_any_company(tokenizer):
     curriculum = curriculum_of("actor_curator", tokenizer, dormant=0, warmup=0, optim=FAST)
     for _ in range(4):
-        lesson(curriculum, taken(curriculum, PICKS), lambda prompt: 0.1 * (prompt.draw % 2))
+        lesson(curriculum, taken(curriculum, PICKS), lambda prompt: 0.1 * (prompt.stream_index % 2))
     prompts = taken(prompts_of(tokenizer), 9)  # 3-digit and 2-digit numbers, so other lengths
     together = curriculum.teacher.logits(prompts)
     assert np.ptp(together) > 1e-2

@@ -79,7 +79,7 @@ def share(workdir: Path, step: int) -> dict:
 def entries(workdir: Path) -> list[account.Entry]:
     """The groups that were sampled, without those that a kill has undone, by draw."""
     found = account.read(epath.Path(workdir / "ledger.jsonl")).entries
-    return sorted((e for e in found if e.state != "rewound"), key=lambda e: e.draw)
+    return sorted((e for e in found if e.state != "rewound"), key=lambda e: e.stream_index)
 
 
 def round_of(draw: int) -> int:
@@ -88,7 +88,7 @@ def round_of(draw: int) -> int:
 
 
 def test_a_run_sleeps_warms_up_and_then_chooses(unbroken):
-    draws = [entry.draw for entry in entries(unbroken)]
+    draws = [entry.stream_index for entry in entries(unbroken)]
     assert draws[:ASLEEP] == list(range(ASLEEP))
     rounds = [round_of(draw) for draw in draws[ASLEEP:]]
     assert rounds == [i // PICKS for i in range(len(rounds))]
@@ -128,8 +128,8 @@ def utility(group, logp: list[np.ndarray]) -> float:
 def test_utility_is_measured_by_the_learner_after_the_step(unbroken):
     """Made again of what the run has left: recorded groups and the parameters of checkpoints."""
     recorded = Shards(epath.Path(unbroken / "rollouts"))
-    groups = {group.prompt.draw: group for group in recorded}
-    trained = {e.draw: e.step + 1 for e in entries(unbroken) if e.state == "trained"}
+    groups = {group.prompt.stream_index: group for group in recorded}
+    trained = {e.stream_index: e.step + 1 for e in entries(unbroken) if e.state == "trained"}
     config = hf.load_config(epath.Path(unbroken / "versions" / "v000000"))
     apply = jax.jit(Transformer(config, jnp.float32, "none").apply)
     compared = []
@@ -176,7 +176,14 @@ def test_killed_in_the_midst_of_a_round_it_goes_on_to_the_same_bits(runs, unbrok
 
     found, expected = metrics(tmp_path), metrics(unbroken)
     assert [timeless(line) for line in found] == [timeless(line) for line in expected]
-    story = lambda e: (e.draw, e.prompt, e.state, e.step, e.sample["tokens"], e.sample["reward"])
+    story = lambda e: (
+        e.stream_index,
+        e.prompt,
+        e.state,
+        e.step,
+        e.sample["tokens"],
+        e.sample["reward"],
+    )
     assert [story(e) for e in entries(tmp_path)] == [story(e) for e in entries(unbroken)]
     mine, theirs = share(tmp_path, STEPS), share(unbroken, STEPS)
     assert mine["teacher"] == theirs["teacher"]
@@ -194,7 +201,7 @@ def test_a_curriculum_by_pass_rate_knows_what_was_sampled(runs, tmp_path):
     changes = {"curriculum.name": "learnability", "num_steps": 10}
     runs.run(tmp_path, config=CONFIG, **{**SETTINGS, **changes})
     sampled, lines = entries(tmp_path), metrics(tmp_path)
-    rounds = [entry.draw // CANDIDATES for entry in sampled]
+    rounds = [entry.stream_index // CANDIDATES for entry in sampled]
     assert rounds == [i // PICKS for i in range(len(rounds))]
     for line in lines:
         before = sampled[: int(line["buffer/added"])]

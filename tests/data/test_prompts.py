@@ -49,7 +49,7 @@ def take(stream, n):
 
 
 def described(prompts):
-    return [(p.id, p.draw, p.tokens.tolist(), p.text, p.answer, p.task) for p in prompts]
+    return [(p.id, p.stream_index, p.tokens.tolist(), p.text, p.answer, p.task) for p in prompts]
 
 
 def test_a_prompt_is_the_templated_question(stream, tokenizer):
@@ -57,12 +57,12 @@ def test_a_prompt_is_the_templated_question(stream, tokenizer):
     assert prompt.tokens.dtype == np.int32
     assert tokenizer.decode(prompt.tokens) == prompt.text
     assert prompt.answer == str(int(prompt.text[:2]) + 1)
-    assert (prompt.draw, prompt.task, prompt.id) == (0, "chain_sum", f"id{prompt.text[:2]}")
+    assert (prompt.stream_index, prompt.task, prompt.id) == (0, "chain_sum", f"id{prompt.text[:2]}")
 
 
 def test_each_epoch_is_another_permutation(stream):
     prompts = take(stream(), 3 * SIZE)
-    assert [p.draw for p in prompts] == list(range(3 * SIZE))
+    assert [p.stream_index for p in prompts] == list(range(3 * SIZE))
     epochs = [[p.id for p in prompts[i : i + SIZE]] for i in range(0, 3 * SIZE, SIZE)]
     for epoch in epochs:
         assert sorted(epoch) == sorted(r.id for r in source())
@@ -111,7 +111,7 @@ def test_a_draw_names_a_prompt(stream):
     take(other, 4)
     for draw in (16, 0, 7, 6):
         assert described([other.at(draw)]) == described([prompts[draw]])
-    assert next(other).draw == 4  # the stream stays where it was
+    assert next(other).stream_index == 4  # the stream stays where it was
 
 
 # Hosts
@@ -165,7 +165,7 @@ def test_the_instruction_is_in_the_tokens_and_not_in_the_text(tmp_path):
         make_prompt(
             source(1)[0],
             tokenizer,
-            draw=0,
+            stream_index=0,
             task="chain_sum",
             max_prompt_tokens=8,
             instruction=instruction,
@@ -188,7 +188,7 @@ def test_long_prompts_are_passed_over_counted_and_reported_once(stream, caplog):
     for epoch in range(3):
         ids = [p.id for p in prompts[3 * epoch : 3 * epoch + 3]]
         assert sorted(ids) == ["id97", "id98", "id99"]
-    everything = take(stream(records, max_prompt_tokens=6), prompts[-1].draw + 1)
+    everything = take(stream(records, max_prompt_tokens=6), prompts[-1].stream_index + 1)
     fitting = [p for p in everything if len(p.tokens) == 5]
     assert described(prompts) == described(fitting)  # the draws are those of the whole stream
     assert short.left_out == len(everything) - 9 > 0
@@ -229,7 +229,7 @@ def test_evaluation_leaves_out_long_prompts_too(tokenizer, caplog):
         prompts = all_prompts(
             records, tokenizer, task="chain_sum", max_prompt_tokens=5, limit=None, instruction=""
         )
-    assert [(p.id, p.draw) for p in prompts] == [("id97", 0), ("id98", 1), ("id99", 2)]
+    assert [(p.id, p.stream_index) for p in prompts] == [("id97", 0), ("id98", 1), ("id99", 2)]
     assert [r.getMessage() for r in caplog.records] == [
         "2 of 5 prompts are longer than data.max_prompt_tokens (5) and are left out"
     ]
@@ -256,7 +256,7 @@ def test_all_prompts_are_in_order(tokenizer):
         )
 
     assert [p.id for p in chosen(None)] == [r.id for r in source()]
-    assert [p.draw for p in chosen(None)] == list(range(SIZE))
+    assert [p.stream_index for p in chosen(None)] == list(range(SIZE))
     assert described(chosen(3)) == described(chosen(None)[:3])
     for limit in (0, SIZE + 1):
         with pytest.raises(UserError, match=f"{limit} prompts"):

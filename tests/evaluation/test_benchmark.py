@@ -54,7 +54,7 @@ class ScriptedSampler:
     def generate(self, prompts, *, n, sampling):
         assert sampling == SAMPLING
         prompts = list(prompts)
-        self.asked += [(p.draw, n) for p in prompts]
+        self.asked += [(p.stream_index, n) for p in prompts]
         for i in self._rng.permutation(len(prompts)):
             if not self._lives:
                 raise Killed
@@ -62,7 +62,9 @@ class ScriptedSampler:
             prompt = prompts[i]
             version = VERSION - (prompt.id in self._stale)
             rollouts = [
-                rollout([prompt.draw, j], logp=-prompt.draw - j / 8, version=version)
+                rollout(
+                    [prompt.stream_index, j], logp=-prompt.stream_index - j / 8, version=version
+                )
                 for j in range(n)
             ]
             yield Sampled(prompt, () if prompt.id in self._fails else tuple(rollouts), "s", 0.1)

@@ -196,7 +196,7 @@ def assert_published(published, taken):
 
 
 def assert_each_once(taken, count):
-    assert sorted(s.prompt.draw for s in taken) == list(range(count))
+    assert sorted(s.prompt.stream_index for s in taken) == list(range(count))
 
 
 def assert_balanced(fleet, taken, count):
@@ -298,18 +298,24 @@ class Run:
         found = account.read(self._path)
         summary = account.summary(found)
         assert summary["balanced"], summary["faults"]
-        assert sorted(entry.draw for entry in found.entries) == list(range(len(found.entries)))
-        draws = lambda state: {e.draw for e in found.entries if e.state == state}
-        trained = [group.prompt.draw for group in self._trained]
+        assert sorted(entry.stream_index for entry in found.entries) == list(
+            range(len(found.entries))
+        )
+        draws = lambda state: {e.stream_index for e in found.entries if e.state == state}
+        trained = [group.prompt.stream_index for group in self._trained]
         assert len(trained) == len(set(trained))
         assert draws("trained") == set(trained)
         assert draws("held") == self._buffer.draws()
-        assert draws("trained") | draws("held") == {group.prompt.draw for group in self.groups}
-        assert draws("trained") | draws("held") | draws("failed") == {e.draw for e in found.entries}
+        assert draws("trained") | draws("held") == {
+            group.prompt.stream_index for group in self.groups
+        }
+        assert draws("trained") | draws("held") | draws("failed") == {
+            e.stream_index for e in found.entries
+        }
 
-        entry_of = {entry.draw: entry for entry in found.entries}
+        entry_of = {entry.stream_index: entry for entry in found.entries}
         for group in self.groups:
-            sample = entry_of[group.prompt.draw].sample
+            sample = entry_of[group.prompt.stream_index].sample
             assert sample
             assert sample["version"] == group.policy_version
             assert sample["tokens"] == [len(rollout.tokens) for rollout in group.rollouts]

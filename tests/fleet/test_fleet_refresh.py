@@ -68,7 +68,7 @@ def test_refreshes_under_load(make_fleet, toy_servers, directory, older_versions
     assert_each_once(taken, 120)
     assert_right(taken)
     assert all(s.rollouts for s in taken)
-    versions = {s.prompt.draw: s.rollouts[0].policy_version for s in taken}
+    versions = {s.prompt.stream_index: s.rollouts[0].policy_version for s in taken}
     if not older_versions:
         assert all(versions[draw] >= taken_at[draw] for draw in versions)
         assert set(versions.values()) >= {0, 5}

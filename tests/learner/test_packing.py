@@ -22,7 +22,7 @@ def make_groups(rng, num_groups, group_size, max_prompt, max_response, version=3
     groups = []
     for draw in range(num_groups):
         tokens = rng.integers(1, 1000, rng.integers(1, max_prompt + 1)).astype(np.int32)
-        prompt = Prompt(id=str(draw), draw=draw, tokens=tokens, text="", answer="", task="")
+        prompt = Prompt(id=str(draw), stream_index=draw, tokens=tokens, text="", answer="", task="")
         rollouts = []
         for _ in range(group_size):
             length = rng.integers(1, max_response + 1)

@@ -106,7 +106,7 @@ def groups():
     out = []
     for draw, lengths in enumerate(LENGTHS):
         tokens = rng.integers(3, 64, 9 + draw % 3).astype(np.int32)
-        prompt = Prompt(id=str(draw), draw=draw, tokens=tokens, text="", answer="", task="")
+        prompt = Prompt(id=str(draw), stream_index=draw, tokens=tokens, text="", answer="", task="")
         rollouts = []
         for n in lengths:
             response = np.append(rng.integers(3, 64, n - 1), EOS).astype(np.int32)

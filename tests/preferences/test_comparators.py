@@ -30,7 +30,7 @@ class CountingSampler:
         assert self.inside.acquire(blocking=False), "two threads at once"
         time.sleep(0.002)
         for prompt in prompts:
-            numbers = [np.array([self.version, prompt.draw, i], np.int32) for i in range(n)]
+            numbers = [np.array([self.version, prompt.stream_index, i], np.int32) for i in range(n)]
             zeros = np.zeros(3, np.float32)
             yield Sampled(prompt, tuple(Rollout(t, zeros, 0, "stop") for t in numbers), "", 0.0)
         self.inside.release()

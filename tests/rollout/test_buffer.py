@@ -45,7 +45,7 @@ def fill(buffer, names, **options):
 
 
 def names(groups):
-    return [g.prompt.draw for g in groups]
+    return [g.prompt.stream_index for g in groups]
 
 
 def held(buffer):
@@ -214,7 +214,7 @@ def test_every_group_is_accounted_for_whatever_happens(mode, zero_variance, seed
     options = dict(
         max_age=2,
         zero_variance=zero_variance,
-        on_end=lambda group, end, step: heard.append((group.prompt.draw, end, step)),
+        on_end=lambda group, end, step: heard.append((group.prompt.stream_index, end, step)),
     )
     buffer = new_buffer(mode, **options)
     kept, uses, ended, first_use = [], Counter(), Counter(), {}
@@ -224,7 +224,7 @@ def test_every_group_is_accounted_for_whatever_happens(mode, zero_variance, seed
     def end(gone, reason=None):
         for group in gone:
             kept.remove(group)
-            draw = group.prompt.draw
+            draw = group.prompt.stream_index
             why = reason or ("trained" if uses[draw] else "expired")
             ended[why] += 1
             expected[draw] = (draw, why, first_use.get(draw))
@@ -253,7 +253,7 @@ def test_every_group_is_accounted_for_whatever_happens(mode, zero_variance, seed
                 uses.update(names(groups))
                 first_use.update({n: step for n in names(groups) if n not in first_use})
                 most = 2 if mode == "replay" else 1
-                end([g for g in kept if uses[g.prompt.draw] == most], "trained")
+                end([g for g in kept if uses[g.prompt.stream_index] == most], "trained")
                 step += 1
             case "sync":
                 version = step
@@ -369,7 +369,7 @@ def test_flatten_and_back_changes_no_bit(count):
     again = through_json(groups)
     assert len(again) == count
     for old, new in zip(groups, again, strict=True):
-        scalars = lambda p: (p.id, p.draw, p.text, p.answer, p.task)
+        scalars = lambda p: (p.id, p.stream_index, p.text, p.answer, p.task)
         assert scalars(new.prompt) == scalars(old.prompt)
         pairs = [(old.prompt.tokens, new.prompt.tokens), (old.reward, new.reward)]
         for a, b in zip(old.rollouts, new.rollouts, strict=True):

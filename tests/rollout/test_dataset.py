@@ -40,7 +40,13 @@ def make_group(draw, *, version=4, equal=False, size=3):
 
 
 def assert_same(found, expected):
-    scalars = lambda g: (g.prompt.id, g.prompt.text, g.prompt.answer, g.prompt.task, g.prompt.draw)
+    scalars = lambda g: (
+        g.prompt.id,
+        g.prompt.text,
+        g.prompt.answer,
+        g.prompt.task,
+        g.prompt.stream_index,
+    )
     assert scalars(found) == scalars(expected)
     pairs = [(found.prompt.tokens, expected.prompt.tokens), (found.reward, expected.reward)]
     for a, b in zip(found.rollouts, expected.rollouts, strict=True):
@@ -152,7 +158,7 @@ def test_records_are_what_the_documentation_says(tmp_path):
     assert content["tokens"].tolist() == [t for r in group.rollouts for t in r.tokens]
     assert {k: v for k, v in content["prompt"].items() if k != "tokens"} == {
         "id": "id7",
-        "draw": 7,
+        "stream_index": 7,
         "text": 'a "text"\n',
         "answer": "é",
         "task": "chain_sum",
@@ -240,10 +246,10 @@ def test_shards_after_a_checkpoint_are_removed(tmp_path):
         MANIFEST,
     ]
     found = Shards(epath.Path(tmp_path))
-    assert ([g.prompt.draw for g in found], found.versions) == ([0, 1, 2], [4])
+    assert ([g.prompt.stream_index for g in found], found.versions) == ([0, 1, 2], [4])
     again.add(make_group(9))
     again.flush()
-    assert [g.prompt.draw for g in Shards(epath.Path(tmp_path))] == [0, 1, 2, 9]
+    assert [g.prompt.stream_index for g in Shards(epath.Path(tmp_path))] == [0, 1, 2, 9]
     again.keep(0)
     assert files(tmp_path) == [MANIFEST]
 
@@ -254,7 +260,7 @@ def test_what_a_kill_leaves_does_not_count(tmp_path):
     (tmp_path / "groups-00001.array_record.writing").write_bytes(whole[:1000])
     (tmp_path / "groups-00001.array_record").write_bytes(whole)  # renamed, and not yet named
     (tmp_path / f"{MANIFEST}.new").write_text('{"form')
-    assert [g.prompt.draw for g in Shards(epath.Path(tmp_path))] == [0]
+    assert [g.prompt.stream_index for g in Shards(epath.Path(tmp_path))] == [0]
     new_writer(tmp_path).add(make_group(1))
     assert files(tmp_path) == ["groups-00000.array_record", MANIFEST, f"{MANIFEST}.new"]
 
@@ -409,9 +415,9 @@ def test_groups_are_whole_but_for_version_and_draw(stream):
     recorded = stream()
     for draw, group in enumerate(recorded.take(20, step=0)):
         expected = make_group(int(group.prompt.id[2:]))
-        assert (group.policy_version, group.prompt.draw) == (0, -1 - draw)
+        assert (group.policy_version, group.prompt.stream_index) == (0, -1 - draw)
         rollouts = [dataclasses.replace(r, policy_version=0) for r in expected.rollouts]
-        prompt = dataclasses.replace(expected.prompt, draw=-1 - draw)
+        prompt = dataclasses.replace(expected.prompt, stream_index=-1 - draw)
         assert_same(group, Group(prompt, tuple(rollouts), expected.reward))
 
 

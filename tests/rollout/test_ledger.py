@@ -450,7 +450,7 @@ def test_a_kill_loses_no_event_that_was_told(tmp_path):
         assert len(told) >= 200
         for line in told:
             kind, draw = line.split()
-            entry = next(e for e in mine if e.draw == int(draw))
+            entry = next(e for e in mine if e.stream_index == int(draw))
             assert {"request": True, "sampled": entry.sample, "trained": entry.end}[kind]
         # As if this child had saved a checkpoint in the middle of what it did.
         events = (tmp_path / FILE).read_bytes().splitlines(keepends=True)
@@ -459,14 +459,14 @@ def test_a_kill_loses_no_event_that_was_told(tmp_path):
         position = sum(map(len, events[:middle]))
         cut = tmp_path / "cut.jsonl"
         cut.write_bytes(b"".join(events[:middle]))
-        held = [e.draw for e in account.read(epath.Path(cut)).entries if e.state == "held"]
+        held = [e.stream_index for e in account.read(epath.Path(cut)).entries if e.state == "held"]
 
 
 def write_for_ever(directory, position, held):
     writer = Writer(epath.Path(directory))
     writer.ledger.resume(position, held)
     entries = account.read(writer.path).entries
-    done = {e.draw for e in entries if e.state not in ("in flight", "rewound")}
+    done = {e.stream_index for e in entries if e.state not in ("in flight", "rewound")}
     for draw in (draw for draw in itertools.count() if draw not in done):
         for kind, act in (
             ("request", lambda draw=draw: writer.request(draw)),

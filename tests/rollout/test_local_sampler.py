@@ -437,7 +437,7 @@ def test_endless_prompts_are_taken_in_portions_and_may_refresh(tmp_path):
     versions = []
     for done, sampled in enumerate(itertools.islice(stream, 6), 1):
         assert len(taken) == done + done % 2  # two prompts at a time
-        assert sampled.prompt.draw == done - 1
+        assert sampled.prompt.stream_index == done - 1
         versions += {r.policy_version for r in sampled.rollouts}
     assert versions == [VERSION, VERSION, 20, 20, 20, 20]
     assert sampler.versions() == {20}

@@ -54,9 +54,9 @@ class ScriptedSampler:
     def generate(self, prompts, *, n, sampling):
         assert (n, sampling) == (N, SAMPLING)
         prompts = list(prompts)
-        self.asked += [p.draw for p in prompts]
+        self.asked += [p.stream_index for p in prompts]
         for i in self._rng.permutation(len(prompts)):
-            draw = prompts[i].draw
+            draw = prompts[i].stream_index
             version = VERSION - 1 if draw in self.stale else VERSION
             tokens = np.array([draw, i], np.int32)
             rollout = Rollout(tokens, np.zeros(2, np.float32), version, "stop")
@@ -64,7 +64,7 @@ class ScriptedSampler:
             yield Sampled(prompts[i], rollouts, "s", 0.1)
 
 
-def run_fill(directory, count, sampler, *, reward=lambda p, r: float(p.draw), threads=1):
+def run_fill(directory, count, sampler, *, reward=lambda p, r: float(p.stream_index), threads=1):
     writer = ShardWriter(
         epath.Path(directory), {"task": "t"}, groups_per_shard=PER_SHARD, identify=str
     )
@@ -89,15 +89,15 @@ def run_fill(directory, count, sampler, *, reward=lambda p, r: float(p.draw), th
 @pytest.mark.parametrize("count", [1, 3, 10])
 def test_every_prompt_is_there_once_in_order(tmp_path, count, threads):
     sampler = ScriptedSampler(seed=count)
-    slow = lambda prompt, rollout: time.sleep(0.005) or float(prompt.draw)
+    slow = lambda prompt, rollout: time.sleep(0.005) or float(prompt.stream_index)
     seen = run_fill(tmp_path, count, sampler, reward=slow, threads=threads)
     shards = Shards(epath.Path(tmp_path))
     draws = [2 * i for i in range(count)]
-    assert [g.prompt.draw for g in shards] == draws
+    assert [g.prompt.stream_index for g in shards] == draws
     for group in shards:
         assert len(group.rollouts) == N
-        assert group.reward.tolist() == [group.prompt.draw] * N
-        assert group.rollouts[0].tokens[0] == group.prompt.draw
+        assert group.reward.tolist() == [group.prompt.stream_index] * N
+        assert group.rollouts[0].tokens[0] == group.prompt.stream_index
     assert sorted(sampler.asked) == draws
     assert seen[-1] == count
     assert sorted(seen) == seen
@@ -115,11 +115,11 @@ def test_what_could_not_be_sampled_is_missing_as_a_whole_shard_until_it_is(tmp_p
     sampler = ScriptedSampler(**{kind: (2, 14)})  # of the first and the third shard
     with pytest.raises(RunError, match=r"2 of 10 prompts were not sampled from version 5, so 2 sh"):
         run_fill(tmp_path, 10, sampler)
-    assert [g.prompt.draw for g in Shards(epath.Path(tmp_path))] == [6, 8, 10, 18]
+    assert [g.prompt.stream_index for g in Shards(epath.Path(tmp_path))] == [6, 8, 10, 18]
     again = ScriptedSampler()
     assert run_fill(tmp_path, 10, again) == [7, 10]
     assert sorted(again.asked) == [0, 2, 4, 12, 14, 16]
-    assert [g.prompt.draw for g in Shards(epath.Path(tmp_path))] == list(range(0, 20, 2))
+    assert [g.prompt.stream_index for g in Shards(epath.Path(tmp_path))] == list(range(0, 20, 2))
     whole = ScriptedSampler()
     assert run_fill(tmp_path, 10, whole) == []
     assert whole.asked == []
@@ -132,7 +132,7 @@ def test_groups_are_rewarded_beside_each_other(tmp_path):
 
 def test_a_reward_that_fails_ends_it(tmp_path):
     def reward(prompt, rollout):
-        return 1 / (prompt.draw - 8)
+        return 1 / (prompt.stream_index - 8)
 
     with pytest.raises(ZeroDivisionError):
         run_fill(tmp_path, 10, ScriptedSampler(), reward=reward)
@@ -303,7 +303,7 @@ def manifest_of(directory):
 def contents(directory):
     of = lambda r: (r.tokens.tolist(), r.behavior_logp.tolist(), r.policy_version)
     return [
-        (g.prompt.id, g.prompt.draw, g.reward.tolist(), [of(r) for r in g.rollouts])
+        (g.prompt.id, g.prompt.stream_index, g.reward.tolist(), [of(r) for r in g.rollouts])
         for g in Shards(epath.Path(directory))
     ]
 
@@ -321,7 +321,7 @@ def balance(workdir):
 def test_a_set_has_each_prompt_of_the_split_once_with_exactly_n(round1):
     shards = Shards(epath.Path(round1))
     assert len(shards) == 96
-    assert [g.prompt.draw for g in shards] == list(range(96))
+    assert [g.prompt.stream_index for g in shards] == list(range(96))
     assert len({g.prompt.id for g in shards}) == 96
     assert {len(g.rollouts) for g in shards} == {4}
     assert shards.versions == [0]
@@ -384,12 +384,14 @@ def test_a_mistake_on_the_command_line_is_one_sentence(jobs):
 def test_a_run_records_what_it_samples_though_it_is_killed(trained):
     """What it had sampled after the checkpoint is sampled again, and recorded once."""
     shards = Shards(epath.Path(trained / "rollouts"))
-    assert [g.prompt.draw for g in shards] == list(range(5 * 4))
+    assert [g.prompt.stream_index for g in shards] == list(range(5 * 4))
     assert shards.versions == [0, 4]
     balance_of = balance(trained)["balance"]
     assert balance_of["trained"] == 5 * 4 * 4
     assert balance_of["rewound"] > 0
-    recorded = {(g.prompt.draw, i): len(r.tokens) for g in shards for i, r in enumerate(g.rollouts)}
+    recorded = {
+        (g.prompt.stream_index, i): len(r.tokens) for g in shards for i, r in enumerate(g.rollouts)
+    }
     alive = [row for row in account.rows(entries(trained)) if row.state != "rewound"]
     assert {tuple(map(int, row.id.split(".")[1::2])): row.tokens for row in alive} == recorded
 
@@ -440,7 +442,7 @@ def test_two_offline_rounds(jobs, round1, tmp_path):
     assert taken["trained"] == 5 * 4 * 4
     assert taken["zero_variance"] == 4 * found[-1]["recorded/zero_variance"] > 0
     stream = [e for e in entries(tmp_path / "a") if e.end != "rewound"]
-    assert [e.draw for e in stream] == [-1 - i for i in range(len(stream))]
+    assert [e.stream_index for e in stream] == [-1 - i for i in range(len(stream))]
 
     jobs.generate(tmp_path / "a", tmp_path / "round2", limit=48, **first)
     second = Shards(epath.Path(tmp_path / "round2"))

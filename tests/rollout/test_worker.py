@@ -66,7 +66,7 @@ class ScriptedSampler:
         assert (n, sampling) == (GROUP_SIZE, SAMPLING)
         while taken := list(itertools.islice(prompts, PER_CALL)):
             version = self.version
-            self.asked.append([p.draw for p in taken])
+            self.asked.append([p.stream_index for p in taken])
             self.started.release()
             if self.permits is not None:
                 assert self.permits.acquire(timeout=PATIENCE)
@@ -75,7 +75,7 @@ class ScriptedSampler:
             if self.gives_up and self.closed:
                 return
             for prompt in taken[self.order]:
-                if prompt.draw in self.fails:
+                if prompt.stream_index in self.fails:
                     attempts = (Attempt("s", version, "failed", 0.5),) * 2
                     yield Sampled(prompt, (), "s", 1.0, attempts)
                 else:
@@ -192,7 +192,7 @@ def test_produce_adds_rewarded_groups_of_one_version(make):
     worker.produce()
     assert len(buffer) == PER_CALL
     groups = held(buffer)
-    assert [g.prompt.draw for g in groups] == [0, 1]
+    assert [g.prompt.stream_index for g in groups] == [0, 1]
     for group in groups:
         assert group.reward.dtype == np.float32
         assert group.reward.tolist() == [1, 0, 0]  # cut off: 0, although it says the right number
@@ -254,16 +254,16 @@ def test_metrics_count_groups_that_the_buffer_drops(make, monkeypatch, tmp_path)
 def test_draws_that_were_not_delivered_are_sampled_again_first(make):
     worker, sampler, buffer = make()
     assert worker.state() == {"prompts": worker.state()["prompts"], "again": [], "totals": {}}
-    assert worker.state()["prompts"]["draw"] == 0
+    assert worker.state()["prompts"]["stream_index"] == 0
     worker.produce()
     after_one = worker.state()
-    assert (after_one["prompts"]["draw"], after_one["again"]) == (PER_CALL, [])
+    assert (after_one["prompts"]["stream_index"], after_one["again"]) == (PER_CALL, [])
     sampler.failure = OSError("lost")
     with pytest.raises(OSError, match="lost"):
         worker.produce()
     assert sampler.asked == [[0, 1], [2, 3]]
     state = json.loads(json.dumps(worker.state()))
-    assert (state["prompts"]["draw"], state["again"]) == (2 * PER_CALL, [2, 3])
+    assert (state["prompts"]["stream_index"], state["again"]) == (2 * PER_CALL, [2, 3])
 
     again, sampler, other = make()
     again.restore(state)
@@ -275,8 +275,8 @@ def test_draws_that_were_not_delivered_are_sampled_again_first(make):
     worker, _, whole = make()
     for _ in range(3):
         worker.produce()
-    resumed = [(g.prompt.draw, g.prompt.id) for g in held(buffer) + held(other)]
-    assert resumed == [(g.prompt.draw, g.prompt.id) for g in held(whole)]
+    resumed = [(g.prompt.stream_index, g.prompt.id) for g in held(buffer) + held(other)]
+    assert resumed == [(g.prompt.stream_index, g.prompt.id) for g in held(whole)]
 
 
 def test_a_group_without_rollouts_is_counted_and_makes_room(make, tmp_path):
@@ -284,7 +284,7 @@ def test_a_group_without_rollouts_is_counted_and_makes_room(make, tmp_path):
     sampler.fails = {1, 2}
     worker.produce()
     worker.produce()
-    assert [g.prompt.draw for g in held(buffer)] == [0, 3]
+    assert [g.prompt.stream_index for g in held(buffer)] == [0, 3]
     assert worker.state()["again"] == []
     metrics = worker.take_metrics()
     assert (metrics["rollout/failed"], metrics["rollout/groups"]) == (2, 2)
@@ -303,12 +303,12 @@ def test_groups_are_recorded_whole_before_the_buffer_has_them(make):
 
 
 def test_one_reward_thread_keeps_the_order_of_the_sampler(make):
-    slow_first = lambda prompt, rollout: time.sleep(0.02 * (prompt.draw == 1)) or 1.0
+    slow_first = lambda prompt, rollout: time.sleep(0.02 * (prompt.stream_index == 1)) or 1.0
     worker, sampler, buffer = make(reward=slow_first, reward_threads=1)
     sampler.order = slice(None, None, -1)
     worker.produce()
     worker.produce()
-    assert [g.prompt.draw for g in held(buffer)] == [1, 0, 3, 2]
+    assert [g.prompt.stream_index for g in held(buffer)] == [1, 0, 3, 2]
 
 
 def test_groups_are_rewarded_beside_each_other(make):
@@ -318,17 +318,17 @@ def test_groups_are_rewarded_beside_each_other(make):
         reward=lambda prompt, rollout: float(both.wait(PATIENCE) >= 0), reward_threads=PER_CALL
     )
     worker.produce()
-    assert sorted(g.prompt.draw for g in held(buffer)) == [0, 1]
+    assert sorted(g.prompt.stream_index for g in held(buffer)) == [0, 1]
 
 
 def test_a_reward_that_fails_reaches_the_learner_in_turns(make):
     def reward(prompt, rollout):
-        return 1 / (1 - prompt.draw)
+        return 1 / (1 - prompt.stream_index)
 
     worker, _, buffer = make(reward=reward)
     with pytest.raises(ZeroDivisionError):
         worker.produce()
-    assert [g.prompt.draw for g in held(buffer)] == [0]
+    assert [g.prompt.stream_index for g in held(buffer)] == [0]
     assert worker.state()["again"] == [1]
 
 
@@ -348,7 +348,7 @@ def test_the_thread_fills_the_buffer_and_goes_on_when_there_is_room(make):
     time.sleep(0.1)
     assert (len(buffer), len(sampler.asked)) == (5, 3)
     assert worker.state()["again"] == []
-    draws = [g.prompt.draw for g in taken + held(buffer)]
+    draws = [g.prompt.stream_index for g in taken + held(buffer)]
     assert draws == list(range(6))
 
 
@@ -384,7 +384,7 @@ def test_what_is_in_progress_is_in_the_state_and_not_in_the_buffer(make):
     until(lambda: len(sampler.asked) == 2 and len(buffer) == PER_CALL)
     with buffer.lock:
         state = worker.state()
-    assert (state["prompts"]["draw"], state["again"]) == (2 * PER_CALL, [2, 3])
+    assert (state["prompts"]["stream_index"], state["again"]) == (2 * PER_CALL, [2, 3])
     sampler.permits.release()
     until(lambda: len(buffer) == 2 * PER_CALL)
     with buffer.lock:
@@ -395,7 +395,7 @@ def test_a_group_that_is_being_rewarded_is_in_the_state_and_its_version_stays(ma
     rewarded = threading.Event()
     worker, sampler, buffer = make(
         mode="keep_with_anchor",
-        reward=lambda prompt, rollout: float(prompt.draw != 1 or rewarded.wait(PATIENCE)),
+        reward=lambda prompt, rollout: float(prompt.stream_index != 1 or rewarded.wait(PATIENCE)),
         reward_threads=2,
     )
     worker.serve(4, path(4))
@@ -410,7 +410,7 @@ def test_a_group_that_is_being_rewarded_is_in_the_state_and_its_version_stays(ma
     rewarded.set()
     until(lambda: len(buffer) == 4)
     assert worker.versions() == {8}
-    assert [g.prompt.draw for g in held(buffer)] == [0, 2, 3, 1]
+    assert [g.prompt.stream_index for g in held(buffer)] == [0, 2, 3, 1]
 
 
 def test_a_version_stays_while_the_sampler_loads_it(make):
@@ -481,12 +481,12 @@ def test_what_the_sampler_raises_reaches_the_learner(make):
         worker.check()
     assert caught.value is failure
     state = worker.state()
-    assert (state["prompts"]["draw"], state["again"]) == (PER_CALL, [0, 1])
+    assert (state["prompts"]["stream_index"], state["again"]) == (PER_CALL, [0, 1])
 
 
 def test_a_reward_that_fails_reaches_a_learner_that_has_enough(make):
     def reward(prompt, rollout):
-        return 1 / (2 - prompt.draw)
+        return 1 / (2 - prompt.stream_index)
 
     worker, _, buffer = make(reward=reward, capacity=100)
     worker.start()
@@ -508,7 +508,11 @@ def test_stop_waits_for_what_the_sampler_goes_on_with(make):
     assert not worker._thread.is_alive()
     assert (len(sampler.asked), sampler.closed) == (1, 1)
     state = worker.state()
-    assert (len(buffer), state["prompts"]["draw"], state["again"]) == (PER_CALL, PER_CALL, [])
+    assert (len(buffer), state["prompts"]["stream_index"], state["again"]) == (
+        PER_CALL,
+        PER_CALL,
+        [],
+    )
     worker.check()
 
 
@@ -520,7 +524,7 @@ def test_stop_leaves_what_the_sampler_gives_up_to_be_sampled_again(make, tmp_pat
     worker.stop()
     assert not worker._thread.is_alive()
     state = worker.state()
-    assert (state["prompts"]["draw"], state["again"]) == (2 * PER_CALL, [2, 3])
+    assert (state["prompts"]["stream_index"], state["again"]) == (2 * PER_CALL, [2, 3])
     assert ledger_of(tmp_path) == {"held": 6, "in flight": 6}
     worker.check()
 
@@ -533,7 +537,7 @@ def test_stop_lets_rewards_end(make):
     until(lambda: len(sampler.asked) == 2)
     sampler.gives_up = True
     worker.stop()
-    assert [g.prompt.draw for g in held(buffer)] == [0, 1]
+    assert [g.prompt.stream_index for g in held(buffer)] == [0, 1]
     assert worker.state()["again"] == [2, 3]
 
 
@@ -548,7 +552,7 @@ def test_stop_has_a_deadline(make):
 
 def test_rewards_have_a_deadline_in_turns(make):
     rewarded = threading.Event()
-    slow = lambda prompt, rollout: float(prompt.draw != 1 or rewarded.wait(PATIENCE))
+    slow = lambda prompt, rollout: float(prompt.stream_index != 1 or rewarded.wait(PATIENCE))
     worker, _, buffer = make(reward=slow, deadline=0.1)
     with pytest.raises(RunError, match=r"1 groups were not rewarded .* \(rollout\.deadline\)"):
         worker.produce()
@@ -593,7 +597,7 @@ def test_stop_ends_a_thread_that_waits_for_room(make):
 def test_a_thread_that_never_started_can_be_stopped(make):
     worker, _, buffer = make()
     worker.stop()
-    assert (len(buffer), worker.state()["prompts"]["draw"]) == (0, 0)
+    assert (len(buffer), worker.state()["prompts"]["stream_index"]) == (0, 0)
 
 
 def test_waiting_for_room_has_a_deadline_that_names_the_setting(make):

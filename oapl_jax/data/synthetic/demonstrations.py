@@ -52,7 +52,7 @@ def demonstrations(
         max_prompt_tokens=max_prompt_tokens,
         instruction=instruction,
     )
-    solved = ((template(r, draw=i), r) for i, r in enumerate(source) if solution(r))
+    solved = ((template(r, stream_index=i), r) for i, r in enumerate(source) if solution(r))
     chosen = list(itertools.islice(((p, r) for p, r in solved if p), count))
     if len(chosen) < count:
         raise UserError(
