@@ -6,7 +6,7 @@ import jax
 from etils import epath
 
 from oapl_jax.build import Config
-from oapl_jax.files import absolute, on_disk
+from oapl_jax.files import absolute, is_local
 
 
 def keep_programs(config: Config, workdir: epath.Path) -> None:
@@ -20,5 +20,5 @@ def keep_programs(config: Config, workdir: epath.Path) -> None:
     chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if config.compile_cache and chosen is None:
         path = config.compile_cache
-        directory = absolute(workdir / path if on_disk(path) else path)
+        directory = absolute(workdir / path if is_local(path) else path)
         jax.config.update("jax_compilation_cache_dir", os.fspath(directory))

@@ -39,6 +39,11 @@ class NoReward(RunError):
     """No response was paid for so long that there is nothing to learn; the message shows some."""
 
 
+def one_line(error: Exception) -> str:
+    """An exception's class and the first line of its message."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def exit_with_code(main: Callable[[], None]) -> None:
     """Runs a command: an error of this file ends it with its code, as one line."""
     try:

@@ -1,10 +1,14 @@
-"""Files written in one go: hashed and brought to the disk while their next part is made."""
+"""Crash-safe files, local or in an object store: atomic write, fsync, checksums, manifests.
+
+A manifest is a JSON file with an entry {"bytes", "xxh128"} for each file beside it.
+"""
 
 import ast
 import collections
 import hashlib
+import json
 import os
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,49 +16,52 @@ from typing import Any, TypeVar
 import xxhash
 from etils import epath
 
+from oapl_jax.errors import UserError
+
 READERS = 4
-SYNC_EVERY = 64 << 20  # bytes that wait before the disk begins to take them
+SYNC_EVERY = 64 << 20  # bytes written before the next fsync starts
+READ_BYTES = 16 << 20
 
 X = TypeVar("X")
 Y = TypeVar("Y")
 
 
-def on_disk(path: epath.PathLike) -> bool:
-    """False for an object store: it has no cache of ours to flush, and renames by copying."""
+def is_local(path: epath.PathLike) -> bool:
+    """False for an object store: no page cache to flush, and a rename is a copy."""
     return "://" not in os.fspath(path)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The same from any directory; epath's own `resolve` takes a bucket for a local name."""
-    return epath.Path(os.path.abspath(path) if on_disk(path) else path)
+    """Makes a local path absolute; epath's own `resolve` takes gs:// for a local name."""
+    return epath.Path(os.path.abspath(path) if is_local(path) else path)
 
 
 def write_file(path: epath.Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Writes parts end to end; when it returns, they are on the disk.
+    """Writes parts end to end and flushes them to disk before it returns.
 
     Args:
-      path: of the file, local or not.
+      path: local or not.
       parts: bytes, or flat views of bytes.
 
     Returns:
-      {"bytes": size, "xxh128": hexadecimal digest, as of xxh128sum}.
+      The file's manifest entry, {"bytes": size, "xxh128": hexadecimal digest as of xxh128sum}.
 
     Raises:
       OSError: if the disk is full or fails.
     """
-    digest, size, waiting = xxhash.xxh3_128(), 0, 0
-    local, syncing = on_disk(path), None
+    digest, size, unsynced = xxhash.xxh3_128(), 0, 0
+    local, syncing = is_local(path), None
     with ThreadPoolExecutor(1) as thread, path.open("wb") as file:
         for part in parts:
             digest.update(part)
             file.write(part)
-            size, waiting = size + len(part), waiting + len(part)
-            # Else the disk would idle until the end, and then everything wait for it.
-            if local and waiting >= SYNC_EVERY and (syncing is None or syncing.done()):
+            size, unsynced = size + len(part), unsynced + len(part)
+            # Otherwise the disk would idle until the end, and the last fsync take all the time.
+            if local and unsynced >= SYNC_EVERY and (syncing is None or syncing.done()):
                 if syncing:
                     syncing.result()
                 file.flush()
-                syncing, waiting = thread.submit(os.fsync, file.fileno()), 0
+                syncing, unsynced = thread.submit(os.fsync, file.fileno()), 0
         if local:
             if syncing:
                 syncing.result()
@@ -63,39 +70,70 @@ def write_file(path: epath.Path, parts: Iterable[bytes | memoryview]) -> dict[st
     return {"bytes": size, "xxh128": digest.hexdigest()}
 
 
-def ahead(
-    make: Callable[[X], Y], items: Iterable[X], *, cost: Callable[[X], int], room: int
-) -> Generator[Y, None, None]:
-    """`make` of each item, in order; threads make the next ones while the caller has one.
+def write_atomically(path: epath.PathLike, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Replaces a file: readers, also after a crash, see the old content or the new, never a part.
 
-    Args:
-      make: called in threads.
-      items: arguments of `make`.
-      cost: of an item's result.
-      room: the results that the caller has not asked for yet cost no more (or there is only one).
+    Args, Returns and Raises are those of `write_file`.
     """
-    coming: collections.deque[tuple[int, Future[Y]]] = collections.deque()
-    taken = 0
-    with ThreadPoolExecutor(READERS) as threads:
-        for item in items:
-            while coming and taken + cost(item) > room:
-                price, result = coming.popleft()
-                taken -= price
-                yield result.result()
-            coming.append((cost(item), threads.submit(make, item)))
-            taken += cost(item)
-        while coming:
-            yield coming.popleft()[1].result()
+    path = epath.Path(path)
+    if not is_local(path):  # an object appears when its upload is complete
+        return write_file(path, parts)
+    temporary = path.parent / f"{path.name}.tmp"
+    entry = write_file(temporary, parts)
+    temporary.replace(path)
+    fsync(path.parent)
+    return entry
 
 
-def sync_directory(path: epath.Path) -> None:
-    """Brings the names in a directory to the disk."""
-    if on_disk(path):
+def fsync(path: epath.PathLike) -> None:
+    """Flushes a local file's content, or a local directory's names, to disk."""
+    if is_local(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def checksum(path: epath.Path) -> str:
+    """XXH3 (128 bits) of a file, hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_entry(path: epath.Path) -> dict[str, Any]:
+    """The manifest entry of a file that is already written: {"bytes", "xxh128"}."""
+    return {"bytes": path.stat().length, "xxh128": checksum(path)}
+
+
+def read_json(path: epath.Path, fields: Iterable[str], *, remedy: str) -> dict[str, Any]:
+    """Reads fields of a JSON object.
+
+    Raises:
+      UserError: if the file can't be read or lacks a field; the message ends with `remedy`.
+    """
+    try:
+        document = json.loads(path.read_text())
+        return {field: document[field] for field in fields}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged; {remedy}") from error
+
+
+def check_files(
+    directory: epath.Path, files: Mapping[str, Mapping[str, Any]], *, remedy: str
+) -> None:
+    """Compares files with their manifest entries, which may have more fields.
+
+    Raises:
+      UserError: naming the first file that is missing or differs; the message ends with `remedy`.
+    """
+    for name, entry in files.items():
+        path = directory / name
+        if not path.exists() or not file_entry(path).items() <= entry.items():
+            raise UserError(f"{path} is missing or damaged; {remedy}")
 
 
 def code_digest(paths: Iterable[Path]) -> str:
@@ -115,6 +153,26 @@ def code_digest(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def one_line(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+def prefetch(
+    make: Callable[[X], Y], items: Iterable[X], *, cost: Callable[[X], int], budget: int
+) -> Generator[Y, None, None]:
+    """Yields `make(item)` in order, while threads make the next ones.
+
+    Args:
+      make: called in threads.
+      items: arguments of `make`.
+      cost: of an item's result.
+      budget: bound on the summed cost of results made ahead; a dearer result is made alone.
+    """
+    pending: collections.deque[tuple[int, Future[Y]]] = collections.deque()
+    spent = 0
+    with ThreadPoolExecutor(READERS) as threads:
+        for item in items:
+            while pending and spent + cost(item) > budget:
+                price, result = pending.popleft()
+                spent -= price
+                yield result.result()
+            pending.append((cost(item), threads.submit(make, item)))
+            spent += cost(item)
+        while pending:
+            yield pending.popleft()[1].result()

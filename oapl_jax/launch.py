@@ -8,7 +8,7 @@ from ml_collections import config_flags
 
 from oapl_jax.build import Config
 from oapl_jax.errors import UserError
-from oapl_jax.files import absolute, on_disk
+from oapl_jax.files import absolute, is_local
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; what it holds is resumed")
@@ -38,7 +38,7 @@ def read_command_line() -> tuple[Config, epath.Path]:
         raise UserError("--config is missing; add, for example, --config=configs/arithmetic.py")
     if WORKDIR.value is None:
         raise UserError("--workdir is missing; add, for example, --workdir=runs/arithmetic")
-    if not on_disk(WORKDIR.value):
+    if not is_local(WORKDIR.value):
         raise UserError(
             f"--workdir={WORKDIR.value} is in an object store, whose files can't grow as a run's "
             "ledger and metrics do; name a directory (a bucket can be mounted as one)"

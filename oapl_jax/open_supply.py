@@ -13,6 +13,7 @@ from oapl_jax.build import Job
 from oapl_jax.check import recorded_groups
 from oapl_jax.curriculum import CURRICULA, Curriculum
 from oapl_jax.data.prompts import response_text
+from oapl_jax.files import checksum
 from oapl_jax.preferences import JUDGES, Preferences
 from oapl_jax.preferences.comparators import RecordedComparators, SampledComparators
 from oapl_jax.rollout.buffer import Buffer
@@ -159,7 +160,7 @@ def open_writer(job: Job) -> ShardWriter:
         job.workdir / "rollouts",
         about(job, {"by": "train"}),
         groups_per_shard=job.config.rollout.groups_per_shard,
-        identify=lambda version: publisher.checksum(
+        identify=lambda version: checksum(
             publisher.version_path(versions, version) / publisher.MANIFEST
         ),
     )

@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 
 from oapl_jax.errors import RunError, UserError, exit_with_code
-from oapl_jax.files import absolute
+from oapl_jax.files import absolute, checksum
 from oapl_jax.rollout.dataset import ShardWriter, describe
 from oapl_jax.rollout.sampler import Sampled, Sampler, Sampling
 from oapl_jax.rollout.zero_reward_guard import Unpaid
@@ -172,7 +172,7 @@ def make_set(
     prompts = prompts[:limit]
     job.check_rewards()
     version, path = fixed_version(job, to, step, version_dir)
-    weights = publisher.checksum(path / publisher.MANIFEST)
+    weights = checksum(path / publisher.MANIFEST)
     about = describe(
         task=job.config.data.task,
         tokenizer=job.policy.tokenizer,

@@ -1,4 +1,4 @@
-"""Files written in one go: what is in them, what is said of them, what is made ahead."""
+"""Crash-safe files: atomic write, fsync while writing, checksums, manifests, prefetch."""
 
 import os
 import threading
@@ -9,27 +9,50 @@ import xxhash
 from etils import epath
 
 from oapl_jax import files
-from oapl_jax.files import ahead, one_line, write_file
+from oapl_jax.errors import UserError, one_line
+from oapl_jax.files import (
+    check_files,
+    checksum,
+    file_entry,
+    prefetch,
+    read_json,
+    write_atomically,
+    write_file,
+)
 
 
-def test_parts_are_written_end_to_end_and_summed(tmp_path):
+@pytest.mark.parametrize("write", [write_file, write_atomically])
+def test_parts_are_written_end_to_end_and_hashed(tmp_path, write):
     parts = [b"abc", b"", np.arange(5, dtype=np.uint8).data, b"z"]
-    said = write_file(epath.Path(tmp_path / "file"), iter(parts))
+    path = epath.Path(tmp_path / "file")
+    entry = write(path, iter(parts))
     content = b"abc\x00\x01\x02\x03\x04z"
-    assert (tmp_path / "file").read_bytes() == content
-    assert said == {"bytes": 9, "xxh128": xxhash.xxh3_128_hexdigest(content)}
-    assert write_file(epath.Path(tmp_path / "empty"), []) == {
-        "bytes": 0,
-        "xxh128": "99aa06d3014798d86001c324468d497f",
-    }
+    assert path.read_bytes() == content
+    assert entry == {"bytes": 9, "xxh128": xxhash.xxh3_128_hexdigest(content)} == file_entry(path)
+    assert write(path, []) == {"bytes": 0, "xxh128": "99aa06d3014798d86001c324468d497f"}
+    assert checksum(path) == "99aa06d3014798d86001c324468d497f"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_disk_takes_parts_before_the_last_is_written(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_content(tmp_path):
+    def parts():
+        yield b"half"
+        raise OSError("the disk is full")
+
+    write_atomically(tmp_path / "file", [b"old"])
+    with pytest.raises(OSError, match="full"):
+        write_atomically(tmp_path / "file", parts())
+    assert (tmp_path / "file").read_bytes() == b"old"
+    write_atomically(tmp_path / "file", [b"new"])
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_fsync_starts_before_the_last_part_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "SYNC_EVERY", 4)
-    on_disk, fsync = [], os.fsync
+    synced, fsync = [], os.fsync
 
     def note(descriptor):
-        on_disk.append(os.fstat(descriptor).st_size)
+        synced.append(os.fstat(descriptor).st_size)
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", note)
@@ -37,15 +60,14 @@ def test_the_disk_takes_parts_before_the_last_is_written(tmp_path, monkeypatch):
     def parts():
         for _ in range(5):
             yield bytes(4)
-            while not on_disk:  # until the sync of the first part begins
+            while not synced:  # until the sync of the first part begins
                 threading.Event().wait(0.001)
 
     write_file(epath.Path(tmp_path / "file"), parts())
-    assert on_disk[0] == 4
-    assert on_disk[-1] == 20
+    assert (synced[0], synced[-1]) == (4, 20)
 
 
-def test_a_failed_sync_is_not_lost(tmp_path, monkeypatch):
+def test_a_failed_fsync_in_the_background_raises(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "SYNC_EVERY", 1)
     real, fails = os.fsync, iter([True, False, False, False])
 
@@ -59,7 +81,32 @@ def test_a_failed_sync_is_not_lost(tmp_path, monkeypatch):
         write_file(epath.Path(tmp_path / "file"), [b"a", b"b"])
 
 
-def test_results_come_in_order_and_no_dearer_than_the_room():
+@pytest.mark.parametrize("content", [b"ac", b"abc", None])
+def test_a_file_that_differs_from_its_manifest_entry_is_refused(tmp_path, content):
+    directory = epath.Path(tmp_path)
+    entries = {
+        name: {**write_file(directory / name, [name.encode()]), "more": 1} for name in ("a", "ab")
+    }
+    check_files(directory, entries, remedy="")
+    if content is None:
+        (directory / "ab").unlink()
+    else:
+        (directory / "ab").write_bytes(content)
+    with pytest.raises(UserError, match=r"ab is missing or damaged; copy it"):
+        check_files(directory, entries, remedy="copy it")
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "3", '{"b": 1}'])
+def test_a_json_file_without_the_fields_is_refused(tmp_path, text):
+    path = epath.Path(tmp_path / "manifest.json")
+    path.write_text('{"a": 1, "b": 2}')
+    assert read_json(path, ["a"], remedy="") == {"a": 1}
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(UserError, match=r"manifest.json .*; copy it"):
+        read_json(path, ["a"], remedy="copy it")
+
+
+def test_prefetched_results_come_in_order_and_within_the_budget():
     live, most, lock = 0, 0, threading.Lock()
 
     def make(cost):
@@ -71,7 +118,7 @@ def test_results_come_in_order_and_no_dearer_than_the_room():
 
     costs = [3, 1, 1, 9, 2, 2, 2, 2, 5, 1]
     found = []
-    for cost in ahead(make, costs, cost=lambda cost: cost, room=6):
+    for cost in prefetch(make, costs, cost=lambda cost: cost, budget=6):
         found.append(cost)
         with lock:
             live -= cost  # asked for: no longer ahead
@@ -79,13 +126,13 @@ def test_results_come_in_order_and_no_dearer_than_the_room():
     assert 6 >= most - 9 >= 0  # the 9 alone
 
 
-def test_a_failure_comes_to_the_caller_and_closing_ends_the_threads():
+def test_prefetch_raises_in_the_caller_and_closing_ends_its_threads():
     threads = threading.active_count()
-    results = ahead(lambda x: 1 / x, [1, 2, 0, 4], cost=lambda x: 1, room=2)
+    results = prefetch(lambda x: 1 / x, [1, 2, 0, 4], cost=lambda x: 1, budget=2)
     assert [next(results), next(results)] == [1, 0.5]
     with pytest.raises(ZeroDivisionError):
         next(results)
-    unfinished = ahead(lambda x: x, range(100), cost=lambda x: 1, room=2)
+    unfinished = prefetch(lambda x: x, range(100), cost=lambda x: 1, budget=2)
     assert next(unfinished) == 0
     unfinished.close()
     assert threading.active_count() == threads

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from oapl_jax.errors import UserError
-from oapl_jax.files import ahead, write_file
+from oapl_jax.files import prefetch, write_file
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.layout import INDEX, SINGLE, Tensor, flatten, parameter_shapes, tensors_of
 
@@ -112,11 +112,11 @@ def _write(
     head = struct.pack("<Q", len(encoded)) + encoded
     parts = [(tensor, rows) for tensor in shard for rows in _rows(tensor, flat[tensor.path])]
     cost = lambda part: _bytes(part[0], dtype) * len(part[1]) // part[0].shape[0]
-    read = ahead(
+    read = prefetch(
         lambda part: _fetch(*part, flat[part[0].path], numpy_dtype),
         parts,
         cost=cost,
-        room=max(READ_AHEAD, *map(cost, parts)),
+        budget=max(READ_AHEAD, *map(cost, parts)),
     )
     with contextlib.closing(read):  # even if writing fails, no thread reads on
         return write_file(path, itertools.chain([head], read))

@@ -7,8 +7,8 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from oapl_jax.errors import UserError
-from oapl_jax.files import on_disk, one_line
+from oapl_jax.errors import UserError, one_line
+from oapl_jax.files import is_local
 
 
 def steps_of(directory: epath.Path) -> list[int]:
@@ -27,7 +27,7 @@ def open_params(source: epath.Path) -> dict[str, ts.TensorStore]:
         listed = ", ".join(map(str, have)) or "none"
         raise UserError(f"{source} is no finished Orbax step (have: {listed}); name one that is")
     place = f"{os.fspath(source)}/params/"
-    base = {"driver": "file", "path": place} if on_disk(source) else place
+    base = {"driver": "file", "path": place} if is_local(source) else place
     context = ts.Context()
     try:
         store = ts.KvStore.open({"driver": "ocdbt", "base": base}, context=context).result()

@@ -26,11 +26,11 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 
 from oapl_jax.errors import UserError
+from oapl_jax.files import checksum
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.rollout.encoding import decode, encode
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Group
-from oapl_jax.weights.publisher import checksum
 
 FORMAT = "oapl_jax rollouts 2"
 MANIFEST = "manifest.json"

@@ -8,11 +8,11 @@ from etils import epath
 
 from oapl_jax.data.prompts import permutation
 from oapl_jax.errors import RunError, UserError
+from oapl_jax.files import checksum
 from oapl_jax.rollout.dataset import MANIFEST, Shards
 from oapl_jax.rollout.ledger import Ledger
 from oapl_jax.rollout.sampler import Sampled
 from oapl_jax.structs import Group
-from oapl_jax.weights.publisher import checksum
 
 ORDERS = ("shuffled", "recorded")
 

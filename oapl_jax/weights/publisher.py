@@ -14,15 +14,14 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import xxhash
 from absl import flags
 from etils import epath
 
-from oapl_jax.errors import RunError, UserError, exit_with_code
-from oapl_jax.files import absolute, on_disk, one_line, sync_directory, write_file
+from oapl_jax.errors import RunError, UserError, exit_with_code, one_line
+from oapl_jax.files import absolute, check_files, fsync, is_local, read_json, write_file
 from oapl_jax.model import export, hf
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.steps import load_probe, open_params, steps_of
@@ -30,6 +29,7 @@ from oapl_jax.model.tokenizer import check_tokenizer, load_tokenizer
 
 MANIFEST, COMMITTED, PROBE = "manifest.json", "COMMITTED", "probe.json"
 STEPS = ("weights", "checkpoints")  # where a workdir keeps Orbax steps that hold parameters
+MANIFEST_FIELDS = ("version", "parent", "config_hash", "dtype", "files")
 MAX_SHARD_BYTES = 5 * 10**9
 REMEDY = "publish it again, or start from another checkpoint step"
 
@@ -89,7 +89,7 @@ def publish(
     # An object store renames by copying one object after the other: as slow as writing, and no more
     # at once. So there files are written where they will stay, and the marker alone commits: one
     # object, there or not.
-    aside = directory / f"{target.name}.writing" if on_disk(directory) else target
+    aside = directory / f"{target.name}.writing" if is_local(directory) else target
     _sweep(aside, target)  # what a run left that was killed before its commit
     if target.exists():
         return target
@@ -112,12 +112,12 @@ def publish(
             "files": files,
         }
         write_file(aside / MANIFEST, [json.dumps(manifest, indent=1).encode()])
-        sync_directory(aside)
+        fsync(aside)
         if aside != target:
             aside.rename(target)
         write_file(target / COMMITTED, [])
-        sync_directory(target)
-        sync_directory(directory)
+        fsync(target)
+        fsync(directory)
     except (OSError, ValueError) as error:
         with contextlib.suppress(OSError):
             _sweep(aside, target)
@@ -145,9 +145,7 @@ def check_version(path: epath.Path) -> None:
         raise UserError(
             f"version directory {path} was not written to its end (no {COMMITTED}); {REMEDY}"
         )
-    for name, entry in read_manifest(path)["files"].items():
-        if not (path / name).exists() or checksum(path / name) != entry["xxh128"]:
-            raise UserError(f"{name} in version directory {path} is missing or damaged; {REMEDY}")
+    check_files(path, read_manifest(path)["files"], remedy=REMEDY)
 
 
 def read_manifest(path: epath.Path) -> dict[str, Any]:
@@ -160,14 +158,7 @@ def read_manifest(path: epath.Path) -> dict[str, Any]:
     Raises:
       UserError: if the manifest can't be read.
     """
-    with _reading(path, MANIFEST):
-        manifest = json.loads((path / MANIFEST).read_text())
-        files = {
-            name: {field: entry[field] for field in ("bytes", "xxh128")}
-            for name, entry in manifest["files"].items()
-        }
-        said = {field: manifest[field] for field in ("version", "parent", "config_hash", "dtype")}
-        return {**said, "files": files}
+    return read_json(path / MANIFEST, MANIFEST_FIELDS, remedy=REMEDY)
 
 
 def read_probe(path: epath.Path) -> dict[str, Any]:
@@ -180,19 +171,7 @@ def read_probe(path: epath.Path) -> dict[str, Any]:
     Raises:
       UserError: if the probe can't be read.
     """
-    with _reading(path, PROBE):
-        probe = json.loads((path / PROBE).read_text())
-        return {field: probe[field] for field in ("tokens", "logp", "dtype")}
-
-
-@contextlib.contextmanager
-def _reading(path: epath.Path, name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{name} in version directory {path} is missing or damaged; {REMEDY}"
-        ) from error
+    return read_json(path / PROBE, ("tokens", "logp", "dtype"), remedy=REMEDY)
 
 
 def collect(directory: epath.Path, *, keep: set[int]) -> list[int]:
@@ -212,14 +191,6 @@ def _sweep(*paths: epath.Path) -> None:
     for path in paths:
         if path.exists() and not (path / COMMITTED).exists():
             path.rmtree()
-
-
-def checksum(path: epath.Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def main() -> None:

@@ -16,10 +16,11 @@ import numpy as np
 from aiohttp import web
 from etils import epath
 
+from oapl_jax.files import file_entry
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Rollout
-from oapl_jax.weights.publisher import COMMITTED, MANIFEST, checksum, version_path
+from oapl_jax.weights.publisher import COMMITTED, MANIFEST, version_path
 
 VOCAB, CONTEXT, STOP = 32, 64, 1
 LINGERS = 0.05  # seconds that a server is not idle after requests were aborted
@@ -107,10 +108,7 @@ def publish_toy(directory: epath.Path, version: int, *, off: float = 0.0) -> epa
     }
     for name, content in contents.items():
         (path / name).write_text(json.dumps(content))
-    files = {
-        name: {"bytes": (path / name).stat().length, "xxh128": checksum(path / name)}
-        for name in contents
-    }
+    files = {name: file_entry(path / name) for name in contents}
     manifest: dict[str, Any] = {
         "version": version,
         "parent": "",

@@ -257,9 +257,9 @@ def damage(path):
 @pytest.mark.parametrize(
     ("spoil", "name", "reason"),
     [
-        (damage, "2", "model.safetensors in version directory"),
+        (damage, "2", "model.safetensors is missing"),
         (lambda path: (path / COMMITTED).unlink(), "2", "not written to its end"),
-        (lambda path: (path / MANIFEST).write_text("{"), "2", f"{MANIFEST} in version directory"),
+        (lambda path: (path / MANIFEST).write_text("{"), "2", f"{MANIFEST} is missing"),
         (shutil.rmtree, "2", "is missing"),
         (lambda path: None, "3", "holds version 2, not 3"),
     ],

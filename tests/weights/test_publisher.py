@@ -162,7 +162,7 @@ def test_the_probe_goes_with_the_version(tmp_path):
     path = write(tmp_path, 16)
     assert read_probe(path) == SAID
     (path / PROBE).write_text('{"tokens": []}')
-    with pytest.raises(UserError, match=r"probe.json in .* missing or damaged"):
+    with pytest.raises(UserError, match=r"probe.json"):
         read_probe(path)
 
 
@@ -358,11 +358,11 @@ def empty_the_manifest(path):
         (shutil.rmtree, "is missing"),
         (damage_weights, "model.safetensors .* damaged"),
         (damage_config, "config.json .* damaged"),
-        (lose_a_file, "tokenizer.json .* is missing"),
+        (lose_a_file, "tokenizer.json is missing"),
         (lose_the_marker, "not written to its end"),
-        (lose_the_manifest, f"{MANIFEST} .* missing or damaged"),
-        (misspell_the_manifest, f"{MANIFEST} .* missing or damaged"),
-        (empty_the_manifest, f"{MANIFEST} .* missing or damaged"),
+        (lose_the_manifest, f"{MANIFEST} is missing or damaged"),
+        (misspell_the_manifest, "missing or damaged"),
+        (empty_the_manifest, f"{MANIFEST} is missing or damaged"),
     ],
 )
 def test_a_damaged_version_is_refused_by_its_directory(tmp_path, damage, what):

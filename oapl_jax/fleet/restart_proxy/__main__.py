@@ -22,8 +22,9 @@ from aiohttp import web
 from etils import epath
 
 from oapl_jax.errors import UserError, exit_with_code
+from oapl_jax.files import checksum
 from oapl_jax.fleet.restart_proxy.supervisor import Supervisor, Version, say
-from oapl_jax.weights.publisher import MANIFEST, check_version, checksum, read_manifest
+from oapl_jax.weights.publisher import MANIFEST, check_version, read_manifest
 
 CONNECT_DEADLINE = 5.0  # seconds; the server is on this machine
 SHUTDOWN_DEADLINE = 5.0  # seconds for callers to get their last answer
