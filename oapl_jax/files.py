@@ -1,14 +1,15 @@
-"""Crash-safe files, local or in an object store: atomic write, fsync, checksums, manifests.
+"""Crash-safe files, local or in an object store: atomic write, JSON lines, checksums, manifests.
 
 A manifest is a JSON file with an entry {"bytes", "xxh128"} for each file beside it.
 """
 
 import ast
 import collections
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,11 +17,12 @@ from typing import Any, TypeVar
 import xxhash
 from etils import epath
 
-from oapl_jax.errors import UserError
+from oapl_jax.errors import RunError, UserError
 
 READERS = 4
 SYNC_EVERY = 64 << 20  # bytes written before the next fsync starts
 READ_BYTES = 16 << 20
+TAIL = 1 << 20  # bytes read at a time to find the last whole line
 
 X = TypeVar("X")
 Y = TypeVar("Y")
@@ -134,6 +136,111 @@ def check_files(
         path = directory / name
         if not path.exists() or not file_entry(path).items() <= entry.items():
             raise UserError(f"{path} is missing or damaged; {remedy}")
+
+
+class JsonLines:
+    """An append-only file of JSON objects, one a line, that survives a kill.
+
+    Opening removes a last line that a kill has cut. `append` flushes each line to the operating
+    system; `sync` brings them to the disk.
+
+    Args:
+      path: on a local disk.
+      exclusive: locks the file until `close`, so that one process at a time appends.
+
+    Attributes:
+      path: as above.
+      size: bytes of the whole lines.
+
+    Raises:
+      UserError: for an object store, or if another process has locked the file.
+    """
+
+    def __init__(self, path: epath.Path, *, exclusive: bool):
+        if not is_local(path):
+            raise UserError(f"{path} can't be appended to; name a local directory")
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a+b")  # noqa: SIM115
+        try:
+            if exclusive:
+                lock(self._file.fileno(), path)
+            self.truncate(self._end_of_last_line())
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Writes one line.
+
+        Raises:
+          RunError: for a number that is not finite.
+        """
+        try:
+            text = json.dumps(line, separators=(",", ":"), allow_nan=False)
+        except ValueError as error:
+            raise RunError(f"a number for {self.path} is not finite: {line}") from error
+        content = text.encode() + b"\n"
+        self._file.write(content)
+        self._file.flush()
+        self.size += len(content)
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def truncate(self, size: int) -> None:
+        """Drops everything after the first `size` bytes."""
+        self._file.truncate(size)
+        self.size = size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """See `read_json_lines`."""
+        return read_json_lines(self.path)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _end_of_last_line(self) -> int:
+        end = self._file.seek(0, os.SEEK_END)
+        while end:
+            start = max(end - TAIL, 0)
+            self._file.seek(start)
+            newline = self._file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            end = start
+        return 0
+
+
+def read_json_lines(path: epath.Path) -> Iterator[dict[str, Any]]:
+    """Yields the whole lines of a JSON lines file; a last line without its end is ignored.
+
+    Raises:
+      UserError: for a line that is not a JSON object.
+    """
+    with open(path, "rb") as file:
+        for number, text in enumerate(file, 1):
+            if not text.endswith(b"\n"):
+                return  # cut by a kill, or being written now
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = None
+            if not isinstance(line, dict):
+                raise UserError(f"line {number} of {path} is damaged; restore a whole copy")
+            yield line
+
+
+def lock(descriptor: int, path: epath.Path) -> None:
+    """Locks an open file until it is closed.
+
+    Raises:
+      UserError: if another process holds the lock.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another process is writing {path}; wait until it has ended") from error
 
 
 def code_digest(paths: Iterable[Path]) -> str:

@@ -5,10 +5,12 @@ learner's compiled step takes.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
 import numpy as np
+from flax import serialization
 
 from oapl_jax.errors import RunError
 
@@ -89,6 +91,55 @@ class Group:
     def zero_variance(self) -> bool:
         """Whether all rewards are equal, so that every advantage is zero."""
         return bool(np.all(self.reward == self.reward[0]))
+
+
+def encode_groups(groups: Sequence[Group]) -> bytes:
+    """Serializes groups: the one format of recorded datasets, checkpoints and the hosts' exchange.
+
+    A msgpack map, with arrays as flax.serialization writes them. "groups" is a list of maps:
+
+        prompt            map of the fields of `Prompt`; tokens as int32[P]
+        policy_version    int
+        lengths           int32[n], tokens of each response
+        tokens            int32[sum of lengths], the responses end to end
+        behavior_logp     float32[sum of lengths]
+        finish_reasons    list of n strings
+        reward            float32[n]
+    """
+    return serialization.msgpack_serialize({"groups": [_group_to_map(group) for group in groups]})
+
+
+def decode_groups(content: bytes) -> list[Group]:
+    """Inverts `encode_groups`, bit for bit; the arrays are read-only."""
+    state: Any = serialization.msgpack_restore(content)
+    return [_group_from_map(fields) for fields in state["groups"]]
+
+
+def _group_to_map(group: Group) -> dict[str, Any]:
+    rollouts = group.rollouts
+    return {
+        "prompt": {**vars(group.prompt), "tokens": np.asarray(group.prompt.tokens, np.int32)},
+        "policy_version": group.policy_version,
+        "lengths": np.array([len(r.tokens) for r in rollouts], np.int32),
+        "tokens": np.concatenate([r.tokens for r in rollouts]).astype(np.int32),
+        "behavior_logp": np.concatenate([r.behavior_logp for r in rollouts]).astype(np.float32),
+        "finish_reasons": [r.finish_reason for r in rollouts],
+        "reward": np.asarray(group.reward, np.float32),
+    }
+
+
+def _group_from_map(fields: dict[str, Any]) -> Group:
+    ends = np.cumsum(fields["lengths"])[:-1]
+    rollouts = [
+        Rollout(tokens, logp, fields["policy_version"], reason)
+        for tokens, logp, reason in zip(
+            np.split(fields["tokens"], ends),
+            np.split(fields["behavior_logp"], ends),
+            fields["finish_reasons"],
+            strict=True,
+        )
+    ]
+    return Group(Prompt(**fields["prompt"]), tuple(rollouts), fields["reward"])
 
 
 Leaf = Any  # a jax.Array; a numpy array before it is on the mesh; or the sharding of one
