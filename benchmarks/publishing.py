@@ -26,7 +26,7 @@ import xxhash
 from etils import epath
 from results import keep, show
 
-from oapl_jax.model import export, layout
+from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.weights.publisher import publish, read_manifest
 
@@ -61,7 +61,7 @@ def save_step(directory: epath.Path) -> epath.Path:
 
     rng = np.random.default_rng(0)
     flat: dict[str, Any] = {}
-    for tensor in layout.tensors_of(CONFIG):
+    for tensor in hf.tensors_of(CONFIG):
         shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
         shape = shape if tensor.layer is None else (CONFIG.num_layers, *shape)
         if tensor.path not in flat:
@@ -131,7 +131,7 @@ def measure(source: epath.Path, directory: pathlib.Path, dtype: str, rounds: int
         rate = size / seconds
         rows.append((rate, disk, rate / disk, hash_rate(block), cpu / seconds, cpu / size))
     publishing, disk, ratio, hashing, cores, cpu = np.median(rows, axis=0)
-    largest = max(np.prod(tensor.shape) for tensor in layout.tensors_of(CONFIG)) * size_of(dtype)
+    largest = max(np.prod(tensor.shape) for tensor in hf.tensors_of(CONFIG)) * size_of(dtype)
     return {
         "dtype": dtype,
         "MB": round(size / 1e6),
@@ -149,7 +149,7 @@ def measure(source: epath.Path, directory: pathlib.Path, dtype: str, rounds: int
 
 
 def size_of(dtype: str) -> int:
-    return np.dtype(export.EXPORT_DTYPES[dtype][1]).itemsize
+    return np.dtype(hf.EXPORT_DTYPES[dtype][1]).itemsize
 
 
 def main() -> None:
@@ -168,7 +168,7 @@ def main() -> None:
     place = pathlib.Path(tempfile.mkdtemp(prefix="publishing-", dir=given.directory.resolve()))
     try:
         source = save_step(epath.Path(place / "weights"))
-        for dtype in export.EXPORT_DTYPES:
+        for dtype in hf.EXPORT_DTYPES:
             options = [f"--source={source}", f"--dtype={dtype}", f"--directory={place}"]
             command = [sys.executable, __file__, *options, f"--rounds={given.rounds}"]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

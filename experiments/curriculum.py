@@ -53,6 +53,7 @@ from oapl_jax.files import absolute
 from oapl_jax.tracking.metrics import read_lines
 from oapl_jax.tracking.progress import StopRequest, say
 from oapl_jax.weights import publisher
+from oapl_jax.weights.checkpoint import load_config
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -171,7 +172,7 @@ def run(to: epath.Path, config: Any, policy: epath.Path, split: str) -> list[dic
         if ended is None:
             raise SystemExit("stopped; the same command goes on")
         (to / "result.json").write_text(json.dumps(ended[0]))
-    if json.loads((to / "config.json").read_text()) != json.loads(json.dumps(config.to_dict())):
+    if load_config(to) != json.loads(json.dumps(config.to_dict())):
         raise UserError(f"{to} holds a run with other settings; remove it, or give another --to")
     return read_lines(to / "metrics.jsonl")
 

@@ -72,7 +72,7 @@ def compare(model: Path) -> None:
     from etils import epath
 
     from oapl_jax.model import hf
-    from oapl_jax.policy import open_policy
+    from oapl_jax.model.policy import open_policy
     from oapl_jax.rollout.local_sampler import LocalSampler
     from oapl_jax.rollout.sampler import Sampling
     from oapl_jax.structs import Prompt

@@ -29,9 +29,9 @@ from oapl_jax.fleet.sampler import Fleet
 from oapl_jax.learner import train_step as learner
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.model import hf
+from oapl_jax.model.policy import Policy, check_lengths, open_policy
 from oapl_jax.model.sharding import gathered, make_mesh
 from oapl_jax.model.transformer import Transformer
-from oapl_jax.policy import Policy, check_lengths, open_policy
 from oapl_jax.rewards.self_check import check_rewards
 from oapl_jax.rollout.local_sampler import LocalSampler
 from oapl_jax.rollout.sampler import Sampler, Sampling
@@ -271,7 +271,7 @@ def open_job(config: Config, workdir: epath.Path) -> Job:
         )
         splits = room.open_splits(**data)
     check_lengths(
-        policy,
+        policy.config,
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_response_tokens=config.rollout.max_response_tokens,
         row_length=config.learner.row_length,

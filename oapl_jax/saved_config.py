@@ -1,11 +1,11 @@
 """The configuration that a workdir belongs to, and what of it may change."""
 
-import json
 from typing import Any
 
 from etils import epath
 
 from oapl_jax.errors import UserError
+from oapl_jax.weights.checkpoint import load_config, save_config
 
 # Sections that shape what is saved or what it means; a workdir belongs to one choice of them.
 # (After a change of lag.steps, the version that is due may never have been published.)
@@ -43,7 +43,8 @@ def check_config(path: epath.Path, config: dict[str, Any]) -> list[str]:
       UserError: listing the settings that differ and may not.
     """
     new = flat(config)
-    old = flat(json.loads(path.read_text())) if path.exists() else new
+    saved = load_config(path.parent)
+    old = new if saved is None else flat(saved)
     value = lambda config, key: config.get(key, "absent")
     differing = sorted(key for key in old.keys() | new.keys() if value(old, key) != value(new, key))
     structural = lambda key: any(key == s or key.startswith(s + ".") for s in STRUCTURAL)
@@ -54,9 +55,7 @@ def check_config(path: epath.Path, config: dict[str, Any]) -> list[str]:
             f"{path} was saved by a run with other settings ({'; '.join(map(describe, refused))}); "
             "set them back, or give another --workdir"
         )
-    aside = path.parent / f"{path.name}.new"  # a kill must not leave half a config
-    aside.write_text(json.dumps(config, indent=1, sort_keys=True))
-    aside.replace(path)
+    save_config(path.parent, config)
     return [describe(key) for key in differing]
 
 

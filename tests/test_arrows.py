@@ -12,7 +12,7 @@ FLOORS = (
     ("errors", "structs", "files", "multihost", "heartbeat"),
     ("objectives",),
     ("model", "data", "tracking"),
-    ("learner", "rewards", "policy"),
+    ("learner", "rewards"),
     ("weights", "curriculum"),
     ("rollout",),
     ("fleet",),
@@ -21,7 +21,7 @@ FLOORS = (
     ("build",),
     ("launch", "compile_cache", "resize", "assemble", "open_supply", "begin"),
     ("planning",),
-    ("train", "evaluate", "record", "plan", "audit"),
+    ("train", "evaluate", "record", "publish", "plan", "audit"),
 )
 # Rooms that must not know each other, whatever the floors allow.
 FORBIDDEN = {

@@ -13,8 +13,8 @@ from etils import epath
 from configs import documents, objectives
 from experiments.documents import FAULTS, OBJECTIVES, Fall, table
 from oapl_jax.check import check_sizes
-from oapl_jax.model.steps import open_params
 from oapl_jax.tracking.metrics import read_lines
+from oapl_jax.weights.publisher import open_params
 
 ROOT = Path(__file__).parent.parent
 TINY = {

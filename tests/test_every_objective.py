@@ -13,10 +13,9 @@ from oapl_jax import train
 from oapl_jax.begin import begin
 from oapl_jax.build import open_job
 from oapl_jax.model.sharding import AXES
-from oapl_jax.model.steps import open_params
 from oapl_jax.objectives import OBJECTIVES
 from oapl_jax.tracking.metrics import read_lines
-from oapl_jax.weights.publisher import version_path
+from oapl_jax.weights.publisher import open_params, version_path
 
 STEPS, LATE, PROMPTS = 10, 3, 8
 SMALL = {

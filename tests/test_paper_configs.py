@@ -17,9 +17,9 @@ from oapl_jax import record as generate
 from oapl_jax.build import open_job
 from oapl_jax.data import samples
 from oapl_jax.evaluation.run import run as run_benchmarks
+from oapl_jax.publish import publish_step
 from oapl_jax.rollout.dataset import Shards
 from oapl_jax.saved_config import flat
-from oapl_jax.weights import publisher
 
 MATHS, CODE = competition_math.get_config, code_contests.get_config
 
@@ -253,7 +253,7 @@ class Shop:
 
     def publish(self, name, step):
         to = epath.Path(self.root / "versions")
-        publisher.publish_step(epath.Path(self.root / name), step, to, dtype=None)
+        publish_step(epath.Path(self.root / name), step, to, dtype=None)
 
     def generate(self, to, arg):
         """Tokenizer, groups and manifest of a recorded set."""

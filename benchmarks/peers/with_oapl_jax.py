@@ -16,7 +16,7 @@ from oapl_jax.learner import train_step as learner
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
-from oapl_jax.model.export import save_params
+from oapl_jax.model.hf import save_params
 from oapl_jax.model.sharding import make_mesh
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import bind

@@ -1,40 +1,107 @@
-"""Hugging Face checkpoints in: what a run starts from, one tensor streamed at a time."""
+"""Hugging Face checkpoints: import and export through one table of tensor names.
+
+Both stream: beyond the parameters, host memory holds about two tensors at a time.
+"""
 
 import contextlib
+import dataclasses
 import functools
+import itertools
 import json
+import math
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from etils import epath
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from oapl_jax.errors import UserError
+from oapl_jax.files import prefetch, write_file
 from oapl_jax.model.config import ModelConfig
-from oapl_jax.model.layout import (
-    INDEX,
-    SINGLE,
-    TABLE,
-    Tensor,
-    flatten,
-    parameter_shapes,
-    tensors_of,
-)
 from oapl_jax.model.sharding import parameter_shardings
+from oapl_jax.model.transformer import Transformer
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 IMPORT_DTYPES = ("F32", "BF16", "F16")
+EXPORT_DTYPES = {"float32": ("F32", np.float32), "bfloat16": ("BF16", ml_dtypes.bfloat16)}
+READ_AHEAD = 64 << 20  # bytes of tensors read while others are written
+STRIP = 32  # rows converted at a time
+
+# Parameter -> tensor. {layer} stands for one tensor per layer, stacked here on the leading axis.
+# Kernels and the head are transposed: a torch Linear stores [out, in].
+TABLE = {
+    "embed/embedding": "model.embed_tokens.weight",
+    "layers/attention_norm/scale": "model.layers.{layer}.input_layernorm.weight",
+    "layers/q/kernel": "model.layers.{layer}.self_attn.q_proj.weight",
+    "layers/q/bias": "model.layers.{layer}.self_attn.q_proj.bias",
+    "layers/q_norm/scale": "model.layers.{layer}.self_attn.q_norm.weight",
+    "layers/k/kernel": "model.layers.{layer}.self_attn.k_proj.weight",
+    "layers/k/bias": "model.layers.{layer}.self_attn.k_proj.bias",
+    "layers/k_norm/scale": "model.layers.{layer}.self_attn.k_norm.weight",
+    "layers/v/kernel": "model.layers.{layer}.self_attn.v_proj.weight",
+    "layers/v/bias": "model.layers.{layer}.self_attn.v_proj.bias",
+    "layers/o/kernel": "model.layers.{layer}.self_attn.o_proj.weight",
+    "layers/o/bias": "model.layers.{layer}.self_attn.o_proj.bias",
+    "layers/mlp_norm/scale": "model.layers.{layer}.post_attention_layernorm.weight",
+    "layers/gate/kernel": "model.layers.{layer}.mlp.gate_proj.weight",
+    "layers/up/kernel": "model.layers.{layer}.mlp.up_proj.weight",
+    "layers/down/kernel": "model.layers.{layer}.mlp.down_proj.weight",
+    "final_norm/scale": "model.norm.weight",
+    "head": "lm_head.weight",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of a checkpoint, and the parameter (or layer of a stacked one) that it holds."""
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+    layer: int | None
+    transposed: bool
+
+
+def tensors_of(config: ModelConfig) -> list[Tensor]:
+    """Tensors of a model's checkpoint, with shapes from the initializer.
+
+    Raises:
+      KeyError: for a parameter that TABLE lacks: it would be neither loaded nor published.
+    """
+    tensors = []
+    for path, leaf in parameter_shapes(config).items():
+        if path not in TABLE:
+            raise KeyError(f"no row names parameter {path!r}; add one to TABLE")
+        stacked = "{layer}" in TABLE[path]
+        transposed = path == "head" or path.endswith("/kernel")
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        shape = shape[::-1] if transposed else shape
+        for layer in range(config.num_layers) if stacked else (None,):
+            tensors.append(Tensor(TABLE[path].format(layer=layer), shape, path, layer, transposed))
+    return tensors
+
+
+@functools.cache
+def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape of every parameter, from the initializer."""
+    model = Transformer(config, jnp.float32, "none")
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), token, token, token)
+    return _flatten(variables["params"])
 
 
 def load_config(directory: epath.PathLike) -> ModelConfig:
     """Reads a checkpoint's config.json.
 
     Raises:
-      UserError: if it can't be read, lacks a field, or asks for what the decoder does not have.
+      UserError: if it can't be read, lacks a field, or names a feature that the decoder lacks.
     """
     path = epath.Path(directory) / "config.json"
     try:
@@ -46,55 +113,119 @@ def load_config(directory: epath.PathLike) -> ModelConfig:
 
 
 def load_params(directory: epath.PathLike, config: ModelConfig, *, mesh: Mesh | None = None) -> Any:
-    """Reads safetensors into a tree of float32 parameters, each device only its own part.
+    """Reads safetensors into a tree of float32 parameters; each device reads only its own part.
 
     Host memory beyond the result: the local parts of one (stacked) parameter, and one tensor.
 
     Args:
       directory: holds model.safetensors, or shards and their index; on a local or mounted disk.
       config: from `load_config`.
-      mesh: where parameters go, by sharding.PARAMETER_RULES; None for the default device.
+      mesh: placement by sharding.PARAMETER_RULES; None for the default device.
 
     Raises:
-      UserError: lists every tensor that is unknown, missing, in several files, elsewhere than the
-        index says, misshapen, or of a dtype not in IMPORT_DTYPES. With tied embeddings
+      UserError: lists every tensor that is unknown, missing, in several files, not in the file that
+        the index says, of a wrong shape, or of a dtype not in IMPORT_DTYPES. With tied embeddings
         `lm_head.weight` may be there, as some checkpoints have it, if it equals the embedding.
     """
     tensors, shapes = tensors_of(config), parameter_shapes(config)
     shardings = dict.fromkeys(shapes, jnp.zeros(()).sharding)
     if mesh is not None:
-        tree = parameter_shardings(unflatten_dict(shapes, sep="/"), mesh)
-        shardings = flatten(tree)
+        shardings = _flatten(parameter_shardings(unflatten_dict(shapes, sep="/"), mesh))
     params = {}
     with contextlib.ExitStack() as stack:
         slices = _open(epath.Path(directory), tensors, stack)
         for path, leaf in shapes.items():
-            mine = [tensor for tensor in tensors if tensor.path == path]
-            read = functools.partial(_read, mine, slices, leaf.shape)
+            of_path = [tensor for tensor in tensors if tensor.path == path]
+            read = functools.partial(_read, of_path, slices, leaf.shape)
             params[path] = jax.make_array_from_callback(leaf.shape, shardings[path], read)
             # Transfers are asynchronous: without this, all parameters could pile up on the host.
             params[path].block_until_ready()
     return unflatten_dict(params, sep="/")
 
 
+def save_params(
+    params: Any, config: ModelConfig, directory: epath.PathLike, *, dtype: str, max_shard_bytes: int
+) -> dict[str, dict[str, Any]]:
+    """Writes a checkpoint that transformers and SGLang load: safetensors first, config.json last.
+
+    Tensors are read while others are written. Host memory beyond the parameters: two of the largest
+    tensor (for small ones READ_AHEAD and one), and the buffers of a few block reads.
+
+    Args:
+      params: a tree (or a mapping by path) of numpy arrays, jax arrays that this process can
+        address, or open TensorStore arrays; stacked ones are read one layer at a time.
+      config: of the parameters' model.
+      directory: made if need be; must not hold safetensors yet.
+      dtype: of the tensors, a key of EXPORT_DTYPES.
+      max_shard_bytes: bound on the tensors in one file; a larger tensor has a file of its own.
+
+    Returns:
+      File name -> manifest entry {"bytes", "xxh128"}; all files are on disk.
+
+    Raises:
+      UserError: for a directory already in use.
+      ValueError: if the parameters are not those of the model, listing the differences, or lie on
+        other hosts.
+    """
+    directory = epath.Path(directory)
+    if directory.exists() and any(directory.glob("*.safetensors*")):
+        raise UserError(f"{directory} already holds safetensors; export to a directory of its own")
+    flat = _flatten(params)
+    given = {path: tuple(np.shape(leaf)) for path, leaf in flat.items()}
+    expected = {path: leaf.shape for path, leaf in parameter_shapes(config).items()}
+    wrong = [p for p in sorted(given | expected) if given.get(p) != expected.get(p)]
+    if wrong:
+        differences = ", ".join(f"{p} {given.get(p)} instead of {expected.get(p)}" for p in wrong)
+        raise ValueError(f"not the parameters of this {config.model_type}: {differences}")
+    if any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flat.values()):
+        raise ValueError("some parameters lie on other hosts; gather them before the export")
+
+    shards: list[list[Tensor]] = []
+    left, total = 0, 0
+    for tensor in tensors_of(config):
+        size = _bytes(tensor, dtype)
+        if size > left:
+            shards.append([])
+            left = max_shard_bytes
+        shards[-1].append(tensor)
+        left, total = left - size, total + size
+    directory.mkdir(parents=True, exist_ok=True)
+    written, weight_map = {}, {}
+    for i, shard in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        written[file] = _write(directory / file, shard, flat, dtype)
+        weight_map |= {tensor.name: file for tensor in shard}
+    documents = {"config.json": config.to_hf(dtype=dtype)}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        documents = {INDEX: index, **documents}
+    for file, document in documents.items():
+        text = json.dumps(document, indent=2) + "\n"
+        written[file] = write_file(directory / file, [text.encode()])
+    return written
+
+
+# Import
+
+
 def _read(
     tensors: Sequence[Tensor], slices: Mapping[str, Any], shape: tuple[int, ...], index: Any
 ) -> np.ndarray:
-    """The part of a parameter that one device holds (`index`), filled in tensor by tensor."""
+    """Reads the part `index` of a parameter, tensor by tensor."""
     part = np.empty([len(range(n)[i]) for n, i in zip(shape, index, strict=True)], np.float32)
-    slots = [part]
+    targets = [part]
     if tensors[0].layer is not None:
-        tensors, index, slots = tensors[index[0]], index[1:], list(part)
-    for tensor, slot in zip(tensors, slots, strict=True):
+        tensors, index, targets = tensors[index[0]], index[1:], list(part)
+    for tensor, target in zip(tensors, targets, strict=True):
         block = slices[tensor.name][index[::-1] if tensor.transposed else index]
-        slot[...] = block.T if tensor.transposed else block
+        target[...] = block.T if tensor.transposed else block
     return part
 
 
 def _open(
     directory: epath.Path, tensors: Sequence[Tensor], stack: contextlib.ExitStack
 ) -> Mapping[str, Any]:
-    """Opens the files on `stack`; returns name -> safetensors slice, with no name amiss."""
+    """Opens the files on `stack` and checks all tensors; returns name -> safetensors slice."""
     files, weight_map = _files(directory)
     slices, places = {}, {}
     for file in files:
@@ -110,7 +241,7 @@ def _open(
     head, embedding = (slices.get(TABLE[path]) for path in ("head", "embed/embedding"))
     tied = TABLE["head"] not in shapes
     if tied and head and embedding and np.array_equal(head[:], embedding[:]):
-        del slices[TABLE["head"]]  # stored all the same
+        del slices[TABLE["head"]]  # a copy of the embedding
     known = {name: tensor for name, tensor in slices.items() if name in shapes}
     wrong = {
         "unknown": slices.keys() - shapes.keys(),
@@ -121,7 +252,7 @@ def _open(
             for name in (places | weight_map if weight_map else ())
             if weight_map.get(name) not in places.get(name, ())
         ],
-        "misshapen": [
+        "wrong shape": [
             f"{name} {tensor.get_shape()} instead of {list(shapes[name])}"
             for name, tensor in known.items()
             if tuple(tensor.get_shape()) != shapes[name]
@@ -155,3 +286,75 @@ def _files(directory: epath.Path) -> tuple[list[str], dict[str, str]]:
     if absent:
         raise UserError(f"{index} names files that don't exist: {', '.join(absent)}")
     return files, weight_map
+
+
+# Export
+
+
+def _write(
+    path: epath.Path, shard: Sequence[Tensor], flat: Mapping[str, Any], dtype: str
+) -> dict[str, Any]:
+    """Writes one file: 8 bytes of header length, a JSON header, then the tensors end to end.
+
+    Not by safetensors' own writer, which wants all tensors of a file in memory.
+    """
+    code, numpy_dtype = EXPORT_DTYPES[dtype]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in shard:
+        start, end = end, end + _bytes(tensor, dtype)
+        header[tensor.name] = {"dtype": code, "shape": tensor.shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # aligns the data
+
+    parts = [(tensor, rows) for tensor in shard for rows in _rows(tensor, flat[tensor.path])]
+    cost = lambda part: _bytes(part[0], dtype) * len(part[1]) // part[0].shape[0]
+    blocks = prefetch(
+        lambda part: _fetch(*part, flat[part[0].path], numpy_dtype),
+        parts,
+        cost=cost,
+        budget=max(READ_AHEAD, *map(cost, parts)),
+    )
+    with contextlib.closing(blocks):  # stops the reading threads if writing fails
+        return write_file(path, itertools.chain([struct.pack("<Q", len(encoded)), encoded], blocks))
+
+
+def _bytes(tensor: Tensor, dtype: str) -> int:
+    return math.prod(tensor.shape) * np.dtype(EXPORT_DTYPES[dtype][1]).itemsize
+
+
+def _block(value: Any) -> tuple[int, ...]:
+    """Shape of one read: TensorStore reads whole chunks."""
+    layout = getattr(value, "chunk_layout", None)
+    return layout.read_chunk.shape if layout else value.shape
+
+
+def _rows(tensor: Tensor, leaf: Any) -> list[range]:
+    """Splits a tensor's rows at block boundaries, so that each block is read once."""
+    size, step = tensor.shape[0], _block(leaf)[-1 if tensor.transposed else -len(tensor.shape)]
+    return [range(i, min(i + step, size)) for i in range(0, size, step)]
+
+
+def _fetch(tensor: Tensor, rows: range, leaf: Any, dtype: Any) -> memoryview:
+    """Reads rows of a tensor, block by block, as the bytes that the file stores."""
+    value = leaf if tensor.layer is None else leaf[tensor.layer]
+    out = np.empty((len(rows), *tensor.shape[1:]), dtype)
+    view, axis = (out.T, -1) if tensor.transposed else (out, 0)
+    cut = [
+        [slice(i, min(i + b, n)) for i in range(0, n, b)]
+        for n, b in zip(value.shape, _block(value), strict=True)
+    ]
+    cut[axis] = [slice(rows.start, rows.stop)]
+    for index in itertools.product(*cut):
+        within = list(index)
+        within[axis] = slice(None)
+        target, source = view[tuple(within)], np.asarray(value[index])
+        # Strips that fit the cache are twice as fast, and rounding each before the copy as much
+        # again.
+        for i in range(0, len(source), STRIP):
+            target[i : i + STRIP] = source[i : i + STRIP].astype(dtype, copy=False)
+    return out.reshape(-1).view(np.uint8).data
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    return {"/".join(path): leaf for path, leaf in flatten_dict(tree).items()}

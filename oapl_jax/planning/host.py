@@ -7,7 +7,7 @@ import jax
 
 from oapl_jax.build import Config
 from oapl_jax.check import recorded_groups
-from oapl_jax.model import layout
+from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.planning.programs import Learner, per_chip
 
@@ -20,7 +20,7 @@ def host_memory(plan: Learner, chips_per_host: int) -> dict[str, float]:
     config = plan.config
     response = config.rollout.max_response_tokens
     group = config.group_size * (8 * response) + 4 * config.data.max_prompt_tokens
-    largest = max(math.prod(tensor.shape) for tensor in layout.tensors_of(plan.model_config))
+    largest = max(math.prod(tensor.shape) for tensor in hf.tensors_of(plan.model_config))
     return {
         "copy of the state for a checkpoint": float(chips_per_host * per_chip(plan.state)),
         "copy of the weights to publish": float(chips_per_host * per_chip(plan.state.params)),
@@ -31,7 +31,7 @@ def host_memory(plan: Learner, chips_per_host: int) -> dict[str, float]:
 
 
 def parameters(config: ModelConfig) -> int:
-    return sum(math.prod(tensor.shape) for tensor in layout.tensors_of(config))
+    return sum(math.prod(tensor.shape) for tensor in hf.tensors_of(config))
 
 
 def publish_seconds(count: int, dtype_bytes: int, hosts: int, storage: float) -> float:

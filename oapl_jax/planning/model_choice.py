@@ -11,8 +11,8 @@ from oapl_jax.data.synthetic.tasks import TASKS
 from oapl_jax.errors import UserError
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.policy import check_lengths, open_policy
 from oapl_jax.model.published import PUBLISHED, published
-from oapl_jax.policy import Policy, check_lengths, open_policy
 
 # What directories are called after, where PUBLISHED has a shorter name.
 DIRECTORIES = {
@@ -53,7 +53,7 @@ def model_of(
             scratch, path="", architecture=architecture, characters=characters
         ).config
     check_lengths(
-        Policy(sizes, None, None),
+        sizes,
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_response_tokens=config.rollout.max_response_tokens,
         row_length=config.learner.row_length,

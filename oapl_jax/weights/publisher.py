@@ -1,37 +1,37 @@
-"""Orbax steps -> immutable version directories that samplers load.
-
-    python -m oapl_jax.weights.publisher --from=WORKDIR --step=N --to=DIR [--dtype=bfloat16]
+"""Publisher: Orbax steps -> immutable version directories that samplers load.
 
 A version `v000016` is a Hugging Face checkpoint (safetensors, config.json, tokenizer files), a
-probe (probe.json) and a manifest with the size and checksum of each file. It is written aside,
-synced, renamed, and committed by a marker last: a reader sees a whole version or none. One process
-at a time writes below a directory; any number may read.
+probe (probe.json) and a manifest with the size and checksum of each file. It is written to a
+temporary directory, flushed, renamed, and committed by a marker last: readers see a whole version
+or none. One process at a time may write below a directory, any number may read.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
-from absl import flags
+import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
-from oapl_jax.errors import RunError, UserError, exit_with_code, one_line
-from oapl_jax.files import absolute, check_files, fsync, is_local, read_json, write_file
-from oapl_jax.model import export, hf
+from oapl_jax.errors import RunError, UserError, one_line
+from oapl_jax.files import check_files, fsync, is_local, read_json, write_file
+from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
-from oapl_jax.model.steps import load_probe, open_params, steps_of
-from oapl_jax.model.tokenizer import check_tokenizer, load_tokenizer
 
 MANIFEST, COMMITTED, PROBE = "manifest.json", "COMMITTED", "probe.json"
-STEPS = ("weights", "checkpoints")  # where a workdir keeps Orbax steps that hold parameters
 MANIFEST_FIELDS = ("version", "parent", "config_hash", "dtype", "files")
+PROBE_FIELDS = ("tokens", "logp", "dtype")
 MAX_SHARD_BYTES = 5 * 10**9
 REMEDY = "publish it again, or start from another checkpoint step"
+
+
+class Tokenizer(Protocol):
+    def save_pretrained(self, save_directory: str) -> Any: ...
 
 
 def version_path(directory: epath.Path, version: int) -> epath.Path:
@@ -39,7 +39,7 @@ def version_path(directory: epath.Path, version: int) -> epath.Path:
 
 
 def published_versions(directory: epath.Path) -> list[int]:
-    """The committed versions, oldest first."""
+    """Lists the committed versions, oldest first."""
     if not directory.exists():
         return []
     return sorted(
@@ -48,7 +48,7 @@ def published_versions(directory: epath.Path) -> list[int]:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """sha256 of a configuration, the same for the one that runs and the one that it saved."""
+    """SHA-256 of a configuration, equal for the live one and the one saved as JSON."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
@@ -58,13 +58,13 @@ def publish(
     *,
     version: int,
     directory: epath.Path,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     dtype: str,
     config_hash: str,
 ) -> epath.Path:
-    """Writes version `version` below `directory`, unless it stands there whole.
+    """Writes version `version` below `directory`, unless it is committed already.
 
-    Tensors go one by one from Orbax's files into the version's: host memory stays below two of the
+    Tensors are streamed from Orbax's files into the version's: host memory stays below two of the
     largest and 1 GB.
 
     Args:
@@ -73,7 +73,7 @@ def publish(
       config: sizes of the parameters.
       version: the learner's step.
       directory: of all versions.
-      tokenizer: anything with `save_pretrained(directory)`; its files go with the weights.
+      tokenizer: its files are published with the weights.
       dtype: "float32" or "bfloat16", of the tensors in the files.
       config_hash: of the run's configuration, for the manifest.
 
@@ -81,29 +81,28 @@ def publish(
       The version's directory.
 
     Raises:
-      UserError: if the step is not there, not finished, or not of this model.
+      UserError: if the step is missing, unfinished, or of another model.
       RunError: if the disk is full or fails; the version is then whole or absent, and other
-        versions are as they were.
+        versions are unchanged.
     """
     target = version_path(directory, version)
-    # An object store renames by copying one object after the other: as slow as writing, and no more
-    # at once. So there files are written where they will stay, and the marker alone commits: one
-    # object, there or not.
-    aside = directory / f"{target.name}.writing" if is_local(directory) else target
-    _sweep(aside, target)  # what a run left that was killed before its commit
+    # An object store renames by copying one object after the other: as slow as writing, and not
+    # atomic. So there files are written in place, and the marker alone commits: one object.
+    temporary = directory / f"{target.name}.writing" if is_local(directory) else target
+    _remove_uncommitted(temporary, target)  # left by a killed run
     if target.exists():
         return target
     params, probe = open_params(source), load_probe(source)
     try:
-        aside.mkdir(parents=True)
-        files = export.save_params(
-            params, config, aside, dtype=dtype, max_shard_bytes=MAX_SHARD_BYTES
+        temporary.mkdir(parents=True)
+        files = hf.save_params(
+            params, config, temporary, dtype=dtype, max_shard_bytes=MAX_SHARD_BYTES
         )
         with tempfile.TemporaryDirectory() as local:
             tokenizer.save_pretrained(local)
             for path in sorted(epath.Path(local).iterdir()):
-                files[path.name] = write_file(aside / path.name, [path.read_bytes()])
-        files[PROBE] = write_file(aside / PROBE, [json.dumps(probe).encode()])
+                files[path.name] = write_file(temporary / path.name, [path.read_bytes()])
+        files[PROBE] = write_file(temporary / PROBE, [json.dumps(probe).encode()])
         manifest = {
             "version": version,
             "parent": f"{source.parent.name}/{source.name}",
@@ -111,16 +110,16 @@ def publish(
             "dtype": dtype,
             "files": files,
         }
-        write_file(aside / MANIFEST, [json.dumps(manifest, indent=1).encode()])
-        fsync(aside)
-        if aside != target:
-            aside.rename(target)
+        write_file(temporary / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+        fsync(temporary)
+        if temporary != target:
+            temporary.rename(target)
         write_file(target / COMMITTED, [])
         fsync(target)
         fsync(directory)
     except (OSError, ValueError) as error:
         with contextlib.suppress(OSError):
-            _sweep(aside, target)
+            _remove_uncommitted(temporary, target)
         if isinstance(error, OSError):
             raise RunError(
                 f"version {version} could not be written below {directory} ({one_line(error)}); "
@@ -134,22 +133,20 @@ def publish(
 
 
 def check_version(path: epath.Path) -> None:
-    """Refuses a version that is missing, half-written or damaged.
+    """Checks that a version is committed and that every file has its size and checksum.
 
     Raises:
-      UserError: naming the directory, what is wrong with it, and the remedy.
+      UserError: naming the directory or file, and the remedy.
     """
     if not path.exists():
         raise UserError(f"version directory {path} is missing; {REMEDY}")
     if not (path / COMMITTED).exists():
-        raise UserError(
-            f"version directory {path} was not written to its end (no {COMMITTED}); {REMEDY}"
-        )
+        raise UserError(f"version directory {path} is incomplete (no {COMMITTED}); {REMEDY}")
     check_files(path, read_manifest(path)["files"], remedy=REMEDY)
 
 
 def read_manifest(path: epath.Path) -> dict[str, Any]:
-    """What a version says of itself.
+    """Reads a version's manifest.
 
     Returns:
       "version" (learner step), "parent" (Orbax step, relative to the workdir), "config_hash",
@@ -162,7 +159,7 @@ def read_manifest(path: epath.Path) -> dict[str, Any]:
 
 
 def read_probe(path: epath.Path) -> dict[str, Any]:
-    """Rows of tokens and what the learner's parameters of this version say of them.
+    """Reads a version's probe: rows of tokens and the learner's log-probs of them.
 
     Returns:
       "tokens" ([[id]]), "logp" (log-probability at temperature 1 of each token of a row but the
@@ -171,84 +168,82 @@ def read_probe(path: epath.Path) -> dict[str, Any]:
     Raises:
       UserError: if the probe can't be read.
     """
-    return read_json(path / PROBE, ("tokens", "logp", "dtype"), remedy=REMEDY)
+    return read_json(path / PROBE, PROBE_FIELDS, remedy=REMEDY)
 
 
 def collect(directory: epath.Path, *, keep: set[int]) -> list[int]:
     """Deletes the versions not in `keep`, marker first, and returns them.
 
-    What a killed run left without a marker goes too.
+    Uncommitted directories are deleted too.
     """
-    gone = [version for version in published_versions(directory) if version not in keep]
-    for version in gone:
+    deleted = [version for version in published_versions(directory) if version not in keep]
+    for version in deleted:
         (version_path(directory, version) / COMMITTED).unlink()
-    _sweep(*directory.glob("v[0-9]*"))
-    return gone
+    _remove_uncommitted(*directory.glob("v[0-9]*"))
+    return deleted
 
 
-def _sweep(*paths: epath.Path) -> None:
-    """Removes what has no marker."""
+def _remove_uncommitted(*paths: epath.Path) -> None:
     for path in paths:
         if path.exists() and not (path / COMMITTED).exists():
             path.rmtree()
 
 
-def main() -> None:
-    values = flags.FlagValues()  # its own: other rooms define flags of the same names
-    flags.DEFINE_string("from", None, "workdir of the run", flag_values=values)
-    flags.DEFINE_integer("step", None, "Orbax step to publish", flag_values=values)
-    flags.DEFINE_string("to", None, "directory of versions", flag_values=values)
-    choices = list(export.EXPORT_DTYPES)
-    flags.DEFINE_enum("dtype", None, choices, "the run's publish_dtype", flag_values=values)
-    try:
-        values(sys.argv)
-    except flags.Error as error:
-        raise UserError(f"{one_line(error)} (--from, --step, --to, --dtype)") from error
-    given: dict[str, Any] = {name: values[name].value for name in values}
-    missing = [f"--{name}" for name in ("from", "step", "to") if given[name] is None]
-    if missing:
-        raise UserError(f"{', '.join(missing)} missing; say what to publish, and where to")
-    workdir, directory = absolute(given["from"]), absolute(given["to"])
-    print(publish_step(workdir, given["step"], directory, dtype=given["dtype"]))
+# Orbax steps, opened without restoring them
 
 
-def publish_step(
-    workdir: epath.Path, step: int, directory: epath.Path, *, dtype: str | None
-) -> epath.Path:
-    """Publishes a step of a run by hand, with the model and tokenizer that the run has.
+def finished_steps(directory: epath.Path) -> list[int]:
+    """Lists the finished Orbax steps below a directory, oldest first."""
+    return sorted(ocp.utils.checkpoint_steps(directory))
+
+
+def open_params(source: epath.Path) -> dict[str, ts.TensorStore]:
+    """Opens the arrays of a step's item `params`, by path, without reading them.
 
     Raises:
-      UserError: if there is no such run or step, or the version stands already.
+      UserError: if the step is missing or unfinished.
     """
-    if not (workdir / "config.json").exists():
-        raise UserError(f"--from={workdir} is no workdir (no config.json); name one that trained")
-    saved = json.loads((workdir / "config.json").read_text())
-    steps = {name: steps_of(workdir / name) for name in STEPS}
-    holding = [name for name, have in steps.items() if step in have]
-    if not holding:
-        have = "; ".join(f"{name}: {', '.join(map(str, s)) or 'none'}" for name, s in steps.items())
-        raise UserError(f"--step={step} is not in {workdir} (have {have}); choose one of those")
-    if step in published_versions(directory):
-        path = version_path(directory, step)
-        raise UserError(f"{path} stands already; delete it, or give another directory --to")
-    model = epath.Path(saved["model"]["path"]) if saved["model"]["path"] else workdir / "model"
-    config = hf.load_config(model)
-    with tempfile.TemporaryDirectory() as local:  # a tokenizer knows local directories only
-        for path in model.iterdir():
-            if not path.name.endswith(".safetensors"):
-                path.copy(epath.Path(local) / path.name)
-        tokenizer = load_tokenizer(local)
-    check_tokenizer(tokenizer, config, source=os.fspath(model))
-    return publish(
-        workdir / holding[0] / str(step),
-        config,
-        version=step,
-        directory=directory,
-        tokenizer=tokenizer,
-        dtype=dtype or saved["publish_dtype"],
-        config_hash=config_hash(saved),
-    )
+    have = finished_steps(source.parent)
+    if not source.name.isdigit() or int(source.name) not in have:
+        listed = ", ".join(map(str, have)) or "none"
+        raise UserError(f"{source} is no finished Orbax step (have: {listed}); name one that is")
+    place = f"{os.fspath(source)}/params/"
+    base = {"driver": "file", "path": place} if is_local(source) else place
+    context = ts.Context()
+    try:
+        store = ts.KvStore.open({"driver": "ocdbt", "base": base}, context=context).result()
+        names = [
+            key.decode().removesuffix("/.zarray")
+            for key in store.list().result()
+            if key.endswith(b"/.zarray")
+        ]
+        opening = {
+            name.replace(".", "/"): ts.open(
+                {
+                    "driver": "zarr",
+                    "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
+                    "fill_missing_data_reads": False,  # a lost chunk must not read as zeros
+                },
+                context=context,
+                read=True,
+                open=True,
+            )
+            for name in names
+        }
+        return {path: array.result() for path, array in opening.items()}
+    except ValueError as error:
+        raise UserError(
+            f"the parameters of Orbax step {source} can't be read ({one_line(error)}); publish "
+            "another step"
+        ) from error
 
 
-if __name__ == "__main__":
-    exit_with_code(main)
+def load_probe(source: epath.Path) -> dict[str, Any]:
+    """Reads a step's item `probe`; raises a UserError if the step has none."""
+    try:
+        return dict(ocp.JsonCheckpointHandler().restore(source / "probe"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"Orbax step {source} has no readable probe ({one_line(error)}); publish a step that "
+            "has one"
+        ) from error

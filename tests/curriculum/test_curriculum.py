@@ -27,7 +27,7 @@ from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.learner.train_step import init_params, new_state
-from oapl_jax.model import export
+from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import make_mesh
 from oapl_jax.model.tokenizer import make_character_tokenizer
@@ -600,7 +600,7 @@ def test_a_curator_begins_as_a_checkpoint(tokenizer, tmp_path):
     """It reads a prompt as that decoder does, with a head of zeros."""
     policy = dataclasses.replace(POLICY, tie_embeddings=False)
     params = init_params(Transformer(policy, jnp.float32, "none"), jax.random.key(7))
-    export.save_params(params, policy, tmp_path, dtype="float32", max_shard_bytes=1 << 30)
+    hf.save_params(params, policy, tmp_path, dtype="float32", max_shard_bytes=1 << 30)
     teacher = teacher_of("actor_curator", path=str(tmp_path))
     found = teacher.arrays()["params"]
     params = dict(params)

@@ -16,9 +16,9 @@ from oapl_jax.build import open_job
 from oapl_jax.data import samples
 from oapl_jax.evaluation.run import run as run_benchmarks
 from oapl_jax.learner import train_step as learner
-from oapl_jax.model import export
+from oapl_jax.model import hf
+from oapl_jax.model.policy import open_policy
 from oapl_jax.model.transformer import Transformer
-from oapl_jax.policy import open_policy
 from oapl_jax.rollout.dataset import Shards
 
 CHARACTERS = "".join(map(chr, range(32, 127))) + "\n"
@@ -51,7 +51,7 @@ def model(tmp_path_factory):
     params = jax.jit(functools.partial(learner.init_params, network))(jax.random.key(0))
     policy.tokenizer.chat_template = CHATML
     policy.tokenizer.save_pretrained(str(directory / "llama"))
-    export.save_params(
+    hf.save_params(
         params, policy.config, directory / "llama", dtype="float32", max_shard_bytes=1 << 30
     )
     return directory / "llama"

@@ -29,9 +29,9 @@ from jax.sharding import AxisType
 from configs import arithmetic
 from oapl_jax.data.synthetic.tasks import TASKS
 from oapl_jax.learner import train_step as learner
+from oapl_jax.model.policy import Policy, open_policy
 from oapl_jax.model.sharding import AXES
 from oapl_jax.model.transformer import Transformer, head, logits
-from oapl_jax.policy import Policy, open_policy
 from oapl_jax.weights.checkpoint import Weights
 from oapl_jax.weights.probe import make_probe
 from oapl_jax.weights.publisher import publish, version_path

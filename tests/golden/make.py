@@ -149,7 +149,7 @@ def check(name: str) -> dict[str, float]:
     }
     for dtype, shard_bytes in (("float32", 1 << 30), ("float32", 10_000), ("bfloat16", 10_000)):
         with tempfile.TemporaryDirectory() as export:
-            export.save_params(params, config, export, dtype=dtype, max_shard_bytes=shard_bytes)
+            hf.save_params(params, config, export, dtype=dtype, max_shard_bytes=shard_bytes)
             loaded = reload(export)
         if dtype == "float32":
             split = "in shards" if shard_bytes < 1 << 30 else "in one file"

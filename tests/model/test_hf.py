@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from oapl_jax.errors import UserError
-from oapl_jax.model import export, hf, layout
+from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import ROWS, make_mesh, parameter_shardings
 from oapl_jax.model.transformer import Transformer, head, logits
@@ -123,18 +123,18 @@ def test_the_table_is_the_initialisers_tree_and_transformers_names(name):
     blank = np.zeros((1, 2), np.int32)
     model = Transformer(config, jnp.float32, "none")
     tree = jax.eval_shape(model.init, jax.random.key(0), blank, blank, blank)["params"]
-    tensors = layout.tensors_of(config)
+    tensors = hf.tensors_of(config)
     assert {tensor.path for tensor in tensors} == set(flatten_dict(tree, sep="/"))
     found = sorted((tensor.name, tensor.shape) for tensor in tensors)
     assert found == sorted((k, v.shape) for k, v in tensors_on_disk(GOLDEN / name).items())
 
 
 def test_every_row_of_the_table_is_used_and_a_parameter_without_one_raises(monkeypatch):
-    used = {t.path for name in NAMES for t in layout.tensors_of(hf.load_config(GOLDEN / name))}
-    assert used == set(layout.TABLE)
-    monkeypatch.delitem(layout.TABLE, "layers/o/bias")
+    used = {t.path for name in NAMES for t in hf.tensors_of(hf.load_config(GOLDEN / name))}
+    assert used == set(hf.TABLE)
+    monkeypatch.delitem(hf.TABLE, "layers/o/bias")
     with pytest.raises(KeyError, match="layers/o/bias"):
-        layout.tensors_of(hf.load_config(GOLDEN / "llama_bias"))
+        hf.tensors_of(hf.load_config(GOLDEN / "llama_bias"))
 
 
 # Out and in again
@@ -143,7 +143,7 @@ def test_every_row_of_the_table_is_used_and_a_parameter_without_one_raises(monke
 @pytest.mark.parametrize("name", NAMES)
 def test_export_and_import_change_no_bit(name, tmp_path):
     config, params = load(name)
-    export.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=GIB)
+    hf.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=GIB)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     again = hf.load_config(tmp_path)
     assert again == config
@@ -161,7 +161,7 @@ def test_export_and_import_change_no_bit(name, tmp_path):
 def test_small_shards_hold_the_same_tensors(tmp_path):
     config, params = load("qwen3")
     limit = 7000  # the embedding (8 KiB) is larger, some tensors fit together
-    export.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=limit)
+    hf.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=limit)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     shards = {path.name: load_file(path) for path in tmp_path.glob("*.safetensors")}
     sizes = {file: sum(t.nbytes for t in tensors.values()) for file, tensors in shards.items()}
@@ -178,7 +178,7 @@ def test_small_shards_hold_the_same_tensors(tmp_path):
 @pytest.mark.parametrize("limit", [GIB, 10_000])
 def test_a_bfloat16_export_rounds_and_loads(limit, tmp_path):
     config, params = load("llama_bias")
-    export.save_params(params, config, tmp_path, dtype="bfloat16", max_shard_bytes=limit)
+    hf.save_params(params, config, tmp_path, dtype="bfloat16", max_shard_bytes=limit)
     assert {t.dtype for t in tensors_on_disk(tmp_path).values()} == {np.dtype(ml_dtypes.bfloat16)}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
@@ -187,7 +187,7 @@ def test_a_bfloat16_export_rounds_and_loads(limit, tmp_path):
 
 def test_what_was_written_is_said_with_its_checksum(tmp_path):
     config, params = load("qwen3")
-    said = export.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=7000)
+    said = hf.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=7000)
     assert set(said) == {path.name for path in tmp_path.iterdir()}
     for name, entry in said.items():
         content = (tmp_path / name).read_bytes()
@@ -211,14 +211,14 @@ def test_numpy_jax_and_tensorstore_arrays_are_written_alike(dtype, tmp_path):
         chunked[path] = array
     kinds = {"jax": params, "numpy": jax.tree.map(np.asarray, params), "tensorstore": chunked}
     for kind, given in kinds.items():
-        export.save_params(given, config, tmp_path / kind, dtype=dtype, max_shard_bytes=GIB)
-    contents = {(tmp_path / kind / layout.SINGLE).read_bytes() for kind in kinds}
+        hf.save_params(given, config, tmp_path / kind, dtype=dtype, max_shard_bytes=GIB)
+    contents = {(tmp_path / kind / hf.SINGLE).read_bytes() for kind in kinds}
     assert len(contents) == 1
 
 
 def test_numpy_parameters_and_float16_files(tmp_path):
     config, params = load("qwen2")
-    export.save_params(
+    hf.save_params(
         jax.tree.map(np.asarray, params),
         config,
         tmp_path / "a",
@@ -258,7 +258,7 @@ def test_a_mesh_loads_the_same_parameters_each_device_its_part(name, tmp_path):
     alone = compiled(config)(expected, tokens)
     np.testing.assert_allclose(found, alone, atol=2e-5)
 
-    export.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=GIB)
+    hf.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=GIB)
     assert_same(hf.load_params(tmp_path, config), expected)
 
 
@@ -271,19 +271,19 @@ def test_each_device_reads_only_its_part(monkeypatch):
     hf.load_params(GOLDEN / "qwen3", config, mesh=make_mesh(data=1, fsdp=4, context=1, tensor=2))
     kernels = [part.size for part in sizes if part.ndim == 3]
     assert sum(kernels) == sum(
-        np.prod(t.shape) for t in layout.tensors_of(config) if t.path.endswith("kernel")
+        np.prod(t.shape) for t in hf.tensors_of(config) if t.path.endswith("kernel")
     )
 
 
 def test_loading_and_saving_hold_one_parameter_at_a_time(tmp_path, monkeypatch):
     """Saving needs two tensors beside the parameters, loading one beside the result."""
-    monkeypatch.setattr(export, "READ_AHEAD", 1)  # no more than the largest tensor
+    monkeypatch.setattr(hf, "READ_AHEAD", 1)  # no more than the largest tensor
     config = dataclasses.replace(
         load("llama")[0], hidden_size=256, intermediate_size=768, num_layers=8
     )
     rng = np.random.default_rng(0)
     shapes = {}
-    for tensor in layout.tensors_of(config):
+    for tensor in hf.tensors_of(config):
         shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
         shapes[tensor.path] = shape if tensor.layer is None else (config.num_layers, *shape)
     flat = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
@@ -300,9 +300,7 @@ def test_loading_and_saving_hold_one_parameter_at_a_time(tmp_path, monkeypatch):
         return memory, result
 
     params = unflatten_dict(flat, sep="/")
-    save = lambda: export.save_params(
-        params, config, tmp_path, dtype="float32", max_shard_bytes=GIB
-    )
+    save = lambda: hf.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=GIB)
     assert peak(save)[0] < 2 * tensor + slack
     mesh = make_mesh(data=1, fsdp=4, context=1, tensor=2)
     memory, loaded = peak(lambda: hf.load_params(tmp_path, config, mesh=mesh))
@@ -353,7 +351,7 @@ def test_every_tensor_amiss_is_listed_at_once(copy):
 
 def test_duplicates_and_an_index_that_disagrees_are_listed(copy):
     directory = copy("llama")
-    index = json.loads((directory / layout.INDEX).read_text())
+    index = json.loads((directory / hf.INDEX).read_text())
     names = index["weight_map"]
     first, last = min(names.values()), max(names.values())
     stray = load_file(directory / first)
@@ -366,7 +364,7 @@ def test_duplicates_and_an_index_that_disagrees_are_listed(copy):
     names[moved] = next(file for file in sorted(set(names.values())) if file != names[moved])
     del names[dropped]
     names["model.nowhere.weight"] = last
-    (directory / layout.INDEX).write_text(json.dumps(index))
+    (directory / hf.INDEX).write_text(json.dumps(index))
     message = refused(directory)
     found = message.partition("not where the index says: ")[2]
     assert found == ", ".join(sorted([moved, dropped, "model.nowhere.weight"]))
@@ -378,22 +376,22 @@ def test_files_that_are_absent_broken_or_ambiguous_are_named(copy):
     (directory / files[0]).unlink()
     (directory / files[2]).unlink()
     assert f"{files[0]}, {files[2]}" in refused(directory)
-    (directory / layout.INDEX).write_text('{"metadata": {}}')
+    (directory / hf.INDEX).write_text('{"metadata": {}}')
     assert "weight_map" in refused(directory)
-    (directory / layout.INDEX).unlink()
+    (directory / hf.INDEX).unlink()
     assert "holds none" in refused(directory)
 
     directory = copy("qwen3")
-    whole = (directory / layout.SINGLE).read_bytes()
-    (directory / layout.SINGLE).write_bytes(whole[:-100])  # as an interrupted copy leaves it
-    assert str(directory / layout.SINGLE) in refused(directory)
-    (directory / layout.INDEX).write_text("{}")
+    whole = (directory / hf.SINGLE).read_bytes()
+    (directory / hf.SINGLE).write_bytes(whole[:-100])  # as an interrupted copy leaves it
+    assert str(directory / hf.SINGLE) in refused(directory)
+    (directory / hf.INDEX).write_text("{}")
     assert "holds both" in refused(directory)
 
 
 def test_a_stored_head_must_equal_the_embedding_it_is_tied_to(copy):
     directory = copy("qwen3_tied")
-    embedding = load_file(directory / layout.SINGLE)["model.embed_tokens.weight"]
+    embedding = load_file(directory / hf.SINGLE)["model.embed_tokens.weight"]
     spoil(directory, lambda tensors: tensors.update({"lm_head.weight": embedding}))
     config, expected = load("qwen3_tied")
     assert_same(hf.load_params(directory, config), expected)
@@ -442,7 +440,7 @@ def test_an_unreadable_config_is_named(content, tmp_path):
 
 def test_an_export_is_refused_before_anything_is_written(tmp_path):
     config, params = load("qwen2")
-    save = functools.partial(export.save_params, directory=tmp_path / "out", config=config)
+    save = functools.partial(hf.save_params, directory=tmp_path / "out", config=config)
     with pytest.raises(UserError, match="float8"):
         save(params, dtype="float8", max_shard_bytes=GIB)
     with pytest.raises(UserError, match="max_shard_bytes=0"):

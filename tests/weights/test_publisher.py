@@ -32,13 +32,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from oapl_jax.errors import RunError, UserError, exit_with_code
 from oapl_jax.files import write_file
-from oapl_jax.model import export, hf, layout
+from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.policy import open_policy
 from oapl_jax.model.sharding import make_mesh, parameter_shardings
-from oapl_jax.model.steps import open_params
-from oapl_jax.policy import open_policy
+from oapl_jax.publish import main
 from oapl_jax.weights import publisher
-from oapl_jax.weights.checkpoint import Weights
+from oapl_jax.weights.checkpoint import Weights, save_config
 from oapl_jax.weights.publisher import (
     COMMITTED,
     MANIFEST,
@@ -46,6 +46,7 @@ from oapl_jax.weights.publisher import (
     check_version,
     collect,
     config_hash,
+    open_params,
     publish,
     published_versions,
     read_manifest,
@@ -81,7 +82,7 @@ def make_config(hidden_size=32):
 def make_params(config, seed):
     rng = np.random.default_rng(seed)
     shapes = {}
-    for tensor in layout.tensors_of(config):
+    for tensor in hf.tensors_of(config):
         shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
         shapes[tensor.path] = shape if tensor.layer is None else (config.num_layers, *shape)
     draw = lambda shape: rng.normal(size=shape).astype(np.float32)
@@ -172,7 +173,7 @@ def test_large_models_are_split_and_every_shard_is_in_the_manifest(tmp_path, mon
     assert_holds(path, 16)
     shards = sorted(p.name for p in path.glob("*.safetensors"))
     assert len(shards) > 3
-    assert {*shards, layout.INDEX} < set(read_manifest(path)["files"])
+    assert {*shards, hf.INDEX} < set(read_manifest(path)["files"])
 
 
 def test_a_step_saved_on_a_mesh_is_published_to_the_last_bit(tmp_path):
@@ -206,7 +207,7 @@ def test_bfloat16_halves_the_file(tmp_path):
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch):
     """Beside what the process held before: less than a stacked parameter, of which it reads 7."""
-    monkeypatch.setattr(export, "READ_AHEAD", 1)
+    monkeypatch.setattr(hf, "READ_AHEAD", 1)
     sizes = dict(hidden_size=512, intermediate_size=1536, num_layers=12, vocab_size=64)
     config = dataclasses.replace(SMALL, head_dim=128, **sizes)
     source = orbax_step(0, config)
@@ -359,7 +360,7 @@ def empty_the_manifest(path):
         (damage_weights, "model.safetensors .* damaged"),
         (damage_config, "config.json .* damaged"),
         (lose_a_file, "tokenizer.json is missing"),
-        (lose_the_marker, "not written to its end"),
+        (lose_the_marker, "is incomplete"),
         (lose_the_manifest, f"{MANIFEST} is missing or damaged"),
         (misspell_the_manifest, "missing or damaged"),
         (empty_the_manifest, f"{MANIFEST} is missing or damaged"),
@@ -471,14 +472,13 @@ def workdir(tmp_path):
     weights = Weights(workdir / "weights")
     weights.save(8, make_params(policy.config, 8), SAID)
     weights.close()
-    saved = {"model": {"path": ""}, "publish_dtype": "bfloat16", "ks": (1, 2)}
-    (workdir / "config.json").write_text(json.dumps(saved))
+    save_config(workdir, {"model": {"path": ""}, "publish_dtype": "bfloat16", "ks": (1, 2)})
     return workdir
 
 
 def command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["publisher", *map(str, arguments)])
-    exit_with_code(publisher.main)
+    exit_with_code(main)
 
 
 def test_a_step_is_published_by_hand(workdir, tmp_path, monkeypatch, capsys):
@@ -512,10 +512,10 @@ def test_a_mistake_on_the_command_line_is_one_sentence(workdir, tmp_path, monkey
         ([source, to, "--step=x"], "--step"),
         ([source, to, "--step=8", "--dtype=int8"], "--dtype"),
         ([source, to, "--step=8", "--steps=9"], "'steps'"),
-        ([f"--from={tmp_path}/none", to, "--step=8"], "no workdir"),
-        ([f"--from={tmp_path}/empty", to, "--step=8"], "no workdir"),
+        ([f"--from={tmp_path}/none", to, "--step=8"], "no config.json"),
+        ([f"--from={tmp_path}/empty", to, "--step=8"], "no config.json"),
         ([source, to, "--step=9"], "have weights: 8; checkpoints: none"),
-        ([source, f"--to={tmp_path}/there", "--step=8"], "v000008 stands already"),
+        ([source, f"--to={tmp_path}/there", "--step=8"], "v000008 exists already"),
     ):
         with pytest.raises(SystemExit) as ended:
             command(monkeypatch, *arguments)
@@ -529,7 +529,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(workdir, tmp_path, monkey
 
 def test_the_command_is_one():
     done = subprocess.run(
-        [sys.executable, "-m", "oapl_jax.weights.publisher", "--step=8"],
+        [sys.executable, "-m", "oapl_jax.publish", "--step=8"],
         capture_output=True,
         text=True,
     )
@@ -654,7 +654,7 @@ def test_a_crash_at_any_line_leaves_a_version_whole_or_absent(
     def save_params(params, config, directory, **_):  # as the real one, but in no time
         return {"model.safetensors": write_file(directory / "model.safetensors", [weights])}
 
-    monkeypatch.setattr(export, "save_params", save_params)
+    monkeypatch.setattr(hf, "save_params", save_params)
     monkeypatch.setattr(publisher, "open_params", lambda source: {})
     monkeypatch.setattr(publisher, "load_probe", lambda source: SAID)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
@@ -677,7 +677,7 @@ def test_a_crash_at_any_line_leaves_a_version_whole_or_absent(
             check_version(target)
             whole += 1
         else:
-            with pytest.raises(UserError, match=r"v000008 (is missing|was not written)"):
+            with pytest.raises(UserError, match=r"v000008 is (missing|incomplete)"):
                 check_version(target)
         check_version(write(directory, 8))
         assert (target / "model.safetensors").read_bytes() == weights
@@ -731,7 +731,11 @@ def test_a_killed_process_leaves_every_version_whole_or_absent(tmp_path, place, 
     rng = np.random.default_rng(7)
     source, halves = orbax_step(0, LARGE), 0
     with subprocess.Popen(
-        [sys.executable, __file__, source], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, source],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as publishers:
         assert publishers.stdin
         assert publishers.stdout

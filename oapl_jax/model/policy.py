@@ -1,0 +1,86 @@
+"""The policy that a run starts from: decoder sizes, tokenizer, and a checkpoint, if any."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from jax.sharding import Mesh
+
+from oapl_jax.errors import UserError
+from oapl_jax.files import write_atomically
+from oapl_jax.model import hf
+from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.tokenizer import check_tokenizer, load_tokenizer, make_character_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Attributes:
+    config: sizes of the decoder.
+    tokenizer: a transformers tokenizer.
+    checkpoint: directory with weights; None for a fresh model.
+    """
+
+    config: ModelConfig
+    tokenizer: Any
+    checkpoint: epath.Path | None
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response, ascending: those of the model and of the tokenizer."""
+        return tuple(sorted({*self.config.eos_token_ids, self.tokenizer.eos_token_id}))
+
+    def load_params(self, mesh: Mesh) -> Any:
+        """Reads the checkpoint's parameters onto a mesh."""
+        assert self.checkpoint is not None
+        return hf.load_params(self.checkpoint, self.config, mesh=mesh)
+
+
+def open_policy(
+    directory: epath.Path, *, path: str, architecture: Mapping[str, Any], characters: str
+) -> Policy:
+    """Opens a Hugging Face checkpoint, or defines a fresh model.
+
+    Args:
+      directory: a fresh model's tokenizer and config.json are written there, and reused.
+      path: a checkpoint directory; "" for a fresh model.
+      architecture: config.json of a fresh model, without vocabulary and special tokens.
+      characters: vocabulary of a fresh model's tokenizer.
+
+    Raises:
+      UserError: if tokenizer and model disagree, or the decoder lacks a feature of config.json.
+    """
+    source = epath.Path(path) if path else directory
+    if not path and not (directory / "config.json").exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        tokenizer = make_character_tokenizer(characters, os.fspath(directory))
+        sizes = {
+            **architecture,
+            "vocab_size": len(tokenizer),
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        config = ModelConfig.from_hf(sizes, source="model.architecture").to_hf(dtype="float32")
+        write_atomically(directory / "config.json", [json.dumps(config, indent=1).encode()])
+    config, tokenizer = hf.load_config(source), load_tokenizer(os.fspath(source))
+    check_tokenizer(tokenizer, config, source=path or "model.architecture")
+    return Policy(config, tokenizer, source if path else None)
+
+
+def check_lengths(
+    config: ModelConfig, *, max_prompt_tokens: int, max_response_tokens: int, row_length: int
+) -> None:
+    """Raises a UserError unless the longest prompt and response fit the context and a row."""
+    total = max_prompt_tokens + max_response_tokens
+    for name, limit in (
+        ("the model's max_position_embeddings", config.max_positions),
+        ("learner.row_length", row_length),
+    ):
+        if total > limit:
+            raise UserError(
+                f"data.max_prompt_tokens={max_prompt_tokens} + rollout.max_response_tokens="
+                f"{max_response_tokens} is {total} tokens, more than {name} ({limit}); lower one"
+            )
