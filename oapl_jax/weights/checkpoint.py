@@ -1,11 +1,11 @@
-"""Orbax steps: checkpoints to resume from, with everything that moves, and weights to publish.
+"""Orbax steps of a workdir: checkpoints to resume from, and weights to publish.
 
-A checkpoint holds four items, a step of weights two of them: `params` and `probe`, which the
-publisher reads. `params` alone serves evaluation. A fifth, `teacher`, is there if the curriculum
-has arrays. What each host has of its own (buffer, place in the prompts) is in a file beside, its
-share, which is on disk before the step is whole. The order of a restore: params and optimizer into
-their shardings (the mesh may differ from the one that saved), then the shares, then the curriculum
-from its host's share and `teacher`. The lag phase and all random numbers follow from the step.
+Items of a checkpoint: `params`, `probe`, `optimizer`, `loop`, and `teacher` if the curriculum has
+arrays. Weights have `params` and `probe` alone, which the publisher reads. State that belongs to
+one host (buffer, position in the prompts) is a file beside, on disk before the step is finished.
+Restore order: params and optimizer into their shardings (the mesh may differ from the one that
+saved), then the hosts' states, then the curriculum from its host's state and `teacher`. The lag
+phase and all random numbers follow from the step.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from oapl_jax.learner.train_step import TrainState
 
 FORMAT = 2  # of a workdir: its config.json, checkpoints and ledger
 CHUNK_BYTES = 64 << 20  # of parameters: what the publisher must hold beside a tensor
+_ARRAYS, _JSON = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
 
 
 def save_config(workdir: epath.Path, config: Mapping[str, Any]) -> None:
@@ -49,8 +50,77 @@ def load_config(workdir: epath.Path) -> dict[str, Any] | None:
     return config
 
 
-class Checkpoints:
-    """Steps below one directory; saving goes on in the background.
+class _Steps:
+    """Orbax steps below one directory, saved in the background."""
+
+    def __init__(self, directory: epath.Path, *, keep: int | None, **items: Any):
+        # Compression would take a tenth off random-looking floats and slow the publisher.
+        params = ocp.PyTreeCheckpointHandler(use_compression=False)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            enable_async_checkpointing=True,
+            # Two managers may save the same step; their barriers need different names.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                barrier_sync_key_prefix=directory.name
+            ),
+        )
+        handlers = {"params": params, "probe": _JSON(), **items}
+        self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+        self._directory = directory
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def check(self) -> None:
+        """Raises a RunError if a save in the background has failed."""
+        with self._saving():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when all saves are on disk; raises a RunError if one failed."""
+        with self._saving():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    def _save(self, step: int, params: Any, probe: Mapping[str, Any], **items: Any) -> None:
+        """Copies all items and starts to write them, unless the step exists."""
+
+        def chunks(path: Any, _: Any) -> ocp.SaveArgs:
+            # The publisher reads one chunk at a time; no chunk spans layers.
+            stacked = path[0].key == "layers"
+            return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
+
+        items = {
+            "params": ocp.args.PyTreeSave(params, jax.tree_util.tree_map_with_path(chunks, params)),
+            "probe": ocp.args.JsonSave(dict(probe)),
+            **items,
+        }
+        with self._saving():
+            self._manager.check_for_errors()
+            started = self._manager.save(step, args=ocp.args.Composite(**items))
+            if not started and step not in self._manager.all_steps():
+                raise ValueError(f"step {step} is older than the newest")
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Raises a RunError with the remedy for any error of a save."""
+        try:
+            yield
+        except Exception as error:
+            kept = ", ".join(map(str, self.steps())) or "none"
+            raise RunError(
+                f"a checkpoint could not be saved below {self._directory} ({type(error).__name__}: "
+                f"{error}); free space or mend the directory, then start again: it resumes from "
+                f"the newest finished step (have: {kept})"
+            ) from error
+
+
+class Checkpoints(_Steps):
+    """Checkpoints of a run below one directory; saving goes on in the background.
 
     Args:
       directory: of all steps.
@@ -58,108 +128,69 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.Path, *, keep: int):
-        items = dict(optimizer=_ARRAYS, loop=_JSON, teacher=_ARRAYS)
-        self._manager = _open(directory, keep, **items)
-        self._directory, self._shares = directory, directory.parent / "shares"
-
-    def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+        super().__init__(directory, keep=keep, optimizer=_ARRAYS(), loop=_JSON(), teacher=_ARRAYS())
+        self._host_states = directory.parent / "host_states"
 
     def save(
         self,
         step: int,
         state: TrainState,
         loop: dict[str, Any],
-        share: bytes,
+        host_state: bytes,
         *,
         probe: dict[str, Any],
         teacher: Any | None = None,
     ) -> None:
-        """Starts to save, unless the step stands already; returns when everything is copied.
+        """Starts to save a step, unless it exists already; returns when everything is copied.
 
         Args:
           step: the learner's.
           state: parameters, optimizer state and counts.
-          loop: JSON-able rest, the same on all hosts: published versions, results so far.
-          share: what this host alone has: worker, buffer.
-          probe: rows of tokens and what these parameters say of them (see publisher.read_probe).
+          loop: JSON-able values, the same on all hosts: published versions, results so far.
+          host_state: of this host alone: worker, buffer.
+          probe: rows of tokens and the parameters' log-probs of them (see publisher.read_probe).
           teacher: the curriculum's arrays, if it has any.
 
         Raises:
           RunError: if this or the previous save failed; the run must not go on without checkpoints.
         """
-        with _saving(self._manager):
-            self._write_share(step, share)
-        _save(
-            self._manager,
+        with self._saving():
+            self._write_host_state(step, host_state)
+        self._save(
             step,
-            params=_params(state.params),
-            probe=ocp.args.JsonSave(probe),
+            state.params,
+            probe,
             optimizer=ocp.args.StandardSave(_without_params(state)),
-            # A copy: it is written later, from a thread, and the caller's goes on changing.
+            # A copy: a thread writes it later, and the caller's goes on changing.
             loop=ocp.args.JsonSave(copy.deepcopy(loop)),
             **({} if teacher is None else {"teacher": ocp.args.StandardSave(teacher)}),
         )
-
-    def check(self) -> None:
-        """Raises a RunError if a save in the background has failed."""
-        with _saving(self._manager):
-            self._manager.check_for_errors()
-
-    def wait(self) -> None:
-        """Returns when all saves are on disk; raises a RunError if one failed."""
-        _wait(self._manager)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict, list[bytes]]:
         """Reads a step into the shapes and shardings of `abstract`.
 
         Returns:
-          The state, `loop`, and the share of each host that saved.
+          The state, `loop`, and the state of each host that saved.
 
         Raises:
-          UserError: if the step's arrays do not have these shapes, or a share is missing.
+          UserError: if the step's arrays have other shapes, or a host's state is missing.
         """
         items = self._read(
             step,
-            params=_params_like(abstract.params),
+            params=_restore_params(abstract.params),
             optimizer=ocp.args.StandardRestore(_without_params(abstract)),
             loop=ocp.args.JsonRestore(),
         )
         state = TrainState(params=items.params, **items.optimizer)
-        return state, items.loop, self._read_shares(step)
+        return state, items.loop, self._read_host_states(step)
 
     def restore_params(self, step: int, abstract: Any) -> Any:
-        """Only the parameters of a step; raises as `restore` does."""
-        return self._read(step, params=_params_like(abstract)).params
+        """Reads only the parameters of a step; raises as `restore` does."""
+        return self._read(step, params=_restore_params(abstract)).params
 
     def restore_teacher(self, step: int, abstract: Any) -> Any:
-        """The curriculum's arrays in the shapes and shardings of `abstract`; raises as `restore`
-        does."""
+        """Reads only the curriculum's arrays of a step; raises as `restore` does."""
         return self._read(step, teacher=ocp.args.StandardRestore(abstract)).teacher
-
-    def _write_share(self, step: int, share: bytes) -> None:
-        directory, count = self._shares / str(step), f"of{jax.process_count()}"
-        directory.mkdir(parents=True, exist_ok=True)
-        write_file(directory / f"host{jax.process_index()}{count}", [share])
-        if not jax.process_index():
-            kept = {str(step), *map(str, self.steps())}
-            for other in self._shares.iterdir():
-                if other.name not in kept:
-                    other.rmtree()
-            for other in directory.iterdir():  # of a run that was killed before its step was whole
-                if not other.name.endswith(count):
-                    other.unlink()
-
-    def _read_shares(self, step: int) -> list[bytes]:
-        directory = self._shares / str(step)
-        counts = {int(path.name.rpartition("of")[2]) for path in directory.glob("host*of*")}
-        paths = [directory / f"host{i}of{n}" for n in counts for i in range(n)]
-        if len(counts) != 1 or not all(path.exists() for path in paths):
-            raise UserError(
-                f"{directory} does not hold one share of checkpoint step {step} for each host; put "
-                "the run's own files back, or give another --workdir"
-            )
-        return [path.read_bytes() for path in paths]
 
     def _read(self, step: int, **items: Any) -> Any:
         try:
@@ -170,113 +201,65 @@ class Checkpoints:
                 f"({str(error).splitlines()[0]}); use the one that saved it, or another --workdir"
             ) from error
 
-    def close(self) -> None:
-        self.wait()
-        self._manager.close()
+    def _write_host_state(self, step: int, host_state: bytes) -> None:
+        directory, hosts = self._host_states / str(step), f"of{jax.process_count()}"
+        directory.mkdir(parents=True, exist_ok=True)
+        write_file(directory / f"host{jax.process_index()}{hosts}", [host_state])
+        if not jax.process_index():
+            kept = {str(step), *map(str, self.steps())}
+            for other in self._host_states.iterdir():
+                if other.name not in kept:
+                    other.rmtree()
+            for other in directory.iterdir():  # of a run killed before it finished this step
+                if not other.name.endswith(hosts):
+                    other.unlink()
+
+    def _read_host_states(self, step: int) -> list[bytes]:
+        directory = self._host_states / str(step)
+        counts = {int(path.name.rpartition("of")[2]) for path in directory.glob("host*of*")}
+        paths = [directory / f"host{i}of{n}" for n in counts for i in range(n)]
+        if len(counts) != 1 or not all(path.exists() for path in paths):
+            raise UserError(
+                f"{directory} lacks a host's state of checkpoint step {step}; put the run's own "
+                "files back, or give another --workdir"
+            )
+        return [path.read_bytes() for path in paths]
 
 
-class Weights:
-    """Steps of parameters and probe alone, to be published; every host takes part in each call.
+class Weights(_Steps):
+    """Steps of parameters and probe alone, to be published; all hosts take part in each call.
 
     Args:
       directory: of all steps.
     """
 
     def __init__(self, directory: epath.Path):
-        self._manager = _open(directory, None)
-        self._directory = directory
-
-    def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+        super().__init__(directory, keep=None)
 
     def path(self, step: int) -> epath.Path:
-        """What the publisher reads, once `wait` has returned."""
+        """The directory that the publisher reads, once `wait` has returned."""
         return self._directory / str(step)
 
     def save(self, step: int, params: Any, probe: dict[str, Any]) -> None:
-        """Starts to save, unless the step stands already; returns when everything is copied.
+        """Starts to save a step, unless it exists already; returns when everything is copied.
 
         Raises:
           RunError: if this or the previous save failed.
         """
-        _save(self._manager, step, params=_params(params), probe=ocp.args.JsonSave(probe))
-
-    def wait(self) -> None:
-        """Returns when all saves are on disk; raises a RunError if one failed."""
-        _wait(self._manager)
+        self._save(step, params, probe)
 
     def keep_only(self, steps: set[int]) -> list[int]:
-        """Deletes the other steps and returns them: as a rule, those without a version."""
+        """Deletes the other steps and returns them."""
         self.wait()
-        gone = [step for step in self.steps() if step not in steps]
-        for step in gone:
+        deleted = [step for step in self.steps() if step not in steps]
+        for step in deleted:
             self._manager.delete(step)
-        return gone
-
-    def close(self) -> None:
-        self.wait()
-        self._manager.close()
+        return deleted
 
 
-_ARRAYS, _JSON = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
-
-
-def _open(directory: epath.Path, keep: int | None, **items: Any) -> ocp.CheckpointManager:
-    # Compression would take a tenth off random-looking floats and make the publisher wait for it.
-    params = ocp.PyTreeCheckpointHandler(use_compression=False)
-    handlers = {"params": params, "probe": _JSON(), **{name: new() for name, new in items.items()}}
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        enable_async_checkpointing=True,
-        # Hosts meet under a name: two managers that save one step must not meet under the same.
-        multiprocessing_options=ocp.options.MultiprocessingOptions(
-            barrier_sync_key_prefix=directory.name
-        ),
-    )
-    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
-
-
-def _params(params: Any) -> ocp.args.PyTreeSave:
-    """Parameters in chunks that the publisher can read one at a time, none across layers."""
-
-    def chunks(path: Any, _: Any) -> ocp.SaveArgs:
-        stacked = path[0].key == "layers"
-        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
-
-    return ocp.args.PyTreeSave(params, jax.tree_util.tree_map_with_path(chunks, params))
-
-
-def _params_like(abstract: Any) -> ocp.args.PyTreeRestore:
+def _restore_params(abstract: Any) -> ocp.args.PyTreeRestore:
     arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
     return ocp.args.PyTreeRestore(abstract, arguments)
-
-
-def _save(manager: ocp.CheckpointManager, step: int, **items: Any) -> None:
-    with _saving(manager):
-        manager.check_for_errors()
-        started = manager.save(step, args=ocp.args.Composite(**items))
-        if not started and step not in manager.all_steps():
-            raise ValueError(f"step {step} is older than the newest")
-
-
-def _wait(manager: ocp.CheckpointManager) -> None:
-    with _saving(manager):
-        manager.wait_until_finished()
-        manager.check_for_errors()
-
-
-@contextlib.contextmanager
-def _saving(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Turns whatever a save raises into a RunError that says what is left."""
-    try:
-        yield
-    except Exception as error:
-        kept = ", ".join(map(str, sorted(manager.all_steps()))) or "none"
-        raise RunError(
-            f"a checkpoint could not be saved below {manager.directory} ({type(error).__name__}: "
-            f"{error}); free space or mend the directory, then start again: it resumes from the "
-            f"newest whole step (have: {kept})"
-        ) from error
 
 
 def _without_params(state: TrainState) -> dict[str, Any]:

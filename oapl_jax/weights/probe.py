@@ -1,6 +1,6 @@
-"""A few fixed rows of tokens and the learner's log-probs of them, which travel with each version.
+"""Probe: fixed rows of tokens with the learner's log-probs, published with each version.
 
-Whoever loads a version can so prove that it computes what the learner does.
+A server that loaded a version is checked against them.
 """
 
 from collections.abc import Callable
@@ -19,17 +19,14 @@ ROWS, LENGTH = 4, 33
 
 
 def probe_tokens(vocab_size: int, length: int) -> np.ndarray:
-    """int32[4, length] ids drawn from the whole vocabulary, the same in every process."""
+    """Draws int32[4, length] ids from the whole vocabulary, the same in every process."""
     return np.random.default_rng(0).integers(0, vocab_size, (ROWS, length)).astype(np.int32)
 
 
 def probe_batch(
     vocab_size: int, *, row_length: int, rows_multiple: int
 ) -> tuple[Batch, np.ndarray]:
-    """The probe as a batch on the host, and its tokens.
-
-    Rows have 33 tokens, or fewer where `row_length` does.
-    """
+    """Packs the probe into a host batch; returns it and its tokens, int32[4, <= 33]."""
     tokens = probe_tokens(vocab_size, min(LENGTH, row_length))
     blank = np.zeros(tokens.shape[1] - 1, np.float32)
     groups = [
@@ -60,8 +57,8 @@ def make_probe(
 ) -> Callable[[Any], dict[str, Any]]:
     """Compiles params -> {"tokens": [[id]], "logp": [[float]]}, a JSON-able probe.
 
-    A row of `logp` is one shorter than its tokens: log-probabilities at temperature 1 of each
-    token given those before it.
+    A row of `logp` has one element fewer than its tokens: log-probabilities at temperature 1 of
+    each token given those before it.
     """
     batch, tokens = probe_batch(
         model.config.vocab_size, row_length=row_length, rows_multiple=rows_multiple

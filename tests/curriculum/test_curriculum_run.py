@@ -73,7 +73,7 @@ def saved(workdir: Path, step: int, item: str):
 
 def share(workdir: Path, step: int) -> dict:
     """What the host has of its own in a checkpoint."""
-    return hosts.decode((workdir / "shares" / str(step) / "host0of1").read_bytes())[0]
+    return hosts.decode((workdir / "host_states" / str(step) / "host0of1").read_bytes())[0]
 
 
 def entries(workdir: Path) -> list[account.Entry]:

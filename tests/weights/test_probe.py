@@ -1,4 +1,4 @@
-"""The probe: what the plain forward pass says of the same rows, on any mesh."""
+"""The probe equals the plain forward pass of the same rows, on any mesh."""
 
 import pathlib
 
