@@ -30,7 +30,7 @@ import numpy as np
 from etils import epath
 from results import keep, show
 
-from oapl_jax.fleet.config import FleetSettings
+from oapl_jax.fleet.config import FleetConfig
 from oapl_jax.fleet.sampler import Fleet
 from oapl_jax.learner import train_step as learner
 from oapl_jax.model.config import ModelConfig
@@ -123,7 +123,7 @@ def server(path: epath.Path, log: pathlib.Path) -> Iterator[str]:
 
 
 def open_fleet(url: str, path: epath.Path, config: ModelConfig, tokenizer, group: int) -> Fleet:
-    settings = FleetSettings(
+    settings = FleetConfig(
         servers=(url,),
         servers_file="",
         router="",
@@ -152,8 +152,8 @@ def open_fleet(url: str, path: epath.Path, config: ModelConfig, tokenizer, group
         sampling=SAMPLING,
         max_prompt_tokens=PROMPT_TOKENS,
         dtype="float32",
-        older_versions=False,
-        say=print,
+        allow_older=False,
+        log=print,
     )
     fleet.refresh(0, path)
     return fleet

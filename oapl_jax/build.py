@@ -24,7 +24,7 @@ from oapl_jax.data.synthetic import reasoning
 from oapl_jax.data.synthetic.tasks import TASKS
 from oapl_jax.errors import UserError
 from oapl_jax.evaluation import evaluate
-from oapl_jax.fleet.config import FleetSettings
+from oapl_jax.fleet.config import FleetConfig
 from oapl_jax.fleet.sampler import Fleet
 from oapl_jax.learner import train_step as learner
 from oapl_jax.learner.optimizer import make_optimizer
@@ -68,14 +68,14 @@ class Job:
             return self.local_sampler(seed)
         return Fleet(
             self.policy.config,
-            FleetSettings(**self.config.fleet),
+            FleetConfig(**self.config.fleet),
             tokenizer=self.policy.tokenizer,
             stop_ids=self.policy.stop_ids,
             sampling=self.sampling,
             max_prompt_tokens=self.config.data.max_prompt_tokens,
             dtype=self.config.publish_dtype,
-            older_versions=older_versions,
-            say=say,
+            allow_older=older_versions,
+            log=say,
         )
 
     def local_sampler(self, seed: int) -> LocalSampler:

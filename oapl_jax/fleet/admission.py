@@ -1,7 +1,8 @@
-"""What a server must be before it samples for training: asked when it joins, and when it is back.
+"""Admission: requirements on a server, checked when it joins and when it returns after a failure.
 
-The server takes our weights but keeps its own sizes, rotary angles, context, dtype and defaults, so
-these are compared first; what its log-probs then are is measured by the probe of each version.
+A server loads our weights and keeps its own architecture, rotary angles, context length, dtype and
+sampling defaults; check_server compares these. The probe of each version (refresh.py) then compares
+log-probs.
 """
 
 import asyncio
@@ -14,32 +15,31 @@ import numpy as np
 from etils import epath
 
 from oapl_jax.errors import UserError
-from oapl_jax.fleet.client import Server, sampling_params
-from oapl_jax.fleet.failures import Refused
+from oapl_jax.fleet.client import Refused, SGLangClient, sampling_params
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Prompt
 
 NOT_COMPARED = ("max_positions", "bos_token_id", "eos_token_ids", "pad_token_id")
-SAME_DTYPE = {"float": "float32", "half": "float16"}  # SGLang's other names
-# SGLang 0.5 cuts a response off without a word so many tokens before the end of its context, and
-# takes no prompt that leaves less room than this.
-CUT, ROOM = 2, 7
-TEXT_IDS = 64  # of the vocabulary, in the text that both tokenizers encode
+DTYPE_ALIASES = {"float": "float32", "half": "float16"}  # of SGLang
+# SGLang 0.5 silently ends a response 2 tokens before the end of its context, and rejects a prompt
+# that leaves less room than 7 tokens.
+CONTEXT_MARGIN, PROMPT_MARGIN = 2, 7
+TOKENIZER_IDS = 64  # of the vocabulary, in the text that both tokenizers encode
 
 
 @dataclasses.dataclass(frozen=True)
-class Terms:
-    """What a run asks of every server.
+class Requirements:
+    """Requirements of a run on each of its servers.
 
     Attributes:
-      model_config: sizes of the learner's model.
+      model_config: the learner's architecture.
       tokenizer: the learner's; has `encode` and `decode`.
       stop_ids: token ids that end a response.
-      sampling: how tokens are drawn.
-      max_prompt_tokens: of the longest prompt.
-      dtype: that versions are published in.
-      probe_gap: nats by which log-probs may differ, by dtype.
+      sampling: of the run.
+      max_prompt_tokens: length of the longest prompt.
+      dtype: of published versions.
+      probe_tolerance: nats by which log-probs may differ, for "float32" and "bfloat16".
     """
 
     model_config: ModelConfig
@@ -48,106 +48,93 @@ class Terms:
     sampling: Sampling
     max_prompt_tokens: int
     dtype: str
-    probe_gap: Mapping[str, float]
+    probe_tolerance: Mapping[str, float]
+
+    def tolerance(self, *dtypes: str) -> float:
+        """Returns the tolerance for log-probs computed in these dtypes: the coarsest decides."""
+        return self.probe_tolerance["float32" if set(dtypes) <= {"float32", "auto"} else "bfloat16"]
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Rejects a prompt that a server would reject, or that would crash it.
+
+        Raises:
+          UserError: naming the prompt.
+        """
+        tokens, vocab_size = np.asarray(prompt.tokens), self.model_config.vocab_size
+        outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+        if outside.size:
+            raise UserError(
+                f"prompt {prompt.id} has token id {outside[0]}, outside the model's vocabulary of "
+                f"{vocab_size}; the tokenizer of the data is not that of the model"
+            )
+        if not 1 <= tokens.size <= self.max_prompt_tokens:
+            raise UserError(
+                f"prompt {prompt.id} has {tokens.size} tokens; the fleet takes prompts of 1 to "
+                f"data.max_prompt_tokens={self.max_prompt_tokens}"
+            )
 
 
-@dataclasses.dataclass(frozen=True)
-class Contract:
-    """How a server meets the terms.
+async def check_server(
+    client: SGLangClient, info: Mapping[str, Any], requirements: Requirements
+) -> tuple[list[str], list[str]]:
+    """Compares a server with the requirements.
 
-    Attributes:
-      refusals: why it must not sample, a sentence each; none if it may.
-      warnings: what differs or can't be checked, a sentence each.
-      dtype: that it computes in; "auto" if it only says that the weights decide.
-    """
+    Args:
+      client: of the server.
+      info: see SGLangClient.info.
+      requirements: of the run.
 
-    refusals: tuple[str, ...]
-    warnings: tuple[str, ...]
-    dtype: str
-
-
-async def examine(server: Server, terms: Terms) -> Contract:
-    """Asks a server everything.
+    Returns:
+      refusals (reasons why the server must not sample) and warnings, a sentence each.
 
     Raises:
-      ServerError: if it can't be asked, or answers nonsense.
+      ServerError: if a request fails.
     """
-    info = await server.information()
-    refusals, warnings = compare(info, terms)
-    files_refusals, files_warnings = await asyncio.to_thread(compare_files, info, terms)
-    refusals += files_refusals
-    warnings += files_warnings
-    if not await server.can_update():
+    refusals, warnings = compare_info(info, requirements)
+    refused, warned = await asyncio.to_thread(compare_files, info, requirements)
+    refusals, warnings = refusals + refused, warnings + warned
+    if not await client.can_update():
         refusals.append(
             "it has no route /update_weights_from_disk; start it under oapl_jax.fleet.restart_proxy"
         )
     if not info.get("skip_tokenizer_init"):
-        refusals += await _compare_tokenizer(server, terms)
+        refusals += await _compare_tokenizer(client, requirements)
     if not refusals:
-        refusals += await _try_log_probs(server, terms, allowed_gap(terms.probe_gap, _dtype(info)))
-    return Contract(tuple(refusals), tuple(warnings), _dtype(info))
+        refusals += await _try_group(client, info, requirements)
+    return refusals, warnings
 
 
-def warnings_of(sampling: Sampling) -> list[str]:
-    """The settings whose log-probs the learner can't reproduce exactly, a sentence each."""
-    settings = {"top_p": sampling.top_p < 1, "top_k": sampling.top_k > 0}
-    return [
-        f"rollout.{name}={getattr(sampling, name)} draws from fewer tokens than the log-probs are "
-        "normalised over (the whole vocabulary, for sampler and learner alike)"
-        for name, switched_on in settings.items()
-        if switched_on
-    ]
-
-
-def check_prompt(prompt: Prompt, *, vocab_size: int, max_tokens: int) -> None:
-    """Refuses a prompt that would end a server, or that a server would refuse.
-
-    Raises:
-      UserError: naming the prompt.
-    """
-    tokens = np.asarray(prompt.tokens)
-    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
-    if outside.size:
-        raise UserError(
-            f"prompt {prompt.id} holds token id {outside[0]}, outside the model's vocabulary of "
-            f"{vocab_size}; the tokenizer of the data is not that of the model"
-        )
-    if not 1 <= tokens.size <= max_tokens:
-        raise UserError(
-            f"prompt {prompt.id} has {tokens.size} tokens; a prompt for the fleet has 1 to "
-            f"{max_tokens} (data.max_prompt_tokens)"
-        )
-
-
-def compare(info: Mapping[str, Any], terms: Terms) -> tuple[list[str], list[str]]:
-    """Refusals and warnings from what a server says of itself."""
+def compare_info(
+    info: Mapping[str, Any], requirements: Requirements
+) -> tuple[list[str], list[str]]:
+    """Returns refusals and warnings from a server's description of itself."""
     refusals, warnings = [], []
-    expected = terms.model_config.model_type
+    expected, sampling = requirements.model_config.model_type, requirements.sampling
     if info.get("model_type") not in (None, expected):
         refusals.append(f"its model_type is {info['model_type']!r}, the learner's {expected!r}")
-    longest, context = terms.max_prompt_tokens, info.get("max_model_len")
-    needed = max(longest + terms.sampling.max_response_tokens + CUT, longest + ROOM)
+    longest, context = requirements.max_prompt_tokens, info.get("max_model_len")
+    needed = longest + max(sampling.max_response_tokens + CONTEXT_MARGIN, PROMPT_MARGIN)
     if context is None:
-        warnings.append("its context length can't be compared: /v1/models has no max_model_len")
+        warnings.append("its context length is unknown: /v1/models has no max_model_len")
     elif context < needed:
         refusals.append(
             f"its context length is {context} tokens; data.max_prompt_tokens={longest} and "
-            f"rollout.max_response_tokens={terms.sampling.max_response_tokens} need {needed}; "
+            f"rollout.max_response_tokens={sampling.max_response_tokens} need {needed}; "
             "raise its --context-length"
         )
-    sent = sampling_params(terms.sampling, n=1, stop_ids=terms.stop_ids)
+    sent = sampling_params(sampling, n=1, stop_ids=requirements.stop_ids)
     for name, value in (info.get("preferred_sampling_params") or {}).items():
         if name not in sent or sent[name] != value:
             refusals.append(
-                f"its --preferred-sampling-params has {name}={value!r}, whose log-probs are not "
-                "those of this run; start it without"
+                f"its --preferred-sampling-params sets {name}={value!r}, which changes the "
+                "log-probs; start it without"
             )
     for name in ("watermark_default_enabled", "watermark_enforce_all"):
         if info.get(name):
-            refusals.append(f"its {name} changes what is drawn; start it without")
-    dtype = _dtype(info)
-    if dtype not in (terms.dtype, "auto"):
-        warnings.append(f"it computes in {dtype}; versions are published in {terms.dtype}")
+            refusals.append(f"its {name} changes the sampled tokens; start it without")
+    dtype = dtype_of(info)
+    if dtype not in (requirements.dtype, "auto"):
+        warnings.append(f"it computes in {dtype}; versions are published in {requirements.dtype}")
     for name in ("quantization", "speculative_algorithm"):
         if info.get(name):
             warnings.append(f"its {name} is {info[name]!r}; its log-probs may differ")
@@ -158,10 +145,12 @@ def compare(info: Mapping[str, Any], terms: Terms) -> tuple[list[str], list[str]
     return refusals, warnings
 
 
-def compare_files(info: Mapping[str, Any], terms: Terms) -> tuple[list[str], list[str]]:
-    """Refusals and warnings from the config.json that a server was started with, if we can read it.
+def compare_files(
+    info: Mapping[str, Any], requirements: Requirements
+) -> tuple[list[str], list[str]]:
+    """Returns refusals and warnings from the config.json that the server was started with.
 
-    No route tells a model's sizes; an update puts our tensors into the sizes that the server has.
+    No route reports a model's architecture, and an update loads our tensors into the server's.
     """
     path = epath.Path(str(info.get("model_path")))
     try:
@@ -170,10 +159,10 @@ def compare_files(info: Mapping[str, Any], terms: Terms) -> tuple[list[str], lis
         defaults = json.loads(generation.read_text()) if generation.exists() else {}
         found = ModelConfig.from_hf(config, source=f"{path}/config.json")
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return [], [f"its model's sizes can't be compared: {path}/config.json can't be read here"]
+        return [], [f"its architecture is unknown: {path}/config.json can't be read here"]
     except UserError as error:
         return [str(error)], []
-    ours, theirs = (dataclasses.asdict(c) for c in (terms.model_config, found))
+    ours, theirs = (dataclasses.asdict(c) for c in (requirements.model_config, found))
     refusals = [
         f"its model has {name}={theirs[name]}, the learner's {value}"
         for name, value in ours.items()
@@ -181,59 +170,60 @@ def compare_files(info: Mapping[str, Any], terms: Terms) -> tuple[list[str], lis
     ]
     eos = defaults.get("eos_token_id")
     ends = {*found.eos_token_ids, *(eos if isinstance(eos, list) else [eos])} - {None}
-    if not ends <= set(terms.stop_ids):
+    if not ends <= set(requirements.stop_ids):
         refusals.append(
             f"it ends responses at tokens {sorted(ends)}, this run only at "
-            f"{sorted(terms.stop_ids)}; give it the run's own model directory"
+            f"{sorted(requirements.stop_ids)}; start it from the run's own model directory"
         )
     return refusals, []
 
 
-async def _compare_tokenizer(server: Server, terms: Terms) -> list[str]:
-    vocab_size = terms.model_config.vocab_size
-    ids = np.linspace(0, vocab_size - 1, min(TEXT_IDS, vocab_size)).astype(int).tolist()
-    text = terms.tokenizer.decode(ids, skip_special_tokens=True)
-    if await server.tokenize(text) == terms.tokenizer.encode(text, add_special_tokens=False):
+async def _compare_tokenizer(client: SGLangClient, requirements: Requirements) -> list[str]:
+    vocab_size, tokenizer = requirements.model_config.vocab_size, requirements.tokenizer
+    ids = np.linspace(0, vocab_size - 1, min(TOKENIZER_IDS, vocab_size)).astype(int).tolist()
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    if await client.tokenize(text) == tokenizer.encode(text, add_special_tokens=False):
         return []
     return [
-        "its tokenizer encodes a text otherwise than the learner's; start it from a published "
-        "version, or with --skip-tokenizer-init, since only token ids are exchanged"
+        "its tokenizer differs from the learner's; start it from a published version, or with "
+        "--skip-tokenizer-init, since only token ids are exchanged"
     ]
 
 
-async def _try_log_probs(server: Server, terms: Terms, probe_gap: float) -> list[str]:
-    """A small group, whose log-probs must be those of the same tokens in a prompt.
+async def _try_group(
+    client: SGLangClient, info: Mapping[str, Any], requirements: Requirements
+) -> list[str]:
+    """Samples a small group and compares its log-probs with those of the same tokens as a prompt.
 
-    These are at temperature 1, whatever is asked for, so at other temperatures the two must differ.
+    Prompt log-probs are at temperature 1, so at other temperatures the two must differ.
     """
-    few = dataclasses.replace(
-        terms.sampling, max_response_tokens=min(4, terms.sampling.max_response_tokens)
-    )
-    plain = [i for i in range(terms.model_config.vocab_size) if i not in terms.stop_ids]
-    prompt = plain[: min(2, terms.max_prompt_tokens)]
+    most = min(4, requirements.sampling.max_response_tokens)
+    vocab_size, stop_ids = requirements.model_config.vocab_size, requirements.stop_ids
+    prompt = [i for i in range(vocab_size) if i not in stop_ids]
+    prompt = prompt[: min(2, requirements.max_prompt_tokens)]
     try:
-        answer = await server.generate(
+        rollouts, _ = await client.generate(
             prompt,
             n=2,
-            sampling=few,
-            stop_ids=terms.stop_ids,
-            vocab_size=terms.model_config.vocab_size,
+            sampling=dataclasses.replace(requirements.sampling, max_response_tokens=most),
+            stop_ids=stop_ids,
+            vocab_size=vocab_size,
             version=None,
             mixed_versions="keep",
-            deadline=server.answer_deadline,
         )
     except Refused as error:
         return [f"it does not sample: {error}"]
-    scores, _ = await server.score([[*prompt, *r.tokens.tolist()] for r in answer.rollouts])
+    scores, _ = await client.score([[*prompt, *r.tokens.tolist()] for r in rollouts])
     scored = np.concatenate([s[len(prompt) - 1 :] for s in scores])
-    drawn = np.concatenate([r.behavior_logp for r in answer.rollouts])
-    gap, temperature = float(np.abs(scored - drawn).max()), terms.sampling.temperature
-    if temperature in (0, 1) and gap > probe_gap:
+    sampled = np.concatenate([r.behavior_logp for r in rollouts])
+    difference = float(np.abs(scored - sampled).max())
+    limit, temperature = requirements.tolerance(dtype_of(info)), requirements.sampling.temperature
+    if temperature in (0, 1) and difference > limit:
         return [
-            f"its log-probs of sampled tokens differ by {gap:.3g} nats from those of the same "
-            f"tokens in a prompt (fleet.probe_gap allows {probe_gap:g})"
+            f"its log-probs of sampled tokens differ by {difference:.3g} nats from those of the "
+            f"same tokens in a prompt (fleet.probe_gap allows {limit:g})"
         ]
-    if temperature not in (0, 1) and gap < 1e-6 and scored.min() < -0.1:
+    if temperature not in (0, 1) and difference < 1e-6 and scored.min() < -0.1:
         return [
             f"its log-probs are those at temperature 1 although rollout.temperature={temperature}; "
             "start it without SGLANG_RETURN_ORIGINAL_LOGPROB"
@@ -241,11 +231,18 @@ async def _try_log_probs(server: Server, terms: Terms, probe_gap: float) -> list
     return []
 
 
-def _dtype(info: Mapping[str, Any]) -> str:
-    said = str(info.get("dtype", "auto"))
-    return SAME_DTYPE.get(said, said)
+def dtype_of(info: Mapping[str, Any]) -> str:
+    """Returns the dtype that a server computes in; "auto" if the weights decide."""
+    dtype = str(info.get("dtype", "auto"))
+    return DTYPE_ALIASES.get(dtype, dtype)
 
 
-def allowed_gap(probe_gap: Mapping[str, float], *dtypes: str) -> float:
-    """Nats by which two log-probs may differ; the float32 value only where all were float32."""
-    return probe_gap["float32" if set(dtypes) <= {"float32", "auto"} else "bfloat16"]
+def sampling_warnings(sampling: Sampling) -> list[str]:
+    """Names the settings whose log-probs the learner can't reproduce exactly, a sentence each."""
+    settings = {"top_p": sampling.top_p < 1, "top_k": sampling.top_k > 0}
+    return [
+        f"rollout.{name}={getattr(sampling, name)} samples from fewer tokens than the log-probs "
+        "are normalised over (the whole vocabulary, for sampler and learner alike)"
+        for name, switched_on in settings.items()
+        if switched_on
+    ]

@@ -1,44 +1,43 @@
-"""The settings of a fleet."""
+"""Settings of a fleet."""
 
 import dataclasses
 from collections.abc import Mapping
 
 from oapl_jax.errors import UserError
-from oapl_jax.fleet.responses import MIXED_VERSIONS
+
+MIXED_VERSIONS = ("reissue", "keep")
 
 
 @dataclasses.dataclass(frozen=True)
-class FleetSettings:
-    """The section `fleet` of a configuration. Every deadline and interval is in seconds.
+class FleetConfig:
+    """Section `fleet` of a config. Every deadline and interval is in seconds.
 
     Attributes:
       servers: URLs.
-      servers_file: or a file with one URL a line ("#" begins a comment), read again and again, so
-        that servers may join and leave. Replace it by a rename, so that no half is read.
-      router: or the URL of a sglang-router, whose `GET /workers` is the list. Nothing else goes
-        through it: it can't pin a group to one server and version, and it forwards no call that
-        changes weights. So the fleet spreads the requests itself, as it has to.
-      members_every: between two looks at the file or the router.
+      servers_file: or a file with one URL per line ("#" begins a comment), read every
+        `members_every`. Replace it by a rename, so that no partial file is read.
+      router: or the URL of a sglang-router, whose `GET /workers` is the list. Requests do not pass
+        through it: a router can't pin a group to one server and version, nor forward updates.
+      members_every: interval between reads of the list.
       max_in_flight: groups requested at a time, over all servers.
-      attempts: of a group that fails, each on another server where there is one.
-      backoff: before a server that failed is tried again; doubles with each failure in a row.
-      backoff_limit: the most that it grows to.
-      health_every: between two looks at a server that serves.
+      attempts: of a group; each on another server if there is one.
+      backoff: before a failed server is retried; doubles with each failure in a row.
+      backoff_limit: largest backoff.
+      health_every: interval between health checks of a ready server.
       connect_deadline: to open a connection.
-      answer_deadline: for a control call (health, contract, probe, flush with its retries).
+      answer_deadline: for a control request (health, admission, probe, flush with its retries).
       request_deadline: for the rollouts of one group.
-      drain_deadline: for groups in flight when their server is to be refreshed (0: none), then they
-        are aborted and requested again.
+      drain_deadline: for requests in flight before a refresh (0: none); then they are aborted.
       update_deadline: for a server to load a version.
-      start_deadline: for a server to answer for the first time.
-      no_server_deadline: that groups wait with no server ready before the run ends.
-      refresh_share: of the servers, that may be refreshed at a time; at least one always may.
-      probe_gap: largest difference in nats of a log-prob of a version's probe between learner and
-        server, for "float32" (both sides) and "bfloat16" (any other pair of dtypes).
-      mixed_versions: what becomes of a response that spans two versions: see `answer.read_group`.
+      start_deadline: for a server to respond for the first time.
+      no_server_deadline: for groups to wait without a ready server before the run ends.
+      refresh_share: fraction of the servers that may be refreshed at a time; at least one may.
+      probe_gap: nats by which log-probs of a version's probe may differ between learner and server,
+        for "float32" (on both sides) and "bfloat16" (any other pair of dtypes).
+      mixed_versions: treatment of a response that spans two versions; see client.read_group.
 
     Raises:
-      UserError: for a value that can't work.
+      UserError: for an invalid value.
     """
 
     servers: tuple[str, ...]
@@ -95,5 +94,5 @@ class FleetSettings:
             )
 
     def backoff_after(self, failures: int) -> float:
-        """Seconds to wait after so many failures in a row."""
+        """Returns the seconds to wait after so many failures in a row."""
         return min(self.backoff * 2.0 ** (failures - 1), self.backoff_limit)

@@ -1,168 +1,254 @@
-"""The servers of a fleet: who is among them, and who takes the next group.
+"""Servers of a fleet: membership, choice of a server for each group, and shared refresh state.
 
-All of this lives in one event loop; the Fleet in fleet.py puts it into a thread.
+A Pool lives in one event loop; sampler.py runs it in a thread.
 """
 
 import asyncio
+import contextlib
+import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 
 import aiohttp
 import jax
+import numpy as np
 from etils import epath
 
-from oapl_jax.fleet.client import Server
-from oapl_jax.fleet.config import FleetSettings
-from oapl_jax.fleet.failures import Aborted, Mixed, ServerError
-from oapl_jax.fleet.refresh import Keeper
-from oapl_jax.fleet.server import COUNTS, Member
-from oapl_jax.fleet.shared import Shared, Version
+from oapl_jax.fleet.admission import Requirements
+from oapl_jax.fleet.client import Aborted, Mixed, ServerError, SGLangClient
+from oapl_jax.fleet.config import FleetConfig
+from oapl_jax.fleet.server import COUNTS, DRAINING, READY, ServerState
 from oapl_jax.rollout.sampler import Attempt, Sampled, Sampling
 from oapl_jax.structs import Prompt
+from oapl_jax.weights import publisher
 
 
-class Members:
+@dataclasses.dataclass(frozen=True)
+class PublishedVersion:
+    """A published version and its probe.
+
+    Attributes:
+      number: the learner's step.
+      path: of its directory, for learner and servers alike.
+      tokens: rows of the probe.
+      logp: float64[all], the learner's log-probs at temperature 1 of the rows' tokens after the
+        first.
+      dtype: of the learner's computation.
+    """
+
+    number: int
+    path: str
+    tokens: list[list[int]]
+    logp: np.ndarray
+    dtype: str
+
+    @classmethod
+    def read(cls, number: int, path: str) -> "PublishedVersion":
+        """Reads the probe of a version directory, after a check of its files.
+
+        Raises:
+          UserError: if the version is incomplete or damaged.
+        """
+        publisher.check_version(epath.Path(path))
+        probe = publisher.read_probe(epath.Path(path))
+        logp = np.array([value for row in probe["logp"] for value in row], np.float64)
+        return cls(number, path, probe["tokens"], logp, probe["dtype"])
+
+
+class Pool:
     """All servers of a fleet.
 
     Args:
-      session: for every request.
-      shared: what they go by.
-      spawn: starts a task whose failure is the fleet's.
+      config: of the fleet.
+      requirements: on each server.
+      session: for all requests.
+      allow_older: see Fleet.
+      log: logs one sentence.
+      spawn: starts a task of the fleet.
 
-    `counts` has, for each URL that ever was a member, what happened there.
+    Attributes:
+      servers: by URL.
+      counts: by URL, of every server that ever joined; see server.COUNTS.
+      target_version: version that all servers are brought to.
+      target_since: time at which it became the target.
+      published: versions that a server may hold, by number.
     """
 
     def __init__(
         self,
+        config: FleetConfig,
+        requirements: Requirements,
         session: aiohttp.ClientSession,
-        shared: Shared,
+        *,
+        allow_older: bool,
+        log: Callable[[str], None],
         spawn: Callable[[Coroutine], asyncio.Task],
     ):
-        self._session, self._shared, self._spawn = session, shared, spawn
-        self._keeping: dict[Member, asyncio.Task] = {}
+        self.config, self.requirements, self.allow_older = config, requirements, allow_older
+        self.servers: dict[str, ServerState] = {}
         self.counts: dict[str, Counter[str]] = {}
-
-    def all(self) -> list[Member]:
-        """Any thread."""
-        return list(self._shared.members.values())
+        self.target_version: PublishedVersion | None = None
+        self.target_since = 0.0
+        self.published: dict[int, PublishedVersion] = {}
+        self._session, self._log, self._spawn = session, log, spawn
+        self._controllers: dict[str, asyncio.Task] = {}
+        self._changed = asyncio.Event()
 
     def versions(self) -> set[int]:
-        """What the servers hold or are told to take. Any thread."""
-        wanted = self._shared.wanted
-        held = {v for m in self.all() for v in (m.version, m.target) if v is not None}
-        return held | ({wanted.number} if wanted else set())
+        """Versions that servers hold, load or are brought to. Any thread."""
+        target, servers = self.target_version, list(self.servers.values())
+        held = {v for s in servers for v in (s.version, s.target) if v is not None}
+        return held | ({target.number} if target else set())
 
-    async def watch(self) -> None:
-        """Keeps the members those that the list names, until cancelled."""
-        settings, members, said = self._shared.settings, self._shared.members, False
-        while True:
-            try:
-                urls, said = await read_members(settings, self._session), False
-            except (OSError, ValueError, aiohttp.ClientError, TimeoutError) as error:
-                urls = {m.url for m in self.all() if not m.leaving}
-                if not said:
-                    said = True
-                    self._shared.say(f"the servers' list can't be read and stays as it is: {error}")
-            for url in sorted(urls - members.keys()):
-                self._join(url)
-            for url in sorted(members.keys() - urls):
-                if not members[url].leaving:
-                    members[url].leaving = True
-                    self._spawn(self._leave(members[url]))
-            await asyncio.sleep(settings.members_every)
-
-    def _join(self, url: str) -> None:
-        server = Server(
-            self._session,
-            url,
-            connect_deadline=self._shared.settings.connect_deadline,
-            answer_deadline=self._shared.settings.answer_deadline,
-        )
-        counts = self.counts.setdefault(url, Counter(dict.fromkeys(COUNTS, 0)))
-        counts["joined"] += 1
-        member = self._shared.members[url] = Member(server, self._shared, counts)
-        self._keeping[member] = self._spawn(Keeper(member, self._shared).keep())
-
-    async def _leave(self, member: Member) -> None:
-        self._keeping.pop(member).cancel()
-        await member.leave()
-        del self._shared.members[member.url]
-        self._shared.notify()
-
-    def want(self, version: Version) -> None:
-        """From now on, servers are brought to this version."""
-        shared = self._shared
-        shared.wanted, shared.asked = version, time.monotonic()
-        shared.published[version.number] = version
+    def set_target(self, version: PublishedVersion) -> None:
+        """Makes all controllers bring their servers to a version."""
+        self.target_version, self.target_since = version, time.monotonic()
+        self.published[version.number] = version
         keep = self.versions()
-        shared.published = {n: v for n, v in shared.published.items() if n in keep}
-        for member in self.all():
-            member.woken.set()
-        shared.notify()
+        self.published = {n: v for n, v in self.published.items() if n in keep}
+        self._wake_controllers()
+
+    def can_sample(self, server: ServerState) -> bool:
+        """Tells if new groups may go to a server."""
+        target = self.target_version
+        right = target is not None and server.version == target.number
+        return server.state == READY and (right or self.allow_older)
 
     async def sample(self, prompt: Prompt, *, n: int, sampling: Sampling) -> Sampled:
-        """Requests a group until it is there, or has failed too often."""
+        """Requests a group, from another server after each failure, at most `attempts` times."""
         attempts: list[Attempt] = []
-        rollouts, failures, member = (), 0, None
-        while not rollouts and failures < self._shared.settings.attempts:
+        rollouts, failures, server = (), 0, None
+        while not rollouts and failures < self.config.attempts:
             if failures:
-                await asyncio.sleep(self._shared.settings.backoff_after(failures))
-            member = await self._pick(avoid=member)
-            version, started, reason = member.version, time.monotonic(), "failed"
+                await asyncio.sleep(self.config.backoff_after(failures))
+            server = await self._pick(avoid=server)
+            version, started, reason = server.version, time.monotonic(), "failed"
             assert version is not None
             try:
-                rollouts = await member.request(prompt, n=n, sampling=sampling)
+                rollouts = await server.generate(prompt, n=n, sampling=sampling)
             except ServerError as error:
                 if isinstance(error, Aborted | Mixed):
                     reason = "aborted" if isinstance(error, Aborted) else "mixed"
             seconds = time.monotonic() - started
             if not rollouts:
-                attempts.append(Attempt(member.url, version, reason, seconds))
-                failures += reason != "aborted"  # to give a group up for a refresh is our doing
-        assert member
-        return Sampled(prompt, rollouts, member.url, seconds, tuple(attempts))
+                attempts.append(Attempt(server.url, version, reason, seconds))
+                failures += reason != "aborted"  # an abort for a refresh is no fault of the group
+        assert server
+        return Sampled(prompt, rollouts, server.url, seconds, tuple(attempts))
 
-    async def _pick(self, avoid: Member | None) -> Member:
-        """Waits for a server that may sample, and takes the one with the least to do.
+    async def _pick(self, avoid: ServerState | None) -> ServerState:
+        """Waits for a server that can sample, and returns the one with the fewest requests.
 
-        The fleet ends the wait when `no_server_deadline` has passed.
+        The fleet ends the wait after `no_server_deadline`.
         """
         while True:
-            serving = [member for member in self.all() if member.serves]
-            if serving:
-                return min(serving, key=lambda m: (m is avoid, len(m.requests)))
-            await self._shared.change()
+            ready = [server for server in self.servers.values() if self.can_sample(server)]
+            if ready:
+                return min(ready, key=lambda s: (s is avoid, s.in_flight))
+            await self._changed.wait()
+
+    # Refresh slots
+
+    def has_refresh_slot(self) -> bool:
+        """Tells if one more server may be refreshed now."""
+        slots = max(1, int(self.config.refresh_share * len(self.servers)))
+        return sum(s.refreshing for s in self.servers.values()) < slots
+
+    @contextlib.asynccontextmanager
+    async def refresh_slot(self, server: ServerState) -> AsyncIterator[None]:
+        """Waits for a refresh slot and holds it."""
+        while not self.has_refresh_slot():
+            await self._changed.wait()
+        server.refreshing = True
+        try:
+            yield
+        finally:
+            server.refreshing = False
+            self._wake_controllers()
+
+    def _wake_controllers(self) -> None:
+        for server in self.servers.values():
+            server.wake.set()
+        self._notify()
+
+    def _notify(self) -> None:
+        """Wakes every wait for a change of any server."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    # Membership
+
+    async def watch(self, control: Callable[[ServerState], Coroutine]) -> None:
+        """Adds and removes servers as the configured list changes, until cancelled.
+
+        Args:
+          control: coroutine that controls a server as long as it is in the pool.
+        """
+        logged = False
+        while True:
+            try:
+                urls, logged = await read_servers(self.config, self._session), False
+            except (OSError, ValueError, aiohttp.ClientError, TimeoutError) as error:
+                urls = {url for url, server in self.servers.items() if not server.leaving}
+                if not logged:
+                    logged = True
+                    self._log(f"the list of servers can't be read and stays as it is: {error}")
+            for url in sorted(urls - self.servers.keys()):
+                server = self.servers[url] = self._open(url)
+                self._controllers[url] = self._spawn(control(server))
+            for url in sorted(self.servers.keys() - urls):
+                if not self.servers[url].leaving:
+                    self.servers[url].leaving = True
+                    self._spawn(self._leave(self.servers[url]))
+            await asyncio.sleep(self.config.members_every)
+
+    def _open(self, url: str) -> ServerState:
+        client = SGLangClient(
+            self._session,
+            url,
+            connect_deadline=self.config.connect_deadline,
+            deadline=self.config.answer_deadline,
+        )
+        counts = self.counts.setdefault(url, Counter(dict.fromkeys(COUNTS, 0)))
+        counts["joined"] += 1
+        return ServerState(
+            client, self.config, self.requirements, counts, log=self._log, notify=self._notify
+        )
+
+    async def _leave(self, server: ServerState) -> None:
+        self._controllers.pop(server.url).cancel()
+        server.enter(DRAINING, "it left the list of servers")
+        await server.drain(time.monotonic() + self.config.drain_deadline)
+        del self.servers[server.url]
+        self._notify()
 
 
-async def read_members(settings: FleetSettings, session: aiohttp.ClientSession) -> set[str]:
-    """The URLs of the servers of this host, now: of several hosts, each takes every so many-th, so
-    that none changes the weights of another's.
+async def read_servers(config: FleetConfig, session: aiohttp.ClientSession) -> set[str]:
+    """Reads the URLs of this host's servers.
+
+    With several hosts, host i takes every n-th URL, so that no server is refreshed by two hosts.
 
     Raises:
       OSError, ValueError, aiohttp.ClientError, TimeoutError: if the list can't be read.
     """
-    if settings.router:
+    if config.router:
         timeout = aiohttp.ClientTimeout(
-            total=settings.answer_deadline, sock_connect=settings.connect_deadline
+            total=config.answer_deadline, sock_connect=config.connect_deadline
         )
-        url = settings.router.rstrip("/") + "/workers"
+        url = config.router.rstrip("/") + "/workers"
         async with session.get(url, timeout=timeout, raise_for_status=True) as response:
             content = json.loads(await response.read())
         try:
-            found = [worker["url"] for worker in content["workers"]]
+            names = [worker["url"] for worker in content["workers"]]
         except (LookupError, TypeError) as error:
-            raise ValueError(f"{url} gave no list of workers") from error
-    elif settings.servers_file:
-        text = await asyncio.to_thread(epath.Path(settings.servers_file).read_text)
-        found = [line.partition("#")[0] for line in text.splitlines()]
+            raise ValueError(f"{url} returned no list of workers") from error
+    elif config.servers_file:
+        text = await asyncio.to_thread(epath.Path(config.servers_file).read_text)
+        names = [line.partition("#")[0] for line in text.splitlines()]
     else:
-        found = settings.servers
-    urls = sorted({_url(name) for name in found if name.strip()})
+        names = config.servers
+    urls = [name.strip().rstrip("/") for name in names if name.strip()]
+    urls = sorted({url if "://" in url else f"http://{url}" for url in urls})
     return set(urls[jax.process_index() :: jax.process_count()])
-
-
-def _url(name: str) -> str:
-    name = name.strip().rstrip("/")
-    return name if "://" in name else f"http://{name}"

@@ -1,8 +1,4 @@
-"""Keeps a server of a fleet serving, in an asyncio task of its own.
-
-It admits the server (contract, weights, probe), looks at its health, brings it to the version that
-is wanted, and tries again when it was lost.
-"""
+"""Control of one server: admission, health checks, refresh to the target version, and retries."""
 
 import asyncio
 import contextlib
@@ -10,191 +6,186 @@ import time
 
 import numpy as np
 
-from oapl_jax.fleet.admission import allowed_gap, examine
-from oapl_jax.fleet.failures import ProbeFailed, Refused, ServerError, WrongVersion
-from oapl_jax.fleet.server import DRAINING, LOST, READY, REFRESHING, REFUSED, STARTING, Member
-from oapl_jax.fleet.shared import Shared, Version
+from oapl_jax.fleet.admission import check_server, dtype_of
+from oapl_jax.fleet.client import Refused, ServerError, WrongVersion
+from oapl_jax.fleet.pool import Pool, PublishedVersion
+from oapl_jax.fleet.server import (
+    DRAINING,
+    LOST,
+    READY,
+    REFRESHING,
+    REFUSED,
+    STARTING,
+    ServerState,
+)
 
 
-class Keeper:
-    """Of one member; `shared` is what it goes by, like all others."""
+class ServerController:
+    """Keeps one server ready, in an asyncio task of its own."""
 
-    def __init__(self, member: Member, shared: Shared):
-        self._member, self._server, self._shared = member, member.server, shared
-        self._dtype = "auto"  # that the server computes in
-        self._answered, self._born = False, time.monotonic()
-        self._heard = shared.asked  # when the last version was wanted that it knows of
+    def __init__(self, server: ServerState, pool: Pool):
+        self._server, self._client, self._pool = server, server.client, pool
+        self._dtype = "auto"  # of the server's computation
+        self._reached, self._created = False, time.monotonic()
+        self._target_since = pool.target_since  # of the latest target that it knows
         self._refused_updates = 0  # in a row
-        self._update_at = self._looked_at = 0.0
+        self._update_at = self._checked_at = 0.0
 
-    async def keep(self) -> None:
-        """Until cancelled."""
-        member, settings = self._member, self._shared.settings
+    async def run(self) -> None:
+        """Controls the server until cancelled."""
+        server, config = self._server, self._pool.config
         while True:
             try:
-                self._hear_of_version()
-                await self._next()
-            except (WrongVersion, ProbeFailed, Refused) as error:
-                member.fail(REFUSED, str(error), tell=True)
-                member.requests.give_up("attempts_failed")
-                member.version = None
+                await self._step()
             except ServerError as error:
-                if self._answered or time.monotonic() - self._born > settings.start_deadline:
-                    member.fail(LOST, str(error), tell=True)
-                    member.requests.give_up("attempts_failed")
+                refused = isinstance(error, WrongVersion | Refused)
+                late = time.monotonic() - self._created > config.start_deadline
+                if refused or self._reached or late:
+                    server.fail(REFUSED if refused else LOST, str(error), log=True)
+                    server.abort("attempts_failed")
                 else:
-                    member.reason = str(error)
-                    member.retry_at = time.monotonic() + settings.backoff
-            wait, now = settings.health_every, time.monotonic()
-            if member.state != READY:
-                wait = min(wait, max(member.retry_at - now, 0))
+                    server.reason = str(error)
+                    server.retry_at = time.monotonic() + config.backoff
+                if refused:
+                    server.version = None
+            wait, now = config.health_every, time.monotonic()
+            if server.state != READY:
+                wait = min(wait, max(server.retry_at - now, 0))
             elif self._update_at > now:
                 wait = min(wait, self._update_at - now)
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
-                    await member.woken.wait()
-            except TimeoutError:
-                pass
-            member.woken.clear()
+                    await server.wake.wait()
+            server.wake.clear()
 
-    def _hear_of_version(self) -> None:
-        """If another version is wanted than before, what was refused does not count."""
-        if self._heard == self._shared.asked:
-            return
-        self._heard = self._shared.asked
-        if self._refused_updates:
-            self._update_at = self._refused_updates = 0
-        if self._member.state in (STARTING, REFUSED):
-            self._member.retry_at = 0.0
-
-    async def _next(self) -> None:
-        """What is to be done now, if anything is."""
-        now, shared = time.monotonic(), self._shared
-        if self._member.state != READY:
-            if now >= self._member.retry_at:
+    async def _step(self) -> None:
+        """Does whatever is due: admission, a refresh or a health check."""
+        server, pool = self._server, self._pool
+        if self._target_since != pool.target_since:  # forget earlier refusals
+            self._target_since = pool.target_since
+            if self._refused_updates:
+                self._update_at = self._refused_updates = 0
+            if server.state in (STARTING, REFUSED):
+                server.retry_at = 0.0
+        now, target = time.monotonic(), pool.target_version
+        stale = target is not None and server.version != target.number
+        if server.state != READY:
+            if now >= server.retry_at:
                 await self._admit()
-        elif self._may_update() and (not shared.older_versions or shared.has_turn()):
+        elif stale and (
+            not pool.allow_older or (now >= self._update_at and pool.has_refresh_slot())
+        ):
             await self._refresh()
-        elif now >= self._looked_at + shared.settings.health_every:
-            await self._server.health()
-            self._looked_at = time.monotonic()
+        elif now >= self._checked_at + pool.config.health_every:
+            await self._client.check_health()
+            self._checked_at = time.monotonic()
 
     async def _admit(self) -> None:
-        """To ready, from anything: contract, the wanted weights unless it has them still, probe."""
-        member, server, shared = self._member, self._server, self._shared
-        await server.health()  # a server that still starts answers the other routes before
-        self._looked_at = time.monotonic()
-        found = await examine(server, shared.terms)
-        self._answered, self._dtype = True, found.dtype
-        for warning in found.warnings:
-            member.tell(warning)
-        member.by_contract, wanted = bool(found.refusals), shared.wanted
-        if found.refusals:
-            member.fail(REFUSED, "; ".join(found.refusals), tell=True)
-        elif wanted is None:
-            member.enter(STARTING, "it waits for the first version")
-            member.retry_at = time.monotonic() + shared.settings.health_every
-        elif member.version == wanted.number and await server.version() == str(wanted.number):
-            await self._probe(wanted)
-            member.enter(READY)
+        """Makes a server ready: requirements, target version unless it holds it, probe."""
+        server, pool = self._server, self._pool
+        await self._client.check_health()  # other routes work before a starting server is healthy
+        self._checked_at = time.monotonic()
+        info = await self._client.info()
+        refusals, warnings = await check_server(self._client, info, pool.requirements)
+        self._reached, self._dtype = True, dtype_of(info)
+        for warning in warnings:
+            server.warn(warning)
+        server.not_admitted, target = bool(refusals), pool.target_version
+        if refusals:
+            server.fail(REFUSED, "; ".join(refusals), log=True)
+        elif target is None:
+            server.enter(STARTING, "waits for the first version")
+            server.retry_at = time.monotonic() + pool.config.health_every
+        elif server.version == target.number and await self._client.version() == str(target.number):
+            await self._probe(target)
+            server.enter(READY)
         else:
             await self._refresh()
 
-    def _may_update(self) -> bool:
-        """Whether it holds another version than the wanted one, and is not to be left alone."""
-        wanted = self._shared.wanted
-        if wanted is None or self._member.version == wanted.number:
-            return False
-        return not self._shared.older_versions or time.monotonic() >= self._update_at
-
     async def _refresh(self) -> None:
-        """Drain, update, flush, probe; never more servers at once than their share.
+        """Drains the server, loads the target version and probes it, in a refresh slot.
 
-        Where older versions may serve, it then serves at least as long as that took: versions that
-        come faster than a server takes them would leave it no time to sample.
+        If older versions are allowed, the server then samples at least as long as the refresh took:
+        versions that come faster than servers load them must leave time to sample.
         """
-        member, shared = self._member, self._shared
-        started, patience = time.monotonic(), shared.settings.drain_deadline
-        if not shared.older_versions:  # it has nothing to do until it has the wanted version
-            await self._drain(shared.asked + patience)
-        while not shared.has_turn():
-            await shared.change()
-        member.refreshing = True
-        try:
-            if shared.older_versions:
-                await self._drain(time.monotonic() + patience)
-            assert shared.wanted
-            await self._load(shared.wanted)
-        finally:
-            member.refreshing, member.target = False, None
-            for other in shared.members.values():
-                other.woken.set()
-            shared.notify()
+        server, pool = self._server, self._pool
+        started, seconds = time.monotonic(), pool.config.drain_deadline
+        if not pool.allow_older:  # it samples nothing before it has the target version
+            await self._drain(pool.target_since + seconds)
+        async with pool.refresh_slot(server):
+            try:
+                if pool.allow_older:
+                    await self._drain(time.monotonic() + seconds)
+                assert pool.target_version
+                await self._load(pool.target_version)
+            finally:
+                server.target = None
         now = time.monotonic()
-        member.refresh_seconds = now - started
-        self._update_at = max(self._update_at, now + member.refresh_seconds)
+        server.refresh_seconds = now - started
+        self._update_at = max(self._update_at, now + server.refresh_seconds)
 
     async def _drain(self, until: float) -> None:
-        self._member.enter(DRAINING, "it finishes what is in flight before a refresh")
-        if await self._member.requests.finish(until):
-            with contextlib.suppress(Refused):  # who lacks the route ends what nobody waits for
-                await self._server.abort_all()
+        self._server.enter(DRAINING, "finishes its requests before a refresh")
+        if await self._server.drain(until):
+            with contextlib.suppress(Refused):  # a server without the route
+                await self._client.abort_all()
 
-    async def _load(self, target: Version) -> None:
-        member = self._member
-        member.target = target.number
-        member.enter(REFRESHING, f"it takes version {target.number}")
-        await self._server.flush()  # idle now; SGLang updates a server that is not only by half
+    async def _load(self, target: PublishedVersion) -> None:
+        server = self._server
+        server.target = target.number
+        server.enter(REFRESHING, f"loads version {target.number}")
+        # SGLang updates a busy server only half: new weights under the old name.
+        await self._client.flush_cache()
         refusal = await self._update(target)
         if refusal is None:
-            await self._server.flush()
+            await self._client.flush_cache()
             await self._probe(target)
-            member.version = target.number
-            member.counts["refreshed"] += 1
+            server.version = target.number
+            server.counts["refreshed"] += 1
         else:
-            assert member.version is not None
-            await self._probe(self._shared.published[member.version])
+            assert server.version is not None
+            await self._probe(self._pool.published[server.version])
             self._refused_updates += 1
-            backoff = self._shared.settings.backoff_after(self._refused_updates)
+            backoff = self._pool.config.backoff_after(self._refused_updates)
             self._update_at = time.monotonic() + backoff
-            member.tell(f"it goes on with version {member.version}: {refusal}")
-        member.enter(READY)
+            server.warn(f"it continues with version {server.version}: {refusal}")
+        server.enter(READY)
 
-    async def _update(self, target: Version) -> Refused | None:
-        """The server has the version, or it said no and may go on with the one that it has.
+    async def _update(self, target: PublishedVersion) -> Refused | None:
+        """Loads a version; returns the refusal if the server may continue with its older version.
 
         Raises:
-          Refused: if it said no and may not.
+          Refused: if the server refuses and may not continue.
         """
-        member, deadline = self._member, self._shared.settings.update_deadline
+        server, pool = self._server, self._pool
         try:
-            await self._server.update(target.path, target.number, deadline=deadline)
+            deadline = pool.config.update_deadline
+            await self._client.update(target.path, target.number, deadline=deadline)
         except Refused as error:
-            held = await self._server.version()
-            if held == str(target.number):  # it may take the weights and say no all the same
+            held = await self._client.version()
+            if held == str(target.number):  # it refused after it had loaded the weights
                 return None
-            member.counts["refresh_refused"] += 1
-            known = self._shared.older_versions and member.version is not None
-            if known and held == str(member.version):
+            server.counts["refresh_refused"] += 1
+            if pool.allow_older and server.version is not None and held == str(server.version):
                 return error
             raise
         return None
 
-    async def _probe(self, version: Version) -> None:
-        """Compares the server's log-probs of fixed rows with the learner's.
+    async def _probe(self, version: PublishedVersion) -> None:
+        """Compares the server's log-probs of the version's probe with the learner's.
 
         Raises:
-          WrongVersion, ProbeFailed: if it does not hold what it should.
+          WrongVersion: if the name or the log-probs are not those of the version.
         """
-        member, terms = self._member, self._shared.terms
-        rows, held = await self._server.score(version.tokens)
+        server, requirements = self._server, self._pool.requirements
+        rows, held = await self._client.score(version.tokens)
         if held != {str(version.number)}:
             raise WrongVersion(f"it holds version {', '.join(held)} instead of {version.number}")
-        member.probe_gap = float(np.abs(np.concatenate(rows) - version.logp).max())
-        limit = allowed_gap(terms.probe_gap, self._dtype, terms.dtype, version.dtype)
-        if not member.probe_gap <= limit:  # nor if it is no number
-            member.counts["probe_failed"] += 1
-            raise ProbeFailed(
+        server.probe_gap = float(np.abs(np.concatenate(rows) - version.logp).max())
+        limit = requirements.tolerance(self._dtype, requirements.dtype, version.dtype)
+        if not server.probe_gap <= limit:  # NaN fails too
+            server.counts["probe_failed"] += 1
+            raise WrongVersion(
                 f"its log-probs differ from the learner's version {version.number} by "
-                f"{member.probe_gap:.3g} nats (fleet.probe_gap allows {limit:g})"
+                f"{server.probe_gap:.3g} nats (fleet.probe_gap allows {limit:g})"
             )

@@ -1,172 +1,258 @@
-"""A Sampler over many servers.
+"""A Sampler over SGLang servers.
 
-    prompts -> a thread that pulls them -> the fleet's event loop: one task a group -> generate
+    prompts -> thread that pulls them -> event loop: one task per group -> GenerateQueue -> generate
 
-The event loop has a thread of its own, so servers are tended while the learner learns. Prompts are
-pulled in a third thread: a pull may block until there is room for more groups, and that must never
-hold back the groups that are done.
+The event loop has a thread of its own, so that servers are refreshed while the learner trains.
+Prompts are pulled in a third thread, since a pull may block until there is room for more groups and
+must not delay finished groups.
 
-A group is one request, pinned to one server and the version which that server holds then. What
-fails is requested again from another server; what is in flight when its server must be refreshed
-is finished or given up and requested again. Each prompt comes out once.
+A group is one request, pinned to one server and to the version that the server holds. A failed
+request is retried on another server; requests in flight at a server that must be refreshed are
+drained, or aborted and retried. Each prompt comes out once.
 """
 
 import asyncio
 import os
 import threading
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any
 
 import aiohttp
 from etils import epath
 
-from oapl_jax.errors import RunError
+from oapl_jax.errors import FleetLost, RunError, UserError
 from oapl_jax.files import absolute
-from oapl_jax.fleet.admission import Terms, check_prompt, warnings_of
-from oapl_jax.fleet.config import FleetSettings
-from oapl_jax.fleet.generate_queue import Call
-from oapl_jax.fleet.no_server_timeout import Pause
-from oapl_jax.fleet.pool import Members
-from oapl_jax.fleet.server import READY
-from oapl_jax.fleet.shared import Shared, Version
+from oapl_jax.fleet.admission import Requirements, sampling_warnings
+from oapl_jax.fleet.config import FleetConfig
+from oapl_jax.fleet.pool import Pool, PublishedVersion
+from oapl_jax.fleet.refresh import ServerController
+from oapl_jax.fleet.server import DRAINING, READY, REFRESHING, STARTING
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.rollout.sampler import Sampled, Sampling
 from oapl_jax.structs import Prompt
-from oapl_jax.weights import publisher
 
-COUNTS = ("prompts", "groups", "dropped", "given_up")  # the last three and those in flight balance
-THREAD_DEADLINE = 30.0  # seconds for the fleet's own thread to begin, and to end
-LOOK_EVERY = 0.2  # seconds between two looks at whether any server is ready
+COUNTS = ("prompts", "groups", "dropped", "cancelled")  # prompts: the last three and those waiting
+THREAD_DEADLINE = 30.0  # seconds for the event loop to start, and to end
+WATCH_EVERY = 0.2  # seconds between two looks for a ready server
+
+
+class GenerateQueue:
+    """Groups of one `Fleet.generate`, between the threads that pull, sample and take. Thread-safe.
+
+    Attributes:
+      waiting: groups that were requested and are not finished.
+      tasks: of the groups that are being sampled; the event loop's thread only.
+    """
+
+    def __init__(self, max_in_flight: int):
+        self.waiting = 0
+        self.tasks: set[asyncio.Task] = set()
+        self._max_in_flight = max_in_flight
+        self._changed = threading.Condition()
+        self._finished: deque[Sampled] = deque()
+        self._taken: Sampled | None = None  # until its taker asks for the next one
+        self._exhausted = self._stopped = False
+        self._failure: BaseException | None = None
+
+    @property
+    def closed(self) -> bool:
+        return self._stopped or self._failure is not None
+
+    def wait_for_room(self) -> bool:
+        """Waits until another prompt may be pulled; False if none will be."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.closed or max(self.waiting, len(self._finished)) < self._max_in_flight
+            )
+            return not self.closed
+
+    def add(self) -> bool:
+        """Counts a pulled prompt; False if the queue is closed."""
+        with self._changed:
+            self.waiting += not self.closed
+            return not self.closed
+
+    def put(self, sampled: Sampled) -> None:
+        """Adds a finished group."""
+        with self._changed:
+            if not self._stopped:
+                self.waiting -= 1
+                self._finished.append(sampled)
+            self._changed.notify_all()
+
+    def end_prompts(self) -> None:
+        """Marks the end of the prompts."""
+        with self._changed:
+            self._exhausted = True
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Makes `results` raise an error after the finished groups."""
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+
+    def stop(self) -> int:
+        """Ends `results`; returns how many prompts were cancelled."""
+        with self._changed:
+            cancelled = self.waiting + len(self._finished)
+            self._stopped, self.waiting = True, 0
+            self._finished.clear()
+            self._changed.notify_all()
+            return cancelled
+
+    def results(self) -> Iterator[Sampled]:
+        """Yields finished groups, until all are finished or the queue is stopped.
+
+        Every wait ends: a request has deadlines, and the owner of the prompts ends a blocked pull.
+        """
+        while True:
+            with self._changed:
+                self._taken = None
+                self._changed.wait_for(
+                    lambda: self._finished or self.closed or (self._exhausted and not self.waiting)
+                )
+                if self._finished:
+                    self._taken = self._finished.popleft()
+                    self._changed.notify_all()
+                elif self._failure and not self._stopped:
+                    raise self._failure
+                else:
+                    return
+            yield self._taken
+
+    def versions(self) -> set[int]:
+        """Returns the versions of groups that are finished, or taken last."""
+        with self._changed:
+            finished = [*self._finished, *([self._taken] if self._taken else [])]
+        return {s.rollouts[0].policy_version for s in finished if s.rollouts}
 
 
 class Fleet:
     """A Sampler whose rollouts come from SGLang servers.
 
-    It starts its thread at once and never waits for a server but in `generate`.
+    The constructor starts the event loop's thread; only `generate` waits for servers.
 
     Args:
-      model_config: sizes of the learner's model.
-      settings: which servers, and how they are treated.
-      tokenizer: the learner's, compared with that of a server which has one.
+      model_config: the learner's architecture.
+      config: servers, deadlines and retries.
+      tokenizer: the learner's; compared with that of a server that has one.
       stop_ids: token ids that end a response.
-      sampling: the run's, which servers are checked against before they sample.
-      max_prompt_tokens: of the longest prompt.
-      dtype: that versions are published in.
-      older_versions: whether servers that do not have the wanted version yet, or refuse it, go on
-        with the one that they have. Without it every prompt taken after `refresh` is sampled from
-        the wanted version; groups of another one that are in flight are given `drain_deadline`.
-      say: takes a sentence for people; called in the fleet's thread.
+      sampling: of the run, for the admission of servers.
+      max_prompt_tokens: length of the longest prompt.
+      dtype: of published versions.
+      allow_older: servers that do not hold the target version yet, or refuse it, continue with
+        their older one. Otherwise every prompt taken after `refresh` is sampled from the target
+        version, and groups of another version in flight have `drain_deadline` to finish.
+      log: logs one sentence; called in the event loop's thread.
     """
 
     def __init__(
         self,
         model_config: ModelConfig,
-        settings: FleetSettings,
+        config: FleetConfig,
         *,
         tokenizer: Any,
         stop_ids: Sequence[int],
         sampling: Sampling,
         max_prompt_tokens: int,
         dtype: str,
-        older_versions: bool,
-        say: Callable[[str], None],
+        allow_older: bool,
+        log: Callable[[str], None],
     ):
-        self._settings, self._say = settings, say
-        self._terms = Terms(
+        self._config, self._log = config, log
+        self._requirements = Requirements(
             model_config=model_config,
             tokenizer=tokenizer,
             stop_ids=tuple(sorted(stop_ids)),
             sampling=sampling,
             max_prompt_tokens=max_prompt_tokens,
             dtype=dtype,
-            probe_gap=settings.probe_gap,
+            probe_tolerance=config.probe_gap,
         )
-        for warning in warnings_of(sampling):
-            say(warning)
+        for warning in sampling_warnings(sampling):
+            log(warning)
         self._version = -1
-        self._checked: dict[tuple[int, str], Version] = {}
+        self._checked: dict[tuple[int, str], PublishedVersion] = {}
         self._lock = threading.Lock()  # of the next four
         self._counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
-        self._calls: set[Call] = set()
+        self._queues: set[GenerateQueue] = set()
         self._failure: BaseException | None = None
         self._closed = False
-        self._pause = Pause(settings, say)
-        self._tasks: set[asyncio.Task] = set()  # the fleet's thread only
+        self._paused_before, self._paused_since = 0.0, None  # seconds; time
+        self._tasks: set[asyncio.Task] = set()  # the event loop's thread only
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
-        self._members = self._in_loop(self._open(older_versions))
+        self._pool = self._run_in_loop(self._open(allow_older))
 
     @property
     def version(self) -> int:
         return self._version
 
     def versions(self) -> set[int]:
-        held = self._members.versions() | {self._version}
-        return held.union(*(call.versions() for call in self._open_calls())) - {-1}
+        held = self._pool.versions() | {self._version}
+        return held.union(*(queue.versions() for queue in self._open_queues())) - {-1}
 
     def refresh(self, version: int, path: epath.Path) -> None:
-        """See Sampler. It checks the files, once a version, tells the fleet and returns.
+        """See Sampler. Checks the version's files, once, and makes it the servers' target.
 
-        The servers read the same path, so it must be on a disk or in a bucket that all can read.
+        The servers read the same path: it must be on a disk or in a bucket that all can read.
         """
         where = os.fspath(absolute(path))
         if (version, where) not in self._checked:
-            publisher.check_version(path)
-            probe = publisher.read_probe(path)
-            self._checked[version, where] = Version.of(version, where, probe)
+            self._checked[version, where] = PublishedVersion.read(version, where)
         self._version = version
-        self._tell_loop(self._members.want, self._checked[version, where])
+        self._call_in_loop(self._pool.set_target, self._checked[version, where])
 
     def generate(
         self, prompts: Iterable[Prompt], *, n: int, sampling: Sampling
     ) -> Iterator[Sampled]:
-        """See Sampler. Prompts are taken in another thread, while fewer than `max_in_flight` groups
-        are in flight.
+        """See Sampler. Prompts are pulled in a thread, up to `max_in_flight` groups at a time.
 
         Raises:
-          FleetLost: if groups waited `no_server_deadline` seconds with no server ready.
-          UserError: if every server is refused from the start, or for a prompt that none can take.
+          FleetLost: if groups waited `no_server_deadline` seconds without a ready server.
+          UserError: if no server is admitted, or for a prompt that no server can take.
         """
-        call = Call(self._settings.max_in_flight)
+        queue = GenerateQueue(self._config.max_in_flight)
         with self._lock:
             if self._failure:
                 raise self._failure
             if self._closed:
                 return
-            self._calls.add(call)
-        pull = threading.Thread(
-            target=self._pull,
-            args=(call, iter(prompts), n, sampling),
+            self._queues.add(queue)
+        threading.Thread(
+            target=self._pull_prompts,
+            args=(queue, iter(prompts), n, sampling),
             name="fleet-prompts",
-            daemon=True,  # nobody can end a pull that blocks but who made the prompts
-        )
-        pull.start()
+            daemon=True,  # only the owner of the prompts can end a blocked pull
+        ).start()
         try:
-            for sampled in call.results():
+            for sampled in queue.results():
                 self._count("groups" if sampled.rollouts else "dropped")
                 yield sampled
         finally:
-            self._count("given_up", call.stop())
+            self._count("cancelled", queue.stop())
             with self._lock:
-                self._calls.discard(call)
-            self._tell_loop(call.cancel_tasks)
+                self._queues.discard(queue)
+            self._call_in_loop(lambda: [task.cancel() for task in queue.tasks])
 
     def close(self) -> None:
         """See Sampler.
 
         Raises:
-          RunError: if the fleet's thread does not end.
+          RunError: if the event loop's thread does not end.
         """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            calls = set(self._calls)
-        for call in calls:
-            self._count("given_up", call.stop())
-        self._in_loop(self._shut())
+            queues = set(self._queues)
+        for queue in queues:
+            self._count("cancelled", queue.stop())
+        self._run_in_loop(self._shut())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(THREAD_DEADLINE)
         if self._thread.is_alive():
@@ -174,74 +260,85 @@ class Fleet:
         self._loop.close()
 
     def metrics(self) -> dict[str, float]:
-        """The fleet now, and counts since it was made; see docs/metrics.md. Any thread."""
-        members = self._members.all()
+        """Returns gauges, and counts since the start; see docs/metrics.md. Any thread."""
+        servers, since = list(self._pool.servers.values()), self._paused_since
         with self._lock:
             counts = Counter(self._counts)
-        for of_server in list(self._members.counts.values()):
+        for of_server in list(self._pool.counts.values()):
             counts.update(of_server)
         gauges = {
-            "servers": len(members),
-            "ready": sum(m.state == READY for m in members),
-            "in_flight": sum(len(m.requests) for m in members),
-            "waiting": sum(call.outstanding for call in self._open_calls()),
-            "probe_gap": max((m.probe_gap for m in members), default=0.0),
-            "refresh_seconds": max((m.refresh_seconds for m in members), default=0.0),
-            "paused_seconds": self._pause.seconds,
+            "servers": len(servers),
+            "ready": sum(s.state == READY for s in servers),
+            "in_flight": sum(s.in_flight for s in servers),
+            "waiting": sum(queue.waiting for queue in self._open_queues()),
+            "probe_gap": max((s.probe_gap for s in servers), default=0.0),
+            "refresh_seconds": max((s.refresh_seconds for s in servers), default=0.0),
+            "paused_seconds": self._paused_before + (time.monotonic() - since if since else 0.0),
         }
         return {f"fleet/{name}": float(v) for name, v in {**gauges, **counts}.items()}
 
     def servers(self) -> dict[str, dict[str, Any]]:
-        """What is known of each server. Any thread."""
-        return {m.url: {**m.report(), **self._members.counts[m.url]} for m in self._members.all()}
+        """Returns state and counts of each server, by URL. Any thread."""
+        return {url: server.report() for url, server in list(self._pool.servers.items())}
 
     # The thread that pulls prompts
 
-    def _pull(self, call: Call, prompts: Iterator[Prompt], n: int, sampling: Sampling) -> None:
+    def _pull_prompts(
+        self, queue: GenerateQueue, prompts: Iterator[Prompt], n: int, sampling: Sampling
+    ) -> None:
         try:
-            while call.wait_for_room():
+            while queue.wait_for_room():
                 prompt = next(prompts, None)
-                if prompt is None or not call.take():
+                if prompt is None or not queue.add():
                     break
                 self._count("prompts")
                 if self._version == -1:
                     raise RunError("the fleet was given a prompt before its first version")
-                check_prompt(
-                    prompt,
-                    vocab_size=self._terms.model_config.vocab_size,
-                    max_tokens=self._terms.max_prompt_tokens,
-                )
-                self._tell_loop(self._start, call, prompt, n, sampling)
+                self._requirements.check_prompt(prompt)
+                self._call_in_loop(self._start_group, queue, prompt, n, sampling)
         except BaseException as error:
-            call.fail(error)
+            queue.fail(error)
         finally:
-            call.exhaust()
+            queue.end_prompts()
 
-    # The fleet's thread
+    def _open_queues(self) -> set[GenerateQueue]:
+        with self._lock:
+            return set(self._queues)
 
-    def _tell_loop(self, function: Callable, *args: Any) -> None:
-        """Lets the fleet's thread call something next, unless it is closed."""
+    def _count(self, name: str, number: int = 1) -> None:
+        with self._lock:
+            self._counts[name] += number
+
+    # The event loop's thread
+
+    def _call_in_loop(self, function: Callable, *args: Any) -> None:
+        """Schedules a call in the event loop, unless the fleet is closed."""
         with self._lock:
             if not self._closed:
                 self._loop.call_soon_threadsafe(function, *args)
 
-    def _in_loop(self, coroutine: Coroutine) -> Any:
+    def _run_in_loop(self, coroutine: Coroutine) -> Any:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result(THREAD_DEADLINE)
         except TimeoutError as error:
-            raise RunError(
-                f"the fleet's thread did not answer in {THREAD_DEADLINE:.0f} s"
-            ) from error
+            message = f"the fleet's thread did not respond in {THREAD_DEADLINE:.0f} s"
+            raise RunError(message) from error
 
-    async def _open(self, older_versions: bool) -> Members:
+    async def _open(self, allow_older: bool) -> Pool:
         connector = aiohttp.TCPConnector(limit=0, force_close=True)  # no stale connections
         self._session = aiohttp.ClientSession(connector=connector)
-        shared = Shared(self._settings, self._terms, older_versions=older_versions, say=self._say)
-        members = Members(self._session, shared, self._spawn)
-        self._spawn(members.watch())
-        self._spawn(self._look_after(members))
-        return members
+        pool = Pool(
+            self._config,
+            self._requirements,
+            self._session,
+            allow_older=allow_older,
+            log=self._log,
+            spawn=self._spawn,
+        )
+        self._spawn(pool.watch(lambda server: ServerController(server, pool).run()))
+        self._spawn(self._watch_for_no_server(pool))
+        return pool
 
     async def _shut(self) -> None:
         for task in (tasks := set(self._tasks)):
@@ -250,13 +347,13 @@ class Fleet:
         await self._session.close()
 
     def _spawn(self, coroutine: Coroutine) -> asyncio.Task:
-        """A task of the event loop; if it dies of anything, so does `generate`."""
+        """Starts a task; if it raises, `generate` raises the same."""
         task = self._loop.create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._end_task)
         return task
 
-    def _ended(self, task: asyncio.Task) -> None:
+    def _end_task(self, task: asyncio.Task) -> None:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error:
@@ -265,27 +362,54 @@ class Fleet:
     def _fail(self, error: BaseException) -> None:
         with self._lock:
             self._failure = self._failure or error
-        for call in self._open_calls():
-            call.fail(error)
+        for queue in self._open_queues():
+            queue.fail(error)
 
-    def _open_calls(self) -> set[Call]:
-        with self._lock:
-            return set(self._calls)
+    def _start_group(
+        self, queue: GenerateQueue, prompt: Prompt, n: int, sampling: Sampling
+    ) -> None:
+        async def sample() -> None:
+            queue.put(await self._pool.sample(prompt, n=n, sampling=sampling))
 
-    def _count(self, name: str, number: int = 1) -> None:
-        with self._lock:
-            self._counts[name] += number
+        if not queue.closed:
+            task = self._spawn(sample())
+            queue.tasks.add(task)
+            task.add_done_callback(queue.tasks.discard)
 
-    def _start(self, call: Call, prompt: Prompt, n: int, sampling: Sampling) -> None:
-        call.start(self._spawn(self._sample(call, prompt, n, sampling)))
-
-    async def _sample(self, call: Call, prompt: Prompt, n: int, sampling: Sampling) -> None:
-        call.deliver(await self._members.sample(prompt, n=n, sampling=sampling))
-
-    async def _look_after(self, members: Members) -> None:
+    async def _watch_for_no_server(self, pool: Pool) -> None:
+        """Ends the run if groups wait for `no_server_deadline` seconds without a ready server."""
+        deadline, logged, served = self._config.no_server_deadline, False, False
         while not self._failure:
-            await asyncio.sleep(LOOK_EVERY)
-            waiting = any(call.outstanding for call in self._open_calls())
-            error = self._pause.look(members.all(), waiting=waiting)
-            if error:
-                self._fail(error)
+            await asyncio.sleep(WATCH_EVERY)
+            servers, now = list(pool.servers.values()), time.monotonic()
+            ready = any(pool.can_sample(server) for server in servers)
+            served = served or ready
+            if ready or not any(queue.waiting for queue in self._open_queues()):
+                if self._paused_since:
+                    self._paused_before += now - self._paused_since
+                if logged:
+                    self._log("a server is ready, training continues")
+                self._paused_since, logged = None, False
+                continue
+            self._paused_since = self._paused_since or now
+            seconds = now - self._paused_since
+            states = "; ".join(f"{s.url} is {s.state} ({s.reason})" for s in servers)
+            states = states or "the list of servers is empty"
+            if servers and not served and all(s.not_admitted for s in servers):
+                self._fail(UserError(f"no server can be used: {states}"))
+            elif seconds > deadline:
+                self._fail(
+                    FleetLost(
+                        f"no server was ready for {deadline:g} s (fleet.no_server_deadline): "
+                        f"{states}; the same command resumes from the newest checkpoint"
+                    )
+                )
+            elif not logged and (
+                seconds > deadline / 2
+                or not any(s.state in (STARTING, DRAINING, REFRESHING) for s in servers)
+            ):
+                logged = True
+                self._log(
+                    f"no server is ready: training pauses, for {deadline - seconds:.0f} s at most "
+                    f"(fleet.no_server_deadline); {states}"
+                )

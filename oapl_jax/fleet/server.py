@@ -1,137 +1,173 @@
-"""A server of a fleet: what it holds, whether it may sample now, and the groups asked of it."""
+"""State of one server of a fleet, and its requests in flight."""
 
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
-from oapl_jax.fleet.client import Server
-from oapl_jax.fleet.failures import Aborted, Mixed, ServerError
-from oapl_jax.fleet.inflight import GivenUp, InFlight
-from oapl_jax.fleet.shared import Shared
+from oapl_jax.fleet.admission import Requirements
+from oapl_jax.fleet.client import Aborted, Mixed, ServerError, SGLangClient
+from oapl_jax.fleet.config import FleetConfig
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Prompt, Rollout
 
-# A server's states. A starting one has not answered yet, or waits for the first version; a draining
-# one finishes what is in flight; a lost one did not do what it was asked; a refused one failed its
-# contract, a version or a probe. The last two are tried again.
+# States. starting: no response yet, or waits for the first version. draining: finishes its requests
+# in flight. lost: a request failed. refused: failed admission, a version or a probe. Lost and
+# refused servers are retried.
 STARTING, READY, DRAINING = "starting", "ready", "draining"
 REFRESHING, LOST, REFUSED = "refreshing", "lost", "refused"
 
-REQUESTS = ("sampled", "attempts_failed", "aborted", "mixed", "tokens")
-COUNTS = (*REQUESTS, "joined", "refreshed", "refresh_refused", "probe_failed", LOST, REFUSED)
+COUNTS = (
+    *("sampled", "attempts_failed", "aborted", "mixed", "tokens"),  # of requests
+    *("joined", "refreshed", "refresh_refused", "probe_failed", LOST, REFUSED),
+)
 
 
-class Member:
-    """A server and what is known of it; it lives in one event loop, and any thread may look at it.
+class ServerState:
+    """A server's state, changed in the fleet's event loop; any thread may read the attributes.
+
+    Args:
+      client: of the server.
+      config: of the fleet.
+      requirements: on the server.
+      counts: by the names in COUNTS, since the URL first joined; updated here.
+      log: logs one sentence.
+      notify: called after each change of state.
 
     Attributes:
-      state: one of those above.
-      reason: why it is not ready.
-      version: that it holds and was probed for; None if that is not known.
-      target: that it is told to take, or None.
-      refreshing: whether it has one of the turns that the fleet's share allows.
-      requests: in flight.
-      by_contract: whether it is refused for what it is, not for what it did.
-      probe_gap: of its last probe, nats.
-      refresh_seconds: of its last refresh.
-      retry_at: when it is to be tried again, if it is not ready.
-      woken: set for its keeper (keeper.py) to look at it at once.
-      counts: what happened here, since the URL was first a member.
+      state: one of the states above.
+      reason: why the server is not ready.
+      version: loaded and probed; None if unknown.
+      target: version that is being loaded, or None.
+      refreshing: holds one of the fleet's refresh slots.
+      not_admitted: refused by check_server, not for a failure.
+      leaving: removed from the list of servers; drains.
+      probe_gap: largest log-prob difference of the last probe, nats.
+      refresh_seconds: duration of the last refresh.
+      retry_at: time of the next try, if not ready.
+      wake: event that makes the server's ServerController look at it at once.
     """
 
-    def __init__(self, server: Server, shared: Shared, counts: Counter[str]):
-        self.server, self.url, self._shared, self.counts = server, server.url, shared, counts
-        self.state, self.reason = STARTING, "it has not answered yet"
+    def __init__(
+        self,
+        client: SGLangClient,
+        config: FleetConfig,
+        requirements: Requirements,
+        counts: Counter[str],
+        *,
+        log: Callable[[str], None],
+        notify: Callable[[], None],
+    ):
+        self.client, self.url, self.counts = client, client.url, counts
+        self._config, self._requirements, self._log = config, requirements, log
+        self._notify = notify
+        self.state, self.reason = STARTING, "no response yet"
         self.version: int | None = None
         self.target: int | None = None
-        self.requests = InFlight(shared)
-        self.refreshing = self.by_contract = self.leaving = False
-        self.probe_gap = self.refresh_seconds = 0.0
-        self.retry_at, self.woken = 0.0, asyncio.Event()
+        self.refreshing = self.not_admitted = self.leaving = False
+        self.probe_gap = self.refresh_seconds = self.retry_at = 0.0
+        self.wake = asyncio.Event()
+        self._in_flight: dict[asyncio.Task, str] = {}  # request -> why it was aborted, if it was
         self._failures = 0  # in a row
-        self._told, self._warned = "", set()
+        self._logged_failure = ""  # state that was logged last
+        self._warned: set[str] = set()
 
     @property
-    def hopeful(self) -> bool:
-        """Whether it may be ready soon although nothing went well or wrong yet."""
-        return self.state in (STARTING, DRAINING, REFRESHING)
-
-    @property
-    def serves(self) -> bool:
-        """Whether new groups may go to it."""
-        wanted = self._shared.wanted
-        right = wanted is not None and self.version == wanted.number
-        return self.state == READY and (right or self._shared.older_versions)
+    def in_flight(self) -> int:
+        return len(self._in_flight)
 
     def report(self) -> dict[str, Any]:
-        names = ("state", "reason", "version", "probe_gap", "refresh_seconds")
-        return {"in_flight": len(self.requests), **{name: getattr(self, name) for name in names}}
+        """Returns the state, for logs and tests."""
+        names = ("state", "reason", "version", "in_flight", "probe_gap", "refresh_seconds")
+        return {**{name: getattr(self, name) for name in names}, **self.counts}
 
-    async def request(self, prompt: Prompt, *, n: int, sampling: Sampling) -> tuple[Rollout, ...]:
-        """One group of the version that the server holds now.
+    async def generate(self, prompt: Prompt, *, n: int, sampling: Sampling) -> tuple[Rollout, ...]:
+        """Samples one group from the loaded version.
 
         Raises:
-          Aborted: if it was given up for a refresh.
-          ServerError: if it failed; the server is then looked at before it gets another one.
+          Aborted: if the group was aborted for a refresh.
+          ServerError: if the request failed; the server is admitted anew before its next group.
         """
-        terms, settings = self._shared.terms, self._shared.settings
-        generating = self.server.generate(
+        request = self.client.generate(
             prompt.tokens.tolist(),
             n=n,
             sampling=sampling,
-            stop_ids=terms.stop_ids,
-            vocab_size=terms.model_config.vocab_size,
+            stop_ids=self._requirements.stop_ids,
+            vocab_size=self._requirements.model_config.vocab_size,
             version=self.version,
-            mixed_versions=settings.mixed_versions,
-            deadline=settings.request_deadline,
+            mixed_versions=self._config.mixed_versions,
+            deadline=self._config.request_deadline,
         )
+        task = asyncio.create_task(request)  # `abort` cancels the request and not its caller
+        self._in_flight[task] = ""
         try:
-            answer = await self.requests.run(generating)
-        except GivenUp as error:
-            (reason,) = error.args
-            self.counts[reason] += 1
-            kind = Aborted if reason == "aborted" else ServerError
-            raise kind(f"{self.url}: given up since the server is {self.state}") from error
+            await asyncio.wait({task})
+        finally:
+            task.cancel()
+            aborted = self._in_flight.pop(task)
+        if aborted:
+            self.counts[aborted] += 1
+            kind = Aborted if aborted == "aborted" else ServerError
+            raise kind(f"{self.url}: request ended since the server is {self.state}")
+        try:
+            rollouts, mixed = task.result()
         except ServerError as error:
             self.counts["mixed" if isinstance(error, Mixed) else "attempts_failed"] += 1
             if self.state == READY:
                 self.fail(LOST, f"a request failed: {error}")
-                self.woken.set()
-            if isinstance(error, Aborted):  # nobody here asked for it
+                self.wake.set()
+            if isinstance(error, Aborted):  # by another client
                 raise ServerError(str(error)) from error
             raise
         self._failures = 0
         self.counts["sampled"] += 1
-        self.counts["mixed"] += answer.mixed
-        self.counts["tokens"] += sum(len(r.tokens) for r in answer.rollouts)
-        return answer.rollouts
+        self.counts["mixed"] += mixed
+        self.counts["tokens"] += sum(len(r.tokens) for r in rollouts)
+        return rollouts
 
-    async def leave(self) -> None:
-        """Groups in flight are finished, within the deadline of a drain."""
-        self.leaving = True
-        self.enter(DRAINING, "it left the list of servers")
-        await self.requests.finish(time.monotonic() + self._shared.settings.drain_deadline)
+    def abort(self, reason: str) -> None:
+        """Cancels every request in flight; `reason` is counted: "aborted" or "attempts_failed"."""
+        for task in self._in_flight:
+            if not task.done():
+                self._in_flight[task] = reason
+                task.cancel()
 
-    def fail(self, state: str, reason: str, *, tell: bool = False) -> None:
-        """It is lost or refused, and tried again after a while that grows with each failure."""
-        self.counts[state] += self.state != state
-        self._failures += 1
-        self.retry_at = time.monotonic() + self._shared.settings.backoff_after(self._failures)
-        self.enter(state, reason)
-        if tell and self._told != state:  # not at every try
-            self._told = state
-            self._shared.say(f"server {self.url} is {state}: {reason}")
+    async def drain(self, until: float) -> bool:
+        """Waits for the requests in flight, and aborts those left at the time `until`.
+
+        Returns:
+          whether any was aborted.
+        """
+        if self._in_flight:
+            seconds = max(until - time.monotonic(), 0)
+            await asyncio.wait(set(self._in_flight), timeout=seconds)
+        late = {task for task in self._in_flight if not task.done()}
+        if late:
+            self.abort("aborted")
+            await asyncio.wait(late)
+        return bool(late)
 
     def enter(self, state: str, reason: str = "") -> None:
+        """Changes the state."""
         self.state, self.reason = state, reason
-        if state == READY and self._told:
-            self._told = ""
-            self._shared.say(f"server {self.url} is ready again, with version {self.version}")
-        self._shared.notify()
+        if state == READY and self._logged_failure:
+            self._logged_failure = ""
+            self._log(f"server {self.url} is ready again, with version {self.version}")
+        self._notify()
 
-    def tell(self, sentence: str) -> None:
-        """Says something of it to people, once."""
+    def fail(self, state: str, reason: str, *, log: bool = False) -> None:
+        """Marks the server lost or refused; each failure in a row doubles the time to the retry."""
+        self.counts[state] += self.state != state
+        self._failures += 1
+        self.retry_at = time.monotonic() + self._config.backoff_after(self._failures)
+        self.enter(state, reason)
+        if log and self._logged_failure != state:  # once, not at each retry
+            self._logged_failure = state
+            self._log(f"server {self.url} is {state}: {reason}")
+
+    def warn(self, sentence: str) -> None:
+        """Logs a sentence about the server, once."""
         if sentence not in self._warned:
             self._warned.add(sentence)
-            self._shared.say(f"server {self.url}: {sentence}")
+            self._log(f"server {self.url}: {sentence}")

@@ -16,8 +16,7 @@ import aiohttp
 import numpy as np
 
 from oapl_jax.errors import RunError, UserError
-from oapl_jax.fleet.client import Server
-from oapl_jax.fleet.failures import ServerError
+from oapl_jax.fleet.client import ServerError, SGLangClient
 from oapl_jax.model.tokenizer import load_tokenizer
 from oapl_jax.preferences.judge import Response
 from oapl_jax.structs import Prompt
@@ -93,7 +92,7 @@ class LanguageModel:
         self._values = np.array(list(verdicts.values()), np.float64)
         self._least_mass, self._max_prompt_tokens = least_mass, max_prompt_tokens
         self._questions_per_request, self._max_in_flight = questions_per_request, max_in_flight
-        self._deadlines = dict(connect_deadline=connect_deadline, answer_deadline=answer_deadline)
+        self._deadlines = dict(connect_deadline=connect_deadline, deadline=answer_deadline)
         self._backoff, self._patience = backoff, patience
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter(asked=0, too_long=0, unclear=0, failed=0, retried=0)
@@ -160,7 +159,7 @@ class LanguageModel:
         parts = np.array_split(np.arange(len(rows)), -(-len(rows) // self._questions_per_request))
         connector = aiohttp.TCPConnector(limit=0, force_close=True)  # no stale connections
         async with aiohttp.ClientSession(connector=connector) as session:
-            servers = [Server(session, url, **self._deadlines) for url in self._urls]
+            servers = [SGLangClient(session, url, **self._deadlines) for url in self._urls]
 
             async def ask(part: np.ndarray, turn: int) -> None:
                 try:
@@ -180,7 +179,7 @@ class LanguageModel:
         return scores
 
     async def _ask(
-        self, rows: list[list[int]], servers: list[Server], turn: int, give_up: float
+        self, rows: list[list[int]], servers: list[SGLangClient], turn: int, give_up: float
     ) -> np.ndarray:
         """The scores of one call, by the server whose turn it is or one that comes after it."""
         failures = 0

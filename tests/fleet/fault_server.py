@@ -133,6 +133,7 @@ class FaultServer:
       faults: how often each fault was committed, by (call, fault).
       held: the version whose policy it samples from; what it says can differ.
       loads: versions that it was told to load, in order.
+      forced_sampling: settings that replace those of a request.
       information: of /server_info.
     """
 
@@ -145,6 +146,7 @@ class FaultServer:
         self.running = self.most_running = 0
         self.requests: list[dict] = []
         self.updating: Callable[[int], None] = lambda change: None
+        self.forced_sampling: dict = {}
         self.information: dict = {"dtype": "float32", "skip_tokenizer_init": True}
         self.max_model_len = CONTEXT
         self.model_path = directory / "base"
@@ -287,7 +289,7 @@ class FaultServer:
         return True
 
     def _sample(self, body: dict, held: int, says: str) -> dict:
-        settings = body["sampling_params"]
+        settings = body["sampling_params"] | self.forced_sampling
         logp = toy_logp(held, settings["temperature"])
         tokens: list[int] = []
         while len(tokens) < settings["max_new_tokens"] and tokens[-1:] != [STOP]:

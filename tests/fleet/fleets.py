@@ -10,7 +10,7 @@ from fault_server import MODEL, STOP, VOCAB, is_right, publish_toy
 
 from oapl_jax.data.prompts import Prompts
 from oapl_jax.data.records import Record, user
-from oapl_jax.fleet.config import FleetSettings
+from oapl_jax.fleet.config import FleetConfig
 from oapl_jax.fleet.sampler import Fleet
 from oapl_jax.rollout import ledger_report as account
 from oapl_jax.rollout.buffer import Buffer
@@ -70,7 +70,7 @@ REAL_SETTINGS: dict[str, Any] = dict(
 )
 
 
-def open_toy_fleet(urls=(), *, older_versions=False, sampling=SAMPLING, **settings):
+def open_toy_fleet(urls=(), *, allow_older=False, sampling=SAMPLING, **settings):
     """A fleet of fault servers, whose sentences are in its `said`."""
     return _open(
         MODEL,
@@ -79,11 +79,11 @@ def open_toy_fleet(urls=(), *, older_versions=False, sampling=SAMPLING, **settin
         stop_ids=(STOP,),
         sampling=sampling,
         max_prompt_tokens=8,
-        older_versions=older_versions,
+        allow_older=allow_older,
     )
 
 
-def open_real_fleet(published, urls=(), *, older_versions=False, **settings):
+def open_real_fleet(published, urls=(), *, allow_older=False, **settings):
     """A fleet of SGLang servers of the model that is `published`."""
     return _open(
         published.policy.config,
@@ -92,14 +92,14 @@ def open_real_fleet(published, urls=(), *, older_versions=False, **settings):
         stop_ids=published.policy.stop_ids,
         sampling=REAL_SAMPLING,
         max_prompt_tokens=12,
-        older_versions=older_versions,
+        allow_older=allow_older,
     )
 
 
 def _open(model_config, settings, **terms):
     said = []
-    settings = FleetSettings(**settings)
-    fleet: Any = Fleet(model_config, settings, dtype="float32", say=said.append, **terms)
+    settings = FleetConfig(**settings)
+    fleet: Any = Fleet(model_config, settings, dtype="float32", log=said.append, **terms)
     fleet.said = said
     return fleet
 
@@ -206,7 +206,7 @@ def assert_balanced(fleet, taken, count):
     assert found["prompts"] == count
     assert found["groups"] == sum(bool(s.rollouts) for s in taken)
     assert found["dropped"] == sum(not s.rollouts for s in taken)
-    assert found["prompts"] == found["groups"] + found["dropped"] + found["given_up"]
+    assert found["prompts"] == found["groups"] + found["dropped"] + found["cancelled"]
     assert found["sampled"] == found["groups"]
     assert found["tokens"] == sum(len(r.tokens) for s in taken for r in s.rollouts)
     assert found["attempts_failed"] == attempts["failed"]

@@ -116,8 +116,8 @@ def test_what_a_pull_raises_is_raised_by_generate(make_fleet, toy_servers, direc
 @pytest.mark.parametrize(
     ("tokens", "why"),
     [
-        ([3, VOCAB], f"prompt p0 holds token id {VOCAB}, outside"),
-        ([-1], "prompt p0 holds token id -1, outside"),
+        ([3, VOCAB], f"prompt p0 has token id {VOCAB}, outside"),
+        ([-1], "prompt p0 has token id -1, outside"),
         ([], "prompt p0 has 0 tokens"),
         ([2] * 9, "prompt p0 has 9 tokens"),
     ],
@@ -152,9 +152,9 @@ def test_groups_that_are_abandoned_are_given_up(make_fleet, toy_servers, directo
     wait_until(lambda: fleet.metrics()["fleet/in_flight"] == server.running == 0)
     server.seconds = 0.0
     found = fleet.metrics()
-    assert found["fleet/prompts"] == found["fleet/groups"] + found["fleet/given_up"]
+    assert found["fleet/prompts"] == found["fleet/groups"] + found["fleet/cancelled"]
     assert found["fleet/groups"] == 1
-    assert found["fleet/given_up"] >= SETTINGS["max_in_flight"]
+    assert found["fleet/cancelled"] >= SETTINGS["max_in_flight"]
     assert_each_once(Taker(fleet, prompts(9)).result(), 9)
 
 

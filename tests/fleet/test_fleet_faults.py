@@ -162,7 +162,7 @@ def test_a_server_that_comes_back_takes_the_wanted_version_first(
 ):
     """Even where older versions may serve, and it has had its turn just now."""
     (server,) = toy_servers(1)
-    fleet = ready_fleet(make_fleet, [server], directory, older_versions=True)
+    fleet = ready_fleet(make_fleet, [server], directory, allow_older=True)
     server.update_seconds = 1.5  # so long it serves before it is refreshed again
     fleet.refresh(1, publish_toy(directory, 1))
     wait_until(lambda: fleet.versions() == {1} and states(fleet) == {"ready"}, "version 1")
@@ -209,7 +209,7 @@ def test_a_thousand_random_faults(make_fleet, toy_servers, directory, tmp_path):
         make_fleet,
         made,
         directory,
-        older_versions=True,
+        allow_older=True,
         answer_deadline=0.5,
         request_deadline=0.5,
         update_deadline=0.5,

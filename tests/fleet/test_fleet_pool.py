@@ -24,7 +24,7 @@ from fleets import (
 )
 
 from oapl_jax.errors import FleetLost, UserError
-from oapl_jax.fleet.config import FleetSettings
+from oapl_jax.fleet.config import FleetConfig
 from oapl_jax.rollout.sampler import Sampling
 
 # Who is in the fleet
@@ -57,7 +57,7 @@ def test_servers_join_and_leave(make_fleet, toy_servers, directory, tmp_path):
     write(third)
     wait_until(lambda: urls() == {third.url})
     listed.unlink()  # then the list stays as it is
-    wait_until(lambda: any("list can't be read" in sentence for sentence in fleet.said))
+    wait_until(lambda: any("list of servers can't be read" in sentence for sentence in fleet.said))
     before = sampled(third)
     wait_until(lambda: sampled(third) > before + 5)
     assert urls() == {third.url}
@@ -118,7 +118,7 @@ def test_no_server_for_too_long_ends_the_run(make_fleet, toy_servers, directory)
     assert all(server.url in str(caught.value) for server in made)
     assert any(said.startswith("no server is ready: training pauses") for said in fleet.said)
     found = fleet.metrics()
-    assert found["fleet/prompts"] == found["fleet/given_up"]
+    assert found["fleet/prompts"] == found["fleet/cancelled"]
     with pytest.raises(FleetLost):  # and stays so
         Taker(fleet, prompts(5)).result()
 
@@ -133,7 +133,7 @@ def test_training_pauses_and_goes_on(make_fleet, toy_servers, directory):
     taken = taker.result()
     assert_each_once(taken, 20)
     assert_right(taken)
-    wait_until(lambda: any("training goes on" in said for said in fleet.said))
+    wait_until(lambda: any("training continues" in said for said in fleet.said))
     assert fleet.metrics()["fleet/paused_seconds"] > 0
     assert_balanced(fleet, taken, 20)
 
@@ -230,7 +230,7 @@ def test_close_while_groups_are_in_flight_and_the_pull_is_blocked(
     assert Taker(fleet, prompts(2)).result() == []
     fleet.refresh(1, publish_toy(directory, 1))
     found = fleet.metrics()
-    assert (found["fleet/prompts"], found["fleet/given_up"]) == (3, 3)
+    assert (found["fleet/prompts"], found["fleet/cancelled"]) == (3, 3)
     assert not [t for t in threading.enumerate() if t.name == "fleet"]
 
 
@@ -246,7 +246,7 @@ def test_many_threads_may_close(make_fleet, toy_servers, directory):
         closer.join(PATIENCE)
     assert_right(taker.result())
     found = fleet.metrics()
-    assert found["fleet/prompts"] == found["fleet/groups"] + found["fleet/given_up"]
+    assert found["fleet/prompts"] == found["fleet/groups"] + found["fleet/cancelled"]
 
 
 @pytest.mark.parametrize(
@@ -267,11 +267,11 @@ def test_many_threads_may_close(make_fleet, toy_servers, directory):
 )
 def test_settings_that_can_not_work(changes, why):
     with pytest.raises(UserError, match=why):
-        FleetSettings(**{**SETTINGS, "servers": ("http://a",), **changes})
+        FleetConfig(**{**SETTINGS, "servers": ("http://a",), **changes})
 
 
 def test_settings_that_can_not_be_reproduced_are_named(make_fleet):
     odd = Sampling(temperature=1.0, top_p=0.95, top_k=7, max_response_tokens=6)
     said = make_fleet(["http://127.0.0.1:9"], sampling=odd).said
-    assert "rollout.top_p=0.95 draws from fewer" in said[0]
-    assert "rollout.top_k=7 draws from fewer" in said[1]
+    assert "rollout.top_p=0.95 samples from fewer" in said[0]
+    assert "rollout.top_k=7 samples from fewer" in said[1]

@@ -41,13 +41,13 @@ class Updating:
             self.most = max(self.most, self.now)
 
 
-@pytest.mark.parametrize("older_versions", [False, True])
+@pytest.mark.parametrize("allow_older", [False, True])
 @pytest.mark.parametrize("drain_deadline", [0.0, 10.0])
-def test_refreshes_under_load(make_fleet, toy_servers, directory, older_versions, drain_deadline):
+def test_refreshes_under_load(make_fleet, toy_servers, directory, allow_older, drain_deadline):
     made = toy_servers(4)
     updating = Updating(made)
     fleet = ready_fleet(
-        make_fleet, made, directory, older_versions=older_versions, drain_deadline=drain_deadline
+        make_fleet, made, directory, allow_older=allow_older, drain_deadline=drain_deadline
     )
     for server in made:
         server.seconds, server.update_seconds = 0.08, 0.2
@@ -69,7 +69,7 @@ def test_refreshes_under_load(make_fleet, toy_servers, directory, older_versions
     assert_right(taken)
     assert all(s.rollouts for s in taken)
     versions = {s.prompt.stream_index: s.rollouts[0].policy_version for s in taken}
-    if not older_versions:
+    if not allow_older:
         assert all(versions[draw] >= taken_at[draw] for draw in versions)
         assert set(versions.values()) >= {0, 5}
     else:
@@ -85,7 +85,7 @@ def test_refreshes_under_load(make_fleet, toy_servers, directory, older_versions
 
 def test_a_server_that_drains_takes_no_new_group(make_fleet, toy_servers, directory):
     (server,) = toy_servers(1)
-    fleet = ready_fleet(make_fleet, [server], directory, older_versions=True, drain_deadline=2.0)
+    fleet = ready_fleet(make_fleet, [server], directory, allow_older=True, drain_deadline=2.0)
     server.seconds = 0.05
 
     def staggered():  # so that the server is idle at no moment
@@ -120,11 +120,9 @@ def test_a_drain_that_takes_too_long_is_an_abort(make_fleet, toy_servers, direct
     assert slow.calls["abort"] == 1
 
 
-def test_a_server_that_refuses_goes_on_only_if_older_versions_may(
-    make_fleet, toy_servers, directory
-):
+def test_a_server_that_refuses_goes_on_only_if_allow_older_may(make_fleet, toy_servers, directory):
     bad, good = toy_servers(2)
-    fleet = ready_fleet(make_fleet, [bad, good], directory, older_versions=True)
+    fleet = ready_fleet(make_fleet, [bad, good], directory, allow_older=True)
     bad.plan = lambda this: "refuse" if this == "update" else ""
     fleet.refresh(1, publish_toy(directory, 1))
     wait_until(lambda: fleet.servers()[good.url]["version"] == 1)
@@ -135,7 +133,7 @@ def test_a_server_that_refuses_goes_on_only_if_older_versions_may(
     held = {(s.server, s.rollouts[0].policy_version) for s in taken}
     assert held == {(bad.url, 0), (good.url, 1)}
     assert fleet.versions() == {0, 1}
-    assert any("goes on with version 0" in sentence for sentence in fleet.said)
+    assert any("continues with version 0" in sentence for sentence in fleet.said)
     bad.plan = lambda this: ""
     wait_until(lambda: fleet.versions() == {1}, "the version is taken after all")
 
@@ -171,7 +169,7 @@ def test_a_new_version_is_offered_at_once_to_who_refused_another(
 def test_versions_that_come_faster_than_servers_take_them(make_fleet, toy_servers, directory):
     """Each server samples between two updates, and each has its turn."""
     made = toy_servers(2)
-    fleet = ready_fleet(make_fleet, made, directory, older_versions=True, max_in_flight=4)
+    fleet = ready_fleet(make_fleet, made, directory, allow_older=True, max_in_flight=4)
     for server in made:
         server.seconds, server.update_seconds = 0.01, 0.1
     paths = [publish_toy(directory, version) for version in range(1, 50)]
@@ -196,7 +194,7 @@ def test_stale_weights_after_a_refusal_do_not_pass_for_the_older_version(
 ):
     """A server whose update fails half-way says its old version and samples from something else."""
     bad, good = toy_servers(2)
-    fleet = ready_fleet(make_fleet, [bad, good], directory, older_versions=True)
+    fleet = ready_fleet(make_fleet, [bad, good], directory, allow_older=True)
 
     def half(this):
         if this == "update":

@@ -83,11 +83,11 @@ def test_log_probs_are_those_of_the_learner(make_fleet, servers, published, temp
     assert fleet.metrics()["fleet/probe_gap"] < CLOSE
 
 
-@pytest.mark.parametrize(("older_versions", "drain_deadline"), [(False, 0.0), (True, 60.0)])
+@pytest.mark.parametrize(("allow_older", "drain_deadline"), [(False, 0.0), (True, 60.0)])
 def test_a_refresh_under_load_mixes_no_group(
-    make_fleet, servers, published, older_versions, drain_deadline
+    make_fleet, servers, published, allow_older, drain_deadline
 ):
-    fleet = make_fleet(servers.urls, older_versions=older_versions, drain_deadline=drain_deadline)
+    fleet = make_fleet(servers.urls, allow_older=allow_older, drain_deadline=drain_deadline)
     taken_at = {}
 
     def refreshing():
@@ -103,11 +103,11 @@ def test_a_refresh_under_load_mixes_no_group(
     assert_each_once(taken, 90)
     assert_published(published, taken)
     sampled_from = {s.rollouts[0].policy_version for s in taken}
-    assert len(sampled_from) > 1 if older_versions else sampled_from == {1, 2, 3}
+    assert len(sampled_from) > 1 if allow_older else sampled_from == {1, 2, 3}
     assert {a.reason for s in taken for a in s.attempts} <= {"aborted"}
     found = fleet.metrics()
     assert found["fleet/aborted"] == sum(len(s.attempts) for s in taken)
-    assert found["fleet/aborted"] == 0 if older_versions else found["fleet/aborted"] > 0
+    assert found["fleet/aborted"] == 0 if allow_older else found["fleet/aborted"] > 0
 
 
 def test_a_killed_server_comes_back(
