@@ -14,8 +14,8 @@ import numpy as np
 from etils import epath
 from results import keep
 
-from oapl_jax.rollout import ledger_report as account
 from oapl_jax.rollout.ledger import FILE, Ledger
+from oapl_jax.rollout.ledger_report import LedgerReport
 from oapl_jax.rollout.sampler import Sampled
 from oapl_jax.structs import Group, Prompt, Rollout
 
@@ -48,7 +48,7 @@ def main() -> None:
         ledger.close()
         size = path.stat().length
         started = time.perf_counter()
-        summary = account.summary(account.read(path))
+        summary = LedgerReport(path).summary()
         read = time.perf_counter() - started
     assert summary["balanced"]
     assert summary["balance"]["trained"] == STEPS * GROUPS * SIZE

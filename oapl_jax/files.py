@@ -24,6 +24,7 @@ SYNC_EVERY = 64 << 20  # bytes written before the next fsync starts
 READ_BYTES = 16 << 20
 TAIL = 1 << 20  # bytes read at a time to find the last whole line
 
+encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 X = TypeVar("X")
 Y = TypeVar("Y")
 
@@ -177,7 +178,7 @@ class JsonLines:
           RunError: for a number that is not finite.
         """
         try:
-            text = json.dumps(line, separators=(",", ":"), allow_nan=False)
+            text = encode_json(line)
         except ValueError as error:
             raise RunError(f"a number for {self.path} is not finite: {line}") from error
         content = text.encode() + b"\n"

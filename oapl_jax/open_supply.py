@@ -18,11 +18,10 @@ from oapl_jax.preferences import JUDGES, Preferences
 from oapl_jax.preferences.comparators import RecordedComparators, SampledComparators
 from oapl_jax.rollout.buffer import Buffer
 from oapl_jax.rollout.dataset import Shards, ShardWriter, describe
-from oapl_jax.rollout.ledger import FILE, Ledger
+from oapl_jax.rollout.ledger import FILE, Ledger, ZeroRewardGuard
 from oapl_jax.rollout.recorded import Recorded
 from oapl_jax.rollout.source import Supply
 from oapl_jax.rollout.worker import Worker
-from oapl_jax.rollout.zero_reward_guard import Unpaid
 from oapl_jax.structs import Group, Prompt, Rollout
 from oapl_jax.weights import publisher
 
@@ -45,7 +44,7 @@ def open_supply(job: Job) -> Supply:
         older_versions = config.buffer.mode != "clear_on_sync"
         sampler = job.new_sampler(config.seed, older_versions=older_versions)
     curriculum = open_curriculum(job)
-    unpaid = Unpaid(limit=config.rollout.unpaid_groups, decode=job.policy.tokenizer.decode)
+    unpaid = ZeroRewardGuard(limit=config.rollout.unpaid_groups, decode=job.policy.tokenizer.decode)
 
     def record(group: Group) -> None:
         curriculum.teacher.ended(group)

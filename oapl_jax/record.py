@@ -21,8 +21,8 @@ from etils import epath
 from oapl_jax.errors import RunError, UserError, exit_with_code
 from oapl_jax.files import absolute, checksum
 from oapl_jax.rollout.dataset import ShardWriter, describe
+from oapl_jax.rollout.ledger import ZeroRewardGuard
 from oapl_jax.rollout.sampler import Sampled, Sampler, Sampling
-from oapl_jax.rollout.zero_reward_guard import Unpaid
 from oapl_jax.structs import Group, Prompt, Rollout
 from oapl_jax.weights import publisher
 
@@ -191,7 +191,9 @@ def make_set(
     writer = ShardWriter(
         to, about, groups_per_shard=groups_per_shard, identify=lambda version: weights
     )
-    unpaid = Unpaid(limit=job.config.rollout.unpaid_groups, decode=job.policy.tokenizer.decode)
+    unpaid = ZeroRewardGuard(
+        limit=job.config.rollout.unpaid_groups, decode=job.policy.tokenizer.decode
+    )
     sampler = job.new_sampler(job.config.seed, older_versions=False)
     try:
         sampler.refresh(version, path)

@@ -21,7 +21,7 @@ FLOORS = (
     ("build",),
     ("launch", "compile_cache", "resize", "assemble", "open_supply", "begin"),
     ("planning",),
-    ("train", "evaluate", "record", "publish", "plan", "audit"),
+    ("train", "evaluate", "record", "report", "publish", "plan", "audit"),
 )
 # Rooms that must not know each other, whatever the floors allow.
 FORBIDDEN = {

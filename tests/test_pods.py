@@ -172,7 +172,7 @@ def test_a_host_that_is_lost_is_named_and_the_run_goes_on(runs, together, tmp_pa
 
 
 def balance(runs: Runs, workdir: Path, host: int) -> dict[str, int]:
-    command = [sys.executable, "-m", "oapl_jax.rollout.ledger", str(workdir), f"--host={host}"]
+    command = [sys.executable, "-m", "oapl_jax.report", str(workdir), f"--host={host}"]
     output, _ = (process := runs.start([*command, "--json"])).communicate(timeout=60)
     assert process.returncode == 0, output
     return json.loads(output)["balance"]

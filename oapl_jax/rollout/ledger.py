@@ -1,147 +1,151 @@
-"""The ledger: what became of every rollout that was ever asked for.
+"""The ledger: an event for every rollout that was requested; and the guard against zero rewards.
 
-    python -m oapl_jax.rollout.ledger WORKDIR [--host=N] [--json]
-
-`WORKDIR/ledger.jsonl` only grows: a line for each event of a group, handed to the operating system
-at once, so that a kill loses none. A group is requested; it is sampled, with its lengths, rewards
+`WORKDIR/ledger.jsonl` only grows. A group is requested; it is sampled, with its lengths, rewards
 and the attempts that came to nothing before; it ends: trained, expired, zero_variance or failed. A
-killed run goes back to a checkpoint: then one more line says to which place of the file, and the
-reader gives the groups that were asked for since the end "rewound". The command prints the balance
-(account.py); its exit code is 1 if the sums do not.
+resumed run appends the position in the file that its checkpoint knows, and the report
+(ledger_report.py) gives the groups that were requested since then the state "rewound".
 """
 
-import argparse
 import dataclasses
-import json
-import os
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from oapl_jax import multihost as hosts
-from oapl_jax.errors import RunError, UserError, exit_with_code
-from oapl_jax.rollout import ledger_report as account
+from oapl_jax.errors import NoReward, UserError
+from oapl_jax.files import JsonLines
 from oapl_jax.rollout.sampler import Sampled
 from oapl_jax.structs import Group, Prompt
 
 FILE = "ledger.jsonl"
+RESPONSES = 3  # of the last group, shown by the guard
+CHARACTERS = 600  # of a prompt or a response, shown by the guard; the middle is left out
 
 
 class Ledger:
-    """Appends events. Whoever calls holds the buffer's lock.
+    """Appends events; each is handed to the operating system at once, so that a kill loses none.
+
+    Not safe for several threads: the caller holds a lock.
 
     Args:
       path: of the file; a last line that a kill has cut is removed.
     """
 
     def __init__(self, path: epath.Path):
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = path.read_bytes() if path.exists() else b""
-        self._size = content.rfind(b"\n") + 1
-        self._file = path.open("ab")
-        self._file.truncate(self._size)
-        self._goes_on = self._size == 0  # whether it is settled where this run begins
+        self._lines = JsonLines(path, exclusive=False)
+        self._resumed = not self._lines.size  # whether this run's first position is known
 
     def request(self, prompt: Prompt, n: int) -> None:
-        """`n` rollouts are asked for."""
-        if not self._goes_on:
+        """Records that `n` rollouts are requested."""
+        if not self._resumed:
             self.resume(0, ())  # the run before was killed before its first checkpoint
-        self._write(
-            {"event": "request", "stream_index": prompt.stream_index, "prompt": prompt.id, "n": n}
-        )
+        self._write("request", prompt, prompt=prompt.id, n=n)
 
     def sampled(self, sampled: Sampled, reward: np.ndarray) -> None:
-        """The rollouts have come, or every attempt failed, which ends the group.
+        """Records the rollouts; without any, every attempt failed, which ends the group.
 
         Args:
           sampled: of the prompt that was requested.
-          reward: float32[n], or of no element if there are no rollouts.
+          reward: float32[n], or empty if there are no rollouts.
         """
         rollouts = sampled.rollouts
         self._write(
-            {
-                "event": "sampled",
-                "stream_index": sampled.prompt.stream_index,
-                "server": sampled.server,
-                "version": rollouts[0].policy_version if rollouts else None,
-                "seconds": round(sampled.seconds, 4),
-                "tokens": [len(r.tokens) for r in rollouts],
-                "finish": [r.finish_reason for r in rollouts],
-                "reward": reward.tolist(),
-                "attempts": [dataclasses.astuple(attempt) for attempt in sampled.attempts],
-            }
+            "sampled",
+            sampled.prompt,
+            server=sampled.server,
+            version=rollouts[0].policy_version if rollouts else None,
+            seconds=round(sampled.seconds, 4),
+            tokens=[len(r.tokens) for r in rollouts],
+            finish=[r.finish_reason for r in rollouts],
+            reward=reward.tolist(),
+            attempts=[dataclasses.astuple(attempt) for attempt in sampled.attempts],
         )
 
     def end(self, group: Group, end: str, step: int | None) -> None:
-        """A sampled group was "trained" at a step, or dropped ("expired", "zero_variance")."""
-        self._write(
-            {"event": "end", "stream_index": group.prompt.stream_index, "end": end, "step": step}
-        )
+        """Records that a group was "trained" at a step, or dropped: "expired", "zero_variance"."""
+        self._write("end", group.prompt, end=end, step=step)
 
     def position(self) -> int:
-        """The place that belongs into a checkpoint; what stands before it is on disk."""
-        os.fsync(self._file.fileno())
-        return self._size
+        """Syncs the file; returns its size, which belongs into a checkpoint."""
+        self._lines.sync()
+        return self._lines.size
 
     def resume(self, position: int, held: Collection[int]) -> None:
-        """The run goes on from a checkpoint.
+        """Records that the run goes on from a checkpoint.
 
         Args:
-          position: as the checkpoint has it.
-          held: draws of the groups in its buffer.
+          position: from the checkpoint.
+          held: stream indices of the groups in its buffer.
 
         Raises:
-          UserError: if the file does not reach that far.
+          UserError: if the file is shorter than `position`.
         """
-        if position > self._size:
+        if position > self._lines.size:
             raise UserError(
-                f"{self._path} has {self._size} bytes but the checkpoint knows of {position}; put "
-                "the run's own file back, or give another --workdir"
+                f"{self._lines.path} has {self._lines.size} bytes but the checkpoint knows of "
+                f"{position}; put the run's own file back, or give another --workdir"
             )
-        self._goes_on = True
-        if self._size:
-            self._write({"event": "resume", "position": position, "held": sorted(held)})
+        self._resumed = True
+        if self._lines.size:
+            self._write("resume", None, position=position, held=sorted(held))
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
-    def _write(self, event: dict[str, Any]) -> None:
-        event["time"] = round(time.time(), 3)
-        line = json.dumps(event, separators=(",", ":")).encode() + b"\n"
-        self._file.write(line)
-        self._file.flush()
-        self._size += len(line)
+    def _write(self, event: str, of: Prompt | None, **fields: Any) -> None:
+        index = {"stream_index": of.stream_index} if of else {}
+        self._lines.append({"event": event, **index, **fields, "time": round(time.time(), 3)})
 
 
 def rewind(path: epath.Path, position: int) -> None:
-    """Ends the ledger of a host that takes no part any more: what it held is sampled again."""
+    """Ends the ledger of a host that takes no part any more: its groups are sampled again."""
     ledger = Ledger(path)
     ledger.resume(position, ())
     ledger.close()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        "oapl_jax.rollout.ledger", description="What became of rollouts"
-    )
-    parser.add_argument("workdir", type=epath.Path, help="of a run, which may be under way")
-    parser.add_argument("--host", type=int, default=0, help="each host of a run has its own")
-    parser.add_argument("--json", action="store_true", help="everything as one JSON object")
-    arguments = parser.parse_args()
-    found = account.read(arguments.workdir / hosts.own(FILE, arguments.host))
-    summary = account.summary(found)
-    print(json.dumps(summary) if arguments.json else account.table(summary))
-    if not summary["balanced"]:
-        raise RunError(
-            f"the sums do not balance: {found.requested} rollouts were requested, "
-            f"{sum(summary['balance'].values())} are accounted for"
-            + "".join(f"; {fault}" for fault in found.faults[:5])
-        )
+class ZeroRewardGuard:
+    """Aborts after `limit` consecutive groups whose rewards are all zero.
+
+    The verifier is broken, the prompt asks for another format, or the task is too hard.
+
+    Args:
+      limit: number of groups; 0 never aborts.
+      decode: token ids -> text.
+
+    `count`, the groups since the last one with a reward, is part of a run's checkpoint.
+    """
+
+    def __init__(self, *, limit: int, decode: Callable[[Any], str]):
+        self._limit, self._decode = limit, decode
+        self.count = 0
+
+    def note(self, group: Group) -> None:
+        """Counts a rewarded group.
+
+        Raises:
+          NoReward: if it is the last of `limit`; the message shows its prompt and some responses.
+        """
+        self.count = 0 if np.any(group.reward) else self.count + 1
+        if not self._limit or self.count < self._limit:
+            return
+        text = lambda tokens: shortened(self._decode(tokens))
+        parts = [
+            f"all rewards of the last {self.count} groups are 0 (rollout.max_zero_reward_groups="
+            f"{self._limit}): either the task is too hard for this policy, or its responses do not "
+            "have the form that the verifier reads; the last group is:",
+            f"--- prompt {group.prompt.id}\n{text(group.prompt.tokens)}",
+            f"--- reference\n{shortened(group.prompt.answer)}",
+        ]
+        for rollout in group.rollouts[:RESPONSES]:
+            about = f"{len(rollout.tokens)} tokens, finish reason {rollout.finish_reason}"
+            parts.append(f"--- response of {about}\n{text(rollout.tokens)}")
+        raise NoReward("\n".join(parts))
 
 
-if __name__ == "__main__":
-    exit_with_code(main)
+def shortened(text: str) -> str:
+    """Keeps the beginning and the end of a long text."""
+    half = CHARACTERS // 2
+    return text if len(text) <= CHARACTERS else f"{text[:half]}\n[..]\n{text[-half:]}"

@@ -18,11 +18,10 @@ from oapl_jax.preferences import Preferences
 from oapl_jax.resize import take_over
 from oapl_jax.rollout.buffer import Buffer, flatten, unflatten
 from oapl_jax.rollout.dataset import ShardWriter
-from oapl_jax.rollout.ledger import FILE, Ledger, rewind
+from oapl_jax.rollout.ledger import FILE, Ledger, ZeroRewardGuard, rewind
 from oapl_jax.rollout.recorded import Recorded
 from oapl_jax.rollout.sampler import Sampler
 from oapl_jax.rollout.worker import Worker
-from oapl_jax.rollout.zero_reward_guard import Unpaid
 from oapl_jax.structs import Group
 from oapl_jax.tracking.progress import StopRequest
 
@@ -35,7 +34,7 @@ class Supply:
     ledger: Ledger
     buffer: Buffer
     curriculum: Curriculum
-    unpaid: Unpaid
+    unpaid: ZeroRewardGuard
     sampler: Sampler
     worker: Worker
     preferences: Preferences | None

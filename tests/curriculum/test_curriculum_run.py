@@ -14,8 +14,8 @@ from small_runs import Runs, metrics, timeless
 from oapl_jax import multihost as hosts
 from oapl_jax.model import hf
 from oapl_jax.model.transformer import Transformer, head, logits
-from oapl_jax.rollout import ledger_report as account
 from oapl_jax.rollout.dataset import Shards
+from oapl_jax.rollout.ledger_report import LedgerReport
 
 CANDIDATES, PICKS, STEPS, TEMPERATURE = 16, 6, 16, 0.8
 DORMANT, WARMUP = 2, 2
@@ -76,9 +76,9 @@ def share(workdir: Path, step: int) -> dict:
     return hosts.decode((workdir / "host_states" / str(step) / "host0of1").read_bytes())[0]
 
 
-def entries(workdir: Path) -> list[account.Entry]:
+def entries(workdir: Path) -> list:
     """The groups that were sampled, without those that a kill has undone, by draw."""
-    found = account.read(epath.Path(workdir / "ledger.jsonl")).entries
+    found = LedgerReport(epath.Path(workdir / "ledger.jsonl")).groups()
     return sorted((e for e in found if e.state != "rewound"), key=lambda e: e.stream_index)
 
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ from oapl_jax.data.prompts import Prompts
 from oapl_jax.data.records import Record, user
 from oapl_jax.fleet.config import FleetConfig
 from oapl_jax.fleet.sampler import Fleet
-from oapl_jax.rollout import ledger_report as account
 from oapl_jax.rollout.buffer import Buffer
 from oapl_jax.rollout.ledger import Ledger
+from oapl_jax.rollout.ledger_report import LedgerReport
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.rollout.worker import Worker
 from oapl_jax.structs import Prompt
@@ -295,13 +295,11 @@ class Run:
         wait_until(self._idle, "a full buffer", self._patience)
         counts = counts_of(self.fleet)
         self.worker.stop()
-        found = account.read(self._path)
-        summary = account.summary(found)
+        found = LedgerReport(self._path)
+        summary, entries = found.summary(), found.groups()
         assert summary["balanced"], summary["faults"]
-        assert sorted(entry.stream_index for entry in found.entries) == list(
-            range(len(found.entries))
-        )
-        draws = lambda state: {e.stream_index for e in found.entries if e.state == state}
+        assert sorted(entry.stream_index for entry in entries) == list(range(len(entries)))
+        draws = lambda state: {e.stream_index for e in entries if e.state == state}
         trained = [group.prompt.stream_index for group in self._trained]
         assert len(trained) == len(set(trained))
         assert draws("trained") == set(trained)
@@ -310,20 +308,22 @@ class Run:
             group.prompt.stream_index for group in self.groups
         }
         assert draws("trained") | draws("held") | draws("failed") == {
-            e.stream_index for e in found.entries
+            e.stream_index for e in entries
         }
 
-        entry_of = {entry.stream_index: entry for entry in found.entries}
+        sampled = defaultdict(list)
+        for row in found.rollouts():
+            if row.tokens is not None:
+                sampled[int(row.id.split(".")[1])].append((row.version, row.tokens))
         for group in self.groups:
-            sample = entry_of[group.prompt.stream_index].sample
-            assert sample
-            assert sample["version"] == group.policy_version
-            assert sample["tokens"] == [len(rollout.tokens) for rollout in group.rollouts]
+            assert sampled[group.prompt.stream_index] == [
+                (group.policy_version, len(rollout.tokens)) for rollout in group.rollouts
+            ]
         # And the fleet has counted the same.
-        reasons = Counter(row.reason for row in account.rows(found.entries))
+        reasons = Counter(row.reason for row in found.rollouts())
         for reason, name in (("failed", "attempts_failed"), ("aborted",) * 2, ("mixed",) * 2):
             assert reasons[reason] == N * counts[name]
-        assert counts["prompts"] == len(found.entries)
+        assert counts["prompts"] == len(entries)
         assert counts["groups"] == len(self.groups)
         assert counts["dropped"] == len(draws("failed"))
         return found

@@ -34,7 +34,7 @@ def test_the_default_job_learns_on_a_fleet(servers, tmp_path):
     refreshed = max(line.get("fleet/refreshed", 0) for line in steps)
     assert refreshed >= 2 * 3, "each of the servers took at least three versions"
 
-    ledger = [sys.executable, "-m", "oapl_jax.rollout.ledger", str(workdir), "--json"]
+    ledger = [sys.executable, "-m", "oapl_jax.report", str(workdir), "--json"]
     printed = subprocess.run(
         ledger, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, timeout=60
     ).stdout

@@ -92,7 +92,7 @@ def test_a_run_without_servers_saves_and_ends_with_code_3(
     assert code == 0, said
     assert "resumed from checkpoint step 3" in said
     ledger = subprocess.run(
-        [sys.executable, "-m", "oapl_jax.rollout.ledger", workdir, "--json"],
+        [sys.executable, "-m", "oapl_jax.report", workdir, "--json"],
         capture_output=True,
         text=True,
         check=True,

@@ -18,7 +18,6 @@ from fleets import (
 )
 
 from oapl_jax.errors import UserError
-from oapl_jax.rollout import ledger_report as account
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Prompt
 from oapl_jax.weights.publisher import version_path
@@ -143,8 +142,8 @@ def test_a_killed_server_comes_back(
 
     assert_published(published, run.groups)
     assert {group.policy_version for group in run.groups} == {3}
-    assert account.summary(found)["balance"]["failed"] == 0
-    rows = {row.id: row for row in account.rows(found.entries)}
+    assert found.summary()["balance"]["failed"] == 0
+    rows = {row.id: row for row in found.rollouts()}
     again = [row for row in rows.values() if row.state == "reissued"]
     assert again
     for row in again:

@@ -13,10 +13,10 @@ from flax import serialization
 
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.model.config import ModelConfig
-from oapl_jax.rollout import ledger_report as account
 from oapl_jax.rollout.dataset import MANIFEST, Shards, ShardWriter, describe
 from oapl_jax.rollout.encoding import decode, encode
 from oapl_jax.rollout.ledger import FILE, Ledger
+from oapl_jax.rollout.ledger_report import LedgerReport
 from oapl_jax.rollout.recorded import Recorded
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Group, Prompt, Rollout
@@ -382,7 +382,7 @@ def stream(tmp_path):
     yield new
     for number, ledger in enumerate(made):
         ledger.close()
-        found = account.summary(account.read(epath.Path(tmp_path / f"{number}" / FILE)))
+        found = LedgerReport(epath.Path(tmp_path / f"{number}" / FILE)).summary()
         assert found["balanced"], found
 
 
@@ -462,14 +462,14 @@ def test_groups_of_equal_rewards_are_passed_over_and_counted(stream, tmp_path):
     assert ids(recorded.take(4, step=5)) == ["id1", "id2", "id4", "id5"]
     assert recorded.counts == {"taken": 4, "zero_variance": 2}
     assert ids(recorded.take(1, step=6)) == ["id7"]
-    found = account.read(epath.Path(tmp_path / "0" / FILE))
-    ends = {e.prompt: (e.end, e.step) for e in found.entries}
+    found = LedgerReport(epath.Path(tmp_path / "0" / FILE))
+    ends = {e.prompt: (e.state, e.step) for e in found.groups()}
     assert ends == {
         **{f"id{i}": ("trained", 5) for i in (1, 2, 4, 5)},
         **{f"id{i}": ("zero_variance", None) for i in (0, 3, 6)},
         "id7": ("trained", 6),
     }
-    assert set(account.summary(found)["servers"]) == {"shards"}
+    assert set(found.summary()["servers"]) == {"shards"}
     kept = stream(order="recorded")
     assert ids(kept.take(2, step=0)) == ["id0", "id1"]
 

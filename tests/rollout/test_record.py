@@ -26,9 +26,9 @@ from oapl_jax.build import open_job
 from oapl_jax.check import check_sizes
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.record import fill
-from oapl_jax.rollout import ledger_report as account
 from oapl_jax.rollout.dataset import MANIFEST, Shards, ShardWriter
 from oapl_jax.rollout.ledger import FILE
+from oapl_jax.rollout.ledger_report import LedgerReport
 from oapl_jax.rollout.sampler import Sampled, Sampling
 from oapl_jax.structs import Prompt, Rollout
 
@@ -309,11 +309,11 @@ def contents(directory):
 
 
 def entries(workdir):
-    return account.read(epath.Path(workdir / FILE)).entries
+    return LedgerReport(epath.Path(workdir / FILE)).groups()
 
 
 def balance(workdir):
-    summary = account.summary(account.read(epath.Path(workdir / FILE)))
+    summary = LedgerReport(epath.Path(workdir / FILE)).summary()
     assert summary["balanced"], summary["faults"]
     return summary
 
@@ -392,7 +392,9 @@ def test_a_run_records_what_it_samples_though_it_is_killed(trained):
     recorded = {
         (g.prompt.stream_index, i): len(r.tokens) for g in shards for i, r in enumerate(g.rollouts)
     }
-    alive = [row for row in account.rows(entries(trained)) if row.state != "rewound"]
+    alive = [
+        row for row in LedgerReport(epath.Path(trained / FILE)).rollouts() if row.state != "rewound"
+    ]
     assert {tuple(map(int, row.id.split(".")[1::2])): row.tokens for row in alive} == recorded
 
 
@@ -441,7 +443,7 @@ def test_two_offline_rounds(jobs, round1, tmp_path):
     taken = balance(tmp_path / "a")["balance"]
     assert taken["trained"] == 5 * 4 * 4
     assert taken["zero_variance"] == 4 * found[-1]["recorded/zero_variance"] > 0
-    stream = [e for e in entries(tmp_path / "a") if e.end != "rewound"]
+    stream = [e for e in entries(tmp_path / "a") if e.state != "rewound"]
     assert [e.stream_index for e in stream] == [-1 - i for i in range(len(stream))]
 
     jobs.generate(tmp_path / "a", tmp_path / "round2", limit=48, **first)

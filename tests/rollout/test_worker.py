@@ -13,9 +13,9 @@ from oapl_jax.data.prompts import Prompts
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import RunError
 from oapl_jax.model.tokenizer import make_character_tokenizer
-from oapl_jax.rollout import ledger_report as account
 from oapl_jax.rollout.buffer import Buffer
 from oapl_jax.rollout.ledger import Ledger
+from oapl_jax.rollout.ledger_report import LedgerReport
 from oapl_jax.rollout.sampler import Attempt, Sampled, Sampling
 from oapl_jax.rollout.worker import Worker
 from oapl_jax.structs import Rollout
@@ -156,7 +156,7 @@ def make(tokenizer, tmp_path):
         if sampler.permits is not None:
             sampler.permits.release(1000)
         worker.stop()
-        summary = account.summary(account.read(epath.Path(tmp_path / f"{i}.jsonl")))
+        summary = LedgerReport(epath.Path(tmp_path / f"{i}.jsonl")).summary()
         assert summary["balanced"], summary
         asked = sum(map(len, sampler.asked))
         failed = len(sampler.fails & set(itertools.chain(*sampler.asked)))
@@ -180,8 +180,8 @@ def path(version):
 
 
 def ledger_of(tmp_path, number=0):
-    found = account.read(epath.Path(tmp_path / f"{number}.jsonl"))
-    return {k: v for k, v in account.summary(found)["balance"].items() if v}
+    balance = LedgerReport(epath.Path(tmp_path / f"{number}.jsonl")).summary()["balance"]
+    return {k: v for k, v in balance.items() if v}
 
 
 # In turns

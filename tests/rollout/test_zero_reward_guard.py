@@ -12,7 +12,7 @@ from oapl_jax import rewards, train
 from oapl_jax.build import open_job
 from oapl_jax.check import check_sizes
 from oapl_jax.errors import NoReward, RunError, UserError
-from oapl_jax.rollout.zero_reward_guard import Unpaid
+from oapl_jax.rollout.ledger import ZeroRewardGuard
 from oapl_jax.structs import Group, Prompt, Rollout
 
 SMALL = {
@@ -52,7 +52,7 @@ def decode(tokens):
 
 
 def test_groups_without_a_reward_are_counted_in_a_row():
-    unpaid = Unpaid(limit=3, decode=decode)
+    unpaid = ZeroRewardGuard(limit=3, decode=decode)
     for reward in ((0, 0), (0, 0), (0, 1), (0, 0), (0, -0.5), (0, 0), (0, 0)):
         unpaid.note(group(*reward))
     assert unpaid.count == 2
@@ -63,9 +63,9 @@ def test_groups_without_a_reward_are_counted_in_a_row():
 def test_the_message_shows_the_prompt_and_some_responses():
     long = tuple(range(65, 91)) * 40
     with pytest.raises(NoReward) as stopped:
-        Unpaid(limit=1, decode=decode).note(group(0, 0, 0, 0, 0, tokens=long))
+        ZeroRewardGuard(limit=1, decode=decode).note(group(0, 0, 0, 0, 0, tokens=long))
     text = str(stopped.value)
-    assert "rollout.unpaid_groups=1" in text.splitlines()[0]
+    assert "rollout.max_zero_reward_groups=1" in text.splitlines()[0]
     assert "--- prompt id7\nPQ\n--- reference\nthe reference\n" in text
     assert text.count("--- response of 1040 tokens, finish reason length\nABC") == 3
     assert text.count("\n[..]\n") == 3
@@ -74,7 +74,7 @@ def test_the_message_shows_the_prompt_and_some_responses():
 
 
 def test_no_number_ends_a_run_that_wants_none():
-    unpaid = Unpaid(limit=0, decode=decode)
+    unpaid = ZeroRewardGuard(limit=0, decode=decode)
     for _ in range(500):
         unpaid.note(group(0, 0))
     assert unpaid.count == 500
