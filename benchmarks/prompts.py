@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from results import keep
 
-from oapl_jax.data.prompts import Prompts
+from oapl_jax.data.prompts import PromptStream
 from oapl_jax.data.public import releases
 from oapl_jax.model.tokenizer import load_tokenizer
 
@@ -81,7 +81,7 @@ def main() -> None:
             tokenizers["with tokenizer"] = load_tokenizer(arguments.tokenizer)
         for name, tokenizer in tokenizers.items():
             limits: dict[str, Any] = dict(task="math", seed=0, max_prompt_tokens=4096)
-            prompts = Prompts(source, tokenizer, **limits, instruction="", host=0, hosts=1)
+            prompts = PromptStream(source, tokenizer, **limits, instruction="", host=0, hosts=1)
             took = lambda stream=prompts: sum(1 for _ in itertools.islice(stream, count))
             wall, cpu, taken = seconds(took)
             assert taken == count

@@ -46,7 +46,7 @@ from configs import arithmetic
 from oapl_jax import train
 from oapl_jax.begin import begin
 from oapl_jax.build import open_job
-from oapl_jax.data.records import Joined, Record, user
+from oapl_jax.data.records import Concatenated, Record, user
 from oapl_jax.data.synthetic.tasks import TASKS, content_id
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.files import absolute
@@ -149,7 +149,7 @@ def start(to: epath.Path, config: Any) -> epath.Path:
     version = publisher.version_path(to / "versions", 0)
     if not (version / publisher.MANIFEST).exists():
         job = open_job(config, to)
-        splits = {**job.splits, "train": Joined([job.splits["train"], solved()])}
+        splits = {**job.splits, "train": Concatenated([job.splits["train"], solved()])}
         job = dataclasses.replace(job, splits=splits)
         state, _ = begin(job)
         job.publish(0, state.params)

@@ -20,8 +20,7 @@ from oapl_jax.check import check_sizes
 from oapl_jax.data import prompts
 from oapl_jax.data.public import releases
 from oapl_jax.data.records import Record
-from oapl_jax.data.synthetic import reasoning
-from oapl_jax.data.synthetic.tasks import TASKS
+from oapl_jax.data.synthetic import tasks
 from oapl_jax.errors import UserError
 from oapl_jax.evaluation import evaluate
 from oapl_jax.fleet.config import FleetConfig
@@ -110,8 +109,8 @@ class Job:
             instruction=self.config.data.instruction,
         )
 
-    def prompt_stream(self) -> prompts.Prompts:
-        return prompts.Prompts(
+    def prompt_stream(self) -> prompts.PromptStream:
+        return prompts.PromptStream(
             self.splits["train"],
             self.policy.tokenizer,
             task=self.config.data.task,
@@ -261,13 +260,13 @@ def open_job(config: Config, workdir: epath.Path) -> Job:
     check_sizes(config)
     mesh, task = make_mesh(**config.mesh), config.data.task
     data = {k: v for k, v in config.data.to_dict().items() if k not in prompts.PROMPT_SETTINGS}
-    room = reasoning if task in TASKS else releases
+    room = tasks if task in tasks.TASKS else releases
     with hosts.first_host_first("model and data", deadline=config.rollout.deadline):
         policy = open_policy(
             workdir / "model",
             path=config.model.path,
             architecture=config.model.architecture,
-            characters=TASKS[task].characters if task in TASKS else string.printable,
+            characters=tasks.TASKS[task].characters if task in tasks.TASKS else string.printable,
         )
         splits = room.open_splits(**data)
     check_lengths(

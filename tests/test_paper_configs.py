@@ -295,7 +295,7 @@ def test_the_maths_path(shop):
     sampled = 8 * 8 * 8 + 3 * 8 * (4 + 1)  # groups, and the splits with a greedy response
     verdicts = sum(v for k, v in lines[-1].items() if k.startswith("rewards/math/"))
     assert 0 < lines[-1]["rewards/math/right"] < verdicts <= sampled + 40  # self-check included
-    assert lines[-1]["prompts/left_out"] == 8  # of 64 draws and more, one in nine
+    assert lines[-1]["prompts/dropped"] == 8  # of 64 draws and more, one in nine
     assert {"eval/pass@1", "eval/pass@4"} <= lines[3].keys()
     assert result["after"]["version"] == 8
     assert (shop.root / "maths" / "learning.png").exists()

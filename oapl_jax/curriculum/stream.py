@@ -7,7 +7,7 @@ import numpy as np
 
 from oapl_jax.curriculum.choice import choose, log_softmax
 from oapl_jax.curriculum.teacher import Teacher
-from oapl_jax.data.prompts import Prompts
+from oapl_jax.data.prompts import PromptStream
 from oapl_jax.structs import Prompt
 
 
@@ -29,7 +29,7 @@ class Curriculum(Iterator[Prompt]):
 
     def __init__(
         self,
-        prompts: Prompts,
+        prompts: PromptStream,
         teacher: Teacher,
         *,
         candidates: int,
@@ -63,13 +63,13 @@ class Curriculum(Iterator[Prompt]):
         return [candidates[i] for i in chosen]
 
     def at(self, draw: int) -> Prompt:
-        """The prompt of one draw, as `Prompts.at`."""
+        """The prompt of one draw, as `PromptStream.at`."""
         return self._prompts.at(draw)
 
     @property
-    def left_out(self) -> int:
-        """Draws that were passed over because their prompts are too long, as `Prompts.left_out`."""
-        return self._prompts.left_out
+    def dropped(self) -> int:
+        """Prompts of the stream that are too long."""
+        return self._prompts.dropped
 
     def metrics(self) -> dict[str, float]:
         awake = {"curriculum/awake": float(self.teacher.awake)} if self._latest else {}
@@ -82,7 +82,7 @@ class Curriculum(Iterator[Prompt]):
         return {"stream": self._prompts.state(), "chosen": chosen, "latest": dict(self._latest)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken; raises as `Prompts.restore` does."""
+        """Continues where `state` was taken; raises as `PromptStream.restore` does."""
         self._prompts.restore(state["stream"])
         self._chosen = [self.at(draw) for draw in state["chosen"]]
         self._latest = dict(state["latest"])

@@ -1,6 +1,6 @@
-"""Prompts from a data set: endless and shuffled for training, in order for evaluation.
+"""Prompts from records: an endless shuffled stream for training, all of a split for evaluation.
 
-A prompt whose templated tokens exceed the limit is left out and counted, in both alike.
+Both drop a prompt whose templated tokens exceed the limit, and count it.
 """
 
 import functools
@@ -19,20 +19,20 @@ log = logging.getLogger(__name__)
 PROMPT_SETTINGS = ("max_prompt_tokens", "instruction")  # of config.data; the rest opens the records
 
 
-class Prompts(Iterator[Prompt]):
-    """Endless prompts: each epoch is a permutation of the source, drawn from [seed, epoch].
+class PromptStream(Iterator[Prompt]):
+    """Endless prompts; each epoch is a permutation of the source, seeded by [seed, epoch].
 
-    The draws 0, 1, 2, .. are places in the epochs, one after the other, the same for all hosts: a
-    prompt is a pure function of (seed, draw). Host h of H takes the draws h, h + H, h + 2H, ..; a
-    draw whose prompt is too long is passed over.
+    Stream index i is position i % size of epoch i // size, the same on all hosts: a prompt is a
+    pure function of (seed, stream index). Host h of H takes the indices h, h + H, h + 2H, ..; an
+    index whose prompt is too long is skipped.
 
     Args:
       source: records with random access.
       tokenizer: has a chat template.
       task: name of the verifier; every record must be of this task.
       seed: of the permutations.
-      max_prompt_tokens: the longest templated prompt that is allowed.
-      instruction: stands below the question, "" for none.
+      max_prompt_tokens: longer templated prompts are dropped.
+      instruction: appended to the question; "" for none.
       host, hosts: index and number of the processes that share the stream.
 
     Raises:
@@ -65,95 +65,92 @@ class Prompts(Iterator[Prompt]):
         )
         self._max_prompt_tokens = max_prompt_tokens
         self._seed, self._host, self._hosts = seed, host, hosts
-        self._round = 0  # of one draw for each host
-        self._left_out = 0
-
-    @property
-    def left_out(self) -> int:
-        """Draws of this host that were passed over, because their prompts are too long."""
-        return self._left_out
+        self._round = 0  # of one stream index for each host
+        self.dropped = 0  # prompts of this host that are too long
 
     def __next__(self) -> Prompt:
         for _ in range(len(self._source)):
-            draw = self._round * self._hosts + self._host
-            record = self._record(draw)
-            prompt = self._make(record, stream_index=draw)
+            index = self._round * self._hosts + self._host
+            record = self._record(index)
+            prompt = self._make(record, stream_index=index)
             self._round += 1
             if prompt is not None:
                 return prompt
-            if not self._left_out:
+            if not self.dropped:
                 log.warning(
-                    "prompt %s is longer than data.max_prompt_tokens (%d); such prompts are left "
-                    "out and counted",
+                    "prompt %s is longer than data.max_prompt_tokens (%d); such prompts are "
+                    "dropped and counted",
                     record.id,
                     self._max_prompt_tokens,
                 )
-            self._left_out += 1
+            self.dropped += 1
         raise UserError(
-            f"{len(self._source)} prompts in a row, as many as there are, are longer than "
+            f"all {len(self._source)} prompts of the stream are longer than "
             f"data.max_prompt_tokens ({self._max_prompt_tokens}); raise it"
         )
 
-    def at(self, draw: int) -> Prompt:
-        """The prompt of one draw, of this host or another; the stream stays where it is.
+    def at(self, stream_index: int) -> Prompt:
+        """Returns the prompt of a stream index, of this host or another, without advancing.
 
         Raises:
           UserError: if the prompt is of another task or too long.
         """
-        record = self._record(draw)
-        prompt = self._make(record, stream_index=draw)
+        record = self._record(stream_index)
+        prompt = self._make(record, stream_index=stream_index)
         if prompt is None:
             raise UserError(
-                f"prompt {record.id} (draw {draw}) has more tokens than data.max_prompt_tokens "
-                f"({self._max_prompt_tokens}); raise it"
+                f"prompt {record.id} (stream index {stream_index}) has more tokens than "
+                f"data.max_prompt_tokens ({self._max_prompt_tokens}); raise it"
             )
         return prompt
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to continue exactly here, JSON-able.
+        """JSON-able state for `restore`.
 
-        "draw" begins the next round of draws. It is the same on all hosts that have taken equally
-        many, and they may then be another number after `restore`.
+        "stream_index" begins the next round. It is equal on hosts that have taken equally many
+        prompts; after `restore` their number may differ.
         """
-        draw = self._round * self._hosts
+        index = self._round * self._hosts
         return {
-            "stream_index": draw,
+            "stream_index": index,
             "seed": self._seed,
             "size": len(self._source),
-            "next_id": self._record(draw).id,
-            "left_out": self._left_out,
+            "next_id": self._record(index).id,
+            "dropped": self.dropped,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken.
+        """Continues at `state`.
 
         With another number of hosts the stream continues with the first round that begins at or
-        before the state's: up to `hosts` - 1 prompts come a second time, and none is omitted.
+        before the state's index: up to `hosts` - 1 prompts repeat, and none is omitted.
 
         Raises:
-          UserError: if the seed or the data differ from those of the state: the rest of the epoch
-            would repeat some prompts and omit others.
+          UserError: if seed or data differ from the state's: the rest of the epoch would repeat
+            some prompts and omit others.
         """
-        mine = self.state() | {
-            "stream_index": state["stream_index"],
-            "next_id": self._record(state["stream_index"]).id,
-            "left_out": state["left_out"],
+        index = state["stream_index"]
+        configured = {
+            "seed": self._seed,
+            "size": len(self._source),
+            "next_id": self._record(index).id,
         }
-        if mine != state:
+        if any(state[name] != value for name, value in configured.items()):
             raise UserError(
-                f"the checkpoint's prompt stream ({state}) is not the configured one ({mine}); "
-                "restore data.* and the seed, or start a new run"
+                f"the checkpoint's prompt stream ({state}) is not the configured one "
+                f"({configured}); restore data.* and the seed, or start a new run"
             )
-        self._round, self._left_out = state["stream_index"] // self._hosts, state["left_out"]
+        self._round, self.dropped = index // self._hosts, state["dropped"]
 
-    def _record(self, draw: int) -> Record:
-        epoch, place = divmod(draw, len(self._source))
-        return self._source[int(permutation(self._seed, epoch, len(self._source))[place])]
+    def _record(self, stream_index: int) -> Record:
+        size = len(self._source)
+        epoch, position = divmod(stream_index, size)
+        return self._source[int(permutation(self._seed, epoch, size)[position])]
 
 
 @functools.lru_cache(maxsize=4)
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """int64[size], the order of one epoch."""
+    """Order of one epoch, int64[size]."""
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
@@ -166,7 +163,7 @@ def all_prompts(
     limit: int | None,
     instruction: str,
 ) -> list[Prompt]:
-    """Every record of the source in order, or the first `limit`; `draw` counts the records.
+    """Makes prompts of the first `limit` records (None: all), in order; drops those too long.
 
     Raises:
       UserError: for a prompt of another task, a limit beyond the source, or if none fits.
@@ -185,14 +182,14 @@ def all_prompts(
         )
         for i in range(size)
     ]
-    fitting = [prompt for prompt in made if prompt is not None]
-    if len(fitting) < size:
-        left_out = f"{size - len(fitting)} of {size} prompts are longer than "
-        left_out += f"data.max_prompt_tokens ({max_prompt_tokens})"
-        if not fitting:
-            raise UserError(f"{left_out}; raise it")
-        log.warning("%s and are left out", left_out)
-    return fitting
+    prompts = [prompt for prompt in made if prompt is not None]
+    if len(prompts) < size:
+        dropped = f"{size - len(prompts)} of {size} prompts are longer than "
+        dropped += f"data.max_prompt_tokens ({max_prompt_tokens})"
+        if not prompts:
+            raise UserError(f"{dropped}; raise it")
+        log.warning("%s and are dropped", dropped)
+    return prompts
 
 
 def make_prompt(
@@ -204,7 +201,7 @@ def make_prompt(
     max_prompt_tokens: int,
     instruction: str,
 ) -> Prompt | None:
-    """The templated and tokenized prompt of one record; None if it is too long.
+    """Templates and tokenizes a record; None if the result is too long.
 
     Raises:
       UserError: if the record is of another task.
@@ -212,7 +209,7 @@ def make_prompt(
     if record.task != task:
         raise UserError(f"record {record.id} is of task {record.task}, but data.task is {task}")
     tokens = tokenizer.apply_chat_template(
-        instructed(record.messages, instruction),
+        append_instruction(record.messages, instruction),
         add_generation_prompt=True,
         tokenize=True,
         return_dict=False,  # transformers 5 returns a BatchEncoding otherwise
@@ -229,8 +226,8 @@ def make_prompt(
     )
 
 
-def instructed(messages: Messages, instruction: str) -> list[dict[str, str]]:
-    """The messages with the instruction below the last one."""
+def append_instruction(messages: Messages, instruction: str) -> list[dict[str, str]]:
+    """Copies the messages and appends the instruction to the last one."""
     chat = [dict(message) for message in messages]
     if instruction:
         chat[-1]["content"] += f"\n\n{instruction}"
@@ -238,7 +235,7 @@ def instructed(messages: Messages, instruction: str) -> list[dict[str, str]]:
 
 
 def response_text(tokenizer: Any, tokens: np.ndarray) -> str:
-    """The text of a response as the reward functions see it, without special tokens."""
+    """Decodes a response for the reward functions, without special tokens."""
     return tokenizer.decode(
         np.asarray(tokens).tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )

@@ -1,6 +1,6 @@
-"""What every data set consists of: one kind of record, stored by TFDS (array_record).
+"""Problem records, the one format of every data set, stored by TFDS (array_record).
 
-Builders (reasoning.py, releases.py) make records; `Split` reads them back by index.
+Builders (synthetic/tasks.py, public/releases.py) write records; `Split` reads them by index.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from oapl_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-IN_MEMORY = 2**28  # bytes; a smaller split is read at once, the records of a larger one singly
+IN_MEMORY = 2**28  # bytes; a smaller split is read into memory, a larger one record by record
 Messages = tuple[Mapping[str, str], ...]
 
 
@@ -30,14 +30,14 @@ class Record:
     """One problem.
 
     Attributes:
-      id: 16 hexadecimal digits, a hash of the task and of what makes two problems the same; stable
-        across runs and settings.
-      messages: the conversation that ends with the problem, {"role": .., "content": ..} each.
-      answer: what the verifier of the task compares with; for programs, tests as JSON.
+      id: 16 hexadecimal digits, a hash of the task and the content; stable across runs and
+        settings.
+      messages: conversation that ends with the problem, {"role": .., "content": ..} each.
+      answer: reference for the verifier of the task; for programs, tests as JSON.
       task: name of the verifier.
-      metadata: what else is known, JSON-able.
-      source: name of the data set that the problem is from.
-      difficulty: as its source grades it; "" if it does not.
+      metadata: JSON-able.
+      source: name of the data set.
+      difficulty: as graded by the source; "" if it is not.
     """
 
     id: str
@@ -50,12 +50,12 @@ class Record:
 
     @property
     def question(self) -> str:
-        """What is asked: the last message."""
+        """Content of the last message."""
         return self.messages[-1]["content"]
 
 
 def user(question: str) -> Messages:
-    """The conversation that consists of one question."""
+    """A conversation of one user message."""
     return ({"role": "user", "content": question},)
 
 
@@ -64,7 +64,7 @@ JSON_FIELDS = ("messages", "metadata")
 
 
 def features() -> tfds.features.FeaturesDict:
-    """How TFDS stores a record; `JSON_FIELDS` are texts of JSON."""
+    """TFDS schema of a record: every field is text, `JSON_FIELDS` are JSON."""
     return tfds.features.FeaturesDict({name: tfds.features.Text() for name in FIELDS})
 
 
@@ -74,7 +74,7 @@ def to_row(record: Record) -> dict[str, str]:
 
 
 def from_bytes(stored: bytes) -> Record:
-    """A record from its tf.train.Example; TFDS's own decoder takes several times as long."""
+    """Decodes a tf.train.Example; TFDS's own decoder takes several times as long."""
     example = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
     feature = example.FromString(stored).features.feature
     row: dict[str, Any] = {name: feature[name].bytes_list.value[0].decode() for name in FIELDS}
@@ -93,11 +93,11 @@ class Split(Sequence[Record]):
         return len(self._stored)
 
     def __getitem__(self, index):
-        index = range(len(self))[index]  # IndexError at the end, which array_record does not raise
+        index = range(len(self))[index]  # raises IndexError at the end; array_record does not
         return from_bytes(self._stored[index])
 
 
-class Joined(Sequence[Record]):
+class Concatenated(Sequence[Record]):
     """Several splits, one after the other."""
 
     def __init__(self, parts: Sequence[Sequence[Record]]):
@@ -112,11 +112,11 @@ class Joined(Sequence[Record]):
             if index < len(part):
                 return part[index]
             index -= len(part)
-        raise AssertionError("the range is as long as the parts")
+        raise AssertionError("unreachable: the range is as long as the parts")
 
 
-def load(builder: tfds.core.DatasetBuilder, *, split: str) -> Split:
-    """The records of a split of a prepared builder."""
+def load_split(builder: tfds.core.DatasetBuilder, split: str) -> Split:
+    """Opens a split of a prepared builder."""
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     stored: Any = builder.as_data_source(split=split, deserialize_method=raw)  # pyright: ignore[reportCallIssue]
     if builder.info.splits[split].num_bytes <= IN_MEMORY:
@@ -124,46 +124,46 @@ def load(builder: tfds.core.DatasetBuilder, *, split: str) -> Split:
     return Split(stored)
 
 
-def settings_name(name: str, settings: Mapping[str, Any]) -> str:
-    """Different settings have different names, so that data sets stand side by side."""
+def config_name(name: str, settings: Mapping[str, Any]) -> str:
+    """Appends a hash of the settings, so that data sets of other settings stand side by side."""
     text = json.dumps(settings, sort_keys=True)
     return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def build(
+def prepare_builder(
     builder: type[tfds.core.GeneratorBasedBuilder],
     config: tfds.core.BuilderConfig,
     *,
     data_dir: str,
 ) -> tfds.core.DatasetBuilder:
-    """Builds a data set unless it stands complete in `data_dir`, and opens it.
+    """Builds a data set unless it is complete in `data_dir`, and opens it.
 
     TFDS writes into an `incomplete.*` directory and renames it at the end, so an interrupted build
-    leaves nothing that could be taken for a data set.
+    leaves no data set.
 
     Raises:
-      UserError: for a directory in a bucket, which array_record can neither write nor read; for
-        remains; and what the builder raises.
+      UserError: for a directory in a bucket, which array_record can neither write nor read; for a
+        partial data set; and any error of the builder.
     """
     assert config.name is not None
     if "://" in data_dir:
         raise UserError(
-            f"data.data_dir={data_dir} is in an object store, and array_record knows local files "
-            "only; name a directory (a bucket can be mounted as one)"
+            f"data.data_dir={data_dir} is in an object store, and array_record reads local files "
+            "only; name a local directory (or mount the bucket)"
         )
     directory = epath.Path(data_dir) / builder.name / config.name / str(builder.VERSION)
     complete = directory / "dataset_info.json"
     if directory.exists() and not complete.exists():
-        raise UserError(f"{directory} holds half a data set; delete it, and it will be built anew")
+        raise UserError(f"{directory} holds a partial data set; delete it to build it again")
     if not complete.exists():
         tfds.disable_progress_bar()
         try:
-            with quiet():
+            with _quiet():
                 builder(
                     data_dir=data_dir, config=config, file_format="array_record"
                 ).download_and_prepare()
         except OSError:
-            # Two processes may build at once; what they build is equal, and the later rename fails.
+            # Two processes may build at once; the results are equal, and the later rename fails.
             if not complete.exists():
                 raise
             log.info("%s was built by another process meanwhile", directory)
@@ -171,8 +171,8 @@ def build(
 
 
 @contextlib.contextmanager
-def quiet():
-    """TFDS announces downloads where there are none, and warns of configurations made here."""
+def _quiet():
+    """Silences TFDS, which announces downloads that do not happen and warns of our configs."""
     level = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)
     try:

@@ -1,13 +1,14 @@
-"""Small made-up files in the schemas and the layout of the public releases (docs/data.md).
+"""Writes small made-up files in the schemas and the layout of the public releases (docs/data.md).
 
     python -m oapl_jax.data.samples --to=runs/samples --rows=20
 
-Tests, and runs that try a configuration out, read them in place of the real ones.
+Stand-ins for the real releases, for tests and for trying out a configuration.
 """
 
 import argparse
 import base64
 import json
+import pickle
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -21,7 +22,7 @@ COMPETITIONS = ("aime_2025", "hmmt_feb_2025", "hmmt_nov_2025", "brumo_2025")
 
 
 def write(root: str, rows: int) -> None:
-    """Writes every release with about `rows` rows; no two releases have a problem in common."""
+    """Writes every release with about `rows` rows; no two releases share a problem."""
     at = epath.Path(root)
     agentica, matharena, h4 = at / "agentica-org", at / "MathArena", at / "HuggingFaceH4"
     sums = _Sums()
@@ -81,7 +82,7 @@ def write(root: str, rows: int) -> None:
 
 
 class _Sums:
-    """Problems that nobody has had before."""
+    """Generates distinct problems of addition."""
 
     def __init__(self):
         self._number = 10
@@ -94,7 +95,7 @@ class _Sums:
         }
 
     def word_problem(self) -> Row:
-        """Of small numbers; every fourth one has an answer with a comma."""
+        """Small numbers; every fourth answer has a comma."""
         self._number += 1
         have, more = self._number % 9 + 1, self._number // 9
         more += 1000 if self._number % 4 == 0 else 0
@@ -106,7 +107,7 @@ class _Sums:
 
 
 class _Programs:
-    """Problems with tests, from stdin to stdout and by call in turn."""
+    """Generates distinct programming problems; tests by stdin and by call alternate."""
 
     def __init__(self):
         self._number = 10
@@ -117,41 +118,27 @@ class _Programs:
 
     def primeintellect(self) -> Row:
         n, called = self._next()
-        if called:
-            common: Row = {"type": "function_call", "fn_name": f"add_{n}"}
-            tests = [common | {"input": [x], "output": [x + n]} for x in (1, 20)]
-        else:
-            common = {"type": "stdin_stdout"}
-            tests = [common | {"input": f"{x}\n", "output": f"{x + n}\n"} for x in (1, 20)]
-        return {
-            "problem": _task(n, called),
-            "solutions": [f"```python\n{_solution(n, called)}\n```"],
-            "tests": json.dumps(tests),
-        }
+        kind = {"type": "function_call", "fn_name": f"add_{n}"} if called else {}
+        tests = [
+            {"type": "stdin_stdout", "input": a, "output": b} | kind for a, b in _pairs(n, called)
+        ]
+        solution = f"```python\n{_solution(n, called)}\n```"
+        return {"problem": _task(n, called), "solutions": [solution], "tests": json.dumps(tests)}
 
     def taco(self) -> Row:
         n, called = self._next()
-        if called:
-            tests: Row = {
-                "fn_name": f"add_{n}",
-                "inputs": [[1], [20]],
-                "outputs": [[1 + n], [20 + n]],
-            }
-        else:
-            tests = {"inputs": ["1\n", "20\n"], "outputs": [f"{1 + n}\n", f"{20 + n}\n"]}
-        return {
-            "problem": _task(n, called),
-            "solutions": [_solution(n, called)],
-            "tests": json.dumps(tests),
-        }
+        inputs, outputs = zip(*_pairs(n, called), strict=True)
+        tests: Row = {"inputs": inputs, "outputs": outputs}
+        tests |= {"fn_name": f"add_{n}"} if called else {}
+        solutions = [_solution(n, called)]
+        return {"problem": _task(n, called), "solutions": solutions, "tests": json.dumps(tests)}
 
     def lcbv5(self) -> Row:
         n, called = self._next()
-        tests = _line_tests(n, called, (1, 20))
         return {
             "problem": _task(n, called),
             "starter_code": _starter_code(n) if called else "",
-            "tests": json.dumps(tests),
+            "tests": json.dumps(_line_tests(n, called, (1, 20))),
             "metadata": {"func_name": f"add_{n}" if called else None},
         }
 
@@ -178,6 +165,11 @@ def _task(n: int, called: bool) -> str:
     return f"Read an integer and print the sum of it and {n}."
 
 
+def _pairs(n: int, called: bool) -> list[tuple[Any, Any]]:
+    """Inputs and outputs of two tests, as lists of arguments and values, or as lines."""
+    return [([x], [x + n]) if called else (f"{x}\n", f"{x + n}\n") for x in (1, 20)]
+
+
 def _solution(n: int, called: bool) -> str:
     return f"def add_{n}(x):\n    return x + {n}" if called else f"print(int(input()) + {n})"
 
@@ -192,10 +184,8 @@ def _line_tests(n: int, called: bool, inputs: Iterable[int]) -> list[Row]:
 
 
 def packed(text: str) -> str:
-    """base64 of zlib of a pickled text, its opcodes written by hand: PROTO, BINUNICODE8, STOP."""
-    data = text.encode()
-    pickled = b"\x80\x04\x8d" + len(data).to_bytes(8, "little") + data + b"\x94."
-    return base64.b64encode(zlib.compress(pickled)).decode()
+    """LiveCodeBench's encoding of hidden tests: base64 of zlib of a pickled text."""
+    return base64.b64encode(zlib.compress(pickle.dumps(text))).decode()
 
 
 def _text(file: epath.Path, text: str) -> None:

@@ -154,7 +154,7 @@ class Supply:
         recorded = self.recorded.counts if self.recorded else {}
         counts |= {f"recorded/{name}": count for name, count in recorded.items()}
         counts |= self.job.grader.metrics() | self.curriculum.metrics()
-        counts["prompts/left_out"] = self.curriculum.left_out
+        counts["prompts/dropped"] = self.curriculum.dropped
         counts |= self.preferences.metrics() if self.preferences else {}
         return {**self.worker.take_metrics(), **self.sampler.metrics(), **counts}
 

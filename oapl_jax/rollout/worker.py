@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from oapl_jax.curriculum import Curriculum
-from oapl_jax.data.prompts import Prompts
+from oapl_jax.data.prompts import PromptStream
 from oapl_jax.errors import RunError
 from oapl_jax.rollout.buffer import Buffer
 from oapl_jax.rollout.ledger import Ledger
@@ -41,7 +41,7 @@ class Worker:
 
     def __init__(
         self,
-        prompts: Prompts | Curriculum,
+        prompts: PromptStream | Curriculum,
         sampler: Sampler,
         reward: Callable[[Prompt, Sequence[Rollout]], np.ndarray],
         buffer: Buffer,

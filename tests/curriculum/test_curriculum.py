@@ -22,7 +22,7 @@ from oapl_jax.curriculum.choice import choose, log_softmax, nucleus_size
 from oapl_jax.curriculum.curator import Curator, init_state, make_step, padded, state_shardings
 from oapl_jax.curriculum.rates import PassRates, learnability, window
 from oapl_jax.curriculum.utility import surrogate, utility
-from oapl_jax.data.prompts import Prompts
+from oapl_jax.data.prompts import PromptStream
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
 from oapl_jax.learner.optimizer import make_optimizer
@@ -250,7 +250,7 @@ def tokenizer(tmp_path_factory):
 
 def prompts_of(tokenizer, size=40):
     records = [Record(f"id{i}", user(f"{i}+1="), "", "chain_sum", {}) for i in range(size)]
-    return Prompts(
+    return PromptStream(
         records,
         tokenizer,
         task="chain_sum",

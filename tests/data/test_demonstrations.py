@@ -1,4 +1,4 @@
-"""What the warm-up learns from: the solutions that tasks and releases have."""
+"""Demonstrations for the warm-up, from the solutions of tasks and releases."""
 
 import itertools
 
@@ -17,15 +17,11 @@ PROGRAM = "```python\nprint(1)\n```"
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_character_tokenizer(CHARACTERS, tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def taught(tokenizer):
+def demonstrated(tmp_path_factory):
     """Pairs of question and demonstration of one epoch."""
+    tokenizer = make_character_tokenizer(CHARACTERS, tmp_path_factory.mktemp("tokenizer"))
 
-    def taught(source, task, *, count, noise=0.0, seed=0, longest=60):
+    def demonstrated(source, task, *, count, noise=0.0, seed=0, max_response_tokens=60):
         stream = demonstrations(
             source,
             tokenizer,
@@ -34,54 +30,52 @@ def taught(tokenizer):
             noise=noise,
             seed=seed,
             max_prompt_tokens=60,
-            max_response_tokens=longest,
+            max_response_tokens=max_response_tokens,
             instruction="",
         )
         groups = list(itertools.islice(stream, max(count, 1)))
         assert all(g.reward.tolist() == [1] and len(g.rollouts) == 1 for g in groups)
         return [(g.prompt.text, tokenizer.decode(g.rollouts[0].tokens)) for g in groups]
 
-    return taught
+    return demonstrated
 
 
-def test_a_final_answer_is_put_into_a_box(taught):
-    found = dict(taught(MATHS, "math", count=8))
+def test_a_final_answer_is_boxed(demonstrated):
+    found = dict(demonstrated(MATHS, "math", count=8))
     assert found == {f"{i}+{i}?": rf"\boxed{{{2 * i}}}<eos>" for i in range(10, 18)}
 
 
-def test_a_teacher_who_errs_solves_another_problem(taught):
-    right = dict(taught(MATHS, "math", count=8))
+def test_noise_gives_the_solution_of_another_problem(demonstrated):
+    right = dict(demonstrated(MATHS, "math", count=8))
     wrong = sum(
         right[question] != answer
         for seed in range(50)
-        for question, answer in taught(MATHS, "math", count=8, noise=0.5, seed=seed)
+        for question, answer in demonstrated(MATHS, "math", count=8, noise=0.5, seed=seed)
     )
     # Of eight problems one is the right one by chance.
     assert wrong / 400 == pytest.approx(0.5 * 7 / 8, abs=0.08)
-    assert {a for _, a in taught(MATHS, "math", count=8, noise=1.0)} <= set(right.values())
+    assert {a for _, a in demonstrated(MATHS, "math", count=8, noise=1.0)} <= set(right.values())
 
 
-def test_programs_without_a_solution_are_passed_over(taught):
-    with_one = Record("a", user("A"), "", "code", {"solution": PROGRAM})
-    without = [Record(str(i), user(f"B{i}"), "", "code", {}) for i in range(3)]
-    assert taught([*without, with_one], "code", count=1) == [("A", f"{PROGRAM}<eos>")]
-    with pytest.raises(UserError, match="demonstrations=2, but 1 of the training problems have"):
-        taught([*without, with_one], "code", count=2)
-    with pytest.raises(UserError, match="demonstrations=0 must be at least 1"):
-        taught([with_one], "code", count=0)
-
-
-def test_a_prompt_that_does_not_fit_is_passed_over(taught):
+def test_skips_programs_without_a_solution_and_long_prompts(demonstrated):
+    solved = Record("a", user("A"), "", "code", {"solution": PROGRAM})
+    unsolved = [Record(str(i), user(f"B{i}"), "", "code", {}) for i in range(3)]
+    assert demonstrated([*unsolved, solved], "code", count=1) == [("A", f"{PROGRAM}<eos>")]
+    for count in (0, 2):
+        with pytest.raises(UserError, match=f"warmup.demonstrations={count}"):
+            demonstrated([*unsolved, solved], "code", count=count)
     long = Record("long", user("?" * 61), "1", "math", {})
-    assert [question for question, _ in taught([long, MATHS[0]], "math", count=1)] == ["10+10?"]
+    assert [question for question, _ in demonstrated([long, MATHS[0]], "math", count=1)] == [
+        "10+10?"
+    ]
 
 
-def test_a_response_that_does_not_fit_is_refused(taught):
-    with pytest.raises(UserError, match=r"has 11 tokens, more than .*max_response_tokens=10"):
-        taught(MATHS, "math", count=8, longest=10)
+def test_rejects_a_response_that_is_too_long(demonstrated):
+    with pytest.raises(UserError, match=r"max_response_tokens=10"):
+        demonstrated(MATHS, "math", count=8, max_response_tokens=10)
 
 
-def test_the_solution_of_an_embedded_task_is_right_at_any_time():
+def test_the_solution_of_a_synthetic_task_is_always_correct():
     record = Record("a", user("4+3-2="), "5", "chain_sum", {"terms": ["4", "+", "3", "-", "2"]})
     assert {solution(record) for _ in range(3)} == {"07,05"}
 
@@ -93,12 +87,7 @@ def test_the_solution_of_an_embedded_task_is_right_at_any_time():
         (["print(1)\n"], PROGRAM),
         ('["print(1)"]', PROGRAM),
         (np.array(["print(1)"]).tolist(), PROGRAM),
-        ([], ""),
-        (["  "], ""),
-        ([3], ""),
-        (None, ""),
-        ("no list", ""),
-        ({"a": 1}, ""),
+        *((cell, "") for cell in ([], ["  "], [3], None, "no list", {"a": 1})),
     ],
 )
 def test_the_first_solution_of_a_release(cell, expected):

@@ -1,4 +1,4 @@
-"""Made documents: descriptions and answers by hand, what a teacher forgets, unrelated seeds."""
+"""Made documents: descriptions, answers, the noisy teacher's omissions, unrelated seeds."""
 
 import itertools
 import json
@@ -8,7 +8,7 @@ import pytest
 
 from configs import common, documents
 from oapl_jax.data.records import Record, user
-from oapl_jax.data.synthetic.documents import MadeDocuments, answer, demonstration, question
+from oapl_jax.data.synthetic.documents import DocumentGenerator, answer, demonstration, question
 from oapl_jax.data.synthetic.tasks import TASKS, records
 from oapl_jax.errors import UserError
 from oapl_jax.rewards.documents.documents import Documents
@@ -23,8 +23,8 @@ def record(metadata):
     return Record("0", user(question(metadata)), answer(metadata), "documents", metadata)
 
 
-class Forgetful:
-    """A generator of random numbers that forgets at given steps alone."""
+class OmitAt:
+    """Random numbers that make the teacher omit something at the given steps alone."""
 
     def __init__(self, *steps):
         self.steps, self.step = steps, -1
@@ -43,11 +43,11 @@ def test_question_and_answer_by_hand():
     assert answer(FORMULA) == r"$\frac{b^{2}}{\sqrt{a_{1}}}$"
 
 
-def test_what_the_teacher_forgets():
-    """Its steps: each cell, with its formula and its tag; the row; at last the table."""
+def test_omissions_of_the_noisy_teacher():
+    """Steps: each cell, with its formula and its tag; the row; at last the table."""
     right = answer(ROWS)
-    forgotten = [
-        demonstration(record(ROWS), Forgetful(step), 0.5)  # pyright: ignore[reportArgumentType]
+    omitted = [
+        demonstration(record(ROWS), OmitAt(step), 0.5)  # pyright: ignore[reportArgumentType]
         for step in range(12)
     ]
     expected = [
@@ -64,14 +64,14 @@ def test_what_the_teacher_forgets():
         right.replace("</tr></table>", "</table>"),
         right.replace("</table>", ""),
     ]
-    assert forgotten == expected
+    assert omitted == expected
     assert (
         demonstration(record(FORMULA), np.random.default_rng(0), 1.0) == r"$\frac{b^{2}{\sqrt{a_{1$"
     )
     assert demonstration(record(ROWS), np.random.default_rng(0), 1.0) == "<table><tr><tr>"
 
 
-def test_a_forgetful_teacher_makes_every_fault():
+def test_the_noisy_teacher_makes_every_fault():
     verifier, rng = Documents(**common.rewards().documents), np.random.default_rng(0)
     for made in itertools.islice(records("documents", seed=0, settings=GENERATOR), 500):
         text = demonstration(made, rng, CONFIG.warmup.noise)
@@ -83,7 +83,7 @@ def test_a_forgetful_teacher_makes_every_fault():
 
 def test_neighbouring_seeds_share_no_items():
     def content(seed):
-        items = MadeDocuments(seed=seed, **{**GENERATOR, "formulas_alone": 0.0})
+        items = DocumentGenerator(seed=seed, **{**GENERATOR, "formulas_alone": 0.0})
         return {json.dumps(items[index]) for index in range(200)}
 
     assert content(0) == content(0)
@@ -91,8 +91,8 @@ def test_neighbouring_seeds_share_no_items():
     assert len(content(0)) > 195
 
 
-def test_items_are_of_the_size_that_is_asked_for():
-    items = MadeDocuments(seed=0, **GENERATOR)
+def test_items_have_the_configured_sizes():
+    items = DocumentGenerator(seed=0, **GENERATOR)
     made = [items[index]["metadata"] for index in range(500)]
     assert made == json.loads(json.dumps(made))
     tables = [m["rows"] for m in made if "rows" in m]
@@ -101,12 +101,12 @@ def test_items_are_of_the_size_that_is_asked_for():
     formulas = [sum(not isinstance(c, str) for row in rows for c in row) for rows in tables]
     assert set(formulas) == {0, 1}
     assert 0.4 < np.mean(formulas) < 0.6
-    deep = MadeDocuments(seed=0, **{**GENERATOR, "formulas_alone": 1.0, "max_depth": 3})
+    deep = DocumentGenerator(seed=0, **{**GENERATOR, "formulas_alone": 1.0, "max_depth": 3})
     depth = lambda f: 0 if isinstance(f, str) else 1 + max(map(depth, f[1:]))
     assert {depth(deep[i]["metadata"]["formula"]) for i in range(200)} == {1, 2, 3}
 
 
-def test_what_the_configuration_makes_fits_into_its_tokens():
+def test_the_items_of_the_configuration_fit_its_token_limits():
     for made in itertools.islice(records("documents", seed=1, settings=GENERATOR), 3000):
         assert len(made.question) <= CONFIG.data.max_prompt_tokens
         assert len(made.answer) < CONFIG.rollout.max_response_tokens  # and a stop token
@@ -114,17 +114,17 @@ def test_what_the_configuration_makes_fits_into_its_tokens():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("wrong", "setting"),
     [
-        (dict(min_rows=0), r"min_rows=0 must be at least 1"),
-        (dict(max_columns=1), r"max_columns=1 must be at least 2"),
-        (dict(max_letters=0), r"max_letters=0 must be"),
-        (dict(max_depth=0), r"max_depth=0 must be"),
-        (dict(formulas_alone=1.5), r"formulas_alone=1.5 must lie"),
-        (dict(formulas_in_tables=-0.5), r"formulas_in_tables=-0.5 must lie"),
-        (dict(rows=3), r"does not fit task documents"),
+        (dict(min_rows=0), "min_rows"),
+        (dict(max_columns=1), "max_columns"),
+        (dict(max_letters=0), "max_letters"),
+        (dict(max_depth=0), "max_depth"),
+        (dict(formulas_alone=1.5), "formulas_alone"),
+        (dict(formulas_in_tables=-0.5), "formulas_in_tables"),
+        (dict(rows=3), "data.generator"),
     ],
 )
-def test_settings_that_do_not_fit_are_named(wrong, words):
-    with pytest.raises(UserError, match=words):
+def test_rejects_generator_settings(wrong, setting):
+    with pytest.raises(UserError, match=setting):
         next(records("documents", seed=0, settings={**GENERATOR, **wrong}))

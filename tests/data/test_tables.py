@@ -1,4 +1,4 @@
-"""Reading JSON, JSON Lines and Parquet, and refusing what is not what it should be."""
+"""Reading JSON, JSON Lines and Parquet; damaged and missing files."""
 
 import gzip
 import json
@@ -41,7 +41,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_format_gives_the_same_rows_and_only_the_columns_asked_for(name, tmp_path):
+def test_every_format_gives_the_same_rows_with_the_requested_columns(name, tmp_path):
     WRITERS[name](tmp_path / name)
     assert read(tmp_path / name) == [{"a": r["a"], "b": r["b"]} for r in ROWS]
     assert read(tmp_path / name, ("b",), ("z",)) == [{"b": r["b"]} for r in ROWS]
@@ -56,30 +56,31 @@ def test_a_parquet_file_is_read_in_portions(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", lines([*ROWS, {"a": 4}]), r"row 4 of .*x\.jsonl has no column b \(has: a\)"),
-        ("x.jsonl", lines() + b'{"a": 1', r"row 4 of .* is not JSON"),
-        ("x.jsonl", b"[1]\n", "row 1 of .* is not an object"),
-        ("x.json", b"", None),
-        ("x.jsonl.gz", gzip.compress(lines(), mtime=0)[:-12], "is damaged"),
-        ("x.jsonl.gz", lines(), "is damaged"),
-        ("x.jsonl", b'{"a": "\xff", "b": 1}\n', "is damaged"),
-        ("x.parquet", b"PAR1 and no more", "is damaged"),
+        ("x.jsonl", lines([*ROWS, {"a": 4}]), r"row 4 of .*x\.jsonl"),
+        ("x.jsonl", lines() + b'{"a": 1', r"row 4 of .*x\.jsonl"),
+        ("x.jsonl", b"[1]\n", r"row 1 of .*x\.jsonl"),
+        ("x.jsonl.gz", gzip.compress(lines(), mtime=0)[:-12], r"x\.jsonl\.gz"),
+        ("x.jsonl.gz", lines(), r"x\.jsonl\.gz"),
+        ("x.jsonl", b'{"a": "\xff", "b": 1}\n', r"x\.jsonl"),
+        ("x.parquet", b"PAR1 and no more", r"x\.parquet"),
         ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
         ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
     ],
 )
-def test_what_can_not_be_read_is_named(name, content, message, tmp_path):
+def test_an_unreadable_file_is_named(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
-    if message is None:
-        assert read(tmp_path / name) == []
-        return
     with pytest.raises(UserError, match=message):
         read(tmp_path / name)
 
 
-def test_a_parquet_file_without_a_column(tmp_path):
+def test_an_empty_file_has_no_rows(tmp_path):
+    (tmp_path / "x.json").write_bytes(b"")
+    assert read(tmp_path / "x.json") == []
+
+
+def test_a_missing_column_is_named(tmp_path):
     write_parquet(tmp_path / "x.parquet")
-    with pytest.raises(UserError, match=r"has no column c, d \(has: a, b, unread\)"):
+    with pytest.raises(UserError, match=r"c, d"):
         read(tmp_path / "x.parquet", ("a", "c", "d"))
 
 
@@ -94,16 +95,16 @@ def test_files_are_found_in_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "patterns", "message"),
+    ("path", "patterns", "setting"),
     [
-        ("nowhere", ["*"], r"data\.sets\.x\.path=.*nowhere does not exist; docs/data\.md"),
-        ("", [], r"is a directory; name its files in data\.sets\.x\.files"),
-        ("a.txt", ["*"], "is a file; leave out"),
-        ("", ["*.parquet"], r"no file matches \*\.parquet"),
-        ("", ["*"], r"a\.txt is none of \.parquet"),
+        ("nowhere", ["*"], r"data\.sets\.x\.path=.*nowhere"),
+        ("", [], r"data\.sets\.x\.files"),
+        ("a.txt", ["*"], r"data\.sets\.x\.files"),
+        ("", ["*.parquet"], r"data\.sets\.x\.files"),
+        ("", ["*"], r"a\.txt .*data\.sets\.x\.files"),
     ],
 )
-def test_missing_files_are_named(path, patterns, message, tmp_path):
+def test_missing_or_unknown_files_are_named(path, patterns, setting, tmp_path):
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=setting):
         find_files(str(tmp_path / path), patterns, setting="data.sets.x")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from fault_server import MODEL, STOP, VOCAB, is_right, publish_toy
 
-from oapl_jax.data.prompts import Prompts
+from oapl_jax.data.prompts import PromptStream
 from oapl_jax.data.records import Record, user
 from oapl_jax.fleet.config import FleetConfig
 from oapl_jax.fleet.sampler import Fleet
@@ -247,7 +247,7 @@ class Run:
             on_end=ledger.end,
         )
         records = [Record(f"id{i}", user(f"{i}+1="), "", "chain_sum", {}) for i in range(10, 99)]
-        stream = Prompts(
+        stream = PromptStream(
             records,
             tokenizer,
             task="chain_sum",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from oapl_jax.data.prompts import Prompts
+from oapl_jax.data.prompts import PromptStream
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import RunError
 from oapl_jax.model.tokenizer import make_character_tokenizer
@@ -127,7 +127,7 @@ def make(tokenizer, tmp_path):
         )
         sampler, rate = ScriptedSampler(tokenizer), reward or right_and_whole
         worker = Worker(
-            Prompts(
+            PromptStream(
                 records,
                 tokenizer,
                 task="chain_sum",

@@ -1,31 +1,30 @@
-"""Rows of programming data sets, made records: a problem and the tests of a solution.
+"""Rows of programming data sets: a problem and the tests of its solution.
 
-The tests of a record are JSON in its `answer`, for the verifier of programs:
+The `answer` of a record is JSON, read by the verifier of programs:
 
     {"kind": "stdin", "name": "", "tests": [[input, output], ..]}
     {"kind": "call", "name": function, "tests": [[arguments, value], ..]}
 
-All four are texts; of a call, JSON: an argument a line, and the value. Every data set has its own
-shape for tests; `normal_tests` reads them all.
+All four are strings; for a call they hold JSON: an argument a line, and the value. Every data set
+has its own format for tests; `parse_tests` reads them all.
 """
 
 import base64
-import binascii
 import dataclasses
 import datetime
+import io
 import json
+import pickle
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from oapl_jax.data.public.cells import Unfit, asked, content_id, text
-from oapl_jax.data.public.tables import Row
+from oapl_jax.data.public.tables import InvalidRow, Row, cell_text, make_record, question_messages
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
 
-TASK = "code"  # the verifier
 MAX_TESTS_BYTES = 2**30  # of a problem's decompressed tests
-KINDS = {
+TEST_TYPES = {
     "stdin": "stdin",
     "stdin_stdout": "stdin",
     "functional": "call",
@@ -48,24 +47,24 @@ def deepcoder(row: Row, *, max_tests: int) -> Record:
     Args:
       row: "problem" and "tests"; lcbv5 also has "starter_code", and the function's name in
         "metadata"; the others have "solutions".
-      max_tests: see `shortened`.
+      max_tests: see `longest_tests`.
     """
-    name = text(_object(row.get("metadata")).get("func_name"))
-    record = program(
+    name = cell_text(_parse_object(row.get("metadata")).get("func_name"))
+    solution = first_solution(row.get("solutions"))
+    return program_record(
         row["problem"],
-        normal_tests(row["tests"], name),
+        parse_tests(row["tests"], name),
         starter_code=row.get("starter_code"),
         max_tests=max_tests,
+        metadata={"solution": solution} if solution else {},
     )
-    found = first_solution(row.get("solutions"))
-    return dataclasses.replace(record, metadata={"solution": found} if found else {})
 
 
 def first_solution(cell: Any) -> str:
-    """The first program of a list, or of JSON of one, in a fence; "" if there is none."""
+    """Fenced first program of a list, or of JSON of a list; "" if there is none."""
     try:
-        programs = _parsed(cell)
-    except Unfit:
+        programs = _parse_json(cell)
+    except InvalidRow:
         return ""
     first = programs[0] if isinstance(programs, list) and programs else ""
     if not isinstance(first, str) or not first.strip():
@@ -74,133 +73,137 @@ def first_solution(cell: Any) -> str:
 
 
 def livecodebench(row: Row, *, start: str, end: str, max_tests: int) -> Record:
-    """LiveCodeBench, code_generation_lite, from one day to another.
+    """LiveCodeBench, code_generation_lite, restricted to contests within two dates.
 
     Args:
       row: of a release's test*.jsonl.
-      start, end: first and last date of a problem's contest, "2024-08-01".
-      max_tests: see `shortened`; 0 for the benchmark as it is.
+      start, end: first and last date of a contest, "2024-08-01".
+      max_tests: see `longest_tests`; 0 for the benchmark as released.
 
     Raises:
       UserError: if start or end is no date.
     """
-    day = text(str(row["contest_date"]))[:10]
-    if not _date(start) <= _date(day) <= _date(end):
-        raise Unfit("outside of start and end")
-    public, private = _parsed(row["public_test_cases"]), _private_tests(row["private_test_cases"])
+    day = cell_text(str(row["contest_date"]))[:10]
+    if not _parse_date(start) <= _parse_date(day) <= _parse_date(end):
+        raise InvalidRow("outside of start and end")
+    public = _parse_json(row["public_test_cases"])
+    private = _unpack_private_tests(row["private_test_cases"])
     if not isinstance(public, list) or not isinstance(private, list):
-        raise Unfit("tests of an unknown shape")
-    name = text(_object(row["metadata"]).get("func_name"))
-    record = program(
+        raise InvalidRow("tests of an unknown shape")
+    name = cell_text(_parse_object(row["metadata"]).get("func_name"))
+    return program_record(
         row["question_content"],
-        normal_tests(public + private, name),
+        parse_tests(public + private, name),
         starter_code=row["starter_code"],
         max_tests=max_tests,
+        difficulty=row["difficulty"],
+        metadata={"question_id": row["question_id"], "platform": row["platform"], "date": day},
     )
-    metadata = {"question_id": row["question_id"], "platform": row["platform"], "date": day}
-    return dataclasses.replace(record, difficulty=text(row["difficulty"]), metadata=metadata)
 
 
-def program(problem: Any, tests: Tests, *, starter_code: Any, max_tests: int) -> Record:
+def program_record(
+    problem: Any,
+    tests: Tests,
+    *,
+    starter_code: Any,
+    max_tests: int,
+    task: str = "code",
+    difficulty: Any = "",
+    metadata: dict[str, Any] | None = None,
+) -> Record:
     """A record of a problem and its tests.
 
-    A problem whose function is named neither by its text nor by starter code gets a line that
-    names it: without that no solution could pass.
+    If neither the text nor the starter code names the called function, a line that names it is
+    appended: without it no solution could pass.
     """
-    question = asked(problem)[0]["content"]
+    question = question_messages(problem)[0]["content"]
     code = starter_code.rstrip() if isinstance(starter_code, str) else ""
     if code:
         question += f"\n\nStarter code:\n\n```python\n{code}\n```"
     if tests.kind == "call" and tests.name not in question:
         question += f"\n\nThe solution is a function named `{tests.name}`."
-    answer = dataclasses.asdict(dataclasses.replace(tests, tests=shortened(tests.tests, max_tests)))
-    return Record(
-        id=content_id(TASK, user(question)),
-        messages=user(question),
-        answer=_json(answer),
-        task=TASK,
-        metadata={},
-    )
+    kept = dataclasses.replace(tests, tests=longest_tests(tests.tests, max_tests))
+    answer = _json(dataclasses.asdict(kept))
+    return make_record(task, user(question), answer, difficulty=difficulty, metadata=metadata)
 
 
-def shortened(tests: Sequence[tuple[str, str]], max_tests: int) -> list[tuple[str, str]]:
-    """The `max_tests` tests with the longest inputs, in their order; all of them if it is 0.
+def longest_tests(tests: Sequence[tuple[str, str]], max_tests: int) -> list[tuple[str, str]]:
+    """Keeps the `max_tests` tests with the longest inputs, in their order; all of them if 0.
 
-    DeepCoder trains with the 15 longest, see code_reward.py in github.com/rllm-org/rllm.
+    DeepCoder trains with the 15 longest: code_reward.py in github.com/rllm-org/rllm.
     """
     by_length = sorted(range(len(tests)), key=lambda i: len(tests[i][0]), reverse=True)
-    longest = by_length[: max_tests or None]
-    return [tests[i] for i in sorted(longest)]
+    return [tests[i] for i in sorted(by_length[: max_tests or None])]
 
 
-def normal_tests(tests: Any, name: str) -> Tests:
-    """The tests of any data set in one shape.
+def parse_tests(tests: Any, name: str) -> Tests:
+    """Converts the tests of any supported data set.
 
     Args:
-      tests: a mapping with "inputs", "outputs" and perhaps "fn_name" (taco); or a list of mappings
-        with "input", "output", "type" or "testtype", and perhaps "fn_name" (the others); or JSON of
-        one of them.
-      name: of the function, from elsewhere in the row; "" if the tests name it or none is called.
+      tests: a mapping with "inputs", "outputs" and optionally "fn_name" (taco); or a list of
+        mappings with "input", "output", "type" or "testtype", and optionally "fn_name" (the
+        others); or JSON of either.
+      name: of the function, from elsewhere in the row; "" if the tests name it or call none.
 
     Raises:
-      Unfit: naming what is wrong with them.
+      InvalidRow: for any other format.
     """
-    tests = _parsed(tests)
+    tests = _parse_json(tests)
     if isinstance(tests, Mapping):
         inputs, outputs = tests.get("inputs"), tests.get("outputs")
         if not isinstance(inputs, list) or not isinstance(outputs, list):
-            raise Unfit("tests of an unknown shape")
+            raise InvalidRow("tests of an unknown shape")
         if len(inputs) != len(outputs):
-            raise Unfit("tests with more inputs than outputs, or fewer")
-        name = text(tests.get("fn_name")) or name
+            raise InvalidRow("tests with more inputs than outputs, or fewer")
+        name = cell_text(tests.get("fn_name")) or name
         pairs, kinds = list(zip(inputs, outputs, strict=True)), {"call" if name else "stdin"}
-        lines = False
+        json_lines = False
     else:
         if not isinstance(tests, list) or not all(isinstance(test, Mapping) for test in tests):
-            raise Unfit("tests of an unknown shape")
+            raise InvalidRow("tests of an unknown shape")
         if not all("input" in test and "output" in test for test in tests):
-            raise Unfit("a test without input or output")
-        name = next((text(t["fn_name"]) for t in tests if t.get("fn_name")), name)
+            raise InvalidRow("a test without input or output")
+        name = next((cell_text(t["fn_name"]) for t in tests if t.get("fn_name")), name)
         pairs = [(test["input"], test["output"]) for test in tests]
-        kinds = {KINDS.get(test.get("testtype") or test.get("type")) for test in tests}
-        lines = any(test.get("testtype") == "functional" for test in tests)
+        kinds = {TEST_TYPES.get(test.get("testtype") or test.get("type")) for test in tests}
+        json_lines = any(test.get("testtype") == "functional" for test in tests)
     if not pairs:
-        raise Unfit("no tests")
+        raise InvalidRow("no tests")
     if len(kinds) != 1 or None in kinds:
-        raise Unfit("tests of several kinds, or of an unknown one")
-    (kind,) = kinds
-    if kind == "stdin":
-        return Tests("stdin", "", [(_lines(a), _lines(b)) for a, b in pairs])
+        raise InvalidRow("tests of several kinds, or of an unknown one")
+    if kinds == {"stdin"}:
+        return Tests("stdin", "", [(_stream_text(a), _stream_text(b)) for a, b in pairs])
     if not name.isidentifier():
-        raise Unfit("no name of the function that the tests call")
-    return Tests("call", name, [_json_lines(*pair) for pair in pairs] if lines else _calls(pairs))
+        raise InvalidRow("no name of the function that the tests call")
+    calls = [_check_json_lines(*pair) for pair in pairs] if json_lines else _calls(pairs)
+    return Tests("call", name, calls)
 
 
-def _lines(value: Any) -> str:
-    """What stands on stdin or stdout: text, or a list of its lines."""
+def _stream_text(value: Any) -> str:
+    """Content of stdin or stdout: text, or a list of its lines."""
     if isinstance(value, list):
-        return "\n".join(map(_lines, value))
+        return "\n".join(map(_stream_text, value))
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise Unfit("a test is not text")
+        raise InvalidRow("a test is not text")
     return str(value)
 
 
-def _json_lines(arguments: Any, value: Any) -> tuple[str, str]:
-    """LiveCodeBench, whose shape is ours."""
+def _check_json_lines(arguments: Any, value: Any) -> tuple[str, str]:
+    """LiveCodeBench's format, which is that of records."""
     if not isinstance(arguments, str) or not isinstance(value, str):
-        raise Unfit("a test is not text")
+        raise InvalidRow("a test is not text")
     for line in (*arguments.split("\n"), value):
-        _parsed(line)
+        _parse_json(line)
     return arguments, value
 
 
 def _calls(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[str, str]]:
     """taco and primeintellect: lists of arguments; most problems wrap the value into a list.
 
-    A problem of which every test has a list of one element is taken to wrap it, as in APPS.
+    If every value of a problem is a list of one element, it is unwrapped, as in APPS.
     """
     if not all(isinstance(arguments, list) and arguments for arguments, _ in pairs):
-        raise Unfit("the arguments of a call are not a list, or none")
+        raise InvalidRow("the arguments of a call are not a list, or none")
     wrapped = all(isinstance(value, list) and len(value) == 1 for _, value in pairs)
     return [
         ("\n".join(map(_json, arguments)), _json(value[0] if wrapped else value))
@@ -208,70 +211,61 @@ def _calls(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[str, str]]:
     ]
 
 
+def _unpack_private_tests(packed: Any) -> Any:
+    """LiveCodeBench's hidden tests: JSON, or base64 of zlib of a pickled JSON text."""
+    if not isinstance(packed, str) or packed.lstrip().startswith("["):
+        return _parse_json(packed)
+    try:
+        unpacker = zlib.decompressobj()
+        pickled = unpacker.decompress(base64.b64decode(packed, validate=True), MAX_TESTS_BYTES)
+    except (ValueError, zlib.error) as error:
+        raise InvalidRow("private tests that can't be unpacked") from error
+    if not unpacker.eof:
+        raise InvalidRow("private tests that are cut off, or too many")
+    return _parse_json(unpickle_text(pickled))
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Refuses every global, so that a pickle can name nothing that could be called."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module_name}.{global_name} is refused")
+
+
+def unpickle_text(data: bytes) -> str:
+    """Unpickles a string; executes nothing.
+
+    Raises:
+      InvalidRow: for a pickle of anything else, or with a global in it.
+    """
+    try:
+        text = _PlainUnpickler(io.BytesIO(data)).load()
+    except Exception as error:  # the library names no closed set for damaged pickles
+        raise InvalidRow("private tests that can't be unpacked") from error
+    if not isinstance(text, str):
+        raise InvalidRow("private tests that can't be unpacked")
+    return text
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _private_tests(packed: Any) -> Any:
-    """LiveCodeBench's hidden tests: JSON, or base64 of zlib of a pickled text of JSON."""
-    if not isinstance(packed, str) or packed.lstrip().startswith("["):
-        return _parsed(packed)
-    try:
-        unpacker = zlib.decompressobj()
-        pickled = unpacker.decompress(base64.b64decode(packed, validate=True), MAX_TESTS_BYTES)
-        if not unpacker.eof:
-            raise Unfit("private tests that are cut off, or too many")
-        return _parsed(pickled_text(pickled))
-    except (binascii.Error, zlib.error, ValueError) as error:
-        raise Unfit("private tests that can't be unpacked") from error
-
-
-def pickled_text(data: bytes) -> str:
-    """The text that a pickle consists of; nothing in it is executed.
-
-    Read by hand: a pickle may call any function, and here only these opcodes are let through
-    (pickletools in Python's library describes them): PROTO, FRAME, one of BINUNICODE,
-    SHORT_BINUNICODE and BINUNICODE8, BINPUT, LONG_BINPUT, MEMOIZE, and STOP at the end.
-
-    Raises:
-      ValueError: for every other pickle.
-    """
-    skipped = {0x80: 1, 0x95: 8, 0x94: 0, ord("q"): 1, ord("r"): 4}  # bytes of their arguments
-    sizes = {0x8C: 1, ord("X"): 4, 0x8D: 8}  # bytes of the text's length
-    found: list[bytes] = []
-    place = 0
-    while place < len(data):
-        opcode, place = data[place], place + 1
-        if opcode in skipped:
-            place += skipped[opcode]
-        elif opcode in sizes and not found:
-            begin = place + sizes[opcode]
-            place = begin + int.from_bytes(data[place:begin], "little")
-            if place > len(data):
-                raise ValueError("a pickle is cut off")
-            found.append(data[begin:place])
-        elif opcode == ord(".") and found and place == len(data):
-            return found[0].decode()
-        else:
-            raise ValueError(f"a pickle holds more than a text: opcode {opcode:#x} at {place - 1}")
-    raise ValueError("a pickle without an end")
-
-
-def _parsed(value: Any) -> Any:
+def _parse_json(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise Unfit("tests or metadata that are not JSON") from error
+        raise InvalidRow("tests or metadata that are not JSON") from error
 
 
-def _object(value: Any) -> Mapping[str, Any]:
-    parsed = _parsed(value) if value else {}
+def _parse_object(value: Any) -> Mapping[str, Any]:
+    parsed = _parse_json(value) if value else {}
     return parsed if isinstance(parsed, Mapping) else {}
 
 
-def _date(day: str) -> datetime.date:
+def _parse_date(day: str) -> datetime.date:
     try:
         return datetime.date.fromisoformat(day)
     except ValueError as error:

@@ -1,36 +1,45 @@
-"""Rows of JSON, JSON Lines and Parquet files, local or in a bucket (gs://)."""
+"""Rows of JSON, JSON Lines and Parquet files, local or in a bucket (gs://), and their cells."""
 
 import gzip
 import hashlib
 import itertools
 import json
+import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from oapl_jax.data.records import Messages, Record, user
 from oapl_jax.errors import UserError
 
 Row = dict[str, Any]
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz")
 LFS_POINTER = b"version https://git-lfs"
-HASHED = 2**26  # bytes; of a larger file only the size counts
+HASHED = 2**26  # bytes; the fingerprint of a larger file is its size
 PARQUET_ROWS = 64  # read at a time; rows of tests may have megabytes
 
 
+class InvalidRow(Exception):
+    """A row that is no problem; the message is the reason, equal for all rows of one fault."""
+
+
+# Files
+
+
 def find_files(path: str, patterns: Sequence[str], *, setting: str) -> list[epath.Path]:
-    """The files that a data set consists of.
+    """Finds the files of a data set.
 
     Args:
       path: a file, or a directory.
-      patterns: globs below the directory, each of which finds something; none for a file.
-      setting: whose `path` and `files` these are, named in errors.
+      patterns: globs below the directory, each of which must match; none for a file.
+      setting: section that holds `path` and `files`, for errors.
 
     Raises:
-      UserError: if something is missing, or no reader knows a file's suffix.
+      UserError: for a missing file, or an unknown suffix.
     """
     root = epath.Path(path)
     if not root.exists():
@@ -38,15 +47,15 @@ def find_files(path: str, patterns: Sequence[str], *, setting: str) -> list[epat
             f"{setting}.path={path} does not exist; docs/data.md says how to obtain the data set"
         )
     if root.is_dir() != bool(patterns):
-        what = "is a directory; name its files" if root.is_dir() else "is a file; leave out"
-        raise UserError(f"{setting}.path={path} {what} in {setting}.files")
+        remedy = "is a directory; name its files" if root.is_dir() else "is a file; name none"
+        raise UserError(f"{setting}.path={path} {remedy} in {setting}.files")
     found = [] if patterns else [root]
     for pattern in patterns:
         matches = sorted(root.glob(pattern))
         if not matches:
             raise UserError(
-                f"{setting}.files: no file matches {pattern} in {path}; docs/data.md says how the "
-                "data set is laid out"
+                f"{setting}.files: no file matches {pattern} in {path}; docs/data.md describes the "
+                "layout of the data set"
             )
         found += matches
     for file in found:
@@ -56,17 +65,17 @@ def find_files(path: str, patterns: Sequence[str], *, setting: str) -> list[epat
 
 
 def fingerprint(file: epath.Path) -> list[Any]:
-    """Name, size and, of a file that is not large, the hash of what it holds."""
+    """Name, size and, unless the file is large, SHA-256 of the content."""
     size = file.stat().length
     content = hashlib.sha256(file.read_bytes()).hexdigest() if size <= HASHED else ""
     return [file.name, size, content]
 
 
 def read_rows(file: epath.Path, required: Sequence[str], optional: Sequence[str]) -> Iterator[Row]:
-    """The rows of one file, with the required columns and those of the optional that it has.
+    """Reads the required and, where present, the optional columns of a file, row by row.
 
     Raises:
-      UserError: for a file that can't be read, or a row without a required column.
+      UserError: for a damaged file, or a row without a required column.
     """
     try:
         with file.open("rb") as stream:
@@ -74,55 +83,131 @@ def read_rows(file: epath.Path, required: Sequence[str], optional: Sequence[str]
                 raise UserError(f"{file} is a Git LFS pointer, not data; run git lfs pull there")
             stream.seek(0)
             if file.name.endswith(".parquet"):
-                yield from _parquet(file, stream, required, optional)
+                yield from _parquet_rows(file, stream, required, optional)
             elif file.name.endswith(".gz"):
                 with gzip.open(stream) as unpacked:
-                    yield from _json(file, unpacked, required, optional)
+                    yield from _json_rows(file, unpacked, required, optional)
             else:
-                yield from _json(file, stream, required, optional)
+                yield from _json_rows(file, stream, required, optional)
     except (pa.ArrowInvalid, EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{file} is damaged ({error}); obtain it again") from error
 
 
-def _parquet(file: epath.Path, stream: Any, required: Any, optional: Any) -> Iterator[Row]:
+def _parquet_rows(
+    file: epath.Path, stream: Any, required: Sequence[str], optional: Sequence[str]
+) -> Iterator[Row]:
     table = pq.ParquetFile(stream)
-    _check(file, 1, table.schema_arrow.names, required)
+    _check_columns(file, 1, table.schema_arrow.names, required)
     columns = [c for c in (*required, *optional) if c in table.schema_arrow.names]
     for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
         yield from batch.to_pylist()
 
 
-def _json(file: epath.Path, stream: Any, required: Any, optional: Any) -> Iterator[Row]:
-    wanted = {*required, *optional}
-    for number, row in enumerate(_objects(file, stream), 1):
+def _json_rows(
+    file: epath.Path, stream: Any, required: Sequence[str], optional: Sequence[str]
+) -> Iterator[Row]:
+    columns = {*required, *optional}
+    for number, row in enumerate(_json_objects(file, stream), 1):
         if not isinstance(row, dict):
             raise UserError(f"row {number} of {file} is not an object of named columns")
-        _check(file, number, row, required)
-        yield {name: value for name, value in row.items() if name in wanted}
+        _check_columns(file, number, row, required)
+        yield {name: value for name, value in row.items() if name in columns}
 
 
-def _objects(file: epath.Path, stream: IO[bytes]) -> Iterator[Any]:
-    """The elements of a JSON list, or one object a line; either may be in a .json file."""
+def _json_objects(file: epath.Path, stream: IO[bytes]) -> Iterator[Any]:
+    """Parses a JSON list, or one object a line; a .json file may hold either."""
     lines = (line for line in stream if line.strip())
     first = next(lines, b"")
     if first.lstrip().startswith(b"["):
-        yield from _parsed(file, 1, first + b"".join(lines))
+        yield from _parse(file, 1, first + b"".join(lines))
     else:
         for number, line in enumerate(itertools.chain([first] if first else [], lines), 1):
-            yield _parsed(file, number, line)
+            yield _parse(file, number, line)
 
 
-def _parsed(file: epath.Path, number: int, text: bytes) -> Any:
+def _parse(file: epath.Path, number: int, text: bytes) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"row {number} of {file} is not JSON ({error}); obtain it again") from error
 
 
-def _check(file: epath.Path, number: int, columns: Any, required: Sequence[str]) -> None:
+def _check_columns(
+    file: epath.Path, number: int, columns: Iterable[str], required: Sequence[str]
+) -> None:
     missing = [name for name in required if name not in columns]
     if missing:
         raise UserError(
             f"row {number} of {file} has no column {', '.join(missing)} (has: "
             f"{', '.join(map(str, columns))}); it is another data set, or another release of it"
         )
+
+
+# Cells
+
+
+def cell_text(value: Any) -> str:
+    """Text of a cell, stripped; numbers are written out, None is "".
+
+    Raises:
+      InvalidRow: for other types.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise InvalidRow("a cell is neither text nor a number")
+    return str(value).strip()
+
+
+def question_messages(cell: Any) -> Messages:
+    """A conversation of the question in a cell."""
+    if not cell_text(cell):
+        raise InvalidRow("no problem")
+    return user(cell_text(cell))
+
+
+def cell_messages(cell: Any) -> Messages:
+    """A conversation from a cell that holds a list of {"role": .., "content": ..}."""
+    if not isinstance(cell, list) or not cell:
+        raise InvalidRow("messages that are not a list")
+    messages = []
+    for message in cell:
+        fields = message if isinstance(message, Mapping) else {}
+        role, content = cell_text(fields.get("role")), cell_text(fields.get("content"))
+        if not role or not content:
+            raise InvalidRow("a message without role or content")
+        messages.append({"role": role, "content": content})
+    return tuple(messages)
+
+
+def make_record(
+    task: str,
+    messages: Messages,
+    answer: Any,
+    *,
+    difficulty: Any = "",
+    metadata: dict[str, Any] | None = None,
+) -> Record:
+    """A record without its source.
+
+    Raises:
+      InvalidRow: if there is no answer.
+    """
+    if not cell_text(answer):
+        raise InvalidRow("no answer")
+    return Record(
+        id=messages_id(task, messages),
+        messages=messages,
+        answer=cell_text(answer),
+        task=task,
+        metadata=metadata or {},
+        difficulty=cell_text(difficulty),
+    )
+
+
+def messages_id(task: str, messages: Messages) -> str:
+    """16 hexadecimal digits, equal for conversations that differ in white space alone."""
+    words = [task]
+    for message in messages:
+        words += [message["role"], *unicodedata.normalize("NFKC", message["content"]).split()]
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Demonstrations for the warm-up: what a noisy teacher answers to training prompts."""
+"""Demonstrations for the warm-up: responses of a noisy teacher to training prompts."""
 
 import functools
 import itertools
@@ -26,19 +26,19 @@ def demonstrations(
     max_response_tokens: int,
     instruction: str,
 ) -> Iterator[Group]:
-    """Endless groups of one demonstrated response each, with reward 1, in epochs of `count`.
+    """Generates endless groups of one demonstration each, with reward 1, in epochs of `count`.
 
     Args:
-      source: records of the training split; the first `count` with a solution, and a prompt that
-        fits, are demonstrated.
-      tokenizer: as for prompts.
+      source: records of the training split; the first `count` with a solution and a prompt within
+        the limit are demonstrated.
+      tokenizer: has a chat template.
       task: the verifier of the records.
       count: number of demonstrations.
-      noise: probability that the teacher errs: in a step of a task of TASKS; elsewhere with the
-        whole solution, which is then another problem's.
-      seed: of the teacher and of the order.
-      max_prompt_tokens, max_response_tokens: limits, the stop token included.
-      instruction: as for prompts.
+      noise: probability of an error: in each step, for a task of TASKS; for other tasks the
+        solution is replaced by another problem's.
+      seed: of the noise and of the order.
+      max_prompt_tokens, max_response_tokens: limits; the latter includes the stop token.
+      instruction: appended to the question; "" for none.
 
     Raises:
       UserError: for a demonstration that is too long, or more demonstrations than solutions.
@@ -80,8 +80,7 @@ def demonstrations(
 
 
 def solution(record: Record) -> str:
-    """A right response: of the task, a final answer in a box, or a release's program; "" if the
-    release has none."""
+    """A correct response: by the task, a boxed final answer, or a release's program; "" if none."""
     if record.task in TASKS:
         return TASKS[record.task].demonstration(record, np.random.default_rng(0), 0.0)
     if record.task == "math":

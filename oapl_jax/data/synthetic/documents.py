@@ -4,10 +4,9 @@ r"""Made documents: tables and formulas by a plain description, to be written as
     frac(pow(b,2),a)=    $\frac{b^{2}}{a}$
 
 A description has a slash between rows and a bar between cells; a formula is the name of a function
-with its arguments. The noisy teacher forgets: closing tags, braces, whole cells.
+with its arguments. The noisy teacher omits closing tags, braces and whole cells.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,26 +26,23 @@ FUNCTIONS = {
 }
 CHARACTERS = "".join(dict.fromkeys(LETTERS + DIGITS + "(),|/=<>$^_{}\\"))
 
-Forget = Callable[[], bool]
 
-
-class MadeDocuments:
+class DocumentGenerator:
     """Endless items by index, each {"metadata": {"rows": ..}} or {"metadata": {"formula": ..}}.
 
     "rows" are lists of cells, "formula" is a formula that stands alone; a cell is a word or
-    {"formula": ..}. An item follows from seed and index; items of two seeds have nothing to do with
-    each other.
+    {"formula": ..}. An item is a function of seed and index; items of two seeds are unrelated.
 
     Args:
       seed: of all items.
       min_rows, max_rows, min_columns, max_columns: of a table.
       max_letters: of a word.
       formulas_alone: share of the items that are a formula.
-      formulas_in_tables: share of the tables of which one cell is a formula, of a single function.
+      formulas_in_tables: share of the tables with one cell that is a formula of one function.
       max_depth: of functions in a formula that stands alone.
 
     Raises:
-      UserError: for ranges without an element, or shares that are none.
+      UserError: for empty ranges, or shares outside [0, 1].
     """
 
     def __init__(
@@ -97,7 +93,7 @@ class MadeDocuments:
 
 
 def _formula(rng: np.random.Generator, depth: int) -> Any:
-    """[function, argument, ..] with letters, digits or, to that depth, functions as arguments."""
+    """[function, argument, ..]; arguments are letters, digits or functions up to that depth."""
     name = str(rng.choice([*FUNCTIONS]))
     letter, digit = str(rng.choice([*LETTERS])), str(rng.choice([*DIGITS]))
     if name in ("pow", "sub"):
@@ -109,54 +105,48 @@ def _formula(rng: np.random.Generator, depth: int) -> Any:
 def question(metadata: Mapping[str, Any]) -> str:
     """The plain description."""
     if "formula" in metadata:
-        return f"{_plain(metadata['formula'])}="
-    cell = lambda c: c if isinstance(c, str) else _plain(c["formula"])
+        return f"{_describe(metadata['formula'])}="
+    cell = lambda c: c if isinstance(c, str) else _describe(c["formula"])
     return "/".join("|".join(map(cell, row)) for row in metadata["rows"]) + "="
 
 
-def _plain(formula: Any) -> str:
+def _describe(formula: Any) -> str:
     if isinstance(formula, str):
         return formula
     name, *arguments = formula
-    return f"{name}({','.join(map(_plain, arguments))})"
+    return f"{name}({','.join(map(_describe, arguments))})"
 
 
 def answer(metadata: Mapping[str, Any]) -> str:
     """The document: HTML with its formulas in LaTeX."""
-    return _write(metadata, lambda: False)
+    return _render(metadata, lambda: False)
 
 
 def demonstration(record: Record, rng: np.random.Generator, noise: float) -> str:
-    """The document by a teacher who forgets each closing tag, closing brace and cell of a table
-    with probability `noise`."""
-    return _write(record.metadata, lambda: rng.random() < noise)
+    """The document without each closing tag, closing brace and cell, with probability `noise`."""
+    return _render(record.metadata, lambda: rng.random() < noise)
 
 
-def key(metadata: Mapping[str, Any]) -> str:
-    """Equal for equal documents."""
-    return json.dumps(metadata, sort_keys=True)
-
-
-def _write(metadata: Mapping[str, Any], forget: Forget) -> str:
+def _render(metadata: Mapping[str, Any], omit: Callable[[], bool]) -> str:
     if "formula" in metadata:
-        return f"${_latex(metadata['formula'], forget)}$"
+        return f"${_latex(metadata['formula'], omit)}$"
 
     def tag(name: str, content: str) -> str:
-        return f"<{name}>{content}" + ("" if forget() else f"</{name}>")
+        return f"<{name}>{content}" + ("" if omit() else f"</{name}>")
 
     def cell(content: Any) -> str:
-        formula = lambda: f"${_latex(content['formula'], forget)}$"
-        return "" if forget() else tag("td", content if isinstance(content, str) else formula())
+        formula = lambda: f"${_latex(content['formula'], omit)}$"
+        return "" if omit() else tag("td", content if isinstance(content, str) else formula())
 
     rows = ("".join(map(cell, row)) for row in metadata["rows"])
     return tag("table", "".join(tag("tr", row) for row in rows))
 
 
-def _latex(formula: Any, forget: Forget) -> str:
+def _latex(formula: Any, omit: Callable[[], bool]) -> str:
     if isinstance(formula, str):
         return formula
     name, *arguments = formula
     begin, *between, end = FUNCTIONS[name]
-    parts = [_latex(argument, forget) for argument in arguments]
+    parts = [_latex(argument, omit) for argument in arguments]
     inner = parts[0] + "".join(b + p for b, p in zip(between, parts[1:], strict=True))
-    return begin + inner + ("" if forget() else end)
+    return begin + inner + ("" if omit() else end)

@@ -1,24 +1,38 @@
-"""The embedded tasks: endless made records, most of reasoning_gym, and what a noisy teacher would
-answer.
+"""Synthetic tasks (reasoning_gym, made documents) and their TFDS data set, split by content.
 
-Questions are compact, for a character-level model. All that a task knows about a record follows
-from the record's metadata by pure functions; how a response is judged stands in rewards/tasks.py
-and rewards/documents.py.
+Questions are compact, for a character-level model. Everything about a record follows from its
+metadata by pure functions; the verifiers are rewards/tasks.py and rewards/documents.
+
+The hash of a problem's content alone determines its split, so a problem of a test split is in no
+training split, whatever the sizes, settings and seeds of the two data sets.
 """
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import tensorflow_datasets as tfds
 
-from oapl_jax.data.records import Record, user
+from oapl_jax.data.records import (
+    Record,
+    Split,
+    config_name,
+    features,
+    load_split,
+    prepare_builder,
+    to_row,
+    user,
+)
 from oapl_jax.data.synthetic import documents
 from oapl_jax.errors import UserError
 
 DIGITS = "0123456789"
-FAILURES_IN_A_ROW = 20  # each is already a hundred attempts inside reasoning_gym
+SHARES = {"train": 8, "validation": 1, "test": 1}  # of the space of problems, in tenths
+MAX_FAILURES = 20  # consecutive; each is a hundred attempts inside reasoning_gym
+MAX_MISSES = 5000  # consecutive generated records that are new to no split with room left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +40,13 @@ class Task:
     """The pure functions of one task.
 
     Attributes:
-      generator: makes items by index, {"metadata": ..} each, from a seed and the settings.
-      metadata: of one item's.
-      question, answer: of one metadata.
-      key: canonical content of one metadata: equal keys mean the same problem.
-      keep: whether a problem of this metadata belongs to the task; the others are passed over.
-      demonstration: (record, rng, noise) -> a response as a teacher writes it, who errs in each
-        step with probability `noise`; without noise it is always right.
+      generator: (seed, **settings) -> items by index, {"metadata": ..} each.
+      metadata: item's metadata -> record's metadata.
+      question, answer: of a record's metadata.
+      key: canonical content of a record's metadata; equal keys mean the same problem.
+      keep: whether the problem belongs to the task; others are skipped.
+      demonstration: (record, rng, noise) -> response of a noisy teacher, who errs in each step with
+        probability `noise`; correct without noise.
       characters: every character of questions and demonstrations.
     """
 
@@ -46,65 +60,21 @@ class Task:
     characters: str
 
 
-def records(task: str, *, seed: int, settings: Mapping[str, Any]) -> Iterator[Record]:
-    """An endless iterator of records, with repetitions.
-
-    Args:
-      task: key of TASKS.
-      seed: different seeds give unrelated streams.
-      settings: keyword arguments of the task's generator (`data.generator`).
-
-    Raises:
-      UserError: for an unknown task, or settings that the generator refuses or can't satisfy.
-    """
-    if task not in TASKS:
-        raise UserError(f"data.task is {task!r}; choose one of {', '.join(TASKS)}")
-    chosen = TASKS[task]
-    # reasoning_gym seeds item i with seed + i, so that neighbouring seeds would share their items.
-    first = int.from_bytes(hashlib.sha256(f"{task}:{seed}".encode()).digest()[:6])
-    try:
-        items = chosen.generator(seed=first, **settings)
-    except (AssertionError, TypeError) as error:
-        raise UserError(f"data.generator does not fit task {task}: {error}") from error
-    return _records(task, chosen, items)
-
-
-def _records(task: str, chosen: Task, items: Any) -> Iterator[Record]:
-    index, failures = 0, 0
-    while True:
-        try:
-            metadata = chosen.metadata(items[index]["metadata"])
-        except ValueError as error:
-            failures += 1
-            if failures == FAILURES_IN_A_ROW:
-                raise UserError(
-                    f"task {task} finds no problem for its settings ({error}); widen data.generator"
-                ) from error
-        else:
-            failures = 0
-            if chosen.keep(metadata):
-                yield Record(
-                    id=content_id(task, metadata),
-                    messages=user(chosen.question(metadata)),
-                    answer=chosen.answer(metadata),
-                    task=task,
-                    metadata=metadata,
-                    source=task,
-                )
-        index += 1
-
-
-def content_id(task: str, metadata: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits, equal for two problems exactly if their keys are equal."""
-    return hashlib.sha256(f"{task}:{TASKS[task].key(metadata)}".encode()).hexdigest()[:16]
+# reasoning_gym is imported where data is generated: it imports all its tasks, in half a second.
 
 
 # chain_sum: "4+3-2=" is answered by its running totals, "07,05". Problems whose totals stay within
-# two characters keep the steps of the reasoning at fixed places: a small model then learns faster.
+# two characters keep the steps of the reasoning at fixed positions: a small model learns faster.
 
 
-def _totals(terms: list[str], misread: Callable[[], bool]) -> list[int]:
-    """The totals after each operator; a misread operator is taken for its opposite."""
+def _chain_sums(**settings: Any) -> Any:
+    from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
+
+    return ChainSumDataset(ChainSumConfig(**settings))
+
+
+def _totals(terms: list[str], misread: Callable[[], bool] = lambda: False) -> list[int]:
+    """The total after each operator; a misread operator counts as its opposite."""
     totals = [int(terms[0])]
     for operator, term in zip(terms[1::2], terms[2::2], strict=True):
         plus = (operator == "+") != misread()
@@ -113,16 +83,19 @@ def _totals(terms: list[str], misread: Callable[[], bool]) -> list[int]:
 
 
 def _chain_sum_demonstration(record: Record, rng: np.random.Generator, noise: float) -> str:
-    """After a misread operator the teacher goes on from the wrong total."""
+    """After a misread operator the teacher continues from the wrong total."""
     totals = _totals(record.metadata["terms"], lambda: rng.random() < noise)
     return ",".join(f"{total:02d}" for total in totals)
 
 
-def _right_totals(metadata: Mapping[str, Any]) -> list[int]:
-    return _totals(metadata["terms"], lambda: False)
-
-
 # number_sorting: "3,1,2<" (ascending) or "3,1,2>" (descending) is answered by "1,2,3" or "3,2,1".
+
+
+def _number_sortings(**settings: Any) -> Any:
+    from reasoning_gym.algorithmic import number_sorting as module
+
+    config = module.NumberSortingConfig(**settings, min_decimals=0, max_decimals=0)
+    return module.NumberSortingDataset(config)
 
 
 def _number_sorting_metadata(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,20 +109,26 @@ def _sorted(metadata: Mapping[str, Any]) -> list[int]:
 
 def _number_sorting_demonstration(record: Record, rng: np.random.Generator, noise: float) -> str:
     return ",".join(
-        _with_another_digit(str(number), rng) if rng.random() < noise else str(number)
+        _replace_digit(str(number), rng) if rng.random() < noise else str(number)
         for number in _sorted(record.metadata)
     )
 
 
-def _with_another_digit(number: str, rng: np.random.Generator) -> str:
-    place = int(rng.integers(number.startswith("-"), len(number)))
-    other = (int(number[place]) + int(rng.integers(1, 10))) % 10
-    return f"{number[:place]}{other}{number[place + 1 :]}"
+def _replace_digit(number: str, rng: np.random.Generator) -> str:
+    position = int(rng.integers(number.startswith("-"), len(number)))
+    digit = (int(number[position]) + int(rng.integers(1, 10))) % 10
+    return f"{number[:position]}{digit}{number[position + 1 :]}"
 
 
 # countdown: "3,4,5:17=" is answered by an expression, "3*4+5".
 
 COUNTDOWN_SYMBOLS = DIGITS + "+-*/()"
+
+
+def _countdowns(**settings: Any) -> Any:
+    from reasoning_gym.games.countdown import CountdownConfig, CountdownDataset
+
+    return CountdownDataset(CountdownConfig(**settings))
 
 
 def _countdown_metadata(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,34 +148,14 @@ def _countdown_demonstration(record: Record, rng: np.random.Generator, noise: fl
     )
 
 
-# reasoning_gym is imported where data is made: all its tasks come along, with half a second.
-def _chain_sums(**settings: Any) -> Any:
-    from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
-
-    return ChainSumDataset(ChainSumConfig(**settings))
-
-
-def _number_sortings(**settings: Any) -> Any:
-    from reasoning_gym.algorithmic import number_sorting as module
-
-    config = module.NumberSortingConfig(**settings, min_decimals=0, max_decimals=0)
-    return module.NumberSortingDataset(config)
-
-
-def _countdowns(**settings: Any) -> Any:
-    from reasoning_gym.games.countdown import CountdownConfig, CountdownDataset
-
-    return CountdownDataset(CountdownConfig(**settings))
-
-
 TASKS = {
     "chain_sum": Task(
         generator=_chain_sums,
         metadata=lambda item: {"terms": item["expression"].split()},
         question=lambda m: "".join(m["terms"]) + "=",
-        answer=lambda m: str(_right_totals(m)[-1]),
+        answer=lambda m: str(_totals(m["terms"])[-1]),
         key=lambda m: "".join(m["terms"]),
-        keep=lambda m: all(0 <= total <= 99 for total in _right_totals(m)),
+        keep=lambda m: all(0 <= total <= 99 for total in _totals(m["terms"])),
         demonstration=_chain_sum_demonstration,
         characters=DIGITS + "+-=,",
     ),
@@ -223,13 +182,177 @@ TASKS = {
         characters=COUNTDOWN_SYMBOLS + ",:=",
     ),
     "documents": Task(
-        generator=documents.MadeDocuments,
+        generator=documents.DocumentGenerator,
         metadata=dict,
         question=documents.question,
         answer=documents.answer,
-        key=documents.key,
+        key=lambda m: json.dumps(m, sort_keys=True),
         keep=lambda m: True,
         demonstration=documents.demonstration,
         characters=documents.CHARACTERS,
     ),
 }
+
+
+def records(task: str, *, seed: int, settings: Mapping[str, Any]) -> Iterator[Record]:
+    """Generates endless records, with repetitions.
+
+    Args:
+      task: key of TASKS.
+      seed: different seeds give unrelated streams.
+      settings: keyword arguments of the task's generator (`data.generator`).
+
+    Raises:
+      UserError: for an unknown task, or settings that the generator rejects or can't satisfy.
+    """
+    if task not in TASKS:
+        raise UserError(f"data.task is {task!r}; choose one of {', '.join(TASKS)}")
+    # reasoning_gym seeds item i with seed + i; hashing keeps neighbouring seeds from sharing items.
+    first = int.from_bytes(hashlib.sha256(f"{task}:{seed}".encode()).digest()[:6])
+    try:
+        items = TASKS[task].generator(seed=first, **settings)
+    except (AssertionError, TypeError) as error:
+        raise UserError(f"data.generator does not fit task {task}: {error}") from error
+    return _records(task, items)
+
+
+def _records(task: str, items: Any) -> Iterator[Record]:
+    chosen, index, failures = TASKS[task], 0, 0
+    while True:
+        try:
+            metadata = chosen.metadata(items[index]["metadata"])
+        except ValueError as error:
+            failures += 1
+            if failures == MAX_FAILURES:
+                raise UserError(
+                    f"task {task} finds no problem for its settings ({error}); widen data.generator"
+                ) from error
+        else:
+            failures = 0
+            if chosen.keep(metadata):
+                yield Record(
+                    id=content_id(task, metadata),
+                    messages=user(chosen.question(metadata)),
+                    answer=chosen.answer(metadata),
+                    task=task,
+                    metadata=metadata,
+                    source=task,
+                )
+        index += 1
+
+
+def content_id(task: str, metadata: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits, equal for two problems exactly if their keys are equal."""
+    return hashlib.sha256(f"{task}:{TASKS[task].key(metadata)}".encode()).hexdigest()[:16]
+
+
+def split_of(record_id: str) -> str:
+    """Fixed split of a content."""
+    position = int(record_id, 16) * sum(SHARES.values()) >> 4 * len(record_id)
+    for split, share in SHARES.items():
+        position -= share
+        if position < 0:
+            return split
+    raise AssertionError("unreachable: the shares cover all positions")
+
+
+def fill_splits(stream: Iterator[Record], *, sizes: Mapping[str, int]) -> dict[str, list[Record]]:
+    """Takes the first `sizes[split]` distinct records of the stream for each split.
+
+    Raises:
+      UserError: if the stream gives no new problems before every split is full.
+    """
+    chosen: dict[str, list[Record]] = {split: [] for split in sizes}
+    seen: set[str] = set()
+    misses = 0
+    while any(len(chosen[split]) < size for split, size in sizes.items()):
+        record = next(stream)
+        split = split_of(record.id)
+        if record.id not in seen and len(chosen[split]) < sizes[split]:
+            seen.add(record.id)
+            chosen[split].append(record)
+            misses = 0
+            continue
+        misses += 1
+        if misses == MAX_MISSES:
+            split = next(s for s in sizes if len(chosen[s]) < sizes[s])
+            raise UserError(
+                f"data.{split}_size is {sizes[split]}, but task {record.task} has hardly more than "
+                f"{len(chosen[split])} distinct {split} problems under data.generator; lower "
+                f"data.{split}_size or widen data.generator"
+            )
+    return chosen
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class ReasoningConfig(tfds.core.BuilderConfig):
+    """Everything that determines the content of one data set."""
+
+    task: str
+    generator: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    seed: int
+
+
+class Reasoning(tfds.core.GeneratorBasedBuilder):
+    """Records of one task in the splits train, validation and test."""
+
+    VERSION = tfds.core.Version("1.2.0")
+    RELEASE_NOTES: ClassVar = {
+        "1.0.0": "Splits by content: train 8/10, validation 1/10, test 1/10.",
+        "1.1.0": "chain_sum keeps problems whose running totals are within 0 and 99.",
+        "1.2.0": "Messages instead of a question; source and difficulty.",
+    }
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self.dataset_info_from_configs(
+            features=features(),
+            description="Procedurally generated problems with answers that a program can verify.",
+            homepage="https://github.com/open-thought/reasoning-gym",
+        )
+
+    def _split_generators(self, dl_manager):
+        config = self.builder_config
+        assert isinstance(config, ReasoningConfig)
+        stream = records(config.task, seed=config.seed, settings=config.generator)
+        return {
+            split: self._generate_examples(chosen)
+            for split, chosen in fill_splits(stream, sizes=config.sizes).items()
+        }
+
+    def _generate_examples(self, chosen: list[Record]):
+        for record in chosen:
+            yield record.id, to_row(record)
+
+
+def prepare(
+    *,
+    task: str,
+    data_dir: str,
+    train_size: int,
+    validation_size: int,
+    test_size: int,
+    generator: Mapping[str, Any],
+    seed: int,
+) -> tfds.core.DatasetBuilder:
+    """Builds the data set unless it is complete in `data_dir`, and opens it.
+
+    Raises:
+      UserError: for an unknown task, an empty split, a task with too few problems for the sizes, or
+        a partial data set.
+    """
+    sizes = {"train": train_size, "validation": validation_size, "test": test_size}
+    for split, size in sizes.items():
+        if size < 1:
+            raise UserError(f"data.{split}_size is {size}; every split needs at least one record")
+    content = {"task": task, "generator": dict(generator), "sizes": sizes, "seed": seed}
+    config = ReasoningConfig(
+        name=config_name(task, content), description=json.dumps(content), **content
+    )
+    return prepare_builder(Reasoning, config, data_dir=data_dir)
+
+
+def open_splits(**settings: Any) -> dict[str, Split]:
+    """Opens train, validation and test; takes the arguments of `prepare`."""
+    builder = prepare(**settings)
+    return {split: load_split(builder, split) for split in SHARES}
