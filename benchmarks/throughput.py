@@ -132,7 +132,7 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
         max_sequences=GROUPS * GROUP_SIZE,
         prompt_multiple=8,
     )
-    sampler.hold(0, jax.tree.map(jnp.copy, state.params))
+    sampler.set_params(0, jax.tree.map(jnp.copy, state.params))
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=length)
 
     def learn():

@@ -73,7 +73,7 @@ def get_config(name: str, seed: int, **changes: Any) -> Any:
 def rates(job: Job, step: int, params: Any) -> dict[str, float]:
     """The shares of right responses to the test split and of those with each fault."""
     sampler = job.local_sampler(job.config.seed + 1)
-    sampler.hold(step, gathered(params))
+    sampler.set_params(step, gathered(params))
     prompts = job.split_prompts("test")
     sampled = in_order(sampler, prompts, n=SAMPLES, sampling=job.sampling)
     verifier = Documents(**job.config.rewards.documents)

@@ -86,7 +86,7 @@ def compare(model: Path) -> None:
         max_sequences=len(QUESTIONS),
         prompt_multiple=16,
     )
-    sampler.hold(0, hf.load_params(model, policy.config))
+    sampler.set_params(0, hf.load_params(model, policy.config))
     expected = json.loads((model / "answers.json").read_text())
     prompts = []
     for i, answer in enumerate(expected):

@@ -185,7 +185,7 @@ class Job:
         deadline = self.config.rollout.deadline
         with heartbeat.together(f"the gathering of step {step}", deadline=deadline):
             here = gathered(params)
-        self._evaluator.hold(step, here)
+        self._evaluator.set_params(step, here)
         settings = self.config.evaluation
         return evaluate(
             self._evaluator,

@@ -137,7 +137,7 @@ def sample(path: str, steps: int, rollouts: str) -> None:
         max_sequences=work.SEQUENCES,
         prompt_multiple=8,
     )
-    sampler.hold(0, hf.load_params(path, config))
+    sampler.set_params(0, hf.load_params(path, config))
     prompts = [
         Prompt(str(i), i, tokens, "", "", "")
         for i, tokens in enumerate(work.make_rollouts().prompts[:: work.GROUP_SIZE])

@@ -1,6 +1,6 @@
 """The embedded sampler: batched decoding with a KV cache in one compiled program.
 
-It holds its own parameters, read from published versions: its lag is as real as a fleet's.
+It has its own parameters, read from published versions, so its lag is as real as a fleet's.
 """
 
 import functools
@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.transformer import Transformer, empty_cache, head, logits
-from oapl_jax.rollout.draw import best, draw, restrict
 from oapl_jax.rollout.sampler import Sampled, Sampling
 from oapl_jax.structs import Prompt, Rollout
 from oapl_jax.weights.publisher import check_version
+
+BLOCK = 128  # tokens of the vocabulary that are first sampled as one
 
 
 class LocalSampler:
@@ -30,8 +32,8 @@ class LocalSampler:
       config: sizes of the model; published versions must have the same.
       dtype: of activations and cache.
       stop_ids: token ids that end a response.
-      seed: with a prompt's `draw` and the sample's index it names the random numbers of a rollout,
-        which so depend neither on the batch that it is sampled in nor on what was sampled before.
+      seed: with a prompt's stream index and the sample's index it names the random numbers of a
+        rollout, which depend neither on its batch nor on earlier samples.
       max_sequences: rollouts decoded at a time.
       prompt_multiple: prompts are padded on the left to a multiple, so that few shapes are
         compiled.
@@ -60,10 +62,10 @@ class LocalSampler:
 
     def refresh(self, version: int, path: epath.Path) -> None:
         check_version(path)
-        self.hold(version, hf.load_params(path, self._model.config))
+        self.set_params(version, hf.load_params(path, self._model.config))
 
-    def hold(self, version: int, params: Any) -> None:
-        """Takes parameters from memory, for evaluation of the learner's own."""
+    def set_params(self, version: int, params: Any) -> None:
+        """Takes parameters from memory: the learner's own, to be evaluated."""
         self._params = jax.device_put(params, jax.local_devices()[0])
         self._version = version
 
@@ -71,10 +73,10 @@ class LocalSampler:
         return {self._version}
 
     def metrics(self) -> dict[str, float]:
-        return {}  # what the worker counts is all there is
+        return {}  # the worker counts everything
 
     def close(self) -> None:
-        """A portion is decoded to its end: nothing is in flight between two."""
+        """Does nothing: a portion is decoded to its end, and nothing is in flight between two."""
 
     def generate(
         self, prompts: Iterable[Prompt], *, n: int, sampling: Sampling
@@ -190,13 +192,14 @@ def decode(
     def next_token(t, hidden):
         scores = logits(hidden, matrix) / temperature
         if greedy:
-            return best(scores)
+            return greedy_tokens(scores)
         row_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
         if not (use_top_p or top_k):
-            return draw(row_keys, scores)
-        # Log-probs are the policy's, whole: what top-p and top-k leave out is left to the caller.
+            return sample_tokens(row_keys, scores)
+        # Log-probs are over the whole vocabulary: top-p and top-k are not renormalised.
         logp = jax.nn.log_softmax(scores, axis=-1)
-        chosen, _ = draw(row_keys, restrict(logp, top_p if use_top_p else None, top_k))
+        kept = mask_top_k_top_p(logp, top_p if use_top_p else None, top_k)
+        chosen, _ = sample_tokens(row_keys, kept)
         return chosen, jnp.take_along_axis(logp, chosen[:, None], axis=-1)[:, 0]
 
     def unfinished(state):
@@ -227,3 +230,59 @@ def decode(
     )
     _, _, _, done, lengths, out_tokens, out_logp = jax.lax.while_loop(unfinished, one_token, state)
     return out_tokens, out_logp, lengths, done
+
+
+def sample_tokens(
+    keys: PRNGKeyArray, scores: Float[Array, "N V"]
+) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
+    """Samples a token of softmax(scores) for each row; returns it and its log-prob, in float32.
+
+    Two stages, P(token) = P(block) P(token | block), give an exact sample: random numbers, the
+    dearest part, are needed for V / BLOCK + BLOCK entries instead of V.
+
+    Args:
+      keys: [N], one for each row.
+      scores: logits at the sampling temperature; -inf masks a token.
+    """
+    rows, size = scores.shape
+    if size <= BLOCK:
+        logp = jax.nn.log_softmax(scores, axis=-1)
+        chosen = jax.vmap(jax.random.categorical)(keys, logp)
+        return chosen, jnp.take_along_axis(logp, chosen[:, None], axis=-1)[:, 0]
+    of_block, inside = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    padded = jnp.pad(scores, ((0, 0), (0, -size % BLOCK)), constant_values=-jnp.inf)
+    blocks = padded.reshape(rows, -1, BLOCK)
+    largest = jnp.max(scores, axis=-1)
+    shares = jnp.log(jnp.sum(jnp.exp(blocks - largest[:, None, None]), axis=-1))
+    normaliser = largest + jax.nn.logsumexp(shares, axis=-1)
+    block = jax.vmap(jax.random.categorical)(of_block, shares)
+    its_scores = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    inside_block = jax.vmap(jax.random.categorical)(inside, its_scores)
+    score = jnp.take_along_axis(its_scores, inside_block[:, None], axis=-1)[:, 0]
+    return block * BLOCK + inside_block, score - normaliser
+
+
+def greedy_tokens(scores: Float[Array, "N V"]) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
+    """Takes the likeliest token of each row; returns it and its log-prob."""
+    chosen = jnp.argmax(scores, axis=-1)
+    score = jnp.take_along_axis(scores, chosen[:, None], axis=-1)[:, 0]
+    return chosen, score - jax.nn.logsumexp(scores, axis=-1)
+
+
+def mask_top_k_top_p(logp: jax.Array, top_p: jax.Array | None, top_k: int) -> jax.Array:
+    """Sets log-probs outside top-k and then top-p to -inf; the likeliest token always stays.
+
+    Args:
+      logp: float32[N, V], normalised.
+      top_p: probability to keep (the smallest set that reaches it), or None.
+      top_k: number of tokens to keep, 0 for all.
+    """
+    if top_k:
+        least = jax.lax.top_k(logp, min(top_k, logp.shape[-1]))[0][:, -1:]
+        logp = jax.nn.log_softmax(jnp.where(logp >= least, logp, -jnp.inf), axis=-1)
+    if top_p is not None:
+        ordered = -jnp.sort(-logp, axis=-1)
+        before = jnp.cumsum(jnp.exp(ordered), axis=-1) - jnp.exp(ordered)
+        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logp = jnp.where(logp >= least, logp, -jnp.inf)
+    return logp

@@ -24,8 +24,7 @@ from oapl_jax.learner import train_step as learner
 from oapl_jax.model import hf
 from oapl_jax.model.sharding import AXES
 from oapl_jax.model.transformer import Transformer, head, logits
-from oapl_jax.rollout.draw import restrict
-from oapl_jax.rollout.local_sampler import LocalSampler, decode
+from oapl_jax.rollout.local_sampler import LocalSampler, decode, mask_top_k_top_p
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Group, Prompt
 from oapl_jax.weights import publisher
@@ -54,7 +53,7 @@ def new_sampler(name=NAME, *, stop_ids=(), seed=0, max_sequences=16, prompt_mult
         max_sequences=max_sequences,
         prompt_multiple=prompt_multiple,
     )
-    sampler.hold(VERSION, params)
+    sampler.set_params(VERSION, params)
     return sampler
 
 
@@ -251,11 +250,11 @@ CASES = [
 
 @pytest.mark.parametrize("top_k", [0, 1, 2, 7, 1000])
 @pytest.mark.parametrize("top_p", [None, 1e-6, 0.33, 0.9, 0.99999])
-def test_restrict_keeps_what_an_independent_count_keeps(top_p, top_k):
+def test_masks_keep_what_an_independent_count_keeps(top_p, top_k):
     width = max(case.shape[1] for case in CASES)
     fill = lambda case: np.pad(case, ((0, 0), (0, width - case.shape[1])), constant_values=-np.inf)
     logp = np.concatenate([fill(case) for case in CASES]).astype(np.float32)
-    found = np.asarray(restrict(jnp.asarray(logp), top_p, top_k), np.float64)
+    found = np.asarray(mask_top_k_top_p(jnp.asarray(logp), top_p, top_k), np.float64)
     kept = np.isfinite(found)
     np.testing.assert_array_equal(kept, reference(logp, top_p, top_k) & np.isfinite(logp))
     assert kept[np.arange(len(logp)), logp.argmax(axis=1)].all()

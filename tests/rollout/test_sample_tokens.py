@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from oapl_jax.rollout.draw import BLOCK, best, draw
+from oapl_jax.rollout.local_sampler import BLOCK, greedy_tokens, sample_tokens
 
 DRAWS, ROWS = 200_000, 2_000  # ROWS at a time
 REJECT = 1e-4  # chance that a right sampler fails; keys are fixed, so it does always or never
@@ -16,7 +16,7 @@ REJECT = 1e-4  # chance that a right sampler fails; keys are fixed, so it does a
 
 def drawn(scores: np.ndarray) -> np.ndarray:
     """Tokens of DRAWS draws from one row of scores."""
-    many = jax.jit(jax.vmap(lambda key: draw(key[None], jnp.asarray(scores)[None])[0][0]))
+    many = jax.jit(jax.vmap(lambda key: sample_tokens(key[None], jnp.asarray(scores)[None])[0][0]))
     keys = jax.random.split(jax.random.key(7), DRAWS).reshape(-1, ROWS)
     return np.concatenate([np.asarray(many(some)) for some in keys])
 
@@ -56,19 +56,19 @@ def test_place_in_a_block_does_not_depend_on_the_block():
 def test_log_probs(size):
     scores = (5 * np.random.default_rng(size).standard_normal((64, size))).astype(np.float32)
     for tokens, logp in (
-        draw(jax.random.split(jax.random.key(0), 64), jnp.asarray(scores)),
-        best(jnp.asarray(scores)),
+        sample_tokens(jax.random.split(jax.random.key(0), 64), jnp.asarray(scores)),
+        greedy_tokens(jnp.asarray(scores)),
     ):
         expected = np.log(
             [probabilities(row)[token] for row, token in zip(scores, tokens, strict=True)]
         )
         np.testing.assert_allclose(np.asarray(logp), expected, atol=2e-6, rtol=1e-6)
-    np.testing.assert_array_equal(best(jnp.asarray(scores))[0], scores.argmax(axis=1))
+    np.testing.assert_array_equal(greedy_tokens(jnp.asarray(scores))[0], scores.argmax(axis=1))
 
 
 def test_forbidden_tokens_are_never_drawn():
     scores = np.full((256, 700), -np.inf, np.float32)
     allowed = np.random.default_rng(0).integers(0, 700, (256, 3))
     np.put_along_axis(scores, allowed, 1.0, axis=1)
-    tokens, _ = draw(jax.random.split(jax.random.key(3), 256), jnp.asarray(scores))
+    tokens, _ = sample_tokens(jax.random.split(jax.random.key(3), 256), jnp.asarray(scores))
     assert (np.asarray(tokens)[:, None] == allowed).any(axis=1).all()
