@@ -1,4 +1,4 @@
-"""The supervisor: with a real SGLang server, and in its corners with a stand-in for one."""
+"""The restart proxy, in front of a stub server and of a real SGLang server."""
 
 import argparse
 import asyncio
@@ -16,12 +16,12 @@ import pytest
 from fleets import REAL_SAMPLING, Taker, assert_published, open_real_fleet
 
 from oapl_jax.errors import RunError, UserError
-from oapl_jax.fleet.restart_proxy import __main__ as supervise
-from oapl_jax.fleet.restart_proxy.__main__ import first_version, serve
+from oapl_jax.fleet.restart_proxy import __main__ as restart_proxy
+from oapl_jax.fleet.restart_proxy.proxy import INFO_ROUTES, first_version
 from oapl_jax.structs import Prompt
 from oapl_jax.weights.publisher import COMMITTED, MANIFEST
 
-STAND_IN = pathlib.Path(__file__).parent / "stand_in.py"
+STUB = [sys.executable, str(pathlib.Path(__file__).parent / "stub_server.py"), "{model}", "{port}"]
 PATIENCE = 30.0  # seconds until a test gives up
 START = 240.0  # seconds for a real server to start
 PROMPT = [4, 11, 6, 12, 3, 14]
@@ -36,26 +36,29 @@ def versions(published, tmp_path):
 
 
 class Caller:
-    """Calls the supervisor that `task` serves."""
+    """Client of the proxy that `task` serves."""
 
     def __init__(self, session, port, task):
         self.task = task
         self._session, self._url = session, f"http://127.0.0.1:{port}"
 
     async def __call__(self, path, body=None):
-        """Status and answer of a GET, or of a POST of `body`."""
+        """Returns status and content of a GET, or of a POST of `body`."""
         method = "GET" if body is None else "POST"
-        async with self._session.request(method, self._url + path, json=body) as answer:
-            is_json = answer.content_type == "application/json"
-            return answer.status, await (answer.json() if is_json else answer.text())
+        async with self._session.request(method, self._url + path, json=body) as response:
+            is_json = response.content_type == "application/json"
+            return response.status, await (response.json() if is_json else response.text())
 
     async def ask(self, path, body=None):
-        status, answer = await self(path, body)
-        assert status == 200, f"{path}: {status} {answer}"
-        return answer
+        status, content = await self(path, body)
+        assert status == 200, f"{path}: {status} {content}"
+        return content
 
     async def generate(self, n=1, **more):
         return await self("/generate", {"input_ids": [2, 3], "n": n, **more})
+
+    def start_generate(self, seconds):
+        return asyncio.ensure_future(self.generate(seconds=seconds))
 
     async def update(self, path, name):
         body = {"model_path": str(path), "weight_version": name}
@@ -65,7 +68,14 @@ class Caller:
         info = await self.ask("/model_info")
         return info["weight_version"], info["model_path"], info["pids"]
 
-    async def ready(self):
+    async def counts(self):
+        return (await self.ask("/server_info"))["supervisor"]
+
+    async def wait_down(self):
+        while (await self("/health"))[0] == 200:
+            await asyncio.sleep(0.02)
+
+    async def wait_ready(self):
         while not self.task.done():
             with contextlib.suppress(aiohttp.ClientConnectionError):
                 if (await self("/health"))[0] == 200:
@@ -74,32 +84,36 @@ class Caller:
         self.task.result()
 
 
-@contextlib.asynccontextmanager
-async def supervised(model, free_port, **changed):
-    """A stand-in under a supervisor, in this process; its Caller."""
-    arguments = {
-        "host": "127.0.0.1",
-        "port": free_port(),
-        "server_port": free_port(),
-        "deadline": PATIENCE,
-        "drain_deadline": PATIENCE,
-        "stop_deadline": PATIENCE,
-        "restarts": 1,
-        "window": 600.0,
-        "command": [sys.executable, str(STAND_IN), "{model}", "{port}"],
-        **changed,
-    }
-    serving = serve(argparse.Namespace(**arguments), first_version(str(model)))
-    task = asyncio.ensure_future(serving)
-    try:
-        async with aiohttp.ClientSession() as session, asyncio.timeout(3 * PATIENCE):
-            caller = Caller(session, arguments["port"], task)
-            await caller.ready()
-            yield caller
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, RunError):
-            await task
+@pytest.fixture
+def supervise(free_port):
+    """Runs `body(call)`, a coroutine, with a proxy and a stub server of a model directory."""
+
+    async def run(model, body, changed):
+        arguments = {
+            "host": "127.0.0.1",
+            "port": free_port(),
+            "server_port": free_port(),
+            "deadline": PATIENCE,
+            "drain_deadline": PATIENCE,
+            "stop_deadline": PATIENCE,
+            "restarts": 1,
+            "window": 600.0,
+            "command": STUB,
+            **changed,
+        }
+        version = first_version(str(model))
+        task = asyncio.ensure_future(restart_proxy.serve(argparse.Namespace(**arguments), version))
+        try:
+            async with aiohttp.ClientSession() as session, asyncio.timeout(3 * PATIENCE):
+                call = Caller(session, arguments["port"], task)
+                await call.wait_ready()
+                return await body(call)
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, RunError):
+                await task
+
+    return lambda model, body, **changed: asyncio.run(run(model, body, changed))
 
 
 def alive(pid):
@@ -116,136 +130,130 @@ def wait_gone(pids):
         time.sleep(0.05)
 
 
-def test_answers_pass_through_with_their_version(versions, free_port):
-    async def body():
-        async with supervised(versions(1), free_port) as call:
-            for n in (1, 3):
-                _, answer = await call.generate(n=n)
-                for response in answer if n > 1 else [answer]:
-                    assert response == {
-                        "output_ids": [5, 1],
-                        "meta_info": {
-                            "weight_version": "1",
-                            "weight_versions": [{"version": "1", "start": 0, "end": 2}],
-                            "read": str(versions(1)),
-                        },
-                    }
-            for path in supervise.INFOS:
-                info = await call.ask(path)
-                assert (info["weight_version"], info["model_path"]) == ("1", str(versions(1)))
-                assert set(info["supervisor"].values()) == {0}
-            refused = {"error": {"message": "too long"}}
-            assert await call.generate(answer=refused, status=400) == (400, refused)
-            assert (await call.generate(answer={"a": 1}, status=200))[0] == 502
-            assert (await call("/update_weights_from_disk"))[0] == 405  # the route is there
-            for path in ("/release_memory_occupation", "/pause_generation"):
-                assert (await call(path, {}))[0] == 404
+def test_responses_are_forwarded_with_their_version(versions, supervise):
+    async def body(call):
+        for n in (1, 3):
+            _, content = await call.generate(n=n)
+            for response in content if n > 1 else [content]:
+                assert response == {
+                    "output_ids": [5, 1],
+                    "meta_info": {
+                        "weight_version": "1",
+                        "weight_versions": [{"version": "1", "start": 0, "end": 2}],
+                        "read": str(versions(1)),
+                    },
+                }
+        for path in INFO_ROUTES:
+            info = await call.ask(path)
+            assert (info["weight_version"], info["model_path"]) == ("1", str(versions(1)))
+            assert set(info["supervisor"].values()) == {0}
+        refused = {"error": {"message": "too long"}}
+        assert await call.generate(content=refused, status=400) == (400, refused)
+        assert (await call.generate(content={"a": 1}, status=200))[0] == 502
+        assert (await call("/update_weights_from_disk"))[0] == 405  # the route exists
+        for path in ("/release_memory_occupation", "/pause_generation"):
+            assert (await call(path, {}))[0] == 404
+        for wrong in ({"model_path": str(versions(2))}, [], "2"):
+            assert (await call("/update_weights_from_disk", wrong))[0] == 400
 
-    asyncio.run(body())
-
-
-def test_a_new_version_is_served_by_a_new_process(versions, free_port):
-    async def body():
-        async with supervised(versions(1), free_port) as call:
-            *_, old = await call.version()
-            assert (await call.update(versions(2), "2"))[0] == 200
-            *held, new = await call.version()
-            assert held == ["2", str(versions(2))]
-            assert not set(old) & set(new)
-            assert not any(map(alive, old))  # the worker neither
-            _, answer = await call.generate()
-            assert answer["meta_info"]["read"] == str(versions(2))
-            assert answer["meta_info"]["weight_version"] == "2"
-            assert (await call("/flush_cache", {}))[0] == 200
-
-            assert (await call.update(versions(2), "2"))[0] == 200
-            assert (await call.version())[2] == new  # it serves already
-            counts = (await call.ask("/server_info"))["supervisor"]
-            assert counts == {"refreshes": 1, "failed_refreshes": 0, "deaths": 0, "given_up": 0}
-        assert not any(map(alive, new))
-
-    asyncio.run(body())
+    supervise(versions(1), body)
 
 
-def test_a_version_that_was_published_again_is_taken_again(versions, free_port):
-    """A run that was killed publishes a step again, and the weights may be others."""
+def test_a_new_version_is_served_by_a_new_process(versions, supervise):
+    async def body(call):
+        *_, old = await call.version()
+        assert (await call.update(versions(2), "2"))[0] == 200
+        *held, new = await call.version()
+        assert held == ["2", str(versions(2))]
+        assert not set(old) & set(new)
+        assert not any(map(alive, old))  # nor its worker
+        _, content = await call.generate()
+        assert content["meta_info"]["read"] == str(versions(2))
+        assert content["meta_info"]["weight_version"] == "2"
+        assert (await call("/flush_cache", {}))[0] == 200
 
-    async def body():
-        async with supervised(versions(1), free_port) as call:
-            *_, old = await call.version()
-            manifest = json.loads((versions(2) / MANIFEST).read_text())
-            shutil.rmtree(versions(1))
-            shutil.copytree(versions(2), versions(1))
-            (versions(1) / MANIFEST).write_text(json.dumps({**manifest, "version": 1}))
-            assert (await call.update(versions(1), "1"))[0] == 200
-            *held, new = await call.version()
-            assert held == ["1", str(versions(1))]
-            assert not set(old) & set(new)
+        assert (await call.update(versions(2), "2"))[0] == 200
+        assert (await call.version())[2] == new  # it is served already
+        counts = {"refreshes": 1, "failed_refreshes": 0, "deaths": 0, "aborted": 0}
+        assert await call.counts() == counts
+        return new
 
-    asyncio.run(body())
-
-
-def test_requests_in_flight_end_on_the_old_version_and_no_other_is_taken(versions, free_port):
-    async def body():
-        async with supervised(versions(1), free_port) as call:
-            slow = asyncio.ensure_future(call.generate(seconds=1.5))
-            await asyncio.sleep(0.3)
-            update = asyncio.ensure_future(call.update(versions(2), "2"))
-            refused = set()
-            while not update.done():
-                for path, body in (("/generate", {"n": 1}), ("/health", None)):
-                    status, answer = await call(path, body)
-                    if status != 200:
-                        refused.add((path, status, answer["error"]["message"]))
-                await asyncio.sleep(0.02)
-            assert update.result()[0] == 200
-            assert slow.result()[1]["meta_info"]["weight_version"] == "1"
-            assert refused == {
-                (path, 503, f"the server is {state}")
-                for path in ("/generate", "/health")
-                for state in ("draining", "restarting")
-            }
-
-    asyncio.run(body())
+    assert not any(map(alive, supervise(versions(1), body)))
 
 
-def test_a_request_that_lasts_too_long_is_given_up_and_counted(versions, free_port):
-    async def body():
-        async with supervised(versions(1), free_port, drain_deadline=0.5) as call:
-            slow = asyncio.ensure_future(call.generate(seconds=600))
-            await asyncio.sleep(0.3)
-            assert (await call.update(versions(2), "2"))[0] == 200
-            assert (await slow)[0] == 503
-            assert (await call.ask("/server_info"))["supervisor"]["given_up"] == 1
+def test_a_version_that_was_published_again_is_loaded_again(versions, supervise):
+    """A killed run publishes a step again, maybe with other weights."""
 
-    asyncio.run(body())
+    async def body(call):
+        *_, old = await call.version()
+        manifest = json.loads((versions(2) / MANIFEST).read_text())
+        shutil.rmtree(versions(1))
+        shutil.copytree(versions(2), versions(1))
+        (versions(1) / MANIFEST).write_text(json.dumps({**manifest, "version": 1}))
+        assert (await call.update(versions(1), "1"))[0] == 200
+        *held, new = await call.version()
+        assert held == ["1", str(versions(1))]
+        assert not set(old) & set(new)
 
-
-def test_a_caller_that_hangs_up_ends_its_request(versions, free_port):
-    async def body():
-        async with supervised(versions(1), free_port) as call:
-            slow = asyncio.ensure_future(call.generate(seconds=600))
-            await asyncio.sleep(0.3)
-            slow.cancel()
-            while not (versions(1) / "hung_up").exists():
-                await asyncio.sleep(0.05)
-            assert (await call.update(versions(2), "2"))[0] == 200  # nothing to wait for
-            assert (await call.ask("/server_info"))["supervisor"]["given_up"] == 0
-
-    asyncio.run(body())
+    supervise(versions(1), body)
 
 
-def test_an_update_goes_on_when_its_caller_hangs_up(versions, free_port):
-    async def body():
-        async with supervised(versions(1), free_port) as call:
-            update = asyncio.ensure_future(call.update(versions(2), "2"))
-            while (await call("/health"))[0] == 200:
-                await asyncio.sleep(0.02)
-            update.cancel()
-            await call.ready()
-            assert (await call.version())[0] == "2"
+def test_a_restart_drains_requests_and_rejects_new_ones(versions, supervise):
+    async def body(call):
+        slow = call.start_generate(1.5)
+        await asyncio.sleep(0.3)
+        update = asyncio.ensure_future(call.update(versions(2), "2"))
+        rejected = set()
+        while not update.done():
+            for path, content in (("/generate", {"n": 1}), ("/health", None)):
+                status, response = await call(path, content)
+                if status != 200:
+                    rejected.add((path, status, response["error"]["message"]))
+            await asyncio.sleep(0.02)
+        assert update.result()[0] == 200
+        assert slow.result()[1]["meta_info"]["weight_version"] == "1"
+        assert rejected == {
+            (path, 503, f"the server is {state}")
+            for path in ("/generate", "/health")
+            for state in ("draining", "restarting")
+        }
 
-    asyncio.run(body())
+    supervise(versions(1), body)
+
+
+def test_a_request_beyond_the_drain_deadline_is_aborted(versions, supervise):
+    async def body(call):
+        slow = call.start_generate(600)
+        await asyncio.sleep(0.3)
+        assert (await call.update(versions(2), "2"))[0] == 200
+        assert (await slow)[0] == 503
+        assert (await call.counts())["aborted"] == 1
+
+    supervise(versions(1), body, drain_deadline=0.5)
+
+
+def test_a_caller_that_hangs_up_ends_its_request(versions, supervise):
+    async def body(call):
+        slow = call.start_generate(600)
+        await asyncio.sleep(0.3)
+        slow.cancel()
+        while not (versions(1) / "hung_up").exists():
+            await asyncio.sleep(0.05)
+        assert (await call.update(versions(2), "2"))[0] == 200  # nothing to drain
+        assert (await call.counts())["aborted"] == 0
+
+    supervise(versions(1), body)
+
+
+def test_an_update_continues_when_its_caller_hangs_up(versions, supervise):
+    async def body(call):
+        update = asyncio.ensure_future(call.update(versions(2), "2"))
+        await call.wait_down()
+        update.cancel()
+        await call.wait_ready()
+        assert (await call.version())[0] == "2"
+
+    supervise(versions(1), body)
 
 
 def damage(path):
@@ -255,171 +263,147 @@ def damage(path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "name", "reason"),
+    ("spoil", "name", "entity"),
     [
-        (damage, "2", "model.safetensors is missing"),
-        (lambda path: (path / COMMITTED).unlink(), "2", "not written to its end"),
-        (lambda path: (path / MANIFEST).write_text("{"), "2", f"{MANIFEST} is missing"),
-        (shutil.rmtree, "2", "is missing"),
-        (lambda path: None, "3", "holds version 2, not 3"),
+        (damage, "2", "model.safetensors"),
+        (lambda path: (path / COMMITTED).unlink(), "2", "version"),
+        (lambda path: (path / MANIFEST).write_text("{"), "2", MANIFEST),
+        (shutil.rmtree, "2", "version"),
+        (lambda path: None, "3", "version 2"),
     ],
 )
-def test_a_damaged_version_is_refused_and_the_old_one_goes_on(
-    versions, free_port, spoil, name, reason
+def test_a_damaged_version_is_refused_and_the_old_one_stays(
+    versions, supervise, spoil, name, entity
 ):
-    async def body():
-        async with supervised(versions(1), free_port) as call:
-            before = await call.version()
-            spoil(versions(2))
-            status, answer = await call.update(versions(2), name)
-            assert (status, answer["success"]) == (400, False)
-            assert reason in answer["message"]
-            assert await call.version() == before  # the same process
+    async def body(call):
+        before = await call.version()
+        spoil(versions(2))
+        status, content = await call.update(versions(2), name)
+        assert (status, content["success"]) == (400, False)
+        assert entity in content["message"]
+        assert await call.version() == before  # the same process
 
-    asyncio.run(body())
-
-
-def test_a_request_without_a_version_is_refused(versions, free_port):
-    async def body():
-        async with supervised(versions(1), free_port) as call:
-            for wrong in ({"model_path": str(versions(2))}, [], "2"):
-                assert (await call("/update_weights_from_disk", wrong))[0] == 400
-
-    asyncio.run(body())
+    supervise(versions(1), body)
 
 
-@pytest.mark.parametrize(("fault", "reason"), [("refuses", "code 3"), ("never", "within 10 s")])
-def test_a_version_that_does_not_start_brings_the_old_one_back(versions, free_port, fault, reason):
-    async def body():
-        async with supervised(versions(1), free_port, deadline=10.0) as call:
-            *_, old = await call.version()
-            (versions(2) / fault).touch()
-            status, answer = await call.update(versions(2), "2")
-            assert (status, answer["success"]) == (500, False)
-            assert reason in answer["message"]
-            assert "version 1 serves again" in answer["message"]
-            version, _, new = await call.version()
-            assert version == "1"
-            assert not set(old) & set(new)
-            assert (await call.ask("/server_info"))["supervisor"]["failed_refreshes"] == 1
+@pytest.mark.parametrize("fault", ["refuses", "never"])
+def test_a_version_that_does_not_start_brings_the_old_one_back(versions, supervise, fault):
+    async def body(call):
+        *_, old = await call.version()
+        (versions(2) / fault).touch()
+        status, content = await call.update(versions(2), "2")
+        assert (status, content["success"]) == (500, False)
+        assert "version 1" in content["message"]
+        version, _, new = await call.version()
+        assert version == "1"
+        assert not set(old) & set(new)
+        assert (await call.counts())["failed_refreshes"] == 1
 
-    asyncio.run(body())
+    supervise(versions(1), body, deadline=10.0)
 
 
-def test_it_gives_up_if_the_old_version_does_not_come_back_either(versions, free_port):
-    async def body():
-        async with supervised(versions(1), free_port) as call:
-            for version in (1, 2):
-                (versions(version) / "refuses").touch()
-            status, answer = await call.update(versions(2), "2")
-            assert status == 500
-            assert "nor does version 1" in answer["message"]
-            with pytest.raises(RunError, match="code 3"):
-                await call.task
+def test_the_proxy_ends_if_the_old_version_does_not_start_either(versions, supervise):
+    async def body(call):
+        for version in (1, 2):
+            (versions(version) / "refuses").touch()
+        assert (await call.update(versions(2), "2"))[0] == 500
+        await call.task
 
-    asyncio.run(body())
+    with pytest.raises(RunError):
+        supervise(versions(1), body)
 
 
-def test_versions_are_taken_one_after_the_other(versions, free_port):
-    async def body():
-        async with supervised(versions(1), free_port) as call:
-            updates = [call.update(versions(v), str(v)) for v in (2, 3, 1)]
-            assert [status for status, _ in await asyncio.gather(*updates)] == [200] * 3
-            assert (await call.ask("/server_info"))["supervisor"]["refreshes"] == 3
+def test_updates_run_one_after_the_other(versions, supervise):
+    async def body(call):
+        updates = [call.update(versions(v), str(v)) for v in (2, 3, 1)]
+        assert [status for status, _ in await asyncio.gather(*updates)] == [200] * 3
+        assert (await call.counts())["refreshes"] == 3
 
-    asyncio.run(body())
-
-
-def test_a_server_that_dies_comes_back_on_its_version_but_not_for_ever(versions, free_port):
-    async def body():
-        async with supervised(versions(1), free_port) as call:
-            await call.update(versions(2), "2")
-            *_, old = await call.version()
-            await call("/tokenize", {})  # the stand-in dies of it
-            while (await call("/health"))[0] == 200:
-                await asyncio.sleep(0.02)
-            await call.ready()
-            version, _, new = await call.version()
-            assert version == "2"
-            assert not any(map(alive, old))
-            assert (await call.ask("/server_info"))["supervisor"]["deaths"] == 1
-            await call("/tokenize", {})
-            with pytest.raises(RunError, match=r"died 2 times within 600 s \(--restarts=1\)"):
-                await call.task
-            assert not any(map(alive, new))
-
-    asyncio.run(body())
+    supervise(versions(1), body)
 
 
-def test_a_server_that_does_not_end_is_killed(versions, free_port):
-    async def body():
-        (versions(1) / "stubborn").touch()
-        async with supervised(versions(1), free_port, stop_deadline=0.5) as call:
-            *_, old = await call.version()
-            assert (await call.update(versions(2), "2"))[0] == 200
-            assert not any(map(alive, old))
+def test_a_server_that_dies_is_restarted_on_its_version_a_limited_number_of_times(
+    versions, supervise
+):
+    async def body(call):
+        await call.update(versions(2), "2")
+        *_, old = await call.version()
+        await call("/tokenize", {})  # kills the stub server
+        await call.wait_down()
+        await call.wait_ready()
+        version, _, new = await call.version()
+        assert version == "2"
+        assert not any(map(alive, old))
+        assert (await call.counts())["deaths"] == 1
+        await call("/tokenize", {})
+        with pytest.raises(RunError, match="--restarts"):
+            await call.task
+        assert not any(map(alive, new))
 
-    asyncio.run(body())
+    supervise(versions(1), body)
 
 
-def test_a_first_version_that_does_not_start_is_an_error(versions, free_port):
-    async def body():
-        (versions(1) / "refuses").touch()
-        with pytest.raises(RunError, match="ended with code 3"):
-            async with supervised(versions(1), free_port):
-                pass
+def test_a_server_that_ignores_sigterm_is_killed(versions, supervise):
+    async def body(call):
+        *_, old = await call.version()
+        assert (await call.update(versions(2), "2"))[0] == 200
+        assert not any(map(alive, old))
 
-    asyncio.run(body())
+    (versions(1) / "stubborn").touch()
+    supervise(versions(1), body, stop_deadline=0.5)
 
 
-def test_a_plain_checkpoint_is_a_version_without_a_name(versions, tmp_path):
+def test_a_first_version_that_does_not_start_is_an_error(versions, supervise):
+    (versions(1) / "refuses").touch()
+    with pytest.raises(RunError):
+        supervise(versions(1), Caller.version)
+
+
+def test_first_version(versions, tmp_path):
     (versions(1) / MANIFEST).unlink()
     assert first_version(str(versions(1))).name == "default"
     damage(versions(2))
-    with pytest.raises(UserError, match="damaged"):
-        first_version(str(versions(2)))
-    with pytest.raises(UserError, match=r"has no config\.json"):
-        first_version(str(tmp_path))
+    for wrong in (versions(2), tmp_path):
+        with pytest.raises(UserError):
+            first_version(str(wrong))
 
 
 # The command
 
 
 @pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (["python", "serve"], "no {model}"),
-        (["no_such_program", "{model}"], "no program no_such_program"),
-    ],
+    ("command", "name"),
+    [(["python", "serve"], "{model}"), (["no_such_program", "{model}"], "no_such_program")],
 )
-def test_a_mistaken_command_is_refused(versions, monkeypatch, free_port, command, message):
+def test_a_wrong_command_is_refused(versions, monkeypatch, free_port, command, name):
     flags = [f"--port={free_port()}", f"--server_port={free_port()}", f"--model={versions(1)}"]
-    monkeypatch.setattr(sys, "argv", ["supervise", *flags, "--", *command])
-    with pytest.raises(UserError, match=message):
-        supervise.main()
+    monkeypatch.setattr(sys, "argv", ["restart_proxy", *flags, "--", *command])
+    with pytest.raises(UserError, match=name):
+        restart_proxy.main()
 
 
-def test_a_taken_port_is_refused(versions, free_port):
-    async def body():
-        port, other = free_port(), free_port()
-        async with supervised(versions(1), free_port, port=port, server_port=other):
-            taken = argparse.Namespace(command=["python", "{model}"], server_port=other)
-            with pytest.raises(UserError, match=f"--server_port={other}"):
-                supervise.check_arguments(taken)
-            with pytest.raises(UserError, match=f"--port={port}"):
-                async with supervised(versions(1), free_port, port=port):
-                    pass
+def test_a_port_in_use_is_refused(versions, free_port, supervise):
+    port, other = free_port(), free_port()
 
-    asyncio.run(body())
+    async def body(call):
+        used = argparse.Namespace(command=["python", "{model}"], server_port=other)
+        with pytest.raises(UserError, match="--server_port"):
+            restart_proxy.check_arguments(used)
+        arguments = {"host": "127.0.0.1", "port": port, "server_port": free_port(), "command": STUB}
+        deadlines = dict.fromkeys(("deadline", "drain_deadline", "stop_deadline"), PATIENCE)
+        arguments = argparse.Namespace(**arguments, **deadlines, restarts=1, window=600.0)
+        with pytest.raises(UserError, match=f"--port={port}"):
+            await restart_proxy.serve(arguments, first_version(str(versions(1))))
+
+    supervise(versions(1), body, port=port, server_port=other)
 
 
-def start_supervisor(start_process, free_port, model, server, **flags):
-    """A supervisor in a process of its own, in front of the command `server`."""
+def start_proxy(start_process, free_port, model, server):
+    """Starts a proxy process in front of the command `server`."""
     port = free_port()
     command = [sys.executable, "-m", "oapl_jax.fleet.restart_proxy", f"--port={port}"]
-    command += [f"--server_port={free_port()}", f"--model={model}"]
-    command += [f"--{name}={value}" for name, value in flags.items()]
-    process = start_process("supervisor", [*command, "--", *server], port)
+    command += [f"--server_port={free_port()}", f"--model={model}", "--", *server]
+    process = start_process("restart proxy", command, port)
     process.wait_ready()
     return process
 
@@ -427,21 +411,20 @@ def start_supervisor(start_process, free_port, model, server, **flags):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, -9)]
 )
-def test_the_server_ends_with_its_supervisor(start_process, free_port, versions, number, code):
-    command = [sys.executable, str(STAND_IN), "{model}", "{port}"]
-    process = start_supervisor(start_process, free_port, versions(1), command)
+def test_the_server_ends_with_the_proxy(start_process, free_port, versions, number, code):
+    process = start_proxy(start_process, free_port, versions(1), STUB)
     server, worker = process.ask("/model_info")["pids"]
     process.interrupt(number)
     assert process.wait_exit(PATIENCE) == code
     wait_gone([server] if number == signal.SIGKILL else [server, worker])
 
 
-def test_a_real_server_takes_versions_by_restarts(
+def test_a_real_server_loads_versions_by_restarts(
     start_process, free_port, published, versions, sglang_command
 ):
     command = sglang_command("serve.py")
     command += ["--model-path={model}", "--port={port}", "--skip-tokenizer-init"]
-    process = start_supervisor(start_process, free_port, published.path(1), command)
+    process = start_proxy(start_process, free_port, published.path(1), command)
     request = {
         "input_ids": PROMPT,
         "sampling_params": {"n": 4, "temperature": 1.0, "max_new_tokens": 32},
@@ -465,7 +448,7 @@ def test_a_real_server_takes_versions_by_restarts(
     body = {"model_path": str(versions(3)), "weight_version": "3"}
     assert process.call("/update_weights_from_disk", body)[0] == 400
     check("1")
-    # The fleet's client takes it for a server that can load weights.
+    # To the fleet's client it is a server that can load weights.
     fleet = open_real_fleet(
         published, [process.url], update_deadline=START, no_server_deadline=2 * START
     )

@@ -1,4 +1,4 @@
-"""A server's process, as the supervisor starts, waits for and ends it."""
+"""A server's process: start, wait for health, and end with all of its workers."""
 
 import asyncio
 import contextlib
@@ -10,55 +10,55 @@ import aiohttp
 
 from oapl_jax.errors import RunError
 
-POLL = 0.5  # seconds between two looks
-ANSWER_DEADLINE = 30.0  # seconds for one look: SGLang's own check gives up after 20
-KILL_DEADLINE = 10.0  # seconds for the system to end a process that was killed
+POLL_EVERY = 0.5  # seconds between two health checks
+HEALTH_DEADLINE = 30.0  # seconds for one health check; SGLang's own gives up after 20
+KILL_DEADLINE = 10.0  # seconds for the system to end a killed process
 
 
-class Child:
-    """A process in a group of its own; use `start`."""
+class ServerProcess:
+    """A process in a process group of its own; use `start`."""
 
     def __init__(self, process: asyncio.subprocess.Process):
         self._process = process
 
     @classmethod
-    async def start(cls, command: Sequence[str]) -> "Child":
-        """Starts it; the system kills it if this process dies, so that no port stays taken."""
+    async def start(cls, command: Sequence[str]) -> "ServerProcess":
+        """Starts a process that the system kills if this process dies, so that its port is free."""
         guarded = ["setpriv", "--pdeathsig=KILL", "--", *command]
         return cls(await asyncio.create_subprocess_exec(*guarded, process_group=0))
 
     async def exit_code(self) -> int:
-        """Waits for its end, as long as it takes; below 0 is the number of a signal."""
+        """Waits for the end of the process; a negative code is the number of a signal."""
         return await self._process.wait()
 
-    async def healthy(self, session: aiohttp.ClientSession, url: str, deadline: float) -> None:
-        """Waits until a GET of `url` answers 200.
+    async def wait_healthy(self, session: aiohttp.ClientSession, url: str, deadline: float) -> None:
+        """Waits until GET `url` returns 200.
 
         Raises:
-          RunError: if the process ends first, or `deadline` seconds have passed.
+          RunError: if the process ends first, or after `deadline` seconds.
         """
         exit_code = asyncio.ensure_future(self.exit_code())
-        health = asyncio.ensure_future(_until_healthy(session, url))
+        healthy = asyncio.ensure_future(_poll(session, url))
         try:
             await asyncio.wait(
-                {exit_code, health}, timeout=deadline, return_when=asyncio.FIRST_COMPLETED
+                {exit_code, healthy}, timeout=deadline, return_when=asyncio.FIRST_COMPLETED
             )
             if exit_code.done():
                 raise RunError(
-                    f"the server ended with code {exit_code.result()} before {url} answered; its "
-                    "own messages say why"
+                    f"the server ended with code {exit_code.result()} before {url} responded; see "
+                    "its own log"
                 )
-            if not health.done():
-                raise RunError(f"{url} did not answer within {deadline:g} s of the server's start")
+            if not healthy.done():
+                raise RunError(f"{url} did not respond within {deadline:g} s of the server's start")
         finally:
             exit_code.cancel()
-            health.cancel()
+            healthy.cancel()
 
     async def end(self, deadline: float) -> None:
-        """SIGTERM to the process, which ends its workers; then SIGKILL to what is left of them.
+        """Sends SIGTERM to the process, and after `deadline` seconds SIGKILL to the whole group.
 
         Raises:
-          RunError: if it survives even that.
+          RunError: if the group survives SIGKILL.
         """
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -67,36 +67,34 @@ class Child:
                 await asyncio.wait_for(self.exit_code(), deadline)
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
-            await asyncio.wait_for(self._gone(), KILL_DEADLINE)
+            await asyncio.wait_for(self._wait_gone(), KILL_DEADLINE)
         except ProcessLookupError:
-            pass  # all gone before
+            pass  # the group had ended
         except TimeoutError as error:
             raise RunError(f"process group {self._process.pid} can't be killed") from error
 
-    async def _gone(self) -> None:
-        """A device or port is free only when the last process of the group is gone."""
+    async def _wait_gone(self) -> None:
+        """Waits for the last process of the group: only then a device or port is free."""
         await self.exit_code()
-        while _alive(self._process.pid):
+        while _is_alive(self._process.pid):
             await asyncio.sleep(0.05)
 
 
-def _alive(group: int) -> bool:
-    """Whether a process of the group is more than a zombie."""
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError, ValueError):
-                with open(f"/proc/{name}/stat") as file:
-                    state, _, its_group = file.read().rpartition(")")[2].split()[:3]
-                if int(its_group) == group and state not in "ZX":
-                    return True
+def _is_alive(group: int) -> bool:
+    """Tells if any process of the group is more than a zombie."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError, ValueError), open(f"/proc/{name}/stat") as file:
+            state, _, its_group = file.read().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                return True
     return False
 
 
-async def _until_healthy(session: aiohttp.ClientSession, url: str) -> None:
-    timeout = aiohttp.ClientTimeout(total=ANSWER_DEADLINE)
+async def _poll(session: aiohttp.ClientSession, url: str) -> None:
+    timeout = aiohttp.ClientTimeout(total=HEALTH_DEADLINE)
     while True:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-            async with session.get(url, timeout=timeout) as answer:
-                if answer.status == 200:
+            async with session.get(url, timeout=timeout) as response:
+                if response.status == 200:
                     return
-        await asyncio.sleep(POLL)
+        await asyncio.sleep(POLL_EVERY)

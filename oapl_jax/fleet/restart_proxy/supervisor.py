@@ -1,4 +1,4 @@
-"""Keeps a server process up, and restarts it on another version when it is told to."""
+"""Supervisor of a server process: starts it, restarts it when it dies or must load a version."""
 
 import asyncio
 import collections
@@ -10,20 +10,20 @@ from collections.abc import Iterator, Sequence
 import aiohttp
 
 from oapl_jax.errors import RunError
-from oapl_jax.fleet.restart_proxy.process import Child
+from oapl_jax.fleet.restart_proxy.process import ServerProcess
 
 MAX_BACKOFF = 30.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
-class Version:
-    """What a server holds.
+class ServedVersion:
+    """A version directory, or any checkpoint.
 
     Attributes:
-      name: the learner's step, as servers say it.
-      path: of its directory.
-      manifest: xxh128 of its manifest; a run that was killed publishes a step anew, and perhaps not
-        the same weights.
+      name: the learner's step; "default" for a checkpoint that is no version.
+      path: of the directory.
+      manifest: xxh128 of its manifest: a killed run publishes a step again, maybe with other
+        weights.
     """
 
     name: str
@@ -31,33 +31,25 @@ class Version:
     manifest: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Order:
-    """A version to be taken; `refused` becomes "" once it is, or else the reason."""
-
-    version: Version
-    refused: asyncio.Future[str]
-
-
 class Supervisor:
-    """A server process, the version that it holds, and the requests that it works on.
+    """A server process, its version, and its requests in flight.
 
     Args:
-      session: to ask the server with.
-      command: starts the server; {model} stands for the directory, {port} for `server_port`.
+      session: for health checks.
+      command: starts the server; {model} is replaced by the directory, {port} by `server_port`.
       version: to start with.
-      server_port: where the server listens, on this machine.
-      start_deadline: seconds from a start of the server to its first token.
-      drain_deadline: seconds for the requests in flight before a restart; then they are given up.
-      stop_deadline: seconds for the server to end by itself.
-      restarts: of a server that died by itself, at most so many ...
-      window: ... in so many seconds.
+      server_port: of the server, on this machine.
+      start_deadline: seconds from a start of the server until it generates a token.
+      drain_deadline: seconds for the requests in flight before a restart; then they are aborted.
+      stop_deadline: seconds for the server to end after SIGTERM.
+      restarts: most restarts of a server that died, within `window` seconds.
+      window: see `restarts`.
 
     Attributes:
-      state: "starting", then "ready", "draining" or "restarting"; only a ready server is asked.
-      version: that the server holds, or held before it went down.
-      counts: of versions taken (`refreshes`) and not (`failed_refreshes`), deaths of the server,
-        and requests that a restart gave up.
+      state: "starting", "ready", "draining" or "restarting"; only a ready server gets requests.
+      version: loaded now, or before the server went down.
+      counts: versions loaded (`refreshes`) and not loaded (`failed_refreshes`), deaths of the
+        server, and requests aborted by a restart.
     """
 
     def __init__(
@@ -65,7 +57,7 @@ class Supervisor:
         session: aiohttp.ClientSession,
         command: Sequence[str],
         *,
-        version: Version,
+        version: ServedVersion,
         server_port: int,
         start_deadline: float,
         drain_deadline: float,
@@ -74,21 +66,22 @@ class Supervisor:
         window: float,
     ):
         self.state, self.version, self.url = "starting", version, f"http://127.0.0.1:{server_port}"
-        self.counts = {"refreshes": 0, "failed_refreshes": 0, "deaths": 0, "given_up": 0}
+        self.counts = {"refreshes": 0, "failed_refreshes": 0, "deaths": 0, "aborted": 0}
         self._session, self._command, self._port = session, tuple(command), server_port
         self._start_deadline, self._drain_deadline = start_deadline, drain_deadline
         self._stop_deadline, self._restarts, self._window = stop_deadline, restarts, window
         self._in_flight = 0
         self._idle = asyncio.Event()
-        self._orders: asyncio.Queue[Order] = asyncio.Queue()
+        # Versions to load; a future becomes "" once its version is served, or else the reason.
+        self._updates: asyncio.Queue[tuple[ServedVersion, asyncio.Future[str]]] = asyncio.Queue()
         self._deaths: collections.deque[float] = collections.deque()
-        self._child: Child | None = None
+        self._process: ServerProcess | None = None
 
     @contextlib.contextmanager
     def request(self) -> Iterator[str]:
-        """Around a request to a ready server; gives the version that answers it.
+        """Marks a request to a ready server; yields the version that serves it.
 
-        A restart waits for it, or ends it with the process.
+        A restart drains it, or aborts it by the end of the process.
         """
         self._in_flight += 1
         try:
@@ -98,18 +91,18 @@ class Supervisor:
             if not self._in_flight:
                 self._idle.set()
 
-    async def take(self, version: Version) -> str:
-        """Restarts the server on a version, after those ordered before.
+    async def update(self, version: ServedVersion) -> str:
+        """Restarts the server on a version, after earlier updates.
 
         Returns:
-          "" when it serves, or the reason why another version does.
+          "" when the version is served, or the reason why another one is.
         """
-        order = Order(version, asyncio.get_running_loop().create_future())
-        self._orders.put_nowait(order)
-        return await asyncio.shield(order.refused)  # a caller that hangs up changes nothing
+        outcome = asyncio.get_running_loop().create_future()
+        self._updates.put_nowait((version, outcome))
+        return await asyncio.shield(outcome)  # a caller that hangs up cancels no update
 
     async def run(self) -> None:
-        """Keeps the server up until it is cancelled, which ends the server.
+        """Keeps the server up until cancelled; then ends it.
 
         Raises:
           RunError: if the server does not start, or dies too often.
@@ -117,50 +110,50 @@ class Supervisor:
         try:
             await self._start(self.version)
             while True:
-                order = await self._order_or_death()
-                await (self._revive() if order is None else self._refresh(order))
+                update = await self._next_update()
+                await (self._revive() if update is None else self._restart(*update))
         finally:
-            if self._child is not None:
-                await self._child.end(self._stop_deadline)
+            if self._process is not None:
+                await self._process.end(self._stop_deadline)
 
-    async def _start(self, version: Version) -> None:
-        places = {"{model}": version.path, "{port}": str(self._port)}
-        command = list(self._command)
-        for place, value in places.items():
-            command = [word.replace(place, value) for word in command]
-        say(f"starts the server on version {version.name} ({version.path})")
-        began = time.monotonic()
-        self._child = await Child.start(command)
-        # Not /health: some servers answer that one before they have compiled their first step.
+    async def _start(self, version: ServedVersion) -> None:
+        command = [
+            word.replace("{model}", version.path).replace("{port}", str(self._port))
+            for word in self._command
+        ]
+        log(f"starting the server on version {version.name} ({version.path})")
+        started = time.monotonic()
+        self._process = await ServerProcess.start(command)
+        # Not /health: some servers are healthy before they have compiled their first step.
         url = f"{self.url}/health_generate"
         try:
-            await self._child.healthy(self._session, url, self._start_deadline)
+            await self._process.wait_healthy(self._session, url, self._start_deadline)
         except RunError:
-            await self._child.end(self._stop_deadline)
+            await self._process.end(self._stop_deadline)
             raise
         self.version, self.state = version, "ready"
-        say(f"version {version.name} serves after {time.monotonic() - began:.0f} s")
+        log(f"version {version.name} is served after {time.monotonic() - started:.0f} s")
 
-    async def _order_or_death(self) -> Order | None:
-        """The next order; None if the server dies before."""
-        assert self._child is not None
-        death = asyncio.ensure_future(self._child.exit_code())
-        order = asyncio.ensure_future(self._orders.get())
+    async def _next_update(self) -> tuple[ServedVersion, asyncio.Future[str]] | None:
+        """Waits for the next update; None if the server dies first."""
+        assert self._process is not None
+        death = asyncio.ensure_future(self._process.exit_code())
+        update = asyncio.ensure_future(self._updates.get())
         try:
-            await asyncio.wait({death, order}, return_when=asyncio.FIRST_COMPLETED)
-            if order.done():
-                return order.result()
-            say(f"the server died, with exit code {death.result()}")
+            await asyncio.wait({death, update}, return_when=asyncio.FIRST_COMPLETED)
+            if update.done():
+                return update.result()
+            log(f"the server died with exit code {death.result()}")
             return None
         finally:
             death.cancel()
-            order.cancel()
+            update.cancel()
 
     async def _revive(self) -> None:
-        """Starts the same version again, with growing pauses."""
-        assert self._child is not None
+        """Restarts a dead server on its version, with a growing backoff."""
+        assert self._process is not None
         self.state = "restarting"
-        await self._child.end(self._stop_deadline)  # what is left of its workers
+        await self._process.end(self._stop_deadline)  # its workers
         while True:
             now = time.monotonic()
             self.counts["deaths"] += 1
@@ -170,50 +163,47 @@ class Supervisor:
             if len(self._deaths) > self._restarts:
                 raise RunError(
                     f"the server died {len(self._deaths)} times within {self._window:g} s "
-                    f"(--restarts={self._restarts}); its own messages say why"
+                    f"(--restarts={self._restarts}); see its own log"
                 )
             await asyncio.sleep(min(2.0 ** (len(self._deaths) - 1), MAX_BACKOFF))
             try:
                 return await self._start(self.version)
             except RunError as error:
-                say(str(error))
+                log(str(error))
 
-    async def _refresh(self, order: Order) -> None:
-        """Restarts the server on the ordered version, or on the old one if that fails."""
-        assert self._child is not None
-        if order.version == self.version:
-            order.refused.set_result("")
+    async def _restart(self, version: ServedVersion, outcome: asyncio.Future[str]) -> None:
+        """Restarts the server on a version, or on the old one if that fails."""
+        assert self._process is not None
+        if version == self.version:
+            outcome.set_result("")
             return
         self.state = "draining"
-        await self._drain()
-        self.state = "restarting"
-        old = self.version
-        await self._child.end(self._stop_deadline)
-        try:
-            await self._start(order.version)
-        except RunError as error:
-            self.counts["failed_refreshes"] += 1
-            reason = f"version {order.version.name} does not start: {error}"
-            say(reason)
-            try:
-                await self._start(old)
-            except RunError as again:
-                order.refused.set_result(f"{reason}; nor does version {old.name}: {again}")
-                raise
-            order.refused.set_result(f"{reason}; version {old.name} serves again")
-        else:
-            self.counts["refreshes"] += 1
-            order.refused.set_result("")
-
-    async def _drain(self) -> None:
         self._idle.clear()
         if self._in_flight:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), self._drain_deadline)
         if self._in_flight:
-            self.counts["given_up"] += self._in_flight
-            say(f"gives {self._in_flight} requests up after {self._drain_deadline:g} s")
+            self.counts["aborted"] += self._in_flight
+            log(f"aborting {self._in_flight} requests after {self._drain_deadline:g} s")
+        self.state = "restarting"
+        old = self.version
+        await self._process.end(self._stop_deadline)
+        try:
+            await self._start(version)
+        except RunError as error:
+            self.counts["failed_refreshes"] += 1
+            reason = f"version {version.name} does not start: {error}"
+            log(reason)
+            try:
+                await self._start(old)
+            except RunError as again:
+                outcome.set_result(f"{reason}; nor does version {old.name}: {again}")
+                raise
+            outcome.set_result(f"{reason}; version {old.name} is served again")
+        else:
+            self.counts["refreshes"] += 1
+            outcome.set_result("")
 
 
-def say(message: str) -> None:
-    print(f"supervise: {message}", flush=True)
+def log(message: str) -> None:
+    print(f"restart_proxy: {message}", flush=True)

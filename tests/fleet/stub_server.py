@@ -1,8 +1,8 @@
-"""A server for the supervisor's tests: `python stand_in.py MODEL PORT`.
+"""Stub server for the restart proxy's tests: `python stub_server.py MODEL PORT`.
 
-It generates nothing, after as many `seconds` as it is asked to take. Files in the directory MODEL
-make it misbehave: `refuses` (it ends at once), `never` (it does not become healthy), `stubborn` (it
-ignores SIGTERM). A worker, another process, lives beside it.
+A request takes `seconds` and returns `content` with `status`, if they are given. Files in the
+directory MODEL make it misbehave: `refuses` (ends at once), `never` (does not become healthy),
+`stubborn` (ignores SIGTERM). It has a worker process; /tokenize kills it.
 """
 
 import asyncio
@@ -35,8 +35,8 @@ async def main(model: pathlib.Path, port: int) -> None:
         except asyncio.CancelledError:
             (model / "hung_up").touch()
             raise
-        if "answer" in body:
-            return web.json_response(body["answer"], status=body["status"])
+        if "content" in body:
+            return web.json_response(body["content"], status=body["status"])
         meta = {"weight_version": "default", "weight_versions": ["x"], "read": str(model)}
         response = {"output_ids": [5, 1], "meta_info": meta}
         return web.json_response([response] * body["n"] if body["n"] > 1 else response)
