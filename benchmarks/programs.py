@@ -1,10 +1,10 @@
-"""Programs and tests a second that the sandbox grades, and where the time goes.
+"""Throughput of the sandbox of programs, and the cost of its parts.
 
     python benchmarks/programs.py [--parallel=2] [--programs=100] [--tests=15]
 
-A program is a short right answer, so what is timed is the sandbox: to start one (an interpreter,
-its walls, the modules that a checker has), to run one test in it (a fork), and to end it. The whole
-path, with the thread pool, is timed for each way that this machine has.
+A program is a short right answer, so the sandbox itself is timed: starting one (an interpreter, its
+isolation, the modules that a checker has), running one test in it (a fork), and ending it; then the
+whole path, with the thread pool.
 """
 
 import argparse
@@ -17,10 +17,9 @@ import time
 
 from results import keep
 
-from oapl_jax.rewards.code import sandbox
-from oapl_jax.rewards.code.launch import Limits
 from oapl_jax.rewards.code.problems import Problem
-from oapl_jax.rewards.code.programs import Programs
+from oapl_jax.rewards.code.sandbox import Limits, Sandbox, find_bwrap
+from oapl_jax.rewards.code.verifier import CodeVerifier
 
 LIMITS = Limits(
     seconds_per_test=60.0,
@@ -33,18 +32,18 @@ START_SECONDS = 60.0
 CODE = "n = int(input())\nprint(sum(i * i for i in range(n)))"
 
 
-def parts(way: str, rounds: int, tests: int) -> dict[str, float]:
+def time_sandbox(bwrap: str, rounds: int, tests: int) -> dict[str, float]:
     """Median milliseconds to start a sandbox, to run a test and to end it, one at a time."""
     started, ran, ended = [], [], []
     for _ in range(rounds):
         times = [time.perf_counter()]
-        box = sandbox.Sandbox(way, LIMITS, packages=(), start_seconds=START_SECONDS)
+        sandbox = Sandbox(bwrap, LIMITS, packages=(), start_seconds=START_SECONDS)
         times.append(time.perf_counter())
-        box.load(kind="stdin", name="", code=CODE)
+        sandbox.load_program(kind="stdin", name="", code=CODE)
         for _ in range(tests):
-            assert box.run("100")[0] == 0
+            assert sandbox.run_test("100")[0] == 0
         times.append(time.perf_counter())
-        box.close()
+        sandbox.close()
         times.append(time.perf_counter())
         spans = [b - a for a, b in itertools.pairwise(times)]
         started.append(spans[0])
@@ -54,14 +53,13 @@ def parts(way: str, rounds: int, tests: int) -> dict[str, float]:
     return {name: round(1000 * statistics.median(values), 2) for name, values in named.items()}
 
 
-def whole(way: str, parallel: int, programs: int, tests: int) -> dict[str, float]:
-    """Programs and tests a second through `grade_all`, and what a program costs of a core.
+def time_verifier(parallel: int, programs: int, tests: int) -> dict[str, float]:
+    """Programs and tests a second through `verify_many`, and CPU milliseconds of a program.
 
-    The cost is that of all processes of the sandboxes; unlike the rates, it hardly depends on what
-    else the machine does.
+    The CPU time is that of all processes of the sandboxes; unlike the rates, it hardly depends on
+    the load of the machine.
     """
-    grader = Programs(
-        isolation=way,
+    verifier = CodeVerifier(
         allow_unsafe=False,
         parallel=parallel,
         max_tests=0,
@@ -74,12 +72,12 @@ def whole(way: str, parallel: int, programs: int, tests: int) -> dict[str, float
     pairs = tuple((str(n), str(sum(i * i for i in range(n)))) for n in range(tests))
     problem = Problem("stdin", "", pairs)
     answers = [(f"```python\n{CODE}\n# {i}\n```", problem) for i in range(programs)]
-    grader.grade_all(answers[:parallel])
+    verifier.verify_many(answers[:parallel])
     begun, spent = time.perf_counter(), cpu_seconds()
-    verdicts = grader.grade_all(answers)
+    verdicts = verifier.verify_many(answers)
     seconds, spent = time.perf_counter() - begun, cpu_seconds() - spent
     assert all(verdict.outcome == "passed" for verdict in verdicts)
-    grader.close()
+    verifier.close()
     return {
         "programs_per_second": round(programs / seconds, 1),
         "tests_per_second": round(programs * tests / seconds, 1),
@@ -88,7 +86,7 @@ def whole(way: str, parallel: int, programs: int, tests: int) -> dict[str, float
 
 
 def cpu_seconds() -> float:
-    """Of the processes that this one has waited for, and of theirs."""
+    """CPU time of the processes that this one has waited for, and of theirs."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
@@ -98,16 +96,13 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=2)
     parser.add_argument("--programs", type=int, default=100)
     parser.add_argument("--tests", type=int, default=15)
-    settings = parser.parse_args()
-    ways = sandbox.available(LIMITS, packages=(), start_seconds=START_SECONDS)
-    results = [
-        {"way": way, "parallel": settings.parallel, "tests": settings.tests}
-        | parts(way, 20, settings.tests)
-        | whole(way, settings.parallel, settings.programs, settings.tests)
-        for way in ways
-    ]
-    print(json.dumps(results, indent=1))
-    keep(results)
+    args = parser.parse_args()
+    bwrap = find_bwrap(LIMITS, packages=(), start_seconds=START_SECONDS)
+    result = {"bwrap": bwrap, "parallel": args.parallel, "tests": args.tests}
+    result |= time_sandbox(bwrap, 20, args.tests)
+    result |= time_verifier(args.parallel, args.programs, args.tests)
+    print(json.dumps(result, indent=1))
+    keep(result)
 
 
 if __name__ == "__main__":

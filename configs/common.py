@@ -205,7 +205,6 @@ def rewards() -> Config:
                 thinking_opened=False,  # whether the chat template itself writes <think>
             ),
             code=dict(
-                isolation="auto",  # "bubblewrap", or "namespaces" of Linux itself
                 allow_unsafe=False,  # run programs on a machine that can't isolate them
                 parallel=2,  # programs at a time; no more than there are cores
                 seconds_per_test=6.0,  # arXiv 2602.19362's released code

@@ -30,7 +30,7 @@ from oapl_jax.data.prompts import response_text
 from oapl_jax.evaluation import in_order
 from oapl_jax.files import absolute
 from oapl_jax.model.sharding import gathered
-from oapl_jax.rewards.documents.documents import Documents
+from oapl_jax.rewards.documents.verifier import DocumentVerifier
 from oapl_jax.tracking.progress import StopRequest, say
 from oapl_jax.weights import publisher
 
@@ -76,11 +76,11 @@ def rates(job: Job, step: int, params: Any) -> dict[str, float]:
     sampler.set_params(step, gathered(params))
     prompts = job.split_prompts("test")
     sampled = in_order(sampler, prompts, n=SAMPLES, sampling=job.sampling)
-    verifier = Documents(**job.config.rewards.documents)
+    verifier = DocumentVerifier(**job.config.rewards.documents)
     for prompt, rollouts in zip(prompts, sampled, strict=True):
         for rollout in rollouts:
             text = response_text(job.policy.tokenizer, rollout.tokens)
-            verifier.grade(text, prompt.answer)
+            verifier.verify(text, prompt.answer)
     counts = verifier.counts()
     found = ("right", "unclosed", "ragged", "invalid", "empty")
     return {name: counts.get(name, 0) / counts["graded"] for name in found}

@@ -14,7 +14,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from oapl_jax import heartbeat, rewards
+from oapl_jax import heartbeat
 from oapl_jax import multihost as hosts
 from oapl_jax.check import check_sizes
 from oapl_jax.data import prompts
@@ -31,6 +31,7 @@ from oapl_jax.model import hf
 from oapl_jax.model.policy import Policy, check_lengths, open_policy
 from oapl_jax.model.sharding import gathered, make_mesh
 from oapl_jax.model.transformer import Transformer
+from oapl_jax.rewards.grader import Grader
 from oapl_jax.rewards.self_check import check_rewards
 from oapl_jax.rollout.local_sampler import LocalSampler
 from oapl_jax.rollout.sampler import Sampler, Sampling
@@ -51,7 +52,7 @@ class Job:
     model: Transformer
     optimizer: optax.GradientTransformation
     splits: Mapping[str, Sequence[Record]]
-    grader: rewards.Grader
+    grader: Grader
     sampling: Sampling
     checkpoints: checkpoint.Checkpoints
     weights: checkpoint.Weights  # what is published
@@ -283,7 +284,7 @@ def open_job(config: Config, workdir: epath.Path) -> Job:
         model=Transformer(policy.config, jnp.dtype(config.model.dtype), config.model.remat),
         optimizer=make_optimizer(**config.optim, num_steps=config.num_steps),
         splits=splits,
-        grader=rewards.Grader(policy.tokenizer, **config.rewards),
+        grader=Grader(policy.tokenizer, **config.rewards),
         sampling=Sampling(
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,

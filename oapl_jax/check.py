@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 
-from oapl_jax import rewards
 from oapl_jax.curriculum import CURRICULA
 from oapl_jax.errors import UserError
 from oapl_jax.learner.packing import rows_of
@@ -19,6 +18,7 @@ from oapl_jax.objectives.grpo import PROXIMALS
 from oapl_jax.objectives.maxrl import ESTIMATORS
 from oapl_jax.objectives.opmd_kimi import BASELINES
 from oapl_jax.preferences import JUDGES
+from oapl_jax.rewards import grader
 
 DENOMINATORS = ("behavior", "learner", "reference")
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
@@ -50,7 +50,7 @@ def check_values(config: Config, refuse: Refuse) -> None:
     """Calls `refuse` for each setting that can't have its value; it raises if its first argument
     holds."""
     for name, value, choices in (
-        ("data.task", config.data.task, rewards.TASKS),
+        ("data.task", config.data.task, grader.TASKS),
         ("model.remat", config.model.remat, tuple(REMAT_POLICIES)),
         ("curriculum.curator.remat", config.curriculum.curator.remat, tuple(REMAT_POLICIES)),
         ("model.dtype", config.model.dtype, ("float32", "bfloat16")),

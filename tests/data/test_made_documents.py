@@ -11,7 +11,7 @@ from oapl_jax.data.records import Record, user
 from oapl_jax.data.synthetic.documents import DocumentGenerator, answer, demonstration, question
 from oapl_jax.data.synthetic.tasks import TASKS, records
 from oapl_jax.errors import UserError
-from oapl_jax.rewards.documents.documents import Documents
+from oapl_jax.rewards.documents.verifier import DocumentVerifier
 
 CONFIG = documents.get_config()
 GENERATOR = CONFIG.data.generator.to_dict()
@@ -72,10 +72,10 @@ def test_omissions_of_the_noisy_teacher():
 
 
 def test_the_noisy_teacher_makes_every_fault():
-    verifier, rng = Documents(**common.rewards().documents), np.random.default_rng(0)
+    verifier, rng = DocumentVerifier(**common.rewards().documents), np.random.default_rng(0)
     for made in itertools.islice(records("documents", seed=0, settings=GENERATOR), 500):
         text = demonstration(made, rng, CONFIG.warmup.noise)
-        assert (verifier.grade(text, made.answer).reward == 1) == (text == made.answer)
+        assert (verifier.verify(text, made.answer).reward == 1) == (text == made.answer)
     counts = verifier.counts()
     assert 0.35 < counts["right"] / 500 < 0.6
     assert min(counts[fault] for fault in ("unclosed", "ragged", "invalid")) > 25

@@ -18,7 +18,7 @@ from oapl_jax.data.records import Record, load_split, user
 from oapl_jax.data.synthetic import tasks
 from oapl_jax.data.synthetic.tasks import TASKS, content_id, records, split_of
 from oapl_jax.errors import UserError
-from oapl_jax.rewards.documents.documents import Documents
+from oapl_jax.rewards.documents.verifier import DocumentVerifier
 from oapl_jax.rewards.tasks import VERIFIERS
 
 # Small spaces of problems, so that splits which are not disjoint by content are sure to collide.
@@ -46,7 +46,7 @@ LARGER = {
     "documents": dict(max_rows=3, max_columns=3, max_letters=3, formulas_in_tables=0.5),
 }
 SIZES = {"train": 400, "validation": 40, "test": 40}
-VERIFY = Documents(**common.rewards().documents)
+VERIFY = DocumentVerifier(**common.rewards().documents)
 
 
 # Records and demonstrations
@@ -65,7 +65,7 @@ def success(sample: list[Record], noise: float) -> float:
 
 def right(record: Record, response: str) -> bool:
     if record.task == "documents":
-        return VERIFY.grade(response, record.answer).reward == 1
+        return VERIFY.verify(response, record.answer).reward == 1
     return VERIFIERS[record.task](response, record.answer) == 1
 
 

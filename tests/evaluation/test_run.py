@@ -20,6 +20,7 @@ from oapl_jax.errors import UserError
 from oapl_jax.evaluate import check_flags
 from oapl_jax.evaluation.run import benchmark_prompts, run
 from oapl_jax.learner import train_step as learner
+from oapl_jax.rewards.grader import Grader
 
 ROOT = Path(__file__).parents[2]
 PROBLEMS = [
@@ -231,7 +232,7 @@ def test_a_changed_grader_grades_anew_and_samples_nothing(shop, unbroken, monkey
     assert again.said == []  # not even graded
     with monkeypatch.context() as changed:
         changed.setattr(rewards, "__file__", str(tmp_path / "__init__.py"))
-        changed.setattr(rewards.Grader, "reward", lambda self, prompt, rollout: 1.0)
+        changed.setattr(Grader, "reward", lambda self, prompt, rollout: 1.0)
         changed.setattr(Job, "check_rewards", lambda self: None)
         again = shop.run(unbroken.directory.parent)
     assert again.results["sums"]["avg@n"]["value"] == 1

@@ -15,19 +15,19 @@ from oapl_jax.data.synthetic.tasks import TASKS, records
 from oapl_jax.errors import UserError
 from oapl_jax.evaluation.grades import describe
 from oapl_jax.model.tokenizer import make_character_tokenizer
-from oapl_jax.rewards import Grader
-from oapl_jax.rewards.documents.documents import (
+from oapl_jax.rewards.documents.latex import MAX_DEPTH, MAX_FORMULA, count_commands
+from oapl_jax.rewards.documents.markup import MAX_COLUMNS, Table, read_document
+from oapl_jax.rewards.documents.verifier import (
     LEAST,
     RANGES,
-    Documents,
-    closure,
-    syntax,
-    table,
-    text,
-    total,
+    DocumentVerifier,
+    closure_term,
+    normalized_sum,
+    syntax_term,
+    table_term,
+    text_term,
 )
-from oapl_jax.rewards.documents.latex import MAX_DEPTH, MAX_FORMULA, commands
-from oapl_jax.rewards.documents.markup import MAX_COLUMNS, Table, read
+from oapl_jax.rewards.grader import Grader
 from oapl_jax.rewards.self_check import check_rewards
 
 SETTINGS = common.rewards().documents.to_dict()
@@ -64,7 +64,7 @@ def made():
     ],
 )
 def test_formulas_and_their_commands(formula, number):
-    assert commands(formula) == number
+    assert count_commands(formula) == number
 
 
 @pytest.mark.parametrize(
@@ -96,20 +96,20 @@ def test_formulas_and_their_commands(formula, number):
     ],
 )
 def test_what_latex_would_stop_at_is_no_formula(formula):
-    assert commands(formula) is None
+    assert count_commands(formula) is None
 
 
 def test_depth_and_length_are_bounded_before_anything_is_parsed():
     nested = lambda n: r"\sqrt{" * n + "x" + "}" * n
-    assert commands(nested(MAX_DEPTH)) == MAX_DEPTH
-    assert commands(nested(MAX_DEPTH + 1)) is None
+    assert count_commands(nested(MAX_DEPTH)) == MAX_DEPTH
+    assert count_commands(nested(MAX_DEPTH + 1)) is None
     mixed = "{]" * (MAX_DEPTH + 1) + "x" + "}" * (MAX_DEPTH + 1)
-    assert commands(mixed) is None  # a bracket of another kind closes nothing
+    assert count_commands(mixed) is None  # a bracket of another kind closes nothing
     both = r"\sqrt[{" * (MAX_DEPTH // 2 + 1) + "x" + "}]{y}" * (MAX_DEPTH // 2 + 1)
-    assert commands(both) is None
-    assert commands(both[7:-5]) == MAX_DEPTH // 2
-    assert commands("x" * MAX_FORMULA) == 0
-    assert commands("x" * (MAX_FORMULA + 1)) is None
+    assert count_commands(both) is None
+    assert count_commands(both[7:-5]) == MAX_DEPTH // 2
+    assert count_commands("x" * MAX_FORMULA) == 0
+    assert count_commands("x" * (MAX_FORMULA + 1)) is None
 
 
 # ---------------------------------------------------------------- reading
@@ -148,7 +148,7 @@ def test_depth_and_length_are_bounded_before_anything_is_parsed():
     ],
 )
 def test_tags_tables_and_text(source, tables, open_tags, shown):
-    found = read(source)
+    found = read_document(source)
     assert (found.tables, found.open_tags, found.text) == (tables, open_tags, shown)
 
 
@@ -173,15 +173,15 @@ def test_tags_tables_and_text(source, tables, open_tags, shown):
     ],
 )
 def test_rows_have_the_columns_that_their_cells_span(rows, ragged):
-    assert read(f"<table>{rows}</table>").tables[-1].ragged is ragged
+    assert read_document(f"<table>{rows}</table>").tables[-1].ragged is ragged
 
 
 def test_formulas_are_cut_out_before_tags_and_pipes_are_read():
-    found = read(r"$a<b$ \(c\) \[d\] $$e$$ \$5 | $f")
+    found = read_document(r"$a<b$ \(c\) \[d\] $$e$$ \$5 | $f")
     assert [f.source for f in found.formulas] == ["a<b", "c", "d", "e", "f"]
     assert [f.commands for f in found.formulas] == [0, 0, 0, 0, None]  # the last never ends
-    assert read("a|$|b|$\n-|-\nc|d").tables == (GOOD,)
-    cells = read("<td>$a</td><td>b$</td>")  # a closing tag ends what has no end
+    assert read_document("a|$|b|$\n-|-\nc|d").tables == (GOOD,)
+    cells = read_document("<td>$a</td><td>b$</td>")  # a closing tag ends what has no end
     assert [f.commands for f in cells.formulas] == [None, None]
     assert cells.open_tags == 0
 
@@ -211,7 +211,9 @@ RICH = r"$\frac{a}{b^{2}}$"  # two commands
     ],
 )
 def test_syntax(response, reference, value):
-    assert syntax(read(response), read(reference), plain=0.2) == pytest.approx(value)
+    assert syntax_term(
+        read_document(response), read_document(reference), plain=0.2
+    ) == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,7 @@ def test_syntax(response, reference, value):
     ],
 )
 def test_closure(response, value):
-    assert closure(read(response), per_tag=0.1) == pytest.approx(value)
+    assert closure_term(read_document(response), per_tag=0.1) == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +249,7 @@ def test_closure(response, value):
     ],
 )
 def test_table(response, reference, value):
-    assert table(read(response), read(reference)) == value
+    assert table_term(read_document(response), read_document(reference)) == value
 
 
 @pytest.mark.parametrize(
@@ -266,18 +268,18 @@ def test_table(response, reference, value):
     ],
 )
 def test_text(response, reference, value):
-    assert text(read(response), read(reference)) == pytest.approx(value)
+    assert text_term(read_document(response), read_document(reference)) == pytest.approx(value)
 
 
 def test_the_sum_is_a_share_of_what_it_can_be():
     weights = dict(syntax=1.0, closure=2.0, table=3.0, text=4.0)
-    assert total(LEAST, weights) == 0.0
-    assert total({name: high for name, (_, high) in RANGES.items()}, weights) == 1.0
+    assert normalized_sum(LEAST, weights) == 0.0
+    assert normalized_sum({name: high for name, (_, high) in RANGES.items()}, weights) == 1.0
     # R = -0.5 - 2 * 0.25 + 3 * 0.5 - 4 * 0.25 = -0.5, within -7 and 4.
     terms = dict(syntax=-0.5, closure=-0.25, table=0.5, text=-0.25)
-    assert total(terms, weights) == pytest.approx((-0.5 + 7) / 11)
+    assert normalized_sum(terms, weights) == pytest.approx((-0.5 + 7) / 11)
     only = dict(syntax=0.0, closure=0.0, table=1.0, text=0.0)
-    assert total(terms, only) == 0.5
+    assert normalized_sum(terms, only) == 0.5
 
 
 # ---------------------------------------------------------------- a grade
@@ -304,7 +306,7 @@ BOTH = f"{ROWS} {RICH}"
     ],
 )
 def test_faults(response, faults):
-    grade = Documents(**SETTINGS).grade(response, BOTH)
+    grade = DocumentVerifier(**SETTINGS).verify(response, BOTH)
     assert grade.faults == faults
     assert (grade.reward == 1) == (faults == ())
 
@@ -323,29 +325,31 @@ def test_faults(response, faults):
     ],
 )
 def test_valid_but_empty_output_gets_the_least_of_every_term(response):
-    grade = Documents(**SETTINGS).grade(response, BOTH)
+    grade = DocumentVerifier(**SETTINGS).verify(response, BOTH)
     assert (grade.reward, dict(grade.terms)) == (0.0, LEAST)
 
 
 def test_leaving_out_what_can_go_wrong_is_worth_less_than_getting_it_wrong_once():
     """A policy must not learn to write nothing rather than something with a fault."""
-    verifier = Documents(**SETTINGS)
-    words = verifier.grade("ab c d ef", BOTH).reward
+    verifier = DocumentVerifier(**SETTINGS)
+    words = verifier.verify("ab c d ef", BOTH).reward
     for response in (BOTH.replace("</td>", "", 1), BOTH.replace("<td>c</td>", "")):
-        assert verifier.grade(response, BOTH).reward > words
-    assert verifier.grade(BOTH.replace("}$", "$"), BOTH).reward > verifier.grade(ROWS, BOTH).reward
+        assert verifier.verify(response, BOTH).reward > words
+    assert (
+        verifier.verify(BOTH.replace("}$", "$"), BOTH).reward > verifier.verify(ROWS, BOTH).reward
+    )
     one_row = re.sub("<tr><td>d.*?</tr>", "", BOTH)
-    assert verifier.grade(one_row, BOTH).terms["table"] == 1.0  # rectangular: the text tells
-    assert verifier.grade(one_row, BOTH).reward < 1
+    assert verifier.verify(one_row, BOTH).terms["table"] == 1.0  # rectangular: the text tells
+    assert verifier.verify(one_row, BOTH).reward < 1
 
 
 def test_weights_choose_the_terms():
     weights = dict(syntax=0.0, closure=0.0, table=1.0, text=0.0)
-    verifier = Documents(**{**SETTINGS, "weights": weights})
-    assert verifier.grade(ROWS.replace(">ab", ">xyz") + "<b>", ROWS).reward == 1.0
-    assert verifier.grade(ROWS.replace("<td>c</td>", ""), ROWS).reward == 0.0
-    constants = Documents(**{**SETTINGS, "plain_formula": 0.5, "per_open_tag": 0.4})
-    terms = constants.grade("<b>$x$", RICH).terms
+    verifier = DocumentVerifier(**{**SETTINGS, "weights": weights})
+    assert verifier.verify(ROWS.replace(">ab", ">xyz") + "<b>", ROWS).reward == 1.0
+    assert verifier.verify(ROWS.replace("<td>c</td>", ""), ROWS).reward == 0.0
+    constants = DocumentVerifier(**{**SETTINGS, "plain_formula": 0.5, "per_open_tag": 0.4})
+    terms = constants.verify("<b>$x$", RICH).terms
     assert (terms["syntax"], terms["closure"]) == (0.5, -0.4)
 
 
@@ -360,20 +364,20 @@ def test_weights_choose_the_terms():
 )
 def test_settings_that_are_none_are_refused_by_name(wrong):
     with pytest.raises(UserError, match=rf"rewards\.documents\.{next(iter(wrong))}="):
-        Documents(**{**SETTINGS, **wrong})
+        DocumentVerifier(**{**SETTINGS, **wrong})
 
 
 def test_the_reference_has_the_highest_reward_and_nothing_else_of_another_text_has_it(made):
     """Over random edits of made documents, and over other documents."""
-    verifier, rng = Documents(**SETTINGS), np.random.default_rng(0)
+    verifier, rng = DocumentVerifier(**SETTINGS), np.random.default_rng(0)
     for record, other in itertools.pairwise(made):
-        assert verifier.grade(record.answer, record.answer).reward == 1.0
-        assert 0 <= verifier.grade(other.answer, record.answer).reward < 1
+        assert verifier.verify(record.answer, record.answer).reward == 1.0
+        assert 0 <= verifier.verify(other.answer, record.answer).reward < 1
         edited = edit(record.answer, rng)
-        grade = verifier.grade(edited, record.answer)
+        grade = verifier.verify(edited, record.answer)
         assert all(low <= grade.terms[name] <= high for name, (low, high) in RANGES.items())
         assert 0 <= grade.reward <= 1
-        same = read(edited).text == read(record.answer).text
+        same = read_document(edited).text == read_document(record.answer).text
         assert (grade.reward == 1) == (same and not grade.faults)
 
 
@@ -446,25 +450,25 @@ HOSTILE = {
 def test_hostile_text_is_read_quickly_and_is_not_right(name):
     """By processor time, which other programs do not lengthen."""
     start = time.thread_time()
-    grade = Documents(**SETTINGS).grade(HOSTILE[name], BOTH)
+    grade = DocumentVerifier(**SETTINGS).verify(HOSTILE[name], BOTH)
     assert time.thread_time() - start < 1
     assert grade.reward < 0.6
 
 
 def test_random_text_never_raises(made):
-    rng, verifier = np.random.default_rng(1), Documents(**SETTINGS)
+    rng, verifier = np.random.default_rng(1), DocumentVerifier(**SETTINGS)
     parts = [*PIECES, *ROWS, *RICH, "<td>", "</td>", "<tr>", "colspan=2", "&lt;", "word", "|", "\n"]
     for record in made:
         response = "".join(rng.choice(np.array(parts, object), rng.integers(1, 60)))
-        grade = verifier.grade(response, record.answer)
+        grade = verifier.verify(response, record.answer)
         assert 0 <= grade.reward < 1
 
 
 def test_nothing_is_executed_or_opened(monkeypatch):
     import builtins
 
-    verifier = Documents(**SETTINGS)
-    verifier.grade(BOTH, BOTH)  # what is imported late
+    verifier = DocumentVerifier(**SETTINGS)
+    verifier.verify(BOTH, BOTH)  # what is imported late
 
     called = []
 
@@ -476,7 +480,7 @@ def test_nothing_is_executed_or_opened(monkeypatch):
         for name in ("eval", "exec", "compile", "open"):
             patch.setattr(builtins, name, forbidden)
         for response in HOSTILE.values():
-            verifier.grade(response, BOTH)
+            verifier.verify(response, BOTH)
     assert called == []  # a verifier may have caught what was raised
 
 
@@ -510,11 +514,11 @@ def test_the_self_check_passes_these_rewards_and_refuses_lenient_ones(made, tmp_
     grader = Grader(tokenizer, **common.rewards())
     how = dict(task="documents", max_prompt_tokens=32, instruction="")
     check_rewards(grader, tokenizer, made, **how)
-    with pytest.raises(UserError, match="is wrong and was paid"):
+    with pytest.raises(UserError, match="is wrong"):
         check_rewards(SimpleNamespace(reward=lambda *_: 1.0), tokenizer, made, **how)
     settings = common.rewards()
     settings.documents.max_characters = 5
-    with pytest.raises(UserError, match="is right and was not paid"):
+    with pytest.raises(UserError, match="is right"):
         check_rewards(Grader(tokenizer, **settings), tokenizer, made, **how)
 
 

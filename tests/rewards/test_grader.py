@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from oapl_jax.rewards import Grader
+from oapl_jax.rewards.grader import Grader
 from oapl_jax.structs import Prompt, Rollout
 
 PROGRAM = json.dumps({"kind": "stdin", "name": "", "tests": [["2\n", "4\n"], ["3\n", "9\n"]]})

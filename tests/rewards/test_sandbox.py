@@ -1,10 +1,9 @@
-"""The walls of a sandbox, seen from inside and from outside, in every way that works here."""
+"""The isolation of a sandbox, seen from inside and from outside."""
 
 import ctypes
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +13,22 @@ import time
 from pathlib import Path
 
 import pytest
-from hostile import HEAD, MARK
+from hostile import HEAD
+from processes import marked, wait_until
 
 from oapl_jax.rewards.code import sandbox
 from oapl_jax.rewards.code.isolation import MACHINES
-from oapl_jax.rewards.code.launch import FIRST_USER, Limits, NoSandbox, visible_paths
-from oapl_jax.rewards.code.sandbox import Ended, OutOfTime, Sandbox
+from oapl_jax.rewards.code.sandbox import (
+    FIRST_USER,
+    Limits,
+    NoSandbox,
+    Sandbox,
+    bwrap_paths,
+    find_bwrap,
+    probe,
+    visible_paths,
+)
+from oapl_jax.rewards.worker_process import Ended, Late
 
 LIMITS = Limits(
     seconds_per_test=20,
@@ -29,61 +38,32 @@ LIMITS = Limits(
     temporary_bytes=1 << 24,
 )
 START = dict(packages=(), start_seconds=60)
-HOLES = {way: sandbox.hole(way, LIMITS, **START) for way in sandbox.WAYS}
-WAYS = [way for way, hole in HOLES.items() if not hole]
-assert WAYS, HOLES
+BWRAP = find_bwrap(LIMITS, **START)
 PACKAGE = Path(sandbox.__file__).parents[2]
-each_way = pytest.mark.parametrize("way", WAYS)
 
 
-def marked():
-    """Processes of this machine that carry the mark."""
-    found = []
-    for comm in Path("/proc").glob("[0-9]*/comm"):
-        try:
-            if comm.read_text().strip() == MARK:
-                found.append(int(comm.parent.name))
-        except OSError:  # it has ended
-            pass
-    return found
+def run(code, *inputs, limits=LIMITS, packages=()):
+    with Sandbox(BWRAP, limits, packages=packages, start_seconds=60) as box:
+        box.load_program(kind="stdin", name="", code=textwrap.dedent(code))
+        return [box.run_test(text) for text in inputs]
 
 
-def until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def test_every_bubblewrap_of_this_machine_isolates():
+    assert {path: probe(path, LIMITS, **START) for path in bwrap_paths()} == dict.fromkeys(
+        bwrap_paths(), ""
+    )
 
 
-@pytest.fixture
-def nothing_marked():
-    """Programs that other tests ended have been cleared away by the system."""
-    until(lambda: not marked())
-
-
-def run(way, code, *inputs, limits=LIMITS, packages=()):
-    with Sandbox(way, limits, packages=packages, start_seconds=60) as box:
-        box.load(kind="stdin", name="", code=textwrap.dedent(code))
-        return [box.run(text) for text in inputs]
-
-
-def test_this_machine_can_isolate():
-    assert "namespaces" in WAYS
-    assert ("bubblewrap" in WAYS) == (shutil.which("bwrap") is not None)
-
-
-def test_the_trial_program_finds_the_missing_walls():
-    found = sandbox.hole("none", LIMITS, **START)
+def test_the_probe_finds_missing_isolation_and_the_filter_stands_without_it():
+    found = probe(None, LIMITS, **START)
     assert "the file system is visible" in found
-    assert "no wall at" not in found  # the filter stands
+    assert "is not refused" not in found
 
 
-@each_way
-def test_input_comes_in_and_output_comes_out(way):
-    assert run(way, "print(int(input()) ** 2)", "12", "-3\n") == [(0, b"144\n"), (0, b"9\n")]
+def test_input_comes_in_and_output_comes_out():
+    assert run("print(int(input()) ** 2)", "12", "-3\n") == [(0, b"144\n"), (0, b"9\n")]
 
 
-@each_way
 @pytest.mark.parametrize(
     "code",
     [
@@ -96,7 +76,7 @@ def test_input_comes_in_and_output_comes_out(way):
         "import sys; print(input()); sys.exit(3)",
         "print(stdin.readline())",  # names that checkers import
         "print(Counter(input()).most_common(1)[0][0] * 2, end='ä' * (gcd(4, 6) - 2) + '\\n')",
-        # what runs after the program's last line
+        # after the program's last line
         "import threading, time\nlater = lambda: (time.sleep(0.3), print(input()))\n"
         "threading.Thread(target=later).start()",
         "import atexit; atexit.register(lambda: print(input()))",
@@ -105,13 +85,12 @@ def test_input_comes_in_and_output_comes_out(way):
         "if __name__ == '__main__':\n    print(input())",
     ],
 )
-def test_programs_read_and_write_in_many_ways(way, code):
-    ((status, output),) = run(way, code, "ää")
+def test_programs_read_and_write_in_many_ways(code):
+    ((status, output),) = run(code, "ää")
     assert (status, output.decode().strip()) == (0, "ää")
 
 
-@each_way
-def test_a_function_is_called_and_its_value_comes_out_alone(way):
+def test_a_function_is_called_and_its_value_comes_out_alone():
     code = """
     class Solution:
         def pair(self, a, b: List[int]):
@@ -120,25 +99,23 @@ def test_a_function_is_called_and_its_value_comes_out_alone(way):
     if __name__ == "__main__":
         raise ValueError
     """
-    with Sandbox(way, LIMITS, **START) as box:
-        box.load(kind="call", name="pair", code=textwrap.dedent(code))
+    with Sandbox(BWRAP, LIMITS, **START) as box:
+        box.load_program(kind="call", name="pair", code=textwrap.dedent(code))
         for text in ("4\n[3, 1]", '"q"\n[]'):
-            status, output = box.run(text)
+            status, output = box.run_test(text)
             first, second = (json.loads(line) for line in text.split("\n"))
             assert (status, json.loads(output)) == (0, [[first, sorted(second)], {"x": None}])
 
 
-@each_way
-def test_exit_codes_and_signals_are_told(way):
+def test_exit_codes_and_signals_are_told():
     code = (
         "import os, signal\nx = input()\nif x == 'kill': os.kill(os.getpid(), 9)\nos._exit(int(x))"
     )
-    assert run(way, code, "3", "kill", "0") == [(3, b""), (-9, b""), (0, b"")]
-    assert run(way, "1 / 0", "")[0][0] == 1
+    assert run(code, "3", "kill", "0") == [(3, b""), (-9, b""), (0, b"")]
+    assert run("1 / 0", "")[0][0] == 1
 
 
-@each_way
-def test_a_test_finds_nothing_of_the_test_before(way):
+def test_a_test_finds_nothing_of_the_test_before():
     code = """
     import os, threading
     print(sorted(os.listdir("/tmp")), threading.active_count())
@@ -147,50 +124,42 @@ def test_a_test_finds_nothing_of_the_test_before(way):
         open(path, "w").write("left")
     os.symlink("/usr", "/tmp/link")
     """
-    fresh = (0, b"['stdin'] 1\n")
-    assert run(way, code, "", "", "") == [fresh] * 3
+    assert run(code, "", "", "") == [(0, b"['stdin'] 1\n")] * 3
 
 
-@each_way
-def test_the_clock_ends_a_test(way):
-    limits = Limits(1.0, 1 << 30, 8, 1 << 20, 1 << 24)
-    for code in ("while True: pass", "import time; time.sleep(1e6)"):
-        with pytest.raises(OutOfTime):
-            run(way, code, "", limits=limits)
+@pytest.mark.parametrize("code", ["while True: pass", "import time; time.sleep(1e6)"])
+def test_the_clock_ends_a_test(code):
+    with pytest.raises(Late):
+        run(code, "", limits=Limits(1.0, 1 << 30, 8, 1 << 20, 1 << 24))
 
 
-@each_way
-def test_what_is_no_program_ends_the_sandbox(way):
+def test_a_source_text_that_is_no_program_ends_the_sandbox():
     with pytest.raises(Ended):
-        run(way, "no python", "")
+        run("no python", "")
 
 
-@each_way
-def test_a_reply_may_be_as_long_as_the_limit_and_no_longer(way):
+def test_a_reply_may_be_as_long_as_the_limit_and_no_longer():
     lengths = (LIMITS.output_bytes - 1, LIMITS.output_bytes + 1)
-    (ok, output), (failed, cut) = run(way, "print('x' * int(input()), end='')", *map(str, lengths))
+    (ok, output), (failed, cut) = run("print('x' * int(input()), end='')", *map(str, lengths))
     assert (ok, output) == (0, b"x" * lengths[0])
     assert failed != 0
     assert len(cut) <= LIMITS.output_bytes
 
 
-@each_way
-def test_large_inputs_pass(way):
+def test_large_inputs_pass():
     text = "7 " * 2_000_000
-    assert run(way, "print(sum(map(int, input().split())))", text) == [(0, b"14000000\n")]
+    assert run("print(sum(map(int, input().split())))", text) == [(0, b"14000000\n")]
 
 
-@each_way
-def test_packages_are_there_if_named(way):
+def test_packages_are_there_if_named():
     code = "import numpy; print(numpy.arange(4).sum()); print(numpy.dot([[2.0]], [[3.0]])[0, 0])"
-    assert run(way, code, "", packages=("numpy",)) == [(0, b"6\n6.0\n")]
-    assert run(way, code, "")[0][0] == 1
+    assert run(code, "", packages=("numpy",)) == [(0, b"6\n6.0\n")]
+    assert run(code, "")[0][0] == 1
     with pytest.raises(NoSandbox, match="no_such_package"):
-        run(way, code, "", packages=("no_such_package",))
+        run(code, "", packages=("no_such_package",))
 
 
-@each_way
-def test_a_package_may_lie_where_a_program_has_a_fresh_folder(way, monkeypatch):
+def test_a_package_may_lie_where_a_program_has_a_fresh_folder(monkeypatch):
     """A checkout below /tmp has its environment there too."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         package = Path(folder) / "below_tmp"
@@ -198,11 +167,10 @@ def test_a_package_may_lie_where_a_program_has_a_fresh_folder(way, monkeypatch):
         (package / "__init__.py").write_text("VALUE = 7")
         monkeypatch.syspath_prepend(folder)
         code = "import below_tmp, os; print(below_tmp.VALUE, os.listdir('/tmp'))"
-        assert run(way, code, "", packages=("below_tmp",)) == [(0, b"7 ['stdin']\n")]
+        assert run(code, "", packages=("below_tmp",)) == [(0, b"7 ['stdin']\n")]
 
 
-@each_way
-def test_every_call_of_the_filter_is_refused(way):
+def test_every_call_of_the_filter_is_refused():
     numbers = MACHINES[platform.machine()][1]
     code = f"""
     import ctypes
@@ -213,20 +181,19 @@ def test_every_call_of_the_filter_is_refused(way):
     """
     # A thread may be cloned, and -1 has that flag: the kernel finds the rest senseless (EINVAL).
     expected = dict.fromkeys(numbers, "1") | {"clone3": "38", "clone": "22"}
-    ((status, output),) = run(way, code, "")
+    ((status, output),) = run(code, "")
     assert status == 0
     assert [line.split() for line in output.decode().splitlines()] == [
         [name, "-1", error] for name, error in expected.items()
     ]
 
 
-@each_way
-@pytest.mark.usefixtures("nothing_marked")
-def test_from_outside_it_is_nobody_with_nothing(way):
-    with Sandbox(way, LIMITS, **START) as box:
-        box.load(kind="stdin", name="", code=HEAD + "time.sleep(500)")
-        box._write(b"{}", time.monotonic() + 30)  # `run` would wait for its end
-        until(lambda: len(marked()) == 1)
+def test_from_outside_it_is_nobody_with_nothing():
+    wait_until(lambda: not marked())  # programs that other tests ended
+    with Sandbox(BWRAP, LIMITS, **START) as box:
+        box.load_program(kind="stdin", name="", code=HEAD + "time.sleep(500)")
+        box.send(b"{}", time.monotonic() + 30)  # `run_test` would wait for its end
+        wait_until(lambda: len(marked()) == 1)
         (pid,) = marked()
         status = dict(
             line.split(":\t", 1)
@@ -251,38 +218,33 @@ def test_from_outside_it_is_nobody_with_nothing(way):
     assert marked() == []
 
 
-@each_way
-@pytest.mark.usefixtures("nothing_marked")
-def test_it_dies_with_the_process_that_opened_it(way):
+def test_it_dies_with_the_process_that_opened_it():
+    wait_until(lambda: not marked())
     script = f"""
-    import time
-    from oapl_jax.rewards.code.launch import Limits
-    from oapl_jax.rewards.code.sandbox import Sandbox
-    box = Sandbox({way!r}, Limits(500, 1 << 30, 8, 1 << 20, 1 << 24), packages=(), start_seconds=60)
-    box.load(kind="stdin", name="", code={HEAD + "time.sleep(500)"!r})
-    box.run("{{}}")
+    from oapl_jax.rewards.code.sandbox import Limits, Sandbox
+    limits = Limits(500, 1 << 30, 8, 1 << 20, 1 << 24)
+    box = Sandbox({BWRAP!r}, limits, packages=(), start_seconds=60)
+    box.load_program(kind="stdin", name="", code={HEAD + "time.sleep(500)"!r})
+    box.run_test("{{}}")
     """
     owner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
-    until(marked)
+    wait_until(marked)
     assert owner.poll() is None
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    until(lambda: not marked())
+    wait_until(lambda: not marked())
 
 
-@each_way
-def test_an_ordinary_user_can_do_it_too(way):
-    """Root becomes somebody else, who has a copy of this Python where everybody may read."""
-    code = f"""
-    import sys, types
-    sys.path.insert(0, "{{code}}")
-    package = sys.modules["oapl_jax.rewards"] = types.ModuleType("oapl_jax.rewards")
-    package.__path__ = ["{{code}}/oapl_jax/rewards"]  # without what else is imported there
-    import os
-    from oapl_jax.rewards.code import launch, sandbox
-    limits = launch.Limits(20, 1 << 30, 8, 1 << 20, 1 << 24)
-    print(os.geteuid() != 0, repr(sandbox.hole("{way}", limits, packages=(), start_seconds=60)))
+def test_an_ordinary_user_can_do_it_too():
+    """Root becomes somebody else, with copies of this Python and bwrap that everybody may read."""
+    code = """
+    import os, sys
+    sys.path[:0] = folders
+    from oapl_jax.rewards.code.sandbox import Limits, find_bwrap
+    limits = Limits(20, 1 << 30, 8, 1 << 20, 1 << 24)
+    print(os.geteuid() != 0, os.path.basename(find_bwrap(limits, packages=(), start_seconds=60)))
     """
+    wheel = Path(BWRAP).parents[2]  # site-packages, with the wheel's libraries
 
     def become_somebody():
         libc = ctypes.CDLL(None, use_errno=True)
@@ -290,7 +252,11 @@ def test_an_ordinary_user_can_do_it_too(way):
         assert libc.unshare(0x20000) == 0  # a mount namespace
         assert mount(b"none", b"/", None, 0x44000, None) == 0  # private
         assert mount(b"tmpfs", b"/mnt", b"tmpfs", 0, b"mode=755") == 0
-        for source, name in ((sys.base_prefix, "python"), (PACKAGE, "code/oapl_jax")):
+        for source, name in (
+            (sys.base_prefix, "python"),
+            (PACKAGE, "code/oapl_jax"),
+            (wheel, "packages"),
+        ):
             os.makedirs(f"/mnt/{name}")
             assert mount(os.fsencode(source), f"/mnt/{name}".encode(), None, 0x1000, None) == 0
         os.setgroups([])
@@ -299,13 +265,13 @@ def test_an_ordinary_user_can_do_it_too(way):
 
     root = os.geteuid() == 0
     python = os.path.relpath(os.path.realpath(sys.executable), sys.base_prefix)
-    place = "/mnt/code" if root else str(PACKAGE.parent)
+    folders = ["/mnt/packages", "/mnt/code"] if root else [str(wheel), str(PACKAGE.parent)]
     said = subprocess.run(
         [
             f"/mnt/python/{python}" if root else sys.executable,
             "-B",
             "-c",
-            textwrap.dedent(code).replace("{code}", place),
+            f"folders = {folders}\n{textwrap.dedent(code)}",
         ],
         preexec_fn=become_somebody if root else None,
         env={"PATH": os.environ["PATH"]},
@@ -313,26 +279,26 @@ def test_an_ordinary_user_can_do_it_too(way):
         capture_output=True,
         text=True,
     )
-    assert (said.stdout, said.stderr) == ("True ''\n", "")
+    assert (said.stdout, said.stderr) == ("True bwrap\n", "")
 
 
-def test_no_bubblewrap_is_said(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert sandbox.hole("bubblewrap", LIMITS, **START) == "bwrap is not on the PATH"
+def test_a_machine_without_bubblewrap_says_so(monkeypatch):
+    monkeypatch.setattr(sandbox, "bwrap_paths", list)
+    with pytest.raises(NoSandbox, match="bubblewrap"):
+        find_bwrap(LIMITS, **START)
 
 
-def test_a_sandbox_that_does_not_come_up_says_why(monkeypatch):
-    lines = {
-        "ended": "import sys; sys.exit('Operation not permitted')",
-        "silent": "pass",
-        "late": "import time; time.sleep(600)",
-    }
-    for name, reason in (
-        ("ended", "Operation not permitted"),
-        ("silent", "it ended without a word"),
-        ("late", r"not up within 1 s \(start_seconds\)"),
-    ):
-        command = [sys.executable, "-S", "-c", lines[name]]
-        monkeypatch.setattr(sandbox, "command", lambda *_, command=command: command)
-        with pytest.raises(NoSandbox, match=reason):
-            Sandbox("namespaces", LIMITS, packages=(), start_seconds=60 if name != "late" else 1)
+@pytest.mark.parametrize(
+    ("script", "start_seconds", "reason"),
+    [
+        ("echo 'Operation not permitted' >&2; exit 1", 60, "Operation not permitted"),
+        ("exit 0", 60, "without a message"),
+        ("sleep 600", 1, "start_seconds"),
+    ],
+)
+def test_a_sandbox_that_does_not_start_says_why(tmp_path, script, start_seconds, reason):
+    bwrap = tmp_path / "bwrap"
+    bwrap.write_text(f"#!/bin/sh\n{script}\n")
+    bwrap.chmod(0o755)
+    with pytest.raises(NoSandbox, match=reason):
+        Sandbox(str(bwrap), LIMITS, packages=(), start_seconds=start_seconds)

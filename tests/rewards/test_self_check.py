@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from configs import common
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
 from oapl_jax.model.tokenizer import CONTENTS_ONLY, make_character_tokenizer
-from oapl_jax.rewards import Grader
+from oapl_jax.rewards.grader import Grader
 from oapl_jax.rewards.self_check import check_rewards
 
 CHARACTERS = "".join(map(chr, range(32, 127))) + "\n"
@@ -65,50 +66,48 @@ def test_sound_rewards_pass(graders, tokenizer, task):
 
 @pytest.mark.parametrize("task", ["math", "code"])
 def test_the_chat_template_may_open_the_thinking_part(graders, tokenizer, task):
-    check(graders[True], thinking(tokenizer), task)
-    with pytest.raises(UserError, match=r"is right but still a thought and was paid; .* inside a"):
-        check(graders[False], thinking(tokenizer), task)
-    with pytest.raises(UserError, match=r"is right and was not paid; .* outside a thinking part"):
+    thinking = copy.copy(tokenizer)
+    thinking.chat_template = THINKING
+    check(graders[True], thinking, task)
+    with pytest.raises(UserError, match=r"in the thinking part .* rewards\..*\.thinking_opened"):
+        check(graders[False], thinking, task)
+    with pytest.raises(UserError, match=r"is right and .* rewards\..*\.thinking_opened"):
         check(graders[True], tokenizer, task)
 
 
 @pytest.mark.parametrize(
-    ("task", "reward", "words"),
+    ("task", "reward", "response", "kind"),
     [
-        ("math", lambda text, reason: 0.0, r"frac\{1\}\{2\}\}' is right and was not paid"),
-        ("code", lambda text, reason: 0.0, r"print\(a \+ b\)\\n```' is right and was not paid"),
-        ("chain_sum", lambda text, reason: 0.0, "to '4.3=' the response '07' is right"),
-        ("math", lambda text, reason: 1.0, r"boxed\{2\}' is wrong and was paid"),
-        ("chain_sum", lambda text, reason: 1.0, "the response '071' is wrong and was paid"),
-        (
-            "math",
-            lambda text, reason: float("1}{2" in text or "0.5" in text),
-            "still a thought|cut",
-        ),
-        ("chain_sum", lambda text, reason: float(text == "07"), "is right but cut off and was"),
-        ("countdown", lambda text, reason: float(reason == "stop" and text != "3+41"), "'' is wr"),
+        ("math", lambda text, reason: 0.0, r"\\frac{1}{2}}", "right"),
+        ("code", lambda text, reason: 0.0, "print(a + b)", "right"),
+        ("chain_sum", lambda text, reason: 0.0, "'07'", "right"),
+        ("math", lambda text, reason: 1.0, r"boxed{2}", "wrong"),
+        ("chain_sum", lambda text, reason: 1.0, "'071'", "wrong"),
+        ("math", lambda text, reason: float("1}{2" in text or "0.5" in text), "", "right but"),
+        ("chain_sum", lambda text, reason: float(text == "07"), "'07'", "right but cut off"),
+        ("countdown", lambda text, reason: float(reason == "stop" and text != "3+41"), "''", "w"),
     ],
 )
-def test_a_reward_that_errs_is_refused(tokenizer, task, reward, words):
+def test_a_reward_that_errs_is_refused(tokenizer, task, reward, response, kind):
     def grade(prompt, rollout):
         text = tokenizer.decode(rollout.tokens, skip_special_tokens=True)
         return reward(text, rollout.finish_reason)
 
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=f"{re.escape(response)}.* is {kind}"):
         check(SimpleNamespace(reward=grade), tokenizer, task)
 
 
 def test_the_data_are_checked_too(graders, tokenizer):
     """A reference that no response can meet."""
     long = Record("g", user("How long?"), "9" * 2000, "math", {})
-    with pytest.raises(UserError, match=r"to 'How long\?' the response '.*9' is right and was not"):
+    with pytest.raises(UserError, match=r"How long\?.* is right"):
         check(graders[False], tokenizer, "math", [*RECORDS["math"][:1], long])
     check(graders[False], tokenizer, "math", [*RECORDS["math"], long])  # not among the first
 
 
-def test_a_tokenizer_that_loses_what_a_program_needs_is_refused(graders, tokenizer):
-    """The whole path: what is graded is decoded token ids."""
+def test_a_tokenizer_that_loses_line_breaks_of_a_program_is_refused(graders, tokenizer):
+    """The whole path: graded are decoded token ids."""
     deaf = copy.copy(tokenizer)
     deaf.encode = lambda text, **how: tokenizer.encode(text.replace("\n", " "), **how)
-    with pytest.raises(UserError, match="is right and was not paid"):
+    with pytest.raises(UserError, match="is right"):
         check(graders[False], deaf, "code")

@@ -8,10 +8,11 @@ from etils import epath
 
 from configs import arithmetic
 from oapl_jax import record as generate
-from oapl_jax import rewards, train
+from oapl_jax import train
 from oapl_jax.build import open_job
 from oapl_jax.check import check_sizes
 from oapl_jax.errors import NoReward, RunError, UserError
+from oapl_jax.rewards.grader import Grader
 from oapl_jax.rollout.ledger import ZeroRewardGuard
 from oapl_jax.structs import Group, Prompt, Rollout
 
@@ -91,7 +92,7 @@ def shared(tmp_path_factory, kept_programs):
 
 @pytest.fixture
 def jobs(shared, tmp_path, monkeypatch):
-    monkeypatch.setattr(rewards.Grader, "reward", lambda self, prompt, rollout: 0.0)
+    monkeypatch.setattr(Grader, "reward", lambda self, prompt, rollout: 0.0)
     monkeypatch.setattr("oapl_jax.build.check_rewards", lambda *_, **__: None)
 
     def config(**settings):

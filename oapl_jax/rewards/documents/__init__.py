@@ -1,0 +1,1 @@
+"""Rewards of structured documents: markup, formulas, verifier."""

@@ -1,8 +1,8 @@
-r"""Formulas: is this LaTeX, and how many commands does it have?
+r"""Formulas: validity as LaTeX, and the number of commands.
 
 pylatexenc parses strictly: groups, environments and arguments must be complete. It knows no
-mathematics, so the rest of what stops a LaTeX run is looked for among its nodes: names that there
-are not, two scripts in one place, \left without \right, & outside of a table. Nothing is expanded.
+mathematics, so the other errors that stop a LaTeX run are looked for among its nodes: unknown
+names, two scripts in one place, \left without \right, & outside of a table. Nothing is expanded.
 """
 
 import functools
@@ -21,7 +21,7 @@ BRACKET = re.compile(r"\\(?:begin|end)\b|\\[\s\S]|[{}\[\]]")
 VISIBLE = ""  # stands for a symbol among names of commands
 SPACES = frozenset((*",;:!> ", "quad", "qquad", "hspace", "phantom", "label"))
 
-# The names of LaTeX's symbols are pylatexenc's; it lacks these, here by the arguments they take.
+# pylatexenc has the names of LaTeX's symbols; it lacks these, here by the arguments they take.
 SYMBOLS = ("latex-base", "advanced-symbols")
 NO_FORMULA = frozenset(("include", "input", "today"))
 COMMANDS = {
@@ -45,7 +45,7 @@ ENVIRONMENTS = {
 
 
 @functools.lru_cache(maxsize=4096)
-def commands(formula: str) -> int | None:
+def count_commands(formula: str) -> int | None:
     """The number of commands, scripts and environments; None for no formula, or nothing to see.
 
     Args:
@@ -53,7 +53,7 @@ def commands(formula: str) -> int | None:
     """
     if len(formula) > MAX_FORMULA or depth(formula) > MAX_DEPTH:
         return None
-    walker = LatexWalker(formula, latex_context=vocabulary()[0], tolerant_parsing=False)
+    walker = LatexWalker(formula, latex_context=latex_names()[0], tolerant_parsing=False)
     try:
         state: Any = walker.make_parsing_state(in_math_mode=True)
         nodes, start, length = walker.get_latex_nodes(parsing_state=state)
@@ -66,7 +66,7 @@ def commands(formula: str) -> int | None:
 
 
 def depth(formula: str) -> int:
-    """How deep brackets and environments are nested at most, or more: each kind by itself."""
+    """An upper bound of the nesting of brackets and environments: each kind counts by itself."""
     opened, deepest = dict.fromkeys(CLOSES.values(), 0), 0
     for bracket in BRACKET.findall(formula):
         if bracket in CLOSES:
@@ -78,8 +78,8 @@ def depth(formula: str) -> int:
 
 
 @functools.cache
-def vocabulary() -> tuple[Any, frozenset[str], frozenset[str]]:
-    """Who takes which arguments, for pylatexenc; all names of commands; all of environments."""
+def latex_names() -> tuple[Any, frozenset[str], frozenset[str]]:
+    """Arguments of commands for pylatexenc; names of all commands; names of all environments."""
     own: Any = latexwalker.get_default_latex_context_db().filter_context(["latex-base"])
     symbols: Any = latex2text.get_default_latex_context_db().filter_context(list(SYMBOLS))
     taking = lambda make, table: [
@@ -94,13 +94,13 @@ def vocabulary() -> tuple[Any, frozenset[str], frozenset[str]]:
 
 
 class _Illegal(Exception):
-    """What LaTeX would stop at."""
+    """LaTeX would stop with an error here."""
 
 
 def _names(nodes: Iterable[Any], *, in_table: bool) -> Iterator[str]:
     """The commands and scripts of a list of nodes, with VISIBLE for each that is a symbol."""
     scripts: set[str] = set()  # of the last symbol
-    waiting, open_left = "", 0  # what has not got its symbol yet; \left
+    waiting, open_left = "", 0  # a script or delimiter that still needs its symbol; open \left
     for item in _items(nodes):
         if isinstance(item, str) and item in "^_":
             if waiting or item in scripts:
@@ -133,7 +133,7 @@ def _items(nodes: Iterable[Any]) -> Iterator[Any]:
 
 
 def _names_of(item: Any, *, in_table: bool) -> Iterator[str]:
-    table, known, environments = vocabulary()
+    table, known, environments = latex_names()
     if isinstance(item, str):
         if item == "#" or not item.isprintable():
             raise _Illegal

@@ -1,6 +1,6 @@
-r"""What a document consists of: its formulas, its tables, the tags left open, and its text.
+r"""Parser of documents: their formulas, tables, open tags and visible text.
 
-HTML, Markdown and what mixes them are read alike. Formulas are cut out first ($..$, $$..$$, \(..\),
+HTML, Markdown and their mixtures are read alike. Formulas are cut out first ($..$, $$..$$, \(..\),
 \[..\]; a dollar that begins none is written \$), so that no < or | in them is taken for structure;
 pipe tables become HTML ones; then tags are matched. Each pass takes linear time, which html.parser
 of Python does not where tags do not end.
@@ -10,9 +10,9 @@ import dataclasses
 import html
 import re
 
-from oapl_jax.rewards.documents.latex import commands
+from oapl_jax.rewards.documents.latex import count_commands
 
-INSIDE = {  # a formula, and its end; one that a closing tag or the end of the text ends has none
+INSIDE = {  # a formula and its end, which is missing if a closing tag or the text's end comes first
     "$": re.compile(r"((?:[^\\$<]|\\[\s\S]|<(?!/))*+)(\$)?"),
     "$$": re.compile(r"((?:[^\\$<]|\\[\s\S]|<(?!/))*+)(\$\$)?"),
     r"\(": re.compile(r"((?:[^\\<]|\\[^)]|<(?!/))*+)(\\\))?"),
@@ -41,7 +41,7 @@ class Formula:
 
     Attributes:
       source: without delimiters.
-      commands: how many it has, see latex.py; None if it can't be parsed, is empty or never ends.
+      commands: their number, see latex.py; None if it can't be parsed, is empty or never ends.
     """
 
     source: str
@@ -63,7 +63,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """What `read` finds.
+    """The parts of a document.
 
     Attributes:
       formulas, tables: in their order; tables by where they end.
@@ -78,8 +78,8 @@ class Document:
     text: str
 
 
-def read(text: str) -> Document:
-    """Reads any text, in linear time; nothing in it makes this raise."""
+def read_document(text: str) -> Document:
+    """Parses any text, in linear time; no text makes it raise."""
     formulas, text = cut_formulas(text.translate(NO_STANDINS))
     marks = MARKS.findall(text)
     reader = _Reader()
@@ -108,7 +108,7 @@ def cut_formulas(text: str) -> tuple[list[Formula], str]:
         inside = INSIDE[begin[0]].match(text, begin.end())
         assert inside is not None  # it may be empty
         rest += (text[at : begin.start()], stand_in(len(formulas)))
-        formulas.append(Formula(inside[1], commands(inside[1]) if inside[2] else None))
+        formulas.append(Formula(inside[1], count_commands(inside[1]) if inside[2] else None))
         at = inside.end()
     return formulas, "".join((*rest, text[at:]))
 
@@ -182,7 +182,7 @@ class _Grid:
 
 
 class _Reader:
-    """Goes through the tags of a text, and keeps what is open."""
+    """Reads the tags of a text in order, with a stack of the open ones."""
 
     def __init__(self):
         self.tables: list[Table] = []

@@ -9,7 +9,7 @@ or it is one short line. What a model thinks does not count: only what stands be
 import re
 from fractions import Fraction
 
-from oapl_jax.rewards.math.judge.exact_numbers import number
+from oapl_jax.rewards.math.judge.numbers import number
 
 MAX_TAIL = 50_000  # characters at the end of a response where its answer is looked for
 MAX_ANSWER = 1_000  # characters of an answer

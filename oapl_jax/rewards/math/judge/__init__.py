@@ -1,5 +1,5 @@
-"""The judge of answers: a program of its own, run in its own processes and never by the package.
+"""The judge of mathematical answers: a program of its own processes, run by judge_pool.py.
 
-`python -I oapl_jax/rewards/judge` puts this folder, and not the package, on the path of modules: so
-a process of the pool loads math-verify without loading JAX. Only `plain` is imported from outside.
+It imports nothing of the package but this folder and worker_process.py, so a process loads
+math-verify without JAX. The parent imports `numbers` only.
 """

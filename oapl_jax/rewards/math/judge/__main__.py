@@ -1,15 +1,18 @@
-"""Judges pairs of answer and reference until standard input ends; see supervisor.py."""
+"""Judges pairs of answer and reference until standard input ends, see supervisor.py.
+
+python -m oapl_jax.rewards.math.judge SECONDS RECYCLE_AFTER MEMORY_BYTES
+"""
 
 import logging
 import sys
 
-from answer_ast import same
-from parser import read
-from supervisor import supervise
-from sympy_equal import GENERATED, Unreadable, same_value
+from oapl_jax.rewards.math.judge.answer_ast import same
+from oapl_jax.rewards.math.judge.parser import read
+from oapl_jax.rewards.math.judge.supervisor import supervise
+from oapl_jax.rewards.math.judge.sympy_equal import GENERATED, Unreadable, same_value
 
 
-def judge(pair: list[str]) -> list[str]:
+def judge_pair(pair: list[str]) -> list[str]:
     """["right" | "wrong" | "error", why] of a tidied answer and reference."""
     answer, reference = pair
     try:
@@ -24,8 +27,8 @@ def judge(pair: list[str]) -> list[str]:
         return ["wrong", f"the answer can't be read: {error}"[:200]]
 
 
-# What a worker meets first is slow; it is forked from a process that has met it.
-FAMILIAR = (
+# The first answer of each kind is slow; a worker is forked from a process that has judged these.
+WARMUP = (
     (r"\frac{\sqrt{3}}{2}", r"\frac{3}{2\sqrt{3}}"),
     (r"x^{2}+2x+1", r"(x+1)^2"),
     (r"\sin^2 x \cdot \pi", r"\frac{\pi (1-\cos 2x)}{2}"),
@@ -38,10 +41,10 @@ FAMILIAR = (
 
 if __name__ == "__main__":
     logging.disable()  # math-verify warns that it keeps no deadline; the supervisor does
-    for pair in FAMILIAR:
-        judge(list(pair))
+    for pair in WARMUP:
+        judge_pair(list(pair))
     supervise(
-        judge,
+        judge_pair,
         generated=GENERATED,
         seconds=float(sys.argv[1]),
         recycle_after=int(sys.argv[2]),

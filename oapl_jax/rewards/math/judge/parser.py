@@ -2,8 +2,8 @@
 
 import re
 
-from answer_ast import Form, Matrix, Named, Parts, Value, Words
-from text_answers import TEXT, measure, name, words
+from oapl_jax.rewards.math.judge.answer_ast import Form, Matrix, Named, Parts, Value, Words
+from oapl_jax.rewards.math.judge.text_answers import TEXT, measure, name, words
 
 MAX_DEPTH = 40  # of brackets
 MAX_PARTS = 200

@@ -14,9 +14,10 @@ import sympy
 import sympy.integrals.manualintegrate  # here, since loading these compiles text of their own
 import sympy.physics.units
 import sympy.series.formal
-from exact_numbers import agree, number
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
 from math_verify import verify
+
+from oapl_jax.rewards.math.judge.numbers import agree, number
 
 DIGITS, MAX_DIGITS = 50, 10_000
 EQUAL, DIFFERENT = sympy.Float("1e-40", DIGITS), sympy.Float("1e-9", DIGITS)

@@ -1,25 +1,23 @@
-"""The pool kills what is late, confines what runs, and leaves nothing behind."""
+"""Judge processes: the pool kills late ones, confines all, and leaves none behind."""
 
 import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import alive, wait_until
 
-from oapl_jax.errors import RunError, UserError
-from oapl_jax.rewards.math import pool as pool_module
-from oapl_jax.rewards.math.pool import MAX_REQUEST_BYTES, Pool
+from oapl_jax.errors import RunError
+from oapl_jax.rewards.math.judge_pool import MAX_REQUEST_BYTES, JudgePool
 
 # A judge that does as it is told.
-PROGRAM = f"""
+PROGRAM = """
 import os, re, signal, sys, time
-sys.path.insert(0, {str(Path(pool_module.__file__).parent / "judge")!r})
-from supervisor import supervise
+from oapl_jax.rewards.math.judge.supervisor import supervise
 
 def judge(request):
     order, value = request
@@ -60,20 +58,27 @@ SIZES: dict[str, Any] = dict(processes=1, seconds=60.0, recycle_after=1000, memo
 def program(tmp_path_factory):
     path = tmp_path_factory.mktemp("judge") / "judge.py"
     path.write_text(PROGRAM)
-    return path
+    return (str(path),)
+
+
+@pytest.fixture
+def new_pool(program):
+    """Makes pools with changed settings, and closes them."""
+    made = []
+
+    def make(**changes):
+        made.append(JudgePool(**{**SIZES, "program": program, **changes}))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.close()
 
 
 @pytest.fixture(scope="module")
 def pool(program):
-    with Pool(program, **SIZES) as made:
+    with JudgePool(**SIZES, program=program) as made:
         yield made
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def ticks(pid):
@@ -81,40 +86,34 @@ def ticks(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
 
 
-def wait_until(done, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, "it did not come to this"
-        time.sleep(0.02)
-
-
 def wait_until_gone(pids, seconds=60.0):
     wait_until(lambda: not any(map(alive, pids)), seconds)
 
 
-def test_each_thread_gets_its_own_reply(program):
-    ask = lambda i: made.ask(["echo", {"number": i, "text": "ü\n" * 10}])["reply"]["number"]
-    with Pool(program, **{**SIZES, "processes": 2}) as made, ThreadPoolExecutor(8) as threads:
+def test_each_thread_gets_its_own_reply(new_pool):
+    pool = new_pool(processes=2)
+    ask = lambda i: pool.ask(["echo", {"number": i, "text": "ü\n" * 10}])["reply"]["number"]
+    with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(ask, range(200))) == list(range(200))
 
 
 @pytest.mark.parametrize("order", ["wait", "stubborn"])
-def test_what_is_late_is_killed_and_the_next_request_is_served(program, order, tmp_path):
-    with Pool(program, **{**SIZES, "seconds": 0.5}) as made:
-        worker, supervisor = made.ask(["pids", None])["reply"]
-        assert made.ask([order, str(tmp_path / "never")]) == {"failed": "timeout"}
-        assert not alive(worker)
-        assert alive(supervisor)
-        fresh, same = made.ask(["pids", None])["reply"]
-        assert fresh != worker
-        assert same == supervisor
+def test_a_late_worker_is_killed_and_the_next_request_is_served(new_pool, order, tmp_path):
+    pool = new_pool(seconds=0.5)
+    worker, supervisor = pool.ask(["pids", None])["reply"]
+    assert pool.ask([order, str(tmp_path / "never")]) == {"failed": "timeout"}
+    assert not alive(worker)
+    assert alive(supervisor)
+    fresh, same = pool.ask(["pids", None])["reply"]
+    assert fresh != worker
+    assert same == supervisor
 
 
-def test_one_that_waits_does_not_hold_the_others(program, tmp_path):
-    flag = tmp_path / "flag"
-    with Pool(program, **{**SIZES, "processes": 2}) as made, ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(made.ask, ["wait", str(flag)])
-        assert [made.ask(["echo", i])["reply"] for i in range(20)] == list(range(20))
+def test_a_waiting_request_does_not_hold_the_others(new_pool, tmp_path):
+    flag, pool = tmp_path / "flag", new_pool(processes=2)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(pool.ask, ["wait", str(flag)])
+        assert [pool.ask(["echo", i])["reply"] for i in range(20)] == list(range(20))
         assert not waiting.done()
         flag.touch()
         assert waiting.result() == {"reply": str(flag)}
@@ -133,22 +132,26 @@ def test_a_crash_costs_its_own_request(pool):
     assert pool.ask(["echo", 1]) == {"reply": 1}
 
 
-def test_workers_are_recycled(program):
-    with Pool(program, **{**SIZES, "recycle_after": 3}) as made:
-        workers = [made.ask(["pids", None])["reply"][0] for _ in range(7)]
+def test_workers_are_recycled(new_pool):
+    pool = new_pool(recycle_after=3)
+    workers = [pool.ask(["pids", None])["reply"][0] for _ in range(7)]
     assert workers[0] == workers[1] == workers[2]
     assert workers[3] == workers[4] == workers[5]
     assert len(set(workers)) == 3
-    wait_until_gone(workers)
+    wait_until_gone(workers[:6])
 
 
 def test_a_worker_sees_neither_accelerators_nor_this_environment(pool):
     environment = pool.ask(["environment", None])["reply"]
     assert environment.pop("JAX_PLATFORMS") == "cpu"
     assert environment.pop("CUDA_VISIBLE_DEVICES") == ""
-    assert set(environment) <= {"LANG", "LC_CTYPE", "LD_LIBRARY_PATH"}
-    modules = {name.split(".")[0] for name in pool.ask(["modules", None])["reply"]}
-    assert not modules & {"jax", "jaxlib", "flax", "numpy", "oapl_jax"}
+    assert set(environment) <= {"LANG", "LC_CTYPE", "LD_LIBRARY_PATH", "PYTHONPATH"}
+    modules = pool.ask(["modules", None])["reply"]
+    assert not {name.split(".")[0] for name in modules} & {"jax", "jaxlib", "flax", "numpy"}
+    assert {name for name in modules if name.startswith("oapl_jax")} == {
+        *("oapl_jax", "oapl_jax.rewards", "oapl_jax.rewards.math", "oapl_jax.rewards.math.judge"),
+        *("oapl_jax.rewards.math.judge.supervisor", "oapl_jax.rewards.worker_process"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -172,33 +175,33 @@ def test_text_does_not_become_code_unless_it_is_named(pool):
     assert reply["detail"].startswith("refused: compile")
 
 
-def test_what_is_printed_does_not_reach_the_replies(pool):
+def test_printed_text_does_not_reach_the_replies(pool):
     assert pool.ask(["print", '{"reply": "forged"}\n']) == {"reply": '{"reply": "forged"}\n'}
     assert pool.ask(["echo", 1]) == {"reply": 1}
 
 
-def test_a_dead_supervisor_is_replaced(program):
-    with Pool(program, **SIZES) as made:
-        worker, supervisor = made.ask(["pids", None])["reply"]
-        os.kill(supervisor, signal.SIGKILL)
-        assert made.ask(["echo", 1]) == {"failed": "crash", "detail": "the process ended"}
-        wait_until_gone([worker])
-        assert made.ask(["echo", 1]) == {"reply": 1}
+def test_a_dead_supervisor_is_replaced(new_pool):
+    pool = new_pool()
+    worker, supervisor = pool.ask(["pids", None])["reply"]
+    os.kill(supervisor, signal.SIGKILL)
+    assert pool.ask(["echo", 1]) == {"failed": "crash", "detail": "the process ended"}
+    wait_until_gone([worker])
+    assert pool.ask(["echo", 1]) == {"reply": 1}
 
 
 def test_closing_ends_every_process(program):
-    with Pool(program, **SIZES) as made:
-        pids = made.ask(["pids", None])["reply"]
+    with JudgePool(**SIZES, program=program) as pool:
+        pids = pool.ask(["pids", None])["reply"]
         assert all(map(alive, pids))
     wait_until_gone(pids)
-    with pytest.raises(RunError, match="closed"):
-        made.ask(["echo", 1])
+    with pytest.raises(RunError):
+        pool.ask(["echo", 1])
 
 
 def test_nothing_outlives_a_parent_that_is_killed(program):
     code = (
-        "import sys; from pathlib import Path; from oapl_jax.rewards.math.pool import Pool\n"
-        f"pool = Pool(Path({str(program)!r}), **{SIZES})\n"
+        "import sys; from oapl_jax.rewards.math.judge_pool import JudgePool\n"
+        f"pool = JudgePool(**{SIZES}, program={program})\n"
         "print(*pool.ask(['pids', None])['reply'], flush=True)\n"
         "pool.ask(['stubborn', None])\n"
     )
@@ -213,13 +216,8 @@ def test_nothing_outlives_a_parent_that_is_killed(program):
     wait_until_gone(pids, seconds=30)  # before the deadline of the request
 
 
-def test_mistakes_are_named(program, tmp_path, pool):
-    with pytest.raises(UserError, match="recycle_after=0"):
-        Pool(program, **{**SIZES, "recycle_after": 0})
+def test_a_large_request_and_a_process_that_does_not_start_are_errors(new_pool, pool, tmp_path):
     with pytest.raises(ValueError, match="exceeds"):
         pool.ask(["echo", "x" * MAX_REQUEST_BYTES])
-    with (
-        Pool(tmp_path / "none.py", **SIZES) as made,
-        pytest.raises(RunError, match="did not start"),
-    ):
-        made.ask(["echo", 1])
+    with pytest.raises(RunError):
+        new_pool(program=(str(tmp_path / "none.py"),)).ask(["echo", 1])

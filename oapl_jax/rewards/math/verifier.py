@@ -1,8 +1,8 @@
-r"""The reward of mathematical answers: is what a response says at its end the reference?
+r"""The verifier of mathematical answers: does a response's final answer equal the reference?
 
-A response is hostile until proven otherwise: its answer is cut out here in linear time, plain
-numbers are compared here, and all else goes to processes that a deadline kills (pool.py, judge/).
-A late answer is a verdict of its own: it is worth nothing, and it is not called wrong.
+A response is hostile until proven otherwise: its answer is extracted here in linear time, plain
+numbers are compared here, and all else goes to judge processes that a deadline kills. A late answer
+is an outcome of its own: its reward is 0, and it is not called wrong.
 """
 
 import dataclasses
@@ -11,20 +11,16 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Literal
 
 from oapl_jax.rewards.math.extraction import MAX_ANSWER, canonical, final_answer, tidy
-from oapl_jax.rewards.math.judge.exact_numbers import agree, number
-from oapl_jax.rewards.math.pool import Pool
-
-Outcome = Literal["right", "wrong", "timeout", "error"]
-JUDGE = Path(__file__).parent / "judge"
+from oapl_jax.rewards.math.judge.numbers import agree, number
+from oapl_jax.rewards.math.judge_pool import JudgePool
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What became of an answer, and why.
+class MathVerdict:
+    """The outcome of an answer.
 
     Attributes:
       outcome: "right"; "wrong" (also: no answer was given, or it can't be read); "timeout" (the
@@ -33,7 +29,7 @@ class Verdict:
       reason: for people and logs.
     """
 
-    outcome: Outcome
+    outcome: Literal["right", "wrong", "timeout", "error"]
     reason: str
 
     @property
@@ -41,7 +37,7 @@ class Verdict:
         return float(self.outcome == "right")
 
 
-class Answers:
+class MathVerifier:
     """Judges answers in a pool of processes; every method is thread-safe.
 
     Args:
@@ -49,7 +45,8 @@ class Answers:
       seconds: deadline of one answer.
       recycle_after: answers after which a process is replaced.
       memory_bytes: address space of a process.
-      thinking_opened: whether the prompts end inside the thinking part, see `final_answer`.
+      thinking_opened: whether the prompts end inside the thinking part, see `final_answer` of
+        extraction.py.
     """
 
     def __init__(
@@ -61,9 +58,8 @@ class Answers:
         memory_bytes: int,
         thinking_opened: bool,
     ):
-        self._thinking_opened = thinking_opened
-        self._pool = Pool(
-            JUDGE,
+        self._extract = functools.partial(final_answer, thinking_opened=thinking_opened)
+        self._pool = JudgePool(
             processes=processes,
             seconds=seconds,
             recycle_after=recycle_after,
@@ -73,27 +69,25 @@ class Answers:
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def verify(self, response: str, answer: str) -> Verdict:
+    def verify(self, response: str, answer: str) -> MathVerdict:
         """Judges one response against the reference answer."""
         return self.verify_many([(response, answer)])[0]
 
-    def verify_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+    def verify_many(self, pairs: Sequence[tuple[str, str]]) -> list[MathVerdict]:
         """Judges pairs of response and reference answer, equal ones once."""
-        cut_out = functools.partial(final_answer, thinking_opened=self._thinking_opened)
-        said = [(cut_out(response), tidy(answer)) for response, answer in pairs]
-        verdicts = {pair: _at_once(*pair) for pair in said}
-        asked = [(a, r) for (a, r), verdict in verdicts.items() if a is not None and not verdict]
-        each = map if len(asked) < 2 else self._threads.map
-        verdicts |= dict(zip(asked, each(self._judge, asked), strict=True))
-        found = [verdict for pair in said if (verdict := verdicts[pair])]
+        extracted = [(self._extract(response), tidy(answer)) for response, answer in pairs]
+        verdicts = {pair: compare_plain(*pair) for pair in extracted}
+        left = [(a, r) for (a, r), verdict in verdicts.items() if a is not None and not verdict]
+        each = map if len(left) < 2 else self._threads.map
+        verdicts |= dict(zip(left, each(self._ask_judge, left), strict=True))
+        found = [verdict for pair in extracted if (verdict := verdicts[pair])]
         with self._lock:
             self._counts.update(verdict.outcome for verdict in found)
         return found
 
     def final_answer(self, response: str) -> str:
-        """What a response says at its end, for a vote: equal strings are equal answers, and "" is
-        none."""
-        return canonical(final_answer(response, thinking_opened=self._thinking_opened) or "")
+        """A response's final answer for a vote: equal strings are equal answers; "" is none."""
+        return canonical(self._extract(response) or "")
 
     def counts(self) -> dict[str, int]:
         """Answers judged so far, by outcome."""
@@ -105,32 +99,32 @@ class Answers:
         self._threads.shutdown()
         self._pool.close()
 
-    def __enter__(self) -> "Answers":
+    def __enter__(self) -> "MathVerifier":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _judge(self, pair: tuple[str, str]) -> Verdict:
+    def _ask_judge(self, pair: tuple[str, str]) -> MathVerdict:
         reply = self._pool.ask(pair)
         match reply:
             case {"reply": [outcome, reason]}:
-                return Verdict(outcome, reason)
+                return MathVerdict(outcome, reason)
             case {"failed": "timeout"}:
-                return Verdict("timeout", "the deadline passed")
-        return Verdict("error", reply["detail"])
+                return MathVerdict("timeout", "the deadline passed")
+        return MathVerdict("error", reply["detail"])
 
 
-def _at_once(answer: str | None, reference: str) -> Verdict | None:
-    """The verdict of what needs no judge; None for all else."""
+def compare_plain(answer: str | None, reference: str) -> MathVerdict | None:
+    """Compares missing, equal and plainly numeric answers; None if the judge has to decide."""
     if answer is None:
-        return Verdict("wrong", f"no final answer of at most {MAX_ANSWER} characters")
+        return MathVerdict("wrong", f"no final answer of at most {MAX_ANSWER} characters")
     if len(reference) > MAX_ANSWER:
-        return Verdict("error", f"the reference is longer than {MAX_ANSWER} characters")
+        return MathVerdict("error", f"the reference is longer than {MAX_ANSWER} characters")
     if answer == reference:
-        return Verdict("right", "the same text")
+        return MathVerdict("right", "the same text")
     a, r = number(answer), number(reference)
     if a is None or r is None:
         return None
     right = agree(a, r, decimal="." in answer + reference)
-    return Verdict("right" if right else "wrong", "plain numbers")
+    return MathVerdict("right" if right else "wrong", "plain numbers")

@@ -1,11 +1,11 @@
-"""Rewards of structured documents: four terms and their sum, after FireRed-OCR, arXiv 2603.01840.
+"""The verifier of structured documents: four terms and their sum, after FireRed-OCR.
 
     R = l_syntax r_syntax + l_closure r_closure + l_table r_table + l_text r_text
 
-The paper states neither the weights l nor the constants of the terms: those here are proposals, and
-stand in configs/common.py. Its report warns of output that is valid but empty, so the terms look at
-the reference: what it has and a response lacks counts as wrong, no term rises above what the
-reference itself has, and a response without any text gets the least of every term.
+arXiv 2603.01840 states neither the weights l nor the constants of the terms: ours stand in
+configs/common.py. It warns of output that is valid but empty, so the terms look at the reference: a
+part of it that the response lacks counts as wrong, no term rises above the reference's own, and a
+response without any text gets the minimum of every term.
 """
 
 import dataclasses
@@ -17,26 +17,26 @@ from collections.abc import Mapping
 from rapidfuzz.distance import Levenshtein
 
 from oapl_jax.errors import UserError
-from oapl_jax.rewards.documents.markup import Document, read
+from oapl_jax.rewards.documents.markup import Document, read_document
 
 # Range of each term.
 RANGES = {"syntax": (-1.0, 1.0), "closure": (-1.0, 0.0), "table": (0.0, 1.0), "text": (-1.0, 0.0)}
 LEAST = {name: low for name, (low, _) in RANGES.items()}
 
 
-def syntax(response: Document, reference: Document, *, plain: float) -> float:
-    """Are the formulas LaTeX, and as rich in commands as those of the reference? Within -1 and 1.
+def syntax_term(response: Document, reference: Document, *, plain: float) -> float:
+    """Scores formulas: valid LaTeX, as rich in commands as the reference's; within -1 and 1.
 
         r_syntax = 1 / max(n, n_ref) sum over formulas and missing ones of
                        -1                        if it can't be parsed, is empty or missing
                        1 - (1 - p) (1 - min(1, C / C_ref))    otherwise
 
-    with n formulas, of which those that parse have C commands; 1 if n = n_ref = 0. "Based on
-    complexity" is all that arXiv 2603.01840 says of a valid formula's score: counting commands, and
-    no more of them than the reference has, is a proposal.
+    with n formulas, of which the valid ones have C commands; 1 if n = n_ref = 0. "Based on
+    complexity" is all that arXiv 2603.01840 says of a valid formula's score: counting commands, up
+    to the reference's number, is our choice, not in the paper.
 
     Args:
-      plain: p, the score of a valid formula without any of the commands that were wanted.
+      plain: p, the score of a valid formula without any of the reference's commands.
     """
     most = max(len(response.formulas), len(reference.formulas))
     if not most:
@@ -48,8 +48,8 @@ def syntax(response: Document, reference: Document, *, plain: float) -> float:
     return (len(valid) * score - (most - len(valid))) / most
 
 
-def closure(response: Document, *, per_tag: float) -> float:
-    """Is every tag closed? Within -1 and 0.
+def closure_term(response: Document, *, per_tag: float) -> float:
+    """Scores closed tags, within -1 and 0.
 
         r_closure = -min(1, c n_open)
 
@@ -62,30 +62,30 @@ def closure(response: Document, *, per_tag: float) -> float:
     return -min(1.0, per_tag * response.open_tags)
 
 
-def table(response: Document, reference: Document) -> float:
-    """Are the tables rectangular and complete? Within 0 and 1.
+def table_term(response: Document, reference: Document) -> float:
+    """Scores rectangular and complete tables, within 0 and 1.
 
         r_table = 1 / max(n, n_ref) sum over tables of [all rows have as many columns, it ends, and
                                                         some cell holds text]
 
-    and 1 if n = n_ref = 0. For one table this is arXiv 2603.01840; the mean is a proposal.
+    and 1 if n = n_ref = 0. For one table this is arXiv 2603.01840; the mean is our choice.
     """
     most = max(len(response.tables), len(reference.tables))
     return sum(t.complete and not t.ragged for t in response.tables) / most if most else 1.0
 
 
-def text(response: Document, reference: Document) -> float:
-    """How far is the text from that of the reference? Within -1 and 0, arXiv 2603.01840.
+def text_term(response: Document, reference: Document) -> float:
+    """Distance of the text from the reference's, within -1 and 0, arXiv 2603.01840.
 
         r_text = -Levenshtein(text, text_ref) / max(|text|, |text_ref|)
 
-    Text is what a reader sees, see markup.py: which words are cells of one row is part of it.
+    Text is as a reader sees it, see markup.py: the assignment of words to cells is part of it.
     """
     return -Levenshtein.normalized_distance(response.text, reference.text)
 
 
-def total(terms: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """The weighted sum as a share of what it can be, within 0 and 1.
+def normalized_sum(terms: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """The weighted sum as a share of its range, within 0 and 1.
 
         (R - R_min) / (R_max - R_min), R = sum_k l_k r_k
 
@@ -100,14 +100,14 @@ def total(terms: Mapping[str, float], weights: Mapping[str, float]) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Grade:
-    """What a response is worth.
+class DocumentVerdict:
+    """The reward of a document and its parts.
 
     Attributes:
-      reward: within 0 and 1, see `total`; 1 is a right response.
+      reward: within 0 and 1, see `normalized_sum`; 1 is a right response.
       terms: the four terms.
-      faults: which of these it has: "unclosed" (a tag), "ragged" (a table), "invalid" (a formula
-        that can't be parsed, is empty or is missing), "empty" (no text), "long" (not read at all).
+      faults: "unclosed" (a tag), "ragged" (a table), "invalid" (a formula that can't be parsed, is
+        empty or is missing), "empty" (no text), "long" (not read at all).
     """
 
     reward: float
@@ -115,14 +115,14 @@ class Grade:
     faults: tuple[str, ...]
 
 
-class Documents:
+class DocumentVerifier:
     """Grades documents; every method is thread-safe, and no response makes one raise.
 
     Args:
       weights: of the terms, by name; at least 0, not all of them 0.
-      plain_formula: see `syntax`, within -1 and 1.
-      per_open_tag: see `closure`, at least 0.
-      max_characters: a longer response gets the least of every term, unread.
+      plain_formula: see `syntax_term`, within -1 and 1.
+      per_open_tag: see `closure_term`, at least 0.
+      max_characters: a longer response gets the minimum of every term, unread.
 
     Raises:
       UserError: for values out of these bounds.
@@ -151,24 +151,29 @@ class Documents:
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def grade(self, response: str, reference: str) -> Grade:
-        grade = self._grade(response, reference)
+    def verify(self, response: str, answer: str) -> DocumentVerdict:
+        """Compares a response with the reference document `answer`."""
+        verdict = self._verify(response, answer)
         with self._lock:
-            self._counts.update(("graded", *grade.faults, *(["right"] * (grade.reward == 1))))
-        return grade
+            self._counts.update(("graded", *verdict.faults, *(["right"] * (verdict.reward == 1))))
+        return verdict
+
+    def final_answer(self, response: str) -> str:
+        """All of a response, for a vote."""
+        return response
 
     def counts(self) -> dict[str, int]:
-        """How many responses were graded, how many were right, and how many had each fault."""
+        """The numbers of responses that were graded, were right, and had each fault."""
         with self._lock:
             return dict(self._counts)
 
     def close(self) -> None:
         """Nothing is held open."""
 
-    def _grade(self, response: str, reference: str) -> Grade:
+    def _verify(self, response: str, answer: str) -> DocumentVerdict:
         if len(response) > self._max_characters:
-            return Grade(0.0, LEAST, ("long",))
-        found, wanted = read(response), _read_reference(reference)
+            return DocumentVerdict(0.0, LEAST, ("long",))
+        found, wanted = read_document(response), _read_reference(answer)
         faults = {
             "unclosed": found.open_tags > 0,
             "ragged": any(t.ragged for t in found.tables),
@@ -179,16 +184,16 @@ class Documents:
         terms = LEAST
         if not faults["empty"]:
             terms = {
-                "syntax": syntax(found, wanted, plain=self._plain_formula),
-                "closure": closure(found, per_tag=self._per_open_tag),
-                "table": table(found, wanted),
-                "text": text(found, wanted),
+                "syntax": syntax_term(found, wanted, plain=self._plain_formula),
+                "closure": closure_term(found, per_tag=self._per_open_tag),
+                "table": table_term(found, wanted),
+                "text": text_term(found, wanted),
             }
-        reward = total(terms, self._weights)
-        return Grade(reward, terms, tuple(name for name, has in faults.items() if has))
+        reward = normalized_sum(terms, self._weights)
+        return DocumentVerdict(reward, terms, tuple(name for name, has in faults.items() if has))
 
 
 @functools.lru_cache(maxsize=1024)
 def _read_reference(text: str) -> Document:
     """The responses to one prompt share a reference."""
-    return read(text)
+    return read_document(text)

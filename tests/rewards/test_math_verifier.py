@@ -1,4 +1,4 @@
-"""Answers: right ones are right, wrong ones are wrong, hostile ones cost their deadline."""
+"""Math answers: right ones are right, wrong ones wrong, hostile ones cost their deadline."""
 
 import random
 import subprocess
@@ -12,9 +12,9 @@ import math_verify
 import pytest
 from answers_table import ANSWERS, RESPONSES
 
-from oapl_jax.rewards.math.answers import Answers, Verdict, _at_once
 from oapl_jax.rewards.math.extraction import MAX_ANSWER, final_answer
-from oapl_jax.rewards.math.pool import MAX_REQUEST_BYTES
+from oapl_jax.rewards.math.judge_pool import MAX_REQUEST_BYTES, JudgePool
+from oapl_jax.rewards.math.verifier import MathVerdict, MathVerifier, compare_plain
 
 PAIRS = [(rf"It is \boxed{{{said}}}.", wanted, right) for said, wanted, right in ANSWERS]
 PAIRS += RESPONSES
@@ -40,11 +40,17 @@ MARGIN = 10.0  # seconds that a busy machine may take for nothing
 TOO_LONG = ("1" * 10**6, "x+" * 500_000, "{" * 10**6, "1," * 500_000)
 
 
+LIMITS: dict[str, Any] = dict(processes=2, seconds=60.0, recycle_after=1000, memory_bytes=1 << 30)
+
+
 def make(**changes):
-    limits: dict[str, Any] = dict(
-        processes=2, seconds=60.0, recycle_after=1000, memory_bytes=1 << 30
-    )
-    return Answers(**{**limits, "thinking_opened": False, **changes})
+    return MathVerifier(**{**LIMITS, "thinking_opened": False, **changes})
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with JudgePool(**LIMITS) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +100,9 @@ def plain_pairs():
     yield from (("0.3333333", "0.3333334"), ("0.1234", "0.12341"), ("-0", "0"), (".50", "0.5"))
 
 
-def test_plain_numbers_get_the_verdict_of_the_judge_and_of_math_verify(answers):
+def test_plain_numbers_get_the_verdict_of_the_judge_and_of_math_verify(pool):
     pairs = list(plain_pairs())
-    quick = [_at_once(*pair) for pair in pairs]
+    quick = [compare_plain(*pair) for pair in pairs]
     assert None not in quick
     assert {v.outcome for v in quick if v} == {"right", "wrong"}
     parse = lambda text: math_verify.parse(
@@ -107,8 +113,8 @@ def test_plain_numbers_get_the_verdict_of_the_judge_and_of_math_verify(answers):
     for (said, wanted), verdict in zip(pairs, quick, strict=True):
         assert verdict
         # With a factor that is 1, the judge can't take its own way for plain numbers.
-        longer = answers._judge((rf"\frac{{{said.replace(',', '')}}}{{1}}", wanted))
-        assert longer.outcome == verdict.outcome, (said, wanted)
+        longer = pool.ask((rf"\frac{{{said.replace(',', '')}}}{{1}}", wanted))
+        assert longer["reply"][0] == verdict.outcome, (said, wanted)
         theirs = math_verify.verify(parse(wanted), parse(said), timeout_seconds=None)
         assert theirs == (verdict.outcome == "right"), (said, wanted)
 
@@ -148,7 +154,7 @@ def test_a_hostile_answer_costs_its_deadline_and_nothing_else():
         assert time.monotonic() - start < MARGIN
     # An answer that runs out of memory before its time is an error, and no verdict on it either.
     assert {verdicts[pair].outcome for pair in late} <= {"timeout", "error"}
-    assert verdicts[late[0]] == Verdict("timeout", "the deadline passed")
+    assert verdicts[late[0]] == MathVerdict("timeout", "the deadline passed")
     assert {verdicts[pair].outcome for pair in long} == {"wrong"}
     assert "right" not in {verdicts[pair].outcome for pair in deep}
     assert {verdicts[pair].outcome for pair in honest} == {"right"}
@@ -175,11 +181,11 @@ def payloads(path):
     yield f"1 + {call}"
 
 
-def test_nothing_is_evaluated(answers, tmp_path):
+def test_nothing_is_evaluated(answers, pool, tmp_path):
     made = tmp_path / "made"
     for payload in payloads(made):
         for pair in ((payload, "x + 1"), ("x + 1", payload), (payload, payload + " + 0")):
-            answers._pool.ask(pair)  # as it is
+            pool.ask(pair)  # as it is
             answers.verify(rf"\boxed{{{pair[0]}}}", pair[1])
         assert not made.exists(), payload
     # The same text through the parser that is not used:
@@ -191,20 +197,8 @@ def test_nothing_is_evaluated(answers, tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        *(
-            "\ud800",
-            "\0",
-            "\u0663",
-            "\U0001d7db",
-            "\\",
-            "\\text",
-            "$",
-            "}{",
-            "= = =",
-            "(((",
-            "[1,2",
-            "%",
-        ),
+        *("\ud800", "\0", "\u0663", "\U0001d7db", "\\", "\\text", "$", "}{", "= = =", "(((", "%"),
+        "[1,2",
         *("\\begin{pmatrix}", "1/0", "\\frac{0}{0}", "a" * 999, "½" * 999, "😀" * 999),
         *("\\pm" * 300, "∈" * 200),
     ],

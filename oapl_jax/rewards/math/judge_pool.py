@@ -1,0 +1,133 @@
+"""Judge processes: spawned without this process's modules or environment, killed when late.
+
+Each process of the pool imports the judge once and forks the worker that answers
+(judge/supervisor.py). A deadline kills the worker only, so a hostile answer costs its deadline and
+no new imports.
+"""
+
+import json
+import os
+import queue
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from oapl_jax.errors import RunError
+from oapl_jax.rewards.worker_process import Ended, Late, SpawnedWorker
+
+START_SECONDS = 120.0  # for the imports of a process, on a busy machine
+GRACE_SECONDS = 30.0  # beyond the deadline that the process itself keeps
+PATIENCE_SECONDS = 3600.0  # for a free process
+MAX_REQUEST_BYTES = 1 << 15
+JUDGE = ("-m", "oapl_jax.rewards.math.judge")
+
+
+class JudgePool:
+    """Processes that answer one request each at a time; every method is thread-safe.
+
+    Args:
+      processes: how many.
+      seconds: deadline of a request.
+      recycle_after: requests after which a worker is replaced.
+      memory_bytes: address space of a worker.
+      program: Python's arguments that name a program which calls `supervise` of
+        judge/supervisor.py with the three numbers above.
+    """
+
+    def __init__(
+        self,
+        *,
+        processes: int,
+        seconds: float,
+        recycle_after: int,
+        memory_bytes: int,
+        program: Sequence[str] = JUDGE,
+    ):
+        # -s -P -B: no user site, no current directory, no bytecode is written.
+        command = [sys.executable, "-s", "-P", "-B", *program]
+        self._command = [*command, str(seconds), str(recycle_after), str(memory_bytes)]
+        self._deadline = seconds + GRACE_SECONDS
+        self._processes = processes
+        self._closed = False
+        self._free: queue.SimpleQueue[_JudgeProcess] = queue.SimpleQueue()
+        for _ in range(processes):
+            self._free.put(_JudgeProcess(self._command))
+
+    def ask(self, request: Any) -> dict[str, Any]:
+        """Sends one request, which is a JSON value, to a free process.
+
+        Returns:
+          {"reply": value}, {"failed": "timeout"} or {"failed": "crash", "detail": why}.
+
+        Raises:
+          RunError: if no process starts or gets free, or the pool is closed.
+          ValueError: if the request is too large.
+        """
+        content = json.dumps(request).encode()
+        if len(content) > MAX_REQUEST_BYTES:
+            raise ValueError(f"a request of {len(content)} bytes exceeds {MAX_REQUEST_BYTES}")
+        process = self._next()
+        try:
+            if self._closed:
+                raise RunError("the pool of judge processes is closed")
+            return json.loads(process.ask(content, self._deadline))
+        except (Ended, Late):  # the supervisor itself is gone or hangs
+            process.kill()
+            process = _JudgeProcess(self._command)
+            return {"failed": "crash", "detail": "the process ended"}
+        finally:
+            self._free.put(process)
+
+    def close(self) -> None:
+        """Ends all processes, after the requests that they have; nothing is left behind."""
+        self._closed = True
+        for process in [self._next() for _ in range(self._processes)]:
+            process.kill()
+            self._free.put(process)  # a thread that still waits gets a RunError
+
+    def _next(self) -> "_JudgeProcess":
+        try:
+            return self._free.get(timeout=PATIENCE_SECONDS)
+        except queue.Empty:
+            raise RunError(f"no judge process got free within {PATIENCE_SECONDS:.0f} s") from None
+
+    def __enter__(self) -> "JudgePool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _JudgeProcess(SpawnedWorker):
+    """A supervisor with its forked worker, in one session."""
+
+    def __init__(self, command: Sequence[str]):
+        # No secrets, no accelerator and no Python settings of this process.
+        environment = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "LANG": "C.UTF-8"}
+        environment["PYTHONPATH"] = str(Path(__file__).parents[3])
+        if libraries := os.environ.get("LD_LIBRARY_PATH"):  # of the Python that runs it
+            environment["LD_LIBRARY_PATH"] = libraries
+        super().__init__(command, environment)
+        self._ready = False
+
+    def ask(self, content: bytes, seconds: float) -> bytes:
+        """The reply to one request.
+
+        Raises:
+          RunError: if the process does not start.
+          Ended, Late: if it ends, or does not answer within `seconds`.
+        """
+        if not self._ready:
+            try:
+                self.receive(time.monotonic() + START_SECONDS)
+            except (Ended, Late):
+                raise RunError(
+                    "a judge process of mathematical answers did not start; its errors are on "
+                    "standard error"
+                ) from None
+            self._ready = True
+        deadline = time.monotonic() + seconds
+        self.send(content, deadline)
+        return self.receive(deadline)

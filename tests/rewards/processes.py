@@ -1,0 +1,32 @@
+"""Processes that tests of rewards look for, and patience."""
+
+import time
+from pathlib import Path
+
+from hostile import MARK
+
+
+def wait_until(condition, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.02)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def marked():
+    """Ids of the processes and threads of this machine that carry the mark of hostile.py."""
+    found = []
+    for comm in Path("/proc").glob("[0-9]*/task/*/comm"):
+        try:
+            if comm.read_text().strip() == MARK:
+                found.append(int(comm.parent.name))
+        except OSError:  # it has ended
+            pass
+    return found

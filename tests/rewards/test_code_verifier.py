@@ -1,0 +1,557 @@
+"""Rewards of programs: the right get 1; the wrong and the hostile get 0 and leave nothing."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from hostile import (
+    ANSWER,
+    CALLS,
+    ENDLESS,
+    HARMLESS,
+    HEAD,
+    MARK,
+    PAY,
+    PROCESSES,
+    RESOURCES,
+    SIGHT,
+    SOURCES,
+)
+from processes import marked, wait_until
+
+from oapl_jax.errors import RunError, UserError
+from oapl_jax.rewards.code import sandbox, verifier
+from oapl_jax.rewards.code.problems import (
+    Problem,
+    choose_tests,
+    extract_code,
+    parse_problem,
+    same_output,
+    same_value,
+)
+from oapl_jax.rewards.code.verifier import CodeVerdict, CodeVerifier
+
+SETTINGS = dict(
+    allow_unsafe=False,
+    parallel=2,
+    seconds_per_test=30.0,
+    memory_bytes=1 << 30,
+    processes=8,
+    output_bytes=1 << 20,
+    temporary_bytes=1 << 24,
+    max_tests=0,
+    thinking_opened=False,
+    packages=(),
+    start_seconds=60.0,
+    cache_entries=100,
+)
+LIMITS = sandbox.Limits(**{name: SETTINGS[name] for name in sandbox.Limits.__dataclass_fields__})
+REPOSITORY = Path(__file__).parents[2]
+SQUARES = Problem("stdin", "", (("2\n", "4\n"), ("3\n", "9\n"), ("-4\n", "16\n")))
+SQUARE = "print(int(input()) ** 2)"
+ATTACKS = PROCESSES | RESOURCES | SIGHT
+
+
+def respond(code):
+    return f"First I thought.\n```python\n{code}\n```\nThat is it."
+
+
+def grade(made, response, problem):
+    return made.verify_many([(response, problem)])[0]
+
+
+@pytest.fixture(scope="module")
+def patient():
+    made = CodeVerifier(**SETTINGS)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def hasty():
+    """For programs that only the clock ends."""
+    made = CodeVerifier(**SETTINGS | dict(seconds_per_test=1.0))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def new_verifier():
+    """Makes verifiers with changed settings, and closes them."""
+    made = []
+
+    def make(**changes):
+        made.append(CodeVerifier(**SETTINGS | changes))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+# Hostile programs
+
+
+KEPT = set()  # processes that these tests keep for themselves, or that other files' tests keep
+
+
+@pytest.fixture(scope="module", autouse=True)
+def of_other_files():
+    """Servers, say, which all files share that are tested in this process."""
+    KEPT.update(children())
+
+
+def children():
+    """The processes that this one has started and not yet seen end."""
+    lists = [path.read_text().split() for path in Path("/proc/self/task").glob("*/children")]
+    return {int(pid) for pids in lists for pid in pids}
+
+
+def left_over():
+    """The processes and files of hostile programs, or sandboxes, that are there for seconds.
+
+    The name of a process that was killed stays in /proc until its parent has asked for it.
+    """
+    deadline = time.monotonic() + 5
+    while (found := left_now()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+def left_now():
+    found = [str(pid) for pid in sorted(children() - KEPT)] + [f"mark of {p}" for p in marked()]
+    places = ["/", "/tmp", "/var/tmp", "/dev", "/dev/shm", "/usr/lib", Path.home(), REPOSITORY]
+    places += [tempfile.gettempdir(), Path.cwd(), sys.base_prefix, f"{sys.base_prefix}/lib"]
+    for place in places:
+        found += [str(path) for path in Path(place).glob(f"*{MARK}*")]
+    return found
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """The targets that hostile programs are told to reach for."""
+    abstract = f"{MARK}-{secrets.token_hex(8)}"
+    with socket.create_server(("127.0.0.1", 0)) as inet, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(f"\0{abstract}")
+        unix.listen()
+        # Its environment and command line are what a program might read.
+        secret, word = secrets.token_hex(16), secrets.token_hex(16)
+        sleeper = subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(3600)", word],
+            env=os.environ | {"SECRET": secret},
+        )
+        KEPT.add(sleeper.pid)
+        try:
+            yield {
+                "port": inet.getsockname()[1],
+                "abstract": abstract,
+                "pid": sleeper.pid,
+                "secret": secret,
+                "word": word,
+                "repository": str(REPOSITORY),
+                "file": str(REPOSITORY / "setup.py"),
+                "scratch": str(tmp_path_factory.mktemp("scratch")),
+                "listeners": (inet, unix),
+            }
+            assert sleeper.poll() is None
+        finally:
+            sleeper.kill()
+            sleeper.wait()
+
+
+def connections(listeners):
+    made = 0
+    for listener in listeners:
+        listener.setblocking(False)
+        try:
+            listener.accept()[0].close()
+            made += 1
+        except BlockingIOError:
+            pass
+    return made
+
+
+def inputs(told):
+    return json.dumps({name: value for name, value in told.items() if name != "listeners"}) + "\n"
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_hostile_program_gets_nothing_and_leaves_nothing(patient, hasty, told, name):
+    tests = Problem("stdin", "", ((inputs(told), ANSWER),))
+    verdict = grade(hasty if name in ENDLESS else patient, respond(HEAD + ATTACKS[name]), tests)
+    assert verdict.reward == 0.0
+    # The isolation, and not slowness, stopped the others.
+    assert (verdict.outcome == "timeout") == (name in ENDLESS)
+    assert verdict.test == 0
+    assert connections(told["listeners"]) == 0
+    assert left_over() == []
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_without_isolation_it_would_succeed(told, name):
+    """So that the test before can fail."""
+    code = HEAD + ATTACKS[name]
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"HOME": "/"},
+    ) as process:
+        said, _ = process.communicate(inputs(told), timeout=60)
+    assert said.strip() == ANSWER
+    connections(told["listeners"])  # those of this program
+
+
+@pytest.mark.parametrize("name", PAY)
+def test_no_program_is_paid_for_an_answer_that_it_does_not_know(patient, told, name):
+    tests = tuple((inputs(told), f"answer-{secrets.token_hex(16)}\n") for _ in range(2))
+    verdict = grade(patient, respond(HEAD + PAY[name]), Problem("stdin", "", tests))
+    assert verdict in (CodeVerdict("failed", 0), CodeVerdict("error", 0))
+    assert left_over() == []
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_function_is_paid_for_a_value_that_it_does_not_return(patient, name):
+    answer = json.dumps(f"answer-{secrets.token_hex(16)}")
+    verdict = grade(patient, respond(CALLS[name]), Problem("call", "answer", (("1", answer),) * 2))
+    assert verdict in (CodeVerdict("failed", 0), CodeVerdict("error", 0))
+    assert left_over() == []
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_text_can_do_no_harm(hasty, name):
+    verdict = grade(hasty, respond(SOURCES[name]), Problem("stdin", "", (("", ANSWER),)))
+    assert verdict.outcome in ("error", "timeout")
+    assert left_over() == []
+
+
+def test_left_over_processes_and_files_would_be_found(patient, tmp_path, monkeypatch):
+    with sandbox.Sandbox(patient.bwrap, LIMITS, packages=(), start_seconds=60) as box:
+        box.load_program(kind="stdin", name="", code=HEAD + "time.sleep(600)")
+        box.send(b"{}", time.monotonic() + 10)
+        wait_until(marked)
+        assert len(left_over()) >= 2  # the child of this process, and the program
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"{MARK}-7").touch()
+    assert left_over() == [str(tmp_path / f"{MARK}-7")]
+
+
+def test_tests_of_one_program_see_nothing_of_each_other(patient):
+    code = """
+import os
+if os.path.exists("/tmp/seen"):
+    print("second")
+else:
+    open("/tmp/seen", "w").close()
+    print("first")
+"""
+    tests = Problem("stdin", "", (("", "first"), ("", "second")))
+    assert grade(patient, respond(code), tests) == CodeVerdict("failed", 1)
+
+
+# Right and wrong programs
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome", "test"),
+    [
+        (SQUARE, "passed", None),
+        ("print(int(input()) * 2)", "failed", 1),
+        ("n = int(input())\nprint(n * n if n > 0 else '')", "failed", 2),
+        ("n = int(input())\nprint(n * n)\nassert n != 3", "error", 1),
+        ("n = int(input())\nprint(n * n)\nimport os\nif n == 3: os._exit(1)", "error", 1),
+        ("print(int(input() + input()))", "error", 0),
+        ("print(4, end='')\nimport sys\nsys.exit('done')", "failed", 1),
+        ("nothing", "error", 0),
+        # the exit code of a program that its CPU limit ended
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGXCPU)", "timeout", 0),
+    ],
+)
+def test_programs_stop_where_they_are_wrong(patient, code, outcome, test):
+    verdict = grade(patient, respond(code), SQUARES)
+    assert verdict == CodeVerdict(outcome, test)
+    assert verdict.reward == float(outcome == "passed")
+
+
+def test_a_response_without_a_program(patient):
+    before = patient.counts().get("no_code", 0)
+    verdict = grade(patient, "The answer is 4.", SQUARES)
+    assert (verdict, verdict.reward) == (CodeVerdict("no_code"), 0.0)
+    assert patient.counts()["no_code"] == before + 1
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        (
+            "for _ in range(int(input())):\n    print(sum(map(int, input().split())))",
+            Problem("stdin", "", (("2\n1 2\n3 4\n", "3\n7"), ("1\n5 5", "10 \n\n"))),
+        ),
+        (
+            "def pairs(n):\n    return [(i, i + 1) for i in range(n)]",
+            Problem("call", "pairs", (("2", "[[0, 1], [1, 2]]"), ("0", "[]"))),
+        ),
+        (
+            "class Solution:\n"
+            "    def merge(self, words: List[str], weights: Dict[str, float]) -> Optional[str]:\n"
+            "        return max(words, key=lambda word: weights[word], default=None)",
+            Problem(
+                "call", "merge", (('["a", "b"]\n{"a": 1, "b": 2.5}', '"b"'), ("[]\n{}", "null"))
+            ),
+        ),
+    ],
+)
+def test_the_shapes_of_deepcoder_and_livecodebench(patient, code, problem):
+    """Problems as those data sets have them: stdin, a function, and a method of Solution."""
+    assert grade(patient, respond(code), problem).reward == 1
+
+
+def test_verdicts_of_many_threads_are_those_of_one(patient):
+    wanted = [CodeVerdict("passed"), CodeVerdict("failed", 1), CodeVerdict("error", 0)]
+    codes = [SQUARE, "print(int(input()) * 2)", "boom"]
+    cases = [(respond(f"{code}\n# {i}"), SQUARES) for i in range(6) for code in codes]
+    found = patient.verify_many([*cases, ("nothing", SQUARES)])
+    assert found == [*wanted * 6, CodeVerdict("no_code")]
+    assert left_over() == []
+
+
+def test_programs_run_side_by_side(patient, monkeypatch):
+    both = threading.Barrier(2, timeout=60)
+    choose = lambda *arguments: (both.wait(), choose_tests(*arguments))[1]
+    monkeypatch.setattr(verifier, "choose_tests", choose)  # of a worker thread, before it runs any
+    pair = [(respond(f"{SQUARE}\n# beside {i}"), SQUARES) for i in range(2)]
+    assert patient.verify_many(pair) == [CodeVerdict("passed")] * 2
+
+
+# Counts, cache, settings
+
+
+def test_it_stops_at_the_first_failure_and_counts(new_verifier):
+    made = new_verifier(max_tests=2)
+    for response in (respond(SQUARE), respond("print(4)"), "no program"):
+        grade(made, response, SQUARES)
+    # Of the three tests the two with the longest inputs: "-4", and the first of the others.
+    counts = {"passed": 1, "failed": 1, "no_code": 1, "tests": 2 + 2, "left_out": 2}
+    assert made.counts() == counts
+
+
+def test_content_is_graded_once(new_verifier):
+    made = new_verifier(cache_entries=2)
+    other = Problem("stdin", "", (("2", "5"),))
+    first = grade(made, respond(SQUARE), SQUARES)
+    assert grade(made, "Other words.\n```\n" + SQUARE + "\n```", SQUARES) == first
+    assert made.counts() == {"passed": 2, "tests": 3, "left_out": 0, "cached": 1}
+    assert grade(made, respond(SQUARE), other) == CodeVerdict("failed", 0)  # other tests
+    grade(made, respond(SQUARE), SQUARES)  # now the one asked for last
+    grade(made, respond("print(1)"), SQUARES)  # pushes `other` out
+    assert made.counts()["cached"] == 2
+    grade(made, respond(SQUARE), SQUARES)
+    grade(made, respond(SQUARE), other)
+    assert made.counts()["cached"] == 3
+
+
+def test_a_timeout_is_not_remembered(new_verifier):
+    made = new_verifier(seconds_per_test=0.5)
+    for _ in range(2):
+        assert grade(made, respond("while True: pass"), SQUARES) == CodeVerdict("timeout", 0)
+    assert "cached" not in made.counts()
+
+
+def test_a_machine_that_cannot_isolate_is_refused(new_verifier, monkeypatch, tmp_path):
+    monkeypatch.setattr(sandbox, "bwrap_paths", lambda: ["/bin/false"])
+    with pytest.raises(UserError, match=r"allow_unsafe"):
+        new_verifier()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.warns(UserWarning, match="allow_unsafe") as told:
+        made = new_verifier(allow_unsafe=True, seconds_per_test=5.0)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert made.bwrap is None
+        assert grade(made, respond(SQUARE), SQUARES) == CodeVerdict("passed")
+        assert grade(made, respond("print(3)"), SQUARES) == CodeVerdict("failed", 0)
+        for name in ("fork bomb", "ten gigabytes", "the network", "sleep for ever"):
+            tests = Problem("stdin", "", (("{}", ANSWER),))
+            assert grade(made, respond(HEAD + ATTACKS[name]), tests).reward == 0
+    wait_until(lambda: not left_over(), seconds=30)  # the system may yet have to clear them away
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_that_is_not_installed_is_named(new_verifier):
+    with pytest.raises(UserError, match="no_such_package"):
+        new_verifier(packages=("no_such_package",))
+
+
+def test_a_test_that_no_program_could_pass_is_refused(patient):
+    echo = respond("x = input()\nprint(x if len(x) < 9 else len(x))")
+    room = SETTINGS["temporary_bytes"] - verifier.FOLDER_BYTES
+    for given, expected in (("x" * room, str(room)), ("x", "x" + " " * (2**20 - 2))):
+        fits = Problem("stdin", "", ((given, expected),))
+        assert grade(patient, echo, fits) == CodeVerdict("passed")
+    for name, test in (
+        (f"rewards.code.temporary_bytes.*{2**24 + 1}", ("x" * (room + 1), "")),
+        (f"rewards.code.output_bytes.*{2**20 + 1}", ("", "x" * 2**20)),
+    ):
+        with pytest.raises(UserError, match=name):
+            grade(patient, echo, Problem("stdin", "", (test,)))
+
+
+def test_a_sandbox_that_fails_is_no_wrong_answer(new_verifier):
+    made = new_verifier()
+    made.bwrap = "/bin/false"
+    with pytest.raises(RunError):
+        grade(made, respond(SQUARE), SQUARES)
+    assert made.counts() == {}
+
+
+# Pure functions
+
+
+@pytest.mark.parametrize(
+    ("response", "opened", "code"),
+    [
+        ("```python\nx\n```", False, "x"),
+        ("```\nx\n```", False, "x"),
+        ("```py\nold\n```\nno:\n```python3\nnew\ny\n```\nbye", False, "new\ny"),
+        ("<think>\n```python\nold\n```\n</think>\n```python\nnew\n```", False, "new"),
+        ("```python\nold\n```\n</think>\n```python\nnew\n```", True, "new"),
+        ("```python\nold\n```\n</think>\nno code", True, None),
+        ("```python\nold\n```", True, None),
+        ("<think>\n```python\nold\n```", False, None),
+        ("</think><think>\n```python\nold\n```", True, None),
+        ("```python\nnever closed", False, None),
+        ("`x`", False, None),
+        ("", False, None),
+        ("```python\n```", False, ""),
+    ],
+)
+def test_the_last_block_behind_the_thinking_part(response, opened, code):
+    assert extract_code(response, thinking_opened=opened) == code
+
+
+def test_extraction_is_linear():
+    for text in ("```" * 300_000, "```python\n" * 100_000, "```" + "x" * 1_000_000, "``" * 10**6):
+        start = time.process_time()
+        extract_code(text, thinking_opened=False)
+        assert time.process_time() - start < 10  # of processor time; a square of it takes hours
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected", "same"),
+    [
+        ("3\n", "3", True),
+        ("  1 2 \n\t3\n\n", "1 2\n3", True),
+        ("1\r\n2\r\n", "1\n2", True),
+        ("1  2", "1 2", True),  # the same numbers
+        ("a  b", "a b", False),
+        ("1 2\n3", "1 2 3", False),
+        ("1\n\n2", "1\n2", False),
+        ("1.50", "1.5", True),
+        ("1e3", "1000", True),
+        ("-0", "0", True),
+        ("0.1", "0.10000000000000001", False),  # no tolerance
+        ("50000000000000000", "50000000000000001", False),
+        ("1 2", "1 2 3", False),
+        ("Yes", "YES", False),
+        ("Yes", "Yes", True),
+        ("nan", "NaN", False),
+        ("nan", "nan", True),
+        ("sNaN 1", "1 1", False),
+        ("", "", True),
+        ("", "0", False),
+        ("x 1.0", "x 1", False),
+        ("ä", "ä", True),
+    ],
+)
+def test_outputs_agree_as_in_livecodebench(printed, expected, same):
+    assert same_output(printed, expected) is same
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected", "same"),
+    [
+        ("[1, 2]", "[1,2]", True),
+        ("1.0", "1", True),
+        ("true", "1", True),  # Python's equality, which the benchmark uses
+        ("1", '"1"', False),
+        ("[[1]]", "[1]", False),
+        ("null", "null", True),
+        ("null", "false", False),
+        ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', True),
+        ("0.30000000000000004", "0.3", False),
+        ("NaN", "NaN", False),
+        ("", "null", False),
+        ("1 2", "1", False),
+        ("[" * 100_000, "1", False),
+        ("1" * 5000, "1", False),
+    ],
+)
+def test_values_agree_as_in_livecodebench(returned, expected, same):
+    assert same_value(returned, expected) is same
+
+
+def test_tests_are_read():
+    stdin = {"kind": "stdin", "name": "", "tests": [["1\n", "2\n"], ["", "x"]]}
+    assert parse_problem(json.dumps(stdin)) == Problem("stdin", "", (("1\n", "2\n"), ("", "x")))
+    call = {"kind": "call", "name": "f", "tests": [['[1]\n"a"', "null"]]}
+    assert parse_problem(json.dumps(call)) == Problem("call", "f", (('[1]\n"a"', "null"),))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "42, 43",
+        "42",
+        {"kind": "stdin", "tests": [["", ""]]},
+        {"kind": "file", "name": "", "tests": [["", ""]]},
+        {"kind": "stdin", "name": "f", "tests": [["", ""]]},
+        {"kind": "call", "name": "f()", "tests": [["1", "1"]]},
+        {"kind": "call", "name": "", "tests": [["1", "1"]]},
+        {"kind": "stdin", "name": "", "tests": []},
+        {"kind": "stdin", "name": "", "tests": "ab"},
+        {"kind": "stdin", "name": "", "tests": [["1", "1"], ["1"]]},
+        {"kind": "stdin", "name": "", "tests": [["1", 1]]},
+        {"kind": "call", "name": "f", "tests": [["1\n", "1"]]},
+        {"kind": "call", "name": "f", "tests": [["1", "x"]]},
+    ],
+)
+def test_malformed_tests_are_refused(answer):
+    with pytest.raises(UserError):
+        parse_problem(answer if isinstance(answer, str) else json.dumps(answer))
+
+
+def test_the_longest_inputs_are_chosen_in_order():
+    tests = Problem("stdin", "", tuple((text, "") for text in ("aa", "a", "aaaa", "aa", "aaa")))
+    assert choose_tests(tests, 0) == [0, 1, 2, 3, 4]
+    assert choose_tests(tests, 3) == [0, 2, 4]
+    assert choose_tests(tests, 9) == [0, 1, 2, 3, 4]
+
+
+def test_tests_with_other_content_have_other_digests():
+    same = Problem("stdin", "", (("a", "b"),))
+    assert same.digest == Problem("stdin", "", (("a", "b"),)).digest
+    others = [
+        ("stdin", "", (("ab", ""),)),
+        ("call", "", (("a", "b"),)),
+        ("stdin", "a", (("", "b"),)),
+    ]
+    assert len({same.digest} | {Problem(*other).digest for other in others}) == 4
+
+
+def test_every_hostile_program_is_in_one_list():
+    names = [name for part in (PROCESSES, RESOURCES, SIGHT, PAY, CALLS, SOURCES) for name in part]
+    assert len(names) == len(set(names)) >= 70
+    assert {*HARMLESS, *ENDLESS} <= {*ATTACKS}
+    assert verifier.CPU_LIMIT == -signal.SIGXCPU
