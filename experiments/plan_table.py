@@ -15,6 +15,7 @@ that it was made by: an interrupted command goes on, and lines of others are mad
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import threading
@@ -29,11 +30,9 @@ from etils import epath
 from configs import code_contests, competition_math
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.model.published import published
-from oapl_jax.planning.digest import code
-from oapl_jax.planning.estimate import estimate
-from oapl_jax.planning.hardware import SLICES
-from oapl_jax.planning.layouts import applied, layouts
-from oapl_jax.planning.topology import open_slice
+from oapl_jax.plan import plan_run, with_layout
+from oapl_jax.planning.hardware import SLICES, open_slice
+from oapl_jax.planning.layouts import SIZES, Layout, plan_digest
 from oapl_jax.tracking.progress import say
 from oapl_jax.weights.publisher import config_hash
 
@@ -67,14 +66,8 @@ def line(run: str, model: str, topology: str) -> Line:
     for choice in layouts(sequences, sizes.hidden_size, len(where.devices)):
         say(f"{run}, {model}, {topology}: {choice}")
         try:
-            plan = estimate(
-                applied(config, choice),
-                sizes,
-                where,
-                from_checkpoint=True,
-                storage=1e9,
-                say=say,
-            )
+            chosen = with_layout(config, choice)
+            plan = plan_run(chosen, sizes, where, from_checkpoint=True, storage=1e9)
         except UserError as error:  # of a layout; a program that can't be read ends the command
             say(f"refused: {error}")
             if "layout" not in nearest:
@@ -96,9 +89,22 @@ def line(run: str, model: str, topology: str) -> Line:
     return nearest
 
 
+def layouts(sequences: int, hidden_size: int, chips: int) -> Iterator[Layout]:
+    """Layouts in the order of the trials: rows over all chips, as few as possible at a time; rows
+    split over more and more chips; then the same with activations offloaded to the hosts."""
+    splits = [context for context in SIZES if context <= chips]
+    for remat, context in itertools.product(("full", "offload"), splits):
+        fsdp = chips // context
+        data = 1
+        while fsdp > 1 and (hidden_size % fsdp or sequences % (data * fsdp)):
+            data, fsdp = 2 * data, fsdp // 2
+        micro_batches = max(sequences // (data * fsdp), 1)
+        yield Layout(data, fsdp, context, 1, remat, micro_batches)
+
+
 def digest_of(run: str, model: str) -> str:
     """What a kept line must have been made of: this code, these settings, these sizes."""
-    made_of = (code(), config_hash(RUNS[run][0]().to_dict()), published(model))
+    made_of = (plan_digest(), config_hash(RUNS[run][0]().to_dict()), published(model))
     return hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
 
 

@@ -4,10 +4,13 @@ python -m oapl_jax.plan --config=configs/competition_math.py --topology=v5e:8x8 
     [--model=qwen3-4b] [--workdir=runs/plan] [--storage=1e9] [--sweep [--enough=6]]
 """
 
+import copy
 import functools
 import json
+import os
+import string
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,28 +18,33 @@ from absl import flags
 from etils import epath
 
 from oapl_jax.build import Config
+from oapl_jax.check import check_layout, recorded_groups
+from oapl_jax.data.synthetic.tasks import TASKS
 from oapl_jax.errors import RunError, UserError, exit_with_code
 from oapl_jax.launch import read_command_line
+from oapl_jax.learner.optimizer import make_optimizer
+from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.policy import check_lengths, open_policy
+from oapl_jax.model.published import published, published_name
 from oapl_jax.model.transformer import REMAT_POLICIES
-from oapl_jax.planning import digest, report
+from oapl_jax.objectives import bind
 from oapl_jax.planning.estimate import estimate
-from oapl_jax.planning.layouts import FULL, Choice, applied, family, meshes
-from oapl_jax.planning.model_choice import model_of
-from oapl_jax.planning.sweep import Record, sweep
-from oapl_jax.planning.topology import Slice, open_slice
+from oapl_jax.planning.hardware import Slice, make_mesh, open_slice
+from oapl_jax.planning.layouts import Layout, PlanFile, layouts_of, meshes, plan_digest, sweep
+from oapl_jax.planning.programs import PlanInputs
 from oapl_jax.tracking.progress import say
 from oapl_jax.weights.publisher import config_hash
+
+Plan = dict[str, Any]
 
 
 def main() -> None:
     topology = flags.DEFINE_string("topology", None, "the slice, as v5e:8x8 or v5p:4x4x4")
     model = flags.DEFINE_string("model", None, "a published model's sizes, not model.path's")
-    storage = flags.DEFINE_float("storage", 1e9, "bytes/s between a host and what keeps versions")
+    storage = flags.DEFINE_float("storage", 1e9, "bytes/s between a host and storage of versions")
     sweeps = flags.DEFINE_boolean("sweep", False, "try meshes, remat policies and micro-batches")
-    enough = flags.DEFINE_integer(
-        "enough", 6, "meshes that fit, after which a sweep tries no more", 1
-    )
+    enough = flags.DEFINE_integer("enough", 6, "meshes that fit, at which a sweep ends", 1)
     jax.config.update("jax_platforms", "cpu")  # else jax looks for a TPU
     flags.FLAGS.set_default("workdir", "runs/plan")
     config, workdir = read_command_line()
@@ -44,64 +52,266 @@ def main() -> None:
         raise UserError("--topology is missing; add, for example, --topology=v5e:8x8")
     where = open_slice(topology.value)
     with tempfile.TemporaryDirectory() as scratch:
-        sizes, from_checkpoint = model_of(config, model.value, epath.Path(scratch), say)
+        sizes, from_checkpoint = model_sizes(config, model.value, epath.Path(scratch))
     workdir.mkdir(parents=True, exist_ok=True)
     name = where.name.replace(":", "-")
     plan_of = functools.partial(
-        estimate, from_checkpoint=from_checkpoint, storage=storage.value, say=say
+        plan_run,
+        sizes=sizes,
+        where=where,
+        from_checkpoint=from_checkpoint,
+        storage=storage.value,
     )
     if sweeps.value:
-        made_with = f", {digest.code()}, {from_checkpoint}, {storage.value:g} bytes/s"
-        record = Record(workdir / f"sweep-{name}.json", made_with)
-        plan = swept(config, sizes, where, plan_of, record, enough.value)
+        suffix = f", {sizes}, {plan_digest()}, {from_checkpoint}, {storage.value:g} bytes/s"
+        kept = PlanFile(workdir / f"sweep-{name}.json", suffix)
+        plan = sweep_run(config, sizes, where, plan_of, kept, enough.value)
     else:
-        plan = plan_of(config, sizes, where)
-    say(report.text(plan))
+        plan = plan_of(config)
+    say(report(plan))
     path = workdir / f"{name}.json"
     path.write_text(json.dumps(plan, indent=1) + "\n")
     say(f"\n{path}")
 
 
-def swept(
+def model_sizes(config: Config, name: str | None, scratch: epath.Path) -> tuple[ModelConfig, bool]:
+    """Sizes of the model, and True if its weights come from files.
+
+    Args:
+      config: of the run.
+      name: of a published model; None for `model.path` or, if that is empty, `model.architecture`.
+      scratch: a directory for the tokenizer of a fresh model.
+
+    Raises:
+      UserError: if the checkpoint is neither on this machine nor named like a published model, or
+        prompt and response do not fit.
+    """
+    path, task = config.model.path, config.data.task
+    if name is None and path and not os.path.exists(path):
+        name = published_name(path)
+        say(f"model.path={path} is not on this machine; planned with the sizes of {name}")
+    if name is not None:
+        sizes = published(name)
+    elif path:
+        sizes = hf.load_config(path)
+    else:
+        characters = TASKS[task].characters if task in TASKS else string.printable
+        architecture = config.model.architecture
+        sizes = open_policy(
+            scratch, path="", architecture=architecture, characters=characters
+        ).config
+    check_lengths(
+        sizes,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_response_tokens=config.rollout.max_response_tokens,
+        row_length=config.learner.row_length,
+    )
+    return sizes, bool(name or path)
+
+
+def plan_run(
+    config: Config, sizes: ModelConfig, where: Slice, *, from_checkpoint: bool, storage: float
+) -> Plan:
+    """Checks a configuration for a slice as a run does, and estimates it.
+
+    Raises:
+      UserError: if a run would refuse the configuration on the slice.
+      RunError: see estimate.
+    """
+    mesh = make_mesh(where, config.mesh)
+    check_layout(config, mesh=mesh.shape, hosts=where.hosts)
+    inputs = plan_inputs(config, sizes, from_checkpoint)
+    return estimate(inputs, where, mesh, storage=storage, log=say)
+
+
+def plan_inputs(config: Config, sizes: ModelConfig, from_checkpoint: bool) -> PlanInputs:
+    data, rollout, learner, buffer = config.data, config.rollout, config.learner, config.buffer
+    window, embedded = config.lag.mode == "window", rollout.sampler == "local"
+    not_planned = {
+        "the warm-up (warmup.num_steps)": config.warmup.num_steps > 0,
+        "decoding by the embedded sampler (rollout.sampler)": embedded,
+        "decoding for evaluation (evaluation.every)": config.evaluation.every > 0,
+        "the curator (curriculum.name)": config.curriculum.name == "actor_curator",
+    }
+    return PlanInputs(
+        model_config=sizes,
+        from_checkpoint=from_checkpoint,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+        objective=bind(**config.objective, group_size=config.group_size),
+        kl_weight=config.objective.kl_weight,
+        ess_power=config.objective.ess_power,
+        denominator=config.objective.denominator,
+        optimizer=make_optimizer(**config.optim, num_steps=config.num_steps),
+        group_size=config.group_size,
+        groups_per_step=config.groups_per_step,
+        recorded_groups=recorded_groups(config),
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_response_tokens=rollout.max_response_tokens,
+        temperature=rollout.temperature,
+        micro_batches=learner.micro_batches,
+        row_length=learner.row_length,
+        rows_multiple=learner.rows_multiple,
+        logp_chunk=learner.logp_chunk,
+        publish_dtype=config.publish_dtype,
+        publish_every=config.lag.steps if window else 1,
+        cleared=window and buffer.mode == "clear_on_sync",
+        max_uses=buffer.max_reuse if buffer.mode == "replay" else 1,
+        capacity=buffer.capacity,
+        embedded_samplers=embedded + (config.evaluation.every > 0),
+        not_planned=tuple(part for part, there in not_planned.items() if there),
+    )
+
+
+def with_layout(config: Config, layout: Layout) -> Config:
+    """A copy of the configuration with this layout."""
+    new = copy.deepcopy(config)
+    new.mesh.update(layout.mesh)
+    new.model.remat = layout.remat
+    new.learner.update(
+        micro_batches=layout.micro_batches,
+        rows_multiple=layout.data * layout.fsdp,
+        row_length=layout.row_length(config.learner.row_length),
+    )
+    return new
+
+
+def sweep_run(
     config: Config,
     sizes: ModelConfig,
     where: Slice,
-    plan_of: Callable[[Config, ModelConfig, Slice], dict[str, Any]],
-    record: Record,
+    plan_of: Callable[[Config], Plan],
+    kept: PlanFile,
     enough: int,
-) -> dict[str, Any]:
-    """The plan of the fastest layout that fits, and a table of the others.
+) -> Plan:
+    """The plan of the fastest layout that fits; logs a table of the others.
 
     Raises:
       UserError: if none fits.
     """
     refusals = []
 
-    def made(chosen: Config) -> dict[str, Any]:
+    def plan_or_refusal(chosen: Config) -> Plan:
         try:
-            return plan_of(chosen, sizes, where)
+            return plan_of(chosen)
         except (UserError, RunError) as error:  # of this layout; there are others
             return {"fits": False, "chip_fits": False, "refused": str(error)}
 
-    def plan(choice: Choice) -> dict[str, Any]:
-        chosen = applied(config, choice)
-        say(f"trying {choice}")
-        key = f"{choice}; configuration {config_hash(chosen.to_dict())[:12]}, {sizes}"
-        found = record.get(key, lambda: made(chosen))
+    def plan(layout: Layout) -> Plan:
+        chosen = with_layout(config, layout)
+        say(f"trying {layout}")
+        key = f"{layout}; configuration {config_hash(chosen.to_dict())[:12]}"
+        found = kept.get(key, lambda: plan_or_refusal(chosen))
         if "refused" in found:
             say(f"refused: {found['refused']}")
             refusals.append(found["refused"])
         return found
 
-    remats = [FULL, *(remat for remat in reversed(REMAT_POLICIES) if remat != FULL)]
-    of_mesh = functools.partial(family, config)
-    tried = meshes(config, sizes, len(where.devices))
-    found = sweep(tried, remats, of_mesh, plan, enough=enough)
+    sequences = config.group_size * config.groups_per_step
+    found = sweep(
+        meshes(sequences, sizes, len(where.devices)),
+        ["full", *(remat for remat in reversed(REMAT_POLICIES) if remat != "full")],
+        functools.partial(layouts_of, sequences),
+        plan,
+        enough=enough,
+    )
     if not found:
         last = f"; the last refusal: {refusals[-1]}" if refusals else ""
         raise UserError(f"nothing fits {where.name}; name a larger --topology{last}")
-    say(report.ranking(found))
+    say(ranking(found))
     return found[0][1]
+
+
+def ranking(found: Sequence[tuple[Layout, Plan]]) -> str:
+    """A line for each layout that fits, the fastest first."""
+    lines = ["\nFits, the least time of a step first:"]
+    for layout, plan in found:
+        bound, used = plan["roofline"], max(sum(p["hbm"].values()) for p in plan["programs"])
+        lines.append(
+            f"  {bound['seconds']:8.3g} s ({bound['binds']})  {bound['mfu']:4.0%} MFU  "
+            f"{size(used):>10}  {layout}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def report(plan: Plan) -> str:
+    """A plan as text."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "1"
+    batch, hbm, ram = plan["batch"], plan["hbm"], plan["host_memory"]
+    lines = [
+        f"{plan['topology']}: {plan['chips']} chips on {plan['hosts']} hosts, mesh {mesh}; "
+        f"{plan['model']['parameters'] / 1e9:.3g} billion parameters; {batch['sequences']} "
+        f"sequences of {batch['prompt_tokens']} + {batch['response_tokens']} tokens in "
+        f"{batch['micro_batches']} micro-batches of {batch['rows']} rows; remat {plan['remat']}",
+        "",
+        *([f"Compiled with {plan['compiler_flags']}"] if plan["compiler_flags"] else []),
+        verdict(plan),
+    ]
+    for program in plan["programs"]:
+        fits = "fits" if program["fits"] else "does not fit"
+        lines.append(f"  {program['program']}: {fits}, {program['because']} a chip")
+        if program["hbm"]:
+            kinds = [f"{kind} {size(used)}" for kind, used in program["hbm"].items()]
+            lines.append("    " + ", ".join(kinds))
+        if count := program["resharded by replication"]:
+            lines.append(
+                f"    WARNING: the compiler replicates {count} arrays on every chip to reshard them"
+            )
+    lines += [
+        f"  restore: {size(plan['restore']['hbm'])} a chip, no program is compiled",
+        f"  a chip: {size(hbm['available'])} for a program, says the compiler; "
+        f"{size(hbm['published'])} of HBM, says {hbm['source']}",
+        f"  a host: {ram['total'] / 1e9:.0f} GB of {ram['ram'] / 1e9:.0f} GB of RAM",
+    ]
+    if "roofline" not in plan:
+        return "\n".join(lines)
+    flops, bound, fleet = plan["flops"], plan["roofline"], plan["fleet"]
+    lines += [
+        "",
+        f"FLOPs of a step: {flops['formula']:.3g} by formula, {flops['program']:.3g} in the "
+        f"program, of which remat adds {flops['remat_share']:.0%}",
+        f"HBM traffic of a step: {size(plan['hbm_traffic'])} a chip; between chip and host "
+        f"{size(plan['host_traffic'])}",
+        "",
+        "Bytes that a chip receives in a step, by collective and mesh axis:",
+    ]
+    for kind, row in sorted(plan["collectives"].items()):
+        for axes, received in sorted(row.items()):
+            speed = plan["ici_bandwidth"][axes] / 1e9
+            lines.append(f"  {kind:<20}{axes:<16}{size(received):>12} at {speed:.0f} GB/s")
+    demand = f"{fleet['tokens_per_second']:,.0f} generated tokens/s keep the learner busy"
+    if not fleet["tokens_per_second"]:
+        demand = "none, the rollouts are recorded ones; the learner is busy"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"A step takes at least {bound['seconds']:.3g} s: compute {bound['compute']:.3g}, HBM "
+            f"{bound['hbm']:.3g}, interconnect {bound['interconnect']:.3g}, link to the host "
+            f"{bound['host']:.3g}; {bound['binds']} binds",
+            f"At most {bound['tokens_per_second']:,.0f} tokens/s and {bound['mfu']:.0%} MFU",
+            "",
+            f"Publishing: {plan['publish_seconds']:.3g} s at {plan['storage'] / 1e9:g} GB/s a host",
+            f"Fleet: {demand}, {fleet['learning']:.0%} of the time with steps, else publishing",
+        ]
+    )
+
+
+def verdict(plan: Plan) -> str:
+    """The first line of a report: fits or not, and the parts that are not planned."""
+    if not plan["chip_fits"]:
+        return "DOES NOT FIT"
+    if not plan["fits"]:
+        return "DOES NOT FIT THE HOST"
+    left = "; ".join(plan["not_planned"])
+    return f"FITS, but for what is not planned and needs HBM too: {left}" if left else "FITS"
+
+
+def size(count: float) -> str:
+    """Bytes in a readable unit."""
+    units = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+    unit = next((name for name, value in units.items() if count >= value / 10), "B")
+    return f"{count / units.get(unit, 1):.2f} {unit}"
 
 
 if __name__ == "__main__":

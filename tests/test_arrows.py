@@ -14,13 +14,12 @@ FLOORS = (
     ("model", "data", "tracking"),
     ("learner", "rewards"),
     ("weights", "curriculum"),
-    ("rollout",),
+    ("rollout", "planning"),
     ("fleet",),
     ("preferences", "evaluation"),
     ("check", "saved_config"),
     ("build",),
     ("launch", "compile_cache", "resize", "assemble", "open_supply", "begin"),
-    ("planning",),
     ("train", "evaluate", "record", "report", "publish", "plan", "audit"),
 )
 # Rooms that must not know each other, whatever the floors allow.
@@ -45,7 +44,7 @@ CYCLES: set[tuple[str, str]] = set()
 # Rooms that still take the whole configuration.
 STILL_SEE_CONFIG = (
     *("check", "assemble", "open_supply", "begin", "compile_cache"),
-    *("planning", "rollout"),
+    "rollout",
 )
 
 

@@ -1,7 +1,4 @@
-"""Ahead of time: whether a configuration fits a TPU slice, how fast it can go, and what binds.
+"""Compiles a run for a TPU slice without hardware, and reads its memory, traffic and roofline.
 
-    python -m oapl_jax.plan --config=configs/competition_math.py --topology=v5e:8x8
-
-The TPU compiler needs no TPU. The programs that a run compiles are compiled here for the slice, and
-what the compiler says of them is read (docs/plan.md).
+`python -m oapl_jax.plan` is the command; docs/plan.md explains the figures.
 """

@@ -1,161 +1,251 @@
-"""One configuration on one slice: everything that a plan says, as a dictionary for JSON."""
+"""Estimate of one run on one slice: memory, roofline, hosts and fleet, as a dictionary for JSON.
 
+The roofline is the longest of four times: FLOPs, HBM traffic, collectives, and traffic with the
+host, each over its published rate. No step can be faster; a real one is slower.
+"""
+
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from oapl_jax.build import Config
-from oapl_jax.check import check_layout
+import jax
+from jax.sharding import Mesh
+
+from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
-from oapl_jax.planning import collectives, flops, host, memory, programs, roofline, traffic
-from oapl_jax.planning.topology import Slice, axis_bandwidth, hbm_available, make_mesh
+from oapl_jax.planning.hardware import Chip, Slice, axis_bandwidth
+from oapl_jax.planning.hlo import Module, collective_bytes, traffic
+from oapl_jax.planning.memory import available_hbm, check_arguments, compile_program
+from oapl_jax.planning.programs import (
+    PlanInputs,
+    RunPrograms,
+    per_chip,
+    program_flops,
+    step_flops,
+)
+
+PUBLISHER_BYTES = 1e9  # beside two of the largest tensor; docs/serving.md
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def estimate(
-    config: Config,
-    model_config: ModelConfig,
-    where: Slice,
-    *,
-    from_checkpoint: bool,
-    storage: float,
-    say: Callable[[str], None],
+    inputs: PlanInputs, where: Slice, mesh: Mesh, *, storage: float, log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Compiles a run's programs and reads them; the others are left if the first does not fit.
+    """Compiles the programs of a run and reads them; if the train step does not fit, only that.
 
     Args:
-      config: of the run.
-      model_config: of its model.
+      inputs: settings of the run.
       where: the slice.
-      from_checkpoint: whether the run starts from weights in files.
+      mesh: of all its chips, from make_mesh.
       storage: bytes/s between a host and the storage of versions.
-      say: called with a line for each program.
+      log: called with a line for each program.
 
     Raises:
-      UserError: if the run would refuse the configuration on the slice.
-      RunError: if a program does not compile, for other reasons than memory.
+      RunError: if a program does not compile for another reason than memory, or the compiler's
+        output has a form that is not known.
     """
-    mesh = make_mesh(where, config.mesh)
-    check_layout(config, mesh=mesh.shape, hosts=where.hosts)
-    plan = programs.Learner(config, model_config, mesh, from_checkpoint)
-    available = hbm_available(where)
-    verdicts, times = judged(plan, where, available, say)
-    asked = host.host_memory(plan, where.chips_per_host)
-    asked["offloaded"] = float(where.chips_per_host * max(v["offloaded"] for v in verdicts))
-    held = {**asked, "total": sum(asked.values()), "ram": where.host_ram}
-    chip_fits = all(verdict["fits"] for verdict in verdicts)
+    run = RunPrograms(inputs, mesh)
+    available = available_hbm(where)
+    programs, times = compile_all(run, where, available, log)
+    ram = host_memory(run, where.chips_per_host)
+    ram["offloaded"] = float(where.chips_per_host * max(p["offloaded"] for p in programs))
+    ram = {**ram, "total": sum(ram.values()), "ram": where.host_ram}
+    chip_fits = all(program["fits"] for program in programs)
+    count = parameters(inputs.model_config)
+    if times:
+        dtype_bytes = DTYPE_BYTES[inputs.publish_dtype]
+        publish = publish_seconds(count, dtype_bytes, where.hosts, storage)
+        times |= {
+            "publish_seconds": publish,
+            "storage": storage,
+            "fleet": fleet_demand(inputs, times["roofline"]["seconds"], publish),
+        }
     return {
         "topology": where.name,
         "compiler_flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
         "chips": len(where.devices),
         "hosts": where.hosts,
         "mesh": dict(mesh.shape),
-        "model": {"type": model_config.model_type, "parameters": host.parameters(model_config)},
+        "model": {"type": inputs.model_config.model_type, "parameters": count},
         "batch": {
-            "micro_batches": config.learner.micro_batches,
-            "rows": plan.longest.tokens.shape[1],
-            "row_length": config.learner.row_length,
-            "sequences": config.group_size * config.groups_per_step,
-            "prompt_tokens": config.data.max_prompt_tokens,
-            "response_tokens": config.rollout.max_response_tokens,
+            "micro_batches": inputs.micro_batches,
+            "rows": run.longest.tokens.shape[1],
+            "row_length": inputs.row_length,
+            "sequences": inputs.sequences,
+            "prompt_tokens": inputs.max_prompt_tokens,
+            "response_tokens": inputs.max_response_tokens,
         },
-        "remat": config.model.remat,
-        "fits": chip_fits and held["total"] <= held["ram"],
+        "remat": inputs.remat,
+        "fits": chip_fits and ram["total"] <= ram["ram"],
         "chip_fits": chip_fits,
         "hbm": {
             "available": available,
             "published": where.chip.hbm_bytes,
             "source": where.chip.source,
         },
-        "programs": verdicts,
-        "restore": {"hbm": programs.per_chip(plan.state)},
-        "host_memory": held,
-        "not_planned": programs.not_planned(config),
+        "programs": programs,
+        "restore": {"hbm": per_chip(run.state)},
+        "host_memory": ram,
+        "not_planned": list(inputs.not_planned),
         **times,
-        **(around(plan, where, times["roofline"]["seconds"], storage) if times else {}),
     }
 
 
-def judged(
-    plan: programs.Learner, where: Slice, available: int, say: Callable[[str], None]
+def compile_all(
+    run: RunPrograms, where: Slice, available: int, log: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What is said of each program, and the times of the train step if it fits."""
-    verdicts, times = [], {}
-    for program in plan.programs():
+    """Memory of each program, and times of the train step if it fits."""
+    results, times = [], {}
+    for program in run.programs():
         started, traced = time.monotonic(), None
-        verdict = memory.too_large(program, available)
-        if verdict is None:
+        result = check_arguments(program, available)
+        if result is None:
             traced = program.trace()
-            verdict = memory.judge(program, traced, available)
+            result = compile_program(program, traced, available)
         seconds = time.monotonic() - started
-        say(f"{where.name}, {program.name}: {verdict.because} ({seconds:.0f} s)")
-        verdicts.append(
+        log(f"{where.name}, {program.name}: {result.because} ({seconds:.0f} s)")
+        results.append(
             {
                 "program": program.name,
-                "fits": verdict.fits,
-                "because": verdict.because,
-                "hbm": dict(verdict.hbm),
-                "donated": dict(verdict.donated),
-                "offloaded": verdict.offloaded,
-                "resharded by replication": verdict.replicated,
+                "fits": result.fits,
+                "because": result.because,
+                "hbm": dict(result.hbm),
+                "donated": dict(result.donated),
+                "offloaded": result.offloaded,
+                "resharded by replication": result.replicated,
                 "compile_seconds": round(seconds, 1),
             }
         )
         if program.name == "train step":
-            if not verdict.fits:
+            if not result.fits or result.module is None:
                 break
-            times = step_times(plan, where, traced, verdict.text)
-    return verdicts, times
+            times = step_times(run, where, traced, result.module)
+    return results, times
 
 
-def step_times(plan: programs.Learner, where: Slice, traced: Any, text: Any) -> dict[str, Any]:
-    """FLOPs, traffic and the roofline of the train step."""
-    config = plan.config
-    sequences = config.group_size * config.groups_per_step
-    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
-    table = collectives.by_kind_and_axis(collectives.collectives(text, plan.mesh))
+def step_times(run: RunPrograms, where: Slice, traced: Any, module: Module) -> dict[str, Any]:
+    """FLOPs, traffic and roofline of the train step."""
+    inputs, collectives = run.inputs, collective_bytes(module, run.mesh)
     received: dict[str, float] = {}
-    for row in table.values():
+    for row in collectives.values():
         for axes, size in row.items():
             received[axes] = received.get(axes, 0.0) + size
-    bandwidth = {axes: axis_bandwidth(where, plan.mesh, axes.split("+")) for axes in received}
-    work = flops.traced_work(traced)
-    needed = flops.step_flops(plan.model_config, sequences, prompt, response)
-    moved, offloaded = traffic.hbm_bytes(text), traffic.host_bytes(text)
-    bound = roofline.roofline(
-        where.chip,
-        len(where.devices),
-        program_flops=work.total,
-        model_flops=needed,
-        hbm_bytes=moved,
-        host_bytes=offloaded,
-        received=received,
-        bandwidth=bandwidth,
-        tokens=sequences * (prompt + response),
-    )
+    bandwidth = {axes: axis_bandwidth(where, run.mesh, axes.split("+")) for axes in received}
+    flops, (hbm_bytes, host_bytes) = program_flops(traced), traffic(module)
+    lengths = inputs.max_prompt_tokens, inputs.max_response_tokens
+    formula = step_flops(inputs.model_config, inputs.sequences, *lengths)
     return {
         "flops": {
-            "formula": needed,
-            "program": work.total,
-            "remat": work.remat,
-            "remat_share": work.remat / work.total,
+            "formula": formula,
+            "program": flops.total,
+            "remat": flops.remat,
+            "remat_share": flops.remat / flops.total,
         },
-        "hbm_traffic": moved,
-        "host_traffic": offloaded,
-        "collectives": table,
+        "hbm_traffic": hbm_bytes,
+        "host_traffic": host_bytes,
+        "collectives": collectives,
         "ici_bandwidth": bandwidth,
-        "roofline": vars(bound),
+        "roofline": roofline(
+            where.chip,
+            len(where.devices),
+            flops=flops.total,
+            model_flops=formula,
+            hbm_bytes=hbm_bytes,
+            host_bytes=host_bytes,
+            received=received,
+            bandwidth=bandwidth,
+            tokens=inputs.sequences * sum(lengths),
+        ),
     }
 
 
-def around(plan: programs.Learner, where: Slice, seconds: float, storage: float) -> dict[str, Any]:
-    """Publication and fleet at one step every `seconds`."""
-    config = plan.config
-    size = {"float32": 4, "bfloat16": 2}[config.publish_dtype]
-    count = host.parameters(plan.model_config)
-    publish = host.publish_seconds(count, size, where.hosts, storage)
+def roofline(
+    chip: Chip,
+    chips: int,
+    *,
+    flops: float,
+    model_flops: float,
+    hbm_bytes: float,
+    host_bytes: float,
+    received: Mapping[str, float],
+    bandwidth: Mapping[str, float],
+    tokens: int,
+) -> dict[str, Any]:
+    """Least seconds of a gradient step by term, with tokens/s and MFU at the longest of them.
+
+    Args:
+      chip, chips: of the slice.
+      flops: of the program over all chips, remat included.
+      model_flops: over all chips by formula, for the MFU.
+      hbm_bytes, host_bytes: moved by one chip.
+      received: mesh axes -> bytes that one chip receives; one set of axes after the other.
+      bandwidth: mesh axes -> bytes/s.
+      tokens: of the step's sequences, prompts included.
+    """
+    terms = {
+        "compute": flops / chips / chip.flops,
+        "hbm": hbm_bytes / chip.hbm_bandwidth,
+        "interconnect": sum(size / bandwidth[axes] for axes, size in received.items()),
+        "host": host_bytes / chip.host_bandwidth,
+    }
+    seconds = max(terms.values())
     return {
-        "publish_seconds": publish,
-        "storage": storage,
-        "fleet": vars(host.fleet(config, seconds, publish)),
+        **terms,
+        "seconds": seconds,
+        "binds": max(terms, key=lambda term: terms[term]),
+        "tokens_per_second": tokens / seconds,
+        "mfu": model_flops / (seconds * chips * chip.flops),
+    }
+
+
+def host_memory(run: RunPrograms, chips_per_host: int) -> dict[str, float]:
+    """Peak bytes on one host by kind: checkpoint and version are written at once, buffer full."""
+    inputs = run.inputs
+    group = inputs.group_size * (8 * inputs.max_response_tokens) + 4 * inputs.max_prompt_tokens
+    tensors = hf.tensors_of(inputs.model_config)
+    largest = max(math.prod(tensor.shape) for tensor in tensors)
+    return {
+        "copy of the state for a checkpoint": float(chips_per_host * per_chip(run.state)),
+        "copy of the weights to publish": float(chips_per_host * per_chip(run.state.params)),
+        "publisher": 2 * 4 * largest + PUBLISHER_BYTES,
+        "buffer": float(inputs.capacity * group),
+        "batch": 2.0 * sum(leaf.nbytes for leaf in jax.tree.leaves(run.longest)),
+    }
+
+
+def parameters(config: ModelConfig) -> int:
+    return sum(math.prod(tensor.shape) for tensor in hf.tensors_of(config))
+
+
+def publish_seconds(count: int, dtype_bytes: int, hosts: int, storage: float) -> float:
+    """Seconds from the learner's parameters to a committed version.
+
+    All hosts write float32 weights; then one reads them and, meanwhile, writes the version.
+
+    Args:
+      count: of parameters.
+      dtype_bytes: of a number in the version.
+      hosts: of the slice.
+      storage: bytes/s that a host reads or writes.
+    """
+    return 4 * count / (hosts * storage) + max(4, dtype_bytes) * count / storage
+
+
+def fleet_demand(inputs: PlanInputs, step_seconds: float, publish: float) -> dict[str, float]:
+    """Generated tokens/s that keep the learner from waiting, and its share of time in steps.
+
+    Every response has its greatest length, and every group is used as often as the buffer allows.
+    If a publication clears the buffer, samplers generate only between publications. Tokens/s are 0
+    if all groups are recorded.
+    """
+    fresh = inputs.group_size * (inputs.groups_per_step - inputs.recorded_groups)
+    generated = fresh / inputs.max_uses * inputs.max_response_tokens
+    steps = inputs.publish_every
+    cycle = steps * step_seconds + publish
+    time_to_generate = steps * step_seconds if inputs.cleared else cycle
+    return {
+        "tokens_per_second": steps * generated / time_to_generate,
+        "learning": steps * step_seconds / cycle,
     }

@@ -1,23 +1,34 @@
-"""Ways to lay a run out on a slice: the mesh, what a layer keeps, and micro-batches."""
+"""Layouts of a run on a slice (mesh, remat policy, micro-batches), and a resumable sweep."""
 
-import copy
 import dataclasses
+import hashlib
+import importlib.metadata
 import itertools
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from oapl_jax.build import Config
+from etils import epath
+
+from oapl_jax.files import code_digest, write_atomically
 from oapl_jax.model.config import ModelConfig
 
-BLOCK = 512  # places of a row that attention takes at a time; a device's are a multiple
-DOUBLINGS = (1, 2, 4, 8)
-FULL = "full"  # the policy that keeps the least
-OFFLOAD = "offload"  # the one that keeps it elsewhere
+PACKAGE = Path(__file__).parent.parent
+# Sources that shape the compiled programs or read them.
+SOURCES = (
+    *("plan", "planning/*", "check", "structs", "objectives/*", "model/*", "learner/*"),
+    "weights/probe",
+)
+BLOCK = 512  # tokens of a row that attention takes at a time; a device has a multiple of it
+SIZES = (1, 2, 4, 8)  # of the mesh axes besides fsdp
 Mesh = dict[str, int]
+Plan = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class Layout:
     data: int
     fsdp: int
     context: int
@@ -29,53 +40,106 @@ class Choice:
     def mesh(self) -> Mesh:
         return dict(data=self.data, fsdp=self.fsdp, context=self.context, tensor=self.tensor)
 
+    def row_length(self, shortest: int) -> int:
+        """`shortest` rounded up, so that each chip that shares a row has whole blocks."""
+        return shortest + -shortest % (BLOCK * self.context)
+
     def __str__(self) -> str:
         mesh = " ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
         return f"{mesh or 'one chip'}, remat {self.remat}, {self.micro_batches} micro-batches"
 
 
-def applied(config: Config, choice: Choice) -> Config:
-    """The configuration with this choice. Rows become longer where attention's blocks need it."""
-    new: Any = copy.deepcopy(config)
-    new.mesh.update(choice.mesh)
-    new.model.remat = choice.remat
-    multiple = BLOCK * choice.context
-    rows = choice.data * choice.fsdp
-    new.learner.update(
-        micro_batches=choice.micro_batches,
-        rows_multiple=rows,
-        row_length=config.learner.row_length + -config.learner.row_length % multiple,
-    )
-    return new
-
-
-def meshes(config: Config, model: ModelConfig, chips: int) -> list[Mesh]:
-    """The meshes over all chips that split whole sequences and the model, the simplest first."""
-    sequences, found = config.group_size * config.groups_per_step, []
-    for data, tensor, context in itertools.product(DOUBLINGS, repeat=3):
+def meshes(sequences: int, model: ModelConfig, chips: int) -> list[Mesh]:
+    """Meshes of all chips that divide the sequences of a step and the model, largest fsdp first."""
+    found = []
+    for data, tensor, context in itertools.product(SIZES, repeat=3):
         fsdp, rest = divmod(chips, data * tensor * context)
-        fine = not rest and fsdp and not sequences % (data * fsdp)
-        if fine and not model.num_kv_heads % tensor and not model.hidden_size % fsdp:
+        divides = not rest and fsdp and not sequences % (data * fsdp)
+        if divides and not model.num_kv_heads % tensor and not model.hidden_size % fsdp:
             found.append(dict(data=data, fsdp=fsdp, context=context, tensor=tensor))
     return sorted(found, key=lambda mesh: chips // mesh["fsdp"])
 
 
-def family(config: Config, mesh: Mesh, remat: str) -> list[Choice]:
-    """From few micro-batches to many, which take less memory and move more weights: the first that
-    fits is the best."""
-    rows, rest = divmod(config.group_size * config.groups_per_step, mesh["data"] * mesh["fsdp"])
+def layouts_of(sequences: int, mesh: Mesh, remat: str) -> list[Layout]:
+    """Layouts by number of micro-batches: more of them take less memory and move more weights."""
+    rows, rest = divmod(sequences, mesh["data"] * mesh["fsdp"])
     splits = [m for m in range(1, rows + 1) if not rows % m]
-    return [] if rest else [Choice(**mesh, remat=remat, micro_batches=m) for m in splits]
+    return [] if rest else [Layout(**mesh, remat=remat, micro_batches=m) for m in splits]
 
 
-def layouts(sequences: int, hidden_size: int, chips: int) -> Iterator[Choice]:
-    """Rows over all chips, as few as can be at a time; then rows split over more and more chips;
-    then all that again with what layers keep in the hosts' memory."""
-    splits = [context for context in DOUBLINGS if context <= chips]
-    for remat, context in itertools.product((FULL, OFFLOAD), splits):
-        fsdp = chips // context
-        data = 1
-        while fsdp > 1 and (hidden_size % fsdp or sequences % (data * fsdp)):
-            data, fsdp = 2 * data, fsdp // 2
-        micro_batches = max(sequences // (data * fsdp), 1)
-        yield Choice(data, fsdp, context, 1, remat, micro_batches)
+def sweep(
+    meshes: Sequence[Mesh],
+    remats: Sequence[str],
+    family: Callable[[Mesh, str], list[Layout]],
+    plan: Callable[[Layout], Plan],
+    *,
+    enough: int,
+) -> list[tuple[Layout, Plan]]:
+    """Finds layouts that fit, and returns the fastest first.
+
+    Tries meshes with the first policy until enough fit, then the fastest mesh with the other
+    policies (unless `enough` is 1). If no mesh fits, tries all of them with the other policies.
+
+    Args:
+      meshes: in the order of the trials.
+      remats: names of policies.
+      family: (mesh, policy) -> layouts, of which the first that fits is taken.
+      plan: estimate of a layout.
+      enough: number of plans that fit.
+    """
+    seconds = lambda pair: pair[1]["roofline"]["seconds"]
+    first, *others = remats
+    found = first_fits((family(mesh, first) for mesh in meshes), plan, enough=enough)
+    if found:
+        best = min(found, key=seconds)[0].mesh
+        found += first_fits((family(best, remat) for remat in others), plan, enough=enough - 1)
+    else:
+        rest = (family(mesh, remat) for remat in others for mesh in meshes)
+        found = first_fits(rest, plan, enough=enough)
+    return sorted(found, key=seconds)
+
+
+def first_fits(
+    families: Iterable[list[Layout]], plan: Callable[[Layout], Plan], *, enough: int
+) -> list[tuple[Layout, Plan]]:
+    """The first layout of each family that fits, until there are enough."""
+    found = []
+    for family in families:
+        if len(found) == enough:
+            break
+        for layout in family:
+            result = plan(layout)
+            if result["fits"]:
+                found.append((layout, result))
+            if result["chip_fits"]:
+                break  # more micro-batches do not help a host that is too small
+    return found
+
+
+def plan_digest() -> str:
+    """Digest of the code, library versions and compiler flags that kept plans depend on."""
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    sources = code_digest(path for name in SOURCES for path in sorted(PACKAGE.glob(f"{name}.py")))
+    return hashlib.sha256((" ".join(versions) + flags + sources).encode()).hexdigest()[:12]
+
+
+class PlanFile:
+    """Plans by key in one JSON file, which is written after each.
+
+    Args:
+      path: of the file.
+      suffix: of all keys, for what plans depend on beside the layout.
+    """
+
+    def __init__(self, path: epath.Path, suffix: str = ""):
+        self._path, self._suffix = path, suffix
+        self.plans: dict[str, Plan] = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, key: str, make: Callable[[], Plan]) -> Plan:
+        """The plan under this key, made if it is missing."""
+        key += self._suffix
+        if key not in self.plans:
+            self.plans[key] = make()
+            write_atomically(self._path, [f"{json.dumps(self.plans, indent=1)}\n".encode()])
+        return self.plans[key]

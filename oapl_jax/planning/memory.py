@@ -1,146 +1,196 @@
-"""HBM of one chip while a program runs, by kind, from what the compiler says of it.
+"""HBM of one chip while a program runs, by kind, from the compiler's memory analysis.
 
-The verdict is the compiler's: a program that it refuses does not fit, and one that it accepts fits
-if its own figure and what lies beside it leave no more than is there.
+The compiler decides: a program that it refuses does not fit; one that it accepts fits if the
+compiler's own figure and the arrays beside the program fit the available HBM.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from oapl_jax.errors import RunError
-from oapl_jax.planning import compiler_log
-from oapl_jax.planning.module import Module
+from oapl_jax.planning.hardware import Slice
+from oapl_jax.planning.hlo import Module, saved_bytes
 from oapl_jax.planning.programs import Program, per_chip
-from oapl_jax.planning.traffic import HBM
 
 REFUSALS = ("RESOURCE_EXHAUSTED", "Ran out of memory", "out of memory")
+FIGURES = (
+    *("argument_size", "output_size", "alias_size", "temp_size", "host_temp_size"),
+    *("peak_memory", "generated_code_size"),
+)
+REPLICATED = "Involuntary full rematerialization"
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """Whether a program fits.
+class Compilation:
+    """Result of compiling a program for a slice.
 
     Attributes:
-      fits: the answer.
-      because: one sentence.
+      fits: the program fits a chip's HBM.
+      because: the reason, one sentence.
       hbm: kind -> bytes on a chip; empty if the compiler refused, arguments if it was not asked.
-      donated: arguments whose memory becomes a result's, and bytes of the results that have memory
-        of their own.
-      compiled: the program, None if there is none.
-      text: the compiled program, read.
-      offloaded: bytes of the host's memory that it takes for a chip.
+      donated: arrays and bytes of arguments that results reuse, bytes of results that do not.
+      compiled: the jax.stages.Compiled, None if there is none.
+      module: its HLO text, read.
+      offloaded: bytes of the host's memory that it needs for a chip.
       replicated: arrays that the compiler reshards by replicating them whole on every chip.
     """
 
     fits: bool
     because: str
-    hbm: Mapping[str, int]
-    donated: Mapping[str, int]
-    compiled: Any
-    text: Module | None
-    offloaded: int
-    replicated: int
+    hbm: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    donated: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    compiled: Any = None
+    module: Module | None = None
+    offloaded: int = 0
+    replicated: int = 0
 
 
-def too_large(program: Program, available: int) -> Verdict | None:
-    """The verdict on a program that is not worth compiling: what it is given and what lies beside
-    it take more than there is. None for any other."""
-    hbm = {kind: per_chip(tree) for kind, tree in program.arguments.items()}
-    hbm |= program.beside
+def memory_analysis(compiled: Any) -> dict[str, int]:
+    """The compiler's memory analysis: figure -> bytes on one chip.
+
+    Raises:
+      RunError: if a figure is missing or negative.
+    """
+    analysis = compiled.memory_analysis()
+    figures = {name: getattr(analysis, f"{name}_in_bytes", None) for name in FIGURES}
+    for name, figure in figures.items():
+        if not isinstance(figure, int) or figure < 0:
+            raise RunError(f"the compiler's memory analysis has no known {name}: {figure}")
+    return figures
+
+
+@contextlib.contextmanager
+def compiler_log() -> Iterator[list[str]]:
+    """Captures the lines that the compiler writes to file descriptor 2 during the block.
+
+    The list is complete when the block has ended.
+    """
+    lines: list[str] = []
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            lines += file.read().decode(errors="replace").splitlines()
+
+
+def available_hbm(where: Slice) -> int:
+    """Bytes of a chip's HBM that a program may use.
+
+    The compiler names the figure only when it refuses a program, so it is asked for a petabyte. Its
+    refusal must also appear in its log, which proves that warnings can be read there.
+
+    Raises:
+      RunError: if its refusal names no figure, or was not logged.
+    """
+    everywhere = jax.sharding.SingleDeviceSharding(where.devices[0])
+    huge = jax.ShapeDtypeStruct((2**48,), np.float32, sharding=everywhere)
+    try:
+        with compiler_log() as lines:
+            jax.jit(lambda x: x + 1).lower(huge).compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"available HBM \(([0-9.]+)([MG])\)", str(error))
+        if not found:
+            raise RunError(f"the TPU compiler does not name the available HBM: {error}") from error
+        if not any("Ran out of memory" in line for line in lines):
+            raise RunError(
+                "the TPU compiler's log can't be read; plan in a process that has not loaded "
+                "libtpu before"
+            ) from error
+        return int(float(found.group(1)) * {"M": 2**20, "G": 2**30}[found.group(2)])
+    raise RunError("the TPU compiler accepts a petabyte; its memory analysis can't be trusted")
+
+
+def check_arguments(program: Program, available: int) -> Compilation | None:
+    """Refuses a program whose arguments and arrays beside it are already too large; else None."""
+    hbm = {kind: per_chip(tree) for kind, tree in program.arguments.items()} | dict(program.beside)
     total = sum(hbm.values())
     if total <= available:
         return None
     because = f"arguments alone are {total / 2**30:.2f} GiB of {available / 2**30:.2f} GiB"
-    return Verdict(False, because, hbm, {}, None, None, 0, 0)
+    return Compilation(False, because, hbm)
 
 
-def judge(program: Program, traced: Any, available: int) -> Verdict:
-    """Compiles a traced program and weighs it against `available` bytes of HBM.
+def compile_program(program: Program, traced: Any, available: int) -> Compilation:
+    """Compiles a traced program and compares its HBM with the `available` bytes.
 
     Raises:
-      RunError: if the compiler fails for another reason than memory.
+      RunError: if the compiler fails for another reason than memory, or what it returns has a form
+        that is not known.
     """
     try:
-        with compiler_log.heard() as lines:
+        with compiler_log() as lines:
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         sentence = " ".join(str(error).split())
         if any(word in sentence for word in REFUSALS):
-            return Verdict(False, f"the compiler: {sentence}", {}, {}, None, None, 0, 0)
+            return Compilation(False, f"the compiler: {sentence}")
         raise RunError(f"{program.name} does not compile for this slice: {sentence}") from error
-    text = Module(compiled.as_text())
-    hbm = by_kind(program, compiled.memory_analysis(), text)
-    total = sum(hbm.values())
-    fits = total <= available
-    because = f"{total / 2**30:.2f} GiB of {available / 2**30:.2f} GiB"
-    return Verdict(
-        fits=fits,
-        because=because,
+    module, analysis = Module(compiled.as_text()), memory_analysis(compiled)
+    hbm = by_kind(program, analysis, module)
+    total, aliases = sum(hbm.values()), module.header.count("-alias)")
+    if bool(aliases) != bool(analysis["alias_size"]):
+        raise RunError(f"donated arguments can't be read from {module.header[:120]!r}")
+    return Compilation(
+        fits=total <= available,
+        because=f"{total / 2**30:.2f} GiB of {available / 2**30:.2f} GiB",
         hbm=hbm,
-        donated=donation(compiled, text),
+        donated={
+            "arrays": aliases,
+            "bytes": analysis["alias_size"],
+            "results not in an argument's place": _new_results(analysis),
+        },
         compiled=compiled,
-        text=text,
-        offloaded=compiled.memory_analysis().host_temp_size_in_bytes,
-        replicated=compiler_log.replicated(lines),
+        module=module,
+        offloaded=analysis["host_temp_size"],
+        replicated=sum(REPLICATED in line for line in lines),
     )
 
 
-def by_kind(program: Program, said: Any, text: Module) -> dict[str, int]:
-    """Kinds of HBM; they add up to no less than the compiler's own figures.
+def by_kind(program: Program, analysis: Mapping[str, int], module: Module) -> dict[str, int]:
+    """HBM by kind; the kinds add up to no less than the compiler's own figures.
 
     Args:
       program: for the sizes of its arguments.
-      said: of the compiled program's memory_analysis().
-      text: for what its loops keep for one another.
+      analysis: of the compiled program.
+      module: for the arrays that its loops save for one another.
     """
     kinds = {kind: per_chip(tree) for kind, tree in program.arguments.items()}
-    # What the program does not use is no parameter of it, and lies there all the same.
-    entry = text.computations[text.entry].instructions.values()
-    used = sum(a.bytes for i in entry if i.opcode == "parameter" for a in i.arrays)
-    kinds["padding"] = said.argument_size_in_bytes - used
-    results = said.output_size_in_bytes - said.alias_size_in_bytes
-    arguments = said.argument_size_in_bytes
-    # A chip's peak is another figure of the compiler, with the host's memory in it: the greater one
+    # Unused arguments are no parameters of the program and occupy HBM all the same.
+    entry = module.computations[module.entry].instructions.values()
+    used = sum(i.bytes for i in entry if i.opcode == "parameter")
+    arguments, results = analysis["argument_size"], _new_results(analysis)
+    # The peak is a second figure of the compiler, which includes the host's memory: the greater one
     # counts.
-    peak = said.peak_memory_in_bytes - said.host_temp_size_in_bytes - arguments
-    made = max(said.temp_size_in_bytes + results, peak)
-    kept = min(kept_bytes(text), made - results)
+    peak = analysis["peak_memory"] - analysis["host_temp_size"] - arguments
+    made = max(analysis["temp_size"] + results, peak)
+    saved = min(saved_bytes(module), made - results)
     kinds |= {
-        "activations": kept,
-        "temporaries": made - results - kept,
+        "padding": arguments - used,
+        "activations": saved,
+        "temporaries": made - results - saved,
         "results": results,
-        "program": said.generated_code_size_in_bytes,
+        "program": analysis["generated_code_size"],
+        **program.beside,
     }
-    kinds |= program.beside
     return {kind: size for kind, size in kinds.items() if size}
 
 
-def donation(compiled: Any, text: Module) -> dict[str, int]:
-    said = compiled.memory_analysis()
-    return {
-        "arrays": text.header.count("-alias)"),
-        "bytes": said.alias_size_in_bytes,
-        "results not in an argument's place": said.output_size_in_bytes - said.alias_size_in_bytes,
-    }
-
-
-def kept_bytes(text: Module) -> int:
-    """Bytes in HBM that one loop of the program makes and a later one takes: what a forward pass
-    keeps for its backward pass."""
-    total = 0
-    for computation in text.sequences():
-        seen = set()
-        for loop in computation.instructions.values():
-            if loop.opcode != "while":
-                continue
-            start = computation.instructions[loop.operands[0]]
-            for name in start.operands:
-                source = text.made_by_loop(computation, name)
-                if source is not None and source not in seen:
-                    seen.add(source)
-                    array = computation.instructions[source[0]].arrays[source[1]]
-                    total += array.bytes if array.space == HBM else 0
-    return total
+def _new_results(analysis: Mapping[str, int]) -> int:
+    """Bytes of results that reuse no argument."""
+    return analysis["output_size"] - analysis["alias_size"]

@@ -1,39 +1,84 @@
-"""The programs that a run of a configuration compiles, traced for a mesh whose devices need not be
-there.
-
-They are made by the same functions, from the same settings, as in train.py, begin.py and job.py.
-"""
+"""Programs that a run compiles, traced for a mesh without hardware, and their FLOPs."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.extend.core import Var
 from jax.sharding import Mesh
 
-from oapl_jax.assemble import make_batch
-from oapl_jax.build import Config
+from oapl_jax.errors import RunError
+from oapl_jax.learner import packing
 from oapl_jax.learner import train_step as learner
-from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.transformer import Transformer
-from oapl_jax.objectives import bind
+from oapl_jax.objectives import Objective
 from oapl_jax.structs import Batch, Group, Prompt, Rollout
 from oapl_jax.weights import probe
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanInputs:
+    """Settings of a run that decide its programs, memory and bounds.
+
+    Attributes have the names of the settings, except:
+      model_config: sizes of the decoder.
+      from_checkpoint: the weights come from files, not from an initialization.
+      recorded_groups: groups of a step that come from a recorded dataset.
+      publish_every: steps between two published versions.
+      cleared: the buffer is emptied at each publication.
+      max_uses: gradient steps that train on the same group.
+      embedded_samplers: samplers that hold all parameters on a host's first chip.
+      not_planned: names of what the run compiles or keeps in HBM beside the planned programs.
+    """
+
+    model_config: ModelConfig
+    from_checkpoint: bool
+    dtype: str
+    remat: str
+    objective: Objective
+    kl_weight: float
+    ess_power: float
+    denominator: str
+    optimizer: optax.GradientTransformation
+    group_size: int
+    groups_per_step: int
+    recorded_groups: int
+    max_prompt_tokens: int
+    max_response_tokens: int
+    temperature: float
+    micro_batches: int
+    row_length: int
+    rows_multiple: int
+    logp_chunk: int
+    publish_dtype: str
+    publish_every: int
+    cleared: bool
+    max_uses: int
+    capacity: int
+    embedded_samplers: int
+    not_planned: tuple[str, ...]
+
+    @property
+    def sequences(self) -> int:
+        return self.group_size * self.groups_per_step
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What is compiled, and what lies in HBM while it runs.
+    """A program of a run, and the arrays in HBM while it runs.
 
     Attributes:
       name: of the stage of a run.
-      trace: gives a jax.stages.Traced.
-      arguments: kind -> arrays that the program is given.
+      trace: returns a jax.stages.Traced.
+      arguments: kind -> arrays that the program takes.
       beside: kind -> bytes on a chip that are neither arguments nor made by the program.
     """
 
@@ -44,104 +89,103 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
-class Learner:
-    """A run's learner on a mesh, in shapes only.
+class RunPrograms:
+    """The learner of a run on a mesh, as shapes: the same functions and settings as in training."""
 
-    Attributes:
-      config: of the run.
-      model_config: sizes of its model.
-      mesh: of the slice.
-      from_checkpoint: whether it starts from weights in files or from fresh ones.
-    """
-
-    config: Config
-    model_config: ModelConfig
+    inputs: PlanInputs
     mesh: Mesh
-    from_checkpoint: bool
 
     @functools.cached_property
     def model(self) -> Transformer:
-        settings = self.config.model
-        return Transformer(self.model_config, jnp.dtype(settings.dtype), settings.remat)
-
-    @functools.cached_property
-    def optimizer(self) -> Any:
-        return make_optimizer(**self.config.optim, num_steps=self.config.num_steps)
-
-    @functools.cached_property
-    def objective(self) -> Any:
-        return bind(**self.config.objective, group_size=self.config.group_size)
+        inputs = self.inputs
+        return Transformer(inputs.model_config, jnp.dtype(inputs.dtype), inputs.remat)
 
     @functools.cached_property
     def state(self) -> learner.TrainState:
-        """Shapes and shardings of what a run keeps in HBM from step to step."""
+        """Shapes and shardings of the state that a run keeps in HBM from step to step."""
+        optimizer = self.inputs.optimizer
         fresh = lambda: learner.new_state(
-            learner.init_params(self.model, jax.random.key(0)), self.optimizer
+            learner.init_params(self.model, jax.random.key(0)), optimizer
         )
-        shardings = learner.state_shardings(self.model, self.optimizer, self.mesh)
+        shardings = learner.state_shardings(self.model, optimizer, self.mesh)
         return jax.tree.map(_placed, jax.eval_shape(fresh), shardings)
 
     @functools.cached_property
     def longest(self) -> Batch:
-        """A step's batch on the host when every prompt and response has its greatest length.
+        """A batch on the host in which every prompt and response has its greatest length.
 
-        No batch has more rows: of shorter sequences more share a row.
+        No batch of a run has more rows: shorter sequences share them.
         """
-        config = self.config
-        length = config.rollout.max_response_tokens
-        prompt = Prompt("", 0, np.zeros(config.data.max_prompt_tokens, np.int32), "", "", "")
+        inputs, length = self.inputs, self.inputs.max_response_tokens
+        prompt = Prompt("", 0, np.zeros(inputs.max_prompt_tokens, np.int32), "", "", "")
         blank = Rollout(np.zeros(length, np.int32), np.zeros(length, np.float32), 0, "length")
-        group = Group(prompt, (blank,) * config.group_size, np.arange(config.group_size) % 2.0)
-        return make_batch(config, self.objective, [group] * config.groups_per_step, 0)
+        zeros = np.zeros(inputs.group_size, np.float32)
+        return packing.make_batch(
+            [Group(prompt, (blank,) * inputs.group_size, zeros)] * inputs.groups_per_step,
+            [zeros] * inputs.groups_per_step,
+            np.ones(inputs.sequences),
+            step=0,
+            micro_batches=inputs.micro_batches,
+            row_length=inputs.row_length,
+            rows_multiple=inputs.rows_multiple,
+            max_prompt_tokens=inputs.max_prompt_tokens,
+            max_response_tokens=length,
+            together=1,
+        )
 
     @functools.cached_property
     def batch(self) -> Batch:
         return jax.tree.map(_placed, self.longest, learner.batch_shardings(self.mesh))
 
     def programs(self) -> list[Program]:
-        """The train step first: what is most likely not to fit."""
-        return [self.train_step(), self.initialise(), *self.recomputations(), self.probe()]
+        """The train step, which needs most HBM, then the others."""
+        return [self.train_step(), self.initialization(), *self.recomputation(), self.probe()]
 
     def train_step(self) -> Program:
-        objective = self.config.objective
+        inputs = self.inputs
         step = learner.make_train_step(
             self.model,
-            self.objective,
-            self.optimizer,
+            inputs.objective,
+            inputs.optimizer,
             self.mesh,
-            kl_weight=objective.kl_weight,
-            ess_power=objective.ess_power,
-            to_reference=objective.denominator == "reference",
-            **self._settings(),
+            kl_weight=inputs.kl_weight,
+            ess_power=inputs.ess_power,
+            to_reference=inputs.denominator == "reference",
+            temperature=inputs.temperature,
+            logp_chunk=inputs.logp_chunk,
         )
         return Program(
             "train step",
             lambda: step.trace(self.state, self.batch),
-            {**self._kinds(self.state), "batch": self.batch},
+            {**self._state_kinds(), "batch": self.batch},
             {**self._reference(), **self._samplers()},
         )
 
-    def initialise(self) -> Program:
-        make = functools.partial(learner.new_state, optimizer=self.optimizer)
-        given: Any = self.state.params
-        kinds = {"parameters": given}
-        if not self.from_checkpoint:
-            make = lambda key: learner.new_state(
-                learner.init_params(self.model, key), self.optimizer
-            )
-            given = jax.eval_shape(jax.random.key, 0)
-            kinds = {}
+    def initialization(self) -> Program:
+        optimizer = self.inputs.optimizer
+        if self.inputs.from_checkpoint:
+            make = functools.partial(learner.new_state, optimizer=optimizer)
+            given, kinds = self.state.params, {"parameters": self.state.params}
+        else:
+            make = lambda key: learner.new_state(learner.init_params(self.model, key), optimizer)
+            given, kinds = jax.eval_shape(jax.random.key, 0), {}
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         jitted = jax.jit(make, out_shardings=shardings)
         return Program("initialisation", lambda: jitted.trace(given), kinds, {})
 
-    def recomputations(self) -> list[Program]:
-        """The log-probs of the lagged or the reference policy, if the objective asks for them."""
-        denominator = self.config.objective.denominator
+    def recomputation(self) -> list[Program]:
+        """Log-probs of the lagged or the reference policy, if the objective needs them."""
+        denominator = self.inputs.denominator
         if denominator == "behavior" and not self._reference():
             return []
-        step = learner.make_logp_step(self.model, self.mesh, **self._settings())
-        beside = {**_sizes(self._kinds(self.state)), **self._samplers()}
+        step = learner.make_logp_step(
+            self.model,
+            self.mesh,
+            temperature=self.inputs.temperature,
+            logp_chunk=self.inputs.logp_chunk,
+        )
+        beside = {kind: per_chip(tree) for kind, tree in self._state_kinds().items()}
+        beside |= self._samplers()
         if denominator == "learner":
             beside |= self._reference()
         return [
@@ -154,61 +198,38 @@ class Learner:
         ]
 
     def probe(self) -> Program:
-        """The log-probs that travel with each published version."""
+        """Log-probs that are published with each version."""
+        inputs = self.inputs
         step = learner.make_logp_step(
-            self.model, self.mesh, temperature=1.0, logp_chunk=self.config.learner.logp_chunk
+            self.model, self.mesh, temperature=1.0, logp_chunk=inputs.logp_chunk
         )
-        few = self._probe_batch()
-        rest = self.state.replace(params=())  # pyright: ignore[reportAttributeAccessIssue]
+        host, _ = probe.probe_batch(
+            inputs.model_config.vocab_size,
+            row_length=inputs.row_length,
+            rows_multiple=inputs.rows_multiple,
+        )
+        few = jax.tree.map(_placed, host, learner.batch_shardings(self.mesh))
+        optimizer = per_chip(self._state_kinds()["optimizer"])
         return Program(
             "probe",
             lambda: step.trace(self.state.params, few),
             {"parameters": self.state.params, "batch": few},
-            {"optimizer": per_chip(rest), **self._reference(), **self._samplers()},
+            {"optimizer": optimizer, **self._reference(), **self._samplers()},
         )
 
-    def _probe_batch(self) -> Batch:
-        settings = self.config.learner
-        host, _ = probe.probe_batch(
-            self.model_config.vocab_size,
-            row_length=settings.row_length,
-            rows_multiple=settings.rows_multiple,
-        )
-        return jax.tree.map(_placed, host, learner.batch_shardings(self.mesh))
-
-    def _settings(self) -> dict[str, Any]:
-        config = self.config
-        return dict(temperature=config.rollout.temperature, logp_chunk=config.learner.logp_chunk)
-
-    def _kinds(self, state: learner.TrainState) -> dict[str, Any]:
-        rest = state.replace(params=())  # pyright: ignore[reportAttributeAccessIssue]
-        return {"parameters": state.params, "optimizer": rest}
+    def _state_kinds(self) -> dict[str, Any]:
+        rest = self.state.replace(params=())  # pyright: ignore[reportAttributeAccessIssue]
+        return {"parameters": self.state.params, "optimizer": rest}
 
     def _reference(self) -> dict[str, int]:
-        objective = self.config.objective
-        kept = objective.denominator == "reference" or objective.kl_weight > 0
+        kept = self.inputs.denominator == "reference" or self.inputs.kl_weight > 0
         return {"reference parameters": per_chip(self.state.params)} if kept else {}
 
     def _samplers(self) -> dict[str, int]:
-        """Embedded samplers hold all parameters on a host's first chip: one for the rollouts, one
-        for evaluation."""
-        config = self.config
-        copies = (config.rollout.sampler == "local") + (config.evaluation.every > 0)
-        whole = sum(
-            math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(self.state.params)
-        )
+        copies = self.inputs.embedded_samplers
+        leaves = jax.tree.leaves(self.state.params)
+        whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
         return {"embedded samplers": copies * whole} if copies else {}
-
-
-def not_planned(config: Config) -> list[str]:
-    """What a run of this configuration compiles beside the programs above."""
-    parts = {
-        "the warm-up (warmup.num_steps)": config.warmup.num_steps > 0,
-        "decoding by the embedded sampler (rollout.sampler)": config.rollout.sampler == "local",
-        "decoding for evaluation (evaluation.every)": config.evaluation.every > 0,
-        "the curator (curriculum.name)": config.curriculum.name == "actor_curator",
-    }
-    return [part for part, there in parts.items() if there]
 
 
 def per_chip(tree: Any) -> int:
@@ -219,10 +240,98 @@ def per_chip(tree: Any) -> int:
     )
 
 
-def _sizes(kinds: Mapping[str, Any]) -> dict[str, int]:
-    return {kind: per_chip(tree) for kind, tree in kinds.items()}
-
-
 def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
     return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+
+# FLOPs: two for each multiplication of a matrix product, and nothing else.
+
+REMAT = "rematted_computation"  # the scope of products that remat repeats
+CAUSAL = 0.5  # share of the attention kernel's blocks that a causal row does not skip
+# A scope named at_most_N bounds the trips of a loop whose end depends on data.
+AT_MOST = re.compile(r"at_most_(\d+)\)*$")
+
+
+def step_flops(config: ModelConfig, sequences: int, prompt: int, response: int) -> float:
+    """FLOPs of a gradient step by formula: three forward passes, with logits of responses only.
+
+    A token attends to half of its sequence on average.
+    """
+    length = prompt + response
+    heads = config.num_heads * config.head_dim
+    keys = 2 * config.num_kv_heads * config.head_dim
+    layer = config.hidden_size * (2 * heads + keys + 3 * config.intermediate_size)
+    attention = 2 * heads * (length / 2)
+    head = config.hidden_size * config.vocab_size
+    tokens, logits = sequences * length, sequences * response
+    return 3 * 2.0 * (config.num_layers * (layer + attention) * tokens + head * logits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOPs of a program over all chips: in total, and repeated by remat."""
+
+    total: float
+    remat: float
+
+
+def program_flops(traced: Any) -> Flops:
+    """FLOPs of the matrix products of a jax.stages.Traced, through loops.
+
+    Raises:
+      RunError: for products in a loop without a known trip count, as attention on a CPU has.
+    """
+    total, remat = 0.0, 0.0
+    for flops, repeated in _products(traced.jaxpr.jaxpr, 1.0, False):
+        total += flops
+        remat += flops if repeated else 0.0
+    return Flops(total, remat)
+
+
+def _products(jaxpr: Any, times: float, repeated: bool) -> Iterator[tuple[float, bool]]:
+    for equation in _live(jaxpr):
+        name, params = equation.primitive.name, equation.params
+        scope = str(equation.source_info.name_stack)
+        here, inside = repeated or REMAT in scope, times
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            yield times * 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted), here
+            continue
+        if name == "cond":
+            branches = [list(_products(b.jaxpr, inside, here)) for b in params["branches"]]
+            yield from max(branches, key=lambda found: sum(flops for flops, _ in found))
+            continue
+        if name == "scan":
+            inside *= params["length"]
+        elif name == "shard_map":
+            inside *= math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+        elif name == "pallas_call":
+            inside *= math.prod(params["grid_mapping"].grid) * CAUSAL
+        elif name == "while" and (most := AT_MOST.search(scope)):
+            inside *= int(most.group(1))
+        elif name == "while" and any(_products(params["body_jaxpr"].jaxpr, 1.0, False)):
+            raise RunError(
+                "the program has matrix products in a loop whose trip count is not known before it "
+                f"runs, at {scope}; its FLOPs can't be counted"
+            )
+        for value in params.values():
+            for part in value if isinstance(value, list | tuple) else (value,):
+                body = getattr(part, "jaxpr", part)
+                if hasattr(body, "eqns"):
+                    yield from _products(body, inside, here)
+
+
+def _live(jaxpr: Any) -> list[Any]:
+    """Equations with a used result; the compiler drops the others.
+
+    Remat traces a layer again and uses what a gradient needs of it. (JAX's own dce_jaxpr keeps a
+    kernel without used results.)
+    """
+    used, live = {v for v in jaxpr.outvars if isinstance(v, Var)}, []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or not used.isdisjoint(equation.outvars):
+            live.append(equation)
+            used.update(v for v in equation.invars if isinstance(v, Var))
+    return live

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import plan_table
-from experiments.plan_table import RUNS, SMALLEST, Table, chains, digest_of, smallest
+from experiments.plan_table import RUNS, SMALLEST, Table, chains, digest_of, layouts, smallest
 from oapl_jax.errors import UserError
 from oapl_jax.planning.hardware import SLICES
 
@@ -65,7 +65,7 @@ def test_a_chain_ends_with_its_first_fit_and_keeps_what_holds(files):
 
 def test_a_line_is_made_again_for_other_settings_sizes_or_code(monkeypatch):
     digests = {digest_of(run, model) for run in RUNS for model in (MODEL, "qwen3-8b")}
-    monkeypatch.setattr(plan_table, "code", lambda: "other code")
+    monkeypatch.setattr(plan_table, "plan_digest", lambda: "other code")
     assert len(digests | {digest_of("competition_math", MODEL)}) == 5
 
 
@@ -111,7 +111,7 @@ def test_nothing_is_resharded_by_replication_on_any_slice_that_the_page_has():
 def test_of_layouts_that_do_not_fit_the_one_that_splits_no_row_is_shown(monkeypatch, most):
     """Rows can be split over `most` chips; over more is refused, and with 0 all is."""
 
-    def estimate(config, *_, **__):
+    def plan_run(config, *_, **__):
         if config.mesh.context > most:
             raise UserError("this mesh can't be")
         program = dict(program="train step", fits=False, because=f"{config.mesh.context} ways")
@@ -120,10 +120,26 @@ def test_of_layouts_that_do_not_fit_the_one_that_splits_no_row_is_shown(monkeypa
 
     slice_of_4 = SimpleNamespace(hosts=1, devices=range(4))
     monkeypatch.setattr(plan_table, "open_slice", lambda topology: slice_of_4)
-    monkeypatch.setattr(plan_table, "estimate", estimate)
+    monkeypatch.setattr(plan_table, "plan_run", plan_run)
     made = plan_table.line("competition_math", MODEL, "v5e:2x2")
     if not most:
         assert made == {"fits": False, "because": "refused: this mesh can't be"}
     else:
         assert made["layout"] == "fsdp 4, remat offload, 64 micro-batches"
         assert made["because"] == "train step: 1 ways"
+
+
+def test_layouts_go_from_whole_rows_to_parts_and_then_to_the_hosts():
+    assert [str(layout) for layout in layouts(256, 2560, 64)] == [
+        "fsdp 64, remat full, 4 micro-batches",
+        "fsdp 32 context 2, remat full, 8 micro-batches",
+        "fsdp 16 context 4, remat full, 16 micro-batches",
+        "fsdp 8 context 8, remat full, 32 micro-batches",
+        "fsdp 64, remat offload, 4 micro-batches",
+        "fsdp 32 context 2, remat offload, 8 micro-batches",
+        "fsdp 16 context 4, remat offload, 16 micro-batches",
+        "fsdp 8 context 8, remat offload, 32 micro-batches",
+    ]
+    assert str(next(layouts(256, 2560, 256))) == "fsdp 256, remat full, 1 micro-batches"
+    assert str(next(layouts(256, 96, 64))) == "data 2 fsdp 32, remat full, 4 micro-batches"
+    assert [layout.context for layout in layouts(256, 2560, 4)] == [1, 2, 4, 1, 2, 4]

@@ -13,8 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import AXES, ROWS, parameter_shardings
 from oapl_jax.model.transformer import REMAT_POLICIES, Transformer
-from oapl_jax.planning import topology
-from oapl_jax.planning.flops import traced_work
+from oapl_jax.planning import hardware
+from oapl_jax.planning.programs import program_flops
 
 LAYERS, HIDDEN, LENGTH, ROWS_PER_CHIP = 256, 256, 256, 2
 CONFIG = ModelConfig.from_hf(
@@ -86,8 +86,8 @@ def test_what_a_policy_keeps_is_not_computed_again():
 
 @functools.cache
 def traced(remat):
-    where = topology.open_slice("v5e:2x2")
-    mesh = topology.make_mesh(where, dict(data=1, fsdp=4, context=1, tensor=1))
+    where = hardware.open_slice("v5e:2x2")
+    mesh = hardware.make_mesh(where, dict(data=1, fsdp=4, context=1, tensor=1))
     run, given = gradient(remat, mesh)
     return run.trace(*given)
 
@@ -114,7 +114,7 @@ def test_splash_runs_forward_once_if_its_results_are_kept():
 def test_flops_are_those_of_what_is_compiled():
     """Of what remat traces again, attention's forward kernel is left out where its results are
     kept."""
-    work = {remat: traced_work(traced(remat)) for remat in ("full", "attention", "offload")}
+    work = {remat: program_flops(traced(remat)) for remat in ("full", "attention", "offload")}
     attention = LAYERS * 4 * ROWS_PER_CHIP * 2 * 2 * 2 * 128 * LENGTH**2 / 2  # two products, causal
     assert work["attention"] == work["offload"]
     assert work["full"].total - work["attention"].total == attention

@@ -1,4 +1,4 @@
-"""The compiled program's text: trip counts, collectives in all their forms, HBM traffic."""
+"""Reader of HLO text: trip counts, collectives in all their forms, memory traffic, unknown forms."""
 
 import types
 
@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 
 from oapl_jax.errors import RunError
-from oapl_jax.planning.collectives import (
+from oapl_jax.planning.hlo import (
+    Module,
     axes_of,
-    by_kind_and_axis,
-    collectives,
+    collective_bytes,
     device_group,
     permuted_axes,
+    saved_bytes,
+    traffic,
 )
-from oapl_jax.planning.memory import by_kind, kept_bytes
-from oapl_jax.planning.module import Module
-from oapl_jax.planning.traffic import hbm_bytes, host_bytes
 
 # An outer loop of 3 turns; in it one of 5 turns, whose bound 10 the outer loop is handed and whose
 # counter takes steps of 2; in that a product whose weights are gathered.
@@ -90,7 +89,7 @@ condition=%outer_condition, body=%outer
 MESH = types.SimpleNamespace(shape={"data": 2, "fsdp": 2}, devices=np.zeros((2, 2)))
 
 
-def test_a_body_runs_as_often_as_its_loops_turn():
+def test_a_body_runs_once_for_each_trip_of_its_loops():
     module = Module(LOOPS)
     assert module.entry == "main"
     assert {c.name: module.executions(c.name) for c in module.sequences()} == {
@@ -103,8 +102,7 @@ def test_a_body_runs_as_often_as_its_loops_turn():
     assert module.executions("step") == 15
 
 
-def test_a_computation_of_other_cores_ends_where_it_says_of_which():
-    """As a v5p's sparse cores have them: after a first one the others were parts of it."""
+def test_a_computation_of_sparse_cores_ends_with_its_thread():
     text = LOOPS.replace("add(%a, %b)\n}", 'add(%a, %b)\n}, execution_thread="sparsecore"').replace(
         "add(%p, %two)\n}", 'add(%p, %two)\n}, execution_thread="sparsecore"'
     )
@@ -120,24 +118,15 @@ def test_a_printed_trip_count_is_taken():
     assert Module(text).executions("inner") == 35
 
 
-def test_where_data_end_a_loop_its_scope_says_the_most_turns():
-    text = LOOPS.replace("s32[]{:T(128)} constant(10)", "s32[]{:T(128)} custom-call()")
-    named = lambda path: text.replace("body=%inner", f'body=%inner, metadata={{op_name="{path}"}}')
-    assert Module(named("jit(f)/at_most_9/while")).executions("inner") == 27
-    with pytest.raises(RunError, match="number of turns of loop"):  # it is a loop within that one
-        Module(named("jit(f)/at_most_9/while/body/while")).executions("inner")
-
-
-def test_a_bound_that_is_data_is_named():
+def test_a_scope_bounds_a_loop_whose_end_depends_on_data():
     unknown = LOOPS.replace("constant(10)", "custom-call()")
-    named = 'metadata={op_name="jit(f)/while/body/at_most_34/while"}'
-    text = unknown.replace("body=%inner", f"body=%inner, {named}")
-    assert Module(text).executions("inner") == 3 * 34
-    for within in ("jvp(at_most_34)", "transpose(jvp(at_most_34))"):  # as on one chip
-        assert Module(text.replace("at_most_34", within)).executions("inner") == 3 * 34
-    below = text.replace("at_most_34/while", "at_most_34/while/body/while")
-    with pytest.raises(RunError, match="number of turns"):
-        Module(below).executions("inner")
+    named = lambda path: unknown.replace(
+        "body=%inner", f'body=%inner, metadata={{op_name="jit(f)/while/body/{path}"}}'
+    )
+    for scope in ("at_most_34", "jvp(at_most_34)", "transpose(jvp(at_most_34))"):
+        assert Module(named(f"{scope}/while")).executions("inner") == 3 * 34
+    with pytest.raises(RunError, match=r"loop\.3"):  # it is a loop within that one
+        Module(named("at_most_34/while/body/while")).executions("inner")
 
 
 @pytest.mark.parametrize(
@@ -145,25 +134,20 @@ def test_a_bound_that_is_data_is_named():
     [
         ("s32[]{:T(128)} constant(10)", "s32[]{:T(128)} custom-call()"),  # a bound from outside
         ("tuple(%i.5, %x.3, %limit.3)", "tuple(%i.5, %x.3, %i.5)"),  # a bound that changes
-        ("compare(%i.3, %three), direction=LT", "compare(%i.3, %three), direction=NE"),
+        ("compare(%i.3, %three), direction=LT", "compare(%i.3, %three), direction=XX"),
         ("ROOT %next = s32[]{:T(128)} add", "ROOT %next = s32[]{:T(128)} multiply"),
     ],
 )
 def test_a_trip_count_is_never_guessed(old, new):
     assert old in LOOPS
-    with pytest.raises(RunError, match="number of turns of loop"):
+    with pytest.raises(RunError, match="loop"):
         Module(LOOPS.replace(old, new)).executions("inner")
 
 
 def test_collectives_are_counted_by_hand():
     # 15 times: an all-gather of 128 x 32 numbers of 2 bytes in pairs along fsdp, half of which is
     # another's; and an all-reduce of 64 x 32 of them in pairs along data, in and out.
-    found = collectives(Module(LOOPS), MESH)
-    assert [(c.kind, c.axes, c.times) for c in found] == [
-        ("all-gather", ("fsdp",), 15),
-        ("all-reduce", ("data",), 15),
-    ]
-    assert by_kind_and_axis(found) == {
+    assert collective_bytes(Module(LOOPS), MESH) == {
         "all-gather": {"fsdp": 15 * 128 * 32 * 2 / 2},
         "all-reduce": {"data": 15 * 2 * 64 * 32 * 2 / 2},
     }
@@ -215,7 +199,7 @@ source_target_pairs={{0,1},{1,0}}
 
 def test_a_collective_in_steps_counts_once_and_a_sliced_sum_is_a_reduce_scatter():
     mesh = types.SimpleNamespace(shape={"fsdp": 2}, devices=np.zeros(2))
-    assert by_kind_and_axis(collectives(Module(CHAIN), mesh)) == {
+    assert collective_bytes(Module(CHAIN), mesh) == {
         "all-gather": {"fsdp": 8 * 4 / 2},
         "reduce-scatter": {"fsdp": 8 * 4 / 2},
         "collective-permute": {"fsdp": 4 * 4},
@@ -227,7 +211,7 @@ def gather_among(groups):
 
 ENTRY %main (p: f32[4]) -> f32[8] {{
   %p = f32[4]{{0}} parameter(0)
-  %g = f32[8]{{0}} all-gather(%p), channel_id=1, replica_groups={groups}, dimensions={{0}}
+  ROOT %g = f32[8]{{0}} all-gather(%p), channel_id=1, replica_groups={groups}, dimensions={{0}}
 }}"""
     return Module(text).computations["main"].instructions["g"]
 
@@ -255,7 +239,7 @@ def test_groups_of_devices_are_read_in_every_form(groups, group):
     "groups", ["mesh['a'=8] {'a':(1)2}", "mesh['a'=4] {'a'}", "mesh['a'=8]", "groups_of_two"]
 )
 def test_groups_of_devices_are_never_guessed(groups):
-    with pytest.raises(RunError, match="devices of g"):
+    with pytest.raises(RunError, match="devices"):
         device_group(gather_among(groups), 8)
 
 
@@ -267,7 +251,7 @@ def test_a_permutation_crosses_the_axes_of_its_pairs():
     assert permuted_axes(moved, {"fsdp": 4, "tensor": 1}) == ("fsdp",)
 
 
-def test_axes_are_those_along_which_places_differ():
+def test_a_group_reaches_over_the_axes_along_which_its_places_differ():
     shape = {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
     assert axes_of((0, 1), shape) == ("tensor",)
     assert axes_of((0, 2), shape) == ("fsdp",)
@@ -307,34 +291,10 @@ ENTRY %main (w: bf16[36,1024], i: s32[], v: bf16[1,1024]) -> bf16[36,1024] {
 """
 
 
-def test_traffic_is_what_goes_through_hbm():
+def test_traffic_counts_reads_and_writes_of_hbm():
     # A layer of the stack is read (2048 bytes) into VMEM and doubled there; a row is fetched (2048)
     # and written into its place (2048). The other 35 layers stay where they are.
-    assert hbm_bytes(Module(TRAFFIC)) == 3 * 2048
-    assert host_bytes(Module(TRAFFIC)) == 0
-
-
-def test_what_lies_with_the_host_is_no_hbm():
-    """As the compiler says of a step whose layers' inputs are offloaded: its peak has them in it."""
-    said = types.SimpleNamespace(
-        argument_size_in_bytes=8 * 2,
-        output_size_in_bytes=8 * 2,
-        alias_size_in_bytes=8 * 2,
-        temp_size_in_bytes=10,
-        host_temp_size_in_bytes=17,
-        peak_memory_in_bytes=8 * 2 + 17,
-        generated_code_size_in_bytes=0,
-    )
-    program = types.SimpleNamespace(arguments={}, beside={})
-    text = """HloModule m
-
-ENTRY %main (p: bf16[8]) -> bf16[8] {
-  ROOT %p = bf16[8]{0} parameter(0)
-}
-"""
-    assert by_kind(program, said, Module(text)) == {"temporaries": 10}
-    said.peak_memory_in_bytes += 11  # of HBM: more than the sum of parts
-    assert by_kind(program, said, Module(text)) == {"temporaries": 11}
+    assert traffic(Module(TRAFFIC)) == (3 * 2048, 0)
 
 
 OFFLOADING = """HloModule m, is_scheduled=true
@@ -353,15 +313,15 @@ dynamic-slice-start(%kept, %i)
 """.replace("\\\n", "")
 
 
-def test_what_goes_to_the_host_and_back_is_counted_apart():
+def test_transfers_to_and_from_the_host_are_counted_apart():
     # A row leaves HBM and comes back: one read, one write, and twice over the link.
-    assert hbm_bytes(Module(OFFLOADING)) == host_bytes(Module(OFFLOADING)) == 2 * 2048
+    assert traffic(Module(OFFLOADING)) == (2 * 2048, 2 * 2048)
     unknown = OFFLOADING.replace("dynamic-slice-done(%in)", "gather(%kept, %i)")
     with pytest.raises(RunError, match="gather"):
-        host_bytes(Module(unknown))
+        traffic(Module(unknown))
 
 
-def test_what_a_loop_leaves_to_a_later_loop_is_kept():
+def test_arrays_that_a_loop_leaves_to_a_later_loop_are_saved():
     text = """HloModule m
 
 %c (s: STATE) -> pred[] {
@@ -412,4 +372,37 @@ ENTRY %main (x: f32[8,64], w: f32[4,4]) -> f32[8,64] {
 """
     # Not the weights, which the loop hands on, nor what stays in VMEM.
     state = "(s32[], f32[8,64]{1,0}, f32[4,4]{1,0}, f32[8,2]{1,0:S(1)})"
-    assert kept_bytes(Module(text.replace("STATE", state))) == 8 * 64 * 4
+    assert saved_bytes(Module(text.replace("STATE", state))) == 8 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("to_apply=%sum", "applies=%sum", "applies"),
+        ("to_apply=%sum", "to_apply=%gone", "gone"),
+        ("condition=%outer_condition, ", "", "outer_condition"),
+        ("copy(%ten)", "teleport(%ten)", "teleport"),
+        ("copy(%ten)", "copy(%ten", "copied"),
+        ("copy(%ten)", "ragged-all-to-all(%ten)", "ragged-all-to-all"),
+        ("%zero = s32[]{:T(128)}", "%zero = s32[]{:T(128)U(3)}", "zero"),
+        ("%zero = s32[]{:T(128)}", "%zero = s32[]{:T(128)S(9)}", "zero"),
+        ("%zero = s32[]{:T(128)}", "%zero = posit[]{:T(128)}", "posit"),
+        ("%x = bf16[64,32]{1,0}", "x = bf16[64,32]{1,0}", "x = bf16"),
+        ("ROOT %result", "%result", "main"),
+        ("ENTRY ", "", "ENTRY"),
+    ],
+)
+def test_an_unknown_form_is_an_error_that_names_it(old, new, named):
+    assert old in LOOPS
+    with pytest.raises(RunError, match=named):
+        [
+            i.bytes
+            for c in Module(LOOPS.replace(old, new)).computations.values()
+            for i in c.instructions.values()
+        ]
+
+
+def test_a_collective_that_continues_must_have_been_started():
+    mesh = types.SimpleNamespace(shape={"fsdp": 2}, devices=np.zeros(2))
+    with pytest.raises(RunError, match="continues"):
+        collective_bytes(Module(CHAIN.replace("AsyncCollectiveStart", "CollectiveBegin")), mesh)

@@ -1,0 +1,282 @@
+"""Plans without the compiler: bounds, FLOPs, hosts, model sizes, and refused configurations."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import arithmetic, code_contests, competition_math
+from oapl_jax.check import check_sizes
+from oapl_jax.errors import RunError, UserError
+from oapl_jax.model.published import PUBLISHED, published
+from oapl_jax.model.sharding import make_mesh
+from oapl_jax.plan import model_sizes, plan_inputs, plan_run, verdict
+from oapl_jax.planning.estimate import (
+    fleet_demand,
+    host_memory,
+    parameters,
+    publish_seconds,
+    roofline,
+)
+from oapl_jax.planning.hardware import CHIPS, SLICES, Slice, open_slice
+from oapl_jax.planning.programs import RunPrograms, program_flops, step_flops
+
+# Billions of parameters, from the model cards.
+SIZES = {
+    "qwen3-0.6b": 0.596,
+    "qwen3-1.7b": 1.721,
+    "qwen3-4b": 4.022,
+    "qwen3-4b-thinking-2507": 4.022,
+    "qwen3-8b": 8.191,
+    "qwen3-14b": 14.768,
+    "qwen3-32b": 32.762,
+    "r1-distill-qwen-14b": 14.770,
+    "llama-3-8b": 8.030,
+    "llama-3.1-8b": 8.030,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_make_the_published_number_of_parameters(name):
+    assert round(parameters(published(name)) / 1e9, 3) == SIZES[name]
+
+
+def test_the_roofline_is_arithmetic_in_float64():
+    chip = dataclasses.replace(CHIPS["v5e"], flops=200e12, hbm_bandwidth=800e9)
+    numbers = dict(flops=2.56e17, model_flops=1.92e17, hbm_bytes=4e12)
+    bound = roofline(
+        chip,
+        64,
+        **numbers,
+        host_bytes=1.6e10,
+        received={"fsdp": 3e11, "data+fsdp": 1e10},
+        bandwidth={"fsdp": 1e11, "data+fsdp": 5e10},
+        tokens=4_456_448,
+    )
+    terms = dict(compute=20.0, hbm=5.0, interconnect=3.2, host=1.0)
+    ceilings = dict(tokens_per_second=222822.4, mfu=0.75)
+    assert bound == {**terms, "seconds": 20.0, "binds": "compute", **ceilings}
+    alone = dict(received={}, bandwidth={}, tokens=1)
+    slow = dataclasses.replace(chip, hbm_bandwidth=100e9)
+    bound = roofline(slow, 64, **numbers, host_bytes=0, **alone)
+    assert (bound["seconds"], bound["binds"], bound["mfu"]) == (40.0, "hbm", 0.375)
+    bound = roofline(chip, 64, **numbers, host_bytes=1.28e12, **alone)
+    assert (bound["seconds"], bound["binds"]) == (80.0, "host")
+
+
+def test_published_bandwidths_of_all_links():
+    published_bidirectional = {"v5e": 400e9, "v5p": 1200e9, "v6e": 800e9}
+    for name, chip in CHIPS.items():
+        assert chip.link_bandwidth * 2 * 2 * chip.dimensions == published_bidirectional[name]
+        for chips, shape in SLICES[name].items():
+            sizes = [int(size) for size in shape.split("x")]
+            assert len(sizes) == chip.dimensions
+            assert np.prod(sizes) == chips
+
+
+def test_flops_by_formula_equal_a_step_counted_by_hand():
+    config = published("qwen3-4b")
+    layer = 2560 * (2 * 4096 + 2 * 1024 + 3 * 9728)
+    weights = 36 * layer + 2560 * 151936
+    # One prompt token without logits, and 7 response tokens; each sees 4 on average.
+    products = 8 * weights - 2560 * 151936 + 36 * 8 * 2 * 4096 * 4
+    assert step_flops(config, 1, 1, 7) == 6 * products
+
+
+def test_flops_of_a_program_are_counted_through_loops_and_remat():
+    x = jax.ShapeDtypeStruct((16, 32), jnp.float32)
+    w = jax.ShapeDtypeStruct((5, 32, 32), jnp.float32)
+
+    def net(w, x, remat):
+        layer = lambda x, w: (jnp.sin(x @ w), None)
+        layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+        return jnp.sum(jax.lax.scan(layer, x, w)[0])
+
+    one = 2 * 16 * 32 * 32
+    flops = lambda f: dataclasses.astuple(program_flops(jax.jit(f).trace(w, x)))
+    assert flops(lambda w, x: net(w, x, False)) == (5 * one, 0)
+    assert flops(lambda w, x: net(w, x, True)) == (5 * one, 0)
+    slope = lambda remat: jax.grad(lambda w, x: net(w, x, remat), argnums=(0, 1))
+    assert flops(slope(False)) == (15 * one, 0)
+    assert flops(slope(True)) == (20 * one, 5 * one)
+
+
+def test_flops_of_a_loop_without_a_known_trip_count_are_an_error():
+    def bounded(x, trips):
+        with jax.named_scope("at_most_7"):
+            return jax.lax.fori_loop(0, trips, lambda _, x: x @ x, x)
+
+    trips = jax.ShapeDtypeStruct((), jnp.int32)
+    x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    assert program_flops(jax.jit(bounded).trace(x, trips)).total == 7 * 2 * 4**3
+    slope = lambda x, trips: jax.jvp(lambda y: bounded(y, trips), (x,), (x,))
+    assert program_flops(jax.jit(slope).trace(x, trips)).total == 7 * 3 * 2 * 4**3
+    endless = lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x)
+    with pytest.raises(RunError, match="trip count"):
+        program_flops(jax.jit(endless).trace(x))
+
+
+@pytest.fixture
+def config():
+    config = arithmetic.get_config().unlock()
+    config.rollout.sampler = "fleet"
+    config.evaluation.every = 0
+    config.warmup.num_steps = 0
+    return config
+
+
+@pytest.fixture
+def run_of(config, tmp_path):
+    def run():
+        inputs = plan_inputs(config, *model_sizes(config, None, epath.Path(tmp_path)))
+        return RunPrograms(inputs, make_mesh(**config.mesh))
+
+    return run
+
+
+def test_the_longest_batch_has_the_most_rows(run_of):
+    run = run_of()
+    # 256 sequences of 28 tokens, two in a row of 64.
+    assert run.longest.tokens.shape == (16, 8, 64)
+    assert run.longest.segments.any(-1).all()
+    assert run.batch.tokens.sharding.shard_shape((16, 8, 64)) == (16, 1, 64)
+
+
+def test_copies_of_the_parameters_beside_a_program_are_counted(config, run_of):
+    run = run_of()
+    count = 4 * parameters(run.inputs.model_config)
+    assert dict(run.train_step().beside) == {}
+    assert [p.name for p in run.programs()] == ["train step", "initialisation", "probe"]
+    config.objective.kl_weight = 0.1
+    config.rollout.sampler = "local"
+    config.evaluation.every = 10
+    beside = run_of().train_step().beside
+    assert beside["embedded samplers"] == 2 * count
+    assert count / 8 <= beside["reference parameters"] < count / 7
+    assert "recomputed log-probs" in [p.name for p in run_of().programs()]
+
+
+def test_a_fleet_keeps_up_with_the_steps_between_two_publications(config):
+    demand = lambda *seconds: tuple(
+        fleet_demand(plan_inputs(config, published("qwen3-0.6b"), True), *seconds).values()
+    )
+    config.lag.update(mode="window", steps=50)
+    config.buffer.mode = "clear_on_sync"
+    generated = 8 * 32 * 16
+    assert demand(2.0, 25.0) == (generated / 2.0, 100 / 125)
+    config.buffer.mode = "keep_with_anchor"  # the fleet generates while the learner publishes
+    assert demand(2.0, 25.0)[0] == 50 * generated / 125
+    config.buffer.update(mode="replay", max_reuse=4)
+    assert demand(2.0, 25.0)[0] == 50 * generated / 125 / 4
+    config.rollout.update(source="both", recorded_share=0.75)
+    assert demand(2.0, 25.0)[0] == 50 * generated / 125 / 16
+    config.rollout.source = "shards"
+    assert demand(2.0, 25.0)[0] == 0
+    config.rollout.source = "live"
+    config.buffer.mode = "keep_with_anchor"
+    config.lag.mode = "fixed"  # a publication a step
+    assert demand(2.0, 6.0) == (generated / 8, 0.25)
+
+
+def test_publishing_writes_the_weights_and_then_the_version():
+    # 4 bytes a parameter from 16 hosts at once, then from one, which meanwhile writes 2.
+    assert publish_seconds(4_000_000_000, 2, 16, 1e9) == 1.0 + 16.0
+    assert publish_seconds(1_000_000_000, 4, 1, 2e9) == 2.0 + 2.0
+
+
+def test_host_memory_holds_a_copy_of_each_chips_part(run_of):
+    run = run_of()
+    memory = host_memory(run, 4)
+    state = 3 * 4 * parameters(run.inputs.model_config) / 8  # over 8 chips
+    assert 4 * state <= memory["copy of the state for a checkpoint"] < 4 * 1.2 * state
+    assert memory["buffer"] == 128 * (8 * 8 * 16 + 4 * 12)
+
+
+def test_the_verdict_names_the_chip_the_host_and_what_is_not_planned():
+    plan = {"chip_fits": True, "fits": True, "not_planned": []}
+    said = [
+        verdict(plan | changes)
+        for changes in ({}, {"not_planned": ["x", "y"]}, {"fits": False}, {"chip_fits": False})
+    ]
+    assert len(set(said)) == 4
+    assert "x; y" in said[1]
+    assert said[0] in said[1]
+
+
+def test_a_plan_refuses_what_a_run_on_the_slice_refuses():
+    def plan(topology, **mesh):
+        config.mesh.update(mesh)
+        sizes, where = published("qwen3-0.6b"), open_slice(topology)
+        plan_run(config, sizes, where, from_checkpoint=True, storage=1e9)
+
+    config = competition_math.get_config().unlock()
+    config.learner.rows_multiple = 256
+    with pytest.raises(UserError, match="groups_per_step=32"):
+        plan("v5e:16x16", fsdp=256)
+    with pytest.raises(UserError, match=r"learner\.rows_multiple=256"):
+        plan("v5p:2x2x3", fsdp=12)
+    with pytest.raises(UserError, match=r"learner\.row_length=17408"):
+        plan("v5p:2x2x3", fsdp=4, context=3)
+    config.learner.micro_batches = 0
+    with pytest.raises(UserError, match="micro_batches"):
+        plan("v5e:2x2", fsdp=4, context=1)
+
+
+def test_a_run_of_these_hosts_refuses_the_same(config):
+    check_sizes(config)
+    config.learner.rows_multiple = 4
+    with pytest.raises(UserError, match=r"learner\.rows_multiple=4"):
+        check_sizes(config)
+
+
+def test_hosts_are_the_workers_that_the_scripts_request():
+    table = Path("tpu_setup/slices.sh").read_text().partition('slices="')[2].partition('"')[0]
+    rows = [line.split() for line in table.splitlines() if line]
+    offered = {f"{g}:{shape}" for g, shapes in SLICES.items() for shape in shapes.values()}
+    assert offered <= {name for name, _, _ in rows}
+    for name, _, workers in rows:
+        generation, _, sizes = name.partition(":")
+        shape = tuple(map(int, sizes.split("x")))
+        where = Slice(generation, shape, range(int(np.prod(shape))))
+        assert where.hosts == int(workers), name
+        assert where.hosts * where.chips_per_host == len(where.devices)
+        assert where.host_ram > 0
+
+
+def test_sizes_come_from_a_name_a_checkpoint_or_the_configuration(config, tmp_path):
+    sizes_of = lambda name: model_sizes(config, name, epath.Path(tmp_path))
+    hidden = lambda name: (sizes_of(name)[0].hidden_size, sizes_of(name)[1])
+    assert hidden(None) == (64, False)
+    assert hidden("qwen3-0.6b") == (1024, True)
+    config.model.path = "tests/golden/qwen3"
+    assert sizes_of(None)[1]
+    config.model.path = "/no/such/place"
+    with pytest.raises(UserError, match="--model="):
+        sizes_of(None)
+    with pytest.raises(UserError, match="qwen9"):
+        sizes_of("qwen9")
+    config.rollout.max_response_tokens = 9000
+    config.learner.row_length = 10000
+    with pytest.raises(UserError, match="max_position_embeddings"):
+        sizes_of("llama-3-8b")
+
+
+@pytest.mark.parametrize(
+    ("get_config", "name"),
+    [
+        (competition_math.get_config, "qwen3-4b-thinking-2507"),
+        (lambda: code_contests.get_config("round=0"), "r1-distill-qwen-14b"),
+    ],
+)
+def test_a_missing_checkpoint_has_the_sizes_of_the_model_in_its_name(
+    get_config, name, tmp_path, capsys
+):
+    config = get_config()
+    assert model_sizes(config, None, epath.Path(tmp_path)) == (published(name), True)
+    said = capsys.readouterr().out
+    assert config.model.path in said
+    assert name in said

@@ -1,0 +1,170 @@
+"""Layouts that a sweep tries, in order; refused layouts; kept plans."""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import arithmetic
+from oapl_jax.errors import RunError, UserError
+from oapl_jax.model.published import published
+from oapl_jax.plan import sweep_run, with_layout
+from oapl_jax.planning import layouts
+from oapl_jax.planning.hardware import Slice
+from oapl_jax.planning.layouts import Layout, PlanFile, layouts_of, meshes, plan_digest, sweep
+
+FITS = dict(fits=True, chip_fits=True)
+NOT = dict(fits=False, chip_fits=False)
+
+
+@pytest.fixture
+def config():
+    return arithmetic.get_config().unlock()
+
+
+def test_a_layout_becomes_settings(config):
+    layout = Layout(data=2, fsdp=4, context=2, tensor=1, remat="full", micro_batches=4)
+    new = with_layout(config, layout)
+    assert new.mesh.to_dict() == dict(data=2, fsdp=4, context=2, tensor=1)
+    assert (new.model.remat, new.learner.micro_batches, new.learner.rows_multiple) == ("full", 4, 8)
+    assert new.learner.row_length == 1024  # a multiple of 512 on each of two chips
+    assert config.learner.row_length == 64
+    assert str(layout) == "data 2 fsdp 4 context 2, remat full, 4 micro-batches"
+
+
+def test_meshes_fill_the_slice_and_divide_sequences_and_model():
+    sizes = published("qwen3-4b")
+    found = meshes(256, sizes, 64)
+    # The simplest first, and each axis before any two.
+    assert found[0] == dict(data=1, fsdp=64, context=1, tensor=1)
+    assert {axis for mesh in found[1:4] for axis in mesh if mesh[axis] == 2} == {
+        *("data", "context", "tensor")
+    }
+    assert not any(a == b for a, b in itertools.combinations(found, 2))
+    for mesh in found:
+        assert np.prod(list(mesh.values())) == 64
+        assert 8 % mesh["tensor"] == 2560 % mesh["fsdp"] == 0
+        for layout in layouts_of(256, mesh, "none"):
+            assert (layout.mesh, layout.remat) == (mesh, "none")
+            assert 256 % (layout.data * layout.fsdp * layout.micro_batches) == 0
+    assert [layout.micro_batches for layout in layouts_of(256, found[0], "full")] == [1, 2, 4]
+    few = dataclasses.replace(sizes, num_kv_heads=2)
+    assert {mesh["tensor"] for mesh in meshes(256, few, 64)} == {1, 2}
+
+
+MESHES = [dict(data=1, fsdp=fsdp, context=8 // fsdp, tensor=1) for fsdp in (8, 4, 2, 1)]
+
+
+def tried_and_found(results, enough):
+    """Layouts tried and found; those that are not in `results` do not fit."""
+    tried = []
+
+    def plan(layout):
+        tried.append((layout.fsdp, layout.remat, layout.micro_batches))
+        return results.get(tried[-1], NOT)
+
+    of = lambda mesh, remat: [Layout(**mesh, remat=remat, micro_batches=m) for m in (1, 2)]
+    found = sweep(MESHES, ["full", "offload", "none"], of, plan, enough=enough)
+    return tried, [(x.fsdp, x.remat, p["roofline"]["seconds"]) for x, p in found]
+
+
+def fitting(seconds):
+    return FITS | {"roofline": {"seconds": seconds}}
+
+
+def test_a_sweep_tries_each_mesh_and_then_the_other_policies_on_the_fastest():
+    results = {
+        (8, "full", 2): fitting(4.0),
+        (4, "full", 1): NOT | {"refused": "it does not compile"},
+        (2, "full", 1): fitting(3.0),
+        (2, "none", 2): fitting(2.0),
+    }
+    tried, found = tried_and_found(results, enough=2)
+    assert tried == [
+        *((8, "full", 1), (8, "full", 2), (4, "full", 1), (4, "full", 2), (2, "full", 1)),
+        *((2, "offload", 1), (2, "offload", 2), (2, "none", 1), (2, "none", 2)),
+    ]
+    assert found == [(2, "none", 2.0), (2, "full", 3.0), (8, "full", 4.0)]
+
+
+def test_if_nothing_fits_with_the_first_policy_all_meshes_get_the_others():
+    tried, found = tried_and_found({(4, "offload", 2): fitting(1.0)}, enough=1)
+    assert tried[:8] == [(fsdp, "full", m) for fsdp in (8, 4, 2, 1) for m in (1, 2)]
+    assert tried[8:] == [(fsdp, "offload", m) for fsdp in (8, 4) for m in (1, 2)]
+    assert found == [(4, "offload", 1.0)]
+
+
+def test_more_micro_batches_are_not_tried_if_the_host_is_too_small():
+    tried, found = tried_and_found({(8, "full", 1): FITS | {"fits": False}}, enough=6)
+    assert (8, "full", 2) not in tried
+    assert not found
+
+
+def test_an_interrupted_sweep_keeps_its_plans(tmp_path):
+    path = epath.Path(tmp_path) / "kept.json"
+    assert PlanFile(path).get("a", lambda: FITS) == FITS
+    assert json.loads(path.read_text()) == {"a": FITS}
+    assert PlanFile(path).get("a", lambda: pytest.fail("made again")) == FITS
+    assert PlanFile(path, ", slower storage").get("a", lambda: {"fits": False}) == {"fits": False}
+
+
+def test_kept_plans_depend_on_code_and_compiler_flags(monkeypatch):
+    before = plan_digest()
+    for name in layouts.SOURCES:
+        assert list(layouts.PACKAGE.glob(f"{name}.py")), name
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_some_flag=1")
+    assert plan_digest() != before
+
+
+def swept(config, plan_of, path):
+    where = Slice("v5e", (2, 2), range(4))
+    return sweep_run(config, published("qwen3-0.6b"), where, plan_of, PlanFile(path), enough=1)
+
+
+def test_a_refused_layout_is_kept_and_skipped(config, tmp_path):
+    def plan_of(chosen):
+        if chosen.mesh.fsdp == 4:
+            raise RunError("the compiler gives up")
+        if chosen.mesh.context == 2:
+            raise UserError("a host needs a group")
+        programs = [{"hbm": {"parameters": 1}}]
+        bound = {"seconds": 1.0, "binds": "hbm", "mfu": 0.5}
+        return FITS | {"mesh": chosen.mesh.to_dict(), "programs": programs, "roofline": bound}
+
+    path = epath.Path(tmp_path) / "kept.json"
+    assert swept(config, plan_of, path)["mesh"]["tensor"] == 2
+    refused = [plan["refused"] for plan in PlanFile(path).plans.values() if "refused" in plan]
+    assert {"the compiler gives up", "a host needs a group"} == set(refused)
+    again = lambda _: pytest.fail("made again")
+    assert swept(config, again, path)["mesh"]["tensor"] == 2
+
+
+def test_if_all_layouts_are_refused_the_error_has_the_last_refusal(config, tmp_path):
+    def plan_of(_):
+        raise UserError("groups_per_step=32 can't be divided over 64 hosts")
+
+    with pytest.raises(UserError, match="groups_per_step=32"):
+        swept(config, plan_of, epath.Path(tmp_path) / "kept.json")
+
+
+def test_the_command_sweeps(tmp_path):
+    command = [
+        *(sys.executable, "-m", "oapl_jax.plan", "--config=configs/arithmetic.py", "--sweep"),
+        *("--topology=v5e:2x2", f"--workdir={tmp_path}", "--enough=1"),
+        *("--config.rollout.sampler=fleet", "--config.evaluation.every=0"),
+        *("--config.group_size=2", "--config.groups_per_step=4"),
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (kept,) = json.loads((tmp_path / "sweep-v5e-2x2.json").read_text()).items()
+    assert kept[0].startswith("fsdp 4, remat full, 1 micro-batches")
+    assert json.loads((tmp_path / "v5e-2x2.json").read_text()) == kept[1]
+    assert kept[1]["fits"]
+    assert "FITS" in done.stdout
