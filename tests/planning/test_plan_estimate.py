@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def test_the_roofline_is_arithmetic_in_float64():
     terms = dict(compute=20.0, hbm=5.0, interconnect=3.2, host=1.0)
     ceilings = dict(tokens_per_second=222822.4, mfu=0.75)
     assert bound == {**terms, "seconds": 20.0, "binds": "compute", **ceilings}
-    alone = dict(received={}, bandwidth={}, tokens=1)
+    alone: dict[str, Any] = dict(received={}, bandwidth={}, tokens=1)
     slow = dataclasses.replace(chip, hbm_bandwidth=100e9)
     bound = roofline(slow, 64, **numbers, host_bytes=0, **alone)
     assert (bound["seconds"], bound["binds"], bound["mfu"]) == (40.0, "hbm", 0.375)

@@ -30,6 +30,7 @@ def compiled(remat="full", micro_batches=2, **mesh):
     step = run.train_step()
     traced = step.trace()
     result = memory.compile_program(step, traced, memory.available_hbm(where))
+    assert result.module
     return run, result, step_times(run, where, traced, result.module)
 
 
