@@ -2,10 +2,10 @@
 
     python benchmarks/attention.py [--tokens=32768] [--rounds=3]
 
-The blocked kernel, which a CPU has, beside the plain one, with all weights at a time: seconds, and
-the megabytes of temporaries that XLA plans. Both are timed in turns, and the fastest round counts.
-Where the plain one would need more than 4 GB it is compiled and not run. `packed` rows hold
-sequences of 512 tokens, `whole` ones are one sequence. Four query heads share two key heads of 64.
+Compares the CPU's blockwise kernel with the plain one, which holds all weights at a time: seconds,
+and megabytes of temporaries that XLA plans. Both are timed alternately; the fastest round counts.
+Above 4 GB the plain one is compiled but not run. `packed` rows hold sequences of 512 tokens,
+`whole` ones a single sequence. Four query heads share two key heads of 64.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 from results import keep, show
 
 from oapl_jax.model.attention import masked_attention
-from oapl_jax.model.blockwise_attention import blocked_attention, visible
+from oapl_jax.model.blockwise_attention import blockwise_attention, visible
 
 LENGTHS = (64, 256, 1024, 2048, 4096, 8192, 16384, 32768)
 HEADS, KV_HEADS, DIM = 4, 2, 64
@@ -27,8 +27,8 @@ SEQUENCE = 512
 LIMIT = 4 << 30  # bytes of temporaries that are still run
 
 
-def blocked(query, key, value, segments):
-    return blocked_attention(query, key, value, segments, segments, jnp.arange(query.shape[1]))
+def blockwise(query, key, value, segments):
+    return blockwise_attention(query, key, value, segments, segments, jnp.arange(query.shape[1]))
 
 
 def plain(query, key, value, segments):
@@ -49,7 +49,7 @@ def measure(length: int, packed: bool, tokens: int, rounds: int) -> dict[str, fl
     given = draw(HEADS), draw(KV_HEADS), draw(KV_HEADS), segments
     programs = {
         name: jax.jit(partial(gradients, attention)).lower(*given).compile()
-        for name, attention in (("blocked", blocked), ("plain", plain))
+        for name, attention in (("blockwise", blockwise), ("plain", plain))
     }
     analyses: dict[str, Any] = {name: p.memory_analysis() for name, p in programs.items()}
     temporaries = {name: found.temp_size_in_bytes for name, found in analyses.items()}
@@ -64,10 +64,10 @@ def measure(length: int, packed: bool, tokens: int, rounds: int) -> dict[str, fl
     line: dict[str, float | str] = {"length": length, "rows": "packed" if packed else "whole"}
     for name in programs:
         line[f"{name} s"] = round(best[name], 3) if name in best else "-"
-    line["s ratio"] = round(best["plain"] / best["blocked"], 1) if "plain" in best else "-"
+    line["s ratio"] = round(best["plain"] / best["blockwise"], 1) if "plain" in best else "-"
     for name, size in temporaries.items():
         line[f"{name} MB"] = round(size / 2**20)
-    line["MB ratio"] = round(temporaries["plain"] / temporaries["blocked"], 1)
+    line["MB ratio"] = round(temporaries["plain"] / temporaries["blockwise"], 1)
     return line
 
 

@@ -124,7 +124,7 @@ def over_micro_batches(of_one: Callable[[Any], Any], batch: Batch) -> Any:
         return of_one(0)
     start = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_one, 0))
     visit = lambda m, total: jax.tree.map(jnp.add, total, of_one(m))
-    with jax.named_scope(f"at_most_{most}"):  # the bound is data, see models/vocabulary.py
+    with jax.named_scope(f"at_most_{most}"):  # the bound is data, see model/logprobs.py
         return jax.lax.fori_loop(0, micro_batches_used(batch), visit, start)
 
 

@@ -1,8 +1,8 @@
-"""Attention by blocks of keys and queries for a CPU: the [Tq, Tk] weights never exist as a whole.
+"""Blockwise attention for CPUs: never materializes the [Tq, Tk] weights.
 
-The weights of one pair of blocks are made, used and dropped, forward and backward, with a running
-maximum and sum for the softmax (arXiv 2205.14135, algorithms 1 and 4). Pairs in which nobody sees
-anybody are not visited: the future, and packed neighbours.
+The weights of one pair of blocks are computed, used and dropped, forward and backward, with a
+running maximum and sum for the softmax (arXiv 2205.14135, algorithms 1 and 4). Pairs of blocks that
+the mask rules out (the future, packed neighbours) are skipped.
 """
 
 import functools
@@ -14,25 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-BLOCK = 128  # places; larger ones leave the cache, smaller ones pay more for the loop
+BLOCK = 128  # positions; larger blocks leave the cache, smaller ones add loop overhead
 LOWEST = float(np.finfo(np.float32).min)
-ATTENTION = "attention"  # the name of what a kernel's backward pass needs of its forward pass
+ATTENTION = "attention"  # checkpoint name of the residuals of a kernel's backward pass
 
 
 def visible(
     query_segments: jax.Array, key_segments: jax.Array, query_slots: jax.Array, key_slots: jax.Array
 ) -> jax.Array:
-    """bool[B, Tq, Tk]: a token sees the tokens of its own segment that do not come after it.
+    """Causal mask of packed rows, bool[B, Tq, Tk]: a token sees the past of its own segment.
 
     Args:
       query_segments, key_segments: int32[B, Tq], int32[B, Tk]; packed neighbours differ.
-      query_slots, key_slots: int32[Tq], int32[Tk]; places in the row or in the cache.
+      query_slots, key_slots: int32[Tq], int32[Tk]; indices in the row or in the cache.
     """
     same = query_segments[:, :, None] == key_segments[:, None, :]
     return same & (key_slots[None, None, :] <= query_slots[None, :, None])
 
 
-def blocked_attention(
+def blockwise_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -40,7 +40,7 @@ def blocked_attention(
     key_segments: jax.Array,
     query_slots: jax.Array,
 ) -> jax.Array:
-    """softmax(q k' / sqrt(d)) v of what each query sees; logits, sums and softmax are float32.
+    """softmax(q k' / sqrt(d)) v under the mask of `visible`; logits, sums and softmax in float32.
 
     Args:
       query: [B, Tq, heads, d]; heads is a multiple of kv_heads.
@@ -58,11 +58,11 @@ def blocked_attention(
         ends = ((0, 0), (0, -x.shape[1] % block), *[(0, 0)] * (x.ndim - 2))
         return jnp.pad(x, ends, constant_values=value)
 
-    out: Any = _blocked(
+    out: Any = _attend(
         fill(query, query_block),
         fill(key, key_block),
         fill(value, key_block),
-        fill(query_segments, query_block, -1),  # a segment that no token has
+        fill(query_segments, query_block, -1),  # no token's segment
         fill(key_segments, key_block, -1),
         jnp.pad(query_slots, (0, -length % query_block), mode="edge"),
         query_block,
@@ -72,25 +72,25 @@ def blocked_attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _blocked(query, key, value, query_segments, key_segments, query_slots, query_block, key_block):
+def _attend(query, key, value, query_segments, key_segments, query_slots, query_block, key_block):
     arguments = query, key, value, query_segments, key_segments, query_slots
     return _forward(*arguments, query_block, key_block)[0]
 
 
 def _forward(query, key, value, query_segments, key_segments, query_slots, query_block, key_block):
     key_heads, value_heads = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    look = _Look(query.shape[-1], key_heads, key_segments, key_block)
+    blocks = _Keys(query.shape[-1], key_heads, key_segments, key_block)
 
     def one_block(block):
         queries, segments, slots = block
 
         def visit(j, carry):
             out, top, total = carry
-            logits = look.logits(j, queries, segments, slots)
+            logits = blocks.logits(j, queries, segments, slots)
             new_top = jnp.maximum(top, logits.max(-1))
             weights = jnp.exp(logits - new_top[..., None])
             shrink = jnp.exp(top - new_top)
-            values = look.at(value_heads, j)
+            values = blocks.at(value_heads, j)
             out = out * shrink[..., None] + _dot(
                 "bkrs,bksd->bkrd", weights.astype(value.dtype), values
             )
@@ -98,7 +98,7 @@ def _forward(query, key, value, query_segments, key_segments, query_slots, query
 
         nothing = jnp.zeros(queries.shape[:-1], jnp.float32)
         start = jnp.zeros(queries.shape, jnp.float32), nothing + LOWEST, nothing
-        out, top, total = jax.lax.fori_loop(*look.range(segments, slots), visit, start)
+        out, top, total = jax.lax.fori_loop(*blocks.range(segments, slots), visit, start)
         return (out / total[..., None]).astype(value.dtype), top + jnp.log(total)
 
     rows = _by_row(query, query_block, key.shape[2])
@@ -114,7 +114,7 @@ def _forward(query, key, value, query_segments, key_segments, query_slots, query
 def _backward(query_block, key_block, kept, d_out):
     query, key, value, query_segments, key_segments, query_slots, out, log_total = kept
     key_heads, value_heads = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    look = _Look(query.shape[-1], key_heads, key_segments, key_block)
+    blocks = _Keys(query.shape[-1], key_heads, key_segments, key_block)
     scale = query.shape[-1] ** -0.5
 
     def one_block(d_keys_values, block):
@@ -122,19 +122,19 @@ def _backward(query_block, key_block, kept, d_out):
 
         def visit(j, carry):
             d_query, d_key, d_value = carry
-            keys, values = look.at(key_heads, j), look.at(value_heads, j)
-            weights = jnp.exp(look.logits(j, queries, segments, slots) - log_totals[..., None])
+            keys, values = blocks.at(key_heads, j), blocks.at(value_heads, j)
+            weights = jnp.exp(blocks.logits(j, queries, segments, slots) - log_totals[..., None])
             d_weights = _dot("bkrd,bksd->bkrs", d_outs, values)
             d_logits = (weights * (d_weights - share) * scale).astype(query.dtype)
             d_query += _dot("bkrs,bksd->bkrd", d_logits, keys)
-            d_key = look.add(d_key, j, _dot("bkrs,bkrd->bksd", d_logits, queries))
-            d_value = look.add(
+            d_key = blocks.add(d_key, j, _dot("bkrs,bkrd->bksd", d_logits, queries))
+            d_value = blocks.add(
                 d_value, j, _dot("bkrs,bkrd->bksd", weights.astype(d_outs.dtype), d_outs)
             )
             return d_query, d_key, d_value
 
         start = jnp.zeros(queries.shape, jnp.float32), *d_keys_values
-        d_query, *rest = jax.lax.fori_loop(*look.range(segments, slots), visit, start)
+        d_query, *rest = jax.lax.fori_loop(*blocks.range(segments, slots), visit, start)
         return tuple(rest), d_query.astype(query.dtype)
 
     rows = functools.partial(_by_row, block=query_block, kv_heads=key.shape[2])
@@ -157,11 +157,11 @@ def _backward(query_block, key_block, kept, d_out):
     return d_query, back(d_key, key), back(d_value, value), None, None, None
 
 
-_blocked.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)
 
 
-class _Look:
-    """What a block of queries looks at: blocks of keys, and which of them it sees at all."""
+class _Keys:
+    """Key blocks as a block of queries reads them, and the range of blocks with visible keys."""
 
     def __init__(self, dim: int, keys: jax.Array, segments: jax.Array, block: int):
         self._scale, self._keys, self._segments, self._block = dim**-0.5, keys, segments, block
@@ -174,16 +174,16 @@ class _Look:
         return jax.lax.dynamic_update_slice_in_dim(x, self.at(x, j) + more, j * self._block, axis=2)
 
     def range(self, segments: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The first block of keys of which a query may see any, and the one behind the last."""
-        blocks = self._segments.reshape(self._segments.shape[0], -1, self._block)
-        low, high = blocks.min(-1), blocks.max(-1)
-        meet = (segments.min(-1, keepdims=True) <= high) & (low <= segments.max(-1, keepdims=True))
-        starts = self._block * jnp.arange(blocks.shape[1])
-        seen = jnp.any(meet, axis=0) & (starts <= slots.max())
+        """First block with a key that some query may see, and one past the last."""
+        by_block = self._segments.reshape(self._segments.shape[0], -1, self._block)
+        low, high = segments.min(-1, keepdims=True), segments.max(-1, keepdims=True)
+        overlap = (low <= by_block.max(-1)) & (by_block.min(-1) <= high)
+        starts = self._block * jnp.arange(by_block.shape[1])
+        seen = jnp.any(overlap, axis=0) & (starts <= slots.max())
         return jnp.argmax(seen), len(seen) - jnp.argmax(seen[::-1])
 
     def logits(self, j, queries: jax.Array, segments: jax.Array, slots: jax.Array) -> jax.Array:
-        """float32[B, kv_heads, R, block], lowest where a query must not look."""
+        """float32[B, kv_heads, R, block], LOWEST where masked."""
         key_slots = j * self._block + jnp.arange(self._block)
         key_segments = jax.lax.dynamic_slice_in_dim(
             self._segments, j * self._block, self._block, axis=1
@@ -203,8 +203,7 @@ def _split(x: jax.Array, block: int) -> jax.Array:
 
 
 def _by_row(x: jax.Array, block: int, kv_heads: int) -> jax.Array:
-    """[B, T, heads, d] -> [T / block, B, kv_heads, R, d]: the R = heads / kv_heads x block queries
-    of a key head are the rows of one product."""
+    """[B, T, heads, d] -> [T / block, B, kv_heads, R, d], R = heads / kv_heads x block queries."""
     batch, _, heads, dim = x.shape
     x = x.reshape(batch, -1, block, kv_heads, heads // kv_heads, dim)
     return x.transpose(1, 0, 3, 4, 2, 5).reshape(x.shape[1], batch, kv_heads, -1, dim)

@@ -1,7 +1,7 @@
-"""From hidden states to log-probabilities, without the [B, T, V] array of logits.
+"""Chunked log-softmax: hidden states to token log-probs without the [B, T, V] logits.
 
-The output matrix is the largest of all. It is gathered from `fsdp` once, and its gradient scattered
-once, however many chunks there are; the compiler alone would do both for every chunk.
+The output matrix, the largest array, is all-gathered over `fsdp` once and its gradient
+reduce-scattered once; the compiler alone would do both for every chunk.
 """
 
 import functools
@@ -20,55 +20,54 @@ def token_logp(
     hidden: Float[Array, "B T D"],
     head_matrix: Float[Array, "D V"],
     targets: Int[Array, "B T"],
-    wanted: Bool[Array, "B T"],
+    mask: Bool[Array, "B T"],
     *,
     temperature: float,
     chunk: int,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """log softmax(logits / temperature)[target] and the entropy of that softmax, in float32.
 
-    Only wanted places are computed, the others are 0: in each row (in each device's part of it,
-    over `context`) they are brought together in front, and the loop over chunks ends behind them.
-    Each chunk's logits are made, reduced, dropped, and made again for the backward pass, so the
+    Only positions in `mask` are computed, the others are 0: in each row (each device's part of it,
+    over `context`) they are sorted to the front, and the loop over chunks ends behind them. A
+    chunk's logits are computed, reduced, dropped, and recomputed for the backward pass, so the
     largest temporary is [B, chunk, V]. The entropy carries no gradient.
 
     Args:
       hidden: final hidden states.
       head_matrix: the output matrix.
-      targets: the token whose log-probability is asked for at each place.
-      wanted: the places.
+      targets: tokens to score.
+      mask: positions to score.
       temperature: of the sampler; both sides of a ratio need the same.
-      chunk: places of a row at a time.
+      chunk: positions of a row at a time.
     """
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else mesh.shape["context"]
-    most = jnp.max(jnp.sum(wanted.reshape(-1, wanted.shape[1] // parts), axis=-1))
+    most = jnp.max(jnp.sum(mask.reshape(-1, mask.shape[1] // parts), axis=-1))
     of_rows = functools.partial(_of_rows, temperature=temperature, chunk=chunk)
-    if mesh.empty or mesh.size == 1:  # where a gather would be a copy
-        return of_rows(hidden, head_matrix, targets, wanted, most)
+    if mesh.empty or mesh.size == 1:  # an all-gather would be a copy
+        return of_rows(hidden, head_matrix, targets, mask, most)
 
     def on_device(hidden, part, *rest):
-        # The TPU compiler dies of a gradient that is scattered narrow, widened and added up in a
-        # loop over micro-batches (a check in its while_loop_all_reduce_code_motion); not behind a
-        # barrier.
+        # Without the barrier the TPU compiler fails a check (while_loop_all_reduce_code_motion) on
+        # gradients that are scattered narrow, widened and summed in a loop over micro-batches.
         part = jax.lax.optimization_barrier(part)
-        # It moves in the dtype of the activations; sums over chunks are float32.
+        # All-gathered in the dtype of the activations; sums over chunks are float32.
         whole = jax.lax.all_gather(part.astype(hidden.dtype), "fsdp", axis=0, tiled=True)
         return of_rows(hidden, whole.astype(jnp.float32), *rest)
 
-    places = P(*ROWS, "context")
+    positions = P(*ROWS, "context")
     return jax.shard_map(
         on_device,
-        in_specs=(places, P("fsdp"), places, places, P()),
-        out_specs=places,
-        axis_names=set(mesh.axis_names) - {"tensor"},  # a split vocabulary is the compiler's
+        in_specs=(positions, P("fsdp"), positions, positions, P()),
+        out_specs=positions,
+        axis_names=set(mesh.axis_names) - {"tensor"},  # the compiler handles a split vocabulary
         check_vma=False,
-    )(hidden, head_matrix, targets, wanted, most)
+    )(hidden, head_matrix, targets, mask, most)
 
 
-def _of_rows(hidden, head_matrix, targets, wanted, most, *, temperature, chunk):
-    length = wanted.shape[1]
-    order = jnp.argsort(~wanted, axis=1, stable=True)
+def _of_rows(hidden, head_matrix, targets, mask, most, *, temperature, chunk):
+    length = mask.shape[1]
+    order = jnp.argsort(~mask, axis=1, stable=True)
     fill = lambda x: jnp.pad(x, ((0, 0), (0, -length % chunk), *[(0, 0)] * (x.ndim - 2)))
     found: Any = _of_chunks(
         fill(jnp.take_along_axis(hidden, order[..., None], axis=1)),
@@ -79,17 +78,17 @@ def _of_rows(hidden, head_matrix, targets, wanted, most, *, temperature, chunk):
         chunk,
     )
     back = jnp.argsort(order, axis=1)
-    spread = lambda x: jnp.where(wanted, jnp.take_along_axis(x, back, axis=1), 0.0)
+    spread = lambda x: jnp.where(mask, jnp.take_along_axis(x, back, axis=1), 0.0)
     return jax.tree.map(spread, found)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _of_chunks(hidden, head_matrix, targets, turns, temperature, chunk):
-    """Log-probs and entropies of the first `turns` chunks of places, and 0 behind them."""
-    return _forward(hidden, head_matrix, targets, turns, temperature, chunk)[0]
+def _of_chunks(hidden, head_matrix, targets, num_chunks, temperature, chunk):
+    """Log-probs and entropies of the first `num_chunks` chunks of positions, then 0."""
+    return _forward(hidden, head_matrix, targets, num_chunks, temperature, chunk)[0]
 
 
-def _forward(hidden, head_matrix, targets, turns, temperature, chunk):
+def _forward(hidden, head_matrix, targets, num_chunks, temperature, chunk):
     narrow = head_matrix.astype(hidden.dtype)
 
     def visit(i, written):
@@ -102,12 +101,12 @@ def _forward(hidden, head_matrix, targets, turns, temperature, chunk):
         return tuple(_write(x, i, y) for x, y in zip(written, made, strict=True))
 
     blank = jnp.zeros(targets.shape, jnp.float32)
-    logp, entropy, normaliser = _loop(targets.shape[1] // chunk, turns, visit, (blank,) * 3)
-    return (logp, entropy), (hidden, narrow, targets, turns, normaliser)
+    logp, entropy, normaliser = _loop(targets.shape[1] // chunk, num_chunks, visit, (blank,) * 3)
+    return (logp, entropy), (hidden, narrow, targets, num_chunks, normaliser)
 
 
 def _backward(temperature, chunk, kept, d_out):
-    hidden, narrow, targets, turns, normaliser = kept
+    hidden, narrow, targets, num_chunks, normaliser = kept
     d_logp = d_out[0] / temperature
 
     def visit(i, written):
@@ -123,17 +122,17 @@ def _backward(temperature, chunk, kept, d_out):
         return _write(d_hidden, i, d_states), d_matrix
 
     start = jnp.zeros_like(hidden), jnp.zeros(narrow.shape, jnp.float32)
-    d_hidden, d_matrix = _loop(targets.shape[1] // chunk, turns, visit, start)
+    d_hidden, d_matrix = _loop(targets.shape[1] // chunk, num_chunks, visit, start)
     return d_hidden, d_matrix, None, None
 
 
 _of_chunks.defvjp(_forward, _backward)
 
 
-def _loop(most: int, turns, visit, start):
-    """The name says to who reads the compiled program what the bound, which is data, does not."""
+def _loop(most: int, num_chunks, visit, start):
+    """Loops `num_chunks` times; the scope tells readers of HLO the bound, which is data."""
     with jax.named_scope(f"at_most_{most}"):
-        return jax.lax.fori_loop(0, turns, visit, start)
+        return jax.lax.fori_loop(0, num_chunks, visit, start)
 
 
 def _chunk(x, i, chunk):

@@ -13,7 +13,7 @@ import numpy as np
 
 
 def inverse_frequencies(rope: Mapping, head_dim: int) -> tuple[np.ndarray, float]:
-    """Returns float32[head_dim / 2] angular frequencies and the factor on the cosines and sines."""
+    """float32[head_dim / 2] angular frequencies, and the factor on cosines and sines."""
     theta = rope["rope_theta"]
     plain = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     scaled, attention_factor = VARIANTS[rope["rope_type"]](plain, rope)
@@ -26,7 +26,7 @@ def _default(plain: np.ndarray, rope: Mapping) -> tuple[np.ndarray, float]:
 
 
 def _llama3(plain: np.ndarray, rope: Mapping) -> tuple[np.ndarray, float]:
-    """Divides low frequencies by `factor`, keeps high ones, and blends linearly between."""
+    """Divides low frequencies by `factor`, keeps high ones, and interpolates between."""
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -34,7 +34,7 @@ def _llama3(plain: np.ndarray, rope: Mapping) -> tuple[np.ndarray, float]:
 
 
 def _yarn(plain: np.ndarray, rope: Mapping) -> tuple[np.ndarray, float]:
-    """As llama3, but the ramp is linear in the dimension's index, and attention is sharpened."""
+    """As llama3, but the ramp is linear in the dimension's index, and logits are scaled up."""
     factor, length = rope["factor"], rope["original_max_position_embeddings"]
     dim = 2 * len(plain)
 

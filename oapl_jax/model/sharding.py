@@ -1,8 +1,8 @@
-"""Where arrays live: the mesh, the table from parameter names to axes, one activation constraint.
+"""Sharding: the mesh, a strict table from parameter names to mesh axes, activation constraints.
 
 Mesh axes: `data` (batch; parameters replicated), `fsdp` (batch; parameters sharded), `context`
-(the places of a row) and `tensor` (heads, feed-forward and vocabulary sharded). Parameters are the
-same along `data` and `context`.
+(positions of a row) and `tensor` (heads, feed-forward and vocabulary). Parameters are replicated
+along `data` and `context`.
 """
 
 import math
@@ -18,8 +18,8 @@ from oapl_jax.errors import UserError
 AXES = ("data", "fsdp", "context", "tensor")
 ROWS = P(("data", "fsdp"))  # the leading axis of everything in a micro-batch
 
-# Parameter path -> axes; the first match counts, and every parameter must match. The leading axis
-# of a layer's parameter is the scanned layer axis.
+# Parameter path -> mesh axes; every parameter must match one. The leading axis of a layer's
+# parameter is the scanned layer axis.
 PARAMETER_RULES = (
     (r"embed/embedding", P("tensor", "fsdp")),
     (r"head", P("fsdp", "tensor")),
@@ -33,19 +33,19 @@ PARAMETER_RULES = (
 
 
 def make_mesh(*, data: int, fsdp: int, context: int, tensor: int) -> Mesh:
-    """A mesh over all devices; one of the sizes may be -1 and takes what is left.
+    """Makes a mesh over all devices; one size may be -1 and takes the remaining devices.
 
     Raises:
       UserError: if the sizes do not multiply to the number of devices.
     """
-    asked = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
-    sizes = [asked[axis] for axis in AXES]
+    given = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
+    sizes = [given[axis] for axis in AXES]
     devices = jax.device_count()
     if sizes.count(-1) == 1:
         rest = -math.prod(sizes)
         sizes[sizes.index(-1)] = max(devices // rest, 1) if rest > 0 else 0
     if min(sizes) < 1 or math.prod(sizes) != devices:
-        product = " x ".join(f"mesh.{axis}={asked[axis]}" for axis in AXES)
+        product = " x ".join(f"mesh.{axis}={given[axis]}" for axis in AXES)
         raise UserError(
             f"{product} does not make {devices} devices; choose sizes with that product (one of "
             "them may be -1)"
@@ -54,10 +54,10 @@ def make_mesh(*, data: int, fsdp: int, context: int, tensor: int) -> Mesh:
 
 
 def parameter_spec(path: str) -> P:
-    """The axes of the parameter with this slash-joined path.
+    """Mesh axes of the parameter with this slash-joined path.
 
     Raises:
-      KeyError: if no rule matches; a parameter that nobody placed would be replicated unseen.
+      KeyError: if no rule matches: the parameter would be replicated silently.
     """
     for pattern, spec in PARAMETER_RULES:
         if re.fullmatch(pattern, path):
@@ -66,7 +66,7 @@ def parameter_spec(path: str) -> P:
 
 
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:
-    """A tree of NamedShardings for a tree of parameters (or of their shapes).
+    """NamedShardings for a tree of parameters (or of their shapes).
 
     Raises:
       UserError: if an axis of a parameter can't be divided over its mesh axis.
@@ -87,37 +87,37 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
 
 
 def gathered(params: Any) -> Any:
-    """Parameters of any mesh, whole on one device of this host; all hosts must call it."""
+    """All-gathers parameters of any mesh to one device of this host; all hosts must call it."""
     here = jax.local_devices()[0]
     if jax.process_count() == 1:
         return jax.device_put(params, here)
 
     def one(leaf: Any) -> jax.Array:
-        everywhere = NamedSharding(leaf.sharding.mesh, P())
-        return jax.device_put(jax.device_put(leaf, everywhere).addressable_data(0), here)
+        replicated = NamedSharding(leaf.sharding.mesh, P())
+        return jax.device_put(jax.device_put(leaf, replicated).addressable_data(0), here)
 
     return jax.tree.map(one, params)
 
 
 def constrain_embedded(x: jax.Array) -> jax.Array:
-    """Leaves looked-up [B, T, D] embeddings split as their table is, before they are split by row.
+    """Keeps looked-up [B, T, D] embeddings sharded as their table, before `constrain_activations`.
 
-    From there the rows are exchanged within `fsdp`; in one stride the compiler finds no way but to
-    replicate them on every device.
+    From there the compiler exchanges rows within `fsdp`; in one step it would replicate them on
+    every device.
     """
     return _constrain(x, P("data", "context", "fsdp"))
 
 
 def constrain_activations(x: jax.Array) -> jax.Array:
-    """Keeps [B, T, D] activations split by row and place: weights are gathered, tokens never.
+    """Keeps [B, T, D] activations sharded by row and position: weights move, tokens never.
 
-    Outside a mesh (a sampler on one device) there is nothing to constrain.
+    No-op outside a mesh (a sampler on one device).
     """
     return _constrain(x, P(*ROWS, "context", None))
 
 
 def platform() -> str:
-    """Of the mesh's devices, which need not be here; outside a mesh taken to be "cpu"."""
+    """Platform of the abstract mesh's devices, also ones absent here; "cpu" outside a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return "cpu" if mesh.empty else mesh.abstract_device.platform
 

@@ -1,4 +1,4 @@
-"""Splash attention, the Pallas kernel of JAX for TPUs, over packed rows.
+"""Splash attention, JAX's Pallas kernel for TPUs, over packed rows.
 
 The [Tq, Tk] weights never leave the chip's vector memory, keys are not repeated for the query heads
 that share them, and blocks of the future are skipped.
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from oapl_jax.model.blockwise_attention import ATTENTION
@@ -19,30 +19,25 @@ LANES = 128  # of a vector register; every block is a multiple
 BLOCKS = (512, 256, LANES)
 
 
-def splash_kernel(heads: int, slots: np.ndarray, mesh: Any, *, interpret: bool = False):
-    """A kernel for `attention.over_mesh` and how its tables are split over the mesh.
+def splash_kernel(
+    heads: int, slots: np.ndarray, mesh: AbstractMesh, *, interpret: bool = False
+) -> tuple[Any, Any]:
+    """Makes a kernel for `attention.over_mesh`, and the sharding of its tables.
 
     Args:
       heads: query heads of one device.
-      slots: int[T], the slot of each query of a row; context is split over the axis `context`.
+      slots: int[T], the slot of each query of a row; split over the axis `context`.
       mesh: its `context` must divide T into multiples of LANES.
       interpret: run the kernel's program by ordinary operations, on any platform.
     """
     length, context = len(slots), mesh.shape["context"]
     block = next(b for b in BLOCKS if length // context % b == 0)
-    sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
+    names = ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")
     causal = splash.CausalMask((length, length))
     causal.q_sequence = slots.astype(np.int32)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([causal] * heads),
-        block_sizes=sizes,
+        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
         head_shards=1,
         q_seq_shards=context,
         residual_checkpoint_name=ATTENTION,
@@ -53,7 +48,7 @@ def splash_kernel(heads: int, slots: np.ndarray, mesh: Any, *, interpret: bool =
 
 
 def _rows(kernel, query, key, value, query_segments, key_segments, query_slots):
-    del query_slots  # the kernel was made with them
+    del query_slots  # the kernel's mask contains them
     heads_first = functools.partial(jax.numpy.swapaxes, axis1=1, axis2=2)
     query = (query * query.shape[-1] ** -0.5).astype(query.dtype)  # the kernel does not scale
     segments = splash.SegmentIds(query_segments, key_segments)

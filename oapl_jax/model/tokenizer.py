@@ -1,4 +1,4 @@
-"""Tokenizers: loaded from local files, made for the embedded tasks, checked against the model."""
+"""Tokenizers: load from local files, make one for the synthetic tasks, check against the model."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ CONTENTS_ONLY = "{% for message in messages %}{{ message['content'] }}{% endfor 
 
 
 def load_tokenizer(directory: str | Path) -> Any:
-    """The tokenizer saved in a local directory; nothing is downloaded.
+    """Loads the tokenizer of a local directory; never downloads.
 
     Raises:
       UserError: if there is none, or it has no chat template or no end-of-sequence token.
@@ -38,10 +38,10 @@ def load_tokenizer(directory: str | Path) -> Any:
 
 
 def make_character_tokenizer(characters: str, directory: str | Path) -> Any:
-    """Saves a tokenizer of one token a character, and loads it again as any other program would.
+    """Saves a tokenizer with one token per character, and loads it.
 
-    Ids: 0 <pad>, 1 <eos>, then the characters in their order. The chat template only concatenates
-    contents. A character outside the vocabulary raises when it is encoded.
+    Ids: 0 <pad>, 1 <eos>, then the characters in order. The chat template concatenates contents.
+    Encoding a character outside the vocabulary raises.
     """
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, *dict.fromkeys(characters)])}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
@@ -60,16 +60,8 @@ def make_character_tokenizer(characters: str, directory: str | Path) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, config: ModelConfig, *, source: str) -> None:
-    """Checks that the tokenizer and the model agree.
-
-    Args:
-      tokenizer: the one that templates prompts and decodes responses.
-      config: of the policy.
-      source: the model's directory or config section, named in errors.
-
-    Raises:
-      UserError: if a token has no embedding, or the model does not stop where the tokenizer does.
-    """
+    """Raises a UserError if a token has no embedding, or tokenizer and model end a response with
+    different tokens; `source` (the model's directory or config section) is named in it."""
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer ({tokenizer.name_or_path}) has {len(tokenizer)} tokens but vocab_size "
@@ -81,8 +73,3 @@ def check_tokenizer(tokenizer: Any, config: ModelConfig, *, source: str) -> None
             f"{tokenizer.eos_token_id} ({tokenizer.eos_token}) but eos_token_id of {source} is "
             f"{list(config.eos_token_ids)}; use the model's own tokenizer or correct eos_token_id"
         )
-
-
-def stop_ids(tokenizer: Any, config: ModelConfig) -> tuple[int, ...]:
-    """Every token that ends a response, ascending: the model's and the tokenizer's."""
-    return tuple(sorted({*config.eos_token_ids, tokenizer.eos_token_id}))

@@ -1,7 +1,7 @@
-"""One decoder for the Qwen3, Qwen2 and Llama shapes, for learning on packed rows and for sampling.
+"""Decoder-only transformer (Qwen3, Qwen2, Llama) for learning on packed rows and for sampling.
 
-`Transformer.apply({"params": params}, tokens, positions, segments)` gives hidden states; `head` is
-the [D, V] matrix that turns them into logits, so that the learner can do so in chunks.
+`Transformer.apply({"params": params}, tokens, positions, segments)` returns hidden states; `head`
+is the [D, V] output matrix, separate so that the learner computes logits in chunks.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.rope import angles, rotate
 from oapl_jax.model.sharding import constrain_activations, constrain_embedded, platform
 
-PRODUCT = "product"  # the name of what `cpu_product` makes, in which a policy sees no dot
-LAYER = "layer"  # the name of a layer's input
-# What a layer keeps for its backward pass beside its input; the rest is computed again. What each
-# costs is in docs/architecture.md.
+PRODUCT = "product"  # checkpoint name of `cpu_product`, which policies don't recognize as a dot
+LAYER = "layer"  # checkpoint name of a layer's input
+# Residuals that a layer saves for its backward pass beside its input; the rest is recomputed.
+# docs/architecture.md has their costs.
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -31,7 +31,7 @@ REMAT_POLICIES = {
     ),
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
-    # As "attention", but all of it, the input too, lies in the host's memory between the passes.
+    # As "attention", but residuals and inputs are offloaded to host memory between the passes.
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=(),
         names_which_can_be_offloaded=(LAYER, ATTENTION),
@@ -43,10 +43,9 @@ REMAT_POLICIES = {
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of the tokens seen so far; all rows of a batch are filled to one slot.
+    """Keys and values of earlier tokens; all rows of a batch are filled up to the same slot.
 
-    Slots lie behind heads, as attention's products want them: a CPU would turn all around for every
-    token.
+    The slot axis follows the head axis, which saves a CPU a transpose of the cache for every token.
     """
 
     key: jax.Array  # [layers, B, kv_heads, S, head_dim]
@@ -66,12 +65,12 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -
 
 
 def cpu_product(x, kernel, dimensions, precision):
-    """nn.Dense's dot_general for a CPU, with another order in the kernel's gradient.
+    """nn.Dense's dot_general for CPUs, with another operand order in the kernel's gradient.
 
-    In jax's own order a CPU makes d_out anew inside of that product, turned around, out of all that
-    it was made of: a fifth of a learner's step.
+    In JAX's order XLA's CPU backend recomputes and transposes d_out inside that product, a fifth of
+    a learner's step.
     """
-    del dimensions, precision  # of nn.Dense, always the same
+    del dimensions, precision  # constant in nn.Dense
     return checkpoint_name(_product(x, kernel), PRODUCT)
 
 
@@ -101,16 +100,16 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. Scanned over the layers, with the cache in the carry to be updated in place.
+    """One layer, scanned over all layers; the cache is in the carry, so it is updated in place.
 
-    `seen` is what attention goes by: the segments of a whole row, or the mask of a cache's slots.
+    `visibility` is the segments of packed rows, or the mask of a cache's slots.
     """
 
     config: ModelConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, carry, layer, cos, sin, seen):
+    def __call__(self, carry, layer, cos, sin, visibility):
         x, cache = carry
         x = checkpoint_name(x, LAYER)
         c = self.config
@@ -132,7 +131,7 @@ class Block(nn.Module):
             key = RMSNorm(c.rms_norm_eps, name="k_norm")(key)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if cache is None:
-            mixed = attention(query, key, value, seen)
+            mixed = attention(query, key, value, visibility)
         else:
             by_head = lambda x: x.swapaxes(-3, -2)
             at = (layer, 0, 0, cache.slot, 0)
@@ -142,7 +141,7 @@ class Block(nn.Module):
             )
             key = jax.lax.dynamic_index_in_dim(cache.key, layer, keepdims=False)
             value = jax.lax.dynamic_index_in_dim(cache.value, layer, keepdims=False)
-            mixed = masked_attention(query, by_head(key), by_head(value), seen)
+            mixed = masked_attention(query, by_head(key), by_head(value), visibility)
         mixed = mixed.reshape(*x.shape[:2], inner)
         x = x + dense(c.hidden_size, use_bias=c.output_bias, name="o")(mixed)
         x = constrain_activations(x)
@@ -155,12 +154,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids to final hidden states.
-
-    Attributes:
-      config: sizes.
-      dtype: of activations and matrix products; parameters are float32 masters.
-      remat: a name in REMAT_POLICIES.
+    """Attributes:
+    config: sizes.
+    dtype: of activations and matrix products; parameters are float32.
+    remat: a name in REMAT_POLICIES.
     """
 
     config: ModelConfig
@@ -169,16 +166,16 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, positions, segments, cache: Cache | None = None):
-        """Runs the decoder.
+        """Maps token ids to final hidden states.
 
         Args:
           tokens: int32[B, T].
           positions: int32[B, T], counted from 0 in each segment.
           segments: int32[B, T]; tokens see only their own segment, 0 is padding.
-          cache: earlier tokens; T new slots are filled. None for a whole sequence at once.
+          cache: earlier tokens; T new slots are filled. None for whole sequences.
 
         Returns:
-          [B, T, D] hidden states after the last norm; with a cache, the pair (states, cache).
+          [B, T, D] hidden states after the last norm; with a cache, (states, cache).
         """
         c = self.config
         embed = nn.Embed(
@@ -190,7 +187,7 @@ class Transformer(nn.Module):
             name="embed",
         )
         x = constrain_activations(constrain_embedded(embed(tokens)))
-        seen = segments
+        visibility = segments
         if cache is not None:
             slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
             cache = dataclasses.replace(
@@ -198,7 +195,7 @@ class Transformer(nn.Module):
                 segments=jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.slot)),
             )
             key_slots = jnp.arange(cache.segments.shape[1], dtype=jnp.int32)
-            seen = visible(segments, cache.segments, cache.slot + slots, key_slots)
+            visibility = visible(segments, cache.segments, cache.slot + slots, key_slots)
         cos, sin = angles(positions, dict(c.rope), c.head_dim)
 
         block = Block
@@ -212,7 +209,7 @@ class Transformer(nn.Module):
             length=c.num_layers,
         )
         (x, cache), _ = layers(c, self.dtype, name="layers")(
-            (x, cache), jnp.arange(c.num_layers), cos, sin, seen
+            (x, cache), jnp.arange(c.num_layers), cos, sin, visibility
         )
         x = RMSNorm(c.rms_norm_eps, name="final_norm")(x)
         if not c.tie_embeddings and self.is_initializing():
@@ -224,7 +221,7 @@ class Transformer(nn.Module):
 
 
 def head(params, config: ModelConfig) -> jax.Array:
-    """The [D, V] output matrix in float32; the transposed embedding where the two are tied."""
+    """float32[D, V] output matrix: the transposed embedding if the two are tied."""
     return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]
 
 

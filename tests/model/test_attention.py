@@ -1,7 +1,6 @@
-"""Every kernel against the plain reference, with its gradient: blocked, splash, fused.
+"""Every attention kernel equals the plain reference, with its gradients: blockwise, splash, GPU.
 
-The splash kernel is interpreted, operation by operation, as there is no TPU; cuDNN's is lowered for
-CUDA and can't be run.
+The splash kernel is interpreted, operation by operation; cuDNN's is lowered for CUDA and not run.
 """
 
 import functools
@@ -17,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from oapl_jax.errors import UserError
 from oapl_jax.model import attention
-from oapl_jax.model import blockwise_attention as blocked
+from oapl_jax.model.blockwise_attention import BLOCK, blockwise_attention, visible
 from oapl_jax.model.sharding import AXES
 from oapl_jax.model.splash import LANES, splash_kernel
 
@@ -50,7 +49,7 @@ def arrays(rows, length, seed=0, dtype=np.float32):
 
 def reference(query, key, value, segments):
     slots = jnp.arange(segments.shape[1])
-    mask = blocked.visible(segments, segments, slots, slots)
+    mask = visible(segments, segments, slots, slots)
     return attention.masked_attention(query, key, value, mask)
 
 
@@ -92,9 +91,9 @@ def assert_equal_the_reference(run, rows, length, segments=None, atol=1e-5):
 
 
 @pytest.mark.parametrize("length", [1, 2, 64, 128, 129, 300, 512])
-def test_blocked_equals_the_reference(length):
+def test_blockwise_equals_the_reference(length):
     segments = packed(3, length) if length > 4 else np.ones((3, length), np.int32)
-    assert_equal_the_reference(on_one_device(blocked.blocked_attention), 3, length, segments)
+    assert_equal_the_reference(on_one_device(blockwise_attention), 3, length, segments)
 
 
 @pytest.mark.parametrize(
@@ -103,73 +102,70 @@ def test_blocked_equals_the_reference(length):
         np.ones((1, 300)),
         np.zeros((1, 300)),
         np.arange(300)[None],
-        # Any order of any numbers: 7, 3, 7, 3, ... and one that comes again far behind.
+        # Segment ids in any order, also alternating and recurring.
         np.where(np.arange(300) % 2, 3, 7)[None],
         np.repeat([5, 1, 9, 5], 75)[None],
         np.stack([np.repeat([1, 2, 3], 100), np.repeat([1, 0], 150)]),
     ],
 )
-def test_blocked_finds_every_block_that_anyone_sees(segments):
-    run = on_one_device(blocked.blocked_attention)
+def test_blockwise_visits_every_block_with_visible_keys(segments):
+    run = on_one_device(blockwise_attention)
     assert_equal_the_reference(run, len(segments), 300, segments.astype(np.int32))
 
 
-def test_blocked_visits_only_what_is_seen():
-    """Four sequences of one block each: 4 products of a pass; one sequence of 4 blocks: 10."""
-    length = 4 * blocked.BLOCK
-    keys, counts = jnp.zeros((1, 1, length, DIM)), {}
-    for name, lengths in (("packed", [blocked.BLOCK] * 4), ("one", [length])):
-        segments = jnp.asarray(np.repeat(np.arange(len(lengths)), lengths), jnp.int32)[None]
-        look = blocked._Look(DIM, keys, segments, blocked.BLOCK)
-        ranges = [
-            look.range(segments[:, i : i + blocked.BLOCK], jnp.arange(i, i + blocked.BLOCK))
-            for i in range(0, length, blocked.BLOCK)
-        ]
-        counts[name] = int(sum(end - start for start, end in ranges))
-    assert counts == {"packed": 4, "one": 10}
+@pytest.mark.parametrize("lengths", [[BLOCK] * 4, [4 * BLOCK]], ids=["packed", "one"])
+def test_blockwise_skips_blocks_without_visible_keys(lengths):
+    """NaN values of a visited block would spread, since 0 times NaN is NaN."""
+    segments = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[None]
+    query, key, value, _ = arrays(1, 4 * BLOCK)
+    run = jax.jit(on_one_device(blockwise_attention))
+    for i in range(4):
+        rows = np.arange(4 * BLOCK) // BLOCK
+        masked = (rows != i) if len(lengths) > 1 else (rows > i)
+        poisoned = jnp.where(masked[None, :, None, None], jnp.nan, value)
+        found = run(query, key, poisoned, segments)
+        assert np.isfinite(found[0, rows == i]).all()
 
 
-def test_no_quadratic_array_is_kept_or_made():
-    """At 2,048 places temporaries are a tenth of the reference's, and linear in the length."""
+def test_blockwise_memory_is_linear_in_the_length():
+    """At 2,048 positions temporaries are a tenth of the reference's."""
 
     def temporaries(run, length):
         given = *arrays(1, length), np.ones((1, length), np.int32)
         compiled = jax.jit(functools.partial(value_and_gradients, run)).lower(*given).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    run = on_one_device(blocked.blocked_attention)
+    run = on_one_device(blockwise_attention)
     assert temporaries(run, 2048) < 0.1 * temporaries(reference, 2048)
     assert temporaries(run, 4096) < 2.2 * temporaries(run, 2048)
 
 
-def test_large_logits_neither_overflow_nor_lose_the_others():
+def test_large_logits_do_not_overflow():
     query, key, value, _ = arrays(1, 300)
     segments = packed(1, 300)
     for scale in (30.0, 1e18):
-        found = blocked.blocked_attention(
-            query * scale, key, value, segments, segments, jnp.arange(300)
-        )
+        found = blockwise_attention(query * scale, key, value, segments, segments, jnp.arange(300))
         expected = reference(query * scale, key, value, segments)
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_half_precision_is_for_products_only():
+def test_half_precision_sums_in_float32():
     query, key, value, _ = arrays(2, 256)
     segments = packed(2, 256)
     narrow = (x.astype(jnp.bfloat16) for x in (query, key, value))
-    found = on_one_device(blocked.blocked_attention)(*narrow, segments)
+    found = on_one_device(blockwise_attention)(*narrow, segments)
     assert found.dtype == jnp.bfloat16
     expected = reference(query, key, value, segments)
     assert 1e-3 < np.abs(found.astype(jnp.float32) - expected).max() < 0.05
 
 
-def test_fused_equals_the_reference():
-    """The operations that XLA fuses; cuDNN takes the same arguments."""
-    assert_equal_the_reference(on_one_device(attention.fused_attention), 3, 48)
+def test_gpu_equals_the_reference():
+    """In float32, which XLA computes; cuDNN takes the same arguments."""
+    assert_equal_the_reference(on_one_device(attention.gpu_attention), 3, 48)
 
 
 def lowered_for_cuda(run, rows, length, dtype):
-    """What a GPU's compiler would be given of the value and the gradients."""
+    """The program of value and gradients that a GPU's compiler gets."""
     given = *arrays(rows, length, dtype=dtype), packed(rows, length)
     traced = jax.jit(functools.partial(value_and_gradients, run)).trace(*given)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -177,12 +173,12 @@ def lowered_for_cuda(run, rows, length, dtype):
 
 @pytest.fixture
 def cudnn(monkeypatch):
-    """jax asks for cuDNN's version when it traces, and refuses without one."""
+    """JAX asks for cuDNN's version when it traces."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
 
 
 @pytest.mark.parametrize("sizes", [None, dict(context=2, tensor=2)], ids=str)
-def test_half_precision_lowers_to_cudnns_kernels_for_a_gpu(cudnn, sizes):
+def test_half_precision_lowers_to_cudnn_for_a_gpu(cudnn, sizes):
     gpu = attention.KERNELS["gpu"]
     run = over(gpu, mesh_of(**sizes)) if sizes else on_one_device(attention.gpu_attention)
     text = lowered_for_cuda(run, 2, 256, jnp.bfloat16)
@@ -198,19 +194,19 @@ def test_half_precision_lowers_to_cudnns_kernels_for_a_gpu(cudnn, sizes):
 
 
 @pytest.mark.parametrize(("dtype", "length"), [(jnp.float32, 128), (jnp.bfloat16, 362)])
-def test_no_row_is_too_long_for_a_gpu(cudnn, monkeypatch, dtype, length):
-    """One place more than fit, and there is no array of all pairs; the limit is lowered for it."""
+def test_long_rows_on_a_gpu_need_no_quadratic_array(cudnn, monkeypatch, dtype, length):
+    """Two positions beyond the limit (lowered here) the program has no [T, T] array."""
     monkeypatch.setattr(attention, "QUADRATIC_BYTES", 2**18)
     run = on_one_device(attention.gpu_attention)
-    for places, quadratic in ((length, True), (length + 2, False)):
-        text = lowered_for_cuda(run, 1, places, dtype)
-        assert (f"{places}x{places}x" in text) == quadratic
+    for positions, quadratic in ((length, True), (length + 2, False)):
+        text = lowered_for_cuda(run, 1, positions, dtype)
+        assert (f"{positions}x{positions}x" in text) == quadratic
         assert ("fmha" in text) == (quadratic and dtype == jnp.bfloat16)
     if dtype == jnp.float32:
         assert_equal_the_reference(run, 1, length + 2)
 
 
-# ---------------------------------------------------------------- over a mesh
+# Over a mesh
 
 KERNELS = dict(attention.KERNELS)
 INTERPRETED = LANES, functools.partial(splash_kernel, interpret=True)
@@ -229,7 +225,7 @@ def test_splash_equals_the_reference(sizes):
     assert_equal_the_reference(over(INTERPRETED, mesh_of(**sizes)), 2, length)
 
 
-def test_a_row_of_any_length_is_filled_up_for_the_kernel():
+def test_rows_of_any_length_are_padded_for_the_kernel():
     assert_equal_the_reference(over(INTERPRETED, mesh_of(context=2)), 2, 130)
     assert_equal_the_reference(over(KERNELS["cpu"], mesh_of(context=4)), 2, 54)
 
@@ -240,7 +236,7 @@ def test_kernels_over_a_mesh_equal_the_reference(platform, sizes):
     assert_equal_the_reference(over(KERNELS[platform], mesh_of(**sizes)), 2, 320)
 
 
-def test_queries_are_exchanged_so_that_every_device_does_the_same_work():
+def test_queries_are_exchanged_to_balance_the_work():
     seen = []
 
     def make_kernel(heads, slots, mesh):
@@ -252,33 +248,33 @@ def test_queries_are_exchanged_so_that_every_device_does_the_same_work():
     ((heads, slots),) = seen
     assert heads == HEADS // 2
     np.testing.assert_array_equal(np.sort(slots), np.arange(64))
-    work = (slots + 1).reshape(4, -1).sum(-1)  # keys that the queries of a device look at
+    work = (slots + 1).reshape(4, -1).sum(-1)  # keys visible to the queries of a device
     np.testing.assert_array_equal(work, work[0])
 
 
-def test_the_mesh_says_which_kernel(monkeypatch):
-    """Its devices' platform and not the host's: a program for a TPU is compiled anywhere."""
-    asked = []
+def test_the_platform_of_the_mesh_selects_the_kernel(monkeypatch):
+    """Not that of the host: any host compiles for a TPU."""
+    chosen = []
 
-    def noted(platform):
+    def record(platform):
         def make_kernel(*given):
-            asked.append(platform)
+            chosen.append(platform)
             return KERNELS["cpu"][1](*given)
 
         return 2, make_kernel
 
     for platform in KERNELS:
-        monkeypatch.setitem(attention.KERNELS, platform, noted(platform))
+        monkeypatch.setitem(attention.KERNELS, platform, record(platform))
     given = *arrays(1, 64)[:3], packed(1, 64)
     mesh = mesh_of().abstract_mesh
     tpu = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
     for here in (mesh, mesh.update(abstract_device=tpu)):
         with jax.sharding.use_abstract_mesh(here):
             jax.eval_shape(attention.attention, *given)
-    attention.attention(*given)  # a sampler's, outside a mesh
-    assert asked == ["cpu", "tpu"]
+    attention.attention(*given)  # outside a mesh
+    assert chosen == ["cpu", "tpu"]
 
 
-def test_key_heads_that_the_mesh_can_not_divide_are_refused():
-    with pytest.raises(UserError, match=r"mesh\.tensor=4 .* 2 key heads"):
+def test_key_heads_that_the_mesh_does_not_divide_are_refused():
+    with pytest.raises(UserError, match=r"mesh\.tensor=4"):
         over(KERNELS["cpu"], mesh_of(tensor=4))(*arrays(1, 64)[:3], packed(1, 64))

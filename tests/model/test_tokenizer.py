@@ -6,11 +6,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from oapl_jax.data.synthetic.tasks import TASKS
 from oapl_jax.errors import UserError
 from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.policy import Policy
 from oapl_jax.model.tokenizer import (
     check_tokenizer,
     load_tokenizer,
     make_character_tokenizer,
-    stop_ids,
 )
 
 CHARACTERS = "0123456789+-*/()=<>,.:!?' \n\tabntxé→"
@@ -124,5 +124,5 @@ def test_another_end_token(tokenizer, eos):
 
 
 def test_stop_ids(tokenizer):
-    assert stop_ids(tokenizer, model(eos_token_id=[9, 1])) == (1, 9)
-    assert stop_ids(tokenizer, model(eos_token_id=5)) == (1, 5)
+    assert Policy(model(eos_token_id=[9, 1]), tokenizer, None).stop_ids == (1, 9)
+    assert Policy(model(eos_token_id=5), tokenizer, None).stop_ids == (1, 5)
