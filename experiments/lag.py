@@ -1,22 +1,24 @@
-"""Where robustness to lag and step size ends: OAPL and six others, live.
+"""The limits of robustness to lag and learning rate: OAPL and six other objectives, live.
 
-Claim under test: at a lag of 128 OAPL survives a learning rate at which the others collapse.
-Command: python -m experiments.lag --jobs=2
+Claim: at a lag of 128 OAPL survives a learning rate at which the others collapse.
+Command: python -m experiments.launch lag --root=runs/comparison --jobs=2
+    python -m experiments.comparison --root=runs/comparison --to=docs
 Hardware: 2 CPU cores, 4 GB of memory.
+Hours: 2 with 2 jobs, for 405 runs.
+Expected: arXiv 2602.19362 has OAPL stable at lags where GRPO with importance sampling is not.
+Measured: docs/comparison.md. At three times the usual rate OAPL loses no run of three at lag 128,
+    and nor do GSPO and the likelihood of right answers; at lag 8 all lose runs.
 
-Nothing that is chosen here is used elsewhere, so all runs are graded on the test split. Each
-question is a table of cells, and each cell the same run for three seeds; a run that stands in two
-tables is done once.
+Nothing that is chosen here is used elsewhere, so all runs are graded on the test split. A table has
+three seeds in each cell; a run that stands in two tables is executed once.
 
-- learning rate x lag x beta2: at which rate does a method stop to learn, and then to keep what it
-  knew? How far does its policy drift from pi_lag within a window (`drift`)? At lag 1, where each
-  step publishes, for three methods.
-- Adam's moments at a sync: are the large first steps of a window, or what the moments remember of
-  the last one, to blame? Kept as they are; begun anew with each window; remembered over a thousand
-  steps (b2 = 0.999).
-- The scale of advantages: what V^ is (beta1 small: the maximum; large: the mean), whether groups of
-  equal rewards pull to pi_lag, and how much the clip of the gradient's norm cuts, for Adam undoes
-  any scale but there; for GRPO, advantages that are not divided by the standard deviation.
+- Learning rate x lag x beta2: at which rate does a method stop to learn, and then to keep what it
+  knew? How far does its policy drift from pi_lag within a window? Lag 1, where each step publishes,
+  has three methods.
+- Adam's moments at a sync: kept; reset with each window; remembered longer (b2 = 0.999).
+- Scale of the advantages: beta1 of V^ (small: the maximum; large: the mean), equal groups, and the
+  clip of the gradient's norm, the only place where Adam does not undo a scale; for GRPO, advantages
+  that are not divided by the standard deviation.
 - Many syncs: four times as many steps, at a constant rate, or at one that falls to a tenth as in
   all other runs.
 """
@@ -25,11 +27,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import inf
 
-from experiments.arms import Arm, Plan, Values, a_run
-from experiments.grid import Grid, by_seed, command
-from experiments.objectives import FULL, QUICK
-from experiments.runs import Run
-from oapl_jax.errors import exit_with_code
+from experiments.objectives import FULL, QUICK, Arm, Plan, Values, train
+from experiments.run import Add, Results, Run
 
 METHODS: dict[str, tuple[str, Values]] = {
     "oapl, beta2 0.05": ("oapl", {"objective.beta2": 0.05}),
@@ -43,30 +42,27 @@ METHODS: dict[str, tuple[str, Values]] = {
     "gspo": ("gspo", {}),
     "gspo, wide": ("gspo", {"objective.clip_low": 3e-2, "objective.clip_high": 4e-2}),
     "vespo": ("vespo", {}),
-    # No correction at all: the likelihood of right answers, of groups with equal rewards too.
+    # The likelihood of right answers, of groups with equal rewards too; no correction.
     "sft": ("sft", {"zero_variance_weight": 1.0}),
 }
-LAGS = (128, 8, 1)  # the largest first; what only the largest can show is asked there alone
+LAGS = (128, 8, 1)  # in the order of execution
 THREE = ("oapl, beta2 0.2", "grpo", "grpo_is")
 Cells = dict[str, dict[str, list[Run]]]  # by row and column
 
 
 @dataclass(frozen=True)
 class Table:
-    """A question: its cells, what they are, and the steps of their runs.
-
-    `lag` is that of a learning-rate table, and infinite for the others.
-    """
+    """Runs by row and column; `lag` is infinite unless the columns are learning rates."""
 
     title: str
     lag: float
-    rows: str  # what a row is
+    rows: str  # header of the first column
     cells: Cells
     num_steps: int
 
 
 def tables(plan: Plan) -> Iterator[Table]:
-    """In the order in which they are run."""
+    """In the order of execution."""
     quick = plan.common["num_steps"] < FULL.common["num_steps"]
     rates = (1e-3,) if quick else (3e-4, 1e-3, 3e-3, 1e-2)
     steps: int = plan.common["num_steps"]
@@ -76,7 +72,7 @@ def tables(plan: Plan) -> Iterator[Table]:
         forget_every = changes.pop("forget_every", 0)
         values = {"optim.learning_rate": rate, **constants}
         values |= {key.replace("__", "."): value for key, value in changes.items()}
-        runs = [a_run(plan, Arm("live", lag), method, values, s, "test") for s in plan.seeds[:3]]
+        runs = [train(plan, Arm("live", lag), method, values, s, "test") for s in plan.seeds[:3]]
         return [replace(run, forget_every=forget_every) for run in runs]
 
     for lag in [lag for lag in LAGS if lag in plan.lags]:
@@ -136,17 +132,14 @@ def tables(plan: Plan) -> Iterator[Table]:
     yield Table("Many syncs", inf, "", cells, 4 * steps)
 
 
-def work(grid: Grid, quick: bool) -> None:
-    for table in tables(QUICK if quick else FULL):
+def sweep_plan(add: Add, plan: Plan) -> None:
+    """Adds table by table; seeds are the outer loop, as in objectives.sweep_plan."""
+    for table in tables(plan):
         cells = [cell for row in table.cells.values() for cell in row.values()]
-        grid.run(by_seed(cells), what=table.title)
+        for runs in zip(*cells, strict=True):
+            for run in runs:
+                add(run)
 
 
-def main() -> None:
-    from experiments import plot  # each run's process imports this module, and needs no pictures
-
-    command(__doc__ or "", work, plot.render)
-
-
-if __name__ == "__main__":
-    exit_with_code(main)
+def sweep(add: Add, results: Results, quick: bool) -> None:
+    sweep_plan(add, QUICK if quick else FULL)

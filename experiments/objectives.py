@@ -1,29 +1,43 @@
 """Every objective at equal lag, sampled live and on the same recorded rollouts.
 
-Claim: none beforehand; docs/comparison.md has the rules by which the figures are read.
-Command: python -m experiments.objectives --jobs=2
+Claim: none in advance; docs/comparison.md states the rules by which the numbers are read.
+Command: python -m experiments.launch objectives --root=runs/comparison --jobs=2
+    python -m experiments.comparison --root=runs/comparison --to=docs
 Hardware: 2 CPU cores, 4 GB of memory.
+Hours: 5 with 2 jobs, for 1,407 runs.
+Expected: arXiv 2602.19362 finds OAPL above GRPO with importance sampling, on long answers.
+Measured: docs/comparison.md; at lag 128 and offline OAPL is above GRPO and below truncated
+    importance weights of sequences, VESPO and the likelihood of right answers.
 
 Each objective gets the same number of trials: learning rates times values of its own constants,
-with two seeds of their own, graded on the validation split. The best one trains once more for each
-of five other seeds. The test split grades these runs and the warmed-up policies that all start
-from, and nothing is chosen by what it says. Trials are made live, at a lag of 8 and at one of 128;
-every other arm takes the choice of one of these (arms.tuned).
+two seeds each, graded on the validation split. The best trial then trains with five other seeds,
+graded on the test split. Trials are live, at lags 8 and 128; every arm takes the choice of one of
+these (`tuned`). An arm is a source of rollouts:
+
+- live, lag L: sampled by the run itself, in windows of L steps, so that the lag is 0 to L - 1;
+- offline: a set that the warmed-up policy sampled, one group for each of so many prompts, passed
+  over twice in an order that follows from the seed. No sync: at step s the lag is s. All objectives
+  see the same groups in the same order;
+- replay, lag L: the rollouts of a recorded live run of the recorder at lag L, in its order. All
+  objectives see the same groups at the same steps. The recorder used the constants of the config,
+  not tuned ones: if it is tuned to these, its replay is its live run. For others the data are
+  off-policy at any L.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from configs.objectives import FROM_EQUAL_REWARDS
-from experiments.arms import Arm, Plan, Values, a_run, arms, tuned
-from experiments.findings import score
-from experiments.grid import Grid, by_seed, command
-from experiments.runs import Run
-from oapl_jax.errors import exit_with_code
+from experiments.run import Add, Results, Run, make_run
+from experiments.table import score
 
-# The constants that are tried, of configs/objectives.py. A value without a source is a
-# proposal: what suits answers of ten tokens in the place of thousands.
+Values = Mapping[str, Any]
+
+
+# Constants that are tried, of configs/objectives.py. A value without a source is our choice for
+# answers of ten tokens instead of thousands.
 METHODS: dict[str, tuple[Values, ...]] = {
     # The default job's beta2, and a weaker anchor.
     "oapl": ({"beta2": 0.2}, {"beta2": 0.05}),
@@ -72,30 +86,59 @@ METHODS: dict[str, tuple[Values, ...]] = {
     "mixed": ({"likelihood_weight": 0.1}, {"likelihood_weight": 0.5}),
     "sft": ({},),
 }
-# The first to be compared, in the tables of differences and in color.
+# Compared first, in color.
 CORE = ("oapl", "oapl, all groups", "grpo", "grpo_is", "gspo", "cispo", "vespo", "sft")
-# The same range for all: who has fewer constants gets more rates within it.
+# The same range for all; a method with fewer constants gets more rates within it.
 RATES = {1: (3e-4, 5e-4, 8e-4, 1.2e-3, 1.9e-3, 3e-3), 2: (3e-4, 1e-3, 3e-3)}
 TUNING_SEEDS = (100, 101)
-ALL_GROUPS = (
-    "oapl, all groups",
-    *FROM_EQUAL_REWARDS,
-)  # these learn from groups with equal rewards too
+# These learn from groups with equal rewards too.
+ALL_GROUPS = ("oapl, all groups", *FROM_EQUAL_REWARDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Attributes:
+    config: see Run.config.
+    core: methods that are run in all arms before the others.
+    rest: the other methods.
+    lags: of live arms and replays, in the order of execution; `rest` has the first two replays.
+    tuned_lags: lags of the trials, rising.
+    seeds: of the runs that are graded on the test split.
+    trials: number of trials of a method.
+    recorder: objective of the recorded live runs.
+    prompts: size of the offline set.
+    data: overrides of all runs.
+    warmup: more overrides, of the warm-up.
+    common: more overrides, of training.
+    """
+
+    config: str
+    core: tuple[str, ...]
+    rest: tuple[str, ...]
+    lags: tuple[int, ...]
+    tuned_lags: tuple[int, ...]
+    seeds: tuple[int, ...]
+    trials: int
+    recorder: str
+    prompts: int
+    data: Values
+    warmup: Values
+    common: Values
 
 
 COMMON = {
     "num_steps": 256,
     "groups_per_step": 8,
     "rollout.prompts_per_call": 8,
-    # Groups with equal rewards weigh nothing, but no others are sampled in their place as the
-    # default job does: each step costs the same number of rollouts, for every method.
+    # Groups with equal rewards weigh nothing and are not replaced, unlike in the default job, so
+    # that a step costs every method the same number of rollouts.
     "buffer.zero_variance": "weight",
     "zero_variance_weight": 0.0,
-    # A policy that has lost all is graded as any other.
+    # A policy that never answers right is graded like any other.
     "rollout.unpaid_groups": 0,
     "checkpoint.every": 128,
     "checkpoint.keep": 1,
-    "evaluation.n": 4,  # of the curves; how a run's last policy is graded: runs.GRADES
+    "evaluation.n": 4,  # of the curves; the last policy: execute.GRADES
     "evaluation.ks": (1,),
 }
 FULL = Plan(
@@ -127,8 +170,93 @@ QUICK = dataclasses.replace(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """`source`: "live", "offline", or the recorder of a replay; `lag`: 0 for offline."""
+
+    source: str
+    lag: int
+
+    @property
+    def kind(self) -> str:
+        return self.source if self.source in ("live", "offline") else "replay"
+
+    @property
+    def name(self) -> str:
+        names = {"live": f"live, lag {self.lag}", "offline": "offline"}
+        return names.get(self.source) or f"replay of {self.source}, lag {self.lag}"
+
+
+def arms(plan: Plan) -> list[tuple[Arm, tuple[str, ...]]]:
+    """Arms and their methods, in the order of execution."""
+    sampled = [*(Arm("live", lag) for lag in plan.lags), Arm("offline", 0)]
+    replays = [Arm(plan.recorder, lag) for lag in plan.lags]
+    of_core = [(arm, plan.core) for arm in (*sampled, *replays)]
+    return of_core + [(arm, plan.rest) for arm in (*sampled, *replays[:2]) if plan.rest]
+
+
+def tuned(plan: Plan, arm: Arm) -> Arm:
+    """The live arm whose trials choose for this one: at the next larger tuned lag, else, and for
+    the offline arm, at the largest."""
+    larger = [lag for lag in plan.tuned_lags if lag >= arm.lag and arm.source != "offline"]
+    return Arm("live", [*larger, plan.tuned_lags[-1]][0])
+
+
+def warm_up(plan: Plan, seed: int) -> Run:
+    overrides = {**plan.data, **plan.warmup}
+    return make_run(
+        "warm_up", plan.config, objective="oapl", seed=seed, overrides=overrides, split="test"
+    )
+
+
+def stream(plan: Plan, arm: Arm, seed: int) -> Run | None:
+    """The run that records the rollouts of an arm; None for a live arm."""
+    if arm.source == "live":
+        return None
+    shared = dict(seed=seed, split="validation", start=warm_up(plan, seed))
+    if arm.source == "offline":
+        return make_run(
+            "generate",
+            plan.config,
+            objective="oapl",
+            overrides=plan.data,
+            prompts=plan.prompts,
+            **shared,
+        )
+    recording = {"lag.steps": arm.lag, "rollout.record": True, "evaluation.every": 0}
+    overrides = {**plan.data, **plan.common, **recording}
+    return make_run("train", plan.config, objective=arm.source, overrides=overrides, **shared)
+
+
+def train(plan: Plan, arm: Arm, method: str, values: Values, seed: int, split: str) -> Run:
+    """A trial (`split` "validation") or a compared run ("test").
+
+    Args:
+      method: an objective, and after a comma its variant.
+      values: overrides: learning rate and constants of the objective.
+    """
+    num_steps = plan.common["num_steps"]
+    overrides = {
+        **plan.data,
+        **plan.common,
+        **values,
+        "lag.steps": arm.lag or num_steps,
+        "evaluation.every": max(num_steps // 8, 1) if split == "test" else 0,
+    }
+    return make_run(
+        "train",
+        plan.config,
+        objective=method.partition(",")[0],
+        seed=seed,
+        overrides=overrides,
+        split=split,
+        start=warm_up(plan, seed),
+        stream=stream(plan, arm, seed),
+    )
+
+
 def candidates(plan: Plan, method: str) -> list[Values]:
-    """What is tried for a method."""
+    """Overrides that are tried for a method."""
     constants = METHODS[method]
     always: Values = {"zero_variance_weight": 1.0} if method in ALL_GROUPS else {}
     tried: list[Values] = [
@@ -138,19 +266,20 @@ def candidates(plan: Plan, method: str) -> list[Values]:
     return tried[: plan.trials]
 
 
-def trials(plan: Plan, arm: Arm, method: str, values: Values) -> list[Run]:
-    """The runs, one a tuning seed, that say what values are worth for an arm."""
-    where = tuned(plan, arm)
-    return [a_run(plan, where, method, values, seed, "validation") for seed in TUNING_SEEDS]
+def trial(plan: Plan, arm: Arm, method: str, values: Values, seed: int) -> Run:
+    return train(plan, tuned(plan, arm), method, values, seed, "validation")
 
 
-def choose(grid: Grid, plan: Plan, arm: Arm, method: str) -> Values | None:
-    """Of all tried the one with the best mean pass@1 on the validation split, of equals the first.
+def choose(results: Results, plan: Plan, arm: Arm, method: str) -> Values | None:
+    """The trial with the best mean pass@1 on the validation split, of equals the first.
 
-    A failed trial counts as 0. None until all have come to an end.
+    A failed trial counts as 0. None until all trials have ended.
     """
     tried = candidates(plan, method)
-    lines = [[grid.line(run) for run in trials(plan, arm, method, values)] for values in tried]
+    lines = [
+        [results.line(trial(plan, arm, method, values, seed)) for seed in TUNING_SEEDS]
+        for values in tried
+    ]
     if any(line is None for of_one in lines for line in of_one):
         return None
     scores = [sum(score(line, "pass@1") for line in of_one if line) for of_one in lines]
@@ -159,33 +288,22 @@ def choose(grid: Grid, plan: Plan, arm: Arm, method: str) -> Values | None:
 
 def compared(plan: Plan, arm: Arm, method: str, values: Values) -> list[Run]:
     """The runs of a method that are graded on the test split."""
-    return [a_run(plan, arm, method, values, seed, "test") for seed in plan.seeds]
+    return [train(plan, arm, method, values, seed, "test") for seed in plan.seeds]
 
 
-def run_arm(grid: Grid, plan: Plan, arm: Arm, methods: Sequence[str]) -> None:
-    """Trials, then the runs of what they choose."""
-    tries = [
-        trials(plan, arm, method, values)
-        for method in methods
-        for values in candidates(plan, method)
-    ]
-    grid.run(by_seed(tries), what=f"{tuned(plan, arm).name}: trials")
-    chosen = {method: choose(grid, plan, arm, method) for method in methods}
-    runs = [compared(plan, arm, method, values) for method, values in chosen.items() if values]
-    grid.run(by_seed(runs), what=f"{arm.name}: {', '.join(methods)}")
-
-
-def work(grid: Grid, quick: bool) -> None:
-    plan = QUICK if quick else FULL
+def sweep_plan(add: Add, results: Results, plan: Plan) -> None:
+    """Adds arm by arm the trials, then the runs of the choices. Seeds are the outer loop, so that
+    two workers do not compile the same program at the same time."""
     for arm, methods in arms(plan):
-        run_arm(grid, plan, arm, methods)
+        for seed in TUNING_SEEDS:
+            for method in methods:
+                for values in candidates(plan, method):
+                    add(trial(plan, arm, method, values, seed))
+        chosen = {method: choose(results, plan, arm, method) for method in methods}
+        for runs in zip(*(compared(plan, arm, m, v) for m, v in chosen.items() if v), strict=True):
+            for run in runs:
+                add(run)
 
 
-def main() -> None:
-    from experiments import plot  # each run's process imports this module, and needs no pictures
-
-    command(__doc__ or "", work, plot.render)
-
-
-if __name__ == "__main__":
-    exit_with_code(main)
+def sweep(add: Add, results: Results, quick: bool) -> None:
+    sweep_plan(add, results, QUICK if quick else FULL)

@@ -1,0 +1,184 @@
+"""Execution of one run in a worker process: warm-up, recording or training, then grading."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+
+from configs.common import Config
+from experiments.run import Run
+from oapl_jax import train
+from oapl_jax.begin import begin
+from oapl_jax.build import Job, open_job
+from oapl_jax.errors import NotFinite
+from oapl_jax.record import make_set
+from oapl_jax.rollout.dataset import Shards
+from oapl_jax.tracking.metrics import read_lines
+from oapl_jax.tracking.progress import Progress, StopRequest
+
+OUTCOME = "outcome.json"
+# Grading of a run's last policy: samples a problem, and the k of pass@k.
+GRADES = {"validation": dict(n=16, ks=(1, 8)), "test": dict(n=64, ks=(1, 8, 64))}
+STRIDE = 8  # gradient steps between two points of a curve
+
+
+def execute(run: Run, root: epath.Path, stop: StopRequest) -> None:
+    """Executes a run to its end or until a stop is requested; resumes an earlier try.
+
+    Writes log.txt and, at the end, outcome.json: "ended" with the metrics, or "failed" with the
+    reason if loss or gradient were not finite. Any other error is raised and leaves no outcome.
+    """
+    workdir = run.workdir(root)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "log.txt").open("a") as log, contextlib.ExitStack() as closing:
+        closing.callback(sys.stdout.flush)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        # A worker of a launcher that was killed may still be saving.
+        fcntl.flock(log, fcntl.LOCK_EX)
+        closing.callback(fcntl.flock, log, fcntl.LOCK_UN)
+        if (workdir / OUTCOME).exists():
+            return
+        started = time.process_time()
+        outcome = {"warm_up": warm_up, "generate": generate, "train": trained}[run.kind](
+            run, root, stop
+        )
+        if outcome is not None:
+            outcome["core_seconds"] = round(time.process_time() - started, 1)
+            aside = workdir / f"{OUTCOME}.new"
+            aside.write_text(json.dumps(outcome))
+            aside.replace(workdir / OUTCOME)
+
+
+def warm_up(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
+    """Runs and grades the supervised stage; a stopped one begins anew."""
+    config = run.resolve(root)
+    config.evaluation.every = 0  # graded once, below
+    job = open_job(config, run.workdir(root))
+    with contextlib.closing(job):
+        state, _ = begin(job)
+        job.publish(0, state.params)
+        return None if stop.requested else {"outcome": "ended", **grade(job, 0, state.params, run)}
+
+
+def generate(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
+    """Records one group for each of the first `run.prompts` training prompts, from version 0."""
+    assert run.start is not None
+    config, rollouts = run.resolve(root), run.workdir(root) / "rollouts"
+    progress = Progress("generate", run.prompts, 0)
+    with contextlib.closing(open_job(config, run.workdir(root))) as job:
+        make_set(
+            job,
+            rollouts,
+            step=None,
+            version_dir=config.model.path,
+            split="train",
+            limit=run.prompts,
+            groups_per_shard=256,
+            progress=lambda done: progress.step(done, {}),
+        )
+    if stop.requested:
+        return None
+    shards = Shards(rollouts).manifest["shards"]
+    return {"outcome": "ended", "shards": [shard["xxh128"] for shard in shards.values()]}
+
+
+def trained(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
+    """Trains, and grades the last policy on `run.split`; a run that is not finite has metrics up to
+    its last step and no grade."""
+    config, workdir = run.resolve(root), run.workdir(root)
+    job = open_job(config, workdir)
+    if run.forget_every:
+        job = dataclasses.replace(job, optimizer=resetting(job.optimizer, every=run.forget_every))
+    try:
+        ended = train.run_job(job, stop)
+    except NotFinite as error:
+        metrics = summary(read_lines(workdir / "metrics.jsonl"), config, run)
+        return {"outcome": "failed", "reason": str(error), **metrics}
+    if ended is None:
+        return None
+    with contextlib.closing(open_job(config, workdir)) as job:
+        graded = grade(job, config.num_steps, ended[1], run)
+    metrics = summary(read_lines(workdir / "metrics.jsonl"), config, run)
+    return {"outcome": "ended", **graded, **metrics}
+
+
+def grade(job: Job, step: int, params: Any, run: Run) -> dict[str, Any]:
+    job.config.evaluation.update(GRADES[run.split])
+    graded = job.grade(step, params, run.split)
+    return {run.split: {k: v for k, v in graded.items() if not isinstance(v, tuple)}}
+
+
+def summary(lines: list[dict[str, Any]], config: Config, run: Run) -> dict[str, Any]:
+    """Summarises metrics.jsonl; {} for a run without a step.
+
+    Returns:
+      "generations": rollouts sampled so far; those of a recorded set count once;
+      "skipped": steps that were not finite;
+      "drift": KL(pi_lag || pi) in nats a token before the last step of a window, mean over windows
+        (0 at lag 1, where each step starts at pi_lag);
+      "progress": step, generations, pass@1 and entropy of each validation;
+      "curve": kl, entropy and reward of every STRIDE-th step.
+    """
+    if not lines:
+        return {}
+    # A completed run ends with a window.
+    after = 0.0 if lines[-1]["step"] == config.num_steps else np.inf
+    lag = [*(line["lag/mean"] for line in lines), after]
+    value = lambda line, key: line.get(key, np.nan)  # metrics omit values that are not finite
+    ends = [line for line, now, then in zip(lines, lag, lag[1:], strict=False) if then <= now]
+    recorded = run.stream.prompts * config.group_size if run.stream and run.stream.prompts else None
+
+    def generations(line: Mapping[str, Any]) -> int:
+        groups = line["buffer/added"] if not run.stream else line["recorded/taken"]
+        return int(min(groups * config.group_size, recorded or np.inf))
+
+    short = lambda x: float(f"{x:.3g}")
+    return {
+        "generations": generations(lines[-1]),
+        "skipped": int(lines[-1]["skipped"]),
+        "drift": float(np.mean([value(line, "kl") for line in ends])) if ends else float("nan"),
+        "progress": [
+            [line["step"], generations(line), line["eval/pass@1"], line["eval/entropy"]]
+            for line in lines
+            if "eval/pass@1" in line
+        ],
+        "curve": {
+            key: [short(value(line, key)) for line in lines[STRIDE - 1 :: STRIDE]]
+            for key in ("kl", "entropy", "reward")
+        },
+    }
+
+
+def resetting(
+    optimizer: optax.GradientTransformation, *, every: int
+) -> optax.GradientTransformation:
+    """Resets Adam's moments and bias correction every so many steps; the schedule goes on.
+
+    With `every` a window of the lag policy, no gradient of one window affects the next. A skipped
+    (non-finite) step is not counted.
+    """
+    adam = lambda part: isinstance(part, optax.ScaleByAdamState)
+
+    def update(updates, state, params=None):
+        step, inner = state
+        kept = step % every != 0
+        reset = lambda part: jax.tree.map(lambda x: x * kept.astype(x.dtype), part)
+        inner = jax.tree.map(lambda p: reset(p) if adam(p) else p, inner, is_leaf=adam)
+        updates, inner = optimizer.update(updates, inner, params)
+        return updates, (step + 1, inner)
+
+    return optax.GradientTransformation(
+        lambda params: (jnp.zeros((), jnp.int32), optimizer.init(params)), update
+    )

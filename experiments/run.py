@@ -1,0 +1,194 @@
+"""Runs of a sweep, identified by their settings, and the file of their results.
+
+A run may start from another run's weights (the warm-up that all runs of a seed share) and may train
+on rollouts that another run recorded. Two runs with equal settings are the same run.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from etils import epath
+
+from configs.common import Config
+
+RESULTS = "results.jsonl"
+# Keys of the config that docs/comparison/results.jsonl was recorded with, and their names today.
+RENAMED: dict[str, str] = {}
+Line = dict[str, Any]  # a line of the results file
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Attributes:
+    kind: "warm_up" (supervised stage, published as version 0), "generate" (a recorded set of
+      rollouts of `start`) or "train" (oapl_jax.train).
+    config: module of configs/ and its argument, such as "arithmetic:chain_sum".
+    objective: a name of configs/objectives.py.
+    seed: of everything but the problems, which all seeds share.
+    overrides: sorted pairs of a config key and its value.
+    split: on which the last policy is graded.
+    start: its version 0 is the initial policy; None for a warm-up.
+    stream: its rollouts are the training data; None samples live.
+    prompts: number of training prompts of "generate".
+    forget_every: steps between two resets of Adam's moments; 0 never resets them.
+    """
+
+    kind: str
+    config: str
+    objective: str
+    seed: int
+    overrides: tuple[tuple[str, Any], ...]
+    split: str
+    start: "Run | None" = None
+    stream: "Run | None" = None
+    prompts: int = 0
+    forget_every: int = 0
+
+    @property
+    def needs(self) -> list["Run"]:
+        """Runs that must end before this one can start."""
+        return [run for run in (self.start, self.stream) if run]
+
+    @property
+    def kept(self) -> bool:
+        """Whether the workdir stays after the end, because other runs read it."""
+        return self.kind != "train" or dict(self.overrides).get("rollout.record", False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON-able; start and stream are nested."""
+        mine = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        others = {name: run.settings for name, run in mine.items() if isinstance(run, Run)}
+        return {**mine, "overrides": dict(self.overrides), **others}
+
+    @property
+    def key(self) -> str:
+        """A hash of settings and resolved config: a changed default makes another key."""
+        return key_of(self)
+
+    def workdir(self, root: epath.Path) -> epath.Path:
+        return root / "runs" / self.key
+
+    def weights(self, root: epath.Path) -> epath.Path:
+        """Version 0, as weights.publisher lays it out."""
+        return self.workdir(root) / "versions" / "v000000"
+
+    def resolve(self, root: epath.Path) -> Config:
+        """Returns the locked config with all overrides applied.
+
+        Raises:
+          KeyError, TypeError, ValueError: for an unknown key or a value of the wrong type.
+        """
+        module, _, argument = self.config.partition(":")
+        arguments = [part for part in (argument, f"objective={self.objective}") if part]
+        config = importlib.import_module(f"configs.{module}").get_config(",".join(arguments))
+        data_dir = os.fspath(root / "data")
+        values = {"seed": self.seed, "data.data_dir": data_dir, "tensorboard": False}
+        if self.start:
+            values |= {
+                "warmup.num_steps": 0,
+                "model.path": os.fspath(self.start.weights(root)),
+            }
+        if self.stream:
+            replay = self.stream.kind == "train"
+            values |= {
+                "rollout.source": "shards",
+                "rollout.shards": os.fspath(self.stream.workdir(root) / "rollouts"),
+                "rollout.recorded_order": "recorded" if replay else "shuffled",
+                "rollout.recorded_version": -1 if replay else 0,
+            }
+        config.update_from_flattened_dict(values | dict(self.overrides))
+        return config
+
+
+@functools.cache  # resolving a config takes milliseconds, and every lookup asks for the key
+def key_of(run: Run) -> str:
+    config = run.resolve(epath.Path("/")).to_dict()
+    text = json.dumps([run.settings, config], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def make_run(kind: str, config: str, *, overrides: Mapping[str, Any], **others: Any) -> Run:
+    return Run(kind, config, overrides=tuple(sorted(overrides.items())), **others)
+
+
+@functools.cache
+def _identity(run: Run) -> str:
+    return json.dumps(run.settings, sort_keys=True)
+
+
+class Results:
+    """Results of finished runs: a JSON-lines file that only grows, looked up by settings.
+
+    Attributes:
+      lines: every line by its run's identity; the last one of a run counts.
+    """
+
+    def __init__(self, root: epath.Path, *, any_defaults: bool = False):
+        """Reads a file; `any_defaults` accepts runs under other defaults of configs/ than today's.
+
+        A last line that a kill has cut short is ignored.
+        """
+        self._path, self._any_defaults = root / RESULTS, any_defaults
+        self.lines: dict[str, Line] = {}
+        self._by_key: dict[str, Line] = {}
+        text = self._path.read_text() if self._path.exists() else ""
+        for line in text.split("\n")[:-1]:
+            self._take(json.loads(line))
+
+    def line(self, run: Run) -> Line | None:
+        """Returns what a run left, or None if it has not ended."""
+        line = self.lines.get(_identity(run))
+        return line if line and (self._any_defaults or line["key"] == run.key) else None
+
+    def append(self, run: Run, found: Line) -> None:
+        line = {"key": run.key, "settings": run.settings, **found}
+        text = self._path.read_bytes() if self._path.exists() else b""
+        with self._path.open("ab") as file:
+            file.truncate(text.rfind(b"\n") + 1)
+            file.write(as_text(line).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._take(json.loads(as_text(line)))
+
+    def _take(self, line: Line) -> None:
+        self._by_key[line["key"]] = line
+        self.lines[json.dumps(self._nested(line["settings"]), sort_keys=True)] = line
+
+    def _nested(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings under today's names, with start and stream nested instead of their keys."""
+        named = lambda of: self._by_key[of]["settings"] if isinstance(of, str) else of
+        others = {name: named(settings[name]) for name in ("start", "stream") if settings[name]}
+        overrides = {RENAMED.get(key, key): value for key, value in settings["overrides"].items()}
+        return {
+            **settings,
+            "overrides": overrides,
+            **{name: self._nested(other) for name, other in others.items()},
+        }
+
+
+def as_text(line: Line) -> str:
+    return json.dumps(line) + "\n"
+
+
+Add = Callable[[Run], None]
+Sweep = Callable[[Add, Results, bool], None]  # adds runs, most urgent first; True: the quick form
+
+
+def listed(sweep: Sweep, results: Results, quick: bool) -> list[Run]:
+    """Runs of a sweep as far as the results decide them, each once and after those it needs."""
+    found: dict[Run, None] = {}
+
+    def add(run: Run) -> None:
+        for other in run.needs:
+            add(other)
+        found[run] = None
+
+    sweep(add, results, quick)
+    return list(found)
