@@ -48,8 +48,9 @@ sglang: .venv-sglang/done
 
 # The comparison of objectives, hours; interrupted, it goes on.
 comparison: .venv/run
-	$(CPU) $(BIN)/python -m experiments.objectives --jobs=2
-	$(CPU) $(BIN)/python -m experiments.lag --jobs=2
+	$(CPU) $(BIN)/python -m experiments.launch objectives --root=runs/comparison --jobs=2
+	$(CPU) $(BIN)/python -m experiments.launch lag --root=runs/comparison --jobs=2
+	$(CPU) $(BIN)/python -m experiments.comparison --root=runs/comparison --to=docs
 
 # Other people's learners and samplers, for benchmarks/peers/ (3 GB; it runs SGLang too).
 PEERS := .venv-tunix/done .venv-trl/done

@@ -8,6 +8,7 @@ a directory without that page it becomes a list of tables.
 """
 
 import argparse
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 
 from experiments import lag, objectives
 from experiments.objectives import Arm, Plan, Values, warm_up
-from experiments.run import RESULTS, Line, Results, Run, as_text, listed
+from experiments.run import RESULTS, Line, Results, Run, listed
 from experiments.table import (
     LEVELS,
     Cell,
@@ -30,6 +31,7 @@ from experiments.table import (
     finish,
     markdown,
     save,
+    score,
     spread,
     verdict,
     whiskers,
@@ -102,6 +104,11 @@ def blocks(results: Results, plan: Plan) -> Iterator[tuple[str, str]]:
     yield "rates that learn well", good
     yield "rates that lose no run", kept
     yield "robustness", "\n\n".join(of_surface(*table) for table in tables)
+    for table, rows in tables:
+        if table.title == "Many syncs":
+            yield "many syncs at step 256", at_step(rows, 256)
+    largest = Arm("live", plan.tuned_lags[-1])
+    yield "trials", trials(results, plan, largest, names)
     parts = (f"### {arm.name}\n\n{of_arm(plan, of)}" for arm, of in found.items())
     yield "arms", "\n\n".join(parts)
 
@@ -205,6 +212,35 @@ def of_surface(table: lag.Table, rows: Rows) -> str:
     return f"{header}\n\n{markdown([table.rows, *columns], body)}"
 
 
+def at_step(rows: Rows, step: int) -> str:
+    """Smallest and largest pass@1 of the seeds on the validation split, before the end."""
+
+    def entry(cell: Cell) -> str:
+        values = [p[2] for line in cell.lines for p in line["progress"] if p[0] == step]
+        return f"{min(values):.2f} to {max(values):.2f}" if values else ""
+
+    columns = list(next(iter(rows.values())))
+    body = [[name, *(entry(row[column]) for column in columns)] for name, row in rows.items()]
+    return markdown([f"at step {step}", *columns], body)
+
+
+def trials(results: Results, plan: Plan, arm: Arm, names: Iterable[str]) -> str:
+    """pass@1 of the trials by method and rate: both seeds, of the constants with the best mean."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for name in names:
+        for values in objectives.candidates(plan, name):
+            rate = values["optim.learning_rate"]
+            runs = [objectives.trial(plan, arm, name, values, s) for s in objectives.TUNING_SEEDS]
+            if all(lines := [results.line(run) for run in runs]):
+                scores = [score(line, "pass@1") for line in lines if line]
+                row = found.setdefault(name, {})
+                row[rate] = max(row.get(rate, scores), scores, key=sum)
+    rates = sorted({rate for row in found.values() for rate in row})
+    entry = lambda of: f"{min(of):.2f}, {max(of):.2f}" if of else ""
+    body = [[f"`{name}`", *(entry(row.get(rate)) for rate in rates)] for name, row in found.items()]
+    return markdown(["", *(f"{rate:g}" for rate in rates)], body)
+
+
 def limits(by_lag: Mapping[str, Rows]) -> tuple[str, str]:
     """For each method and lag the largest rate that still learns well, and the largest up to which
     no run is lost."""
@@ -245,6 +281,7 @@ def pictures(results: Results, plan: Plan) -> Iterator[tuple[str, Figure]]:
         yield "methods", gaps(sampled)
         yield "lags", staleness(sampled)
         yield "generations", generations(sampled)
+    if old:
         yield "pass_at_k", leads({arm: sampled[arm] for arm in old})
     if replays:
         yield "replays", gaps(replays)
@@ -401,7 +438,7 @@ def main() -> None:
     plan = objectives.QUICK if given.quick else objectives.FULL
     for name, figure in pictures(results, plan):
         save(figure, to / "comparison" / f"{name}.png")
-    lines = "".join(map(as_text, lines_of(results, plan)))
+    lines = "".join(f"{json.dumps(line)}\n" for line in lines_of(results, plan))
     page = to / "comparison.md"
     (to / "comparison").mkdir(parents=True, exist_ok=True)
     page.write_text(fill(page.read_text() if page.exists() else "", dict(blocks(results, plan))))

@@ -22,6 +22,7 @@ from oapl_jax import train
 from oapl_jax.begin import begin
 from oapl_jax.build import Job, open_job
 from oapl_jax.errors import NotFinite
+from oapl_jax.files import write_atomically
 from oapl_jax.record import make_set
 from oapl_jax.rollout.dataset import Shards
 from oapl_jax.tracking.metrics import read_lines
@@ -56,9 +57,7 @@ def execute(run: Run, root: epath.Path, stop: StopRequest) -> None:
         )
         if outcome is not None:
             outcome["core_seconds"] = round(time.process_time() - started, 1)
-            aside = workdir / f"{OUTCOME}.new"
-            aside.write_text(json.dumps(outcome))
-            aside.replace(workdir / OUTCOME)
+            write_atomically(workdir / OUTCOME, [json.dumps(outcome).encode()])
 
 
 def warm_up(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
@@ -121,13 +120,13 @@ def grade(job: Job, step: int, params: Any, run: Run) -> dict[str, Any]:
 
 
 def summary(lines: list[dict[str, Any]], config: Config, run: Run) -> dict[str, Any]:
-    """Summarises metrics.jsonl; {} for a run without a step.
+    """Summarises metrics.jsonl, which omits values that are not finite; {} without a step.
 
     Returns:
       "generations": rollouts sampled so far; those of a recorded set count once;
       "skipped": steps that were not finite;
       "drift": KL(pi_lag || pi) in nats a token before the last step of a window, mean over windows
-        (0 at lag 1, where each step starts at pi_lag);
+        (0 at lag 1, where each step starts at pi_lag), if a window was completed;
       "progress": step, generations, pass@1 and entropy of each validation;
       "curve": kl, entropy and reward of every STRIDE-th step.
     """
@@ -136,29 +135,30 @@ def summary(lines: list[dict[str, Any]], config: Config, run: Run) -> dict[str, 
     # A completed run ends with a window.
     after = 0.0 if lines[-1]["step"] == config.num_steps else np.inf
     lag = [*(line["lag/mean"] for line in lines), after]
-    value = lambda line, key: line.get(key, np.nan)  # metrics omit values that are not finite
     ends = [line for line, now, then in zip(lines, lag, lag[1:], strict=False) if then <= now]
+    drift = [line["kl"] for line in ends if "kl" in line]
     recorded = run.stream.prompts * config.group_size if run.stream and run.stream.prompts else None
 
     def generations(line: Mapping[str, Any]) -> int:
         groups = line["buffer/added"] if not run.stream else line["recorded/taken"]
         return int(min(groups * config.group_size, recorded or np.inf))
 
-    short = lambda x: float(f"{x:.3g}")
     return {
         "generations": generations(lines[-1]),
         "skipped": int(lines[-1]["skipped"]),
-        "drift": float(np.mean([value(line, "kl") for line in ends])) if ends else float("nan"),
         "progress": [
             [line["step"], generations(line), line["eval/pass@1"], line["eval/entropy"]]
             for line in lines
             if "eval/pass@1" in line
         ],
         "curve": {
-            key: [short(value(line, key)) for line in lines[STRIDE - 1 :: STRIDE]]
+            key: [
+                float(f"{line[key]:.3g}") if key in line else None
+                for line in lines[STRIDE - 1 :: STRIDE]
+            ]
             for key in ("kl", "entropy", "reward")
         },
-    }
+    } | ({"drift": float(np.mean(drift))} if drift and len(drift) == len(ends) else {})
 
 
 def resetting(

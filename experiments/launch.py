@@ -11,7 +11,6 @@ again and must give the same result.
 
 import argparse
 import contextlib
-import fcntl
 import importlib
 import json
 import multiprocessing
@@ -30,9 +29,9 @@ from etils import epath
 
 import oapl_jax
 from experiments.execute import OUTCOME, execute
-from experiments.run import Line, Results, Run, Sweep, listed
+from experiments.run import RESULTS, Line, Results, Run, Sweep, listed
 from oapl_jax.errors import RunError, UserError, exit_with_code
-from oapl_jax.files import code_digest
+from oapl_jax.files import JsonLines, code_digest
 from oapl_jax.tracking.progress import StopRequest, say
 
 RUN_DEADLINE = 3600.0  # seconds in which one of the active runs must end; most take a minute
@@ -51,9 +50,11 @@ class Launcher:
         line, and the next command tries them again.
     """
 
-    def __init__(self, root: epath.Path, results: Results, *, jobs: int):
+    def __init__(self, root: epath.Path, *, jobs: int):
         self.broken: dict[Run, str] = {}
-        self._root, self._results, self._jobs = root, results, jobs
+        self._root, self._jobs = root, jobs
+        self._file = JsonLines(root / RESULTS, exclusive=True)
+        self._results = Results(root)
         self._running: dict[Future[float], Run] = {}
         here = map(Path(__file__).with_name, ("run.py", "execute.py"))
         package = sorted(Path(oapl_jax.__file__).parent.rglob("*.py"))
@@ -130,8 +131,11 @@ class Launcher:
         if error is not None or (run.kept and line["outcome"] != "ended"):
             self.broken[run] = line["reason"]
         elif known is None:
-            self._results.append(run, line)
-        if error is None and not run.kept:
+            line = {"key": run.key, "settings": run.settings, **line}
+            self._file.append(line)
+            self._file.sync()
+            self._results.take(line)
+        if error is None and not (run.kept and line["outcome"] == "ended"):
             workdir.rmtree()
         say(f"{len(self._results.lines)} runs ended; {describe(run, line)}")
 
@@ -190,25 +194,6 @@ def work(run: Run, root: epath.Path) -> float:
     return time.monotonic() - started
 
 
-@contextlib.contextmanager
-def opened(root: epath.Path) -> Iterator[Results]:
-    """Locks a root directory and sets its compile cache for the workers."""
-    root.mkdir(parents=True, exist_ok=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.fspath(root / "cache")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    # Two runs of one thread each do more than one run of two threads.
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
-    with (root / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another process works on {root}; wait for it, or give another --root"
-            ) from error
-        yield Results(root)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("experiment", help="a module of experiments/ with a sweep: objectives, lag")
@@ -220,11 +205,15 @@ def main() -> None:
         raise UserError(f"--jobs={given.jobs} runs nothing; give at least 1")
     sweep = importlib.import_module(f"experiments.{given.experiment}").sweep
     root = epath.Path(given.root).resolve()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.fspath(root / "cache")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # Two runs of one thread each do more than one run of two threads.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with opened(root) as results:
-            launcher = Launcher(root, results, jobs=given.jobs)
-            launcher.run(sweep, given.quick)
+        launcher = Launcher(root, jobs=given.jobs)
+        launcher.run(sweep, given.quick)
     except KeyboardInterrupt:
         say("stopped; the same command resumes")
         raise SystemExit(130) from None

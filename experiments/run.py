@@ -16,11 +16,13 @@ from typing import Any
 from etils import epath
 
 from configs.common import Config
+from oapl_jax.files import read_json_lines
 
 RESULTS = "results.jsonl"
 # Keys of the config that docs/comparison/results.jsonl was recorded with, and their names today.
 RENAMED: dict[str, str] = {}
-Line = dict[str, Any]  # a line of the results file
+STARTS = ("start", "stream")  # settings that are runs
+Line = dict[str, Any]  # of the results file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,57 +126,35 @@ def _identity(run: Run) -> str:
 
 
 class Results:
-    """Results of finished runs: a JSON-lines file that only grows, looked up by settings.
+    """Results of finished runs, read from a JSON-lines file and looked up by settings.
 
     Attributes:
-      lines: every line by its run's identity; the last one of a run counts.
+      lines: by identity of their run; of two lines of a run the last.
     """
 
     def __init__(self, root: epath.Path, *, any_defaults: bool = False):
-        """Reads a file; `any_defaults` accepts runs under other defaults of configs/ than today's.
-
-        A last line that a kill has cut short is ignored.
-        """
-        self._path, self._any_defaults = root / RESULTS, any_defaults
+        """`any_defaults` accepts runs under other defaults of configs/ than today's."""
         self.lines: dict[str, Line] = {}
         self._by_key: dict[str, Line] = {}
-        text = self._path.read_text() if self._path.exists() else ""
-        for line in text.split("\n")[:-1]:
-            self._take(json.loads(line))
+        self._any_defaults = any_defaults
+        for line in read_json_lines(root / RESULTS) if (root / RESULTS).exists() else ():
+            self.take(line)
 
     def line(self, run: Run) -> Line | None:
-        """Returns what a run left, or None if it has not ended."""
+        """Returns the line of a run, or None if it has not ended."""
         line = self.lines.get(_identity(run))
         return line if line and (self._any_defaults or line["key"] == run.key) else None
 
-    def append(self, run: Run, found: Line) -> None:
-        line = {"key": run.key, "settings": run.settings, **found}
-        text = self._path.read_bytes() if self._path.exists() else b""
-        with self._path.open("ab") as file:
-            file.truncate(text.rfind(b"\n") + 1)
-            file.write(as_text(line).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        self._take(json.loads(as_text(line)))
-
-    def _take(self, line: Line) -> None:
+    def take(self, line: Line) -> None:
         self._by_key[line["key"]] = line
         self.lines[json.dumps(self._nested(line["settings"]), sort_keys=True)] = line
 
     def _nested(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings under today's names, with start and stream nested instead of their keys."""
-        named = lambda of: self._by_key[of]["settings"] if isinstance(of, str) else of
-        others = {name: named(settings[name]) for name in ("start", "stream") if settings[name]}
+        """Settings under today's names; start and stream nested, where keys were recorded."""
+        of = lambda run: self._by_key[run]["settings"] if isinstance(run, str) else run
+        others = {name: self._nested(of(settings[name])) for name in STARTS if settings[name]}
         overrides = {RENAMED.get(key, key): value for key, value in settings["overrides"].items()}
-        return {
-            **settings,
-            "overrides": overrides,
-            **{name: self._nested(other) for name, other in others.items()},
-        }
-
-
-def as_text(line: Line) -> str:
-    return json.dumps(line) + "\n"
+        return {**settings, "overrides": overrides, **others}
 
 
 Add = Callable[[Run], None]
