@@ -78,7 +78,7 @@ def at_length(length: int, tokens: int, rounds: int) -> dict[str, float]:
         max_grad_norm=1.0,
         mu_dtype="float32",
     )
-    objective = bind("oapl", beta1=1.0, beta2=0.1)
+    objective = bind("oapl", {"beta1": 1.0, "beta2": 0.1})
     rng, rows, response = np.random.default_rng(0), tokens // length, length - PROMPT
     draw = lambda n: rng.integers(2, config.vocab_size, n).astype(np.int32)
     groups = [
@@ -89,17 +89,16 @@ def at_length(length: int, tokens: int, rounds: int) -> dict[str, float]:
         )
         for i in range(rows)
     ]
-    batch = batching.make_batch(
+    batch = batching.build_batch(
         groups,
-        [np.ones(1, np.float32)] * rows,
-        np.full(rows, 1 / rows, np.float32),
+        objective._replace(advantage=np.ones_like),  # of a group of one OAPL's is 0
+        aggregation="sequence",
         step=0,
         micro_batches=1,
         row_length=length,
         rows_multiple=1,
         max_prompt_tokens=PROMPT,
         max_response_tokens=response,
-        together=1,
     )
     batch = batching.to_mesh(batch, learner.batch_shardings(mesh))
     state = learner.init_state(model, optimizer, mesh, 0)

@@ -42,7 +42,7 @@ def shares(lengths: np.ndarray, sequences: int, rows: int) -> list[float]:
     found = []
     for start in range(0, len(lengths) - sequences + 1, sequences):
         step = lengths[start : start + sequences]
-        filled = fill(step.tolist(), row_length=int(lengths.max()), rows=rows, together=1)
+        filled = fill(step.tolist(), row_length=int(lengths.max()), rows=rows)
         found.append(float(step.sum()) / (len(filled) * rows * int(lengths.max())))
     return found
 

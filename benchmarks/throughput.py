@@ -99,18 +99,17 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
         Group(p, tuple(rollout() for _ in range(GROUP_SIZE)), np.arange(GROUP_SIZE) % 2.0)
         for p in prompts
     ]
-    objective = bind("oapl", beta1=1.0, beta2=0.1)
-    batch = batching.make_batch(
+    objective = bind("oapl", {"beta1": 1.0, "beta2": 0.1})
+    batch = batching.build_batch(
         groups,
-        [np.asarray(objective.advantage(g.reward)) for g in groups],
-        np.full(GROUPS * GROUP_SIZE, 1 / (GROUPS * GROUP_SIZE), np.float32),
+        objective,
+        aggregation="sequence",
         step=0,
         micro_batches=1,
         row_length=row_length,
         rows_multiple=8,
         max_prompt_tokens=prompt_length,
         max_response_tokens=length,
-        together=1,
     )
     batch = batching.to_mesh(batch, learner.batch_shardings(mesh))
     step = learner.make_train_step(

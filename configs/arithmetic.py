@@ -103,8 +103,8 @@ def get_config(arg: str | None = None) -> common.Config:
     )
 
     config.objective = objectives.objective(choice["objective"])
-    # A proposal: in answers of a dozen tokens an anchor as weak as for long ones holds nothing.
-    config.objective.beta2 = 0.2
+    # Our choice: in answers of a dozen tokens an anchor as weak as for long ones holds nothing.
+    objectives.set_anchor(config.objective, 0.2)
     config.objective.constant_length = task["max_response_tokens"]
 
     config.optim = dict(

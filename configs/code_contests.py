@@ -166,6 +166,7 @@ def get_config(arg: str | None = None) -> common.Config:
 
 def shrink(config: common.Config) -> None:
     common.smoke(config)
+    objectives.set_anchor(config.objective, 0.05)  # a dozen tokens an answer, not thousands
     config.benchmarks.seen = config.data.sets.taco  # what the warm-up teaches
     config.num_steps = config.lag.steps = SMOKE_STEPS
     config.data.instruction = "Use a ```python block."

@@ -285,7 +285,6 @@ def smoke(config: Config) -> None:
     config.optim.update(learning_rate=1e-4, warmup_steps=0, max_grad_norm=1.0, eps=1e-8)
     config.warmup.update(batch_size=16)
     config.warmup.optim.update(config.optim.to_dict() | dict(learning_rate=6e-3, warmup_steps=20))
-    config.objective.beta2 = 0.05  # answers of a dozen tokens, not of thousands
     config.rollout.update(
         sampler="local", overlap=False, prompts_per_call=8, max_sequences=64, reward_threads=2
     )

@@ -143,6 +143,7 @@ def get_config(arg: str | None = None) -> common.Config:
 
 def shrink(config: common.Config) -> None:
     common.smoke(config)
+    objectives.set_anchor(config.objective, 0.05)  # a dozen tokens an answer, not thousands
     config.benchmarks.seen = config.data.sets.deepscaler  # what the warm-up teaches
     config.num_steps = 8
     config.lag.steps = min(config.lag.steps, 4)

@@ -40,8 +40,8 @@ def get_config(arg: str | None = None) -> common.Config:
 
     config.warmup.update(num_steps=800, noise=0.08, demonstrations=8000, batch_size=32)
     config.warmup.optim.learning_rate = 1e-2
-    config.rewards.documents.per_open_tag = 0.5  # a proposal: of a dozen tags, not of hundreds
-    # beta2 stays that of arithmetic.py, whose answers are a tenth as long: a proposal too.
+    config.rewards.documents.per_open_tag = 0.5  # our choice: of a dozen tags, not of hundreds
+    # The anchor stays that of arithmetic.py, whose answers are a tenth as long: our choice too.
     config.objective.constant_length = 112
     config.lag.steps = 8
     config.evaluation.every = 30

@@ -7,7 +7,7 @@ For the problems of GSM8K itself: --config.releases=/data/releases, longer promp
 and more steps.
 """
 
-from configs import arithmetic, common
+from configs import arithmetic, common, objectives
 
 
 def get_config() -> common.Config:
@@ -33,7 +33,7 @@ def get_config() -> common.Config:
     config.group_size = 4
     config.groups_per_step = 4
     config.warmup.num_steps = 0
-    config.objective.beta2 = 0.05
+    objectives.set_anchor(config.objective, 0.05)
     config.objective.constant_length = 48
     config.optim.update(learning_rate=1e-5, warmup_steps=0)
     config.lag.steps = 1

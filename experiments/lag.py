@@ -36,11 +36,14 @@ METHODS: dict[str, tuple[str, Values]] = {
     "oapl, beta2 0.5": ("oapl", {"objective.beta2": 0.5}),
     "grpo": ("grpo", {}),
     "grpo_is": ("grpo_is", {}),
-    "grpo_is, sequences": ("grpo_is", {"objective.correction": "sequence_truncate"}),
+    "grpo_is, sequences": (
+        "grpo_is",
+        {"objective.policy_gradient.correction": "sequence_truncate"},
+    ),
     # Token weights up to 5, as with grpo_is up to 2.
     "cispo": ("cispo", {}),
     "gspo": ("gspo", {}),
-    "gspo, wide": ("gspo", {"objective.clip_low": 3e-2, "objective.clip_high": 4e-2}),
+    "gspo, wide": ("gspo", {"objective.gspo.clip_low": 3e-2, "objective.gspo.clip_high": 4e-2}),
     "vespo": ("vespo", {}),
     # The likelihood of right answers, of groups with equal rewards too; no correction.
     "sft": ("sft", {"zero_variance_weight": 1.0}),
@@ -108,7 +111,7 @@ def tables(plan: Plan) -> Iterator[Table]:
             (THREE[0], "norm clipped at 0.03", dict(optim__max_grad_norm=0.03)),
             (THREE[0], "norm not clipped", dict(optim__max_grad_norm=1e9)),
             (THREE[2], "as it is", {}),
-            (THREE[2], "not divided by std", dict(objective__estimator="dr_grpo")),
+            (THREE[2], "not divided by std", dict(objective__policy_gradient__estimator="dr_grpo")),
             (THREE[2], "norm clipped at 0.03", dict(optim__max_grad_norm=0.03)),
             ("sft", "as it is", {}),
             ("sft", "equal groups dropped", dict(zero_variance_weight=0.0)),

@@ -42,48 +42,51 @@ METHODS: dict[str, tuple[Values, ...]] = {
     # The default job's beta2, and a weaker anchor.
     "oapl": ({"beta2": 0.2}, {"beta2": 0.05}),
     # arXiv 2402.03300; clip-higher of arXiv 2503.14476.
-    "grpo": ({"clip_high": 0.2}, {"clip_high": 0.28}),
+    "grpo": ({"policy_gradient.clip_high": 0.2}, {"policy_gradient.clip_high": 0.28}),
     # Weights of tokens or of whole sequences: arXiv 2602.19362 does not say which it compares with.
     # A cap within those of published recipes, 1.5 to 5.
-    "grpo_is": ({"correction": "token_truncate"}, {"correction": "sequence_truncate"}),
+    "grpo_is": (
+        {"policy_gradient.correction": "token_truncate"},
+        {"policy_gradient.correction": "sequence_truncate"},
+    ),
     # arXiv 2507.18071; and a hundred times wider, for a mean over a hundredth of the tokens.
     "gspo": (
-        {"clip_low": 3e-4, "clip_high": 4e-4},
-        {"clip_low": 3e-2, "clip_high": 4e-2},
+        {"gspo.clip_low": 3e-4, "gspo.clip_high": 4e-4},
+        {"gspo.clip_low": 3e-2, "gspo.clip_high": 4e-2},
     ),
     # arXiv 2510.13786; and a looser cap. At 2 it would be grpo_is with the weights of tokens.
-    "cispo": ({"correction_cap": 5.0}, {"correction_cap": 8.0}),
+    "cispo": ({"cispo.cap": 5.0}, {"cispo.cap": 8.0}),
     # The authors' code; and a kernel that is W exp(1 - W) on both sides.
     "vespo": (
         {},
         {
-            "vespo_power_good": 1.0,
-            "vespo_decay_good": 1.0,
-            "vespo_power_bad": 1.0,
-            "vespo_decay_bad": 1.0,
+            "vespo.power_good": 1.0,
+            "vespo.decay_good": 1.0,
+            "vespo.power_bad": 1.0,
+            "vespo.decay_bad": 1.0,
         },
     ),
     # As algorithm 1 of its paper reads: groups with equal rewards are pulled to pi_lag.
     "oapl, all groups": ({"beta2": 0.2}, {"beta2": 0.05}),
     # beta2 as for oapl; per root of the length, a root of the length more.
     "oapl_length": ({"beta2": 0.6}, {"beta2": 0.15}),
-    "a_star_po": ({"beta2": 0.2}, {"beta2": 0.05}),
-    "tba": ({"beta2": 0.2}, {"beta2": 0.05}),
-    "opmd_kimi": ({"beta2": 0.2}, {"beta2": 0.05}),
+    "a_star_po": ({"a_star_po.beta2": 0.2}, {"a_star_po.beta2": 0.05}),
+    "tba": ({"tba.beta": 0.2}, {"tba.beta": 0.05}),
+    "opmd_kimi": ({"opmd_kimi.tau": 0.2}, {"opmd_kimi.tau": 0.05}),
     # tau only scales the loss, which Adam undoes.
     "opmd_trinity": ({},),
     # Below zero, as arXiv 2506.20520 recommends: the default of Trinity-RFT; and three times that.
-    "asymre": ({"asymre_shift": -0.1}, {"asymre_shift": -0.3}),
+    "asymre": ({"asymre.delta_v": -0.1}, {"asymre.delta_v": -0.3}),
     # arXiv 2503.20783 (clipped as GRPO); clip-higher.
-    "dr_grpo": ({"clip_high": 0.2}, {"clip_high": 0.28}),
+    "dr_grpo": ({"policy_gradient.clip_high": 0.2}, {"policy_gradient.clip_high": 0.28}),
     # Caps of published recipes, as above.
-    "rloo": ({"correction_cap": 2.0}, {"correction_cap": 5.0}),
+    "rloo": ({"policy_gradient.correction_cap": 2.0}, {"policy_gradient.correction_cap": 5.0}),
     # arXiv 2602.17616; and a tighter cap.
-    "vcpo": ({"correction_cap": 8.0}, {"correction_cap": 2.0}),
+    "vcpo": ({"policy_gradient.correction_cap": 8.0}, {"policy_gradient.correction_cap": 2.0}),
     # arXiv 2602.02710 (its clip, never active there); clip-higher.
-    "maxrl": ({"clip_high": 0.2}, {"clip_high": 0.28}),
+    "maxrl": ({"policy_gradient.clip_high": 0.2}, {"policy_gradient.clip_high": 0.28}),
     # arXiv 2504.05118; and five times as much likelihood.
-    "mixed": ({"likelihood_weight": 0.1}, {"likelihood_weight": 0.5}),
+    "mixed": ({"mixed.likelihood_weight": 0.1}, {"mixed.likelihood_weight": 0.5}),
     "sft": ({},),
 }
 # Compared first, in color.

@@ -138,7 +138,7 @@ def plan_inputs(config: Config, sizes: ModelConfig, from_checkpoint: bool) -> Pl
         from_checkpoint=from_checkpoint,
         dtype=config.model.dtype,
         remat=config.model.remat,
-        objective=bind(**config.objective, group_size=config.group_size),
+        objective=bind(config.objective.name, config.objective, group_size=config.group_size),
         kl_weight=config.objective.kl_weight,
         ess_power=config.objective.ess_power,
         denominator=config.objective.denominator,

@@ -147,20 +147,20 @@ Leaf = Any  # a jax.Array; a numpy array before it is on the mesh; or the shardi
 
 @flax.struct.dataclass
 class Batch:
-    """S sequences, packed into at most M micro-batches of R rows of length T (see batching.py).
+    """S sequences, packed into at most M micro-batches of R rows of length T (learner/packing.py).
 
-    The forward pass runs on rows; `where` says in which of all their places the tokens of each
-    response lie, so that one float a token is unpacked for the objective. Micro-batches are filled
-    in order, and what the sequences do not fill is padding.
+    The forward pass runs on rows; `token_index` gathers the tokens of each response from them, so
+    that one float a token is unpacked for the objective. Micro-batches are filled in order; the
+    rest is padding.
     """
 
     tokens: Leaf  # int32[M, R, T]
     positions: Leaf  # int32[M, R, T], restart in each segment
     segments: Leaf  # int32[M, R, T], 0 is padding
-    where: Leaf  # int32[S, C], places in M * R * T of a response's tokens, C = the most tokens
+    token_index: Leaf  # int32[S, C], indices in M * R * T of a response's tokens, C the most
     mask: Leaf  # float32[S, C], 1 on response tokens
-    behavior_logp: Leaf  # float32[S, C], of the policy that sampled: what drift is measured from
-    reference_logp: Leaf  # float32[S, C], the behavior policy's unless the job has a reference
+    behavior_logp: Leaf  # float32[S, C], of the policy that sampled: drift is measured from it
+    reference_logp: Leaf  # float32[S, C], the behavior policy's unless the run has a reference
     advantage: Leaf  # float32[S]
     reward: Leaf  # float32[S]
     weight: Leaf  # float32[S], aggregation weight from counts of the global batch

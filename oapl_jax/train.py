@@ -62,7 +62,7 @@ def run_job(job: Job, stop: StopRequest) -> tuple[dict[str, Any], Any] | None:
         for change in check_config(workdir / "config.json", config.to_dict()):
             say(f"changed since this run began: {change}")
     hosts.meet("the saved configuration", deadline=config.rollout.deadline)
-    objective = bind(**config.objective, group_size=config.group_size)
+    objective = bind(config.objective.name, config.objective, group_size=config.group_size)
     lag = LagPolicy(**config.lag, seed=config.seed)
     supply = open_supply(job)
     if supply.live or config.evaluation.every:

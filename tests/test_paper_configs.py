@@ -142,8 +142,8 @@ def test_groups_of_equal_rewards_are_kept_for_those_who_learn_from_them(name):
 def test_the_baseline_is_at_a_lag_of_at_most_one():
     config = MATHS("grpo_is")
     assert (config.lag.mode, config.lag.steps, config.buffer.max_age) == ("fixed", 1, 1)
-    assert config.objective.correction == "token_truncate"
-    assert config.objective.correction_cap == 2.0
+    assert config.objective.policy_gradient.correction == "token_truncate"
+    assert config.objective.policy_gradient.correction_cap == 2.0
     assert MATHS("vespo").lag.steps == 50
     assert MATHS("a_star_po").objective.denominator == "reference"
 

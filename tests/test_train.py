@@ -57,7 +57,7 @@ def test_programs_are_kept_and_none_is_new_after_the_first_evaluation(runs, unbr
     # The validation split, met after step 5, ends with a batch of another size than the test split.
     assert compiled == [compiled[0]] * 5 + [compiled[5]] * 7
     kept = {file.name.split("-")[0] for file in Path(os.environ["TEST_PROGRAMS"]).glob("*-cache")}
-    assert kept >= {"jit_step", "jit_logp", "jit_decode"}
+    assert kept >= {"jit_train_step", "jit_logp_step", "jit_decode"}
 
 
 def test_a_run_leaves_what_it_promises(unbroken):
@@ -270,11 +270,17 @@ MISTAKES = {
     "objective": (dict(objective__name="ppo"), "objective.name='ppo'"),
     "aggregation": (dict(objective__aggregation="mean"), "objective.aggregation='mean'"),
     "beta2": (dict(objective__beta2=0.0), "objective.beta2=0.0"),
-    "correction": (dict(objective__correction="token_mask"), "objective.proximal='learner'"),
-    "estimator": (dict(objective__estimator="gae"), "objective.estimator='gae'"),
+    "correction": (
+        dict(config=":objective=grpo", objective__policy_gradient__correction="token_mask"),
+        "policy_gradient.proximal",
+    ),
+    "estimator": (
+        dict(config=":objective=grpo", objective__policy_gradient__estimator="gae"),
+        "estimator='gae'",
+    ),
     "order": (
-        dict(config=":objective=maxrl", objective__maxrl_estimator="truncated", group_size=3),
-        "objective.maxrl_order=4",
+        dict(config=":objective=maxrl", objective__maxrl__estimator="truncated", group_size=3),
+        "objective.maxrl.order=4",
     ),
     "whole groups": (
         dict(config=":objective=tba", learner__micro_batches=8, learner__rows_multiple=1),

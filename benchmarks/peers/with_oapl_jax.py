@@ -26,7 +26,7 @@ from oapl_jax.structs import Batch, Group, Prompt, Rollout
 
 MICRO_BATCHES, CHUNK = 16, 64
 GRPO: dict[str, Any] = dict(
-    estimator="grpo",
+    estimator="dr_grpo",
     clip_low=work.CLIP,
     clip_high=work.CLIP,
     dual_clip=1e30,
@@ -53,6 +53,9 @@ def make_model(path: str) -> None:
     ).save_pretrained(path)
 
 
+OBJECTIVE = bind("grpo", {"policy_gradient": GRPO})
+
+
 def make_batch(responses: np.ndarray) -> Batch:
     given = work.make_rollouts()
     groups = []
@@ -62,17 +65,16 @@ def make_batch(responses: np.ndarray) -> Batch:
         blank = np.zeros(work.RESPONSE, np.float32)  # behavior log-probs: none are looked at
         rollouts = [Rollout(tokens, blank, 0, "length") for tokens in responses[rows]]
         groups.append(Group(prompt, tuple(rollouts), given.rewards[rows]))
-    return batching.make_batch(
+    return batching.build_batch(
         groups,
-        np.split(given.advantages, work.GROUPS),
-        np.full(work.SEQUENCES, 1 / work.RESPONSE_TOKENS, np.float32),
+        OBJECTIVE,
+        aggregation="token",
         step=0,
         micro_batches=MICRO_BATCHES,
         row_length=work.PROMPT + work.RESPONSE,
         rows_multiple=1,
         max_prompt_tokens=work.PROMPT,
         max_response_tokens=work.RESPONSE,
-        together=1,
     )
 
 
@@ -107,7 +109,7 @@ def learn(path: str, steps: int, check: bool) -> None:
     del mine.params
     train_step = learner.make_train_step(
         mine.model,
-        bind("grpo", **GRPO),
+        OBJECTIVE,
         optimizer,
         mine.mesh,
         temperature=1.0,

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW behind a gradient-norm clip, with a warm-up and a cosine decay."""
+"""The optimizer: gradient-norm clip, then AdamW with a warm-up and a cosine decay."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import optax
 def make_schedule(
     *, learning_rate: float, warmup_steps: int, final_fraction: float, num_steps: int
 ) -> optax.Schedule:
-    """Up to learning_rate over `warmup_steps`, then a cosine to learning_rate * final_fraction."""
+    """Linear warm-up to learning_rate, then a cosine to learning_rate * final_fraction."""
     return optax.warmup_cosine_decay_schedule(
         init_value=learning_rate / (warmup_steps + 1),  # not 0: the first step would be wasted
         peak_value=learning_rate,
@@ -33,8 +33,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """clip_by_global_norm, then AdamW with decoupled weight decay (arXiv 1711.05101).
 
-    The first moment is kept in `mu_dtype`: a step reads it into float32, computes with that, and
-    rounds what it leaves to the next one. The second moment is float32.
+    The first moment is stored in `mu_dtype`; a step computes with it in float32 and rounds the
+    result. The second moment is float32.
     """
     schedule = make_schedule(
         learning_rate=learning_rate,
@@ -55,10 +55,10 @@ def make_optimizer(
 def scale_by_adam(
     *, b1: float, b2: float, eps: float, mu_dtype: str
 ) -> optax.GradientTransformation:
-    """optax.scale_by_adam with its first moment kept in `mu_dtype`.
+    """optax.scale_by_adam with its first moment stored in `mu_dtype`.
 
-    Optax's own `mu_dtype` multiplies the moment by b1 in that dtype: in bfloat16 another rounding
-    in each step, unless the compiler happens to leave it out.
+    Optax's own `mu_dtype` multiplies the moment by b1 in that dtype: in bfloat16 that adds a
+    rounding to each step, unless the compiler happens to remove it.
     """
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     with_mu = lambda state, dtype: state._replace(mu=optax.tree.cast(state.mu, dtype))

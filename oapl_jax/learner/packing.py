@@ -1,8 +1,8 @@
-"""Groups -> packed rows -> arrays on the mesh.
+"""Packing: the groups of a gradient step -> rows of fixed length -> arrays on the mesh.
 
-Several responses, each behind its prompt, share a row of fixed length: a segment id keeps them
-apart, and positions start again at 0 in each. Objectives never see rows: `Batch.where` finds each
-response again.
+Several sequences, each a prompt and its response, share a row of fixed length: a segment id keeps
+them apart, and positions start again at 0 in each. Objectives never see rows:
+`Batch.token_index` gathers the tokens of each response.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,146 @@ import jax
 import numpy as np
 
 from oapl_jax.errors import UserError
+from oapl_jax.objectives import Objective
+from oapl_jax.objectives.aggregation import sequence_weights
 from oapl_jax.structs import Batch, Group
+
+
+def build_batch(
+    groups: Sequence[Group],
+    objective: Objective,
+    *,
+    aggregation: str,
+    step: int,
+    micro_batches: int,
+    row_length: int,
+    rows_multiple: int,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    constant_length: int = 1,
+    zero_variance_weight: float = 1.0,
+) -> Batch:
+    """Advantages of whole groups, aggregation weights of the global batch, and packed rows.
+
+    Its shapes depend on the number of sequences and not on their lengths, so that one program is
+    compiled: M micro-batches have room for all sequences at their greatest length. Shorter ones
+    share rows and fill fewer micro-batches.
+
+    Args:
+      groups: of one gradient step, all of one size.
+      objective: gives the advantages; if its loss needs whole groups, none is split.
+      aggregation, constant_length: as in objectives/aggregation.py.
+      step: learner step, for the lag.
+      micro_batches: M, the most of them.
+      row_length: T.
+      rows_multiple: R, the rows of a micro-batch, is rounded up to a multiple.
+      max_prompt_tokens, max_response_tokens: of any sequence; the latter is C.
+      zero_variance_weight: factor on the weights of groups with equal rewards.
+
+    Returns:
+      A Batch of numpy arrays, sequences in the order of the groups' rollouts.
+
+    Raises:
+      UserError: if a sequence is longer than a row or its settings, or groups do not fit.
+    """
+    rollouts = [(g, r) for g in groups for r in g.rollouts]
+    group_size = len(groups[0].rollouts) if objective.needs_whole_groups else 1
+    check_lengths(groups, prompt=max_prompt_tokens, response=max_response_tokens)
+    rows = rows_per_micro_batch(
+        len(rollouts),
+        longest=max_prompt_tokens + max_response_tokens,
+        row_length=row_length,
+        micro_batches=micro_batches,
+        rows_multiple=rows_multiple,
+    )
+    lengths = [len(g.prompt.tokens) + len(r.tokens) for g, r in rollouts]
+    filled = fill(lengths, row_length=row_length, rows=rows, group_size=group_size)
+    if len(filled) > micro_batches or max(map(len, filled)) > rows:
+        raise UserError(
+            f"learner.micro_batches={micro_batches} has no room for whole groups of {group_size}, "
+            "which the objective needs; choose a divisor of groups_per_step"
+        )
+
+    row_shape, token_shape = (micro_batches, rows, row_length), (len(rollouts), max_response_tokens)
+    tokens, positions, segments = (np.zeros(row_shape, np.int32) for _ in range(3))
+    token_index = np.zeros(token_shape, np.int32)
+    mask, behavior_logp = np.zeros(token_shape, np.float32), np.zeros(token_shape, np.float32)
+    for m, layout in enumerate(filled):
+        for row, sequences in enumerate(layout):
+            row_start, start = (m * rows + row) * row_length, 0
+            for segment, s in enumerate(sequences, start=1):
+                group, rollout = rollouts[s]
+                prompt, response = group.prompt.tokens, rollout.tokens
+                middle = start + len(prompt)
+                end, length = middle + len(response), len(response)
+                tokens[m, row, start:middle], tokens[m, row, middle:end] = prompt, response
+                positions[m, row, start:end] = np.arange(end - start)
+                segments[m, row, start:end] = segment
+                token_index[s, :length] = row_start + np.arange(middle, end)
+                mask[s, :length] = 1
+                behavior_logp[s, :length] = rollout.behavior_logp
+                start = end
+
+    weights = sequence_weights(
+        np.array([len(r.tokens) for _, r in rollouts]), aggregation, constant_length=constant_length
+    )
+    factors = np.array([zero_variance_weight if g.zero_variance else 1.0 for g, _ in rollouts])
+    return Batch(
+        tokens=tokens,
+        positions=positions,
+        segments=segments,
+        token_index=token_index,
+        mask=mask,
+        behavior_logp=behavior_logp,
+        reference_logp=behavior_logp,
+        advantage=np.concatenate([objective.advantage(g.reward) for g in groups], dtype=np.float32),
+        reward=np.concatenate([g.reward for g in groups], dtype=np.float32),
+        weight=(weights * factors).astype(np.float32),
+        lag=np.array([step - r.policy_version for _, r in rollouts], np.int32),
+    )
+
+
+def check_lengths(groups: Sequence[Group], *, prompt: int, response: int) -> None:
+    """Raises a UserError for a prompt or response that is longer than its setting allows."""
+    longest_prompt = max(len(g.prompt.tokens) for g in groups)
+    longest_response = max(len(r.tokens) for g in groups for r in g.rollouts)
+    for what, longest, setting, limit in (
+        ("response", longest_response, "rollout.max_response_tokens", response),
+        ("prompt", longest_prompt, "data.max_prompt_tokens", prompt),
+    ):
+        if longest > limit:
+            raise UserError(
+                f"a {what} has {longest} tokens, more than {setting}={limit}; raise it to the "
+                "value of the sampling run"
+            )
+
+
+def rows_per_micro_batch(
+    sequences: int, *, longest: int, row_length: int, micro_batches: int, rows_multiple: int
+) -> int:
+    """R: M micro-batches of R rows hold all sequences, even if each has `longest` tokens."""
+    per_row = max(row_length // longest, 1)
+    rows = -(-sequences // (per_row * micro_batches))
+    return rows + -rows % rows_multiple
+
+
+def check_whole_groups(
+    groups_per_step: int, group_size: int, *, longest: int, row_length: int, **layout: int
+) -> None:
+    """Raises a UserError if micro-batches can't hold whole groups, as `build_batch` would.
+
+    Args:
+      longest, row_length, layout: as in `rows_per_micro_batch`.
+    """
+    sequences = groups_per_step * group_size
+    rows = rows_per_micro_batch(sequences, longest=longest, row_length=row_length, **layout)
+    rows_per_group = -(-group_size // max(row_length // longest, 1))
+    if layout["micro_batches"] * (rows // rows_per_group) < groups_per_step:
+        raise UserError(
+            "the objective needs whole groups in a micro-batch, and learner.micro_batches="
+            f"{layout['micro_batches']} leaves each {rows} rows for them; choose a divisor of "
+            f"groups_per_step={groups_per_step}"
+        )
 
 
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
@@ -41,7 +180,7 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 
 def fill(
-    lengths: Sequence[int], *, row_length: int, rows: int, together: int
+    lengths: Sequence[int], *, row_length: int, rows: int, group_size: int = 1
 ) -> list[list[list[int]]]:
     """Micro-batches of at most `rows` rows of sequence indices, as few as packing finds.
 
@@ -49,141 +188,25 @@ def fill(
       lengths: tokens of each sequence.
       row_length: T.
       rows: R.
-      together: so many sequences in a row, a group, that may not be parted.
+      group_size: consecutive sequences that must share a micro-batch; 1 lets all be split.
     """
-    if together == 1:
+    if group_size == 1:
         packed = pack(lengths, row_length)
         return [packed[start : start + rows] for start in range(0, len(packed), rows)]
 
-    def packed_range(start: int, end: int) -> list[list[int]]:
+    def pack_range(start: int, end: int) -> list[list[int]]:
         packed = pack(lengths[start:end], row_length)
         return [[start + index for index in row] for row in packed]
 
-    filled, begin = [], 0
-    for end in range(together, len(lengths) + 1, together):
-        if len(packed_range(begin, end)) > rows:
-            filled.append(packed_range(begin, end - together))
-            begin = end - together
-    return [*filled, packed_range(begin, len(lengths))]
-
-
-def rows_of(sequences: int, *, per_row: int, micro_batches: int, rows_multiple: int) -> int:
-    """R, the rows of a micro-batch: M of them hold all sequences with `per_row` in a row."""
-    rows = -(-sequences // (per_row * micro_batches))
-    return rows + -rows % rows_multiple
-
-
-def check_lengths(
-    groups: Sequence[Group], *, max_prompt_tokens: int, max_response_tokens: int
-) -> None:
-    """Raises a UserError for a prompt or response that is longer than its setting says."""
-    for what, longest, setting, limit in (
-        (
-            "response",
-            max(len(r.tokens) for g in groups for r in g.rollouts),
-            "rollout.max_response_tokens",
-            max_response_tokens,
-        ),
-        (
-            "prompt",
-            max(len(g.prompt.tokens) for g in groups),
-            "data.max_prompt_tokens",
-            max_prompt_tokens,
-        ),
-    ):
-        if longest > limit:
-            raise UserError(
-                f"a {what} has {longest} tokens, more than {setting}={limit}; raise it to what the "
-                "rollouts were sampled with"
-            )
-
-
-def make_batch(
-    groups: Sequence[Group],
-    advantages: Sequence[np.ndarray],
-    weights: np.ndarray,
-    *,
-    step: int,
-    micro_batches: int,
-    row_length: int,
-    rows_multiple: int,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-    together: int,
-) -> Batch:
-    """Packs all sequences of `groups` into a Batch of numpy arrays.
-
-    Its shapes depend on the number of sequences and not on their lengths, so that one program is
-    compiled: M micro-batches have room for all even if each is the longest. Mostly more of them
-    share a row, and fewer micro-batches are filled.
-
-    Args:
-      groups: of one gradient step.
-      advantages: float[G] for each group, from its complete set of rewards.
-      weights: float[S] aggregation weights in the order of the groups' rollouts.
-      step: learner step, for the lag.
-      micro_batches: M, the most of them.
-      row_length: T.
-      rows_multiple: R is rounded up to a multiple.
-      max_prompt_tokens: of any prompt.
-      max_response_tokens: C.
-      together: 1, or the group size if groups must not be parted by micro-batches.
-
-    Raises:
-      UserError: if a sequence is longer than a row, or groups do not fit.
-    """
-    rollouts = [(g, r) for g in groups for r in g.rollouts]
-    check_lengths(
-        groups, max_prompt_tokens=max_prompt_tokens, max_response_tokens=max_response_tokens
-    )
-    rows = rows_of(
-        len(rollouts),
-        per_row=max(row_length // (max_prompt_tokens + max_response_tokens), 1),
-        micro_batches=micro_batches,
-        rows_multiple=rows_multiple,
-    )
-    lengths = [len(g.prompt.tokens) + len(r.tokens) for g, r in rollouts]
-    filled = fill(lengths, row_length=row_length, rows=rows, together=together)
-    if len(filled) > micro_batches or max(map(len, filled)) > rows:
-        raise UserError(
-            f"learner.micro_batches={micro_batches} leaves no room for whole groups of {together}, "
-            "which the objective needs; choose a divisor of groups_per_step"
-        )
-
-    row_shape, token_shape = (micro_batches, rows, row_length), (len(rollouts), max_response_tokens)
-    tokens, positions, segments = (np.zeros(row_shape, np.int32) for _ in range(3))
-    where = np.zeros(token_shape, np.int32)
-    mask, behavior_logp = np.zeros(token_shape, np.float32), np.zeros(token_shape, np.float32)
-    for m, layout in enumerate(filled):
-        for row, members in enumerate(layout):
-            before, start = (m * rows + row) * row_length, 0
-            for segment, s in enumerate(members, start=1):
-                group, rollout = rollouts[s]
-                prompt, response = group.prompt.tokens, rollout.tokens
-                end, here = start + len(prompt) + len(response), start + len(prompt)
-                tokens[m, row, start:here], tokens[m, row, here:end] = prompt, response
-                positions[m, row, start:end] = np.arange(end - start)
-                segments[m, row, start:end] = segment
-                where[s, : len(response)] = before + np.arange(here, end)
-                mask[s, : len(response)] = 1
-                behavior_logp[s, : len(response)] = rollout.behavior_logp
-                start = end
-    return Batch(
-        tokens=tokens,
-        positions=positions,
-        segments=segments,
-        where=where,
-        mask=mask,
-        behavior_logp=behavior_logp,
-        reference_logp=behavior_logp,
-        advantage=np.concatenate(advantages).astype(np.float32),
-        reward=np.concatenate([g.reward for g in groups]).astype(np.float32),
-        weight=np.asarray(weights, np.float32),
-        lag=np.array([step - r.policy_version for _, r in rollouts], np.int32),
-    )
+    filled, first = [], 0
+    for end in range(group_size, len(lengths) + 1, group_size):
+        if len(pack_range(first, end)) > rows:
+            filled.append(pack_range(first, end - group_size))
+            first = end - group_size
+    return [*filled, pack_range(first, len(lengths))]
 
 
 def to_mesh(batch: Batch, shardings: Batch) -> Batch:
-    """Puts a batch, which every host has whole, where the learner wants it."""
+    """Places a batch, of which every host has a whole copy, in the learner's shardings."""
     place = lambda s, x: jax.make_array_from_callback(x.shape, s, lambda part: x[part])
     return jax.tree.map(place, shardings, batch)

@@ -4,15 +4,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from oapl_jax.learner import packing as batching
 from oapl_jax.learner import train_step as learner
+from oapl_jax.learner.packing import build_batch, to_mesh
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import bind
-from oapl_jax.objectives.aggregation import sequence_weights
 from oapl_jax.structs import Group
 
 
@@ -37,8 +35,8 @@ def warm_up(
 
     Args:
       model, optimizer, mesh: as for the learner.
-      demonstrations: groups of one "rollout" each, the demonstrated response, with reward 1.
-      params: to start from, or the seed of fresh ones.
+      demonstrations: groups of one rollout each, the demonstrated response, with reward 1.
+      params: initial parameters, or the seed of fresh ones.
       num_steps: gradient steps.
       batch_size: demonstrations a step.
       micro_batches, row_length, rows_multiple, logp_chunk: as for the learner.
@@ -48,10 +46,11 @@ def warm_up(
     Returns:
       The parameters, in the learner's sharding.
     """
+    objective = bind("sft", {})
     state = learner.init_state(model, optimizer, mesh, params)
-    step_fn = learner.make_train_step(
+    train_step = learner.make_train_step(
         model,
-        bind("sft"),
+        objective,
         optimizer,
         mesh,
         temperature=1.0,
@@ -62,20 +61,17 @@ def warm_up(
     )
     shardings = learner.batch_shardings(mesh)
     for step in range(num_steps):
-        groups = [next(demonstrations) for _ in range(batch_size)]
-        lengths = np.array([len(g.rollouts[0].tokens) for g in groups])
-        batch = batching.make_batch(
-            groups,
-            [g.reward for g in groups],
-            sequence_weights(lengths, "token", constant_length=1),
+        batch = build_batch(
+            [next(demonstrations) for _ in range(batch_size)],
+            objective,
+            aggregation="token",
             step=0,
             micro_batches=micro_batches,
             row_length=row_length,
             rows_multiple=rows_multiple,
             max_prompt_tokens=max_prompt_tokens,
             max_response_tokens=max_response_tokens,
-            together=1,
         )
-        state, metrics = step_fn(state, batching.to_mesh(batch, shardings))
+        state, metrics = train_step(state, to_mesh(batch, shardings))
         log(step + 1, {"loss": float(jax.device_get(metrics["loss"]))})
     return state.params

@@ -1,8 +1,10 @@
 """The learner: (state, batch) -> (state, metrics), compiled once over a mesh.
 
-It knows neither files nor prompts nor samplers.
+It knows neither files nor prompts nor samplers. `make_train_step` is the gradient step: the forward
+pass of each micro-batch (`response_logp`), the objective's loss, the optimizer's update.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -19,8 +22,7 @@ from oapl_jax.model.logprobs import token_logp
 from oapl_jax.model.sharding import ROWS, parameter_shardings
 from oapl_jax.model.transformer import Transformer, head
 from oapl_jax.objectives import Objective
-from oapl_jax.objectives.reference import reference_kl
-from oapl_jax.objectives.sample_size import effective_share
+from oapl_jax.objectives.ratios import effective_share, reference_kl
 from oapl_jax.structs import Batch, Leaf
 
 
@@ -34,6 +36,7 @@ class TrainState:
 
 
 def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state at step 0."""
     # One array each: donated buffers must not be shared.
     step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
     return TrainState(step, params, optimizer.init(params), skipped, in_a_row)
@@ -48,52 +51,54 @@ def init_params(model: Transformer, key: jax.Array) -> Any:
 def state_shardings(
     model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Where each array of a TrainState lives; moments lie beside their parameters."""
+    """Shardings of a TrainState: moments as their parameters, the rest replicated."""
     params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-    placed = parameter_shardings(params, mesh)
+    sharded = parameter_shardings(params, mesh)
     shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), params)
-    everywhere = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, P())
     moments = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, s: s,
         shapes.opt_state,
-        placed,
-        transform_non_params=lambda _: everywhere,
+        sharded,
+        transform_non_params=lambda _: replicated,
     )
-    return TrainState(everywhere, placed, moments, everywhere, everywhere)
+    return TrainState(replicated, sharded, moments, replicated, replicated)
 
 
 def batch_shardings(mesh: Mesh) -> Batch:
-    """Rows are split over data and fsdp, their places over context; the rest is everywhere."""
-    rows, everywhere = NamedSharding(mesh, P(None, *ROWS, "context")), NamedSharding(mesh, P())
-    return Batch(rows, rows, rows, *([everywhere] * 8))
+    """Shardings of a Batch: rows over data and fsdp, tokens over context; the rest replicated."""
+    rows, replicated = NamedSharding(mesh, P(None, *ROWS, "context")), NamedSharding(mesh, P())
+    return Batch(rows, rows, rows, *([replicated] * 8))
 
 
 def init_state(
     model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, params: Any | int
 ) -> TrainState:
-    """A state at step 0, in its sharding, from parameters or from the seed of fresh ones."""
+    """A sharded state at step 0, from parameters or from the seed of fresh ones."""
     shardings = state_shardings(model, optimizer, mesh)
     if isinstance(params, int):
         make = lambda key: new_state(init_params(model, key), optimizer)
         return jax.jit(make, out_shardings=shardings)(jax.random.key(params))
-    params = jax.device_put(params, shardings.params)
-    return jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=shardings)(
-        params
-    )
+    make = functools.partial(new_state, optimizer=optimizer)
+    return jax.jit(make, out_shardings=shardings)(jax.device_put(params, shardings.params))
 
 
 def response_logp(
     params: Any, batch: Batch, m: Any, *, model: Transformer, temperature: float, chunk: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probability and entropy [S, C] of the response tokens in micro-batch m, 0 elsewhere; and
-    bool[S], the responses that lie there."""
-    take = functools.partial(jax.lax.dynamic_index_in_dim, index=m, keepdims=False)
-    tokens, positions, segments = map(take, (batch.tokens, batch.positions, batch.segments))
+    """Forward pass of micro-batch m, unpacked from rows to responses.
+
+    Returns:
+      Log-probability and entropy [S, C] of the response tokens in this micro-batch, 0 elsewhere;
+      and bool[S], the responses that are in it.
+    """
+    of_m = functools.partial(jax.lax.dynamic_index_in_dim, index=m, keepdims=False)
+    tokens, positions, segments = map(of_m, (batch.tokens, batch.positions, batch.segments))
     hidden: Any = model.apply({"params": params}, tokens, positions, segments)
-    places = batch.where - m * tokens.size
-    here = (batch.mask > 0) & (places >= 0) & (places < tokens.size)
-    before = jnp.where(here, places - 1, tokens.size)  # the state before a token predicts it
+    index = batch.token_index - m * tokens.size
+    inside = (batch.mask > 0) & (index >= 0) & (index < tokens.size)
+    before = jnp.where(inside, index - 1, tokens.size)  # the state before a token predicts it
     wanted = jnp.zeros(tokens.size, bool).at[before].set(True, mode="drop")
     logp, entropy = token_logp(
         hidden,
@@ -104,32 +109,33 @@ def response_logp(
         chunk=chunk,
     )
     unpack = lambda x: x.reshape(-1).at[before].get(mode="fill", fill_value=0.0)
-    return unpack(logp), unpack(entropy), jnp.any(here, axis=-1)
+    return unpack(logp), unpack(entropy), jnp.any(inside, axis=-1)
 
 
 def micro_batches_used(batch: Batch) -> jax.Array:
-    return jnp.max(batch.where) // math.prod(batch.tokens.shape[1:]) + 1
+    """The number of micro-batches that hold a response; they are filled in order."""
+    return jnp.max(batch.token_index) // math.prod(batch.tokens.shape[1:]) + 1
 
 
 def padding(batch: Batch) -> jax.Array:
-    """The share of the places that a step computes which hold no token."""
-    places = micro_batches_used(batch) * math.prod(batch.tokens.shape[1:])
-    return 1 - jnp.sum(batch.segments > 0) / places
+    """Fraction of padding among the tokens that a step computes."""
+    computed = micro_batches_used(batch) * math.prod(batch.tokens.shape[1:])
+    return 1 - jnp.sum(batch.segments > 0) / computed
 
 
-def over_micro_batches(of_one: Callable[[Any], Any], batch: Batch) -> Any:
-    """The sum of of_one(m) over the micro-batches that hold anything."""
+def sum_micro_batches(function: Callable[[Any], Any], batch: Batch) -> Any:
+    """The sum of function(m) over the micro-batches that are not empty."""
     most = batch.tokens.shape[0]
     if most == 1:
-        return of_one(0)
-    start = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_one, 0))
-    visit = lambda m, total: jax.tree.map(jnp.add, total, of_one(m))
+        return function(0)
+    start = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, 0))
+    add = lambda m, total: jax.tree.map(jnp.add, total, function(m))
     with jax.named_scope(f"at_most_{most}"):  # the bound is data, see model/logprobs.py
-        return jax.lax.fori_loop(0, micro_batches_used(batch), visit, start)
+        return jax.lax.fori_loop(0, micro_batches_used(batch), add, start)
 
 
 def summarize(loss: jax.Array, metrics: dict[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-    """Scalars from per-sequence [S] arrays; not-a-number where a set of sequences is empty."""
+    """Scalars from per-sequence [S] arrays; nan for the mean of an empty set of sequences."""
     right = batch.reward > 0
     mean = lambda x, where: jnp.sum(jnp.where(where, x, 0)) / jnp.sum(where)
     out = {"loss": loss}
@@ -140,7 +146,7 @@ def summarize(loss: jax.Array, metrics: dict[str, jax.Array], batch: Batch) -> d
                 out[f"{name}/{side}"] = average = mean(value, where)
                 out[f"{name}/{side}_std"] = jnp.sqrt(mean(jnp.square(value - average), where))
     if "target_log_ratio" in metrics:
-        # Least squares through the origin of the log-ratio on A / beta2: 1 at the fixed point.
+        # Least squares through the origin of the log-ratio on its target: 1 at the fixed point.
         target = metrics["target_log_ratio"]
         out["log_ratio/slope"] = jnp.sum(metrics["log_ratio"] * target) / jnp.sum(
             jnp.square(target)
@@ -160,33 +166,33 @@ def make_train_step(
     ess_power: float,
     to_reference: bool,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Compiles one gradient step; the old state's buffers are given to the new one.
+    """Compiles one gradient step; it donates the old state's buffers to the new state.
 
     The gradient is the sum over micro-batches of sum_i weight_i L_i, so a split batch gives the
-    whole batch's gradient. A step whose loss, gradient norm or scale by `ess_power` is not finite
-    changes nothing but the counts.
+    whole batch's gradient. If the loss, the gradient norm or the scale by `ess_power` is not
+    finite, the step changes only its counts.
 
     Args:
       temperature, logp_chunk: as in `token_logp`.
       kl_weight: of KL(pi || pi_ref), which is added to the loss of each sequence; 0 adds nothing.
-      ess_power: the update is multiplied by (ESS / B)^ess_power: 0 leaves it, 1/2 is VCPO's for
-        Adam (objectives/sample_size.py).
-      to_reference: whether the objective compares with the reference policy in the place of the
-        behavior policy. KL and ESS are those of the behavior policy all the same: the drift.
+      ess_power: the update is multiplied by (ESS / B)^ess_power; 1/2 is VCPO's for Adam
+        (objectives/ratios.py).
+      to_reference: replaces the behavior policy by the reference policy in the objective. KL and
+        ESS remain those of the behavior policy: the drift.
     """
 
-    def micro_loss(params, batch: Batch, m):
+    def micro_batch_loss(params: Any, batch: Batch, m: Any):
         logp, entropy, mine = response_logp(
             params, batch, m, model=model, temperature=temperature, chunk=logp_chunk
         )
         anchor = batch.reference_logp if to_reference else batch.behavior_logp
-        # Those of other micro-batches are as if they were at it; below, nothing of them counts.
+        # Sequences outside this micro-batch get ratio 1 and are masked out below.
         logp = jnp.where(mine[:, None], logp, anchor)
         losses, metrics = objective.loss(logp, anchor, batch.advantage, batch.mask)
         if kl_weight:
             kl = reference_kl(logp, batch.behavior_logp, batch.reference_logp, batch.mask)
             losses, metrics = losses + kl_weight * kl, {**metrics, "reference_kl": kl}
-        # KL(pi_lag || pi) from pi_lag's samples in the form whose terms are never negative (k3).
+        # KL(pi_lag || pi) from pi_lag's samples, by its non-negative estimate (k3).
         gap = jnp.where(batch.mask > 0, logp - batch.behavior_logp, 0.0)
         tokens = jnp.sum(batch.mask, axis=-1)
         per_sequence = {
@@ -195,45 +201,48 @@ def make_train_step(
             "log_weight": jnp.sum(gap, axis=-1),
             **metrics,
         }
-        count = lambda x: jnp.where(mine, x, 0)
-        return jnp.sum(count(batch.weight * losses)), jax.tree.map(count, per_sequence)
+        keep_mine = lambda x: jnp.where(mine, x, 0)
+        return jnp.sum(keep_mine(batch.weight * losses)), jax.tree.map(keep_mine, per_sequence)
 
-    def step(state: TrainState, batch: Batch):
+    def train_step(state: TrainState, batch: Batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            with_gradient = jax.value_and_grad(micro_loss, has_aux=True)
-            (loss, per_sequence), grads = over_micro_batches(
-                functools.partial(with_gradient, state.params, batch), batch
+            gradient = jax.value_and_grad(micro_batch_loss, has_aux=True)
+            (loss, per_sequence), grads = sum_micro_batches(
+                functools.partial(gradient, state.params, batch), batch
             )
             grad_norm = optax.tree.norm(grads)
-            share = effective_share(per_sequence.pop("log_weight"))
-            scale = share**ess_power
+            ess = effective_share(per_sequence.pop("log_weight"))
+            scale = ess**ess_power
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(scale)
+
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             updates = jax.tree.map(lambda u: u * scale, updates)
             params = optax.apply_updates(state.params, updates)
-            keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+
+            if_finite = functools.partial(jax.tree.map, lambda x, old: jnp.where(finite, x, old))
             bad = 1 - finite.astype(jnp.int32)
-            new_state = TrainState(
+            new = TrainState(
                 step=state.step + 1,
-                params=keep(params, state.params),
-                opt_state=keep(opt_state, state.opt_state),
+                params=if_finite(params, state.params),
+                opt_state=if_finite(opt_state, state.opt_state),
                 skipped=state.skipped + bad,
                 skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
             )
-            metrics = summarize(loss, per_sequence, batch)
-            metrics["grad_norm"] = grad_norm
-            metrics["ess"] = share
-            metrics["padding"] = padding(batch)
-            metrics["skipped"] = new_state.skipped
-            metrics["skipped_in_a_row"] = new_state.skipped_in_a_row
-        return new_state, metrics
+            metrics = {
+                **summarize(loss, per_sequence, batch),
+                "grad_norm": grad_norm,
+                "ess": ess,
+                "padding": padding(batch),
+                "skipped": new.skipped,
+                "skipped_in_a_row": new.skipped_in_a_row,
+            }
+        return new, metrics
 
-    shardings = state_shardings(model, optimizer, mesh)
-    everywhere = NamedSharding(mesh, P())
+    shardings, replicated = state_shardings(model, optimizer, mesh), NamedSharding(mesh, P())
     return jax.jit(
-        step,
+        train_step,
         in_shardings=(shardings, batch_shardings(mesh)),
-        out_shardings=(shardings, everywhere),
+        out_shardings=(shardings, replicated),
         donate_argnums=0,
     )
 
@@ -241,13 +250,41 @@ def make_train_step(
 def make_logp_step(
     model: Transformer, mesh: Mesh, *, temperature: float, logp_chunk: int
 ) -> Callable[[Any, Batch], jax.Array]:
-    """Compiles params, batch -> float32[S, C] log-probs, for `denominator = learner`."""
+    """Compiles params, batch -> float32[S, C], the log-probs of the response tokens."""
 
-    def logp(params, batch: Batch):
+    def logp_step(params: Any, batch: Batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            one = functools.partial(
+            of_one = functools.partial(
                 response_logp, params, batch, model=model, temperature=temperature, chunk=logp_chunk
             )
-            return over_micro_batches(lambda m: one(m)[0], batch)
+            return sum_micro_batches(lambda m: of_one(m)[0], batch)
 
-    return jax.jit(logp, out_shardings=NamedSharding(mesh, P()))
+    return jax.jit(logp_step, out_shardings=NamedSharding(mesh, P()))
+
+
+def recompute_logps(
+    batch: Batch,
+    logp_step: Callable[[Any, Batch], jax.Array],
+    *,
+    step: int,
+    reference: Any | None = None,
+    load_version: Callable[[int], Any] | None = None,
+) -> Batch:
+    """Replaces log-probs of a batch on the mesh by those of the learner's forward pass.
+
+    Args:
+      logp_step: of `make_logp_step`.
+      step: learner step of the batch, to which its lag refers.
+      reference: parameters of the reference policy, if the objective or the KL needs them.
+      load_version: version -> parameters, for `objective.denominator="learner"`: the behavior
+        policy's log-probs are then recomputed from each rollout's version.
+    """
+    if reference is not None:
+        batch = dataclasses.replace(batch, reference_logp=logp_step(reference, batch))
+    if load_version is None:
+        return batch
+    behavior_logp = batch.behavior_logp
+    for lag in np.unique(jax.device_get(batch.lag)):
+        logp = logp_step(load_version(step - int(lag)), batch)
+        behavior_logp = jnp.where((batch.lag == lag)[:, None], logp, behavior_logp)
+    return dataclasses.replace(batch, behavior_logp=behavior_logp)

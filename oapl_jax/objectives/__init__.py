@@ -1,23 +1,30 @@
-"""Objectives: what a learner minimises, as two pure functions of log-probabilities and rewards.
+"""Objectives: the learner's loss as two pure functions of log-probabilities and rewards.
 
     advantage(reward[G], *, ...) -> [G]                                          no gradient
-    loss(logp[G T], behavior_logp[G T], advantage[G], mask[G T], *, ...) -> (loss[G], metrics)
+    loss(logp[S T], behavior_logp[S T], advantage[S], mask[S T], *, ...) -> (loss[S], metrics)
 
 `advantage` sees one whole group; `loss` gives one number a sequence, and `metrics` per-sequence
-arrays. How sequences are averaged is a separate choice, see aggregation.py.
+arrays. The average over sequences is a separate choice, see aggregation.py.
 
 A loss takes any sequences, in any order and number, unless it names `group_size`: then they must be
 whole groups, one after another. docs/methods.md has every equation with its source.
+
+Constants are keyword-only and required. Their values stand in the section `objective` of the
+configuration: `objective.NAME` for most, `objective.policy_gradient` for GRPO and its relatives,
+`objective.beta1` and `objective.beta2` for OAPL.
 """
 
+import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from oapl_jax.errors import UserError
 from oapl_jax.objectives import (
-    a_star_po,
     advantages,
     asymre,
     cispo,
@@ -35,62 +42,105 @@ from oapl_jax.objectives import (
     vespo,
 )
 
+OAPL = ""  # the section itself, with the constants of OAPL and its relatives
+FAMILY = "policy_gradient"  # the sub-section of GRPO and its relatives
+
 
 class Objective(NamedTuple):
     advantage: Callable[..., Any]
     loss: Callable[..., Any]
+    shared: str | None = None  # holds constants beside the objective's own sub-section
+
+    @property
+    def needs_whole_groups(self) -> bool:
+        """True if the loss compares the sequences of a group."""
+        return "group_size" in constants(self.loss)
 
 
 OBJECTIVES = {
-    "oapl": Objective(oapl.advantage, oapl.loss),
-    "oapl_length": Objective(oapl.advantage, oapl_length.loss),
-    "a_star_po": Objective(a_star_po.advantage, a_star_po.loss),
-    "tba": Objective(tba.advantage, tba.loss),
-    "prosper": Objective(prosper.advantage, prosper.loss),
+    "oapl": Objective(oapl.advantage, oapl.loss, OAPL),
+    "oapl_length": Objective(oapl.advantage, oapl_length.loss, OAPL),
+    "a_star_po": Objective(oapl.advantage, oapl.loss),
+    "tba": Objective(advantages.centred, tba.loss),
+    "prosper": Objective(advantages.centred, prosper.loss),
     "opmd_kimi": Objective(opmd_kimi.advantage, opmd_kimi.loss),
     "opmd_trinity": Objective(opmd_kimi.advantage, opmd_trinity.loss),
     "asymre": Objective(asymre.advantage, asymre.loss),
-    "grpo": Objective(advantages.advantage, grpo.loss),
-    "grpo_is": Objective(advantages.advantage, grpo.loss),
-    "vcpo": Objective(advantages.advantage, grpo.loss),
-    "dr_grpo": Objective(advantages.advantage, grpo.loss),
-    "rloo": Objective(advantages.advantage, grpo.loss),
-    "gspo": Objective(advantages.advantage, gspo.loss),
-    "cispo": Objective(advantages.advantage, cispo.loss),
-    "vespo": Objective(advantages.advantage, vespo.loss),
-    "maxrl": Objective(maxrl.advantage, grpo.loss),
-    "mixed": Objective(mixed.advantage, grpo.loss),
+    "grpo": Objective(advantages.advantage, grpo.loss, FAMILY),
+    "grpo_is": Objective(advantages.advantage, grpo.loss, FAMILY),
+    "vcpo": Objective(advantages.advantage, grpo.loss, FAMILY),
+    "dr_grpo": Objective(advantages.advantage, grpo.loss, FAMILY),
+    "rloo": Objective(advantages.advantage, grpo.loss, FAMILY),
+    "gspo": Objective(advantages.advantage, gspo.loss, FAMILY),
+    "cispo": Objective(advantages.advantage, cispo.loss, FAMILY),
+    "vespo": Objective(advantages.advantage, vespo.loss, FAMILY),
+    "maxrl": Objective(maxrl.advantage, grpo.loss, FAMILY),
+    "mixed": Objective(mixed.advantage, grpo.loss, FAMILY),
     "sft": Objective(sft.advantage, sft.loss),
 }
 
 
-def hyper_parameters(function: Callable[..., Any]) -> list[str]:
-    """The names of a function's keyword-only parameters."""
+def constants(function: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword-only parameters of a function, with their annotations."""
     parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def bind(name: str, **values: Any) -> Objective:
-    """The objective with its hyper-parameters filled in from a configuration section.
+def bind(name: str, section: Mapping[str, Any], *, group_size: int | None = None) -> Objective:
+    """Fills the constants of an objective from the configuration's section `objective`.
 
-    The section may serve several objectives: each function takes the values that its signature
-    names.
+    Args:
+      name: a key of OBJECTIVES.
+      section: holds at least the constants of this objective, nested as above. Sub-sections of
+        other objectives are not read.
+      group_size: G. If given, both functions are traced once, which finds constants that contradict
+        each other or do not suit the group.
 
     Raises:
-      UserError: if the objective is unknown or one of its hyper-parameters is missing.
+      UserError: for an unknown objective, and for a constant that is missing, misspelt or out of
+        its range.
     """
     if name not in OBJECTIVES:
-        raise UserError(
-            f"objective.name={name!r} is unknown; choose one of {', '.join(OBJECTIVES)}"
-        )
+        offered = ", ".join(OBJECTIVES)
+        raise UserError(f"objective.name={name!r} is unknown; choose one of {offered}")
+    objective, settings = OBJECTIVES[name], settings_of(name, section)
+    if group_size:
+        settings["group_size"] = ("group_size", group_size)
 
-    def fill(function):
-        names = hyper_parameters(function)
-        missing = [key for key in names if key not in values]
-        if missing:
-            raise UserError(
-                f"objective {name} needs objective.{', objective.'.join(missing)}; add them"
-            )
-        return functools.partial(function, **{key: values[key] for key in names})
+    def fill(function: Callable[..., Any]) -> Callable[..., Any]:
+        values = {}
+        for key, annotation in constants(function).items():
+            if key not in settings:
+                raise UserError(f"objective {name} needs {key} in the section objective; add it")
+            setting, values[key] = settings[key]
+            for allowed in getattr(annotation, "__metadata__", ()):
+                if values[key] not in allowed:
+                    raise UserError(f"{setting}={values[key]!r} must be {allowed}")
+        return functools.partial(function, **values)
 
-    return Objective(*map(fill, OBJECTIVES[name]))
+    bound = Objective(fill(objective.advantage), fill(objective.loss), objective.shared)
+    if group_size:
+        row, grid = (jax.ShapeDtypeStruct((group_size, *t), jnp.float32) for t in ((), (1,)))
+        jax.eval_shape(bound.advantage, row)
+        jax.eval_shape(bound.loss, grid, grid, row, grid)
+    return bound
+
+
+def settings_of(name: str, section: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Constant -> its full setting and value; the objective's own sub-section comes first.
+
+    Raises:
+      UserError: for a key of these sub-sections that is no constant.
+    """
+    settings = {key: (f"objective.{key}", value) for key, value in section.items()}
+    if OBJECTIVES[name].shared != OAPL:
+        settings = {}
+    for place in (OBJECTIVES[name].shared, name):
+        readers = [o for other, o in OBJECTIVES.items() if place in (other, o.shared)]
+        known = {key for o in readers for f in (o.advantage, o.loss) for key in constants(f)}
+        for key, value in (section.get(place, {}) if place else {}).items():
+            if key not in known:
+                nearest = "".join(difflib.get_close_matches(key, known, n=1, cutoff=0))
+                raise UserError(f"objective.{place}.{key} is unknown; did you mean {nearest}?")
+            settings[key] = (f"objective.{place}.{key}", value)
+    return settings

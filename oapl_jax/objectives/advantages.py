@@ -1,27 +1,20 @@
-"""Advantages of the policy-gradient family: what a response is worth beside its group.
+"""Group-relative advantages of the policy-gradient family.
 
     grpo      A_i = (r_i - mean r) / (std r + 1e-6)      std with G - 1; arXiv 2402.03300
     dr_grpo   A_i = r_i - mean r                         arXiv 2503.20783
     rloo      A_i = r_i - mean_{j != i} r_j              arXiv 2402.14740
     maxrl     A_i = (r_i - mean r) / mean r              arXiv 2602.02710, algorithm 1
 
-Any of them goes with any loss whose gradient on fresh data is that of -A log pi.
+Each goes with any loss whose gradient on fresh data is that of -A log pi.
 """
+
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-
-def advantage(reward: Float[Array, " G"], *, estimator: str) -> Float[Array, " G"]:
-    """The advantages of a whole group, exactly 0 if its rewards are equal.
-
-    Raises:
-      ValueError: for an unknown estimator.
-    """
-    if estimator not in ADVANTAGES:
-        raise ValueError(f"estimator is one of {tuple(ADVANTAGES)}")
-    return jax.lax.stop_gradient(ADVANTAGES[estimator](reward.astype(jnp.float32)))
+from oapl_jax.objectives.annotations import OneOf
 
 
 def dr_grpo(reward: Float[Array, " G"]) -> Float[Array, " G"]:
@@ -31,11 +24,10 @@ def dr_grpo(reward: Float[Array, " G"]) -> Float[Array, " G"]:
 
 
 def grpo(reward: Float[Array, " G"]) -> Float[Array, " G"]:
-    """(r_i - mean r) / (std r + 1e-6); the reward of a group of one is its own mean."""
-    centred = dr_grpo(reward)
+    """(r_i - mean r) / (std r + 1e-6), and 0 in a group of one."""
     if len(reward) == 1:
-        return centred
-    return centred / (jnp.std(reward - reward[0], ddof=1) + 1e-6)
+        return dr_grpo(reward)
+    return dr_grpo(reward) / (jnp.std(reward - reward[0], ddof=1) + 1e-6)
 
 
 def rloo(reward: Float[Array, " G"]) -> Float[Array, " G"]:
@@ -44,13 +36,24 @@ def rloo(reward: Float[Array, " G"]) -> Float[Array, " G"]:
 
 
 def maxrl(reward: Float[Array, " G"]) -> Float[Array, " G"]:
-    """(r_i - mean r) / mean r, and 0 where nothing was right; for rewards that are not negative.
+    """(r_i - mean r) / mean r, and 0 without any success; for rewards that are not negative.
 
-    The reciprocal of the pass rate turns the gradient of p into that of log p: hard prompts weigh
-    more. For its expectation see maxrl.py.
+    The reciprocal of the pass rate turns the gradient of p into that of log p, so that hard prompts
+    weigh more. For its expectation see maxrl.py.
     """
     mean = jnp.mean(reward)
     return jnp.where(mean > 0, dr_grpo(reward) / jnp.where(mean > 0, mean, 1.0), 0.0)
 
 
 ADVANTAGES = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo, "maxrl": maxrl}
+Estimator = Annotated[str, OneOf(ADVANTAGES)]
+
+
+def advantage(reward: Float[Array, " G"], *, estimator: Estimator) -> Float[Array, " G"]:
+    """Advantages of a whole group by one of `ADVANTAGES`; exactly 0 if its rewards are equal."""
+    return jax.lax.stop_gradient(ADVANTAGES[estimator](reward.astype(jnp.float32)))
+
+
+def centred(reward: Float[Array, " G"]) -> Float[Array, " G"]:
+    """A_i = r_i - mean r, without a choice."""
+    return advantage(reward, estimator="dr_grpo")

@@ -1,4 +1,4 @@
-"""How the losses of single sequences become the loss of a batch: one weight a sequence.
+"""Aggregation of sequence losses into the loss of a batch: one weight a sequence.
 
 Weights come from counts of the global batch before it is split, so responses can be shuffled,
 packed and accumulated in any order. The loss of a sequence is a sum over its tokens.
@@ -26,18 +26,15 @@ def sequence_weights(lengths: np.ndarray, aggregation: str, *, constant_length: 
       UserError: for an unknown aggregation.
     """
     lengths = np.asarray(lengths, np.float64)
-    count = len(lengths)
-    if aggregation == "sequence":
-        weights = np.full(count, 1 / count)
-    elif aggregation == "token":
-        weights = np.full(count, 1 / lengths.sum())
-    elif aggregation == "sequence_token":
-        weights = 1 / (count * lengths)
-    elif aggregation == "constant":
-        weights = np.full(count, 1 / (count * constant_length))
-    else:
+    same, count = np.ones(len(lengths)), len(lengths)
+    weights = {
+        "sequence": same / count,
+        "token": same / lengths.sum(),
+        "sequence_token": 1 / (count * lengths),
+        "constant": same / (count * constant_length),
+    }
+    if aggregation not in weights:
         raise UserError(
-            f"objective.aggregation={aggregation!r} is unknown; choose one of "
-            f"{', '.join(AGGREGATIONS)}"
+            f"objective.aggregation={aggregation!r} must be one of {', '.join(AGGREGATIONS)}"
         )
-    return weights.astype(np.float32)
+    return weights[aggregation].astype(np.float32)

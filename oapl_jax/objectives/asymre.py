@@ -1,4 +1,4 @@
-"""AsymRE: off-policy REINFORCE whose baseline lies below the mean, so that it stays stable.
+"""AsymRE: off-policy REINFORCE with a baseline below the mean reward, for stability.
 
 "Asymmetric REINFORCE for off-policy reinforcement learning", arXiv 2506.20520.
 """
@@ -7,30 +7,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from oapl_jax.objectives import advantages
-from oapl_jax.objectives.ratios import masked_logp, token_log_ratio
+from oapl_jax.objectives.annotations import Losses, PerResponse, PerToken
+from oapl_jax.objectives.ratios import log_ratio, masked_logp
 
 
-def advantage(reward: Float[Array, " G"], *, asymre_shift: float) -> Float[Array, " G"]:
-    """A_i = r_i - V,  V = mean r + shift.
+def advantage(reward: Float[Array, " G"], *, delta_v: float) -> Float[Array, " G"]:
+    """A_i = r_i - V,  V = mean r + delta_v.
 
     Args:
       reward: of the whole group.
-      asymre_shift: below 0, good responses weigh more than bad ones, and groups of equal rewards
-        are imitated; at or above 0 the fixed point may put all mass on a few responses.
+      delta_v: below 0, good responses weigh more than bad ones, and groups of equal rewards are
+        imitated; at or above 0 the fixed point may put all mass on a few responses.
     """
-    return advantages.advantage(reward, estimator="dr_grpo") - asymre_shift
+    return advantages.centred(reward) - delta_v
 
 
-def loss(
-    logp: Float[Array, "G T"],
-    behavior_logp: Float[Array, "G T"],
-    advantage: Float[Array, " G"],
-    mask: Float[Array, "G T"],
-) -> tuple[Float[Array, " G"], dict[str, Float[Array, " G"]]]:
-    """L_i = -A_i sum_t log pi(y_it|x), for responses of the behavior policy, without a ratio.
-
-    Args:
-      logp, behavior_logp, advantage, mask: as in objectives/oapl.py.
-    """
-    log_ratio = jnp.sum(token_log_ratio(logp, behavior_logp, mask), axis=-1)
-    return -advantage * jnp.sum(masked_logp(logp, mask), axis=-1), {"log_ratio": log_ratio}
+def loss(logp: PerToken, behavior_logp: PerToken, advantage: PerResponse, mask: PerToken) -> Losses:
+    """L_i = -A_i sum_t log pi(y_it|x), for responses of the behavior policy, without a ratio."""
+    metrics = {"log_ratio": log_ratio(logp, behavior_logp, mask)}
+    return -advantage * jnp.sum(masked_logp(logp, mask), axis=-1), metrics

@@ -1,4 +1,4 @@
-"""CISPO: clip the importance weight and keep the gradient of every token.
+"""CISPO: clips the importance weight and keeps the gradient of every token.
 
 MiniMax-M1, arXiv 2506.13585; with an absolute cap, ScaleRL, arXiv 2510.13786. Its advantage is
 GRPO's (advantages.py).
@@ -6,30 +6,29 @@ GRPO's (advantages.py).
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from oapl_jax.objectives.annotations import Losses, NonNegative, PerResponse, PerToken, Positive
 from oapl_jax.objectives.ratios import bounded_exp, masked_logp, token_log_ratio
 
 
 def loss(
-    logp: Float[Array, "G T"],
-    behavior_logp: Float[Array, "G T"],
-    advantage: Float[Array, " G"],
-    mask: Float[Array, "G T"],
+    logp: PerToken,
+    behavior_logp: PerToken,
+    advantage: PerResponse,
+    mask: PerToken,
     *,
-    correction_cap: float,
-    correction_floor: float,
-) -> tuple[Float[Array, " G"], dict[str, Float[Array, " G"]]]:
+    cap: Positive,
+    floor: NonNegative,
+) -> Losses:
     """L_i = -A_i sum_t sg( clip(rho_t, floor, cap) ) log pi_t,  rho_t = pi / pi_behavior.
 
     Args:
-      logp, behavior_logp, advantage, mask: as in objectives/oapl.py.
-      correction_cap, correction_floor: bounds of rho itself (some codes bound rho - 1); cap = inf
-        and floor = 0 are full importance sampling of tokens.
+      cap, floor: bounds of rho itself (some codes bound rho - 1); cap = inf and floor = 0 are full
+        importance sampling of tokens.
     """
     log_ratio = token_log_ratio(logp, behavior_logp, mask)
     ratio = jax.lax.stop_gradient(bounded_exp(log_ratio))
-    weight = jnp.clip(ratio, correction_floor, correction_cap)
+    weight = jnp.clip(ratio, floor, cap)
     tokens = jnp.maximum(jnp.sum(mask, axis=-1), 1)
     metrics = {
         "log_ratio": jnp.sum(log_ratio, axis=-1),

@@ -1,55 +1,88 @@
 """GRPO, and with a correction of stale data the paper's asynchronous baseline.
 
-GRPO: arXiv 2402.03300. Clip-higher: DAPO, arXiv 2503.14476. Dual clip: arXiv 1912.09729. Dr.GRPO,
-RLOO and others are a choice of `estimator` (advantages.py) and aggregation.
+GRPO: arXiv 2402.03300. Clip-higher: DAPO, arXiv 2503.14476. Dual clip: arXiv 1912.09729. Decoupled
+behavior and proximal policies: AReaL, arXiv 2505.24298. Dr.GRPO, RLOO and others are a choice of
+`estimator` (advantages.py) and aggregation.
 """
+
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from oapl_jax.objectives.corrections import correction_weight
+from oapl_jax.errors import UserError
+from oapl_jax.objectives.annotations import (
+    AtLeastOne,
+    Losses,
+    NonNegative,
+    OneOf,
+    PerResponse,
+    PerToken,
+    Positive,
+)
 from oapl_jax.objectives.ratios import bounded_exp, token_log_ratio
 
-PROXIMALS = ("behavior", "learner")
+PROXIMALS = OneOf(("behavior", "learner"))
+CORRECTIONS = OneOf(("none", "token_truncate", "sequence_truncate", "token_mask", "sequence_mask"))
+
+
+def correction_weight(gap: PerToken, correction: str, *, cap: float, floor: float) -> PerToken:
+    """Importance weight w_t of each token, truncated or masked; 1 for the correction "none".
+
+    With u_t = pi_prox / pi_behavior of a token, or for "sequence" their product over the response,
+
+        truncate  w_t = min(u_t, cap)
+        mask      w_t = u_t where floor <= u_t <= cap, else 0
+
+    Args:
+      gap: log u_t of each token, 0 where masked, without a gradient.
+      correction: one of CORRECTIONS.
+      cap, floor: bounds of u itself.
+    """
+    if correction == "none":
+        return jnp.ones_like(gap)
+    if correction.startswith("sequence"):
+        gap = jnp.broadcast_to(jnp.sum(gap, axis=-1, keepdims=True), gap.shape)
+    weight = bounded_exp(gap)
+    if correction.endswith("truncate"):
+        return jnp.minimum(weight, cap)
+    return weight * ((floor <= weight) & (weight <= cap))
 
 
 def loss(
-    logp: Float[Array, "G T"],
-    behavior_logp: Float[Array, "G T"],
-    advantage: Float[Array, " G"],
-    mask: Float[Array, "G T"],
+    logp: PerToken,
+    behavior_logp: PerToken,
+    advantage: PerResponse,
+    mask: PerToken,
     *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    proximal: str,
-    correction: str,
-    correction_cap: float,
-    correction_floor: float,
-) -> tuple[Float[Array, " G"], dict[str, Float[Array, " G"]]]:
+    clip_low: NonNegative,
+    clip_high: NonNegative,
+    dual_clip: AtLeastOne,
+    proximal: Annotated[str, PROXIMALS],
+    correction: Annotated[str, CORRECTIONS],
+    correction_cap: Positive,
+    correction_floor: NonNegative,
+) -> Losses:
     """L_i = sum_t w_t max( -A rho_t, -A clip(rho_t, 1 - clip_low, 1 + clip_high) ).
 
     rho_t = pi / pi_prox carries the gradient, w_t = correction(pi_prox / pi_behavior) does not.
     Where A < 0 the surrogate is at most -A dual_clip.
 
     Args:
-      logp, behavior_logp, advantage, mask: as in objectives/oapl.py.
       clip_low, clip_high: half-widths of the trust region; inf switches a side off.
-      dual_clip: the most that rho counts for bad responses, above 1; inf switches it off.
+      dual_clip: largest rho that counts for a bad response; inf switches it off.
       proximal: "behavior" clips against the policy that sampled (w = 1, so `correction` must be
         "none"); "learner" recomputes pi_prox with the learner's weights. A batch gets one gradient
-        step, so these are the weights of the step itself: rho = 1, and w alone repairs the lag.
-      correction, correction_cap, correction_floor: see corrections.py.
+        step, so these are the weights of the step itself: rho = 1, and w alone corrects the lag.
+      correction, correction_cap, correction_floor: see correction_weight.
 
     Raises:
-      ValueError: for unknown or contradicting choices.
+      UserError: for a correction with proximal = "behavior".
     """
-    if proximal not in PROXIMALS:
-        raise ValueError(f"proximal is one of {PROXIMALS}")
     if proximal == "behavior" and correction != "none":
-        raise ValueError(
-            f"correction={correction!r} repairs a gap that proximal='behavior' does not have"
+        raise UserError(
+            f"objective.policy_gradient.correction={correction!r} corrects the gap between behavior"
+            " and proximal policy; it needs objective.policy_gradient.proximal='learner'"
         )
     log_ratio = token_log_ratio(logp, behavior_logp, mask)
     gap = jax.lax.stop_gradient(log_ratio) if proximal == "learner" else jnp.zeros_like(log_ratio)

@@ -2,21 +2,29 @@
 
 "Maximum likelihood reinforcement learning", arXiv 2602.02710. With p the pass rate of a prompt,
     J^(T) = -sum_{k <= T} (1 - p)^k / k,   grad J^(T) = (1 - (1 - p)^T) / p  grad p;
-T = 1 is plain RL, T -> inf is log p. The loss is GRPO's: with the policy that sampled it is
-REINFORCE. Importance corrections of stale data go beyond the paper, which has none.
+T = 1 is plain RL, T -> inf is log p. The loss is GRPO's: on fresh data it is REINFORCE. Importance
+corrections of stale data go beyond the paper, which has none.
 """
+
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from oapl_jax.errors import UserError
 from oapl_jax.objectives.advantages import maxrl
+from oapl_jax.objectives.annotations import OneOf, Range
 
-ESTIMATORS = ("baseline", "success", "centred", "truncated")
+ESTIMATORS = OneOf(("baseline", "success", "centred", "truncated"))
 
 
 def advantage(
-    reward: Float[Array, " G"], *, maxrl_estimator: str, maxrl_order: int, verified_reward: float
+    reward: Float[Array, " G"],
+    *,
+    estimator: Annotated[str, ESTIMATORS],
+    order: Annotated[int, Range(at_least=1)],
+    verified_reward: float,
 ) -> Float[Array, " G"]:
     """A_i such that mean_i A_i grad log pi(y_i) estimates grad J^(T), for N = G responses.
 
@@ -29,26 +37,26 @@ def advantage(
 
     Args:
       reward: of the whole group.
-      maxrl_estimator: one of the four.
-      maxrl_order: T of "truncated", from 1 to G.
-      verified_reward: from which a response is one of the K successes.
+      estimator: one of the four.
+      order: T of "truncated", from 1 to G.
+      verified_reward: the least reward of a success.
 
     Raises:
-      ValueError: for an unknown estimator, or an order that G responses can't estimate.
+      UserError: for an order of "truncated" above G.
     """
     count = len(reward)
-    if maxrl_estimator not in ESTIMATORS:
-        raise ValueError(f"maxrl_estimator is one of {ESTIMATORS}")
-    if maxrl_estimator == "truncated" and not 1 <= maxrl_order <= count:
-        raise ValueError(f"maxrl_order={maxrl_order} must lie within 1 and the {count} responses")
+    if estimator == "truncated" and order > count:
+        raise UserError(
+            f"objective.maxrl.order={order} needs as many responses, and group_size={count}"
+        )
     reward = jax.lax.stop_gradient(reward.astype(jnp.float32))
     right = (reward >= verified_reward).astype(jnp.float32)
     successes = jnp.sum(right)
-    if maxrl_estimator == "baseline":
+    if estimator == "baseline":
         return maxrl(reward)
-    if maxrl_estimator == "truncated":
-        k = jnp.arange(1, maxrl_order, dtype=jnp.float32)
+    if estimator == "truncated":
+        k = jnp.arange(1, order, dtype=jnp.float32)
         others_fail = jnp.cumprod(jnp.maximum(count - successes - k, 0) / (count - k))
         return right - (1 - right) * jnp.sum(others_fail)
     share = right * count / jnp.maximum(successes, 1)
-    return share - 1 if maxrl_estimator == "centred" else share
+    return share - 1 if estimator == "centred" else share

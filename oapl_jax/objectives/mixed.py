@@ -1,7 +1,7 @@
 """Mixed: the likelihood of verified answers beside a reinforcement term, for hybrid training.
 
 VAPO's loss of positive examples, arXiv 2504.05118, is of this kind. A likelihood is a policy
-gradient whose advantage is 1 for what is imitated and 0 for the rest, so a mixture is one of
+gradient with advantage 1 for imitated responses and 0 for the rest, so a mixture is one of
 advantages. The loss is GRPO's; with proximal = "learner" and correction = "none" it is exactly the
 weighted sum of a negative log-likelihood and REINFORCE. A correction reweights both.
 """
@@ -10,25 +10,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from oapl_jax.objectives import advantages
+from oapl_jax.objectives.annotations import NonNegative
 
 
 def advantage(
     reward: Float[Array, " G"],
     *,
-    estimator: str,
-    reinforcement_weight: float,
-    likelihood_weight: float,
+    estimator: advantages.Estimator,
+    reinforcement_weight: NonNegative,
+    likelihood_weight: NonNegative,
     verified_reward: float,
 ) -> Float[Array, " G"]:
     """A_i = reinforcement_weight A'_i + likelihood_weight 1[r_i >= verified_reward].
 
-    A group of nothing but verified answers has A' = 0 and is still imitated.
+    A group of verified answers alone has A' = 0 and is still imitated.
 
     Args:
       reward: of the whole group.
       estimator: of A', see advantages.py.
       reinforcement_weight, likelihood_weight: of the two terms.
-      verified_reward: from which an answer counts as verified.
+      verified_reward: the least reward of a verified answer.
     """
     verified = (reward >= verified_reward).astype(jnp.float32)
     reinforced = advantages.advantage(reward, estimator=estimator)

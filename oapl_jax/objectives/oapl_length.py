@@ -2,32 +2,31 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from oapl_jax.objectives.ratios import token_log_ratio
+from oapl_jax.objectives.annotations import Losses, NonNegative, PerResponse, PerToken, Positive
+from oapl_jax.objectives.ratios import log_ratio
 
 
 def loss(
-    logp: Float[Array, "G T"],
-    behavior_logp: Float[Array, "G T"],
-    advantage: Float[Array, " G"],
-    mask: Float[Array, "G T"],
+    logp: PerToken,
+    behavior_logp: PerToken,
+    advantage: PerResponse,
+    mask: PerToken,
     *,
-    beta2: float,
-    length_exponent: float,
-) -> tuple[Float[Array, " G"], dict[str, Float[Array, " G"]]]:
+    beta2: Positive,
+    length_exponent: NonNegative,
+) -> Losses:
     """L_i = ( beta2 |y_i|^-e [log pi(y_i|x) - log pi_lag(y_i|x)] - A_i )^2.
 
     The fixed point is log(pi/pi_lag) = A |y|^e / beta2, no longer the optimum of a problem with a
     KL: long responses may move further, good or bad.
 
     Args:
-      logp, behavior_logp, advantage, mask: as in objectives/oapl.py.
       beta2: strength of the anchor; at e = 1 in units of reward per nat a token.
       length_exponent: e; 0 is OAPL, 1 the mean over tokens.
     """
     beta = beta2 * jnp.maximum(jnp.sum(mask, axis=-1), 1) ** -length_exponent
-    log_ratio = jnp.sum(token_log_ratio(logp, behavior_logp, mask), axis=-1)
-    residual = beta * log_ratio - jax.lax.stop_gradient(advantage)
-    metrics = {"log_ratio": log_ratio, "residual": residual, "target_log_ratio": advantage / beta}
+    delta = log_ratio(logp, behavior_logp, mask)
+    residual = beta * delta - jax.lax.stop_gradient(advantage)
+    metrics = {"log_ratio": delta, "residual": residual, "target_log_ratio": advantage / beta}
     return jnp.square(residual), metrics

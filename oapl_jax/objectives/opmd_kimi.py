@@ -1,57 +1,54 @@
 """OPMD, online policy mirror descent, as a regression: Kimi k1.5's form.
 
-"Kimi k1.5", arXiv 2501.12599, section 2.3: max_pi E[r] - tau KL(pi || pi_i), again and again, with
-pi_i the policy that sampled.
+"Kimi k1.5", arXiv 2501.12599, section 2.3: max_pi E[r] - tau KL(pi || pi_i), repeated, with pi_i
+the policy that sampled.
 """
+
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from oapl_jax.objectives import advantages, oapl
-from oapl_jax.objectives.ratios import token_log_ratio
+from oapl_jax.objectives.annotations import Losses, OneOf, PerResponse, PerToken, Positive
+from oapl_jax.objectives.ratios import log_ratio
 
-BASELINES = ("mean", "log_mean_exp")
+BASELINES = OneOf(("mean", "log_mean_exp"))
 
 
 def advantage(
-    reward: Float[Array, " G"], *, opmd_baseline: str, beta1: float
+    reward: Float[Array, " G"], *, baseline: Annotated[str, BASELINES], tau: Positive
 ) -> Float[Array, " G"]:
-    """A_i = r_i - mean r, or r_i - tau log Z with tau log Z = beta1 log mean_j exp(r_j / beta1).
+    """A_i = r_i - mean r, or r_i - tau log Z with log Z = log mean_j exp(r_j / tau).
 
     Args:
       reward: of the whole group.
-      opmd_baseline: "mean" (which tau log Z goes to for a large tau) or "log_mean_exp".
-      beta1: tau of "log_mean_exp", above 0.
-
-    Raises:
-      ValueError: for an unknown baseline.
+      baseline: "mean", the limit of tau log Z for a large tau, or "log_mean_exp".
+      tau: temperature of "log_mean_exp", in units of reward.
     """
-    if opmd_baseline not in BASELINES:
-        raise ValueError(f"opmd_baseline is one of {BASELINES}")
-    if opmd_baseline == "log_mean_exp":
-        return oapl.advantage(reward, beta1=beta1)
-    return advantages.advantage(reward, estimator="dr_grpo")
+    if baseline == "log_mean_exp":
+        return oapl.advantage(reward, beta1=tau)
+    return advantages.centred(reward)
 
 
 def loss(
-    logp: Float[Array, "G T"],
-    behavior_logp: Float[Array, "G T"],
-    advantage: Float[Array, " G"],
-    mask: Float[Array, "G T"],
+    logp: PerToken,
+    behavior_logp: PerToken,
+    advantage: PerResponse,
+    mask: PerToken,
     *,
-    beta2: float,
-) -> tuple[Float[Array, " G"], dict[str, Float[Array, " G"]]]:
+    tau: Positive,
+) -> Losses:
     """L_i = -A_i Delta_i + (tau / 2) Delta_i^2,  Delta_i = sum_t [log pi - log pi_i].
 
-    It has the gradient of the regression (A - tau Delta)^2 / (2 tau), and a limit at tau = 0:
+    Its gradient is that of the regression (A - tau Delta)^2 / (2 tau); the limit at tau = 0 is
     REINFORCE without an importance weight.
 
     Args:
-      logp, behavior_logp, advantage, mask: as in objectives/oapl.py.
-      beta2: tau, at least 0, in units of reward per nat.
+      tau: strength of the anchor, in units of reward per nat.
     """
-    log_ratio = jnp.sum(token_log_ratio(logp, behavior_logp, mask), axis=-1)
-    residual = beta2 * log_ratio - jax.lax.stop_gradient(advantage)
-    losses = -advantage * log_ratio + beta2 / 2 * jnp.square(log_ratio)
-    return losses, {"log_ratio": log_ratio, "residual": residual}
+    delta = log_ratio(logp, behavior_logp, mask)
+    residual = tau * delta - jax.lax.stop_gradient(advantage)
+    losses = -advantage * delta + tau / 2 * jnp.square(delta)
+    return losses, {"log_ratio": delta, "residual": residual}

@@ -4,25 +4,23 @@ Its advantage is that of Kimi's form (opmd_kimi.py).
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from oapl_jax.objectives.ratios import masked_logp, token_log_ratio
+from oapl_jax.objectives.annotations import Losses, NonNegative, PerResponse, PerToken
+from oapl_jax.objectives.ratios import log_ratio, masked_logp
 
 
 def loss(
-    logp: Float[Array, "G T"],
-    behavior_logp: Float[Array, "G T"],
-    advantage: Float[Array, " G"],
-    mask: Float[Array, "G T"],
+    logp: PerToken,
+    behavior_logp: PerToken,
+    advantage: PerResponse,
+    mask: PerToken,
     *,
-    opmd_tau: float,
-) -> tuple[Float[Array, " G"], dict[str, Float[Array, " G"]]]:
+    tau: NonNegative,
+) -> Losses:
     """L_i = -A_i / (1 + tau) sum_t log pi: no ratio, no clipping.
 
     Args:
-      logp, behavior_logp, advantage, mask: as in objectives/oapl.py.
-      opmd_tau: tau, at least 0.
+      tau: scales the loss.
     """
-    log_ratio = jnp.sum(token_log_ratio(logp, behavior_logp, mask), axis=-1)
-    losses = -advantage / (1 + opmd_tau) * jnp.sum(masked_logp(logp, mask), axis=-1)
-    return losses, {"log_ratio": log_ratio}
+    losses = -advantage / (1 + tau) * jnp.sum(masked_logp(logp, mask), axis=-1)
+    return losses, {"log_ratio": log_ratio(logp, behavior_logp, mask)}

@@ -1,8 +1,11 @@
-"""Maximum likelihood: the warm-up on demonstrations."""
+"""SFT: maximum likelihood, the warm-up's objective; on rollouts it is expert iteration."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from oapl_jax.objectives.annotations import Losses, PerResponse, PerToken
+from oapl_jax.objectives.ratios import masked_logp
 
 
 def advantage(reward: Float[Array, " G"]) -> Float[Array, " G"]:
@@ -10,12 +13,7 @@ def advantage(reward: Float[Array, " G"]) -> Float[Array, " G"]:
     return jax.lax.stop_gradient(reward.astype(jnp.float32))
 
 
-def loss(
-    logp: Float[Array, "G T"],
-    behavior_logp: Float[Array, "G T"],
-    advantage: Float[Array, " G"],
-    mask: Float[Array, "G T"],
-) -> tuple[Float[Array, " G"], dict[str, Float[Array, " G"]]]:
-    """L_i = -A_i sum_t log pi(y_it|x); `behavior_logp` plays no part."""
+def loss(logp: PerToken, behavior_logp: PerToken, advantage: PerResponse, mask: PerToken) -> Losses:
+    """L_i = -A_i sum_t log pi(y_it|x); `behavior_logp` is not used."""
     del behavior_logp
-    return -advantage * jnp.sum(jnp.where(mask > 0, logp.astype(jnp.float32), 0.0), axis=-1), {}
+    return -advantage * jnp.sum(masked_logp(logp, mask), axis=-1), {}

@@ -120,17 +120,16 @@ class RunPrograms:
         prompt = Prompt("", 0, np.zeros(inputs.max_prompt_tokens, np.int32), "", "", "")
         blank = Rollout(np.zeros(length, np.int32), np.zeros(length, np.float32), 0, "length")
         zeros = np.zeros(inputs.group_size, np.float32)
-        return packing.make_batch(
+        return packing.build_batch(
             [Group(prompt, (blank,) * inputs.group_size, zeros)] * inputs.groups_per_step,
-            [zeros] * inputs.groups_per_step,
-            np.ones(inputs.sequences),
+            inputs.objective,
+            aggregation="sequence",
             step=0,
             micro_batches=inputs.micro_batches,
             row_length=inputs.row_length,
             rows_multiple=inputs.rows_multiple,
             max_prompt_tokens=inputs.max_prompt_tokens,
             max_response_tokens=length,
-            together=1,
         )
 
     @functools.cached_property

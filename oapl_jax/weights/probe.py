@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from oapl_jax.learner import packing as batching
 from oapl_jax.learner import train_step as learner
 from oapl_jax.model.transformer import Transformer
+from oapl_jax.objectives import bind
 from oapl_jax.structs import Batch, Group, Prompt, Rollout
 
 ROWS, LENGTH = 4, 33
@@ -37,17 +38,16 @@ def probe_batch(
         )
         for i, row in enumerate(tokens)
     ]
-    batch = batching.make_batch(
+    batch = batching.build_batch(
         groups,
-        [np.zeros(1)] * ROWS,
-        np.ones(ROWS),
+        bind("sft", {}),  # only its log-probs are used, neither advantage nor loss
+        aggregation="sequence",
         step=0,
         micro_batches=1,
         row_length=row_length,
         rows_multiple=rows_multiple,
         max_prompt_tokens=1,
         max_response_tokens=len(blank),
-        together=1,
     )
     return batch, tokens
 

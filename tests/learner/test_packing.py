@@ -1,4 +1,4 @@
-"""From ragged groups to packed rows: what went in is found again, and rows are used well."""
+"""Packing: every response is found in its row, and groups of equal rewards are weighed."""
 
 import dataclasses
 import json
@@ -9,50 +9,44 @@ import numpy as np
 import pytest
 
 from oapl_jax.errors import UserError
-from oapl_jax.learner.packing import fill, make_batch, pack, to_mesh
+from oapl_jax.learner.packing import build_batch, check_whole_groups, fill, pack, to_mesh
 from oapl_jax.learner.train_step import batch_shardings
 from oapl_jax.model.sharding import make_mesh
+from oapl_jax.objectives import bind
+from oapl_jax.objectives.aggregation import sequence_weights
 from oapl_jax.structs import Group, Prompt, Rollout
 
 ROOT = Path(__file__).parents[2]
+OAPL = bind("oapl", dict(beta1=0.5, beta2=0.1))
+TBA = bind("tba", dict(tba=dict(beta=0.1)), group_size=4)  # needs whole groups
+LAYOUT = dict(
+    aggregation="sequence",
+    step=40,
+    micro_batches=1,
+    row_length=32,
+    rows_multiple=1,
+    max_prompt_tokens=16,
+    max_response_tokens=16,
+)
 
 
-def make_groups(rng, num_groups, group_size, max_prompt, max_response, version=3):
+def make_groups(rng, num_groups, max_prompt, max_response, group_size=4, version=3):
     """Groups of random lengths; all tokens are above 0, the padding."""
+    draw = lambda longest: rng.integers(1, 1000, rng.integers(1, longest + 1)).astype(np.int32)
     groups = []
-    for draw in range(num_groups):
-        tokens = rng.integers(1, 1000, rng.integers(1, max_prompt + 1)).astype(np.int32)
-        prompt = Prompt(id=str(draw), stream_index=draw, tokens=tokens, text="", answer="", task="")
-        rollouts = []
-        for _ in range(group_size):
-            length = rng.integers(1, max_response + 1)
-            rollouts.append(
-                Rollout(
-                    tokens=rng.integers(1, 1000, length).astype(np.int32),
-                    behavior_logp=rng.normal(-1, 0.3, length).astype(np.float32),
-                    policy_version=version + draw,
-                    finish_reason="stop",
-                )
-            )
-        reward = rng.normal(0, 1, group_size).astype(np.float32)
-        groups.append(Group(prompt, tuple(rollouts), reward))
+    for i in range(num_groups):
+        prompt = Prompt(str(i), i, draw(max_prompt), "", "", "")
+        responses = [draw(max_response) for _ in range(group_size)]
+        rollouts = tuple(
+            Rollout(r, rng.normal(-1, 0.3, len(r)).astype(np.float32), version + i, "stop")
+            for r in responses
+        )
+        groups.append(Group(prompt, rollouts, rng.normal(0, 1, group_size).astype(np.float32)))
     return groups
 
 
-def batch_of(groups, rng, **changes):
-    sequences = sum(len(g.rollouts) for g in groups)
-    advantages = [rng.normal(0, 1, len(g.rollouts)).astype(np.float32) for g in groups]
-    weights = rng.uniform(0, 1, sequences).astype(np.float32)
-    settings = dict(
-        step=40,
-        micro_batches=1,
-        row_length=32,
-        rows_multiple=1,
-        max_prompt_tokens=16,
-        max_response_tokens=16,
-        together=1,
-    )
-    return make_batch(groups, advantages, weights, **{**settings, **changes}), advantages, weights
+def batch_of(groups, objective=OAPL, **changes):
+    return build_batch(groups, objective, **{**LAYOUT, **changes})
 
 
 @pytest.mark.parametrize(
@@ -63,10 +57,7 @@ def batch_of(groups, rng, **changes):
         ([3, 7], [[1, 0]]),
         ([6, 6, 4, 4], [[0, 2], [1, 3]]),
         ([3, 3, 3, 7, 7, 7], [[3, 0], [4, 1], [5, 2]]),
-        (
-            [5, 4, 2, 6, 3],
-            [[3, 1], [0, 4, 2]],
-        ),  # both full; in the order of arrival it takes 3 rows
+        ([5, 4, 2, 6, 3], [[3, 1], [0, 4, 2]]),  # full; in the order of arrival it takes 3 rows
         ([1] * 25, [list(range(10)), list(range(10, 20)), list(range(20, 25))]),
     ],
 )
@@ -82,7 +73,7 @@ def test_packing_keeps_every_sequence_overfills_no_row_and_wastes_little(seed):
     rows = pack(lengths, row_length)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert max(sum(lengths[i] for i in row) for row in rows) <= row_length
-    # First fit, longest first: it is in a later row only because the earlier ones had no room.
+    # First fit, longest first: a sequence is in a later row only if the earlier ones had no room.
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     place = {index: rank for rank, index in enumerate(order)}
     for later, row in enumerate(rows):
@@ -97,18 +88,21 @@ def test_packing_keeps_every_sequence_overfills_no_row_and_wastes_little(seed):
 def test_every_response_is_found_again(seed):
     """Of ragged groups, over micro-batches: tokens, log-probs, positions, segments, order."""
     rng = np.random.default_rng(seed)
-    micro_batches = int(rng.choice([1, 2, 4]))
-    multiple = int(rng.choice([1, 3, 8]))
-    groups = make_groups(rng, 2 * int(rng.integers(1, 4)), 4, 8, 16)
+    micro_batches, multiple = int(rng.choice([1, 2, 4])), int(rng.choice([1, 3, 8]))
+    groups = make_groups(rng, 2 * int(rng.integers(1, 4)), 8, 16)
     row_length = int(rng.integers(24, 80))
-    batch, advantages, weights = batch_of(
-        groups, rng, micro_batches=micro_batches, row_length=row_length, rows_multiple=multiple
+    batch = batch_of(
+        groups,
+        aggregation="token",
+        micro_batches=micro_batches,
+        row_length=row_length,
+        rows_multiple=multiple,
     )
     rollouts = [(g.prompt, r) for g in groups for r in g.rollouts]
     rows = batch.tokens.shape[1]
     assert batch.tokens.shape == (micro_batches, rows, row_length)
     assert batch.positions.shape == batch.segments.shape == batch.tokens.shape
-    assert batch.where.shape == (len(rollouts), 16)
+    assert batch.token_index.shape == (len(rollouts), 16)
     assert rows % multiple == 0
     per_row = max(row_length // 32, 1)
     assert rows - multiple < len(rollouts) / per_row / micro_batches <= rows
@@ -117,16 +111,16 @@ def test_every_response_is_found_again(seed):
     for s, (prompt, rollout) in enumerate(rollouts):
         length, before = len(rollout.tokens), len(prompt.tokens)
         np.testing.assert_array_equal(batch.mask[s], np.arange(16) < length)
-        where = batch.where[s, :length]
-        assert np.all(np.diff(where) == 1)
-        row, start = divmod(where[0] - before, row_length)
+        index = batch.token_index[s, :length]
+        assert np.all(np.diff(index) == 1)
+        row, start = divmod(index[0] - before, row_length)
         m, row = divmod(row, rows)
         whole = slice(start, start + before + length)
         assert start >= 0
         assert whole.stop <= row_length
         expected = np.concatenate([prompt.tokens, rollout.tokens])
         np.testing.assert_array_equal(batch.tokens[m, row, whole], expected)
-        np.testing.assert_array_equal(batch.tokens.reshape(-1)[where], rollout.tokens)
+        np.testing.assert_array_equal(batch.tokens.reshape(-1)[index], rollout.tokens)
         np.testing.assert_array_equal(batch.positions[m, row, whole], np.arange(before + length))
         np.testing.assert_array_equal(batch.behavior_logp[s, :length], rollout.behavior_logp)
         segment = batch.segments[m, row, start]
@@ -136,7 +130,7 @@ def test_every_response_is_found_again(seed):
         np.testing.assert_array_equal(places, start + np.arange(before + length))
         taken[m, row, whole] += 1
         assert batch.lag[s] == 40 - rollout.policy_version
-    assert taken.max() == 1  # nobody overlaps
+    assert taken.max() == 1  # sequences do not overlap
     for padded in (batch.tokens, batch.segments, batch.positions):
         np.testing.assert_array_equal(padded[taken == 0], 0)
     np.testing.assert_array_equal(batch.behavior_logp[batch.mask == 0], 0)
@@ -144,22 +138,23 @@ def test_every_response_is_found_again(seed):
     # Micro-batches and rows are filled in order.
     for part in (batch.segments.any((1, 2)), *batch.segments.any(2)):
         np.testing.assert_array_equal(part, np.sort(part)[::-1])
+    advantages = [OAPL.advantage(g.reward) for g in groups]
     np.testing.assert_array_equal(batch.advantage, np.concatenate(advantages))
     np.testing.assert_array_equal(batch.reward, np.concatenate([g.reward for g in groups]))
+    weights = sequence_weights(batch.mask.sum(-1), "token", constant_length=1)
     np.testing.assert_array_equal(batch.weight, weights)
-    floats = (batch.mask, batch.behavior_logp, batch.advantage, batch.reward, batch.weight)
-    integers = (batch.tokens, batch.positions, batch.segments, batch.where, batch.lag)
-    assert {x.dtype for x in floats} == {np.dtype(np.float32)}
-    assert {x.dtype for x in integers} == {np.dtype(np.int32)}
+    integers = ("tokens", "positions", "segments", "token_index", "lag")
+    for field in dataclasses.fields(batch):
+        dtype = np.int32 if field.name in integers else np.float32
+        assert getattr(batch, field.name).dtype == dtype
 
 
 def test_shapes_do_not_depend_on_lengths():
-    """So one program is compiled, and whether it fits does not change."""
-    rng = np.random.default_rng(0)
+    """One program is compiled, and its memory does not change."""
     shapes = []
     for longest in (1, 16):
-        groups = make_groups(rng, 4, 4, longest, longest)
-        batch, _, _ = batch_of(groups, rng, micro_batches=3, rows_multiple=2)
+        groups = make_groups(np.random.default_rng(0), 4, longest, longest)
+        batch = batch_of(groups, micro_batches=3, rows_multiple=2)
         shapes.append([getattr(batch, f.name).shape for f in dataclasses.fields(batch)])
         used = batch.segments.any((1, 2))
         np.testing.assert_array_equal(used, [True, longest > 1, False])
@@ -168,67 +163,75 @@ def test_shapes_do_not_depend_on_lengths():
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("together", [1, 4])
-def test_groups_are_parted_only_where_they_may_be(seed, together):
-    rng = np.random.default_rng(seed)
-    groups = make_groups(rng, 6, 4, 8, 16)
-    batch, advantages, _ = batch_of(groups, rng, micro_batches=3, row_length=24, together=together)
-    rows = batch.tokens.shape[1]
-    parts = (batch.where[:, 0] // (rows * 24)).reshape(6, 4)
-    parted = np.any(parts != parts[:, :1])
-    assert parted == (together == 1)
+@pytest.mark.parametrize("objective", [OAPL, TBA])
+def test_groups_are_split_only_if_the_objective_allows_it(seed, objective):
+    groups = make_groups(np.random.default_rng(seed), 6, 8, 16)
+    batch = batch_of(groups, objective, micro_batches=3, row_length=24)
+    parts = (batch.token_index[:, 0] // (batch.tokens.shape[1] * 24)).reshape(6, 4)
+    assert np.any(parts != parts[:, :1]) == (objective is OAPL)
     assert np.all(np.diff(np.unique(parts)) == 1)
-    np.testing.assert_array_equal(batch.advantage, np.concatenate(advantages))
 
 
 def test_whole_groups_always_fit_a_divisor_of_their_number():
     """Even if all sequences are the longest."""
-    filled = fill([9] * 24, row_length=10, rows=8, together=4)
+    filled = fill([9] * 24, row_length=10, rows=8, group_size=4)
     assert [len(rows) for rows in filled] == [8, 8, 8]
-    filled = fill([5] * 24, row_length=10, rows=4, together=4)
+    filled = fill([5] * 24, row_length=10, rows=4, group_size=4)
     assert [len(rows) for rows in filled] == [4, 4, 4]
-    rng = np.random.default_rng(0)
-    settings = dict(row_length=2, max_prompt_tokens=1, together=4)
-    with pytest.raises(UserError, match=r"learner\.micro_batches=5 .* whole groups of 4"):
-        batch_of(make_groups(rng, 6, 4, 1, 1), rng, micro_batches=5, **settings)
+    groups = make_groups(np.random.default_rng(0), 6, 1, 1)
+    layout = dict(row_length=2, micro_batches=5, rows_multiple=1)
+    with pytest.raises(UserError, match=r"learner\.micro_batches=5"):
+        batch_of(groups, TBA, max_prompt_tokens=1, **layout)
+    with pytest.raises(UserError, match=r"learner\.micro_batches=5"):
+        check_whole_groups(6, 4, longest=2, **layout)
+    check_whole_groups(6, 4, longest=2, **{**layout, "micro_batches": 3})
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_the_longest_sequences_have_room(seed):
-    """As many in a row as fit, whatever the others are."""
     rng = np.random.default_rng(seed)
-    groups = make_groups(rng, 8, 4, 16, 16)
+    groups = make_groups(rng, 8, 16, 16)
     row_length, micro_batches = int(rng.choice([32, 64, 100])), int(rng.integers(1, 33))
-    batch, _, _ = batch_of(groups, rng, row_length=row_length, micro_batches=micro_batches)
+    batch = batch_of(groups, row_length=row_length, micro_batches=micro_batches)
     assert batch.tokens.shape[1] == -(-32 // (row_length // 32 * micro_batches))
 
 
 @pytest.mark.parametrize("what", ["prompt", "response"])
-def test_what_is_longer_than_its_setting_says_is_refused(what):
-    rng = np.random.default_rng(5)
-    groups = make_groups(rng, 4, 4, 12, 12)
-    setting = f"max_{what}_tokens"
-    with pytest.raises(UserError, match=rf"a {what} has \d+ tokens, more than .*{setting}=3;"):
-        batch_of(groups, rng, **{setting: 3})
+def test_a_prompt_or_response_longer_than_its_setting_is_refused(what):
+    groups = make_groups(np.random.default_rng(5), 4, 12, 12)
+    with pytest.raises(UserError, match=rf"max_{what}_tokens=3"):
+        batch_of(groups, **{f"max_{what}_tokens": 3})
 
 
 def test_a_sequence_longer_than_a_row_is_refused():
-    rng = np.random.default_rng(2)
-    groups = make_groups(rng, 4, 4, 8, 16)
+    groups = make_groups(np.random.default_rng(2), 4, 8, 16)
     longest = max(len(g.prompt.tokens) + len(r.tokens) for g in groups for r in g.rollouts)
-    batch_of(groups, rng, row_length=longest)
-    settings = (
-        rf"{longest} tokens .*learner\.row_length={longest - 1}.*"
-        r"data\.max_prompt_tokens \+ rollout\.max_response_tokens"
-    )
-    with pytest.raises(UserError, match=settings):
-        batch_of(groups, rng, row_length=longest - 1)
+    batch_of(groups, row_length=longest)
+    with pytest.raises(UserError, match=rf"learner\.row_length={longest - 1}"):
+        batch_of(groups, row_length=longest - 1)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_groups_of_equal_rewards_weigh_what_the_setting_says(aggregation, weight):
+    """The others keep theirs: the normaliser is the whole batch, as if no group weighed less."""
+    groups = make_groups(np.random.default_rng(3), 3, 8, 16)
+    for group, reward in zip(groups, ([0, 1, 0, 1], [1] * 4, [0] * 4), strict=True):
+        group.reward[:] = reward
+    kept = batch_of(groups, aggregation=aggregation)
+    whole = {"sequence": 12, "token": kept.mask.sum()}[aggregation]
+    np.testing.assert_allclose(kept.weight, np.full(12, 1 / whole), rtol=1e-6)
+    weighed = batch_of(groups, aggregation=aggregation, zero_variance_weight=weight)
+    expected = np.repeat([1, weight, weight], 4) / whole
+    np.testing.assert_allclose(weighed.weight, expected, rtol=1e-6)
+    np.testing.assert_array_equal(weighed.advantage, kept.advantage)
+    np.testing.assert_array_equal(weighed.advantage != 0, np.repeat([True, False, False], 4))
 
 
 def test_to_mesh_splits_rows_and_changes_no_value():
-    rng = np.random.default_rng(4)
     mesh = make_mesh(data=1, fsdp=2, context=2, tensor=2)
-    batch, _, _ = batch_of(make_groups(rng, 4, 4, 8, 16), rng, micro_batches=2, rows_multiple=4)
+    groups = make_groups(np.random.default_rng(4), 4, 8, 16)
+    batch = batch_of(groups, micro_batches=2, rows_multiple=4)
     placed = to_mesh(batch, batch_shardings(mesh))
     jax.tree.map(np.testing.assert_array_equal, placed, batch)
     for field in dataclasses.fields(batch):
@@ -241,7 +244,7 @@ def test_to_mesh_splits_rows_and_changes_no_value():
 
 
 def test_recorded_lengths_fill_their_rows():
-    """Of SmolLM2's answers to word problems, of which the longest are several times the median."""
+    """Of SmolLM2's answers to word problems; the longest are several times the median."""
     kept = json.loads((ROOT / "benchmarks" / "lengths_smollm2.json").read_text())
     responses = np.array(kept["response"])
     lengths = responses + np.array(kept["prompt"])
@@ -250,5 +253,5 @@ def test_recorded_lengths_fill_their_rows():
     for sequences in (64, 256):
         for start in range(0, len(lengths) - sequences + 1, sequences):
             step, row = lengths[start : start + sequences], int(lengths.max())
-            rows = fill(step.tolist(), row_length=row, rows=1, together=1)
+            rows = fill(step.tolist(), row_length=row, rows=1)
             assert step.sum() >= 0.95 * len(rows) * row

@@ -20,19 +20,19 @@ from jax.sharding import PartitionSpec as P
 
 from oapl_jax.learner import train_step as learner
 from oapl_jax.learner.optimizer import make_optimizer
-from oapl_jax.learner.packing import make_batch, to_mesh
+from oapl_jax.learner.packing import build_batch, to_mesh
 from oapl_jax.model import logprobs as vocabulary
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.logprobs import token_logp
 from oapl_jax.model.sharding import AXES, parameter_shardings
 from oapl_jax.model.transformer import Transformer, head, logits
 from oapl_jax.objectives import Objective, bind
-from oapl_jax.objectives.aggregation import sequence_weights
-from oapl_jax.structs import Group, Prompt, Rollout
+from oapl_jax.structs import Batch, Group, Prompt, Rollout
 
 EOS = 2
 TEMPERATURE = 0.7
 BETA1, BETA2 = 0.5, 0.1
+OAPL = bind("oapl", dict(beta1=BETA1, beta2=BETA2))
 ONE = (1, 1, 1, 1)
 # eps is large, or the first step of AdamW would be the sign of gradients that are all rounding.
 OPTIM: dict[str, Any] = dict(
@@ -149,17 +149,17 @@ def oapl_advantages(reward, beta1):
 def batch_of(*, micro_batches=2, row_length=24, rows_multiple=8, aggregation="sequence", step=9):
     """Two micro-batches of eight rows, the second one not full: one shape for most tests, and work
     for eight devices."""
-    return make_batch(
+    return build_batch(
         groups(),
-        [oapl_advantages(g.reward, BETA1) for g in groups()],
-        sequence_weights(LENGTHS.reshape(-1), aggregation, constant_length=10),
+        OAPL,
+        aggregation=aggregation,
+        constant_length=10,
         step=step,
         micro_batches=micro_batches,
         row_length=row_length,
         rows_multiple=rows_multiple,
         max_prompt_tokens=11,
         max_response_tokens=LONGEST,
-        together=1,
     )
 
 
@@ -180,7 +180,6 @@ def compiled(sizes=ONE, remat="none", kl_weight=0.0, ess_power=0.0, to_reference
 def _compiled(sizes, remat, kl_weight, ess_power, to_reference):
     mesh, optimizer = mesh_of(sizes), make_optimizer(**OPTIM)
     model = Transformer(CONFIG, jnp.float32, remat)
-    objective = bind("oapl", beta1=BETA1, beta2=BETA2)
     settings: dict[str, Any] = dict(
         temperature=TEMPERATURE, logp_chunk=5
     )  # 24 places in chunks of 5
@@ -190,7 +189,7 @@ def _compiled(sizes, remat, kl_weight, ess_power, to_reference):
         start=lambda: jax.tree.map(jnp.copy, first),
         step=learner.make_train_step(
             model,
-            objective,
+            OAPL,
             optimizer,
             mesh,
             kl_weight=kl_weight,
@@ -546,7 +545,7 @@ def test_drift_is_from_the_behavior_policy_when_the_objective_compares_with_a_re
 def test_the_stop_token_is_part_of_the_sum():
     """A behavior policy that is a nat less sure of each EOS moves each log-ratio by a nat."""
     batch = batch_of()
-    tokens = batch.tokens.reshape(-1)[batch.where]
+    tokens = batch.tokens.reshape(-1)[batch.token_index]
     stops = (tokens == EOS) * batch.mask
     np.testing.assert_array_equal(stops.sum(-1), 1)
     _, found = one_step(replace(batch, behavior_logp=batch.behavior_logp - stops))
@@ -586,6 +585,35 @@ def test_the_recomputed_denominator_is_the_steps_own():
         assert abs(metrics[key]) < 1e-6, key
 
 
+@pytest.mark.parametrize("reference", [None, 9.0])
+@pytest.mark.parametrize(
+    ("load_version", "behavior"), [(None, [-1, -1, -1]), (float, [-5, -6, -6])]
+)
+def test_log_probs_are_recomputed_from_the_reference_and_from_each_rollouts_version(
+    reference, load_version, behavior
+):
+    """A token has log-probability -v under the weights of version v."""
+    of_groups = lambda values: np.repeat(np.float32(values), 4)[:, None] * mask
+    mask = np.tile(np.float32([1, 1, 0]), (12, 1))
+    blank: Any = [None] * 4
+    batch = Batch(
+        *blank,
+        mask=mask,
+        behavior_logp=-mask,
+        reference_logp=-mask,
+        advantage=None,
+        reward=None,
+        weight=None,
+        lag=np.repeat(np.array([2, 1, 1]), 4),
+    )
+    logp_step = lambda version, batch: -version * jnp.asarray(batch.mask)
+    found = learner.recompute_logps(
+        batch, logp_step, step=7, reference=reference, load_version=load_version
+    )
+    np.testing.assert_array_equal(found.behavior_logp, of_groups(behavior))
+    np.testing.assert_array_equal(found.reference_logp, -(reference or 1.0) * mask)
+
+
 # ---------------------------------------------------------------- the same step, laid out otherwise
 
 
@@ -612,7 +640,7 @@ def test_micro_batches_that_hold_nothing_are_not_computed():
         jax.debug.callback(lambda m: calls.append(int(m)), m)
         return jnp.zeros(())
 
-    jax.jit(functools.partial(learner.over_micro_batches, count))(run.put(batch))
+    jax.jit(functools.partial(learner.sum_micro_batches, count))(run.put(batch))
     jax.effects_barrier()
     assert sorted(calls) == [0, 1, 2]
 
@@ -636,7 +664,7 @@ def test_packed_equals_one_sequence_a_row():
 
 def test_the_order_of_sequences_does_not_matter():
     batch, order = batch_of(), np.random.default_rng(2).permutation(16)
-    per_sequence = ("where", "mask", "behavior_logp", "advantage", "reward", "weight", "lag")
+    per_sequence = ("token_index", "mask", "behavior_logp", "advantage", "reward", "weight", "lag")
     moved = replace(batch, **{name: getattr(batch, name)[order] for name in per_sequence})
     assert_same_step(one_step(moved), expected_step())
 

@@ -1,4 +1,4 @@
-"""What tests of objectives share: random groups, a bandit, an objective bound from its config."""
+"""Shared by the tests of objectives: random groups, a bandit, objectives bound from the config."""
 
 from typing import Any
 
@@ -10,17 +10,28 @@ from configs import objectives
 from oapl_jax.objectives import Objective, bind
 
 INF = float("inf")
+LENGTHS = [6, 1, 4, 9]
+REWARD = jnp.array([1.0, 0.0, 0.5, 0.0])
 
 
-def settings(name: str, **changes: Any) -> dict[str, Any]:
-    """The section of a configuration, as the job binds it, with some values changed."""
-    values = {"group_size": 4, **objectives.objective(name).to_dict(), **changes}
-    del values["name"]
+def section(name: str, anchor: float | None = None, **changes: Any) -> dict[str, Any]:
+    """The section `objective` of a configuration, with some values changed, nested or not.
+
+    Args:
+      anchor: strength of the anchor of any regression, by whatever name.
+    """
+    config = objectives.objective(name)
+    if anchor is not None:
+        objectives.set_anchor(config, anchor)
+    values = config.to_dict()
+    for key, value in changes.items():
+        places = (values.get(name, {}), values["policy_gradient"], values)
+        next(place for place in places if key in place)[key] = value
     return values
 
 
-def bound(name: str, **changes: Any) -> Objective:
-    return bind(name, **settings(name, **changes))
+def bound(name: str, *, group_size: int = 4, **changes: Any) -> Objective:
+    return bind(name, section(name, **changes), group_size=group_size)
 
 
 def run(objective: Objective, logp, behavior_logp, advantage, mask):

@@ -56,8 +56,3 @@ def test_they_follow_a_permutation_and_carry_no_gradient(estimator):
     )
     gradient = jax.grad(lambda r: jnp.sum(advantage(r, estimator=estimator) ** 2))(reward)
     np.testing.assert_array_equal(gradient, 0.0)
-
-
-def test_an_unknown_estimator_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match=r"grpo.*dr_grpo.*rloo.*maxrl"):
-        of([1.0, 0.0], "gae")

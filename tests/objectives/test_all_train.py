@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import settings
+from cases import section
 
 from oapl_jax.objectives import OBJECTIVES, bind
 from oapl_jax.objectives.aggregation import sequence_weights
@@ -49,17 +49,17 @@ def expected_reward(policy):
 
 
 def start():
-    """A policy that is right now and then: in about one response of five."""
+    """A policy that is right in about one response of five."""
     logits = np.random.default_rng(0).normal(0, 0.3, (PROMPTS, LONGEST, TOKENS))
     for prompt, right in enumerate(RIGHT):
         logits[prompt, np.arange(LENGTHS[right]), TABLE[right, : LENGTHS[right]]] += 0.6
     return jnp.asarray(logits, jnp.float32)
 
 
-def train(name, **changes):
+def train(name):
     """The expected reward before and after; the sampler is `LAG` steps behind."""
-    values = settings(name, group_size=GROUP, constant_length=LONGEST, beta2=0.2, **changes)
-    objective = bind(name, **values)
+    values = section(name, anchor=0.2, constant_length=LONGEST)
+    objective = bind(name, values, group_size=GROUP)
     optimizer, rng = optax.adam(0.05), np.random.default_rng(1)
     rows = np.repeat(np.arange(PROMPTS), GROUP)
 

@@ -1,160 +1,191 @@
-"""The table of objectives, how a configuration section fills it, and the weights of sequences."""
+"""The table of objectives, how the configuration's section fills it, and aggregation weights."""
 
 import inspect
-import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import settings
+from cases import bound, random_group, section
 
-from configs import objectives
+import oapl_jax.objectives as library
+from configs import arithmetic, objectives
 from oapl_jax.errors import UserError
-from oapl_jax.objectives import (
-    OBJECTIVES,
-    Objective,
-    advantages,
-    bind,
-    grpo,
-    gspo,
-    hyper_parameters,
-    maxrl,
-    oapl,
-    tba,
-)
+from oapl_jax.objectives import OBJECTIVES, Objective, advantages, bind, constants, grpo, oapl
 from oapl_jax.objectives.aggregation import AGGREGATIONS, sequence_weights
+from oapl_jax.objectives.annotations import Fraction
 
-VALUES = settings(
-    "grpo",
-    beta1=0.5,
-    beta2=0.25,
-    estimator="dr_grpo",
-    proximal="learner",
-    correction="token_mask",
-    group_size=3,
-)
 ARGUMENTS = {"advantage": ["reward"], "loss": ["logp", "behavior_logp", "advantage", "mask"]}
-# What a section says beside hyper-parameters.
-OTHERS = {"denominator", "aggregation", "constant_length", "kl_weight", "ess_power"}
+# Settings of the section beside constants.
+COMMON = {"name", "denominator", "aggregation", "constant_length", "kl_weight", "ess_power"}
 
 
 def test_every_objective_has_a_configuration_and_the_other_way_round():
     assert list(objectives.OBJECTIVES) == list(OBJECTIVES)
-    assert OBJECTIVES["oapl"] == (oapl.advantage, oapl.loss)
-    assert OBJECTIVES["grpo"] == OBJECTIVES["rloo"] == (advantages.advantage, grpo.loss)
-    assert OBJECTIVES["gspo"] == (advantages.advantage, gspo.loss)
-    assert OBJECTIVES["maxrl"] == (maxrl.advantage, grpo.loss)
-    assert OBJECTIVES["tba"] == (tba.advantage, tba.loss)
+    assert OBJECTIVES["oapl"][:2] == (oapl.advantage, oapl.loss)
+    assert OBJECTIVES["grpo"] == OBJECTIVES["rloo"]
+    assert OBJECTIVES["grpo"][:2] == (advantages.advantage, grpo.loss)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_binds_from_its_own_section(name):
-    section = objectives.objective(name).to_dict()
-    assert section["name"] == name
-    assert section["aggregation"] in AGGREGATIONS
+    own = section(name)
+    assert own["name"] == name
+    assert own["aggregation"] in AGGREGATIONS
     assert "aggregation" in objectives.OBJECTIVES[name]  # its own, not another's by default
-    assert set(section) == set(objectives.objective("oapl"))  # nothing misspelt has been added
-    bind(**section, group_size=4)
+    assert set(own) == set(section("oapl"))  # nothing misspelt has been added
+    bind(name, own, group_size=4)
+    # Its name alone, in the configuration of another objective, gives one that runs.
+    config = arithmetic.get_config("objective=oapl").lock()
+    config.objective.name = name
+    bind(name, config.objective, group_size=config.group_size)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_misspelt_hyper_parameter_fails(name):
-    for form in OBJECTIVES[name]:
-        for parameter in hyper_parameters(form):
-            values = settings(name)
-            values[parameter + "_"] = values.pop(parameter)
-            with pytest.raises(UserError, match=f"{name} needs objective.{parameter};"):
-                bind(name, **values)
+def test_every_setting_is_a_constant_of_some_objective():
+    values = section("oapl")
+    taken = lambda readers: {k for o in readers for f in o[:2] for k in constants(f)}
+    shared = lambda place: taken(o for o in OBJECTIVES.values() if o.shared == place)
+    for place, found in values.items():
+        if isinstance(found, dict):
+            known = shared(place) | taken([OBJECTIVES[place]] if place in OBJECTIVES else [])
+            assert set(found) <= known, place
+    flat = {key for key, value in values.items() if not isinstance(value, dict)}
+    assert flat - COMMON == {"beta1", "beta2"} == constants(oapl.loss).keys() | {"beta1"}
 
 
-def test_a_section_has_no_setting_that_no_objective_takes():
-    taken = {p for pair in OBJECTIVES.values() for form in pair for p in hyper_parameters(form)}
-    assert set(settings("oapl")) - OTHERS == taken
+def test_a_new_objective_is_a_module_a_line_and_a_section(monkeypatch):
+    """Nothing else knows the names of objectives or of their constants."""
+
+    def loss(logp, behavior_logp, advantage, mask, *, strength: Fraction):
+        return jnp.sum(logp * mask, axis=-1) * strength, {}
+
+    monkeypatch.setitem(library.OBJECTIVES, "newest", Objective(advantages.centred, loss))
+    entry = dict(aggregation="token", newest=dict(strength=0.5))
+    monkeypatch.setitem(objectives.OBJECTIVES, "newest", entry)
+    config = arithmetic.get_config("objective=newest").lock()
+    objective = bind("newest", config.objective, group_size=4)
+    ones = np.ones((4, 2), np.float32)
+    np.testing.assert_array_equal(objective.loss(ones, ones, ones[:, 0], ones)[0], np.ones(4))
+    with pytest.raises(UserError, match=r"objective\.newest\.strength=2"):
+        bound("newest", strength=2.0)
 
 
 def test_the_configurations_differ_in_what_the_methods_differ():
-    of = lambda name, *keys: tuple(objectives.objective(name)[key] for key in keys)
+    of = lambda name, *keys: tuple(
+        {**(own := section(name)), **own["policy_gradient"], **own.get(name, {})}[k] for k in keys
+    )
     assert of("grpo", "aggregation", "clip_low", "clip_high") == ("token", 0.2, 0.28)
     assert of("dr_grpo", "aggregation", "estimator") == ("constant", "dr_grpo")
     assert of("gspo", "aggregation", "clip_low", "clip_high") == ("sequence", 3e-4, 4e-4)
     assert of("grpo_is", "proximal", "correction") == ("learner", "token_truncate")
     assert of("a_star_po", "denominator", "beta1", "beta2") == ("reference", 0.5, 1e-3)
     assert of("oapl", "denominator", "beta1", "beta2") == ("behavior", 1.0, 1e-3)
+    assert of("prosper", "pair_share") == (1.0,)
+    assert of("cispo", "cap", "floor") == (5.0, 0.0)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("form", ARGUMENTS)
-def test_every_objective_has_the_two_forms_with_required_keyword_only_hyper_parameters(name, form):
+def test_every_objective_has_the_two_forms_with_required_keyword_only_constants(name, form):
     function = getattr(OBJECTIVES[name], form)
     parameters = list(inspect.signature(function).parameters.values())
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    keyword_only = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     assert positional == ARGUMENTS[form]
-    assert positional + keyword_only == [p.name for p in parameters]  # no *args, no **kwargs
+    assert positional + list(constants(function)) == [p.name for p in parameters]  # no **kwargs
     assert [p.name for p in parameters if p.default is not p.empty] == []
-    assert hyper_parameters(function) == keyword_only
+    assert inspect.Parameter.empty not in constants(function).values()
     assert function.__doc__
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_an_objective_maps_a_group_to_one_loss_and_one_of_each_metric_a_sequence(name):
-    objective = bind(name, **VALUES)
-    assert isinstance(objective, Objective)
-    advantages = objective.advantage(jnp.array([1.0, 0.0, 0.5]))
-    logp, behavior = -jnp.ones((3, 4)), -1.1 * jnp.ones((3, 4))
-    losses, metrics = objective.loss(logp, behavior, advantages, jnp.ones((3, 4)))
-    assert advantages.shape == losses.shape == (3,)
-    assert {value.shape for value in metrics.values()} <= {(3,)}
+def test_bind_fills_the_parameters_of_each_signature():
+    logp, behavior, reward, mask = random_group(0, [4, 4, 4], 4, spread=0.3)
+    objective = bound("oapl", group_size=3, beta1=0.5, beta2=0.25)
+    np.testing.assert_array_equal(objective.advantage(reward), oapl.advantage(reward, beta1=0.5))
+    expected, _ = oapl.loss(logp, behavior, reward, mask, beta2=0.25)
+    np.testing.assert_array_equal(objective.loss(logp, behavior, reward, mask)[0], expected)
 
-
-def test_bind_fills_what_each_signature_names():
-    reward = jnp.array([1.0, 0.0, 0.5])
-    rng = np.random.default_rng(0)
-    logp, behavior = jnp.asarray(rng.normal(-1, 0.3, (2, 3, 4)), jnp.float32)
-    arrays = logp, behavior, reward, jnp.ones((3, 4))
-    bound = bind("oapl", **VALUES)
-    np.testing.assert_array_equal(bound.advantage(reward), oapl.advantage(reward, beta1=0.5))
-    expected, _ = oapl.loss(*arrays, beta2=0.25)
-    np.testing.assert_array_equal(bound.loss(*arrays)[0], expected)
-
-    bound = bind("grpo", **VALUES)
+    changes = dict(estimator="dr_grpo", proximal="learner", correction="token_mask")
+    objective = bound("grpo", group_size=3, **changes)
     expected = advantages.advantage(reward, estimator="dr_grpo")
-    np.testing.assert_array_equal(bound.advantage(reward), expected)
-    names = hyper_parameters(grpo.loss)
-    expected, _ = grpo.loss(*arrays, **{name: VALUES[name] for name in names})
-    np.testing.assert_array_equal(bound.loss(*arrays)[0], expected)
+    np.testing.assert_array_equal(objective.advantage(reward), expected)
+    values = section("grpo", **changes)["policy_gradient"]
+    expected, _ = grpo.loss(
+        logp, behavior, reward, mask, **{key: values[key] for key in constants(grpo.loss)}
+    )
+    np.testing.assert_array_equal(objective.loss(logp, behavior, reward, mask)[0], expected)
 
 
-def test_maximum_likelihood_imitates_demonstrations_with_reward_one():
-    bound = bind("sft")
-    logp = jnp.array([[-1.0, -2.0, jnp.nan], [-0.5, -0.5, -0.5]])
-    mask = jnp.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
-    losses, _ = bound.loss(logp, jnp.zeros((2, 3)), bound.advantage(jnp.array([1.0, 0.0])), mask)
-    np.testing.assert_array_equal(losses, [3.0, 0.0])
+OUT_OF_RANGE = [
+    ("oapl", "beta1", 0.0, "objective.beta1"),
+    ("oapl", "beta2", -1.0, "objective.beta2"),
+    ("a_star_po", "beta2", 0.0, "objective.a_star_po.beta2"),
+    ("tba", "beta", float("nan"), "objective.tba.beta"),
+    ("prosper", "pair_share", 1.5, "objective.prosper.pair_share"),
+    ("prosper", "pair_share", 0.0, "objective.prosper.pair_share"),
+    ("opmd_kimi", "baseline", "max", "objective.opmd_kimi.baseline"),
+    ("grpo", "clip_low", -0.1, "objective.policy_gradient.clip_low"),
+    ("grpo", "dual_clip", 0.9, "objective.policy_gradient.dual_clip"),
+    ("grpo", "proximal", "reference", "objective.policy_gradient.proximal"),
+    ("grpo", "correction", "truncate", "objective.policy_gradient.correction"),
+    ("cispo", "estimator", "gae", "objective.policy_gradient.estimator"),
+    ("cispo", "cap", "5", "objective.cispo.cap"),
+    ("maxrl", "estimator", "grpo", "objective.maxrl.estimator"),
+    ("maxrl", "order", 0, "objective.maxrl.order"),
+    # These contradict each other, or the group of four.
+    ("grpo", "correction", "token_mask", "objective.policy_gradient.proximal"),
+    ("grpo", "correction", "sequence_truncate", "objective.policy_gradient.proximal"),
+]
+
+
+@pytest.mark.parametrize(("name", "constant", "value", "setting"), OUT_OF_RANGE)
+def test_a_constant_out_of_its_range_is_refused_by_its_setting(name, constant, value, setting):
+    with pytest.raises(UserError, match=setting):
+        bound(name, **{constant: value})
+
+
+def test_constants_that_the_group_is_too_small_for_are_refused():
+    with pytest.raises(UserError, match=r"objective\.maxrl\.order=4.*group_size=3"):
+        bound("maxrl", estimator="truncated", group_size=3)
+    bound("maxrl", estimator="truncated", group_size=4)
+    with pytest.raises(UserError, match="group_size=1"):
+        bound("prosper", group_size=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "key", "nearest"),
+    [
+        ("cispo", "cispo", "cop", "cap"),
+        ("grpo", "policy_gradient", "clip_hihg", "clip_high"),
+        ("maxrl", "maxrl", "verified", "verified_reward"),
+    ],
+)
+def test_an_unknown_constant_names_the_nearest(name, place, key, nearest):
+    values = section(name)
+    values[place][key] = values[place].pop(nearest)
+    with pytest.raises(UserError, match=rf"objective\.{place}\.{key} .*{nearest}"):
+        bind(name, values)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "missing"),
+    [("oapl", "", "beta1"), ("tba", "tba", "beta"), ("grpo", "policy_gradient", "clip_low")],
+)
+def test_a_missing_constant_is_refused_by_name(name, place, missing):
+    values = section(name)
+    del (values[place] if place else values)[missing]
+    with pytest.raises(UserError, match=f"{name} needs {missing}"):
+        bind(name, values, group_size=4)
 
 
 def test_an_unknown_objective_is_refused_with_the_choices():
     with pytest.raises(UserError, match=r"objective\.name='oalp' .*oapl, .*grpo, .*sft"):
-        bind("oalp", **VALUES)
+        bind("oalp", {})
 
 
-@pytest.mark.parametrize(
-    ("name", "missing"),
-    [("oapl", ["beta1"]), ("oapl", ["beta2"]), ("grpo", ["clip_low", "correction_cap"])],
-)
-def test_a_missing_hyper_parameter_is_refused_by_name(name, missing):
-    values = {key: value for key, value in VALUES.items() if key not in missing}
-    with pytest.raises(UserError) as error:
-        bind(name, **values)
-    assert name in str(error.value)
-    assert re.findall(r"objective\.(\w+)", str(error.value)) == missing
-
-
-LENGTHS = np.array([3, 17, 1, 9, 9, 240])
+RAGGED = np.array([3, 17, 1, 9, 9, 240])
 
 
 def plain(token_losses, aggregation, constant_length):
-    """The loss of a batch, as its name says it, from ragged lists of token losses."""
+    """The loss of a batch by the definition of the aggregation, from lists of token losses."""
     if aggregation == "sequence":
         return np.mean([np.sum(x) for x in token_losses])
     if aggregation == "token":
@@ -165,9 +196,9 @@ def plain(token_losses, aggregation, constant_length):
     return np.mean([np.sum(x) / constant_length for x in token_losses])
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS, np.array([5]), np.full(4, 8)], ids=str)
+@pytest.mark.parametrize("lengths", [RAGGED, np.array([5]), np.full(4, 8)], ids=str)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_an_aggregation_is_the_plain_mean_that_it_is_named_after(aggregation, lengths):
+def test_an_aggregation_is_the_plain_mean_of_its_name(aggregation, lengths):
     rng = np.random.default_rng(1)
     token_losses = [rng.normal(0.3, 1, n) for n in lengths]
     weights = sequence_weights(lengths, aggregation, constant_length=256)
@@ -177,29 +208,22 @@ def test_an_aggregation_is_the_plain_mean_that_it_is_named_after(aggregation, le
     np.testing.assert_allclose(found, plain(token_losses, aggregation, 256), rtol=1e-6)
 
 
-def test_aggregations_differ_on_ragged_lengths():
-    tables = [sequence_weights(LENGTHS, a, constant_length=100) for a in AGGREGATIONS]
-    for i, one in enumerate(tables):
-        assert not any(np.allclose(one, other) for other in tables[:i])
-
-
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_a_split_or_shuffled_batch_keeps_the_weights_of_the_whole(aggregation):
     weigh = lambda lengths: sequence_weights(lengths, aggregation, constant_length=100)
     order = np.array([4, 2, 0, 5, 1, 3])
-    np.testing.assert_array_equal(weigh(LENGTHS[order]), weigh(LENGTHS)[order])
-    # What would be wrong: weights from the counts of a part add up to several batches.
+    np.testing.assert_array_equal(weigh(RAGGED[order]), weigh(RAGGED)[order])
+    # Weights from the counts of a part would add up to several batches.
     rng = np.random.default_rng(2)
-    token_losses = [rng.uniform(1, 2, n) for n in LENGTHS]
+    token_losses = [rng.uniform(1, 2, n) for n in RAGGED]
     sums = np.array([x.sum() for x in token_losses])
     whole = plain(token_losses, aggregation, 100)
     for parts in ([slice(0, 3), slice(3, 6)], [slice(0, 2), slice(2, 4), slice(4, 6)]):
-        split = sum(np.sum(weigh(LENGTHS)[part] * sums[part]) for part in parts)
+        split = sum(np.sum(weigh(RAGGED)[part] * sums[part]) for part in parts)
         np.testing.assert_allclose(split, whole, rtol=1e-6)
-        wrong = sum(np.sum(weigh(LENGTHS[part]) * sums[part]) for part in parts)
-        assert wrong > 1.5 * whole
+        assert sum(np.sum(weigh(RAGGED[part]) * sums[part]) for part in parts) > 1.5 * whole
 
 
 def test_an_unknown_aggregation_is_refused_with_the_choices():
     with pytest.raises(UserError, match=r"objective\.aggregation='mean' .*sequence_token"):
-        sequence_weights(LENGTHS, "mean", constant_length=1)
+        sequence_weights(RAGGED, "mean", constant_length=1)

@@ -16,7 +16,7 @@ MASK = np.array([[1.0, 1.0, 1.0, 0.0]], np.float32)
 )
 @pytest.mark.parametrize("advantage", [1.0, -0.5])
 def test_by_hand(cap, floor, weights, advantage):
-    objective = bound("cispo", correction_cap=cap, correction_floor=floor)
+    objective = bound("cispo", cap=cap, floor=floor)
     losses, gradient, metrics = run(objective, LOGP, BEHAVIOR, np.float32([advantage]), MASK)
     weighted = np.dot(weights, [-1.0, -2.0, -0.5])
     np.testing.assert_allclose(losses, [-advantage * weighted], rtol=1e-6)
@@ -34,7 +34,7 @@ def test_clipped_tokens_keep_their_gradient_where_ppo_drops_it():
 
 def test_without_a_cap_it_has_the_gradient_of_unclipped_ppo():
     group = random_group(0, [5, 3, 8], 8, spread=0.4)
-    found = run(bound("cispo", correction_cap=INF), *group)[1]
+    found = run(bound("cispo", cap=INF), *group)[1]
     expected = run(bound("grpo", clip_low=INF, clip_high=INF), *group)[1]
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -44,5 +44,5 @@ def test_it_is_truncated_importance_sampling_with_the_learner_as_proximal_policy
     group = random_group(1, [5, 3, 8], 8, spread=1.5)
     found = run(bound("cispo"), *group)[1]
     expected = run(bound("grpo_is", correction_cap=5.0), *group)[1]
-    assert np.abs(run(bound("cispo", correction_cap=INF), *group)[1] - found).max() > 1
+    assert np.abs(run(bound("cispo", cap=INF), *group)[1] - found).max() > 1
     np.testing.assert_allclose(found, expected, rtol=1e-5)

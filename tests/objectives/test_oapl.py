@@ -8,6 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import (
+    BETA,
+    LENGTHS,
+    LOG_Z,
+    REFERENCE,
+    REWARDS,
+    SAMPLING,
+    bound,
+    log_ratios,
+    random_group,
+    tokens,
+)
+from cases import OPTIMUM as TILTED
+from cases import run as run_bound
 
 from oapl_jax.objectives import oapl
 
@@ -149,36 +163,6 @@ def test_the_log_ratio_is_the_sum_over_tokens_and_not_their_mean(length):
     np.testing.assert_allclose(losses, (0.05 * length - 2.0) ** 2, rtol=1e-5)
 
 
-@pytest.mark.parametrize("garbage", [0.0, 1e30, np.nan, np.inf, -np.inf])
-def test_what_is_masked_has_neither_value_nor_gradient(garbage):
-    rng = np.random.default_rng(0)
-    logp, behavior = rng.normal(-1, 1, (2, 3, 7)).astype(np.float32)
-    mask = np.array([[1, 1, 0, 0, 1, 1, 0], [1] * 7, [0, 1, 0, 0, 0, 0, 0]], np.float32)
-    advantages = np.array([0.4, -0.6, 0.1], np.float32)
-
-    def both(logp, behavior):
-        total = lambda logp: loss(logp, behavior, advantages, mask, beta2=0.3)[0].sum()
-        return jax.value_and_grad(total)(logp)
-
-    clean, clean_gradient = both(np.where(mask, logp, 0), np.where(mask, behavior, 0))
-    found, gradient = both(np.where(mask, logp, garbage), np.where(mask, behavior, garbage))
-    np.testing.assert_array_equal(found, clean)
-    np.testing.assert_array_equal(gradient, clean_gradient)
-    np.testing.assert_array_equal(gradient != 0, mask > 0)
-
-
-def test_losses_follow_a_permutation_of_the_group():
-    rng = np.random.default_rng(1)
-    logp, behavior = rng.normal(-1, 1, (2, 5, 6)).astype(np.float32)
-    mask = (np.arange(6) < np.array([6, 1, 3, 5, 2])[:, None]).astype(np.float32)
-    reward, order = np.array([0, 1, 0.5, -1, 1], np.float32), np.array([3, 1, 4, 0, 2])
-    losses, _ = run(logp, behavior, advantage(reward, 0.5), mask, beta2=0.2)
-    moved, _ = run(
-        logp[order], behavior[order], advantage(reward[order], 0.5), mask[order], beta2=0.2
-    )
-    np.testing.assert_allclose(moved, losses[order], rtol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_sums_over_16k_tokens_are_made_in_float32(dtype):
     rng = np.random.default_rng(2)
@@ -240,7 +224,6 @@ FIRST = np.array([4, 8, 4]) / 16
 SECOND = np.array([[1, 1, 2], [2, 1, 1], [1, 2, 1]]) / 4
 LAGGED = FIRST[:, None] * SECOND
 REWARD = np.array([[0.0, 1.0, -0.5], [2.0, 0.3, 0.0], [1.0, -1.0, 0.5]])
-BETA = 0.7
 OPTIMUM = LAGGED * np.exp(REWARD / BETA)
 OPTIMUM /= OPTIMUM.sum()
 
@@ -315,3 +298,34 @@ def test_the_minimiser_is_the_same_under_any_sampling_distribution(sampling):
     assert losses[0] > 0.05
     found = np.exp(np.asarray(token_logps(policy)).sum(-1)).reshape(3, 3)
     np.testing.assert_allclose(found, OPTIMUM, atol=1e-4)
+
+
+def test_length_exponent_0_is_oapl_and_1_the_mean_over_tokens():
+    logp, behavior, advantage, mask = group = random_group(1, LENGTHS, 9, spread=0.4)
+    plain = run_bound(bound("oapl", beta2=0.2), *group)
+    found = run_bound(bound("oapl_length", beta2=0.2, length_exponent=0.0), *group)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, plain)
+    delta = log_ratios(logp, behavior, mask)
+    for exponent in (0.5, 1.0):
+        objective = bound("oapl_length", beta2=0.2, length_exponent=exponent)
+        losses, gradient, metrics = run_bound(objective, *group)
+        beta = 0.2 / np.array(LENGTHS) ** exponent
+        np.testing.assert_allclose(losses, (beta * delta - advantage) ** 2, rtol=1e-4)
+        slope = 2 * beta * (beta * delta - advantage)
+        np.testing.assert_allclose(gradient, slope[:, None] * mask, rtol=1e-4)
+        np.testing.assert_allclose(metrics["target_log_ratio"], advantage / beta, rtol=1e-5)
+
+
+def test_a_star_po_is_solved_by_the_tilted_reference_under_any_sampling_policy():
+    """A group in the reference's proportions has V^ = V*; then every residual is zero at pi*."""
+    counts = (REFERENCE * 10).round().astype(int)
+    group = jnp.asarray(np.repeat(REWARDS, counts), jnp.float32)
+    objective = bound("a_star_po", beta1=BETA, beta2=BETA)
+    advantage = objective.advantage(group)[np.cumsum(counts) - 1]
+    np.testing.assert_allclose(advantage, REWARDS - BETA * LOG_Z, atol=1e-6)
+    ones = np.ones((4, 2))
+    there = run_bound(objective, tokens(TILTED), tokens(REFERENCE), advantage, ones)
+    np.testing.assert_allclose(there[0], 0, atol=1e-12)
+    np.testing.assert_allclose(there[1], 0, atol=1e-6)
+    elsewhere = run_bound(objective, tokens(TILTED), tokens(SAMPLING), advantage, ones)
+    assert elsewhere[0].min() > 0.01

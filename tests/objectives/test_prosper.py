@@ -5,7 +5,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import bound, log_ratios, random_group, run, settings
+from cases import bound, log_ratios, random_group, run
 
 BETA2 = 0.4
 
@@ -24,7 +24,7 @@ def pairs(logp, behavior, advantage, mask, *, keep):
 @pytest.mark.parametrize(("pair_share", "keep"), [(1.0, 6), (0.5, 3), (0.15, 1), (0.34, 3)])
 def test_the_mean_loss_is_the_mean_over_the_pairs_that_differ_most(pair_share, keep):
     group = random_group(0, [3, 7, 1, 5], 7, spread=0.3)
-    objective = bound("prosper", beta2=BETA2, pair_share=pair_share, group_size=4)
+    objective = bound("prosper", anchor=BETA2, pair_share=pair_share, group_size=4)
     losses, gradient, _ = run(objective, *group)
     expected = pairs(*group, keep=keep)
     np.testing.assert_allclose(losses.mean(), np.mean(list(expected.values())), rtol=1e-4)
@@ -36,7 +36,7 @@ def test_the_mean_loss_is_the_mean_over_the_pairs_that_differ_most(pair_share, k
 
 def test_groups_do_not_mix_and_each_has_its_own_pairs():
     group = random_group(1, [3, 7, 1, 5, 2, 2, 6, 4], 7, spread=0.3)
-    objective = bound("prosper", beta2=BETA2, pair_share=0.5, group_size=4)
+    objective = bound("prosper", anchor=BETA2, pair_share=0.5, group_size=4)
     together = run(objective, *group)
     for half in (slice(0, 4), slice(4, 8)):
         alone = run(objective, *(x[half] for x in group))
@@ -53,7 +53,7 @@ def test_it_is_solved_by_the_step_of_mirror_ascent_whoever_sampled(pair_share):
     new /= new.sum()
     chosen = [5, 0, 0, 3]
     column = lambda policy: np.log(policy[chosen]).astype(np.float32)[:, None]
-    objective = bound("prosper", beta2=BETA2, pair_share=pair_share, group_size=4)
+    objective = bound("prosper", anchor=BETA2, pair_share=pair_share, group_size=4)
     advantage = objective.advantage(jnp.asarray(g[chosen], jnp.float32))
     ones = np.ones((4, 1), np.float32)
     losses, gradient, metrics = run(objective, column(new), column(old), advantage, ones)
@@ -68,17 +68,17 @@ def test_with_every_pair_its_gradient_is_that_of_tba():
     """The mean over pairs is twice the group's variance, with G - 1."""
     group = random_group(3, [6, 1, 4, 9], 9, spread=0.3)
     group[2][:] -= group[2].mean()
-    mine = run(bound("prosper", beta2=BETA2), *group)[1]
-    tba = run(bound("tba", beta2=BETA2), *group)[1]
+    mine = run(bound("prosper", anchor=BETA2), *group)[1]
+    tba = run(bound("tba", anchor=BETA2), *group)[1]
     np.testing.assert_allclose(mine, tba * 2 * 4 / 3, rtol=1e-4)
-    fewer = run(bound("prosper", beta2=BETA2, pair_share=0.5), *group)[1]
+    fewer = run(bound("prosper", anchor=BETA2, pair_share=0.5), *group)[1]
     assert not np.allclose(fewer, mine, rtol=0.1)
 
 
 def test_equal_targets_train_every_pair_and_pull_to_the_policy_that_sampled():
     logp, behavior, _, mask = random_group(4, [2, 3, 4, 5], 5, spread=0.3)
-    few = run(bound("prosper", beta2=BETA2, pair_share=0.15), logp, behavior, np.zeros(4), mask)
-    all_ = run(bound("prosper", beta2=BETA2), logp, behavior, np.zeros(4), mask)
+    few = run(bound("prosper", anchor=BETA2, pair_share=0.15), logp, behavior, np.zeros(4), mask)
+    all_ = run(bound("prosper", anchor=BETA2), logp, behavior, np.zeros(4), mask)
     np.testing.assert_array_equal(few[1], all_[1])
     expected = pairs(logp, behavior, np.zeros(4), mask, keep=6)
     np.testing.assert_allclose(few[0].mean(), np.mean(list(expected.values())), rtol=1e-4)
@@ -87,9 +87,5 @@ def test_equal_targets_train_every_pair_and_pull_to_the_policy_that_sampled():
 def test_only_the_differences_of_targets_count():
     group = random_group(5, [2, 3, 4, 5], 5, spread=0.3)
     shifted = (*group[:2], group[2] + np.float32(3.0), group[3])
-    mine, theirs = (run(bound("prosper", beta2=BETA2), *of)[1] for of in (group, shifted))
+    mine, theirs = (run(bound("prosper", anchor=BETA2), *of)[1] for of in (group, shifted))
     np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_the_configuration_trains_every_pair():
-    assert settings("prosper")["pair_share"] == 1.0

@@ -17,7 +17,7 @@ from cases import (
     tokens,
 )
 
-TBA = dict(beta2=BETA, group_size=4)
+TBA = dict(beta=BETA, group_size=4)
 ONES = np.ones((4, 2), np.float32)
 
 

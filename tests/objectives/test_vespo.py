@@ -48,14 +48,14 @@ def test_loss_and_gradient_in_float64():
     np.testing.assert_allclose(losses, -expected * advantages * (logp * mask).sum(-1), rtol=1e-4)
 
 
-FLAT = dict(vespo_power_good=0, vespo_decay_good=0, vespo_power_bad=0, vespo_decay_bad=0)
+FLAT = dict(power_good=0, decay_good=0, power_bad=0, decay_bad=0)
 
 
 def test_its_limits_are_reinforce_and_full_importance_sampling():
     group = random_group(1, [6, 1, 4, 9], 9, spread=0.3)
     flat = run(bound("vespo", **FLAT), *group)
     np.testing.assert_allclose(flat[1], run(bound("sft"), *group)[1], rtol=1e-6)
-    powers = dict(FLAT, vespo_power_good=1, vespo_power_bad=1)
+    powers = dict(FLAT, power_good=1, power_bad=1)
     found = run(bound("vespo", **powers), *group)[1]
     whole = bound("grpo_is", correction="sequence_truncate", correction_cap=1e9)
     np.testing.assert_allclose(found, run(whole, *group)[1], rtol=1e-5)

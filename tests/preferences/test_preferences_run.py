@@ -23,11 +23,11 @@ ROOT = Path(__file__).parents[2]
         ({"preferences.beta": 0.0}, "preferences.beta"),
         ({"preferences.comparators": 0}, "preferences.comparators"),
         ({"rollout.sampler": "fleet"}, "preferences.shards"),
-        ({"objective.pair_share": 0.0}, "objective.pair_share"),
-        ({"objective.pair_share": 1.5}, "objective.pair_share"),
+        ({"objective.prosper.pair_share": 0.0}, "objective.prosper.pair_share"),
+        ({"objective.prosper.pair_share": 1.5}, "objective.prosper.pair_share"),
         (
             {"group_size": 1, "buffer.capacity": 512, "buffer.zero_variance": "keep"},
-            "group_size must be at least 2",
+            "group_size",
         ),
     ],
 )
@@ -61,7 +61,7 @@ def run(tmp_path_factory):
         "warmup.batch_size": 16,
         "warmup.demonstrations": 100,
         "optim.learning_rate": 5e-3,
-        "objective.beta2": 0.1,
+        "objective.prosper.eta": 10.0,
         "lag.steps": 4,
         "rollout.prompts_per_call": 8,
         "rollout.max_sequences": 64,

@@ -24,6 +24,7 @@ from oapl_jax.learner import train_step as learner
 from oapl_jax.model import hf
 from oapl_jax.model.sharding import AXES
 from oapl_jax.model.transformer import Transformer, head, logits
+from oapl_jax.objectives import bind
 from oapl_jax.rollout.local_sampler import LocalSampler, decode, mask_top_k_top_p
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Group, Prompt
@@ -127,17 +128,16 @@ def test_log_probs_are_those_of_the_learners_packed_rows(name, temperature, top_
         Group(prompt, tuple(rollouts), np.zeros(4, np.float32))
         for prompt, rollouts in zip(prompts, sampled, strict=True)
     ]
-    batch = batching.make_batch(
+    batch = batching.build_batch(
         groups,
-        [g.reward for g in groups],
-        np.ones(16, np.float32),
+        bind("sft", {}),
+        aggregation="sequence",
         step=VERSION,
         micro_batches=2,
         row_length=32,
         rows_multiple=1,
         max_prompt_tokens=24,
         max_response_tokens=8,
-        together=1,
     )
     assert np.sum(batch.segments.max(axis=-1) > 1) > 2  # rows are shared
     assert not np.any(batch.lag)

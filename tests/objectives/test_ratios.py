@@ -1,4 +1,4 @@
-"""The KL to a reference: value and gradient by enumeration, whoever sampled."""
+"""The KL to a reference by enumeration, and the effective sample size by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cases import random_group
 
-from oapl_jax.objectives.reference import reference_kl
+from oapl_jax.objectives.ratios import effective_share, reference_kl
 
 POLICY = np.array([0.5, -0.3, 0.1, 1.0], np.float32)  # logits over four responses of one token
 REFERENCE = np.log([0.4, 0.3, 0.2, 0.1])
@@ -96,3 +96,23 @@ def test_far_references_do_not_overflow(gap):
     assert np.isfinite(value)
     assert np.all(np.isfinite(gradient))
     assert reference_kl(logp, logp, logp, np.ones_like(logp)).sum() == 0
+
+
+def test_the_effective_share_by_hand_and_in_float64():
+    # Weights 1, 2, 3: 36 / (3 * 14).
+    np.testing.assert_allclose(effective_share(np.log([1.0, 2.0, 3.0])), 36 / 42, rtol=1e-6)
+    log_weight = np.random.default_rng(0).normal(0, 1.5, (4, 16))
+    weight = np.exp(log_weight)
+    expected = weight.sum() ** 2 / (weight**2).sum() / 64
+    assert 0.05 < expected < 0.5
+    np.testing.assert_allclose(effective_share(log_weight), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [0.0, -200.0, 200.0, 1e4])
+def test_equal_weights_count_in_full_at_any_size(shift):
+    np.testing.assert_allclose(effective_share(np.full(32, shift)), 1.0, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [200.0, 1e6])
+def test_one_weight_above_all_others_counts_as_one_response(size):
+    np.testing.assert_allclose(effective_share(size * np.eye(32)[5]), 1 / 32, rtol=1e-3)
