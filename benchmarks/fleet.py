@@ -30,7 +30,7 @@ import numpy as np
 from etils import epath
 from results import keep, show
 
-from oapl_jax.fleet.config import FleetConfig
+from oapl_jax.config import FleetConfig, ProbeTolerance
 from oapl_jax.fleet.sampler import Fleet
 from oapl_jax.learner import train_step as learner
 from oapl_jax.model.config import ModelConfig
@@ -127,21 +127,21 @@ def open_fleet(url: str, path: epath.Path, config: ModelConfig, tokenizer, group
         servers=(url,),
         servers_file="",
         router="",
-        members_every=5.0,
+        poll_every=5.0,
         max_in_flight=IN_FLIGHT // group,
         attempts=1,
         backoff=0.5,
         backoff_limit=30.0,
         health_every=10.0,
         connect_deadline=5.0,
-        answer_deadline=60.0,
+        control_deadline=60.0,
         request_deadline=600.0,
         drain_deadline=60.0,
         update_deadline=60.0,
         start_deadline=DEADLINE,
         no_server_deadline=DEADLINE,
-        refresh_share=1.0,
-        probe_gap={"float32": 1e-3, "bfloat16": 0.3},
+        refresh_fraction=1.0,
+        probe_tolerance=ProbeTolerance(float32=1e-3, bfloat16=0.3),
         mixed_versions="reissue",
     )
     fleet = Fleet(

@@ -24,8 +24,8 @@ from etils import epath
 from results import keep, show
 
 from configs import arithmetic
-from oapl_jax import train
-from oapl_jax.build import Job
+from oapl_jax import build, train
+from oapl_jax.config import Config
 from oapl_jax.rollout.sampler import Sampled
 from oapl_jax.structs import Rollout
 from oapl_jax.tracking.metrics import read_lines
@@ -83,16 +83,16 @@ def seconds_a_step(steps: int, generate: float) -> float:
         config.num_steps, config.warmup.num_steps = steps, 0
         config.evaluation.every, config.checkpoint.every = 0, 10 * steps
         config.rollout.overlap, config.tensorboard = True, False
-        config.rollout.unpaid_groups = 0  # random tokens are never right
+        config.rollout.max_zero_reward_groups = 0  # random tokens are never right
         config.buffer.mode, config.buffer.zero_variance = "keep_with_anchor", "keep"
     latency = generate * IN_FLIGHT / config.groups_per_step
-    new_sampler = lambda job, seed, older_versions: WaitingSampler(latency)
+    new_sampler = lambda config, run, seed, older_versions: WaitingSampler(latency)
     with tempfile.TemporaryDirectory() as directory:
         config.data.data_dir = f"{directory}/data"
         workdir = epath.Path(directory) / "run"
         workdir.mkdir()
-        with mock.patch.object(Job, "new_sampler", new_sampler):
-            train.run(config, workdir, StopRequest())
+        with mock.patch.object(build, "open_sampler", new_sampler):
+            train.run(Config.from_dict(config.to_dict()), workdir, StopRequest())
         times = [line["rl_seconds"] for line in read_lines(workdir / "metrics.jsonl")]
     return (times[-1] - times[SETTLED]) / (len(times) - 1 - SETTLED)
 

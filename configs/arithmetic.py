@@ -126,8 +126,8 @@ def get_config(arg: str | None = None) -> common.Config:
         max_reuse=2,
         capacity=128,
         zero_variance=objectives.zero_variance(choice["objective"]),
+        zero_variance_weight=0.1,
     )
-    config.zero_variance_weight = 0.1  # for buffer.zero_variance="weight"
 
     config.rollout = dict(
         sampler="local",  # the embedded decoder, or "fleet": the servers named below
@@ -138,7 +138,7 @@ def get_config(arg: str | None = None) -> common.Config:
         max_response_tokens=task["max_response_tokens"],
         prompts_per_call=32,
         reward_threads=1,  # groups rewarded at a time; more where a reward takes long
-        unpaid_groups=256,  # in a row, whose rewards are all 0, end the run; 0: no number does
+        max_zero_reward_groups=256,  # in a row without any reward abort the run; 0: never
         deadline=1800.0,  # seconds either side waits for the other, a fleet's pauses included
         max_sequences=256,
         prompt_multiple=4,

@@ -106,8 +106,8 @@ def get_config(arg: str | None = None) -> common.Config:
         max_reuse=1,
         capacity=512,
         zero_variance="drop",  # [I] see STEPS
+        zero_variance_weight=0.1,
     )
-    config.zero_variance_weight = 0.1  # for buffer.zero_variance="weight"
 
     config.rollout = dict(
         sampler="fleet",  # of oapl_jax.record and oapl_jax.evaluate
@@ -118,13 +118,13 @@ def get_config(arg: str | None = None) -> common.Config:
         max_response_tokens=32000,
         prompts_per_call=32,
         reward_threads=32,
-        unpaid_groups=128,
+        max_zero_reward_groups=128,
         deadline=7200.0,
         max_sequences=256,
         prompt_multiple=64,
         **common.recorded(),
     )
-    config.rollout.update(source="shards", shards=rounds + f"/set{number}")
+    config.rollout.update(source="dataset", dataset=rounds + f"/set{number}")
     config.curriculum = common.curriculum()
     config.fleet = common.fleet()
     config.fleet.update(max_in_flight=256, request_deadline=14400.0)
@@ -190,7 +190,7 @@ def take_part(config: common.Config, *, hundredths: int) -> None:
 def take_in(config: common.Config, *, small: bool) -> None:
     """Round 0 takes no gradient step: the base model becomes a checkpoint, to be published."""
     config.num_steps, config.lag.steps = 0, 1
-    config.rollout.update(source="live", shards="", sampler="local")
+    config.rollout.update(source="live", dataset="", sampler="local")
     if small:
         config.warmup.num_steps = 32
 

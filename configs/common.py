@@ -38,24 +38,24 @@ def fleet() -> Config:
     return ConfigDict(
         dict(
             servers=(),  # URLs: --config.fleet.servers="('http://10.0.0.2:30000',)"
-            servers_file="",  # or a file with one URL a line, read again every members_every
+            servers_file="",  # or a file with one URL a line, read again every poll_every
             router="",  # or a sglang-router, whose GET /workers is the list
-            members_every=5.0,  # seconds between two looks at servers_file or router
+            poll_every=5.0,  # seconds between two looks at servers_file or router
             max_in_flight=64,  # groups requested at a time, over all servers
             attempts=4,  # of a group that fails; then it is dropped and counted
             backoff=0.5,  # seconds before a failed server is tried again; doubles each time ...
             backoff_limit=30.0,  # ... up to this
             health_every=10.0,  # seconds between two looks at a server that serves
             connect_deadline=5.0,  # seconds to open a connection
-            answer_deadline=30.0,  # seconds for a control call: health, contract, probe, flush
+            control_deadline=30.0,  # seconds for a control call: health, contract, probe, flush
             request_deadline=1800.0,  # seconds for the rollouts of one group
             drain_deadline=300.0,  # seconds for groups in flight before a refresh; then aborted
             update_deadline=600.0,  # seconds to load a version (a supervised server restarts)
             start_deadline=600.0,  # seconds for a server to answer at all
             no_server_deadline=1200.0,  # seconds that training pauses with no server; then code 3
-            refresh_share=0.5,  # of the servers refreshed at a time, at least one
+            refresh_fraction=0.5,  # of the servers refreshed at a time, at least one
             # Nats between learner and server on a version's probe, by publish_dtype.
-            probe_gap=dict(float32=1e-3, bfloat16=0.3),
+            probe_tolerance=dict(float32=1e-3, bfloat16=0.3),
             mixed_versions="reissue",  # a response of two versions: or "keep", as of the older
         )
     )
@@ -64,11 +64,11 @@ def fleet() -> Config:
 def recorded() -> dict[str, Any]:
     """Groups from a recorded set in the place of sampled ones, or beside them; and recording."""
     return dict(
-        source="live",  # "shards": recorded groups only, nothing is sampled; "both"
-        shards="",  # directory of the set: by oapl_jax.record, or rollouts/ of a run
-        recorded_share=0.5,  # of the groups of a step, for source="both"
-        recorded_order="shuffled",  # endless; "recorded": in the order of the set, once
-        recorded_version=0,  # of the set in this run: it starts from these weights; -1: as recorded
+        source="live",  # "dataset": recorded groups only, nothing is sampled; "both"
+        dataset="",  # directory of a recorded dataset: by oapl_jax.record, or rollouts/ of a run
+        dataset_share=0.5,  # of the groups of a step, for source="both"
+        dataset_order="shuffled",  # endless; "recorded": in the order of the set, once
+        dataset_version=0,  # of the set in this run: it starts from these weights; -1: as recorded
         record=False,  # whether live groups are written to rollouts/ in the workdir
         groups_per_shard=1024,  # of record; a shard also ends with each checkpoint
     )
@@ -162,7 +162,7 @@ def preferences(objective: str) -> Config:
             beta=0.25,  # of the adversary's entropy
             comparators=8,  # responses of the reference policy to each prompt
             # A set of them by oapl_jax.record; "": version 0, by the embedded decoder.
-            shards="",
+            dataset="",
             # Objective -> rule -> its vote. The second one is cyclic.
             rubric=dict(
                 objectives=dict(
@@ -180,14 +180,14 @@ def preferences(objective: str) -> Config:
                 template=JUDGE_TEMPLATE,
                 questions=dict(better="Which response is better?"),  # by objective
                 verdicts=dict(A=1.0, B=0.0),  # tokens, and how far the first response is better
-                least_mass=0.5,  # probability of the verdicts together; below it there is no score
+                min_verdict_mass=0.5,  # of all verdicts; with less there is no score
                 max_prompt_tokens=4096,  # arXiv 2602.19041; a longer question is not asked
                 questions_per_request=8,
                 max_in_flight=32,  # requests at a time, of one group
                 connect_deadline=5.0,  # seconds to open a connection
-                answer_deadline=60.0,  # seconds for a request
+                request_deadline=60.0,  # seconds for a request
                 backoff=0.5,  # seconds before a failed request goes to the next server; doubles
-                patience=300.0,  # seconds for a group, below rollout.deadline
+                group_deadline=300.0,  # seconds for a group, below rollout.deadline
             ),
         )
     )

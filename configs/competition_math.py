@@ -90,8 +90,8 @@ def get_config(arg: str | None = None) -> common.Config:
         max_reuse=1,
         capacity=512,  # [I] how large D may become
         zero_variance="keep",  # [I] algorithm 1 drops none
+        zero_variance_weight=0.1,
     )
-    config.zero_variance_weight = 0.1  # for buffer.zero_variance="weight"
 
     config.rollout = dict(
         sampler="fleet",
@@ -102,7 +102,7 @@ def get_config(arg: str | None = None) -> common.Config:
         max_response_tokens=16384,
         prompts_per_call=32,
         reward_threads=16,
-        unpaid_groups=128,
+        max_zero_reward_groups=128,
         deadline=7200.0,
         max_sequences=256,
         prompt_multiple=64,

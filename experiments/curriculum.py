@@ -43,9 +43,8 @@ import numpy as np
 from etils import epath
 
 from configs import arithmetic
-from oapl_jax import train
-from oapl_jax.begin import begin
-from oapl_jax.build import open_job
+from oapl_jax import build, train
+from oapl_jax.config import Config
 from oapl_jax.data.records import Concatenated, Record, user
 from oapl_jax.data.synthetic.tasks import TASKS, content_id
 from oapl_jax.errors import UserError, exit_with_code
@@ -148,12 +147,13 @@ def start(to: epath.Path, config: Any) -> epath.Path:
     """The policy that all curricula of a seed start from, warmed up on what can be demonstrated."""
     version = publisher.version_path(to / "versions", 0)
     if not (version / publisher.MANIFEST).exists():
-        job = open_job(config, to)
-        splits = {**job.splits, "train": Concatenated([job.splits["train"], solved()])}
-        job = dataclasses.replace(job, splits=splits)
-        state, _ = begin(job)
-        job.publish(0, state.params)
-        job.close()
+        typed = Config.from_dict(config.to_dict())
+        opened = build.open_run(typed, to)
+        splits = {**opened.splits, "train": Concatenated([opened.splits["train"], solved()])}
+        opened = dataclasses.replace(opened, splits=splits)
+        state, _ = train.init_run(typed, opened, evaluate=build.open_evaluator(typed, opened))
+        opened.versions.publish(0, state.params)
+        opened.close()
     return version
 
 
@@ -164,15 +164,16 @@ def run(to: epath.Path, config: Any, policy: epath.Path, split: str) -> list[dic
     """
     config.model.path, config.warmup.num_steps = str(policy), 0
     config.curriculum.curator.path = str(policy)
+    typed = Config.from_dict(config.to_dict())
     if not (to / "result.json").exists():
-        job = open_job(config.lock(), to)
-        splits = {"train": bank(job.splits["train"]), "validation": job.splits[split]}
-        job = dataclasses.replace(job, splits={**job.splits, **splits})
-        ended = train.run_job(job, StopRequest())
+        opened = build.open_run(typed, to)
+        splits = {"train": bank(opened.splits["train"]), "validation": opened.splits[split]}
+        opened = dataclasses.replace(opened, splits={**opened.splits, **splits})
+        ended = train.train(typed, opened, StopRequest())
         if ended is None:
             raise SystemExit("stopped; the same command goes on")
         (to / "result.json").write_text(json.dumps(ended[0]))
-    if load_config(to) != json.loads(json.dumps(config.to_dict())):
+    if load_config(to) != typed.to_dict():
         raise UserError(f"{to} holds a run with other settings; remove it, or give another --to")
     return read_lines(to / "metrics.jsonl")
 

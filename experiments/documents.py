@@ -23,9 +23,8 @@ import jax
 from etils import epath
 
 from configs import documents
-from oapl_jax import train
-from oapl_jax.begin import begin
-from oapl_jax.build import Job, open_job
+from oapl_jax import build, train
+from oapl_jax.config import Config
 from oapl_jax.data.prompts import response_text
 from oapl_jax.evaluation import in_order
 from oapl_jax.files import absolute
@@ -70,16 +69,16 @@ def get_config(name: str, seed: int, **changes: Any) -> Any:
     return config
 
 
-def rates(job: Job, step: int, params: Any) -> dict[str, float]:
+def rates(config: Config, opened: build.Run, step: int, params: Any) -> dict[str, float]:
     """The shares of right responses to the test split and of those with each fault."""
-    sampler = job.local_sampler(job.config.seed + 1)
+    sampler = build.open_local_sampler(config, opened, seed=config.seed + 1)
     sampler.set_params(step, gathered(params))
-    prompts = job.split_prompts("test")
-    sampled = in_order(sampler, prompts, n=SAMPLES, sampling=job.sampling)
-    verifier = DocumentVerifier(**job.config.rewards.documents)
+    prompts = build.split_prompts(config, opened, "test")
+    sampled = in_order(sampler, prompts, n=SAMPLES, sampling=opened.sampling)
+    verifier = DocumentVerifier(**config.rewards.documents)
     for prompt, rollouts in zip(prompts, sampled, strict=True):
         for rollout in rollouts:
-            text = response_text(job.policy.tokenizer, rollout.tokens)
+            text = response_text(opened.policy.tokenizer, rollout.tokens)
             verifier.verify(text, prompt.answer)
     counts = verifier.counts()
     found = ("right", "unclosed", "ragged", "invalid", "empty")
@@ -90,11 +89,12 @@ def start(to: epath.Path, config: Any) -> epath.Path:
     """The warmed-up policy that the runs of a seed start from; its rates stand beside it."""
     version = publisher.version_path(to / "versions", 0)
     if not (to / "rates.json").exists():
-        job = open_job(config, to)
-        state, _ = begin(job)
-        job.publish(0, state.params)
-        (to / "rates.json").write_text(json.dumps(rates(job, 0, state.params)))
-        job.close()
+        typed = Config.from_dict(config.to_dict())
+        opened = build.open_run(typed, to)
+        state, _ = train.init_run(typed, opened, evaluate=lambda step, params, split: {})
+        opened.versions.publish(0, state.params)
+        (to / "rates.json").write_text(json.dumps(rates(typed, opened, 0, state.params)))
+        opened.close()
     return version
 
 
@@ -103,11 +103,12 @@ def run(to: epath.Path, config: Any, policy: epath.Path) -> None:
     config.model.path, config.warmup.num_steps = str(policy), 0
     if (to / "rates.json").exists():
         return
-    if train.run_job(open_job(config, to), StopRequest()) is None:
+    typed = Config.from_dict(config.to_dict())
+    if train.run(typed, to, StopRequest()) is None:
         raise SystemExit("stopped; the same command goes on")
-    job = open_job(config, to)
-    (to / "rates.json").write_text(json.dumps(rates(job, *job.params_at(None))))
-    job.close()
+    opened = build.open_run(typed, to)
+    (to / "rates.json").write_text(json.dumps(rates(typed, opened, *opened.params_at(None))))
+    opened.close()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,8 @@ from etils import epath
 
 from configs.common import Config
 from experiments.run import Run
-from oapl_jax import train
-from oapl_jax.begin import begin
-from oapl_jax.build import Job, open_job
+from oapl_jax import build, train
+from oapl_jax.config import Config as Typed
 from oapl_jax.errors import NotFinite
 from oapl_jax.files import write_atomically
 from oapl_jax.record import make_set
@@ -62,23 +61,31 @@ def execute(run: Run, root: epath.Path, stop: StopRequest) -> None:
 
 def warm_up(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
     """Runs and grades the supervised stage; a stopped one begins anew."""
-    config = run.resolve(root)
-    config.evaluation.every = 0  # graded once, below
-    job = open_job(config, run.workdir(root))
-    with contextlib.closing(job):
-        state, _ = begin(job)
-        job.publish(0, state.params)
-        return None if stop.requested else {"outcome": "ended", **grade(job, 0, state.params, run)}
+    config = typed(run.resolve(root))
+    # Graded once, below.
+    unevaluated = dataclasses.replace(config.evaluation, every=0)
+    config = dataclasses.replace(config, evaluation=unevaluated)
+    with contextlib.closing(build.open_run(config, run.workdir(root))) as opened:
+        state, _ = train.init_run(config, opened, evaluate=lambda step, params, split: {})
+        opened.versions.publish(0, state.params)
+        if stop.requested:
+            return None
+        return {"outcome": "ended", **grade(config, opened, 0, state.params, run)}
+
+
+def typed(config: Config) -> Typed:
+    return Typed.from_dict(config.to_dict())
 
 
 def generate(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
     """Records one group for each of the first `run.prompts` training prompts, from version 0."""
     assert run.start is not None
-    config, rollouts = run.resolve(root), run.workdir(root) / "rollouts"
+    config, rollouts = typed(run.resolve(root)), run.workdir(root) / "rollouts"
     progress = Progress("generate", run.prompts, 0)
-    with contextlib.closing(open_job(config, run.workdir(root))) as job:
+    with contextlib.closing(build.open_run(config, run.workdir(root))) as opened:
         make_set(
-            job,
+            config,
+            opened,
             rollouts,
             step=None,
             version_dir=config.model.path,
@@ -96,30 +103,32 @@ def generate(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | 
 def trained(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
     """Trains, and grades the last policy on `run.split`; a run that is not finite has metrics up to
     its last step and no grade."""
-    config, workdir = run.resolve(root), run.workdir(root)
-    job = open_job(config, workdir)
+    config, workdir = typed(run.resolve(root)), run.workdir(root)
+    opened = build.open_run(config, workdir)
     if run.forget_every:
-        job = dataclasses.replace(job, optimizer=resetting(job.optimizer, every=run.forget_every))
+        optimizer = resetting(opened.optimizer, every=run.forget_every)
+        opened = dataclasses.replace(opened, optimizer=optimizer)
     try:
-        ended = train.run_job(job, stop)
+        ended = train.train(config, opened, stop)
     except NotFinite as error:
         metrics = summary(read_lines(workdir / "metrics.jsonl"), config, run)
         return {"outcome": "failed", "reason": str(error), **metrics}
     if ended is None:
         return None
-    with contextlib.closing(open_job(config, workdir)) as job:
-        graded = grade(job, config.num_steps, ended[1], run)
+    with contextlib.closing(build.open_run(config, workdir)) as opened:
+        graded = grade(config, opened, config.num_steps, ended[1].params, run)
     metrics = summary(read_lines(workdir / "metrics.jsonl"), config, run)
     return {"outcome": "ended", **graded, **metrics}
 
 
-def grade(job: Job, step: int, params: Any, run: Run) -> dict[str, Any]:
-    job.config.evaluation.update(GRADES[run.split])
-    graded = job.grade(step, params, run.split)
+def grade(config: Typed, opened: build.Run, step: int, params: Any, run: Run) -> dict[str, Any]:
+    evaluation = dataclasses.replace(config.evaluation, **GRADES[run.split])
+    config = dataclasses.replace(config, evaluation=evaluation)
+    graded = build.open_evaluator(config, opened)(step, params, run.split)
     return {run.split: {k: v for k, v in graded.items() if not isinstance(v, tuple)}}
 
 
-def summary(lines: list[dict[str, Any]], config: Config, run: Run) -> dict[str, Any]:
+def summary(lines: list[dict[str, Any]], config: Typed, run: Run) -> dict[str, Any]:
     """Summarises metrics.jsonl, which omits values that are not finite; {} without a step.
 
     Returns:

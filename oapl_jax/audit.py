@@ -7,6 +7,7 @@ prints a table, and writes audit.json into the workdir. Exit code 0: no overlap;
 invalid setting.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -63,13 +64,14 @@ def sections(
 def main() -> None:
     against = flags.DEFINE_list("against", [], "data sets to search for; default: all but train")
     config, workdir = read_command_line()
-    data = {k: v for k, v in config.data.to_dict().items() if k not in PROMPT_SETTINGS}
+    data = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in PROMPT_SETTINGS}
     if data["task"] in tasks.TASKS:
         splits = tasks.open_splits(**data)
         evaluation = Concatenated([splits["validation"], splits["test"]])
         result = overlap.find_overlap(splits["train"], evaluation)
     else:
-        result = audit_releases(data, config.benchmarks.to_dict(), against.value)
+        benchmarks = {name: dataclasses.asdict(s) for name, s in config.benchmarks.items()}
+        result = audit_releases(data, benchmarks, against.value)
     print(f"\n{overlap.format_table(result)}")
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "audit.json").write_text(json.dumps(result, indent=1, ensure_ascii=False))

@@ -1,51 +1,62 @@
-"""What a configuration names, opened: the one room that train and evaluate enter first."""
+"""Opens the parts that a configuration names: the only room that knows all others.
+
+Each room gets its own section of the configuration and nothing else.
+"""
 
 import dataclasses
 import functools
-import json
-import os
 import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from oapl_jax import heartbeat
-from oapl_jax import multihost as hosts
-from oapl_jax.check import check_sizes
+from oapl_jax import multihost
+from oapl_jax.config import Config, PublicDataConfig
+from oapl_jax.curriculum import CURRICULA, Curriculum
 from oapl_jax.data import prompts
 from oapl_jax.data.public import releases
 from oapl_jax.data.records import Record
 from oapl_jax.data.synthetic import tasks
 from oapl_jax.errors import UserError
 from oapl_jax.evaluation import evaluate
-from oapl_jax.fleet.config import FleetConfig
+from oapl_jax.files import checksum
 from oapl_jax.fleet.sampler import Fleet
-from oapl_jax.learner import train_step as learner
+from oapl_jax.learner import train_step
 from oapl_jax.learner.optimizer import make_optimizer
-from oapl_jax.model import hf
+from oapl_jax.learner.packing import check_whole_groups
 from oapl_jax.model.policy import Policy, check_lengths, open_policy
 from oapl_jax.model.sharding import gathered, make_mesh
 from oapl_jax.model.transformer import Transformer
+from oapl_jax.objectives import bind
+from oapl_jax.preferences import JUDGES, Preferences
+from oapl_jax.preferences.comparators import RecordedComparators, SampledComparators
 from oapl_jax.rewards.grader import Grader
 from oapl_jax.rewards.self_check import check_rewards
+from oapl_jax.rollout import dataset
+from oapl_jax.rollout.buffer import Buffer
+from oapl_jax.rollout.group_store import GroupStore
+from oapl_jax.rollout.ledger import FILE, Ledger, ZeroRewardGuard
 from oapl_jax.rollout.local_sampler import LocalSampler
+from oapl_jax.rollout.recorded import Recorded
 from oapl_jax.rollout.sampler import Sampler, Sampling
-from oapl_jax.structs import Prompt
+from oapl_jax.rollout.source import GroupSource
+from oapl_jax.rollout.worker import Worker
+from oapl_jax.structs import Group, Prompt, Rollout
 from oapl_jax.tracking.progress import say
-from oapl_jax.weights import checkpoint, publisher
-from oapl_jax.weights.probe import make_probe
-
-Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
+from oapl_jax.weights import checkpoint, probe, publisher
+from oapl_jax.weights.versions import Versions
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    config: Config
+class Run:
+    """The opened parts that training, evaluation and recording share."""
+
     workdir: epath.Path
     mesh: Mesh
     policy: Policy
@@ -55,189 +66,19 @@ class Job:
     grader: Grader
     sampling: Sampling
     checkpoints: checkpoint.Checkpoints
-    weights: checkpoint.Weights  # what is published
+    versions: Versions
 
-    def new_sampler(self, seed: int, *, older_versions: bool) -> Sampler:
-        """What `rollout.sampler` names; a fleet begins to look at its servers at once.
-
-        Args:
-          seed: of the embedded sampler.
-          older_versions: whether groups of an older version than the one wanted are of use.
-        """
-        if self.config.rollout.sampler == "local":
-            return self.local_sampler(seed)
-        return Fleet(
-            self.policy.config,
-            FleetConfig(**self.config.fleet),
-            tokenizer=self.policy.tokenizer,
-            stop_ids=self.policy.stop_ids,
-            sampling=self.sampling,
-            max_prompt_tokens=self.config.data.max_prompt_tokens,
-            dtype=self.config.publish_dtype,
-            allow_older=older_versions,
-            log=say,
+    def abstract_state(self) -> train_step.TrainState:
+        """Shapes, dtypes and shardings of the train state, to restore into."""
+        fresh = lambda: train_step.new_state(
+            train_step.init_params(self.model, jax.random.key(0)), self.optimizer
         )
-
-    def local_sampler(self, seed: int) -> LocalSampler:
-        return LocalSampler(
-            self.policy.config,
-            dtype=self.config.model.dtype,
-            stop_ids=self.policy.stop_ids,
-            seed=seed,
-            max_sequences=self.config.rollout.max_sequences,
-            prompt_multiple=self.config.rollout.prompt_multiple,
-        )
-
-    def split_prompts(self, split: str) -> list[Prompt]:
-        """Every prompt of a split, in order."""
-        return prompts.all_prompts(
-            self.splits[split],
-            self.policy.tokenizer,
-            task=self.config.data.task,
-            max_prompt_tokens=self.config.data.max_prompt_tokens,
-            instruction=self.config.data.instruction,
-            limit=None,
-        )
-
-    def check_rewards(self) -> None:
-        """See rewards.self_check: known responses go the way of every response."""
-        check_rewards(
-            self.grader,
-            self.policy.tokenizer,
-            self.splits["train"],
-            task=self.config.data.task,
-            max_prompt_tokens=self.config.data.max_prompt_tokens,
-            instruction=self.config.data.instruction,
-        )
-
-    def prompt_stream(self) -> prompts.PromptStream:
-        return prompts.PromptStream(
-            self.splits["train"],
-            self.policy.tokenizer,
-            task=self.config.data.task,
-            seed=self.config.seed,
-            max_prompt_tokens=self.config.data.max_prompt_tokens,
-            instruction=self.config.data.instruction,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-        )
-
-    @functools.cached_property
-    def _evaluator(self) -> LocalSampler:
-        return self.local_sampler(self.config.seed + 1)  # other random numbers than training
-
-    @functools.cached_property
-    def probe(self) -> Callable[[Any], dict[str, Any]]:
-        """Parameters -> the probe that travels with them."""
-        settings = self.config.learner
-        probe = make_probe(
-            self.model,
-            self.mesh,
-            row_length=settings.row_length,
-            rows_multiple=settings.rows_multiple,
-            logp_chunk=settings.logp_chunk,
-        )
-        return lambda params: {**probe(params), "dtype": self.config.model.dtype}
-
-    @functools.cached_property
-    def _standing(self) -> list[int]:
-        """The versions that stood when this run first published, as host 0 sees them: a host that
-        sees others, in the cache of a network's file system, would not save with the rest."""
-        mine = json.dumps(publisher.published_versions(self.workdir / "versions")).encode()
-        deadline = self.config.rollout.deadline
-        return json.loads(hosts.gather(mine, "the versions that stand", deadline=deadline)[0])
-
-    def publish(self, step: int, params: Any) -> None:
-        """The learner's parameters -> an Orbax step -> a version, unless it stands already.
-
-        Host 0 alone writes the version; the others look for its marker.
-        """
-        versions, deadline = self.workdir / "versions", self.config.rollout.deadline
-        if step not in self._standing:
-            with heartbeat.together(f"the weights of version {step}", deadline=deadline):
-                self.weights.save(step, params, self.probe(params))
-                self.weights.wait()
-            if not jax.process_index():
-                publisher.publish(
-                    self.weights.path(step),
-                    self.policy.config,
-                    version=step,
-                    directory=versions,
-                    tokenizer=self.policy.tokenizer,
-                    dtype=self.config.publish_dtype,
-                    config_hash=publisher.config_hash(self.config.to_dict()),
-                )
-        marker = publisher.version_path(versions, step) / publisher.COMMITTED
-        hosts.wait_until(marker.exists, os.fspath(marker), deadline=deadline)
-
-    def collect_versions(self, keep: set[int]) -> None:
-        """Deletes the other versions, and the Orbax steps that they were made of."""
-        if not jax.process_index():
-            publisher.collect(self.workdir / "versions", keep=keep)
-        self.weights.keep_only(keep)
-
-    def close(self) -> None:
-        self.grader.close()
-        self.weights.close()
-        self.checkpoints.close()
-
-    def grade(self, step: int, params: Any, split: str) -> dict[str, Any]:
-        """pass@k and the rest of the learner's parameters at `step` on a split."""
-        deadline = self.config.rollout.deadline
-        with heartbeat.together(f"the gathering of step {step}", deadline=deadline):
-            here = gathered(params)
-        self._evaluator.set_params(step, here)
-        settings = self.config.evaluation
-        return evaluate(
-            self._evaluator,
-            self.split_prompts(split),
-            self.grader.reward,
-            self.grader.final_answer,
-            n=settings.n,
-            ks=settings.ks,
-            sampling=self.sampling,
-            resamples=settings.resamples,
-            seed=self.config.seed,
-        )
-
-    @property
-    def needs_reference_logp(self) -> bool:
-        objective = self.config.objective
-        return objective.denominator == "reference" or objective.kl_weight > 0
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether version 0 is kept: for its log-probs, or to sample what is compared with."""
-        sampled = self.compares and not self.config.preferences.shards
-        return self.needs_reference_logp or sampled
-
-    @property
-    def compares(self) -> bool:
-        """Whether a judge rewards what is sampled."""
-        return self.config.preferences.judge != "none" and self.config.rollout.source != "shards"
-
-    def load_version(self, version: int) -> Any:
-        """The parameters of a published version, on the mesh."""
-        path = publisher.version_path(self.workdir / "versions", version)
-        publisher.check_version(path)
-        return hf.load_params(path, self.policy.config, mesh=self.mesh)
-
-    @functools.cached_property
-    def reference(self) -> Any:
-        """The parameters of version 0, which a job with a reference policy keeps."""
-        return self.load_version(0)
-
-    def abstract_state(self) -> learner.TrainState:
-        """Shapes, dtypes and shardings of the state, to restore into."""
-        fresh = lambda: learner.new_state(
-            learner.init_params(self.model, jax.random.key(0)), self.optimizer
-        )
-        shardings = learner.state_shardings(self.model, self.optimizer, self.mesh)
+        shardings = train_step.state_shardings(self.model, self.optimizer, self.mesh)
         place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
         return jax.tree.map(place, jax.eval_shape(fresh), shardings)
 
-    def params_at(self, step: int | None) -> tuple[int, Any]:
-        """The parameters of a checkpoint step, the newest if None.
+    def checkpoint_step(self, step: int | None) -> int:
+        """The checkpoint step asked for, or the newest.
 
         Raises:
           UserError: if the workdir has no such step.
@@ -248,40 +89,54 @@ class Job:
             raise UserError(
                 f"{self.workdir} has no checkpoint step {asked} (have: {have}); train first"
             )
-        step = steps[-1] if step is None else step
-        return step, self.checkpoints.restore_params(step, self.abstract_state().params)
+        return steps[-1] if step is None else step
+
+    def params_at(self, step: int | None) -> tuple[int, Any]:
+        """Step and parameters of a checkpoint, the newest if None."""
+        found = self.checkpoint_step(step)
+        return found, self.checkpoints.restore_params(found, self.abstract_state().params)
+
+    def close(self) -> None:
+        self.grader.close()
+        self.versions.close()
+        self.checkpoints.close()
 
 
-def open_job(config: Config, workdir: epath.Path) -> Job:
-    """Opens mesh, policy, data and checkpoints, and refuses what does not fit, before any work.
+def open_run(config: Config, workdir: epath.Path) -> Run:
+    """Opens mesh, policy, data and checkpoints; rejects what does not fit, before any work.
 
     Raises:
       UserError: naming the setting and the remedy.
     """
-    check_sizes(config)
-    mesh, task = make_mesh(**config.mesh), config.data.task
-    data = {k: v for k, v in config.data.to_dict().items() if k not in prompts.PROMPT_SETTINGS}
-    room = tasks if task in tasks.TASKS else releases
-    with hosts.first_host_first("model and data", deadline=config.rollout.deadline):
+    mesh = check_config(config)
+    with multihost.host0_first("model and data", deadline=config.rollout.deadline):
+        task = tasks.TASKS.get(config.data.task)
         policy = open_policy(
             workdir / "model",
             path=config.model.path,
             architecture=config.model.architecture,
-            characters=tasks.TASKS[task].characters if task in tasks.TASKS else string.printable,
+            characters=task.characters if task else string.printable,
         )
-        splits = room.open_splits(**data)
+        splits = open_splits(config)
     check_lengths(
         policy.config,
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_response_tokens=config.rollout.max_response_tokens,
         row_length=config.learner.row_length,
     )
-    return Job(
-        config=config,
+    model = Transformer(policy.config, jnp.dtype(config.model.dtype), config.model.remat)
+    make_probe = probe.make_probe(
+        model,
+        mesh,
+        row_length=config.learner.row_length,
+        rows_multiple=config.learner.rows_multiple,
+        logp_chunk=config.learner.logp_chunk,
+    )
+    return Run(
         workdir=workdir,
         mesh=mesh,
         policy=policy,
-        model=Transformer(policy.config, jnp.dtype(config.model.dtype), config.model.remat),
+        model=model,
         optimizer=make_optimizer(**config.optim, num_steps=config.num_steps),
         splits=splits,
         grader=Grader(policy.tokenizer, **config.rewards),
@@ -292,5 +147,300 @@ def open_job(config: Config, workdir: epath.Path) -> Job:
             max_response_tokens=config.rollout.max_response_tokens,
         ),
         checkpoints=checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep),
-        weights=checkpoint.Weights(workdir / "weights"),
+        versions=Versions(
+            workdir,
+            policy.config,
+            policy.tokenizer,
+            mesh,
+            lambda params: {**make_probe(params), "dtype": config.model.dtype},
+            dtype=config.publish_dtype,
+            config_hash=publisher.config_hash(config.to_dict()),
+            deadline=config.rollout.deadline,
+        ),
+    )
+
+
+def open_splits(config: Config) -> Mapping[str, Sequence[Record]]:
+    """The records of train, validation and test."""
+    section = dataclasses.asdict(config.data)
+    data = {key: value for key, value in section.items() if key not in prompts.PROMPT_SETTINGS}
+    if isinstance(config.data, PublicDataConfig):
+        return releases.open_splits(**data)
+    return tasks.open_splits(**data)
+
+
+def check_config(config: Config) -> Mesh:
+    """Rejects sizes that do not fit these devices and hosts, and constants of the objective.
+
+    Returns:
+      The mesh over all devices.
+
+    Raises:
+      UserError: naming the setting and the remedy.
+    """
+    mesh = make_mesh(**config.mesh)
+    config.check_layout(mesh=mesh.shape, hosts=jax.process_count())
+    objective = bind(
+        config.objective.name, config.objective.constants, group_size=config.group_size
+    )
+    if objective.needs_whole_groups:
+        check_whole_groups(
+            config.groups_per_step,
+            config.group_size,
+            longest=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+            row_length=config.learner.row_length,
+            micro_batches=config.learner.micro_batches,
+            rows_multiple=config.learner.rows_multiple,
+        )
+    return mesh
+
+
+def prompt_settings(config: Config) -> dict[str, Any]:
+    """Arguments that make a prompt of a record."""
+    data = config.data
+    return dict(
+        task=data.task, max_prompt_tokens=data.max_prompt_tokens, instruction=data.instruction
+    )
+
+
+def split_prompts(config: Config, run: Run, split: str) -> list[Prompt]:
+    """Every prompt of a split, in order."""
+    records, tokenizer = run.splits[split], run.policy.tokenizer
+    return prompts.all_prompts(records, tokenizer, limit=None, **prompt_settings(config))
+
+
+def check_grader(config: Config, run: Run) -> None:
+    """Grades known responses end to end before any sampling; see rewards.self_check."""
+    records, tokenizer = run.splits["train"], run.policy.tokenizer
+    check_rewards(run.grader, tokenizer, records, **prompt_settings(config))
+
+
+def open_local_sampler(config: Config, run: Run, *, seed: int) -> LocalSampler:
+    return LocalSampler(
+        run.policy.config,
+        dtype=config.model.dtype,
+        stop_ids=run.policy.stop_ids,
+        seed=seed,
+        max_sequences=config.rollout.max_sequences,
+        prompt_multiple=config.rollout.prompt_multiple,
+    )
+
+
+def open_sampler(config: Config, run: Run, *, seed: int, older_versions: bool) -> Sampler:
+    """The sampler that `rollout.sampler` names; a fleet contacts its servers at once.
+
+    Args:
+      config, run: of the run.
+      seed: of the embedded sampler.
+      older_versions: whether groups of a version older than the target are of use.
+    """
+    if config.rollout.sampler == "local":
+        return open_local_sampler(config, run, seed=seed)
+    config.fleet.check_source()
+    return Fleet(
+        run.policy.config,
+        config.fleet,
+        tokenizer=run.policy.tokenizer,
+        stop_ids=run.policy.stop_ids,
+        sampling=run.sampling,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        dtype=config.publish_dtype,
+        allow_older=older_versions,
+        log=say,
+    )
+
+
+def open_evaluator(config: Config, run: Run) -> Callable[[int, Any, str], dict[str, Any]]:
+    """Function (step, parameters, split) -> pass@k and further results of the learner's policy."""
+    # Other random numbers than those of training.
+    sampler = open_local_sampler(config, run, seed=config.seed + 1)
+
+    def evaluate_split(step: int, params: Any, split: str) -> dict[str, Any]:
+        name = f"the gathering of step {step}"
+        with multihost.collective_section(name, deadline=config.rollout.deadline):
+            sampler.set_params(step, gathered(params))
+        return evaluate(
+            sampler,
+            split_prompts(config, run, split),
+            run.grader.reward,
+            run.grader.final_answer,
+            n=config.evaluation.n,
+            ks=config.evaluation.ks,
+            sampling=run.sampling,
+            resamples=config.evaluation.resamples,
+            seed=config.seed,
+        )
+
+    return evaluate_split
+
+
+def open_source(config: Config, run: Run) -> GroupSource:
+    """Opens the source of groups: sampler, curriculum, buffer, ledger, worker, recorded dataset.
+
+    Raises:
+      UserError: for a recorded dataset of another task, tokenizer or model, or a damaged one.
+    """
+    rollout, host0 = config.rollout, not jax.process_index()
+    recorded_groups = rollout.recorded_groups(config.groups_per_step)
+    ledger = Ledger(run.workdir / multihost.per_host_path(FILE))
+    guard = ZeroRewardGuard(
+        limit=rollout.max_zero_reward_groups, decode=run.policy.tokenizer.decode
+    )
+    writer = open_writer(config, run) if rollout.record else None
+
+    def on_group(group: Group) -> None:
+        if writer:
+            writer.add(group)
+        guard.note(group)
+
+    store = GroupStore(
+        open_curriculum(config, run),
+        Buffer(config.buffer, seed=config.seed, on_end=ledger.end),
+        ledger,
+        # Host 0 alone reads the recorded dataset.
+        open_recorded(config, run, ledger) if host0 and rollout.source != "live" else None,
+        group_size=config.group_size,
+        on_group=on_group,
+    )
+    if rollout.source == "dataset":
+        sampler: Sampler = open_local_sampler(config, run, seed=config.seed)  # never used
+    else:
+        older_versions = config.buffer.mode != "clear_on_sync"
+        sampler = open_sampler(config, run, seed=config.seed, older_versions=older_versions)
+    preferences = open_preferences(config, run) if config.compares else None
+    worker = Worker(
+        store,
+        sampler,
+        preferences.reward if preferences else functools.partial(verify, run.grader),
+        group_size=config.group_size,
+        sampling=run.sampling,
+        prompts_per_call=rollout.prompts_per_call,
+        reward_threads=rollout.reward_threads,
+        deadline=rollout.deadline,
+    )
+    return GroupSource(
+        worker=worker,
+        store=store,
+        sampler=sampler,
+        ledger=ledger,
+        guard=guard,
+        writer=writer,
+        workdir=run.workdir,
+        sampled=(config.groups_per_step - recorded_groups) // jax.process_count(),
+        recorded=recorded_groups if host0 else 0,
+        fresh=rollout.prompts_per_call if config.buffer.mode == "replay" else 0,
+        overlap=rollout.overlap,
+        deadline=rollout.deadline,
+        metrics=[run.grader.metrics, *([preferences.metrics] if preferences else [])],
+    )
+
+
+def verify(grader: Grader, prompt: Prompt, rollouts: Sequence[Rollout]) -> np.ndarray:
+    """float32[n], the verifier's rewards."""
+    return np.array([grader.reward(prompt, rollout) for rollout in rollouts], np.float32)
+
+
+def open_curriculum(config: Config, run: Run) -> Curriculum:
+    section = config.curriculum
+    teacher = CURRICULA[section.name](
+        rates=section.rates,
+        window=section.window,
+        curator=section.curator,
+        policy=run.policy.config,
+        mesh=run.mesh,
+        seed=config.seed,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        num_steps=config.num_steps,
+    )
+    stream = prompts.PromptStream(
+        run.splits["train"],
+        run.policy.tokenizer,
+        seed=config.seed,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        **prompt_settings(config),
+    )
+    return Curriculum(
+        stream,
+        teacher,
+        candidates=section.candidates,
+        picks=config.rollout.prompts_per_call,
+        top_p=section.top_p,
+        seed=config.seed,
+    )
+
+
+def open_preferences(config: Config, run: Run) -> Preferences:
+    """Rewards by comparison with version 0 or with a recorded dataset.
+
+    Raises:
+      UserError: for a judge or a dataset that can't be opened.
+    """
+    section, count = config.preferences, config.preferences.comparators
+    values = dataclasses.asdict(getattr(section, section.judge))
+    for old, new in (
+        ("answer_deadline", "request_deadline"),
+        ("patience", "group_deadline"),
+        ("least_mass", "min_verdict_mass"),
+    ):
+        if new in values:
+            values[old] = values.pop(new)
+    judge = JUDGES[section.judge](**values)
+    if section.dataset:
+        directory = epath.Path(section.dataset)
+        comparators = RecordedComparators(directory, about(config, run, {}), count=count)
+    else:
+        comparators = SampledComparators(
+            # Other random numbers than those of the group.
+            open_local_sampler(config, run, seed=config.seed + 2),
+            version=0,
+            path=run.versions.path(0),
+            count=count,
+            sampling=run.sampling,
+        )
+    return Preferences(
+        judge,
+        comparators,
+        beta=section.beta,
+        text=lambda rollout: prompts.response_text(run.policy.tokenizer, rollout.tokens),
+        verify=run.grader.reward,
+    )
+
+
+def open_recorded(config: Config, run: Run, ledger: Ledger) -> Recorded:
+    rollout = config.rollout
+    shards = dataset.Shards(epath.Path(rollout.dataset))
+    shards.check(about(config, run, {}), max_prompt_tokens=config.data.max_prompt_tokens)
+    return Recorded(
+        shards,
+        order=rollout.dataset_order,
+        seed=config.seed,
+        policy_version=rollout.dataset_version if rollout.dataset_version >= 0 else None,
+        start=run.policy.checkpoint,
+        drop_zero_variance=config.buffer.zero_variance == "drop",
+        ledger=ledger,
+    )
+
+
+def open_writer(config: Config, run: Run) -> dataset.ShardWriter:
+    writer = dataset.ShardWriter(
+        run.workdir / "rollouts",
+        about(config, run, {"by": "train"}),
+        groups_per_shard=config.rollout.groups_per_shard,
+        identify=lambda version: checksum(run.versions.path(version) / publisher.MANIFEST),
+    )
+    if not run.checkpoints.steps():
+        writer.keep(0)  # shards of a run that was killed before its first checkpoint
+    return writer
+
+
+def about(config: Config, run: Run, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Task, model and sampling of a run, for the manifest of a recorded dataset."""
+    return dataset.describe(
+        task=config.data.task,
+        tokenizer=run.policy.tokenizer,
+        model=run.policy.config,
+        sampling=run.sampling,
+        group_size=config.group_size,
+        made=made,
     )

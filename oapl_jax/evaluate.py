@@ -14,19 +14,21 @@ from typing import Any
 from absl import flags
 from etils import epath
 
+from oapl_jax import build
+from oapl_jax.build import Run
+from oapl_jax.config import Config
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.evaluation import compare, report, table
+from oapl_jax.evaluation.run import run_benchmarks
+from oapl_jax.files import absolute
+from oapl_jax.launch import read_command_line, use_compile_cache
+from oapl_jax.tracking.progress import say
 
 
 def main() -> None:
     if any(argument.partition("=")[0] == "--compare" for argument in sys.argv[1:]):
         compare.main()  # needs no configuration
         return
-    from oapl_jax.build import open_job
-    from oapl_jax.compile_cache import keep_programs
-    from oapl_jax.files import absolute
-    from oapl_jax.launch import read_command_line  # these know of this package's floor
-
     step = flags.DEFINE_integer("step", None, "checkpoint step; the newest by default")
     version_dir = flags.DEFINE_string("version_dir", None, "or a published version's directory")
     split = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "which prompts")
@@ -38,12 +40,13 @@ def main() -> None:
     check_flags(benchmarks.value, {name for name in names if flags.FLAGS[name].present})
     if not benchmarks.value and not (workdir / "checkpoints").exists():
         raise UserError(f"--workdir={workdir} holds no checkpoints; train there first")
-    keep_programs(config, workdir)
-    job = open_job(config, workdir)
+    use_compile_cache(config.compile_cache, workdir)
+    run = build.open_run(config, workdir)
     try:
         if benchmarks.value:
             evaluate_benchmarks(
-                job,
+                config,
+                run,
                 benchmarks.value,
                 absolute(to.value) if to.value else workdir / "evaluation",
                 step=step.value,
@@ -51,9 +54,9 @@ def main() -> None:
                 n=config.evaluation.n if n.value is None else n.value,
             )
         else:
-            evaluate_split(job, step.value, split.value)
+            evaluate_split(config, run, step.value, split.value)
     finally:
-        job.close()
+        run.close()
 
 
 def check_flags(benchmarks: Sequence[str], given: Collection[str]) -> None:
@@ -67,12 +70,11 @@ def check_flags(benchmarks: Sequence[str], given: Collection[str]) -> None:
         raise UserError("--step and --version_dir both name a version; give one of them")
 
 
-def evaluate_benchmarks(job: Any, names: Sequence[str], to: epath.Path, **what: Any) -> None:
+def evaluate_benchmarks(
+    config: Config, run: Run, names: Sequence[str], to: epath.Path, **what: Any
+) -> None:
     """Writes results.md and pass_at_k.png beside what `run` leaves, and prints the table."""
-    from oapl_jax.evaluation.run import run
-    from oapl_jax.tracking.progress import say
-
-    directory, results = run(job, names, to, **what, say=say)
+    directory, results = run_benchmarks(config, run, names, to, **what, say=say)
     text = report.markdown(results)
     (directory / "results.md").write_text(text)
     version = next(iter(results.values()))["about"]["version"]
@@ -83,10 +85,10 @@ def evaluate_benchmarks(job: Any, names: Sequence[str], to: epath.Path, **what: 
         say(f"{name}: {directory / name / 'result.json'}")
 
 
-def evaluate_split(job: Any, step: int | None, split: str) -> None:
+def evaluate_split(config: Config, run: Run, step: int | None, split: str) -> None:
     """Prints the table and the JSON of a checkpoint step on a split."""
-    found, params = job.params_at(step)
-    result = job.grade(found, params, split)
+    found, params = run.params_at(step)
+    result = build.open_evaluator(config, run)(found, params, split)
     print(table({str(found): result}))
     print(json.dumps(result))
 

@@ -1,41 +1,70 @@
-"""The command line that train and evaluate share: a configuration, its overrides, and a workdir."""
+"""Launch of the commands: command line, saved configuration, compile cache."""
 
+import os
+import runpy
 import sys
+from collections.abc import Mapping
+from typing import Any
 
+import jax
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from oapl_jax.build import Config
+from oapl_jax.config import Config, nearest
 from oapl_jax.errors import UserError
 from oapl_jax.files import absolute, is_local
+from oapl_jax.weights.checkpoint import load_config, save_config
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; what it holds is resumed")
+WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; a run in it is resumed")
+# Settings that shape saved files or their meaning; a workdir belongs to one choice of them.
+# (After a change of lag.steps, the due version may never have been published.)
+STRUCTURAL = (
+    "seed",
+    "group_size",
+    "groups_per_step",
+    "model",
+    "data",
+    "warmup",
+    "buffer.mode",
+    "curriculum.name",
+    "curriculum.curator.path",
+    "curriculum.curator.architecture",
+    "lag",
+    "rollout.source",
+    "rollout.dataset",
+    "rollout.dataset_share",
+    "rollout.dataset_order",
+    "rollout.dataset_version",
+    "rollout.record",
+    "evaluation.n",
+    "evaluation.ks",
+)
 
 
 def read_command_line() -> tuple[Config, epath.Path]:
-    """The configuration with its overrides, and the workdir; `--help` prints and ends instead.
+    """The configuration with its overrides, and the workdir; `--help` prints and exits.
 
     Raises:
-      UserError: for an unknown flag, key, choice or file, a value of the wrong type, or a workdir
-        in an object store.
+      UserError: for an unknown flag, key, choice or file, a value of the wrong type or outside its
+        range, or a workdir in an object store.
     """
     if "--help" in sys.argv:
         print(usage())
         sys.exit()
     try:
         flags.FLAGS(sys.argv)
-        config = CONFIG.value
-        if config is not None:
-            config.to_dict()  # a file that could not be loaded fails only when it is used
+        values = CONFIG.value.to_dict() if CONFIG.value is not None else None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # The libraries put whole tracebacks into their messages; what is wrong stands at the end.
+        check_overrides(sys.argv[1:])
+        # The libraries put tracebacks into their messages; the cause is in the last line.
         lines = [line for line in str(error.args[0]).splitlines() if line.strip()]
         what = " ".join(lines) if len(lines) <= 2 else lines[-1].strip()
         raise UserError(f"{what} (see the settings in the file that --config names)") from error
-    if config is None:
+    if values is None:
         raise UserError("--config is missing; add, for example, --config=configs/arithmetic.py")
+    config = Config.from_dict(values)
     if WORKDIR.value is None:
         raise UserError("--workdir is missing; add, for example, --workdir=runs/arithmetic")
     if not is_local(WORKDIR.value):
@@ -46,8 +75,30 @@ def read_command_line() -> tuple[Config, epath.Path]:
     return config, absolute(WORKDIR.value)
 
 
+def check_overrides(arguments: list[str]) -> None:
+    """Raises a UserError for the first `--config.a.b=` whose key the configuration file lacks."""
+    given = {a.lstrip("-").partition("=")[0]: a.partition("=")[2] for a in arguments}
+    file, colon, argument = given.get("config", "").partition(":")
+    if not os.path.exists(file):
+        return
+    try:
+        get_config = runpy.run_path(file)["get_config"]
+        whole = get_config(argument) if colon else get_config()
+    except (KeyError, TypeError, ValueError):
+        return  # the file or its argument is at fault, not a key
+    for name in given:
+        section = whole
+        parts = name.split(".")[1:] if name.startswith("config.") else []
+        for depth, part in enumerate(parts):
+            if not isinstance(section, ConfigDict) or part not in section:
+                known = section.keys() if isinstance(section, ConfigDict) else ()
+                path = ".".join(parts[: depth + 1])
+                raise UserError(f"--config.{path} is not a setting{nearest(part, known)}")
+            section = section.get_oneway_ref(part).get() if part in section else None
+
+
 def usage() -> str:
-    """What the command does, and its own flags."""
+    """Docstring of the command, and its own flags."""
     modules = flags.FLAGS.flags_by_module_dict()
     mine = [
         f for name in modules if name.startswith(("oapl_jax", sys.argv[0])) for f in modules[name]
@@ -58,3 +109,58 @@ def usage() -> str:
     ]
     overrides = "  --config.NAME=VALUE: a setting of that file, such as --config.lag.steps=8"
     return "\n".join([sys.modules["__main__"].__doc__ or "", *lines, overrides])
+
+
+def check_saved_config(workdir: epath.Path, config: dict[str, Any]) -> list[str]:
+    """Compares a configuration with the one saved in a workdir, and saves it.
+
+    Returns:
+      A line for each setting that differs and may (a longer run, another mesh, another learning
+      rate).
+
+    Raises:
+      UserError: listing the settings that differ and may not; for a workdir of an older format.
+    """
+    new, saved = flatten(config), load_config(workdir)
+    old = new if saved is None else flatten(saved)
+    value = lambda config, key: config.get(key, "absent")
+    differing = sorted(key for key in old.keys() | new.keys() if value(old, key) != value(new, key))
+    structural = lambda key: any(key == s or key.startswith(s + ".") for s in STRUCTURAL)
+    rejected = [key for key in differing if structural(key) or key not in old or key not in new]
+    change = lambda key: f"{key}: {value(old, key)} -> {value(new, key)}"
+    if rejected:
+        raise UserError(
+            f"--workdir={workdir} holds a run with other settings "
+            f"({'; '.join(map(change, rejected))}); set them back, or give another --workdir"
+        )
+    save_config(workdir, config)
+    return [change(key) for key in differing]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def use_compile_cache(directory: str, workdir: epath.Path) -> None:
+    """Keeps compiled programs in a directory: a run that resumes, or the next of a sweep, need not
+    compile.
+
+    All hosts read it and host 0 writes it, so theirs must be one directory. JAX keeps programs that
+    took a second or longer to compile, by program, compiler, flags and devices. An environment with
+    JAX_COMPILATION_CACHE_DIR has chosen already.
+
+    Args:
+      directory: `config.compile_cache`; relative to the workdir; "" for none.
+      workdir: of the run.
+    """
+    chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if directory and chosen is None:
+        path = absolute(workdir / directory if is_local(directory) else directory)
+        jax.config.update("jax_compilation_cache_dir", os.fspath(path))

@@ -4,7 +4,7 @@ python -m oapl_jax.plan --config=configs/competition_math.py --topology=v5e:8x8 
     [--model=qwen3-4b] [--workdir=runs/plan] [--storage=1e9] [--sweep [--enough=6]]
 """
 
-import copy
+import dataclasses
 import functools
 import json
 import os
@@ -17,8 +17,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from oapl_jax.build import Config
-from oapl_jax.check import check_layout, recorded_groups
+from oapl_jax.config import Config
 from oapl_jax.data.synthetic.tasks import TASKS
 from oapl_jax.errors import RunError, UserError, exit_with_code
 from oapl_jax.launch import read_command_line
@@ -118,8 +117,8 @@ def plan_run(
       UserError: if a run would refuse the configuration on the slice.
       RunError: see estimate.
     """
-    mesh = make_mesh(where, config.mesh)
-    check_layout(config, mesh=mesh.shape, hosts=where.hosts)
+    mesh = make_mesh(where, dict(**config.mesh))
+    config.check_layout(mesh=mesh.shape, hosts=where.hosts)
     inputs = plan_inputs(config, sizes, from_checkpoint)
     return estimate(inputs, where, mesh, storage=storage, log=say)
 
@@ -138,14 +137,16 @@ def plan_inputs(config: Config, sizes: ModelConfig, from_checkpoint: bool) -> Pl
         from_checkpoint=from_checkpoint,
         dtype=config.model.dtype,
         remat=config.model.remat,
-        objective=bind(config.objective.name, config.objective, group_size=config.group_size),
+        objective=bind(
+            config.objective.name, config.objective.constants, group_size=config.group_size
+        ),
         kl_weight=config.objective.kl_weight,
         ess_power=config.objective.ess_power,
         denominator=config.objective.denominator,
         optimizer=make_optimizer(**config.optim, num_steps=config.num_steps),
         group_size=config.group_size,
         groups_per_step=config.groups_per_step,
-        recorded_groups=recorded_groups(config),
+        recorded_groups=rollout.recorded_groups(config.groups_per_step),
         max_prompt_tokens=data.max_prompt_tokens,
         max_response_tokens=rollout.max_response_tokens,
         temperature=rollout.temperature,
@@ -165,15 +166,17 @@ def plan_inputs(config: Config, sizes: ModelConfig, from_checkpoint: bool) -> Pl
 
 def with_layout(config: Config, layout: Layout) -> Config:
     """A copy of the configuration with this layout."""
-    new = copy.deepcopy(config)
-    new.mesh.update(layout.mesh)
-    new.model.remat = layout.remat
-    new.learner.update(
-        micro_batches=layout.micro_batches,
-        rows_multiple=layout.data * layout.fsdp,
-        row_length=layout.row_length(config.learner.row_length),
+    return dataclasses.replace(
+        config,
+        mesh=dataclasses.replace(config.mesh, **layout.mesh),
+        model=dataclasses.replace(config.model, remat=layout.remat),
+        learner=dataclasses.replace(
+            config.learner,
+            micro_batches=layout.micro_batches,
+            rows_multiple=layout.data * layout.fsdp,
+            row_length=layout.row_length(config.learner.row_length),
+        ),
     )
-    return new
 
 
 def sweep_run(

@@ -9,22 +9,28 @@ leaves is whole shards, and the same command makes the others: shard k holds the
 prompts, whoever samples it and in whatever order it comes.
 """
 
+import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 from absl import flags
 from etils import epath
 
+from oapl_jax import build
+from oapl_jax.build import Run
+from oapl_jax.config import Config
 from oapl_jax.errors import RunError, UserError, exit_with_code
 from oapl_jax.files import absolute, checksum
-from oapl_jax.rollout.dataset import ShardWriter, describe
+from oapl_jax.launch import read_command_line, use_compile_cache
+from oapl_jax.rollout.dataset import ShardWriter
 from oapl_jax.rollout.ledger import ZeroRewardGuard
 from oapl_jax.rollout.sampler import Sampled, Sampler, Sampling
 from oapl_jax.structs import Group, Prompt, Rollout
+from oapl_jax.tracking.progress import say
 from oapl_jax.weights import publisher
+from oapl_jax.weights.checkpoint import Weights
 
 
 def fill(
@@ -103,54 +109,36 @@ def fill(
 
 
 def fixed_version(
-    job: Any, to: epath.Path, step: int | None, version_dir: str | None
+    run: Run, to: epath.Path, step: int | None, version_dir: str | None
 ) -> tuple[int, epath.Path]:
     """The version to sample from and its directory, published below `to` if need be."""
-    steps, start = job.checkpoints.steps(), job.policy.checkpoint
+    steps, start = run.checkpoints.steps(), run.policy.checkpoint
     if version_dir is None and step is None and not steps and start:
         if not (start / publisher.MANIFEST).exists():
-            return 0, _publish(job, to, 0, _as_step(job, to))
-        version_dir = start
+            return 0, run.versions.publish_step(_as_step(run, to), 0, to / "weights")
+        version_dir = os.fspath(start)
     if version_dir is not None:
         path = absolute(version_dir)
         publisher.check_version(path)
         return publisher.read_manifest(path)["version"], path
-    if not steps or (step is not None and step not in steps):
-        have = ", ".join(map(str, steps)) or "none"
-        raise UserError(
-            f"{job.workdir} has no checkpoint step {'' if step is None else step} (have: {have}); "
-            "choose one, or train first"
-        )
-    found: int = steps[-1] if step is None else step
-    return found, _publish(job, to, found, job.workdir / "checkpoints" / str(found))
+    found = run.checkpoint_step(step)
+    source = run.workdir / "checkpoints" / str(found)
+    return found, run.versions.publish_step(source, found, to / "weights")
 
 
-def _as_step(job: Any, to: epath.Path) -> epath.Path:
+def _as_step(run: Run, to: epath.Path) -> epath.Path:
     """The weights of another program's checkpoint as an Orbax step, which the publisher reads."""
-    from oapl_jax.weights.checkpoint import Weights  # it knows of this module's floor
-
     weights = Weights(to / "start")
     if not weights.steps():
-        params = job.policy.load_params(job.mesh)
-        weights.save(0, params, job.probe(params))
+        params = run.policy.load_params(run.mesh)
+        weights.save(0, params, run.versions.probe(params))
     weights.close()
     return weights.path(0)
 
 
-def _publish(job: Any, to: epath.Path, version: int, source: epath.Path) -> epath.Path:
-    return publisher.publish(
-        source,
-        job.policy.config,
-        version=version,
-        directory=to / "weights",
-        tokenizer=job.policy.tokenizer,
-        dtype=job.config.publish_dtype,
-        config_hash=publisher.config_hash(job.config.to_dict()),
-    )
-
-
 def make_set(
-    job: Any,
+    config: Config,
+    run: Run,
     to: epath.Path,
     *,
     step: int | None,
@@ -160,54 +148,50 @@ def make_set(
     groups_per_shard: int,
     progress: Callable[[int], None],
 ) -> None:
-    """The whole command, in a job that is open.
+    """The whole command, in a run that is open.
 
     Raises:
       UserError: if there is no such version or split, or `to` holds another set.
       RunError: see `fill`.
     """
-    prompts = job.split_prompts(split)
+    prompts = build.split_prompts(config, run, split)
     if limit is not None and not 0 < limit <= len(prompts):
         raise UserError(f"--prompts={limit} is asked of a split of {len(prompts)} prompts")
     prompts = prompts[:limit]
-    job.check_rewards()
-    version, path = fixed_version(job, to, step, version_dir)
+    build.check_grader(config, run)
+    version, path = fixed_version(run, to, step, version_dir)
     weights = checksum(path / publisher.MANIFEST)
-    about = describe(
-        task=job.config.data.task,
-        tokenizer=job.policy.tokenizer,
-        model=job.policy.config,
-        sampling=job.sampling,
-        group_size=job.config.group_size,
-        made={
-            "by": "generate",
-            "split": split,
-            "prompts": len(prompts),
-            "groups_per_shard": groups_per_shard,
-            "version": version,
-            "weights": weights,
-        },
-    )
+    made = {
+        "by": "generate",
+        "split": split,
+        "prompts": len(prompts),
+        "groups_per_shard": groups_per_shard,
+        "version": version,
+        "weights": weights,
+    }
     writer = ShardWriter(
-        to, about, groups_per_shard=groups_per_shard, identify=lambda version: weights
+        to,
+        build.about(config, run, made),
+        groups_per_shard=groups_per_shard,
+        identify=lambda version: weights,
     )
-    unpaid = ZeroRewardGuard(
-        limit=job.config.rollout.unpaid_groups, decode=job.policy.tokenizer.decode
+    guard = ZeroRewardGuard(
+        limit=config.rollout.max_zero_reward_groups, decode=run.policy.tokenizer.decode
     )
-    sampler = job.new_sampler(job.config.seed, older_versions=False)
+    sampler = build.open_sampler(config, run, seed=config.seed, older_versions=False)
     try:
         sampler.refresh(version, path)
         fill(
             writer,
             prompts,
             sampler,
-            job.grader.reward,
+            run.grader.reward,
             version=version,
-            n=job.config.group_size,
-            sampling=job.sampling,
+            n=config.group_size,
+            sampling=run.sampling,
             groups_per_shard=groups_per_shard,
-            reward_threads=job.config.rollout.reward_threads,
-            note=unpaid.note,
+            reward_threads=config.rollout.reward_threads,
+            note=guard.note,
             progress=progress,
         )
     finally:
@@ -215,11 +199,6 @@ def make_set(
 
 
 def main() -> None:
-    from oapl_jax.build import open_job
-    from oapl_jax.compile_cache import keep_programs
-    from oapl_jax.launch import read_command_line  # these know of this module's floor
-    from oapl_jax.tracking.progress import say
-
     to = flags.DEFINE_string("to", None, "directory of the set")
     step = flags.DEFINE_integer("step", None, "checkpoint step; the newest by default")
     version_dir = flags.DEFINE_string("version_dir", None, "or a published version's directory")
@@ -232,11 +211,12 @@ def main() -> None:
     if step.value is not None and version_dir.value is not None:
         raise UserError("--step and --version_dir both name a version; give one of them")
     directory = absolute(to.value)
-    keep_programs(config, workdir)
-    job = open_job(config, workdir)
+    use_compile_cache(config.compile_cache, workdir)
+    run = build.open_run(config, workdir)
     try:
         make_set(
-            job,
+            config,
+            run,
             directory,
             step=step.value,
             version_dir=version_dir.value,
@@ -246,7 +226,7 @@ def main() -> None:
             progress=lambda done: say(f"{done} groups in {directory}"),
         )
     finally:
-        job.close()
+        run.close()
 
 
 if __name__ == "__main__":

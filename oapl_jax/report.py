@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--host", type=int, default=0, help="each host of a run has its own ledger")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
     arguments = parser.parse_args()
-    report = LedgerReport(arguments.workdir / multihost.own(FILE, arguments.host))
+    report = LedgerReport(arguments.workdir / multihost.per_host_path(FILE, arguments.host))
     summary = report.summary()
     print(json.dumps(summary) if arguments.json else table(summary))
     if not summary["balanced"]:

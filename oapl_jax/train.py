@@ -1,17 +1,18 @@
-"""Training: open the job, begin or resume, then the loop.
+"""Training: open the run, initialize or resume, then the loop.
 
     python -m oapl_jax.train --config=configs/arithmetic.py --workdir=runs/a [--config.seed=1]
 
-Each gradient step: publish if the lag policy says so; let the version that it names sample groups;
-pack them; step; now and then evaluate and save. Every random number follows from the seed and the
-step, and everything else that moves is in the checkpoint, so a killed run goes on as if it had not
-been.
+Each gradient step: publish if the lag policy says so; sample groups from the version that it
+serves; pack them into a batch; step; now and then evaluate and save. All random numbers follow
+from the seed and the step, and everything else that moves is in the checkpoint, so a killed run
+resumes as if it had not been killed.
 """
 
 import contextlib
 import functools
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,102 +20,120 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from oapl_jax import heartbeat
-from oapl_jax import multihost as hosts
-from oapl_jax.assemble import make_batch, recompute
-from oapl_jax.begin import begin
-from oapl_jax.build import Config, Job, open_job
-from oapl_jax.compile_cache import keep_programs
+from oapl_jax import build, multihost
+from oapl_jax.build import Run
+from oapl_jax.config import Config
+from oapl_jax.data.synthetic.demonstrations import demonstrations
 from oapl_jax.errors import FleetLost, NotFinite, exit_with_code
 from oapl_jax.evaluation import table
-from oapl_jax.launch import read_command_line
-from oapl_jax.learner import packing as batching
-from oapl_jax.learner import train_step as learner
-from oapl_jax.objectives import bind
-from oapl_jax.open_supply import open_supply
-from oapl_jax.rollout.source import Supply
-from oapl_jax.saved_config import check_config
+from oapl_jax.launch import check_saved_config, read_command_line, use_compile_cache
+from oapl_jax.learner import packing, sft, train_step
+from oapl_jax.learner.optimizer import make_optimizer
+from oapl_jax.objectives import Objective, bind
+from oapl_jax.rollout.source import GroupSource
+from oapl_jax.structs import Batch, Group
 from oapl_jax.tracking.metrics import CompileClock, MetricsWriter, group_metrics, read_lines
 from oapl_jax.tracking.plots import draw
 from oapl_jax.tracking.progress import Progress, StopRequest, say
-from oapl_jax.weights import publisher
 from oapl_jax.weights.lag import LagPolicy
 
-NON_FINITE_IN_A_ROW = 3  # steps with a non-finite loss or gradient after which a run gives up
+MAX_SKIPPED = 3  # consecutive steps with a non-finite loss or gradient before a run aborts
+Evaluator = Callable[[int, Any, str], dict[str, Any]]
 
 
 def run(config: Config, workdir: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
-    """Trains until `config.num_steps`; returns the results, or None if it was stopped before.
+    """Trains until `config.num_steps`; returns the results, or None if stopped before.
 
     Raises:
       UserError: for settings or files that do not fit, before any work.
-      RunError: for a run that can't go on; what was saved stays.
+      RunError: for a run that can't continue; what it saved stays.
     """
-    ended = run_job(open_job(config, workdir), stop)
+    ended = train(config, build.open_run(config, workdir), stop)
     return None if ended is None else ended[0]
 
 
-def run_job(job: Job, stop: StopRequest) -> tuple[dict[str, Any], Any] | None:
-    """`run` for a job that is open, as it is or with parts of it replaced; closes it. Returns the
-    last policy's parameters beside the results."""
-    config, workdir, clock = job.config, job.workdir, CompileClock()
-    if not jax.process_index():
-        for change in check_config(workdir / "config.json", config.to_dict()):
-            say(f"changed since this run began: {change}")
-    hosts.meet("the saved configuration", deadline=config.rollout.deadline)
-    objective = bind(config.objective.name, config.objective, group_size=config.group_size)
-    lag = LagPolicy(**config.lag, seed=config.seed)
-    supply = open_supply(job)
-    if supply.live or config.evaluation.every:
-        job.check_rewards()
-    state, loop = resume(job, supply) if job.checkpoints.steps() else begin(job)
+def train(
+    config: Config, run: Run, stop: StopRequest
+) -> tuple[dict[str, Any], train_step.TrainState] | None:
+    """`run` with opened parts, some of which a caller may have replaced; closes them.
 
-    settings = dict(temperature=config.rollout.temperature, logp_chunk=config.learner.logp_chunk)
-    train_step = learner.make_train_step(
-        job.model,
+    Returns the last train state beside the results.
+    """
+    clock = CompileClock()
+    if not jax.process_index():
+        for change in check_saved_config(run.workdir, config.to_dict()):
+            say(f"changed since this run began: {change}")
+    multihost.barrier("the saved configuration", deadline=config.rollout.deadline)
+    objective = bind(
+        config.objective.name, config.objective.constants, group_size=config.group_size
+    )
+    lag = LagPolicy(mode=config.lag.mode, steps=config.lag.steps, seed=config.seed)
+    source = build.open_source(config, run)
+    evaluate = build.open_evaluator(config, run)
+    if source.live or config.evaluation.every:
+        build.check_grader(config, run)
+    if run.checkpoints.steps():
+        state, loop = resume(config, run, source)
+    else:
+        state, loop = init_run(config, run, evaluate)
+
+    settings: dict[str, Any] = dict(
+        temperature=config.rollout.temperature, logp_chunk=config.learner.logp_chunk
+    )
+    step_fn = train_step.make_train_step(
+        run.model,
         objective,
-        job.optimizer,
-        job.mesh,
+        run.optimizer,
+        run.mesh,
         kl_weight=config.objective.kl_weight,
         ess_power=config.objective.ess_power,
         to_reference=config.objective.denominator == "reference",
         **settings,
     )
-    logp_step = learner.make_logp_step(job.model, job.mesh, **settings)
-    shardings = learner.batch_shardings(job.mesh)
+    logp_fn = train_step.make_logp_step(run.model, run.mesh, **settings)
+    shardings = train_step.batch_shardings(run.mesh)
     first = int(state.step)
-    metrics_file = MetricsWriter(workdir, start_step=first, tensorboard=config.tensorboard)
+    metrics_file = MetricsWriter(run.workdir, start_step=first, tensorboard=config.tensorboard)
     progress = Progress("train", config.num_steps, first)
 
-    with contextlib.ExitStack() as closing, heartbeat.ending_at_once():
-        closing.callback(job.close)
-        for part in (metrics_file.close, progress.close, supply.close):
-            closing.callback(part)
+    with contextlib.ExitStack() as closing, multihost.abort_on_peer_failure():
+        closing.callback(run.close)
+        for part in (metrics_file, progress, source):
+            closing.callback(part.close)
         if not first:
-            save(job, state, loop, supply, lag)
+            save(config, run, state, loop, source, lag)
         for step in range(first, config.num_steps):
             started = time.monotonic()
-            publish_and_serve(job, step, state.params, loop, supply, lag)
+            publish_and_serve(config, run, step, state.params, loop, source, lag)
             try:
-                groups, waited = supply.collect(step, stop)
+                groups, waited = source.collect(step, stop)
             except FleetLost:
-                leave(job, state, loop, supply, lag)
+                save_and_stop(config, run, state, loop, source, lag)
                 raise
             if not groups:
                 break
-            batch = batching.to_mesh(make_batch(config, objective, groups, step), shardings)
-            with heartbeat.together(f"gradient step {step + 1}", deadline=config.rollout.deadline):
-                batch = recompute(job, logp_step, batch, step)
+            batch = packing.to_mesh(build_batch(config, objective, groups, step), shardings)
+            name = f"gradient step {step + 1}"
+            with multihost.collective_section(name, deadline=config.rollout.deadline):
+                batch = train_step.recompute_logps(
+                    batch,
+                    logp_fn,
+                    step=step,
+                    reference=run.versions.reference if needs_reference_logp(config) else None,
+                    load_version=(
+                        run.versions.load if config.objective.denominator == "learner" else None
+                    ),
+                )
                 learning = time.monotonic()
-                state, of_step = train_step(state, batch)
-                of_step = jax.device_get(of_step)
+                state, metrics = step_fn(state, batch)
+                metrics = jax.device_get(metrics)
             learned = time.monotonic() - learning
-            supply.learned(groups, functools.partial(logp_step, state.params, batch))
+            source.store.trained(groups, functools.partial(logp_fn, state.params, batch))
             loop["seconds"]["rl"] += time.monotonic() - started
 
             done = step + 1
             due = lambda every, done=done: every and (done % every == 0 or done == config.num_steps)
-            values = {**of_step, **group_metrics(groups, step), **supply.metrics()}
+            values = {**metrics, **group_metrics(groups, step), **source.metrics()}
             values |= {
                 "learner/tokens_per_second": int(np.sum(batch.segments > 0)) / learned,
                 "learner/waiting_seconds": waited,
@@ -123,87 +142,193 @@ def run_job(job: Job, stop: StopRequest) -> tuple[dict[str, Any], Any] | None:
                 "compile/programs": clock.programs,
             }
             if due(config.evaluation.every):
-                result = job.grade(done, state.params, "validation")
+                result = evaluate(done, state.params, "validation")
                 values |= {f"eval/{k}": v for k, v in result.items() if not isinstance(v, tuple)}
             progress.step(done, metrics_file.write(done, values))
-            check_finite(job, done, int(of_step["skipped_in_a_row"]))
+            check_finite(config, run, done, int(metrics["skipped_in_a_row"]))
             if due(config.checkpoint.every):
-                save(job, state, loop, supply, lag)
-            job.checkpoints.check()
-        supply.stop()
+                save(config, run, state, loop, source, lag)
+            run.checkpoints.check()
+        source.stop()
         step = int(state.step)
         if step < config.num_steps:
-            leave(job, state, loop, supply, lag)
-            say(f"stopped by {stop.requested} at step {step}; the same command goes on")
+            save_and_stop(config, run, state, loop, source, lag)
+            say(f"stopped by {stop.requested} at step {step}; the same command resumes")
             return None
-        after = job.grade(step, state.params, "test") if config.evaluation.every else {}
-    results = {"before": loop["before"], "after": after, "seconds": loop["seconds"]}
-    return results, state.params
+        after = evaluate(step, state.params, "test") if config.evaluation.every else {}
+    return {"before": loop["before"], "after": after, "seconds": loop["seconds"]}, state
 
 
-def check_finite(job: Job, step: int, skipped_in_a_row: int) -> None:
-    """Raises NotFinite once too many steps in a row had to be skipped."""
-    if skipped_in_a_row == NON_FINITE_IN_A_ROW:
+def init_run(
+    config: Config, run: Run, evaluate: Evaluator
+) -> tuple[train_step.TrainState, dict[str, Any]]:
+    """State at step 0, from a checkpoint or fresh weights, after the warm-up if there is one."""
+    started = time.monotonic()
+    section = functools.partial(multihost.collective_section, deadline=config.rollout.deadline)
+    with section("loading the model"):
+        params: Any = run.policy.load_params(run.mesh) if run.policy.checkpoint else config.seed
+    if config.warmup.num_steps:
+        progress = Progress("warm up", config.warmup.num_steps, 0)
+        with section("the warm-up") as warmup:
+
+            def log(step: int, line: dict[str, float]) -> None:
+                warmup.progress()
+                progress.step(step, line)
+
+            params = warm_up(config, run, params, log)
+        progress.close()
+    seconds = {"warmup": time.monotonic() - started, "rl": 0.0}
+    with section("the first state"):
+        state = train_step.init_state(run.model, run.optimizer, run.mesh, params)
+    before = evaluate(0, state.params, "test") if config.evaluation.every else {}
+    return state, {"before": before, "seconds": seconds, "pins": {}}
+
+
+def warm_up(
+    config: Config, run: Run, params: Any, log: Callable[[int, dict[str, float]], None]
+) -> Any:
+    """Parameters after the supervised stage on demonstrations."""
+    warmup, learner = config.warmup, config.learner
+    lengths = dict(
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_response_tokens=config.rollout.max_response_tokens,
+    )
+    stream = demonstrations(
+        run.splits["train"],
+        run.policy.tokenizer,
+        task=config.data.task,
+        count=warmup.demonstrations,
+        noise=warmup.noise,
+        seed=config.seed,
+        instruction=config.data.instruction,
+        **lengths,
+    )
+    return sft.warm_up(
+        run.model,
+        make_optimizer(**warmup.optim, num_steps=warmup.num_steps),
+        run.mesh,
+        stream,
+        params=params,
+        num_steps=warmup.num_steps,
+        batch_size=warmup.batch_size,
+        micro_batches=learner.micro_batches,
+        row_length=learner.row_length,
+        rows_multiple=learner.rows_multiple,
+        logp_chunk=learner.logp_chunk,
+        log=log,
+        **lengths,
+    )
+
+
+def build_batch(config: Config, objective: Objective, groups: list[Group], step: int) -> Batch:
+    """Packs the groups of a gradient step, with advantages and aggregation weights."""
+    weighted = config.buffer.zero_variance == "weight"
+    return packing.build_batch(
+        groups,
+        objective,
+        aggregation=config.objective.aggregation,
+        constant_length=config.objective.constant_length,
+        zero_variance_weight=config.buffer.zero_variance_weight if weighted else 1.0,
+        step=step,
+        micro_batches=config.learner.micro_batches,
+        row_length=config.learner.row_length,
+        rows_multiple=config.learner.rows_multiple,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_response_tokens=config.rollout.max_response_tokens,
+    )
+
+
+def needs_reference_logp(config: Config) -> bool:
+    return config.objective.denominator == "reference" or config.objective.kl_weight > 0
+
+
+def check_finite(config: Config, run: Run, step: int, skipped_in_a_row: int) -> None:
+    """Raises NotFinite after MAX_SKIPPED consecutive skipped steps."""
+    if skipped_in_a_row == MAX_SKIPPED:
         raise NotFinite(
-            f"loss or gradient was not finite in {NON_FINITE_IN_A_ROW} steps up to {step}; lower "
-            f"optim.learning_rate ({job.config.optim.learning_rate}) or look at the rewards; the "
-            f"same command resumes from checkpoint step {job.checkpoints.steps()[-1]}"
+            f"loss or gradient was not finite in {MAX_SKIPPED} steps up to {step}; lower "
+            f"optim.learning_rate ({config.optim.learning_rate}) or look at the rewards; the "
+            f"same command resumes from checkpoint step {run.checkpoints.steps()[-1]}"
         )
 
 
-def resume(job: Job, supply: Supply) -> tuple[learner.TrainState, dict[str, Any]]:
-    """The newest checkpoint. Versions published after it are removed: they will be published
-    again."""
-    step = job.checkpoints.steps()[-1]
-    with heartbeat.together(f"the restore of step {step}", deadline=job.config.rollout.deadline):
-        state, loop, shares = job.checkpoints.restore(step, job.abstract_state())
-    supply.restore(shares, functools.partial(job.checkpoints.restore_teacher, step))
-    pinned = {v for versions in loop["pins"].values() for v in versions if v <= step}
-    job.collect_versions(pinned)
-    say(f"resumed from checkpoint step {step} of {job.workdir}")
+def resume(
+    config: Config, run: Run, source: GroupSource
+) -> tuple[train_step.TrainState, dict[str, Any]]:
+    """Restores the newest checkpoint; removes later versions, which are published again."""
+    step = run.checkpoints.steps()[-1]
+    name = f"the restore of step {step}"
+    with multihost.collective_section(name, deadline=config.rollout.deadline):
+        state, loop, shares = run.checkpoints.restore(step, run.abstract_state())
+    source.restore(shares, functools.partial(run.checkpoints.restore_teacher, step))
+    run.versions.keep_only({v for pins in loop["pins"].values() for v in pins if v <= step})
+    say(f"resumed from checkpoint step {step} of {run.workdir}")
     return state, loop
 
 
-def save(job: Job, state: learner.TrainState, loop: dict, supply: Supply, lag: LagPolicy) -> None:
-    """Starts to save everything that moves, and notes which versions the step will need."""
-    step, deadline = int(state.step), job.config.rollout.deadline
-    held = hosts.union(supply.buffer.versions(), f"the pins of step {step}", deadline=deadline)
-    kept = [str(s) for s in job.checkpoints.steps()]
+def save(
+    config: Config,
+    run: Run,
+    state: train_step.TrainState,
+    loop: dict[str, Any],
+    source: GroupSource,
+    lag: LagPolicy,
+) -> None:
+    """Starts to save everything that moves, and pins the versions that the checkpoint needs."""
+    step = int(state.step)
+    held = source.held_versions(f"the pins of step {step}")
+    kept = [str(s) for s in run.checkpoints.steps()]
     loop["pins"] = {s: versions for s, versions in loop["pins"].items() if s in kept}
-    loop["pins"][str(step)] = sorted(needed_versions(job, step, lag) | held)
-    teacher = supply.curriculum.teacher.arrays()
-    with heartbeat.together(f"the checkpoint of step {step}", deadline=deadline):
-        probe = job.probe(state.params)
-        job.checkpoints.save(step, state, loop, supply.state(), probe=probe, teacher=teacher)
+    loop["pins"][str(step)] = sorted(needed_versions(config, step, lag) | held)
+    teacher = source.store.curriculum_arrays()
+    name = f"the checkpoint of step {step}"
+    with multihost.collective_section(name, deadline=config.rollout.deadline):
+        probe = run.versions.probe(state.params)
+        run.checkpoints.save(step, state, loop, source.snapshot(), probe=probe, teacher=teacher)
 
 
-def leave(job: Job, state: learner.TrainState, loop: dict, supply: Supply, lag: LagPolicy) -> None:
-    """Saves, and returns when it is on disk."""
-    supply.stop()
-    job.checkpoints.wait()
-    save(job, state, loop, supply, lag)
-    job.checkpoints.wait()
+def save_and_stop(
+    config: Config,
+    run: Run,
+    state: train_step.TrainState,
+    loop: dict[str, Any],
+    source: GroupSource,
+    lag: LagPolicy,
+) -> None:
+    """Stops sampling and saves; returns when the checkpoint is on disk."""
+    source.stop()
+    run.checkpoints.wait()
+    save(config, run, state, loop, source, lag)
+    run.checkpoints.wait()
 
 
-def needed_versions(job: Job, step: int, lag: LagPolicy) -> set[int]:
-    """What may serve at `step` or later, and version 0 if the objective or a recorded set has it
-    as its reference."""
-    denominator = job.config.objective.denominator
-    recorded = job.config.rollout.source != "live" and denominator == "learner"
-    return lag.needs(step) | ({0} if recorded or job.has_reference else set())
+def needed_versions(config: Config, step: int, lag: LagPolicy) -> set[int]:
+    """Versions that may serve at `step` or later, and version 0 if it is the reference policy."""
+    recorded = config.rollout.source != "live" and config.objective.denominator == "learner"
+    compared = config.compares and not config.preferences.dataset
+    return lag.needs(step) | (
+        {0} if recorded or compared or needs_reference_logp(config) else set()
+    )
 
 
 def publish_and_serve(
-    job: Job, step: int, params: Any, loop: dict, supply: Supply, lag: LagPolicy
+    config: Config,
+    run: Run,
+    step: int,
+    params: Any,
+    loop: dict[str, Any],
+    source: GroupSource,
+    lag: LagPolicy,
 ) -> None:
-    """Publishes the learner's weights if it is time; the sampler serves the version that is due."""
-    # Of recorded rollouts nothing but version 0 is ever asked for.
-    if lag.publishes(step) and (supply.live or step == 0):
-        job.publish(step, params)
-        pinned = {v for kept in loop["pins"].values() for v in kept}
-        job.collect_versions(pinned | supply.versions() | needed_versions(job, step, lag))
+    """Publishes the learner's weights if they are due, and serves the version that is due."""
+    # Without sampling, version 0 is the only one that is ever read.
+    if lag.publishes(step) and (source.live or step == 0):
+        run.versions.publish(step, params)
+        pinned = {v for versions in loop["pins"].values() for v in versions}
+        needed = needed_versions(config, step, lag)
+        run.versions.keep_only(pinned | source.versions() | needed)
     due = lag.serves(step)
-    supply.serve(due, publisher.version_path(job.workdir / "versions", due))
+    source.serve(due, run.versions.path(due))
 
 
 def report(config: Config, workdir: epath.Path, result: dict[str, Any]) -> None:
@@ -222,15 +347,17 @@ def report(config: Config, workdir: epath.Path, result: dict[str, Any]) -> None:
 
 def main() -> None:
     install = flags.DEFINE_float("install_seconds", None, "seconds of the install, for result.json")
-    pod = flags.DEFINE_bool("pod", False, "whether this is one of several hosts that JAX can find")
-    coordinator = flags.DEFINE_string("coordinator", "", "or where it can't: host 0's address:port")
-    count = flags.DEFINE_integer("hosts", 1, "with --coordinator: how many hosts there are")
-    host = flags.DEFINE_integer("host", 0, "with --coordinator: which one this is")
+    pod = flags.DEFINE_bool("pod", False, "join the hosts that the environment (TPU pod) names")
+    coordinator = flags.DEFINE_string("coordinator", "", "address:port of host 0, without --pod")
+    count = flags.DEFINE_integer("hosts", 1, "number of hosts, with --coordinator")
+    host = flags.DEFINE_integer("host", 0, "index of this host, with --coordinator")
     config, workdir = read_command_line()
-    hosts.join(pod=pod.value, coordinator=coordinator.value, hosts=count.value, host=host.value)
+    multihost.initialize(
+        pod=pod.value, coordinator=coordinator.value, hosts=count.value, host=host.value
+    )
     workdir.mkdir(parents=True, exist_ok=True)
-    keep_programs(config, workdir)
-    with heartbeat.ending_at_once():
+    use_compile_cache(config.compile_cache, workdir)
+    with multihost.abort_on_peer_failure():
         result = run(config, workdir, StopRequest())
     if result is None or jax.process_index():
         return

@@ -6,6 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from etils import epath
+
+from oapl_jax.build import Run, check_config, open_run
+from oapl_jax.config import Config
+
 ROOT = Path(__file__).parent.parent
 SMALL = {
     "num_steps": 12,
@@ -85,3 +90,21 @@ def metrics(workdir: Path) -> list[dict]:
 
 def timeless(line: dict) -> dict:
     return {k: v for k, v in line.items() if not any(part in k for part in TIMES)}
+
+
+def typed(config) -> Config:
+    """The typed configuration of a ConfigDict."""
+    return Config.from_dict(config.to_dict())
+
+
+def checked(config) -> Config:
+    """The typed configuration of a ConfigDict, after every check that needs no files."""
+    found = typed(config)
+    check_config(found)
+    return found
+
+
+def opened(config, workdir) -> tuple[Config, Run]:
+    """The typed configuration of a ConfigDict, and its run."""
+    found = typed(config)
+    return found, open_run(found, epath.Path(workdir))

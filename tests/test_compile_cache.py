@@ -11,10 +11,10 @@ import sys
 import jax
 from etils import epath
 from configs.arithmetic import get_config
-from oapl_jax.compile_cache import keep_programs
+from oapl_jax.launch import use_compile_cache
 config = get_config()
 config.compile_cache = sys.argv[2] if len(sys.argv) > 2 else config.compile_cache
-keep_programs(config, epath.Path(sys.argv[1]))
+use_compile_cache(config.compile_cache, epath.Path(sys.argv[1]))
 print(jax.config.jax_compilation_cache_dir)
 """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_collections
 import pytest
 
-from oapl_jax.saved_config import flat
+from oapl_jax.launch import flatten
 
 ROOT = Path(__file__).parent.parent
 SHARED = ("__init__", "common", "objectives")
@@ -56,13 +56,13 @@ def other_value(value):
 def test_every_path_takes_its_type_and_no_other(path, arg):
     config = load(path, arg)
     assert config.is_locked
-    paths = flat(config.to_dict())
+    paths = flatten(config.to_dict())
     assert set(PUBLIC) <= set(paths)
     for name, value in paths.items():
         if isinstance(value, list):
             continue
         config.update_from_flattened_dict({name: other_value(value)})
-        assert flat(config.to_dict())[name] == other_value(value)
+        assert flatten(config.to_dict())[name] == other_value(value)
         with pytest.raises(TypeError):
             config.update_from_flattened_dict({name: object()})
     with pytest.raises((AttributeError, KeyError)):

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
+from small_runs import checked
 
 from configs import documents, objectives
 from experiments.documents import FAULTS, OBJECTIVES, Fall, table
-from oapl_jax.check import check_sizes
 from oapl_jax.tracking.metrics import read_lines
 from oapl_jax.weights.publisher import open_params
 
@@ -42,7 +42,7 @@ TINY = {
 def test_every_objective_is_offered(name):
     config = documents.get_config(f"objective={name}")
     assert (config.objective.name, config.data.task) == (name, "documents")
-    check_sizes(config)
+    checked(config)
 
 
 def test_a_round_starts_where_the_one_before_ended():

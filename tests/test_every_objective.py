@@ -7,15 +7,14 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from small_runs import opened
 
 from configs import arithmetic
 from oapl_jax import train
-from oapl_jax.begin import begin
-from oapl_jax.build import open_job
 from oapl_jax.model.sharding import AXES
 from oapl_jax.objectives import OBJECTIVES
 from oapl_jax.tracking.metrics import read_lines
-from oapl_jax.weights.publisher import open_params, version_path
+from oapl_jax.weights.publisher import open_params
 
 STEPS, LATE, PROMPTS = 10, 3, 8
 SMALL = {
@@ -61,22 +60,23 @@ def data(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
-def job_of(name, workdir, data, **changes):
+def run_of(name, workdir, data, **changes):
     """The tiny job, on the first device alone."""
     config = arithmetic.get_config(f"objective={name}").unlock()
     config.update_from_flattened_dict({**SMALL, "data.data_dir": str(data), **changes})
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES)
-    return dataclasses.replace(open_job(config, epath.Path(workdir)), mesh=mesh)
+    config, run = opened(config, workdir)
+    return config, dataclasses.replace(run, mesh=mesh)
 
 
 @pytest.fixture(scope="module")
 def warmed_up(data, tmp_path_factory):
     """The version that every run starts from: right in about half of its responses."""
-    job = job_of("sft", tmp_path_factory.mktemp("start"), data, **WARM_UP)
-    state, _ = begin(job)
-    job.publish(0, state.params)
-    job.close()
-    return version_path(job.workdir / "versions", 0)
+    config, run = run_of("sft", tmp_path_factory.mktemp("start"), data, **WARM_UP)
+    state, _ = train.init_run(config, run, evaluate=lambda step, params, split: {})
+    run.versions.publish(0, state.params)
+    run.close()
+    return run.versions.path(0)
 
 
 def weights(workdir, step):
@@ -87,7 +87,7 @@ def weights(workdir, step):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_trains_the_tiny_job_at_lag_1(name, warmed_up, data, tmp_path):
     start = {"model.path": str(warmed_up), "warmup.num_steps": 0}
-    train.run_job(job_of(name, tmp_path, data, **start), types.SimpleNamespace(requested=""))
+    train.train(*run_of(name, tmp_path, data, **start), types.SimpleNamespace(requested=""))
     lines = read_lines(epath.Path(tmp_path) / "metrics.jsonl")
     assert [line["lag/max"] for line in lines] == [0] + [1] * (STEPS - 1)
     assert all({"loss", "grad_norm"} <= line.keys() for line in lines)  # so they are finite

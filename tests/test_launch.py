@@ -1,13 +1,17 @@
 """The command line: help, and where a run may live."""
 
+import json
 import os
+import re
 import sys
 
 import pytest
+from etils import epath
 
 from oapl_jax.errors import UserError
 from oapl_jax.files import absolute
-from oapl_jax.launch import read_command_line
+from oapl_jax.launch import check_saved_config, read_command_line
+from oapl_jax.weights.checkpoint import load_config
 
 
 def read(monkeypatch, workdir):
@@ -40,3 +44,115 @@ def test_help_names_the_flags_and_ends(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "  --workdir: directory of the run" in said
     assert "--config.NAME=VALUE" in said
+
+
+# The workdir's configuration
+
+CONFIG = {
+    "seed": 0,
+    "num_steps": 100,
+    "group_size": 8,
+    "groups_per_step": 4,
+    "model": {"path": "", "architecture": {"hidden_size": 32}},
+    "data": {"task": "sum"},
+    "warmup": {"num_steps": 10, "optim": {"learning_rate": 0.1}},
+    "optim": {"learning_rate": 0.01},
+    "mesh": {"data": 1},
+    "lag": {"mode": "window", "steps": 4},
+    "buffer": {"mode": "replay", "max_age": None},
+    "evaluation": {"every": 5, "n": 8, "ks": (1, 8)},
+    "modelling": 1,
+}
+
+
+def changed(**changes):
+    """CONFIG with dotted keys set, or removed where the value is ...."""
+    config = json.loads(json.dumps(CONFIG))
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        at = config
+        for section in sections:
+            at = at.setdefault(section, {})
+        at[last] = value
+        if value is ...:
+            del at[last]
+    return config
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A workdir with CONFIG."""
+    assert check_saved_config(epath.Path(tmp_path), CONFIG) == []
+    return epath.Path(tmp_path)
+
+
+def test_the_same_configuration_is_welcome(saved):
+    assert load_config(saved) == changed()
+    assert check_saved_config(saved, CONFIG) == []
+    assert [p.name for p in saved.iterdir()] == ["config.json"]
+
+
+def test_a_workdir_of_another_format_is_refused(saved):
+    (saved / "config.json").write_text(json.dumps(changed()))  # as before there was a format
+    with pytest.raises(UserError, match=str(saved)):
+        check_saved_config(saved, CONFIG)
+
+
+def test_harmless_differences_are_reported_and_saved(saved):
+    other = changed(num_steps=200, optim__learning_rate=0.02, mesh__data=8, modelling=2)
+    assert check_saved_config(saved, other) == [
+        "mesh.data: 1 -> 8",
+        "modelling: 1 -> 2",
+        "num_steps: 100 -> 200",
+        "optim.learning_rate: 0.01 -> 0.02",
+    ]
+    assert load_config(saved) == other
+    assert check_saved_config(saved, other) == []
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "seed",
+        "group_size",
+        "groups_per_step",
+        "model__architecture__hidden_size",
+        "data__task",
+        "warmup__optim__learning_rate",
+        "lag__mode",
+        "lag__steps",
+        "buffer__mode",
+        "evaluation__n",
+        "evaluation__ks",
+    ],
+)
+def test_structural_differences_are_refused(saved, key):
+    before = (saved / "config.json").read_text()
+    with pytest.raises(UserError, match=re.escape(key.replace("__", ".") + ": ")):
+        check_saved_config(saved, changed(**{key: 77}))
+    assert (saved / "config.json").read_text() == before
+
+
+def test_all_refused_keys_are_listed_and_no_other(saved):
+    other = changed(
+        seed=1,
+        data__task=...,
+        data__name="sum",
+        buffer__max_age=...,
+        optim__b1=None,
+        num_steps=7,
+    )
+    with pytest.raises(UserError) as caught:
+        check_saved_config(saved, other)
+    message = str(caught.value)
+    assert str(saved) in message
+    assert "another --workdir" in message
+    for difference in (
+        "seed: 0 -> 1",
+        "data.task: sum -> absent",
+        "data.name: absent -> sum",
+        "buffer.max_age: None -> absent",
+        "optim.b1: absent -> None",
+    ):
+        assert difference in message
+    assert "num_steps" not in message

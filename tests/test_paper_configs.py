@@ -10,16 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from etils import epath
+from small_runs import opened, typed
 
 from configs import arithmetic, code_contests, competition_math, objectives
 from oapl_jax import audit, train
 from oapl_jax import record as generate
-from oapl_jax.build import open_job
 from oapl_jax.data import samples
-from oapl_jax.evaluation.run import run as run_benchmarks
+from oapl_jax.evaluation.run import run_benchmarks
+from oapl_jax.launch import flatten
 from oapl_jax.publish import publish_step
 from oapl_jax.rollout.dataset import Shards
-from oapl_jax.saved_config import flat
 
 MATHS, CODE = competition_math.get_config, code_contests.get_config
 
@@ -119,7 +119,7 @@ def test_the_rounds_have_the_papers_lengths():
     assert problems == 24_287
     assert (high - low) / 100 * problems == pytest.approx(4000, rel=0.04)
     assert one.data.sets.taco.part == (0, 100)
-    assert one.rollout.shards != two.rollout.shards
+    assert one.rollout.dataset != two.rollout.dataset
 
 
 def test_each_round_starts_where_the_one_before_ended():
@@ -130,7 +130,7 @@ def test_each_round_starts_where_the_one_before_ended():
     assert two.model.path == f"runs/code_contests/versions/v{one.num_steps:06d}"
     two.rounds = "/elsewhere"
     assert two.model.path == "/elsewhere/versions/v000418"
-    assert two.rollout.shards == "/elsewhere/set2"
+    assert two.rollout.dataset == "/elsewhere/set2"
 
 
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
@@ -216,7 +216,7 @@ def test_the_settings_are_those_of_the_default(make, arg):
 def flat_config(config):
     return {
         name: tuple(value) if isinstance(value, list) else value
-        for name, value in flat(config.to_dict()).items()
+        for name, value in flatten(config.to_dict()).items()
     }
 
 
@@ -245,9 +245,9 @@ class Shop:
     def train(self, name, make, arg, **settings):
         config, workdir = self.config(make, arg, **settings), epath.Path(self.root / name)
         workdir.mkdir()
-        result = train.run(config, workdir, SimpleNamespace(requested=""))
+        result = train.run(typed(config), workdir, SimpleNamespace(requested=""))
         assert result is not None
-        train.report(config, workdir, result)
+        train.report(typed(config), workdir, result)
         lines = (workdir / "metrics.jsonl").read_text().splitlines()
         return result, [json.loads(line) for line in lines]
 
@@ -257,27 +257,29 @@ class Shop:
 
     def generate(self, to, arg):
         """Tokenizer, groups and manifest of a recorded set."""
-        job = open_job(self.config(CODE, arg), epath.Path(self.root / "nobody"))
+        config, run = opened(self.config(CODE, arg), self.root / "nobody")
         what = dict(step=None, version_dir=None, split="train", limit=None, groups_per_shard=8)
-        generate.make_set(job, epath.Path(self.root / to), **what, progress=lambda done: None)
-        job.close()
+        generate.make_set(
+            config, run, epath.Path(self.root / to), **what, progress=lambda done: None
+        )
+        run.close()
         shards = Shards(epath.Path(self.root / to))
-        return job.policy.tokenizer, list(shards), shards.versions
+        return run.policy.tokenizer, list(shards), shards.versions
 
     def evaluate(self, name, make, arg, *benchmarks):
         """Tokenizer, results, and by benchmark the texts of the responses to each problem."""
-        job = open_job(self.config(make, arg), epath.Path(self.root / name))
+        config, run = opened(self.config(make, arg), self.root / name)
         to = epath.Path(self.root / name / "evaluation")
         what = dict(step=None, version_dir=None, n=4, say=lambda text: None)
-        directory, results = run_benchmarks(job, benchmarks, to, **what)
+        directory, results = run_benchmarks(config, run, benchmarks, to, **what)
         texts = {name: {} for name in benchmarks}
         for benchmark in benchmarks:
             lines = (directory / benchmark / "responses.jsonl").read_text().splitlines()
             for line in map(json.loads, lines[1:]):
-                decoded = job.policy.tokenizer.batch_decode(line["tokens"])
+                decoded = run.policy.tokenizer.batch_decode(line["tokens"])
                 texts[benchmark].setdefault(line["prompt"], []).extend(decoded)
-        records = {record.id: record for record in job.splits["train"]}
-        job.close()
+        records = {record.id: record for record in run.splits["train"]}
+        run.close()
         return results, texts, records
 
 

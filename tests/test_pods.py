@@ -15,23 +15,23 @@ from small_runs import Runs, metrics
 SETTINGS = {"mesh.data": 2, "mesh.fsdp": 4, "learner.rows_multiple": 8, "optim.eps": 1e-3}
 PER_STEP = 4  # groups, so that what each host samples at a time is its part of a step
 DEADLINE = 240.0  # seconds for a whole run of all hosts
-AGAIN = "; the same command on all hosts goes on from the newest checkpoint"
+AGAIN = "; the same command on all hosts resumes from the newest checkpoint"
 # A host that is less patient with the others, and may hang before a step.
 IMPATIENT = """
 import time
-from oapl_jax import heartbeat, train
+from oapl_jax import multihost, train
 from oapl_jax.errors import exit_with_code
 
-def make_batch(config, objective, groups, step, whole=train.make_batch):
+def build_batch(config, objective, groups, step, whole=train.build_batch):
     if step == {hangs_at}:
         time.sleep(600)
     return whole(config, objective, groups, step)
 
-def together(name, *, deadline, whole=heartbeat.together):
+def section(name, *, deadline, whole=multihost.collective_section):
     return whole(name, deadline=5.0 if name == "gradient step 10" else deadline)
 
-heartbeat.SILENCE, heartbeat.LAST_WORDS = 16.0, 8.0
-train.make_batch, heartbeat.together = make_batch, together
+multihost.SILENCE, multihost.LAST_MESSAGES = 16.0, 8.0
+train.build_batch, multihost.collective_section = build_batch, section
 exit_with_code(train.main)
 """
 
@@ -146,7 +146,7 @@ def assert_lost(process: subprocess.Popen, *reasons: str) -> None:
 
 
 def test_a_host_that_is_lost_is_named_and_the_run_goes_on(runs, together, tmp_path):
-    """Host 0, which is the coordinator too; test_hosts.py loses the other one."""
+    """Host 0, which is the coordinator too; test_multihost.py loses the other one."""
     workdir = tmp_path / "run"
     processes = Pod(runs, 2, hangs_at={}).start(workdir)
     try:

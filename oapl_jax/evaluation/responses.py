@@ -53,7 +53,7 @@ def describe(
       weights: checksum of the version's tensors.
       sampler: "local" or "fleet".
       seed: of the local sampler.
-      tokenizer, model, sampling: as of rollout.shards.describe.
+      tokenizer, model, sampling: as of rollout.dataset.describe.
     """
     known = shards.describe(
         task=prompts[0].task,

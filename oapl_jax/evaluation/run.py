@@ -8,6 +8,9 @@ from typing import Any
 
 from etils import epath
 
+from oapl_jax import build
+from oapl_jax.build import Run
+from oapl_jax.config import Config
 from oapl_jax.data.prompts import PROMPT_SETTINGS, all_prompts
 from oapl_jax.data.public import releases
 from oapl_jax.errors import UserError
@@ -20,8 +23,9 @@ from oapl_jax.structs import Prompt, Rollout
 from oapl_jax.weights import publisher
 
 
-def run(
-    job: Any,
+def run_benchmarks(
+    config: Config,
+    run: Run,
     names: Sequence[str],
     to: epath.Path,
     *,
@@ -33,7 +37,7 @@ def run(
     """Evaluates one version on each benchmark, or what is left of that to do.
 
     Args:
-      job: that is open; responses may have evaluation.max_response_tokens here.
+      config, run: an open run; responses may have evaluation.max_response_tokens here.
       names: of config.benchmarks.
       to: DIR/weights gets the version if it must be published, and DIR/v000012/NAME what is made of
         version 12.
@@ -49,10 +53,10 @@ def run(
         directory with responses of another kind.
       RunError: if samples are missing at the end; the others are kept.
     """
-    job = with_own_length(job)
-    opened = {name: benchmark_prompts(job, name) for name in dict.fromkeys(names)}
-    job.check_rewards()
-    version, weights = fixed_version(job, to, step, version_dir)
+    run = with_own_length(config, run)
+    opened = {name: benchmark_prompts(config, run, name) for name in dict.fromkeys(names)}
+    build.check_grader(config, run)
+    version, weights = fixed_version(run, to, step, version_dir)
     directory = publisher.version_path(to, version)
     results = {}
     for name, (prompts, left_out) in opened.items():
@@ -61,30 +65,30 @@ def run(
             benchmark=name,
             version=version,
             weights=checksum_of_tensors(weights),
-            sampler=job.config.rollout.sampler,
-            seed=job.config.seed,
-            tokenizer=job.policy.tokenizer,
-            model=job.policy.config,
-            sampling=job.sampling,
+            sampler=config.rollout.sampler,
+            seed=config.seed,
+            tokenizer=run.policy.tokenizer,
+            model=run.policy.config,
+            sampling=run.sampling,
         )
         results[name] = _evaluate(
-            job, directory / name, about, prompts, weights, left_out=left_out, n=n, say=say
+            config, run, directory / name, about, prompts, weights, left_out=left_out, n=n, say=say
         )
     return directory, results
 
 
-def with_own_length(job: Any) -> Any:
+def with_own_length(config: Config, run: Run) -> Run:
     """The job with the response length of benchmarks, which may exceed that of training."""
-    prompt = job.config.data.max_prompt_tokens
-    longest = job.config.evaluation.max_response_tokens
-    if prompt + longest > job.policy.config.max_positions:
+    prompt = config.data.max_prompt_tokens
+    longest = config.evaluation.max_response_tokens
+    if prompt + longest > run.policy.config.max_positions:
         raise UserError(
             f"data.max_prompt_tokens={prompt} + evaluation.max_response_tokens={longest} is more "
-            f"than the model's max_position_embeddings ({job.policy.config.max_positions}); lower "
+            f"than the model's max_position_embeddings ({run.policy.config.max_positions}); lower "
             "one"
         )
-    sampling = dataclasses.replace(job.sampling, max_response_tokens=longest)
-    return dataclasses.replace(job, sampling=sampling)
+    sampling = dataclasses.replace(run.sampling, max_response_tokens=longest)
+    return dataclasses.replace(run, sampling=sampling)
 
 
 def checksum_of_tensors(version: epath.Path) -> str:
@@ -94,14 +98,13 @@ def checksum_of_tensors(version: epath.Path) -> str:
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
-def benchmark_prompts(job: Any, name: str) -> tuple[list[Prompt], int]:
+def benchmark_prompts(config: Config, run: Run, name: str) -> tuple[list[Prompt], int]:
     """The prompts of a benchmark in order, and how many were left out because they are too long.
 
     Raises:
       UserError: for a name that config.benchmarks does not have; and what its files deserve.
     """
-    config = job.config
-    sets = config.benchmarks.to_dict()
+    sets = {name: dataclasses.asdict(s) for name, s in config.benchmarks.items()}
     if name not in sets:
         have = ", ".join(sorted(sets)) or "none"
         raise UserError(f"--benchmark={name} is not one of config.benchmarks (have: {have})")
@@ -110,16 +113,17 @@ def benchmark_prompts(job: Any, name: str) -> tuple[list[Prompt], int]:
     )
     prompts = all_prompts(
         records,
-        job.policy.tokenizer,
+        run.policy.tokenizer,
         task=config.data.task,
         limit=None,
-        **{key: config.data[key] for key in PROMPT_SETTINGS},
+        **{key: getattr(config.data, key) for key in PROMPT_SETTINGS},
     )
     return prompts, len(records) - len(prompts)
 
 
 def _evaluate(
-    job: Any,
+    config: Config,
+    run: Run,
     directory: epath.Path,
     about: Mapping[str, Any],
     prompts: Sequence[Prompt],
@@ -146,23 +150,23 @@ def _evaluate(
     try:
         if not found.there.all():
             # Other random numbers than training; no group of another version is of use.
-            sampler = job.new_sampler(job.config.seed + 1, older_versions=False)
+            sampler = build.open_sampler(config, run, seed=config.seed + 1, older_versions=False)
             try:
                 sampler.refresh(about["version"], weights)
                 sample(
                     sampler,
                     prompts,
                     found,
-                    at_once=job.config.group_size,
+                    at_once=config.group_size,
                     version=about["version"],
-                    sampling=job.sampling,
+                    sampling=run.sampling,
                     progress=progress("sampled"),
                 )
             finally:
                 sampler.close()
         graded = Grades(
             directory / "grades.jsonl",
-            grades.describe(prompts, job.config.rewards.to_dict()),
+            grades.describe(prompts, dataclasses.asdict(config.rewards)),
             prompts,
             found,
         )
@@ -170,9 +174,9 @@ def _evaluate(
             graded.fill(
                 found,
                 prompts,
-                lambda prompt, rollouts: judge(job.grader, prompt, rollouts),
-                job.grader.metrics,
-                threads=job.config.rollout.reward_threads,
+                lambda prompt, rollouts: judge(run.grader, prompt, rollouts),
+                run.grader.metrics,
+                threads=config.rollout.reward_threads,
                 progress=progress("graded"),
             )
         finally:
@@ -182,8 +186,8 @@ def _evaluate(
             found,
             graded,
             left_out=left_out,
-            resamples=job.config.evaluation.resamples,
-            seed=job.config.seed,
+            resamples=config.evaluation.resamples,
+            seed=config.seed,
         )
     finally:
         found.close()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from oapl_jax.config import ProbeTolerance
 from oapl_jax.errors import UserError
 from oapl_jax.fleet.client import Refused, SGLangClient, sampling_params
 from oapl_jax.model.config import ModelConfig
@@ -39,7 +40,7 @@ class Requirements:
       sampling: of the run.
       max_prompt_tokens: length of the longest prompt.
       dtype: of published versions.
-      probe_tolerance: nats by which log-probs may differ, for "float32" and "bfloat16".
+      probe_tolerance: nats by which log-probs may differ.
     """
 
     model_config: ModelConfig
@@ -48,11 +49,12 @@ class Requirements:
     sampling: Sampling
     max_prompt_tokens: int
     dtype: str
-    probe_tolerance: Mapping[str, float]
+    probe_tolerance: ProbeTolerance
 
     def tolerance(self, *dtypes: str) -> float:
         """Returns the tolerance for log-probs computed in these dtypes: the coarsest decides."""
-        return self.probe_tolerance["float32" if set(dtypes) <= {"float32", "auto"} else "bfloat16"]
+        exact = set(dtypes) <= {"float32", "auto"}
+        return self.probe_tolerance.float32 if exact else self.probe_tolerance.bfloat16
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Rejects a prompt that a server would reject, or that would crash it.
@@ -221,7 +223,7 @@ async def _try_group(
     if temperature in (0, 1) and difference > limit:
         return [
             f"its log-probs of sampled tokens differ by {difference:.3g} nats from those of the "
-            f"same tokens in a prompt (fleet.probe_gap allows {limit:g})"
+            f"same tokens in a prompt (fleet.probe_tolerance allows {limit:g})"
         ]
     if temperature not in (0, 1) and difference < 1e-6 and scored.min() < -0.1:
         return [

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from oapl_jax.config import FleetConfig
 from oapl_jax.fleet.admission import Requirements
 from oapl_jax.fleet.client import Aborted, Mixed, ServerError, SGLangClient
-from oapl_jax.fleet.config import FleetConfig
 from oapl_jax.fleet.server import COUNTS, DRAINING, READY, ServerState
 from oapl_jax.rollout.sampler import Attempt, Sampled, Sampling
 from oapl_jax.structs import Prompt
@@ -153,7 +153,7 @@ class Pool:
 
     def has_refresh_slot(self) -> bool:
         """Tells if one more server may be refreshed now."""
-        slots = max(1, int(self.config.refresh_share * len(self.servers)))
+        slots = max(1, int(self.config.refresh_fraction * len(self.servers)))
         return sum(s.refreshing for s in self.servers.values()) < slots
 
     @contextlib.asynccontextmanager
@@ -202,14 +202,14 @@ class Pool:
                 if not self.servers[url].leaving:
                     self.servers[url].leaving = True
                     self._spawn(self._leave(self.servers[url]))
-            await asyncio.sleep(self.config.members_every)
+            await asyncio.sleep(self.config.poll_every)
 
     def _open(self, url: str) -> ServerState:
         client = SGLangClient(
             self._session,
             url,
             connect_deadline=self.config.connect_deadline,
-            deadline=self.config.answer_deadline,
+            deadline=self.config.control_deadline,
         )
         counts = self.counts.setdefault(url, Counter(dict.fromkeys(COUNTS, 0)))
         counts["joined"] += 1
@@ -235,7 +235,7 @@ async def read_servers(config: FleetConfig, session: aiohttp.ClientSession) -> s
     """
     if config.router:
         timeout = aiohttp.ClientTimeout(
-            total=config.answer_deadline, sock_connect=config.connect_deadline
+            total=config.control_deadline, sock_connect=config.connect_deadline
         )
         url = config.router.rstrip("/") + "/workers"
         async with session.get(url, timeout=timeout, raise_for_status=True) as response:

@@ -187,5 +187,5 @@ class ServerController:
             server.counts["probe_failed"] += 1
             raise WrongVersion(
                 f"its log-probs differ from the learner's version {version.number} by "
-                f"{server.probe_gap:.3g} nats (fleet.probe_gap allows {limit:g})"
+                f"{server.probe_gap:.3g} nats (fleet.probe_tolerance allows {limit:g})"
             )

@@ -22,10 +22,10 @@ from typing import Any
 import aiohttp
 from etils import epath
 
+from oapl_jax.config import FleetConfig
 from oapl_jax.errors import FleetLost, RunError, UserError
 from oapl_jax.files import absolute
 from oapl_jax.fleet.admission import Requirements, sampling_warnings
-from oapl_jax.fleet.config import FleetConfig
 from oapl_jax.fleet.pool import Pool, PublishedVersion
 from oapl_jax.fleet.refresh import ServerController
 from oapl_jax.fleet.server import DRAINING, READY, REFRESHING, STARTING
@@ -170,7 +170,7 @@ class Fleet:
             sampling=sampling,
             max_prompt_tokens=max_prompt_tokens,
             dtype=dtype,
-            probe_tolerance=config.probe_gap,
+            probe_tolerance=config.probe_tolerance,
         )
         for warning in sampling_warnings(sampling):
             log(warning)

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from oapl_jax.config import FleetConfig
 from oapl_jax.fleet.admission import Requirements
 from oapl_jax.fleet.client import Aborted, Mixed, ServerError, SGLangClient
-from oapl_jax.fleet.config import FleetConfig
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Prompt, Rollout
 

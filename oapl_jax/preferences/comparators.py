@@ -58,12 +58,12 @@ class RecordedComparators:
         differing = differences(about, theirs, ("task", "tokenizer"))
         if differing:
             raise UserError(
-                f"the rollouts in {directory} (preferences.shards) are of another kind than this "
+                f"the rollouts in {directory} (preferences.dataset) are of another kind than this "
                 f"job's ({differing}); name a set of this task and tokenizer"
             )
         if theirs["group_size"] < count:
             raise UserError(
-                f"{directory} (preferences.shards) has groups of {theirs['group_size']} responses, "
+                f"{directory} (preferences.dataset) has groups of {theirs['group_size']}, "
                 f"fewer than preferences.comparators={count}; lower it, or record larger groups"
             )
         self._count, self._lock = count, threading.Lock()
@@ -72,7 +72,7 @@ class RecordedComparators:
     def __call__(self, prompt: Prompt) -> tuple[Rollout, ...]:
         if prompt.id not in self._place:
             raise UserError(
-                f"{self._shards.directory} (preferences.shards) has no responses to prompt "
+                f"{self._shards.directory} (preferences.dataset) has no responses to prompt "
                 f"{prompt.id}; record the whole training split with oapl_jax.record"
             )
         with self._lock:

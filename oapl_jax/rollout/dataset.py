@@ -222,7 +222,7 @@ class Shards(Sequence[Group]):
         differing = differences(about, self.manifest["about"], keys)
         if differing:
             raise UserError(
-                f"the rollouts in {self.directory} (rollout.shards) are of another kind than this "
+                f"the rollouts in {self.directory} (rollout.dataset) are of another kind than this "
                 f"job's ({differing}); set that back, or name another set"
             )
         entries = self.manifest["shards"].values()
@@ -233,7 +233,7 @@ class Shards(Sequence[Group]):
             longest = max(entry[f"longest_{what}"] for entry in entries)
             if longest > limit:
                 raise UserError(
-                    f"{self.directory} (rollout.shards) has a {what} of {longest} tokens, more "
+                    f"{self.directory} (rollout.dataset) has a {what} of {longest} tokens, more "
                     f"than {setting} ({limit}); raise it"
                 )
 

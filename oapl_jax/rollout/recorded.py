@@ -53,7 +53,7 @@ class Recorded:
     ):
         if order not in ORDERS:
             raise UserError(
-                f"rollout.recorded_order={order!r} is unknown; choose one of {', '.join(ORDERS)}"
+                f"rollout.dataset_order={order!r} is unknown; choose one of {', '.join(ORDERS)}"
             )
         if policy_version is not None:
             check_start(shards, start)
@@ -75,7 +75,7 @@ class Recorded:
         elif epoch:
             raise RunError(
                 f"all {len(self._shards)} groups of {self._shards.directory} are used up; end the "
-                "run earlier (num_steps), or set rollout.recorded_order='shuffled'"
+                "run earlier (num_steps), or set rollout.dataset_order='shuffled'"
             )
         group = self._shards[place]
         version = self._policy_version
@@ -99,9 +99,9 @@ class Recorded:
             if group.policy_version > step:
                 raise UserError(
                     f"{self._shards.directory} has groups of version {group.policy_version}, newer "
-                    f"than the learner at step {step}; set rollout.recorded_version=0 if this run "
+                    f"than the learner at step {step}; set rollout.dataset_version=0 if this run "
                     "starts from the weights that sampled them, or "
-                    "rollout.recorded_order='recorded' to replay a run"
+                    "rollout.dataset_order='recorded' to replay a run"
                 )
             drop = self._drop_zero_variance and group.zero_variance
             passed = passed + 1 if drop else 0
@@ -141,7 +141,7 @@ class Recorded:
         if mine != state:
             raise UserError(
                 f"the checkpoint's recorded stream ({state}) is not the configured one ({mine}); "
-                "restore rollout.shards, rollout.recorded_order and the seed, or start a new run"
+                "restore rollout.dataset, rollout.dataset_order and the seed, or start a new run"
             )
         self._draw, self.counts = state["stream_index"], Counter(state["counts"])
 
@@ -157,12 +157,12 @@ def check_start(shards: Shards, start: epath.Path | None) -> None:
     if len(weights) > 1:
         raise UserError(
             f"{shards.directory} was sampled from versions {shards.versions}, so it can't be of "
-            "one; set rollout.recorded_version=-1, to take them as they were recorded"
+            "one; set rollout.dataset_version=-1, to take them as they were recorded"
         )
     if start is None or not (start / MANIFEST).exists():
         return
     if checksum(start / MANIFEST) not in weights.values():
         raise UserError(
             f"model.path={start} did not sample {shards.directory}; start from the version that "
-            "did (in its directory weights), or set rollout.recorded_version=-1"
+            "did (in its directory weights), or set rollout.dataset_version=-1"
         )

@@ -1,211 +1,239 @@
-"""Where groups come from: sampled live, recorded before, or both; opened, saved, stopped as one."""
+"""The source of groups: sampled live, read from a recorded dataset, or both."""
 
-import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
+from flax import serialization
 
-from oapl_jax import multihost as hosts
-from oapl_jax.build import Job
-from oapl_jax.curriculum import Curriculum
+from oapl_jax import multihost
 from oapl_jax.errors import FleetLost, RunError
-from oapl_jax.preferences import Preferences
-from oapl_jax.resize import take_over
-from oapl_jax.rollout.buffer import Buffer, flatten, unflatten
 from oapl_jax.rollout.dataset import ShardWriter
+from oapl_jax.rollout.group_store import GroupStore
 from oapl_jax.rollout.ledger import FILE, Ledger, ZeroRewardGuard, rewind
-from oapl_jax.rollout.recorded import Recorded
 from oapl_jax.rollout.sampler import Sampler
 from oapl_jax.rollout.worker import Worker
-from oapl_jax.structs import Group
+from oapl_jax.structs import Group, decode_groups, encode_groups
 from oapl_jax.tracking.progress import StopRequest
 
 
-@dataclasses.dataclass(frozen=True)
-class Supply:
-    job: Job
-    live: int  # groups of a gradient step that this host samples
-    from_record: int  # and those that it takes from a recorded set
-    ledger: Ledger
-    buffer: Buffer
-    curriculum: Curriculum
-    unpaid: ZeroRewardGuard
-    sampler: Sampler
-    worker: Worker
-    preferences: Preferences | None
-    recorded: Recorded | None
-    writer: ShardWriter | None
-    in_use: set[int] = dataclasses.field(default_factory=set)  # versions, by all hosts
+class GroupSource:
+    """Groups for gradient steps, the same on all hosts; saved, resumed and stopped as one.
+
+    Args:
+      worker, store, sampler, ledger: the parts that sample.
+      guard: aborts after too many groups without reward.
+      writer: records sampled groups, if the run records.
+      workdir: of the run, which holds a ledger for each host.
+      sampled: groups of a gradient step that this host samples.
+      recorded: groups of a gradient step that this host reads from the recorded dataset.
+      fresh: prompts that each step samples where the buffer has room for them (replay), or 0.
+      overlap: whether the worker runs beside the learner.
+      deadline: seconds that this host waits for groups or for another host.
+      metrics: further metrics: grader, preferences.
+    """
+
+    def __init__(
+        self,
+        *,
+        worker: Worker,
+        store: GroupStore,
+        sampler: Sampler,
+        ledger: Ledger,
+        guard: ZeroRewardGuard,
+        writer: ShardWriter | None,
+        workdir: epath.Path,
+        sampled: int,
+        recorded: int,
+        fresh: int,
+        overlap: bool,
+        deadline: float,
+        metrics: Sequence[Callable[[], dict[str, float]]],
+    ):
+        self.store, self._worker, self._sampler, self._ledger = store, worker, sampler, ledger
+        self._guard, self._writer, self._workdir = guard, writer, workdir
+        self._sampled, self._recorded, self._fresh = sampled, recorded, fresh
+        self._overlap, self._deadline, self._metrics = overlap, deadline, metrics
+        self._in_use: set[int] = set()  # versions, by all hosts
+
+    @property
+    def live(self) -> bool:
+        """Whether this run samples."""
+        return self._sampled > 0
 
     def serve(self, version: int, path: epath.Path) -> None:
-        """The version that is due samples from now on."""
-        if self.live and self.worker.version != version:
-            self.worker.serve(version, path)
+        """Samples from this published version from now on."""
+        if self.live and self.store.target_version != version:
+            self.store.set_target(version, path)
 
     def versions(self) -> set[int]:
-        """Versions that are sampled from, or that held groups refer to, on any host.
+        """Versions that any host samples from or holds groups of.
 
-        Of several hosts, those that they said when they last took a step: until another version
-        serves, none is added to them. Before the first step the pins have what buffers refer to.
+        With several hosts, as exchanged at the latest step: no version is added to them until
+        another one serves, and before the first step the pins name those of the buffers.
         """
-        return self._versions() if jax.process_count() == 1 else self.in_use
+        return self._worker.versions() if jax.process_count() == 1 else self._in_use
 
-    def _versions(self) -> set[int]:
-        return self.worker.versions() | self.buffer.versions()
+    def held_versions(self, name: str) -> set[int]:
+        """Versions of the groups in any host's buffer; all hosts must call it."""
+        return multihost.allgather_set(self.store.held_versions(), name, deadline=self._deadline)
 
     def collect(self, step: int, stop: StopRequest) -> tuple[list[Group], float]:
-        """The groups of one gradient step, the same on all hosts (none: stopped), and the seconds
-        waited for them."""
-        self.buffer.expire(step)
+        """Groups of one gradient step, the same on all hosts (none: stopped), and seconds waited.
+
+        Raises:
+          FleetLost: if a host has lost its servers.
+          HostLost: if a host does not come.
+          RunError: if the groups do not come in time, or no group gets a reward.
+        """
+        self.store.expire(step)
         started, lost = time.monotonic(), ""
         try:
-            self._await(step, stop)
+            self._await_groups(step, stop)
         except FleetLost as error:
             lost = str(error)
         self._agree(step, stop, lost)
-        # Whoever stops leaves the groups in the buffer, and the checkpoint has them.
-        groups = [] if stop.requested else self._of_all_hosts(self._take(step), step)
+        # On a stop the groups stay in the buffer, and the checkpoint holds them.
+        groups = [] if stop.requested else self._allgather(self._take(step), step)
         return groups, time.monotonic() - started
 
-    def _await(self, step: int, stop: StopRequest) -> None:
-        """Returns when this host's part of the live groups is in the buffer, or on a stop."""
-        config, buffer, worker = self.job.config, self.buffer, self.worker
-        started, enough = time.monotonic(), lambda: len(buffer) >= self.live
-        what = f"{self.live} groups for step {step} (rollout.deadline)"
-        if config.rollout.overlap and self.live:
-            worker.start()
-            buffer.wait(
+    def _await_groups(self, step: int, stop: StopRequest) -> None:
+        """Returns when the buffer holds this host's groups for the step, or on a stop."""
+        started, enough = time.monotonic(), lambda: len(self.store) >= self._sampled
+        name = f"{self._sampled} groups for step {step} (rollout.deadline)"
+        if self._overlap and self.live:
+            self._worker.start()
+            self.store.wait(
                 lambda: enough() or bool(stop.requested),
-                what=what,
-                deadline=config.rollout.deadline,
-                alive=worker.check,
+                name,
+                deadline=self._deadline,
+                check=self._worker.check,
             )
-        # Replay has enough for long: without fresh groups it would see the first ones only.
-        fresh = self.live and config.buffer.mode == "replay"
-        fresh = fresh and buffer.has_room(config.rollout.prompts_per_call)
-        while not (config.rollout.overlap or stop.requested) and (fresh or not enough()):
-            worker.produce()
+        # A replay buffer stays full: without fresh groups it would replay the first ones only.
+        fresh = self.live and self._fresh and self.store.has_room(self._fresh)
+        while not (self._overlap or stop.requested) and (fresh or not enough()):
+            self._worker.produce()
             fresh = False
-            if time.monotonic() - started > config.rollout.deadline:
-                seconds = f"{config.rollout.deadline:.0f} s"
+            if time.monotonic() - started > self._deadline:
                 raise RunError(
-                    f"sampled {seconds} for {what}; what became of groups: {buffer.counts}"
+                    f"sampled {self._deadline:.0f} s for {name}; ends of groups: "
+                    f"{self.store.counts()}"
                 )
 
     def _agree(self, step: int, stop: StopRequest, lost: str) -> None:
-        """All hosts stop if one does, and know which versions any of them uses.
-
-        Raises:
-          FleetLost: if one has lost its servers.
-          HostLost: if one does not come.
-        """
-        deadline = self.job.config.rollout.deadline
-        hosts.meet(f"step {step}", deadline=deadline)
-        mine = json.dumps([stop.requested, lost, sorted(self._versions())]).encode()
-        said = hosts.gather(mine, f"the state at step {step}", deadline=deadline)
-        stops, losses, versions = zip(*map(json.loads, said), strict=True)
-        self.in_use.clear()
-        self.in_use.update(*versions)
+        """Exchanges stop requests, lost fleets and versions in use between hosts."""
+        multihost.barrier(f"step {step}", deadline=self._deadline)
+        mine = json.dumps([stop.requested, lost, sorted(self._worker.versions())]).encode()
+        name = f"the state at step {step}"
+        gathered = multihost.allgather_bytes(mine, name, deadline=self._deadline)
+        stops, losses, versions = zip(*map(json.loads, gathered), strict=True)
+        self._in_use = set().union(*versions)
         if any(losses):
             raise FleetLost(next(filter(None, losses)))
         stop.requested = stop.requested or next(filter(None, stops), "")
 
-    def _of_all_hosts(self, groups: list[Group], step: int) -> list[Group]:
-        """The groups of a step, the same on all hosts, in the order of their draws."""
-        if jax.process_count() == 1:
-            return groups
-        mine, deadline = hosts.encode(*flatten(groups)), self.job.config.rollout.deadline
-        said = hosts.gather(mine, f"the groups of step {step}", deadline=deadline)
-        everyone = [group for content in said for group in unflatten(*hosts.decode(content))]
-        return sorted(everyone, key=lambda group: group.prompt.stream_index)
-
     def _take(self, step: int) -> list[Group]:
-        groups = self.buffer.sample(self.live, step)
-        if self.recorded:
-            with self.buffer.lock:  # for the ledger
-                taken = self.recorded.take(self.from_record, step)
-            for group in taken:
-                self.unpaid.note(group)
-            groups += taken
+        groups = self.store.take(self._sampled, self._recorded, step)
+        for group in groups[self._sampled :]:
+            self._guard.note(group)
         return groups
 
-    def learned(self, groups: list[Group], rescore: Callable[[], Any]) -> None:
-        """Tells the curriculum what a gradient step was taken on.
-
-        Args:
-          groups: of the step.
-          rescore: gives [S, C], the log-probs of their tokens by the learner after the step;
-            called only if the curriculum needs them.
-        """
-        teacher, logp = self.curriculum.teacher, None
-        if teacher.rescores:
-            logp = np.asarray(rescore())
-        with self.buffer.lock:
-            teacher.trained(groups, logp)
+    def _allgather(self, groups: list[Group], step: int) -> list[Group]:
+        """Groups of all hosts, in the order of the prompt stream."""
+        if jax.process_count() == 1:
+            return groups
+        name = f"the groups of step {step}"
+        gathered = multihost.allgather_bytes(encode_groups(groups), name, deadline=self._deadline)
+        every = [group for content in gathered for group in decode_groups(content)]
+        return sorted(every, key=lambda group: group.prompt.stream_index)
 
     def metrics(self) -> dict[str, float]:
-        """What was sampled since the last call, and what became of all groups so far."""
-        counts = {f"buffer/{name}": count for name, count in self.buffer.counts.items()}
-        recorded = self.recorded.counts if self.recorded else {}
-        counts |= {f"recorded/{name}": count for name, count in recorded.items()}
-        counts |= self.job.grader.metrics() | self.curriculum.metrics()
-        counts["prompts/dropped"] = self.curriculum.dropped
-        counts |= self.preferences.metrics() if self.preferences else {}
-        return {**self.worker.take_metrics(), **self.sampler.metrics(), **counts}
+        """Sampling since the last call, and ends of all groups so far."""
+        found = {**self.store.take_metrics(), **self._sampler.metrics(), **self.store.counts()}
+        for metrics in self._metrics:
+            found |= metrics()
+        return found
 
-    def state(self) -> bytes:
+    def snapshot(self) -> bytes:
         """This host's share of a checkpoint."""
-        with self.buffer.lock:  # buffer, place in the prompts and end of the ledger agree
-            buffer, groups = self.buffer.state()
-            worker = self.worker.state()
-            to_come = {*worker["prompts"]["chosen"], *worker["again"]}
-            state = {
-                "buffer": buffer,
-                "worker": worker,
-                "teacher": self.curriculum.teacher.state(to_come | self.buffer.draws()),
-                "ledger": self.ledger.position(),
-                "recorded": self.recorded.state() if self.recorded else None,
-                "unpaid": self.unpaid.count,
-                "shards": self.writer.flush() if self.writer else None,
-            }
-        return hosts.encode(state, groups)
+        state = self.store.snapshot(self._writer.flush if self._writer else lambda: None)
+        buffer = state.pop("buffer")
+        groups = buffer.pop("groups")
+        data = json.dumps({**state, "buffer": buffer, "zero_reward_groups": self._guard.count})
+        return serialization.msgpack_serialize({"state": data, "groups": groups})
 
-    def restore(self, shares: list[bytes], read: Callable[[Any], Any]) -> None:
-        """Goes on from the shares of all hosts that saved.
+    def restore(self, shares: Sequence[bytes], read: Callable[[Any], Any]) -> None:
+        """Continues from the shares of all hosts that saved.
 
         Args:
-          shares: as `state` gave them. If they are of another number of hosts, what was in their
-            buffers is sampled again: see resize.py.
-          read: takes the teacher's arrays for their shapes and shardings; gives those saved.
+          shares: by host; of another number of hosts, see `reshard`.
+          read: takes the curriculum's arrays for shapes and shardings; gives those saved.
         """
-        saved = [hosts.decode(share) for share in shares]
-        host, count = jax.process_index(), jax.process_count()
-        if len(saved) == count:
-            state, groups = saved[host]
-            self.buffer.restore(state["buffer"], groups)
+        saved = [_decode(share) for share in shares]
+        host, hosts = jax.process_index(), jax.process_count()
+        if len(saved) == hosts:
+            state = saved[host]
         else:
-            state = take_over([state for state, _ in saved], host=host, hosts=count)
+            state = reshard(saved, host=host, hosts=hosts)
             if not host:
-                for gone in range(count, len(saved)):
-                    rewind(self.job.workdir / hosts.own(FILE, gone), saved[gone][0]["ledger"])
-        self.worker.restore(state["worker"])
-        self.curriculum.teacher.restore(state["teacher"], read, self.curriculum.at)
-        self.ledger.resume(state["ledger"], self.buffer.draws())
-        self.unpaid.count = state["unpaid"]
-        if self.recorded:
-            self.recorded.restore(state["recorded"])
-        if self.writer:
-            self.writer.keep(state["shards"])
+                for gone in range(hosts, len(saved)):
+                    path = self._workdir / multihost.per_host_path(FILE, gone)
+                    rewind(path, saved[gone]["ledger"])
+        self.store.restore(state, read)
+        self._guard.count = state["zero_reward_groups"]
+        if self._writer:
+            self._writer.keep(state["shards"])
 
     def stop(self) -> None:
-        """Nothing is sampled any more; what was in flight is sampled again by who resumes."""
-        self.worker.stop()
+        """Stops sampling; prompts in flight are sampled again by the run that resumes."""
+        self._worker.stop()
 
     def close(self) -> None:
         self.stop()
-        self.ledger.close()
+        self._ledger.close()
+
+
+def _decode(share: bytes) -> dict[str, Any]:
+    content: Any = serialization.msgpack_restore(share)
+    state = json.loads(content["state"])
+    state["buffer"]["groups"] = content["groups"]
+    return state
+
+
+def reshard(saved: Sequence[dict[str, Any]], *, host: int, hosts: int) -> dict[str, Any]:
+    """The state with which one of `hosts` hosts continues the shares of another number.
+
+    Host h of H reserved the prompts h, H + h, 2 H + h, ... of one stream. It continues at the first
+    round of the new hosts that begins at or before the position of the fastest host; prompts before
+    it that were not trained on, because they were in a buffer or outstanding or because a slower
+    host had not reached them, are sampled again, dealt out in turn. Every prompt is sampled, and up
+    to hosts - 1 of them twice.
+
+    Args:
+      saved: states by host, as `GroupSource.snapshot` encodes them.
+      host, hosts: index of the host that asks, and number of hosts now.
+    """
+    streams = [share["prompts"] for share in saved]
+    positions = [stream["stream"]["stream_index"] for stream in streams]
+    reached = max(positions)
+    start = reached // hosts * hosts
+    again = set()
+    for old_host, (share, position) in enumerate(zip(saved, positions, strict=True)):
+        held = decode_groups(share["buffer"]["groups"])
+        again |= {group.prompt.stream_index for group in held}
+        again |= {*share["again"], *share["prompts"]["chosen"]}
+        again |= set(range(position + old_host, reached, len(saved)))
+    same = saved[min(host, len(saved) - 1)]
+    return {
+        "prompts": {**streams[positions.index(reached)], "chosen": []},
+        "again": sorted(index for index in again if index < start)[host::hosts],
+        "totals": {},
+        "teacher": same["teacher"],
+        "ledger": same["ledger"] if host < len(saved) else 0,
+        "recorded": saved[0]["recorded"],
+        "zero_reward_groups": max(share["zero_reward_groups"] for share in saved),
+        "shards": same["shards"],
+    }

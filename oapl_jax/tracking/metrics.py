@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from oapl_jax import multihost as hosts
+from oapl_jax import multihost
 from oapl_jax.structs import Group
 
 
@@ -26,7 +26,7 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: epath.Path, *, start_step: int, tensorboard: bool):
-        self._path = workdir / hosts.own("metrics.jsonl")
+        self._path = workdir / multihost.per_host_path("metrics.jsonl")
         kept = [line for line in read_lines(self._path) if line["step"] <= start_step]
         aside = workdir / f"{self._path.name}.new"
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -4,19 +4,16 @@ import dataclasses
 import functools
 import itertools
 import json
-import threading
-from types import SimpleNamespace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from small_runs import checked
+from stores import buffer_config
 
 from configs import arithmetic
-from oapl_jax import multihost as hosts
-from oapl_jax.check import check_sizes
 from oapl_jax.curriculum import CURRICULA, Curriculum
 from oapl_jax.curriculum.choice import choose, log_softmax, nucleus_size
 from oapl_jax.curriculum.curator import Curator, init_state, make_step, padded, state_shardings
@@ -32,7 +29,10 @@ from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import make_mesh
 from oapl_jax.model.tokenizer import make_character_tokenizer
 from oapl_jax.model.transformer import Transformer
-from oapl_jax.rollout.source import Supply
+from oapl_jax.rollout.buffer import Buffer
+from oapl_jax.rollout.group_store import GroupStore
+from oapl_jax.rollout.ledger import Ledger
+from oapl_jax.rollout.sampler import Sampled
 from oapl_jax.structs import Group, Prompt, Rollout
 from oapl_jax.weights.checkpoint import Checkpoints
 
@@ -383,27 +383,22 @@ def test_a_restored_curriculum_goes_on_to_the_bit(tokenizer, name):
     jax.tree.map(equal, again.teacher.arrays(), curriculum.teacher.arrays())
 
 
-def test_a_checkpoint_awaits_what_is_chosen_and_not_yet_given(tokenizer):
-    """The worker has taken three of a choice: one is in the buffer, one on its way, one failed."""
+def test_a_checkpoint_keeps_choices_that_are_not_sampled_yet(tokenizer, tmp_path):
+    """Of a choice one group is in the buffer, one prompt is outstanding, and one has failed."""
     curriculum = curriculum_of("actor_curator", tokenizer)
     lesson(curriculum, taken(curriculum, PICKS), lambda prompt: 0.1)  # it is awake
-    held, on_its_way, failed = draws(taken(curriculum, 3))
-    worker = lambda: {"prompts": curriculum.state(), "again": [on_its_way]}
-    parts: dict[str, Any] = dict.fromkeys(Supply.__dataclass_fields__)
-    parts |= {
-        "curriculum": curriculum,
-        "buffer": SimpleNamespace(
-            lock=threading.Lock(), state=lambda: ({}, {}), draws=lambda: {held}
-        ),
-        "worker": SimpleNamespace(state=worker),
-        "ledger": SimpleNamespace(position=lambda: 0),
-        "unpaid": SimpleNamespace(count=0),
-    }
-    saved, _ = hosts.decode(Supply(**parts).state())
+    ledger = Ledger(epath.Path(tmp_path / "ledger.jsonl"))
+    buffer = Buffer(buffer_config(), seed=0, on_end=lambda group, end, step: None)
+    store = GroupStore(curriculum, buffer, ledger, None, group_size=2, on_group=lambda group: None)
+    held, outstanding, failed = (store.reserve() for _ in range(3))
+    rollout = Rollout(np.array([3, 1], np.int32), np.zeros(2, np.float32), 0, "stop")
+    store.commit(Sampled(held, (rollout,) * 2, "s", 0.1), np.array([0, 1], np.float32))
+    store.commit(Sampled(failed, (), "s", 0.1), np.empty(0, np.float32))
+    saved = store.snapshot(lambda: None)
     [(_, _, _, awaited)] = saved["teacher"]["rounds"]
     to_come = draws(taken(curriculum, PICKS - 3))
-    assert {draw for draw, _ in awaited} == {held, on_its_way, *to_come}
-    assert failed not in to_come
+    sampled = {held.stream_index, outstanding.stream_index}
+    assert {draw for draw, _ in awaited} == {*sampled, *to_come}
 
 
 # ---------------------------------------------------------------- actor-curator
@@ -653,16 +648,16 @@ MISTAKES = {
 def test_a_setting_that_can_not_be_is_refused_by_name(setting):
     config = arithmetic.get_config()
     config.curriculum.name = "actor_curator"
-    check_sizes(config)
+    checked(config)
     config.update_from_flattened_dict({setting: MISTAKES[setting]})
     with pytest.raises(UserError, match=setting.replace(".", r"\.") + "="):
-        check_sizes(config)
+        checked(config)
 
 
 def test_nothing_is_chosen_of_what_is_recorded():
     config = arithmetic.get_config()
-    config.rollout.update(source="shards", shards="somewhere")
-    check_sizes(config)
+    config.rollout.update(source="dataset", dataset="somewhere")
+    checked(config)
     config.curriculum.name = "window"
-    with pytest.raises(UserError, match=r"rollout\.source='shards' samples"):
-        check_sizes(config)
+    with pytest.raises(UserError, match=r"rollout\.source"):
+        checked(config)

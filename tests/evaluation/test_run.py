@@ -12,13 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 from etils import epath
+from small_runs import opened
 
 from configs import arithmetic
-from oapl_jax import rewards
-from oapl_jax.build import Job, open_job
+from oapl_jax import build, rewards
 from oapl_jax.errors import UserError
 from oapl_jax.evaluate import check_flags
-from oapl_jax.evaluation.run import benchmark_prompts, run
+from oapl_jax.evaluation.run import benchmark_prompts, run_benchmarks
 from oapl_jax.learner import train_step as learner
 from oapl_jax.rewards.grader import Grader
 
@@ -74,9 +74,9 @@ class Shop:
         }
         content = CONFIG.format(settings=self.settings, benchmarks=self.benchmarks)
         (root / "config.py").write_text(content)
-        job = self.job()
+        _, job = self.job()
         state = learner.init_state(job.model, job.optimizer, job.mesh, 0)
-        job.checkpoints.save(3, state, {}, b"", probe=job.probe(state.params))
+        job.checkpoints.save(3, state, {}, b"", probe=job.versions.probe(state.params))
         job.close()
 
     def table(self, name, problems, task="chain_sum"):
@@ -97,12 +97,13 @@ class Shop:
         config.update_from_flattened_dict({k.replace("__", "."): v for k, v in settings.items()})
         with config.unlocked():
             config.benchmarks = self.benchmarks
-        return open_job(config, epath.Path(self.workdir))
+        return opened(config, self.workdir)
 
     def run(self, to, *names, n=64, step=None, version_dir=None, **settings):
-        said, job = [], self.job(**settings)
+        said, (config, job) = [], self.job(**settings)
         try:
-            directory, results = run(
+            directory, results = run_benchmarks(
+                config,
                 job,
                 names or ("sums",),
                 epath.Path(to),
@@ -165,7 +166,7 @@ def test_the_result_is_what_the_file_of_responses_says(shop, unbroken):
     assert unbroken.directory.name == "v000003"
     assert len(found) == 6 * 64
     prompts = {prompt.id: prompt for prompt in job_prompts(shop)}
-    tokenizer = shop.job().policy.tokenizer
+    tokenizer = shop.job()[1].policy.tokenizer
     right = dict.fromkeys(prompts, 0)
     for (prompt_id, _), (tokens, _, finish) in found.items():
         numbers = re.findall(r"\d+", tokenizer.decode(tokens, skip_special_tokens=True))
@@ -189,7 +190,7 @@ def test_the_result_is_what_the_file_of_responses_says(shop, unbroken):
 
 
 def job_prompts(shop):
-    return benchmark_prompts(shop.job(), "sums")[0]
+    return benchmark_prompts(*shop.job(), "sums")[0]
 
 
 def test_killed_it_ends_with_the_same_samples(shop, unbroken, tmp_path):
@@ -225,7 +226,7 @@ def test_killed_it_ends_with_the_same_samples(shop, unbroken, tmp_path):
 
 
 def test_a_changed_grader_grades_anew_and_samples_nothing(shop, unbroken, monkeypatch, tmp_path):
-    monkeypatch.setattr(Job, "new_sampler", None)
+    monkeypatch.setattr(build, "open_sampler", None)
     (tmp_path / "__init__.py").write_text("# other sources")
     before = (unbroken.directory / "sums" / "responses.jsonl").read_bytes()
     again = shop.run(unbroken.directory.parent)
@@ -233,7 +234,7 @@ def test_a_changed_grader_grades_anew_and_samples_nothing(shop, unbroken, monkey
     with monkeypatch.context() as changed:
         changed.setattr(rewards, "__file__", str(tmp_path / "__init__.py"))
         changed.setattr(Grader, "reward", lambda self, prompt, rollout: 1.0)
-        changed.setattr(Job, "check_rewards", lambda self: None)
+        changed.setattr(build, "check_grader", lambda config, run: None)
         again = shop.run(unbroken.directory.parent)
     assert again.results["sums"]["avg@n"]["value"] == 1
     assert again.said[-1] == "sums: 384 of 384 responses graded"

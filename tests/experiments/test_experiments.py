@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from small_runs import checked
 
 from configs import arithmetic
 from configs.objectives import OBJECTIVES
@@ -22,7 +23,6 @@ from experiments import comparison, lag, launch, objectives, table
 from experiments.execute import resetting, summary
 from experiments.objectives import FULL, QUICK, Arm, arms, stream, train, tuned, warm_up
 from experiments.run import RESULTS, Results, key_of, listed, make_run
-from oapl_jax.check import check_sizes
 from oapl_jax.errors import RunError
 from oapl_jax.files import JsonLines
 from oapl_jax.learner.optimizer import make_optimizer, make_schedule
@@ -70,7 +70,7 @@ def test_every_run_applies_to_its_locked_config(quick, tmp_path):
             settings = (part.kind, part.objective, part.overrides, part.stream)  # for any seed
             if settings not in seen:
                 seen[settings] = config = part.resolve(root)
-                check_sizes(config)
+                checked(config)
                 assert config.num_steps % config.lag.steps == 0
     assert {kind for kind, *_ in seen} == {"warm_up", "generate", "train"}
 

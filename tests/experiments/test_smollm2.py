@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from etils import epath
+from small_runs import opened, typed
 
 from configs import smollm2
 from oapl_jax import train
-from oapl_jax.build import open_job
 from oapl_jax.data import samples
 from oapl_jax.evaluation.run import run as run_benchmarks
 from oapl_jax.learner import train_step as learner
@@ -81,13 +81,13 @@ def test_a_small_model_goes_the_way_of_the_real_one(model, tmp_path):
     )
     workdir = epath.Path(tmp_path / "run")
     workdir.mkdir()
-    result = train.run(config, workdir, SimpleNamespace(requested=""))
+    result = train.run(typed(config), workdir, SimpleNamespace(requested=""))
     assert result is not None
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["lag/max"] for line in lines] == [0, 0]
 
     groups = list(Shards(workdir / "rollouts"))
-    job = open_job(config, workdir)
+    config, job = opened(config, workdir)
     decode = job.policy.tokenizer.decode
     problems = {record.id: record for record in job.splits["train"]}
     paid = 0
@@ -106,7 +106,7 @@ def test_a_small_model_goes_the_way_of_the_real_one(model, tmp_path):
     what = dict(version_dir=None, n=2, say=lambda text: None)
     for step in (0, 2):
         directory, results = run_benchmarks(
-            job, ["gsm8k_test"], epath.Path(tmp_path / "evaluation"), step=step, **what
+            config, job, ["gsm8k_test"], epath.Path(tmp_path / "evaluation"), step=step, **what
         )
         assert directory.name == f"v{step:06d}"
         assert results["gsm8k_test"]["problems"] == 8

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from fault_server import MODEL, STOP, VOCAB, is_right, publish_toy
 
+from oapl_jax.config import FleetConfig, ProbeTolerance
 from oapl_jax.data.prompts import PromptStream
 from oapl_jax.data.records import Record, user
-from oapl_jax.fleet.config import FleetConfig
 from oapl_jax.fleet.sampler import Fleet
 from oapl_jax.rollout.buffer import Buffer
 from oapl_jax.rollout.ledger import Ledger
@@ -26,21 +26,21 @@ SETTINGS: dict[str, Any] = dict(
     servers=(),
     servers_file="",
     router="",
-    members_every=0.05,
+    poll_every=0.05,
     max_in_flight=8,
     attempts=4,
     backoff=0.01,
     backoff_limit=0.1,
     health_every=0.1,
     connect_deadline=5.0,
-    answer_deadline=10.0,
+    control_deadline=10.0,
     request_deadline=10.0,
     drain_deadline=10.0,
     update_deadline=10.0,
     start_deadline=10.0,
     no_server_deadline=25.0,
-    refresh_share=0.5,
-    probe_gap={"float32": 1e-3, "bfloat16": 0.1},
+    refresh_fraction=0.5,
+    probe_tolerance=ProbeTolerance(float32=1e-3, bfloat16=0.1),
     mixed_versions="reissue",
 )
 
@@ -51,21 +51,21 @@ REAL_SETTINGS: dict[str, Any] = dict(
     servers=(),
     servers_file="",
     router="",
-    members_every=0.5,
+    poll_every=0.5,
     max_in_flight=8,
     attempts=4,
     backoff=0.2,
     backoff_limit=2.0,
     health_every=2.0,
     connect_deadline=5.0,
-    answer_deadline=60.0,
+    control_deadline=60.0,
     request_deadline=120.0,
     drain_deadline=60.0,
     update_deadline=60.0,
     start_deadline=150.0,
     no_server_deadline=170.0,
-    refresh_share=0.5,
-    probe_gap={"float32": CLOSE, "bfloat16": 0.1},
+    refresh_fraction=0.5,
+    probe_tolerance=ProbeTolerance(float32=CLOSE, bfloat16=0.1),
     mixed_versions="reissue",
 )
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from fault_server import MODEL, STOP, VOCAB
 
+from oapl_jax.config import ProbeTolerance
 from oapl_jax.errors import UserError
 from oapl_jax.fleet.admission import (
     Requirements,
@@ -43,7 +44,7 @@ REQUIREMENTS = Requirements(
     sampling=Sampling(1.0, 1.0, 0, 40),
     max_prompt_tokens=20,
     dtype="float32",
-    probe_tolerance={"float32": 1e-3, "bfloat16": 0.1},
+    probe_tolerance=ProbeTolerance(float32=1e-3, bfloat16=0.1),
 )
 # The compared part of what SGLang 0.5.23 reports.
 INFO = {
@@ -174,7 +175,7 @@ def test_a_server_that_refuses_to_sample(server):
 def test_a_server_whose_log_probs_differ_from_its_own(server):
     server.plan = lambda call: "stale" if call == "score" else ""
     (refusal,), _ = check(server)
-    assert "fleet.probe_gap" in refusal
+    assert "fleet.probe_tolerance" in refusal
 
 
 def test_a_server_that_ignores_the_temperature(server):

@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 from etils import epath
+from small_runs import opened
 
 from configs import arithmetic
-from oapl_jax.build import Job, open_job
+from oapl_jax import build
 from oapl_jax.evaluation.estimators import pass_at_k
-from oapl_jax.evaluation.run import benchmark_prompts, run
+from oapl_jax.evaluation.run import benchmark_prompts, run_benchmarks
 from oapl_jax.rewards.tasks import chain_sum
 
 PROBLEMS = [("1+1=", "2"), ("9-8=", "1"), ("3+4-1=", "6"), ("8-5=", "3"), ("2+2+2=", "6")]
@@ -39,7 +40,7 @@ def evaluate(servers, published, tmp_path):
             "rollout.sampler": sampler,
             "rollout.temperature": temperature,
             "fleet.servers": tuple(servers.urls),
-            "fleet.answer_deadline": 60.0,
+            "fleet.control_deadline": 60.0,
         }
         config.update_from_flattened_dict(settings)
         with config.unlocked():
@@ -55,14 +56,16 @@ def evaluate(servers, published, tmp_path):
                     max_tests=0,
                 ),
             )
-        job = open_job(config, epath.Path(tmp_path / "workdir"))
+        config, run = opened(config, tmp_path / "workdir")
         what = dict(step=None, version_dir=str(published.path(VERSION)), n=N)
         to = epath.Path(tmp_path / f"{sampler}{temperature}")
         try:
-            directory, results = run(job, ["sums"], to, **what, say=lambda text: None)
-            prompts = {p.id: p for p in benchmark_prompts(job, "sums")[0]}
+            directory, results = run_benchmarks(
+                config, run, ["sums"], to, **what, say=lambda text: None
+            )
+            prompts = {p.id: p for p in benchmark_prompts(config, run, "sums")[0]}
         finally:
-            job.close()
+            run.close()
         lines = (directory / "sums" / "responses.jsonl").read_text().splitlines()
         return results["sums"], [json.loads(line) for line in lines[1:]], prompts
 
@@ -95,7 +98,7 @@ def test_what_is_measured_is_what_the_version_says(evaluate, servers, published,
     assert result["about"]["sampler"] == "fleet"
     assert result["about"]["version"] == VERSION
 
-    monkeypatch.setattr(Job, "new_sampler", None)
+    monkeypatch.setattr(build, "open_sampler", None)
     assert evaluate("fleet", 1.0)[0]["pass@k"] == result["pass@k"]  # nothing is sampled again
 
 

@@ -60,7 +60,7 @@ def test_a_server_that_fails_a_refresh_samples_nothing(
 ):
     """The other one goes on alone, until the first does as it is told."""
     bad, good = toy_servers(2)
-    deadlines = dict(answer_deadline=0.5, update_deadline=0.5, start_deadline=0.1)
+    deadlines = dict(control_deadline=0.5, update_deadline=0.5, start_deadline=0.1)
     fleet = make_fleet([bad.url, good.url], **deadlines)
     bad.plan = lambda this: fault if this == call else ""
     fleet.refresh(3, publish_toy(directory, 3))
@@ -92,7 +92,7 @@ def test_a_server_that_takes_the_weights_and_says_no(make_fleet, toy_servers, di
 def test_a_server_that_fails_its_health_is_lost(make_fleet, toy_servers, directory, fault):
     """And what is in flight there is requested from another one."""
     bad, good = toy_servers(2)
-    deadlines: Any = dict(answer_deadline=1.0, request_deadline=1000.0)
+    deadlines: Any = dict(control_deadline=1.0, request_deadline=1000.0)
     fleet = ready_fleet(make_fleet, [bad, good], directory, **deadlines)
     bad.seconds = 1000.0
     taker = Taker(fleet, prompts(20))
@@ -146,7 +146,7 @@ def test_a_server_that_comes_back_with_other_weights_under_the_same_name(
     make_fleet, toy_servers, directory
 ):
     (server,) = toy_servers(1)
-    fleet = ready_fleet(make_fleet, [server], directory, 3, answer_deadline=0.5)
+    fleet = ready_fleet(make_fleet, [server], directory, 3, control_deadline=0.5)
     server.plan = lambda this: "503" if this in CONTROL else ""
     wait_until(lambda: states(fleet) == {"lost"})
     server.held = 55
@@ -210,7 +210,7 @@ def test_a_thousand_random_faults(make_fleet, toy_servers, directory, tmp_path):
         made,
         directory,
         allow_older=True,
-        answer_deadline=0.5,
+        control_deadline=0.5,
         request_deadline=0.5,
         update_deadline=0.5,
         drain_deadline=0.05,

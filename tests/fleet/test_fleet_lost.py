@@ -8,9 +8,9 @@ import sys
 
 import pytest
 from conftest import ROOT
+from small_runs import checked
 
 from configs import arithmetic
-from oapl_jax.check import check_sizes
 from oapl_jax.errors import UserError
 
 DEADLINE = 300.0  # seconds for a run
@@ -107,7 +107,7 @@ def test_the_learner_waits_longer_than_a_pause_may_last():
     config = arithmetic.get_config()
     config.rollout.sampler = "fleet"
     config.fleet.servers = ("http://127.0.0.1:9",)
-    check_sizes(config)
+    checked(config)
     config.rollout.deadline = config.fleet.no_server_deadline
     with pytest.raises(UserError, match=r"rollout\.deadline=1200 .* fleet\.no_server_deadline"):
-        check_sizes(config)
+        checked(config)

@@ -23,8 +23,8 @@ from fleets import (
     wait_until,
 )
 
+from oapl_jax.config import FleetConfig
 from oapl_jax.errors import FleetLost, UserError
-from oapl_jax.fleet.config import FleetConfig
 from oapl_jax.rollout.sampler import Sampling
 
 # Who is in the fleet
@@ -250,24 +250,23 @@ def test_many_threads_may_close(make_fleet, toy_servers, directory):
 
 
 @pytest.mark.parametrize(
-    ("changes", "why"),
+    ("changes", "setting"),
     [
-        (dict(servers=()), "fleet names its servers by nothing"),
-        (dict(router="http://r"), "by servers and router; set exactly one"),
-        (dict(max_in_flight=0), "fleet.max_in_flight=0"),
-        (dict(attempts=0), "fleet.attempts=0"),
-        (dict(backoff=0.0), "fleet.backoff=0.0 must be above 0"),
-        (dict(request_deadline=-1.0), "fleet.request_deadline=-1.0 must be above 0"),
-        (dict(refresh_share=1.5), "fleet.refresh_share=1.5 must be at most 1"),
-        (dict(no_server_deadline=19.0), "fleet.no_server_deadline=19 .* at least 20"),
-        (dict(mixed_versions="drop"), "fleet.mixed_versions='drop' is not one of reissue, keep"),
-        (dict(probe_gap={"float32": 1e-3}), "fleet.probe_gap needs a value for float32 and one"),
-        (dict(probe_gap={"float32": 0.0, "bfloat16": 1.0}), "fleet.probe_gap.float32=0.0 must be"),
+        (dict(servers=()), "fleet.servers"),
+        (dict(router="http://r"), "fleet.router"),
+        (dict(max_in_flight=0), "fleet.max_in_flight"),
+        (dict(attempts=0), "fleet.attempts"),
+        (dict(backoff=0.0), "fleet.backoff"),
+        (dict(request_deadline=-1.0), "fleet.request_deadline"),
+        (dict(request_deadline=float("nan")), "fleet.request_deadline"),
+        (dict(refresh_fraction=1.5), "fleet.refresh_fraction"),
+        (dict(no_server_deadline=19.0), "fleet.no_server_deadline"),
+        (dict(mixed_versions="drop"), "fleet.mixed_versions"),
     ],
 )
-def test_settings_that_can_not_work(changes, why):
-    with pytest.raises(UserError, match=why):
-        FleetConfig(**{**SETTINGS, "servers": ("http://a",), **changes})
+def test_invalid_settings_are_rejected_by_name(changes, setting):
+    with pytest.raises(UserError, match=setting):
+        FleetConfig(**{**SETTINGS, "servers": ("http://a",), **changes}).check_source()
 
 
 def test_settings_that_can_not_be_reproduced_are_named(make_fleet):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from small_runs import checked
 
 from configs import arithmetic, code_contests, competition_math
-from oapl_jax.check import check_sizes
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.model.published import PUBLISHED, published
 from oapl_jax.model.sharding import make_mesh
@@ -228,10 +228,10 @@ def test_a_plan_refuses_what_a_run_on_the_slice_refuses():
 
 
 def test_a_run_of_these_hosts_refuses_the_same(config):
-    check_sizes(config)
+    checked(config)
     config.learner.rows_multiple = 4
     with pytest.raises(UserError, match=r"learner\.rows_multiple=4"):
-        check_sizes(config)
+        checked(config)
 
 
 def test_hosts_are_the_workers_that_the_scripts_request():

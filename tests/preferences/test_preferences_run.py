@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_runs import checked
 
 from configs import arithmetic
-from oapl_jax.check import check_sizes
 from oapl_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
         ({"preferences.judge": "nobody"}, "preferences.judge='nobody'"),
         ({"preferences.beta": 0.0}, "preferences.beta"),
         ({"preferences.comparators": 0}, "preferences.comparators"),
-        ({"rollout.sampler": "fleet"}, "preferences.shards"),
+        ({"rollout.sampler": "fleet"}, "preferences.dataset"),
         ({"objective.prosper.pair_share": 0.0}, "objective.prosper.pair_share"),
         ({"objective.prosper.pair_share": 1.5}, "objective.prosper.pair_share"),
         (
@@ -35,7 +35,7 @@ def test_settings_that_can_not_work_are_refused_by_name(settings, named):
     config = arithmetic.get_config("objective=prosper")
     config.update_from_flattened_dict({"mesh.fsdp": 8, **settings})
     with pytest.raises(UserError, match=named):
-        check_sizes(config)
+        checked(config)
 
 
 def test_only_prosper_is_rewarded_by_comparison():

@@ -17,13 +17,12 @@ import numpy as np
 import pytest
 import xxhash
 from etils import epath
+from small_runs import checked, opened, typed
 
 from configs import arithmetic
 from configs.objectives import OBJECTIVES
 from oapl_jax import record as generate
 from oapl_jax import train
-from oapl_jax.build import open_job
-from oapl_jax.check import check_sizes
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.record import fill
 from oapl_jax.rollout.dataset import MANIFEST, Shards, ShardWriter
@@ -211,7 +210,7 @@ class Jobs:
     def train(self, workdir, **settings):
         workdir.mkdir(exist_ok=True)
         never = SimpleNamespace(requested="")
-        return train.run(self.config(**settings), epath.Path(workdir), never)
+        return train.run(typed(self.config(**settings)), epath.Path(workdir), never)
 
     def train_and_kill(self, workdir, **settings):
         """A step after a checkpoint, which may or may not be on disk by then."""
@@ -229,9 +228,10 @@ class Jobs:
         **settings,
     ):
         seen = []
-        job = open_job(self.config(**settings), epath.Path(workdir))
+        config, run = opened(self.config(**settings), workdir)
         generate.make_set(
-            job,
+            config,
+            run,
             epath.Path(to),
             step=step,
             version_dir=version_dir,
@@ -240,7 +240,7 @@ class Jobs:
             groups_per_shard=groups_per_shard,
             progress=seen.append,
         )
-        job.close()
+        run.close()
         return seen
 
     def process(self, main, *arguments, code, **settings):
@@ -402,10 +402,10 @@ def test_a_replay_of_a_recorded_run_ends_where_that_run_ended(jobs, trained, tmp
     """Same groups, same versions, same steps: the losses are the same without any sampling."""
     jobs.train(
         tmp_path,
-        rollout__source="shards",
-        rollout__shards=str(trained / "rollouts"),
-        rollout__recorded_order="recorded",
-        rollout__recorded_version=-1,
+        rollout__source="dataset",
+        rollout__dataset=str(trained / "rollouts"),
+        rollout__dataset_order="recorded",
+        rollout__dataset_version=-1,
         buffer__zero_variance="keep",
     )
     for mine, theirs in zip(metrics(tmp_path), metrics(trained), strict=True):
@@ -422,8 +422,8 @@ def offline(shards, weights):
     return dict(
         model__path=str(weights),
         warmup__num_steps=0,
-        rollout__source="shards",
-        rollout__shards=str(shards),
+        rollout__source="dataset",
+        rollout__dataset=str(shards),
         buffer__zero_variance="drop",
     )
 
@@ -470,8 +470,8 @@ def test_both_take_their_share_of_each_step(jobs, round1, tmp_path):
         model__path=str(round1 / "weights" / "v000000"),
         warmup__num_steps=0,
         rollout__source="both",
-        rollout__shards=str(round1),
-        rollout__recorded_share=0.25,
+        rollout__dataset=str(round1),
+        rollout__dataset_share=0.25,
         buffer__zero_variance="keep",
     )
     jobs.train(tmp_path, **settings)
@@ -490,18 +490,18 @@ def test_both_take_their_share_of_each_step(jobs, round1, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(rollout__source="tape"), "rollout.source='tape' is not one of live, shards, both"),
-        (dict(rollout__source="shards"), "rollout.source='shards' and rollout.shards=''"),
-        (dict(rollout__shards="x"), "rollout.source='live' and rollout.shards='x'"),
+        (dict(rollout__source="tape"), "rollout.source='tape' is not one of live, dataset, both"),
+        (dict(rollout__source="dataset"), "rollout.source='dataset' and rollout.dataset=''"),
+        (dict(rollout__dataset="x"), "rollout.source='live' and rollout.dataset='x'"),
         (
-            dict(rollout__source="both", rollout__shards="x", rollout__recorded_share=0.05),
-            "rollout.recorded_share=0.05",
+            dict(rollout__source="both", rollout__dataset="x", rollout__dataset_share=0.05),
+            "rollout.dataset_share=0.05",
         ),
         (
             dict(
-                rollout__source="shards",
-                rollout__shards="x",
-                rollout__recorded_version=-1,
+                rollout__source="dataset",
+                rollout__dataset="x",
+                rollout__dataset_version=-1,
                 objective__denominator="learner",
             ),
             "objective.denominator='learner'",
@@ -510,4 +510,4 @@ def test_both_take_their_share_of_each_step(jobs, round1, tmp_path):
 )
 def test_settings_that_do_not_fit_are_refused_by_name(jobs, settings, words):
     with pytest.raises(UserError, match=re.escape(words)):
-        check_sizes(jobs.config(**settings))
+        checked(jobs.config(**settings))

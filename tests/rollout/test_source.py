@@ -1,65 +1,119 @@
-"""What hosts tell each other when they take a step."""
+"""Exchange between hosts at each step, and shares of another number of hosts."""
 
 import json
 from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from etils import epath
 
-from oapl_jax import multihost as hosts
+from oapl_jax import multihost
 from oapl_jax.errors import FleetLost
-from oapl_jax.rollout.source import Supply
-from oapl_jax.tracking.progress import StopRequest
+from oapl_jax.rollout.source import GroupSource, reshard
+from oapl_jax.structs import Group, Prompt, Rollout, encode_groups
 
-OTHER = ["", "", [0, 8]]  # what host 1 says: not stopped, has its servers, uses versions 0 and 8
+
+class EmptyStore:
+    def __len__(self):
+        return 0
+
+    def expire(self, step):
+        pass
+
+
+class Host0:
+    """The source of host 0 of two; the test plays host 1, and the worker."""
+
+    def __init__(self, monkeypatch):
+        self.mine: set[int] = set()
+        self.other: list[Any] = ["", "", []]  # host 1's stop, lost fleet and versions
+        self.stop: Any = SimpleNamespace(requested="")
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(multihost, "barrier", lambda name, *, deadline: None)
+        gather = lambda mine, *_, **__: [mine, json.dumps(self.other).encode()]
+        monkeypatch.setattr(multihost, "allgather_bytes", gather)
+        parts: Any = dict.fromkeys(("sampler", "ledger", "guard", "writer"))
+        worker: Any = SimpleNamespace(versions=lambda: self.mine)
+        store: Any = EmptyStore()
+        self.source = GroupSource(
+            worker=worker,
+            store=store,
+            workdir=epath.Path("nowhere"),
+            sampled=0,
+            recorded=0,
+            fresh=0,
+            overlap=True,
+            deadline=1.0,
+            metrics=(),
+            **parts,
+        )
+
+    def collect(self, step):
+        self.stop.requested = "stop"  # so that no groups are exchanged
+        return self.source.collect(step, self.stop)
 
 
 @pytest.fixture
-def supply(monkeypatch) -> Supply:
-    """That of host 0 of two."""
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(hosts, "meet", lambda what, *, deadline: None)
-    answer = lambda mine, *_, **__: [mine, json.dumps(OTHER).encode()]
-    monkeypatch.setattr(hosts, "gather", answer)
-    parts: dict[str, Any] = dict.fromkeys(Supply.__dataclass_fields__)
-    parts |= {
-        "job": SimpleNamespace(config=SimpleNamespace(rollout=SimpleNamespace(deadline=1.0))),
-        "worker": SimpleNamespace(versions=lambda: {4}),
-        "buffer": SimpleNamespace(versions=lambda: {0, 4}),
-        "in_use": set(),
-    }
-    return Supply(**parts)
+def host(monkeypatch):
+    return Host0(monkeypatch)
 
 
-def stop_request(requested: str = "") -> StopRequest:
-    stop = StopRequest.__new__(StopRequest)  # without its signal handlers
-    stop.requested = requested
-    return stop
+def test_versions_in_use_are_those_of_all_hosts_at_the_last_step(host):
+    assert host.source.versions() == set()
+    host.mine, host.other[2] = {0, 4}, [0, 8]
+    host.collect(3)
+    assert host.source.versions() == {0, 4, 8}
+    host.mine = {8}
+    assert host.source.versions() == {0, 4, 8}  # the same on all hosts
+    host.collect(4)
+    assert host.source.versions() == {0, 8}
 
 
-def test_versions_in_use_are_those_of_all_hosts_at_the_last_step(supply):
-    assert supply.versions() == set()
-    supply._agree(3, stop_request(), lost="")
-    assert supply.versions() == {0, 4, 8}
-    supply.worker.versions = lambda: {8}
-    supply.buffer.versions = lambda: {8}
-    assert supply.versions() == {0, 4, 8}  # the same on all hosts
-    supply._agree(4, stop_request(), lost="")
-    assert supply.versions() == {0, 8}
-
-
-def test_one_host_has_the_versions_that_it_uses_now(supply, monkeypatch):
+def test_a_single_host_uses_its_own_versions(host, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 1)
-    assert supply.versions() == {0, 4}
+    host.mine = {0, 4}
+    assert host.source.versions() == {0, 4}
 
 
-def test_a_stop_or_a_loss_of_one_host_is_that_of_all(supply, monkeypatch):
-    said = [["", "", []], ["SIGTERM", "", []]]
-    monkeypatch.setattr(hosts, "gather", lambda *_, **__: [json.dumps(s).encode() for s in said])
-    stop = stop_request()
-    supply._agree(3, stop, lost="")
-    assert stop.requested == "SIGTERM"
-    said[1] = ["", "no server is left", []]
+def test_a_stop_of_one_host_stops_all(host):
+    host.other = ["SIGTERM", "", []]
+    stop: Any = SimpleNamespace(requested="")
+    groups, _ = host.source.collect(3, stop)
+    assert (groups, stop.requested) == ([], "SIGTERM")
+
+
+def test_a_lost_fleet_of_one_host_ends_all(host):
+    host.other = ["", "no server is left", []]
     with pytest.raises(FleetLost, match="no server is left"):
-        supply._agree(4, stop_request(), lost="")
+        host.collect(4)
+
+
+def share(position, held=(), again=(), chosen=()):
+    rollout = Rollout(np.array([1], np.int32), np.zeros(1, np.float32), 0, "stop")
+    prompt = lambda i: Prompt(f"p{i}", i, np.array([1], np.int32), "", "", "")
+    groups = [Group(prompt(i), (rollout,), np.zeros(1, np.float32)) for i in held]
+    return {
+        "buffer": {"groups": encode_groups(groups)},
+        "prompts": {"stream": {"stream_index": position}, "chosen": list(chosen)},
+        "again": list(again),
+        "teacher": {},
+        "ledger": 7,
+        "recorded": None,
+        "zero_reward_groups": position,
+        "shards": None,
+    }
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3, 4])
+def test_every_untrained_prompt_is_sampled_by_one_of_the_new_hosts(hosts):
+    """Host 0 reserved 0, 2, 4, 6; host 1, which is slower, 1 and 3."""
+    saved = [share(8, held=[4], again=[6]), share(4, held=[3])]
+    states = [reshard(saved, host=h, hosts=hosts) for h in range(hosts)]
+    assert {s["prompts"]["stream"]["stream_index"] for s in states} == {8}
+    start = 8 // hosts * hosts  # the stream continues there
+    again = sorted(index for s in states for index in s["again"])
+    assert again == [i for i in (3, 4, 5, 6, 7) if i < start]
+    assert states[0]["zero_reward_groups"] == 8
+    assert all(s["ledger"] == (7 if h < 2 else 0) for h, s in enumerate(states))

@@ -1,19 +1,20 @@
 """The worker, in turns with a learner and in a thread beside it; its sampler follows a script."""
 
 import itertools
-import json
 import threading
 import time
 
 import numpy as np
 import pytest
 from etils import epath
+from stores import buffer_config, uniform
 
 from oapl_jax.data.prompts import PromptStream
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import RunError
 from oapl_jax.model.tokenizer import make_character_tokenizer
 from oapl_jax.rollout.buffer import Buffer
+from oapl_jax.rollout.group_store import GroupStore
 from oapl_jax.rollout.ledger import Ledger
 from oapl_jax.rollout.ledger_report import LedgerReport
 from oapl_jax.rollout.sampler import Attempt, Sampled, Sampling
@@ -94,7 +95,7 @@ class ScriptedSampler:
 
 @pytest.fixture
 def make(tokenizer, tmp_path):
-    """Makes (worker, sampler, buffer); at the end of the test the worker's thread is stopped, and
+    """Makes (worker, sampler, store); at the end of the test the worker's thread is stopped, and
     every ledger must balance."""
     workers = []
 
@@ -116,32 +117,33 @@ def make(tokenizer, tmp_path):
             Record(f"id{i}", user(f"{i}+1="), str(i + 1), "chain_sum", {}) for i in range(10, 17)
         ]
         ledger = Ledger(epath.Path(tmp_path / f"{len(workers)}.jsonl"))
-        buffer = Buffer(
-            mode=mode,
-            max_age=100,
-            max_reuse=1,
-            capacity=capacity,
-            zero_variance=zero_variance,
+        stream = PromptStream(
+            records,
+            tokenizer,
+            task="chain_sum",
             seed=0,
-            on_end=ledger.end,
+            max_prompt_tokens=5,
+            instruction="",
+            host=0,
+            hosts=1,
+        )
+        store = GroupStore(
+            uniform(stream),
+            Buffer(
+                buffer_config(mode=mode, capacity=capacity, zero_variance=zero_variance),
+                seed=0,
+                on_end=ledger.end,
+            ),
+            ledger,
+            None,
+            group_size=GROUP_SIZE,
+            on_group=record,
         )
         sampler, rate = ScriptedSampler(tokenizer), reward or right_and_whole
         worker = Worker(
-            PromptStream(
-                records,
-                tokenizer,
-                task="chain_sum",
-                seed=0,
-                max_prompt_tokens=5,
-                instruction="",
-                host=0,
-                hosts=1,
-            ),
+            store,
             sampler,
             lambda prompt, of: np.array([rate(prompt, rollout) for rollout in of], np.float32),
-            buffer,
-            ledger=ledger,
-            record=record,
             group_size=GROUP_SIZE,
             sampling=SAMPLING,
             prompts_per_call=PER_CALL,
@@ -149,7 +151,7 @@ def make(tokenizer, tmp_path):
             deadline=deadline,
         )
         workers.append((worker, sampler))
-        return worker, sampler, buffer
+        return worker, sampler, store
 
     yield made
     for i, (worker, sampler) in enumerate(workers):
@@ -164,8 +166,28 @@ def make(tokenizer, tmp_path):
         assert summary["requested"] >= GROUP_SIZE * (asked + failed)
 
 
-def held(buffer):
-    return buffer.sample(len(buffer), step=0)
+def held(store):
+    return store.take(len(store), 0, step=0)
+
+
+def snapshot(store):
+    """Position in the prompt stream, and the prompts to sample again."""
+    state = store.snapshot(lambda: None)
+    return state["prompts"]["stream"]["stream_index"], state["again"]
+
+
+def ends(store):
+    """Non-zero counts of the store."""
+    counts = store.counts()
+    return {k.split("/")[1]: n for k, n in counts.items() if k.startswith("buffer/") and n}
+
+
+def fails(check):
+    try:
+        check()
+    except BaseException:
+        return True
+    return False
 
 
 def until(condition):
@@ -188,10 +210,10 @@ def ledger_of(tmp_path, number=0):
 
 
 def test_produce_adds_rewarded_groups_of_one_version(make):
-    worker, sampler, buffer = make()
+    worker, sampler, store = make()
     worker.produce()
-    assert len(buffer) == PER_CALL
-    groups = held(buffer)
+    assert len(store) == PER_CALL
+    groups = held(store)
     assert [g.prompt.stream_index for g in groups] == [0, 1]
     for group in groups:
         assert group.reward.dtype == np.float32
@@ -203,27 +225,28 @@ def test_produce_adds_rewarded_groups_of_one_version(make):
 
 
 def test_serve_refreshes_once_and_before_the_next_portion(make):
-    worker, sampler, buffer = make(mode="keep_with_anchor")
-    assert worker.version == -1
+    worker, sampler, store = make(mode="keep_with_anchor")
+    assert store.target_version == -1
     assert worker.versions() == {0}  # the sampler's own
-    worker.serve(4, path(4))
-    assert (worker.version, worker.versions(), sampler.version) == (4, {0, 4}, 0)
+    store.set_target(4, path(4))
+    assert (store.target_version, worker.versions(), sampler.version) == (4, {0, 4}, 0)
     worker.produce()
     worker.produce()
-    worker.serve(8, path(8))
+    store.set_target(8, path(8))
     assert worker.versions() == {4, 8}  # the sampler still holds 4
     worker.produce()
-    assert worker.versions() == {8}
+    assert worker.versions() == {4, 8}  # the buffer still holds groups of 4
     assert sampler.refreshed == [(4, str(path(4))), (8, str(path(8)))]
-    assert [g.policy_version for g in held(buffer)] == [4] * 4 + [8] * 2
+    assert [g.policy_version for g in held(store)] == [4] * 4 + [8] * 2
+    assert worker.versions() == {8}
 
 
 def test_metrics_say_what_was_sampled_since_the_last_call(make):
-    worker, _, _ = make()
-    assert worker.take_metrics() == {}
+    worker, _, store = make()
+    assert store.take_metrics() == {}
     worker.produce()
     worker.produce()
-    metrics = worker.take_metrics()
+    metrics = store.take_metrics()
     assert metrics["rollout/groups"] == 2 * PER_CALL
     assert metrics["rollout/reward"] == pytest.approx(1 / 3)
     assert metrics["rollout/truncated"] == pytest.approx(1 / 3)
@@ -236,57 +259,56 @@ def test_metrics_say_what_was_sampled_since_the_last_call(make):
     assert metrics["rollout/tokens_per_second"] == pytest.approx(
         8 * 2 * PER_CALL / metrics["rollout/seconds"]
     )
-    assert worker.take_metrics() == {}
+    assert store.take_metrics() == {}
 
 
 def test_metrics_count_groups_that_the_buffer_drops(make, monkeypatch, tmp_path):
-    worker, sampler, buffer = make(zero_variance="drop")
+    worker, sampler, store = make(zero_variance="drop")
     answers = sampler._answers
     monkeypatch.setattr(sampler, "_answers", lambda *a: answers(*a)[1:2] * GROUP_SIZE)
     worker.produce()
-    assert len(buffer) == 0
+    assert len(store) == 0
     assert ledger_of(tmp_path) == {"zero_variance": GROUP_SIZE * PER_CALL}
-    assert buffer.counts == {"added": PER_CALL, "zero_variance": PER_CALL}
-    metrics = worker.take_metrics()
+    assert ends(store) == {"added": PER_CALL, "zero_variance": PER_CALL}
+    metrics = store.take_metrics()
     assert (metrics["rollout/zero_variance"], metrics["rollout/truncated"]) == (1, 1)
 
 
-def test_draws_that_were_not_delivered_are_sampled_again_first(make):
-    worker, sampler, buffer = make()
-    assert worker.state() == {"prompts": worker.state()["prompts"], "again": [], "totals": {}}
-    assert worker.state()["prompts"]["stream_index"] == 0
+def test_prompts_that_were_not_committed_are_sampled_again_first(make):
+    worker, sampler, store = make()
+    assert snapshot(store) == (0, [])
     worker.produce()
-    after_one = worker.state()
-    assert (after_one["prompts"]["stream_index"], after_one["again"]) == (PER_CALL, [])
+    assert snapshot(store) == (PER_CALL, [])
     sampler.failure = OSError("lost")
     with pytest.raises(OSError, match="lost"):
         worker.produce()
     assert sampler.asked == [[0, 1], [2, 3]]
-    state = json.loads(json.dumps(worker.state()))
-    assert (state["prompts"]["stream_index"], state["again"]) == (2 * PER_CALL, [2, 3])
+    state = store.snapshot(lambda: None)
+    assert snapshot(store) == (2 * PER_CALL, [2, 3])
 
     again, sampler, other = make()
-    again.restore(state)
-    assert again.state() == state
+    del state["buffer"]
+    other.restore(state | {"ledger": 0}, read=lambda like: like)
+    assert snapshot(other) == (2 * PER_CALL, [2, 3])
     again.produce()
     again.produce()
     assert sampler.asked == [[2, 3], [4, 5]]
-    assert again.state()["again"] == []
+    assert snapshot(other)[1] == []
     worker, _, whole = make()
     for _ in range(3):
         worker.produce()
-    resumed = [(g.prompt.stream_index, g.prompt.id) for g in held(buffer) + held(other)]
+    resumed = [(g.prompt.stream_index, g.prompt.id) for g in held(store) + held(other)]
     assert resumed == [(g.prompt.stream_index, g.prompt.id) for g in held(whole)]
 
 
 def test_a_group_without_rollouts_is_counted_and_makes_room(make, tmp_path):
-    worker, sampler, buffer = make()
+    worker, sampler, store = make()
     sampler.fails = {1, 2}
     worker.produce()
     worker.produce()
-    assert [g.prompt.stream_index for g in held(buffer)] == [0, 3]
-    assert worker.state()["again"] == []
-    metrics = worker.take_metrics()
+    assert [g.prompt.stream_index for g in held(store)] == [0, 3]
+    assert snapshot(store)[1] == []
+    metrics = store.take_metrics()
     assert (metrics["rollout/failed"], metrics["rollout/groups"]) == (2, 2)
     # Two attempts each: the first was issued again, the second was the end.
     assert ledger_of(tmp_path) == {"trained": 6, "failed": 6, "reissued": 6}
@@ -294,127 +316,124 @@ def test_a_group_without_rollouts_is_counted_and_makes_room(make, tmp_path):
 
 def test_groups_are_recorded_whole_before_the_buffer_has_them(make):
     recorded = []
-    record = lambda group: recorded.append((group, len(buffer)))
-    worker, _, buffer = make(record=record)
+    record = lambda group: recorded.append((group, len(store)))
+    worker, _, store = make(record=record)
     worker.produce()
     assert [before for _, before in recorded] == [0, 1]
-    for (group, _), again in zip(recorded, held(buffer), strict=True):
+    for (group, _), again in zip(recorded, held(store), strict=True):
         assert group is again
 
 
 def test_one_reward_thread_keeps_the_order_of_the_sampler(make):
     slow_first = lambda prompt, rollout: time.sleep(0.02 * (prompt.stream_index == 1)) or 1.0
-    worker, sampler, buffer = make(reward=slow_first, reward_threads=1)
+    worker, sampler, store = make(reward=slow_first, reward_threads=1)
     sampler.order = slice(None, None, -1)
     worker.produce()
     worker.produce()
-    assert [g.prompt.stream_index for g in held(buffer)] == [1, 0, 3, 2]
+    assert [g.prompt.stream_index for g in held(store)] == [1, 0, 3, 2]
 
 
 def test_groups_are_rewarded_beside_each_other(make):
     """Each reward waits until another group's is asked for too: one thread would wait for ever."""
     both = threading.Barrier(PER_CALL)
-    worker, _, buffer = make(
+    worker, _, store = make(
         reward=lambda prompt, rollout: float(both.wait(PATIENCE) >= 0), reward_threads=PER_CALL
     )
     worker.produce()
-    assert sorted(g.prompt.stream_index for g in held(buffer)) == [0, 1]
+    assert sorted(g.prompt.stream_index for g in held(store)) == [0, 1]
 
 
 def test_a_reward_that_fails_reaches_the_learner_in_turns(make):
     def reward(prompt, rollout):
         return 1 / (1 - prompt.stream_index)
 
-    worker, _, buffer = make(reward=reward)
+    worker, _, store = make(reward=reward)
     with pytest.raises(ZeroDivisionError):
         worker.produce()
-    assert [g.prompt.stream_index for g in held(buffer)] == [0]
-    assert worker.state()["again"] == [1]
+    assert [g.prompt.stream_index for g in held(store)] == [0]
+    assert snapshot(store)[1] == [1]
 
 
 # In a thread
 
 
 def test_the_thread_fills_the_buffer_and_goes_on_when_there_is_room(make):
-    worker, sampler, buffer = make(capacity=5)  # two portions fit, a third does not
+    worker, sampler, store = make(capacity=5)  # two portions fit, a third does not
     worker.start()
-    until(lambda: len(buffer) == 4)
-    until(lambda: worker.state()["again"] == [4])  # half of the third is taken
+    until(lambda: len(store) == 4)
+    until(lambda: snapshot(store)[1] == [4])  # half of the third is taken
     time.sleep(0.1)
-    assert (len(buffer), len(sampler.asked)) == (4, 2)
+    assert (len(store), len(sampler.asked)) == (4, 2)
     worker.check()
-    taken = buffer.sample(1, step=0)
-    until(lambda: len(buffer) == 5)
+    taken = store.take(1, 0, step=0)
+    until(lambda: len(store) == 5)
     time.sleep(0.1)
-    assert (len(buffer), len(sampler.asked)) == (5, 3)
-    assert worker.state()["again"] == []
-    draws = [g.prompt.stream_index for g in taken + held(buffer)]
+    assert (len(store), len(sampler.asked)) == (5, 3)
+    assert snapshot(store)[1] == []
+    draws = [g.prompt.stream_index for g in taken + held(store)]
     assert draws == list(range(6))
 
 
 def test_the_learner_waits_for_the_thread(make):
-    worker, sampler, buffer = make()
+    worker, sampler, store = make()
     sampler.permits = threading.Semaphore(0)
     worker.start()
     threading.Timer(0.2, lambda: sampler.permits.release(1)).start()
-    wait = buffer.wait(lambda: len(buffer) >= 2, what="groups", deadline=PATIENCE)
+    wait = store.wait(lambda: len(store) >= 2, "groups", deadline=PATIENCE, check=worker.check)
     assert 0.1 < wait < PATIENCE
 
 
 def test_seconds_without_room_are_reported_even_if_the_learner_asks_before_the_next_groups(make):
-    worker, sampler, buffer = make(capacity=2)
+    worker, sampler, store = make(capacity=2)
     sampler.permits = threading.Semaphore(1)
     worker.start()
-    until(lambda: len(buffer) == 2)
-    assert worker.take_metrics()["rollout/groups"] == 2
+    until(lambda: len(store) == 2)
+    assert store.take_metrics()["rollout/groups"] == 2
     time.sleep(0.3)  # the thread has no room
     sampler.started.acquire()
-    buffer.sample(2, step=0)
+    store.take(2, 0, step=0)
     assert sampler.started.acquire(timeout=PATIENCE)  # it samples again,
-    assert worker.take_metrics() == {}  # and has nothing to show yet
+    assert store.take_metrics() == {}  # and has nothing to show yet
     sampler.permits.release()
-    until(lambda: len(buffer) == 2)
-    assert 0.25 < worker.take_metrics()["rollout/waiting_seconds"] < PATIENCE
+    until(lambda: len(store) == 2)
+    assert 0.25 < store.take_metrics()["rollout/waiting_seconds"] < PATIENCE
 
 
 def test_what_is_in_progress_is_in_the_state_and_not_in_the_buffer(make):
-    worker, sampler, buffer = make()
+    worker, sampler, store = make()
     sampler.permits = threading.Semaphore(1)
     worker.start()
-    until(lambda: len(sampler.asked) == 2 and len(buffer) == PER_CALL)
-    with buffer.lock:
-        state = worker.state()
-    assert (state["prompts"]["stream_index"], state["again"]) == (2 * PER_CALL, [2, 3])
+    until(lambda: len(sampler.asked) == 2 and len(store) == PER_CALL)
+    assert snapshot(store) == (2 * PER_CALL, [2, 3])
     sampler.permits.release()
-    until(lambda: len(buffer) == 2 * PER_CALL)
-    with buffer.lock:
-        assert not {2, 3} & set(worker.state()["again"])
+    until(lambda: len(store) == 2 * PER_CALL)
+    assert not {2, 3} & set(snapshot(store)[1])
 
 
 def test_a_group_that_is_being_rewarded_is_in_the_state_and_its_version_stays(make):
     rewarded = threading.Event()
-    worker, sampler, buffer = make(
+    worker, sampler, store = make(
         mode="keep_with_anchor",
         reward=lambda prompt, rollout: float(prompt.stream_index != 1 or rewarded.wait(PATIENCE)),
         reward_threads=2,
     )
-    worker.serve(4, path(4))
+    store.set_target(4, path(4))
     sampler.permits = threading.Semaphore(1)
     worker.start()
-    until(lambda: len(sampler.asked) == 2 and len(buffer) == 1)
-    assert worker.state()["again"] == [1, 2, 3]
-    worker.serve(8, path(8))
+    until(lambda: len(sampler.asked) == 2 and len(store) == 1)
+    assert snapshot(store)[1] == [1, 2, 3]
+    store.set_target(8, path(8))
     sampler.permits.release()
-    until(lambda: sampler.version == 8 and len(buffer) == 3)
-    assert worker.versions() == {4, 8}  # nobody but the reward of draw 1 still needs 4
+    until(lambda: sampler.version == 8 and len(store) == 3)
+    assert [g.prompt.stream_index for g in held(store)] == [0, 2, 3]
+    assert worker.versions() == {4, 8}  # only the group that is being rewarded still needs 4
     rewarded.set()
-    until(lambda: len(buffer) == 4)
+    until(lambda: 1 in [g.prompt.stream_index for g in held(store)])
     assert worker.versions() == {8}
-    assert [g.prompt.stream_index for g in held(buffer)] == [0, 2, 3, 1]
 
 
 def test_a_version_stays_while_the_sampler_loads_it(make):
-    worker, sampler, _ = make(mode="keep_with_anchor")
+    worker, sampler, store = make(mode="keep_with_anchor")
     loading, loaded = threading.Event(), threading.Event()
     refresh = sampler.refresh
 
@@ -424,50 +443,50 @@ def test_a_version_stays_while_the_sampler_loads_it(make):
         refresh(version, path)
 
     sampler.refresh = slow_refresh
-    worker.serve(4, path(4))
+    store.set_target(4, path(4))
     worker.start()
     assert loading.wait(PATIENCE)
-    worker.serve(8, path(8))
+    store.set_target(8, path(8))
     assert worker.versions() == {0, 4, 8}
     loaded.set()
     until(lambda: sampler.version == 8)
 
 
 def test_a_new_version_serves_between_portions_and_what_is_late_is_counted(make):
-    worker, sampler, buffer = make(mode="clear_on_sync", capacity=100)
+    worker, sampler, store = make(mode="clear_on_sync", capacity=100)
     sampler.permits = threading.Semaphore(1)
-    worker.serve(0, path(0))
+    store.set_target(0, path(0))
     worker.start()
-    until(lambda: len(sampler.asked) == 2 and len(buffer) == 2)  # one held, one in progress
-    worker.serve(5, path(5))
-    assert len(buffer) == 0
-    assert buffer.counts == {"added": 2, "expired": 2}
+    until(lambda: len(sampler.asked) == 2 and len(store) == 2)  # one held, one in progress
+    store.set_target(5, path(5))
+    assert len(store) == 0
+    assert ends(store) == {"added": 2, "expired": 2}
     assert worker.versions() == {0, 5}
     assert sampler.version == 0  # a portion is never sampled from two versions
     sampler.permits.release()
-    until(lambda: len(sampler.asked) == 3 and buffer.counts["added"] == 4)
-    assert len(buffer) == 0
-    assert buffer.counts == {"added": 4, "expired": 4}
+    until(lambda: len(sampler.asked) == 3 and ends(store)["added"] == 4)
+    assert len(store) == 0
+    assert ends(store) == {"added": 4, "expired": 4}
     assert sampler.refreshed == [(5, str(path(5)))]
     assert worker.versions() == {5}
     sampler.permits.release()
-    until(lambda: len(buffer) == 2)
-    assert {g.policy_version for g in held(buffer)} == {5}
+    until(lambda: len(store) == 2)
+    assert {g.policy_version for g in held(store)} == {5}
 
 
 def test_late_groups_stay_where_each_has_its_own_anchor(make):
-    worker, sampler, buffer = make(mode="keep_with_anchor", capacity=6)
+    worker, sampler, store = make(mode="keep_with_anchor", capacity=6)
     sampler.permits = threading.Semaphore(1)
     worker.start()
     until(lambda: len(sampler.asked) == 2)
-    worker.serve(5, path(5))
+    store.set_target(5, path(5))
     sampler.permits.release(2)
-    until(lambda: len(buffer) == 6)
-    assert [g.policy_version for g in held(buffer)] == [0] * 4 + [5] * 2
+    until(lambda: len(store) == 6)
+    assert [g.policy_version for g in held(store)] == [0] * 4 + [5] * 2
 
 
 def test_what_the_sampler_raises_reaches_the_learner(make):
-    worker, sampler, buffer = make()
+    worker, sampler, store = make()
     sampler.permits = threading.Semaphore(0)
     worker.start()
     worker.check()
@@ -475,70 +494,62 @@ def test_what_the_sampler_raises_reaches_the_learner(make):
     threading.Timer(0.1, lambda: sampler.permits.release(1)).start()
     started = time.monotonic()
     with pytest.raises(ZeroDivisionError, match="the fleet is gone"):
-        buffer.wait(lambda: len(buffer) > 0, what="x", deadline=PATIENCE, alive=worker.check)
+        store.wait(lambda: len(store) > 0, "x", deadline=PATIENCE, check=worker.check)
     assert time.monotonic() - started < PATIENCE / 2
     with pytest.raises(ZeroDivisionError) as caught:
         worker.check()
     assert caught.value is failure
-    state = worker.state()
-    assert (state["prompts"]["stream_index"], state["again"]) == (PER_CALL, [0, 1])
+    assert snapshot(store) == (PER_CALL, [0, 1])
 
 
 def test_a_reward_that_fails_reaches_a_learner_that_has_enough(make):
     def reward(prompt, rollout):
         return 1 / (2 - prompt.stream_index)
 
-    worker, _, buffer = make(reward=reward, capacity=100)
+    worker, sampler, store = make(reward=reward, capacity=100)
     worker.start()
-    until(lambda: worker._failure)
-    assert len(buffer) >= 2
+    until(lambda: len(store) >= 2 and fails(worker.check))
     with pytest.raises(ZeroDivisionError):
-        buffer.wait(lambda: len(buffer) > 0, what="x", deadline=PATIENCE, alive=worker.check)
-    until(lambda: not worker._thread.is_alive())  # it samples no more
-    assert 2 in worker.state()["again"]
+        store.wait(lambda: len(store) > 0, "x", deadline=PATIENCE, check=worker.check)
+    asked = len(sampler.asked)
+    time.sleep(0.1)
+    assert len(sampler.asked) == asked  # it samples no more
+    assert 2 in snapshot(store)[1]
 
 
 def test_stop_waits_for_what_the_sampler_goes_on_with(make):
-    worker, sampler, buffer = make()
+    worker, sampler, store = make()
     sampler.permits = threading.Semaphore(0)
     worker.start()
     until(lambda: sampler.asked)
     threading.Timer(0.1, lambda: sampler.permits.release(1)).start()
     worker.stop()
-    assert not worker._thread.is_alive()
     assert (len(sampler.asked), sampler.closed) == (1, 1)
-    state = worker.state()
-    assert (len(buffer), state["prompts"]["stream_index"], state["again"]) == (
-        PER_CALL,
-        PER_CALL,
-        [],
-    )
+    assert (len(store), snapshot(store)) == (PER_CALL, (PER_CALL, []))
     worker.check()
 
 
 def test_stop_leaves_what_the_sampler_gives_up_to_be_sampled_again(make, tmp_path):
-    worker, sampler, buffer = make()
+    worker, sampler, store = make()
     sampler.permits, sampler.gives_up = threading.Semaphore(1), True
     worker.start()
-    until(lambda: len(sampler.asked) == 2 and len(buffer) == PER_CALL)
+    until(lambda: len(sampler.asked) == 2 and len(store) == PER_CALL)
     worker.stop()
-    assert not worker._thread.is_alive()
-    state = worker.state()
-    assert (state["prompts"]["stream_index"], state["again"]) == (2 * PER_CALL, [2, 3])
+    assert snapshot(store) == (2 * PER_CALL, [2, 3])
     assert ledger_of(tmp_path) == {"held": 6, "in flight": 6}
     worker.check()
 
 
 def test_stop_lets_rewards_end(make):
     slow = lambda prompt, rollout: time.sleep(0.05) or 1.0
-    worker, sampler, buffer = make(reward=slow)
+    worker, sampler, store = make(reward=slow)
     sampler.permits = threading.Semaphore(1)
     worker.start()
     until(lambda: len(sampler.asked) == 2)
     sampler.gives_up = True
     worker.stop()
-    assert [g.prompt.stream_index for g in held(buffer)] == [0, 1]
-    assert worker.state()["again"] == [2, 3]
+    assert [g.prompt.stream_index for g in held(store)] == [0, 1]
+    assert snapshot(store)[1] == [2, 3]
 
 
 def test_stop_has_a_deadline(make):
@@ -553,11 +564,11 @@ def test_stop_has_a_deadline(make):
 def test_rewards_have_a_deadline_in_turns(make):
     rewarded = threading.Event()
     slow = lambda prompt, rollout: float(prompt.stream_index != 1 or rewarded.wait(PATIENCE))
-    worker, _, buffer = make(reward=slow, deadline=0.1)
+    worker, _, store = make(reward=slow, deadline=0.1)
     with pytest.raises(RunError, match=r"1 groups were not rewarded .* \(rollout\.deadline\)"):
         worker.produce()
     rewarded.set()
-    until(lambda: len(buffer) == PER_CALL)
+    until(lambda: len(store) == PER_CALL)
 
 
 def test_stop_has_a_deadline_for_rewards(make):
@@ -568,7 +579,7 @@ def test_stop_has_a_deadline_for_rewards(make):
         begun.set()
         return float(rewarded.wait(PATIENCE))
 
-    worker, sampler, _ = make(reward=reward, deadline=0.1)
+    worker, sampler, store = make(reward=reward, deadline=0.1)
 
     def generate(prompts, **settings):
         yield from itertools.islice(type(sampler).generate(sampler, prompts, **settings), 1)
@@ -581,35 +592,34 @@ def test_stop_has_a_deadline_for_rewards(make):
     with pytest.raises(RunError, match=r"1 groups were not rewarded .* \(rollout\.deadline\)"):
         worker.stop()
     rewarded.set()
-    until(lambda: not worker._outstanding - {1})
+    until(lambda: snapshot(store)[1] == [1])
 
 
 def test_stop_ends_a_thread_that_waits_for_room(make):
-    worker, _, buffer = make(capacity=2)
+    worker, _, store = make(capacity=2)
     worker.start()
-    until(lambda: len(buffer) == 2)
+    until(lambda: len(store) == 2)
     started = time.monotonic()
     worker.stop()
-    assert not worker._thread.is_alive()
     assert time.monotonic() - started < PATIENCE / 2
 
 
 def test_a_thread_that_never_started_can_be_stopped(make):
-    worker, _, buffer = make()
+    worker, _, store = make()
     worker.stop()
-    assert (len(buffer), worker.state()["prompts"]["stream_index"]) == (0, 0)
+    assert (len(store), snapshot(store)) == (0, (0, []))
 
 
 def test_waiting_for_room_has_a_deadline_that_names_the_setting(make):
-    worker, _, buffer = make(capacity=2, deadline=0.1)
+    worker, _, store = make(capacity=2, deadline=0.1)
     worker.start()
-    worker._thread.join(timeout=PATIENCE)
+    until(lambda: fails(worker.check))
     with pytest.raises(RunError, match=r"waited .* s for room in the buffer \(rollout\.deadline\)"):
         worker.check()
-    assert len(buffer) == 2
+    assert len(store) == 2
 
 
 def test_waiting_for_groups_has_a_deadline_that_names_them(make):
-    _, _, buffer = make()
+    _, _, store = make()
     with pytest.raises(RunError, match=r"waited .* s for 32 groups for step 7"):
-        buffer.wait(lambda: False, what="32 groups for step 7", deadline=0.1)
+        store.wait(lambda: False, "32 groups for step 7", deadline=0.1, check=lambda: None)

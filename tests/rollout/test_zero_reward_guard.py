@@ -5,12 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from etils import epath
+from small_runs import checked, opened, typed
 
 from configs import arithmetic
 from oapl_jax import record as generate
 from oapl_jax import train
-from oapl_jax.build import open_job
-from oapl_jax.check import check_sizes
 from oapl_jax.errors import NoReward, RunError, UserError
 from oapl_jax.rewards.grader import Grader
 from oapl_jax.rollout.ledger import ZeroRewardGuard
@@ -32,7 +31,7 @@ SMALL = {
     "buffer.zero_variance": "keep",
     "rollout.prompts_per_call": 4,
     "rollout.max_sequences": 16,
-    "rollout.unpaid_groups": 10,
+    "rollout.max_zero_reward_groups": 10,
     "evaluation.every": 0,
     "checkpoint.every": 1,
     "tensorboard": False,
@@ -104,7 +103,7 @@ def jobs(shared, tmp_path, monkeypatch):
     def run(name, **settings):
         (tmp_path / name).mkdir(exist_ok=True)
         stop = SimpleNamespace(requested="")
-        return train.run(config(**settings), epath.Path(tmp_path / name), stop)
+        return train.run(typed(config(**settings)), epath.Path(tmp_path / name), stop)
 
     return SimpleNamespace(config=config, run=run, root=tmp_path)
 
@@ -136,18 +135,18 @@ def test_a_recorded_set_without_a_reward_is_not_finished(jobs):
     jobs.run("base", **settings)
     to, few = epath.Path(jobs.root / "set"), epath.Path(jobs.root / "few")
     what = dict(split="train", version_dir=None, groups_per_shard=4, progress=lambda done: None)
-    job = open_job(jobs.config(), epath.Path(jobs.root / "base"))
+    config, run = opened(jobs.config(), jobs.root / "base")
     with pytest.raises(NoReward, match="the last 10 groups"):
-        generate.make_set(job, to, step=0, limit=None, **what)
-    generate.make_set(job, few, step=0, limit=8, **what)
-    job.close()
-    shards = dict(rollout__source="shards", rollout__shards=str(few), rollout__recorded_version=0)
+        generate.make_set(config, run, to, step=0, limit=None, **what)
+    generate.make_set(config, run, few, step=0, limit=8, **what)
+    run.close()
+    shards = dict(rollout__source="dataset", rollout__dataset=str(few), rollout__dataset_version=0)
     with pytest.raises(NoReward, match="the last 10 groups"):
         jobs.run("offline", **shards)
     assert steps(jobs.root / "offline") == 2
 
 
 def test_a_negative_number_is_refused(jobs):
-    check_sizes(jobs.config())
-    with pytest.raises(UserError, match=r"rollout\.unpaid_groups=-1 must be at least 0"):
-        check_sizes(jobs.config(rollout__unpaid_groups=-1))
+    checked(jobs.config())
+    with pytest.raises(UserError, match=r"rollout\.max_zero_reward_groups=-1 must be at least 0"):
+        checked(jobs.config(rollout__max_zero_reward_groups=-1))

@@ -25,12 +25,9 @@ from oapl_jax.learner import train_step as learner
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import AXES
 from oapl_jax.model.transformer import Transformer
-from oapl_jax.multihost import decode, encode
-from oapl_jax.rollout.buffer import flatten, unflatten
-from oapl_jax.saved_config import check_config
-from oapl_jax.structs import Group, Prompt, Rollout
+from oapl_jax.structs import Group, Prompt, Rollout, decode_groups, encode_groups
 from oapl_jax.weights import checkpoint
-from oapl_jax.weights.checkpoint import Checkpoints, Weights, load_config
+from oapl_jax.weights.checkpoint import Checkpoints, Weights
 from oapl_jax.weights.publisher import load_probe, open_params
 
 PROBE = {"tokens": [[3, 1, 2]], "logp": [[-0.5, -1.25]], "dtype": "float32"}
@@ -102,7 +99,7 @@ def make_groups():
     return groups
 
 
-NO_GROUPS = encode(*flatten([]))
+NO_GROUPS = encode_groups([])
 
 
 def assert_same(found, expected):
@@ -136,25 +133,21 @@ def opened(tmp_path):
 
 def test_everything_comes_back_to_the_last_bit(opened):
     mesh = make_mesh(1, 1, 1)
-    state, (meta, arrays) = random_state(mesh), flatten(make_groups())
-    opened().save(3, state, LOOP, encode(meta, arrays), probe=PROBE)
+    state, groups = random_state(mesh), encode_groups(make_groups())
+    opened().save(3, state, LOOP, groups, probe=PROBE)
     again = opened()
     assert again.steps() == [3]
     found, loop, (share,) = again.restore(3, abstract(mesh))
     assert_same(found, state)
     assert loop == json.loads(json.dumps(LOOP))
-    found_meta, groups = decode(share)
-    assert_same(groups, arrays)
-    for old, new in zip(make_groups(), unflatten(found_meta, groups), strict=True):
-        assert (old.prompt.id, old.policy_version) == (new.prompt.id, new.policy_version)
-        np.testing.assert_array_equal(old.reward, new.reward)
+    assert share == groups
 
 
 def test_a_buffer_without_groups_comes_back_empty(opened):
     mesh = make_mesh(1, 1, 1)
-    opened().save(0, random_state(mesh), {}, encode(*flatten([])), probe=PROBE)
+    opened().save(0, random_state(mesh), {}, encode_groups([]), probe=PROBE)
     _, _, (share,) = opened().restore(0, abstract(mesh))
-    assert unflatten(*decode(share)) == []
+    assert decode_groups(share) == []
 
 
 def test_shares_belong_to_whole_steps(opened, tmp_path):
@@ -399,118 +392,6 @@ def test_a_step_that_stands_stays_and_an_older_one_is_an_error(opened):
     checkpoints.wait()
     assert checkpoints.steps() == [2]
     assert_same(checkpoints.restore(2, abstract(mesh))[0], random_state(mesh, 1))
-
-
-# The workdir's configuration
-
-CONFIG = {
-    "seed": 0,
-    "num_steps": 100,
-    "group_size": 8,
-    "groups_per_step": 4,
-    "model": {"path": "", "architecture": {"hidden_size": 32}},
-    "data": {"task": "sum"},
-    "warmup": {"num_steps": 10, "optim": {"learning_rate": 0.1}},
-    "optim": {"learning_rate": 0.01},
-    "mesh": {"data": 1},
-    "lag": {"mode": "window", "steps": 4},
-    "buffer": {"mode": "replay", "max_age": None},
-    "evaluation": {"every": 5, "n": 8, "ks": (1, 8)},
-    "modelling": 1,
-}
-
-
-def changed(**changes):
-    """CONFIG with dotted keys set, or removed where the value is ...."""
-    config = json.loads(json.dumps(CONFIG))
-    for key, value in changes.items():
-        *sections, last = key.split("__")
-        at = config
-        for section in sections:
-            at = at.setdefault(section, {})
-        at[last] = value
-        if value is ...:
-            del at[last]
-    return config
-
-
-@pytest.fixture
-def saved(tmp_path):
-    path = epath.Path(tmp_path / "config.json")
-    assert check_config(path, CONFIG) == []
-    return path
-
-
-def test_the_same_configuration_is_welcome(saved):
-    assert load_config(saved.parent) == changed()
-    assert check_config(saved, CONFIG) == []
-    assert [p.name for p in saved.parent.iterdir()] == ["config.json"]
-
-
-def test_a_workdir_of_another_format_is_refused(saved):
-    saved.write_text(json.dumps(changed()))  # as before there was a format
-    with pytest.raises(UserError, match=str(saved.parent)):
-        check_config(saved, CONFIG)
-
-
-def test_harmless_differences_are_reported_and_saved(saved):
-    other = changed(num_steps=200, optim__learning_rate=0.02, mesh__data=8, modelling=2)
-    assert check_config(saved, other) == [
-        "mesh.data: 1 -> 8",
-        "modelling: 1 -> 2",
-        "num_steps: 100 -> 200",
-        "optim.learning_rate: 0.01 -> 0.02",
-    ]
-    assert load_config(saved.parent) == other
-    assert check_config(saved, other) == []
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "seed",
-        "group_size",
-        "groups_per_step",
-        "model__architecture__hidden_size",
-        "data__task",
-        "warmup__optim__learning_rate",
-        "lag__mode",
-        "lag__steps",
-        "buffer__mode",
-        "evaluation__n",
-        "evaluation__ks",
-    ],
-)
-def test_structural_differences_are_refused(saved, key):
-    before = saved.read_text()
-    with pytest.raises(UserError, match=re.escape(key.replace("__", ".") + ": ")):
-        check_config(saved, changed(**{key: 77}))
-    assert saved.read_text() == before
-
-
-def test_all_refused_keys_are_listed_and_no_other(saved):
-    other = changed(
-        seed=1,
-        data__task=...,
-        data__name="sum",
-        buffer__max_age=...,
-        optim__b1=None,
-        num_steps=7,
-    )
-    with pytest.raises(UserError) as caught:
-        check_config(saved, other)
-    message = str(caught.value)
-    assert str(saved) in message
-    assert "another --workdir" in message
-    for difference in (
-        "seed: 0 -> 1",
-        "data.task: sum -> absent",
-        "data.name: absent -> sum",
-        "buffer.max_age: None -> absent",
-        "optim.b1: absent -> None",
-    ):
-        assert difference in message
-    assert "num_steps" not in message
 
 
 if __name__ == "__main__":

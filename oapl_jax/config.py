@@ -1,0 +1,746 @@
+"""Typed configuration: a frozen dataclass a section, which documents and validates its fields once.
+
+A file of configs/ builds an ml_collections ConfigDict: the launch surface, locked, with overrides
+by `--config.a.b=`. `Config.from_dict` turns it into sections before anything is opened. A room is
+handed its own section; only build.py and the commands see the whole `Config`.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, ClassVar, Self
+
+from oapl_jax.errors import UserError
+
+DTYPES = ("float32", "bfloat16")
+TASKS = ("chain_sum", "number_sorting", "countdown", "documents", "math", "code")
+REMAT = ("none", "dots", "attention", "full", "offload")
+_path: ContextVar[str] = ContextVar("path", default="")  # of the section under construction
+
+
+def setting(
+    doc: str,
+    *,
+    choices: Sequence[str] = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    default: Any = dataclasses.MISSING,
+) -> Any:
+    """Declares a field of a Section: its documentation and the values that it may have."""
+    limits = {
+        "at least": (at_least, lambda value, limit: value >= limit),
+        "above": (above, lambda value, limit: value > limit),
+        "at most": (at_most, lambda value, limit: value <= limit),
+        "below": (below, lambda value, limit: value < limit),
+    }
+    limits = {name: limit for name, limit in limits.items() if limit[0] is not None}
+    metadata = {"doc": doc, "choices": tuple(choices), "limits": limits}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@typing.dataclass_transform(
+    frozen_default=True, kw_only_default=True, field_specifiers=(setting, dataclasses.field)
+)
+class Section:
+    """Base class of a section: a frozen, keyword-only dataclass that validates itself.
+
+    Raises:
+      UserError: if a field is outside its range or choices, or `check` rejects a combination.
+    """
+
+    SECTION: ClassVar[str] = ""  # path of the section in a configuration, for messages
+
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            value, name = getattr(self, field.name), self.full_name(field.name)
+            choices = field.metadata.get("choices", ())
+            if choices and value not in choices:
+                raise UserError(f"{name}={value!r} is not one of {', '.join(choices)}")
+            limits = field.metadata.get("limits", {})
+            finite = not isinstance(value, float) or math.isfinite(value)
+            if not finite or not all(fits(value, limit) for limit, fits in limits.values()):
+                range_ = " and ".join(f"{word} {limit:g}" for word, (limit, _) in limits.items())
+                raise UserError(f"{name}={value} must be {range_ or 'a finite number'}")
+        self.check()
+
+    def keys(self) -> list[str]:
+        """Names of the fields: with `__getitem__`, `f(**section)` passes them as arguments."""
+        return [field.name for field in dataclasses.fields(self)]  # pyright: ignore[reportArgumentType]
+
+    def __getitem__(self, field: str) -> Any:
+        return getattr(self, field)
+
+    def full_name(self, field: str) -> str:
+        """Full name of a field in the configuration, such as "optim.learning_rate"."""
+        section = _path.get() or self.SECTION
+        return f"{section}.{field}" if section else field
+
+    def check(self) -> None:
+        """Rejects combinations of fields; overridden where a section has any."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], path: str = "") -> Self:
+        """Builds the section from nested plain values.
+
+        Args:
+          values: as of `ConfigDict.to_dict()`.
+          path: of the section in the configuration; "" for the whole.
+
+        Raises:
+          UserError: naming a key that is unknown (with the nearest known ones) or missing, or a
+            value of the wrong type or outside its range.
+        """
+        hints = typing.get_type_hints(cls)
+        fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore
+        join = lambda name: f"{path}.{name}" if path else name
+        for name in values.keys() - fields.keys():
+            raise UserError(f"{join(name)} is not a setting{nearest(name, fields)}")
+        required = {n for n, field in fields.items() if field.default is dataclasses.MISSING}
+        for name in sorted(required - values.keys()):
+            raise UserError(f"{join(name)} is missing; add it to the file that --config names")
+        typed = {name: _typed(value, hints[name], join(name)) for name, value in values.items()}
+        token = _path.set(path)
+        try:
+            return cls(**typed)
+        finally:
+            _path.reset(token)
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """The known names that resemble a misspelt one, as the end of a sentence."""
+    found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(found)}?" if found else f" (known: {', '.join(known)})"
+
+
+def _typed(value: Any, hint: Any, path: str) -> Any:
+    """`value` as the annotated type of its field; lists become tuples, ints become floats."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        hint = next(kind for kind in arguments if kind.accepts(value))
+        return hint.from_dict(value, path)
+    if isinstance(hint, type) and issubclass(hint, Section):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path}={value!r} must be a section of settings")
+        return hint.from_dict(value, path)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(item, arguments[0], path) for item in value)
+    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return {k: _typed(item, arguments[1], f"{path}.{k}") for k, item in value.items()}
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise UserError(f"{path}={value!r} must be of type {getattr(hint, '__name__', hint)}")
+
+
+class ReleaseConfig(Section):
+    """One public release: files in the layout of docs/data.md."""
+
+    kind: str = setting("reader of data/public for the rows")
+    path: str = setting("directory of the files, local or gs://")
+    files: tuple[str, ...] = setting("glob patterns below `path`")
+    rows: int = setting("rows that the files must have; 0: any number", at_least=0)
+    part: tuple[int, ...] = setting("hundredths [start, end) of the space of all problems")
+    options: Mapping[str, Any] = setting("further arguments of the reader")
+
+
+class SyntheticDataConfig(Section):
+    """Problems that are generated; section `data` of a synthetic task."""
+
+    SECTION = "data"
+    task: str = setting("verifier of the answers", choices=TASKS)
+    data_dir: str = setting("directory of the prepared data sets")
+    train_size: int = setting("training problems", at_least=1)
+    validation_size: int = setting("validation problems", at_least=1)
+    test_size: int = setting("test problems", at_least=1)
+    seed: int = setting("seed of the generator", at_least=0)
+    generator: Mapping[str, Any] = setting("settings of the task's generator")
+    max_prompt_tokens: int = setting("longer prompts are dropped and counted", at_least=1)
+    instruction: str = setting("text below each question")
+
+    @classmethod
+    def accepts(cls, values: Mapping[str, Any]) -> bool:
+        return "sets" not in values
+
+
+class PublicDataConfig(Section):
+    """Problems of public releases; section `data` of a pretrained model's task."""
+
+    SECTION = "data"
+    task: str = setting("verifier of the answers", choices=TASKS)
+    data_dir: str = setting("directory of the prepared data sets")
+    sets: Mapping[str, ReleaseConfig] = setting("releases by name")
+    train: tuple[str, ...] = setting("names of the sets to train on")
+    validation: tuple[str, ...] = setting("names of the validation sets")
+    test: tuple[str, ...] = setting("names of the test sets")
+    max_prompt_tokens: int = setting("longer prompts are dropped and counted", at_least=1)
+    instruction: str = setting("text below each question")
+
+    @classmethod
+    def accepts(cls, values: Mapping[str, Any]) -> bool:
+        return "sets" in values
+
+
+class ModelSection(Section):
+    """The policy's checkpoint or architecture."""
+
+    SECTION = "model"
+    path: str = setting("checkpoint in Hugging Face format; '' for a fresh model")
+    architecture: Mapping[str, Any] = setting("config.json of a fresh model, without vocabulary")
+    dtype: str = setting("dtype of activations; parameters are float32", choices=DTYPES)
+    remat: str = setting("rematerialization policy of a layer", choices=REMAT)
+
+
+class MeshConfig(Section):
+    """Sizes of the device mesh; one of them may be -1 and takes the remaining devices."""
+
+    SECTION = "mesh"
+    data: int = setting("data parallelism, parameters replicated", at_least=-1)
+    fsdp: int = setting("data parallelism, parameters sharded", at_least=-1)
+    context: int = setting("positions of a row", at_least=-1)
+    tensor: int = setting("heads, feed-forward and vocabulary", at_least=-1)
+
+
+class OptimizerConfig(Section):
+    """AdamW with gradient clipping, linear warm-up and cosine decay."""
+
+    SECTION = "optim"
+    learning_rate: float = setting("peak of the schedule", above=0)
+    warmup_steps: int = setting("steps of the linear warm-up", at_least=0)
+    final_fraction: float = setting("final over peak learning rate", at_least=0, at_most=1)
+    b1: float = setting("decay of the first moment", at_least=0, below=1)
+    b2: float = setting("decay of the second moment", at_least=0, below=1)
+    eps: float = setting("added to the root of the second moment", above=0)
+    weight_decay: float = setting("decoupled weight decay", at_least=0)
+    max_grad_norm: float = setting("global norm above which gradients are scaled down", above=0)
+    mu_dtype: str = setting("dtype of the first moment", choices=DTYPES)
+
+
+class WarmupConfig(Section):
+    """The supervised stage before RL, on noisy demonstrations."""
+
+    SECTION = "warmup"
+    num_steps: int = setting("gradient steps; 0 skips the stage", at_least=0)
+    noise: float = setting("probability that a demonstrated step is wrong", at_least=0, at_most=1)
+    batch_size: int = setting("demonstrations of a gradient step", at_least=1)
+    demonstrations: int = setting("distinct demonstrations", at_least=1)
+    optim: OptimizerConfig
+
+
+class ObjectiveConfig(Section):
+    """The objective; its own constants are validated by `objectives.bind`."""
+
+    SECTION = "objective"
+    name: str = setting("key of objectives.OBJECTIVES")
+    denominator: str = setting(
+        "policy whose log-probs anchor or correct: the sampler's own, recomputed by the learner "
+        "from the published version, or those of version 0",
+        choices=("behavior", "learner", "reference"),
+    )
+    aggregation: str = setting(
+        "average over tokens, over sequences, or sum over a constant length",
+        choices=("token", "sequence", "constant"),
+    )
+    constant_length: int = setting("divisor of aggregation='constant', tokens", above=0)
+    kl_weight: float = setting("weight of KL(pi || pi_ref) added to the loss", at_least=0)
+    ess_power: float = setting("updates are scaled by (ESS / B)^ess_power", at_least=0)
+    constants: Mapping[str, Any] = setting("constants of the objectives, by their papers' names")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], path: str = "") -> Self:
+        own = {field.name for field in dataclasses.fields(cls)} - {"constants"}  # pyright: ignore
+        common = {name: value for name, value in values.items() if name in own}
+        constants = {name: value for name, value in values.items() if name not in own}
+        return super().from_dict({**common, "constants": constants}, path)
+
+
+class LagConfig(Section):
+    """The lag policy: which learner steps are published, and which version serves."""
+
+    SECTION = "lag"
+    mode: str = setting(
+        "publish every `steps` steps; serve `steps` behind; or a random age up to `steps`",
+        choices=("window", "fixed", "uniform"),
+    )
+    steps: int = setting("gradient steps", at_least=0)
+
+    def check(self) -> None:
+        if self.mode == "window" and self.steps < 1:
+            raise UserError(f"lag.steps={self.steps} must be at least 1 for lag.mode='window'")
+
+
+class BufferConfig(Section):
+    """The buffer between worker and learner."""
+
+    SECTION = "buffer"
+    mode: str = setting(
+        "groups of older versions are dropped, kept, or replayed",
+        choices=("clear_on_sync", "keep_with_anchor", "replay"),
+    )
+    max_age: int = setting("lag above which a group expires (not clear_on_sync)", at_least=0)
+    max_reuse: int = setting("gradient steps that may use a group (replay)", at_least=1)
+    capacity: int = setting("groups held", at_least=1)
+    zero_variance: str = setting(
+        "groups with equal rewards are kept, dropped, or kept with a weight",
+        choices=("keep", "drop", "weight"),
+    )
+    zero_variance_weight: float = setting("weight of zero_variance='weight'", at_least=0)
+
+
+class RolloutConfig(Section):
+    """Sampling, recorded datasets, and recording."""
+
+    SECTION = "rollout"
+    sampler: str = setting("embedded decoder or SGLang servers", choices=("local", "fleet"))
+    overlap: bool = setting("sample beside the learner instead of in turns")
+    temperature: float = setting("divides the logits", above=0)
+    top_p: float = setting("probability of the nucleus; 1 switches it off", above=0, at_most=1)
+    top_k: int = setting("most likely tokens to sample from; 0 switches it off", at_least=0)
+    max_response_tokens: int = setting("longer responses are truncated", at_least=1)
+    prompts_per_call: int = setting("prompts sampled at a time without overlap", at_least=1)
+    reward_threads: int = setting("groups rewarded at a time", at_least=1)
+    max_zero_reward_groups: int = setting(
+        "consecutive groups without reward that abort the run; 0: never", at_least=0
+    )
+    deadline: float = setting("seconds that learner and sampler wait for each other", above=0)
+    max_sequences: int = setting("responses decoded at a time (local)", at_least=1)
+    prompt_multiple: int = setting("prompts are padded to a multiple (local)", at_least=1)
+    source: str = setting(
+        "sample groups, read a recorded dataset, or both", choices=("live", "dataset", "both")
+    )
+    dataset: str = setting("directory of the recorded dataset")
+    dataset_share: float = setting("recorded share of source='both'", at_least=0, at_most=1)
+    dataset_order: str = setting(
+        "endless permutations, or once in order", choices=("shuffled", "recorded")
+    )
+    dataset_version: int = setting("version of the groups in this run; -1: recorded", at_least=-1)
+    record: bool = setting("write sampled groups to rollouts/ in the workdir")
+    groups_per_shard: int = setting("groups of a recorded shard", at_least=1)
+
+    def check(self) -> None:
+        if (self.source == "live") == bool(self.dataset):
+            raise UserError(
+                f"rollout.source={self.source!r} and rollout.dataset={self.dataset!r} do not fit: "
+                "name a dataset made by oapl_jax.record for 'dataset' or 'both', none for 'live'"
+            )
+
+    def recorded_groups(self, groups_per_step: int) -> int:
+        """Groups of a gradient step that are read from the dataset; the others are sampled."""
+        share = {"live": 0.0, "both": self.dataset_share, "dataset": 1.0}[self.source]
+        return round(share * groups_per_step)
+
+
+class PassRatesConfig(Section):
+    """Running pass rates of the curricula `window` and `learnability`."""
+
+    decay: float = setting("of the counts of a prompt at each new group", at_least=0, at_most=1)
+    prior_rate: float = setting("pass rate of a prompt not sampled yet", above=0, below=1)
+    prior_count: float = setting("responses that the prior weighs", above=0)
+
+
+class DifficultyWindowConfig(Section):
+    """Pass rates within which a prompt has weight 1."""
+
+    low: float = setting("lower bound", at_least=0, at_most=1)
+    high: float = setting("upper bound", at_least=0, at_most=1)
+    outside: float = setting("weight outside the window", above=0, at_most=1)
+
+    def check(self) -> None:
+        if self.low > self.high:
+            raise UserError(
+                f"{self.full_name('low')}={self.low} must be at most {self.full_name('high')}"
+            )
+
+
+class CuratorConfig(Section):
+    """The network of the curriculum `actor_curator` (arXiv 2602.20532)."""
+
+    path: str = setting("checkpoint with the policy's vocabulary; '' for a fresh network")
+    architecture: Mapping[str, Any] = setting("config.json of a fresh network")
+    dtype: str = setting("dtype of activations", choices=DTYPES)
+    remat: str = setting("rematerialization policy of a layer", choices=REMAT)
+    dormant: int = setting("gradient steps before the curator is trained", at_least=0)
+    warmup: int = setting("gradient steps that train it before it chooses", at_least=0)
+    temperature: float = setting("of the softmax over candidates", above=0)
+    clip: float = setting("clip range of its surrogate", above=0)
+    passes: int = setting("gradient steps on each choice", at_least=1)
+    rows: int = setting("candidates of one forward pass", at_least=1)
+    optim: OptimizerConfig
+
+
+class CurriculumConfig(Section):
+    """The prompts that are sampled."""
+
+    SECTION = "curriculum"
+    name: str = setting(
+        "key of curriculum.CURRICULA",
+        choices=("uniform", "window", "learnability", "actor_curator"),
+    )
+    candidates: int = setting("prompts to choose rollout.prompts_per_call from", at_least=1)
+    top_p: float = setting("nucleus of the choice; the rest is uniform", above=0, at_most=1)
+    rates: PassRatesConfig
+    window: DifficultyWindowConfig
+    curator: CuratorConfig
+
+
+class ProbeTolerance(Section):
+    """Largest log-prob difference in nats between learner and server on a version's probe."""
+
+    float32: float = setting("where both compute in float32", above=0)
+    bfloat16: float = setting("for any other pair of dtypes", above=0)
+
+
+class FleetConfig(Section):
+    """SGLang servers. Deadlines and intervals are in seconds."""
+
+    SECTION = "fleet"
+    servers: tuple[str, ...] = setting("URLs of the servers")
+    servers_file: str = setting("or a file with one URL a line, read again every `poll_every`")
+    router: str = setting("or the URL of a sglang-router, whose GET /workers is the list")
+    poll_every: float = setting("between two reads of servers_file or router", above=0)
+    max_in_flight: int = setting("groups in flight over all servers", at_least=1)
+    attempts: int = setting("requests of a group before it is dropped and counted", at_least=1)
+    backoff: float = setting("before a failed server is retried; doubles each time", above=0)
+    backoff_limit: float = setting("largest backoff", above=0)
+    health_every: float = setting("between two health checks of a server", above=0)
+    connect_deadline: float = setting("to open a connection", above=0)
+    control_deadline: float = setting("of a control call: health, admission, probe", above=0)
+    request_deadline: float = setting("for the rollouts of one group", above=0)
+    drain_deadline: float = setting("for groups in flight before a refresh; 0: abort", at_least=0)
+    update_deadline: float = setting("for a server to load a version", above=0)
+    start_deadline: float = setting("for a server to answer for the first time", above=0)
+    no_server_deadline: float = setting("without a ready server before the run ends", above=0)
+    refresh_fraction: float = setting(
+        "of the servers refreshed at a time, at least one", above=0, at_most=1
+    )
+    probe_tolerance: ProbeTolerance
+    mixed_versions: str = setting(
+        "responses that span two versions are requested again or kept",
+        choices=("reissue", "keep"),
+    )
+
+    def check(self) -> None:
+        needed = max(self.start_deadline, self.drain_deadline + self.update_deadline)
+        if self.no_server_deadline < needed:
+            raise UserError(
+                f"fleet.no_server_deadline={self.no_server_deadline:g} ends a run whose servers "
+                "are within fleet.start_deadline or fleet.drain_deadline + fleet.update_deadline; "
+                f"it must be at least {needed:g}"
+            )
+
+    def check_source(self) -> None:
+        """Rejects a fleet whose servers are named in no way, or in several."""
+        named = [name for name in ("servers", "servers_file", "router") if getattr(self, name)]
+        if len(named) != 1:
+            raise UserError(
+                f"fleet names its servers by {' and '.join(named) or 'nothing'}; set exactly one "
+                "of fleet.servers, fleet.servers_file and fleet.router"
+            )
+
+    def backoff_after(self, failures: int) -> float:
+        """Seconds to wait after `failures` consecutive failures."""
+        return min(self.backoff * 2.0 ** (failures - 1), self.backoff_limit)
+
+
+class MathRewardConfig(Section):
+    """Judge processes of mathematical answers."""
+
+    processes: int = setting("answers judged at a time", at_least=1)
+    seconds: float = setting("deadline of an answer; then its process is killed", above=0)
+    recycle_after: int = setting("answers of a process before it is replaced", at_least=1)
+    memory_bytes: int = setting("memory limit of a process", at_least=1)
+    thinking_opened: bool = setting("whether the chat template itself writes <think>")
+
+
+class CodeRewardConfig(Section):
+    """The sandbox of programs."""
+
+    allow_unsafe: bool = setting("run programs on a machine that can't isolate them")
+    parallel: int = setting("programs at a time; at most one a core", at_least=1)
+    seconds_per_test: float = setting("deadline of a test", above=0)
+    memory_bytes: int = setting("memory limit of a program", at_least=1)
+    processes: int = setting("threads of a program", at_least=1)
+    output_bytes: int = setting("output limit of a test", at_least=1)
+    temporary_bytes: int = setting("size of a program's temporary files", at_least=1)
+    max_tests: int = setting("longest tests of a problem that are run; 0: all", at_least=0)
+    thinking_opened: bool = setting("whether the chat template itself writes <think>")
+    packages: tuple[str, ...] = setting("packages that a program may import")
+    start_seconds: float = setting("deadline for a sandbox to start", above=0)
+    cache_entries: int = setting("verdicts kept, by content", at_least=0)
+
+
+class DocumentWeights(Section):
+    """Weights of the four terms of a document's reward."""
+
+    syntax: float = setting("valid formulas", at_least=0)
+    closure: float = setting("closed tags", at_least=0)
+    table: float = setting("rectangular tables", at_least=0)
+    text: float = setting("similarity to the reference", at_least=0)
+
+
+class DocumentRewardConfig(Section):
+    """Rewards of tables and formulas (arXiv 2603.01840)."""
+
+    weights: DocumentWeights
+    plain_formula: float = setting(
+        "term of a valid formula without the reference's commands", at_least=-1, at_most=1
+    )
+    per_open_tag: float = setting("subtracted for each open tag", at_least=0)
+    max_characters: int = setting("longer responses get no reward", at_least=1)
+
+
+class RewardsConfig(Section):
+    """Verifiers; each opens for the first prompt of its task."""
+
+    SECTION = "rewards"
+    math: MathRewardConfig
+    code: CodeRewardConfig
+    documents: DocumentRewardConfig
+
+
+class RubricConfig(Section):
+    """A judge made of rules."""
+
+    objectives: Mapping[str, Any] = setting("objective -> rule -> weight of its vote")
+
+
+class CallableJudgeConfig(Section):
+    """A judge that is a Python function."""
+
+    function: str = setting("'package.module:name'")
+    objectives: tuple[str, ...] = setting("names of the objectives that it compares by")
+
+
+class LanguageModelJudgeConfig(Section):
+    """A language model as a judge, on SGLang servers of its own."""
+
+    servers: tuple[str, ...] = setting("URLs of servers that nobody refreshes")
+    tokenizer: str = setting("directory of the judge's tokenizer")
+    chat: Mapping[str, Any] = setting("arguments of its chat template")
+    template: str = setting("the question, with {prompt}, {first}, {second}, {question}")
+    questions: Mapping[str, Any] = setting("objective -> question")
+    verdicts: Mapping[str, float] = setting("token -> score of the first response")
+    min_verdict_mass: float = setting(
+        "probability of all verdicts below which there is no score", at_least=0, at_most=1
+    )
+    max_prompt_tokens: int = setting("longer questions are not asked", at_least=1)
+    questions_per_request: int = setting("questions of a request", at_least=1)
+    max_in_flight: int = setting("requests in flight for a group", at_least=1)
+    connect_deadline: float = setting("seconds to open a connection", above=0)
+    request_deadline: float = setting("seconds for a request", above=0)
+    backoff: float = setting("seconds before a failed request is retried; doubles", above=0)
+    group_deadline: float = setting("seconds for a group", above=0)
+
+
+class PreferencesConfig(Section):
+    """Rewards by comparison with responses of the reference policy (arXiv 2602.19041)."""
+
+    SECTION = "preferences"
+    judge: str = setting(
+        "the verifier's rewards, or the judge of this name",
+        choices=("none", "rubric", "language_model", "callable"),
+    )
+    beta: float = setting("entropy weight of the adversary", above=0)
+    comparators: int = setting("responses of the reference policy to a prompt", at_least=1)
+    dataset: str = setting("recorded dataset of them; '' samples version 0")
+    rubric: RubricConfig
+    callable: CallableJudgeConfig
+    language_model: LanguageModelJudgeConfig
+
+
+class LearnerConfig(Section):
+    """Layout of a gradient step."""
+
+    SECTION = "learner"
+    micro_batches: int = setting("most micro-batches of a gradient step", at_least=1)
+    row_length: int = setting("tokens of a packed row", at_least=1)
+    rows_multiple: int = setting("rows of a micro-batch are a multiple of it", at_least=1)
+    logp_chunk: int = setting("positions whose logits exist at a time", at_least=1)
+
+
+class EvaluationConfig(Section):
+    """Evaluation of splits during a run, and of benchmarks."""
+
+    SECTION = "evaluation"
+    every: int = setting("gradient steps between two evaluations; 0: never", at_least=0)
+    n: int = setting("samples of a prompt", at_least=1)
+    ks: tuple[int, ...] = setting("k of pass@k, each at most n")
+    resamples: int = setting("bootstrap resamples", at_least=1)
+    max_response_tokens: int = setting("longer responses to benchmarks are truncated", at_least=1)
+
+    def check(self) -> None:
+        if not self.ks or min(self.ks) < 1 or max(self.ks) > self.n:
+            raise UserError(
+                f"evaluation.ks={list(self.ks)} must lie within 1 and evaluation.n={self.n}; "
+                "raise n or change ks"
+            )
+
+
+class CheckpointConfig(Section):
+    """Checkpoints to resume from."""
+
+    SECTION = "checkpoint"
+    every: int = setting("gradient steps between two checkpoints", at_least=1)
+    keep: int = setting("newest checkpoints to keep", at_least=1)
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    seed: int = setting("seed of everything random", at_least=0)
+    num_steps: int = setting("gradient steps", at_least=0)
+    group_size: int = setting("rollouts of a prompt", at_least=1)
+    groups_per_step: int = setting("groups of a gradient step", at_least=1)
+    data: SyntheticDataConfig | PublicDataConfig
+    model: ModelSection
+    mesh: MeshConfig
+    warmup: WarmupConfig
+    objective: ObjectiveConfig
+    optim: OptimizerConfig
+    lag: LagConfig
+    buffer: BufferConfig
+    rollout: RolloutConfig
+    curriculum: CurriculumConfig
+    fleet: FleetConfig
+    rewards: RewardsConfig
+    preferences: PreferencesConfig
+    learner: LearnerConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    benchmarks: Mapping[str, ReleaseConfig] = setting("public releases for oapl_jax.evaluate")
+    publish_dtype: str = setting("dtype of published weights", choices=DTYPES)
+    tensorboard: bool = setting("write TensorBoard events")
+    compile_cache: str = setting("directory of compiled programs, from the workdir; '': none")
+    releases: str = setting("directory that the releases' paths begin with", default="")
+    rounds: str = setting("directory that earlier rounds' paths begin with", default="")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as saved in a workdir."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @property
+    def compares(self) -> bool:
+        """Whether a judge rewards the sampled groups."""
+        return self.preferences.judge != "none" and self.rollout.source != "dataset"
+
+    def check(self) -> None:
+        rollout, buffer = self.rollout, self.buffer
+        if self.group_size == 1 and buffer.zero_variance == "drop":
+            raise UserError(
+                "group_size=1 makes the rewards of a group equal, and buffer.zero_variance='drop' "
+                "drops such groups; raise group_size or set buffer.zero_variance='keep'"
+            )
+        in_flight, name = {
+            "local": (rollout.max_sequences // self.group_size, "rollout.max_sequences"),
+            "fleet": (self.fleet.max_in_flight, "fleet.max_in_flight"),
+        }[rollout.sampler]
+        # With overlap, the groups that a sampler takes at a time must fit into the buffer.
+        needed = self.groups_per_step + max(rollout.prompts_per_call, in_flight, 1)
+        if rollout.source != "dataset" and buffer.capacity < needed:
+            raise UserError(
+                f"buffer.capacity={buffer.capacity} is too small for groups_per_step + "
+                f"rollout.prompts_per_call or the groups of {name}; raise it to {needed}"
+            )
+        recorded = rollout.recorded_groups(self.groups_per_step)
+        if rollout.source == "both" and not 0 < recorded < self.groups_per_step:
+            raise UserError(
+                f"rollout.dataset_share={rollout.dataset_share} leaves no recorded or no sampled "
+                f"group of groups_per_step={self.groups_per_step}; use rollout.source='dataset' or "
+                "'live'"
+            )
+        if (
+            rollout.source != "live"
+            and rollout.dataset_version != 0
+            and self.objective.denominator == "learner"
+        ):
+            raise UserError(
+                "objective.denominator='learner' needs the weights of every version, and a run has "
+                "none of a recorded dataset's; set rollout.dataset_version=0 or "
+                "objective.denominator='behavior'"
+            )
+        if rollout.sampler == "fleet":
+            self.check_fleet()
+        if self.curriculum.name != "uniform":
+            self.check_curriculum()
+
+    def check_fleet(self) -> None:
+        rollout, fleet = self.rollout, self.fleet
+        if rollout.deadline <= fleet.no_server_deadline:
+            raise UserError(
+                f"rollout.deadline={rollout.deadline:g} ends a run without a server before "
+                f"fleet.no_server_deadline={fleet.no_server_deadline:g} does; raise it above that"
+            )
+        if self.compares and not self.preferences.dataset:
+            raise UserError(
+                "a fleet serves the newest versions and can't sample the reference policy; record "
+                "its responses with oapl_jax.record and set preferences.dataset"
+            )
+
+    def check_curriculum(self) -> None:
+        curriculum, picks = self.curriculum, self.rollout.prompts_per_call
+        if self.rollout.source == "dataset":
+            raise UserError(
+                f"curriculum.name={curriculum.name!r} chooses prompts to sample, and "
+                "rollout.source='dataset' samples none; change one of them"
+            )
+        if curriculum.candidates < picks:
+            raise UserError(
+                f"curriculum.candidates={curriculum.candidates} must be at least "
+                f"rollout.prompts_per_call={picks}; several times as many are useful"
+            )
+
+    def check_layout(self, *, mesh: Mapping[str, int], hosts: int) -> None:
+        """Rejects sizes that can't be divided over a mesh and hosts, which need not exist.
+
+        Args:
+          mesh: axis name -> size.
+          hosts: processes of the run.
+
+        Raises:
+          UserError: naming the setting and the remedy.
+        """
+        devices, learner = mesh["data"] * mesh["fsdp"], self.learner
+        divided = [("learner.rows_multiple", learner.rows_multiple)]
+        if self.curriculum.name == "actor_curator":
+            divided.append(("curriculum.curator.rows", self.curriculum.curator.rows))
+        for name, value in divided:
+            if value % devices:
+                raise UserError(
+                    f"{name}={value} can't be divided over mesh.data x mesh.fsdp = {devices} "
+                    f"devices; choose a multiple of {devices}"
+                )
+        if learner.row_length % mesh["context"]:
+            raise UserError(
+                f"learner.row_length={learner.row_length} can't be divided over mesh.context="
+                f"{mesh['context']}; choose a multiple, on TPU of {128 * mesh['context']}"
+            )
+        sampled = self.groups_per_step - self.rollout.recorded_groups(self.groups_per_step)
+        if sampled % hosts:
+            raise UserError(
+                f"groups_per_step={self.groups_per_step} ({sampled} of them sampled) can't be "
+                f"divided over {hosts} hosts; choose a multiple"
+            )
+        for name, value, single in (
+            ("rollout.record", self.rollout.record, self.rollout.record),
+            ("curriculum.name", self.curriculum.name, self.curriculum.name != "uniform"),
+        ):
+            if hosts > 1 and single:
+                raise UserError(f"{name}={value!r} needs a single host, and this run has {hosts}")
+        servers = self.fleet.servers
+        if self.rollout.sampler == "fleet" and 0 < len(servers) < hosts:
+            raise UserError(
+                f"fleet.servers names {len(servers)} servers for {hosts} hosts; each host needs "
+                "its own"
+            )

@@ -1,0 +1,106 @@
+"""Versions of a run: the learner's parameters become version directories, and come back."""
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from oapl_jax import multihost
+from oapl_jax.model import hf
+from oapl_jax.model.config import ModelConfig
+from oapl_jax.weights import publisher
+from oapl_jax.weights.checkpoint import Weights
+
+
+class Versions:
+    """Publishes parameters of a run as versions, and loads them; all hosts make each call.
+
+    Args:
+      workdir: of the run; versions lie in `versions/`, the Orbax steps behind them in `weights/`.
+      model: sizes of the parameters.
+      tokenizer: published beside the weights.
+      mesh: of loaded parameters.
+      probe: parameters -> the probe that travels with them.
+      dtype: of published tensors.
+      config_hash: of the run's configuration, for the manifests.
+      deadline: seconds that hosts wait for each other.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        model: ModelConfig,
+        tokenizer: Any,
+        mesh: Mesh,
+        probe: Callable[[Any], dict[str, Any]],
+        *,
+        dtype: str,
+        config_hash: str,
+        deadline: float,
+    ):
+        self.directory, self.probe = workdir / "versions", probe
+        self._weights = Weights(workdir / "weights")
+        self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
+        self._dtype, self._config_hash, self._deadline = dtype, config_hash, deadline
+
+    def path(self, version: int) -> epath.Path:
+        return publisher.version_path(self.directory, version)
+
+    @functools.cached_property
+    def _published(self) -> list[int]:
+        """Versions at the first publication, as host 0 sees them: a host whose view of a network
+        file system is older would not save with the others."""
+        mine = json.dumps(publisher.published_versions(self.directory)).encode()
+        name = "the published versions"
+        return json.loads(multihost.allgather_bytes(mine, name, deadline=self._deadline)[0])
+
+    def publish(self, step: int, params: Any) -> None:
+        """Publishes parameters as version `step`, unless it exists.
+
+        Host 0 writes the version; the others wait for its marker.
+        """
+        if step not in self._published:
+            name = f"the weights of version {step}"
+            with multihost.collective_section(name, deadline=self._deadline):
+                self._weights.save(step, params, self.probe(params))
+                self._weights.wait()
+            if not jax.process_index():
+                self.publish_step(self._weights.path(step), step, self.directory)
+        marker = self.path(step) / publisher.COMMITTED
+        multihost.wait_until(marker.exists, os.fspath(marker), deadline=self._deadline)
+
+    def publish_step(self, source: epath.Path, version: int, directory: epath.Path) -> epath.Path:
+        """Publishes a finished Orbax step below any directory; returns the version's."""
+        return publisher.publish(
+            source,
+            self._model,
+            version=version,
+            directory=directory,
+            tokenizer=self._tokenizer,
+            dtype=self._dtype,
+            config_hash=self._config_hash,
+        )
+
+    def keep_only(self, versions: set[int]) -> None:
+        """Deletes all other versions, and the Orbax steps behind them."""
+        if not jax.process_index():
+            publisher.collect(self.directory, keep=versions)
+        self._weights.keep_only(versions)
+
+    def load(self, version: int) -> Any:
+        """Parameters of a published version, on the mesh."""
+        publisher.check_version(self.path(version))
+        return hf.load_params(self.path(version), self._model, mesh=self._mesh)
+
+    @functools.cached_property
+    def reference(self) -> Any:
+        """Parameters of version 0, on the mesh."""
+        return self.load(0)
+
+    def close(self) -> None:
+        self._weights.close()
