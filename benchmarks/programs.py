@@ -27,8 +27,9 @@ LIMITS = Limits(
     processes=8,
     output_bytes=1 << 20,
     temporary_bytes=1 << 24,
+    packages=(),
+    start_seconds=60.0,
 )
-START_SECONDS = 60.0
 CODE = "n = int(input())\nprint(sum(i * i for i in range(n)))"
 
 
@@ -37,7 +38,7 @@ def time_sandbox(bwrap: str, rounds: int, tests: int) -> dict[str, float]:
     started, ran, ended = [], [], []
     for _ in range(rounds):
         times = [time.perf_counter()]
-        sandbox = Sandbox(bwrap, LIMITS, packages=(), start_seconds=START_SECONDS)
+        sandbox = Sandbox(bwrap, LIMITS)
         times.append(time.perf_counter())
         sandbox.load_program(kind="stdin", name="", code=CODE)
         for _ in range(tests):
@@ -65,8 +66,6 @@ def time_verifier(parallel: int, programs: int, tests: int) -> dict[str, float]:
         max_tests=0,
         thinking_opened=False,
         cache_entries=1,
-        packages=(),
-        start_seconds=START_SECONDS,
         **dataclasses.asdict(LIMITS),
     )
     pairs = tuple((str(n), str(sum(i * i for i in range(n)))) for n in range(tests))
@@ -97,7 +96,7 @@ def main() -> None:
     parser.add_argument("--programs", type=int, default=100)
     parser.add_argument("--tests", type=int, default=15)
     args = parser.parse_args()
-    bwrap = find_bwrap(LIMITS, packages=(), start_seconds=START_SECONDS)
+    bwrap = find_bwrap(LIMITS)
     result = {"bwrap": bwrap, "parallel": args.parallel, "tests": args.tests}
     result |= time_sandbox(bwrap, 20, args.tests)
     result |= time_verifier(args.parallel, args.programs, args.tests)

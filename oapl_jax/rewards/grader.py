@@ -51,7 +51,7 @@ class Grader:
         return self._verifier(prompt.task).final_answer(text)
 
     def metrics(self) -> dict[str, float]:
-        """Verdicts so far, of the verifiers that were opened."""
+        """Counts of verdicts so far, of the opened verifiers."""
         return {
             f"rewards/{task}/{outcome}": count
             for task, verifier in self._opened.items()

@@ -25,38 +25,23 @@ CHECKED = 2  # records of the data, beside the known problems
 SHOWN = 200  # characters of a response in the sentence
 PRINTS = "```python\na, b = map(int, input().split())\nprint(a + b)\n```"
 RETURNS = "```python\ndef add(a, b):\n    return a + b\n```"
-# Problems of each task with responses that are right, and responses that are not.
-KNOWN: dict[str, Sequence[tuple[Record, Sequence[str], Sequence[str]]]] = {
+HALF = ("What is one half?", r"\frac{1}{2}")
+SUM = (
+    "Read two integers and print their sum.",
+    '{"kind": "stdin", "name": "", "tests": [["3 4\\n", "7\\n"], ["-1 1\\n", "0\\n"]]}',
+)
+ADD = (
+    "Write a function add(a, b) that adds two integers.",
+    '{"kind": "call", "name": "add", "tests": [["3\\n4", "7"], ["-1\\n1", "0"]]}',
+)
+# Problems of each task, as question and answer, with right responses and wrong ones.
+KNOWN: dict[str, Sequence[tuple[tuple[str, str], Sequence[str], Sequence[str]]]] = {
     "math": (
-        (
-            Record("self-check", user("What is one half?"), r"\frac{1}{2}", "math", {}),
-            (r"\boxed{\frac{1}{2}}", "So the answer is $0.5$."),
-            (r"\boxed{2}", "I see.\n\n?"),
-        ),
+        (HALF, (r"\boxed{\frac{1}{2}}", "So the answer is $0.5$."), (r"\boxed{2}", "I see.\n\n?")),
     ),
     "code": (
-        (
-            Record(
-                "self-check",
-                user("Read two integers and print their sum."),
-                '{"kind": "stdin", "name": "", "tests": [["3 4\\n", "7\\n"], ["-1 1\\n", "0\\n"]]}',
-                "code",
-                {},
-            ),
-            (PRINTS,),
-            (PRINTS.replace("+", "-"), PRINTS.replace("```", "")),
-        ),
-        (
-            Record(
-                "self-check",
-                user("Write a function add(a, b) that adds two integers."),
-                '{"kind": "call", "name": "add", "tests": [["3\\n4", "7"], ["-1\\n1", "0"]]}',
-                "code",
-                {},
-            ),
-            (RETURNS,),
-            (RETURNS.replace("+", "-"), PRINTS),
-        ),
+        (SUM, (PRINTS,), (PRINTS.replace("+", "-"), PRINTS.replace("```", ""))),
+        (ADD, (RETURNS,), (RETURNS.replace("+", "-"), PRINTS)),
     ),
 }
 # A wrong response to any problem of a task, beside the empty one.
@@ -90,10 +75,10 @@ def check_rewards(
     template = functools.partial(
         make_prompt, tokenizer=tokenizer, stream_index=0, task=task, instruction=instruction
     )
-    cases = [
-        (template(record, max_prompt_tokens=1 << 30), right, wrong)
-        for record, right, wrong in KNOWN.get(task, ())
-    ]
+    cases: list[Any] = []
+    for (question, answer), right, wrong in KNOWN.get(task, ()):
+        record = Record("self-check", user(question), answer, task, {})
+        cases.append((template(record, max_prompt_tokens=1 << 30), right, wrong))
     opened = any(ends_thinking(tokenizer, prompt) for prompt, _, _ in cases)
     fitting = ((template(r, max_prompt_tokens=max_prompt_tokens), r) for r in records)
     fitting = itertools.islice(((prompt, r) for prompt, r in fitting if prompt), CHECKED)

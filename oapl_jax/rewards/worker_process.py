@@ -2,7 +2,7 @@
 
 The judge of mathematical answers and the sandbox of programs are made of these. The judge's own
 processes import this module, so it needs the standard library only. A frame is the length of its
-content (4 bytes, big-endian) and the content.
+content (4 bytes, big-endian) and the content. Deadlines are times of the monotonic clock.
 """
 
 import os
@@ -11,7 +11,6 @@ import signal
 import struct
 import subprocess
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import BinaryIO
 
@@ -36,8 +35,10 @@ def read_frame(file: BinaryIO) -> bytes | None:
     return file.read(struct.unpack(">I", header)[0]) if len(header) == 4 else None
 
 
-class WorkerProcess(ABC):
+class WorkerProcess:
     """A child process that reads requests from one pipe and writes replies to another.
+
+    Its methods raise Late at their deadline, and Ended if the worker reads or writes no more.
 
     Args:
       requests, replies: this process's ends of the two pipes.
@@ -50,12 +51,7 @@ class WorkerProcess(ABC):
         os.set_blocking(requests, False)
 
     def send(self, content: bytes, deadline: float) -> None:
-        """Writes a frame before `deadline`, a time of the monotonic clock.
-
-        Raises:
-          Late: at the deadline.
-          Ended: if the worker reads no more.
-        """
+        """Writes a frame."""
         left = memoryview(frame(content))
         while left:
             self._wait(self._requests, select.POLLOUT, deadline)
@@ -65,14 +61,14 @@ class WorkerProcess(ABC):
                 raise Ended from error
 
     def receive(self, deadline: float) -> bytes:
-        """Reads a frame of at most MAX_FRAME_BYTES before `deadline`; errors as in `send`."""
+        """Reads a frame of at most MAX_FRAME_BYTES."""
         (size,) = struct.unpack(">I", self.read(4, deadline))
         if size > MAX_FRAME_BYTES:
             raise Ended
         return self.read(size, deadline)
 
     def read(self, size: int, deadline: float) -> bytes:
-        """Reads exactly `size` bytes before `deadline`; errors as in `send`."""
+        """Reads exactly `size` bytes."""
         parts = []
         while size:
             self._wait(self._replies, select.POLLIN, deadline)
@@ -89,9 +85,8 @@ class WorkerProcess(ABC):
             self._exit_code = self._kill()
         return self._exit_code
 
-    @abstractmethod
     def _kill(self) -> int:
-        """Kills the process, waits for it and closes the pipes."""
+        raise NotImplementedError
 
     def _wait(self, descriptor: int, event: int, deadline: float) -> None:
         poll = select.poll()
@@ -106,7 +101,7 @@ class WorkerProcess(ABC):
 
 
 class SpawnedWorker(WorkerProcess):
-    """A worker that runs a command in a session of its own, which dies as a whole.
+    """A worker that runs a command in a session of its own, which is killed as a whole.
 
     Args:
       command: the program and its arguments.
@@ -117,7 +112,7 @@ class SpawnedWorker(WorkerProcess):
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], stderr: int | None = None
     ):
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -127,32 +122,15 @@ class SpawnedWorker(WorkerProcess):
             cwd="/",
             start_new_session=True,
         )
-        assert self._process.stdin
-        assert self._process.stdout
-        super().__init__(self._process.stdin.fileno(), self._process.stdout.fileno())
-        self.pid = self._process.pid
-
-    def errors(self) -> str:
-        """Standard error, where it is a pipe, of a worker that has ended."""
-        assert self._process.stderr
-        return self._process.stderr.read().decode(errors="replace").strip()
-
-    def wait(self, seconds: float) -> None:
-        """Waits for the worker's own end.
-
-        Raises:
-          Late: after `seconds`.
-        """
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired as error:
-            raise Late from error
+        assert self.process.stdin
+        assert self.process.stdout
+        super().__init__(self.process.stdin.fileno(), self.process.stdout.fileno())
 
     def _kill(self) -> int:
-        if self._process.returncode is None:
-            os.killpg(self.pid, signal.SIGKILL)
-        code = self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+        if self.process.returncode is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        code = self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             if pipe:
                 pipe.close()
         return code
@@ -162,15 +140,15 @@ class ForkedWorker(WorkerProcess):
     """A fork of this process, which must have a single thread.
 
     Args:
-      serve: what the fork does with its ends of the pipes of requests and replies; then it exits.
+      serve: body of the fork, by its ends of the pipes of requests and replies; then it exits.
       hangup: see WorkerProcess.
     """
 
     def __init__(self, serve: Callable[[int, int], None], hangup: int):
         in_worker, requests = os.pipe()
         replies, from_worker = os.pipe()
-        self.pid = os.fork()
-        if not self.pid:
+        self._pid = os.fork()
+        if not self._pid:
             code = 1
             try:
                 os.close(requests)
@@ -184,8 +162,8 @@ class ForkedWorker(WorkerProcess):
         super().__init__(requests, replies, hangup)
 
     def _kill(self) -> int:
-        os.kill(self.pid, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.kill(self._pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         os.close(self._requests)
         os.close(self._replies)
         return code

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ SETTINGS = dict(
     start_seconds=60.0,
     cache_entries=100,
 )
-LIMITS = sandbox.Limits(**{name: SETTINGS[name] for name in sandbox.Limits.__dataclass_fields__})
+LIMITS = sandbox.Limits(**{field.name: SETTINGS[field.name] for field in fields(sandbox.Limits)})
 REPOSITORY = Path(__file__).parents[2]
 SQUARES = Problem("stdin", "", (("2\n", "4\n"), ("3\n", "9\n"), ("-4\n", "16\n")))
 SQUARE = "print(int(input()) ** 2)"
@@ -238,7 +239,7 @@ def test_a_source_text_can_do_no_harm(hasty, name):
 
 
 def test_left_over_processes_and_files_would_be_found(patient, tmp_path, monkeypatch):
-    with sandbox.Sandbox(patient.bwrap, LIMITS, packages=(), start_seconds=60) as box:
+    with sandbox.Sandbox(patient.bwrap, LIMITS) as box:
         box.load_program(kind="stdin", name="", code=HEAD + "time.sleep(600)")
         box.send(b"{}", time.monotonic() + 10)
         wait_until(marked)

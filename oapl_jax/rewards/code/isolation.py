@@ -12,6 +12,7 @@ import os
 import platform
 import resource
 import struct
+from collections.abc import Sequence
 
 INODES = 4096  # of the temporary folder; the kernel's memory for names is not in its size
 OPEN_FILES = 64
@@ -86,15 +87,18 @@ def drop_privileges(uid: int | None) -> None:
     _control(SET_DEATH_SIGNAL, 9)  # last: a change of user clears it
 
 
-def limit_memory(bytes_: int) -> None:
-    """Limits the address space of this process and of its children."""
-    _limit(resource.RLIMIT_AS, bytes_)
+def limit(resources: Sequence[tuple[int, int]]) -> None:
+    """Lowers limits of this process and of its children; a lower hard limit stays."""
+    for resource_, most in resources:
+        hard = resource.getrlimit(resource_)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(resource_, (most, most))
 
 
 def limit_program(settings: dict) -> None:
     """Sets the limits of a program beside memory."""
     seconds = int(settings["seconds_per_test"]) + 2  # of CPU; the clock outside comes first
-    for what, most in (
+    limits = (
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_FSIZE, settings["output_bytes"]),
         (resource.RLIMIT_NPROC, settings["processes"] + 1),  # what serves it is counted too
@@ -104,8 +108,8 @@ def limit_program(settings: dict) -> None:
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
         (resource.RLIMIT_SIGPENDING, 64),
-    ):
-        _limit(what, most)
+    )
+    limit(limits)
 
 
 def filter_calls() -> None:
@@ -129,12 +133,6 @@ def filter_calls() -> None:
     program = struct.pack("HxxxxxxQ", len(code), ctypes.addressof(buffer))
     _control(SET_NO_NEW_PRIVILEGES, 1)
     _call("prctl", SET_SECCOMP, ctypes.c_ulong(2), program, ctypes.c_ulong(0), ctypes.c_ulong(0))
-
-
-def _limit(what: int, most: int) -> None:
-    hard = resource.getrlimit(what)[1]
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(what, (most, most))
 
 
 def _size(bytes_: int) -> str:

@@ -81,14 +81,16 @@ class NoSandbox(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The resources of a program.
+    """The resources of a program in a sandbox.
 
     Attributes:
-      seconds_per_test: wall-clock seconds of a test.
+      seconds_per_test: wall-clock seconds of a test (6 in DeepCoder, LiveCodeBench and OAPL).
       memory_bytes: address space of a program's process.
       processes: threads alive at once, the main one included; it can start no process.
       output_bytes: output of a test, and size of any file.
       temporary_bytes: size of the temporary folder, which also holds the input.
+      packages: installed packages that programs may import, for instance ("numpy",).
+      start_seconds: deadline for a sandbox to start.
     """
 
     seconds_per_test: float
@@ -96,6 +98,8 @@ class Limits:
     processes: int
     output_bytes: int
     temporary_bytes: int
+    packages: Sequence[str]
+    start_seconds: float
 
 
 class Sandbox(SpawnedWorker):
@@ -103,42 +107,39 @@ class Sandbox(SpawnedWorker):
 
     Args:
       bwrap: path of bubblewrap; None runs the program with limits and the syscall filter only.
-      limits: of each test.
-      packages: names of installed packages that programs may import besides the standard library.
-      start_seconds: deadline for the sandbox to start.
+      limits: of the program.
 
     Raises:
       NoSandbox: if it does not start.
     """
 
-    def __init__(
-        self, bwrap: str | None, limits: Limits, *, packages: Sequence[str], start_seconds: float
-    ):
+    def __init__(self, bwrap: str | None, limits: Limits):
         self._limits = limits
         # Without isolation a program leaves its files outside; they are removed with the folder.
         self._folder = None if bwrap else tempfile.mkdtemp()
         self._first: int | None = None  # a descriptor of the first process inside, to kill it by
         try:
-            line = command(bwrap, limits, packages, self._folder or "/tmp")
+            line = command(bwrap, limits, self._folder or "/tmp")
             super().__init__(line, {}, subprocess.PIPE)
         except (OSError, NoSandbox) as error:
             self._remove_folder()
             raise NoSandbox(str(error)) from error
         try:
-            self.read(1, time.monotonic() + start_seconds)
+            self.read(1, time.monotonic() + limits.start_seconds)
             if bwrap:
-                child = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+                pid = self.process.pid
+                child = Path(f"/proc/{pid}/task/{pid}/children").read_text()
                 self._first = os.pidfd_open(int(child))
-        except Late as failure:
+        except (Late, Ended, OSError, ValueError) as failure:
+            reason = f"its first process can't be found: {failure}"
+            if isinstance(failure, Late):
+                reason = f"not up within {limits.start_seconds} s (start_seconds)"
+            if isinstance(failure, Ended):
+                assert self.process.stderr
+                said = self.process.stderr.read().decode(errors="replace").strip()
+                reason = said.split("\n")[-1] or "it ended without a message"
             self.close()
-            raise NoSandbox(f"not up within {start_seconds} s (start_seconds)") from failure
-        except Ended as failure:
-            said = self.errors()
-            self.close()
-            raise NoSandbox(said.split("\n")[-1] or "it ended without a message") from failure
-        except (OSError, ValueError) as failure:
-            self.close()
-            raise NoSandbox(f"its first process can't be found: {failure}") from failure
+            raise NoSandbox(reason) from failure
 
     def load_program(self, *, kind: str, name: str, code: str) -> None:
         """Sends the program: `kind` and `name` as in `problems.Problem`."""
@@ -176,8 +177,8 @@ class Sandbox(SpawnedWorker):
                 poll.register(self._first, select.POLLIN)
                 if not poll.poll(END_SECONDS * 1000):
                     raise NoSandbox(f"it did not end within {END_SECONDS} s of SIGKILL")
-                self.wait(END_SECONDS)  # bubblewrap ends after the first process
-        except Late as failure:
+                self.process.wait(END_SECONDS)  # bubblewrap ends after the first process
+        except subprocess.TimeoutExpired as failure:
             raise NoSandbox("bubblewrap did not end with its sandbox") from failure
         finally:
             if self._first is not None:
@@ -197,11 +198,11 @@ class Sandbox(SpawnedWorker):
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def command(bwrap: str | None, limits: Limits, packages: Sequence[str], folder: str) -> list[str]:
+def command(bwrap: str | None, limits: Limits, folder: str) -> list[str]:
     """The command line of a sandbox. Nothing on it is secret, and no program is."""
     root = os.geteuid() == 0 and _may_mount()
-    visible = visible_paths(packages)
-    own_folders = [os.path.dirname(path) for path in _package_paths(packages)]
+    visible = visible_paths(limits.packages)
+    own_folders = [os.path.dirname(path) for path in _package_paths(limits.packages)]
     settings = dataclasses.asdict(limits) | {
         "isolated": bwrap is not None,
         "folder": folder,
@@ -246,7 +247,7 @@ def bwrap_paths() -> list[str]:
     return [*found, path] if path and path not in found else found
 
 
-def find_bwrap(limits: Limits, *, packages: Sequence[str], start_seconds: float) -> str:
+def find_bwrap(limits: Limits) -> str:
     """The first bubblewrap whose sandbox isolates a program on this machine.
 
     Raises:
@@ -254,25 +255,23 @@ def find_bwrap(limits: Limits, *, packages: Sequence[str], start_seconds: float)
     """
     reasons = []
     for path in bwrap_paths():
-        reason = probe(path, limits, packages=packages, start_seconds=start_seconds)
-        if not reason:
+        if not (reason := probe(path, limits)):
             return path
         reasons.append(f"{path}: {reason}")
     raise NoSandbox("; ".join(reasons) or "bubblewrap is not installed")
 
 
-def probe(
-    bwrap: str | None, limits: Limits, *, packages: Sequence[str], start_seconds: float
-) -> str:
+def probe(bwrap: str | None, limits: Limits) -> str:
     """Runs a program that tries to leave a sandbox: the holes that it finds, or "" for none."""
     if platform.machine() not in MACHINES:
         return f"no syscall filter for {platform.machine()}"
     # A busy machine is no hole: the probe has the seconds of a start.
-    patient = max(limits.seconds_per_test, start_seconds)
+    patient = max(limits.seconds_per_test, limits.start_seconds)
     limits = dataclasses.replace(limits, seconds_per_test=patient)
     try:
-        roots = {path.split("/")[1] for path in visible_paths(packages)} | {"tmp", "dev", "inside"}
-        with Sandbox(bwrap, limits, packages=packages, start_seconds=start_seconds) as sandbox:
+        visible = visible_paths(limits.packages)
+        roots = {path.split("/")[1] for path in visible} | {"tmp", "dev", "inside"}
+        with Sandbox(bwrap, limits) as sandbox:
             sandbox.load_program(kind="stdin", name="", code=PROBE)
             code, said = sandbox.run_test(f"{' '.join(roots)}\n{limits.processes + 1}\n")
     except NoSandbox as reason:

@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import json
 import os
+import resource
 import select
 import shutil
 import signal
@@ -174,7 +175,8 @@ def main() -> None:
     if settings["isolated"]:
         isolation.limit_temporary(settings["temporary_bytes"])
         isolation.drop_privileges(settings["uid"])
-    isolation.limit_memory(settings["memory_bytes"])  # compiling a source text may take much
+    # Before the program: compiling its source may take much memory.
+    isolation.limit([(resource.RLIMIT_AS, settings["memory_bytes"])])
     run_test(*server.next_test())
 
 

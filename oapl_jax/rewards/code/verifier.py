@@ -9,8 +9,9 @@ import hashlib
 import threading
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.rewards.code.problems import (
@@ -54,15 +55,12 @@ class CodeVerifier:
       allow_unsafe: if no bubblewrap isolates a program on this machine, run programs with limits
         and a syscall filter only: they can then read, and write, every file that this user can.
       parallel: programs that run at a time. Each needs a core, and `memory_bytes` at most.
-      seconds_per_test, memory_bytes, processes, output_bytes, temporary_bytes: see Limits
-        (seconds_per_test is 6 in DeepCoder, LiveCodeBench and OAPL).
       max_tests: the most tests a problem, then those with the longest inputs, as in DeepCoder's
         reward; 0 for all, as in OAPL's.
       thinking_opened: whether prompts end inside the thinking part, see `extract_code`.
-      packages: installed packages that programs may import, for instance ("numpy",).
-      start_seconds: deadline for a sandbox to start.
       cache_entries: verdicts that are remembered by content. A timeout is not: it may have been
         the machine's fault.
+      limits: keyword arguments of Limits.
 
     Raises:
       UserError: if this machine can't isolate a program and `allow_unsafe` is not set.
@@ -73,25 +71,12 @@ class CodeVerifier:
         *,
         allow_unsafe: bool,
         parallel: int,
-        seconds_per_test: float,
-        memory_bytes: int,
-        processes: int,
-        output_bytes: int,
-        temporary_bytes: int,
         max_tests: int,
         thinking_opened: bool,
-        packages: Sequence[str],
-        start_seconds: float,
         cache_entries: int,
+        **limits: Any,
     ):
-        self._limits = Limits(
-            seconds_per_test=seconds_per_test,
-            memory_bytes=memory_bytes,
-            processes=processes,
-            output_bytes=output_bytes,
-            temporary_bytes=temporary_bytes,
-        )
-        self._packages, self._start_seconds = tuple(packages), start_seconds
+        self._limits = Limits(**limits)
         self._max_tests, self._cache_entries = max_tests, cache_entries
         self._thinking_opened = thinking_opened
         self.bwrap = self._find_bwrap(allow_unsafe)
@@ -129,9 +114,7 @@ class CodeVerifier:
 
     def _find_bwrap(self, allow_unsafe: bool) -> str | None:
         try:
-            return find_bwrap(
-                self._limits, packages=self._packages, start_seconds=self._start_seconds
-            )
+            return find_bwrap(self._limits)
         except NoSandbox as reason:
             why = f"programs of the policy can't be isolated on this machine ({reason})"
         if not allow_unsafe:
@@ -183,9 +166,7 @@ class CodeVerifier:
     def _run_tests(self, code: str, problem: Problem, chosen: list[int]) -> tuple[CodeVerdict, int]:
         """Runs the chosen tests up to the first that is not passed; how many ran."""
         agree = {"stdin": same_output, "call": same_value}[problem.kind]
-        with Sandbox(
-            self.bwrap, self._limits, packages=self._packages, start_seconds=self._start_seconds
-        ) as sandbox:
+        with Sandbox(self.bwrap, self._limits) as sandbox:
             for ran, index in enumerate(chosen, 1):
                 given, expected = problem.tests[index]
                 try:

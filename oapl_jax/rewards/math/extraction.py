@@ -1,7 +1,7 @@
-r"""The final answer of a response: found, and written in one way. Linear in the response's length.
+r"""Extraction of a response's final answer, in one spelling. Linear in the response's length.
 
-A response says its answer in \boxed{...} (the last one), or after "####", "answer is" or "answer:",
-or it is one short line. What a model thinks does not count: only what stands behind `</think>`.
+The answer stands in \boxed{...} (the last one), or after "####", "answer is" or "answer:", or the
+response is one short line. Thinking does not count: only the text after `</think>`.
 """
 
 # ruff: noqa: RUF001  (letters that look like others are this file's business)
@@ -35,7 +35,7 @@ FRACTION = re.compile(
 )
 SENTENCE_END = re.compile(r"\.(?=\s|$)|(?<=\$)[,;]? (?=(?!and |or )[a-z]{2,} )")
 
-# Written in many ways, meant in one. Order matters: a command before its beginning.
+# Different spellings of one meaning. Order matters: a command before its prefix.
 SYMBOLS = {
     "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "±": r"\pm ",
     "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "∞": r"\infty ",
@@ -93,7 +93,7 @@ REWRITES = tuple(
 
 
 def final_answer(response: str, *, thinking_opened: bool) -> str | None:
-    """The answer that a response gives at its end, tidied; None if it gives none.
+    """The final answer of a response, tidied; None if it has none.
 
     Args:
       response: the model's text, without the prompt.
@@ -129,7 +129,7 @@ def canonical(answer: str) -> str:
 
 
 def tidy(answer: str) -> str:
-    """An answer written in one of the many ways, in the way that the judge reads."""
+    """Rewrites an answer into the spelling that the judge reads."""
     if number(plain := answer.strip(" \n$").removesuffix(".")) is not None:
         return plain
     for symbol, by in SYMBOLS.items():
@@ -144,7 +144,7 @@ def tidy(answer: str) -> str:
 
 
 def _boxed(text: str) -> str | None:
-    r"""What the last complete \boxed{} holds; neighbours joined by a comma, "and" or "or" too."""
+    r"""Content of the last complete \boxed{}, and boxes joined to it by a comma, "and" or "or"."""
     boxes: list[tuple[int, int, str]] = []
     opened: list[tuple[int, int] | None] = []
     for token in BOX.finditer(text):
@@ -168,7 +168,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _stated(text: str) -> str | None:
-    """What follows the last "####", "answer is" or "answer:"."""
+    """The text after the last "####", "answer is" or "answer:"."""
     stated = list(STATED.finditer(text))
     if not stated:
         return None

@@ -28,12 +28,9 @@ class JudgePool:
     """Processes that answer one request each at a time; every method is thread-safe.
 
     Args:
-      processes: how many.
-      seconds: deadline of a request.
-      recycle_after: requests after which a worker is replaced.
-      memory_bytes: address space of a worker.
-      program: Python's arguments that name a program which calls `supervise` of
-        judge/supervisor.py with the three numbers above.
+      processes: their number.
+      seconds, recycle_after, memory_bytes: arguments of `supervise` in judge/supervisor.py.
+      program: Python's arguments that name a program which calls `supervise`.
     """
 
     def __init__(
@@ -46,8 +43,8 @@ class JudgePool:
         program: Sequence[str] = JUDGE,
     ):
         # -s -P -B: no user site, no current directory, no bytecode is written.
-        command = [sys.executable, "-s", "-P", "-B", *program]
-        self._command = [*command, str(seconds), str(recycle_after), str(memory_bytes)]
+        self._command = [sys.executable, "-s", "-P", "-B", *program]
+        self._command += map(str, (seconds, recycle_after, memory_bytes))
         self._deadline = seconds + GRACE_SECONDS
         self._processes = processes
         self._closed = False
@@ -113,20 +110,12 @@ class _JudgeProcess(SpawnedWorker):
         self._ready = False
 
     def ask(self, content: bytes, seconds: float) -> bytes:
-        """The reply to one request.
-
-        Raises:
-          RunError: if the process does not start.
-          Ended, Late: if it ends, or does not answer within `seconds`.
-        """
+        """Sends a request and reads the reply; Ended or Late if there is none in `seconds`."""
         if not self._ready:
             try:
                 self.receive(time.monotonic() + START_SECONDS)
             except (Ended, Late):
-                raise RunError(
-                    "a judge process of mathematical answers did not start; its errors are on "
-                    "standard error"
-                ) from None
+                raise RunError("a judge process did not start; see standard error") from None
             self._ready = True
         deadline = time.monotonic() + seconds
         self.send(content, deadline)

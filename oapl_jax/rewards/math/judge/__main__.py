@@ -6,8 +6,8 @@ python -m oapl_jax.rewards.math.judge SECONDS RECYCLE_AFTER MEMORY_BYTES
 import logging
 import sys
 
-from oapl_jax.rewards.math.judge.answer_ast import same
-from oapl_jax.rewards.math.judge.parser import read
+from oapl_jax.rewards.math.judge.answer_ast import same_answer
+from oapl_jax.rewards.math.judge.parser import parse_answer
 from oapl_jax.rewards.math.judge.supervisor import supervise
 from oapl_jax.rewards.math.judge.sympy_equal import GENERATED, Unreadable, same_value
 
@@ -16,11 +16,14 @@ def judge_pair(pair: list[str]) -> list[str]:
     """["right" | "wrong" | "error", why] of a tidied answer and reference."""
     answer, reference = pair
     try:
-        expected = read(reference)
+        expected = parse_answer(reference)
     except ValueError as error:
         return ["error", f"the reference can't be read: {error}"]
     try:
-        return ["right" if same(read(answer), expected, same_value) else "wrong", "compared"]
+        return [
+            "right" if same_answer(parse_answer(answer), expected, same_value) else "wrong",
+            "compared",
+        ]
     except Unreadable as error:
         return ["error", f"the reference can't be read: {error}"]
     except (ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
-"""What an answer is made of, and when two answers say the same.
+"""Syntax trees of answers, and their equality.
 
 Values stand in sets, tuples, intervals and matrices, with names and units. Two forms are compared
-part by part; what has no parts is left to `same_value`.
+part by part; values without parts are left to `same_value`.
 """
 
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Words:
+class Text:
     text: str
 
 
 @dataclass(frozen=True)
 class Value:
-    """Mathematics without parts; `unit` is what stands behind a number, "" if nothing does; `sides`
-    are those of an equation, () for another value."""
+    """Mathematics without parts; `unit` follows a number, or is ""; `sides` are those of an
+    equation, or ()."""
 
     text: str
     unit: str = ""
@@ -26,7 +26,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Named:
-    """`name = form`; `steps` are what stands between, as in x = 6/2 = 3."""
+    """`name = form`, with the `steps` between them, as in x = 6/2 = 3."""
 
     name: str
     form: "Form"
@@ -50,15 +50,15 @@ class Matrix:
     text: str
 
 
-Form = Words | Value | Named | Parts | Matrix
+Form = Text | Value | Named | Parts | Matrix
 SameValue = Callable[[str, str], bool]
 
 
-def same(answer: Form, reference: Form, same_value: SameValue) -> bool:
-    """Whether an answer says what the reference says."""
-    again = lambda a, r: same(a, r, same_value)
+def same_answer(answer: Form, reference: Form, same_value: SameValue) -> bool:
+    """Whether an answer has the same meaning as the reference."""
+    again = lambda a, r: same_answer(a, r, same_value)
     match answer, reference:
-        case Words(), Words():
+        case Text(), Text():
             return answer.text == reference.text
         case Named(), Named():
             if answer.name == reference.name:
@@ -86,9 +86,9 @@ def same(answer: Form, reference: Form, same_value: SameValue) -> bool:
         case (Matrix(), Parts(left="(")) | (Parts(left="("), Matrix()):
             a, r = _vector(answer), _vector(reference)
             return len(a) == len(r) and all(map(again, a, r))
-        case Value(), Words():
+        case Value(), Text():
             return answer.text.upper() == reference.text
-        case (Words(), _) | (_, Words()):
+        case (Text(), _) | (_, Text()):
             return False
         case Parts(left=":", parts=(a, b)), Value():
             return same_value(rf"\frac{{{a.text}}}{{{b.text}}}", reference.text)
@@ -128,7 +128,7 @@ def _same_parts(answer: Parts, reference: Parts, again: Callable[[Form, Form], b
         return False
     if bare and not kinds <= {"", "()", r"\{\}"}:
         return False  # [1, 2] is no list of 1 and 2
-    # x = 1, y = 2 has an order for who only writes 1, 2; x_1 = 1, x_2 = 2 has none.
+    # x = 1, y = 2 gives 1, 2 an order; x_1 = 1, x_2 = 2 gives none.
     letters = lambda parts: {p.name.split("_")[0] for p in parts if isinstance(p, Named)}
     named = [len(letters(parts)) > 1 for parts in (a, r)]
     ordered = not kinds <= {"", r"\{\}", r"\cup\cup"} or named[0] != named[1]

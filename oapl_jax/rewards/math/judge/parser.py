@@ -1,9 +1,9 @@
-"""Text -> form: lists, relations, brackets, matrices; every text has one, and none is evaluated."""
+"""Parser of answers: lists, relations, brackets, matrices; no text is evaluated."""
 
 import re
 
-from oapl_jax.rewards.math.judge.answer_ast import Form, Matrix, Named, Parts, Value, Words
-from oapl_jax.rewards.math.judge.text_answers import TEXT, measure, name, words
+from oapl_jax.rewards.math.judge.answer_ast import Form, Matrix, Named, Parts, Text, Value
+from oapl_jax.rewards.math.judge.text_answers import TEXT, name, split_unit, text_answer
 
 MAX_DEPTH = 40  # of brackets
 MAX_PARTS = 200
@@ -11,7 +11,7 @@ OPEN = {"(", "[", "{", r"\{", r"\begin"}
 CLOSE = {")", "]", "}", r"\}", r"\end"}
 TOKEN = re.compile(r"\\(?:[A-Za-z]+|.)|.", re.DOTALL)
 BETWEEN = re.compile(r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
-SAYS_MORE = re.compile(rf"^\s*(?:\d|\\dollar)|,|{BETWEEN.pattern}")  # text that is no word
+HAS_PARTS = re.compile(rf"^\s*(?:\d|\\dollar)|,|{BETWEEN.pattern}")  # text that is no word
 OR = re.compile(r"(?<![A-Za-z\\])or(?![A-Za-z])")
 OUTWARD = re.compile(r"([\[\]])([^\[\]]+)([\[\]])")
 MATRIX = re.compile(r"\\begin\{([pbBv]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", re.DOTALL)
@@ -21,8 +21,8 @@ RELATIONS = {"<": "<", ">": ">", r"\le": "<=", r"\ge": ">="}
 MIRRORED = str.maketrans("<>", "><")
 
 
-def read(text: str, depth: int = MAX_DEPTH) -> Form:
-    """The form of a tidied answer.
+def parse_answer(text: str, depth: int = MAX_DEPTH) -> Form:
+    """Parses a tidied answer; every text has a form.
 
     Raises:
       ValueError: if brackets are nested too deeply or there are too many parts.
@@ -32,10 +32,10 @@ def read(text: str, depth: int = MAX_DEPTH) -> Form:
     text = _bare(text)
     if ends := OUTWARD.fullmatch(text):  # ]0, 1] is (0, 1]
         text = {"]": "(", "[": "["}[ends[1]] + ends[2] + {"[": ")", "]": "]"}[ends[3]]
-    if (inner := TEXT.fullmatch(text)) and SAYS_MORE.search(inner[1]):
-        return read(inner[1], depth - 1)
-    if not BETWEEN.search(text) and (said := words(text)):
-        return Words(said)
+    if (inner := TEXT.fullmatch(text)) and HAS_PARTS.search(inner[1]):
+        return parse_answer(inner[1], depth - 1)
+    if not BETWEEN.search(text) and (said := text_answer(text)):
+        return Text(said)
     if (matrix := MATRIX.fullmatch(text)) and matrix[1] != "vmatrix":
         rows = [row for row in re.split(r"\\\\(?:\[[^]]*\])?|\\cr", matrix[2]) if row.strip()]
         return Matrix(tuple(_all(split(row, "&"), depth) for row in rows), text)
@@ -48,7 +48,7 @@ def read(text: str, depth: int = MAX_DEPTH) -> Form:
         inside = "".join(tokens[1:-1])
         builder = split(inside, r"\mid", "|", ":")
         if tokens[0] == r"\{" and len(builder) == 2 and name(builder[0]):  # {x | x > 0}
-            return read(builder[1], depth - 1)
+            return parse_answer(builder[1], depth - 1)
         parts = split(inside, ",", ";")
         if len(parts) > 1 or tokens[0] == r"\{":
             return Parts(tokens[0], tokens[-1], _flat(_all(parts, depth)), text)
@@ -60,7 +60,7 @@ def read(text: str, depth: int = MAX_DEPTH) -> Form:
         return Parts("", "", _all([upper, lower], depth), text)
     if len(parts := split(text, ":")) > 1:
         return Parts(":", ":", _all(parts, depth), text)
-    return Value(*measure(text))
+    return Value(*split_unit(text))
 
 
 def split(text: str, *separators: str) -> list[str]:
@@ -79,7 +79,7 @@ def split(text: str, *separators: str) -> list[str]:
 
 
 def _all(texts: list[str], depth: int) -> tuple[Form, ...]:
-    return tuple(read(text, depth - 1) for text in texts if text.strip())
+    return tuple(parse_answer(text, depth - 1) for text in texts if text.strip())
 
 
 def _flat(forms: tuple[Form, ...]) -> tuple[Form, ...]:
@@ -93,7 +93,7 @@ def _list(text: str, depth: int) -> Form | None:
     either = OR.search(text)
     text = BETWEEN.sub(",", text)
     if (number := THOUSANDS.match(text)) and len(split(text[number.end() :], ",", ";")) == 1:
-        return read(text[: number.end()].replace(",", "") + text[number.end() :], depth - 1)
+        return parse_answer(text[: number.end()].replace(",", "") + text[number.end() :], depth - 1)
     parts = [part for part in split(text, ",", ";") if part.strip()]
     if len(parts) > 1:
         forms = _flat(_all(parts, depth))
@@ -112,7 +112,7 @@ def _relation(text: str, depth: int) -> Form | None:
     r"""An equation with a name, or an inequality as its interval; None for neither."""
     sides = split(text, r"\approx")
     if len(sides) == 2 and "=" not in sides[1]:  # the exact side counts
-        return read(sides[0] if sides[0].strip() else sides[1], depth - 1)
+        return parse_answer(sides[0] if sides[0].strip() else sides[1], depth - 1)
     sides = split(text, "=")
     if len(sides) > 1:
         if not (found := name(sides[0])) or not all(side.strip() for side in sides):
@@ -121,7 +121,7 @@ def _relation(text: str, depth: int) -> Form | None:
         return Named(found, forms[-1], forms[:-1], text)
     sides = split(text, r"\in")
     if len(sides) == 2 and (found := name(sides[0])):
-        return Named(found, read(sides[1], depth - 1), (), text)
+        return Named(found, parse_answer(sides[1], depth - 1), (), text)
     sides = split(text, *RELATIONS)
     signs = [RELATIONS[token] for token in TOKEN.findall(text) if token in RELATIONS]
     if len(sides) != len(signs) + 1:

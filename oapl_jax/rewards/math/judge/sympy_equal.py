@@ -1,4 +1,4 @@
-r"""Two values: are they equal? By math-verify on LaTeX, after exact numbers and a numerical check.
+r"""Equality of two values: exact numbers, a numerical check, then math-verify on LaTeX.
 
 No text is evaluated: LaTeX is read by a grammar (latex2sympy2_extended), never by sympy's
 parse_expr or sympify, which call eval; math-verify's reader of plain expressions is not used.
@@ -63,7 +63,7 @@ class Unreadable(Exception):
 
 
 class _Reader(_Latex2Sympy):
-    """The reader, with exact decimals (its own calls eval on the digits, by sympy.Number), and with
+    """LaTeX reader with exact decimals (its own calls eval on the digits, by sympy.Number) and with
     2(3) as a product (its own takes it for the mixed number 2 + 3)."""
 
     def parse_number(self, text: str) -> Any:
@@ -95,19 +95,19 @@ def same_value(answer: str, reference: str) -> bool:
         return agree(a, r, decimal="." in answer + reference)
     if BASED.fullmatch(reference) or BASED.fullmatch(answer):
         return _same_in_base(answer, reference)
-    expected = _read(reference)
+    expected = _parse_latex(reference)
     try:
-        found = _read(answer)
+        found = _parse_latex(answer)
     except Unreadable:
         return False
-    verdict = _decided(found, expected, decimal="." in answer + reference)
+    verdict = _compare_numerically(found, expected, decimal="." in answer + reference)
     if verdict is not None:
         return verdict
     return verify([expected], [found], timeout_seconds=None, raise_on_error=True)
 
 
 @functools.lru_cache(maxsize=256)  # the responses to one prompt share its reference
-def _read(text: str) -> Any:
+def _parse_latex(text: str) -> Any:
     text = REPEATING.sub(_repeating, text)
     text = FUNCTION.sub(r"\\\1 ", text)
     for pattern, by in REWRITES:
@@ -125,15 +125,15 @@ def _read(text: str) -> Any:
     return found.xreplace({sympy.Symbol("i", real=True): sympy.I})
 
 
-def _decided(found: Any, expected: Any, *, decimal: bool) -> bool | None:
+def _compare_numerically(found: Any, expected: Any, *, decimal: bool) -> bool | None:
     """Equality of two expressions as far as numbers decide it; None if they don't."""
     if isinstance(found, sympy.Eq) and isinstance(expected, sympy.Eq):
         return _same_equations(found, expected) or None
     if not (isinstance(found, sympy.Expr) and isinstance(expected, sympy.Expr)):
         return None
     symbols = sorted(found.free_symbols | expected.free_symbols, key=str)
-    draw = random.Random(0)
-    at: dict[Any, Any] = {symbol: sympy.Rational(draw.randint(100, 999), 409) for symbol in symbols}
+    rng = random.Random(0)
+    at: dict[Any, Any] = {symbol: sympy.Rational(rng.randint(100, 999), 409) for symbol in symbols}
     a, r = (side.subs({s: at[s] for s in side.free_symbols}).doit() for side in (found, expected))
     if a.is_Rational and r.is_Rational:
         right = agree(_fraction(a), _fraction(r), decimal=decimal)

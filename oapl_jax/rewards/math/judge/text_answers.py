@@ -1,4 +1,4 @@
-"""The words of an answer: names, units, choices, and text that is no mathematics."""
+"""Text in answers: names, units, choices, and words that are no mathematics."""
 
 import re
 
@@ -46,8 +46,8 @@ UNIT = re.compile(
 ORDINAL = re.compile(r"(?<=[0-9])\s*(?:\^\s*)?\{?\s*(?:\\text\s*\{)?(?:st|nd|rd|th)\}{0,2}$")
 
 
-def words(text: str) -> str | None:
-    """Words without mathematics, in one spelling; None if there is mathematics."""
+def text_answer(text: str) -> str | None:
+    """One spelling of words without mathematics; None if there is mathematics."""
     inner = re.sub(r"\s+", "", TEXT.sub(r" \1 ", text))
     if inner.lower() in EMPTY:
         return "∅"
@@ -63,7 +63,7 @@ def words(text: str) -> str | None:
 
 
 def name(text: str) -> str | None:
-    r"""What may stand before "=": x, f(x), a_1, \frac{dy}{dx}, \text{area}, (x, y); else None."""
+    r"""A left side of "=": x, f(x), a_1, \frac{dy}{dx}, \text{area}, (x, y); else None."""
     text = re.sub(r"\s+", "", TEXT.sub(r"\1", text))
     if DERIVATIVE.fullmatch(text):
         return text
@@ -73,9 +73,8 @@ def name(text: str) -> str | None:
     return text.strip("()").replace("{", "").replace("}", "")
 
 
-def measure(text: str) -> tuple[str, str, bool]:
-    """The number in "5 million cm^2" or "50%": without what stands around it, its unit, and whether
-    it is a percentage."""
+def split_unit(text: str) -> tuple[str, str, bool]:
+    """Splits "5 million cm^2" or "50%" into its number, its unit, and if it is a percentage."""
     text, scale, found_unit = ORDINAL.sub("", text.strip()), 0, ""
     if money := re.fullmatch(r"(-?)\s*(\\dollar|€)\s*(.*)", text):
         text, found_unit = money[1] + money[3], unit(money[2], "")
