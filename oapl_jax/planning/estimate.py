@@ -127,7 +127,7 @@ def compile_all(
 
 def step_times(run: RunPrograms, where: Slice, traced: Any, module: Module) -> dict[str, Any]:
     """FLOPs, traffic and roofline of the train step."""
-    inputs, collectives = run.inputs, collective_bytes(module, run.mesh)
+    inputs, collectives = run.inputs, collective_bytes(module, run.mesh.shape)
     received: dict[str, float] = {}
     for row in collectives.values():
         for axes, size in row.items():

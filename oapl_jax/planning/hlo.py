@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from oapl_jax.errors import RunError
 
 HBM, HOST = 0, 5
 MEMORY_SPACES = range(9)  # 1 is VMEM, 2 sync flags, 6 SMEM, 7 and 8 belong to sparse cores
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
+INSTRUCTION = re.compile(r"  (ROOT )?%(\S+) = (.+?) ([a-z][a-z-]*)\(([^()]*)\)(?:, (.*))?")
 ARRAY = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,]*)\](\{[^}]*\})?")
 DTYPE = re.compile(r"(?:[su]|f)(\d+)(?:e\d+m\d+\w*)?")
 # Minor-to-major order, then tiles T, element size E, memory space S and others.
@@ -111,9 +111,13 @@ class Instruction:
     name: str
     opcode: str
     shape: str  # of the result, as printed
-    operands: tuple[str, ...]
-    rest: str  # attributes; of a constant first its value, of a parameter its number
+    literal: str  # between the parentheses: operands, a constant's value, a parameter's number
+    rest: str  # attributes
     root: bool
+
+    @functools.cached_property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([^\s,()]+)", self.literal)
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
@@ -141,11 +145,6 @@ class Instruction:
     def hbm_bytes(self) -> int:
         return sum(array.bytes for array in self.arrays if array.space == HBM)
 
-    @property
-    def number(self) -> int:
-        """Place of a parameter among the operands of its caller."""
-        return int(self.rest.partition(")")[0])
-
     @functools.cached_property
     def references(self) -> list[tuple[str, str]]:
         """(attribute, name) of each instruction or computation that an attribute names."""
@@ -162,16 +161,9 @@ class Instruction:
         raise RunError(f"{self.opcode} {self.name} of the compiled program has no {attribute}")
 
     def attribute(self, name: str) -> str:
-        """The text of an attribute, "" if there is none."""
-        found = re.search(rf"\b{name}=", self.rest)
-        if not found:
-            return ""
-        text, depth = self.rest[found.end() :], 0
-        for place, letter in enumerate(text):
-            depth += (letter in "{[(") - (letter in "}])")
-            if depth < 0 or (not depth and letter == ","):
-                return text[:place]
-        return text
+        """The word that follows `name=`, "" if there is none."""
+        found = re.search(rf"\b{name}=(\w+)", self.rest)
+        return found.group(1) if found else ""
 
     @property
     def element(self) -> int | None:
@@ -204,7 +196,7 @@ class Computation:
 
     def parameter(self, number: int) -> Instruction:
         given = (i for i in self.instructions.values() if i.opcode == "parameter")
-        return next(i for i in given if i.number == number)
+        return next(i for i in given if int(i.literal) == number)
 
     def source(self, instruction: Instruction) -> Instruction:
         """The instruction that this one copies, followed through copies of copies."""
@@ -313,15 +305,15 @@ class Module:
         of = lambda number: self._value(where, instruction.operands[number], given)
         match instruction.opcode:
             case "constant":
-                text = instruction.rest.partition(")")[0]
-                return int(text) if re.fullmatch(r"-?\d+", text) else None
+                is_integer = re.fullmatch(r"-?\d+", instruction.literal)
+                return int(instruction.literal) if is_integer else None
             case "parameter":
-                return given(instruction.number)
+                return given(int(instruction.literal))
             case "tuple":
                 return of
             case "get-tuple-element":
                 state = of(0)
-                return state(int(instruction.attribute("index"))) if callable(state) else None
+                return state(instruction.element) if callable(state) else None
             case "fusion":
                 inside = self.computations[instruction.callee("calls")]
                 return self._value(inside, inside.root.name, of)
@@ -399,44 +391,21 @@ def read_computations(text: str) -> tuple[dict[str, Computation], str]:
 
 def read_instruction(line: str) -> Instruction:
     """Reads `[ROOT] %name = shape opcode(operands), attributes`."""
-    left, _, right = line.strip().partition(" = ")
-    try:
-        end = _close(right) if right.startswith("(") else right.index(" ")
-        shape, right = right[:end], right[end:].lstrip()
-        opcode, _, right = right.partition("(")
-        end = _close("(" + right) - 1
-    except ValueError:
-        raise RunError(f"the compiled program has an unknown instruction: {line[:120]!r}") from None
-    inside, rest = right[: end - 1], right[end:].lstrip(", ")
-    if re.sub("-(start|update|done)$", "", opcode) not in KNOWN:
+    found = INSTRUCTION.fullmatch(line)
+    if not found or re.sub("-(start|update|done)$", "", found.group(4)) not in KNOWN:
         raise RunError(f"the compiled program has an unknown instruction: {line[:120]!r}")
-    if opcode in ("parameter", "constant"):
-        rest = f"{inside}), {rest}"
-    return Instruction(
-        name=left.removeprefix("ROOT ").lstrip("%"),
-        opcode=opcode,
-        shape=shape,
-        operands=tuple(re.findall(r"%([^\s,()]+)", inside)),
-        rest=rest,
-        root=left.startswith("ROOT "),
-    )
-
-
-def _close(text: str) -> int:
-    """The place after the parenthesis that closes the first one; ValueError if there is none."""
-    depth = 0
-    for place, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if not depth:
-            return place + 1
-    raise ValueError
+    root, name, shape, opcode, literal, rest = found.groups(default="")
+    return Instruction(name, opcode, shape, literal, rest, bool(root))
 
 
 # Collectives
 
 
-def collective_bytes(module: Module, mesh: Mesh) -> dict[str, dict[str, float]]:
-    """Bytes that a chip receives in one run: kind -> mesh axes ("fsdp", "data+fsdp") -> bytes.
+def collective_bytes(module: Module, mesh: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    """Bytes that a chip receives in one run, over a mesh with these sizes of axes.
+
+    Returns:
+      kind -> mesh axes ("fsdp", "data+fsdp") -> bytes.
 
     Raises:
       RunError: for a group of devices, or a collective in steps, in a form that is not known.
@@ -459,10 +428,10 @@ def collective_bytes(module: Module, mesh: Mesh) -> dict[str, dict[str, float]]:
             if kind == "all-reduce" and _scatters(computation, instruction):
                 kind = "reduce-scatter"
             if kind == "collective-permute":
-                axes, chips = permuted_axes(instruction, mesh.shape), 2
+                axes, chips = permuted_axes(instruction, mesh), 2
             else:
-                group = device_group(instruction, mesh.devices.size)
-                axes, chips = axes_of(group, mesh.shape), len(group)
+                group = device_group(instruction, math.prod(mesh.values()))
+                axes, chips = axes_of(group, mesh), len(group)
             if axes:  # else groups of one chip
                 row = table.setdefault(kind, {})
                 received = RECEIVED[kind](payload, chips) * times
@@ -500,8 +469,8 @@ def _payload(instruction: Instruction) -> int:
 
 def permuted_axes(instruction: Instruction, shape: Mapping[str, int]) -> tuple[str, ...]:
     """Mesh axes along which a collective-permute sends anything."""
-    text = instruction.attribute("source_target_pairs")
-    pairs = re.findall(r"\{(\d+),(\d+)\}", text)
+    text = instruction.rest.partition("source_target_pairs=")[2].partition("}}")[0]
+    pairs = re.findall(r"\{(\d+),(\d+)", text)
     if not pairs:
         raise RunError(f"the devices of {instruction.name} can't be read from {text[:80]!r}")
     crossed = {axis for pair in pairs for axis in axes_of([int(place) for place in pair], shape)}
@@ -533,7 +502,7 @@ def device_group(instruction: Instruction, devices: int) -> tuple[int, ...]:
             others = [axis for axis in range(len(shape)) if axis not in over]
             places = places.reshape(shape).transpose([*others, *over])
             return tuple(places.reshape(-1, math.prod(shape[axis] for axis in over))[0].tolist())
-    if instruction.attribute("replica_groups") in ("{}", ""):
+    if not text or text.startswith("{}"):
         return tuple(range(devices))
     raise RunError(f"the devices of {instruction.name} can't be read from {text[:80]!r}")
 

@@ -61,10 +61,11 @@ def memory_analysis(compiled: Any) -> dict[str, int]:
       RunError: if a figure is missing or negative.
     """
     analysis = compiled.memory_analysis()
-    figures = {name: getattr(analysis, f"{name}_in_bytes", None) for name in FIGURES}
-    for name, figure in figures.items():
-        if not isinstance(figure, int) or figure < 0:
-            raise RunError(f"the compiler's memory analysis has no known {name}: {figure}")
+    figures = {}
+    for name in FIGURES:
+        figures[name] = getattr(analysis, f"{name}_in_bytes", None)
+        if not isinstance(figures[name], int) or figures[name] < 0:
+            raise RunError(f"the compiler's memory analysis has no known {name}: {figures[name]}")
     return figures
 
 
