@@ -11,7 +11,7 @@ import itertools
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ CONTROL = ("while", "conditional", "call", "async-start")
 # scope may be jvp(at_most_7).
 AT_MOST = re.compile(r'at_most_(\d+)\)*/while"')
 MOST_TRIPS = 2**20
-# An integer, the elements of a tuple by index, or None if it is not known before the program runs.
+# An integer, the elements of a tuple by index, or None if the value depends on data.
 Value = int | Callable[[int], Any] | None
 ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     name.upper(): getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")
@@ -57,6 +57,7 @@ FREE = frozenset(
         *("async-done", "async-update"),
     )
 )
+COPIES = ("copy", "bitcast", "convert", "copy-start", "copy-done", "optimization-barrier")
 SLICING = ("dynamic-slice", "slice", "gather")
 # From one memory to another, asynchronously.
 TRANSFERS = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
@@ -106,35 +107,39 @@ class Array:
         return math.prod(self.shape) * bits // 8
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Instruction:
+    """An instruction, linked to its operands, its users and the computations that it runs."""
+
+    computation: "Computation"
     name: str
-    opcode: str
     shape: str  # of the result, as printed
+    opcode: str
     literal: str  # between the parentheses: operands, a constant's value, a parameter's number
     rest: str  # attributes
-    root: bool
-
-    @functools.cached_property
-    def operands(self) -> list[str]:
-        return re.findall(r"%([^\s,()]+)", self.literal)
+    operands: list["Instruction"] = dataclasses.field(default_factory=list)
+    users: list["Instruction"] = dataclasses.field(default_factory=list)
+    callees: dict[str, "Computation"] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
         """Arrays of the result, in order.
 
         Raises:
-          RunError: for a layout or a memory space that is not known.
+          RunError: for a shape, a layout or a memory space that is not known.
         """
         found = []
+        unknown = re.sub(r"/\*index=\d+\*/|[(), ]", "", ARRAY.sub("", self.shape))
         for dtype, sizes, layout in ARRAY.findall(self.shape):
             printed = re.search(r"S\((\d+)\)", layout)
             space = int(printed.group(1)) if printed else HBM
             if (layout and not LAYOUT.fullmatch(layout)) or space not in MEMORY_SPACES:
-                raise RunError(f"the layout {layout} of instruction {self.name} is not known")
+                unknown = layout
             if dtype != "token":
                 shape = tuple(int(size) for size in sizes.split(",") if size)
                 found.append(Array(dtype, shape, space))
+        if unknown:
+            raise RunError(f"{unknown} in the shape of instruction {self.name} is not known")
         return tuple(found)
 
     @property
@@ -145,121 +150,28 @@ class Instruction:
     def hbm_bytes(self) -> int:
         return sum(array.bytes for array in self.arrays if array.space == HBM)
 
-    @functools.cached_property
-    def references(self) -> list[tuple[str, str]]:
-        """(attribute, name) of each instruction or computation that an attribute names."""
-        return [
-            (attribute, name.strip(" %"))
-            for attribute, names in REFERENCE.findall(self.rest)
-            for name in names.split(",")
-        ]
-
-    def callee(self, attribute: str) -> str:
-        for found, name in self.references:
-            if found == attribute:
-                return name
-        raise RunError(f"{self.opcode} {self.name} of the compiled program has no {attribute}")
-
     def attribute(self, name: str) -> str:
         """The word that follows `name=`, "" if there is none."""
         found = re.search(rf"\b{name}=(\w+)", self.rest)
         return found.group(1) if found else ""
+
+    def callee(self, attribute: str) -> "Computation":
+        if attribute not in self.callees:
+            raise RunError(f"{self.opcode} {self.name} of the compiled program has no {attribute}")
+        return self.callees[attribute]
 
     @property
     def element(self) -> int | None:
         """The index of a get-tuple-element."""
         return int(self.attribute("index")) if self.opcode == "get-tuple-element" else None
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Computation:
-    name: str
-    instructions: dict[str, Instruction]
-
-    @functools.cached_property
-    def root(self) -> Instruction:
-        return next(i for i in self.instructions.values() if i.root)
-
-    @functools.cached_property
-    def _users(self) -> dict[str, list[Instruction]]:
-        users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
-        for instruction in self.instructions.values():
-            for name in set(instruction.operands) & users.keys():
-                users[name].append(instruction)
-        return users
-
-    def users(self, instruction: Instruction) -> list[Instruction]:
-        return self._users[instruction.name]
-
-    def operands(self, instruction: Instruction) -> list[Instruction]:
-        return [self.instructions[name] for name in instruction.operands]
-
-    def parameter(self, number: int) -> Instruction:
-        given = (i for i in self.instructions.values() if i.opcode == "parameter")
-        return next(i for i in given if int(i.literal) == number)
-
-    def source(self, instruction: Instruction) -> Instruction:
+    @property
+    def source(self) -> "Instruction":
         """The instruction that this one copies, followed through copies of copies."""
-        copies = ("copy", "bitcast", "convert", "copy-start", "copy-done", "optimization-barrier")
-        while instruction.opcode in copies:
-            instruction = self.instructions[instruction.operands[0]]
-        return instruction
+        return self.operands[0].source if self.opcode in COPIES else self
 
-
-class Module:
-    """A scheduled HLO module, read from `compiled.as_text()`.
-
-    Raises:
-      RunError: for an instruction or a reference to a computation in a form that is not known.
-    """
-
-    def __init__(self, text: str):
-        self.header = text.partition("\n")[0]
-        self.computations, self.entry = read_computations(text)
-        self._calls: dict[str, list[tuple[Computation, Instruction, str]]] = {
-            name: [] for name in self.computations
-        }
-        for computation in self.computations.values():
-            here = computation.instructions
-            for instruction in here.values():
-                for attribute, name in instruction.references:
-                    if attribute in CALLS and name in self._calls:
-                        self._calls[name].append((computation, instruction, attribute))
-                    elif attribute in CALLS or name in self.computations.keys() - here.keys():
-                        raise RunError(
-                            f"{attribute}=%{name} of {instruction.name} in the compiled program is "
-                            "not known"
-                        )
-        for name, calls in self._calls.items():
-            if not calls and name != self.entry:
-                raise RunError(f"no known instruction of the compiled program runs {name}")
-
-    @functools.cache  # noqa: B019 (a module lives no longer than a plan)
-    def executions(self, computation: str) -> int:
-        """Times that a computation runs in one run of the program.
-
-        Raises:
-          RunError: if the trip count of a loop around it can't be read.
-        """
-        if computation == self.entry:
-            return 1
-        return sum(
-            self.executions(caller.name)
-            * (self.trip_count(caller, instruction) if attribute == "body" else 1)
-            for caller, instruction, attribute in self._calls[computation]
-        )
-
-    def sequences(self) -> list[Computation]:
-        """The entry, and all bodies and branches, whose instructions run one by one."""
-        return [
-            computation
-            for name, computation in self.computations.items()
-            if name == self.entry
-            or any(instruction.opcode in CONTROL for _, instruction, _ in self._calls[name])
-        ]
-
-    @functools.cache  # noqa: B019
-    def trip_count(self, caller: Computation, loop: Instruction) -> int:
+    @functools.cached_property
+    def trip_count(self) -> int:
         """Trips of a while loop: as printed, or by evaluating its condition and its counter.
 
         A loop whose end depends on data makes the most trips that its scope `at_most_n` allows.
@@ -267,13 +179,12 @@ class Module:
         Raises:
           RunError: if neither can be read.
         """
-        printed = re.search(r'known_trip_count[^0-9]*"?n"?[^0-9]*(\d+)', loop.rest)
-        if printed := printed or AT_MOST.search(loop.rest):
+        printed = re.search(r'known_trip_count[^0-9]*"?n"?[^0-9]*(\d+)', self.rest)
+        if printed := printed or AT_MOST.search(self.rest):
             return int(printed.group(1))
-        condition = self.computations[loop.callee("condition")]
-        body = self.computations[loop.callee("body")]
-        start = self._value(caller, loop.operands[0], self._given(caller))
-        constant = self._passed_through(loop, start)
+        condition, body = self.callee("condition"), self.callee("body")
+        start = _value(self.operands[0], _constants_of(self.computation))
+        constant = _unchanged(self, start)
         if callable(start) and callable(constant):
             read = [i.element for i in condition.instructions.values() if i.element is not None]
             values = {index: start(index) for index in read}
@@ -281,121 +192,172 @@ class Module:
                 lambda _: lambda index: values[index] if index in values else constant(index)
             )
             for trips in range(MOST_TRIPS):
-                going = self._value(condition, condition.root.name, given(values))
+                going = _value(condition.root, given(values))
                 if going is None:
                     break
                 if not going:
                     return trips
-                after = self._value(body, body.root.name, given(values))
+                after = _value(body.root, given(values))
                 values = {index: after(index) if callable(after) else None for index in read}
-        raise RunError(f"the trip count of loop {loop.name} of the compiled program can't be read")
+        raise RunError(f"the trip count of loop {self.name} of the compiled program can't be read")
 
-    def _value(self, where: Computation, name: str, given: Callable[[int], Value]) -> Value:
-        """Evaluates an instruction.
-
-        Args:
-          where: its computation.
-          name: of the instruction.
-          given: number of a parameter -> its value.
-
-        Returns:
-          An integer, a function from an index to the element of a tuple, or None if not known.
-        """
-        instruction = where.source(where.instructions[name])
-        of = lambda number: self._value(where, instruction.operands[number], given)
-        match instruction.opcode:
-            case "constant":
-                is_integer = re.fullmatch(r"-?\d+", instruction.literal)
-                return int(instruction.literal) if is_integer else None
-            case "parameter":
-                return given(int(instruction.literal))
-            case "tuple":
-                return of
-            case "get-tuple-element":
-                state = of(0)
-                return state(instruction.element) if callable(state) else None
-            case "fusion":
-                inside = self.computations[instruction.callee("calls")]
-                return self._value(inside, inside.root.name, of)
-            case "while":
-                return self._passed_through(instruction, of(0))
-            case "add" | "subtract" | "compare":
-                kind = instruction.attribute("direction") or instruction.opcode
-                left, right = of(0), of(1)
-                if isinstance(left, int) and isinstance(right, int) and kind in ARITHMETIC:
-                    return ARITHMETIC[kind](left, right)
-        return None
-
-    def _given(self, computation: Computation) -> Callable[[int], Value]:
-        """Values of the parameters of a computation: of a loop's body those that never change."""
-        callers = [call for call in self._calls[computation.name] if call[1].opcode == "while"]
-        if len(callers) != 1:
-            return lambda _: None
-        outside, loop, _ = callers[0]
-        start = self._value(outside, loop.operands[0], self._given(outside))
-        return lambda _: self._passed_through(loop, start)
-
-    def _passed_through(self, loop: Instruction, start: Value) -> Value:
-        """The elements of a loop's state that its body returns unchanged."""
-        if not callable(start):
-            return None
-        return lambda index: start(index) if self._passes_through(loop, index) else None
-
-    def _passes_through(self, loop: Instruction, index: int) -> bool:
-        body = self.computations[loop.callee("body")]
-        if body.root.opcode != "tuple":
+    def passes_through(self, index: int) -> bool:
+        """True if the body of a loop returns this element of its state unchanged."""
+        root = self.callee("body").root
+        if root.opcode != "tuple":
             return False
-        new = body.source(body.instructions[body.root.operands[index]])
-        return new.element == index and body.instructions[new.operands[0]].opcode == "parameter"
-
-    def made_by_loop(self, computation: Computation, name: str) -> tuple[str, int] | None:
-        """The loop of this computation that wrote the array `name`, and its place in the loop's
-        result; None if no loop did."""
-        element = computation.source(computation.instructions[name])
-        if element.element is None:
-            return None
-        loop = computation.source(computation.instructions[element.operands[0]])
-        if loop.opcode != "while" or self._passes_through(loop, element.element):
-            return None
-        return loop.name, element.element
+        new = root.operands[index].source
+        return new.element == index and new.operands[0].opcode == "parameter"
 
 
-def read_computations(text: str) -> tuple[dict[str, Computation], str]:
-    """All computations by name, and the name of the entry.
+@dataclasses.dataclass(eq=False)
+class Computation:
+    name: str
+    is_entry: bool
+    instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
+    callers: list[tuple[Instruction, str]] = dataclasses.field(default_factory=list)
+    root: Instruction = None  # pyright: ignore[reportAssignmentType]
+
+    @functools.cached_property
+    def executions(self) -> int:
+        """Times that it runs in one run of the program.
+
+        Raises:
+          RunError: if the trip count of a loop around it can't be read.
+        """
+        if self.is_entry:
+            return 1
+        return sum(
+            caller.computation.executions * (caller.trip_count if attribute == "body" else 1)
+            for caller, attribute in self.callers
+        )
+
+    @property
+    def is_sequence(self) -> bool:
+        """True if its instructions run one by one: the entry, bodies and branches, no fusions."""
+        return self.is_entry or any(caller.opcode in CONTROL for caller, _ in self.callers)
+
+    def parameter(self, number: int) -> Instruction:
+        given = (i for i in self.instructions.values() if i.opcode == "parameter")
+        return next(i for i in given if int(i.literal) == number)
+
+
+class Module:
+    """A scheduled HLO module, read from `compiled.as_text()`.
 
     Raises:
-      RunError: for a line or an instruction in a form that is not known.
+      RunError: for a line, an instruction, or a reference to a computation, in a form that is not
+        known.
     """
-    computations: dict[str, Computation] = {}
-    entry, name, lines = "", "", []
+
+    def __init__(self, text: str):
+        self.header = text.partition("\n")[0]
+        self.computations = {c.name: c for c in read_computations(text)}
+        entries = [c for c in self.computations.values() if c.is_entry]
+        if not entries:
+            raise RunError(f"the compiled program has no ENTRY; it begins with {text[:120]!r}")
+        self.entry = entries[0]
+        for computation in self.computations.values():
+            for instruction in computation.instructions.values():
+                self._link(instruction)
+        for computation in self.computations.values():
+            if not computation.callers and not computation.is_entry:
+                raise RunError(f"no known instruction of the program runs {computation.name}")
+
+    def _link(self, instruction: Instruction) -> None:
+        beside = instruction.computation.instructions
+        names = re.findall(r"%([^\s,()]+)", instruction.literal)
+        instruction.operands = [beside[name] for name in names]
+        for name in set(names):
+            beside[name].users.append(instruction)
+        for attribute, names in REFERENCE.findall(instruction.rest):
+            for name in (name.strip(" %") for name in names.split(",")):
+                callee = self.computations.get(name)
+                if attribute in CALLS and callee:
+                    instruction.callees[attribute] = callee
+                    callee.callers.append((instruction, attribute))
+                elif attribute in CALLS or (callee and name not in beside):
+                    raise RunError(f"{attribute}=%{name} of {instruction.name} is not known")
+
+    def sequences(self) -> list[Computation]:
+        return [c for c in self.computations.values() if c.is_sequence]
+
+
+def read_computations(text: str) -> Iterator[Computation]:
+    """Reads the computations and their instructions, without links."""
+    computation, lines = None, []
     for line in text.splitlines():
-        if name and BLOCK_END.fullmatch(line):
-            instructions = [read_instruction(line) for line in lines]
-            computations[name] = Computation(name, {i.name: i for i in instructions})
-            if not any(i.root for i in instructions):
-                raise RunError(f"computation {name} of the compiled program has no ROOT")
-            name = ""
-        elif name and line.startswith(("  %", "  ROOT %")):
+        if computation is None:
+            if line.endswith("{") and line.startswith(("%", "ENTRY ")):
+                name = line.removeprefix("ENTRY ").lstrip("%").partition(" ")[0]
+                computation, lines = Computation(name, line.startswith("ENTRY ")), []
+        elif BLOCK_END.fullmatch(line):
+            for printed in lines:
+                read_instruction(computation, printed)
+            if computation.root is None:
+                raise RunError(f"computation {computation.name} of the program has no ROOT")
+            yield computation
+            computation = None
+        elif line.startswith(("  %", "  ROOT %")):
             lines.append(line)
-        elif name and lines:
+        elif lines:
             lines[-1] += line  # attributes of a kernel can span lines
-        elif line.endswith("{") and line.startswith(("%", "ENTRY ")):
-            name, lines = line.removeprefix("ENTRY ").lstrip("%").partition(" ")[0], []
-            entry = name if line.startswith("ENTRY ") else entry
-        elif name:
+        else:
             raise RunError(f"the compiled program has a line of an unknown form: {line[:120]!r}")
-    if not entry:
-        raise RunError(f"the compiled program has no ENTRY; it begins with {text[:120]!r}")
-    return computations, entry
 
 
-def read_instruction(line: str) -> Instruction:
-    """Reads `[ROOT] %name = shape opcode(operands), attributes`."""
+def read_instruction(computation: Computation, line: str) -> None:
+    """Adds `[ROOT] %name = shape opcode(operands), attributes` to its computation."""
     found = INSTRUCTION.fullmatch(line)
     if not found or re.sub("-(start|update|done)$", "", found.group(4)) not in KNOWN:
         raise RunError(f"the compiled program has an unknown instruction: {line[:120]!r}")
     root, name, shape, opcode, literal, rest = found.groups(default="")
-    return Instruction(name, opcode, shape, literal, rest, bool(root))
+    instruction = Instruction(computation, name, shape, opcode, literal, rest)
+    computation.instructions[name] = instruction
+    computation.root = instruction if root else computation.root
+
+
+def _value(instruction: Instruction, given: Callable[[int], Value]) -> Value:
+    """Evaluates an instruction; `given` maps the number of a parameter to its value."""
+    instruction = instruction.source
+    operand = lambda number: _value(instruction.operands[number], given)
+    match instruction.opcode:
+        case "constant":
+            is_integer = re.fullmatch(r"-?\d+", instruction.literal)
+            return int(instruction.literal) if is_integer else None
+        case "parameter":
+            return given(int(instruction.literal))
+        case "tuple":
+            return operand
+        case "get-tuple-element":
+            state, index = operand(0), instruction.element
+            return state(index) if callable(state) and index is not None else None
+        case "fusion":
+            return _value(instruction.callee("calls").root, operand)
+        case "while":
+            return _unchanged(instruction, operand(0))
+        case "add" | "subtract" | "compare":
+            kind = instruction.attribute("direction") or instruction.opcode
+            left, right = operand(0), operand(1)
+            if isinstance(left, int) and isinstance(right, int) and kind in ARITHMETIC:
+                return ARITHMETIC[kind](left, right)
+    return None
+
+
+def _constants_of(computation: Computation) -> Callable[[int], Value]:
+    """Values of the parameters of a computation: of a loop's body, elements that never change."""
+    loops = [caller for caller, _ in computation.callers if caller.opcode == "while"]
+    if len(loops) != 1:
+        return lambda _: None
+    start = _value(loops[0].operands[0], _constants_of(loops[0].computation))
+    return lambda _: _unchanged(loops[0], start)
+
+
+def _unchanged(loop: Instruction, start: Value) -> Value:
+    """The elements of a loop's state that all trips leave as they start."""
+    if not callable(start):
+        return None
+    return lambda index: start(index) if loop.passes_through(index) else None
 
 
 # Collectives
@@ -413,19 +375,18 @@ def collective_bytes(module: Module, mesh: Mapping[str, int]) -> dict[str, dict[
     table: dict[str, dict[str, float]] = {}
     counted, continued = set(), {}
     for computation in module.computations.values():
-        times = module.executions(computation.name)
         for instruction in computation.instructions.values():
             kind = instruction.opcode.removesuffix("-start")
-            if kind not in RECEIVED or not times:
+            if kind not in RECEIVED or not computation.executions:
                 continue
             channel = instruction.attribute("channel_id")
-            if _continues(computation, instruction):
+            if _continues(instruction):
                 continued[channel] = instruction.name
                 continue
             counted.add(channel)
-            operands = sum(operand.bytes for operand in computation.operands(instruction))
+            operands = sum(operand.bytes for operand in instruction.operands)
             payload = max(_payload(instruction), operands)
-            if kind == "all-reduce" and _scatters(computation, instruction):
+            if kind == "all-reduce" and _scatters(instruction):
                 kind = "reduce-scatter"
             if kind == "collective-permute":
                 axes, chips = permuted_axes(instruction, mesh), 2
@@ -434,14 +395,14 @@ def collective_bytes(module: Module, mesh: Mapping[str, int]) -> dict[str, dict[
                 axes, chips = axes_of(group, mesh), len(group)
             if axes:  # else groups of one chip
                 row = table.setdefault(kind, {})
-                received = RECEIVED[kind](payload, chips) * times
+                received = RECEIVED[kind](payload, chips) * computation.executions
                 row["+".join(axes)] = row.get("+".join(axes), 0.0) + received
     for channel in continued.keys() - counted:
         raise RunError(f"the compiled program continues {continued[channel]} and never starts it")
     return table
 
 
-def _continues(computation: Computation, instruction: Instruction) -> bool:
+def _continues(instruction: Instruction) -> bool:
     """True for a later step of a collective that another computation starts.
 
     The TPU compiler cuts an asynchronous collective into steps, each fused with a piece of the
@@ -450,14 +411,15 @@ def _continues(computation: Computation, instruction: Instruction) -> bool:
     if "chain_id=" not in instruction.rest:
         return False
     starts = 'custom_call_target="AsyncCollectiveStart"'
-    return not any(starts in other.rest for other in computation.instructions.values())
+    beside = instruction.computation.instructions.values()
+    return not any(starts in other.rest for other in beside)
 
 
-def _scatters(computation: Computation, instruction: Instruction) -> bool:
+def _scatters(instruction: Instruction) -> bool:
     """True if each chip keeps only its part of the sum: the TPU compiler's reduce-scatter."""
-    users = computation.users(instruction)
+    users = instruction.users
     while users and all(u.opcode in ("get-tuple-element", "bitcast") for u in users):
-        users = [user for u in users for user in computation.users(u)]
+        users = [user for u in users for user in u.users]
     return bool(users) and all(u.opcode == "dynamic-slice" for u in users)
 
 
@@ -535,44 +497,42 @@ def traffic(module: Module) -> tuple[int, int]:
     """
     hbm = host = 0
     for computation in module.sequences():
-        times = module.executions(computation.name)
         for instruction in computation.instructions.values():
-            if instruction.opcode in FREE:
+            allocates = instruction.opcode == "custom-call" and not instruction.operands
+            if instruction.opcode in FREE or allocates:
                 continue
-            if instruction.opcode == "custom-call" and not instruction.operands:
-                continue  # allocates a buffer
             if instruction.opcode in TRANSFERS:
-                count, *spaces = _transfer(computation, instruction)
-                hbm += times * count * spaces.count(HBM)
-                host += times * count * (spaces[0] != spaces[1] and HOST in spaces)
+                count, *spaces = _transfer(instruction)
+                hbm += computation.executions * count * spaces.count(HBM)
+                if spaces[0] != spaces[1] and HOST in spaces:
+                    host += computation.executions * count
                 continue
-            hbm += times * _moved(module, computation, instruction)
-            operands = computation.operands(instruction)
-            if any(array.space == HOST for i in (*operands, instruction) for array in i.arrays):
+            arrays = [a for i in (*instruction.operands, instruction) for a in i.arrays]
+            if any(array.space == HOST for array in arrays):
                 raise RunError(
                     f"the compiled program uses the host's memory by a {instruction.opcode} "
                     f"({instruction.name}), whose bytes can't be counted"
                 )
+            hbm += computation.executions * _moved(instruction)
     return hbm, host
 
 
-def _transfer(computation: Computation, instruction: Instruction) -> tuple[int, int, int]:
+def _transfer(instruction: Instruction) -> tuple[int, int, int]:
     """Bytes, and the memory spaces that they are read from and written to."""
-    source, *others = computation.operands(instruction)
-    space = source.arrays[0].space
+    source = instruction.operands[0].arrays[0]
     if instruction.opcode == "dynamic-update-slice-start":
-        part = others[0].arrays[0]
-        return part.bytes, part.space, space
+        part = instruction.operands[1].arrays[0]
+        return part.bytes, part.space, source.space
     if instruction.opcode == "copy-start":
         target = instruction.arrays[0]
     else:
         *_, target = (array for array in instruction.arrays if array.shape)  # no index, no flag
-    return target.bytes, space, target.space
+    return target.bytes, source.space, target.space
 
 
-def _moved(module: Module, computation: Computation, instruction: Instruction) -> int:
+def _moved(instruction: Instruction) -> int:
     """Bytes of HBM that an instruction reads and writes."""
-    operands = computation.operands(instruction)
+    operands = instruction.operands
     if instruction.opcode == "dynamic-update-slice":
         return 2 * operands[1].hbm_bytes
     if instruction.opcode in SLICING:
@@ -580,51 +540,49 @@ def _moved(module: Module, computation: Computation, instruction: Instruction) -
         return target.bytes * ((source.space == HBM) + (target.space == HBM))
     read, written = [operand.hbm_bytes for operand in operands], instruction.hbm_bytes
     if instruction.opcode == "fusion":
-        inside = module.computations[instruction.callee("calls")]
-        used = [_read(inside, inside.parameter(place)) for place in range(len(read))]
-        read = [min(whole, part) for whole, part in zip(read, used, strict=True)]
-        results = inside.operands(inside.root) if inside.root.opcode == "tuple" else [inside.root]
-        written = min(written, sum(_written(inside, result) for result in results))
+        inside = instruction.callee("calls")
+        read = [min(size, _read(inside.parameter(place))) for place, size in enumerate(read)]
+        results = inside.root.operands if inside.root.opcode == "tuple" else [inside.root]
+        written = min(written, sum(map(_written, results)))
     return sum(read) + written
 
 
-def _read(inside: Computation, source: Instruction) -> int:
+def _read(source: Instruction) -> int:
     """Bytes of a parameter that a fusion reads."""
     total = 0
-    for user in inside.users(source):
-        if user.opcode in SLICING and user.operands[0] == source.name:
+    for user in source.users:
+        if user.opcode in SLICING and user.operands[0] is source:
             total += user.bytes
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] is source:
             continue  # the rest stays where it is
         elif user.opcode == "bitcast":
-            total += _read(inside, user)
+            total += _read(user)
         else:
             return source.bytes
     return min(total, source.bytes)
 
 
-def _written(inside: Computation, result: Instruction) -> int:
+def _written(result: Instruction) -> int:
     """Bytes of a result that a fusion writes."""
-    while result.opcode == "bitcast":
-        result = inside.instructions[result.operands[0]]
+    if result.opcode == "bitcast":
+        return _written(result.operands[0])
     if result.opcode == "dynamic-update-slice":
-        return inside.instructions[result.operands[1]].bytes
+        return result.operands[1].bytes
     return 0 if result.opcode == "parameter" else result.bytes
 
 
 def saved_bytes(module: Module) -> int:
     """Bytes in HBM that one loop makes and a later one takes: activations saved for a backward
     pass."""
-    total = 0
+    saved = {}
     for computation in module.sequences():
-        seen = set()
         for loop in computation.instructions.values():
-            if loop.opcode != "while":
-                continue
-            for name in computation.instructions[loop.operands[0]].operands:
-                made = module.made_by_loop(computation, name)
-                if made is not None and made not in seen:
-                    seen.add(made)
-                    array = computation.instructions[made[0]].arrays[made[1]]
-                    total += array.bytes if array.space == HBM else 0
-    return total
+            for given in loop.operands[0].operands if loop.opcode == "while" else ():
+                element = given.source
+                if element.element is None:
+                    continue
+                made_by = element.operands[0].source
+                if made_by.opcode == "while" and not made_by.passes_through(element.element):
+                    array = made_by.arrays[element.element]
+                    saved[made_by, element.element] = array.bytes if array.space == HBM else 0
+    return sum(saved.values())

@@ -173,7 +173,7 @@ def by_kind(program: Program, analysis: Mapping[str, int], module: Module) -> di
     """
     kinds = {kind: per_chip(tree) for kind, tree in program.arguments.items()}
     # Unused arguments are no parameters of the program and occupy HBM all the same.
-    entry = module.computations[module.entry].instructions.values()
+    entry = module.entry.instructions.values()
     used = sum(i.bytes for i in entry if i.opcode == "parameter")
     arguments, results = analysis["argument_size"], _new_results(analysis)
     # The peak is a second figure of the compiler, which includes the host's memory: the greater one
