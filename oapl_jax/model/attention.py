@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
 
 from oapl_jax.errors import UserError
 from oapl_jax.model.blockwise_attention import LOWEST, blockwise_attention, visible
@@ -23,20 +24,15 @@ QUADRATIC_BYTES = 256 << 20
 
 
 def masked_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
-) -> jax.Array:
+    query: Float[Array, "B Tq H D"],
+    key: Float[Array, "B Tk K D"],
+    value: Float[Array, "B Tk K D"],
+    mask: Bool[Array, "B Tq Tk"],
+) -> Float[Array, "B Tq H D"]:
     """softmax(q k' / sqrt(d)) v, with logits and softmax in float32 and no repeated keys.
 
     Holds all weights at a time: for the short queries of a sampler, and as the reference that every
-    kernel must equal.
-
-    Args:
-      query: [B, Tq, heads, d]; heads is a multiple of kv_heads.
-      key, value: [B, Tk, kv_heads, d].
-      mask: bool[B, Tq, Tk].
-
-    Returns:
-      [B, Tq, heads, d] in the dtype of `value`.
+    kernel must equal. H is a multiple of K; the output has the dtype of `value`.
     """
     batch, length, heads, dim = query.shape
     kv_heads = key.shape[2]
@@ -77,19 +73,16 @@ KERNELS: dict[str, tuple[int, MakeKernel]] = {
 }
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+def attention(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B T K D"],
+    value: Float[Array, "B T K D"],
+    segments: Int[Array, "B T"],
+) -> Float[Array, "B T H D"]:
     """softmax(q k' / sqrt(d)) v over packed rows: a token sees the past of its own segment.
 
     The platform of the mesh's devices selects the kernel, so any host compiles for a TPU; outside a
     mesh it is the CPU's.
-
-    Args:
-      query: [B, T, heads, d]; heads is a multiple of kv_heads.
-      key, value: [B, T, kv_heads, d].
-      segments: int32[B, T].
-
-    Returns:
-      [B, T, heads, d] in the dtype of `value`.
 
     Raises:
       UserError: if the mesh can't divide the key heads.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
 BLOCK = 128  # positions; larger blocks leave the cache, smaller ones add loop overhead
 LOWEST = float(np.finfo(np.float32).min)
@@ -20,36 +21,29 @@ ATTENTION = "attention"  # checkpoint name of the residuals of a kernel's backwa
 
 
 def visible(
-    query_segments: jax.Array, key_segments: jax.Array, query_slots: jax.Array, key_slots: jax.Array
-) -> jax.Array:
-    """Causal mask of packed rows, bool[B, Tq, Tk]: a token sees the past of its own segment.
-
-    Args:
-      query_segments, key_segments: int32[B, Tq], int32[B, Tk]; packed neighbours differ.
-      query_slots, key_slots: int32[Tq], int32[Tk]; indices in the row or in the cache.
-    """
+    query_segments: Int[Array, "B Tq"],
+    key_segments: Int[Array, "B Tk"],
+    query_slots: Int[Array, " Tq"],
+    key_slots: Int[Array, " Tk"],
+) -> Bool[Array, "B Tq Tk"]:
+    """Causal mask of packed rows: a token sees the past of its own segment; slots are indices in
+    the row or the cache."""
     same = query_segments[:, :, None] == key_segments[:, None, :]
     return same & (key_slots[None, None, :] <= query_slots[None, :, None])
 
 
 def blockwise_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    query_segments: jax.Array,
-    key_segments: jax.Array,
-    query_slots: jax.Array,
-) -> jax.Array:
+    query: Float[Array, "B Tq H D"],
+    key: Float[Array, "B Tk K D"],
+    value: Float[Array, "B Tk K D"],
+    query_segments: Int[Array, "B Tq"],
+    key_segments: Int[Array, "B Tk"],
+    query_slots: Int[Array, " Tq"],
+) -> Float[Array, "B Tq H D"]:
     """softmax(q k' / sqrt(d)) v under the mask of `visible`; logits, sums and softmax in float32.
 
-    Args:
-      query: [B, Tq, heads, d]; heads is a multiple of kv_heads.
-      key, value: [B, Tk, kv_heads, d]; key s has slot s.
-      query_segments, key_segments: int32[B, Tq], int32[B, Tk].
-      query_slots: int32[Tq]; each query's own key is among the keys.
-
-    Returns:
-      [B, Tq, heads, d] in the dtype of `value`.
+    Key s has slot s, and each query's own key is among the keys. H is a multiple of K; the output
+    has the dtype of `value`.
     """
     length, keys = query.shape[1], key.shape[1]
     query_block, key_block = min(BLOCK, length), min(BLOCK, keys)

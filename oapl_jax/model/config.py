@@ -1,4 +1,4 @@
-"""Sizes and switches of the decoder, read from and written to a checkpoint's config.json."""
+"""Decoder configuration, read from and written to a checkpoint's config.json."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,11 +12,22 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
 }
 ROPE_TYPES = ("default", "llama3", "yarn")
+# Field -> key of config.json, where both have the same value.
+KEYS = {
+    "model_type": "model_type",
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "max_positions": "max_position_embeddings",
+    "rms_norm_eps": "rms_norm_eps",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Everything that the decoder must know; the field names are the field's own words.
+    """Sizes and features of the decoder.
 
     `rope` holds `rope_type`, `rope_theta` and the variant's constants as config.json names them, in
     sorted pairs, so that the config can be hashed.
@@ -43,69 +54,54 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, source: str) -> "ModelConfig":
-        """Reads the dictionary of a config.json.
-
-        Args:
-          config: its content.
-          source: where it came from, named in errors.
+        """Reads the content of a config.json; errors name its `source`.
 
         Raises:
-          UserError: for an architecture or a feature that this decoder lacks, by name.
+          UserError: listing every feature that this decoder lacks.
         """
-        refuse_unsupported(config, source)
-        model_type = config["model_type"]
-        heads = config["num_attention_heads"]
-        attention_bias = config.get("attention_bias", False)
+        check_supported(config, source)
+        fields = {field: config[key] for field, key in KEYS.items()}
+        model_type, heads = fields["model_type"], fields["num_heads"]
+        bias = config.get("attention_bias", False)
         eos = config.get("eos_token_id")
-        eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
         rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
         if rope["rope_type"] != "default":
-            rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+            rope.setdefault("original_max_position_embeddings", fields["max_positions"])
+        default_dim = 128 if model_type == "qwen3" else fields["hidden_size"] // heads
         return cls(
-            model_type=model_type,
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
+            **fields,
             num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim")
-            or (128 if model_type == "qwen3" else config["hidden_size"] // heads),
-            max_positions=config["max_position_embeddings"],
-            rms_norm_eps=config["rms_norm_eps"],
+            head_dim=config.get("head_dim") or default_dim,
             rope=tuple(sorted(rope.items())),
             tie_embeddings=config.get("tie_word_embeddings", False),
             qk_norm=model_type == "qwen3",
-            qkv_bias=model_type == "qwen2" or attention_bias,
-            output_bias=model_type != "qwen2" and attention_bias,
+            qkv_bias=model_type == "qwen2" or bias,
+            output_bias=model_type != "qwen2" and bias,
             bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=eos_ids,
+            eos_token_ids=()
+            if eos is None
+            else tuple(eos)
+            if isinstance(eos, list | tuple)
+            else (eos,),
             pad_token_id=config.get("pad_token_id"),
         )
 
     def to_hf(self, *, dtype: str) -> dict[str, Any]:
-        """The config.json of an exported checkpoint whose tensors have this dtype."""
-        rope = dict(self.rope)
+        """Content of the config.json of an exported checkpoint with tensors of `dtype`."""
+        rope, eos = dict(self.rope), list(self.eos_token_ids)
         config = {
             "architectures": [ARCHITECTURES[self.model_type]],
-            "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
+            **{key: getattr(self, field) for field, key in KEYS.items()},
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
             "hidden_act": "silu",
-            "max_position_embeddings": self.max_positions,
-            "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": rope["rope_theta"],
             "rope_parameters": rope,
             "tie_word_embeddings": self.tie_embeddings,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": _one_or_list(self.eos_token_ids),
+            "eos_token_id": eos if len(eos) > 1 else eos[0] if eos else None,
             "pad_token_id": self.pad_token_id,
             "dtype": dtype,
             "torch_dtype": dtype,
@@ -117,8 +113,8 @@ class ModelConfig:
         return config
 
 
-def refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
-    """Raises a UserError that lists every feature of a config.json which the decoder lacks."""
+def check_supported(config: Mapping[str, Any], source: str) -> None:
+    """Raises a UserError that lists every feature of a config.json that the decoder lacks."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
@@ -139,10 +135,6 @@ def refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
     lacking = [name for name, found in checks.items() if found]
     if lacking:
         raise UserError(
-            f"{source} asks for {', '.join(lacking)}, which the decoder does not have; it covers "
+            f"{source} needs {', '.join(lacking)}, which the decoder lacks; it supports "
             f"{', '.join(ARCHITECTURES)} with full attention and rope types {', '.join(ROPE_TYPES)}"
         )
-
-
-def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
-    return None if not ids else ids[0] if len(ids) == 1 else list(ids)

@@ -123,9 +123,8 @@ def load_params(directory: epath.PathLike, config: ModelConfig, *, mesh: Mesh | 
       mesh: placement by sharding.PARAMETER_RULES; None for the default device.
 
     Raises:
-      UserError: lists every tensor that is unknown, missing, in several files, not in the file that
-        the index says, of a wrong shape, or of a dtype not in IMPORT_DTYPES. With tied embeddings
-        `lm_head.weight` may be there, as some checkpoints have it, if it equals the embedding.
+      UserError: lists every tensor that is unknown, missing, misplaced, of a wrong shape, or of a
+        dtype not in IMPORT_DTYPES. With tied embeddings a copy in `lm_head.weight` is accepted.
     """
     tensors, shapes = tensors_of(config), parameter_shapes(config)
     shardings = dict.fromkeys(shapes, jnp.zeros(()).sharding)
@@ -148,14 +147,14 @@ def save_params(
 ) -> dict[str, dict[str, Any]]:
     """Writes a checkpoint that transformers and SGLang load: safetensors first, config.json last.
 
-    Tensors are read while others are written. Host memory beyond the parameters: two of the largest
-    tensor (for small ones READ_AHEAD and one), and the buffers of a few block reads.
+    Tensors are read while others are written. Host memory beyond the parameters: the larger of two
+    of the largest tensor and READ_AHEAD, and the buffers of a few block reads.
 
     Args:
       params: a tree (or a mapping by path) of numpy arrays, jax arrays that this process can
         address, or open TensorStore arrays; stacked ones are read one layer at a time.
       config: of the parameters' model.
-      directory: made if need be; must not hold safetensors yet.
+      directory: created; must not hold safetensors yet.
       dtype: of the tensors, a key of EXPORT_DTYPES.
       max_shard_bytes: bound on the tensors in one file; a larger tensor has a file of its own.
 
@@ -281,11 +280,7 @@ def _files(directory: epath.Path) -> tuple[list[str], dict[str, str]]:
         weight_map = dict(json.loads(index.read_text())["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} has no readable weight_map ({error!r})") from error
-    files = sorted(set(weight_map.values()))
-    absent = [file for file in files if not (directory / file).exists()]
-    if absent:
-        raise UserError(f"{index} names files that don't exist: {', '.join(absent)}")
-    return files, weight_map
+    return sorted(set(weight_map.values())), weight_map
 
 
 # Export

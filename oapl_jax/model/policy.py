@@ -18,15 +18,9 @@ from oapl_jax.model.tokenizer import check_tokenizer, load_tokenizer, make_chara
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Attributes:
-    config: sizes of the decoder.
-    tokenizer: a transformers tokenizer.
-    checkpoint: directory with weights; None for a fresh model.
-    """
-
     config: ModelConfig
-    tokenizer: Any
-    checkpoint: epath.Path | None
+    tokenizer: Any  # of transformers
+    checkpoint: epath.Path | None  # directory with weights; None for a fresh model
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -12,19 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def inverse_frequencies(rope: Mapping, head_dim: int) -> tuple[np.ndarray, float]:
-    """float32[head_dim / 2] angular frequencies, and the factor on cosines and sines."""
-    theta = rope["rope_theta"]
-    plain = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    scaled, attention_factor = VARIANTS[rope["rope_type"]](plain, rope)
-    return scaled.astype(np.float32), attention_factor
-
-
-def _default(plain: np.ndarray, rope: Mapping) -> tuple[np.ndarray, float]:
-    del rope
-    return plain, 1.0
-
-
 def _llama3(plain: np.ndarray, rope: Mapping) -> tuple[np.ndarray, float]:
     """Divides low frequencies by `factor`, keeps high ones, and interpolates between."""
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -47,32 +34,31 @@ def _yarn(plain: np.ndarray, rope: Mapping) -> tuple[np.ndarray, float]:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = np.clip((np.arange(len(plain)) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    scale = lambda m: 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
     attention_factor = rope.get("attention_factor")
     if attention_factor is None:
         over, under = rope.get("mscale"), rope.get("mscale_all_dim")
-        if over and under:
-            attention_factor = _mscale(factor, over) / _mscale(factor, under)
-        else:
-            attention_factor = _mscale(factor, 1.0)
+        attention_factor = scale(over) / scale(under) if over and under else scale(1.0)
     return (1 - ramp) * plain + ramp * plain / factor, float(attention_factor)
 
 
-def _mscale(factor: float, mscale: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-VARIANTS = {"default": _default, "llama3": _llama3, "yarn": _yarn}
+VARIANTS = {"default": lambda plain, rope: (plain, 1.0), "llama3": _llama3, "yarn": _yarn}
 
 
 def angles(positions: jax.Array, rope: Mapping, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32[B, T, 1, head_dim / 2], for int32[B, T] positions."""
-    frequencies, factor = inverse_frequencies(rope, head_dim)
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    """Cosines and sines, float32[B, T, 1, head_dim / 2], for int32[B, T] positions.
+
+    Args:
+      rope: `ModelConfig.rope` as a dictionary.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    frequencies, factor = VARIANTS[rope["rope_type"]](rope["rope_theta"] ** -exponents, rope)
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequencies.astype(np.float32)
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates [B, T, heads, head_dim] by pairs (i, i + head_dim / 2), as checkpoints have them."""
+    """Rotates [B, T, heads, head_dim] in pairs (i, i + head_dim / 2), the order of checkpoints."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

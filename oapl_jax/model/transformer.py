@@ -6,12 +6,14 @@ is the [D, V] output matrix, separate so that the learner computes logits in chu
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
 from oapl_jax.model.attention import attention, masked_attention
 from oapl_jax.model.blockwise_attention import ATTENTION, visible
@@ -165,17 +167,17 @@ class Transformer(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, tokens, positions, segments, cache: Cache | None = None):
-        """Maps token ids to final hidden states.
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        cache: Cache | None = None,
+    ):
+        """Maps token ids to [B, T, D] hidden states after the last norm; with a cache of earlier
+        tokens, fills T more slots and returns (states, cache).
 
-        Args:
-          tokens: int32[B, T].
-          positions: int32[B, T], counted from 0 in each segment.
-          segments: int32[B, T]; tokens see only their own segment, 0 is padding.
-          cache: earlier tokens; T new slots are filled. None for whole sequences.
-
-        Returns:
-          [B, T, D] hidden states after the last norm; with a cache, (states, cache).
+        Positions count from 0 in each segment; tokens see only their own segment, 0 is padding.
         """
         c = self.config
         embed = nn.Embed(
@@ -220,12 +222,14 @@ class Transformer(nn.Module):
         return x, dataclasses.replace(cache, slot=cache.slot + tokens.shape[1])
 
 
-def head(params, config: ModelConfig) -> jax.Array:
+def head(params: Any, config: ModelConfig) -> jax.Array:
     """float32[D, V] output matrix: the transposed embedding if the two are tied."""
     return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]
 
 
-def logits(hidden: jax.Array, head_matrix: jax.Array) -> jax.Array:
-    """float32[..., V]: products in the dtype of `hidden`, sums in float32."""
+def logits(
+    hidden: Float[Array, "... D"], head_matrix: Float[Array, "D V"]
+) -> Float[Array, "... V"]:
+    """float32 logits: products in the dtype of `hidden`, sums in float32."""
     narrow = head_matrix.astype(hidden.dtype)
     return jnp.einsum("...d,dv->...v", hidden, narrow, preferred_element_type=jnp.float32)

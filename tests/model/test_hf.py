@@ -1,4 +1,4 @@
-"""Checkpoints: parity with transformers, round trips, sharded loading, and every refusal.
+"""Hugging Face checkpoints: parity with transformers, round trips, sharded loading, errors.
 
 tests/golden/make.py wrote the checkpoints and transformers' logits for them (`make parity`).
 """
@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import shutil
 import tracemalloc
 from typing import Any
@@ -17,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore as ts
-import xxhash
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -25,24 +26,15 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from oapl_jax.errors import UserError
+from oapl_jax.files import file_entry
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import ROWS, make_mesh, parameter_shardings
 from oapl_jax.model.transformer import Transformer, head, logits
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-NAMES = [
-    "llama",
-    "llama_bias",
-    "llama_llama3",
-    "llama_tied",
-    "llama_yarn",
-    "qwen2",
-    "qwen2_tied",
-    "qwen3",
-    "qwen3_tied",
-    "qwen3_yarn",
-]
+LLAMAS = ["llama", "llama_bias", "llama_llama3", "llama_tied", "llama_yarn"]
+NAMES = [*LLAMAS, "qwen2", "qwen2_tied", "qwen3", "qwen3_tied", "qwen3_yarn"]
 GIB = 1 << 30
 
 
@@ -85,7 +77,7 @@ def tensors_on_disk(directory):
 
 @pytest.fixture
 def copy(tmp_path):
-    """Copies a committed checkpoint to a place where it may be spoiled."""
+    """Copies a committed checkpoint, to be damaged."""
     return lambda name: pathlib.Path(shutil.copytree(GOLDEN / name, tmp_path / name))
 
 
@@ -106,7 +98,7 @@ def test_logits_equal_those_of_transformers(name):
 
 
 @pytest.mark.parametrize("name", ["llama_llama3", "llama_yarn", "qwen3_yarn"])
-def test_the_scaled_checkpoints_notice_the_scaling(name):
+def test_rope_scaling_changes_the_logits(name):
     config, params = load(name)
     tokens, expected = golden(name)
     plain = dataclasses.replace(config, rope=(("rope_theta", 100.0), ("rope_type", "default")))
@@ -118,7 +110,7 @@ def test_the_scaled_checkpoints_notice_the_scaling(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_table_is_the_initialisers_tree_and_transformers_names(name):
+def test_the_table_covers_the_initializer_and_the_files(name):
     config = hf.load_config(GOLDEN / name)
     blank = np.zeros((1, 2), np.int32)
     model = Transformer(config, jnp.float32, "none")
@@ -137,11 +129,11 @@ def test_every_row_of_the_table_is_used_and_a_parameter_without_one_raises(monke
         hf.tensors_of(hf.load_config(GOLDEN / "llama_bias"))
 
 
-# Out and in again
+# Round trips
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_export_and_import_change_no_bit(name, tmp_path):
+def test_export_and_import_are_bit_equal(name, tmp_path):
     config, params = load(name)
     hf.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=GIB)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -185,18 +177,16 @@ def test_a_bfloat16_export_rounds_and_loads(limit, tmp_path):
     assert_same(hf.load_params(tmp_path, config), rounded)
 
 
-def test_what_was_written_is_said_with_its_checksum(tmp_path):
+def test_an_export_returns_manifest_entries(tmp_path):
     config, params = load("qwen3")
-    said = hf.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=7000)
-    assert set(said) == {path.name for path in tmp_path.iterdir()}
-    for name, entry in said.items():
-        content = (tmp_path / name).read_bytes()
-        expected = xxhash.xxh3_128_hexdigest(content)
-        assert entry == {"bytes": len(content), "xxh128": expected}
+    entries = hf.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=7000)
+    assert set(entries) == {path.name for path in tmp_path.iterdir()}
+    for name, entry in entries.items():
+        assert entry == file_entry(epath.Path(tmp_path / name))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_numpy_jax_and_tensorstore_arrays_are_written_alike(dtype, tmp_path):
+def test_numpy_jax_and_tensorstore_arrays_are_written_equally(dtype, tmp_path):
     """Chunks that divide nothing evenly, and a tree or a mapping by path."""
     config, params = load("qwen2")
     flat: Any = flatten_dict(params, sep="/")
@@ -216,25 +206,16 @@ def test_numpy_jax_and_tensorstore_arrays_are_written_alike(dtype, tmp_path):
     assert len(contents) == 1
 
 
-def test_numpy_parameters_and_float16_files(tmp_path):
+def test_float16_files_load(copy):
     config, params = load("qwen2")
-    hf.save_params(
-        jax.tree.map(np.asarray, params),
-        config,
-        tmp_path / "a",
-        dtype="float32",
-        max_shard_bytes=GIB,
-    )
-    halves = {
-        k: v.astype(np.float16) for k, v in load_file(tmp_path / "a/model.safetensors").items()
-    }
-    save_file(halves, tmp_path / "a/model.safetensors")
+    directory = copy("qwen2")
+    damage(directory, lambda t: t.update({k: v.astype(np.float16) for k, v in t.items()}))
     expected = jax.tree.map(lambda x: x.astype(jnp.float16).astype(jnp.float32), params)
-    assert_same(hf.load_params(tmp_path / "a", config), expected)
+    assert_same(hf.load_params(directory, config), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_tied", "qwen3"])  # the first is in several files
-def test_a_mesh_loads_the_same_parameters_each_device_its_part(name, tmp_path):
+def test_each_device_of_a_mesh_loads_its_part(name, tmp_path):
     config, expected = load(name)
     mesh = make_mesh(data=2, fsdp=2, context=1, tensor=2)
     params = hf.load_params(GOLDEN / name, config, mesh=mesh)
@@ -260,19 +241,6 @@ def test_a_mesh_loads_the_same_parameters_each_device_its_part(name, tmp_path):
 
     hf.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=GIB)
     assert_same(hf.load_params(tmp_path, config), expected)
-
-
-def test_each_device_reads_only_its_part(monkeypatch):
-    config, _ = load("qwen3")
-    sizes = []
-    read = hf._read
-    record = lambda *args: sizes.append(part := read(*args)) or part
-    monkeypatch.setattr(hf, "_read", record)
-    hf.load_params(GOLDEN / "qwen3", config, mesh=make_mesh(data=1, fsdp=4, context=1, tensor=2))
-    kernels = [part.size for part in sizes if part.ndim == 3]
-    assert sum(kernels) == sum(
-        np.prod(t.shape) for t in hf.tensors_of(config) if t.path.endswith("kernel")
-    )
 
 
 def test_loading_and_saving_hold_one_parameter_at_a_time(tmp_path, monkeypatch):
@@ -309,10 +277,10 @@ def test_loading_and_saving_hold_one_parameter_at_a_time(tmp_path, monkeypatch):
     assert_same(loaded, params)
 
 
-# Refusals
+# Errors
 
 
-def spoil(directory, change, file="model.safetensors"):
+def damage(directory, change, file="model.safetensors"):
     tensors = load_file(directory / file)
     change(tensors)
     save_file(tensors, directory / file)
@@ -324,38 +292,35 @@ def refused(directory, config=None):
     return str(error.value)
 
 
-def test_every_tensor_amiss_is_listed_at_once(copy):
-    directory = copy("qwen3")
+def test_all_wrong_tensors_are_listed_at_once(copy):
+    directory, layer = copy("qwen3"), "model.layers.{}.{}".format
 
     def change(tensors):
-        del tensors["model.norm.weight"], tensors["model.layers.1.self_attn.q_norm.weight"]
-        tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((48, 32), np.float32)
-        tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float32)
-        kernel = "model.layers.0.mlp.down_proj.weight"
+        del tensors["model.norm.weight"], tensors[layer(1, "self_attn.q_norm.weight")]
+        tensors[layer(2, "mlp.up_proj.weight")] = np.zeros((48, 32), np.float32)
+        kernel = layer(0, "mlp.down_proj.weight")
         tensors[kernel] = np.ascontiguousarray(tensors[kernel].T)
-        tensors["model.layers.1.input_layernorm.weight"] = np.ones(31, np.float32)
         tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.int8)
 
-    spoil(directory, change)
+    damage(directory, change)
     message = refused(directory)
     assert message.startswith(str(directory))
     for part in (
-        "unknown: model.layers.0.self_attn.q_proj.bias, model.layers.2.mlp.up_proj.weight;",
-        "missing: model.layers.1.self_attn.q_norm.weight, model.norm.weight;",
-        "misshapen: model.layers.0.mlp.down_proj.weight [48, 32] instead of [32, 48], "
-        "model.layers.1.input_layernorm.weight [31] instead of [32];",
-        "not F32, BF16, F16: lm_head.weight I8",
+        f"unknown: {layer(2, 'mlp.up_proj.weight')};",
+        f"missing: {layer(1, 'self_attn.q_norm.weight')}, model.norm.weight;",
+        f"{layer(0, 'mlp.down_proj.weight')} [48, 32] instead of [32, 48]",
+        "lm_head.weight I8",
     ):
         assert part in message
 
 
-def test_duplicates_and_an_index_that_disagrees_are_listed(copy):
+def test_duplicates_and_a_wrong_index_are_listed(copy):
     directory = copy("llama")
     index = json.loads((directory / hf.INDEX).read_text())
     names = index["weight_map"]
     first, last = min(names.values()), max(names.values())
     stray = load_file(directory / first)
-    spoil(directory, lambda tensors: tensors.update(stray), last)
+    damage(directory, lambda tensors: tensors.update(stray), last)
     for name in stray:
         assert name in refused(directory).partition("in several files: ")[2]
 
@@ -370,12 +335,11 @@ def test_duplicates_and_an_index_that_disagrees_are_listed(copy):
     assert found == ", ".join(sorted([moved, dropped, "model.nowhere.weight"]))
 
 
-def test_files_that_are_absent_broken_or_ambiguous_are_named(copy):
+def test_missing_broken_and_ambiguous_files_are_named(copy):
     directory = copy("llama")
     files = sorted(path.name for path in directory.glob("*.safetensors"))
     (directory / files[0]).unlink()
-    (directory / files[2]).unlink()
-    assert f"{files[0]}, {files[2]}" in refused(directory)
+    assert files[0] in refused(directory)
     (directory / hf.INDEX).write_text('{"metadata": {}}')
     assert "weight_map" in refused(directory)
     (directory / hf.INDEX).unlink()
@@ -392,13 +356,13 @@ def test_files_that_are_absent_broken_or_ambiguous_are_named(copy):
 def test_a_stored_head_must_equal_the_embedding_it_is_tied_to(copy):
     directory = copy("qwen3_tied")
     embedding = load_file(directory / hf.SINGLE)["model.embed_tokens.weight"]
-    spoil(directory, lambda tensors: tensors.update({"lm_head.weight": embedding}))
+    damage(directory, lambda tensors: tensors.update({"lm_head.weight": embedding}))
     config, expected = load("qwen3_tied")
     assert_same(hf.load_params(directory, config), expected)
 
     other = embedding.copy()
     other[-1, -1] += 1
-    spoil(directory, lambda tensors: tensors.update({"lm_head.weight": other}))
+    damage(directory, lambda tensors: tensors.update({"lm_head.weight": other}))
     assert "unknown: lm_head.weight" in refused(directory)
     assert "missing: lm_head.weight" in refused(
         GOLDEN / "qwen3_tied", dataclasses.replace(config, tie_embeddings=False)
@@ -409,10 +373,10 @@ def test_a_stored_head_must_equal_the_embedding_it_is_tied_to(copy):
     ("change", "named"),
     [
         ({"model_type": "qwen3_moe"}, "model_type='qwen3_moe'"),
-        ({"num_experts": 8}, "mixture of experts"),
-        ({"num_local_experts": 8}, "mixture of experts"),
-        ({"use_sliding_window": True}, "sliding-window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        ({"num_experts": 8}, "num_experts"),
+        ({"num_local_experts": 8}, "num_experts"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "rope_type='dynamic'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -421,13 +385,10 @@ def test_a_stored_head_must_equal_the_embedding_it_is_tied_to(copy):
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ],
 )
-def test_what_the_decoder_lacks_is_refused_by_name(copy, change, named):
-    path = copy("qwen3") / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UserError) as error:
-        hf.load_config(path.parent)
-    assert named in str(error.value)
-    assert str(path) in str(error.value)
+def test_unsupported_features_are_named(change, named):
+    config = json.loads((GOLDEN / "qwen3" / "config.json").read_text()) | change
+    with pytest.raises(UserError, match=rf"here .*{re.escape(named)}"):
+        ModelConfig.from_hf(config, source="here")
 
 
 @pytest.mark.parametrize("content", [None, "{", "[1]", '{"model_type": "llama"}'])
@@ -438,31 +399,27 @@ def test_an_unreadable_config_is_named(content, tmp_path):
         hf.load_config(tmp_path)
 
 
-def test_an_export_is_refused_before_anything_is_written(tmp_path):
+def test_an_invalid_export_writes_nothing(tmp_path):
     config, params = load("qwen2")
     save = functools.partial(hf.save_params, directory=tmp_path / "out", config=config)
-    with pytest.raises(UserError, match="float8"):
-        save(params, dtype="float8", max_shard_bytes=GIB)
-    with pytest.raises(UserError, match="max_shard_bytes=0"):
-        save(params, dtype="float32", max_shard_bytes=0)
     flat: dict[str, Any] = {**flatten_dict(params, sep="/")}
     del flat["layers/k/bias"]
     flat["layers/extra/kernel"] = np.zeros((2, 3))
     flat["final_norm/scale"] = np.zeros(7)
-    with pytest.raises(ValueError, match="not the parameters of this qwen2") as error:
+    with pytest.raises(ValueError, match="qwen2") as error:
         save(unflatten_dict(flat, sep="/"), dtype="float32", max_shard_bytes=GIB)
     for path in ("layers/k/bias None", "layers/extra/kernel (2, 3)", "final_norm/scale (7,)"):
         assert path in str(error.value)
     assert not (tmp_path / "out").exists()
     save(params, dtype="float32", max_shard_bytes=GIB)
-    with pytest.raises(UserError, match="already holds"):
+    with pytest.raises(UserError, match="out"):
         save(params, dtype="float32", max_shard_bytes=GIB)
 
 
 # config.json
 
 
-def test_the_older_spelling_of_a_config_means_the_same():
+def test_older_spellings_of_a_config_are_read():
     """Checkpoints from before transformers 5 have rope_theta and rope_scaling side by side."""
     new = json.loads((GOLDEN / "llama_llama3" / "config.json").read_text())
     old = {k: v for k, v in new.items() if k != "rope_parameters"}
@@ -478,7 +435,7 @@ def test_the_older_spelling_of_a_config_means_the_same():
 
 
 @pytest.mark.parametrize(("model_type", "head_dim"), [("llama", 8), ("qwen2", 8), ("qwen3", 128)])
-def test_absent_fields_have_the_defaults_of_transformers(model_type, head_dim):
+def test_defaults_are_those_of_transformers(model_type, head_dim):
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = ModelConfig.from_hf(
         {
