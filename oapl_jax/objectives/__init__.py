@@ -6,12 +6,11 @@
 `advantage` sees one whole group; `loss` gives one number a sequence, and `metrics` per-sequence
 arrays. The average over sequences is a separate choice, see aggregation.py.
 
-A loss takes any sequences, in any order and number, unless it names `group_size`: then they must be
+A loss takes any sequences, in any order and number, unless it names `group_size`: then they are
 whole groups, one after another. docs/methods.md has every equation with its source.
 
-Constants are keyword-only and required. Their values stand in the section `objective` of the
-configuration: `objective.NAME` for most, `objective.policy_gradient` for GRPO and its relatives,
-`objective.beta1` and `objective.beta2` for OAPL.
+Constants are keyword-only and required. The configuration has their values in `objective.NAME`, in
+`objective.policy_gradient` (GRPO and its relatives) or, for OAPL's two, in `objective` itself.
 """
 
 import difflib
@@ -91,18 +90,15 @@ def bind(name: str, section: Mapping[str, Any], *, group_size: int | None = None
 
     Args:
       name: a key of OBJECTIVES.
-      section: holds at least the constants of this objective, nested as above. Sub-sections of
-        other objectives are not read.
+      section: the constants, nested as above; those of other objectives are not read.
       group_size: G. If given, both functions are traced once, which finds constants that contradict
-        each other or do not suit the group.
+        each other or the group.
 
     Raises:
-      UserError: for an unknown objective, and for a constant that is missing, misspelt or out of
-        its range.
+      UserError: for an unknown objective, or a missing, misspelt or out-of-range constant.
     """
     if name not in OBJECTIVES:
-        offered = ", ".join(OBJECTIVES)
-        raise UserError(f"objective.name={name!r} is unknown; choose one of {offered}")
+        raise UserError(f"objective.name={name!r} must be one of {', '.join(OBJECTIVES)}")
     objective, settings = OBJECTIVES[name], settings_of(name, section)
     if group_size:
         settings["group_size"] = ("group_size", group_size)
@@ -127,15 +123,11 @@ def bind(name: str, section: Mapping[str, Any], *, group_size: int | None = None
 
 
 def settings_of(name: str, section: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    """Constant -> its full setting and value; the objective's own sub-section comes first.
-
-    Raises:
-      UserError: for a key of these sub-sections that is no constant.
-    """
-    settings = {key: (f"objective.{key}", value) for key, value in section.items()}
-    if OBJECTIVES[name].shared != OAPL:
-        settings = {}
-    for place in (OBJECTIVES[name].shared, name):
+    """Constant -> its full setting and value; the objective's own sub-section comes first."""
+    shared, settings = OBJECTIVES[name].shared, {}
+    if shared == OAPL:
+        settings = {key: (f"objective.{key}", value) for key, value in section.items()}
+    for place in (shared, name):
         readers = [o for other, o in OBJECTIVES.items() if place in (other, o.shared)]
         known = {key for o in readers for f in (o.advantage, o.loss) for key in constants(f)}
         for key, value in (section.get(place, {}) if place else {}).items():

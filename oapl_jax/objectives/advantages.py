@@ -1,12 +1,4 @@
-"""Group-relative advantages of the policy-gradient family.
-
-    grpo      A_i = (r_i - mean r) / (std r + 1e-6)      std with G - 1; arXiv 2402.03300
-    dr_grpo   A_i = r_i - mean r                         arXiv 2503.20783
-    rloo      A_i = r_i - mean_{j != i} r_j              arXiv 2402.14740
-    maxrl     A_i = (r_i - mean r) / mean r              arXiv 2602.02710, algorithm 1
-
-Each goes with any loss whose gradient on fresh data is that of -A log pi.
-"""
+"""Group-relative advantages, for any loss whose gradient on fresh data is that of -A log pi."""
 
 from typing import Annotated
 
@@ -18,28 +10,28 @@ from oapl_jax.objectives.annotations import OneOf
 
 
 def dr_grpo(reward: Float[Array, " G"]) -> Float[Array, " G"]:
-    """r_i - mean r."""
+    """A_i = r_i - mean r, arXiv 2503.20783."""
     reward = reward - reward[0]  # the mean of equal rewards is rounded; that of zeros is not
     return reward - jnp.mean(reward)
 
 
 def grpo(reward: Float[Array, " G"]) -> Float[Array, " G"]:
-    """(r_i - mean r) / (std r + 1e-6), and 0 in a group of one."""
+    """A_i = (r_i - mean r) / (std r + 1e-6), std with G - 1, arXiv 2402.03300."""
     if len(reward) == 1:
         return dr_grpo(reward)
     return dr_grpo(reward) / (jnp.std(reward - reward[0], ddof=1) + 1e-6)
 
 
 def rloo(reward: Float[Array, " G"]) -> Float[Array, " G"]:
-    """r_i less the mean of the others = G / (G - 1) (r_i - mean r)."""
+    """A_i = r_i - mean_{j != i} r_j = G / (G - 1) (r_i - mean r), arXiv 2402.14740."""
     return dr_grpo(reward) * len(reward) / max(len(reward) - 1, 1)
 
 
 def maxrl(reward: Float[Array, " G"]) -> Float[Array, " G"]:
-    """(r_i - mean r) / mean r, and 0 without any success; for rewards that are not negative.
+    """A_i = (r_i - mean r) / mean r, 0 without any success; for rewards that are not negative.
 
-    The reciprocal of the pass rate turns the gradient of p into that of log p, so that hard prompts
-    weigh more. For its expectation see maxrl.py.
+    arXiv 2602.02710, algorithm 1: it turns the gradient of the pass rate p into that of log p, so
+    that hard prompts weigh more. For its expectation see maxrl.py.
     """
     mean = jnp.mean(reward)
     return jnp.where(mean > 0, dr_grpo(reward) / jnp.where(mean > 0, mean, 1.0), 0.0)

@@ -1,7 +1,4 @@
-"""Types of the objectives' arguments: arrays with their shapes, constants with their ranges.
-
-`bind` (objectives/__init__.py) checks a setting against the annotation of its parameter.
-"""
+"""Types of the objectives' arguments: arrays with their shapes, constants with their ranges."""
 
 import math
 from dataclasses import dataclass
@@ -9,8 +6,7 @@ from typing import Annotated, Any
 
 from jaxtyping import Array, Float
 
-# S sequences; in an advantage they are one group of G.
-PerToken = Float[Array, "S T"]
+PerToken = Float[Array, "S T"]  # of S sequences
 PerResponse = Float[Array, " S"]
 Losses = tuple[PerResponse, dict[str, PerResponse]]  # and metrics
 

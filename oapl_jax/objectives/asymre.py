@@ -15,7 +15,6 @@ def advantage(reward: Float[Array, " G"], *, delta_v: float) -> Float[Array, " G
     """A_i = r_i - V,  V = mean r + delta_v.
 
     Args:
-      reward: of the whole group.
       delta_v: below 0, good responses weigh more than bad ones, and groups of equal rewards are
         imitated; at or above 0 the fixed point may put all mass on a few responses.
     """

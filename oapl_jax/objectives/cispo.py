@@ -1,7 +1,6 @@
 """CISPO: clips the importance weight and keeps the gradient of every token.
 
-MiniMax-M1, arXiv 2506.13585; with an absolute cap, ScaleRL, arXiv 2510.13786. Its advantage is
-GRPO's (advantages.py).
+MiniMax-M1, arXiv 2506.13585; with an absolute cap, ScaleRL, arXiv 2510.13786.
 """
 
 import jax

@@ -70,14 +70,11 @@ def loss(
 
     Args:
       clip_low, clip_high: half-widths of the trust region; inf switches a side off.
-      dual_clip: largest rho that counts for a bad response; inf switches it off.
+      dual_clip: the largest rho of a bad response; inf switches it off.
       proximal: "behavior" clips against the policy that sampled (w = 1, so `correction` must be
         "none"); "learner" recomputes pi_prox with the learner's weights. A batch gets one gradient
         step, so these are the weights of the step itself: rho = 1, and w alone corrects the lag.
       correction, correction_cap, correction_floor: see correction_weight.
-
-    Raises:
-      UserError: for a correction with proximal = "behavior".
     """
     if proximal == "behavior" and correction != "none":
         raise UserError(

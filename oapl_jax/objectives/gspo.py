@@ -1,6 +1,6 @@
 """GSPO: clips the ratio of whole responses, a geometric mean over their tokens.
 
-"Group sequence policy optimization", arXiv 2507.18071. Its advantage is GRPO's (advantages.py).
+"Group sequence policy optimization", arXiv 2507.18071.
 """
 
 import jax.numpy as jnp

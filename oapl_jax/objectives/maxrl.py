@@ -2,8 +2,8 @@
 
 "Maximum likelihood reinforcement learning", arXiv 2602.02710. With p the pass rate of a prompt,
     J^(T) = -sum_{k <= T} (1 - p)^k / k,   grad J^(T) = (1 - (1 - p)^T) / p  grad p;
-T = 1 is plain RL, T -> inf is log p. The loss is GRPO's: on fresh data it is REINFORCE. Importance
-corrections of stale data go beyond the paper, which has none.
+T = 1 is plain RL, T -> inf is log p. The loss is GRPO's, whose importance corrections of stale data
+go beyond the paper.
 """
 
 from typing import Annotated
@@ -36,8 +36,6 @@ def advantage(
                  c_k = C(N - K - 1, k - 1) / C(N - 1, k - 1): that k - 1 of the others all fail
 
     Args:
-      reward: of the whole group.
-      estimator: one of the four.
       order: T of "truncated", from 1 to G.
       verified_reward: the least reward of a success.
 
@@ -46,9 +44,7 @@ def advantage(
     """
     count = len(reward)
     if estimator == "truncated" and order > count:
-        raise UserError(
-            f"objective.maxrl.order={order} needs as many responses, and group_size={count}"
-        )
+        raise UserError(f"objective.maxrl.order={order} must be at most group_size={count}")
     reward = jax.lax.stop_gradient(reward.astype(jnp.float32))
     right = (reward >= verified_reward).astype(jnp.float32)
     successes = jnp.sum(right)

@@ -1,9 +1,9 @@
 """Mixed: the likelihood of verified answers beside a reinforcement term, for hybrid training.
 
-VAPO's loss of positive examples, arXiv 2504.05118, is of this kind. A likelihood is a policy
-gradient with advantage 1 for imitated responses and 0 for the rest, so a mixture is one of
-advantages. The loss is GRPO's; with proximal = "learner" and correction = "none" it is exactly the
-weighted sum of a negative log-likelihood and REINFORCE. A correction reweights both.
+As VAPO's loss of positive examples, arXiv 2504.05118. A likelihood is a policy gradient with
+advantage 1 for imitated responses, else 0, so this is a mixture of advantages. The loss is GRPO's;
+with proximal = "learner" and correction = "none" it is exactly the weighted sum of a negative
+log-likelihood and REINFORCE. A correction reweights both.
 """
 
 import jax.numpy as jnp
@@ -26,9 +26,7 @@ def advantage(
     A group of verified answers alone has A' = 0 and is still imitated.
 
     Args:
-      reward: of the whole group.
       estimator: of A', see advantages.py.
-      reinforcement_weight, likelihood_weight: of the two terms.
       verified_reward: the least reward of a verified answer.
     """
     verified = (reward >= verified_reward).astype(jnp.float32)

@@ -23,7 +23,6 @@ def advantage(
     """A_i = r_i - mean r, or r_i - tau log Z with log Z = log mean_j exp(r_j / tau).
 
     Args:
-      reward: of the whole group.
       baseline: "mean", the limit of tau log Z for a large tau, or "log_mean_exp".
       tau: temperature of "log_mean_exp", in units of reward.
     """

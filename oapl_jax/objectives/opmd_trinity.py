@@ -1,7 +1,4 @@
-"""OPMD, online policy mirror descent, as a likelihood: Trinity-RFT's form, arXiv 2505.17826.
-
-Its advantage is that of Kimi's form (opmd_kimi.py).
-"""
+"""OPMD, online policy mirror descent, as a likelihood: Trinity-RFT's form, arXiv 2505.17826."""
 
 import jax.numpy as jnp
 
@@ -17,10 +14,6 @@ def loss(
     *,
     tau: NonNegative,
 ) -> Losses:
-    """L_i = -A_i / (1 + tau) sum_t log pi: no ratio, no clipping.
-
-    Args:
-      tau: scales the loss.
-    """
+    """L_i = -A_i / (1 + tau) sum_t log pi: no ratio, no clipping."""
     losses = -advantage / (1 + tau) * jnp.sum(masked_logp(logp, mask), axis=-1)
     return losses, {"log_ratio": log_ratio(logp, behavior_logp, mask)}

@@ -29,20 +29,15 @@ def loss(
     """L_i = G / 2K sum_k c_ik ( [Delta_i - Delta_k] / eta - [A_i - A_k] )^2,
 
     with Delta_i = log pi(y_i|x) - log pi_t(y_i|x), k over the group, and c_ik = 1 for the K of its
-    pairs whose targets differ most, so that the mean of L is the mean over these pairs. Its minimum
-    does not depend on the sampling policy.
+    pairs whose targets differ most: the mean of L is the mean over these pairs. Its minimum does
+    not depend on the policy that sampled.
 
     Args:
-      logp, behavior_logp, mask: as in objectives/oapl.py, of S / G whole groups one after another;
-        the behavior policy is pi_t.
       advantage: g_i, up to a constant of the group.
       eta: step size of the mirror ascent, in nats per unit of preference.
       pair_share: share of the G (G - 1) / 2 pairs that train; pairs that differ as much as the
         last one train too.
-      group_size: G, at least 2.
-
-    Raises:
-      UserError: for groups of one response.
+      group_size: G, at least 2; a UserError says so.
     """
     if group_size < 2:
         raise UserError(f"objective prosper compares pairs; raise group_size={group_size} to 2")

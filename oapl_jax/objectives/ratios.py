@@ -34,9 +34,8 @@ def reference_kl(
 
     The bracket is the non-negative estimate of KL(pi || pi_ref) (k3, as in GRPO, arXiv 2402.03300)
     for tokens of pi. The importance weight makes it one for tokens of the behavior policy and turns
-    its gradient into rho_t d_t grad log pi: value and gradient of each token's KL, at the sampled
-    prefixes. On fresh data these add up to the KL of whole responses; the gradient of that KL also
-    holds the effect of a token on later prefixes, which this one omits.
+    its gradient into rho_t d_t grad log pi: value and gradient of each token's KL at the sampled
+    prefixes. The gradient of the KL of whole responses also holds a token's effect on later ones.
     """
     weight = bounded_exp(token_log_ratio(logp, behavior_logp, mask))
     gap = jnp.clip(token_log_ratio(logp, reference_logp, mask), -20.0, 20.0)

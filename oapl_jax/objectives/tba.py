@@ -27,7 +27,7 @@ def loss(
 
     Args:
       behavior_logp: of each response token under the reference policy.
-      advantage: r_i - mean r, of S / G whole groups one after another, as all arrays.
+      advantage: r_i - mean r.
       beta: strength of the anchor, in units of reward per nat.
       group_size: G.
     """

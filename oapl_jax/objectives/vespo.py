@@ -1,7 +1,6 @@
 """VESPO: a soft kernel of the whole response's importance weight, without length normalisation.
 
-"Variational sequence-level soft policy optimization", arXiv 2602.10693. Its advantage is GRPO's
-(advantages.py).
+"Variational sequence-level soft policy optimization", arXiv 2602.10693.
 """
 
 import jax
