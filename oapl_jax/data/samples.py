@@ -7,10 +7,13 @@ Stand-ins for the real releases, for tests and for trying out a configuration.
 
 import argparse
 import base64
+import functools
+import io
+import itertools
 import json
 import pickle
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -22,165 +25,142 @@ COMPETITIONS = ("aime_2025", "hmmt_feb_2025", "hmmt_nov_2025", "brumo_2025")
 
 
 def write(root: str, rows: int) -> None:
-    """Writes every release with about `rows` rows; no two releases share a problem."""
-    at = epath.Path(root)
-    agentica, matharena, h4 = at / "agentica-org", at / "MathArena", at / "HuggingFaceH4"
-    sums = _Sums()
+    """Writes every release with `rows` rows a file; no two files share a problem."""
+    numbers = itertools.count(11)
 
-    deepscaler = [sums.problem() | {"solution": "By adding."} for _ in range(rows)]
-    _text(agentica / "DeepScaleR-Preview-Dataset" / "deepscaler.json", json.dumps(deepscaler))
-    _parquet(
-        h4 / "aime_2024" / "data" / "train-00000-of-00001.parquet",
-        [
-            {"id": i, **sums.problem(), "solution": "By adding.", "url": "", "year": "2024"}
-            for i in range(rows)
-        ],
-    )
+    def file(path: str, row: Callable[[int, int], Row]) -> None:
+        """Writes rows of a number unique to each problem and an index within the file."""
+        _write(epath.Path(root) / path, [row(next(numbers), i) for i in range(rows)])
+
+    agentica, train = "agentica-org", "train-00000-of-00001.parquet"
+    file(f"{agentica}/DeepScaleR-Preview-Dataset/deepscaler.json", deepscaler)
+    file(f"HuggingFaceH4/aime_2024/data/{train}", aime_2024)
     for name in COMPETITIONS:
-        _parquet(
-            matharena / name / "data" / "train-00000-of-00001.parquet",
-            [
-                {"problem_idx": i + 1, **sums.problem(), "problem_type": ["Algebra"]}
-                for i in range(rows)
-            ],
-        )
-    _lines(
-        h4 / "MATH-500" / "test.jsonl",
-        [
-            {
-                **sums.problem(),
-                "solution": "By adding.",
-                "subject": "Algebra",
-                "level": i % 5 + 1,
-                "unique_id": f"test/algebra/{i}.json",
-            }
-            for i in range(rows)
-        ],
-    )
+        file(f"MathArena/{name}/data/{train}", matharena)
+    file("HuggingFaceH4/MATH-500/test.jsonl", math500)
     for split in ("train", "test"):
-        _parquet(
-            at / "openai" / "gsm8k" / "main" / f"{split}-00000-of-00001.parquet",
-            [sums.word_problem() for _ in range(rows)],
-        )
-
-    deepcoder = agentica / "DeepCoder-Preview-Dataset"
-    programs = _Programs()
-    for config, make in (
-        ("primeintellect/train", programs.primeintellect),
-        ("taco/train", programs.taco),
-        ("lcbv5/train", programs.lcbv5),
-        ("lcbv5/test", programs.lcbv5),
-    ):
-        _parquet(deepcoder / f"{config}-00000-of-00001.parquet", [make() for _ in range(rows)])
-    for number in range(1, 6):
-        name = f"test{number if number > 1 else ''}.jsonl"
-        day = f"2024-{2 * number:02d}-15T00:00:00"  # February to October
-        _lines(
-            at / "livecodebench" / "code_generation_lite" / name,
-            [programs.livecodebench(day) for _ in range(rows)],
-        )
+        file(f"openai/gsm8k/main/{split}-00000-of-00001.parquet", gsm8k)
+    deepcoder = f"{agentica}/DeepCoder-Preview-Dataset"
+    file(f"{deepcoder}/primeintellect/{train}", primeintellect)
+    file(f"{deepcoder}/taco/{train}", taco)
+    for split in ("train", "test"):
+        file(f"{deepcoder}/lcbv5/{split}-00000-of-00001.parquet", lcbv5)
+    for part in range(1, 6):
+        name = f"test{part if part > 1 else ''}.jsonl"
+        row = functools.partial(livecodebench, month=2 * part)  # February to October
+        file(f"livecodebench/code_generation_lite/{name}", row)
 
 
-class _Sums:
-    """Generates distinct problems of addition."""
-
-    def __init__(self):
-        self._number = 10
-
-    def problem(self) -> Row:
-        self._number += 1
-        return {
-            "problem": f"Compute ${self._number} + {self._number + 1}$.",
-            "answer": str(2 * self._number + 1),
-        }
-
-    def word_problem(self) -> Row:
-        """Small numbers; every fourth answer has a comma."""
-        self._number += 1
-        have, more = self._number % 9 + 1, self._number // 9
-        more += 1000 if self._number % 4 == 0 else 0
-        total = have + more
-        return {
-            "question": f"Ada has {have} nuts and finds {more} more. How many nuts does she have?",
-            "answer": f"{have} + {more} = <<{have}+{more}={total}>>{total}\n#### {total:,}",
-        }
+def _write(file: epath.Path, rows: list[Row]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".parquet":
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), buffer)
+        file.write_bytes(buffer.getvalue())
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(rows))
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-class _Programs:
-    """Generates distinct programming problems; tests by stdin and by call alternate."""
-
-    def __init__(self):
-        self._number = 10
-
-    def _next(self) -> tuple[int, bool]:
-        self._number += 1
-        return self._number, bool(self._number % 2)
-
-    def primeintellect(self) -> Row:
-        n, called = self._next()
-        kind = {"type": "function_call", "fn_name": f"add_{n}"} if called else {}
-        tests = [
-            {"type": "stdin_stdout", "input": a, "output": b} | kind for a, b in _pairs(n, called)
-        ]
-        solution = f"```python\n{_solution(n, called)}\n```"
-        return {"problem": _task(n, called), "solutions": [solution], "tests": json.dumps(tests)}
-
-    def taco(self) -> Row:
-        n, called = self._next()
-        inputs, outputs = zip(*_pairs(n, called), strict=True)
-        tests: Row = {"inputs": inputs, "outputs": outputs}
-        tests |= {"fn_name": f"add_{n}"} if called else {}
-        solutions = [_solution(n, called)]
-        return {"problem": _task(n, called), "solutions": solutions, "tests": json.dumps(tests)}
-
-    def lcbv5(self) -> Row:
-        n, called = self._next()
-        return {
-            "problem": _task(n, called),
-            "starter_code": _starter_code(n) if called else "",
-            "tests": json.dumps(_line_tests(n, called, (1, 20))),
-            "metadata": {"func_name": f"add_{n}" if called else None},
-        }
-
-    def livecodebench(self, day: str) -> Row:
-        n, called = self._next()
-        return {
-            "question_title": f"Add {n}",
-            "question_content": _task(n, called),
-            "platform": "leetcode" if called else "atcoder",
-            "question_id": str(n),
-            "contest_id": "1",
-            "contest_date": day,
-            "starter_code": _starter_code(n) if called else "",
-            "difficulty": "easy",
-            "public_test_cases": json.dumps(_line_tests(n, called, (1,))),
-            "private_test_cases": packed(json.dumps(_line_tests(n, called, (20, 300)))),
-            "metadata": json.dumps({"func_name": f"add_{n}"} if called else {}),
-        }
+# Mathematics: sums
 
 
-def _task(n: int, called: bool) -> str:
-    if called:
+def _sum(n: int) -> Row:
+    return {"problem": f"Compute ${n} + {n + 1}$.", "answer": str(2 * n + 1)}
+
+
+def deepscaler(n: int, i: int) -> Row:
+    return _sum(n) | {"solution": "By adding."}
+
+
+def aime_2024(n: int, i: int) -> Row:
+    return {"id": i, **_sum(n), "solution": "By adding.", "url": "", "year": "2024"}
+
+
+def matharena(n: int, i: int) -> Row:
+    return {"problem_idx": i + 1, **_sum(n), "problem_type": ["Algebra"]}
+
+
+def math500(n: int, i: int) -> Row:
+    known = {"subject": "Algebra", "level": i % 5 + 1, "unique_id": f"test/algebra/{i}.json"}
+    return _sum(n) | {"solution": "By adding."} | known
+
+
+def gsm8k(n: int, i: int) -> Row:
+    """Small numbers; every fourth answer has a comma."""
+    have, more = n % 9 + 1, n // 9 + (1000 if n % 4 == 0 else 0)
+    total = have + more
+    return {
+        "question": f"Ada has {have} nuts and finds {more} more. How many nuts does she have?",
+        "answer": f"{have} + {more} = <<{have}+{more}={total}>>{total}\n#### {total:,}",
+    }
+
+
+# Programs: add n to an integer, by a call if n is odd, else from stdin to stdout
+
+
+def _task(n: int) -> str:
+    if n % 2:
         return f"Write a function add_{n} that adds {n} to an integer."
     return f"Read an integer and print the sum of it and {n}."
 
 
-def _pairs(n: int, called: bool) -> list[tuple[Any, Any]]:
-    """Inputs and outputs of two tests, as lists of arguments and values, or as lines."""
-    return [([x], [x + n]) if called else (f"{x}\n", f"{x + n}\n") for x in (1, 20)]
-
-
-def _solution(n: int, called: bool) -> str:
-    return f"def add_{n}(x):\n    return x + {n}" if called else f"print(int(input()) + {n})"
+def _solution(n: int) -> str:
+    return f"def add_{n}(x):\n    return x + {n}" if n % 2 else f"print(int(input()) + {n})"
 
 
 def _starter_code(n: int) -> str:
-    return f"class Solution:\n    def add_{n}(self, x: int) -> int:\n        "
+    return f"class Solution:\n    def add_{n}(self, x: int) -> int:\n        " if n % 2 else ""
 
 
-def _line_tests(n: int, called: bool, inputs: Iterable[int]) -> list[Row]:
-    kind = "functional" if called else "stdin"
-    return [{"input": str(x), "output": str(x + n), "testtype": kind} for x in inputs]
+def _pairs(n: int) -> list[tuple[Any, Any]]:
+    """Inputs and outputs of two tests: lists of arguments and values, or lines."""
+    return [([x], [x + n]) if n % 2 else (f"{x}\n", f"{x + n}\n") for x in (1, 20)]
+
+
+def _line_tests(n: int, inputs: Iterable[int]) -> str:
+    kind = "functional" if n % 2 else "stdin"
+    tests = [{"input": str(x), "output": str(x + n), "testtype": kind} for x in inputs]
+    return json.dumps(tests)
+
+
+def primeintellect(n: int, i: int) -> Row:
+    kind = {"type": "function_call", "fn_name": f"add_{n}"} if n % 2 else {"type": "stdin_stdout"}
+    tests = [{"input": a, "output": b} | kind for a, b in _pairs(n)]
+    solutions = [f"```python\n{_solution(n)}\n```"]
+    return {"problem": _task(n), "solutions": solutions, "tests": json.dumps(tests)}
+
+
+def taco(n: int, i: int) -> Row:
+    inputs, outputs = zip(*_pairs(n), strict=True)
+    tests = {"inputs": inputs, "outputs": outputs} | ({"fn_name": f"add_{n}"} if n % 2 else {})
+    return {"problem": _task(n), "solutions": [_solution(n)], "tests": json.dumps(tests)}
+
+
+def lcbv5(n: int, i: int) -> Row:
+    return {
+        "problem": _task(n),
+        "starter_code": _starter_code(n),
+        "tests": _line_tests(n, (1, 20)),
+        "metadata": {"func_name": f"add_{n}" if n % 2 else None},
+    }
+
+
+def livecodebench(n: int, i: int, *, month: int) -> Row:
+    return {
+        "question_title": f"Add {n}",
+        "question_content": _task(n),
+        "platform": "leetcode" if n % 2 else "atcoder",
+        "question_id": str(n),
+        "contest_id": "1",
+        "contest_date": f"2024-{month:02d}-15T00:00:00",
+        "starter_code": _starter_code(n),
+        "difficulty": "easy",
+        "public_test_cases": _line_tests(n, (1,)),
+        "private_test_cases": packed(_line_tests(n, (20, 300))),
+        "metadata": json.dumps({"func_name": f"add_{n}"} if n % 2 else {}),
+    }
 
 
 def packed(text: str) -> str:
@@ -188,25 +168,10 @@ def packed(text: str) -> str:
     return base64.b64encode(zlib.compress(pickle.dumps(text))).decode()
 
 
-def _text(file: epath.Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
-
-
-def _lines(file: epath.Path, rows: Iterable[Row]) -> None:
-    _text(file, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _parquet(file: epath.Path, rows: list[Row]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("wb") as stream:
-        pq.write_table(pa.Table.from_pylist(rows), stream)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes made-up releases.")
     parser.add_argument("--to", required=True, help="a directory")
-    parser.add_argument("--rows", type=int, required=True, help="of each release, about")
+    parser.add_argument("--rows", type=int, required=True, help="of each file")
     arguments = parser.parse_args()
     write(arguments.to, arguments.rows)
 
