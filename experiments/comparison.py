@@ -44,7 +44,9 @@ CLOSE = 0.05  # of pass@1: a learning rate that costs at most this much still le
 SHORT = "to pass@1 0.5"
 Chosen = Mapping[str, tuple[Values, Cell]]  # by method: the chosen values, and their runs
 Rows = Mapping[str, Mapping[str, Cell]]  # a table of lag.py
-COLORS = dict(zip(objectives.CORE, (*(f"C{i}" for i in range(7)), "black"), strict=True))
+COLORS: dict[str, str] = dict(
+    zip(objectives.CORE, (*(f"C{i}" for i in range(7)), "black"), strict=True)
+)
 VERDICTS = {"more": "C2", "level": "0.5", "less": "C3"}  # colors of a method's difference to OAPL
 
 
@@ -53,9 +55,9 @@ def collect(results: Results, plan: Plan) -> dict[Arm, Chosen]:
     found: dict[Arm, dict[str, tuple[Values, Cell]]] = {}
     for arm, names in objectives.arms(plan):
         for name in names:
-            chosen = objectives.choose(results, plan, arm, name)
-            cell = chosen and cell_of(results, objectives.compared(plan, arm, name, chosen))
-            if chosen and cell:
+            chosen = objectives.choose(results, plan, arm, name) or {}
+            runs = objectives.compared(plan, arm, name, chosen) if chosen else []
+            if cell := cell_of(results, runs):
                 found.setdefault(arm, {})[name] = (chosen, cell)
     sources = ["live", "offline", plan.recorder]
     rank = lambda item: -item[1][1].mean("pass@1")
