@@ -3,14 +3,14 @@
 #
 #   tpu_setup/create.sh --project=P --zone=us-east5-a --name=learner --topology=v6e:8x8 --spot
 #
-# --project=               that pays
-# --zone=                  that has such chips
-# --name=                  of the request and of its slice
+# --project=               project that is billed
+# --zone=                  zone with such chips
+# --name=                  name of the request and of its slice
 # --topology=              as for oapl_jax.plan: v5e:8x8, v5p:4x4x4, v6e:16x16, ...
-# --spot                   cheaper, and can be taken away at any time
-# --reserved               from a reservation of the project
-# --network=default        that the slice is in; the share and the servers must be in it too
-# --subnetwork=''          of a network in custom mode
+# --spot                   cheaper, and may be preempted at any time
+# --reserved               use a reservation of the project
+# --network=default        network of the slice, the share and the servers
+# --subnetwork=''          subnetwork of a network in custom mode
 # --queue-deadline=86400   seconds in the queue, after which the request expires
 # --dry-run                print the command, do nothing
 set -euo pipefail
@@ -21,7 +21,7 @@ here=$(dirname "$0")
 
 find_slice
 [[ ! $spot || ! $reserved ]] || refuse "--spot and --reserved exclude each other"
-say "requests $accelerator, billed from when it is ACTIVE until delete.sh"
+say "requesting $accelerator; it is billed from ACTIVE until delete.sh"
 tpus queued-resources create "$name" --node-id="$name" \
   --accelerator-type="$accelerator" --runtime-version="$runtime" \
   ${spot:+--spot} ${reserved:+--reserved} \

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Creates a Filestore instance, the directory that learner and servers share, and prints its
-# address. Slices come and go; models, data and runs stay on it.
+# address. It keeps models, data and runs when slices are deleted.
 #
 #   tpu_setup/create_share.sh --project=P --zone=us-east5-a --name=share
 #
-# --project=         that pays, by the hour, also when nothing uses it
-# --zone=            of the slices, so that it is near
-# --name=            of the instance
-# --capacity=1TB     the least that a zonal instance can have
-# --network=default  of the slices
+# --project=         project that is billed by the hour, in use or not
+# --zone=            zone of the slices
+# --name=            name of the instance
+# --capacity=1TB     capacity; this is the smallest of a zonal instance
+# --network=default  network of the slices
 # --dry-run          print the commands, do nothing
 set -euo pipefail
 here=$(dirname "$0")
@@ -18,4 +18,4 @@ run gcloud filestore instances create "$name" --project="$project" --zone="$zone
   --tier=ZONAL --file-share=name=oapl,capacity="$capacity" --network=name="$network"
 run gcloud filestore instances describe "$name" --project="$project" --zone="$zone" \
   --format="value(networks[0].ipAddresses[0])"
-say "the other scripts take it as --share=ADDRESS:/oapl"
+say "pass it to the other scripts as --share=ADDRESS:/oapl"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Deletes a slice with its disks and its request, in whatever state they are. It ends the billing.
+# Deletes a slice, its disks and its request in any state. This ends the billing.
 #
 #   tpu_setup/delete.sh --project=P --zone=us-east5-a --name=learner
 #
-# --project=   that pays
-# --zone=      of the slice
-# --name=      of the slice
+# --project=   project that is billed
+# --zone=      zone of the slice
+# --name=      name of the slice
 # --dry-run    print the command, do nothing
 set -euo pipefail
 here=$(dirname "$0")

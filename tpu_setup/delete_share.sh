@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Deletes the shared directory and everything on it: models, data, runs. It ends the billing.
+# Deletes the share and everything on it: models, data, runs. This ends the billing.
 #
 #   tpu_setup/delete_share.sh --project=P --zone=us-east5-a --name=share
 #
-# --project=   that pays
-# --zone=      of the instance
-# --name=      of the instance
+# --project=   project that is billed
+# --zone=      zone of the instance
+# --name=      name of the instance
 # --dry-run    print the command, do nothing
 set -euo pipefail
 here=$(dirname "$0")

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# Sourced by every script: its flags, and `run`, which only prints under --dry-run.
+# Sourced by every script: parses flags, and defines `run`, which only prints under --dry-run.
 #
-# The comment at a script's head is its --help and declares its flags, one at the start of a line:
-#   --zone=       has to be given         --poll=60     has a default (a number stays a number)
-#   --subnet=''   may be left out         --spot        is a switch: "yes" or nothing
-#   -- ...        allows further words after `--`, which become the array `rest`
-# Each flag becomes a variable of its name ($zone, $dry_run). A mistake is one sentence and code 2.
+# The comment at a script's head is its --help and declares its flags, one a line:
+#   --zone=       required                --poll=60     default; numbers must stay numbers
+#   --subnet=''   optional                --spot        switch: "yes" or empty
+#   -- ...        further words after `--`, in the array `rest`
+# Each flag becomes a variable of its name ($zone, $dry_run). Errors are one sentence and code 2.
 
 script=${0##*/}
 rest=()
@@ -36,13 +36,13 @@ read_flags() {
     word=$1 && shift
     [[ $word == --help ]] && echo "$help" && exit
     if [[ $word == -- ]]; then
-      [[ ${kind[rest]-} ]] || refuse "takes nothing after --; --help lists its flags"
+      [[ ${kind[rest]-} ]] || refuse "no words are allowed after --; see --help"
       rest=("$@")
       break
     fi
-    [[ $word == --* ]] || refuse "$word is not a flag; flags are written --name=value"
+    [[ $word == --* ]] || refuse "$word is not a flag; write --name=value"
     flag=${word#--} && flag=${flag%%=*}
-    [[ $flag != rest && ${kind[$flag]-} ]] || refuse "there is no flag --$flag; --help lists them"
+    [[ $flag != rest && ${kind[$flag]-} ]] || refuse "unknown flag --$flag; see --help"
     if [[ ${kind[$flag]} == switch ]]; then
       [[ $word != *=* ]] || refuse "--$flag takes no value"
       assign "$flag" yes
@@ -61,7 +61,7 @@ read_flags() {
 
 assign() { declare -g "${1//-/_}=$2"; }
 
-# The words as a shell takes them, quoted where they must be.
+# Quotes words for a shell where necessary.
 quoted() {
   local word words=()
   for word; do
@@ -75,10 +75,10 @@ run() {
   if [[ $dry_run ]]; then quoted "$@"; else "$@"; fi
 }
 
-# Sets root, this checkout, and makes of $commit a name that stays.
+# Sets root to this checkout, and resolves $commit.
 find_commit() {
   root=$(cd "${BASH_SOURCE[0]%/*}/.." && pwd)
-  [[ $commit != HEAD ]] || git -C "$root" diff --quiet HEAD || say "leaves out what isn't committed"
+  [[ $commit != HEAD ]] || git -C "$root" diff --quiet HEAD || say "ignores uncommitted changes"
   commit=$(git -C "$root" rev-parse --short --verify --quiet "$commit^{commit}") ||
     refuse "--commit is not a commit of $root"
 }

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Puts a commit of this checkout on every worker of a slice, and installs it there.
+# Copies a commit of this checkout to every worker of a slice and installs it.
 #
 #   tpu_setup/install.sh --project=P --zone=us-east5-a --name=learner --share=10.1.2.3:/oapl
 #
-# --project=      that pays
-# --zone=         of the slice
-# --name=         of the slice
-# --share=        NFS, mounted as /mnt/oapl: ADDRESS:/oapl with what create_share.sh printed
-# --commit=HEAD   of this checkout
+# --project=      project that is billed
+# --zone=         zone of the slice
+# --name=         name of the slice
+# --share=        NFS export, ADDRESS:/oapl, with the address that create_share.sh printed
+# --commit=HEAD   commit of this checkout
 # --dry-run       print the commands, do nothing
 set -euo pipefail
 here=$(dirname "$0")

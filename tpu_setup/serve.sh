@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Starts a sglang-jax server on a slice of one worker, in the background, and returns. A fleet is
-# several such slices. The server enters itself into the servers file of the share, which the run
-# reads again and again (fleet.servers_file), and takes new weights by a restart.
+# Starts a sglang-jax server in the background on a slice of one worker. A fleet is several such
+# slices. The server adds itself to the servers file of the share, which the run polls
+# (fleet.servers_file), and restarts to load new weights.
 #
 #   tpu_setup/serve.sh --project=P --zone=us-east5-a --name=server-0 --topology=v6e:2x4 \
 #     --model=/mnt/oapl/models/Qwen3-4B -- --context-length=17408 --max-seq-len=17408
 #
-# --project=                           that pays
-# --zone=                              of the slice
-# --name=                              of the slice
-# --topology=                          of the slice
+# --project=                           project that is billed
+# --zone=                              zone of the slice
+# --name=                              name of the slice
+# --topology=                          topology of the slice
 # --model=                             a checkpoint or a published version, on the share
-# --port=30000                         that the run calls
-# --servers-file=/mnt/oapl/servers.txt that the server enters itself into
+# --port=30000                         port for requests of the run
+# --servers-file=/mnt/oapl/servers.txt list of URLs that the server adds itself to
 # --sglang-jax=main                    branch, tag or commit of sglang-jax
 # --dry-run                            print the command, do nothing
 # -- ...                               further flags of sgl_jax.launch_server
@@ -23,7 +23,7 @@ here=$(dirname "$0")
 . "$here/tpus.sh"
 
 find_slice
-((workers == 1)) || refuse "--topology=$topology has $workers workers, but a server lives on one;" \
+((workers == 1)) || refuse "--topology=$topology has $workers workers, but a server runs on one;" \
   "create several slices of one worker, for example v6e:2x4"
 on_workers all "$(quoted oapl_jax/tpu_setup/on_worker/job.sh start \
   oapl_jax/tpu_setup/on_worker/serve.sh --model="$model" --chips="$chips" --port="$port" \

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Starts an SGLang server on a machine with GPUs, wherever ssh reaches it, in the background, and
-# returns. The machine must be in a network that the slice reaches, and have its driver.
+# Starts an SGLang server in the background on a machine with GPUs that ssh reaches. The machine
+# needs its driver, and a network that the slice reaches.
 #
 #   tpu_setup/serve_gpu.sh --host=me@gpu-0 --share=10.1.2.3:/oapl --gpus=8 \
 #     --model=/mnt/oapl/models/Qwen3-4B -- --context-length=17408
 #
-# --host=                              as ssh takes it
-# --share=                             NFS, mounted as /mnt/oapl: what create_share.sh printed
+# --host=                              ssh destination
+# --share=                             NFS export, ADDRESS:/oapl, mounted as /mnt/oapl
 # --model=                             a checkpoint or a published version, on the share
-# --gpus=1                             over which the model is split
-# --port=30000                         that the run calls
-# --servers-file=/mnt/oapl/servers.txt that the server enters itself into
+# --gpus=1                             number of GPUs to split the model over
+# --port=30000                         port for requests of the run
+# --servers-file=/mnt/oapl/servers.txt list of URLs that the server adds itself to
 # --dry-run                            print the commands, do nothing
 # -- ...                               further flags of sglang.launch_server
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd) # scp names the copy after it
+here=$(cd "$(dirname "$0")" && pwd) # scp copies the directory under its name
 . "$here/flags.sh"
 
 run ssh "$host" mkdir -p oapl_jax

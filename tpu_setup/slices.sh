@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034  # the scripts that source it read what find_slice sets
 #
-# The slices that can be rented, as `python -m oapl_jax.plan --topology=...` calls them.
+# Slices that can be rented, named as in `python -m oapl_jax.plan --topology=...`.
 #
 # A v5e or v6e type counts chips; a v5p type counts cores, two a chip. A worker is a virtual machine
 # of a queued resource. Sources: cloud.google.com/tpu/docs/v5e, v5p, v6e, and runtimes (the images).
@@ -38,7 +38,7 @@ v6e:16x16     v6e-256        64
 "
 declare -A runtimes=([v5e]=v2-alpha-tpuv5-lite [v5p]=v2-alpha-tpuv5 [v6e]=v2-alpha-tpuv6e)
 
-# Sets accelerator, workers, chips and runtime of the slice $topology.
+# Sets accelerator, workers, chips and runtime for $topology.
 find_slice() {
   local shape
   while read -r shape accelerator workers; do

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What a slice does: the state of its request, and of each worker's job with its log's last line.
+# Prints the state of a slice's request, and each worker's job with the last line of its log.
 #
 #   tpu_setup/status.sh --project=P --zone=us-east5-a --name=learner
 #
-# --project=   that pays
-# --zone=      of the slice
-# --name=      of the slice
+# --project=   project that is billed
+# --zone=      zone of the slice
+# --name=      name of the slice
 # --dry-run    print the commands, do nothing
 set -euo pipefail
 here=$(dirname "$0")

@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
-# Starts a run on every worker of a slice, in the background, and returns. The same command goes on
-# with a run that was begun.
+# Starts a run in the background on every worker of a slice. The same command resumes a run.
 #
 #   tpu_setup/train.sh --project=P --zone=us-east5-a --name=learner \
 #     --config=configs/competition_math.py --workdir=/mnt/oapl/run -- --config.lag.steps=50
 #
-# --project=   that pays
-# --zone=      of the slice
-# --name=      of the slice
+# --project=   project that is billed
+# --zone=      zone of the slice
+# --name=      name of the slice
 # --config=    a file of configs/
-# --workdir=   of the run, on the share: /mnt/oapl/...
-# --libtpu=''  flags of the TPU compiler, in one word: LIBTPU_INIT_ARGS, as the plan was made with
+# --workdir=   workdir of the run, on the share: /mnt/oapl/...
+# --libtpu=''  LIBTPU_INIT_ARGS, flags of the TPU compiler as one word; use those of the plan
 # --dry-run    print the command, do nothing
 # -- ...       further flags of oapl_jax.train
 set -euo pipefail

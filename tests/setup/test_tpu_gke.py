@@ -1,21 +1,18 @@
-"""Watching a run on a cluster, against stand-ins for xpk and kubectl that act out a story."""
+"""Watching a run on a cluster, with fakes of xpk and kubectl that play a story."""
 
 import json
-import os
 import pathlib
-import shutil
 import subprocess
 import sys
 
 import pytest
+from fake_checkout import Checkout, program
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-# The codes of `xpk workload list --wait-for-job-completion`, as xpk 1.16.0 gives them.
+# Exit codes of `xpk workload list --wait-for-job-completion` (xpk 1.16.0).
 DONE, NO_WORKLOAD, NOT_YET, FAILED = 0, 1, 124, 125
 
-# Acts out story.json: `looks`, the codes of the looks in turn, and `fail`, how often another
-# command fails.
+# Plays story.json: `looks`, the exit codes of the polls in turn, and `fail`, the number of failures
+# of another command.
 XPK = """
 import json, os, pathlib, sys
 cloud = pathlib.Path(os.environ["FAKE_CLOUD"])
@@ -33,17 +30,11 @@ sys.exit(code)
 """
 
 
-class Cluster:
+class Cluster(Checkout):
     def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        shutil.copytree(ROOT / "tpu_setup", folder / "checkout/tpu_setup")
-        git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", folder / "checkout"]
-        for words in (["init"], ["add", "--all"], ["commit", "--message=m"]):
-            subprocess.run([*git, *words], check=True, capture_output=True)
-        (folder / "bin").mkdir()
+        super().__init__(folder)
         for name in ("xpk", "kubectl"):
-            (folder / "bin" / name).write_text(f"#!{sys.executable} -SE\n{XPK}")
-            (folder / "bin" / name).chmod(0o755)
+            program(folder / "bin" / name, f"#!{sys.executable} -SE\n{XPK}")
 
     def watch(
         self, looks: list[int], *more: str, reason: str = "ReachedMaxRestarts", **fail: int
@@ -53,10 +44,9 @@ class Cluster:
         (self.folder / "story.json").write_text(json.dumps(story))
         flags = ["--project=p", "--zone=z", "--cluster=c", "--workload=w", "--topology=v6e:8x8"]
         flags += ["--config=configs/arithmetic.py", "--workdir=/mnt/oapl/run", "--poll=0", *more]
-        path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
         return subprocess.run(
             [self.folder / "checkout/tpu_setup/gke/watch.sh", *flags, "--", "--config.seed=1"],
-            env=os.environ | dict(PATH=path, FAKE_CLOUD=os.fspath(self.folder)),
+            env=self.environment,
             capture_output=True,
             text=True,
             timeout=60,
@@ -70,8 +60,7 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", os.fspath(tmp_path))
+def cluster(tmp_path):
     return Cluster(tmp_path)
 
 
@@ -82,55 +71,44 @@ def test_from_no_workload_to_the_end(cluster):
     done = cluster.watch([NO_WORKLOAD, NOT_YET, DONE], "--delete-cluster-at-end")
     assert done.returncode == 0, done.stderr
     assert cluster.verbs() == [LOOK, CREATE, LOOK, LOOK, "cluster delete"]
-    assert "waits for the end of the run, at most 604800 s" in done.stderr
-    assert "the run is done" in done.stderr
     (source,) = [w.partition("=")[2] for w in cluster.calls()[1] if w.startswith("--script-dir")]
     assert (pathlib.Path(source) / "tpu_setup/on_worker/install.sh").exists()
     assert "--wait-for-job-completion=w" in cluster.calls()[0]
 
 
-def test_a_workload_that_used_up_its_restarts_is_created_anew(cluster):
+def test_a_workload_that_used_up_its_restarts_is_recreated(cluster):
     done = cluster.watch([NOT_YET, FAILED, NO_WORKLOAD, DONE])
     assert done.returncode == 0, done.stderr
     assert cluster.verbs() == [LOOK, LOOK, REASON, DELETE, LOOK, CREATE, LOOK]
-    assert "the cluster is billed until: " in done.stderr
 
 
-def test_but_not_for_ever(cluster):
-    done = cluster.watch([FAILED, NO_WORKLOAD] * 3, "--renewals=2")
-    assert done.returncode == 1
+def test_renewals_are_limited(cluster):
+    assert cluster.watch([FAILED, NO_WORKLOAD] * 3, "--renewals=2").returncode == 1
     assert cluster.verbs().count(CREATE) == 2
-    assert "the workload used up its restarts 3 times" in done.stderr
 
 
-def test_a_mistake_in_a_setting_is_not_tried_again(cluster):
+def test_an_invalid_setting_is_not_retried(cluster):
     reason = "FailJobSetFailurePolicyAction"
     done = cluster.watch([FAILED], "--delete-cluster-at-end", reason=reason)
     assert done.returncode == 1
     assert cluster.verbs() == [LOOK, REASON, "cluster delete"]
-    assert f"the run failed ({reason}), and a restart can't mend it" in done.stderr
+    assert reason in done.stderr
 
 
-def test_what_fails_is_tried_again_until_the_deadline(cluster):
+def test_failing_calls_are_retried_until_their_deadline(cluster):
     done = cluster.watch([NO_WORKLOAD] * 3 + [DONE], workload_create=2)
     assert done.returncode == 0, done.stderr
-    assert "waits for the workload, at most 1800 s" in done.stderr
-    done = cluster.watch([NO_WORKLOAD] * 1000, "--service-deadline=1", workload_create=10**6)
-    assert done.returncode == 1
-    assert "the workload did not come within 1 s" in done.stderr
-    done = cluster.watch([FAILED] * 1000, "--service-deadline=1", kubectl=10**6)
-    assert done.returncode == 1
-    assert "the answer of kubectl did not come within 1 s" in done.stderr
+    for looks, failing in ((NO_WORKLOAD, "workload_create"), (FAILED, "kubectl")):
+        done = cluster.watch([looks] * 1000, "--service-deadline=1", **{failing: 10**6})
+        assert done.returncode == 1
+        assert "after 1 s" in done.stderr
 
 
 def test_the_watch_has_a_deadline(cluster):
-    done = cluster.watch([NOT_YET] * 1000, "--deadline=1")
-    assert done.returncode == 1
-    assert "not done within 1 s" in done.stderr
+    assert cluster.watch([NOT_YET] * 1000, "--deadline=1").returncode == 1
 
 
-def test_a_mistake_in_a_flag_shows_before_anything_is_asked(cluster):
+def test_an_invalid_flag_is_an_error_before_any_call(cluster):
     done = cluster.watch([NO_WORKLOAD], "--topology=v6e:8x9")
-    assert done.returncode == 2
-    assert "--topology=v6e:8x9 is not a slice" in done.stderr
+    assert (done.returncode, "--topology" in done.stderr) == (2, True)
     assert not (cluster.folder / "calls").exists()

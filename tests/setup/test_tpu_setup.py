@@ -1,13 +1,9 @@
-"""The scripts for cloud TPUs: what they print under --dry-run, and what they say of mistakes.
-
-No cloud is asked for anything: the printed commands are held against the documented flags.
-"""
+"""The scripts for cloud TPUs: commands under --dry-run against documented flags, and errors."""
 
 import os
 import pathlib
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 
@@ -20,71 +16,40 @@ SETUP = ROOT / "tpu_setup"
 SCRIPTS = sorted(SETUP.glob("*.sh")) + sorted(SETUP.glob("*/*.sh"))
 SOURCED = ("flags.sh", "slices.sh", "tpus.sh", "fleet.sh")
 
-# The flags of each command; those that end with "=" take a value. Sources: `--help` of the Google
+# Documented flags in use; those that end with "=" take a value. Sources: `--help` of the Google
 # Cloud SDK 528.0.0 (cloud.google.com/sdk/gcloud/reference has the same) and of xpk 1.16.0.
-GCLOUD_WIDE = "--account= --configuration= --format= --project= --quiet --verbosity="
-XPK_WIDE = "--project= --zone= --namespace= --dry-run --quiet --skip-validation"
+GCLOUD = "--project= --zone= --quiet --format="
+XPK = "--project= --zone= --quiet --cluster="
 DOCUMENTED = {
-    "gcloud compute tpus queued-resources create": GCLOUD_WIDE
-    + """ --zone= --runtime-version= --accelerator-type= --topology= --type= --node-id=
-    --node-count= --node-prefix= --async --data-disk= --description= --guaranteed --internal-ips
-    --labels= --metadata= --metadata-from-file= --network= --range= --reserved --scopes=
-    --service-account= --shielded-secure-boot --spot --subnetwork= --tags=
-    --valid-after-duration= --valid-after-time= --valid-until-duration= --valid-until-time=
-    --reservation-host-folder= --reservation-host-organization= --reservation-host-project=""",
-    "gcloud compute tpus queued-resources list": GCLOUD_WIDE
-    + " --zone= --filter= --limit= --page-size= --sort-by= --uri",
-    "gcloud compute tpus queued-resources delete": GCLOUD_WIDE + " --zone= --async --force",
-    "gcloud compute tpus tpu-vm ssh": GCLOUD_WIDE
-    + """ --zone= --worker= --command= --dry-run --force-key-file-overwrite --internal-ip --plain
-    --output-directory= --ssh-flag= --ssh-key-file= --strict-host-key-checking=
-    --ssh-key-expiration= --ssh-key-expire-after=""",
-    "gcloud compute tpus tpu-vm scp": GCLOUD_WIDE
-    + """ --zone= --worker= --compress --dry-run --force-key-file-overwrite --internal-ip --plain
-    --recurse --scp-flag= --ssh-key-file= --strict-host-key-checking= --ssh-key-expiration=
-    --ssh-key-expire-after=""",
-    "gcloud filestore instances create": GCLOUD_WIDE
-    + """ --zone= --file-share= --network= --tier= --async --description= --labels= --location=
-    --performance= --protocol= --region= --source-instance= --tags= --deletion-protection
-    --deletion-protection-reason= --kms-key= --kms-keyring= --kms-location= --kms-project=""",
-    "gcloud filestore instances describe": GCLOUD_WIDE + " --zone= --location= --region=",
-    "gcloud filestore instances delete": GCLOUD_WIDE
-    + " --zone= --async --force --location= --region=",
-    "xpk cluster create": XPK_WIDE
-    + """ --cluster= --tpu-type= --device-type= --num-slices= --spot --on-demand --reservation=
-    --flex --gke-version= --default-pool-cpu-machine-type= --default-pool-cpu-num-nodes=
-    --custom-cluster-arguments= --custom-nodepool-arguments= --private --force
-    --enable-workload-identity --enable-gcsfuse-csi-driver --enable-gcpfilestore-csi-driver""",
-    "xpk cluster delete": XPK_WIDE + " --cluster= --cluster-state-gcs-bucket= --force",
-    "xpk storage attach": XPK_WIDE
-    + """ --cluster= --type= --auto-mount= --mount-point= --readonly= --size= --bucket= --vol=
-    --access-mode= --instance= --manifest= --mount-options=""",
-    "xpk workload create": XPK_WIDE
-    + """ --cluster= --workload= --command= --tpu-type= --device-type= --num-slices= --storage=
-    --priority= --max-restarts= --restart-on-exit-codes= --ttl-seconds-after-finished=
-    --termination-grace-period-seconds= --env= --env-file= --base-docker-image= --script-dir=
-    --docker-image= --docker-name= --scheduler= --output-manifest-file= --spot --on-demand""",
-    "xpk workload delete": XPK_WIDE
-    + " --cluster= --workload= --filter-by-job= --filter-by-status= --force",
-    "xpk workload list": XPK_WIDE
-    + " --cluster= --filter-by-job= --filter-by-status= --wait-for-job-completion= --timeout=",
+    "gcloud compute tpus queued-resources create": GCLOUD
+    + """ --runtime-version= --accelerator-type= --node-id= --spot --reserved --network=
+    --subnetwork= --valid-until-duration=""",
+    "gcloud compute tpus queued-resources list": GCLOUD + " --filter=",
+    "gcloud compute tpus queued-resources delete": GCLOUD + " --force",
+    "gcloud compute tpus tpu-vm ssh": GCLOUD + " --worker= --command=",
+    "gcloud compute tpus tpu-vm scp": GCLOUD + " --worker=",
+    "gcloud filestore instances create": GCLOUD + " --file-share= --network= --tier=",
+    "gcloud filestore instances describe": GCLOUD,
+    "gcloud filestore instances delete": GCLOUD,
+    "xpk cluster create": XPK
+    + """ --tpu-type= --num-slices= --spot --on-demand --reservation=
+    --enable-gcpfilestore-csi-driver""",
+    "xpk cluster delete": XPK + " --force",
+    "xpk storage attach": XPK
+    + " --type= --auto-mount= --mount-point= --readonly= --vol= --instance=",
+    "xpk workload create": XPK
+    + """ --workload= --command= --tpu-type= --num-slices= --max-restarts= --script-dir=
+    --restart-on-exit-codes= --termination-grace-period-seconds= --base-docker-image=""",
+    "xpk workload delete": XPK + " --workload= --force",
+    "xpk workload list": XPK + " --wait-for-job-completion= --timeout=",
 }
-# Of every TPU type that xpk 1.16.0 knows, those in use here.
+# TPU types of xpk 1.16.0 that are in use here.
 XPK_TYPES = {f"v6e-{n}" for n in (1, 4, 8, 16, 32, 64, 128, 256)}
 XPK_TYPES |= {f"v5litepod-{n}" for n in (8, 16, 32, 64, 128, 256)}
 XPK_TYPES |= {f"v5p-{n}" for n in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 12288)}
-# `sgl_jax.launch_server --help`, as far as serve.sh goes.
-SERVER_FLAGS = [
-    "--model-path=",
-    "--host=",
-    "--port=",
-    "--device=",
-    "--tp-size=",
-    "--dtype=",
-    "--skip-server-warmup",
-    "--context-length=",
-    "--max-seq-len=",
-]
+# From `sgl_jax.launch_server --help`.
+SERVER_FLAGS = "--model-path= --host= --port= --device= --tp-size= --dtype= --context-length="
+SERVER_FLAGS = {*SERVER_FLAGS.split(), "--skip-server-warmup", "--max-seq-len="}
 
 SLICE = "--project=p --zone=us-east5-a --name=learner"
 CLUSTER = "--project=p --zone=us-east5-a --cluster=learner"
@@ -117,7 +82,7 @@ ids = [f"{number}-{line.split()[0]}" for number, line in enumerate(EXAMPLES)]
 
 @pytest.fixture(scope="module", autouse=True)
 def no_cloud(tmp_path_factory):
-    """Programs of the cloud that fail a test by their code, should a dry run call one."""
+    """Replaces the cloud's programs by ones that fail: a dry run must call none."""
     folder = tmp_path_factory.mktemp("bin")
     for name in ("gcloud", "xpk", "kubectl", "ssh", "scp"):
         (folder / name).write_text(f"#!/bin/sh\necho {name} was called >&2\nexit 9\n")
@@ -140,7 +105,7 @@ def script(line: str | list[str], **environment: str) -> subprocess.CompletedPro
 
 
 def dry_run(line: str) -> list[list[str]]:
-    """The words of each command that the script would run."""
+    """The words of each printed command."""
     name, _, flags = line.partition(" ")
     done = script(f"{name} --dry-run {flags}")
     assert done.returncode == 0, done.stderr
@@ -172,15 +137,6 @@ def test_printed_commands_have_documented_flags_only(line):
             check_documented(words)
         else:
             assert words[0] in ("git", "tar", "ssh", "scp", "kubectl")
-
-
-@pytest.mark.parametrize(
-    "words",
-    ["gcloud compute tpus queued-resources create n --zoon=z", "xpk cluster create --spot=1"],
-)
-def test_an_undocumented_flag_would_be_seen(words):
-    with pytest.raises(AssertionError, match=r"has no --zoon=|has no --spot="):
-        check_documented(words.split())
 
 
 def test_every_script_has_an_example_or_runs_on_a_worker():
@@ -227,7 +183,7 @@ def test_every_slice_of_the_plan_can_be_rented():
     assert planned <= set(table())
 
 
-def test_flags_arrive():
+def test_flags_reach_the_command():
     (words,) = dry_run(f"create.sh {SLICE} --topology=v6e:8x8 --spot --queue-deadline=60")
     assert words[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "learner"]
     assert value(words, "--node-id") == "learner"
@@ -242,7 +198,7 @@ def test_flags_arrive():
     assert "--on-demand" not in dry_run(f"{cluster} --spot")[0]
 
 
-def test_words_survive_both_shells():
+def test_words_are_quoted_for_both_shells():
     servers = "--config.fleet.servers=('http://a','http://b')"
     (words,) = dry_run(f'train.sh {SLICE} {RUN} -- "{servers}" --config.note="$HOME; rm *"')
     remote = shlex.split(value(words, "--command"))
@@ -256,7 +212,7 @@ def test_words_survive_both_shells():
     assert "--libtpu=--xla_a=1 --xla_b=2" in shlex.split(value(words, "--command"))
 
 
-def test_a_mistake_in_a_setting_is_the_one_that_kubernetes_does_not_restart():
+def test_kubernetes_does_not_restart_after_an_invalid_setting():
     workload = f"gke/create_workload.sh {CLUSTER} --workload=w --topology=v6e:8x8 {RUN}"
     codes = value(dry_run(workload)[-1], "--restart-on-exit-codes")
     assert codes.split(",") == ["1", "3", "4", "75"]  # run, fleet, another host lost; stopped
@@ -266,11 +222,11 @@ def test_the_server_of_a_slice_gets_documented_flags():
     text = (SETUP / "on_worker/serve.sh").read_text()
     flags = re.findall(r" (--[a-z-]+=?)", text[text.index("sgl_jax.launch_server --model") :])
     assert len(flags) >= 7
-    assert set(flags) <= set(SERVER_FLAGS)
+    assert set(flags) <= SERVER_FLAGS
 
 
 def told(done: subprocess.CompletedProcess[str]) -> str:
-    """The one sentence that a script says of a mistake."""
+    """The one line of an error."""
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -278,7 +234,7 @@ def told(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.mark.parametrize("line", EXAMPLES, ids=ids)
-def test_help_says_what_each_flag_is(line):
+def test_help_explains_each_flag(line):
     name = line.split()[0]
     done = script(f"{name} --help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -288,7 +244,7 @@ def test_help_says_what_each_flag_is(line):
 
 
 @pytest.mark.parametrize("line", EXAMPLES, ids=ids)
-def test_a_missing_flag_is_one_sentence(line):
+def test_a_missing_flag_is_one_line(line):
     name = line.split()[0]
     flags, dashes, rest = line.removeprefix(name).partition(" -- ")
     given = flags.split()
@@ -296,40 +252,30 @@ def test_a_missing_flag_is_one_sentence(line):
     assert required
     for flag in required:
         left = [word for word in given if not word.startswith(f"{flag}=")]
-        sentence = told(script([name, *left, *(f"-- {rest}" if dashes else "").split()]))
-        assert sentence.startswith(f"{pathlib.Path(name).name}: {flag} is missing: ")
+        error = told(script([name, *left, *(f"-- {rest}" if dashes else "").split()]))
+        assert f"{flag} " in error
 
 
 @pytest.mark.parametrize(
-    ("line", "sentence"),
+    ("line", "named"),
     [
-        ("create.sh --zoon=z", "create.sh: there is no flag --zoon; --help lists them"),
-        ("create.sh --zone z", "create.sh: --zone needs a value, written --zone=VALUE"),
-        ("create.sh --zone=", "create.sh: --zone needs a value, written --zone=VALUE"),
-        ("create.sh zone=z", "create.sh: zone=z is not a flag; flags are written --name=value"),
-        ("create.sh --spot=yes", "create.sh: --spot takes no value"),
-        ("create.sh -- --spot", "create.sh: takes nothing after --; --help lists its flags"),
-        ("watch.sh --poll=1m", "watch.sh: --poll=1m is not a number"),
-        (f"create.sh {SLICE} --topology=v5e:8x9", "create.sh: --topology=v5e:8x9 is not a slice"),
-        (f"create.sh {SLICE} --topology=v5e:2x4 --spot --reserved", "exclude each other"),
-        (f"train.sh {SLICE} --config=c --workdir=runs/a", "--workdir=runs/a is not absolute"),
-        (f"serve.sh {SLICE} --topology=v6e:4x4 --model=/m", "has 4 workers, but a server lives"),
-        (f"install.sh {SLICE} --share=s:/o --commit=none", "--commit is not a commit of"),
-        (f"watch.sh {SLICE} --topology=v6e:4x4 --share=s:/o", "watch.sh: names no job"),
+        ("create.sh --zoon=z", "--zoon"),
+        ("create.sh --zone z", "--zone"),
+        ("create.sh --zone=", "--zone"),
+        ("create.sh zone=z", "zone=z"),
+        ("create.sh --spot=yes", "--spot"),
+        ("create.sh -- --spot", "--"),
+        ("watch.sh --poll=1m", "--poll=1m"),
+        (f"create.sh {SLICE} --topology=v5e:8x9", "--topology=v5e:8x9"),
+        (f"create.sh {SLICE} --topology=v5e:2x4 --spot --reserved", "--reserved"),
+        (f"train.sh {SLICE} --config=c --workdir=runs/a", "--workdir=runs/a"),
+        (f"serve.sh {SLICE} --topology=v6e:4x4 --model=/m", "4 workers"),
+        (f"install.sh {SLICE} --share=s:/o --commit=none", "--commit"),
+        (f"watch.sh {SLICE} --topology=v6e:4x4 --share=s:/o", "train.sh"),
     ],
 )
-def test_a_mistake_is_one_sentence(line, sentence):
-    assert sentence in told(script(line))
-
-
-def test_an_old_bash_is_refused(tmp_path):
-    """A bash whose version says 3, as on macOS."""
-    text = (SETUP / "flags.sh").read_text()
-    assert "BASH_VERSINFO[0] >= 5" in text
-    (tmp_path / "flags.sh").write_text(text.replace("BASH_VERSINFO[0]", "3"))
-    shutil.copy(SETUP / "delete_share.sh", tmp_path)
-    done = subprocess.run([tmp_path / "delete_share.sh"], capture_output=True, text=True)
-    assert "needs bash 5 or newer" in told(done)
+def test_an_invalid_flag_is_one_line(line, named):
+    assert named in told(script(line))
 
 
 def test_shellcheck():
@@ -338,7 +284,7 @@ def test_shellcheck():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_scripts_stop_at_an_error_and_can_be_run():
+def test_scripts_stop_at_an_error_and_are_executable():
     for path in SCRIPTS:
         sourced = path.name in SOURCED
         assert ("set -euo pipefail" in path.read_text()) != sourced

@@ -1,14 +1,13 @@
-"""Slices, watched and served from, against a stand-in for gcloud that acts out a story.
+"""Watching and serving on slices, with a fake gcloud that plays a story.
 
-The stand-in for gcloud runs what is sent to a worker in a home of that worker's own, with the real
-scripts of tpu_setup/on_worker; what they would install, mount and train is acted out too.
+The fake runs each worker's commands in a home directory of that worker, with the real scripts of
+tpu_setup/on_worker. Installation, mount and training are fakes too.
 """
 
 import contextlib
 import json
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +15,11 @@ import time
 from collections.abc import Callable
 
 import pytest
+from fake_checkout import ROOT, Checkout, program
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-# Acts out story.json: `lives`, the states that each request goes through, one a look, the last for
-# good, and "ACTIVE*" until every worker's job has said something; `fail`, how often a command
-# fails, by its name or by "ssh" and the worker's number.
+# Plays story.json: `lives`, the states of each request, one a poll, the last for good, and
+# "ACTIVE*" until every worker's job has logged a line; `fail`, the number of failures of a
+# command, by its name or by "ssh" and the worker's number.
 GCLOUD = """
 import json, os, pathlib, shutil, signal, subprocess, sys
 cloud = pathlib.Path(os.environ["FAKE_CLOUD"])
@@ -88,7 +86,7 @@ elif verb == "ssh":
     sys.exit(max([on(home, command) for home in homes]))
 """
 
-# On a worker: nothing is installed or mounted, and Python is the trainer of the story.
+# Programs of a worker: they install and mount nothing, and Python is the story's trainer.
 WORKER_BIN = {
     "sudo": 'echo "$*" >>$FAKE_CLOUD/installed',
     "mountpoint": "exit 1",
@@ -100,7 +98,7 @@ WORKER_BIN = {
           mkdir -p "${@: -1}/bin"; cp "$FAKE_CLOUD/python" "${@: -1}/bin/"
         fi""",
 }
-# In the place of oapl_jax/train.py: which start it is on this worker, and what then happens there.
+# Replaces oapl_jax/train.py; `start` counts the starts on this worker.
 TRAINER = """
 import os, pathlib, sys, time
 cloud, worker = pathlib.Path(os.environ["FAKE_CLOUD"]), os.environ["WORKER"]
@@ -121,29 +119,16 @@ RESUME = "finish() if start > 1 else work()"
 ALWAYS = 10**6
 
 
-class Cloud:
-    """A story, the scripts in a checkout of their own, and what was asked for."""
+class Cloud(Checkout):
+    """A fake cloud with its own checkout of the scripts."""
 
     def __init__(self, folder: pathlib.Path):
-        self.folder, self.checkout = folder, folder / "checkout"
-        shutil.copytree(ROOT / "tpu_setup", self.checkout / "tpu_setup")
-        self.git("init", "--quiet")
-        self.commit()
+        super().__init__(folder)
         for name, text in WORKER_BIN.items():
             program(folder / "worker_bin" / name, f"#!/bin/bash\n{text}\n")
         there = f"PYTHONPATH={folder / 'package'}"
         program(folder / "python", f'#!/bin/bash\n{there} exec {sys.executable} -S "$@"\n')
         program(folder / "bin/gcloud", f"#!{sys.executable} -SE\n{GCLOUD}")
-
-    def git(self, *words: str) -> str:
-        who = ("-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false")
-        command = ["git", *who, "-C", self.checkout, *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    def commit(self) -> str:
-        self.git("add", "--all")
-        self.git("commit", "--quiet", "--allow-empty", "--message=m")
-        return self.git("rev-parse", "--short", "HEAD")
 
     def tell(self, *lives: str, trainer: str = "finish()", workers: int = 2, **fail: int) -> None:
         story = dict(lives=[life.split() for life in lives], workers=workers)
@@ -154,12 +139,6 @@ class Cloud:
     def train(self, story: str) -> None:
         (self.folder / "package/oapl_jax").mkdir(parents=True, exist_ok=True)
         (self.folder / "package/oapl_jax/train.py").write_text(TRAINER + story)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        here = os.fspath(self.folder)
-        return os.environ | dict(PATH=path, FAKE_CLOUD=here, TMPDIR=here)
 
     def words(self, name: str, *more: str) -> list[str]:
         where = ["--project=p", "--zone=z", "--name=learner"]
@@ -176,7 +155,7 @@ class Cloud:
         )
 
     def begin(self, name: str, *more: str) -> subprocess.Popen[str]:
-        """Ctrl-C reaches it, even where this runs as a shell's background job, which ignores it."""
+        """Starts a script with the default SIGINT, which background jobs of a shell ignore."""
         return subprocess.Popen(
             ["env", "--default-signal=INT", *self.words(name, *more)],
             cwd=self.checkout,
@@ -198,13 +177,13 @@ class Cloud:
         return self.run(*self.watching(*more, **job))
 
     def calls(self, *verbs: str) -> list[str]:
-        """The verbs of the calls that are asked for, or of all that are more than a look."""
+        """Verbs of the given kinds of calls, or of all calls that change something."""
         calls = [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
         look = lambda words: words[3] == "list" or "job.sh status" in " ".join(words)
         return [w[3] for w in calls if (w[3] in verbs if verbs else not look(w))]
 
     def starts(self) -> list[str]:
-        """Each start of the trainer, by worker: directory, environment and words."""
+        """Starts of the trainer, by worker: directory, environment and words."""
         file = self.folder / "starts"
         return sorted(map(str.strip, file.open())) if file.exists() else []
 
@@ -226,12 +205,6 @@ def alive(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def program(path: pathlib.Path, text: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-
-
 @pytest.fixture
 def cloud(tmp_path):
     cloud = Cloud(tmp_path)
@@ -247,9 +220,6 @@ def test_from_nothing_to_the_end(cloud):
     done = cloud.watch("--delete-at-end", libtpu="--xla_a=1 --xla_b=2")
     assert done.returncode == 0, done.stderr
     assert cloud.calls() == [*ONE_LIFE, "delete"]
-    for state in ("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"):
-        assert f"waits for the capacity, at most 86400 s. {state}" in done.stderr
-    assert "the job is done" in done.stderr
     words = f"--config=configs/arithmetic.py --workdir={cloud.folder}/run --pod --config.seed=1"
     words += " --xla_a=1 --xla_b=2"  # the compiler's flags, of the environment
     assert cloud.starts() == [
@@ -260,33 +230,28 @@ def test_from_nothing_to_the_end(cloud):
     assert installed.count("--editable .[tpu,gcs]") == 2
 
 
-@pytest.mark.parametrize("end", ["SUSPENDED", "FAILED", "SUSPENDING SUSPENDED"])
-def test_a_preempted_slice_is_requested_anew_and_the_same_command_resumes(cloud, end):
-    cloud.tell(f"ACTIVE* ACTIVE {end}", "ACTIVE", trainer=RESUME)
+@pytest.mark.parametrize(
+    "lives",
+    [
+        ["ACTIVE* ACTIVE SUSPENDED"],
+        ["ACTIVE* ACTIVE FAILED"],
+        ["ACTIVE* ACTIVE SUSPENDING SUSPENDED"],
+        ["ACTIVE* SUSPENDED"] * 4,
+    ],
+)
+def test_a_preempted_slice_is_requested_again_and_the_run_resumes(cloud, lives):
+    cloud.tell(*lives, "ACTIVE", trainer=RESUME.replace("1", str(len(lives))))
     done = cloud.watch()
     assert done.returncode == 0, done.stderr
-    assert cloud.calls() == [*ONE_LIFE, "delete", *ONE_LIFE]
-    assert f"the slice is gone ({end.split()[-1]})" in done.stderr
-    assert ("waits for the end of the deletion" in done.stderr) == ("SUSPENDING" in end)
-    assert "worker-0 running step 1" in done.stderr
-    first, second = cloud.starts()[::2], cloud.starts()[1::2]
-    assert [line[0] for line in first] == ["0", "1"]
-    assert first == second
-    assert "the slice is billed until: " in done.stderr
+    assert cloud.calls() == [*ONE_LIFE, "delete"] * len(lives) + ONE_LIFE
+    starts = cloud.starts()
+    assert [line[0] for line in starts] == ["0"] * (len(lives) + 1) + ["1"] * (len(lives) + 1)
+    assert len(set(starts)) == 2  # the same command on each worker
 
 
-def test_a_slice_may_be_taken_away_again_and_again(cloud):
-    resume = RESUME.replace("start > 1", "start > 4")
-    cloud.tell(*["ACTIVE* SUSPENDED"] * 4, "ACTIVE", trainer=resume, workers=1)
-    done = cloud.watch()
-    assert done.returncode == 0, done.stderr
-    assert len(cloud.starts()) == 5
-
-
-def test_the_commit_of_the_beginning_is_installed_after_a_preemption(cloud):
+def test_a_preemption_does_not_change_the_commit(cloud):
     first = cloud.git("rev-parse", "--short", "HEAD")
-    commit = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", os.fspath(cloud.checkout)]
-    commit += ["commit", "--quiet", "--allow-empty", "--message=m"]
+    commit = [*cloud.as_someone, "commit", "--quiet", "--allow-empty", "--message=m"]
     later = f"import subprocess\nif (start, worker) == (1, '0'):\n  subprocess.run({commit})\n"
     cloud.tell("ACTIVE* SUSPENDED", "ACTIVE", trainer=later + RESUME)
     assert cloud.watch().returncode == 0
@@ -295,73 +260,40 @@ def test_the_commit_of_the_beginning_is_installed_after_a_preemption(cloud):
     assert calls.count(f"oapl_jax-{first}.tar.gz") == 2
 
 
-def test_a_request_that_fails_is_tried_again_until_the_deadline(cloud):
-    cloud.tell("ACTIVE", create=2)
+@pytest.mark.parametrize("what", ["create", "ssh_1", "list"])
+def test_a_failing_call_is_retried_until_its_deadline(cloud, what):
+    cloud.tell("ACTIVE", **{what: 2})
     done = cloud.watch()
     assert done.returncode == 0, done.stderr
-    assert cloud.calls("create") == ["create"] * 3
-    assert "ERROR: create was refused" in done.stderr
-    assert "waits for the request, at most 1800 s. It failed, as said above." in done.stderr
-
-    cloud.tell("ACTIVE", create=ALWAYS)
+    assert cloud.calls("create") == ["create"] * (3 if what == "create" else 1)
     assert cloud.run("delete.sh").returncode == 0
-    done = cloud.watch("--service-deadline=1")
+    cloud.tell("ACTIVE", **{what: ALWAYS})
+    done = cloud.watch("--service-deadline=1", "--delete-at-end")
     assert done.returncode == 1
-    assert "the request did not come within 1 s" in done.stderr
+    assert "after 1 s" in done.stderr
+    assert cloud.calls()[-1] == "delete"
 
 
-def test_requests_that_come_to_nothing_are_not_repeated_for_ever(cloud):
+def test_requests_without_a_slice_end_the_watch(cloud):
     cloud.tell(*["WAITING_FOR_RESOURCES FAILED"] * 4)
     done = cloud.watch()
     assert done.returncode == 1
     assert cloud.calls() == ["create", "delete"] * 3
-    assert "3 requests in a row ended without a slice" in done.stderr
 
 
-def test_a_worker_that_ssh_does_not_reach(cloud):
-    cloud.tell("ACTIVE", ssh_1=2)
-    done = cloud.watch()
-    assert done.returncode == 0, done.stderr
-    assert "worker 1 failed" in done.stderr
-    assert "waits for the connection to every worker, at most 1800 s" in done.stderr
-
-    cloud.tell("ACTIVE", ssh_1=ALWAYS)
-    done = cloud.watch("--service-deadline=1", "--delete-at-end")
-    assert done.returncode == 1
-    assert "the connection to every worker did not come within 1 s" in done.stderr
-    assert cloud.calls()[-1] == "delete"
-
-
-def test_a_gcloud_that_does_not_answer(cloud):
-    cloud.tell("ACTIVE", list=3)
-    assert cloud.watch().returncode == 0
-    cloud.tell("ACTIVE", list=ALWAYS)
-    done = cloud.watch("--service-deadline=1")
-    assert done.returncode == 1
-    assert "the answer of gcloud did not come within 1 s" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("flag", "sentence"),
-    [
-        ("--queue-deadline=1", "the capacity did not come within 1 s"),
-        ("--deadline=1", "not done within 1 s"),
-    ],
-)
-def test_a_wait_for_capacity_has_an_end_and_so_has_the_bill(cloud, flag, sentence):
+@pytest.mark.parametrize("flag", ["--queue-deadline=1", "--deadline=1"])
+def test_a_wait_for_capacity_and_its_bill_have_a_deadline(cloud, flag):
     cloud.tell("WAITING_FOR_RESOURCES")
-    done = cloud.watch(flag, "--delete-at-end")
-    assert done.returncode == 1
-    assert sentence in done.stderr
+    assert cloud.watch(flag, "--delete-at-end").returncode == 1
     assert cloud.calls() == ["create", "delete"]
 
 
-def test_a_mistake_in_a_setting_ends_the_watch(cloud):
+def test_an_invalid_setting_ends_the_watch(cloud):
     mistake = "error: lag.steps=0 must be at least 1"
     cloud.tell("ACTIVE", trainer=f"print('{mistake}', file=sys.stderr)\nsys.exit(2)")
     done = cloud.watch()
     assert done.returncode == 2
-    assert f"exited-2 {mistake}" in done.stderr
+    assert mistake in done.stderr
     assert len(cloud.starts()) == 2
 
 
@@ -372,20 +304,17 @@ def test_a_failure_on_one_worker_restarts_all(cloud, code):
     done = cloud.watch()
     assert done.returncode == 0, done.stderr
     assert [line[0] for line in cloud.starts()] == ["0", "0", "1", "1"]
-    assert f"worker-1 exited-{code}" in done.stderr
 
 
-def test_a_job_that_goes_on_failing_is_given_up(cloud):
+def test_a_job_that_keeps_failing_ends_the_watch(cloud):
     cloud.tell("ACTIVE", trainer="sys.exit(1)", workers=1)
-    done = cloud.watch("--restarts=2")
-    assert done.returncode == 1
-    assert "the job was started anew 2 times" in done.stderr
+    assert cloud.watch("--restarts=2").returncode == 1
     assert len(cloud.starts()) == 3
 
 
 @pytest.mark.parametrize(("lasts", "calm", "restarts", "code"), [(3, 8, 3, 1), (4, 2, 1, 0)])
-def test_restarts_count_anew_after_a_calm_time_of_one_start(cloud, lasts, calm, restarts, code):
-    """Not of all together: four that fail after three seconds each are in a row."""
+def test_a_calm_start_resets_the_count_of_restarts(cloud, lasts, calm, restarts, code):
+    """Seconds of one start, not of all: four starts of three seconds each are in a row."""
     fail = f"if start < 5:\n  time.sleep({lasts})\n  sys.exit(1)\nfinish()"
     cloud.tell("ACTIVE", trainer=fail, workers=1)
     done = cloud.watch(f"--restarts={restarts}", f"--calm={calm}")
@@ -394,34 +323,33 @@ def test_restarts_count_anew_after_a_calm_time_of_one_start(cloud, lasts, calm, 
 
 
 def test_a_run_that_was_stopped_is_not_done(cloud):
-    """It saves and ends with code 0, but without a result; an older run's result does not count."""
+    """It saves and exits with code 0, without a result; an older run's result does not count."""
     stopped = "time.sleep = lambda _: None\nif start > 1:\n  finish()"
     cloud.tell("ACTIVE", trainer=stopped, workers=1)
     (cloud.folder / "run").mkdir()
     (cloud.folder / "run/result.json").touch()
     done = cloud.watch()
     assert done.returncode == 0, done.stderr
-    assert "exited-75" in done.stderr
     assert len(cloud.starts()) == 2
 
 
-def test_a_workdir_on_the_slices_own_disk_is_refused(cloud, monkeypatch):
+def test_a_workdir_on_the_disk_of_the_slice_is_refused(cloud, monkeypatch):
     monkeypatch.setenv("FAKE_MOUNT", "/")
     cloud.tell("ACTIVE")
     done = cloud.watch()
     assert done.returncode == 2
-    assert "is on the slice's own disk, which is lost with it" in done.stderr
+    assert "--workdir" in done.stderr
     assert cloud.starts() == []
 
 
-def test_a_job_that_ended_before_is_not_taken_for_this_one(cloud):
+def test_an_earlier_job_does_not_count(cloud):
     cloud.tell("ACTIVE")
     assert cloud.watch(seed=1).returncode == 0
     assert cloud.watch(seed=2).returncode == 0
     assert [line[0] + line[-1] for line in cloud.starts()] == ["01", "02", "11", "12"]
 
 
-def test_a_running_job_is_taken_up_again_and_another_one_is_left_alone(cloud):
+def test_a_watch_resumes_its_job_and_refuses_another(cloud):
     until_told = "while not (cloud / 'go').exists():\n  time.sleep(0.05)\nfinish()"
     cloud.tell("ACTIVE", trainer=until_told)
     watching = cloud.begin(*cloud.watching())
@@ -429,33 +357,31 @@ def test_a_running_job_is_taken_up_again_and_another_one_is_left_alone(cloud):
     looks = cloud.calls("list")
     wait_for(lambda: len(cloud.calls("list")) > len(looks) + 1)
     os.killpg(watching.pid, signal.SIGINT)
-    assert "stopped watching; the slice and its job go on" in watching.communicate(timeout=30)[1]
+    watching.communicate(timeout=30)
     assert watching.returncode == 130
 
-    other = cloud.watch("--service-deadline=1", seed=2)
-    assert other.returncode == 1
-    assert "is running another job" in other.stderr
+    assert cloud.watch("--service-deadline=1", seed=2).returncode == 1
 
     watching = cloud.begin(*cloud.watching())
     looks = cloud.calls("list")
     wait_for(lambda: len(cloud.calls("list")) > len(looks) + 2)
     (cloud.folder / "go").touch()
-    assert "the job is done" in watching.communicate(timeout=30)[1]
+    watching.communicate(timeout=30)
+    assert watching.returncode == 0
     assert [line[0] + line[-1] for line in cloud.starts()] == ["01", "11"]
 
 
 @pytest.mark.parametrize(
-    ("more", "job", "sentence"),
+    ("more", "job", "flag"),
     [
-        (["--topology=v6e:4x5"], "tpu_setup/train.sh", "--topology=v6e:4x5 is not a slice"),
-        ([], "tpu_setup/serve.sh", "serve.sh: there is no flag --config"),
+        (["--topology=v6e:4x5"], "tpu_setup/train.sh", "--topology"),
+        ([], "tpu_setup/serve.sh", "--config"),
     ],
 )
-def test_a_mistake_in_a_flag_shows_before_anything_is_requested(cloud, more, job, sentence):
+def test_an_invalid_flag_is_an_error_before_any_request(cloud, more, job, flag):
     cloud.tell("ACTIVE")
     done = cloud.watch(*more, job=job)
-    assert done.returncode == 2
-    assert sentence in done.stderr
+    assert (done.returncode, flag in done.stderr) == (2, True)
     assert not (cloud.folder / "calls").exists()
 
 
@@ -471,7 +397,7 @@ DEAF = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwork()"
 
 
 @pytest.mark.parametrize(("trainer", "last"), [(SAVES, "saved"), (DEAF, "step 1")])
-def test_a_job_is_asked_to_save_and_then_ended(cloud, trainer, last):
+def test_a_stopped_job_saves_or_is_killed(cloud, trainer, last):
     cloud.tell("ACTIVE", trainer=trainer, workers=1)
     assert cloud.run("create.sh", "--topology=v6e:2x4").returncode == 0
     assert cloud.run("install.sh", "--share=10.0.0.2:/oapl").returncode == 0
@@ -490,8 +416,8 @@ def test_a_job_is_asked_to_save_and_then_ended(cloud, trainer, last):
     assert cloud.run("status.sh").stdout == f"ACTIVE\nworker-0 absent {last}\n"
 
 
-def test_servers_enter_themselves_and_start_under_the_supervisor(cloud):
-    """The real supervisor takes the words of serve.sh: it gets as far as the model's files."""
+def test_servers_add_themselves_and_start_behind_the_proxy(cloud):
+    """The real restart proxy takes the flags of serve.sh, up to the missing model files."""
     cloud.tell("ACTIVE", workers=1)
     assert cloud.run("create.sh", "--topology=v6e:2x4").returncode == 0
     assert cloud.run("install.sh", "--share=10.0.0.2:/oapl").returncode == 0
@@ -504,7 +430,7 @@ def test_servers_enter_themselves_and_start_under_the_supervisor(cloud):
         assert cloud.run("serve.sh", *flags, "--", "--max-seq-len=2048").returncode == 0
         wait_for((cloud.folder / "worker-0/job/code").exists)
     log = (cloud.folder / "worker-0/job/log").read_text()
-    assert f"--model={cloud.folder} has no config.json" in log
+    assert "config.json" in log
     assert servers.read_text().split() == ["http://10.0.0.9:30000", "http://10.0.0.0:30000"]
     installed = (cloud.folder / "installed").read_text()
     assert "sglang-jax[tpu] @ git+https://github.com/sgl-project/sglang-jax.git@main" in installed

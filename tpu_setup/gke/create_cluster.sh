@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Creates a GKE cluster with one slice, and mounts the share in whatever will run there. The nodes
-# are billed until delete_cluster.sh, whether something runs or not.
+# Creates a GKE cluster with one slice, and mounts the share in its workloads. The nodes are billed
+# until delete_cluster.sh, idle or not.
 #
 #   tpu_setup/gke/create_cluster.sh --project=P --zone=us-east5-a --cluster=learner \
 #     --topology=v6e:8x8 --spot --share=share
 #
-# --project=         that pays
-# --zone=            that has such chips
-# --cluster=         its name
+# --project=         project that is billed
+# --zone=            zone with such chips
+# --cluster=         name of the cluster
 # --topology=        as for oapl_jax.plan: v5e:8x8, v5p:4x4x4, v6e:16x16, ...
-# --spot             cheaper, and can be taken away at any time
-# --reservation=''   of the project, instead of chips on demand
+# --spot             cheaper, and may be preempted at any time
+# --reservation=''   reservation of the project, instead of chips on demand
 # --share=           the Filestore instance, the --name of create_share.sh
 # --dry-run          print the commands, do nothing
 set -euo pipefail
@@ -20,7 +20,7 @@ here=$(dirname "$0")
 
 find_slice
 [[ ! $spot || ! $reservation ]] || refuse "--spot and --reservation exclude each other"
-[[ $topology != v5e:1x1 && $topology != v5e:2x2 ]] || refuse "xpk has v5e from v5e:2x4 on"
+[[ $topology != v5e:1x1 && $topology != v5e:2x2 ]] || refuse "xpk has no v5e slices below v5e:2x4"
 capacity=--on-demand
 [[ ! $spot ]] || capacity=--spot
 [[ ! $reservation ]] || capacity=--reservation=$reservation

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Starts a run on a cluster: a commit of this checkout, installed in each container at its start.
-# Kubernetes starts it again when a node is taken away or a worker dies, and the run resumes.
+# Starts a run on a cluster. Each container installs a commit of this checkout when it starts.
+# Kubernetes restarts it after a preemption or the death of a worker, and the run resumes.
 #
 #   tpu_setup/gke/create_workload.sh --project=P --zone=us-east5-a --cluster=learner \
 #     --workload=run-1 --topology=v6e:8x8 --config=configs/competition_math.py \
 #     --workdir=/mnt/oapl/run-1 -- --config.lag.steps=50
 #
-# --project=           that pays
-# --zone=              of the cluster
-# --cluster=           its name
-# --workload=          a name for the run
-# --topology=          of the cluster
+# --project=           project that is billed
+# --zone=              zone of the cluster
+# --cluster=           name of the cluster
+# --workload=          name for the run
+# --topology=          topology of the cluster
 # --config=            a file of configs/
-# --workdir=           of the run, on the share: /mnt/oapl/...
-# --commit=HEAD        of this checkout
-# --max-restarts=100   by Kubernetes; a preemption costs one
-# --libtpu=''          flags of the TPU compiler, in one word: LIBTPU_INIT_ARGS, as for the plan
-# --image=python:3.11  with Python, which the source is added to
+# --workdir=           workdir of the run, on the share: /mnt/oapl/...
+# --commit=HEAD        commit of this checkout
+# --max-restarts=100   restarts by Kubernetes; a preemption costs one
+# --libtpu=''          LIBTPU_INIT_ARGS, flags of the TPU compiler as one word
+# --image=python:3.11  base image with Python
 # --dry-run            print the commands, do nothing
 # -- ...               further flags of oapl_jax.train
 set -euo pipefail
@@ -31,8 +31,8 @@ source=${TMPDIR:-/tmp}/oapl_jax-$commit
 run git -C "$root" archive --prefix="${source##*/}/" --output="$source.tar" "$commit"
 run tar -xf "$source.tar" -C "${source%/*}"
 
-# Exit code 2, a mistake in a setting, is the one that no new start can mend. The container's own
-# shell signals the command's process, which `exec` makes the run's.
+# No restart fixes exit code 2, an invalid setting. The container's shell signals the command's
+# process; `exec` makes that the run's.
 run xpk workload create --project="$project" --zone="$zone" --cluster="$cluster" \
   --workload="$workload" --tpu-type="$accelerator" --num-slices=1 \
   --base-docker-image="$image" --script-dir="$source" \

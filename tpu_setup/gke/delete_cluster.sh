@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Deletes a cluster with its nodes and whatever runs there. It ends the billing; the share stays.
+# Deletes a cluster, its nodes and its workloads. This ends its billing; the share stays.
 #
 #   tpu_setup/gke/delete_cluster.sh --project=P --zone=us-east5-a --cluster=learner
 #
-# --project=   that pays
-# --zone=      of the cluster
-# --cluster=   its name
+# --project=   project that is billed
+# --zone=      zone of the cluster
+# --cluster=   name of the cluster
 # --dry-run    print the command, do nothing
 set -euo pipefail
 here=$(dirname "$0")

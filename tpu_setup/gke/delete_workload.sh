@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Ends a run on a cluster. The cluster stays, and is billed.
+# Ends a run on a cluster. The cluster stays and is billed.
 #
 #   tpu_setup/gke/delete_workload.sh --project=P --zone=us-east5-a --cluster=learner \
 #     --workload=run-1
 #
-# --project=    that pays
-# --zone=       of the cluster
-# --cluster=    its name
-# --workload=   the name of the run
+# --project=    project that is billed
+# --zone=       zone of the cluster
+# --cluster=    name of the cluster
+# --workload=   name of the run
 # --dry-run     print the command, do nothing
 set -euo pipefail
 here=$(dirname "$0")

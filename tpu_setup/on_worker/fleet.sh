@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Sourced by the servers' scripts: where they listen, and how a run learns of them.
+# Sourced by the server scripts: address, and entry in the servers file.
 
-# The address in the private network; SGLang has no login.
+# Prints the address in the private network; SGLang has no authentication.
 address() { hostname -I | cut -d ' ' -f 1; }
 
-# Adds a server to a file with one URL a line, by a rename, so that nobody reads half of it.
+# Adds a URL to the servers file, atomically by a rename.
 enter() {
   local file=$1 url=$2
   (

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# On a worker: its one job, in the background, in ~/job (words, log, log.before, pid, code).
+# On a worker: runs one background job in ~/job (words, log, log.before, pid, code).
 #
-#   job.sh start COMMAND...   unless it is running already; a different one is refused
-#   job.sh status             prints: WORKER running|exited-CODE|absent LAST-LINE-OF-THE-LOG
-#   job.sh stop               asks it to save and end, ends it after two minutes, and forgets it
+#   job.sh start COMMAND...   starts a job unless it is running; refuses if another job is
+#   job.sh status             prints WORKER running|exited-CODE|absent LAST-LINE-OF-THE-LOG
+#   job.sh stop               sends SIGTERM, after two minutes SIGKILL, and removes the exit code
 set -euo pipefail
 job=~/job
 mkdir -p "$job" && cd "$job"
 
-# The lock is held while the job lives, and neither a crash nor a reboot leaves it behind.
+# The job holds the lock; a crash or a reboot releases it.
 running() { ! flock --nonblock "$job/lock" true; }
 
 case ${1-} in
@@ -38,7 +38,7 @@ case ${1-} in
     ;;
   status)
     state=absent
-    # In this order, since a job that ends in between leaves its code before its lock.
+    # In this order: a job writes its code before it releases the lock.
     if running; then state=running; elif [[ -e code ]]; then state=exited-$(<code); fi
     echo "$(hostname) $state $(tail -n 1 log 2>/dev/null || true)"
     ;;

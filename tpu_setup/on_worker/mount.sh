@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# On a virtual machine: mounts the share, so that every path below it is the same on all of them.
+# On a virtual machine: mounts the share at the same path as on all others.
 #
 #   oapl_jax/tpu_setup/on_worker/mount.sh --share=10.1.2.3:/oapl
 #
-# --share=   NFS, as address:/name
+# --share=   NFS export, ADDRESS:/NAME
 set -euo pipefail
 here=$(dirname "$0")
 . "$here/../flags.sh"
 
 mountpoint -q /mnt/oapl && exit
-# A fresh machine may still be upgrading itself.
+# A new machine may still be running its upgrade.
 sudo apt-get -o DPkg::Lock::Timeout=600 update --quiet
 sudo apt-get -o DPkg::Lock::Timeout=600 install --yes --quiet nfs-common
 sudo mkdir -p /mnt/oapl

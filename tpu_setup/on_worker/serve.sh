@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# On a worker: a sglang-jax server, and beside it the supervisor that restarts it on new weights.
+# On a worker: runs a sglang-jax server behind the proxy that restarts it with new weights.
 #
 # --model=          a checkpoint or a published version
-# --chips=          of this machine, over which the model is split
-# --port=           that the run calls
-# --servers-file=   that the server enters itself into
-# --sglang-jax=     branch, tag or commit
+# --chips=          chips of this machine, to split the model over
+# --port=           port for requests of the run
+# --servers-file=   list of URLs that the server adds itself to
+# --sglang-jax=     branch, tag or commit of sglang-jax
 # -- ...            further flags of sgl_jax.launch_server
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -19,7 +19,7 @@ python3 -m uv pip install --quiet --python="$HOME/sglang-jax" \
   "sglang-jax[tpu] @ git+$source#subdirectory=python"
 
 enter "$servers_file" "http://$(address):$port"
-# The chips are the server's, so the supervisor keeps off them; the cache makes its restarts short.
+# The server has the chips, so the proxy runs on the CPU. The compile cache shortens restarts.
 exec env JAX_PLATFORMS=cpu .venv/bin/python -m oapl_jax.fleet.restart_proxy \
   --host="$(address)" --port="$port" --server_port=$((port + 100)) --model="$model" \
   --deadline=900 -- \

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# On a machine with GPUs: an SGLang server, which loads new weights by itself.
+# On a machine with GPUs: runs an SGLang server, which loads new weights without a restart.
 #
 # --model=          a checkpoint or a published version
-# --gpus=           over which the model is split
-# --port=           that the run calls
-# --servers-file=   that the server enters itself into
+# --gpus=           number of GPUs to split the model over
+# --port=           port for requests of the run
+# --servers-file=   list of URLs that the server adds itself to
 # -- ...            further flags of sglang.launch_server
 set -euo pipefail
 here=$(dirname "$0")

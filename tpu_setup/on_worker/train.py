@@ -1,7 +1,7 @@
-"""oapl_jax.train, but with code 75 if the run was stopped before its end.
+"""Runs oapl_jax.train, and exits with code 75 if the run was stopped before its end.
 
-A run that is told to stop saves and ends with code 0, like one that is done; but only the latter
-writes result.json, from one worker. Who restarts what was preempted must tell the two apart.
+A stopped run saves and exits with code 0, like a completed one, but only a completed run writes
+result.json, from one worker. A watch must restart the stopped run only.
 """
 
 import pathlib
@@ -9,7 +9,7 @@ import runpy
 import sys
 import time
 
-LOOKS, EVERY = 45, 2.0  # seconds; a share may show a new file to other machines after a minute
+LOOKS, EVERY = 45, 2.0  # polls, seconds; NFS may show a new file to other machines after a minute
 
 
 def written(file: pathlib.Path) -> int | None:

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# On a worker, or in a container: the run, together with the other workers.
+# On a worker or in a container: runs the training together with the other workers.
 #
 # --config=    a file of configs/
-# --workdir=   of the run, on the share
+# --workdir=   workdir of the run, on the share
 # --libtpu=''  flags of the TPU compiler
 # -- ...       further flags of oapl_jax.train
 #
-# The code is that of the run (2: a mistake in a setting), or 75 if it was stopped before its end.
+# Exits with the run's code (2: an invalid setting), or 75 if it was stopped before its end.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../flags.sh"
 
 mkdir -p "$workdir"
 [[ $(df --output=target "$workdir" | tail -n 1) != / ]] ||
-  refuse "--workdir=$workdir is on the slice's own disk, which is lost with it; mount a share there"
+  refuse "--workdir=$workdir is on the slice's disk, which is deleted with it; mount a share there"
 
-# Named, so that a TPU that can't be had is an error, and not a run on the CPU.
+# Explicit, so that a missing TPU is an error instead of a run on the CPU.
 export JAX_PLATFORMS=tpu,cpu
 [[ ! $libtpu ]] || export LIBTPU_INIT_ARGS=$libtpu
 cd "$here/../.."

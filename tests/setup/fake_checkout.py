@@ -1,0 +1,41 @@
+"""A checkout of tpu_setup/ whose scripts find fake programs of the cloud."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+class Checkout:
+    """Attributes:
+    folder: of the checkout, the fake programs (bin/) and their state.
+    as_someone: git in the checkout, with an author.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.checkout = folder, folder / "checkout"
+        shutil.copytree(ROOT / "tpu_setup", self.checkout / "tpu_setup")
+        author = ("-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false")
+        self.as_someone = ["git", *author, "-C", os.fspath(self.checkout)]
+        for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message=m"]):
+            self.git(*words)
+
+    def git(self, *words: str) -> str:
+        done = subprocess.run(
+            [*self.as_someone, *words], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
+        here = os.fspath(self.folder)
+        return os.environ | dict(PATH=path, FAKE_CLOUD=here, TMPDIR=here)
+
+
+def program(path: pathlib.Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
