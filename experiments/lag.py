@@ -46,7 +46,7 @@ METHODS: dict[str, tuple[str, Values]] = {
     "gspo, wide": ("gspo", {"objective.gspo.clip_low": 3e-2, "objective.gspo.clip_high": 4e-2}),
     "vespo": ("vespo", {}),
     # The likelihood of right answers, of groups with equal rewards too; no correction.
-    "sft": ("sft", {"zero_variance_weight": 1.0}),
+    "sft": ("sft", {"buffer.zero_variance_weight": 1.0}),
 }
 LAGS = (128, 8, 1)  # in the order of execution
 THREE = ("oapl, beta2 0.2", "grpo", "grpo_is")
@@ -107,14 +107,14 @@ def tables(plan: Plan) -> Iterator[Table]:
             (THREE[0], "as it is", {}),
             (THREE[0], "beta1 0.25", dict(objective__beta1=0.25)),
             (THREE[0], "mean as baseline", dict(objective__beta1=1e6)),
-            (THREE[0], "equal groups kept", dict(zero_variance_weight=1.0)),
+            (THREE[0], "equal groups kept", dict(buffer__zero_variance_weight=1.0)),
             (THREE[0], "norm clipped at 0.03", dict(optim__max_grad_norm=0.03)),
             (THREE[0], "norm not clipped", dict(optim__max_grad_norm=1e9)),
             (THREE[2], "as it is", {}),
             (THREE[2], "not divided by std", dict(objective__policy_gradient__estimator="dr_grpo")),
             (THREE[2], "norm clipped at 0.03", dict(optim__max_grad_norm=0.03)),
             ("sft", "as it is", {}),
-            ("sft", "equal groups dropped", dict(zero_variance_weight=0.0)),
+            ("sft", "equal groups dropped", dict(buffer__zero_variance_weight=0.0)),
         )
     }
     yield Table("The scale of advantages", inf, "", cells, steps)

@@ -136,9 +136,9 @@ COMMON = {
     # Groups with equal rewards weigh nothing and are not replaced, unlike in the default job, so
     # that a step costs every method the same number of rollouts.
     "buffer.zero_variance": "weight",
-    "zero_variance_weight": 0.0,
+    "buffer.zero_variance_weight": 0.0,
     # A policy that never answers right is graded like any other.
-    "rollout.unpaid_groups": 0,
+    "rollout.max_zero_reward_groups": 0,
     "checkpoint.every": 128,
     "checkpoint.keep": 1,
     "evaluation.n": 4,  # of the curves; the last policy: execute.GRADES
@@ -261,7 +261,7 @@ def train(plan: Plan, arm: Arm, method: str, values: Values, seed: int, split: s
 def candidates(plan: Plan, method: str) -> list[Values]:
     """Overrides that are tried for a method."""
     constants = METHODS[method]
-    always: Values = {"zero_variance_weight": 1.0} if method in ALL_GROUPS else {}
+    always: Values = {"buffer.zero_variance_weight": 1.0} if method in ALL_GROUPS else {}
     tried: list[Values] = [
         {"optim.learning_rate": rate, **{f"objective.{k}": v for k, v in chosen.items()}, **always}
         for chosen, rate in itertools.product(constants, RATES[len(constants)])

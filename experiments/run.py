@@ -19,8 +19,24 @@ from configs.common import Config
 from oapl_jax.files import read_json_lines
 
 RESULTS = "results.jsonl"
-# Keys of the config that docs/comparison/results.jsonl was recorded with, and their names today.
-RENAMED: dict[str, str] = {}
+# Config keys of the recorded docs/comparison/results.jsonl -> today's; with an objective where only
+# its own constant has another name.
+_POLICY_GRADIENT = ("estimator", "clip_low", "clip_high", "correction", "correction_cap")
+_VESPO = ("power_good", "decay_good", "power_bad", "decay_bad")
+RENAMED: dict[str | tuple[str, str], str] = {
+    "zero_variance_weight": "buffer.zero_variance_weight",
+    "rollout.unpaid_groups": "rollout.max_zero_reward_groups",
+    **{f"objective.{name}": f"objective.policy_gradient.{name}" for name in _POLICY_GRADIENT},
+    **{f"objective.vespo_{name}": f"objective.vespo.{name}" for name in _VESPO},
+    "objective.asymre_shift": "objective.asymre.delta_v",
+    "objective.likelihood_weight": "objective.mixed.likelihood_weight",
+    ("gspo", "objective.clip_low"): "objective.gspo.clip_low",
+    ("gspo", "objective.clip_high"): "objective.gspo.clip_high",
+    ("cispo", "objective.correction_cap"): "objective.cispo.cap",
+    ("a_star_po", "objective.beta2"): "objective.a_star_po.beta2",
+    ("tba", "objective.beta2"): "objective.tba.beta",
+    ("opmd_kimi", "objective.beta2"): "objective.opmd_kimi.tau",
+}
 STARTS = ("start", "stream")  # settings that are runs
 Line = dict[str, Any]  # of the results file
 
@@ -100,10 +116,10 @@ class Run:
         if self.stream:
             replay = self.stream.kind == "train"
             values |= {
-                "rollout.source": "shards",
-                "rollout.shards": os.fspath(self.stream.workdir(root) / "rollouts"),
-                "rollout.recorded_order": "recorded" if replay else "shuffled",
-                "rollout.recorded_version": -1 if replay else 0,
+                "rollout.source": "dataset",
+                "rollout.dataset": os.fspath(self.stream.workdir(root) / "rollouts"),
+                "rollout.dataset_order": "recorded" if replay else "shuffled",
+                "rollout.dataset_version": -1 if replay else 0,
             }
         config.update_from_flattened_dict(values | dict(self.overrides))
         return config
@@ -153,7 +169,8 @@ class Results:
         """Settings under today's names; start and stream nested, where keys were recorded."""
         of = lambda run: self._by_key[run]["settings"] if isinstance(run, str) else run
         others = {name: self._nested(of(settings[name])) for name in STARTS if settings[name]}
-        overrides = {RENAMED.get(key, key): value for key, value in settings["overrides"].items()}
+        today = lambda key: RENAMED.get((settings["objective"], key), RENAMED.get(key, key))
+        overrides = {today(key): value for key, value in settings["overrides"].items()}
         return {**settings, "overrides": overrides, **others}
 
 
