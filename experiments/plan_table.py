@@ -13,6 +13,7 @@ that it was made by: an interrupted command goes on, and lines of others are mad
 """
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -28,6 +29,7 @@ import jax
 from etils import epath
 
 from configs import code_contests, competition_math
+from oapl_jax.config import Config
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.model.published import published
 from oapl_jax.plan import plan_run, with_layout
@@ -56,10 +58,10 @@ def line(run: str, model: str, topology: str) -> Line:
     """The first layout that fits; if none does, the last that splits no row, since those that do
     spread the state over fewer chips."""
     jax.config.update("jax_platforms", "cpu")  # in a process of its own; else jax looks for a TPU
-    config, sizes, where = RUNS[run][0](), published(model), open_slice(topology)
-    said = ""
-    if where.hosts > config.groups_per_step:  # each host samples one of a step at the least
-        config.groups_per_step = where.hosts
+    config = Config.from_dict(RUNS[run][0]().to_dict())
+    sizes, where, said = published(model), open_slice(topology), ""
+    if where.hosts > config.groups_per_step:  # each host samples at least one group of a step
+        config = dataclasses.replace(config, groups_per_step=where.hosts)
         said = f", {where.hosts} groups a step"
     sequences = config.group_size * config.groups_per_step
     nearest: Line = {"fits": False, "because": "no layout divides the model over the chips"}

@@ -124,8 +124,7 @@ def plan_run(
 
 
 def plan_inputs(config: Config, sizes: ModelConfig, from_checkpoint: bool) -> PlanInputs:
-    data, rollout, learner, buffer = config.data, config.rollout, config.learner, config.buffer
-    window, embedded = config.lag.mode == "window", rollout.sampler == "local"
+    objective, embedded = config.objective, config.rollout.sampler == "local"
     not_planned = {
         "the warm-up (warmup.num_steps)": config.warmup.num_steps > 0,
         "decoding by the embedded sampler (rollout.sampler)": embedded,
@@ -135,30 +134,18 @@ def plan_inputs(config: Config, sizes: ModelConfig, from_checkpoint: bool) -> Pl
     return PlanInputs(
         model_config=sizes,
         from_checkpoint=from_checkpoint,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        objective=bind(
-            config.objective.name, config.objective.constants, group_size=config.group_size
-        ),
-        kl_weight=config.objective.kl_weight,
-        ess_power=config.objective.ess_power,
-        denominator=config.objective.denominator,
+        loss=bind(objective.name, objective.constants, group_size=config.group_size),
         optimizer=make_optimizer(**config.optim, num_steps=config.num_steps),
         group_size=config.group_size,
         groups_per_step=config.groups_per_step,
-        recorded_groups=rollout.recorded_groups(config.groups_per_step),
-        max_prompt_tokens=data.max_prompt_tokens,
-        max_response_tokens=rollout.max_response_tokens,
-        temperature=rollout.temperature,
-        micro_batches=learner.micro_batches,
-        row_length=learner.row_length,
-        rows_multiple=learner.rows_multiple,
-        logp_chunk=learner.logp_chunk,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        model=config.model,
+        objective=objective,
+        rollout=config.rollout,
+        buffer=config.buffer,
+        lag=config.lag,
+        learner=config.learner,
         publish_dtype=config.publish_dtype,
-        publish_every=config.lag.steps if window else 1,
-        cleared=window and buffer.mode == "clear_on_sync",
-        max_uses=buffer.max_reuse if buffer.mode == "replay" else 1,
-        capacity=buffer.capacity,
         embedded_samplers=embedded + (config.evaluation.every > 0),
         not_planned=tuple(part for part, there in not_planned.items() if there),
     )

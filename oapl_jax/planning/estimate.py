@@ -70,14 +70,14 @@ def estimate(
         "mesh": dict(mesh.shape),
         "model": {"type": inputs.model_config.model_type, "parameters": count},
         "batch": {
-            "micro_batches": inputs.micro_batches,
+            "micro_batches": inputs.learner.micro_batches,
             "rows": run.longest.tokens.shape[1],
-            "row_length": inputs.row_length,
+            "row_length": inputs.learner.row_length,
             "sequences": inputs.sequences,
             "prompt_tokens": inputs.max_prompt_tokens,
-            "response_tokens": inputs.max_response_tokens,
+            "response_tokens": inputs.rollout.max_response_tokens,
         },
-        "remat": inputs.remat,
+        "remat": inputs.model.remat,
         "fits": chip_fits and ram["total"] <= ram["ram"],
         "chip_fits": chip_fits,
         "hbm": {
@@ -134,7 +134,7 @@ def step_times(run: RunPrograms, where: Slice, traced: Any, module: Module) -> d
             received[axes] = received.get(axes, 0.0) + size
     bandwidth = {axes: axis_bandwidth(where, run.mesh, axes.split("+")) for axes in received}
     flops, (hbm_bytes, host_bytes) = program_flops(traced), traffic(module)
-    lengths = inputs.max_prompt_tokens, inputs.max_response_tokens
+    lengths = inputs.max_prompt_tokens, inputs.rollout.max_response_tokens
     formula = step_flops(inputs.model_config, inputs.sequences, *lengths)
     return {
         "flops": {
@@ -203,14 +203,16 @@ def roofline(
 def host_memory(run: RunPrograms, chips_per_host: int) -> dict[str, float]:
     """Peak bytes on one host by kind: checkpoint and version are written at once, buffer full."""
     inputs = run.inputs
-    group = inputs.group_size * (8 * inputs.max_response_tokens) + 4 * inputs.max_prompt_tokens
+    group = (
+        inputs.group_size * (8 * inputs.rollout.max_response_tokens) + 4 * inputs.max_prompt_tokens
+    )
     tensors = hf.tensors_of(inputs.model_config)
     largest = max(math.prod(tensor.shape) for tensor in tensors)
     return {
         "copy of the state for a checkpoint": float(chips_per_host * per_chip(run.state)),
         "copy of the weights to publish": float(chips_per_host * per_chip(run.state.params)),
         "publisher": 2 * 4 * largest + PUBLISHER_BYTES,
-        "buffer": float(inputs.capacity * group),
+        "buffer": float(inputs.buffer.capacity * group),
         "batch": 2.0 * sum(leaf.nbytes for leaf in jax.tree.leaves(run.longest)),
     }
 
@@ -240,12 +242,15 @@ def fleet_demand(inputs: PlanInputs, step_seconds: float, publish: float) -> dic
     If a publication clears the buffer, samplers generate only between publications. Tokens/s are 0
     if all groups are recorded.
     """
-    fresh = inputs.group_size * (inputs.groups_per_step - inputs.recorded_groups)
-    generated = fresh / inputs.max_uses * inputs.max_response_tokens
-    steps = inputs.publish_every
+    window, buffer = inputs.lag.mode == "window", inputs.buffer
+    recorded = inputs.rollout.recorded_groups(inputs.groups_per_step)
+    uses = buffer.max_reuse if buffer.mode == "replay" else 1
+    groups = (inputs.groups_per_step - recorded) / uses
+    generated = groups * inputs.group_size * inputs.rollout.max_response_tokens
+    steps = inputs.lag.steps if window else 1
     cycle = steps * step_seconds + publish
-    time_to_generate = steps * step_seconds if inputs.cleared else cycle
+    cleared = window and buffer.mode == "clear_on_sync"
     return {
-        "tokens_per_second": steps * generated / time_to_generate,
+        "tokens_per_second": steps * generated / (steps * step_seconds if cleared else cycle),
         "learning": steps * step_seconds / cycle,
     }

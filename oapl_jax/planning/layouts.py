@@ -18,7 +18,7 @@ from oapl_jax.model.config import ModelConfig
 PACKAGE = Path(__file__).parent.parent
 # Sources that shape the compiled programs or read them.
 SOURCES = (
-    *("plan", "planning/*", "check", "structs", "objectives/*", "model/*", "learner/*"),
+    *("plan", "planning/*", "structs", "objectives/*", "model/*", "learner/*"),
     "weights/probe",
 )
 BLOCK = 512  # tokens of a row that attention takes at a time; a device has a multiple of it

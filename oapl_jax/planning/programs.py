@@ -14,6 +14,14 @@ import optax
 from jax.extend.core import Var
 from jax.sharding import Mesh
 
+from oapl_jax.config import (
+    BufferConfig,
+    LagConfig,
+    LearnerConfig,
+    ModelSection,
+    ObjectiveConfig,
+    RolloutConfig,
+)
 from oapl_jax.errors import RunError
 from oapl_jax.learner import packing
 from oapl_jax.learner import train_step as learner
@@ -26,43 +34,30 @@ from oapl_jax.weights import probe
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanInputs:
-    """Settings of a run that decide its programs, memory and bounds.
+    """Sections and objects of a run that decide its programs, memory and bounds.
 
-    Attributes have the names of the settings, except:
+    Attributes are sections and settings of the configuration, and:
       model_config: sizes of the decoder.
       from_checkpoint: the weights come from files, not from an initialization.
-      recorded_groups: groups of a step that come from a recorded dataset.
-      publish_every: steps between two published versions.
-      cleared: the buffer is emptied at each publication.
-      max_uses: gradient steps that train on the same group.
+      loss, optimizer: the objective and the optimizer with their constants.
       embedded_samplers: samplers that hold all parameters on a host's first chip.
-      not_planned: names of what the run compiles or keeps in HBM beside the planned programs.
+      not_planned: what the run compiles or keeps in HBM beside the planned programs.
     """
 
     model_config: ModelConfig
     from_checkpoint: bool
-    dtype: str
-    remat: str
-    objective: Objective
-    kl_weight: float
-    ess_power: float
-    denominator: str
+    loss: Objective
     optimizer: optax.GradientTransformation
     group_size: int
     groups_per_step: int
-    recorded_groups: int
     max_prompt_tokens: int
-    max_response_tokens: int
-    temperature: float
-    micro_batches: int
-    row_length: int
-    rows_multiple: int
-    logp_chunk: int
+    model: ModelSection
+    objective: ObjectiveConfig
+    rollout: RolloutConfig
+    buffer: BufferConfig
+    lag: LagConfig
+    learner: LearnerConfig
     publish_dtype: str
-    publish_every: int
-    cleared: bool
-    max_uses: int
-    capacity: int
     embedded_samplers: int
     not_planned: tuple[str, ...]
 
@@ -97,8 +92,8 @@ class RunPrograms:
 
     @functools.cached_property
     def model(self) -> Transformer:
-        inputs = self.inputs
-        return Transformer(inputs.model_config, jnp.dtype(inputs.dtype), inputs.remat)
+        section = self.inputs.model
+        return Transformer(self.inputs.model_config, jnp.dtype(section.dtype), section.remat)
 
     @functools.cached_property
     def state(self) -> learner.TrainState:
@@ -116,18 +111,18 @@ class RunPrograms:
 
         No batch of a run has more rows: shorter sequences share them.
         """
-        inputs, length = self.inputs, self.inputs.max_response_tokens
+        inputs, length = self.inputs, self.inputs.rollout.max_response_tokens
         prompt = Prompt("", 0, np.zeros(inputs.max_prompt_tokens, np.int32), "", "", "")
         blank = Rollout(np.zeros(length, np.int32), np.zeros(length, np.float32), 0, "length")
         zeros = np.zeros(inputs.group_size, np.float32)
         return packing.build_batch(
             [Group(prompt, (blank,) * inputs.group_size, zeros)] * inputs.groups_per_step,
-            inputs.objective,
-            aggregation="sequence",
+            inputs.loss,
+            aggregation=inputs.objective.aggregation,
             step=0,
-            micro_batches=inputs.micro_batches,
-            row_length=inputs.row_length,
-            rows_multiple=inputs.rows_multiple,
+            micro_batches=inputs.learner.micro_batches,
+            row_length=inputs.learner.row_length,
+            rows_multiple=inputs.learner.rows_multiple,
             max_prompt_tokens=inputs.max_prompt_tokens,
             max_response_tokens=length,
         )
@@ -144,14 +139,14 @@ class RunPrograms:
         inputs = self.inputs
         step = learner.make_train_step(
             self.model,
-            inputs.objective,
+            inputs.loss,
             inputs.optimizer,
             self.mesh,
-            kl_weight=inputs.kl_weight,
-            ess_power=inputs.ess_power,
-            to_reference=inputs.denominator == "reference",
-            temperature=inputs.temperature,
-            logp_chunk=inputs.logp_chunk,
+            kl_weight=inputs.objective.kl_weight,
+            ess_power=inputs.objective.ess_power,
+            to_reference=inputs.objective.denominator == "reference",
+            temperature=inputs.rollout.temperature,
+            logp_chunk=inputs.learner.logp_chunk,
         )
         return Program(
             "train step",
@@ -174,15 +169,10 @@ class RunPrograms:
 
     def recomputation(self) -> list[Program]:
         """Log-probs of the lagged or the reference policy, if the objective needs them."""
-        denominator = self.inputs.denominator
+        denominator = self.inputs.objective.denominator
         if denominator == "behavior" and not self._reference():
             return []
-        step = learner.make_logp_step(
-            self.model,
-            self.mesh,
-            temperature=self.inputs.temperature,
-            logp_chunk=self.inputs.logp_chunk,
-        )
+        step = self._logp_step(self.inputs.rollout.temperature)
         beside = {kind: per_chip(tree) for kind, tree in self._state_kinds().items()}
         beside |= self._samplers()
         if denominator == "learner":
@@ -199,13 +189,11 @@ class RunPrograms:
     def probe(self) -> Program:
         """Log-probs that are published with each version."""
         inputs = self.inputs
-        step = learner.make_logp_step(
-            self.model, self.mesh, temperature=1.0, logp_chunk=inputs.logp_chunk
-        )
+        step = self._logp_step(1.0)
         host, _ = probe.probe_batch(
             inputs.model_config.vocab_size,
-            row_length=inputs.row_length,
-            rows_multiple=inputs.rows_multiple,
+            row_length=inputs.learner.row_length,
+            rows_multiple=inputs.learner.rows_multiple,
         )
         few = jax.tree.map(_placed, host, learner.batch_shardings(self.mesh))
         optimizer = per_chip(self._state_kinds()["optimizer"])
@@ -216,12 +204,20 @@ class RunPrograms:
             {"optimizer": optimizer, **self._reference(), **self._samplers()},
         )
 
+    def _logp_step(self, temperature: float) -> Any:
+        chunk = self.inputs.learner.logp_chunk
+        return learner.make_logp_step(
+            self.model, self.mesh, temperature=temperature, logp_chunk=chunk
+        )
+
     def _state_kinds(self) -> dict[str, Any]:
         rest = self.state.replace(params=())  # pyright: ignore[reportAttributeAccessIssue]
         return {"parameters": self.state.params, "optimizer": rest}
 
     def _reference(self) -> dict[str, int]:
-        kept = self.inputs.denominator == "reference" or self.inputs.kl_weight > 0
+        kept = (
+            self.inputs.objective.denominator == "reference" or self.inputs.objective.kl_weight > 0
+        )
         return {"reference parameters": per_chip(self.state.params)} if kept else {}
 
     def _samplers(self) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """Small runs to plan, with micro-batches of 8 rows and one sequence in each row."""
 
+from small_runs import typed
+
 from configs import arithmetic
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.plan import plan_inputs
@@ -23,6 +25,7 @@ def small_run(
     )
     decoder = dict(head_dim=64, num_hidden_layers=2, max_position_embeddings=length) | sizes
     model = ModelConfig.from_hf(dict(config.model.architecture) | decoder, source="this test")
-    run = RunPrograms(plan_inputs(config, model, False), make_mesh(where, config.mesh))
+    mesh = make_mesh(where, config.mesh)
+    run = RunPrograms(plan_inputs(typed(config), model, False), mesh)
     assert run.longest.tokens.shape == (micro_batches, ROWS, length)
     return run

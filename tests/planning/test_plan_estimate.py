@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from small_runs import checked
+from small_runs import checked, typed
 
 from configs import arithmetic, code_contests, competition_math
 from oapl_jax.errors import RunError, UserError
@@ -133,7 +133,8 @@ def config():
 @pytest.fixture
 def run_of(config, tmp_path):
     def run():
-        inputs = plan_inputs(config, *model_sizes(config, None, epath.Path(tmp_path)))
+        sizes, from_checkpoint = model_sizes(typed(config), None, epath.Path(tmp_path))
+        inputs = plan_inputs(typed(config), sizes, from_checkpoint)
         return RunPrograms(inputs, make_mesh(**config.mesh))
 
     return run
@@ -163,7 +164,7 @@ def test_copies_of_the_parameters_beside_a_program_are_counted(config, run_of):
 
 def test_a_fleet_keeps_up_with_the_steps_between_two_publications(config):
     demand = lambda *seconds: tuple(
-        fleet_demand(plan_inputs(config, published("qwen3-0.6b"), True), *seconds).values()
+        fleet_demand(plan_inputs(typed(config), published("qwen3-0.6b"), True), *seconds).values()
     )
     config.lag.update(mode="window", steps=50)
     config.buffer.mode = "clear_on_sync"
@@ -173,11 +174,11 @@ def test_a_fleet_keeps_up_with_the_steps_between_two_publications(config):
     assert demand(2.0, 25.0)[0] == 50 * generated / 125
     config.buffer.update(mode="replay", max_reuse=4)
     assert demand(2.0, 25.0)[0] == 50 * generated / 125 / 4
-    config.rollout.update(source="both", recorded_share=0.75)
+    config.rollout.update(source="both", dataset="recorded", dataset_share=0.75)
     assert demand(2.0, 25.0)[0] == 50 * generated / 125 / 16
-    config.rollout.source = "shards"
+    config.rollout.source = "dataset"
     assert demand(2.0, 25.0)[0] == 0
-    config.rollout.source = "live"
+    config.rollout.update(source="live", dataset="")
     config.buffer.mode = "keep_with_anchor"
     config.lag.mode = "fixed"  # a publication a step
     assert demand(2.0, 6.0) == (generated / 8, 0.25)
@@ -212,7 +213,7 @@ def test_a_plan_refuses_what_a_run_on_the_slice_refuses():
     def plan(topology, **mesh):
         config.mesh.update(mesh)
         sizes, where = published("qwen3-0.6b"), open_slice(topology)
-        plan_run(config, sizes, where, from_checkpoint=True, storage=1e9)
+        plan_run(typed(config), sizes, where, from_checkpoint=True, storage=1e9)
 
     config = competition_math.get_config().unlock()
     config.learner.rows_multiple = 256
@@ -249,7 +250,7 @@ def test_hosts_are_the_workers_that_the_scripts_request():
 
 
 def test_sizes_come_from_a_name_a_checkpoint_or_the_configuration(config, tmp_path):
-    sizes_of = lambda name: model_sizes(config, name, epath.Path(tmp_path))
+    sizes_of = lambda name: model_sizes(typed(config), name, epath.Path(tmp_path))
     hidden = lambda name: (sizes_of(name)[0].hidden_size, sizes_of(name)[1])
     assert hidden(None) == (64, False)
     assert hidden("qwen3-0.6b") == (1024, True)
@@ -277,7 +278,7 @@ def test_a_missing_checkpoint_has_the_sizes_of_the_model_in_its_name(
     get_config, name, tmp_path, capsys
 ):
     config = get_config()
-    assert model_sizes(config, None, epath.Path(tmp_path)) == (published(name), True)
+    assert model_sizes(typed(config), None, epath.Path(tmp_path)) == (published(name), True)
     said = capsys.readouterr().out
     assert config.model.path in said
     assert name in said

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from etils import epath
+from small_runs import typed
 
 from configs import arithmetic
 from oapl_jax.errors import RunError, UserError
@@ -25,13 +26,13 @@ NOT = dict(fits=False, chip_fits=False)
 
 @pytest.fixture
 def config():
-    return arithmetic.get_config().unlock()
+    return typed(arithmetic.get_config())
 
 
 def test_a_layout_becomes_settings(config):
     layout = Layout(data=2, fsdp=4, context=2, tensor=1, remat="full", micro_batches=4)
     new = with_layout(config, layout)
-    assert new.mesh.to_dict() == dict(data=2, fsdp=4, context=2, tensor=1)
+    assert dict(**new.mesh) == dict(data=2, fsdp=4, context=2, tensor=1)
     assert (new.model.remat, new.learner.micro_batches, new.learner.rows_multiple) == ("full", 4, 8)
     assert new.learner.row_length == 1024  # a multiple of 512 on each of two chips
     assert config.learner.row_length == 64
@@ -135,7 +136,7 @@ def test_a_refused_layout_is_kept_and_skipped(config, tmp_path):
             raise UserError("a host needs a group")
         programs = [{"hbm": {"parameters": 1}}]
         bound = {"seconds": 1.0, "binds": "hbm", "mfu": 0.5}
-        return FITS | {"mesh": chosen.mesh.to_dict(), "programs": programs, "roofline": bound}
+        return FITS | {"mesh": dict(**chosen.mesh), "programs": programs, "roofline": bound}
 
     path = epath.Path(tmp_path) / "kept.json"
     assert swept(config, plan_of, path)["mesh"]["tensor"] == 2
