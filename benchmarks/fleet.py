@@ -30,7 +30,9 @@ import numpy as np
 from etils import epath
 from results import keep, show
 
-from oapl_jax.config import FleetConfig, ProbeTolerance
+from configs import common
+from oapl_jax.config import FleetConfig
+from oapl_jax.fleet.admission import Requirements
 from oapl_jax.fleet.sampler import Fleet
 from oapl_jax.learner import train_step as learner
 from oapl_jax.model.config import ModelConfig
@@ -123,38 +125,18 @@ def server(path: epath.Path, log: pathlib.Path) -> Iterator[str]:
 
 
 def open_fleet(url: str, path: epath.Path, config: ModelConfig, tokenizer, group: int) -> Fleet:
-    settings = FleetConfig(
-        servers=(url,),
-        servers_file="",
-        router="",
-        poll_every=5.0,
-        max_in_flight=IN_FLIGHT // group,
-        attempts=1,
-        backoff=0.5,
-        backoff_limit=30.0,
-        health_every=10.0,
-        connect_deadline=5.0,
-        control_deadline=60.0,
-        request_deadline=600.0,
-        drain_deadline=60.0,
-        update_deadline=60.0,
-        start_deadline=DEADLINE,
-        no_server_deadline=DEADLINE,
-        refresh_fraction=1.0,
-        probe_tolerance=ProbeTolerance(float32=1e-3, bfloat16=0.3),
-        mixed_versions="reissue",
-    )
-    fleet = Fleet(
-        config,
-        settings,
+    changes = dict(servers=(url,), max_in_flight=IN_FLIGHT // group, attempts=1)
+    settings = FleetConfig.from_dict({**common.fleet().to_dict(), **changes})
+    requirements = Requirements(
+        model_config=config,
         tokenizer=tokenizer,
         stop_ids=config.eos_token_ids,
         sampling=SAMPLING,
         max_prompt_tokens=PROMPT_TOKENS,
         dtype="float32",
-        allow_older=False,
-        log=print,
+        probe_tolerance=settings.probe_tolerance,
     )
+    fleet = Fleet(settings, requirements, allow_older=False, log=print)
     fleet.refresh(0, path)
     return fleet
 

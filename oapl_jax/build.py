@@ -26,6 +26,7 @@ from oapl_jax.data.synthetic import tasks
 from oapl_jax.errors import UserError
 from oapl_jax.evaluation import evaluate
 from oapl_jax.files import checksum
+from oapl_jax.fleet.admission import Requirements
 from oapl_jax.fleet.sampler import Fleet
 from oapl_jax.learner import train_step
 from oapl_jax.learner.optimizer import make_optimizer
@@ -237,17 +238,16 @@ def open_sampler(config: Config, run: Run, *, seed: int, older_versions: bool) -
     if config.rollout.sampler == "local":
         return open_local_sampler(config, run, seed=seed)
     config.fleet.check_source()
-    return Fleet(
-        run.policy.config,
-        config.fleet,
+    requirements = Requirements(
+        model_config=run.policy.config,
         tokenizer=run.policy.tokenizer,
         stop_ids=run.policy.stop_ids,
         sampling=run.sampling,
         max_prompt_tokens=config.data.max_prompt_tokens,
         dtype=config.publish_dtype,
-        allow_older=older_versions,
-        log=say,
+        probe_tolerance=config.fleet.probe_tolerance,
     )
+    return Fleet(config.fleet, requirements, allow_older=older_versions, log=say)
 
 
 def open_evaluator(config: Config, run: Run) -> Callable[[int, Any, str], dict[str, Any]]:

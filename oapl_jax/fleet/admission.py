@@ -16,7 +16,7 @@ from etils import epath
 
 from oapl_jax.config import ProbeTolerance
 from oapl_jax.errors import UserError
-from oapl_jax.fleet.client import Refused, SGLangClient, sampling_params
+from oapl_jax.fleet.client import GroupRequest, Refused, SGLangClient, sampling_params
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Prompt
@@ -202,21 +202,21 @@ async def _try_group(
     most = min(4, requirements.sampling.max_response_tokens)
     vocab_size, stop_ids = requirements.model_config.vocab_size, requirements.stop_ids
     prompt = [i for i in range(vocab_size) if i not in stop_ids]
-    prompt = prompt[: min(2, requirements.max_prompt_tokens)]
+    request = GroupRequest(
+        tokens=prompt[: min(2, requirements.max_prompt_tokens)],
+        n=2,
+        sampling=dataclasses.replace(requirements.sampling, max_response_tokens=most),
+        stop_ids=stop_ids,
+        vocab_size=vocab_size,
+        version=None,
+        mixed_versions="keep",
+    )
     try:
-        rollouts, _ = await client.generate(
-            prompt,
-            n=2,
-            sampling=dataclasses.replace(requirements.sampling, max_response_tokens=most),
-            stop_ids=stop_ids,
-            vocab_size=vocab_size,
-            version=None,
-            mixed_versions="keep",
-        )
+        rollouts, _ = await client.generate(request)
     except Refused as error:
         return [f"it does not sample: {error}"]
-    scores, _ = await client.score([[*prompt, *r.tokens.tolist()] for r in rollouts])
-    scored = np.concatenate([s[len(prompt) - 1 :] for s in scores])
+    scores, _ = await client.score([[*request.tokens, *r.tokens.tolist()] for r in rollouts])
+    scored = np.concatenate([s[len(request.tokens) - 1 :] for s in scores])
     sampled = np.concatenate([r.behavior_logp for r in rollouts])
     difference = float(np.abs(scored - sampled).max())
     limit, temperature = requirements.tolerance(dtype_of(info)), requirements.sampling.temperature

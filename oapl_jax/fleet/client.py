@@ -5,10 +5,11 @@ each request once and knows no other server; pool.py retries.
 """
 
 import asyncio
+import dataclasses
 import json
 import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import aiohttp
@@ -18,6 +19,7 @@ from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Rollout
 
 ROUNDING = 1e-4  # nats by which low-precision arithmetic may lift a log-prob above 0
+MALFORMED = (LookupError, TypeError, ValueError, OverflowError, AttributeError)
 
 
 class ServerError(Exception):
@@ -40,6 +42,121 @@ class Mixed(ServerError):
     """The responses of one group span two versions."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupRequest:
+    """Request for one group of responses to a prompt.
+
+    Attributes:
+      tokens: int[T], of the prompt.
+      n: number of responses.
+      sampling: how tokens are sampled.
+      stop_ids: token ids that end a response.
+      vocab_size: of the learner's model.
+      version: required of each response, and the rollouts' policy version; None accepts any version
+        (-1 in the rollouts).
+      mixed_versions: treatment of responses that began with `version` and ended with another:
+        "reissue" raises Mixed; "keep" keeps them, stamped with `version`, the older one. The
+        log-probs of a kept response are those of the policies that sampled its tokens.
+    """
+
+    tokens: Sequence[int]
+    n: int
+    sampling: Sampling
+    stop_ids: Sequence[int]
+    vocab_size: int
+    version: int | None
+    mixed_versions: str
+
+    def body(self) -> dict[str, Any]:
+        """Returns the JSON body for /generate."""
+        # The key separates the prefix cache by version; a key of its own bypasses the cache.
+        key = f"v{self.version}" if self.version is not None else uuid.uuid4().hex
+        return {
+            "input_ids": list(map(int, self.tokens)),
+            "sampling_params": sampling_params(self.sampling, n=self.n, stop_ids=self.stop_ids),
+            "return_logprob": True,
+            "extra_key": key,
+            "stream": False,
+        }
+
+    def read(self, content: Any) -> tuple[tuple[Rollout, ...], bool]:
+        """Validates the response of /generate.
+
+        Args:
+          content: parsed JSON: a list of n responses, or one response for n = 1.
+
+        Returns:
+          n rollouts, and whether they span two versions.
+
+        Raises:
+          Aborted: if the server aborted a response.
+          Mixed, WrongVersion: see `version` and `mixed_versions`.
+          ServerError: if the number of responses, a token id, a log-prob or an end is invalid.
+        """
+        responses = content if isinstance(content, list) else [content]
+        if len(responses) != self.n:
+            raise ServerError(f"{len(responses)} responses instead of {self.n}")
+        rollouts, spanned = zip(*map(self._read_response, responses), strict=True)
+        versions, expected = sorted({v for spans in spanned for v in spans}), str(self.version)
+        mixed = self.version is not None and versions != [expected]
+        if mixed and any(spans[0] != expected for spans in spanned):
+            raise WrongVersion(f"reports version {', '.join(versions)} instead of {expected}")
+        if mixed and self.mixed_versions == "reissue":
+            raise Mixed(f"spans versions {', '.join(versions)}")
+        return rollouts, mixed
+
+    def _read_response(self, response: Any) -> tuple[Rollout, list[str]]:
+        """Returns a rollout, and the versions that it spans in order."""
+        try:
+            meta = response["meta_info"]
+            reason = meta["finish_reason"]["type"]
+            token_ids = list(response["output_ids"])
+            tokens = np.array(token_ids, np.int64)
+            logp = np.array([entry[0] for entry in meta["output_token_logprobs"]], np.float64)
+            scored = [entry[1] for entry in meta["output_token_logprobs"]]
+            spans = meta.get("weight_versions") or ()
+            spans = [(str(s["version"]), s["end"] - s["start"]) for s in spans]
+            if not all(math.isfinite(length) for _, length in spans):
+                raise ValueError("a version span without bounds")
+            reported = str(meta["weight_version"])
+        except MALFORMED as error:
+            raise ServerError(f"malformed response: {short(response)}") from error
+        if reason == "abort":
+            raise Aborted(f"the server aborted the group: {short(meta['finish_reason'])}")
+        if token_ids != scored:
+            raise ServerError("output_token_logprobs and output_ids have different tokens")
+        fault = self._find_fault(tokens, logp, reason)
+        if fault:
+            raise ServerError(fault)
+        versions = [version for version, length in spans if length > 0] or [reported]
+        if versions[-1] != reported:
+            raise WrongVersion(f"reports version {reported} with version spans {versions}")
+        # Some servers report "length" if the last allowed token is a stop token.
+        reason = "stop" if tokens[-1] in self.stop_ids else reason
+        behavior_logp = np.minimum(logp, 0).astype(np.float32)
+        stamp = -1 if self.version is None else self.version
+        return Rollout(tokens.astype(np.int32), behavior_logp, stamp, reason), versions
+
+    def _find_fault(self, tokens: np.ndarray, logp: np.ndarray, reason: str) -> str:
+        """Names the first fault of a response; "" if it is valid."""
+        limit = self.sampling.max_response_tokens
+        if tokens.ndim != 1 or not 1 <= len(tokens) <= limit:
+            return f"a response of shape {tokens.shape}, at most {limit} tokens"
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            outside = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0]
+            return f"token id {outside} outside the vocabulary of {self.vocab_size}"
+        if not np.isfinite(logp).all() or logp.max() > ROUNDING:
+            return "a log-prob that is above 0 or not finite"
+        stops = np.isin(tokens, list(self.stop_ids))
+        if stops[:-1].any():
+            return "a response that continues after a stop token"
+        if reason == "stop" and not stops[-1]:
+            return f"a stop at token {tokens[-1]}, which is no stop token of this run"
+        if reason == "length" and not stops[-1] and len(tokens) < limit:
+            return f"a response cut off after {len(tokens)} of {limit} tokens"
+        return "" if reason in ("stop", "length") else f"finish_reason {reason!r}"
+
+
 class SGLangClient:
     """Routes of one server.
 
@@ -59,35 +176,11 @@ class SGLangClient:
         self._connect_deadline, self._deadline = connect_deadline, deadline
 
     async def generate(
-        self,
-        tokens: Sequence[int],
-        *,
-        n: int,
-        sampling: Sampling,
-        stop_ids: Sequence[int],
-        vocab_size: int,
-        version: int | None,
-        mixed_versions: str,
-        deadline: float | None = None,
+        self, request: GroupRequest, *, deadline: float | None = None
     ) -> tuple[tuple[Rollout, ...], bool]:
-        """Samples one group; see `read_group` for the result and the errors."""
-        body = {
-            "input_ids": list(map(int, tokens)),
-            "sampling_params": sampling_params(sampling, n=n, stop_ids=stop_ids),
-            "return_logprob": True,
-            # Separates the prefix cache by version; a key of its own bypasses it.
-            "extra_key": f"v{version}" if version is not None else uuid.uuid4().hex,
-            "stream": False,
-        }
-        return read_group(
-            await self._json("POST", "/generate", body, deadline=deadline),
-            n=n,
-            vocab_size=vocab_size,
-            stop_ids=stop_ids,
-            max_response_tokens=sampling.max_response_tokens,
-            version=version,
-            mixed_versions=mixed_versions,
-        )
+        """Samples one group; see GroupRequest.read."""
+        body = request.body()
+        return await self._json("/generate", body, deadline=deadline, parse=request.read)
 
     async def score(self, rows: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], set[str]]:
         """Scores rows of tokens at temperature 1.
@@ -103,59 +196,45 @@ class SGLangClient:
             "logprob_start_len": 0,
             "stream": False,
         }
-        responses = await self._json("POST", "/generate", body)
-        try:
-            responses = responses if isinstance(responses, list) else [responses]
-            entries = [r["meta_info"]["input_token_logprobs"] for r in responses]
-            scored = [[int(entry[1]) for entry in row] for row in entries]
-            logp = [np.array([e[0] for e in row[1:]], np.float32) for row in entries]
-            versions = {str(r["meta_info"]["weight_version"]) for r in responses}
-        except (LookupError, TypeError, ValueError, OverflowError) as error:
-            raise ServerError(f"{self.url}/generate returned no prompt log-probs") from error
-        # SGLang 0.5 reports the last id of the vocabulary as 0 here; its log-prob is right.
-        same = len(scored) == len(rows) and all(
-            len(found) == len(row) and all(a in (b, 0) for a, b in zip(found, row, strict=True))
-            for found, row in zip(scored, body["input_ids"], strict=True)
-        )
-        if not same or not all(np.isfinite(row).all() for row in logp):
-            raise ServerError(f"{self.url}/generate returned invalid prompt log-probs")
-        return logp, versions
+
+        def parse(content: Any) -> tuple[list[np.ndarray], set[str]]:
+            metas = [r["meta_info"] for r in (content if isinstance(content, list) else [content])]
+            logp = []
+            for meta, row in zip(metas, body["input_ids"], strict=True):
+                entries = zip(meta["input_token_logprobs"], row, strict=True)
+                # SGLang 0.5 reports the last id of the vocabulary as 0; its log-prob is right.
+                if not all(entry[1] in (token, 0) for entry, token in entries):
+                    raise ValueError("log-probs of other tokens")
+                logp.append(np.array([e[0] for e in meta["input_token_logprobs"][1:]], np.float32))
+                if not np.isfinite(logp[-1]).all():
+                    raise ValueError("log-probs that are not finite")
+            return logp, {str(meta["weight_version"]) for meta in metas}
+
+        return await self._json("/generate", body, parse=parse)
 
     async def check_health(self) -> None:
         """Returns if the server can generate."""
-        await self._call("GET", "/health")
+        await self._call("/health")
 
     async def info(self) -> dict[str, Any]:
         """Merges /server_info, /v1/models and /model_info."""
-        routes = ("/server_info", "/v1/models", "/model_info")
-        server, models, model = [await self._json("GET", route) for route in routes]
-        try:
-            return {**server, **models["data"][0], **model}
-        except (LookupError, TypeError) as error:
-            raise ServerError(
-                f"{self.url} returned invalid information: {short(models)}"
-            ) from error
+        server = await self._json("/server_info", parse=dict)
+        model = await self._json("/v1/models", parse=lambda c: dict(c["data"][0]))
+        return server | model | await self._json("/model_info", parse=dict)
 
     async def version(self) -> str:
         """Returns the name of the loaded version, as the server reports it."""
-        info = await self._json("GET", "/model_info")
-        try:
-            return str(info["weight_version"])
-        except (LookupError, TypeError) as error:
-            raise ServerError(f"{self.url}/model_info has no weight_version") from error
+        return await self._json("/model_info", parse=lambda c: str(c["weight_version"]))
 
     async def can_update(self) -> bool:
         """Tells if the server has a route that loads new weights."""
-        return (await self._send("GET", "/update_weights_from_disk", None, None))[0] != 404
+        return (await self._send("/update_weights_from_disk", None, None))[0] != 404
 
     async def tokenize(self, text: str) -> list[int]:
         """Encodes a text without special tokens."""
         body = {"prompt": text, "add_special_tokens": False}
-        response = await self._json("POST", "/tokenize", body)
-        try:
-            return list(map(int, response["tokens"]))
-        except (LookupError, TypeError, ValueError) as error:
-            raise ServerError(f"{self.url}/tokenize returned no tokens") from error
+        parse = lambda content: list(map(int, content["tokens"]))
+        return await self._json("/tokenize", body, parse=parse)
 
     async def update(self, path: str, version: int, *, deadline: float) -> None:
         """Loads a version directory, after the requests in flight.
@@ -166,9 +245,9 @@ class SGLangClient:
           WrongVersion: if it accepts and then reports another version.
         """
         body = {"model_path": path, "weight_version": str(version), "flush_cache": True}
-        response = await self._json("POST", "/update_weights_from_disk", body, deadline=deadline)
-        if not (isinstance(response, dict) and response.get("success") is True):
-            raise Refused(f"{self.url} did not load version {version}: {short(response)}")
+        content = await self._json("/update_weights_from_disk", body, deadline=deadline)
+        if not (isinstance(content, dict) and content.get("success") is True):
+            raise Refused(f"{self.url} did not load version {version}: {short(content)}")
         reported = await self.version()
         if reported != str(version):
             raise WrongVersion(f"{self.url} loaded version {version} and reports {reported}")
@@ -178,7 +257,7 @@ class SGLangClient:
         until = asyncio.get_running_loop().time() + self._deadline
         while True:
             try:
-                await self._call("POST", "/flush_cache", {})
+                await self._call("/flush_cache", {})
                 return
             except Refused:
                 if asyncio.get_running_loop().time() > until:
@@ -187,29 +266,34 @@ class SGLangClient:
 
     async def abort_all(self) -> None:
         """Aborts every request of the server, of any client."""
-        await self._call("POST", "/abort_request", {"abort_all": True})
+        await self._call("/abort_request", {"abort_all": True})
 
     async def _json(
-        self, method: str, route: str, body: Any = None, *, deadline: float | None = None
+        self,
+        route: str,
+        body: Any = None,
+        *,
+        deadline: float | None = None,
+        parse: Callable[[Any], Any] = lambda content: content,
     ) -> Any:
-        content = await self._call(method, route, body, deadline=deadline)
+        content = await self._call(route, body, deadline=deadline)
         try:
-            return json.loads(content)
-        except ValueError as error:
-            raise ServerError(f"{self.url}{route} returned no JSON: {short(content)}") from error
+            return parse(json.loads(content))
+        except MALFORMED as error:
+            raise ServerError(
+                f"{self.url}{route} returned a malformed response ({error}): {short(content)}"
+            ) from error
 
-    async def _call(
-        self, method: str, route: str, body: Any = None, *, deadline: float | None = None
-    ) -> bytes:
-        status, content = await self._send(method, route, body, deadline)
+    async def _call(self, route: str, body: Any = None, *, deadline: float | None = None) -> bytes:
+        status, content = await self._send(route, body, deadline)
         if status != 200:
             kind = Refused if 400 <= status < 500 else ServerError
             raise kind(f"{self.url}{route} returned status {status}: {short(content)}")
         return content
 
-    async def _send(
-        self, method: str, route: str, body: Any, deadline: float | None
-    ) -> tuple[int, bytes]:
+    async def _send(self, route: str, body: Any, deadline: float | None) -> tuple[int, bytes]:
+        """Sends a GET, or a POST of a body; returns status and content."""
+        method = "GET" if body is None else "POST"
         total, url = deadline or self._deadline, self.url + route
         timeout = aiohttp.ClientTimeout(total=total, sock_connect=self._connect_deadline)
         try:
@@ -237,105 +321,6 @@ def sampling_params(sampling: Sampling, *, n: int, stop_ids: Sequence[int]) -> d
         "min_new_tokens": 0,
         "ignore_eos": False,
     }
-
-
-def read_group(
-    content: Any,
-    *,
-    n: int,
-    vocab_size: int,
-    stop_ids: Sequence[int],
-    max_response_tokens: int,
-    version: int | None,
-    mixed_versions: str,
-) -> tuple[tuple[Rollout, ...], bool]:
-    """Validates a response of /generate.
-
-    Args:
-      content: parsed JSON: a list of n responses, or one response for n = 1.
-      version: required of each response, and the rollouts' policy version; None accepts any
-        version (-1 in the rollouts).
-      mixed_versions: treatment of responses that began with `version` and ended with another:
-        "reissue" raises Mixed; "keep" keeps them, stamped with `version`, the older one. The
-        log-probs of a kept response are those of the policies that sampled its tokens.
-
-    Returns:
-      n rollouts, and whether they span two versions.
-
-    Raises:
-      Aborted: if the server aborted a response.
-      Mixed, WrongVersion: see above.
-      ServerError: if the number of responses, a token id, a log-prob or an end is invalid.
-    """
-    responses = content if isinstance(content, list) else [content]
-    if len(responses) != n:
-        raise ServerError(f"{len(responses)} responses instead of {n}")
-    rollouts, spanned = [], []
-    for response in responses:
-        try:
-            meta = response["meta_info"]
-            reason = meta["finish_reason"]["type"]
-            token_ids = list(response["output_ids"])
-            tokens = np.array(token_ids, np.int64)
-            logp = np.array([entry[0] for entry in meta["output_token_logprobs"]], np.float64)
-            scored = [entry[1] for entry in meta["output_token_logprobs"]]
-            bounds = [
-                (s["version"], s["start"], s["end"]) for s in meta.get("weight_versions") or ()
-            ]
-            if not all(math.isfinite(start) and math.isfinite(end) for _, start, end in bounds):
-                raise ValueError("a version span without bounds")
-            reported = str(meta["weight_version"])
-        except (LookupError, TypeError, ValueError, OverflowError, AttributeError) as error:
-            raise ServerError(f"malformed response: {short(response)}") from error
-        if reason == "abort":
-            raise Aborted(f"the server aborted the group: {short(meta['finish_reason'])}")
-        if token_ids != scored:
-            raise ServerError("output_token_logprobs and output_ids have different tokens")
-        fault = _find_fault(tokens, logp, reason, vocab_size, stop_ids, max_response_tokens)
-        if fault:
-            raise ServerError(fault)
-        spanned.append([str(v) for v, start, end in bounds if end > start] or [reported])
-        if spanned[-1][-1] != reported:
-            raise WrongVersion(f"reports version {reported} with version spans {spanned[-1]}")
-        # Some servers report "length" if the last allowed token is a stop token.
-        reason = "stop" if tokens[-1] in stop_ids else reason
-        behavior_logp = np.minimum(logp, 0).astype(np.float32)
-        stamp = -1 if version is None else version
-        rollouts.append(Rollout(tokens.astype(np.int32), behavior_logp, stamp, reason))
-    versions = sorted({v for spans in spanned for v in spans})
-    mixed = version is not None and versions != [str(version)]
-    if mixed:
-        if any(spans[0] != str(version) for spans in spanned):
-            raise WrongVersion(f"reports version {', '.join(versions)} instead of {version}")
-        if mixed_versions == "reissue":
-            raise Mixed(f"spans versions {', '.join(versions)}")
-    return tuple(rollouts), mixed
-
-
-def _find_fault(
-    tokens: np.ndarray,
-    logp: np.ndarray,
-    reason: str,
-    vocab_size: int,
-    stop_ids: Sequence[int],
-    max_response_tokens: int,
-) -> str:
-    """Names the first fault of a response; "" if it is valid."""
-    if tokens.ndim != 1 or not 1 <= len(tokens) <= max_response_tokens:
-        return f"a response of shape {tokens.shape}, at most {max_response_tokens} tokens"
-    if tokens.min() < 0 or tokens.max() >= vocab_size:
-        outside = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
-        return f"token id {outside} outside the vocabulary of {vocab_size}"
-    if not np.isfinite(logp).all() or logp.max() > ROUNDING:
-        return "a log-prob that is above 0 or not finite"
-    stops = np.isin(tokens, list(stop_ids))
-    if stops[:-1].any():
-        return "a response that continues after a stop token"
-    if reason == "stop" and not stops[-1]:
-        return f"a stop at token {tokens[-1]}, which is no stop token of this run"
-    if reason == "length" and not stops[-1] and len(tokens) < max_response_tokens:
-        return f"a response cut off after {len(tokens)} of {max_response_tokens} tokens"
-    return "" if reason in ("stop", "length") else f"finish_reason {reason!r}"
 
 
 def short(content: Any) -> str:

@@ -63,7 +63,6 @@ class Pool:
     Args:
       config: of the fleet.
       requirements: on each server.
-      session: for all requests.
       allow_older: see Fleet.
       log: logs one sentence.
       spawn: starts a task of the fleet.
@@ -80,7 +79,6 @@ class Pool:
         self,
         config: FleetConfig,
         requirements: Requirements,
-        session: aiohttp.ClientSession,
         *,
         allow_older: bool,
         log: Callable[[str], None],
@@ -92,7 +90,7 @@ class Pool:
         self.target_version: PublishedVersion | None = None
         self.target_since = 0.0
         self.published: dict[int, PublishedVersion] = {}
-        self._session, self._log, self._spawn = session, log, spawn
+        self._log, self._spawn = log, spawn
         self._controllers: dict[str, asyncio.Task] = {}
         self._changed = asyncio.Event()
 
@@ -186,27 +184,29 @@ class Pool:
         Args:
           control: coroutine that controls a server as long as it is in the pool.
         """
-        logged = False
-        while True:
-            try:
-                urls, logged = await read_servers(self.config, self._session), False
-            except (OSError, ValueError, aiohttp.ClientError, TimeoutError) as error:
-                urls = {url for url, server in self.servers.items() if not server.leaving}
-                if not logged:
-                    logged = True
-                    self._log(f"the list of servers can't be read and stays as it is: {error}")
-            for url in sorted(urls - self.servers.keys()):
-                server = self.servers[url] = self._open(url)
-                self._controllers[url] = self._spawn(control(server))
-            for url in sorted(self.servers.keys() - urls):
-                if not self.servers[url].leaving:
-                    self.servers[url].leaving = True
-                    self._spawn(self._leave(self.servers[url]))
-            await asyncio.sleep(self.config.poll_every)
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)  # no stale connections
+        async with aiohttp.ClientSession(connector=connector) as session:
+            logged = False
+            while True:
+                try:
+                    urls, logged = await read_servers(self.config, session), False
+                except (OSError, ValueError, aiohttp.ClientError) as error:
+                    urls = {url for url, server in self.servers.items() if not server.leaving}
+                    if not logged:
+                        logged = True
+                        self._log(f"the list of servers can't be read and stays as it is: {error}")
+                for url in sorted(urls - self.servers.keys()):
+                    server = self.servers[url] = self._open(url, session)
+                    self._controllers[url] = self._spawn(control(server))
+                for url in sorted(self.servers.keys() - urls):
+                    if not self.servers[url].leaving:
+                        self.servers[url].leaving = True
+                        self._spawn(self._leave(self.servers[url]))
+                await asyncio.sleep(self.config.poll_every)
 
-    def _open(self, url: str) -> ServerState:
+    def _open(self, url: str, session: aiohttp.ClientSession) -> ServerState:
         client = SGLangClient(
-            self._session,
+            session,
             url,
             connect_deadline=self.config.connect_deadline,
             deadline=self.config.control_deadline,
@@ -231,7 +231,7 @@ async def read_servers(config: FleetConfig, session: aiohttp.ClientSession) -> s
     With several hosts, host i takes every n-th URL, so that no server is refreshed by two hosts.
 
     Raises:
-      OSError, ValueError, aiohttp.ClientError, TimeoutError: if the list can't be read.
+      OSError, ValueError, aiohttp.ClientError: if the list can't be read.
     """
     if config.router:
         timeout = aiohttp.ClientTimeout(

@@ -12,14 +12,14 @@ drained, or aborted and retried. Each prompt comes out once.
 """
 
 import asyncio
+import contextlib
 import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
-import aiohttp
 from etils import epath
 
 from oapl_jax.config import FleetConfig
@@ -29,7 +29,6 @@ from oapl_jax.fleet.admission import Requirements, sampling_warnings
 from oapl_jax.fleet.pool import Pool, PublishedVersion
 from oapl_jax.fleet.refresh import ServerController
 from oapl_jax.fleet.server import DRAINING, READY, REFRESHING, STARTING
-from oapl_jax.model.config import ModelConfig
 from oapl_jax.rollout.sampler import Sampled, Sampling
 from oapl_jax.structs import Prompt
 
@@ -60,19 +59,18 @@ class GenerateQueue:
     def closed(self) -> bool:
         return self._stopped or self._failure is not None
 
-    def wait_for_room(self) -> bool:
-        """Waits until another prompt may be pulled; False if none will be."""
+    def pull(self, prompts: Iterator[Prompt]) -> Prompt | None:
+        """Waits for room and takes the next prompt; None if there is none, or after the end."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self.closed or max(self.waiting, len(self._finished)) < self._max_in_flight
             )
-            return not self.closed
-
-    def add(self) -> bool:
-        """Counts a pulled prompt; False if the queue is closed."""
+        prompt = None if self.closed else next(prompts, None)
         with self._changed:
-            self.waiting += not self.closed
-            return not self.closed
+            if prompt is None or self.closed:
+                return None
+            self.waiting += 1
+            return prompt
 
     def put(self, sampled: Sampled) -> None:
         """Adds a finished group."""
@@ -131,18 +129,11 @@ class GenerateQueue:
 
 
 class Fleet:
-    """A Sampler whose rollouts come from SGLang servers.
-
-    The constructor starts the event loop's thread; only `generate` waits for servers.
+    """A Sampler whose rollouts come from SGLang servers; only `generate` waits for servers.
 
     Args:
-      model_config: the learner's architecture.
       config: servers, deadlines and retries.
-      tokenizer: the learner's; compared with that of a server that has one.
-      stop_ids: token ids that end a response.
-      sampling: of the run, for the admission of servers.
-      max_prompt_tokens: length of the longest prompt.
-      dtype: of published versions.
+      requirements: on each server.
       allow_older: servers that do not hold the target version yet, or refuse it, continue with
         their older one. Otherwise every prompt taken after `refresh` is sampled from the target
         version, and groups of another version in flight have `drain_deadline` to finish.
@@ -151,28 +142,14 @@ class Fleet:
 
     def __init__(
         self,
-        model_config: ModelConfig,
         config: FleetConfig,
+        requirements: Requirements,
         *,
-        tokenizer: Any,
-        stop_ids: Sequence[int],
-        sampling: Sampling,
-        max_prompt_tokens: int,
-        dtype: str,
         allow_older: bool,
         log: Callable[[str], None],
     ):
-        self._config, self._log = config, log
-        self._requirements = Requirements(
-            model_config=model_config,
-            tokenizer=tokenizer,
-            stop_ids=tuple(sorted(stop_ids)),
-            sampling=sampling,
-            max_prompt_tokens=max_prompt_tokens,
-            dtype=dtype,
-            probe_tolerance=config.probe_tolerance,
-        )
-        for warning in sampling_warnings(sampling):
+        self._config, self._requirements, self._log = config, requirements, log
+        for warning in sampling_warnings(requirements.sampling):
             log(warning)
         self._version = -1
         self._checked: dict[tuple[int, str], PublishedVersion] = {}
@@ -183,10 +160,13 @@ class Fleet:
         self._closed = False
         self._paused_before, self._paused_since = 0.0, None  # seconds; time
         self._tasks: set[asyncio.Task] = set()  # the event loop's thread only
+        self._pool = Pool(config, requirements, allow_older=allow_older, log=log, spawn=self._spawn)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
-        self._pool = self._run_in_loop(self._open(allow_older))
+        control = lambda server: ServerController(server, self._pool).run()
+        self._call_in_loop(self._spawn, self._pool.watch(control))
+        self._call_in_loop(self._spawn, self._watch_for_no_server())
 
     @property
     def version(self) -> int:
@@ -252,7 +232,9 @@ class Fleet:
             queues = set(self._queues)
         for queue in queues:
             self._count("cancelled", queue.stop())
-        self._run_in_loop(self._shut())
+        ended = asyncio.run_coroutine_threadsafe(self._cancel_tasks(), self._loop)
+        with contextlib.suppress(TimeoutError):
+            ended.result(THREAD_DEADLINE)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(THREAD_DEADLINE)
         if self._thread.is_alive():
@@ -287,10 +269,7 @@ class Fleet:
         self, queue: GenerateQueue, prompts: Iterator[Prompt], n: int, sampling: Sampling
     ) -> None:
         try:
-            while queue.wait_for_room():
-                prompt = next(prompts, None)
-                if prompt is None or not queue.add():
-                    break
+            while (prompt := queue.pull(prompts)) is not None:
                 self._count("prompts")
                 if self._version == -1:
                     raise RunError("the fleet was given a prompt before its first version")
@@ -317,34 +296,10 @@ class Fleet:
             if not self._closed:
                 self._loop.call_soon_threadsafe(function, *args)
 
-    def _run_in_loop(self, coroutine: Coroutine) -> Any:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result(THREAD_DEADLINE)
-        except TimeoutError as error:
-            message = f"the fleet's thread did not respond in {THREAD_DEADLINE:.0f} s"
-            raise RunError(message) from error
-
-    async def _open(self, allow_older: bool) -> Pool:
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)  # no stale connections
-        self._session = aiohttp.ClientSession(connector=connector)
-        pool = Pool(
-            self._config,
-            self._requirements,
-            self._session,
-            allow_older=allow_older,
-            log=self._log,
-            spawn=self._spawn,
-        )
-        self._spawn(pool.watch(lambda server: ServerController(server, pool).run()))
-        self._spawn(self._watch_for_no_server(pool))
-        return pool
-
-    async def _shut(self) -> None:
+    async def _cancel_tasks(self) -> None:
         for task in (tasks := set(self._tasks)):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._session.close()
 
     def _spawn(self, coroutine: Coroutine) -> asyncio.Task:
         """Starts a task; if it raises, `generate` raises the same."""
@@ -376,13 +331,13 @@ class Fleet:
             queue.tasks.add(task)
             task.add_done_callback(queue.tasks.discard)
 
-    async def _watch_for_no_server(self, pool: Pool) -> None:
+    async def _watch_for_no_server(self) -> None:
         """Ends the run if groups wait for `no_server_deadline` seconds without a ready server."""
         deadline, logged, served = self._config.no_server_deadline, False, False
         while not self._failure:
             await asyncio.sleep(WATCH_EVERY)
-            servers, now = list(pool.servers.values()), time.monotonic()
-            ready = any(pool.can_sample(server) for server in servers)
+            servers, now = list(self._pool.servers.values()), time.monotonic()
+            ready = any(map(self._pool.can_sample, servers))
             served = served or ready
             if ready or not any(queue.waiting for queue in self._open_queues()):
                 if self._paused_since:

@@ -8,7 +8,7 @@ from typing import Any
 
 from oapl_jax.config import FleetConfig
 from oapl_jax.fleet.admission import Requirements
-from oapl_jax.fleet.client import Aborted, Mixed, ServerError, SGLangClient
+from oapl_jax.fleet.client import Aborted, GroupRequest, Mixed, ServerError, SGLangClient
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Prompt, Rollout
 
@@ -89,17 +89,17 @@ class ServerState:
           Aborted: if the group was aborted for a refresh.
           ServerError: if the request failed; the server is admitted anew before its next group.
         """
-        request = self.client.generate(
-            prompt.tokens.tolist(),
+        request = GroupRequest(
+            tokens=prompt.tokens.tolist(),
             n=n,
             sampling=sampling,
             stop_ids=self._requirements.stop_ids,
             vocab_size=self._requirements.model_config.vocab_size,
             version=self.version,
             mixed_versions=self._config.mixed_versions,
-            deadline=self._config.request_deadline,
         )
-        task = asyncio.create_task(request)  # `abort` cancels the request and not its caller
+        sampling_task = self.client.generate(request, deadline=self._config.request_deadline)
+        task = asyncio.create_task(sampling_task)  # `abort` cancels the request, not its caller
         self._in_flight[task] = ""
         try:
             await asyncio.wait({task})

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from fault_server import FaultServer
-from fleets import open_toy_fleet
+from fault_server import FaultServer, publish_toy
+from fleets import open_toy_fleet, wait_ready
 from jax.sharding import AxisType
 
 from configs import arithmetic
@@ -276,40 +276,39 @@ def servers(published, tmp_path_factory):
 
 
 @pytest.fixture
-def start_process(tmp_path):
-    """Starts processes that end with the test: `start_process(name, command, port)`."""
-    running = []
-
-    def start(name: str, command: list[str], port: int) -> Process:
-        running.append(Process(name, command, port, tmp_path / f"process{len(running)}.log"))
-        return running[-1]
-
-    yield start
-    for process in running:
-        process.kill()
+def stack():
+    """Closes what a test has opened, in reverse order."""
+    with contextlib.ExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture
-def start_server(tmp_path):
-    """Starts servers that end with the test: `start_server(model, port=None, **flags)`.
+def start_process(tmp_path, stack):
+    """Starts processes that end with the test: `start_process(name, command, port)`."""
 
-    With `wait=False` it does not wait until the server is ready (`wait_ready` does).
-    """
-    running = []
+    def start(name: str, command: list[str], port: int) -> Process:
+        process = Process(name, command, port, tmp_path / f"{port}.log")
+        stack.callback(process.kill)
+        return process
+
+    return start
+
+
+@pytest.fixture
+def start_server(tmp_path, stack):
+    """Starts a server that ends with the test; see launch_server."""
 
     def start(model, port: int | None = None, *, wait: bool = True, **flags) -> Process:
-        log = tmp_path / f"server{len(running)}.log"
-        running.append(launch_server(model, log, port, **flags))
+        server = launch_server(model, tmp_path / f"server{time.monotonic()}.log", port, **flags)
+        stack.callback(server.kill)
         if wait:
-            running[-1].wait_ready()
-        return running[-1]
+            server.wait_ready()
+        return server
 
-    yield start
-    for process in running:
-        process.kill()
+    return start
 
 
-# Against servers that misbehave
+# Fault servers
 
 
 @pytest.fixture
@@ -318,28 +317,38 @@ def directory(tmp_path):
 
 
 @pytest.fixture
-def toy_servers(tmp_path):
-    """Makes fault servers, and ends them at the end."""
-    made = []
+def toy_servers(tmp_path, stack):
+    """Starts `count` fault servers that end with the test."""
 
-    def make(count):
-        made.extend(FaultServer(epath.Path(tmp_path)) for _ in range(count))
-        return made[-count:]
+    def start(count):
+        made = [FaultServer(epath.Path(tmp_path)) for _ in range(count)]
+        for server in made:
+            stack.callback(server.close)
+        return made
 
-    yield make
-    for server in made:
-        server.close()
+    return start
 
 
 @pytest.fixture
-def make_fleet(toy_servers):
-    """`fleets.open_toy_fleet`; what it opens is closed at the end, before the servers."""
-    opened = []
+def make_fleet(toy_servers, stack):
+    """`fleets.open_toy_fleet`, closed with the test."""
 
     def make(*args, **kwargs):
-        opened.append(open_toy_fleet(*args, **kwargs))
-        return opened[-1]
+        fleet = open_toy_fleet(*args, **kwargs)
+        stack.callback(fleet.close)
+        return fleet
 
-    yield make
-    for fleet in opened:
-        fleet.close()
+    return make
+
+
+@pytest.fixture
+def ready_fleet(make_fleet, directory):
+    """Opens a fleet of fault servers that are all ready: `ready_fleet(servers, version=0)`."""
+
+    def make(servers, version=0, **settings):
+        fleet = make_fleet([server.url for server in servers], **settings)
+        fleet.refresh(version, publish_toy(directory, version))
+        wait_ready(fleet)
+        return fleet
+
+    return make

@@ -1,4 +1,4 @@
-"""What the fleet's tests share: settings, prompts, somebody who takes groups, and the books."""
+"""Shared by the fleet's tests: configs, prompts, a consumer of groups, and the accounting."""
 
 import threading
 import time
@@ -6,11 +6,13 @@ from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
-from fault_server import MODEL, STOP, VOCAB, is_right, publish_toy
+from fault_server import MODEL, STOP, VOCAB, is_right
 
-from oapl_jax.config import FleetConfig, ProbeTolerance
+from configs import common
+from oapl_jax.config import FleetConfig
 from oapl_jax.data.prompts import PromptStream
 from oapl_jax.data.records import Record, user
+from oapl_jax.fleet.admission import Requirements
 from oapl_jax.fleet.sampler import Fleet
 from oapl_jax.rollout.buffer import Buffer
 from oapl_jax.rollout.ledger import Ledger
@@ -20,118 +22,110 @@ from oapl_jax.rollout.worker import Worker
 from oapl_jax.structs import Prompt
 
 N = 3
+PATIENCE = 30.0  # seconds until a test fails
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_response_tokens=6)
-PATIENCE = 30.0  # seconds until a test gives up
-SETTINGS: dict[str, Any] = dict(
-    servers=(),
-    servers_file="",
-    router="",
-    poll_every=0.05,
-    max_in_flight=8,
-    attempts=4,
-    backoff=0.01,
-    backoff_limit=0.1,
-    health_every=0.1,
-    connect_deadline=5.0,
-    control_deadline=10.0,
-    request_deadline=10.0,
-    drain_deadline=10.0,
-    update_deadline=10.0,
-    start_deadline=10.0,
-    no_server_deadline=25.0,
-    refresh_fraction=0.5,
-    probe_tolerance=ProbeTolerance(float32=1e-3, bfloat16=0.1),
-    mixed_versions="reissue",
-)
-
-
-CLOSE = 1e-4  # nats between a real server's log-prob and the learner's, fp32
+DEADLINES = [f"{name}_deadline" for name in ("control", "request", "drain", "update", "start")]
+SETTINGS: dict[str, Any] = {
+    **common.fleet().to_dict(),
+    **dict.fromkeys(DEADLINES, 10.0),
+    "no_server_deadline": 25.0,
+    "poll_every": 0.05,
+    "max_in_flight": 8,
+    "backoff": 0.01,
+    "backoff_limit": 0.1,
+    "health_every": 0.1,
+}
+CLOSE = 1e-4  # nats between log-probs of a real server and the learner, float32
 REAL_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=20)
-REAL_SETTINGS: dict[str, Any] = dict(
-    servers=(),
-    servers_file="",
-    router="",
-    poll_every=0.5,
-    max_in_flight=8,
-    attempts=4,
-    backoff=0.2,
-    backoff_limit=2.0,
-    health_every=2.0,
-    connect_deadline=5.0,
-    control_deadline=60.0,
-    request_deadline=120.0,
-    drain_deadline=60.0,
-    update_deadline=60.0,
-    start_deadline=150.0,
-    no_server_deadline=170.0,
-    refresh_fraction=0.5,
-    probe_tolerance=ProbeTolerance(float32=CLOSE, bfloat16=0.1),
-    mixed_versions="reissue",
-)
+REAL_SETTINGS: dict[str, Any] = {
+    **common.fleet().to_dict(),
+    **dict.fromkeys(DEADLINES, 60.0),
+    "request_deadline": 120.0,
+    "start_deadline": 150.0,
+    "no_server_deadline": 170.0,
+    "poll_every": 0.5,
+    "max_in_flight": 8,
+    "backoff": 0.2,
+    "backoff_limit": 2.0,
+    "health_every": 2.0,
+    "probe_tolerance": {"float32": CLOSE, "bfloat16": 0.1},
+}
 
 
 def open_toy_fleet(urls=(), *, allow_older=False, sampling=SAMPLING, **settings):
-    """A fleet of fault servers, whose sentences are in its `said`."""
-    return _open(
-        MODEL,
-        {**SETTINGS, "servers": tuple(urls), **settings},
-        tokenizer=None,
-        stop_ids=(STOP,),
-        sampling=sampling,
-        max_prompt_tokens=8,
-        allow_older=allow_older,
-    )
+    """Opens a fleet of fault servers; its log is in `logged`."""
+    policy = dict(model_config=MODEL, tokenizer=None, stop_ids=(STOP,), max_prompt_tokens=8)
+    settings = {**SETTINGS, "servers": tuple(urls), **settings}
+    return _open(settings, allow_older, sampling=sampling, **policy)
 
 
 def open_real_fleet(published, urls=(), *, allow_older=False, **settings):
-    """A fleet of SGLang servers of the model that is `published`."""
+    """Opens a fleet of SGLang servers of the model that is `published`."""
+    policy = published.policy
+    settings = {**REAL_SETTINGS, "servers": tuple(urls), **settings}
     return _open(
-        published.policy.config,
-        {**REAL_SETTINGS, "servers": tuple(urls), **settings},
-        tokenizer=published.policy.tokenizer,
-        stop_ids=published.policy.stop_ids,
+        settings,
+        allow_older,
         sampling=REAL_SAMPLING,
+        model_config=policy.config,
+        tokenizer=policy.tokenizer,
+        stop_ids=policy.stop_ids,
         max_prompt_tokens=12,
-        allow_older=allow_older,
     )
 
 
-def _open(model_config, settings, **terms):
-    said = []
-    settings = FleetConfig(**settings)
-    fleet: Any = Fleet(model_config, settings, dtype="float32", log=said.append, **terms)
-    fleet.said = said
+def _open(settings, allow_older, **requirements):
+    logged = []
+    config = FleetConfig.from_dict(settings)
+    requirements = Requirements(
+        dtype="float32", probe_tolerance=config.probe_tolerance, **requirements
+    )
+    fleet: Any = Fleet(config, requirements, allow_older=allow_older, log=logged.append)
+    fleet.logged = logged
     return fleet
 
 
-def ready_fleet(make_fleet, made, directory, version=0, **settings: Any):
-    """A fleet of these servers, all of which serve `version`."""
-    fleet = make_fleet([server.url for server in made], **settings)
-    fleet.refresh(version, publish_toy(directory, version))
-    wait_until(lambda: states(fleet) == {"ready"}, "readiness")
-    return fleet
+def once(call, fault):
+    """Returns a plan that commits one fault at the next such call."""
+    left = [fault]
+    return lambda this: left.pop() if this == call and left else ""
+
+
+def always(call, fault):
+    """Returns a plan that commits a fault at each such call."""
+    return lambda this: fault if this == call else ""
+
+
+def wait_until(condition, what="the condition", patience=PATIENCE):
+    until = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < until, f"{what} does not happen"
+        time.sleep(0.005)
+
+
+def of(fleet, server, name):
+    """Returns a server's value in `fleet.servers()`, of a fleet that may not know it yet."""
+    unknown = defaultdict(int, state="", reason="")
+    return fleet.servers().get(server.url, unknown)[name]
 
 
 def states(fleet):
     return {server["state"] for server in fleet.servers().values()}
 
 
-def once(call, fault):
-    """A plan that commits one fault at the next such call."""
-    left = [fault]
-    return lambda this: left.pop() if this == call and left else ""
+def wait_ready(fleet, version=None):
+    """Waits until every server is ready, with `version` if it is given."""
+    held = lambda: version is None or fleet.versions() == {version}
+    wait_until(lambda: states(fleet) == {"ready"} and held(), "readiness")
 
 
-def wait_until(condition, what="it", patience=PATIENCE):
-    give_up = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < give_up, f"{what} does not happen"
-        time.sleep(0.005)
+def has_logged(fleet, text):
+    return any(text in sentence for sentence in fleet.logged)
 
 
-def prompt(draw):
-    tokens = np.random.default_rng(draw).integers(2, VOCAB, 1 + draw % 5).astype(np.int32)
-    return Prompt(f"p{draw}", draw, tokens, "", "", "toy")
+def prompt(index):
+    tokens = np.random.default_rng(index).integers(2, VOCAB, 1 + index % 5).astype(np.int32)
+    return Prompt(f"p{index}", index, tokens, "", "", "toy")
 
 
 def prompts(count):
@@ -162,20 +156,44 @@ class Taker(threading.Thread):
             raise self.error
         return self.taken
 
+    def right(self, count=None):
+        """Returns the groups, each once (`count` of them) and of the version of its stamp."""
+        taken = self.result()
+        assert_each_once(taken, len(taken) if count is None else count)
+        assert_right(taken)
+        return taken
+
+
+def sample(fleet, count):
+    """Samples `count` prompts; see Taker.right."""
+    return Taker(fleet, prompts(count)).right(count)
+
+
+def servers_of(taken):
+    return {sampled.server for sampled in taken}
+
+
+def versions_of(taken):
+    return {rollout.policy_version for sampled in taken for rollout in sampled.rollouts}
+
+
+def reasons_of(taken):
+    return [attempt.reason for sampled in taken for attempt in sampled.attempts]
+
 
 def assert_right(taken, sampling=SAMPLING):
-    """Every rollout is one of the toy policy's version that it is stamped with."""
+    """Asserts that every rollout is of the toy policy's version that it is stamped with."""
     for sampled in taken:
         assert len(sampled.rollouts) in (0, N)
-        assert len({r.policy_version for r in sampled.rollouts}) <= 1
+        assert len(versions_of([sampled])) <= 1
         for rollout in sampled.rollouts:
             assert is_right(rollout, sampled.prompt.tokens, sampling)
             assert rollout.tokens.dtype == np.int32
             assert rollout.behavior_logp.dtype == np.float32
 
 
-def gap(published, sampled, version, temperature=1.0):
-    """Largest difference of a log-prob of a group from those of a version."""
+def difference(published, sampled, version, temperature=1.0):
+    """Returns the largest difference of a group's log-probs from those of a version."""
     tokens = sampled.prompt.tokens
     return max(
         np.abs(published.logp(version, tokens, r.tokens, temperature) - r.behavior_logp).max()
@@ -184,15 +202,15 @@ def gap(published, sampled, version, temperature=1.0):
 
 
 def assert_published(published, taken):
-    """Each group is of the version that it is stamped with, and of no other."""
+    """Asserts that each group is of the version that it is stamped with, and of no other."""
     for sampled in taken:
         assert len(sampled.rollouts) == N
-        (version,) = {r.policy_version for r in sampled.rollouts}
-        assert gap(published, sampled, version) < CLOSE
+        (version,) = versions_of([sampled])
+        assert difference(published, sampled, version) < CLOSE
         for other in {1, 2, 3} - {version}:
             # Of a token or two, versions can say nearly the same.
             short = sum(len(r.tokens) for r in sampled.rollouts) < 3 * N
-            assert gap(published, sampled, other) > (10 * CLOSE if short else 0.1)
+            assert difference(published, sampled, other) > (10 * CLOSE if short else 0.1)
 
 
 def assert_each_once(taken, count):
@@ -200,9 +218,8 @@ def assert_each_once(taken, count):
 
 
 def assert_balanced(fleet, taken, count):
-    """The fleet's own counts, when nothing is in flight."""
-    found = counts_of(fleet)
-    attempts = Counter(a.reason for s in taken for a in s.attempts)
+    """Asserts that the fleet's counts are those of what was taken, with nothing in flight."""
+    found, attempts = counts_of(fleet), Counter(reasons_of(taken))
     assert found["prompts"] == count
     assert found["groups"] == sum(bool(s.rollouts) for s in taken)
     assert found["dropped"] == sum(not s.rollouts for s in taken)
@@ -220,7 +237,7 @@ def counts_of(fleet):
 
 
 class Run:
-    """A fleet in a worker's hands, with a buffer, a ledger, and `train` in a learner's place.
+    """A fleet with a worker, a buffer and a ledger; `train` takes the learner's place.
 
     Args:
       fleet: the sampler.
@@ -287,10 +304,10 @@ class Run:
             return not self._buffer.has_room(1) and not self.worker.state()["again"]
 
     def finish(self):
-        """Lets the fleet finish and closes the ledger, in which no group is lost or duplicated.
+        """Lets the fleet finish and closes the ledger; asserts that no group is lost or duplicated.
 
         Returns:
-          its account.
+          the ledger's report.
         """
         wait_until(self._idle, "a full buffer", self._patience)
         counts = counts_of(self.fleet)
@@ -299,15 +316,15 @@ class Run:
         summary, entries = found.summary(), found.groups()
         assert summary["balanced"], summary["faults"]
         assert sorted(entry.stream_index for entry in entries) == list(range(len(entries)))
-        draws = lambda state: {e.stream_index for e in entries if e.state == state}
+        indices = lambda state: {e.stream_index for e in entries if e.state == state}
         trained = [group.prompt.stream_index for group in self._trained]
         assert len(trained) == len(set(trained))
-        assert draws("trained") == set(trained)
-        assert draws("held") == self._buffer.draws()
-        assert draws("trained") | draws("held") == {
+        assert indices("trained") == set(trained)
+        assert indices("held") == self._buffer.draws()
+        assert indices("trained") | indices("held") == {
             group.prompt.stream_index for group in self.groups
         }
-        assert draws("trained") | draws("held") | draws("failed") == {
+        assert indices("trained") | indices("held") | indices("failed") == {
             e.stream_index for e in entries
         }
 
@@ -319,11 +336,11 @@ class Run:
             assert sampled[group.prompt.stream_index] == [
                 (group.policy_version, len(rollout.tokens)) for rollout in group.rollouts
             ]
-        # And the fleet has counted the same.
+        # The fleet's counts are the same.
         reasons = Counter(row.reason for row in found.rollouts())
         for reason, name in (("failed", "attempts_failed"), ("aborted",) * 2, ("mixed",) * 2):
             assert reasons[reason] == N * counts[name]
         assert counts["prompts"] == len(entries)
         assert counts["groups"] == len(self.groups)
-        assert counts["dropped"] == len(draws("failed"))
+        assert counts["dropped"] == len(indices("failed"))
         return found

@@ -2,7 +2,7 @@
 
 import asyncio
 import copy
-from typing import Any
+import dataclasses
 
 import aiohttp
 import numpy as np
@@ -11,21 +11,22 @@ from fault_server import STOP, VOCAB, is_right, publish_toy, toy_logp
 
 from oapl_jax.fleet.client import (
     Aborted,
+    GroupRequest,
     Mixed,
     Refused,
     ServerError,
     SGLangClient,
     WrongVersion,
-    read_group,
     sampling_params,
 )
 from oapl_jax.rollout.sampler import Sampling
 
-EXPECTED: dict[str, Any] = dict(
+REQUEST = GroupRequest(
+    tokens=(3, 4),
     n=2,
-    vocab_size=10,
+    sampling=Sampling(1.0, 1.0, 0, 3),
     stop_ids=(1, 9),
-    max_response_tokens=3,
+    vocab_size=10,
     version=16,
     mixed_versions="reissue",
 )
@@ -49,10 +50,10 @@ def group(second=None):
     return [response([5, 9], "stop"), second or response([2, 3, 4], "length")]
 
 
-def test_read_group_by_hand():
+def test_read_a_group_by_hand():
     content = group()
     kept = copy.deepcopy(content)
-    (first, second), mixed = read_group(content, **EXPECTED)
+    (first, second), mixed = REQUEST.read(content)
     assert content == kept
     assert first.tokens.tolist() == [5, 9]
     assert second.tokens.tolist() == [2, 3, 4]
@@ -61,20 +62,20 @@ def test_read_group_by_hand():
     assert (first.tokens.dtype, first.behavior_logp.dtype) == (np.int32, np.float32)
     assert (first.finish_reason, second.finish_reason) == ("stop", "length")
     assert (first.policy_version, second.policy_version, mixed) == (16, 16, False)
-    ((rollout,), _) = read_group(content[0], **{**EXPECTED, "n": 1})  # no list
+    ((rollout,), _) = dataclasses.replace(REQUEST, n=1).read(content[0])  # no list
     assert rollout.tokens.tolist() == [5, 9]
 
 
-def test_read_group_tolerates_differences_between_servers():
+def test_read_tolerates_differences_between_servers():
     content = [response([5, 2, 1], "length"), response([2, 3, 4], "length")]
     content[0]["meta_info"]["output_token_logprobs"][0][0] = 3e-6  # rounded up
     del content[1]["meta_info"]["weight_versions"]
-    rollouts, _ = read_group(content, **EXPECTED)
+    rollouts, _ = REQUEST.read(content)
     assert [r.finish_reason for r in rollouts] == ["stop", "length"]
     assert rollouts[0].behavior_logp[0] == 0
     assert rollouts[1].policy_version == 16
     empty = [{"version": "15", "start": 0, "end": 0}, {"version": "16", "start": 0, "end": 3}]
-    assert not read_group(group(response([2, 3, 4], "length", "16", empty)), **EXPECTED)[1]
+    assert not REQUEST.read(group(response([2, 3, 4], "length", "16", empty)))[1]
 
 
 def change_meta(key, value):
@@ -142,23 +143,23 @@ MIXED = response([2, 3, 4], "length", "17", SPANS)
         (replace(MIXED), Mixed),
     ],
 )
-def test_read_group_rejects_an_invalid_response(change, error):
+def test_read_rejects_an_invalid_response(change, error):
     content = group()
     change(content)
     with pytest.raises(ServerError) as caught:
-        read_group(content, **EXPECTED)
+        REQUEST.read(content)
     assert caught.type is error
 
 
 def test_a_mixed_response_is_kept_as_one_of_the_older_version():
-    keep = {**EXPECTED, "mixed_versions": "keep"}
-    rollouts, mixed = read_group(group(MIXED), **keep)
+    keep = dataclasses.replace(REQUEST, mixed_versions="keep")
+    rollouts, mixed = keep.read(group(MIXED))
     assert mixed
     assert {r.policy_version for r in rollouts} == {16}
     newer = [response([5, 9], "stop", "17"), MIXED]  # began with the newer version
     with pytest.raises(WrongVersion):
-        read_group(newer, **keep)
-    rollouts, _ = read_group(newer, **{**keep, "version": None})
+        keep.read(newer)
+    rollouts, _ = dataclasses.replace(keep, version=None).read(newer)
     assert {r.policy_version for r in rollouts} == {-1}
 
 
@@ -200,10 +201,17 @@ def call(server, request, *, deadline=5.0):
     return asyncio.run(run())
 
 
-def generate(tokens, **changes):
-    given = dict(n=3, stop_ids=(STOP,), vocab_size=VOCAB, version=4, mixed_versions="reissue")
-    sampling = Sampling(1.0, 1.0, 0, 6)
-    return lambda client: client.generate(tokens, sampling=sampling, **{**given, **changes})
+def generate(version=4, deadline=None):
+    request = GroupRequest(
+        tokens=[2, 3],
+        n=3,
+        sampling=Sampling(1.0, 1.0, 0, 6),
+        stop_ids=(STOP,),
+        vocab_size=VOCAB,
+        version=version,
+        mixed_versions="reissue",
+    )
+    return lambda client: client.generate(request, deadline=deadline)
 
 
 def test_update_and_generate(server, directory):
@@ -211,15 +219,15 @@ def test_update_and_generate(server, directory):
     assert call(server, lambda client: client.version()) == "default"
     call(server, lambda client: client.update(str(path), 4, deadline=5.0))
     assert call(server, lambda client: client.version()) == "4"
-    rollouts, _ = call(server, generate([2, 3]))
+    rollouts, _ = call(server, generate())
     assert len(rollouts) == 3
     for rollout in rollouts:
         assert rollout.policy_version == 4
         assert is_right(rollout, np.array([2, 3]), Sampling(1.0, 1.0, 0, 6))
     with pytest.raises(WrongVersion):
-        call(server, generate([2, 3], version=5))
+        call(server, generate(version=5))
     for _ in range(2):  # of any version: the prefix cache is bypassed
-        call(server, generate([2, 3], version=None))
+        call(server, generate(version=None))
     keys = [request["extra_key"] for request in server.requests]
     assert keys[:2] == ["v4", "v5"]
     assert len(set(keys)) == 4
@@ -255,7 +263,7 @@ def test_score(server):
 def test_a_failed_request_names_its_route(server, fault, error):
     server.plan = lambda call: fault
     with pytest.raises(ServerError, match="/generate") as caught:
-        call(server, generate([2, 3], deadline=0.2 if fault == "hang" else None))
+        call(server, generate(deadline=0.2 if fault == "hang" else None))
     assert caught.type is error
 
 
@@ -300,7 +308,7 @@ def test_abort_all_ends_requests_in_flight(server):
     server.seconds = 20.0
 
     async def run(client):
-        task = asyncio.create_task(generate([2, 3], version=None)(client))
+        task = asyncio.create_task(generate(version=None)(client))
         while not server.running:
             await asyncio.sleep(0.01)
         await client.abort_all()

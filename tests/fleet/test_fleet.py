@@ -1,4 +1,4 @@
-"""The fleet over servers that do as they are told, and its groups; see fault_server.py."""
+"""Groups of a fleet: prompts in, responses out, failed attempts; see fault_server.py."""
 
 import itertools
 import threading
@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from fault_server import FAULTS, STOP, VOCAB
+from fault_server import FAULTS, VOCAB
 from fleets import (
     PATIENCE,
     SAMPLING,
@@ -14,13 +14,15 @@ from fleets import (
     N,
     Taker,
     assert_balanced,
-    assert_each_once,
     assert_right,
     once,
     prompt,
     prompts,
-    ready_fleet,
-    states,
+    reasons_of,
+    sample,
+    servers_of,
+    versions_of,
+    wait_ready,
     wait_until,
 )
 
@@ -28,122 +30,85 @@ from oapl_jax.errors import RunError, UserError
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Prompt
 
-# Groups
 
-
-def test_every_prompt_comes_out_once(make_fleet, toy_servers, directory):
+def test_every_prompt_comes_out_once(ready_fleet, toy_servers):
     made = toy_servers(2)
-    fleet = ready_fleet(make_fleet, made, directory, 5)
+    fleet = ready_fleet(made, 5)
     assert (fleet.version, fleet.versions()) == (5, {5})
-    taken = Taker(fleet, prompts(60)).result()
-    assert_each_once(taken, 60)
-    assert_right(taken)
+    taken = sample(fleet, 60)
     assert all(len(s.rollouts) == N and not s.attempts and s.seconds > 0 for s in taken)
-    assert {r.policy_version for s in taken for r in s.rollouts} == {5}
-    assert {s.server for s in taken} == {server.url for server in made}
+    assert versions_of(taken) == {5}
+    assert servers_of(taken) == {server.url for server in made}
     assert {r.finish_reason for s in taken for r in s.rollouts} == {"stop", "length"}
     assert_balanced(fleet, taken, 60)
     greedy = Sampling(0.0, 1.0, 0, 4)
-    taken = Taker(fleet, prompts(5), greedy).result()
-    assert_right(taken, greedy)
-    assert Taker(fleet, []).result() == []
+    assert_right(Taker(fleet, prompts(5), greedy).result(), greedy)
+    assert sample(fleet, 0) == []
 
 
-def test_a_request_names_every_setting_and_the_version(make_fleet, toy_servers, directory):
+def test_max_in_flight_limits_requests_and_pulls(ready_fleet, toy_servers):
     (server,) = toy_servers(1)
-    fleet = ready_fleet(make_fleet, [server], directory, 12)
-    odd = Sampling(temperature=0.7, top_p=0.9, top_k=5, max_response_tokens=6)
-    Taker(fleet, prompts(1), odd).result()
-    request = server.requests[-1]
-    assert request["input_ids"] == prompt(0).tokens.tolist()
-    assert (request["extra_key"], request["return_logprob"]) == ("v12", True)
-    settings = request["sampling_params"]
-    expected = dict(n=N, temperature=0.7, top_p=0.9, top_k=5, max_new_tokens=6, min_p=0.0)
-    assert expected.items() <= settings.items()
-    assert settings["stop_token_ids"] == [STOP]
-    assert (settings["repetition_penalty"], settings["frequency_penalty"]) == (1.0, 0.0)
-
-
-def test_no_more_groups_in_flight_than_allowed(make_fleet, toy_servers, directory):
-    (server,) = toy_servers(1)
-    fleet = ready_fleet(make_fleet, [server], directory, max_in_flight=3)
+    fleet = ready_fleet([server], max_in_flight=3)
     server.seconds, pulled = 0.02, []
-    taker = Taker(fleet, (pulled.append(i) or prompt(i) for i in range(20)))
-    assert_each_once(taker.result(), 20)
+    count_pulled = lambda count: (pulled.append(i) or prompt(i) for i in range(count))
+    Taker(fleet, count_pulled(20)).right(20)
     assert server.most_running == 3
-
-
-def test_prompts_are_not_taken_ahead_of_who_takes_groups(make_fleet, toy_servers, directory):
-    fleet = ready_fleet(make_fleet, toy_servers(1), directory, max_in_flight=2)
-    pulled = []
-    groups = fleet.generate(
-        (pulled.append(i) or prompt(i) for i in itertools.count()), n=N, sampling=SAMPLING
-    )
+    pulled.clear()
+    groups = fleet.generate(count_pulled(100), n=N, sampling=SAMPLING)
     next(groups)
     wait_until(lambda: fleet.metrics()["fleet/waiting"] == 0)
-    time.sleep(0.3)  # for those that would be taken
-    assert len(pulled) <= 2 + 2 + 1
+    time.sleep(0.3)  # for further pulls
+    assert len(pulled) <= 3 + 3 + 1  # finished, in flight and taken
     groups.close()
 
 
-def test_a_blocked_pull_holds_back_no_group(make_fleet, toy_servers, directory):
-    fleet = ready_fleet(make_fleet, toy_servers(1), directory)
+def test_a_blocked_pull_delays_no_group(ready_fleet, toy_servers):
+    fleet = ready_fleet(toy_servers(1))
     blocked = threading.Event()
 
-    def some_and_wait():
+    def pull():
         yield from prompts(3)
         assert blocked.wait(PATIENCE)
 
-    taker = Taker(fleet, some_and_wait())
+    taker = Taker(fleet, pull())
     wait_until(lambda: len(taker.taken) == 3, "three groups while the pull blocks")
     assert taker.is_alive()
     blocked.set()
-    assert_each_once(taker.result(), 3)
+    taker.right(3)
 
 
-def test_what_a_pull_raises_is_raised_by_generate(make_fleet, toy_servers, directory):
-    fleet = ready_fleet(make_fleet, toy_servers(1), directory)
+def test_generate_raises_the_error_of_a_pull(ready_fleet, toy_servers):
+    fleet = ready_fleet(toy_servers(1))
 
-    def some_and_fail():
+    def pull():
         yield prompt(0)
         raise UserError("no more")
 
     with pytest.raises(UserError, match="no more"):
-        Taker(fleet, some_and_fail()).result()
-    assert_each_once(Taker(fleet, prompts(4)).result(), 4)  # the fleet goes on
+        Taker(fleet, pull()).result()
+    sample(fleet, 4)  # the fleet continues
 
 
-@pytest.mark.parametrize(
-    ("tokens", "why"),
-    [
-        ([3, VOCAB], f"prompt p0 has token id {VOCAB}, outside"),
-        ([-1], "prompt p0 has token id -1, outside"),
-        ([], "prompt p0 has 0 tokens"),
-        ([2] * 9, "prompt p0 has 9 tokens"),
-    ],
-)
-def test_a_prompt_that_would_end_a_server_is_not_sent(
-    make_fleet, toy_servers, directory, tokens, why
-):
+def test_a_prompt_that_would_crash_a_server_is_not_sent(ready_fleet, toy_servers):
     (server,) = toy_servers(1)
-    fleet = ready_fleet(make_fleet, [server], directory)
-    asked = server.calls["generate"]
-    bad = Prompt("p0", 0, np.array(tokens, np.int32), "", "", "toy")
-    with pytest.raises(UserError, match=why):
+    fleet = ready_fleet([server])
+    before = server.calls["generate"]
+    bad = Prompt("p0", 0, np.array([3, VOCAB], np.int32), "", "", "toy")
+    with pytest.raises(UserError, match="prompt p0"):
         Taker(fleet, [bad]).result()
-    assert server.calls["generate"] == asked
+    assert server.calls["generate"] == before
 
 
 def test_a_prompt_before_the_first_version(make_fleet, toy_servers):
     fleet = make_fleet([server.url for server in toy_servers(1)])
     assert (fleet.version, fleet.versions()) == (-1, set())
-    with pytest.raises(RunError, match="before its first version"):
+    with pytest.raises(RunError):
         Taker(fleet, prompts(1)).result()
 
 
-def test_groups_that_are_abandoned_are_given_up(make_fleet, toy_servers, directory):
+def test_abandoned_groups_are_cancelled(ready_fleet, toy_servers):
     (server,) = toy_servers(1)
-    fleet = ready_fleet(make_fleet, [server], directory, request_deadline=1000.0)
+    fleet = ready_fleet([server], request_deadline=1000.0)
     groups = fleet.generate(prompts(50), n=N, sampling=SAMPLING)
     next(groups)
     server.seconds = 1000.0
@@ -155,60 +120,56 @@ def test_groups_that_are_abandoned_are_given_up(make_fleet, toy_servers, directo
     assert found["fleet/prompts"] == found["fleet/groups"] + found["fleet/cancelled"]
     assert found["fleet/groups"] == 1
     assert found["fleet/cancelled"] >= SETTINGS["max_in_flight"]
-    assert_each_once(Taker(fleet, prompts(9)).result(), 9)
+    sample(fleet, 9)
 
 
-# Faults of a group
+# Failed attempts
 
 
-def test_each_fault_is_a_named_attempt_and_another_try(make_fleet, toy_servers, directory):
+def test_each_fault_is_a_named_attempt_and_a_retry(ready_fleet, toy_servers):
     (server,) = toy_servers(1)
-    fleet = ready_fleet(make_fleet, [server], directory, request_deadline=0.5)
+    fleet = ready_fleet([server], request_deadline=0.5)
     total = []
-    for place, fault in enumerate(FAULTS):
+    for index, fault in enumerate(FAULTS):
         server.plan = once("generate", fault)
-        # The group is what meets the fault, not the contract of a server that is back.
-        wait_until(lambda: states(fleet) == {"ready"}, "readiness")
-        (sampled,) = Taker(fleet, [prompt(place)]).result()
+        wait_ready(fleet)  # so that the group meets the fault, not the admission of the server
+        (sampled,) = Taker(fleet, [prompt(index)]).result()
         total.append(sampled)
         assert server.faults["generate", fault] == 1
         assert len(sampled.rollouts) == N
         expected = {"delay": [], "mixed": ["mixed"]}.get(fault, ["failed"])
-        assert [a.reason for a in sampled.attempts] == expected, fault
+        assert reasons_of([sampled]) == expected, fault
         assert all((a.server, a.version) == (server.url, 0) for a in sampled.attempts)
     assert_right(total)
     assert_balanced(fleet, total, len(FAULTS))
 
 
-def test_a_group_that_always_fails_is_dropped_and_counted(make_fleet, toy_servers, directory):
+def test_a_group_that_always_fails_is_dropped_and_counted(ready_fleet, toy_servers):
     made = toy_servers(2)
-    fleet = ready_fleet(make_fleet, made, directory, backoff=0.1, backoff_limit=1.0)
+    fleet = ready_fleet(made, backoff=0.1, backoff_limit=1.0)
     poison = prompt(3).tokens.tolist()
-
-    def plan_of(server):
-        of_poison = lambda: server.requests[-1]["input_ids"] == poison
-        return lambda call: "500" if call == "generate" and of_poison() else ""
-
     for server in made:
-        server.plan = plan_of(server)
+        poisoned = lambda server=server: server.requests[-1]["input_ids"] == poison
+        server.plan = lambda call, poisoned=poisoned: (
+            "500" if call == "generate" and poisoned() else ""
+        )
     taken = Taker(fleet, [prompt(3)]).result()
     assert_balanced(fleet, taken, 1)
     (sampled,) = taken
     assert sampled.rollouts == ()
-    assert [a.reason for a in sampled.attempts] == ["failed"] * SETTINGS["attempts"]
+    assert reasons_of(taken) == ["failed"] * SETTINGS["attempts"]
     used = [a.server for a in sampled.attempts]
     assert all(one != next_ for one, next_ in itertools.pairwise(used))  # another server each time
     assert sampled.server == used[-1]
 
 
-def test_mixed_groups_can_be_kept(make_fleet, toy_servers, directory):
+def test_mixed_groups_can_be_kept(ready_fleet, toy_servers):
     (server,) = toy_servers(1)
-    fleet = ready_fleet(make_fleet, [server], directory, 4, mixed_versions="keep")
+    fleet = ready_fleet([server], 4, mixed_versions="keep")
     server.plan = once("generate", "mixed")
-    (sampled,) = Taker(fleet, prompts(1)).result()
-    assert sampled.attempts == ()
-    assert {r.policy_version for r in sampled.rollouts} == {4}  # with which they began
+    taken = Taker(fleet, prompts(1)).result()
+    assert not reasons_of(taken)
+    assert versions_of(taken) == {4}  # with which they began
     assert fleet.metrics()["fleet/mixed"] == 1
-    server.plan = once("generate", "other_mixed")  # began with another than it was asked for
-    (sampled,) = Taker(fleet, prompts(1)).result()
-    assert [a.reason for a in sampled.attempts] == ["failed"]
+    server.plan = once("generate", "other_mixed")  # began with another version
+    assert reasons_of(Taker(fleet, prompts(1)).result()) == ["failed"]

@@ -1,8 +1,8 @@
-"""The fleet against servers that misbehave on order; see fault_server.py."""
+"""A fleet against servers with injected faults; see fault_server.py."""
 
 import itertools
 import threading
-from typing import Any
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,24 +11,26 @@ from fault_server import CONTROL, FAULTS, is_right, publish_toy
 from fleets import (
     PATIENCE,
     SAMPLING,
+    SETTINGS,
     N,
     Run,
     Taker,
+    always,
     assert_balanced,
-    assert_each_once,
-    assert_right,
+    has_logged,
+    of,
     once,
     prompt,
     prompts,
-    ready_fleet,
+    sample,
+    servers_of,
     states,
+    versions_of,
+    wait_ready,
     wait_until,
 )
 
 from oapl_jax.model.tokenizer import make_character_tokenizer
-
-# Faults of a server
-
 
 BAD_ADMISSIONS = [
     ("update", "refuse", "refused"),
@@ -58,119 +60,103 @@ BAD_ADMISSIONS = [
 def test_a_server_that_fails_a_refresh_samples_nothing(
     make_fleet, toy_servers, directory, call, fault, state
 ):
-    """The other one goes on alone, until the first does as it is told."""
+    """The other server samples alone, until the first one recovers."""
     bad, good = toy_servers(2)
     deadlines = dict(control_deadline=0.5, update_deadline=0.5, start_deadline=0.1)
     fleet = make_fleet([bad.url, good.url], **deadlines)
-    bad.plan = lambda this: fault if this == call else ""
+    bad.plan = always(call, fault)
     fleet.refresh(3, publish_toy(directory, 3))
-    wait_until(lambda: fleet.servers()[good.url]["state"] == "ready")
-    wait_until(lambda: fleet.servers()[bad.url][state])
-    taken = Taker(fleet, prompts(20)).result()
-    assert_each_once(taken, 20)
-    assert_right(taken)
-    assert {s.server for s in taken} == {good.url}
-    assert any(f"server {bad.url} is {state}: " in sentence for sentence in fleet.said)
+    wait_until(lambda: of(fleet, good, "state") == "ready")
+    wait_until(lambda: of(fleet, bad, state))
+    assert servers_of(sample(fleet, 20)) == {good.url}
+    assert has_logged(fleet, f"{bad.url} is {state}")
     bad.plan = lambda this: ""
-    wait_until(lambda: states(fleet) == {"ready"}, "recovery")
-    assert any(f"server {bad.url} is ready again, with version 3" in s for s in fleet.said)
-    taken = Taker(fleet, prompts(40)).result()
-    assert_right(taken)
-    assert {s.server for s in taken} == {good.url, bad.url}
+    wait_ready(fleet)
+    assert has_logged(fleet, f"{bad.url} is ready")
+    assert servers_of(sample(fleet, 40)) == {good.url, bad.url}
 
 
-def test_a_server_that_takes_the_weights_and_says_no(make_fleet, toy_servers, directory):
+def test_a_server_that_loads_the_weights_and_refuses(ready_fleet, toy_servers):
     (server,) = toy_servers(1)
-    server.plan = lambda this: "late_no" if this == "update" else ""
-    fleet = ready_fleet(make_fleet, [server], directory, 2)
-    taken = Taker(fleet, prompts(5)).result()
-    assert_right(taken)
-    assert {r.policy_version for s in taken for r in s.rollouts} == {2}
+    server.plan = always("update", "late_no")
+    assert versions_of(sample(ready_fleet([server], 2), 5)) == {2}
 
 
 @pytest.mark.parametrize("fault", ["503", "hang", "reset"])
-def test_a_server_that_fails_its_health_is_lost(make_fleet, toy_servers, directory, fault):
-    """And what is in flight there is requested from another one."""
+def test_a_server_that_fails_its_health_check_is_lost(ready_fleet, toy_servers, fault):
+    """Its requests in flight are retried on another server."""
     bad, good = toy_servers(2)
-    deadlines: Any = dict(control_deadline=1.0, request_deadline=1000.0)
-    fleet = ready_fleet(make_fleet, [bad, good], directory, **deadlines)
+    fleet = ready_fleet([bad, good], control_deadline=1.0, request_deadline=1000.0)
     bad.seconds = 1000.0
     taker = Taker(fleet, prompts(20))
-    wait_until(lambda: fleet.servers()[bad.url]["in_flight"] > 0)
+    wait_until(lambda: of(fleet, bad, "in_flight") > 0)
     bad.plan = lambda this: fault if this in CONTROL else ""
-    taken = taker.result()
-    assert_each_once(taken, 20)
-    assert_right(taken)
-    assert {s.server for s in taken} == {good.url}
+    taken = taker.right(20)
+    assert servers_of(taken) == {good.url}
     assert {a.server for s in taken for a in s.attempts} == {bad.url}
     assert_balanced(fleet, taken, 20)
 
 
-def test_a_killed_server_comes_back(make_fleet, toy_servers, directory):
+def test_a_killed_server_comes_back(ready_fleet, toy_servers):
     made = toy_servers(2)
     victim = made[0]
-    fleet = ready_fleet(make_fleet, made, directory)
+    fleet = ready_fleet(made)
     for server in made:
         server.seconds = 0.01
     killed, back = threading.Event(), threading.Event()
 
-    def killing():
-        for draw in itertools.count():
-            if draw == 40:
+    def pull():
+        for index in itertools.count():
+            if index == 40:
                 victim.kill()
                 killed.set()
             if back.is_set():
                 break
-            yield prompt(draw)
+            yield prompt(index)
 
-    taker = Taker(fleet, killing())
+    taker = Taker(fleet, pull())
     assert killed.wait(PATIENCE)
-    wait_until(lambda: fleet.servers()[victim.url]["state"] == "lost")
+    wait_until(lambda: of(fleet, victim, "state") == "lost")
     assert victim.loads == [0]
     victim.start()  # with weights of no version
-    wait_until(lambda: fleet.servers()[victim.url]["state"] == "ready")
-    assert victim.loads == [0, 0]  # it was brought to the wanted version before
-    sampled = fleet.servers()[victim.url]["sampled"]
-    wait_until(lambda: fleet.servers()[victim.url]["sampled"] > sampled)
+    wait_until(lambda: of(fleet, victim, "state") == "ready")
+    assert victim.loads == [0, 0]  # it loaded the target version first
+    sampled = of(fleet, victim, "sampled")
+    wait_until(lambda: of(fleet, victim, "sampled") > sampled)
     back.set()
-    taken = taker.result()
-    assert_each_once(taken, len(taken))
-    assert_right(taken)
+    taken = taker.right()
     assert any(s.attempts for s in taken)
     assert all(s.rollouts for s in taken)
     assert fleet.metrics()["fleet/refused"] == 0
     assert_balanced(fleet, taken, len(taken))
 
 
-def test_a_server_that_comes_back_with_other_weights_under_the_same_name(
-    make_fleet, toy_servers, directory
-):
+def test_a_server_that_comes_back_with_other_weights_under_the_same_name(ready_fleet, toy_servers):
     (server,) = toy_servers(1)
-    fleet = ready_fleet(make_fleet, [server], directory, 3, control_deadline=0.5)
+    fleet = ready_fleet([server], 3, control_deadline=0.5)
     server.plan = lambda this: "503" if this in CONTROL else ""
     wait_until(lambda: states(fleet) == {"lost"})
     server.held = 55
     server.plan = lambda this: ""
-    taken = Taker(fleet, prompts(20)).result()
-    assert_right(taken)
+    sample(fleet, 20)
     assert fleet.metrics()["fleet/probe_failed"] == 1
     assert server.loads == [3, 3]
 
 
-def test_a_server_that_comes_back_takes_the_wanted_version_first(
-    make_fleet, toy_servers, directory
+def test_a_server_that_comes_back_loads_the_target_version_first(
+    ready_fleet, toy_servers, directory
 ):
-    """Even where older versions may serve, and it has had its turn just now."""
+    """Even where older versions are allowed and it was refreshed a moment ago."""
     (server,) = toy_servers(1)
-    fleet = ready_fleet(make_fleet, [server], directory, allow_older=True)
-    server.update_seconds = 1.5  # so long it serves before it is refreshed again
+    fleet = ready_fleet([server], allow_older=True)
+    server.update_seconds = 1.5  # and so long it samples before the next refresh
     fleet.refresh(1, publish_toy(directory, 1))
-    wait_until(lambda: fleet.versions() == {1} and states(fleet) == {"ready"}, "version 1")
+    wait_ready(fleet, 1)
     server.update_seconds = 0.0
     fleet.refresh(2, publish_toy(directory, 2))
     server.plan = once("health", "503")
-    wait_until(lambda: fleet.servers()[server.url]["lost"])
-    wait_until(lambda: states(fleet) == {"ready"}, "its return")
+    wait_until(lambda: of(fleet, server, "lost"))
+    wait_ready(fleet)
     assert fleet.versions() == {2}
     assert server.loads == [0, 1, 2]
 
@@ -178,8 +164,8 @@ def test_a_server_that_comes_back_takes_the_wanted_version_first(
 # Everything at once
 
 
-def test_a_thousand_random_faults(make_fleet, toy_servers, directory, tmp_path):
-    """Whatever servers do, the ledger has each group once, and no rollout is wrong."""
+def test_a_thousand_random_faults(ready_fleet, toy_servers, directory, tmp_path):
+    """The ledger has each group once, and no rollout is wrong."""
     made, rng = toy_servers(6), np.random.default_rng(0)
     lock = threading.Lock()
     faults = {
@@ -206,9 +192,7 @@ def test_a_thousand_random_faults(make_fleet, toy_servers, directory, tmp_path):
             return bags[call].pop()
 
     fleet = ready_fleet(
-        make_fleet,
         made,
-        directory,
         allow_older=True,
         control_deadline=0.5,
         request_deadline=0.5,
@@ -246,5 +230,10 @@ def test_a_thousand_random_faults(make_fleet, toy_servers, directory, tmp_path):
     assert {fault for call, fault in kinds if call == "generate"} == set(FAULTS)
     assert {call for call, _ in kinds} >= {"generate", "score", "update", "flush", "info"}
     assert len({group.policy_version for group in run.groups}) > 1
-    reasons = [[a[2] for a in e.sample["attempts"]] for e in found.entries if e.state == "failed"]
-    assert all(sum(reason != "aborted" for reason in of_one) == 4 for of_one in reasons)
+    attempts = Counter(
+        row.id.split(".")[1]
+        for row in found.rollouts()
+        if row.id.endswith(".0") and row.reason in ("failed", "mixed")
+    )
+    failed = [group for group in found.groups() if group.state == "failed"]
+    assert all(attempts[str(group.stream_index)] == SETTINGS["attempts"] for group in failed)

@@ -13,8 +13,11 @@ from fleets import (
     Taker,
     assert_each_once,
     assert_published,
-    gap,
+    difference,
+    of,
     open_real_fleet,
+    reasons_of,
+    versions_of,
 )
 
 from oapl_jax.errors import UserError
@@ -26,17 +29,15 @@ PATIENCE = 180.0  # seconds until a test gives up
 
 
 @pytest.fixture
-def make_fleet(published):
-    """`fleets.open_real_fleet`; what it opens is closed at the end."""
-    opened = []
+def make_fleet(published, stack):
+    """`fleets.open_real_fleet`, closed with the test."""
 
     def make(*args, **kwargs):
-        opened.append(open_real_fleet(published, *args, **kwargs))
-        return opened[-1]
+        fleet = open_real_fleet(published, *args, **kwargs)
+        stack.callback(fleet.close)
+        return fleet
 
-    yield make
-    for fleet in opened:
-        fleet.close()
+    return make
 
 
 def prompt(draw):
@@ -53,10 +54,7 @@ def wait_until(condition, what="it"):
 
 
 def wait_ready(fleet):
-    give_up = time.monotonic() + PATIENCE
-    while {server["state"] for server in fleet.servers().values()} != {"ready"}:
-        assert time.monotonic() < give_up, fleet.servers()
-        time.sleep(0.02)
+    wait_until(lambda: fleets.states(fleet) == {"ready"}, "readiness")
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
@@ -69,8 +67,8 @@ def test_log_probs_are_those_of_the_learner(make_fleet, servers, published, temp
     assert_each_once(taken, 16)
     assert {s.server for s in taken} == set(servers.urls)
     at = temperature or 1.0  # greedy tokens have the log-probs of temperature 1
-    assert max(gap(published, s, 2, at) for s in taken) < CLOSE
-    assert min(gap(published, s, 1, at) for s in taken) > 0.1
+    assert max(difference(published, s, 2, at) for s in taken) < CLOSE
+    assert min(difference(published, s, 1, at) for s in taken) > 0.1
     rollouts = [r for s in taken for r in s.rollouts]
     stops = set(published.policy.stop_ids)
     for rollout in rollouts:
@@ -101,9 +99,9 @@ def test_a_refresh_under_load_mixes_no_group(
     taken = take(fleet, refreshing()).result()
     assert_each_once(taken, 90)
     assert_published(published, taken)
-    sampled_from = {s.rollouts[0].policy_version for s in taken}
+    sampled_from = versions_of(taken)
     assert len(sampled_from) > 1 if allow_older else sampled_from == {1, 2, 3}
-    assert {a.reason for s in taken for a in s.attempts} <= {"aborted"}
+    assert set(reasons_of(taken)) <= {"aborted"}
     found = fleet.metrics()
     assert found["fleet/aborted"] == sum(len(s.attempts) for s in taken)
     assert found["fleet/aborted"] == 0 if allow_older else found["fleet/aborted"] > 0
@@ -127,17 +125,18 @@ def test_a_killed_server_comes_back(
         patience=PATIENCE,
     )
     run.worker.start()
-    of = lambda server, name: fleet.servers()[server.url][name]
-    run.train_until(lambda: of(victim, "sampled") > 3 and of(victim, "in_flight") > 1, "work")
+    run.train_until(
+        lambda: of(fleet, victim, "sampled") > 3 and of(fleet, victim, "in_flight") > 1, "work"
+    )
     victim.kill()
-    run.train_until(lambda: of(victim, "state") == "lost", "the loss")
-    before = [of(server, "sampled") for server in (victim, steady)]
-    run.train_until(lambda: of(steady, "sampled") > before[1] + 3, "work for the other one")
+    run.train_until(lambda: of(fleet, victim, "state") == "lost", "the loss")
+    before = [of(fleet, server, "sampled") for server in (victim, steady)]
+    run.train_until(lambda: of(fleet, steady, "sampled") > before[1] + 3, "work for the other one")
     # Nobody trains, so soon nobody samples: on two cores a server starts slowly beside one at work.
     back = start_server(published.path(1), port, wait=False)
-    wait_until(lambda: of(victim, "state") == "ready", "the return")
+    wait_until(lambda: of(fleet, victim, "state") == "ready", "the return")
     assert back.ask("/model_info")["weight_version"] == "3"
-    run.train_until(lambda: of(victim, "sampled") > before[0] + 3, "work for who is back")
+    run.train_until(lambda: of(fleet, victim, "sampled") > before[0] + 3, "work for who is back")
     found = run.finish()
 
     assert_published(published, run.groups)
@@ -150,7 +149,7 @@ def test_a_killed_server_comes_back(
         assert (row.server, row.reason) == (victim.url, "failed")
         after = rows[row.reissued_as]
         assert after.state in ("trained", "held", "reissued")
-    assert any("is ready again, with version 3" in said for said in fleet.said)
+    assert fleets.has_logged(fleet, f"{victim.url} is ready")
 
 
 def test_a_damaged_version_is_refused_before_a_server_loads_it(
@@ -169,7 +168,7 @@ def test_a_damaged_version_is_refused_before_a_server_loads_it(
     with pytest.raises(UserError, match=r"model\.safetensors is missing or damaged"):
         fleet.refresh(2, damaged)
     taken = take(fleet, map(prompt, range(8))).result()
-    assert {s.rollouts[0].policy_version for s in taken} == {1}
+    assert versions_of(taken) == {1}
     for server in servers.servers:
         assert server.ask("/model_info")["weight_version"] == "1"
         assert server.ask("/model_info")["model_path"] == str(published.path(1))
@@ -209,8 +208,8 @@ def test_a_response_of_two_versions_is_requested_again(make_fleet, servers, publ
 
     # A try whose response had not begun at the change, or was done, is another case.
     tries = map(change_at, np.random.default_rng(0).uniform(0.1, 0.9, 50))
-    sampled = next(s for s in tries if [a.reason for a in s.attempts] == ["mixed"])
-    assert {r.policy_version for r in sampled.rollouts} == {1}
+    sampled = next(s for s in tries if reasons_of([s]) == ["mixed"])
+    assert versions_of([sampled]) == {1}
     assert fleet.metrics()["fleet/mixed"] >= 1
     assert server.ask("/model_info")["weight_version"] == "1"  # brought back before
 
