@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from fault_server import MODEL, STOP, VOCAB, is_right
+from stores import buffer_config, uniform
 
 from configs import common
 from oapl_jax.config import FleetConfig
@@ -15,6 +16,7 @@ from oapl_jax.data.records import Record, user
 from oapl_jax.fleet.admission import Requirements
 from oapl_jax.fleet.sampler import Fleet
 from oapl_jax.rollout.buffer import Buffer
+from oapl_jax.rollout.group_store import GroupStore
 from oapl_jax.rollout.ledger import Ledger
 from oapl_jax.rollout.ledger_report import LedgerReport
 from oapl_jax.rollout.sampler import Sampling
@@ -237,32 +239,25 @@ def counts_of(fleet):
 
 
 class Run:
-    """A fleet with a worker, a buffer and a ledger; `train` takes the learner's place.
+    """A fleet with a worker, a group store and a ledger; `train` takes the learner's place.
 
     Args:
       fleet: the sampler.
       directory: of the ledger.
       tokenizer: of the prompts, which are sums.
-      sampling: how tokens are drawn.
-      capacity: of the buffer, groups; whatever their versions are, all are trained on.
-      patience: seconds until a wait gives up.
+      sampling: how tokens are sampled.
+      capacity: of the buffer, groups; groups of any version are trained on.
+      patience: seconds until a wait fails.
 
-    `groups` has all that were rewarded.
+    Attributes:
+      groups: all rewarded groups.
     """
 
     def __init__(self, fleet, directory, tokenizer, *, sampling, capacity, patience=PATIENCE):
         self.fleet, self.groups, self._trained, self._patience = fleet, [], [], patience
-        self._path = directory / "ledger.jsonl"
+        self._path, self._capacity = directory / "ledger.jsonl", capacity
         ledger = Ledger(self._path)
-        self._buffer = Buffer(
-            mode="keep_with_anchor",
-            max_age=1,
-            max_reuse=1,
-            capacity=capacity,
-            zero_variance="keep",
-            seed=0,
-            on_end=ledger.end,
-        )
+        config = buffer_config(mode="keep_with_anchor", max_age=1, capacity=capacity)
         records = [Record(f"id{i}", user(f"{i}+1="), "", "chain_sum", {}) for i in range(10, 99)]
         stream = PromptStream(
             records,
@@ -274,13 +269,18 @@ class Run:
             host=0,
             hosts=1,
         )
+        self.store = GroupStore(
+            uniform(stream),
+            Buffer(config, seed=0, on_end=ledger.end),
+            ledger,
+            None,
+            group_size=N,
+            on_group=self.groups.append,
+        )
         self.worker = Worker(
-            stream,
+            self.store,
             fleet,
             lambda prompt, rollouts: np.array([len(r.tokens) for r in rollouts], np.float32),
-            self._buffer,
-            ledger=ledger,
-            record=self.groups.append,
             group_size=N,
             sampling=sampling,
             prompts_per_call=1,
@@ -289,19 +289,19 @@ class Run:
         )
 
     def train(self, step=0):
-        """One group, as soon as there is one."""
-        wait_until(lambda: self.worker.check() or len(self._buffer), "a group", self._patience)
-        self._trained += self._buffer.sample(1, step)
+        """Takes one group, as soon as there is one."""
+        wait_until(lambda: self.worker.check() or len(self.store), "a group", self._patience)
+        self._trained += self.store.take(1, 0, step)
 
     def train_until(self, condition, what):
-        give_up = time.monotonic() + self._patience
+        until = time.monotonic() + self._patience
         while not condition():
-            assert time.monotonic() < give_up, f"{what} does not happen"
+            assert time.monotonic() < until, f"{what} does not happen"
             self.train()
 
-    def _idle(self):
-        with self._buffer.lock:  # then what is outstanding stays as it is for a moment
-            return not self._buffer.has_room(1) and not self.worker.state()["again"]
+    def _is_full(self):
+        state = self.store.snapshot(lambda: None)
+        return len(state["buffer"]["uses"]) == self._capacity and not state["again"]
 
     def finish(self):
         """Lets the fleet finish and closes the ledger; asserts that no group is lost or duplicated.
@@ -309,10 +309,11 @@ class Run:
         Returns:
           the ledger's report.
         """
-        wait_until(self._idle, "a full buffer", self._patience)
+        wait_until(self._is_full, "a full buffer", self._patience)
         counts = counts_of(self.fleet)
         self.worker.stop()
         found = LedgerReport(self._path)
+        held = {group.prompt.stream_index for group in self.store.take(self._capacity, 0, 0)}
         summary, entries = found.summary(), found.groups()
         assert summary["balanced"], summary["faults"]
         assert sorted(entry.stream_index for entry in entries) == list(range(len(entries)))
@@ -320,7 +321,7 @@ class Run:
         trained = [group.prompt.stream_index for group in self._trained]
         assert len(trained) == len(set(trained))
         assert indices("trained") == set(trained)
-        assert indices("held") == self._buffer.draws()
+        assert indices("held") == held
         assert indices("trained") | indices("held") == {
             group.prompt.stream_index for group in self.groups
         }

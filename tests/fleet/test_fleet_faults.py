@@ -213,7 +213,7 @@ def test_a_thousand_random_faults(ready_fleet, toy_servers, directory, tmp_path)
             break
         if step % 150 == 75:
             version = step // 150 + 1
-            run.worker.serve(version, publish_toy(directory, version))
+            run.store.set_target(version, publish_toy(directory, version))
         if step % 100 == 30:
             dead = made[step // 100 % len(made)]
             dead.kill()

@@ -260,8 +260,8 @@ def test_many_threads_may_close(ready_fleet, toy_servers):
     ],
 )
 def test_invalid_settings(changes, name):
+    settings = {**SETTINGS, "servers": ("http://a",), **changes}
     with pytest.raises(UserError, match=name):
-        settings = {**SETTINGS, "servers": ("http://a",), **changes}
         FleetConfig.from_dict(settings, path="fleet").check_source()
 
 
