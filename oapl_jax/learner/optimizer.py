@@ -5,19 +5,6 @@ from typing import Any
 import optax
 
 
-def make_schedule(
-    *, learning_rate: float, warmup_steps: int, final_fraction: float, num_steps: int
-) -> optax.Schedule:
-    """Linear warm-up to learning_rate, then a cosine to learning_rate * final_fraction."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=learning_rate / (warmup_steps + 1),  # not 0: the first step would be wasted
-        peak_value=learning_rate,
-        warmup_steps=warmup_steps,
-        decay_steps=max(num_steps, warmup_steps + 1),
-        end_value=learning_rate * final_fraction,
-    )
-
-
 def make_optimizer(
     *,
     learning_rate: float,
@@ -33,14 +20,16 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """clip_by_global_norm, then AdamW with decoupled weight decay (arXiv 1711.05101).
 
+    The rate rises linearly to `learning_rate`, then falls by a cosine to a `final_fraction` of it.
     The first moment is stored in `mu_dtype`; a step computes with it in float32 and rounds the
     result. The second moment is float32.
     """
-    schedule = make_schedule(
-        learning_rate=learning_rate,
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=learning_rate / (warmup_steps + 1),  # not 0: the first step would be wasted
+        peak_value=learning_rate,
         warmup_steps=warmup_steps,
-        final_fraction=final_fraction,
-        num_steps=num_steps,
+        decay_steps=max(num_steps, warmup_steps + 1),
+        end_value=learning_rate * final_fraction,
     )
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),

@@ -41,8 +41,7 @@ def build_batch(
       objective: gives the advantages; if its loss needs whole groups, none is split.
       aggregation, constant_length: as in objectives/aggregation.py.
       step: learner step, for the lag.
-      micro_batches: M, the most of them.
-      row_length: T.
+      micro_batches, row_length: M and T.
       rows_multiple: R, the rows of a micro-batch, is rounded up to a multiple.
       max_prompt_tokens, max_response_tokens: of any sequence; the latter is C.
       zero_variance_weight: factor on the weights of groups with equal rewards.
@@ -137,11 +136,7 @@ def rows_per_micro_batch(
 def check_whole_groups(
     groups_per_step: int, group_size: int, *, longest: int, row_length: int, **layout: int
 ) -> None:
-    """Raises a UserError if micro-batches can't hold whole groups, as `build_batch` would.
-
-    Args:
-      longest, row_length, layout: as in `rows_per_micro_batch`.
-    """
+    """Raises a UserError if micro-batches of this layout can't hold whole groups."""
     sequences = groups_per_step * group_size
     rows = rows_per_micro_batch(sequences, longest=longest, row_length=row_length, **layout)
     rows_per_group = -(-group_size // max(row_length // longest, 1))
@@ -154,11 +149,7 @@ def check_whole_groups(
 
 
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Rows of sequence indices by first fit, longest first, none of over `row_length` tokens.
-
-    Raises:
-      UserError: if a sequence is longer than a row.
-    """
+    """Rows of sequence indices by first fit, longest first, none of over `row_length` tokens."""
     rows: list[list[int]] = []
     space: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -184,11 +175,7 @@ def fill(
 ) -> list[list[list[int]]]:
     """Micro-batches of at most `rows` rows of sequence indices, as few as packing finds.
 
-    Args:
-      lengths: tokens of each sequence.
-      row_length: T.
-      rows: R.
-      group_size: consecutive sequences that must share a micro-batch; 1 lets all be split.
+    With `group_size` above 1 so many consecutive sequences always share a micro-batch.
     """
     if group_size == 1:
         packed = pack(lengths, row_length)

@@ -33,14 +33,10 @@ def warm_up(
 ) -> Any:
     """Trains parameters by maximum likelihood, averaged over tokens.
 
-    Args:
-      model, optimizer, mesh: as for the learner.
+    Args (the others are as for the learner):
       demonstrations: groups of one rollout each, the demonstrated response, with reward 1.
       params: initial parameters, or the seed of fresh ones.
-      num_steps: gradient steps.
       batch_size: demonstrations a step.
-      micro_batches, row_length, rows_multiple, logp_chunk: as for the learner.
-      max_prompt_tokens, max_response_tokens: of a demonstration.
       log: called with the step and its loss (nats a token).
 
     Returns:

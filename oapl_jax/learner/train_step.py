@@ -36,7 +36,6 @@ class TrainState:
 
 
 def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state at step 0."""
     # One array each: donated buffers must not be shared.
     step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
     return TrainState(step, params, optimizer.init(params), skipped, in_a_row)
@@ -56,12 +55,9 @@ def state_shardings(
     sharded = parameter_shardings(params, mesh)
     shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), params)
     replicated = NamedSharding(mesh, P())
+    of_param, of_other = (lambda _, sharding: sharding), (lambda _: replicated)
     moments = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, s: s,
-        shapes.opt_state,
-        sharded,
-        transform_non_params=lambda _: replicated,
+        optimizer, of_param, shapes.opt_state, sharded, transform_non_params=of_other
     )
     return TrainState(replicated, sharded, moments, replicated, replicated)
 
@@ -148,9 +144,8 @@ def summarize(loss: jax.Array, metrics: dict[str, jax.Array], batch: Batch) -> d
     if "target_log_ratio" in metrics:
         # Least squares through the origin of the log-ratio on its target: 1 at the fixed point.
         target = metrics["target_log_ratio"]
-        out["log_ratio/slope"] = jnp.sum(metrics["log_ratio"] * target) / jnp.sum(
-            jnp.square(target)
-        )
+        product = jnp.sum(metrics["log_ratio"] * target)
+        out["log_ratio/slope"] = product / jnp.sum(jnp.square(target))
     return out
 
 
@@ -276,8 +271,8 @@ def recompute_logps(
       logp_step: of `make_logp_step`.
       step: learner step of the batch, to which its lag refers.
       reference: parameters of the reference policy, if the objective or the KL needs them.
-      load_version: version -> parameters, for `objective.denominator="learner"`: the behavior
-        policy's log-probs are then recomputed from each rollout's version.
+      load_version: version -> parameters, to recompute the behavior policy's log-probs from each
+        rollout's version (`objective.denominator="learner"`).
     """
     if reference is not None:
         batch = dataclasses.replace(batch, reference_logp=logp_step(reference, batch))

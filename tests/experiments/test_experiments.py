@@ -25,7 +25,7 @@ from experiments.objectives import FULL, QUICK, Arm, arms, stream, train, tuned,
 from experiments.run import RESULTS, Results, key_of, listed, make_run
 from oapl_jax.errors import RunError
 from oapl_jax.files import JsonLines
-from oapl_jax.learner.optimizer import make_optimizer, make_schedule
+from oapl_jax.learner.optimizer import make_optimizer
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 900  # for a command, on a busy machine
@@ -120,8 +120,8 @@ def test_a_reset_of_adam_keeps_the_schedule():
         resetting(make_optimizer(**settings), every=3),
         make_optimizer(**settings),
     )
-    of_rate = ("learning_rate", "warmup_steps", "final_fraction", "num_steps")
-    rate = make_schedule(**{name: settings[name] for name in of_rate})
+    last = 0.1 * settings["final_fraction"]
+    rate = optax.warmup_cosine_decay_schedule(0.1 / 3, 0.1, 2, decay_steps=9, end_value=last)
     gradients = np.random.default_rng(0).normal(size=(9, 4))
     params = {"w": jnp.ones(4)}
     state, update = optimizer.init(params), jax.jit(optimizer.update)

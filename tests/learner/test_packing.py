@@ -187,15 +187,6 @@ def test_whole_groups_always_fit_a_divisor_of_their_number():
     check_whole_groups(6, 4, longest=2, **{**layout, "micro_batches": 3})
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_the_longest_sequences_have_room(seed):
-    rng = np.random.default_rng(seed)
-    groups = make_groups(rng, 8, 16, 16)
-    row_length, micro_batches = int(rng.choice([32, 64, 100])), int(rng.integers(1, 33))
-    batch = batch_of(groups, row_length=row_length, micro_batches=micro_batches)
-    assert batch.tokens.shape[1] == -(-32 // (row_length // 32 * micro_batches))
-
-
 @pytest.mark.parametrize("what", ["prompt", "response"])
 def test_a_prompt_or_response_longer_than_its_setting_is_refused(what):
     groups = make_groups(np.random.default_rng(5), 4, 12, 12)

@@ -59,17 +59,3 @@ def random_group(seed, lengths, width, spread):
 def log_ratios(logp, behavior, mask):
     """Of whole responses, in float64."""
     return ((logp.astype(np.float64) - behavior) * mask).sum(-1)
-
-
-# A bandit of four responses of two tokens: reference, the policy that samples, and the rewards.
-REFERENCE, SAMPLING = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.1, 0.2, 0.3, 0.4])
-REWARDS = np.array([0.0, 1.0, 0.25, -0.5])
-BETA = 0.7
-LOG_Z = np.log(REFERENCE @ np.exp(REWARDS / BETA))
-OPTIMUM = REFERENCE * np.exp(REWARDS / BETA - LOG_Z)
-
-
-def tokens(policy):
-    """Log-probs of the two tokens of each response: a third of the nats, and the rest."""
-    logp = np.log(np.asarray(policy, np.float64))
-    return np.stack([logp / 3, logp * 2 / 3], axis=-1).astype(np.float32)

@@ -69,20 +69,6 @@ def test_a_new_objective_is_a_module_a_line_and_a_section(monkeypatch):
         bound("newest", strength=2.0)
 
 
-def test_the_configurations_differ_in_what_the_methods_differ():
-    of = lambda name, *keys: tuple(
-        {**(own := section(name)), **own["policy_gradient"], **own.get(name, {})}[k] for k in keys
-    )
-    assert of("grpo", "aggregation", "clip_low", "clip_high") == ("token", 0.2, 0.28)
-    assert of("dr_grpo", "aggregation", "estimator") == ("constant", "dr_grpo")
-    assert of("gspo", "aggregation", "clip_low", "clip_high") == ("sequence", 3e-4, 4e-4)
-    assert of("grpo_is", "proximal", "correction") == ("learner", "token_truncate")
-    assert of("a_star_po", "denominator", "beta1", "beta2") == ("reference", 0.5, 1e-3)
-    assert of("oapl", "denominator", "beta1", "beta2") == ("behavior", 1.0, 1e-3)
-    assert of("prosper", "pair_share") == (1.0,)
-    assert of("cispo", "cap", "floor") == (5.0, 0.0)
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("form", ARGUMENTS)
 def test_every_objective_has_the_two_forms_with_required_keyword_only_constants(name, form):

@@ -1,4 +1,4 @@
-"""CISPO by hand, and as what it is with and without a cap."""
+"""CISPO by hand, and its gradient with and without a cap."""
 
 import numpy as np
 import pytest

@@ -38,15 +38,6 @@ def expectation(estimate, count):
     return total
 
 
-def test_the_exact_gradient_is_that_of_the_series():
-    rate, step = POLICY @ RIGHT, 1e-6
-    series = lambda p: -sum((1 - p) ** k / k for k in range(1, 6))
-    slope = (series(rate + step) - series(rate - step)) / (2 * step)
-    np.testing.assert_allclose(exact_gradient(5), slope * POLICY * (RIGHT - rate), rtol=1e-6)
-    np.testing.assert_allclose(exact_gradient(1), POLICY * (RIGHT - rate), rtol=1e-12)
-    np.testing.assert_allclose(exact_gradient(10**6), POLICY * (RIGHT - rate) / rate, rtol=1e-12)
-
-
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize(("estimator", "below"), [("baseline", 1), ("success", 0), ("centred", 0)])
 def test_the_order_of_an_estimator_is_that_of_its_samples(estimator, below, count):
@@ -67,34 +58,26 @@ def test_a_truncated_order_is_met_with_any_number_of_samples(count, order):
 
 
 @pytest.mark.parametrize(
-    ("hyper", "expected"),
+    ("reward", "estimator", "order", "expected"),
     [
-        (dict(estimator="baseline", order=1), [3, -1, -1, -1]),
-        (dict(estimator="success", order=1), [4, 0, 0, 0]),
-        (dict(estimator="centred", order=1), [3, -1, -1, -1]),
-        (dict(estimator="truncated", order=1), [1, 0, 0, 0]),
+        ([1, 0, 0, 0], "baseline", 1, [3, -1, -1, -1]),
+        ([1, 0, 0, 0], "success", 1, [4, 0, 0, 0]),
+        ([1, 0, 0, 0], "centred", 1, [3, -1, -1, -1]),
+        ([1, 0, 0, 0], "truncated", 1, [1, 0, 0, 0]),
         # c_2 = 2/3, c_3 = 2/3 1/2, c_4 = 0: three failures show no more.
-        (dict(estimator="truncated", order=2), [1, -2 / 3, -2 / 3, -2 / 3]),
-        (dict(estimator="truncated", order=3), [1, -1, -1, -1]),
-        (dict(estimator="truncated", order=4), [1, -1, -1, -1]),
+        ([1, 0, 0, 0], "truncated", 2, [1, -2 / 3, -2 / 3, -2 / 3]),
+        ([1, 0, 0, 0], "truncated", 3, [1, -1, -1, -1]),
+        ([1, 0, 0, 0], "truncated", 4, [1, -1, -1, -1]),
+        # Groups of equal rewards.
+        *[([value] * 4, "baseline", 4, [0] * 4) for value in (0, 1)],
+        *[([value] * 4, "success", 4, [value] * 4) for value in (0, 1)],
+        *[([value] * 4, "centred", 4, [value - 1] * 4) for value in (0, 1)],
+        *[([value] * 4, "truncated", 4, [4 * value - 3] * 4) for value in (0, 1)],
     ],
 )
-def test_by_hand(hyper, expected):
-    np.testing.assert_allclose(of([1, 0, 0, 0], **hyper, verified_reward=1.0), expected, rtol=1e-6)
-
-
-def test_groups_of_equal_rewards():
-    of_all = lambda value, estimator, order=4: of(
-        np.full(4, value), estimator=estimator, order=order, verified_reward=1.0
-    )
-    for value in (0.0, 1.0):
-        np.testing.assert_array_equal(of_all(value, "baseline"), 0)
-    np.testing.assert_array_equal(of_all(1.0, "success"), 1)
-    np.testing.assert_array_equal(of_all(0.0, "success"), 0)
-    np.testing.assert_array_equal(of_all(1.0, "centred"), 0)
-    np.testing.assert_array_equal(of_all(0.0, "centred"), -1)
-    np.testing.assert_array_equal(of_all(1.0, "truncated"), 1)
-    np.testing.assert_array_equal(of_all(0.0, "truncated"), -3)
+def test_by_hand(reward, estimator, order, expected):
+    found = of(reward, estimator=estimator, order=order, verified_reward=1.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_graded_rewards_count_from_the_threshold():

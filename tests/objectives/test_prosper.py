@@ -45,7 +45,7 @@ def test_groups_do_not_mix_and_each_has_its_own_pairs():
 
 
 @pytest.mark.parametrize("pair_share", [1.0, 0.3])
-def test_it_is_solved_by_the_step_of_mirror_ascent_whoever_sampled(pair_share):
+def test_it_is_solved_by_the_step_of_mirror_ascent_on_any_samples(pair_share):
     """log pi / pi_t = g / beta2 less any constant of the prompt."""
     rng = np.random.default_rng(2)
     old, g = rng.dirichlet(np.ones(6)), rng.uniform(0, 1, 6)
