@@ -117,7 +117,7 @@ def plan_run(
       UserError: if a run would refuse the configuration on the slice.
       RunError: see estimate.
     """
-    mesh = make_mesh(where, dict(**config.mesh))
+    mesh = make_mesh(where, **config.mesh)
     config.check_layout(mesh=mesh.shape, hosts=where.hosts)
     inputs = plan_inputs(config, sizes, from_checkpoint)
     return estimate(inputs, where, mesh, storage=storage, log=say)

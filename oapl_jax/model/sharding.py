@@ -7,6 +7,7 @@ along `data` and `context`.
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,25 +33,32 @@ PARAMETER_RULES = (
 )
 
 
-def make_mesh(*, data: int, fsdp: int, context: int, tensor: int) -> Mesh:
+def make_mesh(
+    *, data: int, fsdp: int, context: int, tensor: int, devices: Sequence[Any] | None = None
+) -> Mesh:
     """Makes a mesh over all devices; one size may be -1 and takes the remaining devices.
+
+    Args:
+      data, fsdp, context, tensor: sizes of the axes.
+      devices: of another topology; None for those of this run.
 
     Raises:
       UserError: if the sizes do not multiply to the number of devices.
     """
     given = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
     sizes = [given[axis] for axis in AXES]
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     if sizes.count(-1) == 1:
         rest = -math.prod(sizes)
-        sizes[sizes.index(-1)] = max(devices // rest, 1) if rest > 0 else 0
-    if min(sizes) < 1 or math.prod(sizes) != devices:
+        sizes[sizes.index(-1)] = max(count // rest, 1) if rest > 0 else 0
+    if min(sizes) < 1 or math.prod(sizes) != count:
         product = " x ".join(f"mesh.{axis}={given[axis]}" for axis in AXES)
         raise UserError(
-            f"{product} does not make {devices} devices; choose sizes with that product (one of "
+            f"{product} does not make {count} devices; choose sizes with that product (one of "
             "them may be -1)"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
 
 
 def parameter_spec(path: str) -> P:

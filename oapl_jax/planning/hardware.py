@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from oapl_jax.errors import UserError
-from oapl_jax.model.sharding import AXES
+from oapl_jax.model import sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,28 +167,21 @@ def open_slice(name: str) -> Slice:
     return Slice(generation, shape, found.devices)
 
 
-def make_mesh(where: Slice, sizes: Mapping[str, int]) -> Mesh:
+def make_mesh(
+    where: Slice, *, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1
+) -> Mesh:
     """The mesh that a run makes on this slice; see sharding.make_mesh.
 
     Raises:
       UserError: if the sizes do not multiply to the number of chips, or the torus has no such axes.
     """
-    sizes = {axis: sizes[axis] for axis in AXES if axis in sizes}
-    chips, given = len(where.devices), list(sizes.values())
-    rest = math.prod(size for size in given if size != -1)
-    filled = [chips // rest if size == -1 and rest > 0 else size for size in given]
-    asked = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
-    if given.count(-1) > 1 or min(filled) < 1 or math.prod(filled) != chips:
-        raise UserError(
-            f"{asked} does not make the {chips} chips of {where.name}; choose sizes with that "
-            "product (one of them may be -1)"
-        )
-    kinds = (AxisType.Auto,) * len(sizes)
+    sizes = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
     try:
-        return jax.make_mesh(tuple(filled), tuple(sizes), axis_types=kinds, devices=where.devices)
+        return sharding.make_mesh(**sizes, devices=where.devices)
     except NotImplementedError as error:
+        product = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
         raise UserError(
-            f"{asked} can't be laid out on {where.name}: each size must be a product of whole "
+            f"{product} can't be laid out on {where.name}: each size must be a product of whole "
             f"dimensions of the torus ({' x '.join(map(str, where.shape))})"
         ) from error
 

@@ -61,16 +61,12 @@ COPIES = ("copy", "bitcast", "convert", "copy-start", "copy-done", "optimization
 SLICING = ("dynamic-slice", "slice", "gather")
 # From one memory to another, asynchronously.
 TRANSFERS = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
-# Bytes that a chip receives over its links, for a payload (the whole array: an all-gather's result,
-# a reduce-scatter's operand) and a group of n chips.
-RECEIVED = {
-    "all-gather": lambda payload, n: payload * (n - 1) / n,
-    "reduce-scatter": lambda payload, n: payload * (n - 1) / n,
-    "all-reduce": lambda payload, n: 2 * payload * (n - 1) / n,
-    "all-to-all": lambda payload, n: payload * (n - 1) / n,
-    "collective-permute": lambda payload, n: payload,
-}
-# Instructions that read their operands and write their results.
+# A chip of a group of n receives (n - 1) / n of a payload, so many times. The payload is the whole
+# array: an all-gather's result, a reduce-scatter's operand.
+PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1}
+COLLECTIVES = {*PASSES, "collective-permute"}
+COMMUNICATES = re.compile(r"\b(channel_id|replica_groups|source_target_pairs)=")
+# Instructions that read their operands and write their results; within a fusion any other may stand.
 COMPUTING = frozenset(
     re.findall(
         r"\S+",
@@ -78,7 +74,7 @@ COMPUTING = frozenset(
     abs acos acosh add and asin asinh atan2 atanh bitcast-convert broadcast cbrt ceil cholesky clamp
     compare complex concatenate convert convolution cosine cosh count-leading-zeros custom-call
     divide dot dynamic-update-slice erf exponential exponential-minus-one fft floor fusion
-    get-dimension-size imag is-finite log log-plus-one logistic map maximum minimum multiply negate
+    get-dimension-size imag is-finite log log-plus-one logistic map maximum minimum mulhi multiply negate
     not or pad popcnt power real reduce reduce-precision reduce-window remainder reshape reverse rng
     rng-bit-generator round-nearest-afz round-nearest-even rsqrt scatter select select-and-scatter
     set-dimension-size shift-left shift-right-arithmetic shift-right-logical sign sine sinh sort
@@ -86,7 +82,7 @@ COMPUTING = frozenset(
     """,
     )
 )
-KNOWN = FREE | COMPUTING | RECEIVED.keys() | set(SLICING)
+KNOWN = FREE | COMPUTING | COLLECTIVES | set(SLICING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +305,7 @@ def read_computations(text: str) -> Iterator[Computation]:
 def read_instruction(computation: Computation, line: str) -> None:
     """Adds `[ROOT] %name = shape opcode(operands), attributes` to its computation."""
     found = INSTRUCTION.fullmatch(line)
-    if not found or re.sub("-(start|update|done)$", "", found.group(4)) not in KNOWN:
+    if not found:
         raise RunError(f"the compiled program has an unknown instruction: {line[:120]!r}")
     root, name, shape, opcode, literal, rest = found.groups(default="")
     instruction = Instruction(computation, name, shape, opcode, literal, rest)
@@ -377,7 +373,9 @@ def collective_bytes(module: Module, mesh: Mapping[str, int]) -> dict[str, dict[
     for computation in module.computations.values():
         for instruction in computation.instructions.values():
             kind = instruction.opcode.removesuffix("-start")
-            if kind not in RECEIVED or not computation.executions:
+            if kind not in COLLECTIVES or not computation.executions:
+                if COMMUNICATES.search(instruction.rest) and kind not in COLLECTIVES:
+                    raise RunError(f"collective {kind} ({instruction.name}) is not known")
                 continue
             channel = instruction.attribute("channel_id")
             if _continues(instruction):
@@ -385,18 +383,21 @@ def collective_bytes(module: Module, mesh: Mapping[str, int]) -> dict[str, dict[
                 continue
             counted.add(channel)
             operands = sum(operand.bytes for operand in instruction.operands)
-            payload = max(_payload(instruction), operands)
+            results = instruction.bytes
+            if instruction.opcode.endswith("-start"):  # its tuple has operands, results and flags
+                results = max((a.bytes for a in instruction.arrays if a.shape), default=0)
+            payload = max(results, operands)
             if kind == "all-reduce" and _scatters(instruction):
                 kind = "reduce-scatter"
             if kind == "collective-permute":
-                axes, chips = permuted_axes(instruction, mesh), 2
+                axes, received = permuted_axes(instruction, mesh), payload
             else:
                 group = device_group(instruction, math.prod(mesh.values()))
-                axes, chips = axes_of(group, mesh), len(group)
+                axes = axes_of(group, mesh)
+                received = PASSES[kind] * payload * (len(group) - 1) / len(group)
             if axes:  # else groups of one chip
-                row = table.setdefault(kind, {})
-                received = RECEIVED[kind](payload, chips) * computation.executions
-                row["+".join(axes)] = row.get("+".join(axes), 0.0) + received
+                row, name = table.setdefault(kind, {}), "+".join(axes)
+                row[name] = row.get(name, 0.0) + received * computation.executions
     for channel in continued.keys() - counted:
         raise RunError(f"the compiled program continues {continued[channel]} and never starts it")
     return table
@@ -421,12 +422,6 @@ def _scatters(instruction: Instruction) -> bool:
     while users and all(u.opcode in ("get-tuple-element", "bitcast") for u in users):
         users = [user for u in users for user in u.users]
     return bool(users) and all(u.opcode == "dynamic-slice" for u in users)
-
-
-def _payload(instruction: Instruction) -> int:
-    if instruction.opcode.endswith("-start"):  # operands, results, and flags
-        return max((a.bytes for a in instruction.arrays if a.shape), default=0)
-    return instruction.bytes
 
 
 def permuted_axes(instruction: Instruction, shape: Mapping[str, int]) -> tuple[str, ...]:
@@ -501,6 +496,8 @@ def traffic(module: Module) -> tuple[int, int]:
             allocates = instruction.opcode == "custom-call" and not instruction.operands
             if instruction.opcode in FREE or allocates:
                 continue
+            if re.sub("-(start|update|done)$", "", instruction.opcode) not in KNOWN:
+                raise RunError(f"{instruction.opcode} ({instruction.name}) is no known instruction")
             if instruction.opcode in TRANSFERS:
                 count, *spaces = _transfer(instruction)
                 hbm += computation.executions * count * spaces.count(HBM)

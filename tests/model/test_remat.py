@@ -87,7 +87,7 @@ def test_what_a_policy_keeps_is_not_computed_again():
 @functools.cache
 def traced(remat):
     where = hardware.open_slice("v5e:2x2")
-    mesh = hardware.make_mesh(where, dict(data=1, fsdp=4, context=1, tensor=1))
+    mesh = hardware.make_mesh(where, data=1, fsdp=4, context=1, tensor=1)
     run, given = gradient(remat, mesh)
     return run.trace(*given)
 

@@ -25,7 +25,7 @@ def small_run(
     )
     decoder = dict(head_dim=64, num_hidden_layers=2, max_position_embeddings=length) | sizes
     model = ModelConfig.from_hf(dict(config.model.architecture) | decoder, source="this test")
-    mesh = make_mesh(where, config.mesh)
+    mesh = make_mesh(where, **config.mesh)
     run = RunPrograms(plan_inputs(typed(config), model, False), mesh)
     assert run.longest.tokens.shape == (micro_batches, ROWS, length)
     return run

@@ -381,12 +381,12 @@ ENTRY %main (x: f32[8,64], w: f32[4,4]) -> f32[8,64] {
         ("to_apply=%sum", "applies=%sum", "applies"),
         ("to_apply=%sum", "to_apply=%gone", "gone"),
         ("condition=%outer_condition, ", "", "outer_condition"),
-        ("copy(%ten)", "teleport(%ten)", "teleport"),
+        ("get-tuple-element(%loop), index=1", "teleport(%loop)", "teleport"),
         ("copy(%ten)", "copy(%ten", "copied"),
-        ("copy(%ten)", "ragged-all-to-all(%ten)", "ragged-all-to-all"),
-        ("%zero = s32[]{:T(128)}", "%zero = s32[]{:T(128)U(3)}", "zero"),
-        ("%zero = s32[]{:T(128)}", "%zero = s32[]{:T(128)S(9)}", "zero"),
-        ("%zero = s32[]{:T(128)}", "%zero = posit[]{:T(128)}", "posit"),
+        ("add(%a, %b)", "send(%a, %b), channel_id=9", "send"),
+        ("%x.1 = bf16[64,32]{1,0}", "%x.1 = bf16[64,32]{1,0:T(128)U(3)}", "x.1"),
+        ("%x.1 = bf16[64,32]{1,0}", "%x.1 = bf16[64,32]{1,0:T(128)S(9)}", "x.1"),
+        ("%x.1 = bf16[64,32]", "%x.1 = posit[64,32]", "posit"),
         ("%x = bf16[64,32]{1,0}", "x = bf16[64,32]{1,0}", "x = bf16"),
         ("ROOT %result", "%result", "main"),
         ("ENTRY ", "", "ENTRY"),
@@ -395,11 +395,14 @@ ENTRY %main (x: f32[8,64], w: f32[4,4]) -> f32[8,64] {
 def test_an_unknown_form_is_an_error_that_names_it(old, new, named):
     assert old in LOOPS
     with pytest.raises(RunError, match=named):
-        [
-            i.bytes
-            for c in Module(LOOPS.replace(old, new)).computations.values()
-            for i in c.instructions.values()
-        ]
+        module = Module(LOOPS.replace(old, new))
+        collective_bytes(module, MESH)
+        traffic(module)
+
+
+def test_new_arithmetic_within_a_fusion_needs_no_reader():
+    new = TRAFFIC.replace("bitcast(%row)", "multiply-by-add(%row)")
+    assert traffic(Module(new)) == traffic(Module(TRAFFIC))
 
 
 def test_a_collective_that_continues_must_have_been_started():

@@ -77,7 +77,7 @@ def test_no_argument_is_copied(run, compiled):
 def test_arrays_resharded_by_replication_are_counted(where, compiled):
     """No exchange between two chips leads from rows over all of them to columns and planes."""
     assert compiled.replicated == 0
-    mesh = hardware.make_mesh(where, dict(data=2, fsdp=2))
+    mesh = hardware.make_mesh(where, data=2, fsdp=2)
     rows, rest = (NamedSharding(mesh, P(*axes)) for axes in ([AXES[:2]], [None, *AXES[:2]]))
     x = jax.ShapeDtypeStruct((8, 8, 128), jnp.float32, sharding=rows)
     turned = lambda x: jnp.cos(jax.lax.with_sharding_constraint(jnp.sin(x), rest))
@@ -106,7 +106,7 @@ def test_flops_of_the_program_are_those_of_the_formula_and_of_remat(times):
 
 def test_bytes_of_each_collective_equal_a_hand_computation(where):
     """A loop of five trips with one collective of each kind, over a mesh of 2 x 2."""
-    mesh = hardware.make_mesh(where, dict(data=2, fsdp=2))
+    mesh = hardware.make_mesh(where, data=2, fsdp=2)
     rows, columns = 256, 512
 
     def body(x, _):
@@ -193,9 +193,9 @@ def test_slices_and_meshes_that_do_not_exist_are_refused(where):
             hardware.open_slice(name)
     for sizes in (dict(data=3, fsdp=-1), dict(data=-1, fsdp=-1), dict(data=1, fsdp=2)):
         with pytest.raises(UserError, match=r"mesh\.fsdp"):
-            hardware.make_mesh(where, sizes)
+            hardware.make_mesh(where, **sizes)
     with pytest.raises(UserError, match="v6e:8x8"):
-        hardware.make_mesh(hardware.open_slice("v6e:8x8"), dict(data=4, fsdp=16))
+        hardware.make_mesh(hardware.open_slice("v6e:8x8"), data=4, fsdp=16)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_slices_and_meshes_that_do_not_exist_are_refused(where):
 )
 def test_an_axis_has_the_links_of_its_part_of_the_torus(name, sizes, links):
     where = hardware.open_slice(name)
-    mesh = hardware.make_mesh(where, sizes)
+    mesh = hardware.make_mesh(where, **sizes)
     for axis, count in links.items():
         bandwidth = hardware.axis_bandwidth(where, mesh, [axis])
         assert bandwidth == count * where.chip.link_bandwidth
