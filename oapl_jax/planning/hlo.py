@@ -66,23 +66,21 @@ TRANSFERS = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update
 PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1}
 COLLECTIVES = {*PASSES, "collective-permute"}
 COMMUNICATES = re.compile(r"\b(channel_id|replica_groups|source_target_pairs)=")
-# Instructions that read their operands and write their results; within a fusion any other may stand.
-COMPUTING = frozenset(
-    re.findall(
-        r"\S+",
-        """
-    abs acos acosh add and asin asinh atan2 atanh bitcast-convert broadcast cbrt ceil cholesky clamp
-    compare complex concatenate convert convolution cosine cosh count-leading-zeros custom-call
-    divide dot dynamic-update-slice erf exponential exponential-minus-one fft floor fusion
-    get-dimension-size imag is-finite log log-plus-one logistic map maximum minimum mulhi multiply negate
-    not or pad popcnt power real reduce reduce-precision reduce-window remainder reshape reverse rng
-    rng-bit-generator round-nearest-afz round-nearest-even rsqrt scatter select select-and-scatter
-    set-dimension-size shift-left shift-right-arithmetic shift-right-logical sign sine sinh sort
-    sqrt stochastic-convert subtract tan tanh topk transpose triangular-solve xor copy async
+# Instructions that read their operands and write their results. Others are known within a fusion
+# only, where they do not count.
+COMPUTING = re.findall(
+    r"\S+",
+    """
+    abs add and atan2 bitcast-convert broadcast cbrt ceil clamp compare concatenate convert
+    convolution copy cosine count-leading-zeros custom-call divide dot dynamic-update-slice erf
+    exponential exponential-minus-one floor fusion is-finite log log-plus-one logistic map maximum
+    minimum mulhi multiply negate not or pad popcnt power reduce reduce-precision reduce-window
+    remainder reshape reverse rng-bit-generator round-nearest-afz round-nearest-even rsqrt scatter
+    select select-and-scatter shift-left shift-right-arithmetic shift-right-logical sign sine sort
+    sqrt subtract tan tanh topk transpose xor async
     """,
-    )
 )
-KNOWN = FREE | COMPUTING | COLLECTIVES | set(SLICING)
+KNOWN = {*FREE, *COMPUTING, *COLLECTIVES, *SLICING}
 
 
 @dataclasses.dataclass(frozen=True)

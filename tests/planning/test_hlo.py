@@ -394,10 +394,9 @@ ENTRY %main (x: f32[8,64], w: f32[4,4]) -> f32[8,64] {
 )
 def test_an_unknown_form_is_an_error_that_names_it(old, new, named):
     assert old in LOOPS
+    figures = lambda module: (collective_bytes(module, MESH), traffic(module))
     with pytest.raises(RunError, match=named):
-        module = Module(LOOPS.replace(old, new))
-        collective_bytes(module, MESH)
-        traffic(module)
+        figures(Module(LOOPS.replace(old, new)))
 
 
 def test_new_arithmetic_within_a_fusion_needs_no_reader():
