@@ -63,10 +63,8 @@ def check_rewards(
     right answer in a thinking part that never ends must get no reward, nor one that was cut off.
 
     Args:
-      grader: of the run.
-      tokenizer: of the policy.
-      records: of the training split; the first that fit are taken.
-      task: of the records.
+      grader, tokenizer: of the run.
+      records: of the training split, all of `task`; the first that fit are taken.
       max_prompt_tokens, instruction: as for prompts.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Verifiers of arithmetic's tasks: (response text, answer) -> 1.0 if right, else 0.0.
+"""Verifiers of the synthetic tasks: (response text, answer) -> 1.0 if right, else 0.0.
 
 A response is hostile until proven otherwise: it never reaches eval, exec or a parser that evaluates
-(reasoning_gym judges countdown with sympy's parse_expr, which calls eval, and is not used), every
-verifier bounds its length first, and no response makes a verifier raise.
+(reasoning_gym's verifier of countdown calls eval, by sympy's parse_expr, and is not used), its
+length is bounded first, and no response makes a verifier raise.
 """
 
 import ast
@@ -18,7 +18,7 @@ EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
 
 
 def chain_sum(response: str, answer: str) -> float:
-    """The last integer of the response is the answer."""
+    """Compares the last integer of the response with the answer."""
     if len(response) > MAX_CHARACTERS:
         return 0.0
     numbers = INTEGER.findall(response)
@@ -26,7 +26,7 @@ def chain_sum(response: str, answer: str) -> float:
 
 
 def number_sorting(response: str, answer: str) -> float:
-    """The comma-separated numbers are those of the answer, in its order."""
+    """Compares comma-separated numbers with those of the answer, in order."""
     if len(response) > MAX_CHARACTERS:
         return 0.0
     numbers = [_integer(part) for part in response.split(",")]
@@ -34,7 +34,7 @@ def number_sorting(response: str, answer: str) -> float:
 
 
 def countdown(response: str, answer: str) -> float:
-    """An expression of + - * / over exactly the given numbers, each used once, reaches the target.
+    """Evaluates an expression of + - * / that uses each of the given numbers once.
 
     Args:
       response: the expression and nothing else.
@@ -63,11 +63,12 @@ VERIFIERS: dict[str, Callable[[str, str], float]] = {
     "countdown": countdown,
 }
 
-# What a response says at its end, for a vote among responses; equal strings are equal answers.
+# Final answers of responses, for a vote; equal strings are equal answers.
+_without_blanks: Callable[[str], str] = lambda response: response.replace(" ", "")
 FINAL_ANSWERS: dict[str, Callable[[str], str]] = {
     "chain_sum": lambda response: (INTEGER.findall(response[-MAX_CHARACTERS:]) or [""])[-1],
-    "number_sorting": lambda response: response.replace(" ", ""),
-    "countdown": lambda response: response.replace(" ", ""),
+    "number_sorting": _without_blanks,
+    "countdown": _without_blanks,
 }
 
 

@@ -1,7 +1,6 @@
-"""The rewards of documents: each term by hand, the guards, and responses that mean harm."""
+"""Rewards of documents: each term by hand, the guards, and hostile responses."""
 
 import itertools
-import json
 import re
 import time
 from types import SimpleNamespace
@@ -13,7 +12,6 @@ from test_grader import Text, prompt, rollout
 from configs import common, documents
 from oapl_jax.data.synthetic.tasks import TASKS, records
 from oapl_jax.errors import UserError
-from oapl_jax.evaluation.grades import describe
 from oapl_jax.model.tokenizer import make_character_tokenizer
 from oapl_jax.rewards.documents.latex import MAX_DEPTH, MAX_FORMULA, count_commands
 from oapl_jax.rewards.documents.markup import MAX_COLUMNS, Table, read_document
@@ -45,7 +43,7 @@ def made():
     return list(itertools.islice(stream, 200))
 
 
-# ---------------------------------------------------------------- formulas
+# Formulas
 
 
 @pytest.mark.parametrize(
@@ -83,7 +81,7 @@ def test_formulas_and_their_commands(formula, number):
         "\u200b",
     ],
 )
-def test_what_latex_would_stop_at_is_no_formula(formula):
+def test_invalid_formulas(formula):
     assert count_commands(formula) is None
 
 
@@ -100,7 +98,7 @@ def test_depth_and_length_are_bounded_before_anything_is_parsed():
     assert count_commands("x" * (MAX_FORMULA + 1)) is None
 
 
-# ---------------------------------------------------------------- reading
+# Reading
 
 
 @pytest.mark.parametrize(
@@ -169,7 +167,7 @@ def test_formulas_are_cut_out_before_tags_and_pipes_are_read():
     assert cells.open_tags == 0
 
 
-# ---------------------------------------------------------------- the terms
+# Terms
 
 RICH = r"$\frac{a}{b^{2}}$"  # two commands
 
@@ -254,7 +252,7 @@ def test_text(response, reference, value):
     assert text_term(read_document(response), read_document(reference)) == pytest.approx(value)
 
 
-def test_the_sum_is_a_share_of_what_it_can_be():
+def test_the_sum_is_a_share_of_its_range():
     weights = dict(syntax=1.0, closure=2.0, table=3.0, text=4.0)
     assert normalized_sum(LEAST, weights) == 0.0
     assert normalized_sum({name: high for name, (_, high) in RANGES.items()}, weights) == 1.0
@@ -265,7 +263,7 @@ def test_the_sum_is_a_share_of_what_it_can_be():
     assert normalized_sum(terms, only) == 0.5
 
 
-# ---------------------------------------------------------------- a grade
+# Verdicts
 
 BOTH = f"{ROWS} {RICH}"
 ALL_FAULTS = ("unclosed", "ragged", "invalid")
@@ -301,7 +299,7 @@ def test_valid_but_empty_output_gets_the_least_of_every_term(response):
     assert (grade.reward, dict(grade.terms)) == (0.0, LEAST)
 
 
-def test_leaving_out_what_can_go_wrong_is_worth_less_than_getting_it_wrong_once():
+def test_an_omission_costs_more_than_a_fault():
     """A policy must not learn to write nothing rather than something with a fault."""
     verifier = DocumentVerifier(**SETTINGS)
     words = verifier.verify("ab c d ef", BOTH).reward
@@ -354,7 +352,7 @@ def edit(document, rng):
     return "".join(characters)
 
 
-# ---------------------------------------------------------------- what means harm
+# Hostile responses
 
 MANY = 8192
 PIECES = [
@@ -421,7 +419,7 @@ def test_nothing_is_executed_or_opened(monkeypatch):
     assert called == []  # a verifier may have caught what was raised
 
 
-# ---------------------------------------------------------------- in a run
+# In a run
 
 
 def test_the_grader_counts_responses_and_faults():
@@ -457,11 +455,3 @@ def test_the_self_check_passes_these_rewards_and_refuses_lenient_ones(made, tmp_
     settings.documents.max_characters = 5
     with pytest.raises(UserError, match="is right"):
         check_rewards(Grader(tokenizer, **settings), tokenizer, made, **how)
-
-
-def test_what_is_graded_with_other_weights_is_graded_again():
-    about = lambda settings: describe([prompt("documents", ROWS)], settings)
-    before, other = about(common.rewards().to_dict()), common.rewards().to_dict()
-    assert before == json.loads(json.dumps(before)) == about(common.rewards().to_dict())
-    other["documents"]["weights"]["table"] = 0.5
-    assert about(other)["settings"] != before["settings"]

@@ -89,16 +89,16 @@ def drop_privileges(uid: int | None) -> None:
 
 def limit(resources: Sequence[tuple[int, int]]) -> None:
     """Lowers limits of this process and of its children; a lower hard limit stays."""
-    for resource_, most in resources:
-        hard = resource.getrlimit(resource_)[1]
+    for name, most in resources:
+        hard = resource.getrlimit(name)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(resource_, (most, most))
+        resource.setrlimit(name, (most, most))
 
 
 def limit_program(settings: dict) -> None:
     """Sets the limits of a program beside memory."""
     seconds = int(settings["seconds_per_test"]) + 2  # of CPU; the clock outside comes first
-    limits = (
+    resources = [
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_FSIZE, settings["output_bytes"]),
         (resource.RLIMIT_NPROC, settings["processes"] + 1),  # what serves it is counted too
@@ -108,8 +108,8 @@ def limit_program(settings: dict) -> None:
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
         (resource.RLIMIT_SIGPENDING, 64),
-    )
-    limit(limits)
+    ]
+    limit(resources)
 
 
 def filter_calls() -> None:
@@ -133,10 +133,6 @@ def filter_calls() -> None:
     program = struct.pack("HxxxxxxQ", len(code), ctypes.addressof(buffer))
     _control(SET_NO_NEW_PRIVILEGES, 1)
     _call("prctl", SET_SECCOMP, ctypes.c_ulong(2), program, ctypes.c_ulong(0), ctypes.c_ulong(0))
-
-
-def _size(bytes_: int) -> str:
-    return f"mode=1777,size={bytes_},nr_inodes={INODES}"
 
 
 def _control(option: int, value: int) -> None:

@@ -5,10 +5,9 @@ The tests of a problem travel in the `answer` of its record, as JSON:
     {"kind": "stdin", "name": "", "tests": [["3 4\\n", "7\\n"], ...]}
     {"kind": "call", "name": "twoSum", "tests": [["[2, 7]\\n9", "[0, 1]"], ...]}
 
-`stdin`: the program's input and its expected output. `call`: one JSON value a line for each
-argument of the function `name`, or of the method of that name of `class Solution`, and the JSON of
-its expected value. This is the form of LiveCodeBench, and of DeepCoder's three sources once their
-lists are written as JSON.
+`stdin`: input and expected output. `call`: one JSON value a line for each argument of the function
+`name`, or of that method of `class Solution`, and the JSON of its expected value. This is the form
+of LiveCodeBench, and of DeepCoder's three sources once their lists are written as JSON.
 """
 
 import dataclasses
@@ -44,15 +43,12 @@ class Problem:
 
 
 def extract_code(response: str, *, thinking_opened: bool) -> str | None:
-    """The last fenced block behind the thinking part; None if there is none.
-
-    As in the reward that was released with arXiv 2602.19362 (and DeepCoder's), which knows of no
-    thinking part.
+    """The last fenced block after the thinking part, as in arXiv 2602.19362's released code.
 
     Args:
       response: of a policy.
       thinking_opened: whether the prompt ends inside the thinking part (its template writes
-        `<think>`), so that a response without `</think>` never came to an answer.
+        `<think>`), so that a response without `</think>` has no answer.
     """
     _, end, answer = response.rpartition("</think>")
     if "<think>" in answer or (thinking_opened and not end):
@@ -63,11 +59,7 @@ def extract_code(response: str, *, thinking_opened: bool) -> str | None:
 
 @functools.lru_cache(maxsize=32)  # the responses to one prompt are graded one after the other
 def parse_problem(answer: str) -> Problem:
-    """Reads the tests of a record from its `answer`.
-
-    Raises:
-      UserError: naming the mistake.
-    """
+    """Reads the tests of a record from its `answer`; UserError names a mistake in them."""
 
     try:
         record = json.loads(answer)
@@ -95,30 +87,26 @@ def parse_problem(answer: str) -> Problem:
 
 def choose_tests(problem: Problem, most: int) -> list[int]:
     """Indices of the tests that count, in order: the `most` with the longest inputs; 0 for all."""
-    by_length = sorted(
-        range(len(problem.tests)), key=lambda i: len(problem.tests[i][0]), reverse=True
-    )
-    return sorted(by_length[: most or None])
+    length = lambda index: len(problem.tests[index][0])
+    return sorted(sorted(range(len(problem.tests)), key=length, reverse=True)[: most or None])
 
 
 def same_output(printed: str, expected: str) -> bool:
     """Whether two texts agree line by line, each stripped of white space.
 
-    A line that differs must hold the same numbers: 1.50 is 1.5 and 1e3 is 1000, but there is no
-    tolerance. This is LiveCodeBench's rule (lcb_runner/evaluation/testing_util.py), with which the
-    code released with arXiv 2602.19362 grades all of its sources.
+    A line that differs must hold the same numbers: 1.50 is 1.5 and 1e3 is 1000, without tolerance.
+    This is LiveCodeBench's rule (lcb_runner/evaluation/testing_util.py), as in arXiv 2602.19362's
+    released code.
     """
-    lines, wanted = (
-        [line.strip() for line in text.strip().split("\n")] for text in (printed, expected)
-    )
+    lines, wanted = ([s.strip() for s in t.strip().split("\n")] for t in (printed, expected))
     return len(lines) == len(wanted) and all(map(_same_line, lines, wanted))
 
 
 def same_value(returned: str, expected: str) -> bool:
     """Whether two JSON texts hold equal values.
 
-    Python's equality, so 1 is 1.0 and no tolerance; a tuple was returned as a list. LiveCodeBench's
-    rule, but for tuples and integer keys inside of other values, which it takes for different.
+    Python's equality, without tolerance; a tuple was returned as a list. LiveCodeBench's rule, but
+    for tuples and integer keys inside of other values, which it takes for different.
     """
     try:
         return json.loads(returned) == json.loads(expected)

@@ -4,10 +4,8 @@ Bubblewrap gives a program mount, pid, network, IPC, UTS and cgroup namespaces o
 namespace or, if root starts it, under a user id of its own; no capability, no new privileges; a
 file system of this Python and the system's libraries, read-only, and a temporary folder in memory;
 no /proc; no environment; no descriptor but pipes. `isolation.py` adds limits of memory, CPU, files
-and threads, and a syscall filter that refuses processes and sockets.
-
-A sandbox is open for one program. Each of its tests runs in a process of its own, forked from one
-that has never run the program (`sandbox_main.py`).
+and threads, and a syscall filter that refuses processes and sockets. A sandbox is open for one
+program. Each test runs in a fork of a process that has never run the program (`sandbox_main.py`).
 """
 
 import contextlib
@@ -103,7 +101,7 @@ class Limits:
 
 
 class Sandbox(SpawnedWorker):
-    """A sandbox for one program; at the end of the `with` block everything in it is killed.
+    """A sandbox for one program; `close` kills everything in it.
 
     Args:
       bwrap: path of bubblewrap; None runs the program with limits and the syscall filter only.
@@ -147,14 +145,10 @@ class Sandbox(SpawnedWorker):
         self.send(json.dumps(program).encode(), time.monotonic() + self._limits.seconds_per_test)
 
     def run_test(self, text: str) -> tuple[int, bytes]:
-        """Runs the program on one input.
-
-        Returns:
-          Its exit code, negative for a signal, and its output, at most `output_bytes`.
+        """Runs the program on one input: its exit code, negative for a signal, and its output.
 
         Raises:
-          Late: after `seconds_per_test`; the sandbox can only be closed then.
-          Ended: if the sandbox answers no more; as above.
+          Late, Ended: after `seconds_per_test`, or if the sandbox is gone; then close it.
         """
         deadline = time.monotonic() + self._limits.seconds_per_test
         self.send(text.encode(errors="surrogatepass"), deadline)
@@ -164,11 +158,7 @@ class Sandbox(SpawnedWorker):
         return code, self.read(size, deadline)
 
     def close(self) -> None:
-        """Kills every process inside, and returns when they are gone.
-
-        Raises:
-          NoSandbox: if they are not after END_SECONDS.
-        """
+        """Kills every process inside; NoSandbox if they are not gone after END_SECONDS."""
         try:
             if self._first is not None:  # of its pid namespace: its end ends all others
                 with contextlib.suppress(ProcessLookupError):
@@ -248,11 +238,7 @@ def bwrap_paths() -> list[str]:
 
 
 def find_bwrap(limits: Limits) -> str:
-    """The first bubblewrap whose sandbox isolates a program on this machine.
-
-    Raises:
-      NoSandbox: saying what is wrong with each.
-    """
+    """The first bubblewrap that isolates a program here; NoSandbox gives the reasons if none."""
     reasons = []
     for path in bwrap_paths():
         if not (reason := probe(path, limits)):
@@ -284,11 +270,7 @@ def probe(bwrap: str | None, limits: Limits) -> str:
 
 
 def visible_paths(packages: Sequence[str]) -> dict[str, str]:
-    """The only paths of the disk that a program sees: Python, the system's libraries, packages.
-
-    Returns:
-      The path inside -> the path outside, equal but for packages.
-    """
+    """All that a program sees, as path inside -> path outside: Python, libraries, packages."""
     libraries = [os.path.join(sys.base_prefix, name) for name in ("lib", sys.platlibdir)]
     libraries.append(sysconfig.get_path("stdlib"))
     system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache"]

@@ -1,7 +1,7 @@
 """The verifier of programs: 1 if a response's program passes every test of its problem, else 0.
 
-The program runs in a sandbox that gets inputs and never an expected output; its outputs are
-compared here. So there is nothing inside to patch, read or skip: only right outputs are rewarded.
+The program runs in a sandbox that gets inputs and never an expected output; outputs are compared
+here. So there is nothing inside to patch, read or skip: only right outputs are rewarded.
 """
 
 import dataclasses
@@ -36,8 +36,7 @@ class CodeVerdict:
     Attributes:
       outcome: "passed"; "failed" (a wrong output), "timeout" or "error" (it raised, was killed or
         exceeded a limit) at a test; "no_code" (the response holds no program).
-      test: index of the test at which it stopped, in the order of the record; None if there is
-        none.
+      test: index, in the record, of the test at which it stopped, if any.
     """
 
     outcome: str
@@ -55,11 +54,9 @@ class CodeVerifier:
       allow_unsafe: if no bubblewrap isolates a program on this machine, run programs with limits
         and a syscall filter only: they can then read, and write, every file that this user can.
       parallel: programs that run at a time. Each needs a core, and `memory_bytes` at most.
-      max_tests: the most tests a problem, then those with the longest inputs, as in DeepCoder's
-        reward; 0 for all, as in OAPL's.
+      max_tests: tests of a problem, those with the longest inputs (DeepCoder); 0 for all (OAPL).
       thinking_opened: whether prompts end inside the thinking part, see `extract_code`.
-      cache_entries: verdicts that are remembered by content. A timeout is not: it may have been
-        the machine's fault.
+      cache_entries: verdicts remembered by content; no timeouts, which the machine may have caused.
       limits: keyword arguments of Limits.
 
     Raises:
@@ -86,17 +83,16 @@ class CodeVerifier:
         self._counts: Counter[str] = Counter()
 
     def verify(self, response: str, answer: str) -> CodeVerdict:
-        """The verdict on a response's program by the tests in a record's `answer`.
+        """Runs a response's program on the tests in a record's `answer`.
 
         Raises:
-          UserError: if the tests can't be read, or one does not fit into the limits, so that no
-            program could pass.
+          UserError: if the tests can't be read, or one does not fit into the limits.
           RunError: if no sandbox starts; the program is not to blame, and gets no reward of 0.
         """
         return self.verify_many([(response, parse_problem(answer))])[0]
 
     def verify_many(self, pairs: Iterable[tuple[str, Problem]]) -> list[CodeVerdict]:
-        """The verdicts on pairs of response and problem, in their order; errors as in `verify`."""
+        """Verdicts on pairs of response and problem; errors as in `verify`."""
         running = [self._pool.submit(self._verify, *pair) for pair in pairs]
         return [future.result() for future in running]
 
@@ -152,14 +148,14 @@ class CodeVerifier:
 
     def _check_fits(self, problem: Problem) -> None:
         longest_input, longest_output = problem.sizes
-        for name, needed in (
-            ("temporary_bytes", longest_input + FOLDER_BYTES),
-            ("output_bytes", longest_output + 1),
-        ):
-            has = getattr(self._limits, name)
-            if needed > has:
+        needs = {
+            "temporary_bytes": longest_input + FOLDER_BYTES,
+            "output_bytes": longest_output + 1,
+        }
+        for name, needed in needs.items():
+            if needed > (limit := getattr(self._limits, name)):
                 raise UserError(
-                    f"rewards.code.{name}={has} is too small for a test of the data; raise it to "
+                    f"rewards.code.{name}={limit} is too small for a test of the data; raise it to "
                     f"{needed}"
                 )
 

@@ -37,12 +37,7 @@ MAX_COLUMNS = 200  # of a table; a wider one counts as ragged
 
 @dataclasses.dataclass(frozen=True)
 class Formula:
-    r"""A formula of a document.
-
-    Attributes:
-      source: without delimiters.
-      commands: their number, see latex.py; None if it can't be parsed, is empty or never ends.
-    """
+    """A formula without delimiters, and its number of commands, None if it is invalid."""
 
     source: str
     commands: int | None
@@ -50,12 +45,7 @@ class Formula:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of a document.
-
-    Attributes:
-      ragged: whether two rows differ in their columns; those that a cell spans are its own.
-      complete: whether it ends, and some cell holds text.
-    """
+    """A table: whether two rows differ in their columns; whether it ends and has text in a cell."""
 
     ragged: bool
     complete: bool

@@ -33,10 +33,7 @@ def syntax_term(response: Document, reference: Document, *, plain: float) -> flo
 
     with n formulas, of which the valid ones have C commands; 1 if n = n_ref = 0. "Based on
     complexity" is all that arXiv 2603.01840 says of a valid formula's score: counting commands, up
-    to the reference's number, is our choice, not in the paper.
-
-    Args:
-      plain: p, the score of a valid formula without any of the reference's commands.
+    to the reference's number, is our choice, not in the paper. `plain` is p.
     """
     most = max(len(response.formulas), len(reference.formulas))
     if not most:
@@ -53,11 +50,8 @@ def closure_term(response: Document, *, per_tag: float) -> float:
 
         r_closure = -min(1, c n_open)
 
-    with n_open tags of HTML or marks of Markdown without their other half; arXiv 2603.01840 has the
-    proportion and not its constant.
-
-    Args:
-      per_tag: c, the penalty of each.
+    with n_open tags of HTML or marks of Markdown without their other half; arXiv 2603.01840 does
+    not state the constant c, here `per_tag`.
     """
     return -min(1.0, per_tag * response.open_tags)
 
@@ -90,10 +84,6 @@ def normalized_sum(terms: Mapping[str, float], weights: Mapping[str, float]) -> 
         (R - R_min) / (R_max - R_min), R = sum_k l_k r_k
 
     It is exactly 1 if every term that has a weight is at its upper bound, as the reference's are.
-
-    Args:
-      terms: values by name, each within RANGES.
-      weights: l, at least 0, not all of them 0.
     """
     missing = sum(weights[name] * (high - terms[name]) for name, (_, high) in RANGES.items())
     return 1 - missing / sum(weights[name] * (high - low) for name, (low, high) in RANGES.items())
@@ -101,13 +91,10 @@ def normalized_sum(terms: Mapping[str, float], weights: Mapping[str, float]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class DocumentVerdict:
-    """The reward of a document and its parts.
+    """The reward of a document, within 0 and 1 (1: right), its four terms, and its faults.
 
-    Attributes:
-      reward: within 0 and 1, see `normalized_sum`; 1 is a right response.
-      terms: the four terms.
-      faults: "unclosed" (a tag), "ragged" (a table), "invalid" (a formula that can't be parsed, is
-        empty or is missing), "empty" (no text), "long" (not read at all).
+    Faults are "unclosed" (a tag), "ragged" (a table), "invalid" (a formula that can't be parsed, is
+    empty or is missing), "empty" (no text) and "long" (not read at all).
     """
 
     reward: float
@@ -119,9 +106,8 @@ class DocumentVerifier:
     """Grades documents; every method is thread-safe, and no response makes one raise.
 
     Args:
-      weights: of the terms, by name; at least 0, not all of them 0.
-      plain_formula: see `syntax_term`, within -1 and 1.
-      per_open_tag: see `closure_term`, at least 0.
+      weights: of the terms, by name.
+      plain_formula, per_open_tag: constants of `syntax_term` and `closure_term`.
       max_characters: a longer response gets the minimum of every term, unread.
 
     Raises:
@@ -160,7 +146,7 @@ class DocumentVerifier:
             return dict(self._counts)
 
     def close(self) -> None:
-        """Nothing is held open."""
+        pass
 
     def _verify(self, response: str, answer: str) -> DocumentVerdict:
         if len(response) > self._max_characters:

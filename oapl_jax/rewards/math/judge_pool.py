@@ -1,8 +1,7 @@
 """Judge processes: spawned without this process's modules or environment, killed when late.
 
-Each process of the pool imports the judge once and forks the worker that answers
-(judge/supervisor.py). A deadline kills the worker only, so a hostile answer costs its deadline and
-no new imports.
+Each imports the judge once and forks the worker that answers (judge/supervisor.py). A deadline
+kills the worker only, so a hostile answer costs its deadline and no new imports.
 """
 
 import json
@@ -53,10 +52,7 @@ class JudgePool:
             self._free.put(_JudgeProcess(self._command))
 
     def ask(self, request: Any) -> dict[str, Any]:
-        """Sends one request, which is a JSON value, to a free process.
-
-        Returns:
-          {"reply": value}, {"failed": "timeout"} or {"failed": "crash", "detail": why}.
+        """Sends a request, a JSON value, to a free process; the reply is as of `supervise`.
 
         Raises:
           RunError: if no process starts or gets free, or the pool is closed.

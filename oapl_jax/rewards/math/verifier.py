@@ -23,9 +23,8 @@ class MathVerdict:
     """The outcome of an answer.
 
     Attributes:
-      outcome: "right"; "wrong" (also: no answer was given, or it can't be read); "timeout" (the
-        deadline passed); "error" (the reference can't be read, or the judge itself failed, for
-        instance for want of memory).
+      outcome: "right"; "wrong" (also a missing or unreadable answer); "timeout"; "error" (the
+        reference can't be read, or the judge failed, for instance for want of memory).
       reason: for people and logs.
     """
 
@@ -41,12 +40,11 @@ class MathVerifier:
     """Judges answers in a pool of processes; every method is thread-safe.
 
     Args:
-      processes: how many judge at a time.
+      processes: answers judged at a time.
       seconds: deadline of one answer.
       recycle_after: answers after which a process is replaced.
       memory_bytes: address space of a process.
-      thinking_opened: whether the prompts end inside the thinking part, see `final_answer` of
-        extraction.py.
+      thinking_opened: see extraction.final_answer.
     """
 
     def __init__(
@@ -107,11 +105,10 @@ class MathVerifier:
 
     def _ask_judge(self, pair: tuple[str, str]) -> MathVerdict:
         reply = self._pool.ask(pair)
-        match reply:
-            case {"reply": [outcome, reason]}:
-                return MathVerdict(outcome, reason)
-            case {"failed": "timeout"}:
-                return MathVerdict("timeout", "the deadline passed")
+        if "reply" in reply:
+            return MathVerdict(*reply["reply"])
+        if reply["failed"] == "timeout":
+            return MathVerdict("timeout", "the deadline passed")
         return MathVerdict("error", reply["detail"])
 
 

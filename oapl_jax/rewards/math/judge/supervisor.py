@@ -1,8 +1,8 @@
 """The main loop of a judge process: a supervisor that forks, limits and kills its worker.
 
-The supervisor imports everything once, forks a worker, passes it one request at a time, and kills
-it when an answer takes too long or after so many answers. It has one thread, so a fork is safe and
-a new worker costs milliseconds. It never looks into what it passes on.
+The supervisor has imported everything and passes requests to a worker, which it replaces when an
+answer is late or after so many answers. It has one thread, so a fork is safe and takes
+milliseconds. It never looks into what it passes on.
 """
 
 import json
@@ -39,10 +39,10 @@ def supervise(
     recycle_after: int,
     memory_bytes: int,
 ) -> None:
-    """Answers the frames of standard input until it ends.
+    """Answers the frames of standard input until it ends, after an empty frame when it is ready.
 
-    An empty frame says that the process is ready. Then each frame is a JSON value and gets one:
-    {"reply": judge(value)}, {"failed": "timeout"}, or {"failed": "crash", "detail": why}.
+    Each frame is a JSON value, and so is the reply: {"reply": judge(value)}, {"failed": "timeout"}
+    or {"failed": "crash", "detail": why}.
 
     Args:
       judge: JSON value -> JSON value.
@@ -118,10 +118,9 @@ def _answer(judge: Callable[[Any], Any], request: int, reply: int, seconds: floa
                 answer = {"reply": judge(json.loads(content))}
             except MemoryError:
                 answer = {"failed": "crash", "detail": "out of memory"}
-            except Refused as refused:
-                answer = {"failed": "crash", "detail": str(refused)}
-            except Exception as error:
-                answer = {"failed": "crash", "detail": f"{type(error).__name__}: {error}"[:200]}
+            except (Refused, Exception) as error:
+                name = "" if isinstance(error, Refused) else f"{type(error).__name__}: "
+                answer = {"failed": "crash", "detail": f"{name}{error}"[:200]}
             _write(reply, json.dumps(answer).encode())
             signal.setitimer(signal.ITIMER_REAL, 0)
 
