@@ -1,11 +1,11 @@
-"""Attention with its gradient against the length of rows, at a fixed number of tokens.
+"""Attention and its gradient by row length, at a fixed number of tokens.
 
     python benchmarks/attention.py [--tokens=32768] [--rounds=3]
 
-Compares the CPU's blockwise kernel with the plain one, which holds all weights at a time: seconds,
-and megabytes of temporaries that XLA plans. Both are timed alternately; the fastest round counts.
-Above 4 GB the plain one is compiled but not run. `packed` rows hold sequences of 512 tokens,
-`whole` ones a single sequence. Four query heads share two key heads of 64.
+Compares the CPU's blockwise kernel with plain attention, which holds all weights: seconds, and
+megabytes of temporaries that XLA plans. Both are timed in turns; the fastest round counts. Above
+4 GB plain attention is compiled but not run. `packed` rows hold sequences of 512 tokens, `whole`
+rows a single sequence. Four query heads share two key heads of 64.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from oapl_jax.model.blockwise_attention import blockwise_attention, visible
 LENGTHS = (64, 256, 1024, 2048, 4096, 8192, 16384, 32768)
 HEADS, KV_HEADS, DIM = 4, 2, 64
 SEQUENCE = 512
-LIMIT = 4 << 30  # bytes of temporaries that are still run
+LIMIT = 4 << 30  # bytes of temporaries above which a program is not run
 
 
 def blockwise(query, key, value, segments):
@@ -55,7 +55,7 @@ def measure(length: int, packed: bool, tokens: int, rounds: int) -> dict[str, fl
     temporaries = {name: found.temp_size_in_bytes for name, found in analyses.items()}
     run = [name for name in programs if temporaries[name] < LIMIT]
     seconds: dict[str, list[float]] = {name: [] for name in run}
-    for _ in range(rounds + 1):  # the first one does not count
+    for _ in range(rounds + 1):  # the first one warms up
         for name in run:
             started = time.perf_counter()
             jax.block_until_ready(programs[name](*given))

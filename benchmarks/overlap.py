@@ -1,14 +1,14 @@
-"""Does a learner wait for its fleet, or the fleet for it? Wall time against the larger of the two.
+"""Overlap of sampling and learning: wall time of a step over the larger of the two.
 
     JAX_PLATFORMS=cpu python benchmarks/overlap.py [--steps=96] [--rounds=3]
 
-The whole training loop of the default job, with a sampler that waits instead of computing: to the
-learner, which shares no core with them, that is what servers look like. For each share of the
-learner's own time that generation takes, the loop runs with rollout.overlap=True, and
+Runs the training loop of the default job with a sampler that waits instead of computing, as remote
+servers do, which share no core with the learner. For each ratio of generation time to learning
+time, the loop runs with rollout.overlap=True, and
 
     ratio = wall time of a step / max(time to learn a step, time to generate one)
 
-where the time to learn is that of a run whose rollouts cost nothing, in turns with the others.
+where the time to learn comes from a run whose rollouts cost nothing, in turns with the others.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from oapl_jax.tracking.progress import StopRequest
 
 IN_FLIGHT = 64  # groups, the default of fleet.max_in_flight
 TOKENS = 9  # of a response, the default job's mean length
-SETTLED = 16  # first steps, which compile and fill the buffer, are left out
+SETTLED = 16  # first steps, which compile and fill the buffer, are excluded
 
 
 class WaitingSampler:
-    """IN_FLIGHT groups at a time, each of which takes `latency` seconds."""
+    """Samples IN_FLIGHT groups at a time, each in `latency` seconds."""
 
     def __init__(self, latency: float):
         self._latency, self.version = latency, -1

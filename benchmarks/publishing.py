@@ -1,13 +1,13 @@
-"""Publishing an Orbax step: bytes a second as a share of the disk's, and memory.
+"""Publishing of an Orbax step: bytes a second as a share of the disk's speed, and memory.
 
     python benchmarks/publishing.py [--directory=runs] [--rounds=5]
 
-A model of SmolLM2-135M's shape with random weights is saved with Orbax and published. In turns with
-each publication, as many bytes are written to the same disk in one go and synced: that is the
-disk's speed, and the median of the ratios counts, since a shared machine drifts. The step is in the
-page cache, as after a save. Publishing needs processors and the plain write hardly any: where other
-programs use them the ratio falls, and "cores it got" says so. Memory is the rise of the peak of a
-process that only publishes.
+Saves a model of SmolLM2-135M's shape with random weights with Orbax, and publishes it. In turns
+with each publication, one write of as many bytes to the same disk, with fsync, measures the disk's
+speed; the median of the ratios counts, since a shared machine drifts. The step is in the page
+cache, as after a save. Publishing needs processors and the plain write hardly any: if other
+programs use them the ratio falls, see "cores it got". Memory is the rise of the peak of a process
+that only publishes.
 """
 
 import argparse
@@ -50,11 +50,11 @@ BLOCK = 16 << 20
 
 class NoTokenizer:
     def save_pretrained(self, directory: str) -> None:
-        """Has no files."""
+        """Writes no files."""
 
 
 def save_step(directory: epath.Path) -> epath.Path:
-    """An Orbax step of random weights, finished."""
+    """Saves an Orbax step of random weights."""
     from flax.traverse_util import unflatten_dict
 
     from oapl_jax.weights.checkpoint import Weights  # the process that publishes does without
@@ -73,7 +73,7 @@ def save_step(directory: epath.Path) -> epath.Path:
 
 
 def publish_once(source: epath.Path, directory: epath.Path, dtype: str) -> tuple[float, int]:
-    """Seconds and bytes of one publication, which is removed again."""
+    """Publishes and removes a version; returns seconds and bytes."""
     start = time.perf_counter()
     path = publish(
         source,
@@ -91,7 +91,7 @@ def publish_once(source: epath.Path, directory: epath.Path, dtype: str) -> tuple
 
 
 def write_once(path: pathlib.Path, size: int, block: bytes) -> float:
-    """Seconds to write and sync this many bytes."""
+    """Returns the seconds to write and fsync this many bytes."""
     start = time.perf_counter()
     with path.open("wb", buffering=0) as file:
         for _ in range(size // len(block)):
@@ -110,13 +110,13 @@ def hash_rate(block: bytes) -> float:
 
 
 def memory(which: str) -> int:
-    """Bytes of this process: now (VmRSS) or at most since the last reset (VmHWM)."""
+    """Bytes of this process: now (VmRSS) or the peak since the last reset (VmHWM)."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
 
 
 def measure(source: epath.Path, directory: pathlib.Path, dtype: str, rounds: int) -> dict[str, Any]:
-    """In a process that does nothing else."""
+    """Measures in a process that does nothing else."""
     versions = epath.Path(directory / "versions")
     before = memory("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak

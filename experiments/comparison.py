@@ -11,8 +11,9 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,7 +33,6 @@ from experiments.table import (
     markdown,
     save,
     score,
-    spread,
     verdict,
     whiskers,
 )
@@ -119,21 +119,21 @@ def counts(results: Results, plan: Plan) -> str:
     lines = lines_of(results, plan)
     ended = sum(line["outcome"] == "ended" for line in lines)
     hours = sum(line.get("core_seconds", 0.0) for line in lines) / 3600
-    states = len({line["code"] for line in lines})
-    return markdown(
-        ["runs that ended", "runs that were not finite", "core hours", "states of the code"],
-        [[str(ended), str(len(lines) - ended), f"{hours:.1f}", str(states)]],
-    )
+    row = [
+        f"{ended}",
+        f"{len(lines) - ended}",
+        f"{hours:.1f}",
+        f"{len({x['code'] for x in lines})}",
+    ]
+    header = ["runs that ended", "runs that were not finite", "core hours", "states of the code"]
+    return markdown(header, [row])
 
 
 def start(results: Results, plan: Plan) -> str:
     """The policy after the warm-up, mean over seeds."""
     lines = [line for seed in plan.seeds if (line := results.line(warm_up(plan, seed)))]
-    measures = ("pass@1", "pass@8", "pass@64", "entropy")
-    means = [
-        f"{spread([line['test'][k] for line in lines])[0]:.3f}" if lines else "" for k in measures
-    ]
-    return markdown(measures, [means])
+    measures = ("pass@1", "pass@8", "pass@64", "entropy") if lines else ()
+    return markdown(measures, [[f"{np.mean([x['test'][k] for x in lines]):.3f}" for k in measures]])
 
 
 def overview(found: Mapping[Arm, Chosen], names: Iterable[str]) -> str:
@@ -176,26 +176,17 @@ def of_arm(plan: Plan, methods: Chosen) -> str:
     """Everything that was measured of an arm."""
     rows = []
     for name, (chosen, cell) in methods.items():
-        rate = chosen["optim.learning_rate"]
+        rate, n = chosen["optim.learning_rate"], len(cell.lines)
         tried = [values["optim.learning_rate"] for values in objectives.candidates(plan, name)]
-        constants = {k.rpartition(".")[2]: v for k, v in chosen.items()}
-        del constants["learning_rate"]
-        rows.append(
-            [
-                f"`{name}`",
-                f"{rate:g}{'!' if rate in (min(tried), max(tried)) else ''}",
-                ", ".join(f"{k} {v}" for k, v in constants.items()),
-                *(bracketed(cell.spread(k)) for k in ("pass@1", "pass@8", "pass@64", "entropy")),
-                bracketed(cell.spread("generations"), "{:.0f}"),
-                *(
-                    f"{bracketed(cell.spread(level), '{:.0f}')} "
-                    f"({sum(cell.reached(level))}/{len(cell.lines)})"
-                    for level in LEVELS
-                ),
-                bracketed(cell.spread("drift"), "{:.2g}"),
-                f"{cell.lost}/{len(cell.lines)}",
-            ]
-        )
+        constants = {k.rpartition(".")[2]: v for k, v in chosen.items() if "rate" not in k}
+        row = [f"`{name}`", f"{rate:g}{'!' if rate in (min(tried), max(tried)) else ''}"]
+        row.append(", ".join(f"{k} {v}" for k, v in constants.items()))
+        row += [bracketed(cell.spread(k)) for k in ("pass@1", "pass@8", "pass@64", "entropy")]
+        row.append(bracketed(cell.spread("generations"), "{:.0f}"))
+        for level in LEVELS:
+            reached = f"{sum(cell.reached(level))}/{n}"
+            row.append(f"{bracketed(cell.spread(level), '{:.0f}')} ({reached})")
+        rows.append([*row, bracketed(cell.spread("drift"), "{:.2g}"), f"{cell.lost}/{n}"])
     measures = ("pass@1", "pass@8", "pass@64", "entropy", "generations", *LEVELS)
     return markdown(["", "rate", "constants", *measures, "drift", "lost"], rows)
 
@@ -208,10 +199,8 @@ def of_surface(table: lag.Table, rows: Rows) -> str:
         drift = bracketed((cell.mean("drift"), math.nan, math.nan), "{:.2g}")
         return f"{min(values):.2f} to {max(values):.2f}{lost}; {drift}"
 
-    columns = list(next(iter(rows.values())))
-    body = [[name, *(entry(row[column]) for column in columns)] for name, row in rows.items()]
     header = f"### {table.title}, {table.num_steps} steps"
-    return f"{header}\n\n{markdown([table.rows, *columns], body)}"
+    return f"{header}\n\n{by_column(table.rows, rows, entry)}"
 
 
 def at_step(rows: Rows, step: int) -> str:
@@ -221,26 +210,21 @@ def at_step(rows: Rows, step: int) -> str:
         values = [p[2] for line in cell.lines for p in line["progress"] if p[0] == step]
         return f"{min(values):.2f} to {max(values):.2f}" if values else ""
 
-    columns = list(next(iter(rows.values())))
-    body = [[name, *(entry(row[column]) for column in columns)] for name, row in rows.items()]
-    return markdown([f"at step {step}", *columns], body)
+    return by_column(f"at step {step}", rows, entry)
 
 
 def trials(results: Results, plan: Plan, arm: Arm, names: Iterable[str]) -> str:
     """pass@1 of the trials by method and rate: both seeds, of the constants with the best mean."""
-    found: dict[str, dict[float, list[float]]] = {}
+    found: dict[str, dict[str, list[float]]] = {f"`{name}`": {} for name in names}
     for name in names:
         for values in objectives.candidates(plan, name):
-            rate = values["optim.learning_rate"]
             runs = [objectives.trial(plan, arm, name, values, s) for s in objectives.TUNING_SEEDS]
             if all(lines := [results.line(run) for run in runs]):
                 scores = [score(line, "pass@1") for line in lines if line]
-                row = found.setdefault(name, {})
+                rate, row = f"{values['optim.learning_rate']:g}", found[f"`{name}`"]
                 row[rate] = max(row.get(rate, scores), scores, key=sum)
-    rates = sorted({rate for row in found.values() for rate in row})
-    entry = lambda of: f"{min(of):.2f}, {max(of):.2f}" if of else ""
-    body = [[f"`{name}`", *(entry(row.get(rate)) for rate in rates)] for name, row in found.items()]
-    return markdown(["", *(f"{rate:g}" for rate in rates)], body)
+    rates = sorted(set(chain(*found.values())), key=float)
+    return by_column("", found, lambda of: f"{min(of):.2f}, {max(of):.2f}", rates)
 
 
 def limits(by_lag: Mapping[str, Rows]) -> tuple[str, str]:
@@ -256,17 +240,25 @@ def limits(by_lag: Mapping[str, Rows]) -> tuple[str, str]:
         return ["none", *row][int(np.argmax([*map(bool, lost), True]))]
 
     names = list(dict.fromkeys(chain(*list(by_lag.values())[::-1])))  # of the largest lag first
-    good_table, kept_table = (
-        markdown(
-            ["", *by_lag],
-            [
-                [name, *(limit(rows[name]) if name in rows else "" for rows in by_lag.values())]
-                for name in names
-            ],
-        )
-        for limit in (good, kept)
-    )
-    return good_table, kept_table
+    rows = {
+        name: {lag: cells[name] for lag, cells in by_lag.items() if name in cells} for name in names
+    }
+    return by_column("", rows, good, by_lag), by_column("", rows, kept, by_lag)
+
+
+def by_column(
+    header: str,
+    rows: Mapping[str, Mapping[str, Any]],
+    entry: Callable[[Any], str],
+    columns: Iterable[str] = (),
+) -> str:
+    """A table whose entries may be missing; columns in order of appearance unless given."""
+    columns = list(columns) or list(dict.fromkeys(chain(*rows.values())))
+    body = [
+        [name, *(entry(row[column]) if column in row else "" for column in columns)]
+        for name, row in rows.items()
+    ]
+    return markdown([header, *columns], body)
 
 
 # Pictures

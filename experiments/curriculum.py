@@ -1,33 +1,32 @@
 """Curricula on a bank of prompts of which nine tenths are useless.
 
-Claim: actor-curator reaches the final pass@1 of uniform sampling in at most half its steps. Beside
-    it run the curricula that know a prompt only by its past groups, window and learnability.
+Claim: actor-curator reaches the final pass@1 of uniform sampling in at most half its steps. The
+    curricula that know a prompt by its past groups, window and learnability, run beside it.
 Command: python experiments/curriculum.py --to=runs/curriculum
 Hardware: 2 CPU cores.
 Hours: 0.3 for 4 curricula and 3 seeds.
-Expected: at most 0.5 of the steps of uniform, for each seed; else the exit code is 1.
+Expected: at most 0.5 of the steps of uniform for each seed (our choice); else the exit code is 1.
 Measured: .40, .50 and .40 of the steps of uniform with seeds 0, 1 and 2, and .37, .37 and .27 with
-    seeds 3, 4 and 5 (--seeds 3 4 5 --others actor_curator): the claim holds for each. Its final
-    pass@1 is .525, .416 and .628 with the first three, that of uniform .428, .378 and .492. Of what
-    it sampled .60, .47 and .55 was useful, of uniform's .08 to .10. Window and learnability, which
-    know a prompt only once it has been sampled, are level with uniform.
+    seeds 3, 4 and 5 (--seeds 3 4 5 --others actor_curator): the claim holds for each. Final pass@1
+    with the first three seeds: .525, .416 and .628; uniform .428, .378 and .492. Of the sampled
+    groups .60, .47 and .55 were useful, of uniform's .08 to .10. Window and learnability, which
+    know a prompt only once it was sampled, are level with uniform.
 
-The bank is made: 2,000 sums of four digits, as in the default job, of which the warmed-up policy
-solves a quarter; 9,000 sums of one number and zeros, which it always solves, since who takes a
-minus for a plus there is right all the same; and 9,000 sums of seven or eight digits, which it
-can't solve, since their running totals need more tokens than a response may have. Which is which
-can be read off a prompt, and nothing else tells a curator. A step is 16 groups of 8 with GRPO, four
-steps a version; groups with equal rewards are kept, so that steps count responses. pass@1 is that
-of sums of four digits that are not in the bank.
+The bank: 2,000 sums of four digits, as in the default job, of which the warmed-up policy solves a
+quarter; 9,000 sums of one number and zeros, always solved, since a misread sign does not matter;
+9,000 sums of seven or eight digits, impossible, since their running totals exceed the length of a
+response. The prompt alone tells them apart. A step is 16 groups of 8 with GRPO, four steps a
+version; groups with equal rewards are kept, so that steps count responses. pass@1 is measured on
+sums of four digits that are not in the bank.
 
-Tuning was done on the validation split with other seeds (100 to 106): the learning rate as the best
-of four for uniform, then what the curator begins as, its passes, learning rate, Adam's eps,
-temperature and candidates (--split=validation --seeds 100 101). With 256 candidates and four passes
-of a fresh curator, tuned on two seeds, seed 0 had needed .57; with two passes of one that begins as
-the policy, seeds 0 and 2 had needed .60 and .53: p falls on ever fewer prompts, the places that the
-nucleus leaves are filled uniformly, and the curator has to begin anew. With 2,048 candidates, as
-many as arXiv 2602.20532 has, about 200 are useful, and that is rare. Seeds 3 to 5 were run last. A
-run that is there already is not run again, and one that was killed goes on.
+Tuning used the validation split and seeds 100 to 106 (--split=validation --seeds 100 101): the
+learning rate, the best of four for uniform; then the curator's initial weights, passes, learning
+rate, Adam's eps, temperature and candidates. With 256 candidates and four passes of a fresh
+curator, tuned on two seeds, seed 0 had needed .57; with two passes of one that starts as the
+policy, seeds 0 and 2 had needed .60 and .53: p concentrates on few prompts, the places outside the
+nucleus are filled uniformly, and the curator has to start anew. Of 2,048 candidates (arXiv
+2602.20532) about 200 are useful, and that is rare. Seeds 3 to 5 were run last. A finished run is
+not repeated, and an interrupted one resumes.
 """
 
 import argparse
@@ -38,11 +37,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
 from etils import epath
 
 from configs import arithmetic
+from experiments.table import markdown, plt, save
 from oapl_jax import build, train
 from oapl_jax.config import Config
 from oapl_jax.data.records import Concatenated, Record, user
@@ -54,14 +53,11 @@ from oapl_jax.tracking.progress import StopRequest, say
 from oapl_jax.weights import publisher
 from oapl_jax.weights.checkpoint import load_config
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 CLAIMED = "actor_curator"
-OTHERS = (CLAIMED, "window", "learnability")  # to be compared with uniform
-WANTED = 0.5  # of the steps of uniform
-WARMED_UP_ON = 8000  # useful ones; the first quarter of them is in the bank
-# Everything smaller, for the tests: the curator learns something, and nothing is claimed.
+OTHERS = (CLAIMED, "window", "learnability")  # compared with uniform
+WANTED = 0.5  # largest share of the steps of uniform
+WARMED_UP_ON = 8000  # useful prompts; the first quarter of them is in the bank
+# A smaller form for the tests: the curator learns something, and nothing is claimed.
 QUICK = {
     "num_steps": 8,
     "groups_per_step": 8,
@@ -102,7 +98,7 @@ def solved() -> list[Record]:
 
 def impossible() -> list[Record]:
     """Seven or eight digits from 7 to 9, "7+9+8+9+7+7+8=": a response has room for four totals, and
-    none of the first four is as large as an answer."""
+    the answer is larger than each of these."""
     return sums(
         list("+".join(digits)) for n in (7, 8) for digits in itertools.product("789", repeat=n)
     )
@@ -115,8 +111,8 @@ def repeated(records: Sequence[Record], count: int) -> list[Record]:
 
 
 def bank(useful: Sequence[Record]) -> list[Record]:
-    """A quarter of the useful ones, and nine times as many useless ones: half of them always
-    solved, half impossible."""
+    """A quarter of the useful prompts, and nine times as many useless: half always solved, half
+    impossible."""
     kept = [useful[i] for i in range(len(useful) // 4)]
     each = 9 * len(kept) // 2
     return [*kept, *repeated(solved(), each), *repeated(impossible(), each)]
@@ -144,7 +140,7 @@ def get_config(name: str, seed: int, **changes: Any) -> Any:
 
 
 def start(to: epath.Path, config: Any) -> epath.Path:
-    """The policy that all curricula of a seed start from, warmed up on what can be demonstrated."""
+    """Publishes the initial policy of a seed, warmed up on the useful and the solved prompts."""
     version = publisher.version_path(to / "versions", 0)
     if not (version / publisher.MANIFEST).exists():
         typed = Config.from_dict(config.to_dict())
@@ -160,7 +156,7 @@ def start(to: epath.Path, config: Any) -> epath.Path:
 def run(to: epath.Path, config: Any, policy: epath.Path, split: str) -> list[dict[str, Any]]:
     """Trains on the bank, and returns the lines of its metrics.
 
-    The curator begins as the policy does: who has learnt to answer sums tells them apart sooner.
+    The curator starts with the policy's weights: a model that adds tells sums apart sooner.
     """
     config.model.path, config.warmup.num_steps = str(policy), 0
     config.curriculum.curator.path = str(policy)
@@ -171,7 +167,7 @@ def run(to: epath.Path, config: Any, policy: epath.Path, split: str) -> list[dic
         opened = dataclasses.replace(opened, splits={**opened.splits, **splits})
         ended = train.train(typed, opened, StopRequest())
         if ended is None:
-            raise SystemExit("stopped; the same command goes on")
+            raise SystemExit("stopped; the same command resumes")
         (to / "result.json").write_text(json.dumps(ended[0]))
     if load_config(to) != typed.to_dict():
         raise UserError(f"{to} holds a run with other settings; remove it, or give another --to")
@@ -179,7 +175,7 @@ def run(to: epath.Path, config: Any, policy: epath.Path, split: str) -> list[dic
 
 
 def steps_to(target: float, points: Sequence[tuple[int, float]]) -> int | None:
-    """The first step whose evaluation, and the one after it, are at the target; None if none is."""
+    """The first step at whose evaluation, and the next one, the target is reached, or None."""
     for (step, value), (_, after) in itertools.pairwise(points):
         if min(value, after) >= target:
             return step
@@ -188,10 +184,9 @@ def steps_to(target: float, points: Sequence[tuple[int, float]]) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One run beside that of uniform sampling with the same seed.
+    """One run, compared with uniform sampling with the same seed.
 
     Attributes:
-      curriculum, seed: of the run.
       curve: pairs of a step and its pass@1.
       target: the final pass@1 of uniform.
       useful: share of the groups whose rewards are not equal.
@@ -209,7 +204,7 @@ class Outcome:
 
     @property
     def share(self) -> float | None:
-        """The steps to the target over those of the uniform run, all of them; None: never there."""
+        """Steps to the target over all steps of uniform; None if the target was not reached."""
         return None if self.steps is None else self.steps / self.curve[-1][0]
 
     @property
@@ -220,14 +215,14 @@ class Outcome:
 def compare(
     to: epath.Path, seeds: Sequence[int], split: str, others: Sequence[str], **changes: Any
 ) -> list[Outcome]:
-    """Runs uniform sampling and the other curricula with every seed, unless it is done.
+    """Runs uniform sampling and the other curricula with every seed, unless done before.
 
     Args:
       to: directory of all runs.
       seeds: of the runs.
-      split: that pass@1 is of.
+      split: on which pass@1 is measured.
       others: names of curricula.
-      changes: of the configuration, by path.
+      changes: overrides of the config.
     """
     found = []
     for seed in seeds:
@@ -246,29 +241,21 @@ def compare(
 
 def table(found: Sequence[Outcome]) -> str:
     """Markdown: a row for each run."""
-    head = [
-        "curriculum",
-        "seed",
-        "final pass@1",
-        "steps to uniform's",
-        "share of all",
-        "useful",
-        "",
-    ]
-    lines = [head, ["---", *["---:"] * (len(head) - 2), "---"]]
+    rows = []
     for outcome in found:
-        told = "" if outcome.curriculum != CLAIMED else "holds" if outcome.holds else "FAILS"
+        claim = "" if outcome.curriculum != CLAIMED else "holds" if outcome.holds else "FAILS"
         arrival = ["never", "-"]
         if outcome.share is not None:
             arrival = [str(outcome.steps), f"{outcome.share:.2f}"]
-        values = [f"{outcome.curve[-1][1]:.3f}", *arrival, f"{outcome.useful:.3f}", told]
-        lines.append([f"`{outcome.curriculum}`", str(outcome.seed), *values])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        values = [f"{outcome.curve[-1][1]:.3f}", *arrival, f"{outcome.useful:.3f}", claim]
+        rows.append([f"`{outcome.curriculum}`", str(outcome.seed), *values])
+    head = ("seed", "final pass@1", "steps to uniform's", "share of all", "useful", "claim")
+    return markdown(["curriculum", *head], rows)
 
 
 def draw(found: Sequence[Outcome], path: epath.Path) -> None:
-    """The curves: a thin line a seed, a thick one for their mean."""
-    figure, axis = plt.subplots(figsize=(7, 4.5))
+    """Plots the curves: a thin line for each seed, a thick one for their mean."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for index, name in enumerate(dict.fromkeys(outcome.curriculum for outcome in found)):
         curves = np.array([outcome.curve for outcome in found if outcome.curriculum == name])
         color = f"C{index}"
@@ -278,10 +265,7 @@ def draw(found: Sequence[Outcome], path: epath.Path) -> None:
     axis.set_title("A bank of which nine tenths are useless")
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.tight_layout()
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main() -> None:

@@ -1,13 +1,12 @@
-"""One learner step, and one round of sampling, of this package and of others: the same work.
+"""One learner step and one round of sampling, of this package and of others, on the same work.
 
     make peers
     python benchmarks/peers/run.py [learner sampler] [--rounds=3] [--results=runs/peers]
 
-Contestants take turns, each in a process of its own that does the work once before it is timed,
-since a shared machine drifts: the medians of the rounds' ratios count. Rounds are added to those
-that the results (learner.json, sampler.json) hold already. `work.py` says what the work is. That it
-is the same is checked: the log-probs of the batch before and after a step, and those that a sampler
-gives of its tokens, are the learner's.
+Contestants take turns, each in its own process with one round of warm-up, since a shared machine
+drifts; the medians of the rounds' ratios count. Rounds are added to the results that exist
+(learner.json, sampler.json). `work.py` defines the work. A check compares the log-probs of the
+batch before and after a step, and a sampler's log-probs of its tokens, with our learner's.
 """
 
 import argparse
@@ -24,7 +23,7 @@ import work
 
 ROOT = pathlib.Path(__file__).parents[2]
 HERE = pathlib.Path(__file__).parent
-# Contestant -> environment and program; the first one is what the others are compared with.
+# Contestant -> environment and program; the others are compared with the first.
 LEARNERS = {
     "oapl_jax": (".venv", "with_oapl_jax.py"),
     "torch by hand": (".venv-trl", "with_torch.py"),
@@ -57,7 +56,7 @@ def learner_round(model: str, check: bool) -> dict[str, Any]:
             gap = np.abs(np.subtract(said[name][when], said["oapl_jax"][when])).max()
             print(f"{name}: {when} of a response is at most {gap:.1e} nats from ours")
             if gap > CLOSE:
-                sys.exit("that is too much")
+                sys.exit(f"the gap is above {CLOSE} nats: the contestants do different work")
     return {name: run(one, "learner", model=model) for name, one in LEARNERS.items()}
 
 
@@ -70,12 +69,12 @@ def sampler_round(model: str, check: bool) -> dict[str, Any]:
                 gap = run(SAMPLERS["oapl_jax"], "score", model=model, rollouts=file.name)["gap"]
                 print(f"{name}: log-probs of tokens are at most {gap:.1e} nats from the learner's")
                 if gap > CLOSE:
-                    sys.exit("that is too much")
+                    sys.exit(f"the gap is above {CLOSE} nats: the contestants do different work")
     return found
 
 
 def table(rounds: list[dict[str, Any]], part: str) -> str:
-    """Medians over the rounds; the share of the matrix peak is of what the round's peak was."""
+    """Medians over the rounds; the share of the matrix peak is relative to the round's own peak."""
     learns = part == "learner"
     tokens = work.TOKENS if learns else work.RESPONSE_TOKENS
     names = [name for name in rounds[0] if name != "peak"]

@@ -1,7 +1,7 @@
 """oapl_jax: its learner with its GRPO objective, and its embedded sampler.
 
-Also what all others start from (`model`: the weights and a tokenizer) and are held against
-(`score`: the log-probs of a sampler's tokens; `peak`: this machine's matrix product).
+Also makes the shared model (`model`: weights and tokenizer) and the references (`score`: log-probs
+of a sampler's tokens; `peak`: speed of this machine's matrix product).
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ GRPO: dict[str, Any] = dict(
     clip_low=work.CLIP,
     clip_high=work.CLIP,
     dual_clip=1e30,
-    proximal="learner",  # as the others, who take the policy of the step itself
+    proximal="learner",  # as in the others, which use the policy of the step itself
     correction="none",
     correction_cap=2.0,
     correction_floor=0.5,

@@ -1,4 +1,4 @@
-"""An SGLang server on the CPU (`make sglang`), which gets all sequences in one request."""
+"""An SGLang server on the CPU (`make sglang`) that receives all sequences in one request."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ DEADLINE = 240.0  # seconds for the server to be ready
 
 @contextlib.contextmanager
 def server(path: str) -> Iterator[tuple[str, int]]:
-    """Its URL and process."""
+    """Starts a server; yields its URL and process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

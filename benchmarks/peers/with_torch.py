@@ -79,7 +79,7 @@ def sampler(path: str, steps: int, rollouts: str) -> None:
             output_scores=True,
         )
         tokens = out.sequences[:, work.PROMPT :]
-        # As model.compute_transition_scores, whose copy of all scores costs 4 GB.
+        # As in model.compute_transition_scores, which copies all scores (4 GB).
         logp = [
             scores.gather(1, chosen[:, None])[:, 0] - scores.logsumexp(1)
             for scores, chosen in zip(out.scores, tokens.T, strict=True)

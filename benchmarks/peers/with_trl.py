@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer, which gets its rollouts from a `rollout_func`."""
+"""TRL's GRPOTrainer with given rollouts, through its `rollout_func`."""
 
 import os
 import tempfile
@@ -16,7 +16,7 @@ BATCH = work.make_rollouts()
 
 
 def given_rollouts(prompts, trainer):
-    """The prompts are numbers of groups, in an order of the trainer's."""
+    """Prompts are numbers of groups, in the trainer's order."""
     groups = [int(prompt) for prompt in prompts[:: work.GROUP_SIZE]]
     rows = [group * work.GROUP_SIZE + i for group in groups for i in range(work.GROUP_SIZE)]
     return {
@@ -32,7 +32,7 @@ def given_rewards(completions, given, **rest):
 
 
 class Clock(TrainerCallback):
-    """How long steps take, advantages included."""
+    """Times steps, advantages included."""
 
     def __init__(self):
         self.start, self.taken = 0.0, []

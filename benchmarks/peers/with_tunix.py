@@ -1,4 +1,4 @@
-"""google-tunix: its trainer with its GRPO loss, as its GRPOLearner sets it up, and its Sampler."""
+"""google-tunix: its trainer with its GRPO loss, set up as by its GRPOLearner, and its Sampler."""
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ def learner(path: str, steps: int, check: bool) -> None:
 
 
 class Numbers:
-    """A tokenizer of numbers between spaces. No token stops a response: all have their length."""
+    """A tokenizer of numbers between spaces. No token stops a response, so all have full length."""
 
     def encode(self, text: str, **rest) -> list[int]:
         return [int(word) for word in text.split()]

@@ -1,6 +1,6 @@
-"""The piece of work that all contestants do, and how they tell what it took.
+"""The work of all contestants, and their reports.
 
-Needs numpy alone, since each contestant runs in an environment of its own.
+Imports numpy alone, since each contestant runs in its own environment.
 """
 
 import argparse
@@ -59,8 +59,8 @@ def make_rollouts() -> Rollouts:
 
 
 def gflop(*, learner: bool, head_on_prompts: bool = False) -> float:
-    """2 FLOP for each multiplication of a weight or of attention (causal, or the whole square where
-    the head runs on prompts too: the nominal count); a learner step is three forward passes."""
+    """2 FLOP for each multiplication by a weight or in attention; a learner step is three forward
+    passes. With `head_on_prompts`, the nominal count, attention is a whole square, else causal."""
     sizes = ARCHITECTURE
     heads = sizes["num_attention_heads"] * sizes["head_dim"]
     keys = 2 * sizes["num_key_value_heads"] * sizes["head_dim"]
@@ -79,7 +79,7 @@ def arguments() -> Any:
     parser = argparse.ArgumentParser()
     parser.add_argument("part")
     parser.add_argument("--model", help="a directory in Hugging Face format")
-    parser.add_argument("--steps", type=int, default=1, help="that are timed, after one that isn't")
+    parser.add_argument("--steps", type=int, default=1, help="timed steps, after one of warm-up")
     parser.add_argument("--rollouts", help="a sampler's tokens and log-probs, .npz")
     return parser.parse_args()
 
@@ -94,20 +94,20 @@ def seconds(run: Callable[[], object], times: int) -> list[float]:
 
 
 def peak_mb(pid: int | str = "self") -> float:
-    """The most memory that a process has held so far (VmHWM)."""
+    """Peak memory of a process (VmHWM)."""
     status = pathlib.Path(f"/proc/{pid}/status").read_text()
     found = re.search(r"VmHWM:\s+(\d+) kB", status)
     return int(found[1]) / 1024 if found else 0.0
 
 
 def report(**found: Any) -> None:
-    """The last line of a contestant's output, with its peak memory unless it is given."""
+    """Prints the last line of a contestant's output, with its peak memory unless given."""
     plain = lambda x: x.tolist() if isinstance(x, np.ndarray) else float(x)
     print(json.dumps({"peak_mb": peak_mb(), **found}, default=plain), flush=True)
 
 
 def run_learner(step: Callable[[], object], steps: int, logp: Any) -> None:
-    """Times steps; or, with a function of a response's log-probs, tells them around a first one."""
+    """Times steps; with a function of the responses' log-probs, reports these around one step."""
     before = logp() if logp else None
     step()
     if logp:
@@ -119,5 +119,7 @@ def run_learner(step: Callable[[], object], steps: int, logp: Any) -> None:
 def save_rollouts(path: str, tokens: Any, logp: Any) -> None:
     tokens, logp = np.asarray(tokens, np.int32), np.asarray(logp, np.float32)
     if tokens.shape != (SEQUENCES, RESPONSE) or logp.shape != tokens.shape:
-        sys.exit(f"tokens {tokens.shape} and log-probs {logp.shape} are not what was asked for")
+        sys.exit(
+            f"tokens {tokens.shape} and log-probs {logp.shape} do not have the requested shape"
+        )
     np.savez(path, tokens=tokens, logp=logp)
