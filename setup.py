@@ -33,6 +33,7 @@ setup(
         "rapidfuzz>=3",  # distances of texts
         "reasoning-gym>=0.1.25",
         "safetensors",
+        "scipy>=1.15",  # bootstrap and permutation test
         "tensorboardX",
         "tensorflow-datasets>=4.9.10",  # used without TensorFlow
         "tensorstore>=0.1.80",

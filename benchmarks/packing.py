@@ -23,14 +23,14 @@ from etils import epath
 from results import keep, show
 
 from oapl_jax.learner.packing import fill
-from oapl_jax.rollout.dataset import Shards
+from oapl_jax.rollout.dataset import Dataset
 
 FILE = pathlib.Path(__file__).parent / "lengths_smollm2.json"
 STEPS, ROWS = (64, 256), (1, 4, 16)
 
 
 def record(directory: str) -> dict[str, list[int]]:
-    groups = list(Shards(epath.Path(directory).resolve()))
+    groups = list(Dataset(epath.Path(directory).resolve()))
     return {
         "prompt": [len(group.prompt.tokens) for group in groups for _ in group.rollouts],
         "response": [len(rollout.tokens) for group in groups for rollout in group.rollouts],

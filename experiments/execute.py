@@ -22,8 +22,8 @@ from oapl_jax import build, train
 from oapl_jax.config import Config as Typed
 from oapl_jax.errors import NotFinite
 from oapl_jax.files import write_atomically
-from oapl_jax.record import make_set
-from oapl_jax.rollout.dataset import Shards
+from oapl_jax.record import record_dataset
+from oapl_jax.rollout.dataset import Dataset
 from oapl_jax.tracking.metrics import read_lines
 from oapl_jax.tracking.progress import Progress, StopRequest
 
@@ -83,7 +83,7 @@ def generate(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | 
     config, rollouts = typed(run.resolve(root)), run.workdir(root) / "rollouts"
     progress = Progress("generate", run.prompts, 0)
     with contextlib.closing(build.open_run(config, run.workdir(root))) as opened:
-        make_set(
+        record_dataset(
             config,
             opened,
             rollouts,
@@ -96,7 +96,7 @@ def generate(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | 
         )
     if stop.requested:
         return None
-    shards = Shards(rollouts).manifest["shards"]
+    shards = Dataset(rollouts).manifest["shards"]
     return {"outcome": "ended", "shards": [shard["xxh128"] for shard in shards.values()]}
 
 

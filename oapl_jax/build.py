@@ -44,7 +44,7 @@ from oapl_jax.rollout.buffer import Buffer
 from oapl_jax.rollout.group_store import GroupStore
 from oapl_jax.rollout.ledger import FILE, Ledger, ZeroRewardGuard
 from oapl_jax.rollout.local_sampler import LocalSampler
-from oapl_jax.rollout.recorded import Recorded
+from oapl_jax.rollout.recorded import RecordedStream
 from oapl_jax.rollout.sampler import Sampler, Sampling
 from oapl_jax.rollout.source import GroupSource
 from oapl_jax.rollout.worker import Worker
@@ -407,12 +407,12 @@ def open_preferences(config: Config, run: Run) -> Preferences:
     )
 
 
-def open_recorded(config: Config, run: Run, ledger: Ledger) -> Recorded:
+def open_recorded(config: Config, run: Run, ledger: Ledger) -> RecordedStream:
     rollout = config.rollout
-    shards = dataset.Shards(epath.Path(rollout.dataset))
-    shards.check(about(config, run, {}), max_prompt_tokens=config.data.max_prompt_tokens)
-    return Recorded(
-        shards,
+    recorded = dataset.Dataset(epath.Path(rollout.dataset))
+    recorded.check(about(config, run, {}), max_prompt_tokens=config.data.max_prompt_tokens)
+    return RecordedStream(
+        recorded,
         order=rollout.dataset_order,
         seed=config.seed,
         policy_version=rollout.dataset_version if rollout.dataset_version >= 0 else None,
@@ -422,12 +422,12 @@ def open_recorded(config: Config, run: Run, ledger: Ledger) -> Recorded:
     )
 
 
-def open_writer(config: Config, run: Run) -> dataset.ShardWriter:
-    writer = dataset.ShardWriter(
+def open_writer(config: Config, run: Run) -> dataset.DatasetWriter:
+    writer = dataset.DatasetWriter(
         run.workdir / "rollouts",
         about(config, run, {"by": "train"}),
         groups_per_shard=config.rollout.groups_per_shard,
-        identify=lambda version: checksum(run.versions.path(version) / publisher.MANIFEST),
+        weights_digest=lambda version: checksum(run.versions.path(version) / publisher.MANIFEST),
     )
     if not run.checkpoints.steps():
         writer.keep(0)  # shards of a run that was killed before its first checkpoint
@@ -436,7 +436,7 @@ def open_writer(config: Config, run: Run) -> dataset.ShardWriter:
 
 def about(config: Config, run: Run, made: Mapping[str, Any]) -> dict[str, Any]:
     """Task, model and sampling of a run, for the manifest of a recorded dataset."""
-    return dataset.describe(
+    return dataset.identity(
         task=config.data.task,
         tokenizer=run.policy.tokenizer,
         model=run.policy.config,

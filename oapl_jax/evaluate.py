@@ -1,4 +1,4 @@
-"""What was learned: a split of the configured task, benchmarks, or two results compared.
+"""Evaluates a checkpoint on a split or on benchmarks, or compares two results.
 
 python -m oapl_jax.evaluate --config=configs/arithmetic.py --workdir=runs/arithmetic [--step=N]
 python -m oapl_jax.evaluate --config=... --workdir=... [--step=N | --version_dir=DIR]
@@ -6,9 +6,11 @@ python -m oapl_jax.evaluate --config=... --workdir=... [--step=N | --version_dir
 python -m oapl_jax.evaluate --compare=A/result.json,B/result.json [--to=DIR]
 """
 
+import dataclasses
+import hashlib
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from absl import flags
@@ -17,12 +19,18 @@ from etils import epath
 from oapl_jax import build
 from oapl_jax.build import Run
 from oapl_jax.config import Config
+from oapl_jax.data.prompts import all_prompts
+from oapl_jax.data.public import releases
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.evaluation import compare, report, table
-from oapl_jax.evaluation.run import run_benchmarks
+from oapl_jax.evaluation.benchmark import response_identity, run_benchmark
 from oapl_jax.files import absolute
 from oapl_jax.launch import read_command_line, use_compile_cache
+from oapl_jax.record import version_to_sample
+from oapl_jax.rollout.sampler import Sampling
+from oapl_jax.structs import Prompt
 from oapl_jax.tracking.progress import say
+from oapl_jax.weights import publisher
 
 
 def main() -> None:
@@ -44,7 +52,7 @@ def main() -> None:
     run = build.open_run(config, workdir)
     try:
         if benchmarks.value:
-            evaluate_benchmarks(
+            directory, results = evaluate_benchmarks(
                 config,
                 run,
                 benchmarks.value,
@@ -52,9 +60,16 @@ def main() -> None:
                 step=step.value,
                 version_dir=version_dir.value,
                 n=config.evaluation.n if n.value is None else n.value,
+                log=say,
             )
+            say((directory / "results.md").read_text())
+            for name in results:
+                say(f"{name}: {directory / name / 'result.json'}")
         else:
-            evaluate_split(config, run, step.value, split.value)
+            found, params = run.params_at(step.value)
+            result = build.open_evaluator(config, run)(found, params, split.value)
+            print(table({str(found): result}))
+            print(json.dumps(result))
     finally:
         run.close()
 
@@ -71,26 +86,119 @@ def check_flags(benchmarks: Sequence[str], given: Collection[str]) -> None:
 
 
 def evaluate_benchmarks(
-    config: Config, run: Run, names: Sequence[str], to: epath.Path, **what: Any
-) -> None:
-    """Writes results.md and pass_at_k.png beside what `run` leaves, and prints the table."""
-    directory, results = run_benchmarks(config, run, names, to, **what, say=say)
-    text = report.markdown(results)
-    (directory / "results.md").write_text(text)
-    version = next(iter(results.values()))["about"]["version"]
+    config: Config,
+    run: Run,
+    names: Sequence[str],
+    to: epath.Path,
+    *,
+    step: int | None,
+    version_dir: str | None,
+    n: int,
+    log: Callable[[str], None],
+) -> tuple[epath.Path, dict[str, dict[str, Any]]]:
+    """Evaluates one version on each benchmark, or what is left of that to do.
+
+    Args:
+      config, run: model, checkpoints and verifiers.
+      names: of config.benchmarks.
+      to: DIR/weights gets the version if it is not published yet; DIR/v000012/NAME gets the files
+        of version 12, and DIR/v000012 results.md and pass_at_k.png.
+      step, version_dir: see `version_to_sample`.
+      n: samples of a problem.
+      log: takes a sentence for people.
+
+    Returns:
+      DIR/v000012, and the results by name, see benchmark.measure.
+
+    Raises:
+      UserError: for an unknown name, responses that do not fit the model's context, or a directory
+        with responses of another identity.
+      RunError: if samples are missing at the end; the others are kept.
+    """
+    run = dataclasses.replace(run, sampling=benchmark_sampling(config, run))
+    opened = {name: benchmark_prompts(config, run, name) for name in dict.fromkeys(names)}
+    build.check_grader(config, run)
+    version, weights = version_to_sample(run, to, step, version_dir)
+    directory = publisher.version_path(to, version)
+    results = {}
+    for name, (prompts, left_out) in opened.items():
+        about = response_identity(
+            prompts,
+            benchmark=name,
+            version=version,
+            weights=tensor_checksum(weights),
+            sampler=config.rollout.sampler,
+            seed=config.seed,
+            tokenizer=run.policy.tokenizer,
+            model=run.policy.config,
+            sampling=run.sampling,
+        )
+        results[name] = run_benchmark(
+            directory / name,
+            prompts,
+            about,
+            n=n,
+            at_once=config.group_size,
+            left_out=left_out,
+            sampling=run.sampling,
+            # Other random numbers than training; groups of another version are of no use.
+            new_sampler=lambda: build.open_sampler(
+                config, run, seed=config.seed + 1, older_versions=False
+            ),
+            weights=weights,
+            grader=run.grader,
+            grader_settings=dataclasses.asdict(config.rewards),
+            threads=config.rollout.reward_threads,
+            resamples=config.evaluation.resamples,
+            seed=config.seed,
+            log=log,
+        )
+    (directory / "results.md").write_text(report.markdown(results))
     panels = {name: {"": result} for name, result in results.items()}
-    report.draw(panels, directory / "pass_at_k.png", title=f"Version {version}")
-    say(text)
-    for name in results:
-        say(f"{name}: {directory / name / 'result.json'}")
+    report.plot(panels, directory / "pass_at_k.png", title=f"Version {version}")
+    return directory, results
 
 
-def evaluate_split(config: Config, run: Run, step: int | None, split: str) -> None:
-    """Prints the table and the JSON of a checkpoint step on a split."""
-    found, params = run.params_at(step)
-    result = build.open_evaluator(config, run)(found, params, split)
-    print(table({str(found): result}))
-    print(json.dumps(result))
+def benchmark_sampling(config: Config, run: Run) -> Sampling:
+    """The run's sampling with benchmarks' response length, which may exceed that of training."""
+    prompt = config.data.max_prompt_tokens
+    longest = config.evaluation.max_response_tokens
+    if prompt + longest > run.policy.config.max_positions:
+        raise UserError(
+            f"data.max_prompt_tokens={prompt} + evaluation.max_response_tokens={longest} is more "
+            f"than the model's max_position_embeddings ({run.policy.config.max_positions}); lower "
+            "one"
+        )
+    return dataclasses.replace(run.sampling, max_response_tokens=longest)
+
+
+def tensor_checksum(version: epath.Path) -> str:
+    """Checksum of a version's tensors, the same whenever and wherever it is published."""
+    files = publisher.read_manifest(version)["files"]
+    sums = {name: file["xxh128"] for name, file in files.items() if name.endswith(".safetensors")}
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+
+
+def benchmark_prompts(config: Config, run: Run, name: str) -> tuple[list[Prompt], int]:
+    """Opens a benchmark: its prompts in order, and the number of those that are too long.
+
+    Raises:
+      UserError: for a name that config.benchmarks does not have, or damaged files.
+    """
+    sets = {name: dataclasses.asdict(section) for name, section in config.benchmarks.items()}
+    if name not in sets:
+        have = ", ".join(sorted(sets)) or "none"
+        raise UserError(f"--benchmark={name} is not one of config.benchmarks (have: {have})")
+    records = releases.open_set(
+        name, section="config.benchmarks", data_dir=config.data.data_dir, sets=sets
+    )
+    prompts = all_prompts(
+        records,
+        run.policy.tokenizer,
+        limit=None,
+        **build.prompt_settings(config),
+    )
+    return prompts, len(records) - len(prompts)
 
 
 if __name__ == "__main__":

@@ -1,117 +1,43 @@
-"""Makes a set of rollouts with one fixed version, to train on later (recorded.py).
+"""Records a dataset of rollouts from one version of the policy, to train on later.
 
     python -m oapl_jax.record --config=... --workdir=runs/a --to=runs/round1 [--step=N]
 
-Each prompt of a split comes once, with exactly group_size rewarded rollouts. The version is a
-checkpoint step of the workdir, published to DIR/weights; with --version_dir one that stands
-already; or, if the workdir has no checkpoint, the model that the configuration names. What a kill
-leaves is whole shards, and the same command makes the others: shard k holds the k-th portion of the
-prompts, whoever samples it and in whatever order it comes.
+Each prompt of a split comes once, with group_size rewarded rollouts. The version is a checkpoint
+step of the workdir, published to DIR/weights; with --version_dir a published version; or, if the
+workdir has no checkpoint, the model that the configuration names. After a kill, the same command
+samples the prompts that no shard has.
 """
 
 import os
-from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 
-import numpy as np
 from absl import flags
 from etils import epath
 
 from oapl_jax import build
 from oapl_jax.build import Run
 from oapl_jax.config import Config
-from oapl_jax.errors import RunError, UserError, exit_with_code
+from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.files import absolute, checksum
 from oapl_jax.launch import read_command_line, use_compile_cache
-from oapl_jax.rollout.dataset import ShardWriter
+from oapl_jax.rollout.dataset import DatasetWriter, fill
 from oapl_jax.rollout.ledger import ZeroRewardGuard
-from oapl_jax.rollout.sampler import Sampled, Sampler, Sampling
-from oapl_jax.structs import Group, Prompt, Rollout
 from oapl_jax.tracking.progress import say
 from oapl_jax.weights import publisher
 from oapl_jax.weights.checkpoint import Weights
 
 
-def fill(
-    writer: ShardWriter,
-    prompts: Sequence[Prompt],
-    sampler: Sampler,
-    reward: Callable[[Prompt, Rollout], float],
-    *,
-    version: int,
-    n: int,
-    sampling: Sampling,
-    groups_per_shard: int,
-    reward_threads: int,
-    note: Callable[[Group], None],
-    progress: Callable[[int], None],
-) -> None:
-    """Samples and rewards the prompts of every shard that is not there yet.
-
-    Args:
-      writer: of the set.
-      prompts: of the whole set.
-      sampler: holds the policy.
-      reward: called in threads.
-      version: of the policy; a group of another one is not taken.
-      n: rollouts a prompt.
-      sampling: how tokens are drawn.
-      groups_per_shard: the k-th so many prompts are shard k.
-      reward_threads: groups rewarded at a time.
-      note: takes each rewarded group, and may raise.
-      progress: hears how many groups are in whole shards.
-
-    Raises:
-      RunError: if prompts could not be sampled; the other shards are there.
-    """
-    shard_of = {prompt.stream_index: i // groups_per_shard for i, prompt in enumerate(prompts)}
-    missing: dict[int, dict[int, Group | None]] = defaultdict(dict)  # shard -> draw -> group
-    there = writer.indices()
-    for prompt in prompts:
-        if shard_of[prompt.stream_index] not in there:
-            missing[shard_of[prompt.stream_index]][prompt.stream_index] = None
-    wanted = [prompt for prompt in prompts if shard_of[prompt.stream_index] in missing]
-    done = len(prompts) - len(wanted)
-
-    def rewarded(sampled: Sampled) -> Group:
-        rewards = [reward(sampled.prompt, rollout) for rollout in sampled.rollouts]
-        return Group(sampled.prompt, sampled.rollouts, np.array(rewards, np.float32))
-
-    with ThreadPoolExecutor(reward_threads, thread_name_prefix="reward") as graders:
-        rewarding: deque[Future[Group]] = deque()
-
-        def settle(until: int) -> None:
-            nonlocal done
-            while len(rewarding) > until or (rewarding and rewarding[0].done()):
-                group = rewarding.popleft().result()
-                note(group)
-                index = shard_of[group.prompt.stream_index]
-                missing[index][group.prompt.stream_index] = group
-                groups = [group for group in missing[index].values() if group is not None]
-                if len(groups) == len(missing[index]):
-                    writer.write(index, groups)
-                    del missing[index]
-                    done += len(groups)
-                    progress(done)
-
-        for sampled in sampler.generate(wanted, n=n, sampling=sampling):
-            if {rollout.policy_version for rollout in sampled.rollouts} == {version}:
-                rewarding.append(graders.submit(rewarded, sampled))
-            settle(until=2 * groups_per_shard)
-        settle(until=0)
-    lost = [draw for groups in missing.values() for draw, group in groups.items() if group is None]
-    if lost:
-        raise RunError(
-            f"{len(lost)} of {len(prompts)} prompts were not sampled from version {version}, so "
-            f"{len(missing)} shards are missing; the same command makes them"
-        )
-
-
-def fixed_version(
+def version_to_sample(
     run: Run, to: epath.Path, step: int | None, version_dir: str | None
 ) -> tuple[int, epath.Path]:
-    """The version to sample from and its directory, published below `to` if need be."""
+    """Finds the version that the flags name; publishes it below `to` if it is not published.
+
+    Returns:
+      The version and its directory.
+
+    Raises:
+      UserError: if there is no such checkpoint step or version.
+    """
     steps, start = run.checkpoints.steps(), run.policy.checkpoint
     if version_dir is None and step is None and not steps and start:
         if not (start / publisher.MANIFEST).exists():
@@ -127,7 +53,7 @@ def fixed_version(
 
 
 def _as_step(run: Run, to: epath.Path) -> epath.Path:
-    """The weights of another program's checkpoint as an Orbax step, which the publisher reads."""
+    """Saves the weights of another program's checkpoint as an Orbax step for the publisher."""
     weights = Weights(to / "start")
     if not weights.steps():
         params = run.policy.load_params(run.mesh)
@@ -136,7 +62,7 @@ def _as_step(run: Run, to: epath.Path) -> epath.Path:
     return weights.path(0)
 
 
-def make_set(
+def record_dataset(
     config: Config,
     run: Run,
     to: epath.Path,
@@ -148,10 +74,13 @@ def make_set(
     groups_per_shard: int,
     progress: Callable[[int], None],
 ) -> None:
-    """The whole command, in a run that is open.
+    """Records the first `limit` prompts of a split (None: all) into the directory `to`.
+
+    Args:
+      progress: called after each shard with the number of groups on disk.
 
     Raises:
-      UserError: if there is no such version or split, or `to` holds another set.
+      UserError: if there is no such version or split, or `to` holds another dataset.
       RunError: see `fill`.
     """
     prompts = build.split_prompts(config, run, split)
@@ -159,52 +88,55 @@ def make_set(
         raise UserError(f"--prompts={limit} is asked of a split of {len(prompts)} prompts")
     prompts = prompts[:limit]
     build.check_grader(config, run)
-    version, path = fixed_version(run, to, step, version_dir)
-    weights = checksum(path / publisher.MANIFEST)
+    version, path = version_to_sample(run, to, step, version_dir)
+    weights, n = checksum(path / publisher.MANIFEST), config.group_size
     made = {
-        "by": "generate",
+        "by": "record",
         "split": split,
         "prompts": len(prompts),
         "groups_per_shard": groups_per_shard,
         "version": version,
         "weights": weights,
     }
-    writer = ShardWriter(
-        to,
-        build.about(config, run, made),
-        groups_per_shard=groups_per_shard,
-        identify=lambda version: weights,
-    )
     guard = ZeroRewardGuard(
         limit=config.rollout.max_zero_reward_groups, decode=run.policy.tokenizer.decode
     )
-    sampler = build.open_sampler(config, run, seed=config.seed, older_versions=False)
+    writer = DatasetWriter(
+        to,
+        build.about(config, run, made),
+        groups_per_shard=groups_per_shard,
+        weights_digest=lambda version: weights,
+    )
     try:
-        sampler.refresh(version, path)
-        fill(
-            writer,
-            prompts,
-            sampler,
-            run.grader.reward,
-            version=version,
-            n=config.group_size,
-            sampling=run.sampling,
-            groups_per_shard=groups_per_shard,
-            reward_threads=config.rollout.reward_threads,
-            note=guard.note,
-            progress=progress,
-        )
+        sampler = build.open_sampler(config, run, seed=config.seed, older_versions=False)
+        try:
+            sampler.refresh(version, path)
+            fill(
+                writer,
+                prompts,
+                sampler,
+                run.grader.reward,
+                version=version,
+                n=n,
+                at_once=n,
+                sampling=run.sampling,
+                reward_threads=config.rollout.reward_threads,
+                note=guard.note,
+                progress=lambda responses: progress(responses // n),
+            )
+        finally:
+            sampler.close()
     finally:
-        sampler.close()
+        writer.close()
 
 
 def main() -> None:
-    to = flags.DEFINE_string("to", None, "directory of the set")
+    to = flags.DEFINE_string("to", None, "directory of the dataset")
     step = flags.DEFINE_integer("step", None, "checkpoint step; the newest by default")
     version_dir = flags.DEFINE_string("version_dir", None, "or a published version's directory")
     split = flags.DEFINE_enum("split", "train", ["train", "validation", "test"], "which prompts")
     limit = flags.DEFINE_integer("prompts", None, "how many of the split, from its beginning")
-    groups_per_shard = flags.DEFINE_integer("groups_per_shard", 256, "prompts of one file", 1)
+    groups_per_shard = flags.DEFINE_integer("groups_per_shard", 256, "groups of one file", 1)
     config, workdir = read_command_line()
     if to.value is None:
         raise UserError("--to is missing; add, for example, --to=runs/round1")
@@ -214,7 +146,7 @@ def main() -> None:
     use_compile_cache(config.compile_cache, workdir)
     run = build.open_run(config, workdir)
     try:
-        make_set(
+        record_dataset(
             config,
             run,
             directory,

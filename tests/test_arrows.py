@@ -42,9 +42,9 @@ SEE_CONFIG = (
     "audit",
 )
 # Imports that still run upward.
-UPWARD: set[tuple[str, str]] = {("evaluation", "record"), ("evaluation", "build")}
+UPWARD: set[tuple[str, str]] = set()
 # Rooms that still take the whole configuration.
-STILL_SEE_CONFIG = ("evaluation",)
+STILL_SEE_CONFIG = ()
 
 
 def modules() -> list[Path]:

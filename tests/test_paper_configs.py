@@ -16,10 +16,10 @@ from configs import arithmetic, code_contests, competition_math, objectives
 from oapl_jax import audit, train
 from oapl_jax import record as generate
 from oapl_jax.data import samples
-from oapl_jax.evaluation.run import run_benchmarks
+from oapl_jax.evaluate import evaluate_benchmarks
 from oapl_jax.launch import flatten
 from oapl_jax.publish import publish_step
-from oapl_jax.rollout.dataset import Shards
+from oapl_jax.rollout.dataset import Dataset
 
 MATHS, CODE = competition_math.get_config, code_contests.get_config
 
@@ -259,25 +259,24 @@ class Shop:
         """Tokenizer, groups and manifest of a recorded set."""
         config, run = opened(self.config(CODE, arg), self.root / "nobody")
         what = dict(step=None, version_dir=None, split="train", limit=None, groups_per_shard=8)
-        generate.make_set(
+        generate.record_dataset(
             config, run, epath.Path(self.root / to), **what, progress=lambda done: None
         )
         run.close()
-        shards = Shards(epath.Path(self.root / to))
+        shards = Dataset(epath.Path(self.root / to))
         return run.policy.tokenizer, list(shards), shards.versions
 
     def evaluate(self, name, make, arg, *benchmarks):
         """Tokenizer, results, and by benchmark the texts of the responses to each problem."""
         config, run = opened(self.config(make, arg), self.root / name)
         to = epath.Path(self.root / name / "evaluation")
-        what = dict(step=None, version_dir=None, n=4, say=lambda text: None)
-        directory, results = run_benchmarks(config, run, benchmarks, to, **what)
+        what = dict(step=None, version_dir=None, n=4, log=lambda text: None)
+        directory, results = evaluate_benchmarks(config, run, benchmarks, to, **what)
         texts = {name: {} for name in benchmarks}
         for benchmark in benchmarks:
-            lines = (directory / benchmark / "responses.jsonl").read_text().splitlines()
-            for line in map(json.loads, lines[1:]):
-                decoded = run.policy.tokenizer.batch_decode(line["tokens"])
-                texts[benchmark].setdefault(line["prompt"], []).extend(decoded)
+            for group in Dataset(directory / benchmark / "responses"):
+                decoded = run.policy.tokenizer.batch_decode([r.tokens for r in group.rollouts])
+                texts[benchmark].setdefault(group.prompt.id, []).extend(decoded)
         records = {record.id: record for record in run.splits["train"]}
         run.close()
         return results, texts, records

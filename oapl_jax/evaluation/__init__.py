@@ -1,8 +1,7 @@
-"""Evaluation: how good a policy is, and how sure of that one can be.
+"""Evaluation: pass@k of a policy, with its uncertainty.
 
-`evaluate` samples and grades a split in memory, as training does now and then. Benchmarks (run.py)
-keep every response on disk: sampling goes on where a kill left it, and grading can be done again
-without any sampling. compare.py tests two of their results against each other.
+`evaluate` samples and grades a split in memory, as training does now and then. benchmark.py keeps
+every response on disk; compare.py tests two of its results against each other.
 """
 
 from oapl_jax.evaluation.estimators import interval, maj_at_n, pass_at_k

@@ -1,110 +1,284 @@
-"""A benchmark: n samples of each of its problems, and what they say.
+"""Benchmarks: n responses to each problem, kept on disk, graded, and measured.
 
-prompts -> sample -> responses.jsonl -> Grades.fill -> grades.jsonl -> measure -> result.json
+prompts -> dataset.fill -> responses/ -> Grades.fill -> grades.jsonl -> measure -> result.json
+
+A killed evaluation continues where it was, n may be raised, and grading can be redone without
+sampling.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+import hashlib
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
-from oapl_jax.errors import RunError
+from oapl_jax import rewards
+from oapl_jax.errors import UserError
 from oapl_jax.evaluation.estimators import intervals, maj_at_n, pass_curve
-from oapl_jax.evaluation.grades import Grades
-from oapl_jax.evaluation.responses import Responses
+from oapl_jax.files import JsonLines, code_digest, write_atomically
+from oapl_jax.model.config import ModelConfig
+from oapl_jax.rewards.grader import Grader
+from oapl_jax.rollout.dataset import Dataset, DatasetWriter, fill, identity, stored
 from oapl_jax.rollout.sampler import Sampler, Sampling
-from oapl_jax.structs import Prompt
+from oapl_jax.structs import Prompt, Rollout
 
 FORMAT = "oapl_jax evaluation 1"
+GRADES_FORMAT = "oapl_jax grades 2"
+GROUPS_PER_SHARD, SECONDS_PER_SHARD = 64, 60.0  # a kill loses at most so much
+# Libraries that decide rewards.
+LIBRARIES = ("latex2sympy2_extended", "math-verify", "pylatexenc", "rapidfuzz", "sympy")
+# Settings of the verifiers that decide speed and not rewards.
+SPEED = {
+    "math": ("processes", "recycle_after"),
+    "code": ("parallel", "start_seconds", "cache_entries"),
+    "documents": (),
+}
+
+# (prompt, responses) -> their rewards, and their final answers.
+Judge = Callable[[Prompt, Sequence[Rollout]], tuple[Sequence[float], Sequence[str]]]
 
 
-def sample(
-    sampler: Sampler,
+def response_identity(
     prompts: Sequence[Prompt],
-    responses: Responses,
     *,
-    at_once: int,
+    benchmark: str,
     version: int,
+    weights: str,
+    sampler: str,
+    seed: int,
+    tokenizer: Any,
+    model: ModelConfig,
     sampling: Sampling,
-    progress: Callable[[int], None],
-) -> None:
-    """Samples what is missing of the n responses to each prompt.
-
-    Samples from index s on of the i-th of P prompts are asked for as draw s P + i, so whatever was
-    sampled before, in whatever portions, no two have the same random numbers.
+) -> dict[str, Any]:
+    """Describes what decides a response, JSON-able.
 
     Args:
-      sampler: holds the policy.
+      prompts: of all problems, of one task.
+      benchmark: its name.
+      version: of the policy.
+      weights: checksum of the version's tensors.
+      sampler: "local" or "fleet".
+      seed: of the local sampler.
+      tokenizer, model, sampling: as of `dataset.identity`.
+    """
+    templated = json.dumps([[p.id, p.tokens.tolist()] for p in prompts])
+    return identity(
+        task=prompts[0].task,
+        tokenizer=tokenizer,
+        model=model,
+        sampling=sampling,
+        benchmark=benchmark,
+        problems=len(prompts),
+        prompts=hashlib.sha256(templated.encode()).hexdigest(),
+        version=version,
+        weights=weights,
+        sampler=sampler,
+        seed=seed,
+    )
+
+
+def grader_identity(prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Describes what decides the grade of a given response, JSON-able: the reference answers, the
+    code, libraries and settings of the rewards.
+
+    Args:
+      prompts: of all problems, of one task.
+      settings: by task, of the verifiers that have some.
+    """
+    task = prompts[0].task
+    own = settings[task] if task in SPEED else {}  # the synthetic tasks have none
+    answers = json.dumps(sorted([p.id, p.task, p.answer] for p in prompts))
+    about = {
+        "format": GRADES_FORMAT,
+        "answers": hashlib.sha256(answers.encode()).hexdigest(),
+        "grader": code_digest(sorted(Path(rewards.__file__).parent.rglob("*.py"))),
+        "libraries": {name: metadata.version(name) for name in LIBRARIES},
+        "settings": {k: v for k, v in own.items() if k not in SPEED[task]},
+    }
+    return json.loads(json.dumps(about))
+
+
+class Samples:
+    """Measures of the first n responses to each of P prompts, read from a dataset of `fill`.
+
+    Attributes:
+      lengths: int64[P, n], tokens.
+      logp: float64[P, n], log-probability of the response, nats.
+      truncated: bool[P, n].
+      seconds: float, wall-clock of sampling, summed over all starts.
+    """
+
+    def __init__(self, dataset: Dataset, *, prompts: int, n: int):
+        self.lengths, self.logp = np.zeros((prompts, n), np.int64), np.zeros((prompts, n))
+        self.truncated = np.zeros((prompts, n), bool)
+        self.seconds = sum(shard["seconds"] for shard in dataset.manifest["shards"].values())
+        for group in dataset:
+            start, row = divmod(group.prompt.stream_index, prompts)
+            for column, rollout in enumerate(group.rollouts[: max(n - start, 0)], start):
+                self.lengths[row, column] = len(rollout.tokens)
+                self.logp[row, column] = rollout.behavior_logp.sum(dtype=np.float64)
+                self.truncated[row, column] = rollout.finish_reason == "length"
+
+
+class Grades:
+    """Grades of the first n responses to each of P prompts, in memory and in a JSON lines file.
+
+    The first line is what decides a grade; a file that was graded otherwise is begun anew. Every
+    other line grades one group of responses:
+
+        prompt, start    id of the problem, and index of the group's first response
+        logp             log-probability of each response, by which new responses in the same place
+                         are noticed
+        reward, answer   of each response
+        verdicts         the verifier's counts since the line before, or since grading began
+        seconds          wall-clock, likewise
+
+    Args:
+      path: of the file.
+      about: see `grader_identity`.
       prompts: of all problems.
-      responses: those that there are; the others are added as they come.
-      at_once: the most samples of a request.
-      version: of the policy; samples of another one are not taken.
-      sampling: how tokens are drawn.
-      progress: hears how many samples there are.
+      logp: float64[P, n], of the responses.
+
+    Attributes:
+      about: as above.
+      graded: bool[P, n].
+      correct: bool[P, n], whether the reward is 1.
+      answers: final answer, for each prompt and response.
+      verdicts: the verifier's counts of everything graded.
+      seconds: float, wall-clock of grading.
 
     Raises:
-      RunError: if some could not be sampled.
+      UserError: for a damaged line, or if another process grades.
     """
-    responses.begin()
-    wanted = list(missing(responses.there, at_once))
-    for count in sorted({count for _, _, count in wanted}, reverse=True):
-        asked = {start * len(prompts) + row: (row, start) for start, row, c in wanted if c == count}
-        redrawn = [replace(prompts[row], stream_index=draw) for draw, (row, _) in asked.items()]
-        for sampled in sampler.generate(redrawn, n=count, sampling=sampling):
-            if {rollout.policy_version for rollout in sampled.rollouts} == {version}:
-                _, start = asked[sampled.prompt.stream_index]
-                responses.append(start, sampled)
-                progress(int(responses.there.sum()))
-    lost = int((~responses.there).sum())
-    if lost:
-        raise RunError(
-            f"{lost} of {responses.there.size} responses could not be sampled from version "
-            f"{version}; the same command samples them"
-        )
 
+    def __init__(
+        self,
+        path: epath.Path,
+        about: Mapping[str, Any],
+        prompts: Sequence[Prompt],
+        logp: np.ndarray,
+    ):
+        self.about, self._prompts, self._logp = dict(about), prompts, logp
+        self._rows = {prompt.id: row for row, prompt in enumerate(prompts)}
+        self.graded, self.correct = np.zeros((2, *logp.shape), bool)
+        self.answers = [[""] * logp.shape[1] for _ in prompts]
+        self.verdicts: Counter[str] = Counter()
+        self.seconds = 0.0
+        self._lines = JsonLines(path, exclusive=True)
+        try:
+            lines = iter(self._lines)
+            if next(lines, None) == self.about:
+                for number, line in enumerate(lines, 2):
+                    self._count(line, number)
+            else:
+                self._lines.truncate(0)
+                self._lines.append(self.about)
+        except BaseException:
+            self.close()
+            raise
 
-def missing(there: np.ndarray, at_once: int) -> Iterator[tuple[int, int, int]]:
-    """(start, row, count) of the requests for what is not there, those of the first samples first.
+    def fill(
+        self,
+        dataset: Dataset,
+        judge: Judge,
+        counts: Callable[[], Mapping[str, float]],
+        *,
+        threads: int,
+        progress: Callable[[int], None],
+    ) -> None:
+        """Grades the responses that have no grade yet.
 
-    Args:
-      there: bool[P, n].
-      at_once: the largest count.
-    """
-    requests = []
-    for row, of_prompt in enumerate(there):
-        free = np.flatnonzero(~of_prompt)
-        for run in np.split(free, np.flatnonzero(np.diff(free) > 1) + 1):
-            for start in range(0, len(run), at_once):
-                requests.append((int(run[start]), row, len(run[start : start + at_once])))
-    return iter(sorted(requests))
+        Args:
+          dataset: the responses.
+          judge: called in threads.
+          counts: the verifier's, since it was opened.
+          threads: groups graded at a time.
+          progress: called with the number of graded responses.
+        """
+        last, before = time.monotonic(), Counter(counts())
+        grading: deque[tuple[int, int, Future]] = deque()
+
+        def append_graded(most: int) -> None:
+            nonlocal last, before
+            while len(grading) > most:
+                row, start, future = grading.popleft()
+                reward, answer = future.result()
+                now, after = time.monotonic(), Counter(counts())
+                logp = self._logp[row, start : start + len(reward)].tolist()
+                line = {
+                    "prompt": self._prompts[row].id,
+                    "start": start,
+                    "logp": logp,
+                    "reward": [float(r) for r in reward[: len(logp)]],
+                    "answer": list(answer[: len(logp)]),
+                    "verdicts": dict(after - before),
+                    "seconds": round(now - last, 3),
+                }
+                last, before = now, after
+                self._lines.append(line)
+                self._count(line, 0)
+                progress(int(self.graded.sum()))
+
+        with ThreadPoolExecutor(threads, thread_name_prefix="grade") as graders:
+            for group in dataset:
+                start, row = divmod(group.prompt.stream_index, len(self._prompts))
+                if not self.graded[row, start : start + len(group.rollouts)].all():
+                    future = graders.submit(judge, self._prompts[row], group.rollouts)
+                    grading.append((row, start, future))
+                    append_graded(most=2 * threads)
+            append_graded(most=0)
+
+    def close(self) -> None:
+        self._lines.close()
+
+    def _count(self, line: Mapping[str, Any], number: int) -> None:
+        try:
+            row, start = self._rows[line["prompt"]], line["start"]
+            logp = self._logp[row, start : start + len(line["logp"])].tolist()
+            if line["logp"][: len(logp)] != logp:
+                return  # the grade of responses that were deleted
+            for column in range(start, start + len(logp)):
+                self.correct[row, column] = line["reward"][column - start] >= 1
+                self.answers[row][column] = line["answer"][column - start]
+                self.graded[row, column] = True
+            self.verdicts.update(line["verdicts"])
+            self.seconds += line["seconds"]
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"line {number} of {self._lines.path} is damaged ({error!r}); delete the file"
+            ) from error
 
 
 def measure(
     prompts: Sequence[Prompt],
-    responses: Responses,
+    samples: Samples,
     grades: Grades,
     *,
+    about: Mapping[str, Any],
     left_out: int,
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The result, once every sample is there and graded; JSON-able, see docs/evaluation.md.
+    """Computes the result of graded responses, JSON-able; docs/evaluation.md defines each number.
 
     Args:
       prompts: of all problems.
-      responses, grades: to them.
+      samples, grades: of the responses.
+      about: see `response_identity`.
       left_out: problems of the benchmark whose prompts are too long.
       resamples, seed: of the bootstrap.
     """
-    problems, n = responses.there.shape
-    correct = grades.correct.sum(axis=1)
-    majority = np.array(
-        [
-            maj_at_n(answers, right.astype(float).tolist())
-            for answers, right in zip(grades.answers, grades.correct, strict=True)
-        ]
-    )
+    problems, n = samples.lengths.shape
+    correct, tokens = grades.correct.sum(axis=1), samples.lengths.sum(axis=1)
+    votes = zip(grades.answers, grades.correct.astype(float).tolist(), strict=True)
+    majority = np.array([maj_at_n(answers, right) for answers, right in votes])
 
     def value(of_problem: np.ndarray, weights: np.ndarray | None = None) -> dict[str, Any]:
         """The mean over problems, or a ratio of sums, of one number a problem or of a curve."""
@@ -114,10 +288,9 @@ def measure(
         found = {"value": columns.sum(axis=0) / by.sum(axis=0), "low": low, "high": high}
         return {k: v.tolist() if of_problem.ndim == 2 else float(v[0]) for k, v in found.items()}
 
-    tokens = responses.lengths.sum(axis=1)
     return {
         "format": FORMAT,
-        "about": responses.about,
+        "about": dict(about),
         "graded": grades.about,
         "problems": problems,
         "left_out": left_out,
@@ -126,12 +299,12 @@ def measure(
         "avg@n": value(correct / n),
         "maj@n": value(majority),
         "length": value(tokens / n),
-        "truncated": value(responses.truncated.mean(axis=1)),
-        "entropy": value(-responses.logp.sum(axis=1), tokens),
+        "truncated": value(samples.truncated.mean(axis=1)),
+        "entropy": value(-samples.logp.sum(axis=1), tokens),
         "verdicts": dict(grades.verdicts),
         "bootstrap": {"resamples": resamples, "seed": seed},
         "seconds": {
-            "sampling": round(responses.seconds, 3),
+            "sampling": round(samples.seconds, 3),
             "grading": round(grades.seconds, 3),
         },
         "per_problem": [
@@ -140,9 +313,123 @@ def measure(
                 "correct": int(correct[row]),
                 "majority": float(majority[row]),
                 "tokens": int(tokens[row]),
-                "truncated": int(responses.truncated[row].sum()),
-                "logp": float(responses.logp[row].sum()),
+                "truncated": int(samples.truncated[row].sum()),
+                "logp": float(samples.logp[row].sum()),
             }
             for row, prompt in enumerate(prompts)
         ],
     }
+
+
+def run_benchmark(
+    directory: epath.Path,
+    prompts: Sequence[Prompt],
+    about: Mapping[str, Any],
+    *,
+    n: int,
+    at_once: int,
+    left_out: int,
+    sampling: Sampling,
+    new_sampler: Callable[[], Sampler],
+    weights: epath.Path,
+    grader: Grader,
+    grader_settings: Mapping[str, Any],
+    threads: int,
+    resamples: int,
+    seed: int,
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """Samples, grades and measures a benchmark, or whatever of that is left to do.
+
+    Args:
+      directory: gets responses/, grades.jsonl and result.json.
+      prompts, about: see `response_identity`.
+      n: responses to each prompt.
+      at_once: the most responses of a request.
+      left_out: problems of the benchmark whose prompts are too long.
+      sampling: temperature and limits.
+      new_sampler: called if a response is missing.
+      weights: directory of the published version.
+      grader, grader_settings: the verifiers, and what `grader_identity` takes.
+      threads: groups graded at a time.
+      resamples, seed: of the bootstrap.
+      log: takes a sentence for people.
+
+    Returns:
+      See `measure`.
+
+    Raises:
+      UserError: if the directory holds responses of another identity or format.
+      RunError: if responses are missing at the end; the others are kept.
+    """
+    total = len(prompts) * n
+
+    def progress(verb: str) -> Callable[[int], None]:
+        told = 0
+
+        def tell(done: int) -> None:
+            nonlocal told
+            if done * 20 // total > told:
+                told = done * 20 // total
+                log(f"{about['benchmark']}: {min(done, total)} of {total} responses {verb}")
+
+        return tell
+
+    if (directory / "responses.jsonl").exists():
+        raise UserError(
+            f"{directory} holds responses of an older format; name another directory in --to"
+        )
+    responses = directory / "responses"
+    writer = DatasetWriter(
+        responses,
+        about,
+        groups_per_shard=GROUPS_PER_SHARD,
+        seconds_per_shard=SECONDS_PER_SHARD,
+        weights_digest=lambda version: about["weights"],
+    )
+    try:
+        if not stored(writer.samples, len(prompts), n).all():
+            sampler = new_sampler()
+            try:
+                sampler.refresh(about["version"], weights)
+                fill(
+                    writer,
+                    prompts,
+                    sampler,
+                    lambda prompt, rollout: float("nan"),  # graded below, perhaps more than once
+                    version=about["version"],
+                    n=n,
+                    at_once=at_once,
+                    sampling=sampling,
+                    reward_threads=1,
+                    note=lambda group: None,
+                    progress=progress("sampled"),
+                )
+            finally:
+                sampler.close()
+    finally:
+        writer.close()
+    dataset = Dataset(responses)
+    samples = Samples(dataset, prompts=len(prompts), n=n)
+    grades = Grades(
+        directory / "grades.jsonl", grader_identity(prompts, grader_settings), prompts, samples.logp
+    )
+    try:
+        grades.fill(
+            dataset,
+            lambda prompt, rollouts: (
+                [grader.reward(prompt, rollout) for rollout in rollouts],
+                [grader.final_answer(prompt, rollout) for rollout in rollouts],
+            ),
+            grader.metrics,
+            threads=threads,
+            progress=progress("graded"),
+        )
+    finally:
+        grades.close()
+        dataset.close()
+    result = measure(
+        prompts, samples, grades, about=about, left_out=left_out, resamples=resamples, seed=seed
+    )
+    write_atomically(directory / "result.json", [json.dumps(result).encode()])
+    return result

@@ -1,9 +1,9 @@
-"""Two results on the same problems, compared problem by problem.
+"""Paired comparison of two results on the same problems.
 
     python -m oapl_jax.evaluate --compare=A/result.json,B/result.json [--to=DIR]
 
-The difference is B - A. An interval is a bootstrap over problems of the mean difference, p the
-two-sided sign-flip test (estimators.py). What was not sampled alike is refused.
+The difference is B - A, with a bootstrap interval over problems and the p-value of a two-sided
+sign-flip test (estimators.py). Results that were not sampled alike are refused.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from oapl_jax.errors import UserError
 from oapl_jax.evaluation import report
 from oapl_jax.evaluation.benchmark import FORMAT
 from oapl_jax.evaluation.estimators import intervals, pass_curve, sign_flip_test
+from oapl_jax.files import read_json
 from oapl_jax.rollout.dataset import differences
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_response_tokens")
@@ -25,19 +26,19 @@ Result = Mapping[str, Any]
 
 
 def read_result(path: epath.Path) -> dict[str, Any]:
-    """Raises a UserError for what is no result.json of a benchmark."""
-    try:
-        result = json.loads(path.read_text())
-        found = result["format"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} is no result of a benchmark ({error!r})") from error
+    """Reads a result.json.
+
+    Raises:
+      UserError: if the file is not the result of a benchmark, or of another format.
+    """
+    found = read_json(path, ["format"], remedy="name the result.json of a benchmark")["format"]
     if found != FORMAT:
         raise UserError(f"{path} is of format {found!r}, not {FORMAT!r}; evaluate again")
-    return result
+    return json.loads(path.read_text())
 
 
 def compare(a: Result, b: Result, *, resamples: int, seed: int) -> dict[str, Any]:
-    """B - A over the same problems, JSON-able.
+    """Compares B with A over the same problems.
 
     Args:
       a, b: see benchmark.measure.
@@ -45,9 +46,9 @@ def compare(a: Result, b: Result, *, resamples: int, seed: int) -> dict[str, Any
       seed: of both.
 
     Returns:
-      "pass@k" with lists "a", "b", "value" (the difference), "low", "high" and "p" for k = 1 .. n;
-      "maj@n" with the same of one number; "better", "worse" and "equal", problems by their
-      share of right samples; "same_grader"; and what was compared.
+      JSON-able: "pass@k" with lists "a", "b", "value" (B - A), "low", "high" and "p" for k = 1 ..
+      n; "maj@n" with the same of one number; "better", "worse" and "equal", numbers of problems by
+      their share of right samples; "same_grader"; benchmark, versions and weights.
 
     Raises:
       UserError: for different problems, reference answers, sampling or numbers of samples.
@@ -87,7 +88,7 @@ def compare(a: Result, b: Result, *, resamples: int, seed: int) -> dict[str, Any
 
 
 def check_pair(a: Result, b: Result) -> None:
-    """Raises a UserError unless the two were asked the same, in the same way."""
+    """Raises a UserError unless problems, reference answers, sampling and n are the same."""
     ids = [{problem["id"] for problem in result["per_problem"]} for result in (a, b)]
     only = [sorted(ids[0] - ids[1]), sorted(ids[1] - ids[0])]
     wrong = [
@@ -109,7 +110,7 @@ def check_pair(a: Result, b: Result) -> None:
 
 
 def table(compared: Mapping[str, Any]) -> str:
-    """Markdown, a row for each k that is a power of two."""
+    """Formats a comparison in Markdown, a row for each k that is a power of two."""
     lines = ["| | A | B | B - A | 95 % interval | p |", "|---|---:|---:|---:|---:|---:|"]
     n = compared["samples"]
     rows = {f"pass@{k}": _column(compared["pass@k"], k - 1) for k in report.powers_of_two(n)}
@@ -146,11 +147,9 @@ def main() -> None:
     if arguments.to:
         arguments.to.mkdir(parents=True, exist_ok=True)
         (arguments.to / "comparison.json").write_text(json.dumps(compared))
-        labels = [
-            f"{name}: version {v}" for name, v in zip("AB", compared["versions"], strict=True)
-        ]
-        panel = dict(zip(labels, (a, b), strict=True))
-        report.draw({compared["benchmark"]: panel}, arguments.to / "comparison.png")
+        before, after = compared["versions"]
+        panel = {f"A: version {before}": a, f"B: version {after}": b}
+        report.plot({compared["benchmark"]: panel}, arguments.to / "comparison.png")
     print(json.dumps(compared))
 
 

@@ -1,4 +1,4 @@
-"""A split of the job's own data, sampled and graded in memory: what training asks of a policy."""
+"""Evaluation of a split in memory, as training does every `evaluation.every` steps."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,15 +26,14 @@ def evaluate(
     """Samples n responses (and a greedy one) to each prompt and grades them.
 
     Args:
-      sampler: holds the policy in question.
+      sampler: holds the policy.
       prompts: of the split.
       reward: a response is right if its reward is 1.
-      final_answer: what a response says at its end, for the vote of maj@n.
+      final_answer: of a response, for the vote of maj@n.
       n: samples a prompt.
       ks: of pass@k, each at most n.
       sampling: of the n samples.
-      resamples: of the bootstrap.
-      seed: of the bootstrap.
+      resamples, seed: of the bootstrap.
 
     Returns:
       "pass@k" and its interval "pass@k/interval" for each k, "avg@n", "maj@n", "greedy", "length"
@@ -58,34 +57,35 @@ def evaluate(
         for p, rs, correct in zip(prompts, sampled, right, strict=True)
     ]
     rollouts = [r for rs in sampled for r in rs]
+    tokens = sum(len(r.tokens) for r in rollouts)
+    logp = float(sum(r.behavior_logp.sum(dtype=np.float64) for r in rollouts))
+    greedy_right = [reward(p, rs[0]) >= 1 for p, rs in zip(prompts, greedy, strict=True)]
     result: dict[str, Any] = {}
     curves = np.array([pass_curve(n, int(sum(correct))) for correct in right])
     for k in ks:
         values = curves[:, k - 1]
         result[f"pass@{k}"] = float(values.mean())
         result[f"pass@{k}/interval"] = interval(values, resamples=resamples, seed=seed)
-    result[f"avg@{n}"] = float(np.mean(right))
-    result[f"maj@{n}"] = float(np.mean(majority))
-    result["greedy"] = float(
-        np.mean([reward(p, rs[0]) >= 1 for p, rs in zip(prompts, greedy, strict=True)])
-    )
-    tokens = sum(len(r.tokens) for r in rollouts)
-    result["length"] = tokens / len(rollouts)
-    result["truncated"] = float(np.mean([r.finish_reason == "length" for r in rollouts]))
-    result["entropy"] = (
-        -float(sum(r.behavior_logp.sum(dtype=np.float64) for r in rollouts)) / tokens
-    )
-    result["version"], result["prompts"], result["samples"] = sampler.version, len(prompts), n
-    return result
+    return result | {
+        f"avg@{n}": float(np.mean(right)),
+        f"maj@{n}": float(np.mean(majority)),
+        "greedy": float(np.mean(greedy_right)),
+        "length": tokens / len(rollouts),
+        "truncated": float(np.mean([r.finish_reason == "length" for r in rollouts])),
+        "entropy": -logp / tokens,
+        "version": sampler.version,
+        "prompts": len(prompts),
+        "samples": n,
+    }
 
 
 def in_order(
     sampler: Sampler, prompts: Sequence[Prompt], *, n: int, sampling: Sampling
 ) -> list[tuple[Rollout, ...]]:
-    """The rollouts of each prompt, in the order of the prompts.
+    """Samples n rollouts of each prompt; returns them in the order of the prompts.
 
     Raises:
-      RunError: if some prompt got none.
+      RunError: if a prompt got none.
     """
     done = {s.prompt.stream_index: s for s in sampler.generate(prompts, n=n, sampling=sampling)}
     failed = [
@@ -100,16 +100,12 @@ def in_order(
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """A plain-text table, a row for each named result."""
+    """Formats a plain-text table, a row for each named result."""
     first = next(iter(results.values()))
     columns = [k for k in first if k.startswith("pass@") and "/" not in k]
-    columns += [k for k in first if k.startswith("maj@")] + [
-        "greedy",
-        "length",
-        "truncated",
-        "entropy",
-    ]
-    lines = ["".join(["        ", *(f"{name:>12}" for name in columns)])]
+    columns += [k for k in first if k.startswith("maj@")]
+    columns += ["greedy", "length", "truncated", "entropy"]
+    lines = [" " * 8 + "".join(f"{name:>12}" for name in columns)]
     for name, result in results.items():
-        lines.append("".join([f"{name:<8}", *(f"{result[c]:>12.3f}" for c in columns)]))
+        lines.append(f"{name:<8}" + "".join(f"{result[column]:>12.3f}" for column in columns))
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""What people see of benchmarks: a Markdown table, and the picture of pass@k against k."""
+"""Report of benchmarks: a Markdown table, and a plot of pass@k against k."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import matplotlib
@@ -14,38 +14,36 @@ Result = Mapping[str, Any]
 
 
 def powers_of_two(n: int) -> list[int]:
-    """1, 2, 4, .. up to n, and n itself."""
+    """Lists 1, 2, 4, .. below n, and n itself."""
     return [k for k in (2**i for i in range(n.bit_length())) if k < n] + [n]
 
 
 def markdown(results: Mapping[str, Result]) -> str:
-    """A table with a column for each benchmark, and a sentence on how its numbers came about.
+    """Formats a table with a column for each benchmark, and a sentence on sampling and intervals.
 
     Args:
       results: by benchmark, of one version and one number of samples (see benchmark.measure).
     """
     first = next(iter(results.values()))
     n, about, bootstrap = first["samples"], first["about"], first["bootstrap"]
-    rows = [(f"pass@{k}", _at(k), "{:.3f}") for k in powers_of_two(n)]
-    rows += [
-        (f"avg@{n}", lambda r: r["avg@n"], "{:.3f}"),
-        (f"maj@{n}", lambda r: r["maj@n"], "{:.3f}"),
-        ("tokens of a response", lambda r: r["length"], "{:.1f}"),
-        ("cut off", lambda r: r["truncated"], "{:.3f}"),
-        ("entropy, nats a token", lambda r: r["entropy"], "{:.3f}"),
-    ]
+    rows: dict[str, Callable[[Result], str]] = {
+        f"pass@{k}": lambda r, k=k: _cell({part: v[k - 1] for part, v in r["pass@k"].items()})
+        for k in powers_of_two(n)
+    } | {
+        f"avg@{n}": lambda r: _cell(r["avg@n"]),
+        f"maj@{n}": lambda r: _cell(r["maj@n"]),
+        "tokens of a response": lambda r: _cell(r["length"], "{:.1f}"),
+        "truncated": lambda r: _cell(r["truncated"]),
+        "entropy, nats a token": lambda r: _cell(r["entropy"]),
+        "problems": lambda r: str(r["problems"]),
+        "left out, too long": lambda r: str(r["left_out"]),
+        "samples of each": lambda r: str(r["samples"]),
+        "verdicts": lambda r: ", ".join(f"{k} {v:g}" for k, v in r["verdicts"].items()) or "-",
+        "seconds of sampling": lambda r: str(round(r["seconds"]["sampling"])),
+        "seconds of grading": lambda r: str(round(r["seconds"]["grading"])),
+    }
     lines = [["", *results], ["---", *("---:" for _ in results)]]
-    for name, pick, form in rows:
-        lines.append([name, *(_cell(pick(result), form) for result in results.values())])
-    for name, pick in (
-        ("problems", lambda r: r["problems"]),
-        ("left out, too long", lambda r: r["left_out"]),
-        ("samples of each", lambda r: r["samples"]),
-        ("verdicts", _verdicts),
-        ("seconds of sampling", lambda r: round(r["seconds"]["sampling"])),
-        ("seconds of grading", lambda r: round(r["seconds"]["grading"])),
-    ):
-        lines.append([name, *(str(pick(result)) for result in results.values())])
+    lines += [[name, *map(cell, results.values())] for name, cell in rows.items()]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     sentence = (
         f"Version {about['version']} (weights {about['weights'][:12]}), "
@@ -57,13 +55,13 @@ def markdown(results: Mapping[str, Result]) -> str:
     return f"{table}\n\n{sentence}\n"
 
 
-def draw(panels: Mapping[str, Mapping[str, Result]], path: epath.Path, *, title: str = "") -> None:
-    """Draws pass@k against k, with 95 % intervals as bands.
+def plot(panels: Mapping[str, Mapping[str, Result]], path: epath.Path, *, title: str = "") -> None:
+    """Plots pass@k against k, with 95 % intervals as bands.
 
     Args:
-      panels: by benchmark, the results that share a panel, by label; a single one needs none.
-      path: the PNG to write.
-      title: of the picture.
+      panels: benchmark -> label -> result; a single result needs no label.
+      path: of the PNG.
+      title: of the figure.
     """
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
@@ -97,14 +95,6 @@ def draw(panels: Mapping[str, Mapping[str, Result]], path: epath.Path, *, title:
     plt.close(figure)
 
 
-def _verdicts(result: Result) -> str:
-    return ", ".join(f"{name} {count:g}" for name, count in result["verdicts"].items()) or "-"
-
-
-def _at(k: int):
-    return lambda result: {part: values[k - 1] for part, values in result["pass@k"].items()}
-
-
-def _cell(measured: Mapping[str, float], form: str) -> str:
+def _cell(measured: Mapping[str, float], form: str = "{:.3f}") -> str:
     value, low, high = (form.format(measured[part]) for part in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"

@@ -8,7 +8,7 @@ import threading
 from etils import epath
 
 from oapl_jax.errors import UserError
-from oapl_jax.rollout.dataset import Shards, differences
+from oapl_jax.rollout.dataset import Dataset, differences
 from oapl_jax.rollout.sampler import Sampler, Sampling
 from oapl_jax.structs import Prompt, Rollout
 
@@ -45,7 +45,7 @@ class RecordedComparators:
 
     Args:
       directory: of a set by oapl_jax.record.
-      about: see `shards.describe`; task and tokenizer must be those of the set.
+      about: see `dataset.identity`; task and tokenizer must be those of the set.
       count: of each prompt.
 
     Raises:
@@ -53,7 +53,7 @@ class RecordedComparators:
     """
 
     def __init__(self, directory: epath.Path, about: dict, *, count: int):
-        self._shards = Shards(directory)
+        self._shards = Dataset(directory)
         theirs = self._shards.manifest["about"]
         differing = differences(about, theirs, ("task", "tokenizer"))
         if differing:

@@ -1,16 +1,19 @@
-"""Groups on disk: a directory of array_record files and one manifest, to be trained on later.
+"""Recorded groups on disk, and the resumable pipeline that samples n responses to each prompt.
 
-A record is one group; encoding.py lists its fields. `manifest.json` says where they come from:
+A dataset is a directory of array_record files and one manifest. A record is one group (see
+structs.encode_groups). `manifest.json` has:
 
     format            FORMAT
-    about             task; sha256 of the tokenizer's vocabulary; sizes of the model; how tokens
-                      were drawn; group_size; "made", by which command and from what
+    about             identity of the groups: task; sha256 of the tokenizer's vocabulary; sizes of
+                      the model; sampling; how the dataset was made
     weights           policy version -> xxh128 of the manifest.json of that published version
-    shards            file name -> groups, policy versions, bytes, xxh128, and in tokens the longest
-                      prompt and response
+    shards            file name -> bytes; xxh128; policy versions; "samples", [stream index, number
+                      of rollouts] of each record; longest prompt and response, in tokens;
+                      wall-clock seconds since the shard before
 
-A shard is written aside, synced, renamed, and then named in the manifest, which is replaced as one:
-a kill leaves each shard whole or absent. What the manifest does not name does not count.
+A shard is written to a temporary file, synced, renamed, and then named in the manifest, which is
+replaced atomically: a kill leaves each shard whole or absent. A file that the manifest does not
+name does not count.
 """
 
 import bisect
@@ -18,114 +21,137 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
-from oapl_jax.errors import UserError
-from oapl_jax.files import checksum
+from oapl_jax.errors import RunError, UserError
+from oapl_jax.files import (
+    check_files,
+    file_entry,
+    fsync,
+    is_local,
+    lock,
+    read_json,
+    write_atomically,
+)
 from oapl_jax.model.config import ModelConfig
-from oapl_jax.rollout.encoding import decode, encode
-from oapl_jax.rollout.sampler import Sampling
-from oapl_jax.structs import Group
+from oapl_jax.rollout.sampler import Sampled, Sampler, Sampling
+from oapl_jax.structs import Group, Prompt, Rollout, decode_groups, encode_groups
 
-FORMAT = "oapl_jax rollouts 2"
+FORMAT = "oapl_jax rollouts 3"
 MANIFEST = "manifest.json"
+REMEDY = "copy the dataset again, or record another with oapl_jax.record"
 
 
-def describe(
-    *,
-    task: str,
-    tokenizer: Any,
-    model: ModelConfig,
-    sampling: Sampling,
-    group_size: int,
-    made: Mapping[str, Any],
+def identity(
+    *, task: str, tokenizer: Any, model: ModelConfig, sampling: Sampling, **made: Any
 ) -> dict[str, Any]:
-    """What a manifest says "about" its groups, JSON-able.
+    """Describes what decides a response, JSON-able: the "about" of a manifest.
 
     The tokenizer counts by its vocabulary alone: recorded ids are never made from text again.
+
+    Args:
+      task, tokenizer, model, sampling: of the responses.
+      made: further entries, such as `group_size`.
     """
     vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id])
-    sizes = {k: v for k, v in model.to_hf(dtype="").items() if "dtype" not in k}
     about = {
         "task": task,
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "model": sizes,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "max_response_tokens": sampling.max_response_tokens,
-        "group_size": group_size,
-        "made": dict(made),
+        "model": {k: v for k, v in model.to_hf(dtype="").items() if "dtype" not in k},
+        **vars(sampling),
+        **made,
     }
     return json.loads(json.dumps(about))
 
 
-def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """ "key: theirs -> mine" of each of the keys whose values differ."""
-    return "; ".join(f"{k}: {theirs[k]} -> {mine[k]}" for k in keys if mine[k] != theirs[k])
+def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """Lists "key: theirs -> mine" for the keys whose values differ."""
+    pairs = ((key, theirs.get(key), mine.get(key)) for key in keys)
+    return "; ".join(f"{key}: {old} -> {new}" for key, old, new in pairs if old != new)
 
 
-class ShardWriter:
-    """Adds whole shards to a directory, which may hold some.
+class DatasetWriter:
+    """Appends shards to a dataset; one process at a time.
 
     Args:
-      directory: on a local disk.
-      about: see `describe`; what is there must be of the same.
-      groups_per_shard: after so many `add` writes a shard by itself.
-      identify: policy version -> xxh128 of the manifest of its weights.
+      directory: on a local disk; it may hold shards already.
+      about: see `identity`; must be that of the shards.
+      groups_per_shard: `add` writes a shard after so many groups.
+      weights_digest: policy version -> xxh128 of the manifest of its weights.
+      seconds_per_shard: `add` also writes a shard this long after the one before.
 
     Raises:
-      UserError: if the directory holds a set that is about something else.
+      UserError: if the directory holds a dataset of another identity or format, or another process
+        writes it.
     """
 
     def __init__(
         self,
         directory: epath.Path,
-        about: dict[str, Any],
+        about: Mapping[str, Any],
         *,
         groups_per_shard: int,
-        identify: Callable[[int], str],
+        weights_digest: Callable[[int], str],
+        seconds_per_shard: float = float("inf"),
     ):
-        if "://" in os.fspath(directory):
+        if not is_local(directory):
             raise UserError(f"rollouts can't be written to {directory}; name a local directory")
-        self._directory, self._identify = directory, functools.cache(identify)
-        self._groups_per_shard = groups_per_shard
+        self.groups_per_shard, self._seconds_per_shard = groups_per_shard, seconds_per_shard
+        self._directory, self._digest = directory, functools.cache(weights_digest)
         self._pending: list[Group] = []
         directory.mkdir(parents=True, exist_ok=True)
-        if (directory / MANIFEST).exists():
-            self._manifest = read_manifest(directory)
-            differing = differences(about, self._manifest["about"], tuple(about))
-            if differing:
-                raise UserError(
-                    f"{directory} holds rollouts of another kind ({differing}); set that back, or "
-                    "name another directory"
-                )
-        else:
+        self._lock = open(directory / "lock", "ab")  # noqa: SIM115
+        try:
+            lock(self._lock.fileno(), directory)
+            about = json.loads(json.dumps(about))
             self._manifest = {"format": FORMAT, "about": about, "weights": {}, "shards": {}}
-        self._remove_strays()
+            if (directory / MANIFEST).exists():
+                self._manifest = read_manifest(directory)
+                differing = differences(about, self._manifest["about"], about)
+                if differing:
+                    raise UserError(
+                        f"{directory} holds rollouts of another kind ({differing}); set that back, "
+                        "or name another directory"
+                    )
+            self._remove_strays()
+        except BaseException:
+            self.close()
+            raise
+        self.start_clock()
 
-    def indices(self) -> set[int]:
-        """Of the shards that are there."""
-        return {_index(name) for name in self._manifest["shards"]}
+    @property
+    def samples(self) -> list[tuple[int, int]]:
+        """(stream index, number of rollouts) of every group in a shard."""
+        shards = self._manifest["shards"].values()
+        return [(index, count) for entry in shards for index, count in entry["samples"]]
+
+    def start_clock(self) -> None:
+        """Starts the seconds of the next shard."""
+        self._started = time.monotonic()
 
     def add(self, group: Group) -> None:
-        """Keeps a group for the next shard."""
-        self._identify(group.policy_version)  # its weights may be gone when the shard is written
+        """Keeps a group for the next shard, and writes that if it is full or late."""
+        self._digest(group.policy_version)  # its weights may be gone when the shard is written
         self._pending.append(group)
-        if len(self._pending) == self._groups_per_shard:
+        late = time.monotonic() - self._started >= self._seconds_per_shard
+        if late or len(self._pending) == self.groups_per_shard:
             self.flush()
 
     def flush(self) -> int:
-        """Writes what was added since; returns the number of shards, for `keep`."""
+        """Writes the groups added since the last shard; returns the number of shards."""
         if self._pending:
-            self.write(len(self.indices()), self._pending)
+            self._write_shard(self._pending)
             self._pending = []
-        return len(self.indices())
+        return len(self._manifest["shards"])
 
     def keep(self, count: int) -> None:
         """Goes back to the first `count` shards, those that a checkpoint knows."""
@@ -136,36 +162,34 @@ class ShardWriter:
         self._save_manifest()
         self._remove_strays()
 
-    def write(self, index: int, groups: Sequence[Group]) -> None:
-        """Writes one whole shard."""
-        path = self._directory / f"groups-{index:05d}.array_record"
-        aside = self._directory / f"{path.name}.writing"
+    def close(self) -> None:
+        self._lock.close()
+
+    def _write_shard(self, groups: Sequence[Group]) -> None:
+        path = self._directory / f"groups-{len(self._manifest['shards']):05d}.array_record"
+        aside = self._directory / f"{path.name}.tmp"
         writer = ArrayRecordWriter(os.fspath(aside), "group_size:1")
         for group in groups:
-            writer.write(encode(group))
+            writer.write(encode_groups([group]))
         writer.close()
-        _sync(aside)
-        versions = sorted({g.policy_version for g in groups})
-        for version in versions:
-            if str(version) not in self._manifest["weights"]:
-                self._manifest["weights"][str(version)] = self._identify(version)
+        fsync(aside)
+        versions, now = sorted({g.policy_version for g in groups}), time.monotonic()
+        self._manifest["weights"] |= {str(v): self._digest(v) for v in versions}
         self._manifest["shards"][path.name] = {
-            "groups": len(groups),
+            **file_entry(aside),
             "versions": versions,
-            "bytes": aside.stat().length,
-            "xxh128": checksum(aside),
+            "samples": [[g.prompt.stream_index, len(g.rollouts)] for g in groups],
             "longest_prompt": max(len(g.prompt.tokens) for g in groups),
             "longest_response": max(len(r.tokens) for g in groups for r in g.rollouts),
+            "seconds": round(now - self._started, 3),
         }
         aside.rename(path)
         self._save_manifest()
+        self._started = now
 
     def _save_manifest(self) -> None:
-        aside = self._directory / f"{MANIFEST}.new"
-        aside.write_text(json.dumps(self._manifest, indent=1))
-        _sync(aside)
-        aside.replace(self._directory / MANIFEST)
-        _sync(self._directory)
+        content = json.dumps(self._manifest, indent=1).encode()
+        write_atomically(self._directory / MANIFEST, [content])
 
     def _remove_strays(self) -> None:
         for path in self._directory.glob("groups-*"):
@@ -173,26 +197,22 @@ class ShardWriter:
                 path.unlink()
 
 
-class Shards(Sequence[Group]):
-    """Reads a set: its groups in the order of shards and records, by index.
+class Dataset(Sequence[Group]):
+    """Reads a dataset: its groups in the order in which they were written, by index.
 
     Raises:
-      UserError: if the manifest is missing or damaged, or a shard is.
+      UserError: if the manifest or a shard is missing or damaged, or there is no shard.
     """
 
     def __init__(self, directory: epath.Path):
         self.directory, self.manifest = directory, read_manifest(directory)
         shards = dict(sorted(self.manifest["shards"].items(), key=lambda item: _index(item[0])))
-        remedy = "copy the set again, or name another"
-        for name, entry in shards.items():
-            path = directory / name
-            if not path.exists() or checksum(path) != entry["xxh128"]:
-                raise UserError(f"{path} is missing or damaged; {remedy}")
+        check_files(directory, shards, remedy=REMEDY)
         if not shards:
-            raise UserError(f"{directory} holds no rollouts yet; {remedy}")
-        at_random = "readahead_buffer_size:0,max_parallelism:0"
-        self._readers = [ArrayRecordReader(os.fspath(directory / n), at_random) for n in shards]
-        self._ends = np.cumsum([entry["groups"] for entry in shards.values()]).tolist()
+            raise UserError(f"{directory} holds no rollouts yet; {REMEDY}")
+        options = "readahead_buffer_size:0,max_parallelism:0"  # random access
+        self._readers = [ArrayRecordReader(os.fspath(directory / name), options) for name in shards]
+        self._ends = np.cumsum([len(entry["samples"]) for entry in shards.values()]).tolist()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -202,18 +222,19 @@ class Shards(Sequence[Group]):
             raise IndexError(f"group {index} of {len(self)}")
         shard = bisect.bisect_right(self._ends, index)
         first = self._ends[shard - 1] if shard else 0
-        return decode(self._readers[shard].read([index - first])[0])
+        (group,) = decode_groups(self._readers[shard].read([index - first])[0])
+        return group
 
     @property
     def versions(self) -> list[int]:
         return sorted(map(int, self.manifest["weights"]))
 
     def check(self, about: Mapping[str, Any], *, max_prompt_tokens: int) -> None:
-        """Refuses a set that a job can't train on.
+        """Checks that a run can train on the dataset.
 
         Args:
-          about: the job's own (see `describe`); "max_response_tokens" is the most that fits.
-          max_prompt_tokens: of the job.
+          about: the run's own `identity`; "max_response_tokens" is the most that fits.
+          max_prompt_tokens: of the run.
 
         Raises:
           UserError: naming what differs.
@@ -222,15 +243,14 @@ class Shards(Sequence[Group]):
         differing = differences(about, self.manifest["about"], keys)
         if differing:
             raise UserError(
-                f"the rollouts in {self.directory} (rollout.dataset) are of another kind than this "
-                f"job's ({differing}); set that back, or name another set"
+                f"the rollouts in {self.directory} (rollout.dataset) do not fit this run "
+                f"({differing}); set that back, or name another dataset"
             )
-        entries = self.manifest["shards"].values()
         for what, setting, limit in (
             ("prompt", "data.max_prompt_tokens", max_prompt_tokens),
             ("response", "rollout.max_response_tokens", about["max_response_tokens"]),
         ):
-            longest = max(entry[f"longest_{what}"] for entry in entries)
+            longest = max(e[f"longest_{what}"] for e in self.manifest["shards"].values())
             if longest > limit:
                 raise UserError(
                     f"{self.directory} (rollout.dataset) has a {what} of {longest} tokens, more "
@@ -243,27 +263,123 @@ class Shards(Sequence[Group]):
 
 
 def read_manifest(directory: epath.Path) -> dict[str, Any]:
-    """Raises a UserError if it is missing, damaged or of another format."""
+    """Raises a UserError if the manifest is missing, damaged or of another format."""
     path = directory / MANIFEST
-    if not path.exists():
-        raise UserError(f"{path} is missing; make a set with oapl_jax.record")
-    try:
-        manifest = json.loads(path.read_text())
-        found = manifest["format"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} is damaged; copy the set again, or make another") from error
+    found = read_json(path, ["format"], remedy=REMEDY)["format"]
     if found != FORMAT:
-        raise UserError(f"{path} is of format {found!r}, not {FORMAT!r}; make the set again")
-    return manifest
+        raise UserError(f"{path} is of format {found!r}, not {FORMAT!r}; record the dataset again")
+    return read_json(path, ["format", "about", "weights", "shards"], remedy=REMEDY)
+
+
+def fill(
+    writer: DatasetWriter,
+    prompts: Sequence[Prompt],
+    sampler: Sampler,
+    reward: Callable[[Prompt, Rollout], float],
+    *,
+    version: int,
+    n: int,
+    at_once: int,
+    sampling: Sampling,
+    reward_threads: int,
+    note: Callable[[Group], None],
+    progress: Callable[[int], None],
+) -> None:
+    """Samples and rewards what is missing of n responses to each prompt.
+
+    Samples from index s on of the i-th of P prompts are a group with stream index s P + i: no two
+    samples share random numbers, whatever was sampled before and in whatever portions.
+
+    Args:
+      writer: takes the groups, in the order in which they are done.
+      prompts: all prompts of the dataset.
+      sampler: holds the policy.
+      reward: called in threads.
+      version: of the policy; groups of another one are not taken.
+      n: responses to each prompt.
+      at_once: the most responses of a group.
+      sampling: temperature and limits.
+      reward_threads: groups rewarded at a time.
+      note: takes each rewarded group, and may raise.
+      progress: called after each shard with the number of responses on disk.
+
+    Raises:
+      RunError: if some could not be sampled; the others are kept.
+    """
+
+    def rewarded(sampled: Sampled) -> Group:
+        rewards = [reward(sampled.prompt, rollout) for rollout in sampled.rollouts]
+        return Group(sampled.prompt, sampled.rollouts, np.array(rewards, np.float32))
+
+    def add_rewarded(most: int) -> None:
+        """Adds the groups whose rewards are done, and waits until at most `most` are not."""
+        while len(rewarding) > most or (rewarding and rewarding[0].done()):
+            group = rewarding.popleft().result()
+            note(group)
+            writer.add(group)
+            tell()
+
+    def tell() -> None:
+        nonlocal told
+        done = sum(count for _, count in writer.samples)
+        if done > told:
+            progress(told := done)
+
+    requests = missing(stored(writer.samples, len(prompts), n), at_once)
+    lost = sum(count for _, _, count in requests)
+    told = sum(count for _, count in writer.samples)
+    rewarding: deque[Future[Group]] = deque()
+    writer.start_clock()
+    try:
+        with ThreadPoolExecutor(reward_threads, thread_name_prefix="reward") as threads:
+            try:
+                for size in sorted({count for _, _, count in requests}, reverse=True):
+                    asked = [
+                        replace(prompts[row], stream_index=start * len(prompts) + row)
+                        for start, row, count in requests
+                        if count == size
+                    ]
+                    for sampled in sampler.generate(asked, n=size, sampling=sampling):
+                        if {rollout.policy_version for rollout in sampled.rollouts} == {version}:
+                            rewarding.append(threads.submit(rewarded, sampled))
+                            lost -= size
+                        add_rewarded(most=2 * writer.groups_per_shard)
+            finally:
+                add_rewarded(most=0)
+    finally:
+        writer.flush()
+    tell()
+    if lost:
+        raise RunError(
+            f"{lost} of {n * len(prompts)} responses could not be sampled from version {version}; "
+            "the same command samples them"
+        )
+
+
+def stored(samples: Iterable[tuple[int, int]], prompts: int, n: int) -> np.ndarray:
+    """bool[prompts, n], the first n samples of each prompt that a dataset made by `fill` has."""
+    there = np.zeros((prompts, n), bool)
+    for index, count in samples:
+        start, row = divmod(index, prompts)
+        there[row, start : start + count] = True
+    return there
+
+
+def missing(there: np.ndarray, at_once: int) -> list[tuple[int, int, int]]:
+    """Requests (start, row, count) for the samples that are not there, first samples first.
+
+    Args:
+      there: bool[P, n].
+      at_once: the largest count.
+    """
+    requests = []
+    for row, of_prompt in enumerate(there):
+        free = np.flatnonzero(~of_prompt)
+        for run in np.split(free, np.flatnonzero(np.diff(free) > 1) + 1):
+            for start in range(0, len(run), at_once):
+                requests.append((int(run[start]), row, len(run[start : start + at_once])))
+    return sorted(requests)
 
 
 def _index(name: str) -> int:
     return int(name.split(".")[0].removeprefix("groups-"))
-
-
-def _sync(path: epath.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

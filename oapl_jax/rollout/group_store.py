@@ -18,7 +18,7 @@ from oapl_jax.curriculum import Curriculum
 from oapl_jax.errors import RunError
 from oapl_jax.rollout.buffer import Buffer
 from oapl_jax.rollout.ledger import Ledger
-from oapl_jax.rollout.recorded import Recorded
+from oapl_jax.rollout.recorded import RecordedStream
 from oapl_jax.rollout.sampler import Sampled
 from oapl_jax.structs import Group, Prompt
 
@@ -40,7 +40,7 @@ class GroupStore:
         prompts: Curriculum,
         buffer: Buffer,
         ledger: Ledger,
-        recorded: Recorded | None,
+        recorded: RecordedStream | None,
         *,
         group_size: int,
         on_group: Callable[[Group], None],

@@ -1,4 +1,4 @@
-"""Recorded groups as a stream, in the place of a sampler or beside one."""
+"""Recorded groups as a stream, in place of a sampler or beside one."""
 
 import dataclasses
 from collections import Counter
@@ -9,7 +9,7 @@ from etils import epath
 from oapl_jax.data.prompts import permutation
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.files import checksum
-from oapl_jax.rollout.dataset import MANIFEST, Shards
+from oapl_jax.rollout.dataset import MANIFEST, Dataset
 from oapl_jax.rollout.ledger import Ledger
 from oapl_jax.rollout.sampler import Sampled
 from oapl_jax.structs import Group
@@ -17,32 +17,32 @@ from oapl_jax.structs import Group
 ORDERS = ("shuffled", "recorded")
 
 
-class Recorded:
-    """Draws groups from a set. Draw d is a pure function of (seed, d).
+class RecordedStream:
+    """Streams groups from a dataset. Position p holds a pure function of (seed, p).
 
     Args:
-      shards: the set.
-      order: "shuffled": endless, each epoch a permutation drawn from [seed, epoch]. "recorded": as
-        they were recorded, once.
+      dataset: the recorded groups.
+      order: "shuffled": endless, each epoch a permutation drawn from [seed, epoch]. "recorded": in
+        the order of the dataset, once.
       seed: of the permutations.
-      policy_version: what the groups' version is in this run, or None for what was recorded. Lag is
-        the learner's step minus it. An offline round starts from the weights that sampled the set
-        and counts its steps from 0: there they are version 0, whatever step they were of the run
-        that published them. A replay of a run's own stream takes the versions as recorded.
-      start: the checkpoint directory that this run starts from, if it has one; a published version
-        must be the one that sampled the set if `policy_version` is given.
-      drop_zero_variance: whether groups with equal rewards are passed over.
-      ledger: hears of each group, as sampled by the server "shards".
+      policy_version: the groups' version in this run, or None for the recorded one. Lag is the
+        learner's step minus the version. An offline round starts from the weights that sampled the
+        dataset and counts its steps from 0: there they are version 0, whatever step they were of
+        the run that published them. A replay of a run's own stream takes the recorded versions.
+      start: the checkpoint directory that this run starts from, if any; with `policy_version`, a
+        published version must be the one that sampled the dataset.
+      drop_zero_variance: whether groups with equal rewards are skipped.
+      ledger: records each group, as sampled by the server "dataset".
 
-    `counts` has the groups "taken" and those passed over, "zero_variance".
+    `counts` has the groups "taken" and those skipped, "zero_variance".
 
     Raises:
-      UserError: for an unknown order, or a set that is not what `policy_version` says.
+      UserError: for an unknown order, or a dataset that contradicts `policy_version`.
     """
 
     def __init__(
         self,
-        shards: Shards,
+        dataset: Dataset,
         *,
         order: str,
         seed: int,
@@ -56,78 +56,77 @@ class Recorded:
                 f"rollout.dataset_order={order!r} is unknown; choose one of {', '.join(ORDERS)}"
             )
         if policy_version is not None:
-            check_start(shards, start)
-        self._shards, self._order, self._seed = shards, order, seed
+            check_start(dataset, start)
+        self._dataset, self._order, self._seed = dataset, order, seed
         self._policy_version, self._drop_zero_variance = policy_version, drop_zero_variance
         self._ledger = ledger
-        self._draw = 0
+        self._position = 0
         self.counts: Counter[str] = Counter()
 
-    def at(self, draw: int) -> Group:
-        """The group of one draw; its prompt's draw becomes -1 - `draw`, which no live one has.
+    def at(self, position: int) -> Group:
+        """Returns a group; its stream index becomes -1 - `position`, which no live one has.
 
         Raises:
-          RunError: beyond the end of a set in recorded order.
+          RunError: beyond the end of a dataset in recorded order.
         """
-        epoch, place = divmod(draw, len(self._shards))
+        epoch, index = divmod(position, len(self._dataset))
         if self._order == "shuffled":
-            place = int(permutation(self._seed, epoch, len(self._shards))[place])
+            index = int(permutation(self._seed, epoch, len(self._dataset))[index])
         elif epoch:
             raise RunError(
-                f"all {len(self._shards)} groups of {self._shards.directory} are used up; end the "
-                "run earlier (num_steps), or set rollout.dataset_order='shuffled'"
+                f"all {len(self._dataset)} groups of {self._dataset.directory} are used up; lower "
+                "num_steps, or set rollout.dataset_order='shuffled'"
             )
-        group = self._shards[place]
-        version = self._policy_version
+        group, version = self._dataset[index], self._policy_version
         rollouts = group.rollouts
         if version is not None:
             rollouts = tuple(dataclasses.replace(r, policy_version=version) for r in rollouts)
-        return Group(
-            dataclasses.replace(group.prompt, stream_index=-1 - draw), rollouts, group.reward
-        )
+        prompt = dataclasses.replace(group.prompt, stream_index=-1 - position)
+        return Group(prompt, rollouts, group.reward)
 
     def take(self, count: int, step: int) -> list[Group]:
-        """The next `count` groups, for the gradient step at `step`.
+        """Takes the next `count` groups, for the gradient step at `step`.
 
         Raises:
           UserError: for a group of a version that the learner has yet to reach.
-          RunError: if the set ends, or every group of it has equal rewards.
+          RunError: if the dataset ends, or all its groups have equal rewards.
         """
-        seen, taken, passed = [], [], 0
+        seen, taken, skipped = [], [], 0
         while len(taken) < count:
-            group = self.at(self._draw + len(seen))
+            group = self.at(self._position + len(seen))
             if group.policy_version > step:
                 raise UserError(
-                    f"{self._shards.directory} has groups of version {group.policy_version}, newer "
-                    f"than the learner at step {step}; set rollout.dataset_version=0 if this run "
-                    "starts from the weights that sampled them, or "
+                    f"{self._dataset.directory} has groups of version {group.policy_version}, "
+                    f"newer than the learner at step {step}; set rollout.dataset_version=0 if this "
+                    "run starts from the weights that sampled them, or "
                     "rollout.dataset_order='recorded' to replay a run"
                 )
             drop = self._drop_zero_variance and group.zero_variance
-            passed = passed + 1 if drop else 0
-            if passed == len(self._shards):
+            skipped = skipped + 1 if drop else 0
+            if skipped == len(self._dataset):
                 raise RunError(
-                    f"every group of {self._shards.directory} has equal rewards; make another set, "
-                    "or keep them (buffer.zero_variance)"
+                    f"every group of {self._dataset.directory} has equal rewards; record another "
+                    "dataset, or keep them (buffer.zero_variance)"
                 )
             seen.append((group, "zero_variance" if drop else "trained"))
             if not drop:
                 taken.append(group)
-        self._draw += len(seen)
+        self._position += len(seen)
         self.counts.update(taken=count, zero_variance=len(seen) - count)
         for group, end in seen:
+            sampled = Sampled(group.prompt, group.rollouts, "dataset", 0.0)
             self._ledger.request(group.prompt, len(group.rollouts))
-            self._ledger.sampled(Sampled(group.prompt, group.rollouts, "shards", 0.0), group.reward)
+            self._ledger.sampled(sampled, group.reward)
             self._ledger.end(group, end, step if end == "trained" else None)
         return taken
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to continue exactly here, JSON-able."""
+        """Returns the state that `restore` continues from, JSON-able."""
         return {
-            "stream_index": self._draw,
+            "position": self._position,
             "seed": self._seed,
             "order": self._order,
-            "manifest": checksum(self._shards.directory / MANIFEST),
+            "manifest": checksum(self._dataset.directory / MANIFEST),
             "counts": dict(self.counts),
         }
 
@@ -135,34 +134,34 @@ class Recorded:
         """Continues where `state` was taken.
 
         Raises:
-          UserError: if the set, its order or the seed is another one.
+          UserError: if the dataset, its order or the seed is another one.
         """
-        mine = self.state() | {"stream_index": state["stream_index"], "counts": state["counts"]}
+        mine = self.state() | {"position": state["position"], "counts": state["counts"]}
         if mine != state:
             raise UserError(
                 f"the checkpoint's recorded stream ({state}) is not the configured one ({mine}); "
                 "restore rollout.dataset, rollout.dataset_order and the seed, or start a new run"
             )
-        self._draw, self.counts = state["stream_index"], Counter(state["counts"])
+        self._position, self.counts = state["position"], Counter(state["counts"])
 
 
-def check_start(shards: Shards, start: epath.Path | None) -> None:
-    """Refuses to call the set's weights the ones that this run starts from, if they are not.
+def check_start(dataset: Dataset, start: epath.Path | None) -> None:
+    """Checks that a dataset may be taken as sampled from the weights that this run starts from.
 
     Raises:
-      UserError: if the set is of several versions, or `start` is a published version that did not
+      UserError: if it is of several versions, or `start` is a published version that did not
         sample it. A checkpoint without a publisher's manifest can't be told apart.
     """
-    weights = shards.manifest["weights"]
+    weights = dataset.manifest["weights"]
     if len(weights) > 1:
         raise UserError(
-            f"{shards.directory} was sampled from versions {shards.versions}, so it can't be of "
-            "one; set rollout.dataset_version=-1, to take them as they were recorded"
+            f"{dataset.directory} was sampled from versions {dataset.versions}, so it can't be of "
+            "one; set rollout.dataset_version=-1, to take the recorded versions"
         )
     if start is None or not (start / MANIFEST).exists():
         return
     if checksum(start / MANIFEST) not in weights.values():
         raise UserError(
-            f"model.path={start} did not sample {shards.directory}; start from the version that "
+            f"model.path={start} did not sample {dataset.directory}; start from the version that "
             "did (in its directory weights), or set rollout.dataset_version=-1"
         )

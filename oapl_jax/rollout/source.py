@@ -11,7 +11,7 @@ from flax import serialization
 
 from oapl_jax import multihost
 from oapl_jax.errors import FleetLost, RunError
-from oapl_jax.rollout.dataset import ShardWriter
+from oapl_jax.rollout.dataset import DatasetWriter
 from oapl_jax.rollout.group_store import GroupStore
 from oapl_jax.rollout.ledger import FILE, Ledger, ZeroRewardGuard, rewind
 from oapl_jax.rollout.sampler import Sampler
@@ -44,7 +44,7 @@ class GroupSource:
         sampler: Sampler,
         ledger: Ledger,
         guard: ZeroRewardGuard,
-        writer: ShardWriter | None,
+        writer: DatasetWriter | None,
         workdir: epath.Path,
         sampled: int,
         recorded: int,
@@ -194,6 +194,8 @@ class GroupSource:
     def close(self) -> None:
         self.stop()
         self._ledger.close()
+        if self._writer:
+            self._writer.close()
 
 
 def _decode(share: bytes) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from small_runs import Runs, metrics, timeless
 from oapl_jax import multihost as hosts
 from oapl_jax.model import hf
 from oapl_jax.model.transformer import Transformer, head, logits
-from oapl_jax.rollout.dataset import Shards
+from oapl_jax.rollout.dataset import Dataset
 from oapl_jax.rollout.ledger_report import LedgerReport
 
 CANDIDATES, PICKS, STEPS, TEMPERATURE = 16, 6, 16, 0.8
@@ -127,7 +127,7 @@ def utility(group, logp: list[np.ndarray]) -> float:
 
 def test_utility_is_measured_by_the_learner_after_the_step(unbroken):
     """Made again of what the run has left: recorded groups and the parameters of checkpoints."""
-    recorded = Shards(epath.Path(unbroken / "rollouts"))
+    recorded = Dataset(epath.Path(unbroken / "rollouts"))
     groups = {group.prompt.stream_index: group for group in recorded}
     trained = {e.stream_index: e.step + 1 for e in entries(unbroken) if e.state == "trained"}
     config = hf.load_config(epath.Path(unbroken / "versions" / "v000000"))

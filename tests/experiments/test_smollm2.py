@@ -14,12 +14,12 @@ from small_runs import opened, typed
 from configs import smollm2
 from oapl_jax import train
 from oapl_jax.data import samples
-from oapl_jax.evaluation.run import run as run_benchmarks
+from oapl_jax.evaluate import evaluate_benchmarks
 from oapl_jax.learner import train_step as learner
 from oapl_jax.model import hf
 from oapl_jax.model.policy import open_policy
 from oapl_jax.model.transformer import Transformer
-from oapl_jax.rollout.dataset import Shards
+from oapl_jax.rollout.dataset import Dataset
 
 CHARACTERS = "".join(map(chr, range(32, 127))) + "\n"
 CHATML = (
@@ -86,7 +86,7 @@ def test_a_small_model_goes_the_way_of_the_real_one(model, tmp_path):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["lag/max"] for line in lines] == [0, 0]
 
-    groups = list(Shards(workdir / "rollouts"))
+    groups = list(Dataset(workdir / "rollouts"))
     config, job = opened(config, workdir)
     decode = job.policy.tokenizer.decode
     problems = {record.id: record for record in job.splits["train"]}
@@ -103,9 +103,9 @@ def test_a_small_model_goes_the_way_of_the_real_one(model, tmp_path):
             paid += right
     assert 0 < paid < len(groups) * config.group_size
 
-    what = dict(version_dir=None, n=2, say=lambda text: None)
+    what = dict(version_dir=None, n=2, log=lambda text: None)
     for step in (0, 2):
-        directory, results = run_benchmarks(
+        directory, results = evaluate_benchmarks(
             config, job, ["gsm8k_test"], epath.Path(tmp_path / "evaluation"), step=step, **what
         )
         assert directory.name == f"v{step:06d}"

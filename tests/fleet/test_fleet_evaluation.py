@@ -10,9 +10,10 @@ from small_runs import opened
 
 from configs import arithmetic
 from oapl_jax import build
-from oapl_jax.evaluation.estimators import pass_at_k
-from oapl_jax.evaluation.run import benchmark_prompts, run_benchmarks
+from oapl_jax.evaluate import benchmark_prompts, evaluate_benchmarks
+from oapl_jax.evaluation import pass_at_k
 from oapl_jax.rewards.tasks import chain_sum
+from oapl_jax.rollout.dataset import Dataset
 
 PROBLEMS = [("1+1=", "2"), ("9-8=", "1"), ("3+4-1=", "6"), ("8-5=", "3"), ("2+2+2=", "6")]
 N, VERSION = 8, 2
@@ -22,7 +23,7 @@ GREEDY = 1e-5  # a temperature at which there is no choice
 
 @pytest.fixture
 def evaluate(servers, published, tmp_path):
-    """Evaluates version 2 of the servers' model; gives the result, and the lines of responses."""
+    """Evaluates version 2 of the servers' model; gives result, responses and prompts."""
     rows = [json.dumps({"question": q, "target": a}) for q, a in PROBLEMS]
     (tmp_path / "sums.jsonl").write_text("\n".join(rows))
 
@@ -60,36 +61,36 @@ def evaluate(servers, published, tmp_path):
         what = dict(step=None, version_dir=str(published.path(VERSION)), n=N)
         to = epath.Path(tmp_path / f"{sampler}{temperature}")
         try:
-            directory, results = run_benchmarks(
-                config, run, ["sums"], to, **what, say=lambda text: None
+            directory, results = evaluate_benchmarks(
+                config, run, ["sums"], to, **what, log=lambda text: None
             )
             prompts = {p.id: p for p in benchmark_prompts(config, run, "sums")[0]}
         finally:
             run.close()
-        lines = (directory / "sums" / "responses.jsonl").read_text().splitlines()
-        return results["sums"], [json.loads(line) for line in lines[1:]], prompts
+        responses = {}
+        for group in Dataset(directory / "sums" / "responses"):
+            start = group.prompt.stream_index // len(prompts)
+            for index, rollout in enumerate(group.rollouts, start):
+                assert (group.prompt.id, index) not in responses
+                responses[group.prompt.id, index] = rollout
+        return results["sums"], responses, prompts
 
     return evaluate
 
 
-def test_what_is_measured_is_what_the_version_says(evaluate, servers, published, monkeypatch):
-    result, lines, prompts = evaluate("fleet", 1.0)
-    assert {line["server"] for line in lines} <= set(servers.urls)  # or the first one that is ready
+def test_what_is_measured_is_what_the_version_says(evaluate, published, monkeypatch):
+    result, responses, prompts = evaluate("fleet", 1.0)
     tokens, logp, correct = 0, 0.0, dict.fromkeys(prompts, 0)
-    seen = set()
-    for line in lines:
-        prompt = prompts[line["prompt"]]
-        for index, (response, total, finish) in enumerate(
-            zip(line["tokens"], line["logp"], line["finish"], strict=True), line["start"]
-        ):
-            seen.add((prompt.id, index))
-            expected = published.logp(VERSION, prompt.tokens, response)
-            assert total == pytest.approx(expected.sum(), abs=CLOSE)
-            assert abs(total - published.logp(1, prompt.tokens, response).sum()) > CLOSE
-            text = published.policy.tokenizer.decode(response, skip_special_tokens=True)
-            correct[prompt.id] += finish == "stop" and chain_sum(text, prompt.answer) == 1
-            tokens, logp = tokens + len(response), logp + expected.sum()
-    assert seen == {(p, i) for p in prompts for i in range(N)}
+    for (name, _), rollout in responses.items():
+        prompt, response = prompts[name], rollout.tokens.tolist()
+        expected = published.logp(VERSION, prompt.tokens, response)
+        total = rollout.behavior_logp.sum()
+        assert total == pytest.approx(expected.sum(), abs=CLOSE)
+        assert abs(total - published.logp(1, prompt.tokens, response).sum()) > CLOSE
+        text = published.policy.tokenizer.decode(response, skip_special_tokens=True)
+        correct[name] += rollout.finish_reason == "stop" and chain_sum(text, prompt.answer) == 1
+        tokens, logp = tokens + len(response), logp + expected.sum()
+    assert set(responses) == {(p, i) for p in prompts for i in range(N)}
     assert {p["id"]: p["correct"] for p in result["per_problem"]} == correct
     assert result["entropy"]["value"] == pytest.approx(-logp / tokens, abs=1e-4)
     assert result["pass@k"]["value"][3] == pytest.approx(
@@ -105,11 +106,10 @@ def test_what_is_measured_is_what_the_version_says(evaluate, servers, published,
 def test_without_a_choice_servers_and_embedded_decoder_say_the_same(evaluate):
     texts = {}
     for sampler in ("fleet", "local"):
-        result, lines, _ = evaluate(sampler, GREEDY)
+        result, responses, _ = evaluate(sampler, GREEDY)
         texts[sampler] = {
-            (line["prompt"], line["start"] + i): (tokens, finish)
-            for line in lines
-            for i, (tokens, finish) in enumerate(zip(line["tokens"], line["finish"], strict=True))
+            key: (rollout.tokens.tolist(), rollout.finish_reason)
+            for key, rollout in responses.items()
         }
         texts[sampler]["measured"] = (result["avg@n"], result["length"], result["truncated"])
     assert texts["fleet"] == texts["local"]

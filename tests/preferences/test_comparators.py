@@ -11,7 +11,7 @@ from etils import epath
 
 from oapl_jax.errors import UserError
 from oapl_jax.preferences.comparators import RecordedComparators, SampledComparators
-from oapl_jax.rollout.dataset import ShardWriter
+from oapl_jax.rollout.dataset import DatasetWriter
 from oapl_jax.rollout.sampler import Sampled, Sampling
 from oapl_jax.structs import Group, Prompt, Rollout
 
@@ -59,7 +59,7 @@ def test_comparators_are_sampled_from_the_reference_whoever_asks():
 
 def test_comparators_come_from_a_recorded_set(tmp_path):
     directory, about = epath.Path(tmp_path), dict(task="chain_sum", tokenizer="t", group_size=3)
-    writer = ShardWriter(directory, about, groups_per_shard=2, identify=lambda version: "")
+    writer = DatasetWriter(directory, about, groups_per_shard=2, weights_digest=lambda version: "")
     for i in range(5):
         prompt = Prompt(f"id{i}", i, PROMPT.tokens, "", "", "chain_sum")
         group = tuple(

@@ -1,7 +1,8 @@
-"""Sets of groups on disk, and the streams that are drawn from them."""
+"""Datasets of groups on disk, the pipeline that fills them, and the streams that read them."""
 
 import dataclasses
 import json
+import threading
 from collections import Counter
 
 import numpy as np
@@ -9,52 +10,27 @@ import pytest
 import xxhash
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
-from flax import serialization
+from groups import (
+    SAMPLING,
+    VERSION,
+    Killed,
+    ScriptedSampler,
+    assert_same_groups,
+    make_group,
+    make_prompts,
+)
 
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.model.config import ModelConfig
-from oapl_jax.rollout.dataset import MANIFEST, Shards, ShardWriter, describe
-from oapl_jax.rollout.encoding import decode, encode
+from oapl_jax.rollout import dataset as dataset_module
+from oapl_jax.rollout.dataset import MANIFEST, Dataset, DatasetWriter, fill, identity, missing
 from oapl_jax.rollout.ledger import FILE, Ledger
 from oapl_jax.rollout.ledger_report import LedgerReport
-from oapl_jax.rollout.recorded import Recorded
+from oapl_jax.rollout.recorded import RecordedStream
 from oapl_jax.rollout.sampler import Sampling
-from oapl_jax.structs import Group, Prompt, Rollout
+from oapl_jax.structs import Group, decode_groups
 
-
-def make_group(draw, *, version=4, equal=False, size=3):
-    rng = np.random.default_rng(draw)
-    rollouts = tuple(
-        Rollout(
-            rng.integers(0, 99, length).astype(np.int32),
-            -rng.exponential(size=length).astype(np.float32),
-            version,
-            str(rng.choice(["stop", "length"])),
-        )
-        for length in rng.integers(0, 6, size)
-    )
-    tokens = rng.integers(0, 99, draw % 5).astype(np.int32)
-    prompt = Prompt(f"id{draw}", draw, tokens, 'a "text"\n', "é", "chain_sum")
-    reward = np.zeros(size) if equal else np.arange(size)
-    return Group(prompt, rollouts, reward.astype(np.float32))
-
-
-def assert_same(found, expected):
-    scalars = lambda g: (
-        g.prompt.id,
-        g.prompt.text,
-        g.prompt.answer,
-        g.prompt.task,
-        g.prompt.stream_index,
-    )
-    assert scalars(found) == scalars(expected)
-    pairs = [(found.prompt.tokens, expected.prompt.tokens), (found.reward, expected.reward)]
-    for a, b in zip(found.rollouts, expected.rollouts, strict=True):
-        assert (a.policy_version, a.finish_reason) == (b.policy_version, b.finish_reason)
-        pairs += [(a.tokens, b.tokens), (a.behavior_logp, b.behavior_logp)]
-    for a, b in pairs:
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+PATIENCE = 20.0  # seconds until a test gives up
 
 
 def sizes(hidden_size=32):
@@ -91,91 +67,65 @@ def about(**changes):
         group_size=3,
         made={"by": "test"},
     )
-    return describe(**{**settings, **changes})
+    return identity(**{**settings, **changes})
 
 
-def identify(version):
+def digest(version):
     return xxhash.xxh3_128_hexdigest(f"weights {version}".encode())
 
 
-def new_writer(directory, *, groups_per_shard=4, of=None):
-    return ShardWriter(
+def write(directory, groups=(), *, groups_per_shard=4, of=None, weights_digest=digest, keep=None):
+    """Adds groups to a dataset, after going back to `keep` shards; returns the shards there are."""
+    writer = DatasetWriter(
         epath.Path(directory),
         of or about(),
         groups_per_shard=groups_per_shard,
-        identify=identify,
+        weights_digest=weights_digest,
     )
+    try:
+        if keep is not None:
+            writer.keep(keep)
+        for group in groups:
+            writer.add(group)
+        assert writer.flush() == writer.flush()
+        return writer.flush()
+    finally:
+        writer.close()
 
 
-def write_set(directory, groups, *, groups_per_shard=4):
-    writer = new_writer(directory, groups_per_shard=groups_per_shard)
-    for group in groups:
-        writer.add(group)
-    writer.flush()
-    return Shards(epath.Path(directory))
+def read(directory):
+    return Dataset(epath.Path(directory))
+
+
+def indices(directory):
+    return [group.prompt.stream_index for group in read(directory)]
 
 
 def files(directory):
-    return sorted(path.name for path in directory.iterdir())
+    return sorted(path.name for path in directory.iterdir() if path.name != "lock")
 
 
-# Records
+# Writing
 
 
-@pytest.mark.parametrize("draw", range(6))
-def test_a_record_is_the_group_to_the_last_bit(draw):
-    group = make_group(draw, size=draw + 1)
-    assert_same(decode(encode(group)), group)
-
-
-def test_a_record_without_any_token():
-    rollout = Rollout(np.zeros(0, np.int32), np.zeros(0, np.float32), 1, "length")
-    group = Group(make_group(0).prompt, (rollout,) * 2, np.zeros(2, np.float32))
-    assert_same(decode(encode(group)), group)
-
-
-def test_records_are_what_the_documentation_says(tmp_path):
+def test_records_and_manifest_are_what_the_documentation_says(tmp_path):
     group = make_group(7)
-    write_set(tmp_path, [group])
-    reader = ArrayRecordReader(str(tmp_path / "groups-00000.array_record"))
-    (record,) = reader.read_all()
-    content = serialization.msgpack_restore(record)
-    kinds = {
-        name: str(value.dtype) if isinstance(value, np.ndarray) else type(value)
-        for name, value in content.items()
-    }
-    assert kinds == {
-        "prompt": dict,
-        "policy_version": int,
-        "lengths": "int32",
-        "tokens": "int32",
-        "behavior_logp": "float32",
-        "finish_reasons": list,
-        "reward": "float32",
-    }
-    lengths = [len(r.tokens) for r in group.rollouts]
-    assert content["lengths"].tolist() == lengths
-    assert content["tokens"].tolist() == [t for r in group.rollouts for t in r.tokens]
-    assert {k: v for k, v in content["prompt"].items() if k != "tokens"} == {
-        "id": "id7",
-        "stream_index": 7,
-        "text": 'a "text"\n',
-        "answer": "é",
-        "task": "chain_sum",
-    }
+    write(tmp_path, [group])
+    path = tmp_path / "groups-00000.array_record"
+    (record,) = ArrayRecordReader(str(path)).read_all()
+    assert_same_groups(decode_groups(record), [group])
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     assert set(manifest) == {"format", "about", "weights", "shards"}
-    assert manifest["weights"] == {"4": identify(4)}
-    path = tmp_path / "groups-00000.array_record"
-    assert manifest["shards"] == {
-        path.name: {
-            "groups": 1,
-            "versions": [4],
-            "bytes": path.stat().st_size,
-            "xxh128": xxhash.xxh3_128_hexdigest(path.read_bytes()),
-            "longest_prompt": len(group.prompt.tokens),
-            "longest_response": max(lengths),
-        }
+    assert manifest["weights"] == {"4": digest(4)}
+    entry = manifest["shards"][path.name]
+    assert entry.pop("seconds") >= 0
+    assert entry == {
+        "versions": [4],
+        "samples": [[7, 3]],
+        "bytes": path.stat().st_size,
+        "xxh128": xxhash.xxh3_128_hexdigest(path.read_bytes()),
+        "longest_prompt": len(group.prompt.tokens),
+        "longest_response": max(len(r.tokens) for r in group.rollouts),
     }
     assert set(manifest["about"]) == {
         *("task", "tokenizer", "model", "temperature", "top_p", "top_k", "max_response_tokens"),
@@ -185,84 +135,56 @@ def test_records_are_what_the_documentation_says(tmp_path):
     assert "dtype" not in manifest["about"]["model"]
 
 
-# Writing
-
-
-def test_groups_come_back_by_index_over_all_shards(tmp_path):
-    groups = [make_group(draw, version=draw // 3) for draw in range(11)]
-    shards = write_set(tmp_path, groups)
-    assert [e["groups"] for e in shards.manifest["shards"].values()] == [4, 4, 3]
-    assert len(shards) == 11
-    assert shards.versions == [0, 1, 2, 3]
+def test_groups_come_back_by_index_over_all_shards_and_writers(tmp_path):
+    groups = [make_group(i, version=i // 3) for i in range(11)]
+    assert write(tmp_path, groups[:6]) == 2
+    assert write(tmp_path, groups[6:]) == 4  # 4, 2, 4, 1
+    dataset = read(tmp_path)
+    assert (len(dataset), dataset.versions) == (11, [0, 1, 2, 3])
     for index in np.random.default_rng(0).permutation(11).tolist():
-        assert_same(shards[index], groups[index])
+        assert_same_groups([dataset[index]], [groups[index]])
     for index in (-1, 11):
         with pytest.raises(IndexError):
-            shards[index]
-
-
-def test_a_writer_goes_on_where_another_ended(tmp_path):
-    groups = [make_group(draw) for draw in range(7)]
-    for part in (groups[:3], groups[3:]):
-        writer = new_writer(tmp_path, groups_per_shard=2)
-        for group in part:
-            writer.add(group)
-        shards = writer.flush()
-    assert shards == 4  # 2, 1, 2, 2
-    assert writer.flush() == 4  # nothing was added since
-    found = Shards(epath.Path(tmp_path))
-    for a, b in zip(found, groups, strict=True):
-        assert_same(a, b)
+            dataset[index]
 
 
 def test_a_version_is_identified_while_it_is_there(tmp_path):
     """A run deletes versions that it no longer needs, long before the shard of their groups."""
     there = {0: "of zero", 4: "of four"}
-    writer = ShardWriter(
-        epath.Path(tmp_path), about(), groups_per_shard=9, identify=there.__getitem__
-    )
-    for version in (0, 4):
-        writer.add(make_group(version, version=version))
-        del there[version]
-    writer.flush()
-    assert Shards(epath.Path(tmp_path)).manifest["weights"] == {"0": "of zero", "4": "of four"}
+
+    def groups():
+        for version in (0, 4):
+            yield make_group(version, version=version)
+            del there[version]
+
+    write(tmp_path, groups(), groups_per_shard=9, weights_digest=there.__getitem__)
+    assert read(tmp_path).manifest["weights"] == {"0": "of zero", "4": "of four"}
 
 
 def test_shards_after_a_checkpoint_are_removed(tmp_path):
-    writer = new_writer(tmp_path, groups_per_shard=2)
-    for draw in range(3):
-        writer.add(make_group(draw))
-    known = writer.flush()
+    known = write(tmp_path, [make_group(i) for i in range(3)], groups_per_shard=2)
     assert known == 2
-    for draw in range(3, 8):
-        writer.add(make_group(draw, version=draw))
-    assert set(Shards(epath.Path(tmp_path)).versions) == {4, 3, 5, 6}  # 7 waits for a shard
-
-    again = new_writer(tmp_path, groups_per_shard=2)
-    again.keep(known)
-    assert files(tmp_path) == [
-        "groups-00000.array_record",
-        "groups-00001.array_record",
-        MANIFEST,
-    ]
-    found = Shards(epath.Path(tmp_path))
-    assert ([g.prompt.stream_index for g in found], found.versions) == ([0, 1, 2], [4])
-    again.add(make_group(9))
-    again.flush()
-    assert [g.prompt.stream_index for g in Shards(epath.Path(tmp_path))] == [0, 1, 2, 9]
-    again.keep(0)
+    write(tmp_path, [make_group(i, version=i) for i in range(3, 8)], groups_per_shard=2)
+    assert set(read(tmp_path).versions) == {4, 3, 5, 6, 7}
+    write(tmp_path, keep=known)
+    assert files(tmp_path) == ["groups-00000.array_record", "groups-00001.array_record", MANIFEST]
+    assert (indices(tmp_path), read(tmp_path).versions) == ([0, 1, 2], [4])
+    write(tmp_path, [make_group(9)])
+    assert indices(tmp_path) == [0, 1, 2, 9]
+    write(tmp_path, keep=0)
     assert files(tmp_path) == [MANIFEST]
+    with pytest.raises(UserError, match="no rollouts"):
+        read(tmp_path)
 
 
-def test_what_a_kill_leaves_does_not_count(tmp_path):
-    write_set(tmp_path, [make_group(0)])
+def test_files_that_a_kill_leaves_do_not_count(tmp_path):
+    write(tmp_path, [make_group(0)])
     whole = (tmp_path / "groups-00000.array_record").read_bytes()
-    (tmp_path / "groups-00001.array_record.writing").write_bytes(whole[:1000])
+    (tmp_path / "groups-00001.array_record.tmp").write_bytes(whole[:1000])
     (tmp_path / "groups-00001.array_record").write_bytes(whole)  # renamed, and not yet named
-    (tmp_path / f"{MANIFEST}.new").write_text('{"form')
-    assert [g.prompt.stream_index for g in Shards(epath.Path(tmp_path))] == [0]
-    new_writer(tmp_path).add(make_group(1))
-    assert files(tmp_path) == ["groups-00000.array_record", MANIFEST, f"{MANIFEST}.new"]
+    assert indices(tmp_path) == [0]
+    write(tmp_path)
+    assert files(tmp_path) == ["groups-00000.array_record", MANIFEST]
 
 
 @pytest.mark.parametrize(
@@ -276,16 +198,21 @@ def test_what_a_kill_leaves_does_not_count(tmp_path):
         (dict(made={"by": "train"}), "made"),
     ],
 )
-def test_a_set_holds_one_kind(tmp_path, change, name):
-    write_set(tmp_path, [make_group(0)])
-    with pytest.raises(UserError, match=rf"holds rollouts of another kind \({name}: .* -> "):
-        new_writer(tmp_path, of=about(**change))
-    assert len(Shards(epath.Path(tmp_path))) == 1
+def test_a_dataset_has_one_identity(tmp_path, change, name):
+    write(tmp_path, [make_group(0)])
+    with pytest.raises(UserError, match=rf"\({name}: .* -> "):
+        write(tmp_path, of=about(**change))
+    assert len(read(tmp_path)) == 1
 
 
-def test_buckets_are_refused():
-    with pytest.raises(UserError, match="gs://bucket/set; name a local directory"):
-        new_writer("gs://bucket/set")
+def test_a_dataset_has_one_writer_on_a_local_disk(tmp_path):
+    first = DatasetWriter(epath.Path(tmp_path), about(), groups_per_shard=1, weights_digest=digest)
+    with pytest.raises(UserError, match="another process"):
+        write(tmp_path)
+    first.close()
+    write(tmp_path)
+    with pytest.raises(UserError, match="gs://bucket/set"):
+        write("gs://bucket/set")
 
 
 # Reading
@@ -305,42 +232,31 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["missing", "cut", "flipped"])
 def test_a_damaged_shard_is_refused_before_any_group_is_read(tmp_path, how):
-    write_set(tmp_path, [make_group(draw) for draw in range(6)])
+    write(tmp_path, [make_group(i) for i in range(6)])
     damage(tmp_path / "groups-00001.array_record", how)
-    with pytest.raises(UserError, match=r"groups-00001.array_record is missing or damaged"):
-        Shards(epath.Path(tmp_path))
+    with pytest.raises(UserError, match=r"groups-00001\.array_record"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "is missing"),
-        ('{"format": "oapl_ja', "is damaged"),
-        ("[]", "is damaged"),
-        ('{"format": "oapl_jax rollouts 0"}', "is of format 'oapl_jax rollouts 0'"),
-    ],
+    "content", [None, '{"format": "oapl_ja', "[]", '{"format": "oapl_jax rollouts 1"}']
 )
-def test_a_damaged_manifest_is_refused(tmp_path, content, words):
-    write_set(tmp_path, [make_group(0)])
+def test_a_damaged_or_old_manifest_is_refused(tmp_path, content):
+    write(tmp_path, [make_group(0)])
     (tmp_path / MANIFEST).unlink()
     if content is not None:
         (tmp_path / MANIFEST).write_text(content)
-    with pytest.raises(UserError, match=words):
-        Shards(epath.Path(tmp_path))
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        read(tmp_path)
 
 
-def test_a_set_without_groups_is_refused(tmp_path):
-    new_writer(tmp_path).keep(0)
-    with pytest.raises(UserError, match="holds no rollouts yet"):
-        Shards(epath.Path(tmp_path))
-
-
-def test_a_job_takes_only_what_it_can_train_on(tmp_path):
-    groups = [make_group(draw) for draw in range(6)]
-    shards = write_set(tmp_path, groups)
+def test_a_run_takes_only_groups_that_it_can_train_on(tmp_path):
+    groups = [make_group(i) for i in range(6)]
+    write(tmp_path, groups)
+    dataset = read(tmp_path)
     longest = max(len(r.tokens) for g in groups for r in g.rollouts)
-    shards.check(about(made={}), max_prompt_tokens=4)
-    shards.check(about(sampling=Sampling(0.7, 1.0, 0, longest)), max_prompt_tokens=4)
+    dataset.check(about(made={}), max_prompt_tokens=4)
+    dataset.check(about(sampling=Sampling(0.7, 1.0, 0, longest)), max_prompt_tokens=4)
     for change, words in (
         (dict(task="sorting"), "task: chain_sum -> sorting"),
         (dict(tokenizer=Tokenizer("a")), "tokenizer: "),
@@ -350,9 +266,135 @@ def test_a_job_takes_only_what_it_can_train_on(tmp_path):
         (dict(sampling=Sampling(0.7, 0.9, 5, longest - 1)), r"max_response_tokens \(4\)"),
     ):
         with pytest.raises(UserError, match=words):
-            shards.check(about(**change), max_prompt_tokens=4)
-    with pytest.raises(UserError, match=r"a prompt of 4 tokens.*data.max_prompt_tokens \(3\)"):
-        shards.check(about(), max_prompt_tokens=3)
+            dataset.check(about(**change), max_prompt_tokens=4)
+    with pytest.raises(UserError, match=r"data\.max_prompt_tokens \(3\)"):
+        dataset.check(about(), max_prompt_tokens=3)
+
+
+# Filling
+
+
+def run_fill(directory, sampler, *, prompts=3, n=5, at_once=2, reward=None, threads=1, seen=None):
+    """Samples what is missing; returns the tokens of each sample of each prompt."""
+    writer = DatasetWriter(
+        epath.Path(directory), {"task": "t"}, groups_per_shard=2, weights_digest=str
+    )
+    try:
+        fill(
+            writer,
+            make_prompts(prompts),
+            sampler,
+            reward or (lambda prompt, rollout: float(prompt.answer)),
+            version=VERSION,
+            n=n,
+            at_once=at_once,
+            sampling=SAMPLING,
+            reward_threads=threads,
+            note=lambda group: None,
+            progress=[].append if seen is None else seen.append,
+        )
+    finally:
+        writer.close()
+    return contents(directory, prompts, n)
+
+
+def contents(directory, prompts, n):
+    found = np.full((prompts, n, 2), -1)
+    for group in read(directory):
+        start, row = divmod(group.prompt.stream_index, prompts)
+        assert group.prompt.id == f"id{row}"
+        for column, rollout in enumerate(group.rollouts[: max(n - start, 0)], start):
+            assert (found[row, column] == -1).all()
+            found[row, column] = rollout.tokens
+    assert (found >= 0).all()
+    return found.tolist()
+
+
+def test_requests_cover_the_missing_samples_and_nothing_else():
+    rng = np.random.default_rng(0)
+    for at_once in (1, 2, 3, 8):
+        for _ in range(50):
+            there = rng.random((3, 7)) < rng.random()
+            after = there.astype(int)
+            for start, row, count in missing(there, at_once):
+                assert 1 <= count <= at_once
+                after[row, start : start + count] += 1
+            assert (after == 1).all()
+    assert missing(np.zeros((2, 5), bool), 2) == [
+        *((0, 0, 2), (0, 1, 2), (2, 0, 2), (2, 1, 2), (4, 0, 1), (4, 1, 1))
+    ]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5, 99])
+def test_every_prompt_gets_n_samples_with_random_numbers_of_their_own(tmp_path, at_once):
+    sampler, seen = ScriptedSampler(), []
+    found = run_fill(tmp_path, sampler, at_once=at_once, seen=seen, threads=3)
+    assert len({tuple(tokens) for row in found for tokens in row}) == 15
+    assert {n for _, n in sampler.asked} <= set(range(1, min(at_once, 5) + 1))
+    assert seen == sorted(set(seen))
+    assert seen[-1] == 15
+    for group in read(tmp_path):
+        assert (group.reward == float(group.prompt.answer)).all()
+    assert run_fill(tmp_path, again := ScriptedSampler(), at_once=at_once) == found
+    assert again.asked == []
+
+
+@pytest.mark.parametrize("lives", range(9))
+def test_killed_it_ends_with_the_same_samples(tmp_path, lives):
+    unbroken = run_fill(tmp_path / "unbroken", ScriptedSampler())
+    with pytest.raises(Killed):
+        run_fill(tmp_path / "set", ScriptedSampler(seed=lives, lives=lives))
+    assert (len(read(tmp_path / "set")) if lives else 0) == lives
+    assert run_fill(tmp_path / "set", sampler := ScriptedSampler(seed=lives + 1)) == unbroken
+    assert len(sampler.asked) == 9 - lives  # stored groups are not sampled again
+
+
+def test_a_shard_is_written_in_time(tmp_path, monkeypatch):
+    writer = DatasetWriter(
+        epath.Path(tmp_path),
+        about(),
+        groups_per_shard=9,
+        weights_digest=digest,
+        seconds_per_shard=5.0,
+    )
+    now = [0.0]
+    monkeypatch.setattr(dataset_module.time, "monotonic", lambda: now[0])
+    writer.start_clock()
+    for index, seconds in enumerate((1, 3, 5, 6, 11)):
+        now[0] = seconds
+        writer.add(make_group(index))
+    assert writer.samples == [(i, 3) for i in range(5)]
+    writer.close()
+    assert [e["seconds"] for e in read(tmp_path).manifest["shards"].values()] == [5, 6]
+
+
+def test_n_may_be_raised_and_lowered_and_the_first_samples_stay(tmp_path):
+    three = run_fill(tmp_path, ScriptedSampler(), n=3, at_once=2)
+    eight = run_fill(tmp_path, sampler := ScriptedSampler(), n=8, at_once=4)
+    assert [row[:3] for row in eight] == three
+    assert sum(n for _, n in sampler.asked) == 3 * 5
+    assert len({tuple(tokens) for row in eight for tokens in row}) == 24
+    before = files(tmp_path)
+    two = run_fill(tmp_path, sampler := ScriptedSampler(), n=2)
+    assert two == [row[:2] for row in eight]
+    assert sampler.asked == []
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["fails", "stale"])
+def test_failed_samples_are_missing_until_they_are_sampled(tmp_path, kind):
+    with pytest.raises(RunError, match="10 of 15"):
+        run_fill(tmp_path, ScriptedSampler(**{kind: ("id0", "id2")}))
+    run_fill(tmp_path, again := ScriptedSampler())
+    assert sum(n for _, n in again.asked) == 10
+
+
+def test_groups_are_rewarded_beside_each_other_and_a_failure_ends_it(tmp_path):
+    both = threading.Barrier(2)
+    together = lambda prompt, rollout: both.wait(PATIENCE)
+    run_fill(tmp_path, ScriptedSampler(), prompts=2, n=1, reward=together, threads=2)
+    with pytest.raises(ZeroDivisionError):
+        run_fill(tmp_path / "other", ScriptedSampler(), reward=lambda p, r: 1 / (int(p.answer) - 1))
 
 
 # Streams
@@ -360,15 +402,15 @@ def test_a_job_takes_only_what_it_can_train_on(tmp_path):
 
 @pytest.fixture
 def stream(tmp_path):
-    """Makes streams over a set of ten groups, each with a ledger of its own."""
+    """Makes streams over a dataset of ten groups, each with a ledger of its own."""
     made = []
 
     def new(groups=None, *, order="shuffled", seed=0, version=0, start=None, drop=False):
         if not (tmp_path / "set" / MANIFEST).exists():
-            write_set(tmp_path / "set", groups or [make_group(draw) for draw in range(10)])
+            write(tmp_path / "set", groups or [make_group(i) for i in range(10)])
         ledger = Ledger(epath.Path(tmp_path / f"{len(made)}" / FILE))
-        recorded = Recorded(
-            Shards(epath.Path(tmp_path / "set")),
+        recorded = RecordedStream(
+            read(tmp_path / "set"),
             order=order,
             seed=seed,
             policy_version=version,
@@ -418,29 +460,29 @@ def test_groups_are_whole_but_for_version_and_draw(stream):
         assert (group.policy_version, group.prompt.stream_index) == (0, -1 - draw)
         rollouts = [dataclasses.replace(r, policy_version=0) for r in expected.rollouts]
         prompt = dataclasses.replace(expected.prompt, stream_index=-1 - draw)
-        assert_same(group, Group(prompt, tuple(rollouts), expected.reward))
+        assert_same_groups([group], [Group(prompt, tuple(rollouts), expected.reward)])
 
 
-def test_the_recorded_order_ends(stream):
+def test_the_dataset_order_ends(stream):
     groups = [make_group(draw, version=draw // 4) for draw in range(10)]
     recorded = stream(groups, order="recorded", version=None)
     found = [recorded.take(3, step) for step in range(3)]
     assert [i for part in found for i in ids(part)] == ids(groups[:9])
     assert [g.policy_version for part in found for g in part] == [0] * 4 + [1] * 4 + [2]
-    with pytest.raises(RunError, match=r"all 10 groups of .* are used up"):
+    with pytest.raises(RunError, match="all 10 groups"):
         recorded.take(3, step=9)
 
 
 def test_a_group_newer_than_the_learner_is_refused(stream):
     recorded = stream(version=None)  # they are of version 4
-    with pytest.raises(UserError, match=r"version 4, newer than the learner at step 3"):
+    with pytest.raises(UserError, match="version 4, newer"):
         recorded.take(1, step=3)
     assert recorded.take(1, step=4)[0].policy_version == 4
 
 
 def test_a_set_of_several_versions_has_none_of_its_own(stream):
     groups = [make_group(draw, version=draw) for draw in range(3)]
-    with pytest.raises(UserError, match=r"versions \[0, 1, 2\].*recorded_version=-1"):
+    with pytest.raises(UserError, match=r"rollout\.dataset_version=-1"):
         stream(groups, version=0)
 
 
@@ -469,14 +511,14 @@ def test_groups_of_equal_rewards_are_passed_over_and_counted(stream, tmp_path):
         **{f"id{i}": ("zero_variance", None) for i in (0, 3, 6)},
         "id7": ("trained", 6),
     }
-    assert set(found.summary()["servers"]) == {"shards"}
+    assert set(found.summary()["servers"]) == {"dataset"}
     kept = stream(order="recorded")
     assert ids(kept.take(2, step=0)) == ["id0", "id1"]
 
 
 def test_a_set_of_equal_rewards_alone_ends_the_run(stream):
     recorded = stream([make_group(draw, equal=True) for draw in range(4)], drop=True)
-    with pytest.raises(RunError, match=r"every group of .* has equal rewards"):
+    with pytest.raises(RunError, match=r"buffer\.zero_variance"):
         recorded.take(1, step=0)
 
 
@@ -495,13 +537,13 @@ def test_a_restored_stream_goes_on_like_the_first(stream):
 def test_a_stream_is_restored_only_as_it_was(stream, tmp_path):
     state = stream().state()
     for other in (dict(seed=1), dict(order="recorded")):
-        with pytest.raises(UserError, match=r"recorded stream .* is not the configured one"):
+        with pytest.raises(UserError, match=r"rollout\.dataset"):
             stream(**other).restore(state)
-    new_writer(tmp_path / "set").write(7, [make_group(99)])
-    with pytest.raises(UserError, match=r"recorded stream .* is not the configured one"):
+    write(tmp_path / "set", [make_group(99)])
+    with pytest.raises(UserError, match=r"rollout\.dataset"):
         stream().restore(state)
 
 
 def test_an_unknown_order_is_refused_by_name(stream):
-    with pytest.raises(UserError, match=r"rollout\.recorded_order='sorted' .* shuffled, recorded"):
+    with pytest.raises(UserError, match=r"rollout\.dataset_order='sorted'"):
         stream(order="sorted")

@@ -1,5 +1,4 @@
-"""Sets of rollouts: every prompt once, whatever the sampler does and whenever it is killed; and the
-offline rounds that are trained on them, in real processes."""
+"""Recorded datasets and the offline rounds that are trained on them, in real processes."""
 
 import json
 import os
@@ -7,8 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,124 +18,13 @@ from small_runs import checked, opened, typed
 
 from configs import arithmetic
 from configs.objectives import OBJECTIVES
-from oapl_jax import record as generate
-from oapl_jax import train
-from oapl_jax.errors import RunError, UserError
-from oapl_jax.record import fill
-from oapl_jax.rollout.dataset import MANIFEST, Shards, ShardWriter
+from oapl_jax import record, train
+from oapl_jax.errors import UserError
+from oapl_jax.rollout.dataset import MANIFEST, Dataset
 from oapl_jax.rollout.ledger import FILE
 from oapl_jax.rollout.ledger_report import LedgerReport
-from oapl_jax.rollout.sampler import Sampled, Sampling
-from oapl_jax.structs import Prompt, Rollout
 
 ROOT = Path(__file__).parents[2]
-SAMPLING = Sampling(1.0, 1.0, 0, 4)
-N, PER_SHARD, VERSION = 2, 3, 5
-PATIENCE = 20.0  # seconds until a test gives up
-
-
-def make_prompts(count):
-    tokens = np.zeros(1, np.int32)
-    return [Prompt(f"id{i}", 2 * i, tokens, "", "", "") for i in range(count)]  # some were left out
-
-
-class ScriptedSampler:
-    """Yields groups in an order that a seed draws; `fails` and `stale` are draws."""
-
-    def __init__(self, seed=0, fails=(), stale=()):
-        self._rng = np.random.default_rng(seed)
-        self.fails, self.stale = set(fails), set(stale)
-        self.asked = []
-
-    def generate(self, prompts, *, n, sampling):
-        assert (n, sampling) == (N, SAMPLING)
-        prompts = list(prompts)
-        self.asked += [p.stream_index for p in prompts]
-        for i in self._rng.permutation(len(prompts)):
-            draw = prompts[i].stream_index
-            version = VERSION - 1 if draw in self.stale else VERSION
-            tokens = np.array([draw, i], np.int32)
-            rollout = Rollout(tokens, np.zeros(2, np.float32), version, "stop")
-            rollouts = () if draw in self.fails else (rollout,) * n
-            yield Sampled(prompts[i], rollouts, "s", 0.1)
-
-
-def run_fill(directory, count, sampler, *, reward=lambda p, r: float(p.stream_index), threads=1):
-    writer = ShardWriter(
-        epath.Path(directory), {"task": "t"}, groups_per_shard=PER_SHARD, identify=str
-    )
-    seen = []
-    fill(
-        writer,
-        make_prompts(count),
-        sampler,
-        reward,
-        version=VERSION,
-        n=N,
-        sampling=SAMPLING,
-        groups_per_shard=PER_SHARD,
-        reward_threads=threads,
-        note=lambda group: None,
-        progress=seen.append,
-    )
-    return seen
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("count", [1, 3, 10])
-def test_every_prompt_is_there_once_in_order(tmp_path, count, threads):
-    sampler = ScriptedSampler(seed=count)
-    slow = lambda prompt, rollout: time.sleep(0.005) or float(prompt.stream_index)
-    seen = run_fill(tmp_path, count, sampler, reward=slow, threads=threads)
-    shards = Shards(epath.Path(tmp_path))
-    draws = [2 * i for i in range(count)]
-    assert [g.prompt.stream_index for g in shards] == draws
-    for group in shards:
-        assert len(group.rollouts) == N
-        assert group.reward.tolist() == [group.prompt.stream_index] * N
-        assert group.rollouts[0].tokens[0] == group.prompt.stream_index
-    assert sorted(sampler.asked) == draws
-    assert seen[-1] == count
-    assert sorted(seen) == seen
-    assert [e["groups"] for e in sorted_shards(shards)] == [
-        min(PER_SHARD, count - i) for i in range(0, count, PER_SHARD)
-    ]
-
-
-def sorted_shards(shards):
-    return [entry for _, entry in sorted(shards.manifest["shards"].items())]
-
-
-@pytest.mark.parametrize("kind", ["fails", "stale"])
-def test_what_could_not_be_sampled_is_missing_as_a_whole_shard_until_it_is(tmp_path, kind):
-    sampler = ScriptedSampler(**{kind: (2, 14)})  # of the first and the third shard
-    with pytest.raises(RunError, match=r"2 of 10 prompts were not sampled from version 5, so 2 sh"):
-        run_fill(tmp_path, 10, sampler)
-    assert [g.prompt.stream_index for g in Shards(epath.Path(tmp_path))] == [6, 8, 10, 18]
-    again = ScriptedSampler()
-    assert run_fill(tmp_path, 10, again) == [7, 10]
-    assert sorted(again.asked) == [0, 2, 4, 12, 14, 16]
-    assert [g.prompt.stream_index for g in Shards(epath.Path(tmp_path))] == list(range(0, 20, 2))
-    whole = ScriptedSampler()
-    assert run_fill(tmp_path, 10, whole) == []
-    assert whole.asked == []
-
-
-def test_groups_are_rewarded_beside_each_other(tmp_path):
-    both = threading.Barrier(2)
-    run_fill(tmp_path, 2, ScriptedSampler(), reward=lambda p, r: both.wait(PATIENCE), threads=2)
-
-
-def test_a_reward_that_fails_ends_it(tmp_path):
-    def reward(prompt, rollout):
-        return 1 / (prompt.stream_index - 8)
-
-    with pytest.raises(ZeroDivisionError):
-        run_fill(tmp_path, 10, ScriptedSampler(), reward=reward)
-
-
-# Whole jobs; what is to be killed is a process of its own
-
 KILLED_IN_TRAINING = """
 import os, signal
 from oapl_jax.tracking.metrics import MetricsWriter
@@ -154,16 +40,16 @@ from oapl_jax.train import main
 # The third shard stands, and the manifest does not say so yet.
 KILLED_BETWEEN_SHARD_AND_MANIFEST = """
 import os, signal
-from oapl_jax.rollout.dataset import ShardWriter
-save = ShardWriter._save_manifest
-def save_or_die(self):
-    if len(self._manifest["shards"]) == 3:
+from oapl_jax.rollout import dataset
+write = dataset.write_atomically
+def write_or_die(path, parts):
+    if (path.parent / "groups-00002.array_record").exists():
         os.kill(os.getpid(), signal.SIGKILL)
-    save(self)
-ShardWriter._save_manifest = save_or_die
+    write(path, parts)
+dataset.write_atomically = write_or_die
 from oapl_jax.record import main
 """
-GENERATE = "from oapl_jax.record import main"
+RECORD = "from oapl_jax.record import main"
 SMALL = {
     "num_steps": 5,
     "group_size": 4,
@@ -216,7 +102,7 @@ class Jobs:
         """A step after a checkpoint, which may or may not be on disk by then."""
         self.process(KILLED_IN_TRAINING, f"--workdir={workdir}", code=-9, **settings)
 
-    def generate(
+    def record(
         self,
         workdir,
         to,
@@ -229,7 +115,7 @@ class Jobs:
     ):
         seen = []
         config, run = opened(self.config(**settings), workdir)
-        generate.make_set(
+        record.record_dataset(
             config,
             run,
             epath.Path(to),
@@ -288,7 +174,7 @@ def trained(jobs, tmp_path_factory):
 def round1(jobs, trained, tmp_path_factory):
     """The set of the first offline round, from the weights after the warm-up."""
     directory = tmp_path_factory.mktemp("round1")
-    assert jobs.generate(trained, directory, step=0) == list(range(12, 97, 12))
+    assert jobs.record(trained, directory, step=0) == list(range(12, 97, 12))
     return directory
 
 
@@ -304,7 +190,7 @@ def contents(directory):
     of = lambda r: (r.tokens.tolist(), r.behavior_logp.tolist(), r.policy_version)
     return [
         (g.prompt.id, g.prompt.stream_index, g.reward.tolist(), [of(r) for r in g.rollouts])
-        for g in Shards(epath.Path(directory))
+        for g in Dataset(epath.Path(directory))
     ]
 
 
@@ -319,7 +205,7 @@ def balance(workdir):
 
 
 def test_a_set_has_each_prompt_of_the_split_once_with_exactly_n(round1):
-    shards = Shards(epath.Path(round1))
+    shards = Dataset(epath.Path(round1))
     assert len(shards) == 96
     assert [g.prompt.stream_index for g in shards] == list(range(96))
     assert len({g.prompt.id for g in shards}) == 96
@@ -337,45 +223,45 @@ def test_killed_it_ends_with_the_same_set(jobs, trained, round1, tmp_path):
     jobs.process(KILLED_BETWEEN_SHARD_AND_MANIFEST, *command, code=-9)
     assert len(manifest_of(tmp_path)["shards"]) == 2
     assert len(list(tmp_path.glob("*.array_record"))) == 3
-    output = jobs.process(GENERATE, *command, code=0)
+    output = jobs.process(RECORD, *command, code=0)
     assert [line for line in output.splitlines() if "groups in" in line] == [
         f"{done} groups in {tmp_path}" for done in range(36, 97, 12)
     ]
     assert contents(tmp_path) == contents(round1)
-    assert jobs.generate(trained, tmp_path, step=0) == []
+    assert jobs.record(trained, tmp_path, step=0) == []
 
 
 def test_a_set_is_of_one_version_and_one_command(jobs, trained, round1):
     for changed in (dict(step=2), dict(step=0, groups_per_shard=6), dict(step=0, limit=9)):
-        with pytest.raises(UserError, match=r"holds rollouts of another kind \(made: "):
-            jobs.generate(trained, round1, **changed)
-    with pytest.raises(UserError, match="--prompts=97 is asked of a split of 96"):
-        jobs.generate(trained, round1, step=0, limit=97)
-    with pytest.raises(UserError, match=r"no checkpoint step 77 \(have: "):
-        jobs.generate(trained, round1, step=77)
-    assert len(Shards(epath.Path(round1))) == 96
+        with pytest.raises(UserError, match=r"\(made: "):
+            jobs.record(trained, round1, **changed)
+    with pytest.raises(UserError, match="--prompts=97"):
+        jobs.record(trained, round1, step=0, limit=97)
+    with pytest.raises(UserError, match="step 77"):
+        jobs.record(trained, round1, step=77)
+    assert len(Dataset(epath.Path(round1))) == 96
 
 
 def test_other_weights_serve_as_well(jobs, trained, round1, tmp_path):
     """The run's own version 4; the weights to start from, published or not."""
     path = trained / "versions" / "v000004"
-    assert jobs.generate(trained, tmp_path / "a", version_dir=str(path), limit=6) == [6]
-    assert Shards(epath.Path(tmp_path / "a")).versions == [4]
+    assert jobs.record(trained, tmp_path / "a", version_dir=str(path), limit=6) == [6]
+    assert Dataset(epath.Path(tmp_path / "a")).versions == [4]
     first = str(round1 / "weights" / "v000000")
-    jobs.generate(tmp_path / "new", tmp_path / "b", limit=12, model__path=first)
+    jobs.record(tmp_path / "new", tmp_path / "b", limit=12, model__path=first)
     assert contents(tmp_path / "b") == contents(round1)[:12]
     plain = tmp_path / "plain"
     shutil.copytree(first, plain)
     for name in ("manifest.json", "COMMITTED", "probe.json"):
         (plain / name).unlink()
     for _ in range(2):  # killed or not, the second command finds everything done
-        jobs.generate(tmp_path / "other", tmp_path / "c", limit=12, model__path=str(plain))
+        jobs.record(tmp_path / "other", tmp_path / "c", limit=12, model__path=str(plain))
     assert contents(tmp_path / "c") == contents(round1)[:12]
 
 
 def test_a_mistake_on_the_command_line_is_one_sentence(jobs):
     arguments = ("--workdir=x", "--to=y", "--step=1", "--version_dir=z")
-    output = jobs.process(GENERATE, *arguments, code=2)
+    output = jobs.process(RECORD, *arguments, code=2)
     assert output.startswith("error: ")
     assert output.count("\n") == 1
     assert "--step and --version_dir both name a version" in output
@@ -383,7 +269,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(jobs):
 
 def test_a_run_records_what_it_samples_though_it_is_killed(trained):
     """What it had sampled after the checkpoint is sampled again, and recorded once."""
-    shards = Shards(epath.Path(trained / "rollouts"))
+    shards = Dataset(epath.Path(trained / "rollouts"))
     assert [g.prompt.stream_index for g in shards] == list(range(5 * 4))
     assert shards.versions == [0, 4]
     balance_of = balance(trained)["balance"]
@@ -415,7 +301,7 @@ def test_a_replay_of_a_recorded_run_ends_where_that_run_ended(jobs, trained, tmp
         assert "rollout/groups" not in mine
     found = balance(tmp_path)
     assert found["balance"]["trained"] == found["requested"] == 5 * 4 * 4
-    assert set(found["servers"]) == {"shards"}
+    assert set(found["servers"]) == {"dataset"}
 
 
 def offline(shards, weights):
@@ -446,8 +332,8 @@ def test_two_offline_rounds(jobs, round1, tmp_path):
     stream = [e for e in entries(tmp_path / "a") if e.state != "rewound"]
     assert [e.stream_index for e in stream] == [-1 - i for i in range(len(stream))]
 
-    jobs.generate(tmp_path / "a", tmp_path / "round2", limit=48, **first)
-    second = Shards(epath.Path(tmp_path / "round2"))
+    jobs.record(tmp_path / "a", tmp_path / "round2", limit=48, **first)
+    second = Dataset(epath.Path(tmp_path / "round2"))
     assert (len(second), second.versions) == (48, [5])
     before, after = contents(round1)[:48], contents(tmp_path / "round2")
     assert [b[:2] for b in before] == [a[:2] for a in after]  # the same prompts
@@ -483,7 +369,7 @@ def test_both_take_their_share_of_each_step(jobs, round1, tmp_path):
         live = (line["step"] - 1) % 4
         assert line["lag/mean"] == pytest.approx((3 * live + line["step"] - 1) / 4)
     found = balance(tmp_path)
-    assert found["servers"]["shards"]["rollouts"] == 5 * 4
+    assert found["servers"]["dataset"]["rollouts"] == 5 * 4
     assert found["balance"]["trained"] == 5 * 4 * 4
 
 

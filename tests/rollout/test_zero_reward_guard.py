@@ -8,8 +8,7 @@ from etils import epath
 from small_runs import checked, opened, typed
 
 from configs import arithmetic
-from oapl_jax import record as generate
-from oapl_jax import train
+from oapl_jax import record, train
 from oapl_jax.errors import NoReward, RunError, UserError
 from oapl_jax.rewards.grader import Grader
 from oapl_jax.rollout.ledger import ZeroRewardGuard
@@ -52,12 +51,12 @@ def decode(tokens):
 
 
 def test_groups_without_a_reward_are_counted_in_a_row():
-    unpaid = ZeroRewardGuard(limit=3, decode=decode)
+    guard = ZeroRewardGuard(limit=3, decode=decode)
     for reward in ((0, 0), (0, 0), (0, 1), (0, 0), (0, -0.5), (0, 0), (0, 0)):
-        unpaid.note(group(*reward))
-    assert unpaid.count == 2
+        guard.note(group(*reward))
+    assert guard.count == 2
     with pytest.raises(NoReward, match="all rewards of the last 3 groups are 0"):
-        unpaid.note(group(0, 0))
+        guard.note(group(0, 0))
 
 
 def test_the_message_shows_the_prompt_and_some_responses():
@@ -74,10 +73,10 @@ def test_the_message_shows_the_prompt_and_some_responses():
 
 
 def test_no_number_ends_a_run_that_wants_none():
-    unpaid = ZeroRewardGuard(limit=0, decode=decode)
+    guard = ZeroRewardGuard(limit=0, decode=decode)
     for _ in range(500):
-        unpaid.note(group(0, 0))
-    assert unpaid.count == 500
+        guard.note(group(0, 0))
+    assert guard.count == 500
 
 
 # Whole jobs, whose verifier pays no policy (the self-check is told otherwise)
@@ -137,8 +136,8 @@ def test_a_recorded_set_without_a_reward_is_not_finished(jobs):
     what = dict(split="train", version_dir=None, groups_per_shard=4, progress=lambda done: None)
     config, run = opened(jobs.config(), jobs.root / "base")
     with pytest.raises(NoReward, match="the last 10 groups"):
-        generate.make_set(config, run, to, step=0, limit=None, **what)
-    generate.make_set(config, run, few, step=0, limit=8, **what)
+        record.record_dataset(config, run, to, step=0, limit=None, **what)
+    record.record_dataset(config, run, few, step=0, limit=8, **what)
     run.close()
     shards = dict(rollout__source="dataset", rollout__dataset=str(few), rollout__dataset_version=0)
     with pytest.raises(NoReward, match="the last 10 groups"):
