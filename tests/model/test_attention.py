@@ -11,22 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from small_models import small_mesh
 
 from oapl_jax.errors import UserError
 from oapl_jax.model import attention
 from oapl_jax.model.blockwise_attention import BLOCK, blockwise_attention, visible
-from oapl_jax.model.sharding import AXES
 from oapl_jax.model.splash import LANES, splash_kernel
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
-
-
-def mesh_of(data=1, fsdp=1, context=1, tensor=1):
-    sizes = data, fsdp, context, tensor
-    devices = jax.devices()[: int(np.prod(sizes))]
-    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 4, devices=devices)
 
 
 def packed(rows, length, seed=0):
@@ -180,7 +174,7 @@ def cudnn(monkeypatch):
 @pytest.mark.parametrize("sizes", [None, dict(context=2, tensor=2)], ids=str)
 def test_half_precision_lowers_to_cudnn_for_a_gpu(cudnn, sizes):
     gpu = attention.KERNELS["gpu"]
-    run = over(gpu, mesh_of(**sizes)) if sizes else on_one_device(attention.gpu_attention)
+    run = over(gpu, small_mesh(**sizes)) if sizes else on_one_device(attention.gpu_attention)
     text = lowered_for_cuda(run, 2, 256, jnp.bfloat16)
     calls = [line for line in text.splitlines() if "@__cudnn$fmha" in line]
     assert [re.findall(r"fmha\w+", call)[0] for call in calls] == [
@@ -222,18 +216,18 @@ MESHES = [
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_splash_equals_the_reference(sizes):
     length = 256 * max(sizes.get("context", 1), 2)
-    assert_equal_the_reference(over(INTERPRETED, mesh_of(**sizes)), 2, length)
+    assert_equal_the_reference(over(INTERPRETED, small_mesh(**sizes)), 2, length)
 
 
 def test_rows_of_any_length_are_padded_for_the_kernel():
-    assert_equal_the_reference(over(INTERPRETED, mesh_of(context=2)), 2, 130)
-    assert_equal_the_reference(over(KERNELS["cpu"], mesh_of(context=4)), 2, 54)
+    assert_equal_the_reference(over(INTERPRETED, small_mesh(context=2)), 2, 130)
+    assert_equal_the_reference(over(KERNELS["cpu"], small_mesh(context=4)), 2, 54)
 
 
 @pytest.mark.parametrize("sizes", [*MESHES, dict(context=8)], ids=str)
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_kernels_over_a_mesh_equal_the_reference(platform, sizes):
-    assert_equal_the_reference(over(KERNELS[platform], mesh_of(**sizes)), 2, 320)
+    assert_equal_the_reference(over(KERNELS[platform], small_mesh(**sizes)), 2, 320)
 
 
 def test_queries_are_exchanged_to_balance_the_work():
@@ -243,7 +237,7 @@ def test_queries_are_exchanged_to_balance_the_work():
         seen.append((heads, slots))
         return KERNELS["cpu"][1](heads, slots, mesh)
 
-    mesh = mesh_of(context=4, tensor=2)
+    mesh = small_mesh(context=4, tensor=2)
     over((2, make_kernel), mesh)(*arrays(1, 64)[:3], packed(1, 64))
     ((heads, slots),) = seen
     assert heads == HEADS // 2
@@ -266,7 +260,7 @@ def test_the_platform_of_the_mesh_selects_the_kernel(monkeypatch):
     for platform in KERNELS:
         monkeypatch.setitem(attention.KERNELS, platform, record(platform))
     given = *arrays(1, 64)[:3], packed(1, 64)
-    mesh = mesh_of().abstract_mesh
+    mesh = small_mesh().abstract_mesh
     tpu = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
     for here in (mesh, mesh.update(abstract_device=tpu)):
         with jax.sharding.use_abstract_mesh(here):
@@ -277,4 +271,4 @@ def test_the_platform_of_the_mesh_selects_the_kernel(monkeypatch):
 
 def test_key_heads_that_the_mesh_does_not_divide_are_refused():
     with pytest.raises(UserError, match=r"mesh\.tensor=4"):
-        over(KERNELS["cpu"], mesh_of(tensor=4))(*arrays(1, 64)[:3], packed(1, 64))
+        over(KERNELS["cpu"], small_mesh(tensor=4))(*arrays(1, 64)[:3], packed(1, 64))

@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from small_models import small_config
 
 from oapl_jax.errors import UserError
 from oapl_jax.files import file_entry
@@ -436,16 +437,6 @@ def test_older_spellings_of_a_config_are_read():
 
 @pytest.mark.parametrize(("model_type", "head_dim"), [("llama", 8), ("qwen2", 8), ("qwen3", 128)])
 def test_defaults_are_those_of_transformers(model_type, head_dim):
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = ModelConfig.from_hf(
-        {
-            "model_type": model_type,
-            **sizes,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 64,
-            "rms_norm_eps": 1e-6,
-        },
-        source="config.json",
-    )
+    config = small_config(model_type, head_dim=None, num_key_value_heads=None)
     assert (config.tie_embeddings, config.head_dim, config.num_kv_heads) == (False, head_dim, 4)
     assert dict(config.rope) == {"rope_type": "default", "rope_theta": 10000.0}

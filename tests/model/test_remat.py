@@ -1,5 +1,7 @@
-"""What a layer keeps for its backward pass: on a CPU, and as compiled for a v5e 2x2 that is not
-there. (That all policies give the same gradients is in test_transformer.py.)"""
+"""Rematerialization: residuals of a layer, on a CPU and as compiled ahead of time for a v5e 2x2.
+
+test_transformer.py tests that all policies give the same gradients.
+"""
 
 import collections
 import functools
@@ -8,34 +10,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
+from small_models import small_config, small_mesh
 
-from oapl_jax.model.config import ModelConfig
-from oapl_jax.model.sharding import AXES, ROWS, parameter_shardings
+from oapl_jax.model.sharding import ROWS, parameter_shardings
 from oapl_jax.model.transformer import REMAT_POLICIES, Transformer
 from oapl_jax.planning import hardware
 from oapl_jax.planning.programs import program_flops
 
 LAYERS, HIDDEN, LENGTH, ROWS_PER_CHIP = 256, 256, 256, 2
-CONFIG = ModelConfig.from_hf(
-    {
-        "model_type": "qwen3",
-        "vocab_size": 128,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 256,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 128,
-        "max_position_embeddings": LENGTH,
-        "rms_norm_eps": 1e-6,
-    },
-    source="this test",
+CONFIG = small_config(
+    "qwen3",
+    vocab_size=128,
+    hidden_size=HIDDEN,
+    intermediate_size=256,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=128,
+    max_position_embeddings=LENGTH,
 )
 
 
 def gradient(remat, mesh):
-    """A jitted gradient of all parameters, and the shapes that it is given."""
+    """A jitted gradient of all parameters, and the shapes of its arguments."""
     model = Transformer(CONFIG, jnp.bfloat16, remat)
 
     def loss(params, tokens):
@@ -55,7 +53,7 @@ def gradient(remat, mesh):
 
 
 def recomputed(jaxpr, again=False):
-    """How often each operation stands in what is computed again for the backward pass."""
+    """Counts each operation that is recomputed for the backward pass."""
     counts = collections.Counter()
     for equation in jaxpr.eqns:
         here = again or "rematted_computation" in str(equation.source_info.name_stack)
@@ -68,8 +66,8 @@ def recomputed(jaxpr, again=False):
     return counts
 
 
-def test_what_a_policy_keeps_is_not_computed_again():
-    mesh = jax.make_mesh((1,) * 4, AXES, (AxisType.Auto,) * 4, devices=jax.devices()[:1])
+def test_saved_residuals_are_not_recomputed():
+    mesh = small_mesh()
     loops, products = {}, {}
     for remat in REMAT_POLICIES:
         run, given = gradient(remat, mesh)
@@ -77,11 +75,11 @@ def test_what_a_policy_keeps_is_not_computed_again():
         loops[remat] = counts["while"]  # over blocks of keys: attention's forward pass
         products[remat] = counts["dot_general"] - 2 * loops[remat]  # with weights
     assert loops == dict(none=0, full=1, attention=0, dots=1, offload=0)
-    # The last of a layer's seven products is needed by nothing.
+    # The backward pass does not need the last of a layer's seven products.
     assert products == dict(none=0, full=6, attention=6, dots=0, offload=6)
 
 
-# ---------------------------------------------------------------- by the TPU's compiler
+# Compiled for a TPU
 
 
 @functools.cache
@@ -98,22 +96,21 @@ def compiled(remat):
 
 
 def kernels(remat):
-    """How often each kernel stands in the program."""
+    """Counts each splash kernel in the program."""
     calls = [line for line in compiled(remat).as_text().splitlines() if "tpu_custom_call" in line]
     return collections.Counter(re.findall(r"splash_mha_([a-z]+)", call)[0] for call in calls)
 
 
-def test_splash_runs_forward_once_if_its_results_are_kept():
+def test_splash_runs_forward_once_if_its_residuals_are_saved():
     assert kernels("full") == dict(fwd=2, dkv=1, dq=1)
     assert kernels("attention") == dict(fwd=1, dkv=1, dq=1)
-    # Where the compiler takes turns out of the loops, it takes them out of both passes.
+    # The compiler peels iterations off the loops of both passes alike.
     offload = kernels("offload")
     assert offload["fwd"] == offload["dkv"] == offload["dq"] > 0
 
 
-def test_flops_are_those_of_what_is_compiled():
-    """Of what remat traces again, attention's forward kernel is left out where its results are
-    kept."""
+def test_flops_are_those_of_the_compiled_program():
+    """Attention's forward kernel is not recomputed where its residuals are saved."""
     work = {remat: program_flops(traced(remat)) for remat in ("full", "attention", "offload")}
     attention = LAYERS * 4 * ROWS_PER_CHIP * 2 * 2 * 2 * 128 * LENGTH**2 / 2  # two products, causal
     assert work["attention"] == work["offload"]
@@ -121,8 +118,8 @@ def test_flops_are_those_of_what_is_compiled():
     assert work["full"].remat - work["attention"].remat == attention
 
 
-def test_offload_moves_what_a_layer_keeps_to_the_hosts_memory():
-    kept = LAYERS * ROWS_PER_CHIP * LENGTH * HIDDEN * 2  # of inputs; attention's results as much
+def test_offload_moves_residuals_to_host_memory():
+    kept = LAYERS * ROWS_PER_CHIP * LENGTH * HIDDEN * 2  # inputs; residuals are as large
     said = {remat: compiled(remat).memory_analysis() for remat in ("full", "attention", "offload")}
     temporaries = {remat: figures.temp_size_in_bytes for remat, figures in said.items()}
     assert kept < temporaries["full"] < 1.1 * kept

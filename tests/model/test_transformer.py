@@ -1,7 +1,7 @@
-"""The decoder against itself: caches, packing, causality, rematerialisation and precision.
+"""The decoder: caches, packing, causality, rematerialization and precision.
 
-Weights come from the committed checkpoints, since a fresh initialiser leaves norms and biases idle.
-Parity with transformers is in test_hf.py.
+Weights are those of the committed checkpoints, since fresh norms and biases have no effect.
+test_hf.py tests parity with transformers.
 """
 
 import functools
@@ -33,7 +33,7 @@ def forward(config, params, tokens, positions, segments, dtype=jnp.float32, rema
 
 
 def rows(lengths, width, vocab_size, seed):
-    """One row that packs sequences of these lengths; what is left over is padding (segment 0)."""
+    """Packs sequences of these lengths into one row; the rest is padding (segment 0)."""
     tokens = np.random.default_rng(seed).integers(0, vocab_size, (1, width)).astype(np.int32)
     segments, positions = np.zeros((2, 1, width), np.int32)
     start = 0
@@ -52,12 +52,12 @@ def test_a_token_sees_the_past_of_its_own_segment():
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama_yarn"])
-def test_gradients_vanish_exactly_where_a_token_must_not_look(name):
+def test_gradients_vanish_exactly_at_masked_positions(name):
     """d logits[t] / d input[s] is 0 for later s and for packed neighbours, and only for those."""
     config, params = load(name)
     width = 24
     _, positions, segments = rows([9, 7, 5], width, config.vocab_size, seed=0)
-    # Every token occurs once: the gradient of an embedding row is that of the input in one place.
+    # Every token occurs once: an embedding row's gradient is that of one input position.
     tokens = np.random.default_rng(1).permutation(config.vocab_size)[None, :width].astype(np.int32)
     probe = jax.random.normal(jax.random.key(0), (config.vocab_size,))
 
@@ -140,7 +140,7 @@ def test_remat_policies_compile_to_different_programs_with_the_same_gradients():
         compiled = lowered.compile()
         products[remat] = str(compiled.as_text()).count(" dot(")
         gradients[remat] = compiled(params)
-    # What is not kept is multiplied again.
+    # Residuals that are not saved are recomputed.
     assert 0 < products["none"] < products["dots"] < products["attention"], products
     assert products["offload"] == products["attention"] < products["full"], products
     assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(gradients["none"]))
@@ -152,7 +152,7 @@ def test_remat_policies_compile_to_different_programs_with_the_same_gradients():
         )
 
 
-def test_bfloat16_is_for_computing_only():
+def test_bfloat16_is_for_activations_only():
     config, params = load("qwen3")
     batch = rows([40], 48, config.vocab_size, seed=5)
     model = Transformer(config, jnp.bfloat16, "none")
@@ -165,13 +165,13 @@ def test_bfloat16_is_for_computing_only():
 
     run = jax.jit(functools.partial(forward, config, params), static_argnames="dtype")
     wide, narrow = run(*batch), run(*batch, dtype=jnp.bfloat16)
-    assert narrow.dtype == jnp.float32  # sums and what follows them stay wide
+    assert narrow.dtype == jnp.float32  # sums stay wide
     difference = np.abs(narrow - wide)
     assert 1e-3 < difference.max() < 0.5  # logits deviate by 1.5
     assert difference.mean() < 0.03
 
 
-def test_every_layer_starts_from_its_own_random_numbers():
+def test_layers_are_initialized_differently():
     config, _ = load("qwen3")
     blank = np.zeros((1, 2), np.int32)
     params = jax.jit(Transformer(config, jnp.float32, "none").init)(

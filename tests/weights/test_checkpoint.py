@@ -4,26 +4,27 @@ Run as a program, this file saves into a full disk.
 """
 
 import json
+import os
 import pathlib
 import re
 import resource
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import AxisType
+from small_models import small_config, small_mesh
 
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.learner import train_step as learner
-from oapl_jax.model.config import ModelConfig
-from oapl_jax.model.sharding import AXES
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.structs import Group, Prompt, Rollout, decode_groups, encode_groups
 from oapl_jax.weights import checkpoint
@@ -35,32 +36,14 @@ LOOP = {"worker": {"draw": 12}, "pins": {"3": [0, 3]}, "before": {"pass@1": 0.1,
 
 
 def make_model(model_type="qwen3"):
-    sizes = dict(
-        model_type=model_type,
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        rms_norm_eps=1e-6,
-    )
-    return Transformer(ModelConfig.from_hf(sizes, source="test"), jnp.float32, "none")
-
-
-def make_mesh(data, fsdp, tensor):
-    shape = (data, fsdp, 1, tensor)
-    devices = jax.devices()[: int(np.prod(shape))]
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 4, devices=devices)
+    return Transformer(small_config(model_type), jnp.float32, "none")
 
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
 
 def abstract(mesh, model=None):
-    """Shapes, dtypes and shardings of a state on this mesh."""
+    """Shapes, dtypes and shardings of a state on a mesh."""
     model = model or make_model()
     make = lambda: learner.new_state(learner.init_params(model, jax.random.key(0)), OPTIMIZER)
     shardings = learner.state_shardings(model, OPTIMIZER, mesh)
@@ -69,7 +52,7 @@ def abstract(mesh, model=None):
 
 
 def random_state(mesh, seed=0):
-    """No two arrays alike, and none zero, so that nothing can be mistaken for a fresh state."""
+    """All arrays differ and none is zero: nothing can be mistaken for a fresh state."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
@@ -125,14 +108,14 @@ def opened(tmp_path):
 
     yield made_by
     for checkpoints in made:
-        checkpoints._manager.close()
+        checkpoints.close()
 
 
 # Round trips
 
 
-def test_everything_comes_back_to_the_last_bit(opened):
-    mesh = make_mesh(1, 1, 1)
+def test_a_checkpoint_restores_bit_equal(opened):
+    mesh = small_mesh()
     state, groups = random_state(mesh), encode_groups(make_groups())
     opened().save(3, state, LOOP, groups, probe=PROBE)
     again = opened()
@@ -144,29 +127,29 @@ def test_everything_comes_back_to_the_last_bit(opened):
 
 
 def test_a_buffer_without_groups_comes_back_empty(opened):
-    mesh = make_mesh(1, 1, 1)
+    mesh = small_mesh()
     opened().save(0, random_state(mesh), {}, encode_groups([]), probe=PROBE)
     _, _, (share,) = opened().restore(0, abstract(mesh))
     assert decode_groups(share) == []
 
 
-def test_shares_belong_to_whole_steps(opened, tmp_path):
-    """One of each host; what a killed run left goes with the next save."""
-    shares = tmp_path / "host_states"
+def test_host_states_belong_to_finished_steps(opened, tmp_path):
+    """The next save deletes files that a killed run left."""
+    states = tmp_path / "host_states"
     for stale in ("7/host0of1", "3/host1of2", "3/host0of2"):
-        (shares / stale).parent.mkdir(parents=True, exist_ok=True)
-        (shares / stale).write_bytes(b"stale")
-    mesh = make_mesh(1, 1, 1)
+        (states / stale).parent.mkdir(parents=True, exist_ok=True)
+        (states / stale).write_bytes(b"stale")
+    mesh = small_mesh()
     opened().save(3, random_state(mesh), LOOP, b"mine", probe=PROBE)
     assert opened().restore(3, abstract(mesh))[2] == [b"mine"]
-    assert sorted(str(p.relative_to(shares)) for p in shares.rglob("host*")) == ["3/host0of1"]
-    (shares / "3" / "host0of1").rename(shares / "3" / "host1of2")
+    assert sorted(str(p.relative_to(states)) for p in states.rglob("host*")) == ["3/host0of1"]
+    (states / "3" / "host0of1").rename(states / "3" / "host1of2")
     with pytest.raises(UserError, match="checkpoint step 3"):
         opened().restore(3, abstract(mesh))
 
 
-def test_a_state_comes_back_on_another_mesh(opened):
-    saved_on, restored_on = make_mesh(8, 1, 1), make_mesh(2, 2, 2)
+def test_a_state_is_restored_on_another_mesh(opened):
+    saved_on, restored_on = small_mesh(data=8), small_mesh(data=2, fsdp=2, tensor=2)
     state = random_state(saved_on)
     opened().save(5, state, LOOP, NO_GROUPS, probe=PROBE)
     wanted = abstract(restored_on)
@@ -180,7 +163,7 @@ def test_a_state_comes_back_on_another_mesh(opened):
     assert moment.addressable_shards[0].data.shape == (2, 16, 16)
 
 
-def test_what_is_saved_is_what_was_given_even_if_it_changes_at_once(opened, monkeypatch):
+def test_a_save_copies_its_arguments(opened, monkeypatch):
     changed, dumps = threading.Event(), json.dumps
 
     def late(*args, **options):
@@ -189,7 +172,7 @@ def test_what_is_saved_is_what_was_given_even_if_it_changes_at_once(opened, monk
         return dumps(*args, **options)
 
     monkeypatch.setattr(json, "dumps", late)
-    mesh = make_mesh(1, 1, 1)
+    mesh = small_mesh()
     state = random_state(mesh)
     expected = jax.device_get(state)
     loop = {"results": [1, 2]}
@@ -204,15 +187,15 @@ def test_what_is_saved_is_what_was_given_even_if_it_changes_at_once(opened, monk
     assert loop == {"results": [1, 2]}
 
 
-def test_parameters_alone(opened):
-    mesh = make_mesh(1, 1, 1)
+def test_parameters_can_be_restored_alone(opened):
+    mesh = small_mesh()
     state = random_state(mesh)
     opened().save(3, state, LOOP, NO_GROUPS, probe=PROBE)
     assert_same(opened().restore_params(3, abstract(mesh).params), state.params)
 
 
 def test_only_the_newest_steps_are_kept(opened):
-    mesh = make_mesh(1, 1, 1)
+    mesh = small_mesh()
     states = [random_state(mesh, seed) for seed in range(4)]
     checkpoints = opened(keep=2)
     assert checkpoints.steps() == []
@@ -228,29 +211,29 @@ def test_only_the_newest_steps_are_kept(opened):
         assert_same(found, states[step])
 
 
-def test_another_model_is_refused_by_step_and_directory(opened):
-    mesh = make_mesh(1, 1, 1)
+def test_a_checkpoint_of_another_model_is_an_error(opened, tmp_path):
+    mesh = small_mesh()
     checkpoints = opened()
     checkpoints.save(3, random_state(mesh), LOOP, NO_GROUPS, probe=PROBE)
     checkpoints.wait()
     longer = lambda x: x.update(shape=(*x.shape[:-1], x.shape[-1] + 8))
-    place = re.escape(str(checkpoints._directory))
+    place = re.escape(str(tmp_path / "checkpoints"))
     for restore in (
         lambda: checkpoints.restore(3, abstract(mesh, make_model("llama"))),  # has no q_norm
         lambda: checkpoints.restore_params(3, abstract(mesh, make_model("llama")).params),
         lambda: checkpoints.restore_params(3, jax.tree.map(longer, abstract(mesh).params)),
         lambda: checkpoints.restore(4, abstract(mesh)),
     ):
-        with pytest.raises(UserError, match=rf"checkpoint step \d below {place} does not fit"):
+        with pytest.raises(UserError, match=rf"step \d below {place}"):
             restore()
 
 
-# What the publisher reads
+# Weights for the publisher
 
 
-def test_checkpoints_and_weights_hold_parameters_and_probe_alike(tmp_path, opened):
-    """Parameters in chunks of one layer, uncompressed, of each device's part."""
-    mesh = make_mesh(1, 2, 2)
+def test_checkpoints_and_weights_have_the_same_parameters_and_probe(tmp_path, opened):
+    """Uncompressed chunks of one layer and one device's part."""
+    mesh = small_mesh(fsdp=2, tensor=2)
     state = random_state(mesh)
     opened().save(3, state, LOOP, NO_GROUPS, probe=PROBE)
     opened().close()
@@ -273,7 +256,7 @@ def test_checkpoints_and_weights_hold_parameters_and_probe_alike(tmp_path, opene
 def test_large_layers_are_saved_in_several_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2048)
     weights = Weights(epath.Path(tmp_path / "weights"))
-    weights.save(0, random_state(make_mesh(1, 1, 1)).params, PROBE)
+    weights.save(0, random_state(small_mesh()).params, PROBE)
     weights.wait()
     chunk = open_params(weights.path(0))["layers/gate/kernel"].chunk_layout.read_chunk
     assert np.prod(chunk.shape) == 512
@@ -281,17 +264,17 @@ def test_large_layers_are_saved_in_several_chunks(tmp_path, monkeypatch):
     weights.close()
 
 
-def test_weights_are_kept_as_named(tmp_path):
-    mesh = make_mesh(1, 1, 1)
+def test_keep_only_deletes_the_other_steps(tmp_path):
+    mesh = small_mesh()
     weights = Weights(epath.Path(tmp_path / "weights"))
     for step in (0, 4, 8):
         weights.save(step, random_state(mesh, step).params, PROBE)
-    weights.save(4, random_state(mesh, 9).params, PROBE)  # stands already
+    weights.save(4, random_state(mesh, 9).params, PROBE)  # exists already
     with pytest.raises(RunError, match=r"step 6 is older .* \(have: 0, 4, 8\)"):
         weights.save(6, random_state(mesh).params, PROBE)
     assert weights.keep_only({4, 12}) == [0, 8]
     assert weights.steps() == [4]
-    weights.save(6, random_state(mesh, 6).params, PROBE)  # as a resumed run does
+    weights.save(6, random_state(mesh, 6).params, PROBE)
     weights.close()
     again = Weights(epath.Path(tmp_path / "weights"))
     assert again.steps() == [4, 6]
@@ -306,8 +289,8 @@ def test_weights_are_kept_as_named(tmp_path):
 
 
 def save_into_a_full_disk(directory):
-    """Saves step 1; then no file may grow beyond 2 kB; prints what happens to step 2."""
-    mesh = make_mesh(1, 1, 1)
+    """Saves step 1; limits files to 2 kB; prints the errors of the next saves."""
+    mesh = small_mesh()
     checkpoints = Checkpoints(epath.Path(directory), keep=3)
     checkpoints.save(1, random_state(mesh, 1), LOOP, NO_GROUPS, probe=PROBE)
     checkpoints.wait()
@@ -328,10 +311,11 @@ def save_into_a_full_disk(directory):
     print(json.dumps(said))
 
 
-def test_a_failed_save_is_an_error_and_older_steps_stay(tmp_path, opened):
+def test_a_full_disk_is_an_error_and_older_steps_stay(tmp_path, opened):
     directory = tmp_path / "checkpoints"
     command = [sys.executable, __file__, str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     message = said.get("save") or said["wait"]  # not as late as the next save
@@ -342,48 +326,38 @@ def test_a_failed_save_is_an_error_and_older_steps_stay(tmp_path, opened):
 
     again = opened()
     assert again.steps() == [1]
-    mesh = make_mesh(1, 1, 1)
+    mesh = small_mesh()
     assert_same(again.restore(1, abstract(mesh))[0], random_state(mesh, 1))
-    again.save(2, random_state(mesh, 2), LOOP, NO_GROUPS, probe=PROBE)  # and the run goes on
+    again.save(2, random_state(mesh, 2), LOOP, NO_GROUPS, probe=PROBE)
     again.wait()
     assert again.steps() == [1, 2]
 
 
-def test_weights_that_can_not_be_saved_are_an_error(tmp_path, monkeypatch):
-    weights = Weights(epath.Path(tmp_path / "weights"))
-    weights.save(1, random_state(make_mesh(1, 1, 1)).params, PROBE)
-    weights.wait()
+@pytest.mark.parametrize("kind", ["checkpoints", "weights"])
+def test_a_failed_background_save_stops_the_next_call(tmp_path, opened, monkeypatch, kind):
+    state = random_state(small_mesh())
+    if kind == "weights":
+        steps: Any = Weights(epath.Path(tmp_path / "weights"))
+        acts = [lambda: steps.save(2, state.params, PROBE), lambda: steps.keep_only(set())]
+    else:
+        steps = opened()
+        acts = [lambda: steps.save(2, state, LOOP, NO_GROUPS, probe=PROBE)]
 
-    def fail():
+    def fail(manager):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(weights._manager, "check_for_errors", fail)
-    for act in (lambda: weights.save(2, {}, PROBE), weights.wait, lambda: weights.keep_only(set())):
-        with pytest.raises(RunError, match=r"the disk is gone.*\(have: 1\)"):
+    monkeypatch.setattr(ocp.CheckpointManager, "check_for_errors", fail)
+    for act in (*acts, steps.check, steps.wait):
+        with pytest.raises(RunError, match=r"the disk is gone.*\(have: none\)"):
             act()
     monkeypatch.undo()
-    weights.close()
+    assert steps.steps() == []
+    if kind == "weights":
+        steps.close()
 
 
-def test_a_failure_in_the_background_stops_the_next_step_of_the_loop(opened, monkeypatch):
-    checkpoints = opened()
-
-    def fail():
-        raise OSError("the disk is gone")
-
-    monkeypatch.setattr(checkpoints._manager, "check_for_errors", fail)
-    with pytest.raises(RunError, match="the disk is gone"):
-        checkpoints.check()
-    with pytest.raises(RunError, match="the disk is gone"):
-        checkpoints.save(2, random_state(make_mesh(1, 1, 1)), LOOP, NO_GROUPS, probe=PROBE)
-    with pytest.raises(RunError, match="the disk is gone"):
-        checkpoints.wait()
-    monkeypatch.undo()
-    assert checkpoints.steps() == []
-
-
-def test_a_step_that_stands_stays_and_an_older_one_is_an_error(opened):
-    mesh = make_mesh(1, 1, 1)
+def test_an_existing_step_is_kept_and_an_older_one_is_an_error(opened):
+    mesh = small_mesh()
     checkpoints = opened()
     checkpoints.save(2, random_state(mesh, 1), LOOP, NO_GROUPS, probe=PROBE)
     checkpoints.save(2, random_state(mesh, 2), LOOP, NO_GROUPS, probe=PROBE)
