@@ -251,7 +251,7 @@ class ObjectiveConfig(Section):
     )
     aggregation: str = setting(
         "average over tokens, over sequences, or sum over a constant length",
-        choices=("token", "sequence", "constant"),
+        choices=("token", "sequence", "sequence_token", "constant"),
     )
     constant_length: int = setting("divisor of aggregation='constant', tokens", above=0)
     kl_weight: float = setting("weight of KL(pi || pi_ref) added to the loss", at_least=0)

@@ -111,16 +111,16 @@ def build_batch(
 
 def check_lengths(groups: Sequence[Group], *, prompt: int, response: int) -> None:
     """Raises a UserError for a prompt or response that is longer than its setting allows."""
+    longest = max(len(r.tokens) for g in groups for r in g.rollouts)
     longest_prompt = max(len(g.prompt.tokens) for g in groups)
-    longest_response = max(len(r.tokens) for g in groups for r in g.rollouts)
-    for what, longest, setting, limit in (
-        ("response", longest_response, "rollout.max_response_tokens", response),
-        ("prompt", longest_prompt, "data.max_prompt_tokens", prompt),
+    for tokens, limit, setting in (
+        (longest, response, "rollout.max_response_tokens"),
+        (longest_prompt, prompt, "data.max_prompt_tokens"),
     ):
-        if longest > limit:
+        if tokens > limit:
             raise UserError(
-                f"a {what} has {longest} tokens, more than {setting}={limit}; raise it to the "
-                "value of the sampling run"
+                f"a recorded or sampled text has {tokens} tokens, more than {setting}={limit}; "
+                "raise it to the value of the sampling run"
             )
 
 
@@ -160,9 +160,8 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
                 f"learner.row_length={row_length}; raise it to data.max_prompt_tokens + "
                 "rollout.max_response_tokens"
             )
-        row = next((r for r, free in enumerate(space) if free >= length), None)
-        if row is None:
-            row = len(rows)
+        row = next((r for r, free in enumerate(space) if free >= length), len(rows))
+        if row == len(rows):
             rows.append([])
             space.append(row_length)
         rows[row].append(index)
