@@ -27,29 +27,20 @@ DTYPE_ALIASES = {"float": "float32", "half": "float16"}  # of SGLang
 # that leaves less room than 7 tokens.
 CONTEXT_MARGIN, PROMPT_MARGIN = 2, 7
 TOKENIZER_IDS = 64  # of the vocabulary, in the text that both tokenizers encode
+Findings = tuple[list[str], list[str]]  # refusals (the server must not sample) and warnings
 
 
 @dataclasses.dataclass(frozen=True)
 class Requirements:
-    """Requirements of a run on each of its servers.
-
-    Attributes:
-      model_config: the learner's architecture.
-      tokenizer: the learner's; has `encode` and `decode`.
-      stop_ids: token ids that end a response.
-      sampling: of the run.
-      max_prompt_tokens: length of the longest prompt.
-      dtype: of published versions.
-      probe_tolerance: nats by which log-probs may differ.
-    """
+    """Requirements of a run on each of its servers."""
 
     model_config: ModelConfig
-    tokenizer: Any
-    stop_ids: tuple[int, ...]
+    tokenizer: Any  # the learner's; has `encode` and `decode`
+    stop_ids: tuple[int, ...]  # token ids that end a response
     sampling: Sampling
     max_prompt_tokens: int
-    dtype: str
-    probe_tolerance: ProbeTolerance
+    dtype: str  # of published versions
+    probe_tolerance: ProbeTolerance  # nats by which log-probs may differ
 
     def tolerance(self, *dtypes: str) -> float:
         """Returns the tolerance for log-probs computed in these dtypes: the coarsest decides."""
@@ -57,11 +48,7 @@ class Requirements:
         return self.probe_tolerance.float32 if exact else self.probe_tolerance.bfloat16
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Rejects a prompt that a server would reject, or that would crash it.
-
-        Raises:
-          UserError: naming the prompt.
-        """
+        """Raises UserError for a prompt that a server would reject, or that would crash it."""
         tokens, vocab_size = np.asarray(prompt.tokens), self.model_config.vocab_size
         outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
         if outside.size:
@@ -78,23 +65,11 @@ class Requirements:
 
 async def check_server(
     client: SGLangClient, info: Mapping[str, Any], requirements: Requirements
-) -> tuple[list[str], list[str]]:
-    """Compares a server with the requirements.
-
-    Args:
-      client: of the server.
-      info: see SGLangClient.info.
-      requirements: of the run.
-
-    Returns:
-      refusals (reasons why the server must not sample) and warnings, a sentence each.
-
-    Raises:
-      ServerError: if a request fails.
-    """
+) -> Findings:
+    """Compares a server, and its `client.info()`, with the requirements."""
     refusals, warnings = compare_info(info, requirements)
-    refused, warned = await asyncio.to_thread(compare_files, info, requirements)
-    refusals, warnings = refusals + refused, warnings + warned
+    of_files = await asyncio.to_thread(compare_files, info, requirements)
+    refusals, warnings = refusals + of_files[0], warnings + of_files[1]
     if not await client.can_update():
         refusals.append(
             "it has no route /update_weights_from_disk; start it under oapl_jax.fleet.restart_proxy"
@@ -106,10 +81,8 @@ async def check_server(
     return refusals, warnings
 
 
-def compare_info(
-    info: Mapping[str, Any], requirements: Requirements
-) -> tuple[list[str], list[str]]:
-    """Returns refusals and warnings from a server's description of itself."""
+def compare_info(info: Mapping[str, Any], requirements: Requirements) -> Findings:
+    """Compares a server's description of itself."""
     refusals, warnings = [], []
     expected, sampling = requirements.model_config.model_type, requirements.sampling
     if info.get("model_type") not in (None, expected):
@@ -147,10 +120,8 @@ def compare_info(
     return refusals, warnings
 
 
-def compare_files(
-    info: Mapping[str, Any], requirements: Requirements
-) -> tuple[list[str], list[str]]:
-    """Returns refusals and warnings from the config.json that the server was started with.
+def compare_files(info: Mapping[str, Any], requirements: Requirements) -> Findings:
+    """Compares the config.json that the server was started with.
 
     No route reports a model's architecture, and an update loads our tensors into the server's.
     """

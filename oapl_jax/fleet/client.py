@@ -44,27 +44,18 @@ class Mixed(ServerError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupRequest:
-    """Request for one group of responses to a prompt.
+    """Request for one group of responses to a prompt."""
 
-    Attributes:
-      tokens: int[T], of the prompt.
-      n: number of responses.
-      sampling: how tokens are sampled.
-      stop_ids: token ids that end a response.
-      vocab_size: of the learner's model.
-      version: required of each response, and the rollouts' policy version; None accepts any version
-        (-1 in the rollouts).
-      mixed_versions: treatment of responses that began with `version` and ended with another:
-        "reissue" raises Mixed; "keep" keeps them, stamped with `version`, the older one. The
-        log-probs of a kept response are those of the policies that sampled its tokens.
-    """
-
-    tokens: Sequence[int]
-    n: int
+    tokens: Sequence[int]  # of the prompt
+    n: int  # number of responses
     sampling: Sampling
-    stop_ids: Sequence[int]
-    vocab_size: int
+    stop_ids: Sequence[int]  # token ids that end a response
+    vocab_size: int  # of the learner's model
+    # Required of each response, and the rollouts' policy version; None accepts any version (-1).
     version: int | None
+    # Treatment of responses that began with `version` and ended with another: "reissue" raises
+    # Mixed; "keep" stamps them with `version`, the older one. The log-probs of a kept response are
+    # those of the policies that sampled its tokens.
     mixed_versions: str
 
     def body(self) -> dict[str, Any]:
@@ -80,10 +71,7 @@ class GroupRequest:
         }
 
     def read(self, content: Any) -> tuple[tuple[Rollout, ...], bool]:
-        """Validates the response of /generate.
-
-        Args:
-          content: parsed JSON: a list of n responses, or one response for n = 1.
+        """Validates parsed JSON from /generate: a list of n responses, or one for n = 1.
 
         Returns:
           n rollouts, and whether they span two versions.
@@ -280,9 +268,8 @@ class SGLangClient:
         try:
             return parse(json.loads(content))
         except MALFORMED as error:
-            raise ServerError(
-                f"{self.url}{route} returned a malformed response ({error}): {short(content)}"
-            ) from error
+            message = f"{self.url}{route} returned a malformed response"
+            raise ServerError(f"{message} ({error}): {short(content)}") from error
 
     async def _call(self, route: str, body: Any = None, *, deadline: float | None = None) -> bytes:
         status, content = await self._send(route, body, deadline)

@@ -27,70 +27,39 @@ from oapl_jax.weights import publisher
 
 @dataclasses.dataclass(frozen=True)
 class PublishedVersion:
-    """A published version and its probe.
+    """A published version and its probe."""
 
-    Attributes:
-      number: the learner's step.
-      path: of its directory, for learner and servers alike.
-      tokens: rows of the probe.
-      logp: float64[all], the learner's log-probs at temperature 1 of the rows' tokens after the
-        first.
-      dtype: of the learner's computation.
-    """
-
-    number: int
-    path: str
-    tokens: list[list[int]]
-    logp: np.ndarray
-    dtype: str
+    number: int  # the learner's step
+    path: str  # of the directory, for learner and servers alike
+    tokens: list[list[int]]  # rows of the probe
+    logp: np.ndarray  # float64[all]: log-probs at temperature 1 of the rows' tokens after the first
+    dtype: str  # of the learner's computation
 
     @classmethod
     def read(cls, number: int, path: str) -> "PublishedVersion":
-        """Reads the probe of a version directory, after a check of its files.
-
-        Raises:
-          UserError: if the version is incomplete or damaged.
-        """
+        """Checks a version directory (UserError if it is damaged) and reads its probe."""
         publisher.check_version(epath.Path(path))
         probe = publisher.read_probe(epath.Path(path))
         logp = np.array([value for row in probe["logp"] for value in row], np.float64)
         return cls(number, path, probe["tokens"], logp, probe["dtype"])
 
 
+@dataclasses.dataclass(eq=False)
 class Pool:
-    """All servers of a fleet.
+    """All servers of a fleet."""
 
-    Args:
-      config: of the fleet.
-      requirements: on each server.
-      allow_older: see Fleet.
-      log: logs one sentence.
-      spawn: starts a task of the fleet.
+    config: FleetConfig
+    requirements: Requirements
+    allow_older: bool  # see Fleet
+    log: Callable[[str], None]  # logs one sentence
+    spawn: Callable[[Coroutine], asyncio.Task]  # starts a task of the fleet
 
-    Attributes:
-      servers: by URL.
-      counts: by URL, of every server that ever joined; see server.COUNTS.
-      target_version: version that all servers are brought to.
-      target_since: time at which it became the target.
-      published: versions that a server may hold, by number.
-    """
-
-    def __init__(
-        self,
-        config: FleetConfig,
-        requirements: Requirements,
-        *,
-        allow_older: bool,
-        log: Callable[[str], None],
-        spawn: Callable[[Coroutine], asyncio.Task],
-    ):
-        self.config, self.requirements, self.allow_older = config, requirements, allow_older
-        self.servers: dict[str, ServerState] = {}
-        self.counts: dict[str, Counter[str]] = {}
-        self.target_version: PublishedVersion | None = None
-        self.target_since = 0.0
-        self.published: dict[int, PublishedVersion] = {}
-        self._log, self._spawn = log, spawn
+    def __post_init__(self):
+        self.servers: dict[str, ServerState] = {}  # by URL
+        self.counts: dict[str, Counter[str]] = {}  # by URL, of every server that ever joined
+        self.target_version: PublishedVersion | None = None  # of all servers
+        self.target_since = 0.0  # time
+        self.published: dict[int, PublishedVersion] = {}  # versions that a server may hold
         self._controllers: dict[str, asyncio.Task] = {}
         self._changed = asyncio.Event()
 
@@ -137,10 +106,7 @@ class Pool:
         return Sampled(prompt, rollouts, server.url, seconds, tuple(attempts))
 
     async def _pick(self, avoid: ServerState | None) -> ServerState:
-        """Waits for a server that can sample, and returns the one with the fewest requests.
-
-        The fleet ends the wait after `no_server_deadline`.
-        """
+        """Waits (until the no-server timeout) for servers, and returns the least busy one."""
         while True:
             ready = [server for server in self.servers.values() if self.can_sample(server)]
             if ready:
@@ -179,11 +145,7 @@ class Pool:
     # Membership
 
     async def watch(self, control: Callable[[ServerState], Coroutine]) -> None:
-        """Adds and removes servers as the configured list changes, until cancelled.
-
-        Args:
-          control: coroutine that controls a server as long as it is in the pool.
-        """
+        """Adds and removes servers as the list changes; `control` runs as long as its server."""
         connector = aiohttp.TCPConnector(limit=0, force_close=True)  # no stale connections
         async with aiohttp.ClientSession(connector=connector) as session:
             logged = False
@@ -194,14 +156,14 @@ class Pool:
                     urls = {url for url, server in self.servers.items() if not server.leaving}
                     if not logged:
                         logged = True
-                        self._log(f"the list of servers can't be read and stays as it is: {error}")
+                        self.log(f"the list of servers can't be read and stays as it is: {error}")
                 for url in sorted(urls - self.servers.keys()):
                     server = self.servers[url] = self._open(url, session)
-                    self._controllers[url] = self._spawn(control(server))
+                    self._controllers[url] = self.spawn(control(server))
                 for url in sorted(self.servers.keys() - urls):
                     if not self.servers[url].leaving:
                         self.servers[url].leaving = True
-                        self._spawn(self._leave(self.servers[url]))
+                        self.spawn(self._leave(self.servers[url]))
                 await asyncio.sleep(self.config.poll_every)
 
     def _open(self, url: str, session: aiohttp.ClientSession) -> ServerState:
@@ -214,7 +176,12 @@ class Pool:
         counts = self.counts.setdefault(url, Counter(dict.fromkeys(COUNTS, 0)))
         counts["joined"] += 1
         return ServerState(
-            client, self.config, self.requirements, counts, log=self._log, notify=self._notify
+            client=client,
+            config=self.config,
+            requirements=self.requirements,
+            counts=counts,
+            log=self.log,
+            notify=self._notify,
         )
 
     async def _leave(self, server: ServerState) -> None:
@@ -234,12 +201,10 @@ async def read_servers(config: FleetConfig, session: aiohttp.ClientSession) -> s
       OSError, ValueError, aiohttp.ClientError: if the list can't be read.
     """
     if config.router:
-        timeout = aiohttp.ClientTimeout(
-            total=config.control_deadline, sock_connect=config.connect_deadline
-        )
         url = config.router.rstrip("/") + "/workers"
-        async with session.get(url, timeout=timeout, raise_for_status=True) as response:
-            content = json.loads(await response.read())
+        async with asyncio.timeout(config.control_deadline):
+            async with session.get(url, raise_for_status=True) as response:
+                content = json.loads(await response.read())
         try:
             names = [worker["url"] for worker in content["workers"]]
         except (LookupError, TypeError) as error:

@@ -9,15 +9,7 @@ import numpy as np
 from oapl_jax.fleet.admission import check_server, dtype_of
 from oapl_jax.fleet.client import Refused, ServerError, WrongVersion
 from oapl_jax.fleet.pool import Pool, PublishedVersion
-from oapl_jax.fleet.server import (
-    DRAINING,
-    LOST,
-    READY,
-    REFRESHING,
-    REFUSED,
-    STARTING,
-    ServerState,
-)
+from oapl_jax.fleet.server import DRAINING, LOST, READY, REFRESHING, REFUSED, STARTING, ServerState
 
 
 class ServerController:
@@ -131,45 +123,34 @@ class ServerController:
                 await self._client.abort_all()
 
     async def _load(self, target: PublishedVersion) -> None:
-        server = self._server
+        """Loads and probes a version; a server that refuses it may continue with its older one."""
+        server, pool, refusal = self._server, self._pool, None
         server.target = target.number
         server.enter(REFRESHING, f"loads version {target.number}")
         # SGLang updates a busy server only half: new weights under the old name.
         await self._client.flush_cache()
-        refusal = await self._update(target)
-        if refusal is None:
-            await self._client.flush_cache()
-            await self._probe(target)
-            server.version = target.number
-            server.counts["refreshed"] += 1
-        else:
-            assert server.version is not None
-            await self._probe(self._pool.published[server.version])
-            self._refused_updates += 1
-            backoff = self._pool.config.backoff_after(self._refused_updates)
-            self._update_at = time.monotonic() + backoff
-            server.warn(f"it continues with version {server.version}: {refusal}")
-        server.enter(READY)
-
-    async def _update(self, target: PublishedVersion) -> Refused | None:
-        """Loads a version; returns the refusal if the server may continue with its older version.
-
-        Raises:
-          Refused: if the server refuses and may not continue.
-        """
-        server, pool = self._server, self._pool
         try:
             deadline = pool.config.update_deadline
             await self._client.update(target.path, target.number, deadline=deadline)
         except Refused as error:
             held = await self._client.version()
-            if held == str(target.number):  # it refused after it had loaded the weights
-                return None
-            server.counts["refresh_refused"] += 1
-            if pool.allow_older and server.version is not None and held == str(server.version):
-                return error
-            raise
-        return None
+            if held != str(target.number):  # else it refused after it had loaded the weights
+                server.counts["refresh_refused"] += 1
+                if not pool.allow_older or server.version is None or held != str(server.version):
+                    raise
+                refusal, target = error, pool.published[server.version]
+        if refusal is None:
+            await self._client.flush_cache()
+        await self._probe(target)
+        server.version = target.number
+        if refusal is None:
+            server.counts["refreshed"] += 1
+        else:
+            self._refused_updates += 1
+            backoff = pool.config.backoff_after(self._refused_updates)
+            self._update_at = time.monotonic() + backoff
+            server.warn(f"it continues with version {server.version}: {refusal}")
+        server.enter(READY)
 
     async def _probe(self, version: PublishedVersion) -> None:
         """Compares the server's log-probs of the version's probe with the learner's.

@@ -38,16 +38,11 @@ WATCH_EVERY = 0.2  # seconds between two looks for a ready server
 
 
 class GenerateQueue:
-    """Groups of one `Fleet.generate`, between the threads that pull, sample and take. Thread-safe.
-
-    Attributes:
-      waiting: groups that were requested and are not finished.
-      tasks: of the groups that are being sampled; the event loop's thread only.
-    """
+    """Groups of one `Fleet.generate`, between the threads that pull, sample and take them."""
 
     def __init__(self, max_in_flight: int):
-        self.waiting = 0
-        self.tasks: set[asyncio.Task] = set()
+        self.waiting = 0  # groups that were requested and are not finished
+        self.tasks: set[asyncio.Task] = set()  # of these groups; the event loop's thread only
         self._max_in_flight = max_in_flight
         self._changed = threading.Condition()
         self._finished: deque[Sampled] = deque()
@@ -80,16 +75,10 @@ class GenerateQueue:
                 self._finished.append(sampled)
             self._changed.notify_all()
 
-    def end_prompts(self) -> None:
-        """Marks the end of the prompts."""
+    def end(self, error: BaseException | None = None) -> None:
+        """Ends the prompts; with an error, `results` raises it after the finished groups."""
         with self._changed:
-            self._exhausted = True
-            self._changed.notify_all()
-
-    def fail(self, error: BaseException) -> None:
-        """Makes `results` raise an error after the finished groups."""
-        with self._changed:
-            self._failure = self._failure or error
+            self._exhausted, self._failure = True, self._failure or error
             self._changed.notify_all()
 
     def stop(self) -> int:
@@ -160,7 +149,7 @@ class Fleet:
         self._closed = False
         self._paused_before, self._paused_since = 0.0, None  # seconds; time
         self._tasks: set[asyncio.Task] = set()  # the event loop's thread only
-        self._pool = Pool(config, requirements, allow_older=allow_older, log=log, spawn=self._spawn)
+        self._pool = Pool(config, requirements, allow_older, log, self._spawn)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
@@ -220,11 +209,7 @@ class Fleet:
             self._call_in_loop(lambda: [task.cancel() for task in queue.tasks])
 
     def close(self) -> None:
-        """See Sampler.
-
-        Raises:
-          RunError: if the event loop's thread does not end.
-        """
+        """See Sampler; RunError if the event loop's thread does not end."""
         with self._lock:
             if self._closed:
                 return
@@ -275,10 +260,9 @@ class Fleet:
                     raise RunError("the fleet was given a prompt before its first version")
                 self._requirements.check_prompt(prompt)
                 self._call_in_loop(self._start_group, queue, prompt, n, sampling)
+            queue.end()
         except BaseException as error:
-            queue.fail(error)
-        finally:
-            queue.end_prompts()
+            queue.end(error)
 
     def _open_queues(self) -> set[GenerateQueue]:
         with self._lock:
@@ -318,7 +302,7 @@ class Fleet:
         with self._lock:
             self._failure = self._failure or error
         for queue in self._open_queues():
-            queue.fail(error)
+            queue.end(error)
 
     def _start_group(
         self, queue: GenerateQueue, prompt: Prompt, n: int, sampling: Sampling

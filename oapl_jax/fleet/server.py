@@ -1,6 +1,7 @@
 """State of one server of a fleet, and its requests in flight."""
 
 import asyncio
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -24,50 +25,31 @@ COUNTS = (
 )
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
 class ServerState:
-    """A server's state, changed in the fleet's event loop; any thread may read the attributes.
+    """A server's state, changed in the fleet's event loop; any thread may read it."""
 
-    Args:
-      client: of the server.
-      config: of the fleet.
-      requirements: on the server.
-      counts: by the names in COUNTS, since the URL first joined; updated here.
-      log: logs one sentence.
-      notify: called after each change of state.
+    client: SGLangClient
+    config: FleetConfig
+    requirements: Requirements
+    counts: Counter[str]  # by the names in COUNTS, since the URL first joined
+    log: Callable[[str], None]  # logs one sentence
+    notify: Callable[[], None]  # called after each change of state
+    state: str = STARTING
+    reason: str = "no response yet"  # why the server is not ready
+    version: int | None = None  # loaded and probed; None if unknown
+    target: int | None = None  # version that is being loaded
+    refreshing: bool = False  # holds one of the fleet's refresh slots
+    not_admitted: bool = False  # refused by check_server, not for a failure
+    leaving: bool = False  # removed from the list of servers; drains
+    probe_gap: float = 0.0  # largest log-prob difference of the last probe, nats
+    refresh_seconds: float = 0.0  # of the last refresh
+    retry_at: float = 0.0  # time of the next try, if not ready
+    # Makes the server's ServerController act at once.
+    wake: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
-    Attributes:
-      state: one of the states above.
-      reason: why the server is not ready.
-      version: loaded and probed; None if unknown.
-      target: version that is being loaded, or None.
-      refreshing: holds one of the fleet's refresh slots.
-      not_admitted: refused by check_server, not for a failure.
-      leaving: removed from the list of servers; drains.
-      probe_gap: largest log-prob difference of the last probe, nats.
-      refresh_seconds: duration of the last refresh.
-      retry_at: time of the next try, if not ready.
-      wake: event that makes the server's ServerController look at it at once.
-    """
-
-    def __init__(
-        self,
-        client: SGLangClient,
-        config: FleetConfig,
-        requirements: Requirements,
-        counts: Counter[str],
-        *,
-        log: Callable[[str], None],
-        notify: Callable[[], None],
-    ):
-        self.client, self.url, self.counts = client, client.url, counts
-        self._config, self._requirements, self._log = config, requirements, log
-        self._notify = notify
-        self.state, self.reason = STARTING, "no response yet"
-        self.version: int | None = None
-        self.target: int | None = None
-        self.refreshing = self.not_admitted = self.leaving = False
-        self.probe_gap = self.refresh_seconds = self.retry_at = 0.0
-        self.wake = asyncio.Event()
+    def __post_init__(self):
+        self.url = self.client.url
         self._in_flight: dict[asyncio.Task, str] = {}  # request -> why it was aborted, if it was
         self._failures = 0  # in a row
         self._logged_failure = ""  # state that was logged last
@@ -93,12 +75,12 @@ class ServerState:
             tokens=prompt.tokens.tolist(),
             n=n,
             sampling=sampling,
-            stop_ids=self._requirements.stop_ids,
-            vocab_size=self._requirements.model_config.vocab_size,
+            stop_ids=self.requirements.stop_ids,
+            vocab_size=self.requirements.model_config.vocab_size,
             version=self.version,
-            mixed_versions=self._config.mixed_versions,
+            mixed_versions=self.config.mixed_versions,
         )
-        sampling_task = self.client.generate(request, deadline=self._config.request_deadline)
+        sampling_task = self.client.generate(request, deadline=self.config.request_deadline)
         task = asyncio.create_task(sampling_task)  # `abort` cancels the request, not its caller
         self._in_flight[task] = ""
         try:
@@ -153,21 +135,21 @@ class ServerState:
         self.state, self.reason = state, reason
         if state == READY and self._logged_failure:
             self._logged_failure = ""
-            self._log(f"server {self.url} is ready again, with version {self.version}")
-        self._notify()
+            self.log(f"server {self.url} is ready again, with version {self.version}")
+        self.notify()
 
     def fail(self, state: str, reason: str, *, log: bool = False) -> None:
         """Marks the server lost or refused; each failure in a row doubles the time to the retry."""
         self.counts[state] += self.state != state
         self._failures += 1
-        self.retry_at = time.monotonic() + self._config.backoff_after(self._failures)
+        self.retry_at = time.monotonic() + self.config.backoff_after(self._failures)
         self.enter(state, reason)
         if log and self._logged_failure != state:  # once, not at each retry
             self._logged_failure = state
-            self._log(f"server {self.url} is {state}: {reason}")
+            self.log(f"server {self.url} is {state}: {reason}")
 
     def warn(self, sentence: str) -> None:
         """Logs a sentence about the server, once."""
         if sentence not in self._warned:
             self._warned.add(sentence)
-            self._log(f"server {self.url}: {sentence}")
+            self.log(f"server {self.url}: {sentence}")

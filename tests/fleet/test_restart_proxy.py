@@ -18,6 +18,7 @@ from fleets import REAL_SAMPLING, Taker, assert_published, open_real_fleet
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.fleet.restart_proxy import __main__ as restart_proxy
 from oapl_jax.fleet.restart_proxy.proxy import INFO_ROUTES, first_version
+from oapl_jax.fleet.restart_proxy.supervisor import Supervisor
 from oapl_jax.structs import Prompt
 from oapl_jax.weights.publisher import COMMITTED, MANIFEST
 
@@ -84,28 +85,23 @@ class Caller:
         self.task.result()
 
 
+def new_supervisor(model, **changed):
+    settings = dict.fromkeys(("start_deadline", "drain_deadline", "stop_deadline"), PATIENCE)
+    settings |= {"command": STUB, "restarts": 1, "window": 600.0, **changed}
+    return Supervisor(version=first_version(str(model)), **settings)
+
+
 @pytest.fixture
 def supervise(free_port):
     """Runs `body(call)`, a coroutine, with a proxy and a stub server of a model directory."""
 
-    async def run(model, body, changed):
-        arguments = {
-            "host": "127.0.0.1",
-            "port": free_port(),
-            "server_port": free_port(),
-            "deadline": PATIENCE,
-            "drain_deadline": PATIENCE,
-            "stop_deadline": PATIENCE,
-            "restarts": 1,
-            "window": 600.0,
-            "command": STUB,
-            **changed,
-        }
-        version = first_version(str(model))
-        task = asyncio.ensure_future(restart_proxy.serve(argparse.Namespace(**arguments), version))
+    async def run(model, body, port=None, **changed):
+        port = port or free_port()
+        supervisor = new_supervisor(model, **{"server_port": free_port(), **changed})
+        task = asyncio.ensure_future(restart_proxy.serve(supervisor, "127.0.0.1", port))
         try:
             async with aiohttp.ClientSession() as session, asyncio.timeout(3 * PATIENCE):
-                call = Caller(session, arguments["port"], task)
+                call = Caller(session, port, task)
                 await call.wait_ready()
                 return await body(call)
         finally:
@@ -113,7 +109,7 @@ def supervise(free_port):
             with contextlib.suppress(asyncio.CancelledError, RunError):
                 await task
 
-    return lambda model, body, **changed: asyncio.run(run(model, body, changed))
+    return lambda *args, **kwargs: asyncio.run(run(*args, **kwargs))
 
 
 def alive(pid):
@@ -299,7 +295,7 @@ def test_a_version_that_does_not_start_brings_the_old_one_back(versions, supervi
         assert not set(old) & set(new)
         assert (await call.counts())["failed_refreshes"] == 1
 
-    supervise(versions(1), body, deadline=10.0)
+    supervise(versions(1), body, start_deadline=10.0)
 
 
 def test_the_proxy_ends_if_the_old_version_does_not_start_either(versions, supervise):
@@ -389,11 +385,9 @@ def test_a_port_in_use_is_refused(versions, free_port, supervise):
         used = argparse.Namespace(command=["python", "{model}"], server_port=other)
         with pytest.raises(UserError, match="--server_port"):
             restart_proxy.check_arguments(used)
-        arguments = {"host": "127.0.0.1", "port": port, "server_port": free_port(), "command": STUB}
-        deadlines = dict.fromkeys(("deadline", "drain_deadline", "stop_deadline"), PATIENCE)
-        arguments = argparse.Namespace(**arguments, **deadlines, restarts=1, window=600.0)
+        supervisor = new_supervisor(versions(1), server_port=free_port())
         with pytest.raises(UserError, match=f"--port={port}"):
-            await restart_proxy.serve(arguments, first_version(str(versions(1))))
+            await restart_proxy.serve(supervisor, "127.0.0.1", port)
 
     supervise(versions(1), body, port=port, server_port=other)
 

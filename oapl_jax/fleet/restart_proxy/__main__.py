@@ -18,13 +18,13 @@ from aiohttp import web
 
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.fleet.restart_proxy.proxy import Proxy, first_version
-from oapl_jax.fleet.restart_proxy.supervisor import ServedVersion, Supervisor, log
+from oapl_jax.fleet.restart_proxy.supervisor import Supervisor, log
 
 SHUTDOWN_DEADLINE = 5.0  # seconds for callers to get their last response
 MAX_REQUEST_BYTES = 1 << 28
 
 
-async def serve(arguments: argparse.Namespace, version: ServedVersion) -> None:
+async def serve(supervisor: Supervisor, host: str, port: int) -> None:
     """Serves until SIGTERM or Ctrl-C.
 
     Raises:
@@ -32,17 +32,6 @@ async def serve(arguments: argparse.Namespace, version: ServedVersion) -> None:
       RunError: see Supervisor.run.
     """
     async with aiohttp.ClientSession() as session:
-        supervisor = Supervisor(
-            session,
-            arguments.command,
-            version=version,
-            server_port=arguments.server_port,
-            start_deadline=arguments.deadline,
-            drain_deadline=arguments.drain_deadline,
-            stop_deadline=arguments.stop_deadline,
-            restarts=arguments.restarts,
-            window=arguments.window,
-        )
         app = web.Application(client_max_size=MAX_REQUEST_BYTES)
         app.add_routes(Proxy(supervisor, session).routes())
         # A caller that hangs up cancels its request, and so the server's.
@@ -52,9 +41,9 @@ async def serve(arguments: argparse.Namespace, version: ServedVersion) -> None:
         await runner.setup()
         try:
             try:
-                await web.TCPSite(runner, arguments.host, arguments.port).start()
+                await web.TCPSite(runner, host, port).start()
             except OSError as error:
-                at = f"--host={arguments.host} --port={arguments.port}"
+                at = f"--host={host} --port={port}"
                 raise UserError(f"{at} can't be opened: {error}; choose another port") from error
             running = asyncio.ensure_future(supervisor.run())
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -87,7 +76,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True, help="port of the proxy")
     parser.add_argument("--server_port", type=int, required=True, help="port of the server")
     parser.add_argument("--model", required=True, help="directory to start with")
-    parser.add_argument("--deadline", type=float, default=600, help="seconds for a start")
+    parser.add_argument(
+        "--deadline", dest="start_deadline", type=float, default=600, help="seconds for a start"
+    )
     parser.add_argument("--drain_deadline", type=float, default=300, help="seconds for requests")
     parser.add_argument("--stop_deadline", type=float, default=30, help="seconds after SIGTERM")
     parser.add_argument("--restarts", type=int, default=5, help="most restarts of a dead server")
@@ -95,8 +86,9 @@ def main() -> None:
     parser.add_argument("command", nargs="+", help="starts the server; has {model}, maybe {port}")
     arguments = parser.parse_args()
     check_arguments(arguments)
-    version = first_version(arguments.model)
-    asyncio.run(serve(arguments, version))
+    settings = vars(arguments)
+    host, port, model = (settings.pop(name) for name in ("host", "port", "model"))
+    asyncio.run(serve(Supervisor(version=first_version(model), **settings), host, port))
 
 
 if __name__ == "__main__":

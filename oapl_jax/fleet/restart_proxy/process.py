@@ -31,23 +31,21 @@ class ServerProcess:
         """Waits for the end of the process; a negative code is the number of a signal."""
         return await self._process.wait()
 
-    async def wait_healthy(self, session: aiohttp.ClientSession, url: str, deadline: float) -> None:
+    async def wait_healthy(self, url: str, deadline: float) -> None:
         """Waits until GET `url` returns 200.
 
         Raises:
           RunError: if the process ends first, or after `deadline` seconds.
         """
         exit_code = asyncio.ensure_future(self.exit_code())
-        healthy = asyncio.ensure_future(_poll(session, url))
+        healthy = asyncio.ensure_future(_poll(url))
         try:
             await asyncio.wait(
                 {exit_code, healthy}, timeout=deadline, return_when=asyncio.FIRST_COMPLETED
             )
             if exit_code.done():
-                raise RunError(
-                    f"the server ended with code {exit_code.result()} before {url} responded; see "
-                    "its own log"
-                )
+                code = exit_code.result()
+                raise RunError(f"the server ended with code {code} before {url} responded")
             if not healthy.done():
                 raise RunError(f"{url} did not respond within {deadline:g} s of the server's start")
         finally:
@@ -90,11 +88,12 @@ def _is_alive(group: int) -> bool:
     return False
 
 
-async def _poll(session: aiohttp.ClientSession, url: str) -> None:
+async def _poll(url: str) -> None:
     timeout = aiohttp.ClientTimeout(total=HEALTH_DEADLINE)
-    while True:
-        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-            async with session.get(url, timeout=timeout) as response:
-                if response.status == 200:
-                    return
-        await asyncio.sleep(POLL_EVERY)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        while True:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with session.get(url) as response:
+                    if response.status == 200:
+                        return
+            await asyncio.sleep(POLL_EVERY)

@@ -18,14 +18,8 @@ from oapl_jax.fleet.restart_proxy.supervisor import ServedVersion, Supervisor
 from oapl_jax.weights.publisher import MANIFEST, check_version, read_manifest
 
 CONNECT_DEADLINE = 5.0  # seconds; the server is on this machine
-FORWARDED = (
-    ("GET", "/health"),
-    ("GET", "/health_generate"),
-    ("GET", "/v1/models"),
-    ("GET", "/metrics"),
-    ("POST", "/tokenize"),
-    ("POST", "/abort_request"),
-)
+FORWARDED_GETS = ("/health", "/health_generate", "/v1/models", "/metrics")
+FORWARDED_POSTS = ("/tokenize", "/abort_request")
 INFO_ROUTES = ("/model_info", "/get_model_info", "/server_info", "/get_server_info")
 
 
@@ -42,7 +36,8 @@ class Proxy:
             # A process that was started on its version has nothing of another version cached.
             web.post("/flush_cache", self._flush_cache),
             *(web.get(path, self._info) for path in INFO_ROUTES),
-            *(web.route(method, path, self._forward) for method, path in FORWARDED),
+            *(web.get(path, self._forward) for path in FORWARDED_GETS),
+            *(web.post(path, self._forward) for path in FORWARDED_POSTS),
         ]
 
     async def _update(self, request: web.Request) -> web.Response:

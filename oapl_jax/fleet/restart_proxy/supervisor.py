@@ -7,8 +7,6 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 
-import aiohttp
-
 from oapl_jax.errors import RunError
 from oapl_jax.fleet.restart_proxy.process import ServerProcess
 
@@ -17,59 +15,32 @@ MAX_BACKOFF = 30.0  # seconds
 
 @dataclasses.dataclass(frozen=True)
 class ServedVersion:
-    """A version directory, or any checkpoint.
+    """A version directory, or any checkpoint."""
 
-    Attributes:
-      name: the learner's step; "default" for a checkpoint that is no version.
-      path: of the directory.
-      manifest: xxh128 of its manifest: a killed run publishes a step again, maybe with other
-        weights.
-    """
-
-    name: str
+    name: str  # the learner's step; "default" for a checkpoint that is no version
     path: str
+    # xxh128 of the manifest: a killed run publishes a step again, maybe with other weights.
     manifest: str
 
 
+@dataclasses.dataclass(kw_only=True)
 class Supervisor:
-    """A server process, its version, and its requests in flight.
+    """A server process, its version, and its requests in flight."""
 
-    Args:
-      session: for health checks.
-      command: starts the server; {model} is replaced by the directory, {port} by `server_port`.
-      version: to start with.
-      server_port: of the server, on this machine.
-      start_deadline: seconds from a start of the server until it generates a token.
-      drain_deadline: seconds for the requests in flight before a restart; then they are aborted.
-      stop_deadline: seconds for the server to end after SIGTERM.
-      restarts: most restarts of a server that died, within `window` seconds.
-      window: see `restarts`.
+    command: Sequence[str]  # {model} is replaced by the version's directory, {port} by server_port
+    version: ServedVersion  # to start with; then the one loaded now, or before the server went down
+    server_port: int  # on this machine
+    start_deadline: float  # seconds from a start of the server until it generates a token
+    drain_deadline: float  # seconds for requests in flight before a restart; then they are aborted
+    stop_deadline: float  # seconds for the server to end after SIGTERM
+    restarts: int  # most restarts of a server that died, within ...
+    window: float  # ... so many seconds
+    # "starting", "ready", "draining" or "restarting"; only a ready server gets requests.
+    state: str = dataclasses.field(default="starting", init=False)
 
-    Attributes:
-      state: "starting", "ready", "draining" or "restarting"; only a ready server gets requests.
-      version: loaded now, or before the server went down.
-      counts: versions loaded (`refreshes`) and not loaded (`failed_refreshes`), deaths of the
-        server, and requests aborted by a restart.
-    """
-
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        command: Sequence[str],
-        *,
-        version: ServedVersion,
-        server_port: int,
-        start_deadline: float,
-        drain_deadline: float,
-        stop_deadline: float,
-        restarts: int,
-        window: float,
-    ):
-        self.state, self.version, self.url = "starting", version, f"http://127.0.0.1:{server_port}"
+    def __post_init__(self):
+        self.url = f"http://127.0.0.1:{self.server_port}"
         self.counts = {"refreshes": 0, "failed_refreshes": 0, "deaths": 0, "aborted": 0}
-        self._session, self._command, self._port = session, tuple(command), server_port
-        self._start_deadline, self._drain_deadline = start_deadline, drain_deadline
-        self._stop_deadline, self._restarts, self._window = stop_deadline, restarts, window
         self._in_flight = 0
         self._idle = asyncio.Event()
         # Versions to load; a future becomes "" once its version is served, or else the reason.
@@ -114,22 +85,21 @@ class Supervisor:
                 await (self._revive() if update is None else self._restart(*update))
         finally:
             if self._process is not None:
-                await self._process.end(self._stop_deadline)
+                await self._process.end(self.stop_deadline)
 
     async def _start(self, version: ServedVersion) -> None:
         command = [
-            word.replace("{model}", version.path).replace("{port}", str(self._port))
-            for word in self._command
+            word.replace("{model}", version.path).replace("{port}", str(self.server_port))
+            for word in self.command
         ]
         log(f"starting the server on version {version.name} ({version.path})")
         started = time.monotonic()
         self._process = await ServerProcess.start(command)
-        # Not /health: some servers are healthy before they have compiled their first step.
-        url = f"{self.url}/health_generate"
         try:
-            await self._process.wait_healthy(self._session, url, self._start_deadline)
+            # Not /health: some servers are healthy before they have compiled their first step.
+            await self._process.wait_healthy(f"{self.url}/health_generate", self.start_deadline)
         except RunError:
-            await self._process.end(self._stop_deadline)
+            await self._process.end(self.stop_deadline)
             raise
         self.version, self.state = version, "ready"
         log(f"version {version.name} is served after {time.monotonic() - started:.0f} s")
@@ -153,18 +123,16 @@ class Supervisor:
         """Restarts a dead server on its version, with a growing backoff."""
         assert self._process is not None
         self.state = "restarting"
-        await self._process.end(self._stop_deadline)  # its workers
+        await self._process.end(self.stop_deadline)  # its workers
         while True:
             now = time.monotonic()
             self.counts["deaths"] += 1
             self._deaths.append(now)
-            while self._deaths[0] < now - self._window:
+            while self._deaths[0] < now - self.window:
                 self._deaths.popleft()
-            if len(self._deaths) > self._restarts:
-                raise RunError(
-                    f"the server died {len(self._deaths)} times within {self._window:g} s "
-                    f"(--restarts={self._restarts}); see its own log"
-                )
+            if len(self._deaths) > self.restarts:
+                deaths = f"the server died {len(self._deaths)} times within {self.window:g} s"
+                raise RunError(f"{deaths} (--restarts={self.restarts}); see its own log")
             await asyncio.sleep(min(2.0 ** (len(self._deaths) - 1), MAX_BACKOFF))
             try:
                 return await self._start(self.version)
@@ -181,13 +149,13 @@ class Supervisor:
         self._idle.clear()
         if self._in_flight:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), self._drain_deadline)
+                await asyncio.wait_for(self._idle.wait(), self.drain_deadline)
         if self._in_flight:
             self.counts["aborted"] += self._in_flight
-            log(f"aborting {self._in_flight} requests after {self._drain_deadline:g} s")
+            log(f"aborting {self._in_flight} requests after {self.drain_deadline:g} s")
         self.state = "restarting"
         old = self.version
-        await self._process.end(self._stop_deadline)
+        await self._process.end(self.stop_deadline)
         try:
             await self._start(version)
         except RunError as error:
