@@ -215,12 +215,12 @@ def test_an_axis_has_the_links_of_its_part_of_the_torus(name, sizes, links):
         assert bandwidth == count * where.chip.link_bandwidth
 
 
-def test_the_command_prints_and_writes_a_plan(tmp_path):
+def test_the_command_sweeps_and_prints_and_writes_a_plan(tmp_path):
     command = [
-        *(sys.executable, "-m", "oapl_jax.plan", "--config=configs/arithmetic.py"),
-        *("--topology=v5e:2x2", f"--workdir={tmp_path}", "--config.learner.row_length=128"),
+        *(sys.executable, "-m", "oapl_jax.plan", "--config=configs/arithmetic.py", "--sweep"),
+        *("--topology=v5e:2x2", f"--workdir={tmp_path}", "--enough=1"),
         *("--config.rollout.sampler=fleet", "--config.objective.denominator=learner"),
-        "--config.model.remat=offload",
+        *("--config.group_size=2", "--config.groups_per_step=4"),
     ]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     # The flag of docs/plan.md and tpu_setup/train.sh; an unknown one ends the compiler.
@@ -228,7 +228,10 @@ def test_the_command_prints_and_writes_a_plan(tmp_path):
     environment["LIBTPU_INIT_ARGS"] = flag
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
+    (kept,) = json.loads((tmp_path / "sweep-v5e-2x2.json").read_text()).items()
+    assert kept[0].startswith("fsdp 4, remat full, 1 micro-batches")
     plan = json.loads((tmp_path / "v5e-2x2.json").read_text())
+    assert plan == kept[1]
     assert plan["compiler_flags"] == flag
     assert plan["fits"]
     assert [p["program"] for p in plan["programs"]] == [
@@ -241,5 +244,3 @@ def test_the_command_prints_and_writes_a_plan(tmp_path):
     held = dict(plan["host_memory"])
     del held["ram"]
     assert held.pop("total") == sum(held.values())
-    assert held["offloaded"] == 4 * max(p["offloaded"] for p in plan["programs"]) > 0
-    assert plan["host_traffic"] > 0

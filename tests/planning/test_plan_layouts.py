@@ -3,9 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -152,20 +149,3 @@ def test_if_all_layouts_are_refused_the_error_has_the_last_refusal(config, tmp_p
 
     with pytest.raises(UserError, match="groups_per_step=32"):
         swept(config, plan_of, epath.Path(tmp_path) / "kept.json")
-
-
-def test_the_command_sweeps(tmp_path):
-    command = [
-        *(sys.executable, "-m", "oapl_jax.plan", "--config=configs/arithmetic.py", "--sweep"),
-        *("--topology=v5e:2x2", f"--workdir={tmp_path}", "--enough=1"),
-        *("--config.rollout.sampler=fleet", "--config.evaluation.every=0"),
-        *("--config.group_size=2", "--config.groups_per_step=4"),
-    ]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (kept,) = json.loads((tmp_path / "sweep-v5e-2x2.json").read_text()).items()
-    assert kept[0].startswith("fsdp 4, remat full, 1 micro-batches")
-    assert json.loads((tmp_path / "v5e-2x2.json").read_text()) == kept[1]
-    assert kept[1]["fits"]
-    assert "FITS" in done.stdout
