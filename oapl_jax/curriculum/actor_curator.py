@@ -1,38 +1,45 @@
 """Actor-curator (arXiv 2602.20532): a network learns which prompts improve the policy most."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
+from etils import epath
 from jax.sharding import Mesh
 
+from oapl_jax.config import CuratorConfig
 from oapl_jax.curriculum.curator import (
     Curator,
     CuratorState,
     init_state,
-    make_scorer,
     make_step,
-    padded,
+    pad_prompts,
+    score,
+    utility,
 )
-from oapl_jax.curriculum.teacher import Teacher
-from oapl_jax.curriculum.utility import utility
+from oapl_jax.curriculum.stream import PromptScorer
+from oapl_jax.errors import UserError
+from oapl_jax.learner.optimizer import make_optimizer
+from oapl_jax.model import hf
+from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import gathered
 from oapl_jax.structs import Group, Prompt
 
 
 @dataclasses.dataclass
 class Round:
-    """One choice, and what is still to be learnt from it.
+    """One choice, until all its groups have ended.
 
     Attributes:
       candidates: C prompts.
-      log_p: float64[C], what the choice was made with.
-      count: how many were chosen.
-      awaited: draw -> index of the chosen ones whose groups have yet to end.
-      utility: float32[C], of those that the latest gradient step was taken on, 0 elsewhere.
+      log_p: float64[C], of the choice.
+      count: number of chosen prompts.
+      awaited: stream index -> candidate index of chosen prompts whose groups are to end.
+      utility: float32[C], of the prompts of the latest gradient step, 0 elsewhere.
     """
 
     candidates: Sequence[Prompt]
@@ -45,82 +52,105 @@ class Round:
         self.utility = np.zeros(len(self.candidates), np.float32)
 
     def state(self) -> list[Any]:
-        draws = [prompt.stream_index for prompt in self.candidates]
-        return [draws, self.log_p.tolist(), self.count, list(self.awaited.items())]
+        indices = [prompt.stream_index for prompt in self.candidates]
+        return [indices, self.log_p.tolist(), self.count, list(self.awaited.items())]
 
     @classmethod
     def restored(cls, state: list[Any], at: Callable[[int], Prompt]) -> "Round":
-        draws, log_p, count, awaited = state
-        return cls([at(draw) for draw in draws], np.array(log_p), count, dict(awaited))
+        indices, log_p, count, awaited = state
+        return cls([at(index) for index in indices], np.array(log_p), count, dict(awaited))
 
 
-class ActorCurator(Teacher):
-    """Chooses by a curator network, and trains it on the utility of what was chosen.
+class ActorCurator(PromptScorer):
+    """Scores prompts by a curator network, trained on the utility of the chosen ones.
 
-    Three phases, by the learner's steps: `dormant`, in which it sleeps; `warmup`, in which it
-    chooses uniformly and is trained; then it chooses by the network. After each step of the learner
-    it studies every choice that groups of the step came from. A prompt that the learner does not
-    see (its rewards are equal, its group failed or expired) has utility 0 and moves nothing.
+    Three phases, by the learner's steps: for `dormant` steps every prompt is sampled; for `warmup`
+    steps the choice is uniform and the curator is trained; then the curator chooses. After each
+    step of the learner the curator is trained on every choice that groups of the step came from. A
+    prompt that the learner does not see (its rewards are equal, its group failed or expired) has
+    utility 0.
 
     Args:
-      model: the network.
-      optimizer: of its own.
+      curator: settings; starts from the checkpoint at `curator.path`, or from `seed`.
+      policy: sizes of the policy: both read the same tokens.
       mesh: the learner's.
-      start: a decoder's parameters, or the seed of fresh ones.
+      seed: of a fresh network.
       max_prompt_tokens: of a prompt.
-      rows: prompts of one forward pass.
-      temperature: of the softmax over candidates.
-      clip: eps of the surrogate.
-      passes: gradient steps on each choice that is studied; from the second on the clip may bind.
-      dormant, warmup: gradient steps of the learner.
+      num_steps: of the learner. The curator's learning rate decays over `curator.passes` times as
+        many, as if each step trained on one choice.
+
+    Raises:
+      UserError: if its vocabulary is not the policy's, or prompts are too long for it.
     """
 
     def __init__(
         self,
-        model: Curator,
-        optimizer: optax.GradientTransformation,
-        mesh: Mesh,
-        start: Any | int,
         *,
+        curator: CuratorConfig,
+        policy: ModelConfig,
+        mesh: Mesh,
+        seed: int,
         max_prompt_tokens: int,
-        rows: int,
-        temperature: float,
-        clip: float,
-        passes: int,
-        dormant: int,
-        warmup: int,
+        num_steps: int,
     ):
-        self._temperature, self._passes, self._rows = temperature, passes, rows
-        self._dormant, self._warmup = dormant, warmup
+        path = epath.Path(curator.path) if curator.path else None
+        if path:
+            sizes = hf.load_config(path)
+        else:
+            architecture = {**curator.architecture, "vocab_size": policy.vocab_size}
+            sizes = ModelConfig.from_hf(architecture, source="curriculum.curator.architecture")
+        if sizes.vocab_size != policy.vocab_size or sizes.max_positions < max_prompt_tokens:
+            raise UserError(
+                f"the curator has {sizes.vocab_size} tokens and {sizes.max_positions} positions, "
+                f"and reads prompts of {max_prompt_tokens} tokens out of {policy.vocab_size}; "
+                "correct curriculum.curator.path or its architecture"
+            )
+        start: Any = seed
+        if path:
+            start = hf.load_params(path, sizes, mesh=mesh)
+            start.pop("head", None)  # of tokens, unless tied; the curator has its own
+        sizes = dataclasses.replace(sizes, tie_embeddings=True)
+        model = Curator(sizes, jnp.dtype(curator.dtype), curator.remat)
+        optimizer = make_optimizer(**vars(curator.optim), num_steps=num_steps * curator.passes)
+        self._config = curator
         self._width = max_prompt_tokens + -max_prompt_tokens % mesh.shape["context"]
         self._curator = init_state(model, optimizer, mesh, start)
         self._step = make_step(
-            model, optimizer, mesh, rows=rows, temperature=temperature, clip=clip
+            model,
+            optimizer,
+            mesh,
+            rows=curator.rows,
+            temperature=curator.temperature,
+            clip=curator.clip,
         )
-        self._score = make_scorer(model, rows=rows)
+        self._score = jax.jit(functools.partial(score, model=model, rows=curator.rows))
         self._learner_steps, self._steps = 0, 0
-        self._rounds: list[Round] = []  # that still await groups
-        self._latest: dict[str, float] = {}  # metrics of the latest study
-        self._hold()
+        self._rounds: list[Round] = []  # with awaited groups
+        self._latest: dict[str, float] = {}  # metrics of the latest training
+        self._gather()
 
-    def _hold(self) -> None:
-        """A copy of the parameters for the scorer, see there."""
+    def _gather(self) -> None:
+        """Copies the parameters to one device, for scoring.
+
+        The worker's thread scores while the learner computes; two programs with collectives,
+        started by two threads, could deadlock.
+        """
         self._scoring = gathered(self._curator.params)
 
     @property
     def awake(self) -> bool:
-        return self._learner_steps >= self._dormant
+        return self._learner_steps >= self._config.dormant
 
     @property
     def rescores(self) -> bool:
         return self.awake
 
     def logits(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        if self._learner_steps < self._dormant + self._warmup:
+        if self._learner_steps < self._config.dormant + self._config.warmup:
             return np.zeros(len(prompts))
-        tokens, segments = padded(prompts, width=self._width, rows=self._rows)
+        tokens, segments = pad_prompts(prompts, width=self._width, rows=self._config.rows)
         logits = jax.device_get(self._score(self._scoring, tokens, segments))
-        return logits[: len(prompts)] / self._temperature
+        return logits[: len(prompts)] / self._config.temperature
 
     def picked(self, candidates: Sequence[Prompt], log_p: np.ndarray, chosen: np.ndarray) -> None:
         awaited = {candidates[i].stream_index: int(i) for i in chosen}
@@ -138,27 +168,27 @@ class ActorCurator(Teacher):
         rows = np.split(logp, np.cumsum([len(g.rollouts) for g in groups])[:-1])
         for group, of_group in zip(groups, rows, strict=True):
             for round_ in self._rounds:
-                # It is in none if it was drawn while this slept, or is recorded or replayed.
+                # In no round if it was sampled in the dormant phase, is recorded or replayed.
                 if group.prompt.stream_index in round_.awaited:
                     index = round_.awaited.pop(group.prompt.stream_index)
                     round_.utility[index] = utility(group, of_group)
         for round_ in self._rounds:
             if round_.utility.any():
-                self._study(round_)
+                self._train(round_)
         self._rounds = [round_ for round_ in self._rounds if round_.awaited]
 
-    def _study(self, round_: Round) -> None:
-        tokens, segments = padded(round_.candidates, width=self._width, rows=self._rows)
+    def _train(self, round_: Round) -> None:
+        tokens, segments = pad_prompts(round_.candidates, width=self._width, rows=self._config.rows)
         missing = len(tokens) - len(round_.candidates)
         log_p = np.pad(round_.log_p.astype(np.float32), (0, missing), constant_values=-np.inf)
         value = np.pad(round_.utility, (0, missing))
         metrics = {}
-        for _ in range(self._passes):
+        for _ in range(self._config.passes):
             self._curator, metrics = self._step(
                 self._curator, tokens, segments, log_p, value, round_.count
             )
-        self._steps += self._passes
-        self._hold()
+        self._steps += self._config.passes
+        self._gather()
         metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
         metrics |= {"utility": float(np.sum(value)) / round_.count, "steps": self._steps}
         self._latest = {f"curriculum/{name}": x for name, x in metrics.items()}
@@ -168,9 +198,9 @@ class ActorCurator(Teacher):
         return dict(self._latest)
 
     def state(self, alive: set[int]) -> dict[str, Any]:
-        """Groups that expired or failed are awaited no longer: their draws are not alive."""
+        """Groups that expired or failed are not awaited: their stream indices are not alive."""
         for round_ in self._rounds:
-            round_.awaited = {draw: i for draw, i in round_.awaited.items() if draw in alive}
+            round_.awaited = {index: i for index, i in round_.awaited.items() if index in alive}
         self._rounds = [round_ for round_ in self._rounds if round_.awaited]
         return {
             "learner_steps": self._learner_steps,
@@ -189,4 +219,4 @@ class ActorCurator(Teacher):
         self._rounds = [Round.restored(round_, at) for round_ in state["rounds"]]
         self._latest = dict(state["latest"])
         self._curator = CuratorState(**read(self.arrays()))
-        self._hold()
+        self._gather()

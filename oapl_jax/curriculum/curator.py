@@ -1,4 +1,4 @@
-"""The curator network: prompt tokens -> one logit, with a state and a step over the mesh."""
+"""The curator of actor-curator (arXiv 2602.20532): network, utility, surrogate, gradient step."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,18 +12,84 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
-from oapl_jax.curriculum.utility import surrogate
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import parameter_shardings
 from oapl_jax.model.transformer import Transformer
-from oapl_jax.structs import Leaf, Prompt
+from oapl_jax.objectives.advantages import advantage
+from oapl_jax.objectives.ratios import bounded_exp
+from oapl_jax.structs import Group, Leaf, Prompt
+
+MAX_LOG_RATIO = 20.0  # mean of a response's tokens; above it exp overflows long before learning
+
+
+def utility(group: Group, logp: Float[np.ndarray, "G C"]) -> float:
+    """Improvement of the policy on a group's prompt by an update.
+
+    By the performance-difference identity J(pi') - J(pi) = E_{y ~ pi'} A^pi(x, y), estimated from
+    the old rollouts, with the ratio of the two policies taken a token (as in GSPO):
+
+        U(x) = mean_i s_i A_i,    s_i = exp( mean_t log pi'(y_t) - log pi_lag(y_t) )
+
+    where A is GRPO's advantage and pi_lag the behavior policy: with lag, U is the learner's gain
+    since the group was sampled. It is exactly 0 if all rewards are equal.
+
+    Args:
+      group: the rollouts and their rewards.
+      logp: log-probs of their tokens by the learner after the step, a row for each rollout.
+    """
+    a = np.asarray(advantage(jnp.asarray(group.reward), estimator="grpo"), np.float64)
+    gaps = [
+        np.mean(row[: len(r.tokens)].astype(np.float64) - r.behavior_logp)
+        for row, r in zip(logp, group.rollouts, strict=True)
+    ]
+    return float(np.mean(np.exp(np.clip(gaps, -MAX_LOG_RATIO, MAX_LOG_RATIO)) * a))
+
+
+def surrogate(
+    logits: Float[Array, " C"],
+    log_p: Float[Array, " C"],
+    utility: Float[Array, " C"],
+    *,
+    count: Int[Array, ""] | int,
+    temperature: float,
+    clip: float,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The clipped policy-improvement loss of the curator, to be minimized:
+
+        L = -1/k sum_{x in S} min( rho U, clip(rho, 1 - eps, 1 + eps) U ),  rho(x) = p(x) / p_old(x)
+
+    Both probabilities are normalized over the same C candidates, of which the k in S were sampled:
+    p = softmax(logits / temperature), and p_old is that of the choice. With different normalizers
+    the ratio of an unchanged curator would not be 1; with S alone as the normalizer, candidates
+    outside of S would not lose probability to useful ones. At rho = 1 the gradient by a logit is
+    (p(x) sum U - U(x)) / (k temperature). Where U < 0 the term is not clipped above rho = 1, as in
+    PPO; beyond rho = e^20 it has no gradient.
+
+    Args:
+      logits: of the current curator.
+      log_p: log p_old; -inf where there is no candidate.
+      utility: U; 0 outside of S, and where unknown.
+      count: k.
+      temperature: of the choice.
+      clip: eps.
+
+    Returns:
+      The loss, and metrics: share of the prompts with a utility whose term is clipped.
+    """
+    real = jnp.isfinite(log_p)
+    log_ratio = jax.nn.log_softmax(logits / temperature, where=real) - log_p
+    ratio = bounded_exp(jnp.where(real, log_ratio, 0.0))  # inf times a utility of 0 is no number
+    terms = jnp.minimum(ratio * utility, jnp.clip(ratio, 1 - clip, 1 + clip) * utility)
+    clipped = jnp.sum(terms < ratio * utility) / jnp.sum(utility != 0)
+    return -jnp.sum(terms) / count, {"clip_fraction": clipped}
 
 
 class Curator(nn.Module):
     """The policy's decoder with a scalar head on the last token of a prompt.
 
-    The head begins at zero: all prompts are equal until one has shown its use.
+    The head is initialized to zero: all prompts are equal until one has a utility.
     """
 
     config: ModelConfig
@@ -32,7 +98,7 @@ class Curator(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-        """int32[B, P] tokens, int32[B, P] segments (1, and 0 behind the prompt) -> float32[B]."""
+        """int32[B, P] tokens, int32[B, P] segments (1; 0 in the padding) -> float32[B]."""
         decoder = Transformer(self.config, self.dtype, self.remat, name="decoder")
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         hidden: Any = decoder(tokens, positions, segments)
@@ -61,26 +127,25 @@ def init_params(model: Curator, key: jax.Array) -> Any:
 def state_shardings(
     model: Curator, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> CuratorState:
-    """The decoder lies as the policy's does, moments beside it; the head is everywhere, as a norm's
-    scale is."""
+    """Shards decoder and moments as the policy's; the head is replicated."""
     params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-    everywhere = NamedSharding(mesh, P())
-    placed = {"decoder": parameter_shardings(params["decoder"], mesh), "score": everywhere}
+    replicated = NamedSharding(mesh, P())
+    placed = {"decoder": parameter_shardings(params["decoder"], mesh), "score": replicated}
     shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), params)
     moments = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, s: s,
         shapes.opt_state,
         placed,
-        transform_non_params=lambda _: everywhere,
+        transform_non_params=lambda _: replicated,
     )
-    return CuratorState(placed, moments, everywhere)
+    return CuratorState(placed, moments, replicated)
 
 
 def init_state(
     model: Curator, optimizer: optax.GradientTransformation, mesh: Mesh, start: Any | int
 ) -> CuratorState:
-    """A state in its sharding, from a decoder's parameters or from the seed of fresh ones."""
+    """Initializes a sharded state from a decoder's parameters, or from a seed."""
     shardings = state_shardings(model, optimizer, mesh)
     if isinstance(start, int):
         make = lambda key: new_state(init_params(model, key), optimizer)
@@ -102,10 +167,10 @@ def make_step(
     clip: float,
 ) -> Callable[..., tuple[CuratorState, dict[str, jax.Array]]]:
     """Compiles (state, tokens[C, P], segments[C, P], log_p[C], utility[C], count) -> (state,
-    metrics): one gradient step on the surrogate (utility.py).
+    metrics): one gradient step on the surrogate.
 
-    Only `rows` prompts are held for the backward pass at a time. If loss or gradient is not finite,
-    nothing changes but the count.
+    Activations of `rows` prompts at a time are kept for the backward pass. If loss or gradient is
+    not finite, only `skipped` changes.
     """
 
     def step(state: CuratorState, tokens, segments, log_p, utility, count):
@@ -130,35 +195,27 @@ def make_step(
         return new, metrics
 
     shardings = state_shardings(model, optimizer, mesh)
-    everywhere = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, P())
     return jax.jit(
         step,
-        in_shardings=(shardings, *([everywhere] * 5)),
-        out_shardings=(shardings, everywhere),
+        in_shardings=(shardings, *([replicated] * 5)),
+        out_shardings=(shardings, replicated),
     )
 
 
 def score(
     params: Any, tokens: jax.Array, segments: jax.Array, *, model: Curator, rows: int
 ) -> jax.Array:
-    """float32[C], the logits of int32[C, P] prompts, `rows` at a time."""
+    """float32[C] logits of int32[C, P] prompts, `rows` at a time."""
     portions = lambda x: x.reshape(-1, rows, x.shape[-1])
     one = jax.checkpoint(lambda portion: model.apply({"params": params}, *portion))
     return jax.lax.map(one, (portions(tokens), portions(segments))).reshape(-1)
 
 
-def make_scorer(model: Curator, *, rows: int) -> Callable[[Any, Any, Any], jax.Array]:
-    """Compiles (params, tokens[C, P], segments[C, P]) -> logits[C].
-
-    It runs where the parameters are: one device, so that the worker's thread may ask while the
-    learner computes (two programs with collectives, started by two threads, could wait for each
-    other for ever).
-    """
-    return jax.jit(functools.partial(score, model=model, rows=rows))
-
-
-def padded(prompts: Sequence[Prompt], *, width: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32[C, width] tokens and segments, C rounded up to a multiple of `rows` by empty ones."""
+def pad_prompts(
+    prompts: Sequence[Prompt], *, width: int, rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """int32[C, width] tokens and segments; C is padded to a multiple of `rows`."""
     tokens, segments = np.zeros((2, len(prompts) + -len(prompts) % rows, width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt.tokens)] = prompt.tokens

@@ -1,12 +1,11 @@
-"""The maximum-entropy Blackwell winner: what each response of a group is worth against the worst
-objective and the worst opponent, in closed form.
+"""The maximum-entropy Blackwell winner of a group: worst objective, worst opponent, targets.
 
-"Back to Blackwell", arXiv 2602.19041, looks for the policy that reaches
+"Back to Blackwell", arXiv 2602.19041, seeks for each prompt the policy of
 
-    max_pi min_w min_pi'  < w, P(pi > pi' | x) > + beta KL( pi' || pi_ref ),   w in the simplex,
+    max_pi min_w min_pi'  < w, P(pi > pi' | x) > + beta KL( pi' || pi_ref ),   w in the simplex.
 
-prompt by prompt. With vector payoffs this order of the three matters: there is no minimax theorem,
-and self-play does not reach it.
+With vector payoffs the order matters: there is no minimax theorem, and self-play does not converge
+to it.
 """
 
 import dataclasses
@@ -17,12 +16,12 @@ from jaxtyping import Float
 
 @dataclasses.dataclass(frozen=True)
 class Winner:
-    """The inner minimisation, solved for one group.
+    """Solution of the inner minimization for one group.
 
     Attributes:
-      worst: index of the objective that the group is weakest on; -1 if nothing was scored.
-      value: float64[J], v_j; nan where nothing was scored.
-      adversary: float64[M], probabilities of the comparators; 0 where nothing was scored.
+      worst: index of the objective with the least value; -1 without any score.
+      value: float64[J], v_j; nan without a score.
+      adversary: float64[M], probabilities of the comparators; 0 without a score.
       target: float64[G], g_i.
     """
 
@@ -33,20 +32,20 @@ class Winner:
 
 
 def blackwell_winner(preference: Float[np.ndarray, "J G M"], *, beta: float) -> Winner:
-    """Solves the inner problem on samples: y_i of the policy, y'_l of the reference.
+    """Solves the inner minimization on samples: y_i of the policy, y'_l of the reference.
 
         v_j = -beta log (1/M) sum_l exp( -P_jl / beta ),   P_jl = mean_i P_j(y_i > y'_l)
         j*  = argmin_j v_j
         q_l = exp( -P_j*l / beta ) / sum,   the Gibbs adversary
         g_i = sum_l q_l P_j*(y_i > y'_l)
 
-    v is concave in the weights w of the objectives, so that the worst weights are one objective:
-    each prompt trains on the one that it is weakest on. As beta -> 0 the adversary is the best
-    comparator, as beta -> inf it is the reference. g is the gradient of the value by the policy.
+    v is concave in the weights w of the objectives, so the worst weights are one objective: each
+    prompt trains on its weakest one. As beta -> 0 the adversary is the best comparator, as
+    beta -> inf it is the reference. g is the gradient of the value with respect to the policy.
 
-    A score that is missing (nan) is left out of every mean, q being normalised over what a response
-    was compared with. A response without any score gets the mean of the others, one without others
-    1/2: neither says anything of it.
+    Missing scores (nan) are excluded from every mean, and q is normalized over a response's scored
+    comparators. A response without any score gets the mean target of the others, or 1/2 if no
+    response has one.
 
     Args:
       preference: P_j(y_i > y'_l | x), within 0 and 1, or nan.

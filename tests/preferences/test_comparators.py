@@ -1,4 +1,4 @@
-"""Where the responses come from that a group is compared with."""
+"""Comparators: sampled from the reference policy, or read from a recorded dataset."""
 
 import threading
 import time
@@ -10,14 +10,14 @@ from asking import PROMPT
 from etils import epath
 
 from oapl_jax.errors import UserError
-from oapl_jax.preferences.comparators import RecordedComparators, SampledComparators
+from oapl_jax.preferences import RecordedComparators, SampledComparators
 from oapl_jax.rollout.dataset import DatasetWriter
 from oapl_jax.rollout.sampler import Sampled, Sampling
 from oapl_jax.structs import Group, Prompt, Rollout
 
 
 class CountingSampler:
-    """A Sampler whose rollouts tell version, prompt and index."""
+    """A Sampler whose tokens are version, prompt and sample index; one thread at a time."""
 
     def __init__(self):
         self.version, self.refreshed, self.inside = -1, [], threading.Lock()
@@ -36,7 +36,7 @@ class CountingSampler:
         self.inside.release()
 
 
-def test_comparators_are_sampled_from_the_reference_whoever_asks():
+def test_comparators_are_sampled_from_the_reference_by_many_threads():
     sampler = CountingSampler()
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=3)
     comparators = SampledComparators(
@@ -57,7 +57,7 @@ def test_comparators_are_sampled_from_the_reference_whoever_asks():
     assert sampler.refreshed == [(0, epath.Path("v0"))]
 
 
-def test_comparators_come_from_a_recorded_set(tmp_path):
+def test_comparators_of_a_recorded_dataset(tmp_path):
     directory, about = epath.Path(tmp_path), dict(task="chain_sum", tokenizer="t", group_size=3)
     writer = DatasetWriter(directory, about, groups_per_shard=2, weights_digest=lambda version: "")
     for i in range(5):
@@ -75,5 +75,5 @@ def test_comparators_come_from_a_recorded_set(tmp_path):
         comparators(PROMPT)
     with pytest.raises(UserError, match=r"preferences\.comparators=4"):
         RecordedComparators(directory, about, count=4)
-    with pytest.raises(UserError, match="task: chain_sum -> countdown"):
+    with pytest.raises(UserError, match=r"preferences\.dataset"):
         RecordedComparators(directory, {**about, "task": "countdown"}, count=2)

@@ -8,7 +8,7 @@ from scipy import optimize
 from experiments import preferences as games
 
 
-def test_brute_force_finds_what_a_linear_programme_finds_without_entropy(monkeypatch):
+def test_brute_force_agrees_with_a_linear_program_without_entropy(monkeypatch):
     """max v with P_j(pi > y') >= v for every objective and opponent."""
     monkeypatch.setattr(games, "BETA", 1e-3)
     for game in games.GAMES.values():

@@ -1,4 +1,4 @@
-"""A language model as a judge: its servers here know what they would say."""
+"""A language model as a judge, on scripted servers."""
 
 import asyncio
 import threading
@@ -10,14 +10,14 @@ from aiohttp import web
 from asking import PROMPT, responses
 
 from configs import arithmetic
+from oapl_jax.config import LanguageModelJudgeConfig
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.model.tokenizer import make_character_tokenizer
-from oapl_jax.preferences.language_model import LanguageModel
+from oapl_jax.preferences.language_model import LanguageModelJudge
 
 
 class JudgeServer:
-    """Speaks SGLang's /generate as far as a prompt's log-probs go: the longer response is better,
-    and the first has an advantage."""
+    """SGLang's /generate for a prompt's log-probs: prefers the longer response, and the first."""
 
     def __init__(self, tokenizer):
         self._tokenizer, self.calls, self.fails = tokenizer, 0, 0
@@ -53,7 +53,7 @@ class JudgeServer:
 
 
 def probability(question, verdict):
-    """Of a verdict: 0.9 for A and B together, or 0.1 where the judge would rather not say."""
+    """Probability of a verdict: A and B together have 0.9, or 0.1 for an unclear question."""
     _, first, second, objective = question.split("|")
     better = len(first) - len(second) + 1.5
     first_wins = 1 / (1 + np.exp(better if objective == "shorter?" else -better))
@@ -80,19 +80,20 @@ def language_model(tokenizer, urls, **changes):
     section = arithmetic.get_config("objective=prosper").preferences.language_model.to_dict()
     settings: dict[str, Any] = {
         **section,
-        "servers": urls,
+        "servers": tuple(urls),
         "tokenizer": str(tokenizer[0]),
         "template": "{prompt}|{first}|{second}|{question}",
         "questions": {"long": "longer?", "short": "shorter?"},
         "questions_per_request": 3,
         "max_in_flight": 2,
         "backoff": 0.01,
-        "patience": 20.0,
+        "group_deadline": 20.0,
     }
-    return LanguageModel(**{**settings, **changes})
+    path = "preferences.language_model"
+    return LanguageModelJudge(LanguageModelJudgeConfig.from_dict(settings | changes, path))
 
 
-def test_a_language_model_has_no_favourite_place(judge_tokenizer, judge_servers):
+def test_both_orders_cancel_a_bias_for_one(judge_tokenizer, judge_servers):
     judge = language_model(judge_tokenizer, [s.url for s in judge_servers])
     mine, theirs = responses("abc", "a"), responses("abc", "ab", "abcde")
     found = judge.compare(PROMPT, mine, theirs)
@@ -106,7 +107,7 @@ def test_a_language_model_has_no_favourite_place(judge_tokenizer, judge_servers)
     assert [s.calls for s in judge_servers] == [4, 4]  # three questions a call, by turns
 
 
-def test_scores_that_are_missing_are_counted_by_their_reason(judge_tokenizer, judge_servers):
+def test_missing_scores_are_counted_by_reason(judge_tokenizer, judge_servers):
     judge = language_model(
         judge_tokenizer, [judge_servers[0].url], questions={"long": "longer?"}, max_prompt_tokens=25
     )
@@ -123,16 +124,16 @@ def test_scores_that_are_missing_are_counted_by_their_reason(judge_tokenizer, ju
         [judge_servers[0].url],
         questions={"long": "longer?"},
         questions_per_request=1,
-        patience=0.001,
+        max_in_flight=1,
+        group_deadline=0.001,
     )
     judge_servers[0].fails = 1
-    one._max_in_flight = 1
     (found,) = one.compare(PROMPT, responses("abc"), responses("abc"))
     assert found[0, 0] == pytest.approx(1 - 1 / (1 + np.exp(-1.5)))
     assert one.metrics()["questions/failed"] == 1
 
 
-def test_calls_that_fail_go_to_the_next_server(judge_tokenizer, judge_servers):
+def test_failed_requests_go_to_the_next_server(judge_tokenizer, judge_servers):
     good, bad = judge_servers
     bad.fails = 1000
     urls = [bad.url, "http://127.0.0.1:1", good.url]
@@ -147,11 +148,11 @@ def test_calls_that_fail_go_to_the_next_server(judge_tokenizer, judge_servers):
     assert metrics["questions/failed"] == 0
 
 
-def test_without_any_answer_the_run_ends_in_time(judge_tokenizer, judge_servers):
+def test_a_group_without_any_answer_ends_the_run_at_its_deadline(judge_tokenizer, judge_servers):
     for server in judge_servers:
         server.fails = 1000
-    judge = language_model(judge_tokenizer, [s.url for s in judge_servers], patience=0.1)
-    with pytest.raises(RunError, match=r"no judge answered in 0\.1 s"):
+    judge = language_model(judge_tokenizer, [s.url for s in judge_servers], group_deadline=0.1)
+    with pytest.raises(RunError, match="group_deadline"):
         judge.compare(PROMPT, responses("a"), responses("ab"))
     assert judge.metrics()["questions/failed"] == 4
 
@@ -165,13 +166,13 @@ def test_without_any_answer_the_run_ends_in_time(judge_tokenizer, judge_servers)
         dict(verdicts={"A": 1.0, "B": 1.0}),
         dict(verdicts={"A": 2.0, "B": 0.0}),
         dict(verdicts={"AB": 1.0, "B": 0.0}),
-        dict(least_mass=0.0),
+        dict(min_verdict_mass=1.5),
         dict(questions_per_request=0),
         dict(max_in_flight=0),
-        dict(patience=0.0),
+        dict(group_deadline=0.0),
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_a_language_model_that_can_not_judge_is_refused(judge_tokenizer, changes):
+def test_rejects_settings_of_a_language_model(judge_tokenizer, changes):
     with pytest.raises(UserError, match=f"preferences.language_model.{next(iter(changes))}"):
         language_model(judge_tokenizer, ["http://127.0.0.1:1"], **changes)

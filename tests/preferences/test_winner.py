@@ -1,4 +1,4 @@
-"""The Blackwell winner's closed form: by hand, against every other choice, with missing scores."""
+"""The Blackwell winner's closed form: by hand, against random alternatives, with missing scores."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_the_winner_of_a_game_by_hand():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_other_weights_and_no_other_adversary_are_worse(seed):
+def test_other_weights_and_adversaries_cost_the_minimizer_more(seed):
     """<w, P q> + beta KL(q || reference) over random w and q is above the closed form."""
     beta, rng = 0.3, np.random.default_rng(seed)
     preference = random_preferences(seed)
@@ -45,8 +45,8 @@ def test_no_other_weights_and_no_other_adversary_are_worse(seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_target_is_the_slope_of_the_value(seed):
-    """d V / d pi(y_i), of a policy that gives the drawn responses other weights."""
+def test_the_target_is_the_gradient_of_the_value(seed):
+    """d V / d pi(y_i), for a policy that weighs the sampled responses unequally."""
     beta, preference = 0.3, random_preferences(seed)
     winner = blackwell_winner(preference, beta=beta)
 
@@ -70,7 +70,7 @@ def test_without_entropy_the_best_comparator_and_with_all_of_it_the_reference():
     np.testing.assert_allclose(hot.target, preference[hot.worst].mean(-1), atol=1e-8)
 
 
-def test_missing_scores_are_left_out_of_every_mean():
+def test_missing_scores_are_excluded_from_every_mean():
     preference = random_preferences(6)
     preference[0] -= 0.4  # the worst
     full = blackwell_winner(preference, beta=0.3)
