@@ -35,8 +35,12 @@ from oapl_jax.model.policy import Policy, check_lengths, open_policy
 from oapl_jax.model.sharding import gathered, make_mesh
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import bind
-from oapl_jax.preferences import JUDGES, Preferences
-from oapl_jax.preferences.comparators import RecordedComparators, SampledComparators
+from oapl_jax.preferences import (
+    JUDGES,
+    Preferences,
+    RecordedComparators,
+    SampledComparators,
+)
 from oapl_jax.rewards.grader import Grader
 from oapl_jax.rewards.self_check import check_rewards
 from oapl_jax.rollout import dataset
@@ -342,7 +346,7 @@ def verify(grader: Grader, prompt: Prompt, rollouts: Sequence[Rollout]) -> np.nd
 
 def open_curriculum(config: Config, run: Run) -> Curriculum:
     section = config.curriculum
-    teacher = CURRICULA[section.name](
+    scorer = CURRICULA[section.name](
         rates=section.rates,
         window=section.window,
         curator=section.curator,
@@ -362,7 +366,7 @@ def open_curriculum(config: Config, run: Run) -> Curriculum:
     )
     return Curriculum(
         stream,
-        teacher,
+        scorer,
         candidates=section.candidates,
         picks=config.rollout.prompts_per_call,
         top_p=section.top_p,
@@ -377,15 +381,7 @@ def open_preferences(config: Config, run: Run) -> Preferences:
       UserError: for a judge or a dataset that can't be opened.
     """
     section, count = config.preferences, config.preferences.comparators
-    values = dataclasses.asdict(getattr(section, section.judge))
-    for old, new in (
-        ("answer_deadline", "request_deadline"),
-        ("patience", "group_deadline"),
-        ("least_mass", "min_verdict_mass"),
-    ):
-        if new in values:
-            values[old] = values.pop(new)
-    judge = JUDGES[section.judge](**values)
+    judge = JUDGES[section.judge](getattr(section, section.judge))
     if section.dataset:
         directory = epath.Path(section.dataset)
         comparators = RecordedComparators(directory, about(config, run, {}), count=count)

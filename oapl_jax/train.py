@@ -260,7 +260,7 @@ def resume(
     name = f"the restore of step {step}"
     with multihost.collective_section(name, deadline=config.rollout.deadline):
         state, loop, shares = run.checkpoints.restore(step, run.abstract_state())
-    source.restore(shares, functools.partial(run.checkpoints.restore_teacher, step))
+    source.restore(shares, functools.partial(run.checkpoints.restore_curriculum, step))
     run.versions.keep_only({v for pins in loop["pins"].values() for v in pins if v <= step})
     say(f"resumed from checkpoint step {step} of {run.workdir}")
     return state, loop
@@ -280,11 +280,13 @@ def save(
     kept = [str(s) for s in run.checkpoints.steps()]
     loop["pins"] = {s: versions for s, versions in loop["pins"].items() if s in kept}
     loop["pins"][str(step)] = sorted(needed_versions(config, step, lag) | held)
-    teacher = source.store.curriculum_arrays()
+    curriculum = source.store.curriculum_arrays()
     name = f"the checkpoint of step {step}"
     with multihost.collective_section(name, deadline=config.rollout.deadline):
         probe = run.versions.probe(state.params)
-        run.checkpoints.save(step, state, loop, source.snapshot(), probe=probe, teacher=teacher)
+        run.checkpoints.save(
+            step, state, loop, source.snapshot(), probe=probe, curriculum=curriculum
+        )
 
 
 def save_and_stop(

@@ -2,7 +2,7 @@
 
 from oapl_jax.config import BufferConfig
 from oapl_jax.curriculum import Curriculum
-from oapl_jax.curriculum.teacher import Uniform
+from oapl_jax.curriculum.stream import Uniform
 
 
 def buffer_config(**changes) -> BufferConfig:

@@ -135,7 +135,7 @@ class GroupStore:
                 self._totals["seconds"] += time.monotonic() - self._busy_since
             if rollouts:
                 group = Group(prompt, rollouts, reward)
-                self._prompts.teacher.ended(group)
+                self._prompts.scorer.ended(group)
                 self._on_group(group)
                 self._count(group, sampled.seconds)
                 self._buffer.add(group)
@@ -164,10 +164,10 @@ class GroupStore:
           score: gives [S, C], the log-probs of their tokens by the learner after the step; called
             only if the curriculum needs them.
         """
-        teacher = self._prompts.teacher
-        logp = np.asarray(score()) if teacher.rescores else None
+        scorer = self._prompts.scorer
+        logp = np.asarray(score()) if scorer.rescores else None
         with self._changed:
-            teacher.trained(groups, logp)
+            scorer.trained(groups, logp)
 
     # Waiting
 
@@ -255,7 +255,7 @@ class GroupStore:
 
     def curriculum_arrays(self) -> Any | None:
         """Arrays of the curriculum on the mesh, saved beside `snapshot`; None if it has none."""
-        return self._prompts.teacher.arrays()
+        return self._prompts.scorer.arrays()
 
     def snapshot(self, shards: Callable[[], int | None]) -> dict[str, Any]:
         """State for a checkpoint.
@@ -272,7 +272,7 @@ class GroupStore:
                 "prompts": prompts,
                 "again": again,
                 "totals": dict(self._totals),
-                "teacher": self._prompts.teacher.state(pending),
+                "scorer": self._prompts.scorer.state(pending),
                 "ledger": self._ledger.position(),
                 "recorded": self._recorded.state() if self._recorded else None,
                 "shards": shards(),
@@ -291,7 +291,7 @@ class GroupStore:
             self._prompts.restore(state["prompts"])
             self._again = list(state["again"])
             self._totals = defaultdict(float, state["totals"])
-            self._prompts.teacher.restore(state["teacher"], read, self._prompts.at)
+            self._prompts.scorer.restore(state["scorer"], read, self._prompts.at)
             self._ledger.resume(state["ledger"], self._buffer.stream_indices())
             if self._recorded:
                 self._recorded.restore(state["recorded"])

@@ -233,7 +233,7 @@ def reshard(saved: Sequence[dict[str, Any]], *, host: int, hosts: int) -> dict[s
         "prompts": {**streams[positions.index(reached)], "chosen": []},
         "again": sorted(index for index in again if index < start)[host::hosts],
         "totals": {},
-        "teacher": same["teacher"],
+        "scorer": same["scorer"],
         "ledger": same["ledger"] if host < len(saved) else 0,
         "recorded": saved[0]["recorded"],
         "zero_reward_groups": max(share["zero_reward_groups"] for share in saved),

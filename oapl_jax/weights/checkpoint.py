@@ -1,10 +1,10 @@
 """Orbax steps of a workdir: checkpoints to resume from, and weights to publish.
 
-Items of a checkpoint: `params`, `probe`, `optimizer`, `loop`, and `teacher` if the curriculum has
-arrays. Weights have `params` and `probe` alone, which the publisher reads. State that belongs to
-one host (buffer, position in the prompts) is a file beside, on disk before the step is finished.
+Items of a checkpoint: `params`, `probe`, `optimizer`, `loop`, and `curriculum` if that has arrays.
+Weights have `params` and `probe` alone, which the publisher reads. State that belongs to one host
+(buffer, position in the prompts) is a file beside, on disk before the step is finished.
 Restore order: params and optimizer into their shardings (the mesh may differ from the one that
-saved), then the hosts' states, then the curriculum from its host's state and `teacher`. The lag
+saved), then the hosts' states, then the curriculum from its host's state and arrays. The lag
 phase and all random numbers follow from the step.
 """
 
@@ -128,7 +128,9 @@ class Checkpoints(_Steps):
     """
 
     def __init__(self, directory: epath.Path, *, keep: int):
-        super().__init__(directory, keep=keep, optimizer=_ARRAYS(), loop=_JSON(), teacher=_ARRAYS())
+        super().__init__(
+            directory, keep=keep, optimizer=_ARRAYS(), loop=_JSON(), curriculum=_ARRAYS()
+        )
         self._host_states = directory.parent / "host_states"
 
     def save(
@@ -139,7 +141,7 @@ class Checkpoints(_Steps):
         host_state: bytes,
         *,
         probe: dict[str, Any],
-        teacher: Any | None = None,
+        curriculum: Any | None = None,
     ) -> None:
         """Starts to save a step, unless it exists already; returns when everything is copied.
 
@@ -149,7 +151,7 @@ class Checkpoints(_Steps):
           loop: JSON-able values, the same on all hosts: published versions, results so far.
           host_state: of this host alone: worker, buffer.
           probe: rows of tokens and the parameters' log-probs of them (see publisher.read_probe).
-          teacher: the curriculum's arrays, if it has any.
+          curriculum: the curriculum's arrays, if it has any.
 
         Raises:
           RunError: if this or the previous save failed; the run must not go on without checkpoints.
@@ -163,7 +165,7 @@ class Checkpoints(_Steps):
             optimizer=ocp.args.StandardSave(_without_params(state)),
             # A copy: a thread writes it later, and the caller's goes on changing.
             loop=ocp.args.JsonSave(copy.deepcopy(loop)),
-            **({} if teacher is None else {"teacher": ocp.args.StandardSave(teacher)}),
+            **({} if curriculum is None else {"curriculum": ocp.args.StandardSave(curriculum)}),
         )
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict, list[bytes]]:
@@ -188,9 +190,9 @@ class Checkpoints(_Steps):
         """Reads only the parameters of a step; raises as `restore` does."""
         return self._read(step, params=_restore_params(abstract)).params
 
-    def restore_teacher(self, step: int, abstract: Any) -> Any:
+    def restore_curriculum(self, step: int, abstract: Any) -> Any:
         """Reads only the curriculum's arrays of a step; raises as `restore` does."""
-        return self._read(step, teacher=ocp.args.StandardRestore(abstract)).teacher
+        return self._read(step, curriculum=ocp.args.StandardRestore(abstract)).curriculum
 
     def _read(self, step: int, **items: Any) -> Any:
         try:

@@ -168,8 +168,8 @@ def test_killed_in_the_midst_of_a_round_it_goes_on_to_the_same_bits(runs, unbrok
     assert len(metrics(tmp_path)) < STEPS
     known = share(tmp_path, 6)
     assert known["buffer"]["prompts"]
-    assert known["teacher"]["rounds"]
-    assert known["teacher"]["steps"] > 0
+    assert known["scorer"]["rounds"]
+    assert known["scorer"]["steps"] > 0
     output = runs.run(tmp_path, config=CONFIG, **SETTINGS)
     assert "resumed from checkpoint step" in output
     assert "resumed from checkpoint step 0" not in output
@@ -186,15 +186,15 @@ def test_killed_in_the_midst_of_a_round_it_goes_on_to_the_same_bits(runs, unbrok
     )
     assert [story(e) for e in entries(tmp_path)] == [story(e) for e in entries(unbroken)]
     mine, theirs = share(tmp_path, STEPS), share(unbroken, STEPS)
-    assert mine["teacher"] == theirs["teacher"]
+    assert mine["scorer"] == theirs["scorer"]
     assert mine["worker"]["prompts"] == theirs["worker"]["prompts"]
-    for item in ("teacher", "params", "optimizer"):
+    for item in ("curriculum", "params", "optimizer"):
         jax.tree.map(
             np.testing.assert_array_equal,
             saved(tmp_path, STEPS, item),
             saved(unbroken, STEPS, item),
         )
-    assert np.abs(saved(tmp_path, STEPS, "teacher")["params"]["score"]).max() > 1e-3
+    assert np.abs(saved(tmp_path, STEPS, "curriculum")["params"]["score"]).max() > 1e-3
 
 
 def test_a_curriculum_by_pass_rate_knows_what_was_sampled(runs, tmp_path):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from configs import common
-from oapl_jax.preferences.judge import Response
-from oapl_jax.preferences.language_model import LanguageModel
+from oapl_jax.config import LanguageModelJudgeConfig
+from oapl_jax.preferences import Response
+from oapl_jax.preferences.language_model import LanguageModelJudge
 from oapl_jax.structs import Prompt
 
 VERDICTS = {"1": 1.0, "0": 0.25}
@@ -23,15 +24,15 @@ def judges(servers, published):
 def test_preferences_are_those_of_the_learners_log_probs(judges, published):
     settings = {
         **common.preferences("prosper").language_model.to_dict(),
-        "servers": judges,
+        "servers": tuple(judges),
         "tokenizer": str(published.path(1)),
         "template": "{prompt}={first},{second}-{question}",
         "questions": {"one": "7", "two": "88"},
         "verdicts": VERDICTS,
-        "least_mass": 1e-4,  # the weights are fresh ones
+        "min_verdict_mass": 1e-4,  # the weights are fresh ones
         "questions_per_request": 3,
     }
-    judge = LanguageModel(**settings)
+    judge = LanguageModelJudge(LanguageModelJudgeConfig.from_dict(settings))
     prompt = Prompt("id0", 0, np.array([2], np.int32), "3+4", "7", "chain_sum")
     responses = [Response(text, lambda: 0.0) for text in ("07", "3,1")]
     comparators = [Response(text, lambda: 0.0) for text in ("07", "00", "1234,9")]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_runs import checked
 
 from configs import arithmetic
-from oapl_jax.config import Config
 from oapl_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -23,13 +23,19 @@ ROOT = Path(__file__).parents[2]
         ({"preferences.beta": 0.0}, "preferences.beta"),
         ({"preferences.comparators": 0}, "preferences.comparators"),
         ({"rollout.sampler": "fleet"}, "preferences.dataset"),
+        ({"objective.prosper.pair_share": 0.0}, "objective.prosper.pair_share"),
+        ({"objective.prosper.pair_share": 1.5}, "objective.prosper.pair_share"),
+        (
+            {"group_size": 1, "buffer.capacity": 512, "buffer.zero_variance": "keep"},
+            "group_size",
+        ),
     ],
 )
 def test_rejects_settings_of_preferences(settings, named):
     config = arithmetic.get_config("objective=prosper")
-    config.update_from_flattened_dict(settings)
+    config.update_from_flattened_dict({"mesh.fsdp": 8, **settings})
     with pytest.raises(UserError, match=named):
-        Config.from_dict(config.to_dict())
+        checked(config)
 
 
 def test_only_prosper_is_rewarded_by_comparison():
@@ -55,7 +61,7 @@ def run(tmp_path_factory):
         "warmup.batch_size": 16,
         "warmup.demonstrations": 100,
         "optim.learning_rate": 5e-3,
-        "objective.beta2": 0.1,
+        "objective.prosper.eta": 10.0,
         "lag.steps": 4,
         "rollout.prompts_per_call": 8,
         "rollout.max_sequences": 64,

@@ -98,7 +98,7 @@ def share(position, held=(), again=(), chosen=()):
         "buffer": {"groups": encode_groups(groups)},
         "prompts": {"stream": {"stream_index": position}, "chosen": list(chosen)},
         "again": list(again),
-        "teacher": {},
+        "scorer": {},
         "ledger": 7,
         "recorded": None,
         "zero_reward_groups": position,
