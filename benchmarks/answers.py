@@ -7,13 +7,14 @@ its verdict and to that of the honest answer after it.
 """
 
 import argparse
-import functools
+import dataclasses
 import json
 import random
 import time
 
 from results import keep
 
+from oapl_jax.config import MathRewardConfig
 from oapl_jax.rewards.math.verifier import MathVerifier
 
 PLAIN, EXPRESSIONS = 20_000, 400
@@ -82,21 +83,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     args = parser.parse_args()
     rng = random.Random(0)
-    make = functools.partial(
-        MathVerifier,
+    config = MathRewardConfig(
+        processes=args.processes,
         seconds=args.seconds,
         recycle_after=1000,
         memory_bytes=1 << 30,
         thinking_opened=False,
     )
-    with make(processes=args.processes) as verifier:
+    with MathVerifier(config) as verifier:
         verifier.verify_many([expression(rng) for _ in range(20)])  # the processes start
         result = {
             "processes": args.processes,
             "plain numbers": throughput(verifier, [plain(rng) for _ in range(PLAIN)]),
             "expressions": throughput(verifier, [expression(rng) for _ in range(EXPRESSIONS)]),
         }
-    with make(processes=1) as verifier:
+    with MathVerifier(dataclasses.replace(config, processes=1)) as verifier:
         verifier.verify(r"\boxed{\sqrt{2}}", "2")
         result["hostile"] = {name: cost(verifier, text) for name, text in HOSTILE.items()}
     print(json.dumps(result, indent=1))

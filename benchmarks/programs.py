@@ -17,18 +17,24 @@ import time
 
 from results import keep
 
+from oapl_jax.config import CodeRewardConfig
 from oapl_jax.rewards.code.problems import Problem
-from oapl_jax.rewards.code.sandbox import Limits, Sandbox, find_bwrap
+from oapl_jax.rewards.code.sandbox import Sandbox, find_bwrap
 from oapl_jax.rewards.code.verifier import CodeVerifier
 
-LIMITS = Limits(
+CONFIG = CodeRewardConfig(
+    allow_unsafe=False,
+    parallel=2,
     seconds_per_test=60.0,
     memory_bytes=1 << 30,
     processes=8,
     output_bytes=1 << 20,
     temporary_bytes=1 << 24,
+    max_tests=0,
+    thinking_opened=False,
     packages=(),
     start_seconds=60.0,
+    cache_entries=1,
 )
 CODE = "n = int(input())\nprint(sum(i * i for i in range(n)))"
 
@@ -38,7 +44,7 @@ def time_sandbox(bwrap: str, rounds: int, tests: int) -> dict[str, float]:
     started, ran, ended = [], [], []
     for _ in range(rounds):
         times = [time.perf_counter()]
-        sandbox = Sandbox(bwrap, LIMITS)
+        sandbox = Sandbox(bwrap, CONFIG)
         times.append(time.perf_counter())
         sandbox.load_program(kind="stdin", name="", code=CODE)
         for _ in range(tests):
@@ -60,14 +66,7 @@ def time_verifier(parallel: int, programs: int, tests: int) -> dict[str, float]:
     The CPU time is that of all processes of the sandboxes; unlike the rates, it hardly depends on
     the load of the machine.
     """
-    verifier = CodeVerifier(
-        allow_unsafe=False,
-        parallel=parallel,
-        max_tests=0,
-        thinking_opened=False,
-        cache_entries=1,
-        **dataclasses.asdict(LIMITS),
-    )
+    verifier = CodeVerifier(dataclasses.replace(CONFIG, parallel=parallel))
     pairs = tuple((str(n), str(sum(i * i for i in range(n)))) for n in range(tests))
     problem = Problem("stdin", "", pairs)
     answers = [(f"```python\n{CODE}\n# {i}\n```", problem) for i in range(programs)]
@@ -96,7 +95,7 @@ def main() -> None:
     parser.add_argument("--programs", type=int, default=100)
     parser.add_argument("--tests", type=int, default=15)
     args = parser.parse_args()
-    bwrap = find_bwrap(LIMITS)
+    bwrap = find_bwrap(CONFIG)
     result = {"bwrap": bwrap, "parallel": args.parallel, "tests": args.tests}
     result |= time_sandbox(bwrap, 20, args.tests)
     result |= time_verifier(args.parallel, args.programs, args.tests)

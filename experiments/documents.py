@@ -75,7 +75,7 @@ def rates(config: Config, opened: build.Run, step: int, params: Any) -> dict[str
     sampler.set_params(step, gathered(params))
     prompts = build.split_prompts(config, opened, "test")
     sampled = in_order(sampler, prompts, n=SAMPLES, sampling=opened.sampling)
-    verifier = DocumentVerifier(**config.rewards.documents)
+    verifier = DocumentVerifier(config.rewards.documents)
     for prompt, rollouts in zip(prompts, sampled, strict=True):
         for rollout in rollouts:
             text = response_text(opened.policy.tokenizer, rollout.tokens)

@@ -144,7 +144,7 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
         model=model,
         optimizer=make_optimizer(**config.optim, num_steps=config.num_steps),
         splits=splits,
-        grader=Grader(policy.tokenizer, **config.rewards),
+        grader=Grader(policy.tokenizer, config.rewards),
         sampling=Sampling(
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,

@@ -1,11 +1,10 @@
 """The Grader: rewards of responses by the verifier of the prompt's task."""
 
 import threading
-from collections.abc import Mapping
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from oapl_jax.config import RewardsConfig
 from oapl_jax.data.prompts import response_text
 from oapl_jax.rewards.code.verifier import CodeVerifier
 from oapl_jax.rewards.documents.verifier import DocumentVerifier
@@ -14,7 +13,6 @@ from oapl_jax.rewards.tasks import FINAL_ANSWERS, VERIFIERS
 from oapl_jax.structs import Prompt, Rollout
 
 OPENED = {"math": MathVerifier, "code": CodeVerifier, "documents": DocumentVerifier}
-TASKS = (*VERIFIERS, *OPENED)
 
 
 class Grader:
@@ -26,12 +24,11 @@ class Grader:
 
     Args:
       tokenizer: of the policy.
-      settings: by task, keyword arguments of MathVerifier ("math"), CodeVerifier ("code") and
-        DocumentVerifier ("documents"). Each opens for the first prompt of its task.
+      config: of the verifiers; each opens for the first prompt of its task.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Mapping[str, Any]):
-        self._tokenizer, self._settings = tokenizer, settings
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: RewardsConfig):
+        self._tokenizer, self._config = tokenizer, config
         self._opened: dict[str, MathVerifier | CodeVerifier | DocumentVerifier] = {}
         self._lock = threading.Lock()
 
@@ -65,5 +62,5 @@ class Grader:
     def _verifier(self, task: str) -> MathVerifier | CodeVerifier | DocumentVerifier:
         with self._lock:
             if task not in self._opened:
-                self._opened[task] = OPENED[task](**self._settings[task])
+                self._opened[task] = OPENED[task](getattr(self._config, task))
             return self._opened[task]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import common, documents
+from oapl_jax.config import DocumentRewardConfig
 from oapl_jax.data.records import Record, user
 from oapl_jax.data.synthetic.documents import DocumentGenerator, answer, demonstration, question
 from oapl_jax.data.synthetic.tasks import TASKS, records
@@ -14,6 +15,7 @@ from oapl_jax.errors import UserError
 from oapl_jax.rewards.documents.verifier import DocumentVerifier
 
 CONFIG = documents.get_config()
+REWARDS = DocumentRewardConfig.from_dict(common.rewards().documents.to_dict())
 GENERATOR = CONFIG.data.generator.to_dict()
 ROWS = {"rows": [["ab", {"formula": ["frac", "x", "y"]}], ["c", "de"]]}
 FORMULA = {"formula": ["frac", ["pow", "b", "2"], ["sqrt", ["sub", "a", "1"]]]}
@@ -72,7 +74,7 @@ def test_omissions_of_the_noisy_teacher():
 
 
 def test_the_noisy_teacher_makes_every_fault():
-    verifier, rng = DocumentVerifier(**common.rewards().documents), np.random.default_rng(0)
+    verifier, rng = DocumentVerifier(REWARDS), np.random.default_rng(0)
     for made in itertools.islice(records("documents", seed=0, settings=GENERATOR), 500):
         text = demonstration(made, rng, CONFIG.warmup.noise)
         assert (verifier.verify(text, made.answer).reward == 1) == (text == made.answer)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from configs import common
+from oapl_jax.config import DocumentRewardConfig
 from oapl_jax.data.records import Record, load_split, user
 from oapl_jax.data.synthetic import tasks
 from oapl_jax.data.synthetic.tasks import TASKS, content_id, records, split_of
@@ -46,7 +47,7 @@ LARGER = {
     "documents": dict(max_rows=3, max_columns=3, max_letters=3, formulas_in_tables=0.5),
 }
 SIZES = {"train": 400, "validation": 40, "test": 40}
-VERIFY = DocumentVerifier(**common.rewards().documents)
+VERIFY = DocumentVerifier(DocumentRewardConfig.from_dict(common.rewards().documents.to_dict()))
 
 
 # Records and demonstrations

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import warnings
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,7 @@ from hostile import (
 )
 from processes import marked, wait_until
 
+from oapl_jax.config import CodeRewardConfig
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.rewards.code import sandbox, verifier
 from oapl_jax.rewards.code.problems import (
@@ -42,7 +43,7 @@ from oapl_jax.rewards.code.problems import (
 )
 from oapl_jax.rewards.code.verifier import CodeVerdict, CodeVerifier
 
-SETTINGS = dict(
+CONFIG = CodeRewardConfig(
     allow_unsafe=False,
     parallel=2,
     seconds_per_test=30.0,
@@ -56,7 +57,6 @@ SETTINGS = dict(
     start_seconds=60.0,
     cache_entries=100,
 )
-LIMITS = sandbox.Limits(**{field.name: SETTINGS[field.name] for field in fields(sandbox.Limits)})
 REPOSITORY = Path(__file__).parents[2]
 SQUARES = Problem("stdin", "", (("2\n", "4\n"), ("3\n", "9\n"), ("-4\n", "16\n")))
 SQUARE = "print(int(input()) ** 2)"
@@ -73,7 +73,7 @@ def grade(made, response, problem):
 
 @pytest.fixture(scope="module")
 def patient():
-    made = CodeVerifier(**SETTINGS)
+    made = CodeVerifier(CONFIG)
     yield made
     made.close()
 
@@ -81,7 +81,7 @@ def patient():
 @pytest.fixture(scope="module")
 def hasty():
     """For programs that only the clock ends."""
-    made = CodeVerifier(**SETTINGS | dict(seconds_per_test=1.0))
+    made = CodeVerifier(replace(CONFIG, seconds_per_test=1.0))
     yield made
     made.close()
 
@@ -92,7 +92,7 @@ def new_verifier():
     made = []
 
     def make(**changes):
-        made.append(CodeVerifier(**SETTINGS | changes))
+        made.append(CodeVerifier(replace(CONFIG, **changes)))
         return made[-1]
 
     yield make
@@ -239,7 +239,7 @@ def test_a_source_text_can_do_no_harm(hasty, name):
 
 
 def test_left_over_processes_and_files_would_be_found(patient, tmp_path, monkeypatch):
-    with sandbox.Sandbox(patient.bwrap, LIMITS) as box:
+    with sandbox.Sandbox(patient.bwrap, CONFIG) as box:
         box.load_program(kind="stdin", name="", code=HEAD + "time.sleep(600)")
         box.send(b"{}", time.monotonic() + 10)
         wait_until(marked)
@@ -384,7 +384,7 @@ def test_a_package_that_is_not_installed_is_named(new_verifier):
 
 def test_a_test_that_no_program_could_pass_is_refused(patient):
     echo = respond("x = input()\nprint(x if len(x) < 9 else len(x))")
-    room = SETTINGS["temporary_bytes"] - verifier.FOLDER_BYTES
+    room = CONFIG.temporary_bytes - verifier.FOLDER_BYTES
     for given, expected in (("x" * room, str(room)), ("x", "x" + " " * (2**20 - 2))):
         fits = Problem("stdin", "", ((given, expected),))
         assert grade(patient, echo, fits) == CodeVerdict("passed")

@@ -3,6 +3,7 @@
 import itertools
 import re
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from test_grader import Text, prompt, rollout
 
 from configs import common, documents
+from oapl_jax.config import DocumentWeights, RewardsConfig
 from oapl_jax.data.synthetic.tasks import TASKS, records
 from oapl_jax.errors import UserError
 from oapl_jax.model.tokenizer import make_character_tokenizer
@@ -28,7 +30,8 @@ from oapl_jax.rewards.documents.verifier import (
 from oapl_jax.rewards.grader import Grader
 from oapl_jax.rewards.self_check import check_rewards
 
-SETTINGS = common.rewards().documents.to_dict()
+REWARDS = RewardsConfig.from_dict(common.rewards().to_dict(), "rewards")
+CONFIG = REWARDS.documents
 GENERATOR = documents.get_config().data.generator.to_dict()
 
 ROWS = "<table><tr><td>ab</td><td>c</td></tr><tr><td>d</td><td>ef</td></tr></table>"
@@ -285,7 +288,7 @@ ALL_FAULTS = ("unclosed", "ragged", "invalid")
     ],
 )
 def test_faults(response, faults):
-    grade = DocumentVerifier(**SETTINGS).verify(response, BOTH)
+    grade = DocumentVerifier(CONFIG).verify(response, BOTH)
     assert grade.faults == faults
     assert (grade.reward == 1) == (faults == ())
 
@@ -295,13 +298,13 @@ EMPTY = ("", " \n", "\u200b", "<b></b>", "<table><tr><td></td></tr></table>", "$
 
 @pytest.mark.parametrize("response", [*EMPTY, "x" * 8193])
 def test_valid_but_empty_output_gets_the_least_of_every_term(response):
-    grade = DocumentVerifier(**SETTINGS).verify(response, BOTH)
+    grade = DocumentVerifier(CONFIG).verify(response, BOTH)
     assert (grade.reward, dict(grade.terms)) == (0.0, LEAST)
 
 
 def test_an_omission_costs_more_than_a_fault():
     """A policy must not learn to write nothing rather than something with a fault."""
-    verifier = DocumentVerifier(**SETTINGS)
+    verifier = DocumentVerifier(CONFIG)
     words = verifier.verify("ab c d ef", BOTH).reward
     for response in (BOTH.replace("</td>", "", 1), BOTH.replace("<td>c</td>", "")):
         assert verifier.verify(response, BOTH).reward > words
@@ -314,24 +317,24 @@ def test_an_omission_costs_more_than_a_fault():
 
 
 def test_weights_choose_the_terms():
-    weights = dict(syntax=0.0, closure=0.0, table=1.0, text=0.0)
-    verifier = DocumentVerifier(**{**SETTINGS, "weights": weights})
+    weights = DocumentWeights(syntax=0.0, closure=0.0, table=1.0, text=0.0)
+    verifier = DocumentVerifier(replace(CONFIG, weights=weights))
     assert verifier.verify(ROWS.replace(">ab", ">xyz") + "<b>", ROWS).reward == 1.0
     assert verifier.verify(ROWS.replace("<td>c</td>", ""), ROWS).reward == 0.0
-    constants = DocumentVerifier(**{**SETTINGS, "plain_formula": 0.5, "per_open_tag": 0.4})
+    constants = DocumentVerifier(replace(CONFIG, plain_formula=0.5, per_open_tag=0.4))
     terms = constants.verify("<b>$x$", RICH).terms
     assert (terms["syntax"], terms["closure"]) == (0.5, -0.4)
 
 
 def test_weights_that_are_all_zero_are_refused():
-    weights = dict(syntax=0.0, closure=0.0, table=0.0, text=0.0)
+    weights = DocumentWeights(syntax=0.0, closure=0.0, table=0.0, text=0.0)
     with pytest.raises(UserError, match=r"rewards\.documents\.weights"):
-        DocumentVerifier(**{**SETTINGS, "weights": weights})
+        DocumentVerifier(replace(CONFIG, weights=weights))
 
 
 def test_the_reference_has_the_highest_reward_and_nothing_else_of_another_text_has_it(made):
     """Over random edits of made documents, and over other documents."""
-    verifier, rng = DocumentVerifier(**SETTINGS), np.random.default_rng(0)
+    verifier, rng = DocumentVerifier(CONFIG), np.random.default_rng(0)
     for record, other in itertools.pairwise(made):
         assert verifier.verify(record.answer, record.answer).reward == 1.0
         assert 0 <= verifier.verify(other.answer, record.answer).reward < 1
@@ -385,13 +388,13 @@ HOSTILE = {
 def test_hostile_text_is_read_quickly_and_is_not_right(name):
     """By processor time, which other programs do not lengthen."""
     start = time.thread_time()
-    grade = DocumentVerifier(**SETTINGS).verify(HOSTILE[name], BOTH)
+    grade = DocumentVerifier(CONFIG).verify(HOSTILE[name], BOTH)
     assert time.thread_time() - start < 1
     assert grade.reward < 0.6
 
 
 def test_random_text_never_raises(made):
-    rng, verifier = np.random.default_rng(1), DocumentVerifier(**SETTINGS)
+    rng, verifier = np.random.default_rng(1), DocumentVerifier(CONFIG)
     parts = [*PIECES, *ROWS, *RICH, "<td>", "</td>", "<tr>", "colspan=2", "&lt;", "word", "|", "\n"]
     for record in made:
         response = "".join(rng.choice(np.array(parts, object), rng.integers(1, 60)))
@@ -402,7 +405,7 @@ def test_random_text_never_raises(made):
 def test_nothing_is_executed_or_opened(monkeypatch):
     import builtins
 
-    verifier = DocumentVerifier(**SETTINGS)
+    verifier = DocumentVerifier(CONFIG)
     verifier.verify(BOTH, BOTH)  # what is imported late
 
     called = []
@@ -423,7 +426,7 @@ def test_nothing_is_executed_or_opened(monkeypatch):
 
 
 def test_the_grader_counts_responses_and_faults():
-    grader = Grader(Text(), **common.rewards())
+    grader = Grader(Text(), REWARDS)
     asked = prompt("documents", ROWS)
     assert grader.metrics() == {}
     assert grader.reward(asked, rollout(ROWS)) == 1.0
@@ -446,12 +449,11 @@ def test_the_grader_counts_responses_and_faults():
 
 def test_the_self_check_passes_these_rewards_and_refuses_lenient_ones(made, tmp_path):
     tokenizer = make_character_tokenizer(TASKS["documents"].characters, tmp_path)
-    grader = Grader(tokenizer, **common.rewards())
+    grader = Grader(tokenizer, REWARDS)
     how = dict(task="documents", max_prompt_tokens=32, instruction="")
     check_rewards(grader, tokenizer, made, **how)
     with pytest.raises(UserError, match="is wrong"):
         check_rewards(SimpleNamespace(reward=lambda *_: 1.0), tokenizer, made, **how)
-    settings = common.rewards()
-    settings.documents.max_characters = 5
+    short = replace(REWARDS, documents=replace(CONFIG, max_characters=5))
     with pytest.raises(UserError, match="is right"):
-        check_rewards(Grader(tokenizer, **settings), tokenizer, made, **how)
+        check_rewards(Grader(tokenizer, short), tokenizer, made, **how)

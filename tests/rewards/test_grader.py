@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from configs import common
-from oapl_jax.rewards.grader import Grader
+from oapl_jax.config import TASKS, RewardsConfig
+from oapl_jax.rewards.grader import OPENED, Grader
+from oapl_jax.rewards.tasks import FINAL_ANSWERS, VERIFIERS
 from oapl_jax.structs import Prompt, Rollout
 
+REWARDS = RewardsConfig.from_dict(common.rewards().to_dict(), "rewards")
 PROGRAM = json.dumps({"kind": "stdin", "name": "", "tests": [["2\n", "4\n"], ["3\n", "9\n"]]})
 SQUARE = "```python\nprint(int(input()) ** 2)\n```"
 
@@ -31,7 +34,7 @@ def prompt(task, answer):
 
 @pytest.fixture(scope="module")
 def grader():
-    grader = Grader(Text(), **common.rewards())
+    grader = Grader(Text(), REWARDS)
     yield grader
     grader.close()
 
@@ -54,8 +57,13 @@ def test_each_task_has_its_verifier(grader, task, answer, text, reward, final):
     assert grader.final_answer(asked, rollout(text)).strip() == final
 
 
+def test_every_task_of_the_configuration_has_one_verifier():
+    assert sorted(TASKS) == sorted([*VERIFIERS, *OPENED])
+    assert FINAL_ANSWERS.keys() == VERIFIERS.keys()
+
+
 def test_verdicts_are_counted_and_nothing_opens_before_it_is_needed():
-    with_none = Grader(Text(), **common.rewards())
+    with_none = Grader(Text(), REWARDS)
     with_none.reward(prompt("chain_sum", "7"), rollout("7"))
     assert with_none.metrics() == {}
     with_none.reward(prompt("math", "7"), rollout(r"\boxed{8}"))

@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from processes import alive, wait_until
 
+from oapl_jax.config import MathRewardConfig
 from oapl_jax.errors import RunError
 from oapl_jax.rewards.math.judge_pool import MAX_REQUEST_BYTES, JudgePool
 
@@ -51,7 +52,9 @@ supervise(
     memory_bytes=int(sys.argv[3]),
 )
 """
-SIZES: dict[str, Any] = dict(processes=1, seconds=60.0, recycle_after=1000, memory_bytes=1 << 28)
+CONFIG = MathRewardConfig(
+    processes=1, seconds=60.0, recycle_after=1000, memory_bytes=1 << 28, thinking_opened=False
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +69,8 @@ def new_pool(program):
     """Makes pools with changed settings, and closes them."""
     made = []
 
-    def make(**changes):
-        made.append(JudgePool(**{**SIZES, "program": program, **changes}))
+    def make(program=program, **changes):
+        made.append(JudgePool(replace(CONFIG, **changes), program))
         return made[-1]
 
     yield make
@@ -77,7 +80,7 @@ def new_pool(program):
 
 @pytest.fixture(scope="module")
 def pool(program):
-    with JudgePool(**SIZES, program=program) as made:
+    with JudgePool(CONFIG, program) as made:
         yield made
 
 
@@ -190,7 +193,7 @@ def test_a_dead_supervisor_is_replaced(new_pool):
 
 
 def test_closing_ends_every_process(program):
-    with JudgePool(**SIZES, program=program) as pool:
+    with JudgePool(CONFIG, program) as pool:
         pids = pool.ask(["pids", None])["reply"]
         assert all(map(alive, pids))
     wait_until_gone(pids)
@@ -200,8 +203,9 @@ def test_closing_ends_every_process(program):
 
 def test_nothing_outlives_a_parent_that_is_killed(program):
     code = (
-        "import sys; from oapl_jax.rewards.math.judge_pool import JudgePool\n"
-        f"pool = JudgePool(**{SIZES}, program={program})\n"
+        "from oapl_jax.config import MathRewardConfig\n"
+        "from oapl_jax.rewards.math.judge_pool import JudgePool\n"
+        f"pool = JudgePool({CONFIG}, {program})\n"
         "print(*pool.ask(['pids', None])['reply'], flush=True)\n"
         "pool.ask(['stubborn', None])\n"
     )

@@ -6,12 +6,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import replace
 
 import math_verify
 import pytest
 from answers_table import ANSWERS, RESPONSES
 
+from oapl_jax.config import MathRewardConfig
 from oapl_jax.rewards.math.extraction import MAX_ANSWER, final_answer
 from oapl_jax.rewards.math.judge_pool import MAX_REQUEST_BYTES, JudgePool
 from oapl_jax.rewards.math.verifier import MathVerdict, MathVerifier, compare_plain
@@ -40,16 +41,18 @@ MARGIN = 10.0  # seconds that a busy machine may take for nothing
 TOO_LONG = ("1" * 10**6, "x+" * 500_000, "{" * 10**6, "1," * 500_000)
 
 
-LIMITS: dict[str, Any] = dict(processes=2, seconds=60.0, recycle_after=1000, memory_bytes=1 << 30)
+CONFIG = MathRewardConfig(
+    processes=2, seconds=60.0, recycle_after=1000, memory_bytes=1 << 30, thinking_opened=False
+)
 
 
 def make(**changes):
-    return MathVerifier(**{**LIMITS, "thinking_opened": False, **changes})
+    return MathVerifier(replace(CONFIG, **changes))
 
 
 @pytest.fixture(scope="module")
 def pool():
-    with JudgePool(**LIMITS) as made:
+    with JudgePool(CONFIG) as made:
         yield made
 
 

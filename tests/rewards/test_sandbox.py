@@ -17,11 +17,11 @@ import pytest
 from hostile import HEAD
 from processes import marked, wait_until
 
+from oapl_jax.config import CodeRewardConfig
 from oapl_jax.rewards.code import sandbox
 from oapl_jax.rewards.code.isolation import MACHINES
 from oapl_jax.rewards.code.sandbox import (
     FIRST_USER,
-    Limits,
     NoSandbox,
     Sandbox,
     bwrap_paths,
@@ -31,7 +31,12 @@ from oapl_jax.rewards.code.sandbox import (
 )
 from oapl_jax.rewards.worker_process import Ended, Late
 
-LIMITS = Limits(
+CONFIG = CodeRewardConfig(
+    allow_unsafe=False,
+    parallel=1,
+    max_tests=0,
+    thinking_opened=False,
+    cache_entries=0,
     seconds_per_test=20,
     memory_bytes=1 << 30,
     processes=8,
@@ -40,23 +45,23 @@ LIMITS = Limits(
     packages=(),
     start_seconds=60,
 )
-BWRAP = find_bwrap(LIMITS)
+BWRAP = find_bwrap(CONFIG)
 PACKAGE = Path(sandbox.__file__).parents[2]
 
 
-def run(code, *inputs, **limits):
-    with Sandbox(BWRAP, replace(LIMITS, **limits)) as box:
+def run(code, *inputs, **changes):
+    with Sandbox(BWRAP, replace(CONFIG, **changes)) as box:
         box.load_program(kind="stdin", name="", code=textwrap.dedent(code))
         return [box.run_test(text) for text in inputs]
 
 
 @pytest.mark.parametrize("bwrap", bwrap_paths())
 def test_every_bubblewrap_of_this_machine_isolates(bwrap):
-    assert probe(bwrap, LIMITS) == ""
+    assert probe(bwrap, CONFIG) == ""
 
 
 def test_the_probe_finds_missing_isolation_and_the_filter_stands_without_it():
-    found = probe(None, LIMITS)
+    found = probe(None, CONFIG)
     assert "the file system is visible" in found
     assert "is not refused" not in found
 
@@ -100,7 +105,7 @@ def test_a_function_is_called_and_its_value_comes_out_alone():
     if __name__ == "__main__":
         raise ValueError
     """
-    with Sandbox(BWRAP, LIMITS) as box:
+    with Sandbox(BWRAP, CONFIG) as box:
         box.load_program(kind="call", name="pair", code=textwrap.dedent(code))
         for text in ("4\n[3, 1]", '"q"\n[]'):
             status, output = box.run_test(text)
@@ -140,11 +145,11 @@ def test_a_source_text_that_is_no_program_ends_the_sandbox():
 
 
 def test_a_reply_may_be_as_long_as_the_limit_and_no_longer():
-    lengths = (LIMITS.output_bytes - 1, LIMITS.output_bytes + 1)
+    lengths = (CONFIG.output_bytes - 1, CONFIG.output_bytes + 1)
     (ok, output), (failed, cut) = run("print('x' * int(input()), end='')", *map(str, lengths))
     assert (ok, output) == (0, b"x" * lengths[0])
     assert failed != 0
-    assert len(cut) <= LIMITS.output_bytes
+    assert len(cut) <= CONFIG.output_bytes
 
 
 def test_large_inputs_pass():
@@ -191,7 +196,7 @@ def test_every_call_of_the_filter_is_refused():
 
 def test_from_outside_it_is_nobody_with_nothing():
     wait_until(lambda: not marked())  # programs that other tests ended
-    with Sandbox(BWRAP, LIMITS) as box:
+    with Sandbox(BWRAP, CONFIG) as box:
         box.load_program(kind="stdin", name="", code=HEAD + "time.sleep(500)")
         box.send(b"{}", time.monotonic() + 30)  # `run_test` would wait for its end
         wait_until(lambda: len(marked()) == 1)
@@ -222,8 +227,9 @@ def test_from_outside_it_is_nobody_with_nothing():
 def test_it_dies_with_the_process_that_opened_it():
     wait_until(lambda: not marked())
     script = f"""
-    from oapl_jax.rewards.code.sandbox import Limits, Sandbox
-    box = Sandbox({BWRAP!r}, {replace(LIMITS, seconds_per_test=500)})
+    from oapl_jax.config import CodeRewardConfig
+    from oapl_jax.rewards.code.sandbox import Sandbox
+    box = Sandbox({BWRAP!r}, {replace(CONFIG, seconds_per_test=500)})
     box.load_program(kind="stdin", name="", code={HEAD + "time.sleep(500)"!r})
     box.run_test("{{}}")
     """
@@ -240,8 +246,9 @@ def test_an_ordinary_user_can_do_it_too():
     code = """
     import os, sys
     sys.path[:0] = folders
-    from oapl_jax.rewards.code.sandbox import Limits, find_bwrap
-    print(os.geteuid() != 0, os.path.basename(find_bwrap(LIMITS)))
+    from oapl_jax.config import CodeRewardConfig
+    from oapl_jax.rewards.code.sandbox import find_bwrap
+    print(os.geteuid() != 0, os.path.basename(find_bwrap(CONFIG)))
     """
     wheel = Path(BWRAP).parents[2]  # site-packages, with the wheel's libraries
 
@@ -270,7 +277,7 @@ def test_an_ordinary_user_can_do_it_too():
             f"/mnt/python/{python}" if root else sys.executable,
             "-B",
             "-c",
-            f"folders = {folders}\n{textwrap.dedent(code)}".replace("LIMITS", str(LIMITS)),
+            f"folders = {folders}\n{textwrap.dedent(code)}".replace("CONFIG", str(CONFIG)),
         ],
         preexec_fn=become_somebody if root else None,
         env={"PATH": os.environ["PATH"]},
@@ -284,7 +291,7 @@ def test_an_ordinary_user_can_do_it_too():
 def test_a_machine_without_bubblewrap_says_so(monkeypatch):
     monkeypatch.setattr(sandbox, "bwrap_paths", list)
     with pytest.raises(NoSandbox, match="bubblewrap"):
-        find_bwrap(LIMITS)
+        find_bwrap(CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -300,4 +307,4 @@ def test_a_sandbox_that_does_not_start_says_why(tmp_path, script, start_seconds,
     bwrap.write_text(f"#!/bin/sh\n{script}\n")
     bwrap.chmod(0o755)
     with pytest.raises(NoSandbox, match=reason):
-        Sandbox(str(bwrap), replace(LIMITS, start_seconds=start_seconds))
+        Sandbox(str(bwrap), replace(CONFIG, start_seconds=start_seconds))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from configs import common
+from oapl_jax.config import RewardsConfig
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
 from oapl_jax.model.tokenizer import CONTENTS_ONLY, make_character_tokenizer
@@ -42,7 +43,7 @@ def graders(tokenizer):
     for opened in (False, True):
         settings = common.rewards()
         settings.math.thinking_opened = settings.code.thinking_opened = opened
-        made[opened] = Grader(tokenizer, **settings)
+        made[opened] = Grader(tokenizer, RewardsConfig.from_dict(settings.to_dict(), "rewards"))
     yield made
     for grader in made.values():
         grader.close()

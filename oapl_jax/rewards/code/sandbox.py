@@ -28,6 +28,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from oapl_jax.config import CodeRewardConfig
 from oapl_jax.rewards.code.isolation import MACHINES
 from oapl_jax.rewards.worker_process import Ended, Late, SpawnedWorker
 
@@ -77,53 +78,30 @@ class NoSandbox(Exception):
     """The sandbox did not start; no program is to blame."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """The resources of a program in a sandbox.
-
-    Attributes:
-      seconds_per_test: wall-clock seconds of a test (6 in DeepCoder, LiveCodeBench and OAPL).
-      memory_bytes: address space of a program's process.
-      processes: threads alive at once, the main one included; it can start no process.
-      output_bytes: output of a test, and size of any file.
-      temporary_bytes: size of the temporary folder, which also holds the input.
-      packages: installed packages that programs may import, for instance ("numpy",).
-      start_seconds: deadline for a sandbox to start.
-    """
-
-    seconds_per_test: float
-    memory_bytes: int
-    processes: int
-    output_bytes: int
-    temporary_bytes: int
-    packages: Sequence[str]
-    start_seconds: float
-
-
 class Sandbox(SpawnedWorker):
     """A sandbox for one program; `close` kills everything in it.
 
     Args:
       bwrap: path of bubblewrap; None runs the program with limits and the syscall filter only.
-      limits: of the program.
+      config: limits of the program, and the packages that it may import.
 
     Raises:
       NoSandbox: if it does not start.
     """
 
-    def __init__(self, bwrap: str | None, limits: Limits):
-        self._limits = limits
+    def __init__(self, bwrap: str | None, config: CodeRewardConfig):
+        self._config = config
         # Without isolation a program leaves its files outside; they are removed with the folder.
         self._folder = None if bwrap else tempfile.mkdtemp()
         self._first: int | None = None  # a descriptor of the first process inside, to kill it by
         try:
-            line = command(bwrap, limits, self._folder or "/tmp")
+            line = command(bwrap, config, self._folder or "/tmp")
             super().__init__(line, {}, subprocess.PIPE)
         except (OSError, NoSandbox) as error:
             self._remove_folder()
             raise NoSandbox(str(error)) from error
         try:
-            self.read(1, time.monotonic() + limits.start_seconds)
+            self.read(1, time.monotonic() + config.start_seconds)
             if bwrap:
                 pid = self.process.pid
                 child = Path(f"/proc/{pid}/task/{pid}/children").read_text()
@@ -131,7 +109,7 @@ class Sandbox(SpawnedWorker):
         except (Late, Ended, OSError, ValueError) as failure:
             reason = f"its first process can't be found: {failure}"
             if isinstance(failure, Late):
-                reason = f"not up within {limits.start_seconds} s (start_seconds)"
+                reason = f"not up within {config.start_seconds} s (start_seconds)"
             if isinstance(failure, Ended):
                 assert self.process.stderr
                 said = self.process.stderr.read().decode(errors="replace").strip()
@@ -142,7 +120,7 @@ class Sandbox(SpawnedWorker):
     def load_program(self, *, kind: str, name: str, code: str) -> None:
         """Sends the program: `kind` and `name` as in `problems.Problem`."""
         program = {"kind": kind, "name": name, "code": code}
-        self.send(json.dumps(program).encode(), time.monotonic() + self._limits.seconds_per_test)
+        self.send(json.dumps(program).encode(), time.monotonic() + self._config.seconds_per_test)
 
     def run_test(self, text: str) -> tuple[int, bytes]:
         """Runs the program on one input: its exit code, negative for a signal, and its output.
@@ -150,10 +128,10 @@ class Sandbox(SpawnedWorker):
         Raises:
           Late, Ended: after `seconds_per_test`, or if the sandbox is gone; then close it.
         """
-        deadline = time.monotonic() + self._limits.seconds_per_test
+        deadline = time.monotonic() + self._config.seconds_per_test
         self.send(text.encode(errors="surrogatepass"), deadline)
         code, size = struct.unpack(">iI", self.read(8, deadline))
-        if size > self._limits.output_bytes:
+        if size > self._config.output_bytes:
             raise Ended
         return code, self.read(size, deadline)
 
@@ -188,12 +166,12 @@ class Sandbox(SpawnedWorker):
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def command(bwrap: str | None, limits: Limits, folder: str) -> list[str]:
+def command(bwrap: str | None, config: CodeRewardConfig, folder: str) -> list[str]:
     """The command line of a sandbox. Nothing on it is secret, and no program is."""
     root = os.geteuid() == 0 and _may_mount()
-    visible = visible_paths(limits.packages)
-    own_folders = [os.path.dirname(path) for path in _package_paths(limits.packages)]
-    settings = dataclasses.asdict(limits) | {
+    visible = visible_paths(config.packages)
+    own_folders = [os.path.dirname(path) for path in _package_paths(config.packages)]
+    settings = dataclasses.asdict(config) | {
         "isolated": bwrap is not None,
         "folder": folder,
         "package_folders": [PACKAGES] if bwrap else own_folders,
@@ -237,29 +215,29 @@ def bwrap_paths() -> list[str]:
     return [*found, path] if path and path not in found else found
 
 
-def find_bwrap(limits: Limits) -> str:
+def find_bwrap(config: CodeRewardConfig) -> str:
     """The first bubblewrap that isolates a program here; NoSandbox gives the reasons if none."""
     reasons = []
     for path in bwrap_paths():
-        if not (reason := probe(path, limits)):
+        if not (reason := probe(path, config)):
             return path
         reasons.append(f"{path}: {reason}")
     raise NoSandbox("; ".join(reasons) or "bubblewrap is not installed")
 
 
-def probe(bwrap: str | None, limits: Limits) -> str:
+def probe(bwrap: str | None, config: CodeRewardConfig) -> str:
     """Runs a program that tries to leave a sandbox: the holes that it finds, or "" for none."""
     if platform.machine() not in MACHINES:
         return f"no syscall filter for {platform.machine()}"
     # A busy machine is no hole: the probe has the seconds of a start.
-    patient = max(limits.seconds_per_test, limits.start_seconds)
-    limits = dataclasses.replace(limits, seconds_per_test=patient)
+    patient = max(config.seconds_per_test, config.start_seconds)
+    config = dataclasses.replace(config, seconds_per_test=patient)
     try:
-        visible = visible_paths(limits.packages)
+        visible = visible_paths(config.packages)
         roots = {path.split("/")[1] for path in visible} | {"tmp", "dev", "inside"}
-        with Sandbox(bwrap, limits) as sandbox:
+        with Sandbox(bwrap, config) as sandbox:
             sandbox.load_program(kind="stdin", name="", code=PROBE)
-            code, said = sandbox.run_test(f"{' '.join(roots)}\n{limits.processes + 1}\n")
+            code, said = sandbox.run_test(f"{' '.join(roots)}\n{config.processes + 1}\n")
     except NoSandbox as reason:
         return str(reason)
     except (Ended, Late) as failure:

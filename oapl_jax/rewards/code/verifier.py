@@ -11,8 +11,8 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
+from oapl_jax.config import CodeRewardConfig
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.rewards.code.problems import (
     Problem,
@@ -22,7 +22,7 @@ from oapl_jax.rewards.code.problems import (
     same_output,
     same_value,
 )
-from oapl_jax.rewards.code.sandbox import Limits, NoSandbox, Sandbox, find_bwrap
+from oapl_jax.rewards.code.sandbox import NoSandbox, Sandbox, find_bwrap
 from oapl_jax.rewards.worker_process import Ended, Late
 
 FOLDER_BYTES = 1 << 16  # of a temporary folder, beside the input
@@ -50,34 +50,17 @@ class CodeVerdict:
 class CodeVerifier:
     """Grades programs, several at a time; every method is thread-safe.
 
-    Args:
-      allow_unsafe: if no bubblewrap isolates a program on this machine, run programs with limits
-        and a syscall filter only: they can then read, and write, every file that this user can.
-      parallel: programs that run at a time. Each needs a core, and `memory_bytes` at most.
-      max_tests: tests of a problem, those with the longest inputs (DeepCoder); 0 for all (OAPL).
-      thinking_opened: whether prompts end inside the thinking part, see `extract_code`.
-      cache_entries: verdicts remembered by content; no timeouts, which the machine may have caused.
-      limits: keyword arguments of Limits.
+    Verdicts are remembered by content; no timeouts, which the machine may have caused.
 
     Raises:
-      UserError: if this machine can't isolate a program and `allow_unsafe` is not set.
+      UserError: if this machine can't isolate a program and `allow_unsafe` is not set. With it,
+        programs can read, and write, every file that this user can.
     """
 
-    def __init__(
-        self,
-        *,
-        allow_unsafe: bool,
-        parallel: int,
-        max_tests: int,
-        thinking_opened: bool,
-        cache_entries: int,
-        **limits: Any,
-    ):
-        self._limits = Limits(**limits)
-        self._max_tests, self._cache_entries = max_tests, cache_entries
-        self._thinking_opened = thinking_opened
-        self.bwrap = self._find_bwrap(allow_unsafe)
-        self._pool = ThreadPoolExecutor(parallel, thread_name_prefix="programs")
+    def __init__(self, config: CodeRewardConfig):
+        self._config = config
+        self.bwrap = self._find_bwrap()
+        self._pool = ThreadPoolExecutor(config.parallel, thread_name_prefix="programs")
         self._lock = threading.Lock()
         self._verdicts: OrderedDict[bytes, CodeVerdict] = OrderedDict()
         self._counts: Counter[str] = Counter()
@@ -98,7 +81,7 @@ class CodeVerifier:
 
     def final_answer(self, response: str) -> str:
         """The program of a response, for a vote; "" if it has none."""
-        return extract_code(response, thinking_opened=self._thinking_opened) or ""
+        return extract_code(response, thinking_opened=self._config.thinking_opened) or ""
 
     def counts(self) -> dict[str, int]:
         """Verdicts by outcome; of these `cached`; `tests` that ran; `left_out` by max_tests."""
@@ -108,12 +91,12 @@ class CodeVerifier:
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _find_bwrap(self, allow_unsafe: bool) -> str | None:
+    def _find_bwrap(self) -> str | None:
         try:
-            return find_bwrap(self._limits)
+            return find_bwrap(self._config)
         except NoSandbox as reason:
             why = f"programs of the policy can't be isolated on this machine ({reason})"
-        if not allow_unsafe:
+        if not self._config.allow_unsafe:
             raise UserError(
                 f"{why}; allow user namespaces, or set rewards.code.allow_unsafe=True to run them "
                 "all the same, with all files of this user open to them"
@@ -122,7 +105,7 @@ class CodeVerifier:
         return None
 
     def _verify(self, response: str, problem: Problem) -> CodeVerdict:
-        code = extract_code(response, thinking_opened=self._thinking_opened)
+        code = extract_code(response, thinking_opened=self._config.thinking_opened)
         if code is None:
             return self._count(CodeVerdict("no_code"))
         self._check_fits(problem)
@@ -134,7 +117,7 @@ class CodeVerifier:
                 self._verdicts.move_to_end(key)
         if known is not None:
             return self._count(known, cached=1)
-        chosen = choose_tests(problem, self._max_tests)
+        chosen = choose_tests(problem, self._config.max_tests)
         try:
             verdict, ran = self._run_tests(code, problem, chosen)
         except NoSandbox as failure:
@@ -142,7 +125,7 @@ class CodeVerifier:
         if verdict.outcome != "timeout":
             with self._lock:
                 self._verdicts[key] = verdict
-                if len(self._verdicts) > self._cache_entries:
+                if len(self._verdicts) > self._config.cache_entries:
                     self._verdicts.popitem(last=False)
         return self._count(verdict, tests=ran, left_out=len(problem.tests) - len(chosen))
 
@@ -153,7 +136,7 @@ class CodeVerifier:
             "output_bytes": longest_output + 1,
         }
         for name, needed in needs.items():
-            if needed > (limit := getattr(self._limits, name)):
+            if needed > (limit := getattr(self._config, name)):
                 raise UserError(
                     f"rewards.code.{name}={limit} is too small for a test of the data; raise it to "
                     f"{needed}"
@@ -162,7 +145,7 @@ class CodeVerifier:
     def _run_tests(self, code: str, problem: Problem, chosen: list[int]) -> tuple[CodeVerdict, int]:
         """Runs the chosen tests up to the first that is not passed; how many ran."""
         agree = {"stdin": same_output, "call": same_value}[problem.kind]
-        with Sandbox(self.bwrap, self._limits) as sandbox:
+        with Sandbox(self.bwrap, self._config) as sandbox:
             for ran, index in enumerate(chosen, 1):
                 given, expected = problem.tests[index]
                 try:
@@ -175,7 +158,7 @@ class CodeVerifier:
                     return CodeVerdict("error", index), ran
                 if status == CPU_LIMIT:
                     return CodeVerdict("timeout", index), ran
-                if status or len(output) >= self._limits.output_bytes:
+                if status or len(output) >= self._config.output_bytes:
                     return CodeVerdict("error", index), ran
                 if not agree(output.decode(errors="replace"), expected):
                     return CodeVerdict("failed", index), ran

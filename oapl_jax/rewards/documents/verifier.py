@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 from rapidfuzz.distance import Levenshtein
 
+from oapl_jax.config import DocumentRewardConfig
 from oapl_jax.errors import UserError
 from oapl_jax.rewards.documents.markup import Document, read_document
 
@@ -103,29 +104,12 @@ class DocumentVerdict:
 
 
 class DocumentVerifier:
-    """Grades documents; every method is thread-safe, and no response makes one raise.
+    """Grades documents; every method is thread-safe, and no response makes one raise."""
 
-    Args:
-      weights: of the terms, by name.
-      plain_formula, per_open_tag: constants of `syntax_term` and `closure_term`.
-      max_characters: a longer response gets the minimum of every term, unread.
-
-    Raises:
-      UserError: if all weights are 0.
-    """
-
-    def __init__(
-        self,
-        *,
-        weights: Mapping[str, float],
-        plain_formula: float,
-        per_open_tag: float,
-        max_characters: int,
-    ):
-        self._weights, self._max_characters = dict(weights), max_characters
+    def __init__(self, config: DocumentRewardConfig):
+        self._config, self._weights = config, dict(config.weights)
         if not sum(self._weights.values()) > 0:
             raise UserError("rewards.documents.weights are all 0; set one above 0")
-        self._plain_formula, self._per_open_tag = plain_formula, per_open_tag
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -149,7 +133,7 @@ class DocumentVerifier:
         pass
 
     def _verify(self, response: str, answer: str) -> DocumentVerdict:
-        if len(response) > self._max_characters:
+        if len(response) > self._config.max_characters:
             return DocumentVerdict(0.0, LEAST, ("long",))
         found, wanted = read_document(response), _read_reference(answer)
         faults = {
@@ -162,8 +146,8 @@ class DocumentVerifier:
         terms = LEAST
         if not faults["empty"]:
             terms = {
-                "syntax": syntax_term(found, wanted, plain=self._plain_formula),
-                "closure": closure_term(found, per_tag=self._per_open_tag),
+                "syntax": syntax_term(found, wanted, plain=self._config.plain_formula),
+                "closure": closure_term(found, per_tag=self._config.per_open_tag),
                 "table": table_term(found, wanted),
                 "text": text_term(found, wanted),
             }

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from oapl_jax.config import MathRewardConfig
 from oapl_jax.errors import RunError
 from oapl_jax.rewards.worker_process import Ended, Late, SpawnedWorker
 
@@ -27,28 +28,19 @@ class JudgePool:
     """Processes that answer one request each at a time; every method is thread-safe.
 
     Args:
-      processes: their number.
-      seconds, recycle_after, memory_bytes: arguments of `supervise` in judge/supervisor.py.
+      config: their number and limits.
       program: Python's arguments that name a program which calls `supervise`.
     """
 
-    def __init__(
-        self,
-        *,
-        processes: int,
-        seconds: float,
-        recycle_after: int,
-        memory_bytes: int,
-        program: Sequence[str] = JUDGE,
-    ):
+    def __init__(self, config: MathRewardConfig, program: Sequence[str] = JUDGE):
         # -s -P -B: no user site, no current directory, no bytecode is written.
         self._command = [sys.executable, "-s", "-P", "-B", *program]
-        self._command += map(str, (seconds, recycle_after, memory_bytes))
-        self._deadline = seconds + GRACE_SECONDS
-        self._processes = processes
+        self._command += map(str, (config.seconds, config.recycle_after, config.memory_bytes))
+        self._deadline = config.seconds + GRACE_SECONDS
+        self._processes = config.processes
         self._closed = False
         self._free: queue.SimpleQueue[_JudgeProcess] = queue.SimpleQueue()
-        for _ in range(processes):
+        for _ in range(config.processes):
             self._free.put(_JudgeProcess(self._command))
 
     def ask(self, request: Any) -> dict[str, Any]:

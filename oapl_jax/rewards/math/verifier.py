@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
+from oapl_jax.config import MathRewardConfig
 from oapl_jax.rewards.math.extraction import MAX_ANSWER, canonical, final_answer, tidy
 from oapl_jax.rewards.math.judge.numbers import agree, number
 from oapl_jax.rewards.math.judge_pool import JudgePool
@@ -37,33 +38,12 @@ class MathVerdict:
 
 
 class MathVerifier:
-    """Judges answers in a pool of processes; every method is thread-safe.
+    """Judges answers in a pool of processes; every method is thread-safe."""
 
-    Args:
-      processes: answers judged at a time.
-      seconds: deadline of one answer.
-      recycle_after: answers after which a process is replaced.
-      memory_bytes: address space of a process.
-      thinking_opened: see extraction.final_answer.
-    """
-
-    def __init__(
-        self,
-        *,
-        processes: int,
-        seconds: float,
-        recycle_after: int,
-        memory_bytes: int,
-        thinking_opened: bool,
-    ):
-        self._extract = functools.partial(final_answer, thinking_opened=thinking_opened)
-        self._pool = JudgePool(
-            processes=processes,
-            seconds=seconds,
-            recycle_after=recycle_after,
-            memory_bytes=memory_bytes,
-        )
-        self._threads = ThreadPoolExecutor(processes, "answers")
+    def __init__(self, config: MathRewardConfig):
+        self._extract = functools.partial(final_answer, thinking_opened=config.thinking_opened)
+        self._pool = JudgePool(config)
+        self._threads = ThreadPoolExecutor(config.processes, "answers")
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
