@@ -86,12 +86,12 @@ def seconds_a_step(steps: int, generate: float) -> float:
         config.rollout.max_zero_reward_groups = 0  # random tokens are never right
         config.buffer.mode, config.buffer.zero_variance = "keep_with_anchor", "keep"
     latency = generate * IN_FLIGHT / config.groups_per_step
-    new_sampler = lambda config, run, seed, older_versions: WaitingSampler(latency)
+    new_sampler = lambda run, *, seed, allow_older: WaitingSampler(latency)
     with tempfile.TemporaryDirectory() as directory:
         config.data.data_dir = f"{directory}/data"
         workdir = epath.Path(directory) / "run"
         workdir.mkdir()
-        with mock.patch.object(build, "open_sampler", new_sampler):
+        with mock.patch.object(build.Run, "open_sampler", new_sampler):
             train.run(Config.from_dict(config.to_dict()), workdir, StopRequest())
         times = [line["rl_seconds"] for line in read_lines(workdir / "metrics.jsonl")]
     return (times[-1] - times[SETTLED]) / (len(times) - 1 - SETTLED)

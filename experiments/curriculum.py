@@ -43,7 +43,7 @@ from etils import epath
 from configs import arithmetic
 from experiments.table import markdown, plt, save
 from oapl_jax import build, train
-from oapl_jax.config import Config
+from oapl_jax.config import Config, load_config
 from oapl_jax.data.records import Concatenated, Record, user
 from oapl_jax.data.synthetic.tasks import TASKS, content_id
 from oapl_jax.errors import UserError, exit_with_code
@@ -51,7 +51,6 @@ from oapl_jax.files import absolute
 from oapl_jax.tracking.metrics import read_lines
 from oapl_jax.tracking.progress import StopRequest, say
 from oapl_jax.weights import publisher
-from oapl_jax.weights.checkpoint import load_config
 
 CLAIMED = "actor_curator"
 OTHERS = (CLAIMED, "window", "learnability")  # compared with uniform
@@ -144,10 +143,9 @@ def start(to: epath.Path, config: Any) -> epath.Path:
     version = publisher.version_path(to / "versions", 0)
     if not (version / publisher.MANIFEST).exists():
         typed = Config.from_dict(config.to_dict())
-        opened = build.open_run(typed, to)
-        splits = {**opened.splits, "train": Concatenated([opened.splits["train"], solved()])}
-        opened = dataclasses.replace(opened, splits=splits)
-        state, _ = train.init_run(typed, opened, evaluate=build.open_evaluator(typed, opened))
+        opened = build.Run(typed, to)
+        opened.splits["train"] = Concatenated([opened.splits["train"], solved()])
+        state, _ = train.init_run(opened)
         opened.versions.publish(0, state.params)
         opened.close()
     return version
@@ -162,10 +160,10 @@ def run(to: epath.Path, config: Any, policy: epath.Path, split: str) -> list[dic
     config.curriculum.curator.path = str(policy)
     typed = Config.from_dict(config.to_dict())
     if not (to / "result.json").exists():
-        opened = build.open_run(typed, to)
-        splits = {"train": bank(opened.splits["train"]), "validation": opened.splits[split]}
-        opened = dataclasses.replace(opened, splits={**opened.splits, **splits})
-        ended = train.train(typed, opened, StopRequest())
+        opened = build.Run(typed, to)
+        opened.splits["train"] = bank(opened.splits["train"])
+        opened.splits["validation"] = opened.splits[split]
+        ended = train.train(opened, StopRequest())
         if ended is None:
             raise SystemExit("stopped; the same command resumes")
         (to / "result.json").write_text(json.dumps(ended[0]))

@@ -69,13 +69,13 @@ def get_config(name: str, seed: int, **changes: Any) -> Any:
     return config
 
 
-def rates(config: Config, opened: build.Run, step: int, params: Any) -> dict[str, float]:
+def rates(opened: build.Run, step: int, params: Any) -> dict[str, float]:
     """Shares of responses to the test split that are right, and that have each fault."""
-    sampler = build.open_local_sampler(config, opened, seed=config.seed + 1)
+    sampler = opened.open_local_sampler(seed=opened.config.seed + 1)
     sampler.set_params(step, gathered(params))
-    prompts = build.split_prompts(config, opened, "test")
+    prompts = opened.prompts("test")
     sampled = in_order(sampler, prompts, n=SAMPLES, sampling=opened.sampling)
-    verifier = DocumentVerifier(config.rewards.documents)
+    verifier = DocumentVerifier(opened.config.rewards.documents)
     for prompt, rollouts in zip(prompts, sampled, strict=True):
         for rollout in rollouts:
             text = response_text(opened.policy.tokenizer, rollout.tokens)
@@ -90,10 +90,10 @@ def start(to: epath.Path, config: Any) -> epath.Path:
     version = publisher.version_path(to / "versions", 0)
     if not (to / "rates.json").exists():
         typed = Config.from_dict(config.to_dict())
-        opened = build.open_run(typed, to)
-        state, _ = train.init_run(typed, opened, evaluate=lambda step, params, split: {})
+        opened = build.Run(typed, to)
+        state, _ = train.init_run(opened)
         opened.versions.publish(0, state.params)
-        (to / "rates.json").write_text(json.dumps(rates(typed, opened, 0, state.params)))
+        (to / "rates.json").write_text(json.dumps(rates(opened, 0, state.params)))
         opened.close()
     return version
 
@@ -106,8 +106,8 @@ def run(to: epath.Path, config: Any, policy: epath.Path) -> None:
     typed = Config.from_dict(config.to_dict())
     if train.run(typed, to, StopRequest()) is None:
         raise SystemExit("stopped; the same command resumes")
-    opened = build.open_run(typed, to)
-    (to / "rates.json").write_text(json.dumps(rates(typed, opened, *opened.params_at(None))))
+    opened = build.Run(typed, to)
+    (to / "rates.json").write_text(json.dumps(rates(opened, *opened.params_at(None))))
     opened.close()
 
 

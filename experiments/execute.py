@@ -65,12 +65,12 @@ def warm_up(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | N
     # Graded once, below.
     unevaluated = dataclasses.replace(config.evaluation, every=0)
     config = dataclasses.replace(config, evaluation=unevaluated)
-    with contextlib.closing(build.open_run(config, run.workdir(root))) as opened:
-        state, _ = train.init_run(config, opened, evaluate=lambda step, params, split: {})
+    with contextlib.closing(build.Run(config, run.workdir(root))) as opened:
+        state, _ = train.init_run(opened)
         opened.versions.publish(0, state.params)
         if stop.requested:
             return None
-        return {"outcome": "ended", **grade(config, opened, 0, state.params, run)}
+        return {"outcome": "ended", **grade(opened, 0, state.params, run)}
 
 
 def typed(config: Config) -> Typed:
@@ -82,9 +82,8 @@ def generate(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | 
     assert run.start is not None
     config, rollouts = typed(run.resolve(root)), run.workdir(root) / "rollouts"
     progress = Progress("generate", run.prompts, 0)
-    with contextlib.closing(build.open_run(config, run.workdir(root))) as opened:
+    with contextlib.closing(build.Run(config, run.workdir(root))) as opened:
         record_dataset(
-            config,
             opened,
             rollouts,
             step=None,
@@ -104,27 +103,26 @@ def trained(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | N
     """Trains, and grades the last policy on `run.split`; a run that is not finite has metrics up to
     its last step and no grade."""
     config, workdir = typed(run.resolve(root)), run.workdir(root)
-    opened = build.open_run(config, workdir)
+    opened = build.Run(config, workdir)
     if run.forget_every:
-        optimizer = resetting(opened.optimizer, every=run.forget_every)
-        opened = dataclasses.replace(opened, optimizer=optimizer)
+        opened.optimizer = resetting(opened.optimizer, every=run.forget_every)
     try:
-        ended = train.train(config, opened, stop)
+        ended = train.train(opened, stop)
     except NotFinite as error:
         metrics = summary(read_lines(workdir / "metrics.jsonl"), config, run)
         return {"outcome": "failed", "reason": str(error), **metrics}
     if ended is None:
         return None
-    with contextlib.closing(build.open_run(config, workdir)) as opened:
-        graded = grade(config, opened, config.num_steps, ended[1].params, run)
+    with contextlib.closing(build.Run(config, workdir)) as opened:
+        graded = grade(opened, config.num_steps, ended[1].params, run)
     metrics = summary(read_lines(workdir / "metrics.jsonl"), config, run)
     return {"outcome": "ended", **graded, **metrics}
 
 
-def grade(config: Typed, opened: build.Run, step: int, params: Any, run: Run) -> dict[str, Any]:
-    evaluation = dataclasses.replace(config.evaluation, **GRADES[run.split])
-    config = dataclasses.replace(config, evaluation=evaluation)
-    graded = build.open_evaluator(config, opened)(step, params, run.split)
+def grade(opened: build.Run, step: int, params: Any, run: Run) -> dict[str, Any]:
+    evaluation = dataclasses.replace(opened.config.evaluation, **GRADES[run.split])
+    opened.config = dataclasses.replace(opened.config, evaluation=evaluation)
+    graded = opened.evaluate(step, params, run.split)
     return {run.split: {k: v for k, v in graded.items() if not isinstance(v, tuple)}}
 
 

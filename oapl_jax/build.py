@@ -4,9 +4,9 @@ Each room gets its own section of the configuration and nothing else.
 """
 
 import dataclasses
-import functools
 import string
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from jax.sharding import Mesh
 
 from oapl_jax import multihost
 from oapl_jax.config import Config, PublicDataConfig
@@ -55,24 +54,77 @@ from oapl_jax.rollout.worker import Worker
 from oapl_jax.structs import Group, Prompt, Rollout
 from oapl_jax.tracking.progress import say
 from oapl_jax.weights import checkpoint, probe, publisher
+from oapl_jax.weights.lag import LagPolicy
 from oapl_jax.weights.versions import Versions
 
 
-@dataclasses.dataclass(frozen=True)
 class Run:
-    """The opened parts that training, evaluation and recording share."""
+    """The parts of a run, each opened from its own section of the configuration at first use.
 
-    workdir: epath.Path
-    mesh: Mesh
-    policy: Policy
-    model: Transformer
-    optimizer: optax.GradientTransformation
-    splits: Mapping[str, Sequence[Record]]
-    grader: Grader
-    sampling: Sampling
-    checkpoints: checkpoint.Checkpoints
-    versions: Versions
+    Assigning a part before its first use replaces it.
 
+    Args:
+      config: of the run.
+      workdir: holds everything that the run writes.
+
+    Raises:
+      UserError: at once for sizes that fit neither devices nor hosts, and for constants of the
+        objective; by a part, for files that do not fit.
+    """
+
+    def __init__(self, config: Config, workdir: epath.Path):
+        self.config, self.workdir = config, workdir
+        self.mesh = make_mesh(**config.mesh)
+        config.check_layout(mesh=self.mesh.shape, hosts=jax.process_count())
+        self.objective = bind(
+            config.objective.name, config.objective.constants, group_size=config.group_size
+        )
+        if self.objective.needs_whole_groups:
+            check_whole_groups(
+                config.groups_per_step,
+                config.group_size,
+                longest=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+                row_length=config.learner.row_length,
+                micro_batches=config.learner.micro_batches,
+                rows_multiple=config.learner.rows_multiple,
+            )
+
+    def close(self) -> None:
+        """Closes the parts that were opened."""
+        for part in ("grader", "versions", "checkpoints"):
+            if part in self.__dict__:
+                getattr(self, part).close()
+
+    # Policy and learner
+
+    @cached_property
+    def policy(self) -> Policy:
+        config, task = self.config, tasks.TASKS.get(self.config.data.task)
+        with multihost.host0_first("the model", deadline=config.rollout.deadline):
+            policy = open_policy(
+                self.workdir / "model",
+                path=config.model.path,
+                architecture=config.model.architecture,
+                characters=task.characters if task else string.printable,
+            )
+        check_lengths(
+            policy.config,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_response_tokens=config.rollout.max_response_tokens,
+            row_length=config.learner.row_length,
+        )
+        return policy
+
+    @cached_property
+    def model(self) -> Transformer:
+        section = self.config.model
+        return Transformer(self.policy.config, jnp.dtype(section.dtype), section.remat)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(**self.config.optim, num_steps=self.config.num_steps)
+
+    @cached_property
     def abstract_state(self) -> train_step.TrainState:
         """Shapes, dtypes and shardings of the train state, to restore into."""
         fresh = lambda: train_step.new_state(
@@ -81,6 +133,44 @@ class Run:
         shardings = train_step.state_shardings(self.model, self.optimizer, self.mesh)
         place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
         return jax.tree.map(place, jax.eval_shape(fresh), shardings)
+
+    # Data and rewards
+
+    @cached_property
+    def splits(self) -> dict[str, Sequence[Record]]:
+        """The records of train, validation and test."""
+        section = dataclasses.asdict(self.config.data)
+        data = {key: value for key, value in section.items() if key not in prompts.PROMPT_SETTINGS}
+        public = isinstance(self.config.data, PublicDataConfig)
+        with multihost.host0_first("the data", deadline=self.config.rollout.deadline):
+            return dict(releases.open_splits(**data) if public else tasks.open_splits(**data))
+
+    @property
+    def prompt_settings(self) -> dict[str, Any]:
+        """Arguments that turn a record into a prompt."""
+        names = ("task", "max_prompt_tokens", "instruction")
+        return {name: self.config.data[name] for name in names}
+
+    def prompts(self, split: str) -> list[Prompt]:
+        """Every prompt of a split, in order."""
+        records, tokenizer = self.splits[split], self.policy.tokenizer
+        return prompts.all_prompts(records, tokenizer, limit=None, **self.prompt_settings)
+
+    @cached_property
+    def grader(self) -> Grader:
+        return Grader(self.policy.tokenizer, self.config.rewards)
+
+    def check_grader(self) -> None:
+        """Grades known responses end to end before any sampling; see rewards.self_check."""
+        records, tokenizer = self.splits["train"], self.policy.tokenizer
+        check_rewards(self.grader, tokenizer, records, **self.prompt_settings)
+
+    # Weights
+
+    @cached_property
+    def checkpoints(self) -> checkpoint.Checkpoints:
+        directory = self.workdir / "checkpoints"
+        return checkpoint.Checkpoints(directory, keep=self.config.checkpoint.keep)
 
     def checkpoint_step(self, step: int | None) -> int:
         """The checkpoint step asked for, or the newest.
@@ -99,344 +189,246 @@ class Run:
     def params_at(self, step: int | None) -> tuple[int, Any]:
         """Step and parameters of a checkpoint, the newest if None."""
         found = self.checkpoint_step(step)
-        return found, self.checkpoints.restore_params(found, self.abstract_state().params)
+        return found, self.checkpoints.restore_params(found, self.abstract_state.params)
 
-    def close(self) -> None:
-        self.grader.close()
-        self.versions.close()
-        self.checkpoints.close()
-
-
-def open_run(config: Config, workdir: epath.Path) -> Run:
-    """Opens mesh, policy, data and checkpoints; rejects what does not fit, before any work.
-
-    Raises:
-      UserError: naming the setting and the remedy.
-    """
-    mesh = check_config(config)
-    with multihost.host0_first("model and data", deadline=config.rollout.deadline):
-        task = tasks.TASKS.get(config.data.task)
-        policy = open_policy(
-            workdir / "model",
-            path=config.model.path,
-            architecture=config.model.architecture,
-            characters=task.characters if task else string.printable,
+    @cached_property
+    def versions(self) -> Versions:
+        learner, dtype = self.config.learner, self.config.model.dtype
+        make_probe = probe.make_probe(
+            self.model,
+            self.mesh,
+            row_length=learner.row_length,
+            rows_multiple=learner.rows_multiple,
+            logp_chunk=learner.logp_chunk,
         )
-        splits = open_splits(config)
-    check_lengths(
-        policy.config,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        max_response_tokens=config.rollout.max_response_tokens,
-        row_length=config.learner.row_length,
-    )
-    model = Transformer(policy.config, jnp.dtype(config.model.dtype), config.model.remat)
-    make_probe = probe.make_probe(
-        model,
-        mesh,
-        row_length=config.learner.row_length,
-        rows_multiple=config.learner.rows_multiple,
-        logp_chunk=config.learner.logp_chunk,
-    )
-    return Run(
-        workdir=workdir,
-        mesh=mesh,
-        policy=policy,
-        model=model,
-        optimizer=make_optimizer(**config.optim, num_steps=config.num_steps),
-        splits=splits,
-        grader=Grader(policy.tokenizer, config.rewards),
-        sampling=Sampling(
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            top_k=config.rollout.top_k,
-            max_response_tokens=config.rollout.max_response_tokens,
-        ),
-        checkpoints=checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep),
-        versions=Versions(
-            workdir,
-            policy.config,
-            policy.tokenizer,
-            mesh,
-            lambda params: {**make_probe(params), "dtype": config.model.dtype},
-            dtype=config.publish_dtype,
-            config_hash=publisher.config_hash(config.to_dict()),
-            deadline=config.rollout.deadline,
-        ),
-    )
-
-
-def open_splits(config: Config) -> Mapping[str, Sequence[Record]]:
-    """The records of train, validation and test."""
-    section = dataclasses.asdict(config.data)
-    data = {key: value for key, value in section.items() if key not in prompts.PROMPT_SETTINGS}
-    if isinstance(config.data, PublicDataConfig):
-        return releases.open_splits(**data)
-    return tasks.open_splits(**data)
-
-
-def check_config(config: Config) -> Mesh:
-    """Rejects sizes that do not fit these devices and hosts, and constants of the objective.
-
-    Returns:
-      The mesh over all devices.
-
-    Raises:
-      UserError: naming the setting and the remedy.
-    """
-    mesh = make_mesh(**config.mesh)
-    config.check_layout(mesh=mesh.shape, hosts=jax.process_count())
-    objective = bind(
-        config.objective.name, config.objective.constants, group_size=config.group_size
-    )
-    if objective.needs_whole_groups:
-        check_whole_groups(
-            config.groups_per_step,
-            config.group_size,
-            longest=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
-            row_length=config.learner.row_length,
-            micro_batches=config.learner.micro_batches,
-            rows_multiple=config.learner.rows_multiple,
+        return Versions(
+            self.workdir,
+            self.policy.config,
+            self.policy.tokenizer,
+            self.mesh,
+            lambda params: {**make_probe(params), "dtype": dtype},
+            dtype=self.config.publish_dtype,
+            config_hash=publisher.config_hash(self.config.to_dict()),
+            deadline=self.config.rollout.deadline,
         )
-    return mesh
 
+    @cached_property
+    def lag(self) -> LagPolicy:
+        return LagPolicy(**self.config.lag, seed=self.config.seed)
 
-def prompt_settings(config: Config) -> dict[str, Any]:
-    """Arguments that make a prompt of a record."""
-    data = config.data
-    return dict(
-        task=data.task, max_prompt_tokens=data.max_prompt_tokens, instruction=data.instruction
-    )
+    # Sampling
 
+    @cached_property
+    def sampling(self) -> Sampling:
+        names = ("temperature", "top_p", "top_k", "max_response_tokens")
+        return Sampling(**{name: self.config.rollout[name] for name in names})
 
-def split_prompts(config: Config, run: Run, split: str) -> list[Prompt]:
-    """Every prompt of a split, in order."""
-    records, tokenizer = run.splits[split], run.policy.tokenizer
-    return prompts.all_prompts(records, tokenizer, limit=None, **prompt_settings(config))
+    def open_local_sampler(self, *, seed: int) -> LocalSampler:
+        return LocalSampler(
+            self.policy.config,
+            dtype=self.config.model.dtype,
+            stop_ids=self.policy.stop_ids,
+            seed=seed,
+            max_sequences=self.config.rollout.max_sequences,
+            prompt_multiple=self.config.rollout.prompt_multiple,
+        )
 
+    def open_sampler(self, *, seed: int, allow_older: bool) -> Sampler:
+        """The sampler that `rollout.sampler` names; a fleet contacts its servers at once.
 
-def check_grader(config: Config, run: Run) -> None:
-    """Grades known responses end to end before any sampling; see rewards.self_check."""
-    records, tokenizer = run.splits["train"], run.policy.tokenizer
-    check_rewards(run.grader, tokenizer, records, **prompt_settings(config))
+        Args:
+          seed: of the embedded sampler.
+          allow_older: whether groups of a version older than the target are of use.
+        """
+        if self.config.rollout.sampler == "local":
+            return self.open_local_sampler(seed=seed)
+        self.config.fleet.check_source()
+        requirements = Requirements(
+            model_config=self.policy.config,
+            tokenizer=self.policy.tokenizer,
+            stop_ids=self.policy.stop_ids,
+            sampling=self.sampling,
+            max_prompt_tokens=self.config.data.max_prompt_tokens,
+            dtype=self.config.publish_dtype,
+            probe_tolerance=self.config.fleet.probe_tolerance,
+        )
+        return Fleet(self.config.fleet, requirements, allow_older=allow_older, log=say)
 
+    @cached_property
+    def evaluate(self) -> Callable[[int, Any, str], dict[str, Any]]:
+        """Function (step, parameters, split) -> pass@k and further results of the policy."""
+        section, deadline = self.config.evaluation, self.config.rollout.deadline
+        # Other random numbers than those of training.
+        sampler = self.open_local_sampler(seed=self.config.seed + 1)
 
-def open_local_sampler(config: Config, run: Run, *, seed: int) -> LocalSampler:
-    return LocalSampler(
-        run.policy.config,
-        dtype=config.model.dtype,
-        stop_ids=run.policy.stop_ids,
-        seed=seed,
-        max_sequences=config.rollout.max_sequences,
-        prompt_multiple=config.rollout.prompt_multiple,
-    )
+        def evaluate_split(step: int, params: Any, split: str) -> dict[str, Any]:
+            with multihost.collective_section(f"the gathering of step {step}", deadline=deadline):
+                sampler.set_params(step, gathered(params))
+            return evaluate(
+                sampler,
+                self.prompts(split),
+                self.grader.reward,
+                self.grader.final_answer,
+                n=section.n,
+                ks=section.ks,
+                sampling=self.sampling,
+                resamples=section.resamples,
+                seed=self.config.seed,
+            )
 
+        return evaluate_split
 
-def open_sampler(config: Config, run: Run, *, seed: int, older_versions: bool) -> Sampler:
-    """The sampler that `rollout.sampler` names; a fleet contacts its servers at once.
+    # The source of groups
 
-    Args:
-      config, run: of the run.
-      seed: of the embedded sampler.
-      older_versions: whether groups of a version older than the target are of use.
-    """
-    if config.rollout.sampler == "local":
-        return open_local_sampler(config, run, seed=seed)
-    config.fleet.check_source()
-    requirements = Requirements(
-        model_config=run.policy.config,
-        tokenizer=run.policy.tokenizer,
-        stop_ids=run.policy.stop_ids,
-        sampling=run.sampling,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        dtype=config.publish_dtype,
-        probe_tolerance=config.fleet.probe_tolerance,
-    )
-    return Fleet(config.fleet, requirements, allow_older=older_versions, log=say)
+    @cached_property
+    def source(self) -> GroupSource:
+        """Sampler, curriculum, buffer, ledger, worker and recorded dataset of the training loop.
 
+        Raises:
+          UserError: for a recorded dataset of another task, tokenizer or model, or a damaged one.
+        """
+        config, rollout, host0 = self.config, self.config.rollout, not jax.process_index()
+        recorded_groups = rollout.recorded_groups(config.groups_per_step)
+        ledger = Ledger(self.workdir / multihost.per_host_path(FILE))
+        decode = self.policy.tokenizer.decode
+        guard = ZeroRewardGuard(limit=rollout.max_zero_reward_groups, decode=decode)
+        writer = self._open_writer() if rollout.record else None
 
-def open_evaluator(config: Config, run: Run) -> Callable[[int, Any, str], dict[str, Any]]:
-    """Function (step, parameters, split) -> pass@k and further results of the learner's policy."""
-    # Other random numbers than those of training.
-    sampler = open_local_sampler(config, run, seed=config.seed + 1)
+        def on_group(group: Group) -> None:
+            if writer:
+                writer.add(group)
+            guard.note(group)
 
-    def evaluate_split(step: int, params: Any, split: str) -> dict[str, Any]:
-        name = f"the gathering of step {step}"
-        with multihost.collective_section(name, deadline=config.rollout.deadline):
-            sampler.set_params(step, gathered(params))
-        return evaluate(
+        store = GroupStore(
+            self._open_curriculum(),
+            Buffer(config.buffer, seed=config.seed, on_end=ledger.end),
+            ledger,
+            # Host 0 alone reads the recorded dataset.
+            self._open_recorded(ledger) if host0 and rollout.source != "live" else None,
+            group_size=config.group_size,
+            on_group=on_group,
+        )
+        if rollout.source == "dataset":
+            sampler: Sampler = self.open_local_sampler(seed=config.seed)  # never used
+        else:
+            allow_older = config.buffer.mode != "clear_on_sync"
+            sampler = self.open_sampler(seed=config.seed, allow_older=allow_older)
+        preferences = self._open_preferences() if config.compares else None
+        worker = Worker(
+            store,
             sampler,
-            split_prompts(config, run, split),
-            run.grader.reward,
-            run.grader.final_answer,
-            n=config.evaluation.n,
-            ks=config.evaluation.ks,
-            sampling=run.sampling,
-            resamples=config.evaluation.resamples,
+            preferences.reward if preferences else self._verify,
+            group_size=config.group_size,
+            sampling=self.sampling,
+            prompts_per_call=rollout.prompts_per_call,
+            reward_threads=rollout.reward_threads,
+            deadline=rollout.deadline,
+        )
+        return GroupSource(
+            worker=worker,
+            store=store,
+            sampler=sampler,
+            ledger=ledger,
+            guard=guard,
+            writer=writer,
+            workdir=self.workdir,
+            sampled=(config.groups_per_step - recorded_groups) // jax.process_count(),
+            recorded=recorded_groups if host0 else 0,
+            fresh=rollout.prompts_per_call if config.buffer.mode == "replay" else 0,
+            overlap=rollout.overlap,
+            deadline=rollout.deadline,
+            metrics=[self.grader.metrics, *([preferences.metrics] if preferences else [])],
+        )
+
+    def _verify(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> np.ndarray:
+        """float32[n], the verifier's rewards."""
+        return np.array([self.grader.reward(prompt, rollout) for rollout in rollouts], np.float32)
+
+    def _open_curriculum(self) -> Curriculum:
+        config, section = self.config, self.config.curriculum
+        scorer = CURRICULA[section.name](
+            rates=section.rates,
+            window=section.window,
+            curator=section.curator,
+            policy=self.policy.config,
+            mesh=self.mesh,
+            seed=config.seed,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            num_steps=config.num_steps,
+        )
+        stream = prompts.PromptStream(
+            self.splits["train"],
+            self.policy.tokenizer,
+            seed=config.seed,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            **self.prompt_settings,
+        )
+        return Curriculum(
+            stream,
+            scorer,
+            candidates=section.candidates,
+            picks=config.rollout.prompts_per_call,
+            top_p=section.top_p,
             seed=config.seed,
         )
 
-    return evaluate_split
-
-
-def open_source(config: Config, run: Run) -> GroupSource:
-    """Opens the source of groups: sampler, curriculum, buffer, ledger, worker, recorded dataset.
-
-    Raises:
-      UserError: for a recorded dataset of another task, tokenizer or model, or a damaged one.
-    """
-    rollout, host0 = config.rollout, not jax.process_index()
-    recorded_groups = rollout.recorded_groups(config.groups_per_step)
-    ledger = Ledger(run.workdir / multihost.per_host_path(FILE))
-    guard = ZeroRewardGuard(
-        limit=rollout.max_zero_reward_groups, decode=run.policy.tokenizer.decode
-    )
-    writer = open_writer(config, run) if rollout.record else None
-
-    def on_group(group: Group) -> None:
-        if writer:
-            writer.add(group)
-        guard.note(group)
-
-    store = GroupStore(
-        open_curriculum(config, run),
-        Buffer(config.buffer, seed=config.seed, on_end=ledger.end),
-        ledger,
-        # Host 0 alone reads the recorded dataset.
-        open_recorded(config, run, ledger) if host0 and rollout.source != "live" else None,
-        group_size=config.group_size,
-        on_group=on_group,
-    )
-    if rollout.source == "dataset":
-        sampler: Sampler = open_local_sampler(config, run, seed=config.seed)  # never used
-    else:
-        older_versions = config.buffer.mode != "clear_on_sync"
-        sampler = open_sampler(config, run, seed=config.seed, older_versions=older_versions)
-    preferences = open_preferences(config, run) if config.compares else None
-    worker = Worker(
-        store,
-        sampler,
-        preferences.reward if preferences else functools.partial(verify, run.grader),
-        group_size=config.group_size,
-        sampling=run.sampling,
-        prompts_per_call=rollout.prompts_per_call,
-        reward_threads=rollout.reward_threads,
-        deadline=rollout.deadline,
-    )
-    return GroupSource(
-        worker=worker,
-        store=store,
-        sampler=sampler,
-        ledger=ledger,
-        guard=guard,
-        writer=writer,
-        workdir=run.workdir,
-        sampled=(config.groups_per_step - recorded_groups) // jax.process_count(),
-        recorded=recorded_groups if host0 else 0,
-        fresh=rollout.prompts_per_call if config.buffer.mode == "replay" else 0,
-        overlap=rollout.overlap,
-        deadline=rollout.deadline,
-        metrics=[run.grader.metrics, *([preferences.metrics] if preferences else [])],
-    )
-
-
-def verify(grader: Grader, prompt: Prompt, rollouts: Sequence[Rollout]) -> np.ndarray:
-    """float32[n], the verifier's rewards."""
-    return np.array([grader.reward(prompt, rollout) for rollout in rollouts], np.float32)
-
-
-def open_curriculum(config: Config, run: Run) -> Curriculum:
-    section = config.curriculum
-    scorer = CURRICULA[section.name](
-        rates=section.rates,
-        window=section.window,
-        curator=section.curator,
-        policy=run.policy.config,
-        mesh=run.mesh,
-        seed=config.seed,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        num_steps=config.num_steps,
-    )
-    stream = prompts.PromptStream(
-        run.splits["train"],
-        run.policy.tokenizer,
-        seed=config.seed,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-        **prompt_settings(config),
-    )
-    return Curriculum(
-        stream,
-        scorer,
-        candidates=section.candidates,
-        picks=config.rollout.prompts_per_call,
-        top_p=section.top_p,
-        seed=config.seed,
-    )
-
-
-def open_preferences(config: Config, run: Run) -> Preferences:
-    """Rewards by comparison with version 0 or with a recorded dataset.
-
-    Raises:
-      UserError: for a judge or a dataset that can't be opened.
-    """
-    section, count = config.preferences, config.preferences.comparators
-    judge = JUDGES[section.judge](getattr(section, section.judge))
-    if section.dataset:
-        directory = epath.Path(section.dataset)
-        comparators = RecordedComparators(directory, about(config, run, {}), count=count)
-    else:
-        comparators = SampledComparators(
-            # Other random numbers than those of the group.
-            open_local_sampler(config, run, seed=config.seed + 2),
-            version=0,
-            path=run.versions.path(0),
-            count=count,
-            sampling=run.sampling,
+    def _open_preferences(self) -> Preferences:
+        """Rewards by comparison with version 0 or with a recorded dataset."""
+        section, count = self.config.preferences, self.config.preferences.comparators
+        judge = JUDGES[section.judge](section[section.judge])
+        if section.dataset:
+            directory = epath.Path(section.dataset)
+            comparators = RecordedComparators(directory, self.about({}), count=count)
+        else:
+            comparators = SampledComparators(
+                # Other random numbers than those of the group.
+                self.open_local_sampler(seed=self.config.seed + 2),
+                version=0,
+                path=self.versions.path(0),
+                count=count,
+                sampling=self.sampling,
+            )
+        return Preferences(
+            judge,
+            comparators,
+            beta=section.beta,
+            text=lambda rollout: prompts.response_text(self.policy.tokenizer, rollout.tokens),
+            verify=self.grader.reward,
         )
-    return Preferences(
-        judge,
-        comparators,
-        beta=section.beta,
-        text=lambda rollout: prompts.response_text(run.policy.tokenizer, rollout.tokens),
-        verify=run.grader.reward,
-    )
 
+    def _open_recorded(self, ledger: Ledger) -> RecordedStream:
+        rollout = self.config.rollout
+        recorded = dataset.Dataset(epath.Path(rollout.dataset))
+        recorded.check(self.about({}), max_prompt_tokens=self.config.data.max_prompt_tokens)
+        return RecordedStream(
+            recorded,
+            order=rollout.dataset_order,
+            seed=self.config.seed,
+            policy_version=rollout.dataset_version if rollout.dataset_version >= 0 else None,
+            start=self.policy.checkpoint,
+            drop_zero_variance=self.config.buffer.zero_variance == "drop",
+            ledger=ledger,
+        )
 
-def open_recorded(config: Config, run: Run, ledger: Ledger) -> RecordedStream:
-    rollout = config.rollout
-    recorded = dataset.Dataset(epath.Path(rollout.dataset))
-    recorded.check(about(config, run, {}), max_prompt_tokens=config.data.max_prompt_tokens)
-    return RecordedStream(
-        recorded,
-        order=rollout.dataset_order,
-        seed=config.seed,
-        policy_version=rollout.dataset_version if rollout.dataset_version >= 0 else None,
-        start=run.policy.checkpoint,
-        drop_zero_variance=config.buffer.zero_variance == "drop",
-        ledger=ledger,
-    )
+    def _open_writer(self) -> dataset.DatasetWriter:
+        writer = dataset.DatasetWriter(
+            self.workdir / "rollouts",
+            self.about({"by": "train"}),
+            groups_per_shard=self.config.rollout.groups_per_shard,
+            weights_digest=lambda version: checksum(self.versions.path(version) / publisher.MANIFEST),
+        )
+        if not self.checkpoints.steps():
+            writer.keep(0)  # shards of a run that was killed before its first checkpoint
+        return writer
 
-
-def open_writer(config: Config, run: Run) -> dataset.DatasetWriter:
-    writer = dataset.DatasetWriter(
-        run.workdir / "rollouts",
-        about(config, run, {"by": "train"}),
-        groups_per_shard=config.rollout.groups_per_shard,
-        weights_digest=lambda version: checksum(run.versions.path(version) / publisher.MANIFEST),
-    )
-    if not run.checkpoints.steps():
-        writer.keep(0)  # shards of a run that was killed before its first checkpoint
-    return writer
-
-
-def about(config: Config, run: Run, made: Mapping[str, Any]) -> dict[str, Any]:
-    """Task, model and sampling of a run, for the manifest of a recorded dataset."""
-    return dataset.identity(
-        task=config.data.task,
-        tokenizer=run.policy.tokenizer,
-        model=run.policy.config,
-        sampling=run.sampling,
-        group_size=config.group_size,
-        made=made,
-    )
+    def about(self, made: Mapping[str, Any]) -> dict[str, Any]:
+        """Task, model and sampling of the run, for the manifest of a recorded dataset."""
+        return dataset.identity(
+            task=self.config.data.task,
+            tokenizer=self.policy.tokenizer,
+            model=self.policy.config,
+            sampling=self.sampling,
+            group_size=self.config.group_size,
+            made=made,
+        )

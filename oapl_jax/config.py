@@ -15,11 +15,38 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, ClassVar, Self
 
+from etils import epath
+
 from oapl_jax.errors import UserError
+from oapl_jax.files import write_atomically
 
 DTYPES = ("float32", "bfloat16")
 TASKS = ("chain_sum", "number_sorting", "countdown", "documents", "math", "code")
 REMAT = ("none", "dots", "attention", "full", "offload")
+FORMAT = 2  # of a workdir: its config.json, checkpoints and ledger
+# Settings that shape saved files or their meaning; a workdir belongs to one choice of them.
+# (After a change of lag.steps, the due version may never have been published.)
+STRUCTURAL = (
+    "seed",
+    "group_size",
+    "groups_per_step",
+    "model",
+    "data",
+    "warmup",
+    "buffer.mode",
+    "curriculum.name",
+    "curriculum.curator.path",
+    "curriculum.curator.architecture",
+    "lag",
+    "rollout.source",
+    "rollout.dataset",
+    "rollout.dataset_share",
+    "rollout.dataset_order",
+    "rollout.dataset_version",
+    "rollout.record",
+    "evaluation.n",
+    "evaluation.ks",
+)
 _path: ContextVar[str] = ContextVar("path", default="")  # of the section under construction
 
 
@@ -744,3 +771,58 @@ class Config(Section):
                 f"fleet.servers names {len(servers)} servers for {hosts} hosts; each host needs "
                 "its own"
             )
+
+
+def load_config(workdir: epath.Path) -> dict[str, Any] | None:
+    """Reads the configuration that a workdir belongs to; None if it has no config.json.
+
+    Raises:
+      UserError: if the workdir has another format: its checkpoints can't be resumed.
+    """
+    if not (workdir / "config.json").exists():
+        return None
+    config = json.loads((workdir / "config.json").read_text())
+    if config.pop("format", None) != FORMAT:
+        raise UserError(
+            f"{workdir} was written by another version of oapl_jax (workdir format {FORMAT} is "
+            "needed); continue with that version, or give another --workdir"
+        )
+    return config
+
+
+def save_config(workdir: epath.Path, config: Mapping[str, Any]) -> list[str]:
+    """Writes the configuration that a workdir belongs to, as config.json.
+
+    Returns:
+      A line for each setting that differs from the saved one and may (a longer run, another mesh,
+      another learning rate).
+
+    Raises:
+      UserError: listing the settings that differ and may not; for a workdir of another format.
+    """
+    new, saved = flatten(config), load_config(workdir)
+    old = new if saved is None else flatten(saved)
+    value = lambda config, key: config.get(key, "absent")
+    differing = sorted(key for key in old.keys() | new.keys() if value(old, key) != value(new, key))
+    structural = lambda key: any(key == s or key.startswith(s + ".") for s in STRUCTURAL)
+    rejected = [key for key in differing if structural(key) or key not in old or key not in new]
+    change = lambda key: f"{key}: {value(old, key)} -> {value(new, key)}"
+    if rejected:
+        raise UserError(
+            f"--workdir={workdir} holds a run with other settings "
+            f"({'; '.join(map(change, rejected))}); set them back, or give another --workdir"
+        )
+    text = json.dumps({"format": FORMAT, **config}, indent=1, sort_keys=True)
+    write_atomically(workdir / "config.json", [text.encode()])
+    return [change(key) for key in differing]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -16,9 +16,7 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from oapl_jax import build
 from oapl_jax.build import Run
-from oapl_jax.config import Config
 from oapl_jax.data.prompts import all_prompts
 from oapl_jax.data.public import releases
 from oapl_jax.errors import UserError, exit_with_code
@@ -49,11 +47,10 @@ def main() -> None:
     if not benchmarks.value and not (workdir / "checkpoints").exists():
         raise UserError(f"--workdir={workdir} holds no checkpoints; train there first")
     use_compile_cache(config.compile_cache, workdir)
-    run = build.open_run(config, workdir)
+    run = Run(config, workdir)
     try:
         if benchmarks.value:
             directory, results = evaluate_benchmarks(
-                config,
                 run,
                 benchmarks.value,
                 absolute(to.value) if to.value else workdir / "evaluation",
@@ -67,7 +64,7 @@ def main() -> None:
                 say(f"{name}: {directory / name / 'result.json'}")
         else:
             found, params = run.params_at(step.value)
-            result = build.open_evaluator(config, run)(found, params, split.value)
+            result = run.evaluate(found, params, split.value)
             print(table({str(found): result}))
             print(json.dumps(result))
     finally:
@@ -86,7 +83,6 @@ def check_flags(benchmarks: Sequence[str], given: Collection[str]) -> None:
 
 
 def evaluate_benchmarks(
-    config: Config,
     run: Run,
     names: Sequence[str],
     to: epath.Path,
@@ -99,7 +95,7 @@ def evaluate_benchmarks(
     """Evaluates one version on each benchmark, or what is left of that to do.
 
     Args:
-      config, run: model, checkpoints and verifiers.
+      run: model, checkpoints and verifiers.
       names: of config.benchmarks.
       to: DIR/weights gets the version if it is not published yet; DIR/v000012/NAME gets the files
         of version 12, and DIR/v000012 results.md and pass_at_k.png.
@@ -115,9 +111,9 @@ def evaluate_benchmarks(
         with responses of another identity.
       RunError: if samples are missing at the end; the others are kept.
     """
-    run = dataclasses.replace(run, sampling=benchmark_sampling(config, run))
-    opened = {name: benchmark_prompts(config, run, name) for name in dict.fromkeys(names)}
-    build.check_grader(config, run)
+    config, run.sampling = run.config, benchmark_sampling(run)
+    opened = {name: benchmark_prompts(run, name) for name in dict.fromkeys(names)}
+    run.check_grader()
     version, weights = version_to_sample(run, to, step, version_dir)
     directory = publisher.version_path(to, version)
     results = {}
@@ -142,9 +138,7 @@ def evaluate_benchmarks(
             left_out=left_out,
             sampling=run.sampling,
             # Other random numbers than training; groups of another version are of no use.
-            new_sampler=lambda: build.open_sampler(
-                config, run, seed=config.seed + 1, older_versions=False
-            ),
+            new_sampler=lambda: run.open_sampler(seed=config.seed + 1, allow_older=False),
             weights=weights,
             grader=run.grader,
             grader_settings=dataclasses.asdict(config.rewards),
@@ -159,10 +153,10 @@ def evaluate_benchmarks(
     return directory, results
 
 
-def benchmark_sampling(config: Config, run: Run) -> Sampling:
+def benchmark_sampling(run: Run) -> Sampling:
     """The run's sampling with benchmarks' response length, which may exceed that of training."""
-    prompt = config.data.max_prompt_tokens
-    longest = config.evaluation.max_response_tokens
+    prompt = run.config.data.max_prompt_tokens
+    longest = run.config.evaluation.max_response_tokens
     if prompt + longest > run.policy.config.max_positions:
         raise UserError(
             f"data.max_prompt_tokens={prompt} + evaluation.max_response_tokens={longest} is more "
@@ -179,12 +173,13 @@ def tensor_checksum(version: epath.Path) -> str:
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
-def benchmark_prompts(config: Config, run: Run, name: str) -> tuple[list[Prompt], int]:
+def benchmark_prompts(run: Run, name: str) -> tuple[list[Prompt], int]:
     """Opens a benchmark: its prompts in order, and the number of those that are too long.
 
     Raises:
       UserError: for a name that config.benchmarks does not have, or damaged files.
     """
+    config = run.config
     sets = {name: dataclasses.asdict(section) for name, section in config.benchmarks.items()}
     if name not in sets:
         have = ", ".join(sorted(sets)) or "none"
@@ -196,7 +191,7 @@ def benchmark_prompts(config: Config, run: Run, name: str) -> tuple[list[Prompt]
         records,
         run.policy.tokenizer,
         limit=None,
-        **build.prompt_settings(config),
+        **run.prompt_settings,
     )
     return prompts, len(records) - len(prompts)
 

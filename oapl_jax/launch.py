@@ -1,10 +1,8 @@
-"""Launch of the commands: command line, saved configuration, compile cache."""
+"""Launch of the commands: command line and compile cache."""
 
 import os
 import runpy
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 from absl import flags
@@ -14,33 +12,9 @@ from ml_collections import ConfigDict, config_flags
 from oapl_jax.config import Config, nearest
 from oapl_jax.errors import UserError
 from oapl_jax.files import absolute, is_local
-from oapl_jax.weights.checkpoint import load_config, save_config
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; a run in it is resumed")
-# Settings that shape saved files or their meaning; a workdir belongs to one choice of them.
-# (After a change of lag.steps, the due version may never have been published.)
-STRUCTURAL = (
-    "seed",
-    "group_size",
-    "groups_per_step",
-    "model",
-    "data",
-    "warmup",
-    "buffer.mode",
-    "curriculum.name",
-    "curriculum.curator.path",
-    "curriculum.curator.architecture",
-    "lag",
-    "rollout.source",
-    "rollout.dataset",
-    "rollout.dataset_share",
-    "rollout.dataset_order",
-    "rollout.dataset_version",
-    "rollout.record",
-    "evaluation.n",
-    "evaluation.ks",
-)
 
 
 def read_command_line() -> tuple[Config, epath.Path]:
@@ -109,43 +83,6 @@ def usage() -> str:
     ]
     overrides = "  --config.NAME=VALUE: a setting of that file, such as --config.lag.steps=8"
     return "\n".join([sys.modules["__main__"].__doc__ or "", *lines, overrides])
-
-
-def check_saved_config(workdir: epath.Path, config: dict[str, Any]) -> list[str]:
-    """Compares a configuration with the one saved in a workdir, and saves it.
-
-    Returns:
-      A line for each setting that differs and may (a longer run, another mesh, another learning
-      rate).
-
-    Raises:
-      UserError: listing the settings that differ and may not; for a workdir of an older format.
-    """
-    new, saved = flatten(config), load_config(workdir)
-    old = new if saved is None else flatten(saved)
-    value = lambda config, key: config.get(key, "absent")
-    differing = sorted(key for key in old.keys() | new.keys() if value(old, key) != value(new, key))
-    structural = lambda key: any(key == s or key.startswith(s + ".") for s in STRUCTURAL)
-    rejected = [key for key in differing if structural(key) or key not in old or key not in new]
-    change = lambda key: f"{key}: {value(old, key)} -> {value(new, key)}"
-    if rejected:
-        raise UserError(
-            f"--workdir={workdir} holds a run with other settings "
-            f"({'; '.join(map(change, rejected))}); set them back, or give another --workdir"
-        )
-    save_config(workdir, config)
-    return [change(key) for key in differing]
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def use_compile_cache(directory: str, workdir: epath.Path) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 from absl import flags
 from etils import epath
 
+from oapl_jax.config import load_config
 from oapl_jax.errors import UserError, exit_with_code, one_line
 from oapl_jax.files import absolute
 from oapl_jax.model import hf
 from oapl_jax.model.tokenizer import check_tokenizer, load_tokenizer
 from oapl_jax.weights import publisher
-from oapl_jax.weights.checkpoint import load_config
 
 STEPS = ("weights", "checkpoints")  # directories of a workdir with Orbax steps
 

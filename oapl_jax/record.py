@@ -14,9 +14,7 @@ from collections.abc import Callable
 from absl import flags
 from etils import epath
 
-from oapl_jax import build
 from oapl_jax.build import Run
-from oapl_jax.config import Config
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.files import absolute, checksum
 from oapl_jax.launch import read_command_line, use_compile_cache
@@ -63,7 +61,6 @@ def _as_step(run: Run, to: epath.Path) -> epath.Path:
 
 
 def record_dataset(
-    config: Config,
     run: Run,
     to: epath.Path,
     *,
@@ -83,11 +80,11 @@ def record_dataset(
       UserError: if there is no such version or split, or `to` holds another dataset.
       RunError: see `fill`.
     """
-    prompts = build.split_prompts(config, run, split)
+    config, prompts = run.config, run.prompts(split)
     if limit is not None and not 0 < limit <= len(prompts):
         raise UserError(f"--prompts={limit} is asked of a split of {len(prompts)} prompts")
     prompts = prompts[:limit]
-    build.check_grader(config, run)
+    run.check_grader()
     version, path = version_to_sample(run, to, step, version_dir)
     weights, n = checksum(path / publisher.MANIFEST), config.group_size
     made = {
@@ -103,12 +100,12 @@ def record_dataset(
     )
     writer = DatasetWriter(
         to,
-        build.about(config, run, made),
+        run.about(made),
         groups_per_shard=groups_per_shard,
         weights_digest=lambda version: weights,
     )
     try:
-        sampler = build.open_sampler(config, run, seed=config.seed, older_versions=False)
+        sampler = run.open_sampler(seed=config.seed, allow_older=False)
         try:
             sampler.refresh(version, path)
             fill(
@@ -144,10 +141,9 @@ def main() -> None:
         raise UserError("--step and --version_dir both name a version; give one of them")
     directory = absolute(to.value)
     use_compile_cache(config.compile_cache, workdir)
-    run = build.open_run(config, workdir)
+    run = Run(config, workdir)
     try:
         record_dataset(
-            config,
             run,
             directory,
             step=step.value,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from etils import epath
 
-from oapl_jax.build import Run, check_config, open_run
+from oapl_jax.build import Run
 from oapl_jax.config import Config
 
 ROOT = Path(__file__).parent.parent
@@ -97,14 +97,11 @@ def typed(config) -> Config:
     return Config.from_dict(config.to_dict())
 
 
+def opened(config, workdir) -> Run:
+    """The run of a ConfigDict."""
+    return Run(typed(config), epath.Path(workdir))
+
+
 def checked(config) -> Config:
     """The typed configuration of a ConfigDict, after every check that needs no files."""
-    found = typed(config)
-    check_config(found)
-    return found
-
-
-def opened(config, workdir) -> tuple[Config, Run]:
-    """The typed configuration of a ConfigDict, and its run."""
-    found = typed(config)
-    return found, open_run(found, epath.Path(workdir))
+    return opened(config, "never written").config

@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_collections
 import pytest
 
-from oapl_jax.launch import flatten
+from oapl_jax.config import flatten
 
 ROOT = Path(__file__).parent.parent
 SHARED = ("__init__", "common", "objectives")

@@ -1,6 +1,5 @@
 """Every objective in the real loop: at lag 1, from one warmed-up policy, the tiny job learns."""
 
-import dataclasses
 import types
 
 import jax
@@ -65,15 +64,16 @@ def run_of(name, workdir, data, **changes):
     config = arithmetic.get_config(f"objective={name}").unlock()
     config.update_from_flattened_dict({**SMALL, "data.data_dir": str(data), **changes})
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES)
-    config, run = opened(config, workdir)
-    return config, dataclasses.replace(run, mesh=mesh)
+    run = opened(config, workdir)
+    run.mesh = mesh
+    return run
 
 
 @pytest.fixture(scope="module")
 def warmed_up(data, tmp_path_factory):
     """The version that every run starts from: right in about half of its responses."""
-    config, run = run_of("sft", tmp_path_factory.mktemp("start"), data, **WARM_UP)
-    state, _ = train.init_run(config, run, evaluate=lambda step, params, split: {})
+    run = run_of("sft", tmp_path_factory.mktemp("start"), data, **WARM_UP)
+    state, _ = train.init_run(run)
     run.versions.publish(0, state.params)
     run.close()
     return run.versions.path(0)
@@ -87,7 +87,7 @@ def weights(workdir, step):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_trains_the_tiny_job_at_lag_1(name, warmed_up, data, tmp_path):
     start = {"model.path": str(warmed_up), "warmup.num_steps": 0}
-    train.train(*run_of(name, tmp_path, data, **start), types.SimpleNamespace(requested=""))
+    train.train(run_of(name, tmp_path, data, **start), types.SimpleNamespace(requested=""))
     lines = read_lines(epath.Path(tmp_path) / "metrics.jsonl")
     assert [line["lag/max"] for line in lines] == [0] + [1] * (STEPS - 1)
     assert all({"loss", "grad_norm"} <= line.keys() for line in lines)  # so they are finite

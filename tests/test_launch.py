@@ -8,10 +8,10 @@ import sys
 import pytest
 from etils import epath
 
+from oapl_jax.config import load_config, save_config
 from oapl_jax.errors import UserError
 from oapl_jax.files import absolute
-from oapl_jax.launch import check_saved_config, read_command_line
-from oapl_jax.weights.checkpoint import load_config
+from oapl_jax.launch import read_command_line
 
 
 def read(monkeypatch, workdir):
@@ -82,32 +82,32 @@ def changed(**changes):
 @pytest.fixture
 def saved(tmp_path):
     """A workdir with CONFIG."""
-    assert check_saved_config(epath.Path(tmp_path), CONFIG) == []
+    assert save_config(epath.Path(tmp_path), CONFIG) == []
     return epath.Path(tmp_path)
 
 
 def test_the_same_configuration_is_welcome(saved):
     assert load_config(saved) == changed()
-    assert check_saved_config(saved, CONFIG) == []
+    assert save_config(saved, CONFIG) == []
     assert [p.name for p in saved.iterdir()] == ["config.json"]
 
 
 def test_a_workdir_of_another_format_is_refused(saved):
     (saved / "config.json").write_text(json.dumps(changed()))  # as before there was a format
     with pytest.raises(UserError, match=str(saved)):
-        check_saved_config(saved, CONFIG)
+        save_config(saved, CONFIG)
 
 
 def test_harmless_differences_are_reported_and_saved(saved):
     other = changed(num_steps=200, optim__learning_rate=0.02, mesh__data=8, modelling=2)
-    assert check_saved_config(saved, other) == [
+    assert save_config(saved, other) == [
         "mesh.data: 1 -> 8",
         "modelling: 1 -> 2",
         "num_steps: 100 -> 200",
         "optim.learning_rate: 0.01 -> 0.02",
     ]
     assert load_config(saved) == other
-    assert check_saved_config(saved, other) == []
+    assert save_config(saved, other) == []
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_harmless_differences_are_reported_and_saved(saved):
 def test_structural_differences_are_refused(saved, key):
     before = (saved / "config.json").read_text()
     with pytest.raises(UserError, match=re.escape(key.replace("__", ".") + ": ")):
-        check_saved_config(saved, changed(**{key: 77}))
+        save_config(saved, changed(**{key: 77}))
     assert (saved / "config.json").read_text() == before
 
 
@@ -143,7 +143,7 @@ def test_all_refused_keys_are_listed_and_no_other(saved):
         num_steps=7,
     )
     with pytest.raises(UserError) as caught:
-        check_saved_config(saved, other)
+        save_config(saved, other)
     message = str(caught.value)
     assert str(saved) in message
     assert "another --workdir" in message

@@ -257,10 +257,9 @@ class Shop:
 
     def generate(self, to, arg):
         """Tokenizer, groups and manifest of a recorded set."""
-        config, run = opened(self.config(CODE, arg), self.root / "nobody")
+        run = opened(self.config(CODE, arg), self.root / "nobody")
         what = dict(step=None, version_dir=None, split="train", limit=None, groups_per_shard=8)
-        generate.record_dataset(
-            config, run, epath.Path(self.root / to), **what, progress=lambda done: None
+        generate.record_dataset(run, epath.Path(self.root / to), **what, progress=lambda done: None
         )
         run.close()
         shards = Dataset(epath.Path(self.root / to))
@@ -268,10 +267,10 @@ class Shop:
 
     def evaluate(self, name, make, arg, *benchmarks):
         """Tokenizer, results, and by benchmark the texts of the responses to each problem."""
-        config, run = opened(self.config(make, arg), self.root / name)
+        run = opened(self.config(make, arg), self.root / name)
         to = epath.Path(self.root / name / "evaluation")
         what = dict(step=None, version_dir=None, n=4, log=lambda text: None)
-        directory, results = evaluate_benchmarks(config, run, benchmarks, to, **what)
+        directory, results = evaluate_benchmarks(run, benchmarks, to, **what)
         texts = {name: {} for name in benchmarks}
         for benchmark in benchmarks:
             for group in Dataset(directory / benchmark / "responses"):

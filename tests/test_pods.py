@@ -22,10 +22,10 @@ import time
 from oapl_jax import multihost, train
 from oapl_jax.errors import exit_with_code
 
-def build_batch(config, objective, groups, step, whole=train.build_batch):
+def build_batch(run, groups, step, whole=train.build_batch):
     if step == {hangs_at}:
         time.sleep(600)
-    return whole(config, objective, groups, step)
+    return whole(run, groups, step)
 
 def section(name, *, deadline, whole=multihost.collective_section):
     return whole(name, deadline=5.0 if name == "gradient step 10" else deadline)

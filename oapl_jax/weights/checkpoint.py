@@ -10,7 +10,6 @@ phase and all random numbers follow from the step.
 
 import contextlib
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,35 +18,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from oapl_jax.errors import RunError, UserError
-from oapl_jax.files import write_atomically, write_file
+from oapl_jax.files import write_file
 from oapl_jax.learner.train_step import TrainState
 
-FORMAT = 2  # of a workdir: its config.json, checkpoints and ledger
 CHUNK_BYTES = 64 << 20  # of parameters: what the publisher must hold beside a tensor
 _ARRAYS, _JSON = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
-
-
-def save_config(workdir: epath.Path, config: Mapping[str, Any]) -> None:
-    """Writes the configuration that a workdir belongs to, as config.json."""
-    text = json.dumps({"format": FORMAT, **config}, indent=1, sort_keys=True)
-    write_atomically(workdir / "config.json", [text.encode()])
-
-
-def load_config(workdir: epath.Path) -> dict[str, Any] | None:
-    """Reads the configuration that a workdir belongs to; None if it has no config.json.
-
-    Raises:
-      UserError: if the workdir has another format: its checkpoints can't be resumed.
-    """
-    if not (workdir / "config.json").exists():
-        return None
-    config = json.loads((workdir / "config.json").read_text())
-    if config.pop("format", None) != FORMAT:
-        raise UserError(
-            f"{workdir} was written by another version of oapl_jax (workdir format {FORMAT} is "
-            "needed); go on with that version, or give another --workdir"
-        )
-    return config
 
 
 class _Steps:

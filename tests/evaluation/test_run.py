@@ -74,7 +74,7 @@ class Shop:
         }
         content = CONFIG.format(settings=self.settings, benchmarks=self.benchmarks)
         (root / "config.py").write_text(content)
-        _, job = self.job()
+        job = self.job()
         state = learner.init_state(job.model, job.optimizer, job.mesh, 0)
         job.checkpoints.save(3, state, {}, b"", probe=job.versions.probe(state.params))
         job.close()
@@ -100,11 +100,10 @@ class Shop:
         return opened(config, self.workdir)
 
     def run(self, to, *names, n=64, step=None, version_dir=None, **settings):
-        said, (config, job) = [], self.job(**settings)
+        said, job = [], self.job(**settings)
         what = dict(step=step, version_dir=version_dir, n=n, log=said.append)
         try:
-            directory, results = evaluate_benchmarks(
-                config, job, names or ("sums",), epath.Path(to), **what
+            directory, results = evaluate_benchmarks(job, names or ("sums",), epath.Path(to), **what
             )
         finally:
             job.close()
@@ -184,7 +183,7 @@ def test_the_result_follows_from_the_responses(shop, unbroken):
 
 
 def job_prompts(shop):
-    return benchmark_prompts(*shop.job(), "sums")[0]
+    return benchmark_prompts(shop.job(), "sums")[0]
 
 
 def test_killed_it_ends_with_the_same_samples(shop, unbroken, tmp_path):
@@ -218,7 +217,7 @@ def test_killed_it_ends_with_the_same_samples(shop, unbroken, tmp_path):
 
 
 def test_a_changed_grader_grades_anew_and_samples_nothing(shop, unbroken, monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "open_sampler", None)
+    monkeypatch.setattr(build.Run, "open_sampler", None)
     (tmp_path / "__init__.py").write_text("other = 1")
     before = files(unbroken.directory)
     again = shop.run(unbroken.directory.parent)
@@ -226,7 +225,7 @@ def test_a_changed_grader_grades_anew_and_samples_nothing(shop, unbroken, monkey
     with monkeypatch.context() as changed:
         changed.setattr(rewards, "__file__", str(tmp_path / "__init__.py"))
         changed.setattr(Grader, "reward", lambda self, prompt, rollout: 1.0)
-        changed.setattr(build, "check_grader", lambda config, run: None)
+        changed.setattr(build.Run, "check_grader", lambda run: None)
         again = shop.run(unbroken.directory.parent)
     assert again.results["sums"]["avg@n"]["value"] == 1
     assert again.said[-1] == "sums: 384 of 384 responses graded"

@@ -87,7 +87,7 @@ def test_a_small_model_goes_the_way_of_the_real_one(model, tmp_path):
     assert [json.loads(line)["lag/max"] for line in lines] == [0, 0]
 
     groups = list(Dataset(workdir / "rollouts"))
-    config, job = opened(config, workdir)
+    job = opened(config, workdir)
     decode = job.policy.tokenizer.decode
     problems = {record.id: record for record in job.splits["train"]}
     paid = 0
@@ -105,8 +105,7 @@ def test_a_small_model_goes_the_way_of_the_real_one(model, tmp_path):
 
     what = dict(version_dir=None, n=2, log=lambda text: None)
     for step in (0, 2):
-        directory, results = evaluate_benchmarks(
-            config, job, ["gsm8k_test"], epath.Path(tmp_path / "evaluation"), step=step, **what
+        directory, results = evaluate_benchmarks(job, ["gsm8k_test"], epath.Path(tmp_path / "evaluation"), step=step, **what
         )
         assert directory.name == f"v{step:06d}"
         assert results["gsm8k_test"]["problems"] == 8

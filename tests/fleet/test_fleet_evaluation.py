@@ -57,14 +57,13 @@ def evaluate(servers, published, tmp_path):
                     max_tests=0,
                 ),
             )
-        config, run = opened(config, tmp_path / "workdir")
+        run = opened(config, tmp_path / "workdir")
         what = dict(step=None, version_dir=str(published.path(VERSION)), n=N)
         to = epath.Path(tmp_path / f"{sampler}{temperature}")
         try:
-            directory, results = evaluate_benchmarks(
-                config, run, ["sums"], to, **what, log=lambda text: None
+            directory, results = evaluate_benchmarks(run, ["sums"], to, **what, log=lambda text: None
             )
-            prompts = {p.id: p for p in benchmark_prompts(config, run, "sums")[0]}
+            prompts = {p.id: p for p in benchmark_prompts(run, "sums")[0]}
         finally:
             run.close()
         responses = {}
@@ -99,7 +98,7 @@ def test_what_is_measured_is_what_the_version_says(evaluate, published, monkeypa
     assert result["about"]["sampler"] == "fleet"
     assert result["about"]["version"] == VERSION
 
-    monkeypatch.setattr(build, "open_sampler", None)
+    monkeypatch.setattr(build.Run, "open_sampler", None)
     assert evaluate("fleet", 1.0)[0]["pass@k"] == result["pass@k"]  # nothing is sampled again
 
 

@@ -114,10 +114,8 @@ class Jobs:
         **settings,
     ):
         seen = []
-        config, run = opened(self.config(**settings), workdir)
-        record.record_dataset(
-            config,
-            run,
+        run = opened(self.config(**settings), workdir)
+        record.record_dataset(run,
             epath.Path(to),
             step=step,
             version_dir=version_dir,

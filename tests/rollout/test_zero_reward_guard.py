@@ -134,10 +134,10 @@ def test_a_recorded_set_without_a_reward_is_not_finished(jobs):
     jobs.run("base", **settings)
     to, few = epath.Path(jobs.root / "set"), epath.Path(jobs.root / "few")
     what = dict(split="train", version_dir=None, groups_per_shard=4, progress=lambda done: None)
-    config, run = opened(jobs.config(), jobs.root / "base")
+    run = opened(jobs.config(), jobs.root / "base")
     with pytest.raises(NoReward, match="the last 10 groups"):
-        record.record_dataset(config, run, to, step=0, limit=None, **what)
-    record.record_dataset(config, run, few, step=0, limit=8, **what)
+        record.record_dataset(run, to, step=0, limit=None, **what)
+    record.record_dataset(run, few, step=0, limit=8, **what)
     run.close()
     shards = dict(rollout__source="dataset", rollout__dataset=str(few), rollout__dataset_version=0)
     with pytest.raises(NoReward, match="the last 10 groups"):

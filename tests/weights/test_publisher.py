@@ -29,6 +29,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from small_models import small_config
 
+from oapl_jax.config import save_config
 from oapl_jax.errors import RunError, UserError, exit_with_code
 from oapl_jax.files import file_entry, write_file
 from oapl_jax.model import hf
@@ -36,7 +37,7 @@ from oapl_jax.model.policy import open_policy
 from oapl_jax.model.sharding import make_mesh, parameter_shardings
 from oapl_jax.publish import main
 from oapl_jax.weights import publisher
-from oapl_jax.weights.checkpoint import Weights, save_config
+from oapl_jax.weights.checkpoint import Weights
 from oapl_jax.weights.publisher import (
     COMMITTED,
     MANIFEST,
