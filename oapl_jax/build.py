@@ -416,7 +416,9 @@ class Run:
             self.workdir / "rollouts",
             self.about({"by": "train"}),
             groups_per_shard=self.config.rollout.groups_per_shard,
-            weights_digest=lambda version: checksum(self.versions.path(version) / publisher.MANIFEST),
+            weights_digest=lambda version: checksum(
+                self.versions.path(version) / publisher.MANIFEST
+            ),
         )
         if not self.checkpoints.steps():
             writer.keep(0)  # shards of a run that was killed before its first checkpoint

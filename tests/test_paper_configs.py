@@ -17,7 +17,7 @@ from oapl_jax import audit, train
 from oapl_jax import record as generate
 from oapl_jax.data import samples
 from oapl_jax.evaluate import evaluate_benchmarks
-from oapl_jax.launch import flatten
+from oapl_jax.config import flatten
 from oapl_jax.publish import publish_step
 from oapl_jax.rollout.dataset import Dataset
 
@@ -259,8 +259,7 @@ class Shop:
         """Tokenizer, groups and manifest of a recorded set."""
         run = opened(self.config(CODE, arg), self.root / "nobody")
         what = dict(step=None, version_dir=None, split="train", limit=None, groups_per_shard=8)
-        generate.record_dataset(run, epath.Path(self.root / to), **what, progress=lambda done: None
-        )
+        generate.record_dataset(run, epath.Path(self.root / to), **what, progress=lambda done: None)
         run.close()
         shards = Dataset(epath.Path(self.root / to))
         return run.policy.tokenizer, list(shards), shards.versions

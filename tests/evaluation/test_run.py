@@ -103,7 +103,8 @@ class Shop:
         said, job = [], self.job(**settings)
         what = dict(step=step, version_dir=version_dir, n=n, log=said.append)
         try:
-            directory, results = evaluate_benchmarks(job, names or ("sums",), epath.Path(to), **what
+            directory, results = evaluate_benchmarks(
+                job, names or ("sums",), epath.Path(to), **what
             )
         finally:
             job.close()
@@ -159,7 +160,7 @@ def test_the_result_follows_from_the_responses(shop, unbroken):
     assert unbroken.directory.name == "v000003"
     assert len(found) == 6 * 64
     prompts = {prompt.id: prompt for prompt in job_prompts(shop)}
-    tokenizer = shop.job()[1].policy.tokenizer
+    tokenizer = shop.job().policy.tokenizer
     right = dict.fromkeys(prompts, 0)
     for (prompt_id, _), (tokens, _, finish) in found.items():
         numbers = re.findall(r"\d+", tokenizer.decode(tokens, skip_special_tokens=True))

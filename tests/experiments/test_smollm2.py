@@ -105,7 +105,8 @@ def test_a_small_model_goes_the_way_of_the_real_one(model, tmp_path):
 
     what = dict(version_dir=None, n=2, log=lambda text: None)
     for step in (0, 2):
-        directory, results = evaluate_benchmarks(job, ["gsm8k_test"], epath.Path(tmp_path / "evaluation"), step=step, **what
+        directory, results = evaluate_benchmarks(
+            job, ["gsm8k_test"], epath.Path(tmp_path / "evaluation"), step=step, **what
         )
         assert directory.name == f"v{step:06d}"
         assert results["gsm8k_test"]["problems"] == 8

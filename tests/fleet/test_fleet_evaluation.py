@@ -61,7 +61,8 @@ def evaluate(servers, published, tmp_path):
         what = dict(step=None, version_dir=str(published.path(VERSION)), n=N)
         to = epath.Path(tmp_path / f"{sampler}{temperature}")
         try:
-            directory, results = evaluate_benchmarks(run, ["sums"], to, **what, log=lambda text: None
+            directory, results = evaluate_benchmarks(
+                run, ["sums"], to, **what, log=lambda text: None
             )
             prompts = {p.id: p for p in benchmark_prompts(run, "sums")[0]}
         finally:

@@ -115,7 +115,8 @@ class Jobs:
     ):
         seen = []
         run = opened(self.config(**settings), workdir)
-        record.record_dataset(run,
+        record.record_dataset(
+            run,
             epath.Path(to),
             step=step,
             version_dir=version_dir,
