@@ -261,6 +261,8 @@ class Module:
     def _link(self, instruction: Instruction) -> None:
         beside = instruction.computation.instructions
         names = re.findall(r"%([^\s,()]+)", instruction.literal)
+        if unknown := set(names) - beside.keys():
+            raise RunError(f"operands {sorted(unknown)} of {instruction.name} are not known")
         instruction.operands = [beside[name] for name in names]
         for name in set(names):
             beside[name].users.append(instruction)

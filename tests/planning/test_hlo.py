@@ -383,6 +383,7 @@ ENTRY %main (x: f32[8,64], w: f32[4,4]) -> f32[8,64] {
         ("condition=%outer_condition, ", "", "outer_condition"),
         ("get-tuple-element(%loop), index=1", "teleport(%loop)", "teleport"),
         ("copy(%ten)", "copy(%ten", "copied"),
+        ("copy(%ten)", "copy(%eleven)", "eleven"),
         ("add(%a, %b)", "send(%a, %b), channel_id=9", "send"),
         ("%x.1 = bf16[64,32]{1,0}", "%x.1 = bf16[64,32]{1,0:T(128)U(3)}", "x.1"),
         ("%x.1 = bf16[64,32]{1,0}", "%x.1 = bf16[64,32]{1,0:T(128)S(9)}", "x.1"),
