@@ -54,13 +54,8 @@ def main() -> None:
         sizes, from_checkpoint = model_sizes(config, model.value, epath.Path(scratch))
     workdir.mkdir(parents=True, exist_ok=True)
     name = where.name.replace(":", "-")
-    plan_of = functools.partial(
-        plan_run,
-        sizes=sizes,
-        where=where,
-        from_checkpoint=from_checkpoint,
-        storage=storage.value,
-    )
+    known: dict[str, Any] = dict(from_checkpoint=from_checkpoint, storage=storage.value)
+    plan_of = functools.partial(plan_run, sizes=sizes, where=where, **known)
     if sweeps.value:
         suffix = f", {sizes}, {plan_digest()}, {from_checkpoint}, {storage.value:g} bytes/s"
         kept = PlanFile(workdir / f"sweep-{name}.json", suffix)

@@ -15,16 +15,11 @@ from jax.sharding import Mesh
 
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
+from oapl_jax.planning import programs
 from oapl_jax.planning.hardware import Chip, Slice, axis_bandwidth
 from oapl_jax.planning.hlo import Module, collective_bytes, traffic
 from oapl_jax.planning.memory import available_hbm, check_arguments, compile_program
-from oapl_jax.planning.programs import (
-    PlanInputs,
-    RunPrograms,
-    per_chip,
-    program_flops,
-    step_flops,
-)
+from oapl_jax.planning.programs import PlanInputs, RunPrograms, per_chip
 
 PUBLISHER_BYTES = 1e9  # beside two of the largest tensor; docs/serving.md
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -48,11 +43,11 @@ def estimate(
     """
     run = RunPrograms(inputs, mesh)
     available = available_hbm(where)
-    programs, times = compile_all(run, where, available, log)
+    compiled, times = compile_all(run, where, available, log)
     ram = host_memory(run, where.chips_per_host)
-    ram["offloaded"] = float(where.chips_per_host * max(p["offloaded"] for p in programs))
+    ram["offloaded"] = float(where.chips_per_host * max(p["offloaded"] for p in compiled))
     ram = {**ram, "total": sum(ram.values()), "ram": where.host_ram}
-    chip_fits = all(program["fits"] for program in programs)
+    chip_fits = all(program["fits"] for program in compiled)
     count = parameters(inputs.model_config)
     if times:
         dtype_bytes = DTYPE_BYTES[inputs.publish_dtype]
@@ -85,7 +80,7 @@ def estimate(
             "published": where.chip.hbm_bytes,
             "source": where.chip.source,
         },
-        "programs": programs,
+        "programs": compiled,
         "restore": {"hbm": per_chip(run.state)},
         "host_memory": ram,
         "not_planned": list(inputs.not_planned),
@@ -133,16 +128,11 @@ def step_times(run: RunPrograms, where: Slice, traced: Any, module: Module) -> d
         for axes, size in row.items():
             received[axes] = received.get(axes, 0.0) + size
     bandwidth = {axes: axis_bandwidth(where, run.mesh, axes.split("+")) for axes in received}
-    flops, (hbm_bytes, host_bytes) = program_flops(traced), traffic(module)
+    flops, (hbm_bytes, host_bytes) = programs.program_flops(traced), traffic(module)
     lengths = inputs.max_prompt_tokens, inputs.rollout.max_response_tokens
-    formula = step_flops(inputs.model_config, inputs.sequences, *lengths)
+    formula = programs.step_flops(inputs.model_config, inputs.sequences, *lengths)
     return {
-        "flops": {
-            "formula": formula,
-            "program": flops.total,
-            "remat": flops.remat,
-            "remat_share": flops.remat / flops.total,
-        },
+        "flops": {"formula": formula, **vars(flops), "remat_share": flops.remat / flops.program},
         "hbm_traffic": hbm_bytes,
         "host_traffic": host_bytes,
         "collectives": collectives,
@@ -150,7 +140,7 @@ def step_times(run: RunPrograms, where: Slice, traced: Any, module: Module) -> d
         "roofline": roofline(
             where.chip,
             len(where.devices),
-            flops=flops.total,
+            flops=flops.program,
             model_flops=formula,
             hbm_bytes=hbm_bytes,
             host_bytes=host_bytes,

@@ -14,14 +14,7 @@ import optax
 from jax.extend.core import Var
 from jax.sharding import Mesh
 
-from oapl_jax.config import (
-    BufferConfig,
-    LagConfig,
-    LearnerConfig,
-    ModelSection,
-    ObjectiveConfig,
-    RolloutConfig,
-)
+from oapl_jax import config as sections
 from oapl_jax.errors import RunError
 from oapl_jax.learner import packing
 from oapl_jax.learner import train_step as learner
@@ -51,12 +44,12 @@ class PlanInputs:
     group_size: int
     groups_per_step: int
     max_prompt_tokens: int
-    model: ModelSection
-    objective: ObjectiveConfig
-    rollout: RolloutConfig
-    buffer: BufferConfig
-    lag: LagConfig
-    learner: LearnerConfig
+    model: sections.ModelSection
+    objective: sections.ObjectiveConfig
+    rollout: sections.RolloutConfig
+    buffer: sections.BufferConfig
+    lag: sections.LagConfig
+    learner: sections.LearnerConfig
     publish_dtype: str
     embedded_samplers: int
     not_planned: tuple[str, ...]
@@ -267,7 +260,7 @@ def step_flops(config: ModelConfig, sequences: int, prompt: int, response: int) 
 class Flops:
     """FLOPs of a program over all chips: in total, and repeated by remat."""
 
-    total: float
+    program: float
     remat: float
 
 

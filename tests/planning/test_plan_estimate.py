@@ -103,9 +103,9 @@ def test_flops_of_a_loop_without_a_known_trip_count_are_an_error():
 
     trips = jax.ShapeDtypeStruct((), jnp.int32)
     x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
-    assert program_flops(jax.jit(bounded).trace(x, trips)).total == 7 * 2 * 4**3
+    assert program_flops(jax.jit(bounded).trace(x, trips)).program == 7 * 2 * 4**3
     slope = lambda x, trips: jax.jvp(lambda y: bounded(y, trips), (x,), (x,))
-    assert program_flops(jax.jit(slope).trace(x, trips)).total == 7 * 3 * 2 * 4**3
+    assert program_flops(jax.jit(slope).trace(x, trips)).program == 7 * 3 * 2 * 4**3
     endless = lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x)
     with pytest.raises(RunError, match="trip count"):
         program_flops(jax.jit(endless).trace(x))
