@@ -15,9 +15,9 @@ from small_runs import opened, typed
 from configs import arithmetic, code_contests, competition_math, objectives
 from oapl_jax import audit, train
 from oapl_jax import record as generate
+from oapl_jax.config import flatten
 from oapl_jax.data import samples
 from oapl_jax.evaluate import evaluate_benchmarks
-from oapl_jax.config import flatten
 from oapl_jax.publish import publish_step
 from oapl_jax.rollout.dataset import Dataset
 
