@@ -49,7 +49,7 @@ BLOCK = 16 << 20
 
 
 class NoTokenizer:
-    def save_pretrained(self, directory: str) -> None:
+    def save_pretrained(self, save_directory: str) -> None:
         """Writes no files."""
 
 
@@ -57,7 +57,7 @@ def save_step(directory: epath.Path) -> epath.Path:
     """Saves an Orbax step of random weights."""
     from flax.traverse_util import unflatten_dict
 
-    from oapl_jax.weights.checkpoint import Weights  # the process that publishes does without
+    from oapl_jax.weights.checkpoint import Weights  # not needed to publish
 
     rng = np.random.default_rng(0)
     flat: dict[str, Any] = {}

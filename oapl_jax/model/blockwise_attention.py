@@ -72,8 +72,7 @@ def _attend(query, key, value, query_segments, key_segments, query_slots, query_
 
 
 def _forward(query, key, value, query_segments, key_segments, query_slots, query_block, key_block):
-    key_heads, value_heads = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    blocks = _Keys(query.shape[-1], key_heads, key_segments, key_block)
+    blocks = _Blocks(key, value, key_segments, key_block)
 
     def one_block(block):
         queries, segments, slots = block
@@ -84,11 +83,9 @@ def _forward(query, key, value, query_segments, key_segments, query_slots, query
             new_top = jnp.maximum(top, logits.max(-1))
             weights = jnp.exp(logits - new_top[..., None])
             shrink = jnp.exp(top - new_top)
-            values = blocks.at(value_heads, j)
-            out = out * shrink[..., None] + _dot(
-                "bkrs,bksd->bkrd", weights.astype(value.dtype), values
-            )
-            return out, new_top, total * shrink + weights.sum(-1)
+            values = blocks.at(blocks.values, j)
+            add = _dot("bkrs,bksd->bkrd", weights.astype(value.dtype), values)
+            return out * shrink[..., None] + add, new_top, total * shrink + weights.sum(-1)
 
         nothing = jnp.zeros(queries.shape[:-1], jnp.float32)
         start = jnp.zeros(queries.shape, jnp.float32), nothing + LOWEST, nothing
@@ -107,8 +104,7 @@ def _forward(query, key, value, query_segments, key_segments, query_slots, query
 
 def _backward(query_block, key_block, kept, d_out):
     query, key, value, query_segments, key_segments, query_slots, out, log_total = kept
-    key_heads, value_heads = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    blocks = _Keys(query.shape[-1], key_heads, key_segments, key_block)
+    blocks = _Blocks(key, value, key_segments, key_block)
     scale = query.shape[-1] ** -0.5
 
     def one_block(d_keys_values, block):
@@ -116,15 +112,14 @@ def _backward(query_block, key_block, kept, d_out):
 
         def visit(j, carry):
             d_query, d_key, d_value = carry
-            keys, values = blocks.at(key_heads, j), blocks.at(value_heads, j)
+            keys, values = blocks.at(blocks.keys, j), blocks.at(blocks.values, j)
             weights = jnp.exp(blocks.logits(j, queries, segments, slots) - log_totals[..., None])
             d_weights = _dot("bkrd,bksd->bkrs", d_outs, values)
             d_logits = (weights * (d_weights - share) * scale).astype(query.dtype)
             d_query += _dot("bkrs,bksd->bkrd", d_logits, keys)
             d_key = blocks.add(d_key, j, _dot("bkrs,bkrd->bksd", d_logits, queries))
-            d_value = blocks.add(
-                d_value, j, _dot("bkrs,bkrd->bksd", weights.astype(d_outs.dtype), d_outs)
-            )
+            weights = weights.astype(d_outs.dtype)
+            d_value = blocks.add(d_value, j, _dot("bkrs,bkrd->bksd", weights, d_outs))
             return d_query, d_key, d_value
 
         start = jnp.zeros(queries.shape, jnp.float32), *d_keys_values
@@ -133,7 +128,7 @@ def _backward(query_block, key_block, kept, d_out):
 
     rows = functools.partial(_by_row, block=query_block, kv_heads=key.shape[2])
     share = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
-    nothing = jnp.zeros(key_heads.shape, jnp.float32)
+    nothing = jnp.zeros(blocks.keys.shape, jnp.float32)
     (d_key, d_value), d_query = jax.lax.scan(
         one_block,
         (nothing, nothing),
@@ -154,11 +149,12 @@ def _backward(query_block, key_block, kept, d_out):
 _attend.defvjp(_forward, _backward)
 
 
-class _Keys:
-    """Key blocks as a block of queries reads them, and the range of blocks with visible keys."""
+class _Blocks:
+    """Key and value blocks for a block of queries, and the range of blocks with visible keys."""
 
-    def __init__(self, dim: int, keys: jax.Array, segments: jax.Array, block: int):
-        self._scale, self._keys, self._segments, self._block = dim**-0.5, keys, segments, block
+    def __init__(self, key: jax.Array, value: jax.Array, segments: jax.Array, block: int):
+        self.keys, self.values = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        self._segments, self._block = segments, block
 
     def at(self, x: jax.Array, j: jax.Array) -> jax.Array:
         """Block j of [B, kv_heads, Tk, d]."""
@@ -183,7 +179,8 @@ class _Keys:
             self._segments, j * self._block, self._block, axis=1
         )
         mask = visible(segments, key_segments, slots, key_slots)
-        logits = _dot("bkrd,bksd->bkrs", queries, self.at(self._keys, j)) * self._scale
+        logits = _dot("bkrd,bksd->bkrs", queries, self.at(self.keys, j))
+        logits *= self.keys.shape[-1] ** -0.5
         grouped = logits.reshape(*logits.shape[:2], -1, *mask.shape[1:])
         return jnp.where(mask[:, None, None], grouped, LOWEST).reshape(logits.shape)
 

@@ -70,11 +70,7 @@ class Tensor:
 
 
 def tensors_of(config: ModelConfig) -> list[Tensor]:
-    """Tensors of a model's checkpoint, with shapes from the initializer.
-
-    Raises:
-      KeyError: for a parameter that TABLE lacks: it would be neither loaded nor published.
-    """
+    """Tensors of a model's checkpoint; raises a KeyError for a parameter that TABLE lacks."""
     tensors = []
     for path, leaf in parameter_shapes(config).items():
         if path not in TABLE:
@@ -151,20 +147,18 @@ def save_params(
     of the largest tensor and READ_AHEAD, and the buffers of a few block reads.
 
     Args:
-      params: a tree (or a mapping by path) of numpy arrays, jax arrays that this process can
-        address, or open TensorStore arrays; stacked ones are read one layer at a time.
+      params: a tree (or mapping by path) of numpy, addressable jax, or open TensorStore arrays.
       config: of the parameters' model.
-      directory: created; must not hold safetensors yet.
+      directory: must not hold safetensors yet.
       dtype: of the tensors, a key of EXPORT_DTYPES.
-      max_shard_bytes: bound on the tensors in one file; a larger tensor has a file of its own.
+      max_shard_bytes: bound on a file; a larger tensor has a file of its own.
 
     Returns:
       File name -> manifest entry {"bytes", "xxh128"}; all files are on disk.
 
     Raises:
       UserError: for a directory already in use.
-      ValueError: if the parameters are not those of the model, listing the differences, or lie on
-        other hosts.
+      ValueError: if the parameters are not the model's (listing the differences) or on other hosts.
     """
     directory = epath.Path(directory)
     if directory.exists() and any(directory.glob("*.safetensors*")):
@@ -194,10 +188,8 @@ def save_params(
         file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         written[file] = _write(directory / file, shard, flat, dtype)
         weight_map |= {tensor.name: file for tensor in shard}
-    documents = {"config.json": config.to_hf(dtype=dtype)}
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        documents = {INDEX: index, **documents}
+    documents = {INDEX: {"metadata": {"total_size": total}, "weight_map": weight_map}}
+    documents = (documents if len(shards) > 1 else {}) | {"config.json": config.to_hf(dtype=dtype)}
     for file, document in documents.items():
         text = json.dumps(document, indent=2) + "\n"
         written[file] = write_file(directory / file, [text.encode()])

@@ -39,7 +39,7 @@ def open_policy(
     """Opens a Hugging Face checkpoint, or defines a fresh model.
 
     Args:
-      directory: a fresh model's tokenizer and config.json are written there, and reused.
+      directory: of a fresh model's tokenizer and config.json, written once.
       path: a checkpoint directory; "" for a fresh model.
       architecture: config.json of a fresh model, without vocabulary and special tokens.
       characters: vocabulary of a fresh model's tokenizer.

@@ -32,12 +32,12 @@ def splash_kernel(
     """
     length, context = len(slots), mesh.shape["context"]
     block = next(b for b in BLOCKS if length // context % b == 0)
-    names = ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")
+    sizes: Any = dict.fromkeys(("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq"), block)
     causal = splash.CausalMask((length, length))
     causal.q_sequence = slots.astype(np.int32)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([causal] * heads),
-        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+        block_sizes=splash.BlockSizes(**{f"block_{name}": size for name, size in sizes.items()}),
         head_shards=1,
         q_seq_shards=context,
         residual_checkpoint_name=ATTENTION,

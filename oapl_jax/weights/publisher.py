@@ -133,11 +133,7 @@ def publish(
 
 
 def check_version(path: epath.Path) -> None:
-    """Checks that a version is committed and that every file has its size and checksum.
-
-    Raises:
-      UserError: naming the directory or file, and the remedy.
-    """
+    """Raises a UserError unless a version is committed and all files have their checksums."""
     if not path.exists():
         raise UserError(f"version directory {path} is missing; {REMEDY}")
     if not (path / COMMITTED).exists():
@@ -146,27 +142,21 @@ def check_version(path: epath.Path) -> None:
 
 
 def read_manifest(path: epath.Path) -> dict[str, Any]:
-    """Reads a version's manifest.
+    """Reads a version's manifest; raises a UserError if it can't.
 
     Returns:
       "version" (learner step), "parent" (Orbax step, relative to the workdir), "config_hash",
       "dtype", and "files": name -> {"bytes", "xxh128"}.
-
-    Raises:
-      UserError: if the manifest can't be read.
     """
     return read_json(path / MANIFEST, MANIFEST_FIELDS, remedy=REMEDY)
 
 
 def read_probe(path: epath.Path) -> dict[str, Any]:
-    """Reads a version's probe: rows of tokens and the learner's log-probs of them.
+    """Reads a version's probe; raises a UserError if it can't.
 
     Returns:
       "tokens" ([[id]]), "logp" (log-probability at temperature 1 of each token of a row but the
       first, given those before it) and "dtype" of the computation.
-
-    Raises:
-      UserError: if the probe can't be read.
     """
     return read_json(path / PROBE, PROBE_FIELDS, remedy=REMEDY)
 

@@ -1,10 +1,10 @@
-"""Tiny checkpoints of every shape that the decoder covers, and transformers' own logits for them.
+"""Golden checkpoints: tiny models of every supported architecture with transformers' logits.
 
-    python tests/golden/make.py            writes them again
+    python tests/golden/make.py            writes them
     python tests/golden/make.py --check    compares transformers, the committed files and oapl_jax
 
-Needs torch, so it runs in an environment of its own (requirements/parity.txt, `make parity`); the
-tests read the committed files and need only the package. The check goes both ways: our logits from
+Needs torch, hence a separate environment (requirements/parity.txt, `make parity`); the tests read
+the committed files and need only the package. The check compares both directions: our logits from
 transformers' checkpoint, and transformers' logits from our export.
 """
 
@@ -20,7 +20,7 @@ import torch  # pyright: ignore[reportMissingImports]  (not in the package's env
 import transformers
 
 HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))  # the package needs no installation to be checked
+sys.path.insert(0, str(HERE.parents[1]))  # checks the package without installing it
 
 import jax.numpy as jnp  # noqa: E402
 
@@ -44,8 +44,8 @@ SIZES = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
-# A small base turns the slow dimensions far within 48 positions, and the constants put dimensions
-# on every branch of the scaling: kept, blended and divided.
+# A small base rotates the slow dimensions far within 48 positions, and the constants put dimensions
+# on every branch of the scaling: kept, interpolated and divided.
 PLAIN = {"rope_type": "default", "rope_theta": 100.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -65,7 +65,7 @@ YARN = {
 }
 YARN_MSCALE = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}
 
-# name -> architecture, what differs from SIZES, and the most that save_pretrained puts in one file
+# name -> architecture, changes to SIZES, and max_shard_size of save_pretrained
 CASES = {
     "qwen3": ("qwen3", dict(head_dim=16, rope_parameters=PLAIN), "1GB"),
     "qwen3_tied": (
@@ -85,7 +85,7 @@ CASES = {
 
 
 def build(name: str) -> torch.nn.Module:
-    """The model of a case, in float32, with weights that leave no term of the forward pass idle."""
+    """The float32 model of a case, with weights that use every term of the forward pass."""
     model_type, changes, _ = CASES[name]
     tied = {"tie_word_embeddings": False} | changes
     config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **tied})
@@ -134,7 +134,7 @@ def make(name: str) -> None:
 
 
 def check(name: str) -> dict[str, float]:
-    """Differences by what was compared; a load that does not fit counts as infinite."""
+    """Largest differences of logits, by comparison; a checkpoint that does not load is infinite."""
     directory, model = HERE / name, build(name)
     golden = np.load(directory / "golden.npz")
     tokens, expected = golden["tokens"], golden["logits"]
@@ -168,9 +168,9 @@ def reload(directory: pathlib.Path | str) -> torch.nn.Module:
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype="auto", attn_implementation="eager", output_loading_info=True
     )
-    amiss = {key: sorted(names) for key, names in info.items() if names and key != "error_msgs"}
-    if amiss or info.get("error_msgs"):
-        raise ValueError(f"{directory} does not fit its model: {amiss} {info.get('error_msgs')}")
+    wrong = {key: sorted(names) for key, names in info.items() if names and key != "error_msgs"}
+    if wrong or info.get("error_msgs"):
+        raise ValueError(f"{directory} does not fit its model: {wrong} {info.get('error_msgs')}")
     return model.eval()
 
 
