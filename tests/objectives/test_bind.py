@@ -106,19 +106,15 @@ OUT_OF_RANGE = [
     ("a_star_po", "beta2", 0.0, "objective.a_star_po.beta2"),
     ("tba", "beta", float("nan"), "objective.tba.beta"),
     ("prosper", "pair_share", 1.5, "objective.prosper.pair_share"),
-    ("prosper", "pair_share", 0.0, "objective.prosper.pair_share"),
     ("opmd_kimi", "baseline", "max", "objective.opmd_kimi.baseline"),
     ("grpo", "clip_low", -0.1, "objective.policy_gradient.clip_low"),
     ("grpo", "dual_clip", 0.9, "objective.policy_gradient.dual_clip"),
-    ("grpo", "proximal", "reference", "objective.policy_gradient.proximal"),
     ("grpo", "correction", "truncate", "objective.policy_gradient.correction"),
     ("cispo", "estimator", "gae", "objective.policy_gradient.estimator"),
     ("cispo", "cap", "5", "objective.cispo.cap"),
-    ("maxrl", "estimator", "grpo", "objective.maxrl.estimator"),
     ("maxrl", "order", 0, "objective.maxrl.order"),
     # These contradict each other, or the group of four.
     ("grpo", "correction", "token_mask", "objective.policy_gradient.proximal"),
-    ("grpo", "correction", "sequence_truncate", "objective.policy_gradient.proximal"),
 ]
 
 

@@ -122,17 +122,3 @@ def test_loss_and_gradient_equal_a_loop_over_tokens(proximal, correction, dual_c
     expected_losses, expected_gradient = token_by_token(*group, **hyper)
     np.testing.assert_allclose(losses, expected_losses, atol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
-
-
-def test_a_cap_of_infinity_is_full_importance_sampling():
-    group = random_group(2, [5, 3, 8], 8, spread=0.4)
-    logp, behavior, advantages, mask = group
-    ratio = np.exp(logp.astype(np.float64) - behavior)
-    whole = np.exp(np.sum(np.log(ratio) * mask, axis=-1, keepdims=True))
-    for correction, weight in (("token_truncate", ratio), ("sequence_truncate", whole)):
-        objective = of(proximal="learner", correction=correction, correction_cap=INF)
-        _, gradient, _ = run(objective, *group)
-        np.testing.assert_allclose(gradient, -advantages[:, None] * weight * mask, rtol=1e-5)
-    # That of tokens is the gradient of the unclipped ratio to the behavior policy.
-    _, unclipped, _ = run(of(**OPEN), *group)
-    np.testing.assert_allclose(unclipped, -advantages[:, None] * ratio * mask, rtol=1e-5)
