@@ -144,15 +144,19 @@ class Cloud(Checkout):
         where = ["--project=p", "--zone=z", "--name=learner"]
         return [os.fspath(self.checkout / "tpu_setup" / name), *where, *more]
 
-    def run(self, name: str, *more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+    def run(self, name: str, *more: str, code: int = 0) -> str:
+        """Runs a script, checks its exit code, and returns its output and messages."""
+        done = subprocess.run(
             self.words(name, *more),
             cwd=self.checkout,
             env=self.environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             timeout=60,
         )
+        assert done.returncode == code, done.stdout
+        return done.stdout
 
     def begin(self, name: str, *more: str) -> subprocess.Popen[str]:
         """Starts a script with the default SIGINT, which background jobs of a shell ignore."""
@@ -173,8 +177,8 @@ class Cloud(Checkout):
         flags += [f"--libtpu={libtpu}"] if libtpu else []
         return ["watch.sh", *flags, "--", f"--config.seed={seed}"]
 
-    def watch(self, *more: str, **job) -> subprocess.CompletedProcess[str]:
-        return self.run(*self.watching(*more, **job))
+    def watch(self, *more: str, code: int = 0, **job) -> str:
+        return self.run(*self.watching(*more, **job), code=code)
 
     def calls(self, *verbs: str) -> list[str]:
         """Verbs of the given kinds of calls, or of all calls that change something."""
@@ -217,8 +221,7 @@ ONE_LIFE = ["create", "scp", "ssh", "ssh"]  # request, source, install, start
 
 def test_from_nothing_to_the_end(cloud):
     cloud.tell("ACCEPTED WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
-    done = cloud.watch("--delete-at-end", libtpu="--xla_a=1 --xla_b=2")
-    assert done.returncode == 0, done.stderr
+    cloud.watch("--delete-at-end", libtpu="--xla_a=1 --xla_b=2")
     assert cloud.calls() == [*ONE_LIFE, "delete"]
     words = f"--config=configs/arithmetic.py --workdir={cloud.folder}/run --pod --config.seed=1"
     words += " --xla_a=1 --xla_b=2"  # the compiler's flags, of the environment
@@ -241,8 +244,7 @@ def test_from_nothing_to_the_end(cloud):
 )
 def test_a_preempted_slice_is_requested_again_and_the_run_resumes(cloud, lives):
     cloud.tell(*lives, "ACTIVE", trainer=RESUME.replace("1", str(len(lives))))
-    done = cloud.watch()
-    assert done.returncode == 0, done.stderr
+    cloud.watch()
     assert cloud.calls() == [*ONE_LIFE, "delete"] * len(lives) + ONE_LIFE
     starts = cloud.starts()
     assert [line[0] for line in starts] == ["0"] * (len(lives) + 1) + ["1"] * (len(lives) + 1)
@@ -254,7 +256,7 @@ def test_a_preemption_does_not_change_the_commit(cloud):
     commit = [*cloud.as_someone, "commit", "--quiet", "--allow-empty", "--message=m"]
     later = f"import subprocess\nif (start, worker) == (1, '0'):\n  subprocess.run({commit})\n"
     cloud.tell("ACTIVE* SUSPENDED", "ACTIVE", trainer=later + RESUME)
-    assert cloud.watch().returncode == 0
+    cloud.watch()
     assert cloud.git("rev-parse", "--short", "HEAD") != first
     calls = (cloud.folder / "calls").read_text()
     assert calls.count(f"oapl_jax-{first}.tar.gz") == 2
@@ -263,37 +265,33 @@ def test_a_preemption_does_not_change_the_commit(cloud):
 @pytest.mark.parametrize("what", ["create", "ssh_1", "list"])
 def test_a_failing_call_is_retried_until_its_deadline(cloud, what):
     cloud.tell("ACTIVE", **{what: 2})
-    done = cloud.watch()
-    assert done.returncode == 0, done.stderr
+    cloud.watch()
     assert cloud.calls("create") == ["create"] * (3 if what == "create" else 1)
-    assert cloud.run("delete.sh").returncode == 0
+    cloud.run("delete.sh")
     cloud.tell("ACTIVE", **{what: ALWAYS})
-    done = cloud.watch("--service-deadline=1", "--delete-at-end")
-    assert done.returncode == 1
-    assert "after 1 s" in done.stderr
+    message = cloud.watch("--service-deadline=1", "--delete-at-end", code=1)
+    assert "after 1 s" in message
     assert cloud.calls()[-1] == "delete"
 
 
 def test_requests_without_a_slice_end_the_watch(cloud):
     cloud.tell(*["WAITING_FOR_RESOURCES FAILED"] * 4)
-    done = cloud.watch()
-    assert done.returncode == 1
+    cloud.watch(code=1)
     assert cloud.calls() == ["create", "delete"] * 3
 
 
 @pytest.mark.parametrize("flag", ["--queue-deadline=1", "--deadline=1"])
 def test_a_wait_for_capacity_and_its_bill_have_a_deadline(cloud, flag):
     cloud.tell("WAITING_FOR_RESOURCES")
-    assert cloud.watch(flag, "--delete-at-end").returncode == 1
+    cloud.watch(flag, "--delete-at-end", code=1)
     assert cloud.calls() == ["create", "delete"]
 
 
 def test_an_invalid_setting_ends_the_watch(cloud):
     mistake = "error: lag.steps=0 must be at least 1"
     cloud.tell("ACTIVE", trainer=f"print('{mistake}', file=sys.stderr)\nsys.exit(2)")
-    done = cloud.watch()
-    assert done.returncode == 2
-    assert mistake in done.stderr
+    message = cloud.watch(code=2)
+    assert mistake in message
     assert len(cloud.starts()) == 2
 
 
@@ -301,14 +299,13 @@ def test_an_invalid_setting_ends_the_watch(cloud):
 def test_a_failure_on_one_worker_restarts_all(cloud, code):
     fail = f"if start == 1 and worker == '1':\n  sys.exit({code})\n{RESUME}"
     cloud.tell("ACTIVE", trainer=fail)
-    done = cloud.watch()
-    assert done.returncode == 0, done.stderr
+    cloud.watch()
     assert [line[0] for line in cloud.starts()] == ["0", "0", "1", "1"]
 
 
 def test_a_job_that_keeps_failing_ends_the_watch(cloud):
     cloud.tell("ACTIVE", trainer="sys.exit(1)", workers=1)
-    assert cloud.watch("--restarts=2").returncode == 1
+    cloud.watch("--restarts=2", code=1)
     assert len(cloud.starts()) == 3
 
 
@@ -317,8 +314,7 @@ def test_a_calm_start_resets_the_count_of_restarts(cloud, lasts, calm, restarts,
     """Seconds of one start, not of all: four starts of three seconds each are in a row."""
     fail = f"if start < 5:\n  time.sleep({lasts})\n  sys.exit(1)\nfinish()"
     cloud.tell("ACTIVE", trainer=fail, workers=1)
-    done = cloud.watch(f"--restarts={restarts}", f"--calm={calm}")
-    assert done.returncode == code, done.stderr
+    cloud.watch(f"--restarts={restarts}", f"--calm={calm}", code=code)
     assert len(cloud.starts()) == (4 if code else 5)
 
 
@@ -328,24 +324,22 @@ def test_a_run_that_was_stopped_is_not_done(cloud):
     cloud.tell("ACTIVE", trainer=stopped, workers=1)
     (cloud.folder / "run").mkdir()
     (cloud.folder / "run/result.json").touch()
-    done = cloud.watch()
-    assert done.returncode == 0, done.stderr
+    cloud.watch()
     assert len(cloud.starts()) == 2
 
 
 def test_a_workdir_on_the_disk_of_the_slice_is_refused(cloud, monkeypatch):
     monkeypatch.setenv("FAKE_MOUNT", "/")
     cloud.tell("ACTIVE")
-    done = cloud.watch()
-    assert done.returncode == 2
-    assert "--workdir" in done.stderr
+    message = cloud.watch(code=2)
+    assert "--workdir" in message
     assert cloud.starts() == []
 
 
 def test_an_earlier_job_does_not_count(cloud):
     cloud.tell("ACTIVE")
-    assert cloud.watch(seed=1).returncode == 0
-    assert cloud.watch(seed=2).returncode == 0
+    cloud.watch(seed=1)
+    cloud.watch(seed=2)
     assert [line[0] + line[-1] for line in cloud.starts()] == ["01", "02", "11", "12"]
 
 
@@ -360,7 +354,7 @@ def test_a_watch_resumes_its_job_and_refuses_another(cloud):
     watching.communicate(timeout=30)
     assert watching.returncode == 130
 
-    assert cloud.watch("--service-deadline=1", seed=2).returncode == 1
+    cloud.watch("--service-deadline=1", seed=2, code=1)
 
     watching = cloud.begin(*cloud.watching())
     looks = cloud.calls("list")
@@ -380,8 +374,7 @@ def test_a_watch_resumes_its_job_and_refuses_another(cloud):
 )
 def test_an_invalid_flag_is_an_error_before_any_request(cloud, more, job, flag):
     cloud.tell("ACTIVE")
-    done = cloud.watch(*more, job=job)
-    assert (done.returncode, flag in done.stderr) == (2, True)
+    assert flag in cloud.watch(*more, job=job, code=2)
     assert not (cloud.folder / "calls").exists()
 
 
@@ -399,13 +392,13 @@ DEAF = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwork()"
 @pytest.mark.parametrize(("trainer", "last"), [(SAVES, "saved"), (DEAF, "step 1")])
 def test_a_stopped_job_saves_or_is_killed(cloud, trainer, last):
     cloud.tell("ACTIVE", trainer=trainer, workers=1)
-    assert cloud.run("create.sh", "--topology=v6e:2x4").returncode == 0
-    assert cloud.run("install.sh", "--share=10.0.0.2:/oapl").returncode == 0
+    cloud.run("create.sh", "--topology=v6e:2x4")
+    cloud.run("install.sh", "--share=10.0.0.2:/oapl")
     where = [f"--workdir={cloud.folder}/run", "--config=configs/arithmetic.py"]
-    assert cloud.run("train.sh", *where).returncode == 0
+    cloud.run("train.sh", *where)
     home = cloud.folder / "worker-0"
     wait_for(lambda: "step 1" in (home / "job/log").read_text())
-    assert "worker-0 running step 1" in cloud.run("status.sh").stdout
+    assert "worker-0 running step 1" in cloud.run("status.sh")
     pid = int((home / "job/pid").read_text())
 
     path = f"{cloud.folder}/worker_bin:{os.environ['PATH']}"
@@ -413,21 +406,21 @@ def test_a_stopped_job_saves_or_is_killed(cloud, trainer, last):
     job = home / "oapl_jax/tpu_setup/on_worker/job.sh"
     subprocess.run([job, "stop"], env=environment, check=True, timeout=60)
     wait_for(lambda: not alive(pid))
-    assert cloud.run("status.sh").stdout == f"ACTIVE\nworker-0 absent {last}\n"
+    assert cloud.run("status.sh") == f"ACTIVE\nworker-0 absent {last}\n"
 
 
 def test_servers_add_themselves_and_start_behind_the_proxy(cloud):
     """The real restart proxy takes the flags of serve.sh, up to the missing model files."""
     cloud.tell("ACTIVE", workers=1)
-    assert cloud.run("create.sh", "--topology=v6e:2x4").returncode == 0
-    assert cloud.run("install.sh", "--share=10.0.0.2:/oapl").returncode == 0
+    cloud.run("create.sh", "--topology=v6e:2x4")
+    cloud.run("install.sh", "--share=10.0.0.2:/oapl")
     python = cloud.folder / "worker-0/oapl_jax/.venv/bin/python"
     program(python, f'#!/bin/bash\nPYTHONPATH={ROOT} exec {sys.executable} "$@"\n')
     servers = cloud.folder / "servers.txt"
     servers.write_text("http://10.0.0.9:30000\n")
     flags = ["--topology=v6e:2x4", f"--model={cloud.folder}", f"--servers-file={servers}"]
     for _ in range(2):
-        assert cloud.run("serve.sh", *flags, "--", "--max-seq-len=2048").returncode == 0
+        cloud.run("serve.sh", *flags, "--", "--max-seq-len=2048")
         wait_for((cloud.folder / "worker-0/job/code").exists)
     log = (cloud.folder / "worker-0/job/log").read_text()
     assert "config.json" in log
