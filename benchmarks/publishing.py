@@ -53,6 +53,9 @@ class NoTokenizer:
         """Writes no files."""
 
 
+NO_TOKENIZER: Any = NoTokenizer()
+
+
 def save_step(directory: epath.Path) -> epath.Path:
     """Saves an Orbax step of random weights."""
     from flax.traverse_util import unflatten_dict
@@ -80,7 +83,7 @@ def publish_once(source: epath.Path, directory: epath.Path, dtype: str) -> tuple
         CONFIG,
         version=0,
         directory=directory,
-        tokenizer=NoTokenizer(),
+        tokenizer=NO_TOKENIZER,
         dtype=dtype,
         config_hash="",
     )

@@ -4,7 +4,7 @@ Claim: none in advance; docs/comparison.md states the rules by which the numbers
 Command: python -m experiments.launch objectives --root=runs/comparison --jobs=2
     python -m experiments.comparison --root=runs/comparison --to=docs
 Hardware: 2 CPU cores, 4 GB of memory.
-Hours: 5 with 2 jobs, for 1,407 runs.
+Hours: 5 of a core, for 1,233 runs.
 Expected: arXiv 2602.19362 finds OAPL above GRPO with importance sampling, on long answers.
 Measured: docs/comparison.md; at lag 128 and offline OAPL is above GRPO and below truncated
     importance weights of sequences, VESPO and the likelihood of right answers.
@@ -100,33 +100,20 @@ ALL_GROUPS = ("oapl, all groups", *FROM_EQUAL_REWARDS)
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Attributes:
-    config: see Run.config.
-    core: methods that are run in all arms before the others.
-    rest: the other methods.
-    lags: of live arms and replays, in the order of execution; `rest` has the first two replays.
-    tuned_lags: lags of the trials, rising.
-    seeds: of the runs that are graded on the test split.
-    trials: number of trials of a method.
-    recorder: objective of the recorded live runs.
-    prompts: size of the offline set.
-    data: overrides of all runs.
-    warmup: more overrides, of the warm-up.
-    common: more overrides, of training.
-    """
+    """The size of a comparison; values are overrides of the config."""
 
-    config: str
-    core: tuple[str, ...]
-    rest: tuple[str, ...]
-    lags: tuple[int, ...]
-    tuned_lags: tuple[int, ...]
-    seeds: tuple[int, ...]
-    trials: int
-    recorder: str
-    prompts: int
-    data: Values
-    warmup: Values
-    common: Values
+    config: str  # see Run.config
+    core: tuple[str, ...]  # methods that are run in all arms before the others
+    rest: tuple[str, ...]  # the other methods; they have the first two replays
+    lags: tuple[int, ...]  # of live arms and replays, in the order of execution
+    tuned_lags: tuple[int, ...]  # of the trials, rising
+    seeds: tuple[int, ...]  # of the runs that are graded on the test split
+    trials: int  # number for each method
+    recorder: str  # objective of the recorded live runs
+    prompts: int  # size of the offline set
+    data: Values  # of all runs
+    warmup: Values  # of the warm-up
+    common: Values  # of training
 
 
 COMMON = {
