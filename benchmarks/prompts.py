@@ -1,10 +1,10 @@
-"""How long it takes to read, shuffle and iterate prompts, with and without the tokenizer.
+"""Measures the prompt stream: read, shuffle and iterate, with and without the tokenizer.
 
     python benchmarks/prompts.py [--prompts=100000] [--tokenizer=runs/smollm2-model]
 
-The records are made up, of the length of mathematical problems, and are built and read by TFDS as
-real ones are. The aim for 100,000 prompts without the tokenizer is 5 s. Templating and tokenizing
-happen one prompt at a time, when it is drawn, so they never delay a start.
+The records are made up, of the length of mathematical problems, built and read by TFDS. The target
+for 100,000 prompts without the tokenizer is 5 s. Prompts are templated and tokenized one at a time,
+when they are taken, so that does not delay a start.
 """
 
 import argparse
@@ -13,36 +13,38 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from results import keep
 
+from oapl_jax.config import ReleaseConfig
 from oapl_jax.data.prompts import PromptStream
 from oapl_jax.data.public import releases
+from oapl_jax.data.records import Record
 from oapl_jax.model.tokenizer import load_tokenizer
 
 WORDS = ["find", "the", "number", "of", "positive", "integers", "$x^2", "+", "1$", "triangle", "12"]
 
 
 class NoTokenizer:
-    """In the place of a tokenizer, to see what all the rest takes."""
+    """Stand-in for a tokenizer, to measure everything else."""
 
     def apply_chat_template(self, chat: Any, **settings: Any) -> list[int]:
         return [1]
 
 
-def prepared(directory: Path, size: int) -> dict[str, Any]:
-    """A data set of problems of about 60 words, and the arguments that open it."""
+def prepare(directory: Path, size: int) -> Callable[[], Sequence[Record]]:
+    """Builds a data set of problems of about 60 words; returns a function that opens it."""
     rng = np.random.default_rng(0)
     with (directory / "rows.jsonl").open("w") as file:
         for i in range(size):
             words = " ".join(rng.choice(WORDS, 60))
             file.write(json.dumps({"q": f"Problem {i}. {words}", "a": i}) + "\n")
     options = dict(task="math", columns={"problem": "q", "answer": "a"}, max_tests=0)
-    table = dict(
+    table = ReleaseConfig(
         kind="table",
         path=str(directory / "rows.jsonl"),
         files=(),
@@ -50,15 +52,14 @@ def prepared(directory: Path, size: int) -> dict[str, Any]:
         part=(0, 100),
         options=options,
     )
-    arguments: dict[str, Any] = dict(
-        section="data.sets", data_dir=str(directory / "data"), sets={"made_up": table}
-    )
-    releases.open_set("made_up", **arguments)
-    return arguments
+    sets, data_dir = {"made_up": table}, str(directory / "data")
+    opened = lambda: releases.open_set("made_up", sets, section="data.sets", data_dir=data_dir)
+    opened()
+    return opened
 
 
 def seconds(run: Callable[[], Any]) -> tuple[float, float, Any]:
-    """Wall-clock and CPU seconds, and what came out."""
+    """Wall-clock and CPU seconds, and the result."""
     wall, cpu = time.perf_counter(), time.process_time()
     result = run()
     return time.perf_counter() - wall, time.process_time() - cpu, result
@@ -67,15 +68,15 @@ def seconds(run: Callable[[], Any]) -> tuple[float, float, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=100_000)
-    parser.add_argument("--tokenizer", help="a directory; without it, that part is left out")
+    parser.add_argument("--tokenizer", help="a directory; measured too if given")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     count = arguments.prompts
 
     with tempfile.TemporaryDirectory() as directory:
-        wall, _, settings = seconds(lambda: prepared(Path(directory), count))
+        wall, _, opened = seconds(lambda: prepare(Path(directory), count))
         results: dict[str, Any] = {"prompts": count, "build once, s": round(wall, 2)}
-        open_wall, open_cpu, source = seconds(lambda: releases.open_set("made_up", **settings))
+        open_wall, open_cpu, source = seconds(opened)
         tokenizers: dict[str, Any] = {"without tokenizer": NoTokenizer()}
         if arguments.tokenizer:
             tokenizers["with tokenizer"] = load_tokenizer(arguments.tokenizer)

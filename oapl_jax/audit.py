@@ -7,7 +7,6 @@ prints a table, and writes audit.json into the workdir. Exit code 0: no overlap;
 invalid setting.
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,32 +14,32 @@ from typing import Any
 
 from absl import flags
 
+from oapl_jax.config import PublicDataConfig, ReleaseConfig
 from oapl_jax.data import overlap
-from oapl_jax.data.prompts import PROMPT_SETTINGS
 from oapl_jax.data.public import releases
-from oapl_jax.data.records import Concatenated
+from oapl_jax.data.records import Concatenated, load_split
 from oapl_jax.data.synthetic import tasks
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.launch import read_command_line
 
 
 def audit_releases(
-    data: Mapping[str, Any], benchmarks: Mapping[str, Any], against: Sequence[str]
+    data: PublicDataConfig, benchmarks: Mapping[str, ReleaseConfig], against: Sequence[str]
 ) -> dict[str, Any]:
     """Compares public data sets; `against` names the evaluation's, all others if empty."""
-    train, section_of = list(data["train"]), sections(data["sets"], benchmarks)
-    others = list(against) or [name for name in section_of if name not in train]
+    section_of = sections(data.sets, benchmarks)
+    others = list(against) or [name for name in section_of if name not in data.train]
     opened, reports = {}, {}
-    for name in (*train, *others):
+    for name in (*data.train, *others):
         if name not in section_of:
             raise UserError(f"{name!r} is not one of data.sets or config.benchmarks")
         section, sets = section_of[name]
-        where: dict[str, Any] = dict(section=section, data_dir=data["data_dir"])
-        opened[name] = releases.open_set(name, sets=sets, **where)
-        reports[name] = releases.report_of(releases.prepare(name, **where, **sets[name]))
+        builder = releases.prepare(name, sets[name], section=section, data_dir=data.data_dir)
+        opened[name] = load_split(builder, releases.SPLIT)
+        reports[name] = releases.report_of(builder)
         print(f"{name}: {reports[name]}")
     result = overlap.find_overlap(
-        Concatenated([opened[name] for name in train]),
+        Concatenated([opened[name] for name in data.train]),
         Concatenated([opened[name] for name in others]),
     )
     return result | {"rows": {name: report.to_json() for name, report in reports.items()}}
@@ -64,14 +63,12 @@ def sections(
 def main() -> None:
     against = flags.DEFINE_list("against", [], "data sets to search for; default: all but train")
     config, workdir = read_command_line()
-    data = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in PROMPT_SETTINGS}
-    if data["task"] in tasks.TASKS:
-        splits = tasks.open_splits(**data)
+    if isinstance(config.data, PublicDataConfig):
+        result = audit_releases(config.data, config.benchmarks, against.value)
+    else:
+        splits = tasks.open_splits(config.data)
         evaluation = Concatenated([splits["validation"], splits["test"]])
         result = overlap.find_overlap(splits["train"], evaluation)
-    else:
-        benchmarks = {name: dataclasses.asdict(s) for name, s in config.benchmarks.items()}
-        result = audit_releases(data, benchmarks, against.value)
     print(f"\n{overlap.format_table(result)}")
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "audit.json").write_text(json.dumps(result, indent=1, ensure_ascii=False))

@@ -139,11 +139,11 @@ class Run:
     @cached_property
     def splits(self) -> dict[str, Sequence[Record]]:
         """The records of train, validation and test."""
-        section = dataclasses.asdict(self.config.data)
-        data = {key: value for key, value in section.items() if key not in prompts.PROMPT_SETTINGS}
-        public = isinstance(self.config.data, PublicDataConfig)
+        data = self.config.data
         with multihost.host0_first("the data", deadline=self.config.rollout.deadline):
-            return dict(releases.open_splits(**data) if public else tasks.open_splits(**data))
+            if isinstance(data, PublicDataConfig):
+                return releases.open_splits(data)
+            return dict(tasks.open_splits(data))
 
     @property
     def prompt_settings(self) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class Run:
     def prompts(self, split: str) -> list[Prompt]:
         """Every prompt of a split, in order."""
         records, tokenizer = self.splits[split], self.policy.tokenizer
-        return prompts.all_prompts(records, tokenizer, limit=None, **self.prompt_settings)
+        return prompts.all_prompts(records, tokenizer, **self.prompt_settings)
 
     @cached_property
     def grader(self) -> Grader:

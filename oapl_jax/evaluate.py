@@ -180,19 +180,14 @@ def benchmark_prompts(run: Run, name: str) -> tuple[list[Prompt], int]:
       UserError: for a name that config.benchmarks does not have, or damaged files.
     """
     config = run.config
-    sets = {name: dataclasses.asdict(section) for name, section in config.benchmarks.items()}
+    sets = config.benchmarks
     if name not in sets:
         have = ", ".join(sorted(sets)) or "none"
         raise UserError(f"--benchmark={name} is not one of config.benchmarks (have: {have})")
     records = releases.open_set(
-        name, section="config.benchmarks", data_dir=config.data.data_dir, sets=sets
+        name, sets, section="config.benchmarks", data_dir=config.data.data_dir
     )
-    prompts = all_prompts(
-        records,
-        run.policy.tokenizer,
-        limit=None,
-        **run.prompt_settings,
-    )
+    prompts = all_prompts(records, run.policy.tokenizer, **run.prompt_settings)
     return prompts, len(records) - len(prompts)
 
 

@@ -16,8 +16,6 @@ from oapl_jax.structs import Prompt
 
 log = logging.getLogger(__name__)
 
-PROMPT_SETTINGS = ("max_prompt_tokens", "instruction")  # of config.data; the rest opens the records
-
 
 class PromptStream(Iterator[Prompt]):
     """Endless prompts; each epoch is a permutation of the source, seeded by [seed, epoch].
@@ -160,31 +158,21 @@ def all_prompts(
     *,
     task: str,
     max_prompt_tokens: int,
-    limit: int | None,
     instruction: str,
 ) -> list[Prompt]:
-    """Makes prompts of the first `limit` records (None: all), in order; drops those too long.
+    """Makes prompts of all records, in order, and drops those that are too long.
 
     Raises:
-      UserError: for a prompt of another task, a limit beyond the source, or if none fits.
+      UserError: for a prompt of another task, or if none fits.
     """
-    if limit is not None and not 0 < limit <= len(source):
-        raise UserError(f"{limit} prompts are asked of a split of {len(source)} records")
-    size = len(source) if limit is None else limit
-    made = [
-        make_prompt(
-            source[i],
-            stream_index=i,
-            tokenizer=tokenizer,
-            task=task,
-            max_prompt_tokens=max_prompt_tokens,
-            instruction=instruction,
-        )
-        for i in range(size)
-    ]
+    settings = dict(task=task, max_prompt_tokens=max_prompt_tokens, instruction=instruction)
+    made = (
+        make_prompt(record, tokenizer, stream_index=i, **settings)
+        for i, record in enumerate(source)
+    )
     prompts = [prompt for prompt in made if prompt is not None]
-    if len(prompts) < size:
-        dropped = f"{size - len(prompts)} of {size} prompts are longer than "
+    if len(prompts) < len(source):
+        dropped = f"{len(source) - len(prompts)} of {len(source)} prompts are longer than "
         dropped += f"data.max_prompt_tokens ({max_prompt_tokens})"
         if not prompts:
             raise UserError(f"{dropped}; raise it")

@@ -55,8 +55,8 @@ def stream(tokenizer):
 
 @pytest.fixture
 def prompts_of(tokenizer):
-    def make(records, limit=None, task="chain_sum", max_prompt_tokens=5):
-        limits = dict(max_prompt_tokens=max_prompt_tokens, limit=limit, instruction="")
+    def make(records, task="chain_sum", max_prompt_tokens=5):
+        limits = dict(max_prompt_tokens=max_prompt_tokens, instruction="")
         return all_prompts(records, tokenizer, task=task, **limits)
 
     return make
@@ -225,10 +225,6 @@ def test_all_prompts_are_in_order(prompts_of):
     whole = prompts_of(source())
     assert [p.id for p in whole] == [r.id for r in source()]
     assert [p.stream_index for p in whole] == list(range(SIZE))
-    assert described(prompts_of(source(), limit=3)) == described(whole[:3])
-    for limit in (0, SIZE + 1):
-        with pytest.raises(UserError, match=f"{limit} prompts"):
-            prompts_of(source(), limit=limit)
 
 
 def test_response_text_has_no_special_tokens(tokenizer):

@@ -1,5 +1,6 @@
 """The builders of public releases, on small files in their schemas."""
 
+import dataclasses
 import hashlib
 import json
 import socket
@@ -14,6 +15,7 @@ import pytest
 from bucket import emulated
 from etils import epath
 
+from oapl_jax.config import PublicDataConfig, ReleaseConfig
 from oapl_jax.data import records, samples
 from oapl_jax.data.prompts import PromptStream
 from oapl_jax.data.public import releases, tables
@@ -54,11 +56,11 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def sets(root):
-    """The arguments of `prepare`, by name."""
+    """Settings of all releases, by name."""
 
-    def arguments(kind, path, files):
+    def release(kind, path, files):
         rows = 5 * ROWS if kind == "livecodebench" else ROWS
-        return dict(
+        return ReleaseConfig(
             kind=kind,
             path=str(root / path),
             files=(files,),
@@ -67,7 +69,7 @@ def sets(root):
             options=OPTIONS.get(kind, {}),
         )
 
-    return {name: arguments(*line) for name, line in SETS.items()}
+    return {name: release(*line) for name, line in SETS.items()}
 
 
 @pytest.fixture
@@ -75,8 +77,8 @@ def opened(sets, tmp_path):
     """Opens one of `sets` by name, with changed settings."""
 
     def opened(name, **changes):
-        changed = sets | {name: sets[name] | changes}
-        return open_set(name, section="data.sets", data_dir=str(tmp_path), sets=changed)
+        changed = sets | {name: dataclasses.replace(sets[name], **changes)}
+        return open_set(name, changed, section="data.sets", data_dir=str(tmp_path))
 
     return opened
 
@@ -85,14 +87,14 @@ def opened(sets, tmp_path):
 def table(tmp_path):
     """Prepares rows that are written as JSON Lines."""
 
-    def prepared(written, *, columns=None, task="math", max_tests=0, name="mine", **changes):
+    def prepared(written, *, columns=None, task="math", max_tests=0, **changes):
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in written))
         columns = columns or {"problem": "q", "answer": "a"}
         options = dict(task=task, columns=columns, max_tests=max_tests)
-        arguments = dict(kind="table", path=str(file), files=(), rows=0, part=(0, 100))
-        arguments |= dict(options=options, data_dir=str(tmp_path / "data")) | changes
-        builder = prepare(name, section="data.sets", **arguments)
+        settings = dict(kind="table", path=str(file), files=(), rows=0, part=(0, 100))
+        release = ReleaseConfig(**settings | dict(options=options) | changes)
+        builder = prepare("mine", release, section="data.sets", data_dir=str(tmp_path / "data"))
         return list(records.load_split(builder, releases.SPLIT)), report_of(builder)
 
     return prepared
@@ -125,17 +127,17 @@ def test_files_in_a_bucket_are_read_and_prepared_data_is_local(sets, root, tmp_p
     with emulated("releases") as bucket:
         samples.write(f"{bucket}/all", ROWS)
         there = {
-            name: one | {"path": one["path"].replace(str(root), f"{bucket}/all")}
+            name: dataclasses.replace(one, path=one.path.replace(str(root), f"{bucket}/all"))
             for name, one in sets.items()
         }
         for name in ("deepscaler", "aime25", "livecodebench"):  # JSON, Parquet, JSON Lines
             mine, theirs = (
-                open_set(name, section="data.sets", data_dir=str(tmp_path / place), sets=which)
+                open_set(name, which, section="data.sets", data_dir=str(tmp_path / place))
                 for place, which in (("local", sets), ("bucket", there))
             )
             assert list(mine) == list(theirs)
         with pytest.raises(UserError, match=r"data\.data_dir"):
-            open_set("gsm8k", section="data.sets", data_dir=f"{bucket}/data", sets=there)
+            open_set("gsm8k", there, section="data.sets", data_dir=f"{bucket}/data")
 
 
 def test_nothing_is_downloaded(opened, monkeypatch):
@@ -316,9 +318,9 @@ def test_a_data_set_is_built_again_only_if_settings_or_files_change(
     sets, root, tmp_path, monkeypatch
 ):
     def build(**changes):
-        return prepare(
-            "gsm8k", section="data.sets", data_dir=str(tmp_path), **sets["gsm8k"] | changes
-        ).data_path
+        release = dataclasses.replace(sets["gsm8k"], **changes)
+        builder = prepare("gsm8k", release, section="data.sets", data_dir=str(tmp_path))
+        return builder.data_path
 
     first = build()
     file = next((root / "openai/gsm8k/main").glob("train-*"))
@@ -351,8 +353,20 @@ def test_of_a_large_file_only_the_size_counts(tmp_path, monkeypatch):
 NAMES = dict(train=("deepscaler",), validation=("aime24",), test=("aime25", "hmmt25_feb"))
 
 
+def open_named(sets, directory, **names):
+    config = PublicDataConfig(
+        task="math",
+        data_dir=str(directory),
+        sets=sets,
+        max_prompt_tokens=1,
+        instruction="",
+        **NAMES | names,
+    )
+    return open_splits(config)
+
+
 def test_a_split_of_several_sets(sets, tmp_path):
-    splits = open_splits(task="math", data_dir=str(tmp_path), sets=sets, **NAMES)
+    splits = open_named(sets, tmp_path)
     assert [r.source for r in splits["test"]] == ["aime25"] * ROWS + ["hmmt25_feb"] * ROWS
     assert splits["test"][-1] == splits["test"][2 * ROWS - 1]
     with pytest.raises(IndexError):
@@ -370,7 +384,7 @@ def test_a_split_of_several_sets(sets, tmp_path):
 )
 def test_rejects_names_of_splits(changes, setting, sets, tmp_path):
     with pytest.raises(UserError, match=setting):
-        open_splits(task="math", data_dir=str(tmp_path), sets=sets, **NAMES | changes)
+        open_named(sets, tmp_path, **changes)
 
 
 def test_a_large_split_is_read_record_by_record(opened, monkeypatch):
@@ -387,19 +401,16 @@ def test_a_hundred_thousand_prompts_are_read_in_five_seconds(tmp_path):
     lines = (json.dumps({"q": f"Problem {i}. " + "words " * 60, "a": i}) for i in range(count))
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     options = dict(task="math", columns={"problem": "q", "answer": "a"}, max_tests=0)
-    mine = dict(kind="table", path=str(tmp_path / "rows.jsonl"), files=(), rows=count)
-    settings = dict(
-        section="data.sets",
-        data_dir=str(tmp_path / "data"),
-        sets={"mine": mine | dict(part=(0, 100), options=options)},
-    )
-    open_set("mine", **settings)  # built once
+    settings = dict(kind="table", path=str(tmp_path / "rows.jsonl"), files=(), rows=count)
+    sets = {"mine": ReleaseConfig(part=(0, 100), options=options, **settings)}
+    opened = lambda: open_set("mine", sets, section="data.sets", data_dir=str(tmp_path / "data"))
+    opened()  # built once
     tokenizer = SimpleNamespace(apply_chat_template=lambda *_, **__: [1])
     taken = []
     for _ in range(3):
         start = time.process_time()
         prompts = PromptStream(
-            open_set("mine", **settings),
+            opened(),
             tokenizer,
             task="math",
             seed=0,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from oapl_jax.config import DocumentRewardConfig
+from oapl_jax.config import DocumentRewardConfig, SyntheticDataConfig
 from oapl_jax.data.records import Record, load_split, user
 from oapl_jax.data.synthetic import tasks
 from oapl_jax.data.synthetic.tasks import TASKS, content_id, records, split_of
@@ -174,13 +174,16 @@ def test_rejects_generator_settings(task, settings, setting, monkeypatch):
 
 
 def prepare(directory, task="chain_sum", generator=None, sizes=SIZES, seed=0):
-    return tasks.prepare(
+    config = SyntheticDataConfig(
         task=task,
         data_dir=str(directory),
         generator=SETTINGS[task] if generator is None else generator,
         seed=seed,
+        max_prompt_tokens=1,
+        instruction="",
         **{f"{split}_size": size for split, size in sizes.items()},
     )
+    return tasks.prepare(config)
 
 
 def splits(builder) -> dict[str, list[Record]]:
@@ -275,6 +278,7 @@ def test_rejects_sizes_and_leaves_nothing(tmp_path, monkeypatch):
 def test_a_build_killed_while_writing_leaves_no_data_set(tmp_path):
     script = f"""
         import os, signal
+        from oapl_jax.config import SyntheticDataConfig
         from oapl_jax.data.synthetic import tasks
 
         whole = tasks.Reasoning._generate_examples
@@ -286,9 +290,11 @@ def test_a_build_killed_while_writing_leaves_no_data_set(tmp_path):
                 yield row
 
         tasks.Reasoning._generate_examples = killed
-        tasks.prepare(task="chain_sum", data_dir={str(tmp_path)!r}, train_size=400,
-                      validation_size=40, test_size=40,
-                      generator={SETTINGS["chain_sum"]!r}, seed=0)
+        tasks.prepare(SyntheticDataConfig(
+            task="chain_sum", data_dir={str(tmp_path)!r}, train_size=400, validation_size=40,
+            test_size=40, generator={SETTINGS["chain_sum"]!r}, seed=0, max_prompt_tokens=1,
+            instruction="",
+        ))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 from etils import epath
 
+from oapl_jax.config import PublicDataConfig, ReleaseConfig
 from oapl_jax.data.public import tables
 from oapl_jax.data.public.readers import Reader, choose_reader
 from oapl_jax.data.records import (
@@ -137,57 +138,45 @@ def percentile(record_id: str) -> int:
 
 
 def prepare(
-    name: str,
-    *,
-    section: str,
-    data_dir: str,
-    kind: str,
-    path: str,
-    files: Sequence[str],
-    rows: int,
-    part: Sequence[int],
-    options: Mapping[str, Any],
+    name: str, release: ReleaseConfig, *, section: str, data_dir: str
 ) -> tfds.core.DatasetBuilder:
     """Builds a data set unless it is complete in `data_dir`, and opens it.
 
-    Other settings or other files make another data set; see `tables.fingerprint`.
+    Other settings or other files make another data set; see `tables.fingerprint`. Parts (0, 95) and
+    (95, 100) of the same files have no problem in common.
 
     Args:
       name: of the data set, and the `source` of its records.
-      section: of the configuration that holds the settings, for errors.
+      release: its settings.
+      section: of the configuration that holds them, for errors.
       data_dir: directory of prepared data sets.
-      kind: see `choose_reader`.
-      path: the release: a file, or a directory; local or gs://.
-      files: globs below the directory; none for a file.
-      rows: required number of rows; 0 for any.
-      part: start and end, in hundredths of the space of all problems: (0, 95) and (95, 100) of the
-        same files have no problem in common.
-      options: of the reader.
 
     Raises:
       UserError: for files that are missing, damaged or of another release.
     """
     setting = f"{section}.{name}"
-    reader = choose_reader(kind, options, setting=setting)
-    low, high = part
+    reader = choose_reader(release.kind, release.options, setting=setting)
+    low, high = release.part
     if not 0 <= low < high <= 100:
-        raise UserError(f"{setting}.part={tuple(part)} must be two rising numbers within 0 and 100")
-    found = tables.find_files(path, files, setting=setting)
+        raise UserError(
+            f"{setting}.part={release.part} must be two rising numbers within 0 and 100"
+        )
+    found = tables.find_files(release.path, release.files, setting=setting)
     content = {
-        "kind": kind,
-        "options": dict(options),
+        "kind": release.kind,
+        "options": dict(release.options),
         "part": [low, high],
-        "rows": rows,
+        "rows": release.rows,
         "files": list(map(tables.fingerprint, found)),
     }
     config = ReleaseBuilderConfig(
         name=config_name(name, json.loads(json.dumps(content, default=dict))),
-        description=f"{name}, {kind}",
+        description=f"{name}, {release.kind}",
         setting=setting,
         reader=reader,
         files=found,
         fingerprints=content["files"],
-        rows=rows,
+        rows=release.rows,
         part=(low, high),
     )
     fresh = not (epath.Path(data_dir) / Release.name / str(config.name)).exists()
@@ -208,52 +197,36 @@ def report_of(builder: tfds.core.DatasetBuilder) -> Report:
 
 
 def open_set(
-    name: str, *, section: str, data_dir: str, sets: Mapping[str, Mapping[str, Any]]
+    name: str, sets: Mapping[str, ReleaseConfig], *, section: str, data_dir: str
 ) -> Sequence[Record]:
     """Opens one data set of a section of the configuration; prepares it if needed.
 
     Raises:
-      UserError: for an unknown name or setting; and errors of `prepare`.
+      UserError: for an unknown name; and errors of `prepare`.
     """
     if name not in sets:
         raise UserError(f"{name!r} is not one of {section}: {', '.join(sets)}")
-    try:
-        builder = prepare(name, section=section, data_dir=data_dir, **sets[name])
-    except TypeError as error:
-        raise UserError(f"{section}.{name}: {error}") from error
-    return load_split(builder, SPLIT)
+    return load_split(prepare(name, sets[name], section=section, data_dir=data_dir), SPLIT)
 
 
-def open_splits(
-    *,
-    task: str,
-    data_dir: str,
-    sets: Mapping[str, Mapping[str, Any]],
-    train: Sequence[str],
-    validation: Sequence[str],
-    test: Sequence[str],
-) -> dict[str, Sequence[Record]]:
+def open_splits(config: PublicDataConfig) -> dict[str, Sequence[Record]]:
     """Opens train, validation and test, each of one or more data sets.
-
-    Args:
-      task: verifier of all of them.
-      data_dir: directory of prepared data sets.
-      sets: name -> arguments of `prepare`.
-      train, validation, test: names of data sets.
 
     Raises:
       UserError: for a split without data sets, a data set of another task, and errors of
         `open_set`.
     """
     splits = {}
-    for split, names in {"train": train, "validation": validation, "test": test}.items():
+    for split in ("train", "validation", "test"):
+        names, parts = getattr(config, split), []
         if not names:
-            raise UserError(f"data.{split} names no data set; name one of {', '.join(sets)}")
-        parts = [
-            open_set(name, section="data.sets", data_dir=data_dir, sets=sets) for name in names
-        ]
-        for name, part in zip(names, parts, strict=True):
-            if part[0].task != task:
-                raise UserError(f"data.sets.{name} is of task {part[0].task}, and data.task={task}")
+            raise UserError(f"data.{split} names no data set; name one of {', '.join(config.sets)}")
+        for name in names:
+            part = open_set(name, config.sets, section="data.sets", data_dir=config.data_dir)
+            if part[0].task != config.task:
+                raise UserError(
+                    f"data.sets.{name} is of task {part[0].task}, and data.task={config.task}"
+                )
+            parts.append(part)
         splits[split] = parts[0] if len(parts) == 1 else Concatenated(parts)
     return splits

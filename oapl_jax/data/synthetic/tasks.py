@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
+from oapl_jax.config import SyntheticDataConfig
 from oapl_jax.data.records import (
     Record,
     Split,
@@ -325,34 +326,26 @@ class Reasoning(tfds.core.GeneratorBasedBuilder):
             yield record.id, to_row(record)
 
 
-def prepare(
-    *,
-    task: str,
-    data_dir: str,
-    train_size: int,
-    validation_size: int,
-    test_size: int,
-    generator: Mapping[str, Any],
-    seed: int,
-) -> tfds.core.DatasetBuilder:
+def prepare(config: SyntheticDataConfig) -> tfds.core.DatasetBuilder:
     """Builds the data set unless it is complete in `data_dir`, and opens it.
 
     Raises:
-      UserError: for an unknown task, an empty split, a task with too few problems for the sizes, or
-        a partial data set.
+      UserError: for settings that the task rejects, too few problems for the sizes, or a partial
+        data set.
     """
-    sizes = {"train": train_size, "validation": validation_size, "test": test_size}
-    for split, size in sizes.items():
-        if size < 1:
-            raise UserError(f"data.{split}_size is {size}; every split needs at least one record")
-    content = {"task": task, "generator": dict(generator), "sizes": sizes, "seed": seed}
-    config = ReasoningConfig(
-        name=config_name(task, content), description=json.dumps(content), **content
+    content = {
+        "task": config.task,
+        "generator": dict(config.generator),
+        "sizes": {split: getattr(config, f"{split}_size") for split in SHARES},
+        "seed": config.seed,
+    }
+    named = ReasoningConfig(
+        name=config_name(config.task, content), description=json.dumps(content), **content
     )
-    return prepare_builder(Reasoning, config, data_dir=data_dir)
+    return prepare_builder(Reasoning, named, data_dir=config.data_dir)
 
 
-def open_splits(**settings: Any) -> dict[str, Split]:
-    """Opens train, validation and test; takes the arguments of `prepare`."""
-    builder = prepare(**settings)
+def open_splits(config: SyntheticDataConfig) -> dict[str, Split]:
+    """Opens train, validation and test; prepares them if needed."""
+    builder = prepare(config)
     return {split: load_split(builder, split) for split in SHARES}
