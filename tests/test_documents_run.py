@@ -1,4 +1,4 @@
-"""Documents in a run: both objectives unlearn the faults, and rounds go on from each other."""
+"""Documents in a run: both objectives unlearn the faults; a round starts from the one before."""
 
 import json
 import os
@@ -39,7 +39,7 @@ TINY = {
 
 
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
-def test_every_objective_is_offered(name):
+def test_every_objective_has_a_documents_config(name):
     config = documents.get_config(f"objective={name}")
     assert (config.objective.name, config.data.task) == (name, "documents")
     checked(config)
@@ -58,8 +58,8 @@ def test_a_round_starts_where_the_one_before_ended():
     assert second.warmup.optim.learning_rate == 5e-4
 
 
-def test_a_round_is_a_supervised_stage_and_then_rl(tmp_path):
-    """The commands of docs/documents.md, for two steps."""
+def test_a_round_is_a_supervised_stage_followed_by_rl(tmp_path):
+    """Runs the commands of docs/documents.md for two steps."""
 
     def run(module, *flags):
         environment = {
@@ -82,20 +82,20 @@ def test_a_round_is_a_supervised_stage_and_then_rl(tmp_path):
         saved = open_params(epath.Path(tmp_path / name / "checkpoints" / str(step)))
         return {path: array.read().result() for path, array in saved.items()}
 
-    def apart(one, other):
-        """The largest difference of a weight."""
+    def distance(one, other):
+        """Largest difference of a weight."""
         assert one.keys() == other.keys()
         return max(float(np.abs(one[path] - other[path]).max()) for path in one)
 
     end = tmp_path / "round0" / "end"
     train("round0", 0)
-    run("publisher", f"--from={tmp_path / 'round0'}", "--step=2", f"--to={end}")
-    rate = 1e-6  # so small that the supervised stage stays where it began
+    run("publish", f"--from={tmp_path / 'round0'}", "--step=2", f"--to={end}")
+    rate = 1e-6  # so small that the supervised stage hardly moves the weights
     train("round1", 1, **{"model.path": end / "v000002", "warmup.optim.learning_rate": rate})
     ended, supervised = weights("round0", 2), weights("round1", 0)
-    assert apart(weights("round0", 0), ended) > 1e-4
-    assert 0 < apart(ended, supervised) <= 1.1 * rate * TINY["warmup.num_steps"]
-    assert apart(supervised, weights("round1", 2)) > 1e-4  # RL
+    assert distance(weights("round0", 0), ended) > 1e-4
+    assert 0 < distance(ended, supervised) <= 1.1 * rate * TINY["warmup.num_steps"]
+    assert distance(supervised, weights("round1", 2)) > 1e-4  # RL
     lines = read_lines(epath.Path(tmp_path / "round1" / "metrics.jsonl"))
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[-1]["rewards/documents/graded"] > 0
@@ -103,11 +103,10 @@ def test_a_round_is_a_supervised_stage_and_then_rl(tmp_path):
 
 
 def test_both_objectives_unlearn_unclosed_tags_and_ragged_tables(tmp_path):
-    """The experiment, shortened: both rates at least halve, from a policy that errs often.
+    """The shortened experiment: both fault rates at least halve.
 
-    The task is a reduced one: smaller tables without formulas, fewer steps, one seed. That rates
-    fall to under a fifth in the task itself is what experiments/documents.py shows, in a quarter of
-    an hour a seed; the next test is of the sentence that it prints.
+    Smaller tables without formulas, fewer steps, one seed. experiments/documents.py shows that the
+    rates fall below a fifth in the full task, in a quarter of an hour a seed.
     """
     command = [sys.executable, "-m", "experiments.documents", "--quick", f"--to={tmp_path}"]
     done = subprocess.run(
@@ -125,12 +124,12 @@ def test_both_objectives_unlearn_unclosed_tags_and_ragged_tables(tmp_path):
         for fault in FAULTS:
             assert fall["before"][fault] > 0.2
             assert fall["after"][fault] < fall["before"][fault] / 2
-        assert fall["after"]["empty"] < 0.02  # not by saying nothing
+        assert fall["after"]["empty"] < 0.02  # not by empty responses
     assert found[0]["before"] == found[1]["before"]
     assert done.stdout.count("| `") == 2
 
 
-def test_the_claim_is_about_every_fault():
+def test_the_claim_covers_every_fault():
     rates = dict(right=0.1, unclosed=0.4, ragged=0.2, invalid=0.1, empty=0.0)
     fallen = {**rates, "unclosed": 0.07, "ragged": 0.03}
     assert Fall("oapl", 0, rates, fallen).holds

@@ -132,25 +132,26 @@ def root(tmp_path_factory):
 
 def run(tmp_path, root, *flags):
     """The command over a configuration that names two releases."""
-    release = "agentica-org/DeepScaleR-Preview-Dataset"
+    deepscaler = "agentica-org/DeepScaleR-Preview-Dataset"
     text = f"""
+        from configs import competition_math
         from ml_collections import ConfigDict
 
+        def release(kind, path, file, rows):
+            return dict(kind=kind, path=path, files=(file,), rows=rows, part=(0, 100), options={{}})
+
         def get_config():
-            common = dict(part=(0, 100), options=dict())
-            sets = dict(
-                deepscaler=dict(kind="deepscaler", path="{root / release}",
-                                files=("deepscaler.json",), rows=0, **common),
-                math500=dict(kind="math500", path="{root / "HuggingFaceH4/MATH-500"}",
-                             files=("test.jsonl",), rows=4, **common),
-                gone=dict(kind="math500", path="/nowhere", files=("*",), rows=4, **common),
-            )
-            data = dict(task="math", data_dir="{tmp_path / "data"}", sets=sets,
-                        train=("deepscaler",), validation=("math500",), test=("math500",),
-                        max_prompt_tokens=10, instruction="Think.")
-            lines = dict(kind="math500", path="{root / "HuggingFaceH4/MATH-500"}",
-                         files=("test.jsonl",), rows=0, **common)
-            return ConfigDict(dict(data=data, benchmarks=dict(lines=lines))).lock()
+            math500 = "{root / "HuggingFaceH4/MATH-500"}"
+            config = competition_math.get_config().unlock()
+            config.data.update(data_dir="{tmp_path / "data"}", train=("deepscaler",))
+            config.data.sets = ConfigDict(dict(
+                deepscaler=release("deepscaler", "{root / deepscaler}", "deepscaler.json", 0),
+                math500=release("math500", math500, "test.jsonl", 4),
+                gone=release("math500", "/nowhere", "*", 4),
+            ))
+            lines = release("math500", math500, "test.jsonl", 0)
+            config.benchmarks = ConfigDict(dict(lines=lines))
+            return config.lock()
     """
     (tmp_path / "config.py").write_text(textwrap.dedent(text))
     command = [sys.executable, "-m", "oapl_jax.audit", f"--config={tmp_path / 'config.py'}"]
