@@ -3,7 +3,6 @@
 Each room gets its own section of the configuration and nothing else.
 """
 
-import dataclasses
 import string
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
