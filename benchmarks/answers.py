@@ -11,6 +11,7 @@ import dataclasses
 import json
 import random
 import time
+from contextlib import closing
 
 from results import keep
 
@@ -90,14 +91,14 @@ def main() -> None:
         memory_bytes=1 << 30,
         thinking_opened=False,
     )
-    with MathVerifier(config) as verifier:
+    with closing(MathVerifier(config)) as verifier:
         verifier.verify_many([expression(rng) for _ in range(20)])  # the processes start
         result = {
             "processes": args.processes,
             "plain numbers": throughput(verifier, [plain(rng) for _ in range(PLAIN)]),
             "expressions": throughput(verifier, [expression(rng) for _ in range(EXPRESSIONS)]),
         }
-    with MathVerifier(dataclasses.replace(config, processes=1)) as verifier:
+    with closing(MathVerifier(dataclasses.replace(config, processes=1))) as verifier:
         verifier.verify(r"\boxed{\sqrt{2}}", "2")
         result["hostile"] = {name: cost(verifier, text) for name, text in HOSTILE.items()}
     print(json.dumps(result, indent=1))

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import warnings
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -239,7 +240,7 @@ def test_a_source_text_can_do_no_harm(hasty, name):
 
 
 def test_left_over_processes_and_files_would_be_found(patient, tmp_path, monkeypatch):
-    with sandbox.Sandbox(patient.bwrap, CONFIG) as box:
+    with closing(sandbox.Sandbox(patient.bwrap, CONFIG)) as box:
         box.load_program(kind="stdin", name="", code=HEAD + "time.sleep(600)")
         box.send(b"{}", time.monotonic() + 10)
         wait_until(marked)

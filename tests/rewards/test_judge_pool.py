@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def new_pool(program):
 
 @pytest.fixture(scope="module")
 def pool(program):
-    with JudgePool(CONFIG, program) as made:
+    with closing(JudgePool(CONFIG, program)) as made:
         yield made
 
 
@@ -193,7 +194,7 @@ def test_a_dead_supervisor_is_replaced(new_pool):
 
 
 def test_closing_ends_every_process(program):
-    with JudgePool(CONFIG, program) as pool:
+    with closing(JudgePool(CONFIG, program)) as pool:
         pids = pool.ask(["pids", None])["reply"]
         assert all(map(alive, pids))
     wait_until_gone(pids)

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 
 import math_verify
@@ -52,13 +53,13 @@ def make(**changes):
 
 @pytest.fixture(scope="module")
 def pool():
-    with JudgePool(CONFIG) as made:
+    with closing(JudgePool(CONFIG)) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def answers():
-    with make() as made:
+    with closing(make()) as made:
         yield made
 
 
@@ -143,7 +144,7 @@ def test_a_hostile_answer_costs_its_deadline_and_nothing_else():
     late = [(rf"\boxed{{{text}}}", "7") for text in LATE]
     deep = [(rf"\boxed{{{text}}}", "7") for text in DEEP]
     long = [(rf"\boxed{{{text}}}", "7") for text in TOO_LONG]
-    with make(seconds=4.0, memory_bytes=1 << 28) as answers:
+    with closing(make(seconds=4.0, memory_bytes=1 << 28)) as answers:
         before = threading.active_count()
         mixed = [*late[:2], *honest[:4], *deep, *long, *late[2:], *honest[4:]]
         verdicts = dict(zip(mixed, answers.verify_many(mixed), strict=True))

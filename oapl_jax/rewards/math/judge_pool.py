@@ -78,12 +78,6 @@ class JudgePool:
         except queue.Empty:
             raise RunError(f"no judge process got free within {PATIENCE_SECONDS:.0f} s") from None
 
-    def __enter__(self) -> "JudgePool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class _JudgeProcess(SpawnedWorker):
     """A supervisor with its forked worker, in one session."""

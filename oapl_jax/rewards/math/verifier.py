@@ -77,12 +77,6 @@ class MathVerifier:
         self._threads.shutdown()
         self._pool.close()
 
-    def __enter__(self) -> "MathVerifier":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _ask_judge(self, pair: tuple[str, str]) -> MathVerdict:
         reply = self._pool.ask(pair)
         if "reply" in reply:
