@@ -1,6 +1,6 @@
-"""Real SGLang servers on the CPU, and the versions that they serve.
+"""Fixtures: real SGLang servers on a CPU with their versions, and fault servers.
 
-`make sglang` installs them into .venv-sglang; without it the tests that need them fail.
+Tests of real servers fail unless `make sglang` has installed SGLang into .venv-sglang.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from etils import epath
 from fault_server import FaultServer, publish_toy
-from fleets import open_toy_fleet, wait_ready
+from fleets import open_toy_fleet
 from jax.sharding import AxisType
 
 from configs import arithmetic
@@ -37,8 +37,7 @@ from oapl_jax.weights.probe import make_probe
 from oapl_jax.weights.publisher import publish, version_path
 
 ROOT = pathlib.Path(__file__).parents[2]
-PYTHON = ROOT / ".venv-sglang/bin/python"
-READY_DEADLINE = 180.0  # seconds; a start takes 20 on two free cores
+READY_DEADLINE = 400.0  # seconds; a start takes 20 on two free cores
 CONTEXT = 4096  # tokens: room for a request that lasts long enough to be interrupted
 TAIL = 6000  # characters of a log that a failed test shows
 
@@ -63,18 +62,11 @@ class Process:
             )
         PROCESSES.append(self)
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def exit_code(self) -> int | None:
-        return self._process.poll()
-
     def wait_ready(self, path: str = "/health") -> None:
         deadline = time.monotonic() + READY_DEADLINE
         while time.monotonic() < deadline:
-            if self.exit_code() is not None:
-                pytest.fail(f"{self.name} ended with code {self.exit_code()} before it was ready")
+            if (code := self._process.poll()) is not None:
+                pytest.fail(f"{self.name} ended with code {code} before it was ready")
             with contextlib.suppress(OSError):
                 if self.call(path)[0] == 200:
                     return
@@ -85,11 +77,7 @@ class Process:
         return self._process.wait(deadline)
 
     def call(self, path: str, body: Any = None, *, timeout: float = 60.0) -> tuple[int, Any]:
-        """Status and answer (JSON where it is JSON) of a GET, or of a POST of `body`.
-
-        Raises:
-          OSError: if there is no answer.
-        """
+        """Returns status and content of a GET, or of a POST of `body`; OSError if unreachable."""
         request = urllib.request.Request(
             self.url + path,
             data=None if body is None else json.dumps(body).encode(),
@@ -106,18 +94,17 @@ class Process:
             return status, text
 
     def ask(self, path: str, body: Any = None) -> Any:
-        """The answer, which must be a good one."""
         status, answer = self.call(path, body)
         assert status == 200, f"{path} of {self.name}: {status} {answer}"
         return answer
 
     def interrupt(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        self._process.send_signal(number)
 
     def kill(self) -> None:
         """SIGKILL to the whole group, at once."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         if self in PROCESSES:
             PROCESSES.remove(self)
@@ -139,35 +126,30 @@ def find_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture
-def free_port():
-    """A function: each call gives another port."""
-    return find_port
-
-
-def installed(program: str) -> list[str]:
-    """The command of a program of cpu_setup/ in SGLang's environment."""
+def sglang_program(name: str) -> list[str]:
+    """Returns the command of a program of cpu_setup/ in SGLang's environment."""
     if not (ROOT / ".venv-sglang/done").exists():
         pytest.fail("SGLang is not installed (.venv-sglang); run make sglang")
-    return [str(PYTHON), "-u", f"cpu_setup/{program}"]
+    return [str(ROOT / ".venv-sglang/bin/python"), "-u", f"cpu_setup/{name}"]
+
+
+@pytest.fixture
+def free_port():
+    return find_port
 
 
 @pytest.fixture
 def sglang_command():
-    return installed
+    return sglang_program
 
 
 def launch_server(model, log: pathlib.Path, port: int | None = None, **flags) -> Process:
-    """A server of the directory `model`; `weight_version=2` is the flag --weight-version=2."""
+    """Starts a server of a model; `weight_version=2` is the flag --weight-version=2."""
     port = port or find_port()
-    options = [
-        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
-        for name, value in flags.items()
-    ]
-    command = [*installed("serve.py"), f"--model-path={os.fspath(model)}", f"--port={port}"]
-    return Process(
-        f"SGLang on port {port}", [*command, "--skip-tokenizer-init", *options], port, log
-    )
+    command = [*sglang_program("serve.py"), f"--model-path={os.fspath(model)}", f"--port={port}"]
+    command += ["--skip-tokenizer-init"]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    return Process(f"SGLang on port {port}", command, port, log)
 
 
 @dataclasses.dataclass
@@ -264,7 +246,7 @@ def servers(published, tmp_path_factory):
         for server in running:
             server.wait_ready()
         port = find_port()
-        command = [*installed("route.py"), "--host=127.0.0.1", f"--port={port}"]
+        command = [*sglang_program("route.py"), "--host=127.0.0.1", f"--port={port}"]
         command += [f"--prometheus-port={find_port()}", "--policy=round_robin", "--worker-urls"]
         command += [server.url for server in running]
         running.append(Process("sglang-router", command, port, logs / "router.log"))
@@ -348,7 +330,7 @@ def ready_fleet(make_fleet, directory):
     def make(servers, version=0, **settings):
         fleet = make_fleet([server.url for server in servers], **settings)
         fleet.refresh(version, publish_toy(directory, version))
-        wait_ready(fleet)
+        fleet.wait_ready()
         return fleet
 
     return make

@@ -1,7 +1,7 @@
-"""A server for tests that speaks SGLang's protocol, samples from a toy policy, and misbehaves.
+"""Fault server: speaks SGLang's protocol, samples from a toy policy, and injects faults.
 
-The toy policy's log-probs depend on version, position and token only, so a sample that is wrong, or
-of another version than it says, can be told from a right one.
+The toy policy's log-probs depend on version, position and token only, so that a test can tell if a
+sample is right and of the version of its stamp.
 """
 
 import asyncio
@@ -10,7 +10,6 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from aiohttp import web
@@ -40,32 +39,11 @@ MODEL = ModelConfig.from_hf(
     source="test",
 )
 CONTROL = ("health", "info", "update", "flush", "abort")
-# What /generate can do wrong. All but "delay" must never be taken for a group.
+# Faults of /generate. All but "delay" must never pass as a group.
 FAULTS = (
-    "delay",
-    "500",
-    "503",
-    "400",
-    "reset",
-    "cut",
-    "truncated",
-    "html",
-    "empty",
-    "wrong_version",
-    "few",
-    "many",
-    "range",
-    "negative",
-    "positive",
-    "nan",
-    "no_logp",
-    "other_logp",
-    "short",
-    "after_stop",
-    "abort",
-    "mixed",
-    "other_mixed",
-    "hang",
+    *("delay", "500", "503", "400", "reset", "cut", "truncated", "html", "empty", "hang"),
+    *("wrong_version", "few", "many", "range", "negative", "positive", "nan", "no_logp"),
+    *("other_logp", "short", "after_stop", "abort", "mixed", "other_mixed"),
 )
 
 
@@ -81,7 +59,7 @@ def toy_logp(version: int, temperature: float = 1.0) -> np.ndarray:
 
 
 def is_right(rollout: Rollout, prompt_tokens: np.ndarray, sampling: Sampling) -> bool:
-    """Whether a rollout is one of the version that it is stamped with."""
+    """Tells if a rollout is of the version that it is stamped with."""
     tokens, start = rollout.tokens, len(prompt_tokens)
     where = np.arange(start, start + len(tokens))
     expected = toy_logp(rollout.policy_version, sampling.temperature)[where, tokens]
@@ -95,7 +73,7 @@ def is_right(rollout: Rollout, prompt_tokens: np.ndarray, sampling: Sampling) ->
 
 
 def publish_toy(directory: epath.Path, version: int, *, off: float = 0.0) -> epath.Path:
-    """A whole version directory of the toy policy, whose probe is off by so many nats."""
+    """Writes a version directory of the toy policy, whose probe is off by so many nats."""
     path = version_path(directory, version)
     path.mkdir(parents=True)
     rows = np.random.default_rng(version).integers(0, VOCAB, (3, 9)).tolist()
@@ -109,13 +87,7 @@ def publish_toy(directory: epath.Path, version: int, *, off: float = 0.0) -> epa
     for name, content in contents.items():
         (path / name).write_text(json.dumps(content))
     files = {name: file_entry(path / name) for name in contents}
-    manifest: dict[str, Any] = {
-        "version": version,
-        "parent": "",
-        "config_hash": "",
-        "dtype": "float32",
-    }
-    manifest["files"] = files
+    manifest = dict(version=version, parent="", config_hash="", dtype="float32", files=files)
     (path / MANIFEST).write_text(json.dumps(manifest))
     (path / COMMITTED).write_text("")
     return path
@@ -124,25 +96,16 @@ def publish_toy(directory: epath.Path, version: int, *, off: float = 0.0) -> epa
 class FaultServer:
     """One server on a port of its own, in a thread of its own.
 
-    Attributes:
-      plan: called with the name of each call ("generate", "score", or one of CONTROL); returns the
-        fault to commit, or "".
-      seconds: that a group takes.
-      update_seconds: that an update takes.
-      calls: how often each was called.
-      faults: how often each fault was committed, by (call, fault).
-      held: the version whose policy it samples from; what it says can differ.
-      loads: versions that it was told to load, in order.
-      forced_sampling: settings that replace those of a request.
-      information: of /server_info.
+    It samples from the policy of version `held`, and reports version `says`.
     """
 
     def __init__(self, directory: epath.Path):
+        # Fault to inject at a call ("generate", "score", or one of CONTROL), or "".
         self.plan: Callable[[str], str] = lambda call: ""
-        self.seconds = self.update_seconds = 0.0
+        self.seconds = self.update_seconds = 0.0  # of a group, of an update
         self.calls: Counter[str] = Counter()
-        self.faults: Counter[tuple[str, str]] = Counter()
-        self.loads: list[int] = []
+        self.faults: Counter[tuple[str, str]] = Counter()  # by (call, fault)
+        self.loads: list[int] = []  # versions that it was told to load
         self.running = self.most_running = 0
         self.requests: list[dict] = []
         self.updating: Callable[[int], None] = lambda change: None
@@ -164,7 +127,7 @@ class FaultServer:
         return f"http://127.0.0.1:{self._port}"
 
     def start(self) -> None:
-        """Begins, or begins anew after `kill`: on the same port, with weights of no version."""
+        """Starts, also after `kill`: on the same port, with weights of no version."""
         self._in_loop(self._start())
 
     def kill(self) -> None:
@@ -186,15 +149,16 @@ class FaultServer:
         self.running, self._busy_until = 0, 0.0
         self._transports: set = set()
         app = web.Application()
-        app.router.add_post("/generate", self._generate)
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/model_info", self._model_info)
-        app.router.add_get("/server_info", self._server_info)
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/update_weights_from_disk", self._update)
-        app.router.add_post("/flush_cache", self._flush)
-        app.router.add_post("/abort_request", self._abort)
-        app.router.add_post("/tokenize", self._tokenize)
+        add_get, add_post = app.router.add_get, app.router.add_post
+        add_get("/health", self._health)
+        add_get("/model_info", self._model_info)
+        add_get("/server_info", self._server_info)
+        add_get("/v1/models", self._models)
+        add_post("/generate", self._generate)
+        add_post("/update_weights_from_disk", self._update)
+        add_post("/flush_cache", self._flush)
+        add_post("/abort_request", self._abort)
+        add_post("/tokenize", self._tokenize)
         self._runner = web.AppRunner(
             app, handler_cancellation=True, access_log=None, shutdown_timeout=0.01
         )
@@ -224,12 +188,10 @@ class FaultServer:
             await asyncio.sleep(60)
         if fault == "delay":
             await asyncio.sleep(float(self._rng.uniform(0, 0.05)))
-        if fault in ("400", "500", "503"):
-            raise {
-                "400": web.HTTPBadRequest,
-                "500": web.HTTPInternalServerError,
-                "503": web.HTTPServiceUnavailable,
-            }[fault](text="on order")
+        errors = [web.HTTPBadRequest, web.HTTPInternalServerError, web.HTTPServiceUnavailable]
+        for error in errors:
+            if fault == str(error.status_code):
+                raise error(text="injected")
         return fault
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
@@ -263,7 +225,7 @@ class FaultServer:
         answers = self._spoil(answers, fault, settings)
         content = json.dumps(answers[0] if len(answers) == 1 else answers)
         if fault == "html":
-            content = "<html>on order</html>"
+            content = "<html>injected</html>"
         if fault == "truncated":
             content = content[: len(content) // 2]
         if fault == "empty":
@@ -402,9 +364,9 @@ class FaultServer:
             if self._loop.time() < self._busy_until:
                 fault = "half"
             if fault == "refuse":
-                return web.json_response({"success": False, "message": "on order"}, status=400)
+                return web.json_response({"success": False, "message": "injected"}, status=400)
             if fault == "no":
-                return web.json_response({"success": False, "message": "on order"})
+                return web.json_response({"success": False, "message": "injected"})
             manifest = json.loads((epath.Path(body["model_path"]) / MANIFEST).read_text())
             self.loads.append(manifest["version"])
             if fault != "half":  # new weights under the old name, as the real one when not idle
@@ -414,7 +376,7 @@ class FaultServer:
             if fault == "misnamed":
                 self.says = "79"
             if fault in ("half", "late_no"):
-                return web.json_response({"success": False, "message": "on order"}, status=400)
+                return web.json_response({"success": False, "message": "injected"}, status=400)
             await asyncio.sleep(self.update_seconds)
         finally:
             self.updating(-1)

@@ -54,37 +54,60 @@ REAL_SETTINGS: dict[str, Any] = {
 }
 
 
+class LoggingFleet(Fleet):
+    """A fleet that keeps its log, with helpers of the tests."""
+
+    def __init__(self, settings, *, allow_older, **requirements):
+        self.logged: list[str] = []
+        config = FleetConfig.from_dict(settings)
+        tolerance = config.probe_tolerance
+        requirements = Requirements(dtype="float32", probe_tolerance=tolerance, **requirements)
+        super().__init__(config, requirements, allow_older=allow_older, log=self.logged.append)
+
+    def has_logged(self, text):
+        return any(text in sentence for sentence in self.logged)
+
+    def of(self, server, name):
+        """Returns a value of `servers()`, for a server that may not be known yet."""
+        return self.servers().get(server.url, defaultdict(int, state="", reason=""))[name]
+
+    def states(self):
+        return {server["state"] for server in self.servers().values()}
+
+    def wait_ready(self, version=None, patience=PATIENCE):
+        """Waits until every server is ready, with `version` if it is given."""
+        held = lambda: version is None or self.versions() == {version}
+        wait_until(lambda: self.states() == {"ready"} and held(), "readiness", patience)
+
+    def sample(self, count):
+        """Samples `count` prompts; see Taker.right."""
+        return Taker(self, prompts(count)).right(count)
+
+
 def open_toy_fleet(urls=(), *, allow_older=False, sampling=SAMPLING, **settings):
-    """Opens a fleet of fault servers; its log is in `logged`."""
-    policy = dict(model_config=MODEL, tokenizer=None, stop_ids=(STOP,), max_prompt_tokens=8)
-    settings = {**SETTINGS, "servers": tuple(urls), **settings}
-    return _open(settings, allow_older, sampling=sampling, **policy)
+    """Opens a fleet of fault servers."""
+    return LoggingFleet(
+        {**SETTINGS, "servers": tuple(urls), **settings},
+        allow_older=allow_older,
+        sampling=sampling,
+        model_config=MODEL,
+        tokenizer=None,
+        stop_ids=(STOP,),
+        max_prompt_tokens=8,
+    )
 
 
 def open_real_fleet(published, urls=(), *, allow_older=False, **settings):
     """Opens a fleet of SGLang servers of the model that is `published`."""
-    policy = published.policy
-    settings = {**REAL_SETTINGS, "servers": tuple(urls), **settings}
-    return _open(
-        settings,
-        allow_older,
+    return LoggingFleet(
+        {**REAL_SETTINGS, "servers": tuple(urls), **settings},
+        allow_older=allow_older,
         sampling=REAL_SAMPLING,
-        model_config=policy.config,
-        tokenizer=policy.tokenizer,
-        stop_ids=policy.stop_ids,
+        model_config=published.policy.config,
+        tokenizer=published.policy.tokenizer,
+        stop_ids=published.policy.stop_ids,
         max_prompt_tokens=12,
     )
-
-
-def _open(settings, allow_older, **requirements):
-    logged = []
-    config = FleetConfig.from_dict(settings)
-    requirements = Requirements(
-        dtype="float32", probe_tolerance=config.probe_tolerance, **requirements
-    )
-    fleet: Any = Fleet(config, requirements, allow_older=allow_older, log=logged.append)
-    fleet.logged = logged
-    return fleet
 
 
 def once(call, fault):
@@ -103,26 +126,6 @@ def wait_until(condition, what="the condition", patience=PATIENCE):
     while not condition():
         assert time.monotonic() < until, f"{what} does not happen"
         time.sleep(0.005)
-
-
-def of(fleet, server, name):
-    """Returns a server's value in `fleet.servers()`, of a fleet that may not know it yet."""
-    unknown = defaultdict(int, state="", reason="")
-    return fleet.servers().get(server.url, unknown)[name]
-
-
-def states(fleet):
-    return {server["state"] for server in fleet.servers().values()}
-
-
-def wait_ready(fleet, version=None):
-    """Waits until every server is ready, with `version` if it is given."""
-    held = lambda: version is None or fleet.versions() == {version}
-    wait_until(lambda: states(fleet) == {"ready"} and held(), "readiness")
-
-
-def has_logged(fleet, text):
-    return any(text in sentence for sentence in fleet.logged)
 
 
 def prompt(index):
@@ -164,11 +167,6 @@ class Taker(threading.Thread):
         assert_each_once(taken, len(taken) if count is None else count)
         assert_right(taken)
         return taken
-
-
-def sample(fleet, count):
-    """Samples `count` prompts; see Taker.right."""
-    return Taker(fleet, prompts(count)).right(count)
 
 
 def servers_of(taken):

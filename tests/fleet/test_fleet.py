@@ -19,10 +19,8 @@ from fleets import (
     prompt,
     prompts,
     reasons_of,
-    sample,
     servers_of,
     versions_of,
-    wait_ready,
     wait_until,
 )
 
@@ -35,7 +33,7 @@ def test_every_prompt_comes_out_once(ready_fleet, toy_servers):
     made = toy_servers(2)
     fleet = ready_fleet(made, 5)
     assert (fleet.version, fleet.versions()) == (5, {5})
-    taken = sample(fleet, 60)
+    taken = fleet.sample(60)
     assert all(len(s.rollouts) == N and not s.attempts and s.seconds > 0 for s in taken)
     assert versions_of(taken) == {5}
     assert servers_of(taken) == {server.url for server in made}
@@ -43,7 +41,7 @@ def test_every_prompt_comes_out_once(ready_fleet, toy_servers):
     assert_balanced(fleet, taken, 60)
     greedy = Sampling(0.0, 1.0, 0, 4)
     assert_right(Taker(fleet, prompts(5), greedy).result(), greedy)
-    assert sample(fleet, 0) == []
+    assert fleet.sample(0) == []
 
 
 def test_max_in_flight_limits_requests_and_pulls(ready_fleet, toy_servers):
@@ -86,7 +84,7 @@ def test_generate_raises_the_error_of_a_pull(ready_fleet, toy_servers):
 
     with pytest.raises(UserError, match="no more"):
         Taker(fleet, pull()).result()
-    sample(fleet, 4)  # the fleet continues
+    fleet.sample(4)  # the fleet continues
 
 
 def test_a_prompt_that_would_crash_a_server_is_not_sent(ready_fleet, toy_servers):
@@ -120,7 +118,7 @@ def test_abandoned_groups_are_cancelled(ready_fleet, toy_servers):
     assert found["fleet/prompts"] == found["fleet/groups"] + found["fleet/cancelled"]
     assert found["fleet/groups"] == 1
     assert found["fleet/cancelled"] >= SETTINGS["max_in_flight"]
-    sample(fleet, 9)
+    fleet.sample(9)
 
 
 # Failed attempts
@@ -132,7 +130,7 @@ def test_each_fault_is_a_named_attempt_and_a_retry(ready_fleet, toy_servers):
     total = []
     for index, fault in enumerate(FAULTS):
         server.plan = once("generate", fault)
-        wait_ready(fleet)  # so that the group meets the fault, not the admission of the server
+        fleet.wait_ready()  # so that the group meets the fault, not the admission of the server
         (sampled,) = Taker(fleet, [prompt(index)]).result()
         total.append(sampled)
         assert server.faults["generate", fault] == 1

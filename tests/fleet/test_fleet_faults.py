@@ -17,16 +17,11 @@ from fleets import (
     Taker,
     always,
     assert_balanced,
-    has_logged,
-    of,
     once,
     prompt,
     prompts,
-    sample,
     servers_of,
-    states,
     versions_of,
-    wait_ready,
     wait_until,
 )
 
@@ -66,20 +61,20 @@ def test_a_server_that_fails_a_refresh_samples_nothing(
     fleet = make_fleet([bad.url, good.url], **deadlines)
     bad.plan = always(call, fault)
     fleet.refresh(3, publish_toy(directory, 3))
-    wait_until(lambda: of(fleet, good, "state") == "ready")
-    wait_until(lambda: of(fleet, bad, state))
-    assert servers_of(sample(fleet, 20)) == {good.url}
-    assert has_logged(fleet, f"{bad.url} is {state}")
+    wait_until(lambda: fleet.of(good, "state") == "ready")
+    wait_until(lambda: fleet.of(bad, state))
+    assert servers_of(fleet.sample(20)) == {good.url}
+    assert fleet.has_logged(f"{bad.url} is {state}")
     bad.plan = lambda this: ""
-    wait_ready(fleet)
-    assert has_logged(fleet, f"{bad.url} is ready")
-    assert servers_of(sample(fleet, 40)) == {good.url, bad.url}
+    fleet.wait_ready()
+    assert fleet.has_logged(f"{bad.url} is ready")
+    assert servers_of(fleet.sample(40)) == {good.url, bad.url}
 
 
 def test_a_server_that_loads_the_weights_and_refuses(ready_fleet, toy_servers):
     (server,) = toy_servers(1)
     server.plan = always("update", "late_no")
-    assert versions_of(sample(ready_fleet([server], 2), 5)) == {2}
+    assert versions_of(ready_fleet([server], 2).sample(5)) == {2}
 
 
 @pytest.mark.parametrize("fault", ["503", "hang", "reset"])
@@ -89,7 +84,7 @@ def test_a_server_that_fails_its_health_check_is_lost(ready_fleet, toy_servers, 
     fleet = ready_fleet([bad, good], control_deadline=1.0, request_deadline=1000.0)
     bad.seconds = 1000.0
     taker = Taker(fleet, prompts(20))
-    wait_until(lambda: of(fleet, bad, "in_flight") > 0)
+    wait_until(lambda: fleet.of(bad, "in_flight") > 0)
     bad.plan = lambda this: fault if this in CONTROL else ""
     taken = taker.right(20)
     assert servers_of(taken) == {good.url}
@@ -116,13 +111,13 @@ def test_a_killed_server_comes_back(ready_fleet, toy_servers):
 
     taker = Taker(fleet, pull())
     assert killed.wait(PATIENCE)
-    wait_until(lambda: of(fleet, victim, "state") == "lost")
+    wait_until(lambda: fleet.of(victim, "state") == "lost")
     assert victim.loads == [0]
     victim.start()  # with weights of no version
-    wait_until(lambda: of(fleet, victim, "state") == "ready")
+    wait_until(lambda: fleet.of(victim, "state") == "ready")
     assert victim.loads == [0, 0]  # it loaded the target version first
-    sampled = of(fleet, victim, "sampled")
-    wait_until(lambda: of(fleet, victim, "sampled") > sampled)
+    sampled = fleet.of(victim, "sampled")
+    wait_until(lambda: fleet.of(victim, "sampled") > sampled)
     back.set()
     taken = taker.right()
     assert any(s.attempts for s in taken)
@@ -135,10 +130,10 @@ def test_a_server_that_comes_back_with_other_weights_under_the_same_name(ready_f
     (server,) = toy_servers(1)
     fleet = ready_fleet([server], 3, control_deadline=0.5)
     server.plan = lambda this: "503" if this in CONTROL else ""
-    wait_until(lambda: states(fleet) == {"lost"})
+    wait_until(lambda: fleet.states() == {"lost"})
     server.held = 55
     server.plan = lambda this: ""
-    sample(fleet, 20)
+    fleet.sample(20)
     assert fleet.metrics()["fleet/probe_failed"] == 1
     assert server.loads == [3, 3]
 
@@ -151,12 +146,12 @@ def test_a_server_that_comes_back_loads_the_target_version_first(
     fleet = ready_fleet([server], allow_older=True)
     server.update_seconds = 1.5  # and so long it samples before the next refresh
     fleet.refresh(1, publish_toy(directory, 1))
-    wait_ready(fleet, 1)
+    fleet.wait_ready(1)
     server.update_seconds = 0.0
     fleet.refresh(2, publish_toy(directory, 2))
     server.plan = once("health", "503")
-    wait_until(lambda: of(fleet, server, "lost"))
-    wait_ready(fleet)
+    wait_until(lambda: fleet.of(server, "lost"))
+    fleet.wait_ready()
     assert fleet.versions() == {2}
     assert server.loads == [0, 1, 2]
 

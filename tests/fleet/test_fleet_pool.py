@@ -15,15 +15,10 @@ from fleets import (
     Taker,
     assert_balanced,
     assert_right,
-    has_logged,
-    of,
     prompt,
     prompts,
     reasons_of,
-    sample,
     servers_of,
-    states,
-    wait_ready,
     wait_until,
 )
 
@@ -51,7 +46,7 @@ def test_servers_join_and_leave(make_fleet, toy_servers, directory, tmp_path):
         fleet, map(prompt, itertools.takewhile(lambda _: not ended.is_set(), itertools.count()))
     )
     urls = lambda: set(fleet.servers())
-    sampled = lambda server: of(fleet, server, "sampled")
+    sampled = lambda server: fleet.of(server, "sampled")
     wait_until(lambda: urls() == {first.url}, "the first read of the list")
     wait_until(lambda: sampled(first) > 5)
     write(first, second, third)
@@ -60,12 +55,12 @@ def test_servers_join_and_leave(make_fleet, toy_servers, directory, tmp_path):
     write(third)
     wait_until(lambda: urls() == {third.url})
     listed.unlink()  # then the list stays as it is
-    wait_until(lambda: has_logged(fleet, "list"))
+    wait_until(lambda: fleet.has_logged("list"))
     before = sampled(third)
     wait_until(lambda: sampled(third) > before + 5)
     assert urls() == {third.url}
     write(first, third)
-    wait_until(lambda: first.url in urls() and states(fleet) == {"ready"})
+    wait_until(lambda: first.url in urls() and fleet.states() == {"ready"})
     ended.set()
     taken = taker.right()
     assert all(s.rollouts and not s.attempts for s in taken)
@@ -96,7 +91,7 @@ def test_a_router_is_a_list_of_servers(make_fleet, toy_servers, directory):
         fleet = make_fleet(router=f"http://127.0.0.1:{router.server_port}/")
         fleet.refresh(0, publish_toy(directory, 0))
         wait_until(lambda: set(fleet.servers()) == set(Router.urls))
-        assert servers_of(sample(fleet, 20)) <= set(Router.urls)
+        assert servers_of(fleet.sample(20)) <= set(Router.urls)
         Router.urls = [made[0].url]
         wait_until(lambda: set(fleet.servers()) == {made[0].url})
         router.shutdown()
@@ -115,7 +110,7 @@ def test_the_no_server_timeout_ends_the_run(ready_fleet, toy_servers):
         Taker(fleet, prompts(5)).result()
     assert caught.value.exit_code == 3
     assert all(server.url in str(caught.value) for server in made)
-    assert has_logged(fleet, "training pauses")
+    assert fleet.has_logged("training pauses")
     found = fleet.metrics()
     assert found["fleet/prompts"] == found["fleet/cancelled"]
     with pytest.raises(FleetLost):  # and stays so
@@ -127,10 +122,10 @@ def test_training_pauses_and_continues(ready_fleet, toy_servers):
     fleet = ready_fleet([server])
     server.kill()
     taker = Taker(fleet, prompts(20))
-    wait_until(lambda: has_logged(fleet, "training pauses"))
+    wait_until(lambda: fleet.has_logged("training pauses"))
     server.start()
     taken = taker.right(20)
-    wait_until(lambda: has_logged(fleet, "training continues"))
+    wait_until(lambda: fleet.has_logged("training continues"))
     assert fleet.metrics()["fleet/paused_seconds"] > 0
     assert_balanced(fleet, taken, 20)
 
@@ -142,8 +137,8 @@ def test_an_idle_fleet_has_no_timeout(ready_fleet, toy_servers):
     server.kill()
     time.sleep(0.8)  # longer than the deadline, while no group waits
     server.start()
-    wait_ready(fleet)
-    sample(fleet, 3)
+    fleet.wait_ready()
+    fleet.sample(3)
 
 
 def test_a_fleet_whose_servers_are_all_refused_is_an_error(make_fleet, toy_servers, directory):
@@ -162,8 +157,8 @@ def test_one_refused_server_is_named_and_the_other_samples(make_fleet, toy_serve
     bad.information["preferred_sampling_params"] = {"min_p": 0.1}
     fleet = make_fleet([bad.url, good.url])
     fleet.refresh(0, publish_toy(directory, 0))
-    wait_until(lambda: of(fleet, good, "state") == "ready")
-    assert servers_of(sample(fleet, 10)) == {good.url}
+    wait_until(lambda: fleet.of(good, "state") == "ready")
+    assert servers_of(fleet.sample(10)) == {good.url}
     assert bad.loads == []
     assert sum(bad.url in s and "min_p" in s for s in fleet.logged) == 1
 
@@ -174,13 +169,13 @@ def test_a_server_that_starts_late(make_fleet, toy_servers, directory):
     fleet = make_fleet([server.url])
     fleet.refresh(0, publish_toy(directory, 0))
     taker = Taker(fleet, prompts(3))
-    wait_until(lambda: "failed" in of(fleet, server, "reason"))
-    assert states(fleet) == {"starting"}
+    wait_until(lambda: "failed" in fleet.of(server, "reason"))
+    assert fleet.states() == {"starting"}
     server.start()
     taker.right(3)
     late = make_fleet(["127.0.0.1:9"], start_deadline=0.1)
-    wait_until(lambda: states(late) == {"lost"})
-    assert has_logged(late, "127.0.0.1:9")
+    wait_until(lambda: late.states() == {"lost"})
+    assert late.has_logged("127.0.0.1:9")
 
 
 def test_a_server_that_warms_up_gets_no_request(make_fleet, toy_servers, directory):
@@ -191,8 +186,8 @@ def test_a_server_that_warms_up_gets_no_request(make_fleet, toy_servers, directo
     fleet = make_fleet([server.url])
     fleet.refresh(0, publish_toy(directory, 0))
     taker = Taker(fleet, prompts(3))
-    wait_until(lambda: "503" in of(fleet, server, "reason"))
-    assert states(fleet) == {"starting"}
+    wait_until(lambda: "503" in fleet.of(server, "reason"))
+    assert fleet.states() == {"starting"}
     assert not server.loads
     warm.set()
     assert not reasons_of(taker.right(3))
@@ -268,4 +263,4 @@ def test_invalid_settings(changes, name):
 def test_sampling_that_the_learner_cannot_reproduce_is_logged(make_fleet):
     odd = Sampling(temperature=1.0, top_p=0.95, top_k=7, max_response_tokens=6)
     fleet = make_fleet(["http://127.0.0.1:9"], sampling=odd)
-    assert has_logged(fleet, "rollout.top_p=0.95")
+    assert fleet.has_logged("rollout.top_p=0.95")

@@ -13,15 +13,11 @@ from fleets import (
     Taker,
     always,
     assert_balanced,
-    has_logged,
-    of,
     prompt,
     prompts,
     reasons_of,
-    sample,
     servers_of,
     versions_of,
-    wait_ready,
     wait_until,
 )
 
@@ -125,12 +121,12 @@ def test_a_server_that_refuses_a_version_continues_if_older_ones_are_allowed(
     fleet = ready_fleet([bad, good], allow_older=True)
     bad.plan = always("update", "refuse")
     fleet.refresh(1, publish_toy(directory, 1))
-    wait_until(lambda: of(fleet, good, "version") == 1)
-    wait_until(lambda: of(fleet, bad, "refresh_refused") >= 2, "a retry")
-    wait_ready(fleet)
-    assert held(sample(fleet, 60)) == {(bad.url, 0), (good.url, 1)}
+    wait_until(lambda: fleet.of(good, "version") == 1)
+    wait_until(lambda: fleet.of(bad, "refresh_refused") >= 2, "a retry")
+    fleet.wait_ready()
+    assert held(fleet.sample(60)) == {(bad.url, 0), (good.url, 1)}
     assert fleet.versions() == {0, 1}
-    assert has_logged(fleet, "version 0")
+    assert fleet.has_logged("version 0")
     bad.plan = lambda this: ""
     wait_until(lambda: fleet.versions() == {1}, "the refresh")
 
@@ -140,8 +136,8 @@ def test_a_server_that_refuses_a_version_is_refused_otherwise(ready_fleet, toy_s
     fleet = ready_fleet([bad, good])
     bad.plan = always("update", "refuse")
     fleet.refresh(1, publish_toy(directory, 1))
-    wait_until(lambda: of(fleet, bad, "refresh_refused") >= 2, "a retry")
-    assert held(sample(fleet, 30)) == {(good.url, 1)}
+    wait_until(lambda: fleet.of(bad, "refresh_refused") >= 2, "a retry")
+    assert held(fleet.sample(30)) == {(good.url, 1)}
 
 
 def test_a_new_target_resets_the_backoff_of_a_refused_server(ready_fleet, toy_servers, directory):
@@ -149,10 +145,10 @@ def test_a_new_target_resets_the_backoff_of_a_refused_server(ready_fleet, toy_se
     fleet = ready_fleet([bad, good], backoff=1000.0, backoff_limit=1000.0)
     bad.plan = always("update", "refuse")
     fleet.refresh(1, publish_toy(directory, 1))
-    wait_until(lambda: of(fleet, bad, "state") == "refused")
+    wait_until(lambda: fleet.of(bad, "state") == "refused")
     bad.plan = lambda this: ""
     fleet.refresh(2, publish_toy(directory, 2))
-    wait_ready(fleet, 2)
+    fleet.wait_ready(2)
 
 
 def test_servers_sample_between_versions_that_come_faster_than_they_load(
@@ -189,8 +185,8 @@ def test_stale_weights_after_a_refusal_fail_the_probe(ready_fleet, toy_servers, 
 
     bad.plan = half
     fleet.refresh(1, publish_toy(directory, 1))
-    wait_until(lambda: of(fleet, bad, "probe_failed"))
-    assert servers_of(sample(fleet, 30)) == {good.url}
+    wait_until(lambda: fleet.of(bad, "probe_failed"))
+    assert servers_of(fleet.sample(30)) == {good.url}
 
 
 @pytest.mark.parametrize("off", [0.01, float("nan")])
@@ -198,9 +194,9 @@ def test_a_server_whose_log_probs_differ_from_the_probe(make_fleet, toy_servers,
     (server,) = toy_servers(1)
     fleet = make_fleet([server.url])
     fleet.refresh(0, publish_toy(directory, 0, off=off))
-    wait_until(lambda: of(fleet, server, "refused"))
-    assert has_logged(fleet, f"{off:.3g} nats")
-    assert of(fleet, server, "probe_failed")
+    wait_until(lambda: fleet.of(server, "refused"))
+    assert fleet.has_logged(f"{off:.3g} nats")
+    assert fleet.of(server, "probe_failed")
 
 
 def test_a_damaged_version_reaches_no_server(ready_fleet, toy_servers, directory):
@@ -227,7 +223,7 @@ def test_a_return_to_an_older_version(ready_fleet, toy_servers, directory):
     publish_toy(directory, 1)
     for version in (1, 0, 1):
         fleet.refresh(version, version_path(directory, version))
-        assert versions_of(sample(fleet, 3)) == {version}
+        assert versions_of(fleet.sample(3)) == {version}
     assert server.loads == [0, 1, 0, 1]
 
 

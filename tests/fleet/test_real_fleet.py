@@ -14,7 +14,6 @@ from fleets import (
     assert_each_once,
     assert_published,
     difference,
-    of,
     open_real_fleet,
     reasons_of,
     versions_of,
@@ -54,7 +53,7 @@ def wait_until(condition, what="it"):
 
 
 def wait_ready(fleet):
-    wait_until(lambda: fleets.states(fleet) == {"ready"}, "readiness")
+    wait_until(lambda: fleet.states() == {"ready"}, "readiness")
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
@@ -126,17 +125,17 @@ def test_a_killed_server_comes_back(
     )
     run.worker.start()
     run.train_until(
-        lambda: of(fleet, victim, "sampled") > 3 and of(fleet, victim, "in_flight") > 1, "work"
+        lambda: fleet.of(victim, "sampled") > 3 and fleet.of(victim, "in_flight") > 1, "work"
     )
     victim.kill()
-    run.train_until(lambda: of(fleet, victim, "state") == "lost", "the loss")
-    before = [of(fleet, server, "sampled") for server in (victim, steady)]
-    run.train_until(lambda: of(fleet, steady, "sampled") > before[1] + 3, "work for the other one")
+    run.train_until(lambda: fleet.of(victim, "state") == "lost", "the loss")
+    before = [fleet.of(server, "sampled") for server in (victim, steady)]
+    run.train_until(lambda: fleet.of(steady, "sampled") > before[1] + 3, "work for the other one")
     # Nobody trains, so soon nobody samples: on two cores a server starts slowly beside one at work.
     back = start_server(published.path(1), port, wait=False)
-    wait_until(lambda: of(fleet, victim, "state") == "ready", "the return")
+    wait_until(lambda: fleet.of(victim, "state") == "ready", "the return")
     assert back.ask("/model_info")["weight_version"] == "3"
-    run.train_until(lambda: of(fleet, victim, "sampled") > before[0] + 3, "work for who is back")
+    run.train_until(lambda: fleet.of(victim, "sampled") > before[0] + 3, "work for who is back")
     found = run.finish()
 
     assert_published(published, run.groups)
@@ -149,7 +148,7 @@ def test_a_killed_server_comes_back(
         assert (row.server, row.reason) == (victim.url, "failed")
         after = rows[row.reissued_as]
         assert after.state in ("trained", "held", "reissued")
-    assert fleets.has_logged(fleet, f"{victim.url} is ready")
+    assert fleet.has_logged(f"{victim.url} is ready")
 
 
 def test_a_damaged_version_is_refused_before_a_server_loads_it(

@@ -1,4 +1,4 @@
-"""What the fleet takes for granted of SGLang, asked of a real server."""
+"""Assumptions of the fleet about SGLang, checked with a real server."""
 
 import concurrent.futures
 import contextlib
@@ -12,8 +12,9 @@ from oapl_jax.rollout.sampler import Sampling
 
 PROMPT = [4, 11, 6, 12, 3, 14]
 EOS = 1
+CLOSE = 1e-4  # nats between log-probs of the server and the learner
 LONG = dict(ignore_eos=True, max_new_tokens=4000)  # some twenty seconds
-PATIENCE = 60.0  # seconds until a test gives up
+PATIENCE = 60.0  # seconds until a test fails
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def server(servers, published):
 
 @pytest.fixture
 def meanwhile():
-    """Calls a function in a thread, after a moment, and gives its future."""
+    """Calls a function in a thread; returns its future a moment later."""
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
 
         def call(what, *args, **kwargs):
@@ -52,7 +53,7 @@ def request(ids=PROMPT, *, top=(), **sampling):
 
 
 def generate(server, **how):
-    """The responses, always as a list."""
+    """Returns the responses as a list."""
     answer = server.ask("/generate", request(**how))
     return answer if isinstance(answer, list) else [answer]
 
@@ -83,7 +84,17 @@ def logp_of(response):
     return np.array([entry[0] for entry in response["meta_info"]["output_token_logprobs"]])
 
 
-# Answers
+def difference(published, response, version=1, temperature=1.0):
+    """Returns the largest difference of a response's log-probs from those of a version."""
+    expected = published.logp(version, PROMPT, response["output_ids"], temperature)
+    return np.abs(logp_of(response) - expected).max()
+
+
+def span(version, start, end):
+    return {"version": version, "start": start, "end": end}
+
+
+# Responses
 
 
 def test_a_group_is_a_list_and_a_single_response_is_not(server):
@@ -100,8 +111,7 @@ def test_log_probs_belong_to_the_ids_and_name_their_version(server):
         assert [entry[1] for entry in meta["output_token_logprobs"]] == response["output_ids"]
         assert meta["completion_tokens"] == len(response["output_ids"])
         assert meta["weight_version"] == "1"
-        span = {"version": "1", "start": 0, "end": len(response["output_ids"])}
-        assert meta["weight_versions"] == [span]
+        assert meta["weight_versions"] == [span("1", 0, len(response["output_ids"]))]
         assert meta["finish_reason"]["type"] in ("stop", "length")
         assert "text" not in response  # the server has no tokenizer
 
@@ -110,9 +120,8 @@ def test_log_probs_belong_to_the_ids_and_name_their_version(server):
 def test_log_probs_are_the_learners(server, published, temperature):
     group = generate(server, n=8, temperature=temperature, max_new_tokens=96, ignore_eos=True)
     for response in group:
-        expected = published.logp(1, PROMPT, response["output_ids"], temperature)
-        assert expected.std() > 0.1  # far from flat
-        np.testing.assert_allclose(logp_of(response), expected, atol=1e-4, rtol=0)
+        assert difference(published, response, 1, temperature) < CLOSE
+        assert logp_of(response).std() > 0.1  # far from flat
 
 
 def test_log_probs_follow_a_new_version(server, published):
@@ -121,25 +130,21 @@ def test_log_probs_follow_a_new_version(server, published):
     (after,) = generate(server, temperature=0.0)
     assert after["meta_info"]["weight_version"] == "2"
     for version, response in ((1, before), (2, after)):
-        expected = published.logp(version, PROMPT, response["output_ids"])
-        np.testing.assert_allclose(logp_of(response), expected, atol=1e-4, rtol=0)
-    old = published.logp(1, PROMPT, after["output_ids"])
-    assert np.abs(logp_of(after) - old).max() > 0.1
+        assert difference(published, response, version) < CLOSE
+    assert difference(published, after) > 0.1
 
 
 def test_greedy_takes_the_best_token_with_log_probs_at_temperature_1(server, published):
     (greedy,) = generate(server, temperature=0.0, ignore_eos=True)
     (top,) = generate(server, temperature=1.0, top_k=1, ignore_eos=True)
     assert greedy["output_ids"] == top["output_ids"]
-    expected = published.logp(1, PROMPT, greedy["output_ids"])
-    np.testing.assert_allclose(logp_of(greedy), expected, atol=1e-4, rtol=0)
+    assert difference(published, greedy) < CLOSE
 
 
 @pytest.mark.parametrize("cut", [dict(top_k=2), dict(top_p=0.3), dict(min_p=0.5)])
 def test_log_probs_are_over_the_whole_vocabulary_even_where_sampling_is_not(server, published, cut):
     for response in generate(server, n=4, **cut):
-        expected = published.logp(1, PROMPT, response["output_ids"])
-        np.testing.assert_allclose(logp_of(response), expected, atol=1e-4, rtol=0)
+        assert difference(published, response) < CLOSE
 
 
 def test_a_prompts_log_probs_ignore_the_temperature(server, published):
@@ -151,7 +156,7 @@ def test_a_prompts_log_probs_ignore_the_temperature(server, published):
     assert [entry[1] for entry in entries] == row
     assert entries[0][0] is None
     expected = published.logp(1, row[:1], row[1:])
-    np.testing.assert_allclose([entry[0] for entry in entries[1:]], expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose([entry[0] for entry in entries[1:]], expected, atol=CLOSE, rtol=0)
 
 
 def test_the_stop_token_is_in_the_response_with_its_log_prob(server, published):
@@ -162,8 +167,7 @@ def test_the_stop_token_is_in_the_response_with_its_log_prob(server, published):
             stopped.add(reason["matched"])
             assert tokens[-1] == reason["matched"]
         assert not {EOS, 7} & set(tokens[:-1])
-        expected = published.logp(1, PROMPT, tokens)
-        np.testing.assert_allclose(logp_of(response), expected, atol=1e-4, rtol=0)
+        assert difference(published, response) < CLOSE
     assert stopped == {EOS, 7}  # stop_token_ids adds to the model's own end
 
 
@@ -233,8 +237,7 @@ def test_an_update_waits_for_running_requests_which_end_on_the_old_version(
     running = meanwhile(generate, server, n=4, ignore_eos=True, max_new_tokens=800)
     update(server, published, 2)  # now and then its flush comes too early: see the next test
     for response in running.result(PATIENCE):
-        span = {"version": "1", "start": 0, "end": 800}
-        assert response["meta_info"]["weight_versions"] == [span]
+        assert response["meta_info"]["weight_versions"] == [span("1", 0, 800)]
     assert generate(server)[0]["meta_info"]["weight_version"] == "2"
 
 
@@ -255,10 +258,9 @@ def test_an_update_that_can_not_flush_is_refused_and_holds_the_new_weights_all_t
     for extra in ({}, {"extra_key": "v2"}):
         (response,) = generate(server, top=extra)
         assert response["meta_info"]["weight_version"] == "2"
-        expected = published.logp(2, PROMPT, response["output_ids"])
-        gaps.append(np.abs(logp_of(response) - expected).max())
+        gaps.append(difference(published, response, 2))
     assert gaps[0] > 0.1
-    assert gaps[1] < 1e-4
+    assert gaps[1] < CLOSE
     wait_idle(server)
     take(server, published, 2)
     assert version_of(server) == "2"
@@ -271,8 +273,8 @@ def test_a_pause_in_place_lets_a_response_span_two_versions(server, published, m
     server.ask("/continue_generation", {})
     (response,) = running.result(PATIENCE)
     first, second = response["meta_info"]["weight_versions"]
-    assert (first["version"], first["start"]) == ("1", 0)
-    assert (second["version"], second["start"], second["end"]) == ("2", first["end"], 800)
+    assert first == span("1", 0, first["end"])
+    assert second == span("2", first["end"], 800)
     assert response["meta_info"]["weight_version"] == "2"
 
 
