@@ -1,14 +1,14 @@
-"""How busy the fleet's client keeps a real server, against SGLang's own benchmark client.
+"""Throughput of the fleet's client at a real server, against SGLang's own benchmark client.
 
     make sglang
     python benchmarks/fleet.py [--rounds=5]
 
-Both send token ids to one SGLang server on the CPU, with the same number of responses in flight and
-the same lengths, in turns, since a shared machine drifts. Two figures of each: output tokens a
-second, and requests in the server, which is the sum of the times that requests spent there, by its
-own account, over the time that the client took. The medians of the rounds' ratios count; the second
-suffers less from what else the machine does. The model is tiny: the faster the server, the more it
-waits for its client. Groups of 8 are shown too; SGLang's client has no such thing.
+Both send token ids to one SGLang server on a CPU, with the same lengths and number of responses in
+flight, in turns, since a shared machine drifts. Two measures of each: output tokens a second, and
+requests in the server: the sum of the requests' latencies, as the server reports them, over the
+time of the client. The result is the median of the rounds' ratios; the second measure depends less
+on other load of the machine. The model is tiny: the faster the server, the more it waits for its
+client. SGLang's client has no groups.
 """
 
 import argparse
@@ -142,7 +142,7 @@ def open_fleet(url: str, path: epath.Path, config: ModelConfig, tokenizer, group
 
 
 def seconds_in_server(url: str) -> float:
-    """Summed over all requests that the server has answered."""
+    """Returns the summed latency of all requests that the server has finished."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
     named = [line for line in lines if line.startswith("sglang:e2e_request_latency_seconds_sum")]
@@ -150,7 +150,7 @@ def seconds_in_server(url: str) -> float:
 
 
 def ours(fleet: Fleet, group: int, seed: int) -> tuple[int, float]:
-    """Output tokens and seconds of the fleet's client."""
+    """Runs the fleet's client; returns output tokens and seconds."""
     rng = np.random.default_rng(seed)
     draw = lambda: rng.integers(2, SIZES["vocab_size"], PROMPT_TOKENS).astype(np.int32)
     prompts = [Prompt(str(i), i, draw(), "", "", "") for i in range(RESPONSES // group)]
@@ -164,7 +164,7 @@ def ours(fleet: Fleet, group: int, seed: int) -> tuple[int, float]:
 
 
 def theirs(url: str, path: epath.Path, seed: int) -> tuple[int, float]:
-    """The same of SGLang's benchmark client, by its own account."""
+    """Runs SGLang's benchmark client; returns output tokens and seconds, as it reports them."""
     with tempfile.NamedTemporaryFile() as file:
         flags = {
             "backend": "sglang",
@@ -193,7 +193,7 @@ def theirs(url: str, path: epath.Path, seed: int) -> tuple[int, float]:
 
 
 def measure(url: str, run: Callable[[], tuple[int, float]]) -> tuple[float, float]:
-    """Output tokens a second, and requests in the server."""
+    """Returns output tokens a second, and requests in the server."""
     before = seconds_in_server(url)
     tokens, seconds = run()
     return tokens / seconds, (seconds_in_server(url) - before) / seconds
@@ -216,7 +216,7 @@ def main() -> None:
             for n, fleet in fleets.items():
                 clients[f"ours, groups of {n}"] = functools.partial(ours, fleet, n)
             for run in clients.values():
-                run(seed=0)  # until everything is ready and warm
+                run(seed=0)  # warm-up
             rows = np.array(
                 [
                     [measure(url, functools.partial(run, seed=seed)) for run in clients.values()]

@@ -6,8 +6,8 @@
 import runpy
 import sys
 
-import serve  # its stand-ins
+import serve  # stubs of missing packages
 
 if __name__ == "__main__":
-    sys.modules["datasets"] = serve.Absent("datasets")  # for prompts that are downloaded
+    sys.modules["datasets"] = serve.Absent("datasets")  # used for downloaded prompts only
     runpy.run_module("sglang.benchmark.serving", run_name="__main__")

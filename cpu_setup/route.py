@@ -2,8 +2,7 @@
 
     .venv-sglang/bin/python cpu_setup/route.py --port=31000 --worker-urls http://127.0.0.1:30000
 
-Flags are the router's. It loads SGLang where it finds it, only to write traces; not here, where
-that takes long.
+Flags are the router's. It imports SGLang for traces only; this program prevents the slow import.
 """
 
 import runpy

@@ -1,18 +1,18 @@
-"""An unmodified SGLang server on a CPU, to test and to try the fleet; in an environment of its own.
+"""An unmodified SGLang server on a CPU, for tests of the fleet, in an environment of its own.
 
     make sglang
     .venv-sglang/bin/python cpu_setup/serve.py --model-path=DIR --port=30000
 
-Flags are SGLang's; those that a CPU needs are set here and can be overridden. A model with a
-tokenizer that does not know English letters needs --skip-tokenizer-init.
+Flags are SGLang's; the CPU's have defaults here. A model whose tokenizer has no English
+letters needs --skip-tokenizer-init.
 """
 
 import os
 import sys
 import types
 
-# Threads wait for each other where cores are few: ten times slower without the first. Rotary angles
-# in the model's dtype cost three digits of the log-probs.
+# On few cores the server is ten times slower with more OpenMP threads. Rotary angles in the model's
+# dtype cost three digits of the log-probs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")
 os.environ.update(SGLANG_USE_CPU_ENGINE="1", CUDA_VISIBLE_DEVICES="")
@@ -36,7 +36,7 @@ CPU_FLAGS = [
 
 
 class Absent(types.ModuleType):
-    """Stands in for a package whose functions SGLang imports by name and does not call here."""
+    """Stub of a package whose functions SGLang imports and does not call on a CPU."""
 
     __version__ = "0"
 
@@ -50,10 +50,10 @@ class Absent(types.ModuleType):
         return missing
 
 
-# At the top level, since SGLang's processes load this file again.
-sys.modules["sgl_kernel"] = Absent("sgl_kernel")  # it has no CPU wheel
-# torchvision's compiled operators need CUDA; its Python part, which SGLang imports, wants them
-# declared.
+# At the top level, since SGLang's child processes import this file.
+sys.modules["sgl_kernel"] = Absent("sgl_kernel")  # has no CPU wheel
+# torchvision's compiled operators need CUDA; its Python part, which SGLang imports, needs their
+# declarations.
 vision = torch.library.Library("torchvision", "DEF")
 for operator in ("nms", "qnms"):
     vision.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

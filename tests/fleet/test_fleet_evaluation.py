@@ -1,5 +1,4 @@
-"""A published version, evaluated through real servers: what they sample is what the embedded
-decoder would."""
+"""Evaluation of a published version through real servers, against the embedded decoder."""
 
 import json
 
@@ -18,12 +17,12 @@ from oapl_jax.rollout.dataset import Dataset
 PROBLEMS = [("1+1=", "2"), ("9-8=", "1"), ("3+4-1=", "6"), ("8-5=", "3"), ("2+2+2=", "6")]
 N, VERSION = 8, 2
 CLOSE = 2e-3  # nats between two sums of log-probs of a response
-GREEDY = 1e-5  # a temperature at which there is no choice
+GREEDY = 1e-5  # a temperature at which sampling is greedy
 
 
 @pytest.fixture
 def evaluate(servers, published, tmp_path):
-    """Evaluates version 2 of the servers' model; gives result, responses and prompts."""
+    """Evaluates version 2 of the servers' model; returns result, responses and prompts."""
     rows = [json.dumps({"question": q, "target": a}) for q, a in PROBLEMS]
     (tmp_path / "sums.jsonl").write_text("\n".join(rows))
 
@@ -51,18 +50,18 @@ def evaluate(servers, published, tmp_path):
                 files=(),
                 rows=len(PROBLEMS),
                 part=(0, 100),
-                options=dict(
-                    task="chain_sum",
-                    columns=dict(problem="question", answer="target"),
-                    max_tests=0,
-                ),
+                options={
+                    "task": "chain_sum",
+                    "columns": dict(problem="question", answer="target"),
+                    "max_tests": 0,
+                },
             )
         run = opened(config, tmp_path / "workdir")
-        what = dict(step=None, version_dir=str(published.path(VERSION)), n=N)
+        source = dict(step=None, version_dir=str(published.path(VERSION)), n=N)
         to = epath.Path(tmp_path / f"{sampler}{temperature}")
         try:
             directory, results = evaluate_benchmarks(
-                run, ["sums"], to, **what, log=lambda text: None
+                run, ["sums"], to, **source, log=lambda text: None
             )
             prompts = {p.id: p for p in benchmark_prompts(run, "sums")[0]}
         finally:
@@ -78,7 +77,7 @@ def evaluate(servers, published, tmp_path):
     return evaluate
 
 
-def test_what_is_measured_is_what_the_version_says(evaluate, published, monkeypatch):
+def test_results_follow_from_the_log_probs_of_the_version(evaluate, published, monkeypatch):
     result, responses, prompts = evaluate("fleet", 1.0)
     tokens, logp, correct = 0, 0.0, dict.fromkeys(prompts, 0)
     for (name, _), rollout in responses.items():
@@ -103,7 +102,7 @@ def test_what_is_measured_is_what_the_version_says(evaluate, published, monkeypa
     assert evaluate("fleet", 1.0)[0]["pass@k"] == result["pass@k"]  # nothing is sampled again
 
 
-def test_without_a_choice_servers_and_embedded_decoder_say_the_same(evaluate):
+def test_greedy_responses_equal_those_of_the_embedded_decoder(evaluate):
     texts = {}
     for sampler in ("fleet", "local"):
         result, responses, _ = evaluate(sampler, GREEDY)

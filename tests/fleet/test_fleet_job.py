@@ -1,4 +1,4 @@
-"""The default job, shortened, with its rollouts from two real SGLang servers."""
+"""The default job, shortened, with rollouts from two real SGLang servers."""
 
 import json
 import os
@@ -32,14 +32,14 @@ def test_the_default_job_learns_on_a_fleet(servers, tmp_path):
     steps = [line for line in lines if "lag/max" in line]
     assert max(line["lag/max"] for line in steps) == LAG - 1
     refreshed = max(line.get("fleet/refreshed", 0) for line in steps)
-    assert refreshed >= 2 * 3, "each of the servers took at least three versions"
+    assert refreshed >= 2 * 3, "each server loaded at least three versions"
 
     ledger = [sys.executable, "-m", "oapl_jax.report", str(workdir), "--json"]
     printed = subprocess.run(
         ledger, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, timeout=60
     ).stdout
-    account = json.loads(printed)
-    assert account["balanced"]
-    assert account["balance"]["trained"] == STEPS * 32 * 8
-    assert account["balance"]["failed"] == 0
-    assert set(account["servers"]) == set(servers.urls)
+    report = json.loads(printed)
+    assert report["balanced"]
+    assert report["balance"]["trained"] == STEPS * 32 * 8
+    assert report["balance"]["failed"] == 0
+    assert set(report["servers"]) == set(servers.urls)

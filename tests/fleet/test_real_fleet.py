@@ -24,7 +24,7 @@ from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Prompt
 from oapl_jax.weights.publisher import version_path
 
-PATIENCE = 180.0  # seconds until a test gives up
+PATIENCE = 180.0  # seconds until a test fails
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def make_fleet(published, stack):
     return make
 
 
-def prompt(draw):
-    tokens = np.random.default_rng(draw).integers(2, 16, 3 + draw % 9).astype(np.int32)
-    return Prompt(f"p{draw}", draw, tokens, "", "", "")
+def prompt(index):
+    tokens = np.random.default_rng(index).integers(2, 16, 3 + index % 9).astype(np.int32)
+    return Prompt(f"p{index}", index, tokens, "", "", "")
 
 
 def take(fleet, prompts, sampling=REAL_SAMPLING):
@@ -52,15 +52,11 @@ def wait_until(condition, what="it"):
     fleets.wait_until(condition, what, PATIENCE)
 
 
-def wait_ready(fleet):
-    wait_until(lambda: fleet.states() == {"ready"}, "readiness")
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 def test_log_probs_are_those_of_the_learner(make_fleet, servers, published, temperature):
     fleet = make_fleet(servers.urls)
     fleet.refresh(2, published.path(2))
-    wait_ready(fleet)
+    fleet.wait_ready(patience=PATIENCE)
     sampling = Sampling(temperature, 1.0, 0, 20)
     taken = take(fleet, map(prompt, range(16)), sampling).result()
     assert_each_once(taken, 16)
@@ -84,18 +80,16 @@ def test_a_refresh_under_load_mixes_no_group(
     make_fleet, servers, published, allow_older, drain_deadline
 ):
     fleet = make_fleet(servers.urls, allow_older=allow_older, drain_deadline=drain_deadline)
-    taken_at = {}
 
-    def refreshing():
-        """As a worker does it: from inside the pull."""
-        for draw in range(90):
-            if draw % 15 == 0:
-                version = 1 + draw // 15 % 3
+    def pull():
+        """Refreshes from inside the pull, as a worker does."""
+        for index in range(90):
+            if index % 15 == 0:
+                version = 1 + index // 15 % 3
                 fleet.refresh(version, published.path(version))
-            taken_at[draw] = version
-            yield prompt(draw)
+            yield prompt(index)
 
-    taken = take(fleet, refreshing()).result()
+    taken = take(fleet, pull()).result()
     assert_each_once(taken, 90)
     assert_published(published, taken)
     sampled_from = versions_of(taken)
@@ -109,12 +103,12 @@ def test_a_refresh_under_load_mixes_no_group(
 def test_a_killed_server_comes_back(
     make_fleet, servers, published, start_server, free_port, tmp_path
 ):
-    """By the ledger no group is lost or duplicated, and what the victim had is sampled again."""
+    """By the ledger no group is lost or duplicated; requests of the victim are retried."""
     port, steady = free_port(), servers.servers[0]
     victim = start_server(published.path(1), port)
     fleet = make_fleet([steady.url, victim.url])
     fleet.refresh(3, published.path(3))
-    wait_ready(fleet)
+    fleet.wait_ready(patience=PATIENCE)
     run = Run(
         fleet,
         epath.Path(tmp_path),
@@ -130,12 +124,12 @@ def test_a_killed_server_comes_back(
     victim.kill()
     run.train_until(lambda: fleet.of(victim, "state") == "lost", "the loss")
     before = [fleet.of(server, "sampled") for server in (victim, steady)]
-    run.train_until(lambda: fleet.of(steady, "sampled") > before[1] + 3, "work for the other one")
-    # Nobody trains, so soon nobody samples: on two cores a server starts slowly beside one at work.
+    run.train_until(lambda: fleet.of(steady, "sampled") > before[1] + 3, "other work")
+    # Without training, sampling stops soon: on two cores a server starts slowly beside a busy one.
     back = start_server(published.path(1), port, wait=False)
     wait_until(lambda: fleet.of(victim, "state") == "ready", "the return")
     assert back.ask("/model_info")["weight_version"] == "3"
-    run.train_until(lambda: fleet.of(victim, "sampled") > before[0] + 3, "work for who is back")
+    run.train_until(lambda: fleet.of(victim, "sampled") > before[0] + 3, "new work")
     found = run.finish()
 
     assert_published(published, run.groups)
@@ -156,7 +150,7 @@ def test_a_damaged_version_is_refused_before_a_server_loads_it(
 ):
     fleet = make_fleet(servers.urls)
     fleet.refresh(1, published.path(1))
-    wait_ready(fleet)
+    fleet.wait_ready(patience=PATIENCE)
     whole, damaged = published.path(2), version_path(epath.Path(tmp_path), 2)
     damaged.mkdir()
     for file in whole.iterdir():
@@ -173,18 +167,18 @@ def test_a_damaged_version_is_refused_before_a_server_loads_it(
         assert server.ask("/model_info")["model_path"] == str(published.path(1))
 
 
-def test_a_response_of_two_versions_is_requested_again(make_fleet, servers, published):
-    """Somebody else changes the weights under a request."""
+def test_a_response_of_two_versions_is_retried(make_fleet, servers, published):
+    """Another client changes the weights during a request."""
     server = servers.servers[0]
     fleet = make_fleet([server.url])
     fleet.refresh(1, published.path(1))
-    wait_ready(fleet)
+    fleet.wait_ready(patience=PATIENCE)
     greedy = Sampling(0.0, 1.0, 0, 400)
 
-    def sample(draw):
-        return take(fleet, [prompt(draw)], greedy)
+    def sample(index):
+        return take(fleet, [prompt(index)], greedy)
 
-    # Random weights often go round in a circle, and so to the limit; again, when all is warm.
+    # Random weights often repeat themselves up to the limit.
     long = next(d for d in range(50) if len(sample(d).result()[0].rollouts[0].tokens) == 400)
     begun = time.monotonic()
     sample(long).result()
@@ -205,7 +199,7 @@ def test_a_response_of_two_versions_is_requested_again(make_fleet, servers, publ
         change()
         return taker.result()[0]
 
-    # A try whose response had not begun at the change, or was done, is another case.
+    # A try whose response had not begun at the change, or had ended, does not count.
     tries = map(change_at, np.random.default_rng(0).uniform(0.1, 0.9, 50))
     sampled = next(s for s in tries if reasons_of([s]) == ["mixed"])
     assert versions_of([sampled]) == {1}
@@ -213,7 +207,7 @@ def test_a_response_of_two_versions_is_requested_again(make_fleet, servers, publ
     assert server.ask("/model_info")["weight_version"] == "1"  # brought back before
 
 
-def test_the_router_knows_the_servers(make_fleet, servers, published):
+def test_servers_from_a_router(make_fleet, servers, published):
     fleet = make_fleet(router=servers.router.url)
     fleet.refresh(3, published.path(3))
     taken = take(fleet, map(prompt, range(12))).result()
