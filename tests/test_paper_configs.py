@@ -1,7 +1,5 @@
 """The paper's two configurations: their values, and the whole path of each at the size `smoke`."""
 
-import inspect
-import itertools
 import json
 import re
 from pathlib import Path
@@ -79,7 +77,7 @@ def test_the_maths_run_is_the_papers(name, value):
         ("rollout.max_response_tokens", 32000),
         ("data.max_prompt_tokens", 4096),
         ("evaluation.max_response_tokens", 65536),
-        ("rollout.source", "shards"),
+        ("rollout.source", "dataset"),
         ("group_size", 8),
         ("groups_per_step", 256 // 8),
         ("objective.name", "oapl"),
@@ -155,46 +153,11 @@ def test_the_benchmarks_are_the_papers():
     assert window == dict(start="2024-08-01", end="2025-02-01", max_tests=0)
 
 
-@pytest.mark.parametrize(
-    ("make", "inferred"),
-    [
-        (
-            MATHS,
-            "num_steps group_size groups_per_step max_prompt_tokens instruction warmup_steps "
-            "final_fraction b1 b2 eps weight_decay capacity zero_variance temperature top_p top_k "
-            "publish_dtype max_response_tokens",
-        ),
-        (CODE, "instruction zero_variance top_k publish_dtype hundredths"),
-    ],
-)
-def test_what_is_inferred_is_marked(make, inferred):
-    """By [I] in the comment of its line or above it; "[I] as a and b:" marks those, too."""
-    found = set()
-    for line, below in itertools.pairwise(inspect.getsource(make).splitlines()):
-        code, _, comment = line.partition("#")
-        if "[I]" in comment:
-            setting = re.search(r"(\w+) ?=", code if code.strip() else below)
-            assert setting, line
-            also = re.search(r"\[I\] as (.*):", comment)
-            found |= {setting[1], *re.findall(r"\w+", also[1] if also else "")}
-    assert found - {"and"} == set(inferred.split())
-
-
 @pytest.mark.parametrize("make", [MATHS, CODE])
 def test_the_audit_knows_every_set_by_one_name(make):
     config = make()
     found = audit.sections(config.data.sets.to_dict(), config.benchmarks.to_dict())
     assert set(found) == {*config.data.sets, *config.benchmarks}
-
-
-@pytest.mark.parametrize("make", [MATHS, CODE])
-def test_the_documentation_says_how_to_obtain_and_lay_out_each_release(make):
-    config, text = make(), (Path(arithmetic.__file__).parents[1] / "docs/data.md").read_text()
-    for one in (*config.data.sets.values(), *config.benchmarks.values()):
-        path = one.path.removeprefix(f"{config.releases}/")
-        assert f"\n    get {path}\n" in text
-        files = ", ".join(f"`{name}`" for name in one.files)
-        assert f" | `{one.kind}` | {path} | {files} | {one.rows:,} |\n" in text
 
 
 @pytest.mark.parametrize("make", [MATHS, CODE])

@@ -1,0 +1,165 @@
+"""Typed settings: every section validates itself, and a mistake names its setting."""
+
+import pytest
+from small_runs import checked
+
+from configs import arithmetic, code_contests, competition_math, documents, smollm2
+from oapl_jax import config as settings
+from oapl_jax.config import Config
+from oapl_jax.curriculum import CURRICULA
+from oapl_jax.errors import UserError
+from oapl_jax.model.transformer import REMAT_POLICIES
+from oapl_jax.objectives import OBJECTIVES
+from oapl_jax.objectives.aggregation import AGGREGATIONS
+from oapl_jax.preferences import JUDGES
+from oapl_jax.rewards.tasks import VERIFIERS
+
+NAN = float("nan")
+# Overrides of the default configuration, and the setting that the error names.
+MISTAKES = [
+    ({"seed": -1}, "seed"),
+    ({"num_steps": -5}, "num_steps"),
+    ({"group_size": 0}, "group_size"),
+    ({"learner.micro_batches": 0}, "learner.micro_batches"),
+    ({"learner.rows_multiple": 12}, "learner.rows_multiple"),
+    ({"objective.name": "ppo"}, "objective.name"),
+    ({"objective.aggregation": "mean"}, "objective.aggregation"),
+    ({"objective.denominator": "ours"}, "objective.denominator"),
+    ({"objective.beta1": 0.0}, "objective.beta1"),
+    ({"objective.beta2": NAN}, "objective.beta2"),
+    ({"objective.kl_weight": -1.0}, "objective.kl_weight"),
+    ({"objective.constant_length": 0}, "objective.constant_length"),
+    ({"optim.learning_rate": NAN}, "optim.learning_rate"),
+    ({"optim.learning_rate": 0.0}, "optim.learning_rate"),
+    ({"optim.b1": 1.0}, "optim.b1"),
+    ({"optim.b2": 1.0}, "optim.b2"),
+    ({"optim.eps": -1.0}, "optim.eps"),
+    ({"optim.weight_decay": NAN}, "optim.weight_decay"),
+    ({"warmup.batch_size": 0}, "warmup.batch_size"),
+    ({"warmup.optim.mu_dtype": "float16"}, "warmup.optim.mu_dtype"),
+    ({"lag.mode": "windows"}, "lag.mode"),
+    ({"lag.steps": 0}, "lag.steps"),
+    ({"buffer.mode": "heap"}, "buffer.mode"),
+    ({"buffer.max_reuse": 0}, "buffer.max_reuse"),
+    ({"buffer.capacity": 9}, "buffer.capacity"),
+    ({"buffer.zero_variance": "no"}, "buffer.zero_variance"),
+    ({"group_size": 1, "buffer.zero_variance": "drop"}, "buffer.zero_variance"),
+    ({"rollout.temperature": 0.0}, "rollout.temperature"),
+    ({"rollout.top_p": 1.5}, "rollout.top_p"),
+    ({"rollout.deadline": NAN}, "rollout.deadline"),
+    ({"rollout.max_sequences": 0}, "rollout.max_sequences"),
+    ({"rollout.max_zero_reward_groups": -1}, "rollout.max_zero_reward_groups"),
+    ({"rollout.source": "tape"}, "rollout.source"),
+    ({"rollout.source": "dataset"}, "rollout.dataset"),
+    ({"rollout.dataset": "x"}, "rollout.dataset"),
+    (
+        {"rollout.source": "both", "rollout.dataset": "x", "rollout.dataset_share": 0.01},
+        "rollout.dataset_share",
+    ),
+    ({"model.remat": "some"}, "model.remat"),
+    ({"model.dtype": "float16"}, "model.dtype"),
+    ({"curriculum.name": "hard"}, "curriculum.name"),
+    ({"curriculum.curator.remat": "all"}, "curriculum.curator.remat"),
+    ({"preferences.judge": "anyone"}, "preferences.judge"),
+    ({"evaluation.n": 2}, "evaluation.n"),
+    ({"evaluation.resamples": 0}, "evaluation.resamples"),
+    ({"data.task": "sudoku"}, "data.task"),
+    ({"publish_dtype": "int8"}, "publish_dtype"),
+]
+
+
+@pytest.mark.parametrize(("changes", "setting"), MISTAKES, ids=[str(m[0]) for m in MISTAKES])
+def test_a_mistake_names_its_setting(changes, setting):
+    config = arithmetic.get_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=setting.replace(".", r"\.")):
+        checked(config)
+
+
+# Two rows a micro-batch, one sequence a row, four sequences a group.
+WHOLE_GROUPS = {
+    "group_size": 4,
+    "groups_per_step": 4,
+    "learner.micro_batches": 8,
+    "learner.rows_multiple": 1,
+    "learner.row_length": 30,
+}
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "setting"),
+    [
+        ("grpo", {"objective.policy_gradient.correction": "token_mask"}, "proximal"),
+        ("grpo", {"objective.policy_gradient.estimator": "gae"}, "estimator"),
+        ("maxrl", {"objective.maxrl.estimator": "truncated", "group_size": 3}, "maxrl.order"),
+        ("tba", WHOLE_GROUPS, "learner.micro_batches"),
+    ],
+)
+def test_a_mistake_of_an_objective_names_its_setting(objective, changes, setting):
+    config = arithmetic.get_config(f"objective={objective}")
+    config.mesh.update(fsdp=1, tensor=8)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=setting):
+        checked(config)
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [(("total_steps",), "num_steps"), (("lag", "step"), "steps"), (("optim", "lr"), "optim.lr")],
+)
+def test_an_unknown_key_at_any_depth_is_named_with_the_nearest(path, nearest):
+    values = arithmetic.get_config().to_dict()
+    section = values
+    for name in path[:-1]:
+        section = section[name]
+    section[path[-1]] = 1
+    with pytest.raises(UserError, match=nearest):
+        Config.from_dict(values)
+
+
+def test_a_missing_key_and_a_wrong_type_are_named():
+    values = arithmetic.get_config().to_dict()
+    del values["fleet"]["attempts"]
+    with pytest.raises(UserError, match=r"fleet\.attempts"):
+        Config.from_dict(values)
+    values = arithmetic.get_config().to_dict() | {"tensorboard": 1}
+    with pytest.raises(UserError, match="tensorboard"):
+        Config.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        arithmetic.get_config,
+        documents.get_config,
+        smollm2.get_config,
+        competition_math.get_config,
+        lambda: competition_math.get_config("smoke"),
+        lambda: code_contests.get_config("round=2"),
+        lambda: code_contests.get_config("smoke,round=0"),
+    ],
+)
+def test_every_file_is_typed_and_saved_whole(make):
+    typed = Config.from_dict(make().to_dict())
+    saved = settings.flatten(typed.to_dict())
+    for name, value in settings.flatten(make().to_dict()).items():
+        own = name.removeprefix("objective.")
+        kept = saved[name] if name in saved else saved[f"objective.constants.{own}"]
+        assert kept == value, name
+
+
+def test_choices_are_those_of_the_rooms():
+    field = lambda section, name: section.__dataclass_fields__[name].metadata["choices"]
+    assert set(field(settings.CurriculumConfig, "name")) == set(CURRICULA)
+    assert set(field(settings.PreferencesConfig, "judge")) == {"none", *JUDGES}
+    assert set(field(settings.ObjectiveConfig, "aggregation")) == set(AGGREGATIONS)
+    assert set(settings.REMAT) == set(REMAT_POLICIES)
+    assert set(settings.TASKS) == {*VERIFIERS, "math", "code", "documents"}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_is_accepted_by_its_name_alone(name):
+    config = arithmetic.get_config()
+    config.objective.name = name
+    config.mesh.fsdp, config.mesh.data = 1, 8
+    checked(config)
