@@ -6,11 +6,12 @@ python -m oapl_jax.evaluate --config=... --workdir=... [--step=N | --version_dir
 python -m oapl_jax.evaluate --compare=A/result.json,B/result.json [--to=DIR]
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -21,14 +22,16 @@ from oapl_jax.data.prompts import all_prompts
 from oapl_jax.data.public import releases
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.evaluation import compare, report, table
-from oapl_jax.evaluation.benchmark import response_identity, run_benchmark
-from oapl_jax.files import absolute
+from oapl_jax.evaluation.benchmark import Grades, Samples, grader_identity, measure
+from oapl_jax.files import absolute, write_atomically
 from oapl_jax.launch import read_command_line, use_compile_cache
 from oapl_jax.record import version_to_sample
-from oapl_jax.rollout.sampler import Sampling
+from oapl_jax.rollout.dataset import Dataset, DatasetWriter, fill, identity, stored
 from oapl_jax.structs import Prompt
 from oapl_jax.tracking.progress import say
 from oapl_jax.weights import publisher
+
+GROUPS_PER_SHARD, SECONDS_PER_SHARD = 64, 60.0  # responses that a kill loses at most
 
 
 def main() -> None:
@@ -111,59 +114,149 @@ def evaluate_benchmarks(
         with responses of another identity.
       RunError: if samples are missing at the end; the others are kept.
     """
-    config, run.sampling = run.config, benchmark_sampling(run)
-    opened = {name: benchmark_prompts(run, name) for name in dict.fromkeys(names)}
-    run.check_grader()
-    version, weights = version_to_sample(run, to, step, version_dir)
-    directory = publisher.version_path(to, version)
-    results = {}
-    for name, (prompts, left_out) in opened.items():
-        about = response_identity(
-            prompts,
-            benchmark=name,
-            version=version,
-            weights=tensor_checksum(weights),
-            sampler=config.rollout.sampler,
-            seed=config.seed,
-            tokenizer=run.policy.tokenizer,
-            model=run.policy.config,
-            sampling=run.sampling,
-        )
-        results[name] = run_benchmark(
-            directory / name,
-            prompts,
-            about,
-            n=n,
-            at_once=config.group_size,
-            left_out=left_out,
-            sampling=run.sampling,
-            # Other random numbers than training; groups of another version are of no use.
-            new_sampler=lambda: run.open_sampler(seed=config.seed + 1, allow_older=False),
-            weights=weights,
-            grader=run.grader,
-            grader_settings=dataclasses.asdict(config.rewards),
-            threads=config.rollout.reward_threads,
-            resamples=config.evaluation.resamples,
-            seed=config.seed,
-            log=log,
-        )
-    (directory / "results.md").write_text(report.markdown(results))
-    panels = {name: {"": result} for name, result in results.items()}
-    report.plot(panels, directory / "pass_at_k.png", title=f"Version {version}")
-    return directory, results
-
-
-def benchmark_sampling(run: Run) -> Sampling:
-    """The run's sampling with benchmarks' response length, which may exceed that of training."""
-    prompt = run.config.data.max_prompt_tokens
-    longest = run.config.evaluation.max_response_tokens
+    config = run.config
+    prompt, longest = config.data.max_prompt_tokens, config.evaluation.max_response_tokens
     if prompt + longest > run.policy.config.max_positions:
         raise UserError(
             f"data.max_prompt_tokens={prompt} + evaluation.max_response_tokens={longest} is more "
             f"than the model's max_position_embeddings ({run.policy.config.max_positions}); lower "
             "one"
         )
-    return dataclasses.replace(run.sampling, max_response_tokens=longest)
+    # Responses to benchmarks may be longer than those of training.
+    run.sampling = dataclasses.replace(run.sampling, max_response_tokens=longest)
+    opened = {name: benchmark_prompts(run, name) for name in dict.fromkeys(names)}
+    run.check_grader()
+    version, path = version_to_sample(run, to, step, version_dir)
+    directory, checksum = publisher.version_path(to, version), tensor_checksum(path)
+    results = {}
+    for name, (prompts, left_out) in opened.items():
+        templated = json.dumps([[p.id, p.tokens.tolist()] for p in prompts])
+        about = identity(
+            task=config.data.task,
+            tokenizer=run.policy.tokenizer,
+            model=run.policy.config,
+            sampling=run.sampling,
+            benchmark=name,
+            problems=len(prompts),
+            prompts=hashlib.sha256(templated.encode()).hexdigest(),
+            version=version,
+            weights=checksum,
+            sampler=config.rollout.sampler,
+            seed=config.seed,
+        )
+        responses = directory / name / "responses"
+        sample(run, prompts, responses, about, path, n=n, log=log)
+        result = grade(run, prompts, responses, about, n=n, left_out=left_out, log=log)
+        write_atomically(directory / name / "result.json", [json.dumps(result).encode()])
+        results[name] = result
+    (directory / "results.md").write_text(report.markdown(results))
+    panels = {name: {"": result} for name, result in results.items()}
+    report.plot(panels, directory / "pass_at_k.png", title=f"Version {version}")
+    return directory, results
+
+
+def sample(
+    run: Run,
+    prompts: Sequence[Prompt],
+    responses: epath.Path,
+    about: Mapping[str, Any],
+    weights: epath.Path,
+    *,
+    n: int,
+    log: Callable[[str], None],
+) -> None:
+    """Samples what is missing of n responses to each prompt, from the version in `weights`.
+
+    Raises:
+      UserError: if `responses` holds responses of another identity or format.
+      RunError: if responses are missing at the end; the others are kept.
+    """
+    if (responses.parent / "responses.jsonl").exists():
+        raise UserError(
+            f"{responses.parent} holds responses of an older format; name another directory in --to"
+        )
+    writer = DatasetWriter(
+        responses,
+        about,
+        groups_per_shard=GROUPS_PER_SHARD,
+        seconds_per_shard=SECONDS_PER_SHARD,
+        weights_digest=lambda version: about["weights"],
+    )
+    with contextlib.closing(writer):
+        if stored(writer.samples, len(prompts), n).all():
+            return
+        # Other random numbers than training; groups of another version are of no use.
+        sampler = run.open_sampler(seed=run.config.seed + 1, allow_older=False)
+        with contextlib.closing(sampler):
+            sampler.refresh(about["version"], weights)
+            fill(
+                writer,
+                prompts,
+                sampler,
+                lambda prompt, rollout: float("nan"),  # graded later, perhaps more than once
+                version=about["version"],
+                n=n,
+                at_once=run.config.group_size,
+                sampling=run.sampling,
+                reward_threads=1,
+                note=lambda group: None,
+                progress=logged(f"{about['benchmark']}: responses sampled", n * len(prompts), log),
+            )
+
+
+def grade(
+    run: Run,
+    prompts: Sequence[Prompt],
+    responses: epath.Path,
+    about: Mapping[str, Any],
+    *,
+    n: int,
+    left_out: int,
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """Grades what has no grade of this grader yet; returns the result, see benchmark.measure."""
+    with contextlib.closing(Dataset(responses)) as dataset:
+        samples = Samples(dataset, prompts=len(prompts), n=n)
+        grader, rewards = run.grader, dataclasses.asdict(run.config.rewards)
+        grades = Grades(
+            responses.parent / "grades.jsonl",
+            grader_identity(prompts, rewards),
+            prompts,
+            samples.logp,
+        )
+        with contextlib.closing(grades):
+            grades.fill(
+                dataset,
+                lambda prompt, rollouts: (
+                    [grader.reward(prompt, rollout) for rollout in rollouts],
+                    [grader.final_answer(prompt, rollout) for rollout in rollouts],
+                ),
+                grader.metrics,
+                threads=run.config.rollout.reward_threads,
+                progress=logged(f"{about['benchmark']}: responses graded", n * len(prompts), log),
+            )
+    return measure(
+        prompts,
+        samples,
+        grades,
+        about=about,
+        left_out=left_out,
+        resamples=run.config.evaluation.resamples,
+        seed=run.config.seed,
+    )
+
+
+def logged(name: str, total: int, log: Callable[[str], None]) -> Callable[[int], None]:
+    """Progress function that logs every twentieth of the total."""
+    logged = 0
+
+    def progress(done: int) -> None:
+        nonlocal logged
+        if done * 20 // total > logged:
+            logged = done * 20 // total
+            log(f"{name}: {min(done, total)} of {total}")
+
+    return progress
 
 
 def tensor_checksum(version: epath.Path) -> str:

@@ -8,6 +8,7 @@ workdir has no checkpoint, the model that the configuration names. After a kill,
 samples the prompts that no shard has.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -104,9 +105,9 @@ def record_dataset(
         groups_per_shard=groups_per_shard,
         weights_digest=lambda version: weights,
     )
-    try:
+    with contextlib.closing(writer):
         sampler = run.open_sampler(seed=config.seed, allow_older=False)
-        try:
+        with contextlib.closing(sampler):
             sampler.refresh(version, path)
             fill(
                 writer,
@@ -121,10 +122,6 @@ def record_dataset(
                 note=guard.note,
                 progress=lambda responses: progress(responses // n),
             )
-        finally:
-            sampler.close()
-    finally:
-        writer.close()
 
 
 def main() -> None:
@@ -141,8 +138,7 @@ def main() -> None:
         raise UserError("--step and --version_dir both name a version; give one of them")
     directory = absolute(to.value)
     use_compile_cache(config.compile_cache, workdir)
-    run = Run(config, workdir)
-    try:
+    with contextlib.closing(Run(config, workdir)) as run:
         record_dataset(
             run,
             directory,
@@ -153,8 +149,6 @@ def main() -> None:
             groups_per_shard=groups_per_shard.value,
             progress=lambda done: say(f"{done} groups in {directory}"),
         )
-    finally:
-        run.close()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
-"""Benchmarks: n responses to each problem, kept on disk, graded, and measured.
+"""Benchmarks: n responses to each problem, graded and measured.
 
 prompts -> dataset.fill -> responses/ -> Grades.fill -> grades.jsonl -> measure -> result.json
-
-A killed evaluation continues where it was, n may be raised, and grading can be redone without
-sampling.
 """
 
 import hashlib
@@ -22,16 +19,12 @@ from etils import epath
 from oapl_jax import rewards
 from oapl_jax.errors import UserError
 from oapl_jax.evaluation.estimators import intervals, maj_at_n, pass_curve
-from oapl_jax.files import JsonLines, code_digest, write_atomically
-from oapl_jax.model.config import ModelConfig
-from oapl_jax.rewards.grader import Grader
-from oapl_jax.rollout.dataset import Dataset, DatasetWriter, fill, identity, stored
-from oapl_jax.rollout.sampler import Sampler, Sampling
+from oapl_jax.files import JsonLines, code_digest
+from oapl_jax.rollout.dataset import Dataset
 from oapl_jax.structs import Prompt, Rollout
 
 FORMAT = "oapl_jax evaluation 1"
 GRADES_FORMAT = "oapl_jax grades 2"
-GROUPS_PER_SHARD, SECONDS_PER_SHARD = 64, 60.0  # a kill loses at most so much
 # Libraries that decide rewards.
 LIBRARIES = ("latex2sympy2_extended", "math-verify", "pylatexenc", "rapidfuzz", "sympy")
 # Settings of the verifiers that decide speed and not rewards.
@@ -45,48 +38,8 @@ SPEED = {
 Judge = Callable[[Prompt, Sequence[Rollout]], tuple[Sequence[float], Sequence[str]]]
 
 
-def response_identity(
-    prompts: Sequence[Prompt],
-    *,
-    benchmark: str,
-    version: int,
-    weights: str,
-    sampler: str,
-    seed: int,
-    tokenizer: Any,
-    model: ModelConfig,
-    sampling: Sampling,
-) -> dict[str, Any]:
-    """Describes what decides a response, JSON-able.
-
-    Args:
-      prompts: of all problems, of one task.
-      benchmark: its name.
-      version: of the policy.
-      weights: checksum of the version's tensors.
-      sampler: "local" or "fleet".
-      seed: of the local sampler.
-      tokenizer, model, sampling: as of `dataset.identity`.
-    """
-    templated = json.dumps([[p.id, p.tokens.tolist()] for p in prompts])
-    return identity(
-        task=prompts[0].task,
-        tokenizer=tokenizer,
-        model=model,
-        sampling=sampling,
-        benchmark=benchmark,
-        problems=len(prompts),
-        prompts=hashlib.sha256(templated.encode()).hexdigest(),
-        version=version,
-        weights=weights,
-        sampler=sampler,
-        seed=seed,
-    )
-
-
 def grader_identity(prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Describes what decides the grade of a given response, JSON-able: the reference answers, the
-    code, libraries and settings of the rewards.
+    """Identifies the grader, JSON-able: reference answers; code, libraries and settings of rewards.
 
     Args:
       prompts: of all problems, of one task.
@@ -147,11 +100,9 @@ class Grades:
       logp: float64[P, n], of the responses.
 
     Attributes:
-      about: as above.
-      graded: bool[P, n].
-      correct: bool[P, n], whether the reward is 1.
+      graded, correct: bool[P, n]; a response is correct if its reward is 1.
       answers: final answer, for each prompt and response.
-      verdicts: the verifier's counts of everything graded.
+      verdicts: the verifier's counts, summed over everything graded.
       seconds: float, wall-clock of grading.
 
     Raises:
@@ -271,7 +222,7 @@ def measure(
     Args:
       prompts: of all problems.
       samples, grades: of the responses.
-      about: see `response_identity`.
+      about: identity of the responses.
       left_out: problems of the benchmark whose prompts are too long.
       resamples, seed: of the bootstrap.
     """
@@ -319,117 +270,3 @@ def measure(
             for row, prompt in enumerate(prompts)
         ],
     }
-
-
-def run_benchmark(
-    directory: epath.Path,
-    prompts: Sequence[Prompt],
-    about: Mapping[str, Any],
-    *,
-    n: int,
-    at_once: int,
-    left_out: int,
-    sampling: Sampling,
-    new_sampler: Callable[[], Sampler],
-    weights: epath.Path,
-    grader: Grader,
-    grader_settings: Mapping[str, Any],
-    threads: int,
-    resamples: int,
-    seed: int,
-    log: Callable[[str], None],
-) -> dict[str, Any]:
-    """Samples, grades and measures a benchmark, or whatever of that is left to do.
-
-    Args:
-      directory: gets responses/, grades.jsonl and result.json.
-      prompts, about: see `response_identity`.
-      n: responses to each prompt.
-      at_once: the most responses of a request.
-      left_out: problems of the benchmark whose prompts are too long.
-      sampling: temperature and limits.
-      new_sampler: called if a response is missing.
-      weights: directory of the published version.
-      grader, grader_settings: the verifiers, and what `grader_identity` takes.
-      threads: groups graded at a time.
-      resamples, seed: of the bootstrap.
-      log: takes a sentence for people.
-
-    Returns:
-      See `measure`.
-
-    Raises:
-      UserError: if the directory holds responses of another identity or format.
-      RunError: if responses are missing at the end; the others are kept.
-    """
-    total = len(prompts) * n
-
-    def progress(verb: str) -> Callable[[int], None]:
-        told = 0
-
-        def tell(done: int) -> None:
-            nonlocal told
-            if done * 20 // total > told:
-                told = done * 20 // total
-                log(f"{about['benchmark']}: {min(done, total)} of {total} responses {verb}")
-
-        return tell
-
-    if (directory / "responses.jsonl").exists():
-        raise UserError(
-            f"{directory} holds responses of an older format; name another directory in --to"
-        )
-    responses = directory / "responses"
-    writer = DatasetWriter(
-        responses,
-        about,
-        groups_per_shard=GROUPS_PER_SHARD,
-        seconds_per_shard=SECONDS_PER_SHARD,
-        weights_digest=lambda version: about["weights"],
-    )
-    try:
-        if not stored(writer.samples, len(prompts), n).all():
-            sampler = new_sampler()
-            try:
-                sampler.refresh(about["version"], weights)
-                fill(
-                    writer,
-                    prompts,
-                    sampler,
-                    lambda prompt, rollout: float("nan"),  # graded below, perhaps more than once
-                    version=about["version"],
-                    n=n,
-                    at_once=at_once,
-                    sampling=sampling,
-                    reward_threads=1,
-                    note=lambda group: None,
-                    progress=progress("sampled"),
-                )
-            finally:
-                sampler.close()
-    finally:
-        writer.close()
-    dataset = Dataset(responses)
-    samples = Samples(dataset, prompts=len(prompts), n=n)
-    grades = Grades(
-        directory / "grades.jsonl", grader_identity(prompts, grader_settings), prompts, samples.logp
-    )
-    try:
-        grades.fill(
-            dataset,
-            lambda prompt, rollouts: (
-                [grader.reward(prompt, rollout) for rollout in rollouts],
-                [grader.final_answer(prompt, rollout) for rollout in rollouts],
-            ),
-            grader.metrics,
-            threads=threads,
-            progress=progress("graded"),
-        )
-    finally:
-        grades.close()
-        dataset.close()
-    result = measure(
-        prompts, samples, grades, about=about, left_out=left_out, resamples=resamples, seed=seed
-    )
-    write_atomically(directory / "result.json", [json.dumps(result).encode()])
-    return result

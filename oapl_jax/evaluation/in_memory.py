@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from oapl_jax.errors import RunError, UserError
+from oapl_jax.errors import RunError
 from oapl_jax.evaluation.estimators import interval, maj_at_n, pass_curve
 from oapl_jax.rollout.sampler import Sampler, Sampling
 from oapl_jax.structs import Prompt, Rollout
@@ -39,14 +39,7 @@ def evaluate(
       "pass@k" and its interval "pass@k/interval" for each k, "avg@n", "maj@n", "greedy", "length"
       (mean tokens), "truncated" (share), "entropy" (nats a token, -log-prob averaged over samples),
       "version", "prompts" and "samples".
-
-    Raises:
-      UserError: unless each k lies within 1 and n.
     """
-    if not ks or min(ks) < 1 or max(ks) > n:
-        raise UserError(
-            f"evaluation.ks={list(ks)} must lie within 1 and evaluation.n={n}; raise n or change ks"
-        )
     sampled = in_order(sampler, prompts, n=n, sampling=sampling)
     greedy_sampling = Sampling(0.0, 1.0, 0, sampling.max_response_tokens)
     greedy = in_order(sampler, prompts, n=1, sampling=greedy_sampling)

@@ -14,8 +14,6 @@ from oapl_jax.rollout.ledger import Ledger
 from oapl_jax.rollout.sampler import Sampled
 from oapl_jax.structs import Group
 
-ORDERS = ("shuffled", "recorded")
-
 
 class RecordedStream:
     """Streams groups from a dataset. Position p holds a pure function of (seed, p).
@@ -37,7 +35,7 @@ class RecordedStream:
     `counts` has the groups "taken" and those skipped, "zero_variance".
 
     Raises:
-      UserError: for an unknown order, or a dataset that contradicts `policy_version`.
+      UserError: for a dataset that contradicts `policy_version`.
     """
 
     def __init__(
@@ -51,10 +49,6 @@ class RecordedStream:
         drop_zero_variance: bool,
         ledger: Ledger,
     ):
-        if order not in ORDERS:
-            raise UserError(
-                f"rollout.dataset_order={order!r} is unknown; choose one of {', '.join(ORDERS)}"
-            )
         if policy_version is not None:
             check_start(dataset, start)
         self._dataset, self._order, self._seed = dataset, order, seed

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from oapl_jax.errors import RunError, UserError
+from oapl_jax.errors import RunError
 from oapl_jax.evaluation import evaluate, interval, table
 from oapl_jax.rollout.sampler import Sampled, Sampling
 from oapl_jax.structs import Prompt, Rollout
@@ -112,13 +112,6 @@ def test_a_prompt_that_could_not_be_sampled_ends_the_evaluation(monkeypatch, how
     monkeypatch.setattr(ScriptedSampler, how, ("b", "c"))
     with pytest.raises(RunError, match="2 of 3 prompts could not be sampled, the first is b"):
         run()
-
-
-@pytest.mark.parametrize("ks", [(), (0, 1), (1, 5)])
-def test_ks_beyond_the_samples_are_refused_by_name_before_any_is_drawn(ks, monkeypatch):
-    monkeypatch.setattr(ScriptedSampler, "generate", None)
-    with pytest.raises(UserError, match=r"evaluation\.ks=.* evaluation\.n=4"):
-        run(ks=ks)
 
 
 def test_the_table_shows_a_row_for_each_result():

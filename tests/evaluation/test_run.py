@@ -180,7 +180,7 @@ def test_the_result_follows_from_the_responses(shop, unbroken):
     assert result["seconds"]["sampling"] > 0
     saved = json.loads((unbroken.directory / "sums" / "result.json").read_text())
     assert saved == json.loads(json.dumps(result))
-    assert unbroken.said[-1] == "sums: 384 of 384 responses graded"
+    assert unbroken.said[-1] == "sums: responses graded: 384 of 384"
 
 
 def job_prompts(shop):
@@ -229,7 +229,7 @@ def test_a_changed_grader_grades_anew_and_samples_nothing(shop, unbroken, monkey
         changed.setattr(build.Run, "check_grader", lambda run: None)
         again = shop.run(unbroken.directory.parent)
     assert again.results["sums"]["avg@n"]["value"] == 1
-    assert again.said[-1] == "sums: 384 of 384 responses graded"
+    assert again.said[-1] == "sums: responses graded: 384 of 384"
     assert files(unbroken.directory) == before
     again = shop.run(unbroken.directory.parent)
     assert again.results["sums"]["pass@k"] == unbroken.results["sums"]["pass@k"]

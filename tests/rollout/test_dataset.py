@@ -542,8 +542,3 @@ def test_a_stream_is_restored_only_as_it_was(stream, tmp_path):
     write(tmp_path / "set", [make_group(99)])
     with pytest.raises(UserError, match=r"rollout\.dataset"):
         stream().restore(state)
-
-
-def test_an_unknown_order_is_refused_by_name(stream):
-    with pytest.raises(UserError, match=r"rollout\.dataset_order='sorted'"):
-        stream(order="sorted")
