@@ -314,8 +314,12 @@ def fill(
     def add_rewarded(most: int) -> None:
         """Adds the groups whose rewards are done, and waits until at most `most` are not."""
         while len(rewarding) > most or (rewarding and rewarding[0].done()):
-            group = rewarding.popleft().result()
-            note(group)
+            try:
+                group = rewarding.popleft().result()
+                note(group)
+            except BaseException:
+                rewarding.clear()  # so that the first failure ends it
+                raise
             writer.add(group)
             tell()
 

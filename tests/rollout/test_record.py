@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from etils import epath
 from small_runs import checked, opened, typed
 
 from configs import arithmetic
-from configs.objectives import OBJECTIVES
 from oapl_jax import record, train
 from oapl_jax.errors import UserError
 from oapl_jax.rollout.dataset import MANIFEST, Dataset
@@ -88,8 +86,8 @@ class Jobs:
         changes = {name.replace("__", "."): value for name, value in changes.items()}
         return {**SMALL, "data.data_dir": str(self._shared / "data"), **changes}
 
-    def config(self, **settings):
-        config = arithmetic.get_config()
+    def config(self, *, choice=None, **settings):
+        config = arithmetic.get_config(choice)
         config.update_from_flattened_dict(self._settings(settings))
         return config
 
@@ -349,9 +347,8 @@ def test_two_offline_rounds(jobs, round1, tmp_path):
 
 def test_both_take_their_share_of_each_step(jobs, round1, tmp_path):
     """With the objective of hybrid training."""
-    settings: dict[str, Any] = {f"objective__{k}": v for k, v in OBJECTIVES["mixed"].items()}
-    settings |= dict(
-        objective__name="mixed",
+    settings = dict(
+        choice="objective=mixed",
         model__path=str(round1 / "weights" / "v000000"),
         warmup__num_steps=0,
         rollout__source="both",
