@@ -68,6 +68,9 @@ class Launcher:
             result than before.
           KeyboardInterrupt: after the workers have saved.
         """
+        for run in listed(sweep, self._results, quick):  # left by a stop between append and rmtree
+            if self._results.line(run) and not run.kept:
+                run.workdir(self._root).rmtree(missing_ok=True)
         processes = multiprocessing.get_context("forkserver")
         processes.set_forkserver_preload(["experiments.execute", "configs.arithmetic"])
         reader, gate = processes.Pipe(duplex=False)  # closed, also by a crash, it stops the workers
