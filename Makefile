@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 CPU := JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2
 
-.PHONY: run test lint format lock sglang parity golden run-smollm2 comparison peers benchmark benchmark-peers clean
+.PHONY: run test test-quick lint format lock sglang parity golden run-smollm2 comparison peers benchmark benchmark-peers clean
 
 run: .venv/run
 	$(CPU) $(BIN)/python -m oapl_jax.train --config=configs/arithmetic.py --workdir=runs/arithmetic \
@@ -11,6 +11,10 @@ run: .venv/run
 
 test: .venv/dev .venv-sglang/done
 	$(CPU) $(BIN)/python -m pytest tests --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=25
+
+# The part for each change: no servers, no compiler for TPUs, no whole runs.
+test-quick: .venv/dev
+	$(CPU) $(BIN)/python -m pytest tests --numprocesses=2 --dist=loadfile -m "not slow" --durations=10
 
 lint: .venv/dev
 	$(BIN)/ruff check .

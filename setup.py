@@ -7,7 +7,7 @@ TPU = ["jax[tpu]", "libtpu>=0.0.42"]
 
 setup(
     name="oapl_jax",
-    version="0.1.0",
+    version="0.2.0",
     description="Off-policy reinforcement learning of language models in JAX, at a chosen lag",
     license="Apache-2.0",
     python_requires=">=3.11",
