@@ -38,10 +38,8 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     Raises:
       ValueError: unless 1 <= k <= n and 0 <= c <= n.
     """
-    if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
-        raise ValueError(
-            f"pass@{k} needs 1 <= k <= n and 0 <= c <= n; n={num_samples}, c={num_correct}"
-        )
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"pass@{k} needs 1 <= k <= n; n={num_samples}, c={num_correct}")
     return float(pass_curve(num_samples, num_correct)[k - 1])
 
 

@@ -63,7 +63,7 @@ def test_pass_at_k_is_unbiased():
 
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 2, 0), (4, 2, 5), (4, 5, 1), (4, -1, 1), (0, 0, 1)])
 def test_pass_at_k_refuses_what_has_no_meaning(n, c, k):
-    with pytest.raises(ValueError, match=rf"pass@{k} .* n={n}, c={c}"):
+    with pytest.raises(ValueError, match=rf"n={n}, c={c}"):
         pass_at_k(n, c, k)
 
 
