@@ -56,8 +56,10 @@ def sections(
     for name in sets.keys() & benchmarks.keys():
         if sets[name] != benchmarks[name]:
             raise UserError(f"data.sets.{name} and config.benchmarks.{name} differ; rename one")
-    benchmark = ("config.benchmarks", benchmarks)
-    return dict.fromkeys(benchmarks, benchmark) | dict.fromkeys(sets, ("data.sets", sets))
+    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for section, content in (("config.benchmarks", benchmarks), ("data.sets", sets)):
+        found |= dict.fromkeys(content, (section, content))
+    return found
 
 
 def main() -> None:

@@ -165,7 +165,9 @@ def all_prompts(
     Raises:
       UserError: for a prompt of another task, or if none fits.
     """
-    settings = dict(task=task, max_prompt_tokens=max_prompt_tokens, instruction=instruction)
+    settings: dict[str, Any] = dict(
+        task=task, max_prompt_tokens=max_prompt_tokens, instruction=instruction
+    )
     made = (
         make_prompt(record, tokenizer, stream_index=i, **settings)
         for i, record in enumerate(source)

@@ -1,7 +1,9 @@
-"""Curricula in whole runs: steps are studied by what they gained, and kills change nothing."""
+"""Curricula in whole runs: phases, utilities, and exact resumption after a kill."""
 
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
+from flax import serialization
 from small_runs import Runs, metrics, timeless
 
-from oapl_jax import multihost as hosts
 from oapl_jax.model import hf
 from oapl_jax.model.transformer import Transformer, head, logits
 from oapl_jax.rollout.dataset import Dataset
@@ -72,22 +74,24 @@ def saved(workdir: Path, step: int, item: str):
 
 
 def share(workdir: Path, step: int) -> dict:
-    """What the host has of its own in a checkpoint."""
-    return hosts.decode((workdir / "host_states" / str(step) / "host0of1").read_bytes())[0]
+    """The host's own state in a checkpoint, and its buffered groups."""
+    path = workdir / "host_states" / str(step) / "host0of1"
+    content: Any = serialization.msgpack_restore(path.read_bytes())
+    return {**json.loads(content["state"]), "groups": content["groups"]}
 
 
 def entries(workdir: Path) -> list:
-    """The groups that were sampled, without those that a kill has undone, by draw."""
+    """The sampled groups by stream index, without groups rewound by a kill."""
     found = LedgerReport(epath.Path(workdir / "ledger.jsonl")).groups()
     return sorted((e for e in found if e.state != "rewound"), key=lambda e: e.stream_index)
 
 
-def round_of(draw: int) -> int:
-    """Which choice a prompt was a candidate of; below 0 while the curriculum slept."""
-    return (draw - ASLEEP) // CANDIDATES
+def round_of(index: int) -> int:
+    """Number of the choice that had a prompt as a candidate; below 0 in the dormant phase."""
+    return (index - ASLEEP) // CANDIDATES
 
 
-def test_a_run_sleeps_warms_up_and_then_chooses(unbroken):
+def test_a_run_has_the_phases_dormant_warmup_and_choosing(unbroken):
     draws = [entry.stream_index for entry in entries(unbroken)]
     assert draws[:ASLEEP] == list(range(ASLEEP))
     rounds = [round_of(draw) for draw in draws[ASLEEP:]]
@@ -126,7 +130,7 @@ def utility(group, logp: list[np.ndarray]) -> float:
 
 
 def test_utility_is_measured_by_the_learner_after_the_step(unbroken):
-    """Made again of what the run has left: recorded groups and the parameters of checkpoints."""
+    """Recomputed from the run's recorded groups and checkpoints."""
     recorded = Dataset(epath.Path(unbroken / "rollouts"))
     groups = {group.prompt.stream_index: group for group in recorded}
     trained = {e.stream_index: e.step + 1 for e in entries(unbroken) if e.state == "trained"}
@@ -154,8 +158,8 @@ def test_utility_is_measured_by_the_learner_after_the_step(unbroken):
     assert min(heads) > 1e-3
 
 
-def test_killed_in_the_midst_of_a_round_it_goes_on_to_the_same_bits(runs, unbroken, tmp_path):
-    """Once the curator chooses, with groups in the buffer: losses, choices and the curator."""
+def test_resumes_bit_for_bit_after_a_kill_within_a_round(runs, unbroken, tmp_path):
+    """Losses, choices and the curator, with groups in the buffer."""
     process = runs.start(runs.command(tmp_path, config=CONFIG, **SETTINGS))
     path, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 120
     written = lambda: path.read_text().count("\n") if path.exists() else 0
@@ -167,7 +171,7 @@ def test_killed_in_the_midst_of_a_round_it_goes_on_to_the_same_bits(runs, unbrok
     process.communicate()
     assert len(metrics(tmp_path)) < STEPS
     known = share(tmp_path, 6)
-    assert known["buffer"]["prompts"]
+    assert known["groups"]
     assert known["scorer"]["rounds"]
     assert known["scorer"]["steps"] > 0
     output = runs.run(tmp_path, config=CONFIG, **SETTINGS)
@@ -187,7 +191,7 @@ def test_killed_in_the_midst_of_a_round_it_goes_on_to_the_same_bits(runs, unbrok
     assert [story(e) for e in entries(tmp_path)] == [story(e) for e in entries(unbroken)]
     mine, theirs = share(tmp_path, STEPS), share(unbroken, STEPS)
     assert mine["scorer"] == theirs["scorer"]
-    assert mine["worker"]["prompts"] == theirs["worker"]["prompts"]
+    assert mine["prompts"] == theirs["prompts"]
     for item in ("curriculum", "params", "optimizer"):
         jax.tree.map(
             np.testing.assert_array_equal,
@@ -197,7 +201,7 @@ def test_killed_in_the_midst_of_a_round_it_goes_on_to_the_same_bits(runs, unbrok
     assert np.abs(saved(tmp_path, STEPS, "curriculum")["params"]["score"]).max() > 1e-3
 
 
-def test_a_curriculum_by_pass_rate_knows_what_was_sampled(runs, tmp_path):
+def test_pass_rates_count_every_sampled_prompt(runs, tmp_path):
     changes = {"curriculum.name": "learnability", "num_steps": 10}
     runs.run(tmp_path, config=CONFIG, **{**SETTINGS, **changes})
     sampled, lines = entries(tmp_path), metrics(tmp_path)

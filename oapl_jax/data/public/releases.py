@@ -190,10 +190,8 @@ def prepare(
 def report_of(builder: tfds.core.DatasetBuilder) -> Report:
     """Reads the report of a prepared data set."""
     stored: Any = builder.info.metadata
-    names = [field.name for field in dataclasses.fields(Report)]
-    return Report(
-        **{name: stored[name] for name in names} | {"dropped": Counter(stored["dropped"])}
-    )
+    fields: dict[str, Any] = {name: stored[name] for name in ("rows", "kept", "examples")}
+    return Report(**fields, dropped=Counter(stored["dropped"]))
 
 
 def open_set(
