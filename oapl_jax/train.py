@@ -32,7 +32,7 @@ from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.learner.train_step import TrainState
 from oapl_jax.structs import Batch, Group
 from oapl_jax.tracking.metrics import CompileClock, MetricsWriter, group_metrics, read_lines
-from oapl_jax.tracking.plots import draw
+from oapl_jax.tracking.plots import plot_learning
 from oapl_jax.tracking.progress import Progress, StopRequest, say
 
 MAX_SKIPPED = 3  # consecutive steps with a non-finite loss or gradient before a run aborts
@@ -295,7 +295,7 @@ def report(config: Config, workdir: epath.Path, result: dict[str, Any]) -> None:
     lines = read_lines(workdir / "metrics.jsonl")
     before, after = result["before"], result["after"]
     title = f"{config.data.task}: {config.objective.name}, lag {config.lag.mode} {config.lag.steps}"
-    draw(lines, before if after else {}, after, workdir / "learning.png", title=title)
+    plot_learning(lines, before if after else {}, after, workdir / "learning.png", title=title)
     if before and after:
         say(table({"before": before, "after": after}))
     for name in ("metrics.jsonl", "tensorboard", "learning.png", "checkpoints", "result.json"):

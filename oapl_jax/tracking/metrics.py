@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl always, TensorBoard if asked; what was not computed is absent."""
+"""Metrics of a run: metrics.jsonl, and TensorBoard if asked; non-finite values are left out."""
 
 import json
 import math
@@ -12,59 +12,57 @@ import numpy as np
 from etils import epath
 
 from oapl_jax import multihost
+from oapl_jax.files import JsonLines, read_json_lines
 from oapl_jax.structs import Group
 
 
 class MetricsWriter:
-    """Appends one JSON object a step, each on one line, flushed at once.
+    """Appends one JSON object a step.
 
     Args:
       workdir: of the run; the file is workdir/metrics.jsonl, of host 1 metrics.host1.jsonl.
-      start_step: a resumed run's; lines of later steps (and a line cut by a kill) are removed,
-        since they are computed again: the file holds each step once.
+      start_step: of a resumed run; later lines are removed, since those steps are computed again:
+        the file holds each step once.
       tensorboard: whether to write event files below workdir/tensorboard too.
     """
 
     def __init__(self, workdir: epath.Path, *, start_step: int, tensorboard: bool):
-        self._path = workdir / multihost.per_host_path("metrics.jsonl")
-        kept = [line for line in read_lines(self._path) if line["step"] <= start_step]
-        aside = workdir / f"{self._path.name}.new"
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        aside.replace(self._path)
-        self._file = self._path.open("a")
+        path = workdir / multihost.per_host_path("metrics.jsonl")
+        self._lines, kept = JsonLines(path, exclusive=False), 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            if json.loads(line)["step"] > start_step:
+                break
+            kept += len(line)
+        self._lines.truncate(kept)
         self._events = None
         if tensorboard and not jax.process_index():
-            from tensorboardX import SummaryWriter  # brings Google's cloud clients along
+            from tensorboardX import SummaryWriter  # imports Google's cloud clients
 
             self._events = SummaryWriter(
                 os.fspath(workdir / "tensorboard"), purge_step=start_step + 1
             )
 
     def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes and returns what is finite; the mean of an empty set, say, is left out."""
+        """Writes and returns the finite values; the mean of an empty set is left out, say."""
         tables = {key: value for key, value in values.items() if isinstance(value, dict)}
         numbers = {key: float(values[key]) for key in values.keys() - tables.keys()}
         numbers = {key: numbers[key] for key in sorted(numbers) if math.isfinite(numbers[key])}
         line: dict[str, Any] = {"step": step, **numbers, **tables}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._lines.append(line)
         if self._events:
             for key, value in numbers.items():
                 self._events.add_scalar(key, value, step)
         return line
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
         if self._events:
             self._events.close()
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; a last one that a kill has cut is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    """The complete lines of a metrics.jsonl; none if there is no file."""
+    return list(read_json_lines(path)) if path.exists() else []
 
 
 class CompileClock:

@@ -1,4 +1,4 @@
-"""learning.png: what a run learned, how far off-policy it was, and how far the policy moved."""
+"""learning.png: rewards and pass@k, measured lag, and the drift of the policy."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def draw(
+def plot_learning(
     lines: Sequence[Mapping[str, Any]],
     before: Mapping[str, Any],
     after: Mapping[str, Any],
@@ -22,7 +22,7 @@ def draw(
 
     Args:
       lines: of metrics.jsonl.
-      before, after: evaluations of the test split, as evaluate.evaluate returns them.
+      before, after: evaluations of the test split, as evaluation.evaluate returns them.
       path: the PNG to write.
       title: of the picture.
     """

@@ -1,4 +1,4 @@
-"""What a person sees of a run, and how they stop it."""
+"""Progress of a run on the terminal, and stop requests by signals."""
 
 import signal
 import sys
@@ -17,7 +17,7 @@ SHOWN = {
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a plain line at every twentieth of the steps."""
+    """Progress bar on a terminal; elsewhere a plain line at every twentieth of the steps."""
 
     def __init__(self, what: str, num_steps: int, start: int):
         self._what, self._num_steps = what, num_steps
@@ -41,13 +41,13 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """A line that does not break a bar."""
+    """Prints a line without breaking the bar."""
     tqdm.tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
 
 class StopRequest:
-    """Notes SIGTERM and Ctrl-C, so that the loop can save and leave; a second one ends at once."""
+    """Records SIGTERM and Ctrl-C, so that the loop saves and exits; a second signal exits at once."""
 
     def __init__(self):
         self.requested = ""

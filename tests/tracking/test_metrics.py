@@ -43,7 +43,7 @@ def test_an_object_a_step_with_the_step_first(workdir):
         {"step": 2, "count": 3.0, "loss": 1.0, "reward": 0.5},
     ]
     assert read_lines(workdir / "metrics.jsonl") == lines(workdir)
-    assert (workdir / "metrics.jsonl").read_text().startswith('{"step": 1, ')
+    assert (workdir / "metrics.jsonl").read_text().startswith('{"step":1,')
 
 
 def test_a_line_is_there_as_soon_as_it_is_written(workdir):
