@@ -47,7 +47,7 @@ def say(text: str) -> None:
 
 
 class StopRequest:
-    """Records SIGTERM and Ctrl-C, so that the loop saves and exits; a second signal exits at once."""
+    """Records SIGTERM and Ctrl-C, so that the loop saves and exits; a second one exits at once."""
 
     def __init__(self):
         self.requested = ""
