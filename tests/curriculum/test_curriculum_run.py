@@ -86,6 +86,16 @@ def entries(workdir: Path) -> list:
     return sorted((e for e in found if e.state != "rewound"), key=lambda e: e.stream_index)
 
 
+def rollouts(workdir: Path) -> list[tuple]:
+    """Stream index, sample, prompt, response and end of each rollout not rewound by a kill."""
+    found = LedgerReport(epath.Path(workdir / "ledger.jsonl")).rollouts()
+    return sorted(
+        (*map(int, r.id.split(".")[1:]), r.prompt, r.tokens, r.reward, r.state, str(r.step))
+        for r in found
+        if r.state != "rewound"
+    )
+
+
 def round_of(index: int) -> int:
     """Number of the choice that had a prompt as a candidate; below 0 in the dormant phase."""
     return (index - ASLEEP) // CANDIDATES
@@ -180,15 +190,7 @@ def test_resumes_bit_for_bit_after_a_kill_within_a_round(runs, unbroken, tmp_pat
 
     found, expected = metrics(tmp_path), metrics(unbroken)
     assert [timeless(line) for line in found] == [timeless(line) for line in expected]
-    story = lambda e: (
-        e.stream_index,
-        e.prompt,
-        e.state,
-        e.step,
-        e.sample["tokens"],
-        e.sample["reward"],
-    )
-    assert [story(e) for e in entries(tmp_path)] == [story(e) for e in entries(unbroken)]
+    assert rollouts(tmp_path) == rollouts(unbroken)
     mine, theirs = share(tmp_path, STEPS), share(unbroken, STEPS)
     assert mine["scorer"] == theirs["scorer"]
     assert mine["prompts"] == theirs["prompts"]
