@@ -10,7 +10,7 @@ import json
 import os
 import string
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ from oapl_jax.tracking.progress import say
 from oapl_jax.weights.publisher import config_hash
 
 Plan = dict[str, Any]
+Planner = Callable[[Config], Plan]
 
 
 def main() -> None:
@@ -71,10 +72,8 @@ def main() -> None:
 def model_sizes(config: Config, name: str | None, scratch: epath.Path) -> tuple[ModelConfig, bool]:
     """Sizes of the model, and True if its weights come from files.
 
-    Args:
-      config: of the run.
-      name: of a published model; None for `model.path` or, if that is empty, `model.architecture`.
-      scratch: a directory for the tokenizer of a fresh model.
+    Without the name of a published model, `model.path` decides; without that, the architecture. The
+    tokenizer of a fresh model is written to the directory `scratch`.
 
     Raises:
       UserError: if the checkpoint is neither on this machine nor named like a published model, or
@@ -90,10 +89,8 @@ def model_sizes(config: Config, name: str | None, scratch: epath.Path) -> tuple[
         sizes = hf.load_config(path)
     else:
         characters = TASKS[task].characters if task in TASKS else string.printable
-        architecture = config.model.architecture
-        sizes = open_policy(
-            scratch, path="", architecture=architecture, characters=characters
-        ).config
+        fresh: dict[str, Any] = dict(architecture=config.model.architecture, characters=characters)
+        sizes = open_policy(scratch, path="", **fresh).config
     check_lengths(
         sizes,
         max_prompt_tokens=config.data.max_prompt_tokens,
@@ -106,12 +103,7 @@ def model_sizes(config: Config, name: str | None, scratch: epath.Path) -> tuple[
 def plan_run(
     config: Config, sizes: ModelConfig, where: Slice, *, from_checkpoint: bool, storage: float
 ) -> Plan:
-    """Checks a configuration for a slice as a run does, and estimates it.
-
-    Raises:
-      UserError: if a run would refuse the configuration on the slice.
-      RunError: see estimate.
-    """
+    """Checks a configuration for a slice as a run does, and estimates it."""
     mesh = make_mesh(where, **config.mesh)
     config.check_layout(mesh=mesh.shape, hosts=where.hosts)
     inputs = plan_inputs(config, sizes, from_checkpoint)
@@ -148,33 +140,26 @@ def plan_inputs(config: Config, sizes: ModelConfig, from_checkpoint: bool) -> Pl
 
 def with_layout(config: Config, layout: Layout) -> Config:
     """A copy of the configuration with this layout."""
-    return dataclasses.replace(
-        config,
-        mesh=dataclasses.replace(config.mesh, **layout.mesh),
-        model=dataclasses.replace(config.model, remat=layout.remat),
-        learner=dataclasses.replace(
-            config.learner,
-            micro_batches=layout.micro_batches,
-            rows_multiple=layout.data * layout.fsdp,
-            row_length=layout.row_length(config.learner.row_length),
-        ),
+    mesh = dataclasses.replace(config.mesh, **layout.mesh)
+    model = dataclasses.replace(config.model, remat=layout.remat)
+    learner = dataclasses.replace(
+        config.learner,
+        micro_batches=layout.micro_batches,
+        rows_multiple=layout.data * layout.fsdp,
+        row_length=layout.row_length(config.learner.row_length),
     )
+    return dataclasses.replace(config, mesh=mesh, model=model, learner=learner)
 
 
 def sweep_run(
-    config: Config,
-    sizes: ModelConfig,
-    where: Slice,
-    plan_of: Callable[[Config], Plan],
-    kept: PlanFile,
-    enough: int,
+    config: Config, sizes: ModelConfig, where: Slice, plan_of: Planner, kept: PlanFile, enough: int
 ) -> Plan:
     """The plan of the fastest layout that fits; logs a table of the others.
 
     Raises:
       UserError: if none fits.
     """
-    refusals = []
+    refusal = ""
 
     def plan_or_refusal(chosen: Config) -> Plan:
         try:
@@ -183,13 +168,14 @@ def sweep_run(
             return {"fits": False, "chip_fits": False, "refused": str(error)}
 
     def plan(layout: Layout) -> Plan:
+        nonlocal refusal
         chosen = with_layout(config, layout)
         say(f"trying {layout}")
         key = f"{layout}; configuration {config_hash(chosen.to_dict())[:12]}"
         found = kept.get(key, lambda: plan_or_refusal(chosen))
         if "refused" in found:
+            refusal = f"; the last refusal: {found['refused']}"
             say(f"refused: {found['refused']}")
-            refusals.append(found["refused"])
         return found
 
     sequences = config.group_size * config.groups_per_step
@@ -201,47 +187,36 @@ def sweep_run(
         enough=enough,
     )
     if not found:
-        last = f"; the last refusal: {refusals[-1]}" if refusals else ""
-        raise UserError(f"nothing fits {where.name}; name a larger --topology{last}")
-    say(ranking(found))
+        raise UserError(f"nothing fits {where.name}; name a larger --topology{refusal}")
+    say("\nFits, the least time of a step first:")
+    for layout, result in found:
+        bound, used = result["roofline"], max(sum(p["hbm"].values()) for p in result["programs"])
+        speed = f"{bound['seconds']:8.3g} s ({bound['binds']})  {bound['mfu']:4.0%} MFU"
+        say(f"  {speed}  {size(used):>10}  {layout}")
+    say("")
     return found[0][1]
-
-
-def ranking(found: Sequence[tuple[Layout, Plan]]) -> str:
-    """A line for each layout that fits, the fastest first."""
-    lines = ["\nFits, the least time of a step first:"]
-    for layout, plan in found:
-        bound, used = plan["roofline"], max(sum(p["hbm"].values()) for p in plan["programs"])
-        lines.append(
-            f"  {bound['seconds']:8.3g} s ({bound['binds']})  {bound['mfu']:4.0%} MFU  "
-            f"{size(used):>10}  {layout}"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def report(plan: Plan) -> str:
     """A plan as text."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "1"
+    mesh = " x ".join(f"{axis} {count}" for axis, count in plan["mesh"].items() if count > 1) or "1"
     batch, hbm, ram = plan["batch"], plan["hbm"], plan["host_memory"]
     lines = [
         f"{plan['topology']}: {plan['chips']} chips on {plan['hosts']} hosts, mesh {mesh}; "
         f"{plan['model']['parameters'] / 1e9:.3g} billion parameters; {batch['sequences']} "
         f"sequences of {batch['prompt_tokens']} + {batch['response_tokens']} tokens in "
-        f"{batch['micro_batches']} micro-batches of {batch['rows']} rows; remat {plan['remat']}",
-        "",
+        f"{batch['micro_batches']} micro-batches of {batch['rows']} rows; remat {plan['remat']}\n",
         *([f"Compiled with {plan['compiler_flags']}"] if plan["compiler_flags"] else []),
         verdict(plan),
     ]
     for program in plan["programs"]:
         fits = "fits" if program["fits"] else "does not fit"
         lines.append(f"  {program['program']}: {fits}, {program['because']} a chip")
-        if program["hbm"]:
-            kinds = [f"{kind} {size(used)}" for kind, used in program["hbm"].items()]
+        if kinds := [f"{kind} {size(used)}" for kind, used in program["hbm"].items()]:
             lines.append("    " + ", ".join(kinds))
         if count := program["resharded by replication"]:
-            lines.append(
-                f"    WARNING: the compiler replicates {count} arrays on every chip to reshard them"
-            )
+            warning = f"the compiler replicates {count} arrays on every chip to reshard them"
+            lines.append(f"    WARNING: {warning}")
     lines += [
         f"  restore: {size(plan['restore']['hbm'])} a chip, no program is compiled",
         f"  a chip: {size(hbm['available'])} for a program, says the compiler; "
@@ -252,13 +227,11 @@ def report(plan: Plan) -> str:
         return "\n".join(lines)
     flops, bound, fleet = plan["flops"], plan["roofline"], plan["fleet"]
     lines += [
-        "",
-        f"FLOPs of a step: {flops['formula']:.3g} by formula, {flops['program']:.3g} in the "
+        f"\nFLOPs of a step: {flops['formula']:.3g} by formula, {flops['program']:.3g} in the "
         f"program, of which remat adds {flops['remat_share']:.0%}",
         f"HBM traffic of a step: {size(plan['hbm_traffic'])} a chip; between chip and host "
         f"{size(plan['host_traffic'])}",
-        "",
-        "Bytes that a chip receives in a step, by collective and mesh axis:",
+        "\nBytes that a chip receives in a step, by collective and mesh axis:",
     ]
     for kind, row in sorted(plan["collectives"].items()):
         for axes, received in sorted(row.items()):
@@ -267,19 +240,15 @@ def report(plan: Plan) -> str:
     demand = f"{fleet['tokens_per_second']:,.0f} generated tokens/s keep the learner busy"
     if not fleet["tokens_per_second"]:
         demand = "none, the rollouts are recorded ones; the learner is busy"
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"A step takes at least {bound['seconds']:.3g} s: compute {bound['compute']:.3g}, HBM "
-            f"{bound['hbm']:.3g}, interconnect {bound['interconnect']:.3g}, link to the host "
-            f"{bound['host']:.3g}; {bound['binds']} binds",
-            f"At most {bound['tokens_per_second']:,.0f} tokens/s and {bound['mfu']:.0%} MFU",
-            "",
-            f"Publishing: {plan['publish_seconds']:.3g} s at {plan['storage'] / 1e9:g} GB/s a host",
-            f"Fleet: {demand}, {fleet['learning']:.0%} of the time with steps, else publishing",
-        ]
-    )
+    lines += [
+        f"\nA step takes at least {bound['seconds']:.3g} s: compute {bound['compute']:.3g}, HBM "
+        f"{bound['hbm']:.3g}, interconnect {bound['interconnect']:.3g}, link to the host "
+        f"{bound['host']:.3g}; {bound['binds']} binds",
+        f"At most {bound['tokens_per_second']:,.0f} tokens/s and {bound['mfu']:.0%} MFU",
+        f"\nPublishing: {plan['publish_seconds']:.3g} s at {plan['storage'] / 1e9:g} GB/s a host",
+        f"Fleet: {demand}, {fleet['learning']:.0%} of the time with steps, else publishing",
+    ]
+    return "\n".join(lines)
 
 
 def verdict(plan: Plan) -> str:

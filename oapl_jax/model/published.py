@@ -11,72 +11,52 @@ from oapl_jax.errors import UserError
 from oapl_jax.model.config import ModelConfig
 
 
-def _decoder(
-    kind: str,
-    hidden: int,
-    feed_forward: int,
-    layers: int,
-    heads: int,
-    tied: bool,
-    **rest: Any,
+def _family(
+    kind: str, vocab_size: int, positions: int, epsilon: float, theta: float, eos: int
 ) -> dict[str, Any]:
     return dict(
         model_type=kind,
+        vocab_size=vocab_size,
+        max_position_embeddings=positions,
+        rms_norm_eps=epsilon,
+        rope_theta=theta,
+        eos_token_id=eos,
+        num_key_value_heads=8,
+    )
+
+
+def _sizes(
+    hidden: int, feed_forward: int, layers: int, heads: int, *, tied: bool = False
+) -> dict[str, Any]:
+    return dict(
         hidden_size=hidden,
         intermediate_size=feed_forward,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=8,
         tie_word_embeddings=tied,
-        **rest,
     )
 
 
-QWEN3 = dict(
-    head_dim=128,
-    vocab_size=151936,
-    max_position_embeddings=40960,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    eos_token_id=151645,
-)
-LLAMA3 = dict(
-    vocab_size=128256,
-    max_position_embeddings=8192,
-    rms_norm_eps=1e-5,
-    rope_theta=5e5,
-    eos_token_id=128001,
-)
-LLAMA31_ROPE = dict(
-    rope_type="llama3",
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=8192,
-)
-R1_QWEN = dict(
-    vocab_size=152064,
-    max_position_embeddings=131072,
-    rms_norm_eps=1e-5,
-    rope_theta=1e6,
-    eos_token_id=151643,
-)
+QWEN3 = _family("qwen3", 151936, 40960, 1e-6, 1e6, 151645) | dict(head_dim=128)
+QWEN3_4B = QWEN3 | _sizes(2560, 9728, 36, 32, tied=True)
+R1_QWEN = _family("qwen2", 152064, 131072, 1e-5, 1e6, 151643)
+LLAMA3_8B = _family("llama", 128256, 8192, 1e-5, 5e5, 128001) | _sizes(4096, 14336, 32, 32)
+LLAMA31_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA31_ROPE |= dict(original_max_position_embeddings=8192)
 PUBLISHED: dict[str, dict[str, Any]] = {
     # Qwen/Qwen3-0.6B, -1.7B, -4B, -8B, -14B, -32B, and Qwen/Qwen3-4B-Thinking-2507.
-    "qwen3-0.6b": _decoder("qwen3", 1024, 3072, 28, 16, True, **QWEN3),
-    "qwen3-1.7b": _decoder("qwen3", 2048, 6144, 28, 16, True, **QWEN3),
-    "qwen3-4b": _decoder("qwen3", 2560, 9728, 36, 32, True, **QWEN3),
-    "qwen3-4b-thinking-2507": _decoder("qwen3", 2560, 9728, 36, 32, True, **QWEN3)
-    | dict(max_position_embeddings=262144, rope_theta=5e6),
-    "qwen3-8b": _decoder("qwen3", 4096, 12288, 36, 32, False, **QWEN3),
-    "qwen3-14b": _decoder("qwen3", 5120, 17408, 40, 40, False, **QWEN3),
-    "qwen3-32b": _decoder("qwen3", 5120, 25600, 64, 64, False, **QWEN3),
+    "qwen3-0.6b": QWEN3 | _sizes(1024, 3072, 28, 16, tied=True),
+    "qwen3-1.7b": QWEN3 | _sizes(2048, 6144, 28, 16, tied=True),
+    "qwen3-4b": QWEN3_4B,
+    "qwen3-4b-thinking-2507": QWEN3_4B | dict(max_position_embeddings=262144, rope_theta=5e6),
+    "qwen3-8b": QWEN3 | _sizes(4096, 12288, 36, 32),
+    "qwen3-14b": QWEN3 | _sizes(5120, 17408, 40, 40),
+    "qwen3-32b": QWEN3 | _sizes(5120, 25600, 64, 64),
     # deepseek-ai/DeepSeek-R1-Distill-Qwen-14B.
-    "r1-distill-qwen-14b": _decoder("qwen2", 5120, 13824, 48, 40, False, **R1_QWEN),
+    "r1-distill-qwen-14b": R1_QWEN | _sizes(5120, 13824, 48, 40),
     # meta-llama/Meta-Llama-3-8B, meta-llama/Llama-3.1-8B: the latter has the longer context.
-    "llama-3-8b": _decoder("llama", 4096, 14336, 32, 32, False, **LLAMA3),
-    "llama-3.1-8b": _decoder("llama", 4096, 14336, 32, 32, False, **LLAMA3)
-    | dict(max_position_embeddings=131072, rope_scaling=LLAMA31_ROPE),
+    "llama-3-8b": LLAMA3_8B,
+    "llama-3.1-8b": LLAMA3_8B | dict(max_position_embeddings=131072, rope_scaling=LLAMA31_ROPE),
 }
 # Last parts of repositories that have a shorter name here.
 REPOSITORIES = {
@@ -106,8 +86,8 @@ def published_name(path: str) -> str:
     last = os.path.basename(path.rstrip("/")).lower()
     name = REPOSITORIES.get(last, last)
     if name not in PUBLISHED:
+        names = "|".join(PUBLISHED)
         raise UserError(
-            f"model.path={path} is not on this machine; give its sizes with --model="
-            f"{'|'.join(PUBLISHED)}"
+            f"model.path={path} is not on this machine; give its sizes with --model={names}"
         )
     return name

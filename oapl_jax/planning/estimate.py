@@ -30,12 +30,8 @@ def estimate(
 ) -> dict[str, Any]:
     """Compiles the programs of a run and reads them; if the train step does not fit, only that.
 
-    Args:
-      inputs: settings of the run.
-      where: the slice.
-      mesh: of all its chips, from make_mesh.
-      storage: bytes/s between a host and the storage of versions.
-      log: called with a line for each program.
+    `storage` is the bytes/s between a host and the storage of versions; `log` is called with a line
+    for each program.
 
     Raises:
       RunError: if a program does not compile for another reason than memory, or the compiler's
@@ -46,17 +42,14 @@ def estimate(
     compiled, times = compile_all(run, where, available, log)
     ram = host_memory(run, where.chips_per_host)
     ram["offloaded"] = float(where.chips_per_host * max(p["offloaded"] for p in compiled))
-    ram = {**ram, "total": sum(ram.values()), "ram": where.host_ram}
+    ram |= {"total": sum(ram.values()), "ram": where.host_ram}
     chip_fits = all(program["fits"] for program in compiled)
     count = parameters(inputs.model_config)
     if times:
         dtype_bytes = DTYPE_BYTES[inputs.publish_dtype]
         publish = publish_seconds(count, dtype_bytes, where.hosts, storage)
-        times |= {
-            "publish_seconds": publish,
-            "storage": storage,
-            "fleet": fleet_demand(inputs, times["roofline"]["seconds"], publish),
-        }
+        demand = fleet_demand(inputs, times["roofline"]["seconds"], publish)
+        times |= {"publish_seconds": publish, "storage": storage, "fleet": demand}
     return {
         "topology": where.name,
         "compiler_flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
@@ -75,11 +68,7 @@ def estimate(
         "remat": inputs.model.remat,
         "fits": chip_fits and ram["total"] <= ram["ram"],
         "chip_fits": chip_fits,
-        "hbm": {
-            "available": available,
-            "published": where.chip.hbm_bytes,
-            "source": where.chip.source,
-        },
+        "hbm": dict(available=available, published=where.chip.hbm_bytes, source=where.chip.source),
         "programs": compiled,
         "restore": {"hbm": per_chip(run.state)},
         "host_memory": ram,
@@ -123,31 +112,30 @@ def compile_all(
 def step_times(run: RunPrograms, where: Slice, traced: Any, module: Module) -> dict[str, Any]:
     """FLOPs, traffic and roofline of the train step."""
     inputs, collectives = run.inputs, collective_bytes(module, run.mesh.shape)
-    received: dict[str, float] = {}
-    for row in collectives.values():
-        for axes, size in row.items():
-            received[axes] = received.get(axes, 0.0) + size
+    rows = collectives.values()
+    received = {axes: sum(row.get(axes, 0.0) for row in rows) for row in rows for axes in row}
     bandwidth = {axes: axis_bandwidth(where, run.mesh, axes.split("+")) for axes in received}
     flops, (hbm_bytes, host_bytes) = programs.program_flops(traced), traffic(module)
     lengths = inputs.max_prompt_tokens, inputs.rollout.max_response_tokens
     formula = programs.step_flops(inputs.model_config, inputs.sequences, *lengths)
+    bound = roofline(
+        where.chip,
+        len(where.devices),
+        flops=flops.program,
+        model_flops=formula,
+        hbm_bytes=hbm_bytes,
+        host_bytes=host_bytes,
+        received=received,
+        bandwidth=bandwidth,
+        tokens=inputs.sequences * sum(lengths),
+    )
     return {
         "flops": {"formula": formula, **vars(flops), "remat_share": flops.remat / flops.program},
         "hbm_traffic": hbm_bytes,
         "host_traffic": host_bytes,
         "collectives": collectives,
         "ici_bandwidth": bandwidth,
-        "roofline": roofline(
-            where.chip,
-            len(where.devices),
-            flops=flops.program,
-            model_flops=formula,
-            hbm_bytes=hbm_bytes,
-            host_bytes=host_bytes,
-            received=received,
-            bandwidth=bandwidth,
-            tokens=inputs.sequences * sum(lengths),
-        ),
+        "roofline": bound,
     }
 
 
@@ -165,14 +153,8 @@ def roofline(
 ) -> dict[str, Any]:
     """Least seconds of a gradient step by term, with tokens/s and MFU at the longest of them.
 
-    Args:
-      chip, chips: of the slice.
-      flops: of the program over all chips, remat included.
-      model_flops: over all chips by formula, for the MFU.
-      hbm_bytes, host_bytes: moved by one chip.
-      received: mesh axes -> bytes that one chip receives; one set of axes after the other.
-      bandwidth: mesh axes -> bytes/s.
-      tokens: of the step's sequences, prompts included.
+    FLOPs are of all chips: of the program with remat, and by formula for the MFU. Bytes are of one
+    chip, `received` by mesh axes, one set of axes after the other. Tokens include prompts.
     """
     terms = {
         "compute": flops / chips / chip.flops,
@@ -193,11 +175,9 @@ def roofline(
 def host_memory(run: RunPrograms, chips_per_host: int) -> dict[str, float]:
     """Peak bytes on one host by kind: checkpoint and version are written at once, buffer full."""
     inputs = run.inputs
-    group = (
-        inputs.group_size * (8 * inputs.rollout.max_response_tokens) + 4 * inputs.max_prompt_tokens
-    )
-    tensors = hf.tensors_of(inputs.model_config)
-    largest = max(math.prod(tensor.shape) for tensor in tensors)
+    responses = inputs.group_size * inputs.rollout.max_response_tokens
+    group = 8 * responses + 4 * inputs.max_prompt_tokens
+    largest = max(math.prod(tensor.shape) for tensor in hf.tensors_of(inputs.model_config))
     return {
         "copy of the state for a checkpoint": float(chips_per_host * per_chip(run.state)),
         "copy of the weights to publish": float(chips_per_host * per_chip(run.state.params)),
@@ -212,15 +192,10 @@ def parameters(config: ModelConfig) -> int:
 
 
 def publish_seconds(count: int, dtype_bytes: int, hosts: int, storage: float) -> float:
-    """Seconds from the learner's parameters to a committed version.
+    """Seconds from the learner's `count` parameters to a committed version.
 
-    All hosts write float32 weights; then one reads them and, meanwhile, writes the version.
-
-    Args:
-      count: of parameters.
-      dtype_bytes: of a number in the version.
-      hosts: of the slice.
-      storage: bytes/s that a host reads or writes.
+    All hosts write float32 weights; then one reads them and, meanwhile, writes the version with
+    `dtype_bytes` for each number. A host reads or writes `storage` bytes/s.
     """
     return 4 * count / (hosts * storage) + max(4, dtype_bytes) * count / storage
 

@@ -5,7 +5,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,73 +17,47 @@ from oapl_jax.errors import UserError
 from oapl_jax.model import sharding
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published rates of one chip, and the machines that hold it.
+    """Published rates of one chip."""
 
-    Attributes:
-      flops: bfloat16 FLOP/s.
-      hbm_bytes: as published; the compiler leaves a program a little less.
-      hbm_bandwidth: bytes/s.
-      link_bandwidth: bytes/s of one link in one direction: the published bandwidth of all links in
-        both directions, divided by two directions and two links for each dimension of the torus.
-      host_bandwidth: bytes/s between a chip and its host, each way.
-      dimensions: of the torus.
-      ring: smallest size of a dimension that is a ring; its multiples are rings too.
-      machines: chips of a machine -> bytes of its RAM. A slice of so many chips is one machine; any
-        other consists of machines of CHIPS_PER_HOST.
-      source: address of the published numbers.
-    """
+    generation: str
+    flops: float  # bfloat16 FLOP/s
+    hbm_bytes: int  # as published; the compiler leaves a program a little less
+    hbm_bandwidth: float  # bytes/s
+    ici_bandwidth: float  # bytes/s of all links in both directions
+    host_bandwidth: float  # bytes/s between a chip and its host, each way
+    dimensions: int  # of the torus
+    ring: int  # the least size of a dimension that is a ring; its multiples are rings too
 
-    flops: float
-    hbm_bytes: float
-    hbm_bandwidth: float
-    link_bandwidth: float
-    host_bandwidth: float
-    dimensions: int
-    ring: int
-    machines: Mapping[int, float]
-    source: str
+    @property
+    def link_bandwidth(self) -> float:
+        """Bytes/s of one of the two links of each dimension, in one direction."""
+        return self.ici_bandwidth / 2 / (2 * self.dimensions)
+
+    @property
+    def source(self) -> str:
+        """Address of the published numbers."""
+        return f"https://cloud.google.com/tpu/docs/{self.generation}"
 
 
-CHIPS_PER_HOST = 4
-# Rings: https://jax-ml.github.io/scaling-book/tpus. Machines: the types ct5lp-hightpu-1t, -4t,
-# -8t, ct5p-hightpu-4t and ct6e-standard-1t, -4t, -8t of the same pages as the rest. Bandwidths to
-# hosts are not published: these are second-hand, from notes on that book (16 to 32 GB/s of PCIe).
+# Rings: https://jax-ml.github.io/scaling-book/tpus. Bandwidths to hosts are not published: these
+# are second-hand, from notes on that book (16 to 32 GB/s of PCIe).
+GIB = 2**30
 CHIPS = {
-    "v5e": Chip(
-        flops=197e12,
-        hbm_bytes=16 * 2**30,
-        hbm_bandwidth=819e9,
-        link_bandwidth=400e9 / 2 / 4,
-        host_bandwidth=16e9,
-        dimensions=2,
-        ring=16,
-        machines={1: 48e9, 4: 192e9, 8: 384e9},
-        source="https://cloud.google.com/tpu/docs/v5e",
-    ),
-    "v5p": Chip(
-        flops=459e12,
-        hbm_bytes=95 * 2**30,
-        hbm_bandwidth=2765e9,
-        link_bandwidth=1200e9 / 2 / 6,
-        host_bandwidth=16e9,
-        dimensions=3,
-        ring=4,
-        machines={4: 448e9},
-        source="https://cloud.google.com/tpu/docs/v5p",
-    ),
-    "v6e": Chip(
-        flops=918e12,
-        hbm_bytes=32 * 2**30,
-        hbm_bandwidth=1600e9,
-        link_bandwidth=800e9 / 2 / 4,
-        host_bandwidth=32e9,
-        dimensions=2,
-        ring=16,
-        machines={1: 176e9, 4: 720e9, 8: 1440e9},
-        source="https://cloud.google.com/tpu/docs/v6e",
-    ),
+    "v5e": Chip("v5e", 197e12, 16 * GIB, 819e9, 400e9, 16e9, 2, 16),
+    "v5p": Chip("v5p", 459e12, 95 * GIB, 2765e9, 1200e9, 16e9, 3, 4),
+    "v6e": Chip("v6e", 918e12, 32 * GIB, 1600e9, 800e9, 32e9, 2, 16),
+}
+
+# Chips of a machine -> bytes of its RAM: the types ct5lp-hightpu-1t, -4t, -8t, ct5p-hightpu-4t and
+# ct6e-standard-1t, -4t, -8t of the same pages. A slice of so many chips is one machine; any other
+# consists of machines of CHIPS_PER_HOST.
+CHIPS_PER_HOST = 4
+MACHINES = {
+    "v5e": {1: 48e9, 4: 192e9, 8: 384e9},
+    "v5p": {4: 448e9},
+    "v6e": {1: 176e9, 4: 720e9, 8: 1440e9},
 }
 
 # Topologies that can be rented, by number of chips.
@@ -121,7 +95,7 @@ class Slice:
     @property
     def chips_per_host(self) -> int:
         chips = len(self.devices)
-        return chips if chips in self.chip.machines else CHIPS_PER_HOST
+        return chips if chips in MACHINES[self.generation] else CHIPS_PER_HOST
 
     @property
     def hosts(self) -> int:
@@ -129,7 +103,7 @@ class Slice:
 
     @property
     def host_ram(self) -> float:
-        return self.chip.machines[self.chips_per_host]
+        return MACHINES[self.generation][self.chips_per_host]
 
 
 def open_slice(name: str) -> Slice:
@@ -145,25 +119,21 @@ def open_slice(name: str) -> Slice:
         raise UserError(f"--topology={name} is no slice; for example one of {offered}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "the TPU compiler is not installed; install it with `pip install 'oapl_jax[tpu]'` (no "
-            "TPU is needed)"
+            "the TPU compiler is missing (no TPU is needed): pip install 'oapl_jax[tpu]'"
         )
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     os.environ.update(LOG_LEVEL)
     shape = tuple(map(int, sizes.split("x")))
     # By default the compiler puts 2 x 2 chips on each host, also where one machine has them all.
-    one_machine = sizes in SLICES[generation].values() and (
-        math.prod(shape) in CHIPS[generation].machines
-    )
+    one_machine = SLICES[generation].get(math.prod(shape)) == sizes
+    one_machine = one_machine and math.prod(shape) in MACHINES[generation]
     bounds = dict(chips_per_host_bounds=[*shape, 1][:3]) if one_machine else {}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(
-            f"--topology={name} is refused by the TPU compiler ({error}); for example one of "
-            f"{offered}"
-        ) from error
+        refused = f"--topology={name} is refused by the TPU compiler ({error})"
+        raise UserError(f"{refused}; for example one of {offered}") from error
     return Slice(generation, shape, found.devices)
 
 

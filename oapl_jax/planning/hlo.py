@@ -18,6 +18,11 @@ import numpy as np
 
 from oapl_jax.errors import RunError
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\S+", text))
+
+
 HBM, HOST = 0, 5
 MEMORY_SPACES = range(9)  # 1 is VMEM, 2 sync flags, 6 SMEM, 7 and 8 belong to sparse cores
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
@@ -29,12 +34,10 @@ LAYOUT = re.compile(r"\{[0-9,]*(?::(?:(?:SC|[DTLESM#*])?\([^()]*\))*)?\}")
 REFERENCE = re.compile(r"\b([\w-]+)=\{?((?:%[^\s,{}()]+(?:, *(?=%))?)+)")
 BLOCK_END = re.compile(r'\}(, execution_thread="[^"]*")?')  # v5p runs some on sparse cores
 # Attributes that name a computation which an instruction runs.
-CALLS = frozenset(
-    (
-        *("calls", "to_apply", "body", "condition", "true_computation", "false_computation"),
-        *("branch_computations", "called_computations", "select", "scatter"),
-    )
-)
+CALLS = _words("""
+    calls to_apply body condition true_computation false_computation branch_computations
+    called_computations select scatter
+""")
 # Callers whose callee's instructions run one by one; a fusion's do not.
 CONTROL = ("while", "conditional", "call", "async-start")
 # A scope named at_most_N bounds the trips of a loop whose end depends on data; on one chip the
@@ -47,16 +50,12 @@ ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     name.upper(): getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")
 } | {"add": operator.add, "subtract": operator.sub}
 # Instructions that move no bytes: names for what others make, or loops counted by their bodies.
-FREE = frozenset(
-    (
-        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "while"),
-        *("conditional", "call", "after-all", "add-dependency", "optimization-barrier"),
-        *("opt-barrier", "partition-id", "replica-id", "rng-get-and-update-state", "domain"),
-        *("copy-done", "slice-done", "dynamic-slice-done", "dynamic-update-slice-done"),
-        *("all-gather-done", "all-reduce-done", "collective-permute-done"),
-        *("async-done", "async-update"),
-    )
-)
+FREE = _words("""
+    parameter constant tuple get-tuple-element bitcast iota while conditional call after-all
+    add-dependency optimization-barrier opt-barrier partition-id replica-id domain
+    rng-get-and-update-state copy-done slice-done dynamic-slice-done dynamic-update-slice-done
+    all-gather-done all-reduce-done collective-permute-done async-done async-update
+""")
 COPIES = ("copy", "bitcast", "convert", "copy-start", "copy-done", "optimization-barrier")
 SLICING = ("dynamic-slice", "slice", "gather")
 # From one memory to another, asynchronously.
@@ -68,9 +67,7 @@ COLLECTIVES = {*PASSES, "collective-permute"}
 COMMUNICATES = re.compile(r"\b(channel_id|replica_groups|source_target_pairs)=")
 # Instructions that read their operands and write their results. Others are known within a fusion
 # only, where they do not count.
-COMPUTING = re.findall(
-    r"\S+",
-    """
+COMPUTING = _words("""
     abs add and atan2 bitcast-convert broadcast cbrt ceil clamp compare concatenate convert
     convolution copy cosine count-leading-zeros custom-call divide dot dynamic-update-slice erf
     exponential exponential-minus-one floor fusion is-finite log log-plus-one logistic map maximum
@@ -78,8 +75,7 @@ COMPUTING = re.findall(
     remainder reshape reverse rng-bit-generator round-nearest-afz round-nearest-even rsqrt scatter
     select select-and-scatter shift-left shift-right-arithmetic shift-right-logical sign sine sort
     sqrt subtract tan tanh topk transpose xor async
-    """,
-)
+""")
 KNOWN = {*FREE, *COMPUTING, *COLLECTIVES, *SLICING}
 
 
@@ -117,11 +113,7 @@ class Instruction:
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """Arrays of the result, in order.
-
-        Raises:
-          RunError: for a shape, a layout or a memory space that is not known.
-        """
+        """Arrays of the result, in order."""
         found = []
         unknown = re.sub(r"/\*index=\d+\*/|[(), ]", "", ARRAY.sub("", self.shape))
         for dtype, sizes, layout in ARRAY.findall(self.shape):
@@ -169,9 +161,6 @@ class Instruction:
         """Trips of a while loop: as printed, or by evaluating its condition and its counter.
 
         A loop whose end depends on data makes the most trips that its scope `at_most_n` allows.
-
-        Raises:
-          RunError: if neither can be read.
         """
         printed = re.search(r'known_trip_count[^0-9]*"?n"?[^0-9]*(\d+)', self.rest)
         if printed := printed or AT_MOST.search(self.rest):
@@ -214,11 +203,7 @@ class Computation:
 
     @functools.cached_property
     def executions(self) -> int:
-        """Times that it runs in one run of the program.
-
-        Raises:
-          RunError: if the trip count of a loop around it can't be read.
-        """
+        """Times that it runs in one run of the program."""
         if self.is_entry:
             return 1
         return sum(
@@ -237,12 +222,7 @@ class Computation:
 
 
 class Module:
-    """A scheduled HLO module, read from `compiled.as_text()`.
-
-    Raises:
-      RunError: for a line, an instruction, or a reference to a computation, in a form that is not
-        known.
-    """
+    """A scheduled HLO module, read from `compiled.as_text()`."""
 
     def __init__(self, text: str):
         self.header = text.partition("\n")[0]
@@ -251,9 +231,8 @@ class Module:
         if not entries:
             raise RunError(f"the compiled program has no ENTRY; it begins with {text[:120]!r}")
         self.entry = entries[0]
-        for computation in self.computations.values():
-            for instruction in computation.instructions.values():
-                self._link(instruction)
+        for instruction in self.instructions():
+            self._link(instruction)
         for computation in self.computations.values():
             if not computation.callers and not computation.is_entry:
                 raise RunError(f"no known instruction of the program runs {computation.name}")
@@ -277,6 +256,13 @@ class Module:
 
     def sequences(self) -> list[Computation]:
         return [c for c in self.computations.values() if c.is_sequence]
+
+    def instructions(self) -> list[Instruction]:
+        return [i for c in self.computations.values() for i in c.instructions.values()]
+
+    def scheduled(self) -> list[Instruction]:
+        """Instructions that run one by one, not within a fusion."""
+        return [i for c in self.sequences() for i in c.instructions.values()]
 
 
 def read_computations(text: str) -> Iterator[Computation]:
@@ -360,44 +346,41 @@ def _unchanged(loop: Instruction, start: Value) -> Value:
 
 
 def collective_bytes(module: Module, mesh: Mapping[str, int]) -> dict[str, dict[str, float]]:
-    """Bytes that a chip receives in one run, over a mesh with these sizes of axes.
+    """Bytes that a chip receives in one run: kind -> mesh axes ("fsdp", "data+fsdp") -> bytes.
 
-    Returns:
-      kind -> mesh axes ("fsdp", "data+fsdp") -> bytes.
-
-    Raises:
-      RunError: for a group of devices, or a collective in steps, in a form that is not known.
+    `mesh` maps its axes to their sizes.
     """
     table: dict[str, dict[str, float]] = {}
     counted, continued = set(), {}
-    for computation in module.computations.values():
-        for instruction in computation.instructions.values():
-            kind = instruction.opcode.removesuffix("-start")
-            if kind not in COLLECTIVES or not computation.executions:
-                if COMMUNICATES.search(instruction.rest) and kind not in COLLECTIVES:
-                    raise RunError(f"collective {kind} ({instruction.name}) is not known")
-                continue
-            channel = instruction.attribute("channel_id")
-            if _continues(instruction):
-                continued[channel] = instruction.name
-                continue
-            counted.add(channel)
-            operands = sum(operand.bytes for operand in instruction.operands)
-            results = instruction.bytes
-            if instruction.opcode.endswith("-start"):  # its tuple has operands, results and flags
-                results = max((a.bytes for a in instruction.arrays if a.shape), default=0)
-            payload = max(results, operands)
-            if kind == "all-reduce" and _scatters(instruction):
-                kind = "reduce-scatter"
-            if kind == "collective-permute":
-                axes, received = permuted_axes(instruction, mesh), payload
-            else:
-                group = device_group(instruction, math.prod(mesh.values()))
-                axes = axes_of(group, mesh)
-                received = PASSES[kind] * payload * (len(group) - 1) / len(group)
-            if axes:  # else groups of one chip
-                row, name = table.setdefault(kind, {}), "+".join(axes)
-                row[name] = row.get(name, 0.0) + received * computation.executions
+    for instruction in module.instructions():
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            if COMMUNICATES.search(instruction.rest):
+                raise RunError(f"collective {kind} ({instruction.name}) is not known")
+            continue
+        executions = instruction.computation.executions
+        if not executions:
+            continue
+        channel = instruction.attribute("channel_id")
+        if _continues(instruction):
+            continued[channel] = instruction.name
+            continue
+        counted.add(channel)
+        results = instruction.bytes
+        if instruction.opcode.endswith("-start"):  # its tuple has operands, results and flags
+            results = max((a.bytes for a in instruction.arrays if a.shape), default=0)
+        payload = max(results, sum(operand.bytes for operand in instruction.operands))
+        if kind == "all-reduce" and _scatters(instruction):
+            kind = "reduce-scatter"
+        if kind == "collective-permute":
+            axes, received = permuted_axes(instruction, mesh), payload
+        else:
+            group = device_group(instruction, math.prod(mesh.values()))
+            axes = axes_of(group, mesh)
+            received = PASSES[kind] * payload * (len(group) - 1) / len(group)
+        if axes:  # else groups of one chip
+            row, name = table.setdefault(kind, {}), "+".join(axes)
+            row[name] = row.get(name, 0.0) + received * executions
     for channel in continued.keys() - counted:
         raise RunError(f"the compiled program continues {continued[channel]} and never starts it")
     return table
@@ -409,11 +392,9 @@ def _continues(instruction: Instruction) -> bool:
     The TPU compiler cuts an asynchronous collective into steps, each fused with a piece of the
     arithmetic that hides it, and prints the collective in each of them.
     """
-    if "chain_id=" not in instruction.rest:
-        return False
     starts = 'custom_call_target="AsyncCollectiveStart"'
     beside = instruction.computation.instructions.values()
-    return not any(starts in other.rest for other in beside)
+    return "chain_id=" in instruction.rest and not any(starts in other.rest for other in beside)
 
 
 def _scatters(instruction: Instruction) -> bool:
@@ -438,11 +419,7 @@ ORDER = r"\[([0-9,]+)\](?:T\(([0-9,]+)\))?"
 
 
 def device_group(instruction: Instruction, devices: int) -> tuple[int, ...]:
-    """Places in the mesh of a collective's first group, from any of the printed forms.
-
-    Raises:
-      RunError: for a form that is not known.
-    """
+    """Places in the mesh of a collective's first group, from any of the printed forms."""
     text = instruction.rest.partition("replica_groups=")[2]
     if listed := re.match(r"\{\{([0-9,]*)\}", text):
         return tuple(int(place) for place in listed.group(1).split(","))
@@ -485,32 +462,27 @@ def traffic(module: Module) -> tuple[int, int]:
 
     Arrays in VMEM are not counted. A fusion that slices a stacked array reads the slice; one that
     updates a part in place writes the part. A Pallas kernel is charged its operands and results
-    once, a lower bound.
-
-    Raises:
-      RunError: for an instruction that uses the host's memory in another way than copying.
+    once, a lower bound. The host's memory may only be copied from and to.
     """
     hbm = host = 0
-    for computation in module.sequences():
-        for instruction in computation.instructions.values():
-            allocates = instruction.opcode == "custom-call" and not instruction.operands
-            if instruction.opcode in FREE or allocates:
-                continue
-            if re.sub("-(start|update|done)$", "", instruction.opcode) not in KNOWN:
-                raise RunError(f"{instruction.opcode} ({instruction.name}) is no known instruction")
-            if instruction.opcode in TRANSFERS:
-                count, *spaces = _transfer(instruction)
-                hbm += computation.executions * count * spaces.count(HBM)
-                if spaces[0] != spaces[1] and HOST in spaces:
-                    host += computation.executions * count
-                continue
-            arrays = [a for i in (*instruction.operands, instruction) for a in i.arrays]
-            if any(array.space == HOST for array in arrays):
-                raise RunError(
-                    f"the compiled program uses the host's memory by a {instruction.opcode} "
-                    f"({instruction.name}), whose bytes can't be counted"
-                )
-            hbm += computation.executions * _moved(instruction)
+    for instruction in module.scheduled():
+        opcode, executions = instruction.opcode, instruction.computation.executions
+        allocates = opcode == "custom-call" and not instruction.operands
+        if opcode in FREE or allocates:
+            continue
+        if re.sub("-(start|update|done)$", "", opcode) not in KNOWN:
+            raise RunError(f"{opcode} ({instruction.name}) is no known instruction")
+        if opcode in TRANSFERS:
+            count, *spaces = _transfer(instruction)
+            hbm += executions * count * spaces.count(HBM)
+            if spaces[0] != spaces[1] and HOST in spaces:
+                host += executions * count
+            continue
+        arrays = [a for i in (*instruction.operands, instruction) for a in i.arrays]
+        if any(array.space == HOST for array in arrays):
+            place = f"{opcode} ({instruction.name})"
+            raise RunError(f"the bytes of {place} in the host's memory can't be counted")
+        hbm += executions * _moved(instruction)
     return hbm, host
 
 
@@ -569,17 +541,15 @@ def _written(result: Instruction) -> int:
 
 
 def saved_bytes(module: Module) -> int:
-    """Bytes in HBM that one loop makes and a later one takes: activations saved for a backward
-    pass."""
+    """Bytes in HBM that a loop makes and a later one takes: activations for a backward pass."""
     saved = {}
-    for computation in module.sequences():
-        for loop in computation.instructions.values():
-            for given in loop.operands[0].operands if loop.opcode == "while" else ():
-                element = given.source
-                if element.element is None:
-                    continue
-                made_by = element.operands[0].source
-                if made_by.opcode == "while" and not made_by.passes_through(element.element):
-                    array = made_by.arrays[element.element]
-                    saved[made_by, element.element] = array.bytes if array.space == HBM else 0
+    for loop in module.scheduled():
+        for given in loop.operands[0].operands if loop.opcode == "while" else ():
+            element = given.source
+            if element.element is None:
+                continue
+            made_by = element.operands[0].source
+            if made_by.opcode == "while" and not made_by.passes_through(element.element):
+                array = made_by.arrays[element.element]
+                saved[made_by, element.element] = array.bytes if array.space == HBM else 0
     return sum(saved.values())

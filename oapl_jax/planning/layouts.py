@@ -17,10 +17,7 @@ from oapl_jax.model.config import ModelConfig
 
 PACKAGE = Path(__file__).parent.parent
 # Sources that shape the compiled programs or read them.
-SOURCES = (
-    *("plan", "planning/*", "structs", "objectives/*", "model/*", "learner/*"),
-    "weights/probe",
-)
+SOURCES = ("plan", "planning/*", "structs", "objectives/*", "model/*", "learner/*", "weights/probe")
 BLOCK = 512  # tokens of a row that attention takes at a time; a device has a multiple of it
 SIZES = (1, 2, 4, 8)  # of the mesh axes besides fsdp
 Mesh = dict[str, int]
@@ -77,15 +74,9 @@ def sweep(
 ) -> list[tuple[Layout, Plan]]:
     """Finds layouts that fit, and returns the fastest first.
 
-    Tries meshes with the first policy until enough fit, then the fastest mesh with the other
-    policies (unless `enough` is 1). If no mesh fits, tries all of them with the other policies.
-
-    Args:
-      meshes: in the order of the trials.
-      remats: names of policies.
-      family: (mesh, policy) -> layouts, of which the first that fits is taken.
-      plan: estimate of a layout.
-      enough: number of plans that fit.
+    Tries the meshes in order with the first remat policy until `enough` fit, then the fastest mesh
+    with the other policies (unless `enough` is 1). If no mesh fits, tries all of them with the
+    other policies. Of a family of layouts, the first that fits is taken.
     """
     seconds = lambda pair: pair[1]["roofline"]["seconds"]
     first, *others = remats
@@ -125,11 +116,9 @@ def plan_digest() -> str:
 
 
 class PlanFile:
-    """Plans by key in one JSON file, which is written after each.
+    """Plans in one JSON file, which is written after each.
 
-    Args:
-      path: of the file.
-      suffix: of all keys, for what plans depend on beside the layout.
+    All keys end in `suffix`, for what plans depend on beside the layout.
     """
 
     def __init__(self, path: epath.Path, suffix: str = ""):

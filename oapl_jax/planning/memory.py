@@ -22,36 +22,25 @@ from oapl_jax.planning.hlo import Module, saved_bytes
 from oapl_jax.planning.programs import Program, per_chip
 
 REFUSALS = ("RESOURCE_EXHAUSTED", "Ran out of memory", "out of memory")
-FIGURES = (
-    *("argument_size", "output_size", "alias_size", "temp_size", "host_temp_size"),
-    *("peak_memory", "generated_code_size"),
-)
+SIZES = ("argument", "output", "alias", "temp", "host_temp", "generated_code")
+FIGURES = (*(f"{kind}_size" for kind in SIZES), "peak_memory")
 REPLICATED = "Involuntary full rematerialization"
 
 
 @dataclasses.dataclass(frozen=True)
 class Compilation:
-    """Result of compiling a program for a slice.
-
-    Attributes:
-      fits: the program fits a chip's HBM.
-      because: the reason, one sentence.
-      hbm: kind -> bytes on a chip; empty if the compiler refused, arguments if it was not asked.
-      donated: arrays and bytes of arguments that results reuse, bytes of results that do not.
-      compiled: the jax.stages.Compiled, None if there is none.
-      module: its HLO text, read.
-      offloaded: bytes of the host's memory that it needs for a chip.
-      replicated: arrays that the compiler reshards by replicating them whole on every chip.
-    """
+    """Result of compiling a program for a slice."""
 
     fits: bool
-    because: str
+    because: str  # the reason, one sentence
+    # Kind -> bytes on a chip; empty if the compiler refused, arguments if it was not asked.
     hbm: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    # Arrays and bytes of arguments that results reuse, bytes of results that do not.
     donated: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    compiled: Any = None
-    module: Module | None = None
-    offloaded: int = 0
-    replicated: int = 0
+    compiled: Any = None  # the jax.stages.Compiled
+    module: Module | None = None  # its HLO text, read
+    offloaded: int = 0  # bytes of the host's memory that it needs for a chip
+    replicated: int = 0  # arrays that are resharded by replicating them whole on every chip
 
 
 def memory_analysis(compiled: Any) -> dict[str, int]:
@@ -71,10 +60,7 @@ def memory_analysis(compiled: Any) -> dict[str, int]:
 
 @contextlib.contextmanager
 def compiler_log() -> Iterator[list[str]]:
-    """Captures the lines that the compiler writes to file descriptor 2 during the block.
-
-    The list is complete when the block has ended.
-    """
+    """Lines that the compiler writes to file descriptor 2; complete when the block has ended."""
     lines: list[str] = []
     sys.stderr.flush()
     before = os.dup(2)
@@ -109,10 +95,8 @@ def available_hbm(where: Slice) -> int:
         if not found:
             raise RunError(f"the TPU compiler does not name the available HBM: {error}") from error
         if not any("Ran out of memory" in line for line in lines):
-            raise RunError(
-                "the TPU compiler's log can't be read; plan in a process that has not loaded "
-                "libtpu before"
-            ) from error
+            remedy = "plan in a process that has not loaded libtpu before"
+            raise RunError(f"the TPU compiler's log can't be read; {remedy}") from error
         return int(float(found.group(1)) * {"M": 2**20, "G": 2**30}[found.group(2)])
     raise RunError("the TPU compiler accepts a petabyte; its memory analysis can't be trusted")
 
@@ -144,18 +128,19 @@ def compile_program(program: Program, traced: Any, available: int) -> Compilatio
         raise RunError(f"{program.name} does not compile for this slice: {sentence}") from error
     module, analysis = Module(compiled.as_text()), memory_analysis(compiled)
     hbm = by_kind(program, analysis, module)
-    total, aliases = sum(hbm.values()), module.header.count("-alias)")
-    if bool(aliases) != bool(analysis["alias_size"]):
+    total, aliases, reused = (
+        sum(hbm.values()),
+        module.header.count("-alias)"),
+        analysis["alias_size"],
+    )
+    if bool(aliases) != bool(reused):
         raise RunError(f"donated arguments can't be read from {module.header[:120]!r}")
+    new = "results not in an argument's place"
     return Compilation(
         fits=total <= available,
         because=f"{total / 2**30:.2f} GiB of {available / 2**30:.2f} GiB",
         hbm=hbm,
-        donated={
-            "arrays": aliases,
-            "bytes": analysis["alias_size"],
-            "results not in an argument's place": _new_results(analysis),
-        },
+        donated={"arrays": aliases, "bytes": reused, new: analysis["output_size"] - reused},
         compiled=compiled,
         module=module,
         offloaded=analysis["host_temp_size"],
@@ -164,20 +149,13 @@ def compile_program(program: Program, traced: Any, available: int) -> Compilatio
 
 
 def by_kind(program: Program, analysis: Mapping[str, int], module: Module) -> dict[str, int]:
-    """HBM by kind; the kinds add up to no less than the compiler's own figures.
-
-    Args:
-      program: for the sizes of its arguments.
-      analysis: of the compiled program.
-      module: for the arrays that its loops save for one another.
-    """
+    """HBM by kind; the kinds add up to no less than the compiler's own figures."""
     kinds = {kind: per_chip(tree) for kind, tree in program.arguments.items()}
     # Unused arguments are no parameters of the program and occupy HBM all the same.
     entry = module.entry.instructions.values()
     used = sum(i.bytes for i in entry if i.opcode == "parameter")
-    arguments, results = analysis["argument_size"], _new_results(analysis)
-    # The peak is a second figure of the compiler, which includes the host's memory: the greater one
-    # counts.
+    arguments, results = analysis["argument_size"], analysis["output_size"] - analysis["alias_size"]
+    # The compiler's second figure, which includes the host's memory: the greater one counts.
     peak = analysis["peak_memory"] - analysis["host_temp_size"] - arguments
     made = max(analysis["temp_size"] + results, peak)
     saved = min(saved_bytes(module), made - results)
@@ -190,8 +168,3 @@ def by_kind(program: Program, analysis: Mapping[str, int], module: Module) -> di
         **program.beside,
     }
     return {kind: size for kind, size in kinds.items() if size}
-
-
-def _new_results(analysis: Mapping[str, int]) -> int:
-    """Bytes of results that reuse no argument."""
-    return analysis["output_size"] - analysis["alias_size"]

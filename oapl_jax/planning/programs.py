@@ -29,16 +29,11 @@ from oapl_jax.weights import probe
 class PlanInputs:
     """Sections and objects of a run that decide its programs, memory and bounds.
 
-    Attributes are sections and settings of the configuration, and:
-      model_config: sizes of the decoder.
-      from_checkpoint: the weights come from files, not from an initialization.
-      loss, optimizer: the objective and the optimizer with their constants.
-      embedded_samplers: samplers that hold all parameters on a host's first chip.
-      not_planned: what the run compiles or keeps in HBM beside the planned programs.
+    The objective and the optimizer have their constants.
     """
 
     model_config: ModelConfig
-    from_checkpoint: bool
+    from_checkpoint: bool  # the weights come from files, not from an initialization
     loss: Objective
     optimizer: optax.GradientTransformation
     group_size: int
@@ -51,8 +46,8 @@ class PlanInputs:
     lag: sections.LagConfig
     learner: sections.LearnerConfig
     publish_dtype: str
-    embedded_samplers: int
-    not_planned: tuple[str, ...]
+    embedded_samplers: int  # each holds all parameters on a host's first chip
+    not_planned: tuple[str, ...]  # parts of the run that need HBM beside the planned programs
 
     @property
     def sequences(self) -> int:
@@ -61,19 +56,12 @@ class PlanInputs:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A program of a run, and the arrays in HBM while it runs.
+    """A program of a run, and the arrays in HBM while it runs."""
 
-    Attributes:
-      name: of the stage of a run.
-      trace: returns a jax.stages.Traced.
-      arguments: kind -> arrays that the program takes.
-      beside: kind -> bytes on a chip that are neither arguments nor made by the program.
-    """
-
-    name: str
-    trace: Callable[[], Any]
-    arguments: Mapping[str, Any]
-    beside: Mapping[str, int]
+    name: str  # of the stage of a run
+    trace: Callable[[], Any]  # returns a jax.stages.Traced
+    arguments: Mapping[str, Any]  # kind -> arrays that the program takes
+    beside: Mapping[str, int]  # kind -> bytes on a chip, neither arguments nor made by the program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +112,25 @@ class RunPrograms:
     def batch(self) -> Batch:
         return jax.tree.map(_placed, self.longest, learner.batch_shardings(self.mesh))
 
+    @functools.cached_property
+    def optimizer_state(self) -> learner.TrainState:
+        return self.state.replace(params=())  # pyright: ignore[reportAttributeAccessIssue]
+
+    @functools.cached_property
+    def kept(self) -> dict[str, int]:
+        """Bytes on a chip that a run keeps in HBM between its programs, by kind."""
+        objective, params = self.inputs.objective, self.state.params
+        kinds = {"parameters": per_chip(params), "optimizer": per_chip(self.optimizer_state)}
+        if objective.denominator == "reference" or objective.kl_weight > 0:
+            kinds["reference parameters"] = kinds["parameters"]
+        if copies := self.inputs.embedded_samplers:
+            whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+            kinds["embedded samplers"] = copies * whole
+        return kinds
+
+    def _beside(self, arguments: Mapping[str, Any]) -> dict[str, int]:
+        return {kind: size for kind, size in self.kept.items() if kind not in arguments}
+
     def programs(self) -> list[Program]:
         """The train step, which needs most HBM, then the others."""
         return [self.train_step(), self.initialization(), *self.recomputation(), self.probe()]
@@ -141,12 +148,10 @@ class RunPrograms:
             temperature=inputs.rollout.temperature,
             logp_chunk=inputs.learner.logp_chunk,
         )
-        return Program(
-            "train step",
-            lambda: step.trace(self.state, self.batch),
-            {**self._state_kinds(), "batch": self.batch},
-            {**self._reference(), **self._samplers()},
-        )
+        arguments = {"parameters": self.state.params, "optimizer": self.optimizer_state}
+        arguments |= {"batch": self.batch}
+        trace = lambda: step.trace(self.state, self.batch)
+        return Program("train step", trace, arguments, self._beside(arguments))
 
     def initialization(self) -> Program:
         optimizer = self.inputs.optimizer
@@ -162,62 +167,34 @@ class RunPrograms:
 
     def recomputation(self) -> list[Program]:
         """Log-probs of the lagged or the reference policy, if the objective needs them."""
-        denominator = self.inputs.objective.denominator
-        if denominator == "behavior" and not self._reference():
+        beside = dict(self.kept)
+        lagged = self.inputs.objective.denominator == "learner"
+        if not lagged and not beside.pop("reference parameters", 0):
             return []
-        step = self._logp_step(self.inputs.rollout.temperature)
-        beside = {kind: per_chip(tree) for kind, tree in self._state_kinds().items()}
-        beside |= self._samplers()
-        if denominator == "learner":
-            beside |= self._reference()
-        return [
-            Program(
-                "recomputed log-probs",
-                lambda: step.trace(self.state.params, self.batch),
-                {"lagged parameters": self.state.params, "batch": self.batch},
-                beside,
-            )
-        ]
+        arguments = {"lagged parameters": self.state.params, "batch": self.batch}
+        temperature = self.inputs.rollout.temperature
+        return [self._logp_step("recomputed log-probs", arguments, beside, temperature)]
 
     def probe(self) -> Program:
         """Log-probs that are published with each version."""
-        inputs = self.inputs
-        step = self._logp_step(1.0)
+        section = self.inputs.learner
         host, _ = probe.probe_batch(
-            inputs.model_config.vocab_size,
-            row_length=inputs.learner.row_length,
-            rows_multiple=inputs.learner.rows_multiple,
+            self.inputs.model_config.vocab_size,
+            row_length=section.row_length,
+            rows_multiple=section.rows_multiple,
         )
         few = jax.tree.map(_placed, host, learner.batch_shardings(self.mesh))
-        optimizer = per_chip(self._state_kinds()["optimizer"])
-        return Program(
-            "probe",
-            lambda: step.trace(self.state.params, few),
-            {"parameters": self.state.params, "batch": few},
-            {"optimizer": optimizer, **self._reference(), **self._samplers()},
-        )
+        arguments = {"parameters": self.state.params, "batch": few}
+        return self._logp_step("probe", arguments, self._beside(arguments), 1.0)
 
-    def _logp_step(self, temperature: float) -> Any:
+    def _logp_step(
+        self, name: str, arguments: dict[str, Any], beside: dict[str, int], temperature: float
+    ) -> Program:
         chunk = self.inputs.learner.logp_chunk
-        return learner.make_logp_step(
+        step = learner.make_logp_step(
             self.model, self.mesh, temperature=temperature, logp_chunk=chunk
         )
-
-    def _state_kinds(self) -> dict[str, Any]:
-        rest = self.state.replace(params=())  # pyright: ignore[reportAttributeAccessIssue]
-        return {"parameters": self.state.params, "optimizer": rest}
-
-    def _reference(self) -> dict[str, int]:
-        kept = (
-            self.inputs.objective.denominator == "reference" or self.inputs.objective.kl_weight > 0
-        )
-        return {"reference parameters": per_chip(self.state.params)} if kept else {}
-
-    def _samplers(self) -> dict[str, int]:
-        copies = self.inputs.embedded_samplers
-        leaves = jax.tree.leaves(self.state.params)
-        whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-        return {"embedded samplers": copies * whole} if copies else {}
+        return Program(name, lambda: step.trace(*arguments.values()), arguments, beside)
 
 
 def per_chip(tree: Any) -> int:
@@ -258,10 +235,8 @@ def step_flops(config: ModelConfig, sequences: int, prompt: int, response: int) 
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """FLOPs of a program over all chips: in total, and repeated by remat."""
-
-    program: float
-    remat: float
+    program: float  # of all chips
+    remat: float  # the part that remat repeats
 
 
 def program_flops(traced: Any) -> Flops:
@@ -270,11 +245,8 @@ def program_flops(traced: Any) -> Flops:
     Raises:
       RunError: for products in a loop without a known trip count, as attention on a CPU has.
     """
-    total, remat = 0.0, 0.0
-    for flops, repeated in _products(traced.jaxpr.jaxpr, 1.0, False):
-        total += flops
-        remat += flops if repeated else 0.0
-    return Flops(total, remat)
+    found = list(_products(traced.jaxpr.jaxpr, 1.0, False))
+    return Flops(sum(n for n, _ in found), sum(n for n, repeated in found if repeated))
 
 
 def _products(jaxpr: Any, times: float, repeated: bool) -> Iterator[tuple[float, bool]]:
