@@ -98,12 +98,10 @@ def evaluate_benchmarks(
     """Evaluates one version on each benchmark, or what is left of that to do.
 
     Args:
-      run: model, checkpoints and verifiers.
       names: of config.benchmarks.
       to: DIR/weights gets the version if it is not published yet; DIR/v000012/NAME gets the files
         of version 12, and DIR/v000012 results.md and pass_at_k.png.
       step, version_dir: see `version_to_sample`.
-      n: samples of a problem.
       log: takes a sentence for people.
 
     Returns:
@@ -116,11 +114,11 @@ def evaluate_benchmarks(
     """
     config = run.config
     prompt, longest = config.data.max_prompt_tokens, config.evaluation.max_response_tokens
-    if prompt + longest > run.policy.config.max_positions:
+    positions = run.policy.config.max_positions
+    if prompt + longest > positions:
         raise UserError(
             f"data.max_prompt_tokens={prompt} + evaluation.max_response_tokens={longest} is more "
-            f"than the model's max_position_embeddings ({run.policy.config.max_positions}); lower "
-            "one"
+            f"than the model's max_position_embeddings ({positions}); lower one"
         )
     # Responses to benchmarks may be longer than those of training.
     run.sampling = dataclasses.replace(run.sampling, max_response_tokens=longest)
@@ -147,8 +145,8 @@ def evaluate_benchmarks(
         responses = directory / name / "responses"
         sample(run, prompts, responses, about, path, n=n, log=log)
         result = grade(run, prompts, responses, about, n=n, left_out=left_out, log=log)
-        write_atomically(directory / name / "result.json", [json.dumps(result).encode()])
         results[name] = result
+        write_atomically(directory / name / "result.json", [json.dumps(result).encode()])
     (directory / "results.md").write_text(report.markdown(results))
     panels = {name: {"": result} for name, result in results.items()}
     report.plot(panels, directory / "pass_at_k.png", title=f"Version {version}")
@@ -165,12 +163,7 @@ def sample(
     n: int,
     log: Callable[[str], None],
 ) -> None:
-    """Samples what is missing of n responses to each prompt, from the version in `weights`.
-
-    Raises:
-      UserError: if `responses` holds responses of another identity or format.
-      RunError: if responses are missing at the end; the others are kept.
-    """
+    """Samples what is missing of n responses to each prompt, from the version in `weights`."""
     if (responses.parent / "responses.jsonl").exists():
         raise UserError(
             f"{responses.parent} holds responses of an older format; name another directory in --to"
@@ -218,13 +211,8 @@ def grade(
     with contextlib.closing(Dataset(responses)) as dataset:
         samples = Samples(dataset, prompts=len(prompts), n=n)
         grader, rewards = run.grader, dataclasses.asdict(run.config.rewards)
-        grades = Grades(
-            responses.parent / "grades.jsonl",
-            grader_identity(prompts, rewards),
-            prompts,
-            samples.logp,
-        )
-        with contextlib.closing(grades):
+        path, identified = responses.parent / "grades.jsonl", grader_identity(prompts, rewards)
+        with contextlib.closing(Grades(path, identified, prompts, samples.logp)) as grades:
             grades.fill(
                 dataset,
                 lambda prompt, rollouts: (
@@ -267,13 +255,8 @@ def tensor_checksum(version: epath.Path) -> str:
 
 
 def benchmark_prompts(run: Run, name: str) -> tuple[list[Prompt], int]:
-    """Opens a benchmark: its prompts in order, and the number of those that are too long.
-
-    Raises:
-      UserError: for a name that config.benchmarks does not have, or damaged files.
-    """
-    config = run.config
-    sets = config.benchmarks
+    """Opens a benchmark: its prompts in order, and the number of those that are too long."""
+    config, sets = run.config, run.config.benchmarks
     if name not in sets:
         have = ", ".join(sorted(sets)) or "none"
         raise UserError(f"--benchmark={name} is not one of config.benchmarks (have: {have})")

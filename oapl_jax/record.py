@@ -31,11 +31,7 @@ def version_to_sample(
 ) -> tuple[int, epath.Path]:
     """Finds the version that the flags name; publishes it below `to` if it is not published.
 
-    Returns:
-      The version and its directory.
-
-    Raises:
-      UserError: if there is no such checkpoint step or version.
+    Returns it and its directory; raises a UserError if there is no such checkpoint or version.
     """
     steps, start = run.checkpoints.steps(), run.policy.checkpoint
     if version_dir is None and step is None and not steps and start:
@@ -74,8 +70,7 @@ def record_dataset(
 ) -> None:
     """Records the first `limit` prompts of a split (None: all) into the directory `to`.
 
-    Args:
-      progress: called after each shard with the number of groups on disk.
+    `progress` is called after each shard with the number of groups on disk.
 
     Raises:
       UserError: if there is no such version or split, or `to` holds another dataset.
@@ -88,22 +83,12 @@ def record_dataset(
     run.check_grader()
     version, path = version_to_sample(run, to, step, version_dir)
     weights, n = checksum(path / publisher.MANIFEST), config.group_size
-    made = {
-        "by": "record",
-        "split": split,
-        "prompts": len(prompts),
-        "groups_per_shard": groups_per_shard,
-        "version": version,
-        "weights": weights,
-    }
-    guard = ZeroRewardGuard(
-        limit=config.rollout.max_zero_reward_groups, decode=run.policy.tokenizer.decode
-    )
+    made = dict(by="record", split=split, prompts=len(prompts), version=version, weights=weights)
+    about = run.about(made | {"groups_per_shard": groups_per_shard})
+    most, decode = config.rollout.max_zero_reward_groups, run.policy.tokenizer.decode
+    guard = ZeroRewardGuard(limit=most, decode=decode)
     writer = DatasetWriter(
-        to,
-        run.about(made),
-        groups_per_shard=groups_per_shard,
-        weights_digest=lambda version: weights,
+        to, about, groups_per_shard=groups_per_shard, weights_digest=lambda version: weights
     )
     with contextlib.closing(writer):
         sampler = run.open_sampler(seed=config.seed, allow_older=False)

@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from etils import epath
+from ml_collections import ConfigDict
 
+from configs import arithmetic
 from oapl_jax.build import Run
 from oapl_jax.config import Config
 
@@ -32,6 +35,19 @@ SMALL = {
     "evaluation.n": 4,
     "evaluation.ks": "(1, 4)",
     "checkpoint.every": 3,
+}
+IN_PROCESS = {  # on the eight devices of this process
+    "group_size": 4,
+    "groups_per_step": 4,
+    "data.validation_size": 4,
+    "data.test_size": 4,
+    "model.architecture.hidden_size": 32,
+    "model.architecture.intermediate_size": 32,
+    "mesh.data": 8,
+    "mesh.fsdp": 1,
+    "lag.steps": 4,
+    "rollout.prompts_per_call": 4,
+    "tensorboard": False,
 }
 TIMES = ("seconds", "per_second", "latency", "compile/")  # what may differ between two equal runs
 
@@ -82,6 +98,23 @@ class Runs:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == code, output
         return output
+
+
+def small_arithmetic(settings: Mapping, choice: str | None = None, **more) -> ConfigDict:
+    """The arithmetic task with a small model, to be run in this process."""
+    config = arithmetic.get_config(choice)
+    more = {name.replace("__", "."): value for name, value in more.items()}
+    config.update_from_flattened_dict({**IN_PROCESS, **settings, **more})
+    return config
+
+
+def cached_programs() -> dict[str, str]:
+    """The environment of a process on as many devices as here, with the same compiled programs."""
+    return {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_PROGRAMS"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 def metrics(workdir: Path) -> list[dict]:

@@ -56,6 +56,15 @@ MISTAKES = [
         {"rollout.source": "both", "rollout.dataset": "x", "rollout.dataset_share": 0.01},
         "rollout.dataset_share",
     ),
+    (
+        {
+            "rollout.source": "dataset",
+            "rollout.dataset": "x",
+            "rollout.dataset_version": -1,
+            "objective.denominator": "learner",
+        },
+        "objective.denominator",
+    ),
     ({"model.remat": "some"}, "model.remat"),
     ({"model.dtype": "float16"}, "model.dtype"),
     ({"curriculum.name": "hard"}, "curriculum.name"),

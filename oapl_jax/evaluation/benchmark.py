@@ -41,9 +41,7 @@ Judge = Callable[[Prompt, Sequence[Rollout]], tuple[Sequence[float], Sequence[st
 def grader_identity(prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Identifies the grader, JSON-able: reference answers; code, libraries and settings of rewards.
 
-    Args:
-      prompts: of all problems, of one task.
-      settings: by task, of the verifiers that have some.
+    All prompts are of one task; `settings` has those of the verifiers by task.
     """
     task = prompts[0].task
     own = settings[task] if task in SPEED else {}  # the synthetic tasks have none
@@ -94,16 +92,13 @@ class Grades:
         seconds          wall-clock, likewise
 
     Args:
-      path: of the file.
       about: see `grader_identity`.
-      prompts: of all problems.
       logp: float64[P, n], of the responses.
 
     Attributes:
       graded, correct: bool[P, n]; a response is correct if its reward is 1.
       answers: final answer, for each prompt and response.
-      verdicts: the verifier's counts, summed over everything graded.
-      seconds: float, wall-clock of grading.
+      verdicts, seconds: the verifier's counts and wall-clock, summed over everything graded.
 
     Raises:
       UserError: for a damaged line, or if another process grades.
@@ -120,8 +115,7 @@ class Grades:
         self._rows = {prompt.id: row for row, prompt in enumerate(prompts)}
         self.graded, self.correct = np.zeros((2, *logp.shape), bool)
         self.answers = [[""] * logp.shape[1] for _ in prompts]
-        self.verdicts: Counter[str] = Counter()
-        self.seconds = 0.0
+        self.verdicts, self.seconds = Counter[str](), 0.0
         self._lines = JsonLines(path, exclusive=True)
         try:
             lines = iter(self._lines)
@@ -144,14 +138,9 @@ class Grades:
         threads: int,
         progress: Callable[[int], None],
     ) -> None:
-        """Grades the responses that have no grade yet.
+        """Grades the responses that have no grade yet, `threads` groups at a time.
 
-        Args:
-          dataset: the responses.
-          judge: called in threads.
-          counts: the verifier's, since it was opened.
-          threads: groups graded at a time.
-          progress: called with the number of graded responses.
+        `counts` are the verifier's since it was opened; `progress` takes the number graded.
         """
         last, before = time.monotonic(), Counter(counts())
         grading: deque[tuple[int, int, Future]] = deque()
@@ -219,12 +208,7 @@ def measure(
 ) -> dict[str, Any]:
     """Computes the result of graded responses, JSON-able; docs/evaluation.md defines each number.
 
-    Args:
-      prompts: of all problems.
-      samples, grades: of the responses.
-      about: identity of the responses.
-      left_out: problems of the benchmark whose prompts are too long.
-      resamples, seed: of the bootstrap.
+    `about` identifies the responses; `left_out` counts problems whose prompts are too long.
     """
     problems, n = samples.lengths.shape
     correct, tokens = grades.correct.sum(axis=1), samples.lengths.sum(axis=1)
@@ -254,10 +238,7 @@ def measure(
         "entropy": value(-samples.logp.sum(axis=1), tokens),
         "verdicts": dict(grades.verdicts),
         "bootstrap": {"resamples": resamples, "seed": seed},
-        "seconds": {
-            "sampling": round(samples.seconds, 3),
-            "grading": round(grades.seconds, 3),
-        },
+        "seconds": {"sampling": round(samples.seconds, 3), "grading": round(grades.seconds, 3)},
         "per_problem": [
             {
                 "id": prompt.id,

@@ -26,11 +26,7 @@ Result = Mapping[str, Any]
 
 
 def read_result(path: epath.Path) -> dict[str, Any]:
-    """Reads a result.json.
-
-    Raises:
-      UserError: if the file is not the result of a benchmark, or of another format.
-    """
+    """Reads a result.json; raises a UserError if it is none, or of another format."""
     found = read_json(path, ["format"], remedy="name the result.json of a benchmark")["format"]
     if found != FORMAT:
         raise UserError(f"{path} is of format {found!r}, not {FORMAT!r}; evaluate again")
@@ -42,13 +38,11 @@ def compare(a: Result, b: Result, *, resamples: int, seed: int) -> dict[str, Any
 
     Args:
       a, b: see benchmark.measure.
-      resamples: of the bootstrap, and at most so many sign vectors.
-      seed: of both.
+      resamples: of the bootstrap, and at most so many sign vectors; `seed` is that of both.
 
     Returns:
       JSON-able: "pass@k" with lists "a", "b", "value" (B - A), "low", "high" and "p" for k = 1 ..
-      n; "maj@n" with the same of one number; "better", "worse" and "equal", numbers of problems by
-      their share of right samples; "same_grader"; benchmark, versions and weights.
+      n; "maj@n" with the same of one number; "better", "worse" and "equal" numbers of problems.
 
     Raises:
       UserError: for different problems, reference answers, sampling or numbers of samples.
@@ -81,7 +75,7 @@ def compare(a: Result, b: Result, *, resamples: int, seed: int) -> dict[str, Any
         "better": sum(g > 0 for g in gained),
         "worse": sum(g < 0 for g in gained),
         "equal": sum(g == 0 for g in gained),
-        "same_grader": _grader(a) == _grader(b),
+        "same_grader": all(a["graded"][k] == b["graded"][k] for k in ("grader", "libraries")),
         "resamples": resamples,
         "seed": seed,
     }
@@ -151,10 +145,6 @@ def main() -> None:
         panel = {f"A: version {before}": a, f"B: version {after}": b}
         report.plot({compared["benchmark"]: panel}, arguments.to / "comparison.png")
     print(json.dumps(compared))
-
-
-def _grader(result: Result) -> tuple[Any, Any]:
-    return result["graded"]["grader"], result["graded"]["libraries"]
 
 
 def _column(curves: Mapping[str, list[float]], index: int) -> dict[str, float]:

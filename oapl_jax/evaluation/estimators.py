@@ -72,8 +72,6 @@ def intervals(
       values: float[P, K], K statistics of P problems; each resample draws P problems with
         replacement, the same for all K.
       weights: float[P, 1] or [P, K], positive; ones for a mean.
-      resamples: number of resamples.
-      seed: of the draws.
 
     Returns:
       low and high, float64[K] each.
@@ -109,13 +107,8 @@ def sign_flip_test(differences: np.ndarray, *, flips: int, seed: int) -> np.ndar
     of sign vectors whose mean is at least as far from 0 as the observed one: of all of them if
     there are at most `flips`, otherwise of `flips` random ones and the observed one.
 
-    Args:
-      differences: float[P, K], K statistics of P problems; each sign goes with a problem.
-      flips: as above.
-      seed: of the random signs.
-
-    Returns:
-      float64[K].
+    `differences` are float[P, K], K statistics of P problems, and each sign goes with a problem;
+    returns float64[K].
     """
     differences = differences[np.any(differences != 0, axis=1)]  # the sign of 0 changes nothing
     if not len(differences):

@@ -26,11 +26,8 @@ def evaluate(
     """Samples n responses (and a greedy one) to each prompt and grades them.
 
     Args:
-      sampler: holds the policy.
-      prompts: of the split.
       reward: a response is right if its reward is 1.
       final_answer: of a response, for the vote of maj@n.
-      n: samples a prompt.
       ks: of pass@k, each at most n.
       sampling: of the n samples.
       resamples, seed: of the bootstrap.
@@ -80,16 +77,15 @@ def in_order(
     Raises:
       RunError: if a prompt got none.
     """
-    done = {s.prompt.stream_index: s for s in sampler.generate(prompts, n=n, sampling=sampling)}
-    failed = [
-        p.id for p in prompts if p.stream_index not in done or not done[p.stream_index].rollouts
-    ]
+    sampled = sampler.generate(prompts, n=n, sampling=sampling)
+    done = {s.prompt.stream_index: s.rollouts for s in sampled}
+    failed = [p.id for p in prompts if not done.get(p.stream_index)]
     if failed:
         raise RunError(
             f"{len(failed)} of {len(prompts)} prompts could not be sampled, the first is "
             f"{failed[0]}"
         )
-    return [done[p.stream_index].rollouts for p in prompts]
+    return [done[p.stream_index] for p in prompts]
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

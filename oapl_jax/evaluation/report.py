@@ -21,8 +21,7 @@ def powers_of_two(n: int) -> list[int]:
 def markdown(results: Mapping[str, Result]) -> str:
     """Formats a table with a column for each benchmark, and a sentence on sampling and intervals.
 
-    Args:
-      results: by benchmark, of one version and one number of samples (see benchmark.measure).
+    The results are of one version and one number of samples (see benchmark.measure).
     """
     first = next(iter(results.values()))
     n, about, bootstrap = first["samples"], first["about"], first["bootstrap"]
@@ -56,12 +55,9 @@ def markdown(results: Mapping[str, Result]) -> str:
 
 
 def plot(panels: Mapping[str, Mapping[str, Result]], path: epath.Path, *, title: str = "") -> None:
-    """Plots pass@k against k, with 95 % intervals as bands.
+    """Plots pass@k against k, with 95 % intervals as bands, as a PNG.
 
-    Args:
-      panels: benchmark -> label -> result; a single result needs no label.
-      path: of the PNG.
-      title: of the figure.
+    `panels` are benchmark -> label -> result; a single result needs no label.
     """
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)

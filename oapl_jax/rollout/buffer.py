@@ -18,7 +18,6 @@ class Buffer:
     with its own behavior log-probs. "replay": groups are drawn at random, up to `max_reuse` times.
 
     Args:
-      config: section `buffer`.
       seed: of the draws of "replay".
       on_end: called with the end of each group and the gradient step: "trained" at the first step
         that uses it, "expired" or "zero_variance" (step None).
@@ -27,11 +26,7 @@ class Buffer:
     """
 
     def __init__(
-        self,
-        config: BufferConfig,
-        *,
-        seed: int,
-        on_end: Callable[[Group, str, int | None], None],
+        self, config: BufferConfig, *, seed: int, on_end: Callable[[Group, str, int | None], None]
     ):
         self._config, self._seed, self._on_end = config, seed, on_end
         self._max_uses = config.max_reuse if config.mode == "replay" else 1

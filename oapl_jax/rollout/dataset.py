@@ -57,10 +57,7 @@ def identity(
     """Describes what decides a response, JSON-able: the "about" of a manifest.
 
     The tokenizer counts by its vocabulary alone: recorded ids are never made from text again.
-
-    Args:
-      task, tokenizer, model, sampling: of the responses.
-      made: further entries, such as `group_size`.
+    `made` are further entries, such as `group_size`.
     """
     vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id])
     about = {
@@ -80,14 +77,13 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], keys: Iterab
 
 
 class DatasetWriter:
-    """Appends shards to a dataset; one process at a time.
+    """Appends shards to a dataset on a local disk; one process at a time.
 
     Args:
-      directory: on a local disk; it may hold shards already.
-      about: see `identity`; must be that of the shards.
-      groups_per_shard: `add` writes a shard after so many groups.
+      about: see `identity`; must be that of the shards that the directory holds.
+      groups_per_shard, seconds_per_shard: `add` writes a shard after so many groups, or so long
+        after the one before.
       weights_digest: policy version -> xxh128 of the manifest of its weights.
-      seconds_per_shard: `add` also writes a shard this long after the one before.
 
     Raises:
       UserError: if the directory holds a dataset of another identity or format, or another process
@@ -230,15 +226,7 @@ class Dataset(Sequence[Group]):
         return sorted(map(int, self.manifest["weights"]))
 
     def check(self, about: Mapping[str, Any], *, max_prompt_tokens: int) -> None:
-        """Checks that a run can train on the dataset.
-
-        Args:
-          about: the run's own `identity`; "max_response_tokens" is the most that fits.
-          max_prompt_tokens: of the run.
-
-        Raises:
-          UserError: naming what differs.
-        """
+        """Raises a UserError if a run of this `identity` and prompt limit can't train on it."""
         keys = ("task", "tokenizer", "model", "temperature", "group_size")
         differing = differences(about, self.manifest["about"], keys)
         if differing:
@@ -291,15 +279,10 @@ def fill(
     samples share random numbers, whatever was sampled before and in whatever portions.
 
     Args:
-      writer: takes the groups, in the order in which they are done.
       prompts: all prompts of the dataset.
-      sampler: holds the policy.
-      reward: called in threads.
+      reward: called in threads, for `reward_threads` groups at a time.
       version: of the policy; groups of another one are not taken.
-      n: responses to each prompt.
       at_once: the most responses of a group.
-      sampling: temperature and limits.
-      reward_threads: groups rewarded at a time.
       note: takes each rewarded group, and may raise.
       progress: called after each shard with the number of responses on disk.
 
@@ -370,12 +353,7 @@ def stored(samples: Iterable[tuple[int, int]], prompts: int, n: int) -> np.ndarr
 
 
 def missing(there: np.ndarray, at_once: int) -> list[tuple[int, int, int]]:
-    """Requests (start, row, count) for the samples that are not there, first samples first.
-
-    Args:
-      there: bool[P, n].
-      at_once: the largest count.
-    """
+    """Requests (start, row, count <= at_once) for what `stored` lacks, first samples first."""
     requests = []
     for row, of_prompt in enumerate(there):
         free = np.flatnonzero(~of_prompt)

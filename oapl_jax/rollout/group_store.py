@@ -28,10 +28,7 @@ class GroupStore:
 
     Args:
       prompts: the prompt stream behind its curriculum.
-      buffer: holds the groups.
-      ledger: hears of every requested rollout and its end.
       recorded: the recorded dataset, if a share of the groups comes from one.
-      group_size: rollouts of a prompt.
       on_group: called with each rewarded group before the buffer drops any (record, guard).
     """
 
@@ -83,9 +80,8 @@ class GroupStore:
     def versions(self, sampler_versions: set[int]) -> set[int]:
         """Versions whose files must stay.
 
-        Args:
-          sampler_versions: held by the sampler, read before this call: a group that leaves the
-            sampler meanwhile is being rewarded or in the buffer.
+        The sampler's are read before this call: a group that leaves it meanwhile is being rewarded
+        or in the buffer.
         """
         with self._changed:
             pinned = {self.target_version, self._loading, *self._rewarding.values()}
@@ -120,12 +116,7 @@ class GroupStore:
                 self._rewarding[sampled.prompt.stream_index] = sampled.rollouts[0].policy_version
 
     def commit(self, sampled: Sampled, reward: np.ndarray) -> None:
-        """Adds a rewarded group to the buffer, or counts a prompt without rollouts as failed.
-
-        Args:
-          sampled: with its rollouts, if any attempt succeeded.
-          reward: float32[n]; empty without rollouts.
-        """
+        """Adds a rewarded group to the buffer, or counts a prompt without rollouts as failed."""
         prompt, rollouts = sampled.prompt, sampled.rollouts
         with self._changed:
             self._ledger.sampled(sampled, reward)
@@ -159,10 +150,8 @@ class GroupStore:
     def trained(self, groups: Sequence[Group], score: Callable[[], Any]) -> None:
         """Tells the curriculum which groups a gradient step has used.
 
-        Args:
-          groups: of the step.
-          score: gives [S, C], the log-probs of their tokens by the learner after the step; called
-            only if the curriculum needs them.
+        `score` gives [S, C], the log-probs of their tokens by the learner after the step; it is
+        called only if the curriculum needs them.
         """
         scorer = self._prompts.scorer
         logp = np.asarray(score()) if scorer.rescores else None
@@ -179,16 +168,11 @@ class GroupStore:
         deadline: float,
         check: Callable[[], None],
     ) -> float:
-        """Waits until `condition()` holds; returns the seconds waited.
-
-        Args:
-          condition: evaluated at each change of the store.
-          name: of the wait, for the error.
-          deadline: seconds.
-          check: called at each evaluation; raises if the other thread has failed.
+        """Waits until `condition()` holds, evaluated at each change; returns the seconds waited.
 
         Raises:
-          RunError: when the deadline has passed.
+          RunError: naming the wait, when the deadline has passed; and what `check` raises, if the
+            other thread has failed.
         """
         start = time.monotonic()
         with self._changed:
@@ -258,11 +242,7 @@ class GroupStore:
         return self._prompts.scorer.arrays()
 
     def snapshot(self, shards: Callable[[], int | None]) -> dict[str, Any]:
-        """State for a checkpoint.
-
-        Args:
-          shards: writes the pending recorded groups; gives the number of shards.
-        """
+        """State for a checkpoint; `shards` writes pending recorded groups and counts the shards."""
         with self._changed:
             prompts = self._prompts.state()
             again = sorted({*self._again, *self._outstanding})
@@ -279,11 +259,9 @@ class GroupStore:
             }
 
     def restore(self, state: dict[str, Any], read: Callable[[Any], Any]) -> None:
-        """Continues from a snapshot.
+        """Continues from a snapshot, without "buffer" if the groups held are sampled again.
 
-        Args:
-          state: of `snapshot`; without "buffer" if the groups held are sampled again.
-          read: takes the curriculum's arrays for shapes and shardings; gives those saved.
+        `read` takes the curriculum's arrays for shapes and shardings, and gives those saved.
         """
         with self._changed:
             if "buffer" in state:

@@ -27,10 +27,7 @@ CHARACTERS = 600  # of a prompt or a response, shown by the guard; the middle is
 class Ledger:
     """Appends events; each is handed to the operating system at once, so that a kill loses none.
 
-    Not safe for several threads: the caller holds a lock.
-
-    Args:
-      path: of the file; a last line that a kill has cut is removed.
+    A last line that a kill has cut is removed. The caller holds a lock.
     """
 
     def __init__(self, path: epath.Path):
@@ -44,12 +41,7 @@ class Ledger:
         self._write("request", prompt, prompt=prompt.id, n=n)
 
     def sampled(self, sampled: Sampled, reward: np.ndarray) -> None:
-        """Records the rollouts; without any, every attempt failed, which ends the group.
-
-        Args:
-          sampled: of the prompt that was requested.
-          reward: float32[n], or empty if there are no rollouts.
-        """
+        """Records rollouts and their float32[n] rewards; without any, the group ends as failed."""
         rollouts = sampled.rollouts
         self._write(
             "sampled",
@@ -73,14 +65,10 @@ class Ledger:
         return self._lines.size
 
     def resume(self, position: int, held: Collection[int]) -> None:
-        """Records that the run goes on from a checkpoint.
-
-        Args:
-          position: from the checkpoint.
-          held: stream indices of the groups in its buffer.
+        """Records that the run goes on from a checkpoint with groups `held` in its buffer.
 
         Raises:
-          UserError: if the file is shorter than `position`.
+          UserError: if the file is shorter than the checkpoint's `position`.
         """
         if position > self._lines.size:
             raise UserError(
@@ -109,13 +97,8 @@ def rewind(path: epath.Path, position: int) -> None:
 class ZeroRewardGuard:
     """Aborts after `limit` consecutive groups whose rewards are all zero.
 
-    The verifier is broken, the prompt asks for another format, or the task is too hard.
-
-    Args:
-      limit: number of groups; 0 never aborts.
-      decode: token ids -> text.
-
-    `count`, the groups since the last one with a reward, is part of a run's checkpoint.
+    The verifier is broken, the prompt asks for another format, or the task is too hard. A limit of
+    0 never aborts. `count`, the groups since the last one with a reward, belongs to a checkpoint.
     """
 
     def __init__(self, *, limit: int, decode: Callable[[Any], str]):

@@ -28,7 +28,8 @@ CREATE INDEX groups ON rollouts (stream_index, incarnation);
 BEGIN;
 """
 BIAS = """
-SELECT {kind}, count(*), avg(tokens), avg(finish_reason = 'length'), avg(reward)
+SELECT {kind} AS name, count(*) AS rollouts, avg(tokens) AS length,
+  avg(finish_reason = 'length') AS truncated, avg(reward) AS reward
 FROM rollouts WHERE tokens IS NOT NULL {only} GROUP BY 1
 """
 # Seconds in which a server had a group: the length of the union of [sampled - seconds, sampled].
@@ -41,8 +42,10 @@ WITH
               ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), start)) AS part FROM spans),
   busy AS (SELECT server, sum(max(part, 0.0)) AS seconds FROM parts GROUP BY server)
 SELECT
-  server, count(tokens) FILTER (WHERE sample = 0), count(tokens), coalesce(sum(tokens), 0),
-  count(reason) FILTER (WHERE sample = 0), coalesce(busy.seconds, 0.0)
+  server AS name, count(tokens) FILTER (WHERE sample = 0) AS groups, count(tokens) AS rollouts,
+  coalesce(sum(tokens), 0) AS tokens, count(reason) FILTER (WHERE sample = 0) AS failed,
+  coalesce(busy.seconds, 0.0) AS seconds,
+  coalesce(sum(tokens) / nullif(busy.seconds, 0.0), 0.0) AS tokens_per_second
 FROM rollouts LEFT JOIN busy USING (server) WHERE server IS NOT NULL GROUP BY server ORDER BY server
 """
 
@@ -107,32 +110,24 @@ class LedgerReport:
         """Sums everything up, JSON-able.
 
         Returns:
-          "requested": rollouts; "balance": rollouts in each state; "balanced": whether these sum
-          up to "requested" and no event contradicts another; "faults"; "bias": of the sampled
-          rollouts in each state, the number, mean tokens, truncated share and mean reward
-          ("reissued": of the responses to prompts that had been requested more than once);
-          "servers": for each, groups, rollouts, tokens, failed attempts, seconds in which it had a
-          group, and tokens a second.
+          "requested" rollouts; "balance", rollouts in each state; "balanced", whether these sum up
+          to "requested" without "faults"; "bias", of the sampled rollouts in each state
+          ("reissued": of the responses to prompts that were requested more than once); "servers",
+          for each, its totals, and the seconds in which it had a group.
         """
         balance = dict.fromkeys(STATES, 0)
         balance |= dict(self._db.execute("SELECT state, count(*) FROM rollouts GROUP BY state"))
-        bias, servers = {}, {}
-        for kind, only in (("state", ""), ("'reissued'", "AND attempt > 0")):
-            for name, *means in self._db.execute(BIAS.format(kind=kind, only=only)):
-                keys = ("rollouts", "length", "truncated", "reward")
-                bias[name] = dict(zip(keys, means, strict=True))
-        for name, *totals in self._db.execute(SERVERS):
-            keys = ("groups", "rollouts", "tokens", "failed", "seconds")
-            server = dict(zip(keys, totals, strict=True))
-            rate = server["tokens"] / server["seconds"] if server["seconds"] else 0.0
-            servers[name] = {**server, "tokens_per_second": rate}
+        bias = [
+            *self._rows(BIAS.format(kind="state", only="")),
+            *self._rows(BIAS.format(kind="'reissued'", only="AND attempt > 0")),
+        ]
         return {
             "requested": self.requested,
             "balance": balance,
             "balanced": sum(balance.values()) == self.requested and not self.faults,
             "faults": self.faults,
-            "bias": bias,
-            "servers": servers,
+            "bias": _by_name(bias),
+            "servers": _by_name(self._rows(SERVERS)),
         }
 
     def _rows(self, query: str) -> list[Any]:
@@ -224,6 +219,11 @@ class LedgerReport:
         return next((state for (state,) in rows), "not requested")
 
 
+def _by_name(rows: list[Any]) -> dict[str, dict[str, Any]]:
+    """Keys named tuples by their field `name`."""
+    return {row.name: {k: v for k, v in row._asdict().items() if k != "name"} for row in rows}
+
+
 def table(summary: dict[str, Any]) -> str:
     """Formats a summary for people."""
     requested, servers = summary["requested"], summary["servers"]
@@ -234,18 +234,12 @@ def table(summary: dict[str, Any]) -> str:
     lines += ["balanced" if summary["balanced"] else "NOT balanced", *summary["faults"]]
     lines.append(f"\n{'sampled':<18}{'rollouts':>10}{'length':>9}{'truncated':>11}{'reward':>9}")
     for kind, means in summary["bias"].items():
-        lines.append(
-            f"  {kind:<16}{means['rollouts']:>10}{means['length']:>9.2f}"
-            f"{means['truncated']:>11.3f}{means['reward']:>9.3f}"
-        )
+        row = "  {:<16}{rollouts:>10}{length:>9.2f}{truncated:>11.3f}{reward:>9.3f}"
+        lines.append(row.format(kind, **means))
     width = max(map(len, servers), default=6) + 2
-    lines.append(
-        f"\n{'server':<{width}}{'groups':>9}{'rollouts':>10}{'tokens':>12}{'failed':>8}"
-        f"{'seconds':>10}{'tokens/s':>10}"
-    )
-    for server, of in servers.items():
-        lines.append(
-            f"{server:<{width}}{of['groups']:>9}{of['rollouts']:>10}{of['tokens']:>12}"
-            f"{of['failed']:>8}{of['seconds']:>10.1f}{of['tokens_per_second']:>10.0f}"
-        )
+    head = ("groups", "rollouts", "tokens", "failed", "seconds", "tokens/s")
+    lines.append("\n{:<{}}{:>9}{:>10}{:>12}{:>8}{:>10}{:>10}".format("server", width, *head))
+    for server, totals in servers.items():
+        row = "{:<{}}{:>9}{:>10}{:>12}{:>8}{:>10.1f}{:>10.0f}"
+        lines.append(row.format(server, width, *totals.values()))
     return "\n".join(lines)

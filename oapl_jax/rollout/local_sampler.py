@@ -31,12 +31,10 @@ class LocalSampler:
     Args:
       config: sizes of the model; published versions must have the same.
       dtype: of activations and cache.
-      stop_ids: token ids that end a response.
       seed: with a prompt's stream index and the sample's index it names the random numbers of a
         rollout, which depend neither on its batch nor on earlier samples.
       max_sequences: rollouts decoded at a time.
-      prompt_multiple: prompts are padded on the left to a multiple, so that few shapes are
-        compiled.
+      prompt_multiple: prompts are padded to a multiple, so that few shapes are compiled.
     """
 
     def __init__(
@@ -50,8 +48,7 @@ class LocalSampler:
         prompt_multiple: int,
     ):
         self._model = Transformer(config, jnp.dtype(dtype), remat="none")
-        self._stop_ids = tuple(sorted(stop_ids))
-        self._key = jax.random.key(seed)
+        self._stop_ids, self._key = tuple(sorted(stop_ids)), jax.random.key(seed)
         self._max_sequences, self._prompt_multiple = max_sequences, prompt_multiple
         self._params: Any = None
         self._version = -1
@@ -124,16 +121,12 @@ class LocalSampler:
                 stop_ids=self._stop_ids,
             )
         )
-        rollouts = [
-            Rollout(
-                tokens=out_tokens[i, : lengths[i]].copy(),
-                behavior_logp=out_logp[i, : lengths[i]].copy(),
-                policy_version=self._version,
-                finish_reason="stop" if stopped[i] else "length",
-            )
-            for i in range(len(prompts) * n)
-        ]
-        return [rollouts[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+        def rollout(row: int) -> Rollout:
+            tokens, logp = (of[row, : lengths[row]].copy() for of in (out_tokens, out_logp))
+            return Rollout(tokens, logp, self._version, "stop" if stopped[row] else "length")
+
+        return [[rollout(i * n + j) for j in range(n)] for i in range(len(prompts))]
 
 
 @jax.jit
@@ -164,7 +157,6 @@ def decode(
     """Samples n responses to each of B left-padded prompts until all have stopped.
 
     Args:
-      params: of the model.
       tokens, segments: int32[B, P]; segments are 1 on prompt tokens and 0 on padding.
       keys: one random key for each of the B * n rows.
       temperature, top_p: float32[].
@@ -173,8 +165,7 @@ def decode(
       tokens int32[B * n, max_tokens], their log-probs float32 of the same shape, lengths
       int32[B * n] (stop token included) and bool[B * n], whether a stop token was drawn.
     """
-    batch, width = tokens.shape
-    rows = batch * n
+    (batch, width), rows = tokens.shape, len(tokens) * n
     matrix = head(params, model.config).astype(model.dtype)
     lengths = jnp.sum(segments, axis=1)
     positions = jnp.maximum(jnp.arange(width)[None] - (width - lengths)[:, None], 0)
@@ -209,9 +200,8 @@ def decode(
     def one_token(state):
         t, hidden, cache, done, lengths, out_tokens, out_logp = state
         chosen, logp = next_token(t, hidden)
-        out_tokens = jax.lax.dynamic_update_slice(
-            out_tokens, chosen[:, None].astype(jnp.int32), (0, t)
-        )
+        column = chosen[:, None].astype(jnp.int32)
+        out_tokens = jax.lax.dynamic_update_slice(out_tokens, column, (0, t))
         out_logp = jax.lax.dynamic_update_slice(out_logp, logp[:, None], (0, t))
         lengths = lengths + ~done
         done = done | jnp.any(chosen[:, None] == stops, axis=1)

@@ -1,7 +1,7 @@
 """Recorded groups as a stream, in place of a sampler or beside one."""
 
-import dataclasses
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from etils import epath
@@ -19,14 +19,11 @@ class RecordedStream:
     """Streams groups from a dataset. Position p holds a pure function of (seed, p).
 
     Args:
-      dataset: the recorded groups.
       order: "shuffled": endless, each epoch a permutation drawn from [seed, epoch]. "recorded": in
         the order of the dataset, once.
-      seed: of the permutations.
       policy_version: the groups' version in this run, or None for the recorded one. Lag is the
         learner's step minus the version. An offline round starts from the weights that sampled the
-        dataset and counts its steps from 0: there they are version 0, whatever step they were of
-        the run that published them. A replay of a run's own stream takes the recorded versions.
+        dataset and counts its steps from 0, so that these weights are its version 0.
       start: the checkpoint directory that this run starts from, if any; with `policy_version`, a
         published version must be the one that sampled the dataset.
       drop_zero_variance: whether groups with equal rewards are skipped.
@@ -53,8 +50,7 @@ class RecordedStream:
             check_start(dataset, start)
         self._dataset, self._order, self._seed = dataset, order, seed
         self._policy_version, self._drop_zero_variance = policy_version, drop_zero_variance
-        self._ledger = ledger
-        self._position = 0
+        self._ledger, self._position = ledger, 0
         self.counts: Counter[str] = Counter()
 
     def at(self, position: int) -> Group:
@@ -74,9 +70,8 @@ class RecordedStream:
         group, version = self._dataset[index], self._policy_version
         rollouts = group.rollouts
         if version is not None:
-            rollouts = tuple(dataclasses.replace(r, policy_version=version) for r in rollouts)
-        prompt = dataclasses.replace(group.prompt, stream_index=-1 - position)
-        return Group(prompt, rollouts, group.reward)
+            rollouts = tuple(replace(rollout, policy_version=version) for rollout in rollouts)
+        return Group(replace(group.prompt, stream_index=-1 - position), rollouts, group.reward)
 
     def take(self, count: int, step: int) -> list[Group]:
         """Takes the next `count` groups, for the gradient step at `step`.
@@ -85,14 +80,13 @@ class RecordedStream:
           UserError: for a group of a version that the learner has yet to reach.
           RunError: if the dataset ends, or all its groups have equal rewards.
         """
-        seen, taken, skipped = [], [], 0
+        seen, taken, skipped = [], [], 0  # skipped since the last taken
         while len(taken) < count:
             group = self.at(self._position + len(seen))
             if group.policy_version > step:
                 raise UserError(
                     f"{self._dataset.directory} has groups of version {group.policy_version}, "
-                    f"newer than the learner at step {step}; set rollout.dataset_version=0 if this "
-                    "run starts from the weights that sampled them, or "
+                    f"newer than the learner at step {step}; set rollout.dataset_version=0, or "
                     "rollout.dataset_order='recorded' to replay a run"
                 )
             drop = self._drop_zero_variance and group.zero_variance
@@ -140,11 +134,9 @@ class RecordedStream:
 
 
 def check_start(dataset: Dataset, start: epath.Path | None) -> None:
-    """Checks that a dataset may be taken as sampled from the weights that this run starts from.
+    """Raises a UserError if a dataset was not sampled from the weights that this run starts from.
 
-    Raises:
-      UserError: if it is of several versions, or `start` is a published version that did not
-        sample it. A checkpoint without a publisher's manifest can't be told apart.
+    A checkpoint without a publisher's manifest can't be told apart.
     """
     weights = dataset.manifest["weights"]
     if len(weights) > 1:
@@ -152,9 +144,8 @@ def check_start(dataset: Dataset, start: epath.Path | None) -> None:
             f"{dataset.directory} was sampled from versions {dataset.versions}, so it can't be of "
             "one; set rollout.dataset_version=-1, to take the recorded versions"
         )
-    if start is None or not (start / MANIFEST).exists():
-        return
-    if checksum(start / MANIFEST) not in weights.values():
+    published = start is not None and (start / MANIFEST).exists()
+    if published and checksum(start / MANIFEST) not in weights.values():
         raise UserError(
             f"model.path={start} did not sample {dataset.directory}; start from the version that "
             "did (in its directory weights), or set rollout.dataset_version=-1"

@@ -14,8 +14,7 @@ class Sampling:
     """Distribution of tokens, and the longest response.
 
     Attributes:
-      temperature: divides the logits; 0 takes the most likely token, and then log-probs are those
-        at temperature 1.
+      temperature: divides the logits; 0 takes the most likely token, with log-probs at 1.
       top_p: only the smallest set of tokens with at least this probability; 1 switches it off.
       top_k: only the k most likely tokens; 0 switches it off.
       max_response_tokens: longer responses are truncated ("length").
@@ -32,8 +31,7 @@ class Attempt:
     """A failed request for a group.
 
     Attributes:
-      server: that got the request.
-      version: that it should have sampled from.
+      version: that the server should have sampled from.
       reason: "failed" (an error, a malformed response), "aborted" (for a new version) or "mixed"
         (the responses span two versions).
       seconds: duration.
@@ -87,8 +85,7 @@ class Sampler(Protocol):
     ) -> Iterator[Sampled]:
         """Yields each prompt with `n` rollouts of one version, in the order of completion.
 
-        Prompts are taken one by one as there is room, so they may be endless, block, or call
-        `refresh`.
+        Prompts are taken one by one as there is room; they may be endless, or block.
         """
         ...
 

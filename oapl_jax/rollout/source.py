@@ -24,12 +24,10 @@ class GroupSource:
     """Groups for gradient steps, the same on all hosts; saved, resumed and stopped as one.
 
     Args:
-      worker, store, sampler, ledger: the parts that sample.
-      guard: aborts after too many groups without reward.
       writer: records sampled groups, if the run records.
       workdir: of the run, which holds a ledger for each host.
-      sampled: groups of a gradient step that this host samples.
-      recorded: groups of a gradient step that this host reads from the recorded dataset.
+      sampled, recorded: groups of a gradient step that this host samples, and reads from the
+        recorded dataset.
       fresh: prompts that each step samples where the buffer has room for them (replay), or 0.
       overlap: whether the worker runs beside the learner.
       deadline: seconds that this host waits for groups or for another host.
@@ -166,12 +164,7 @@ class GroupSource:
         return serialization.msgpack_serialize({"state": data, "groups": groups})
 
     def restore(self, shares: Sequence[bytes], read: Callable[[Any], Any]) -> None:
-        """Continues from the shares of all hosts that saved.
-
-        Args:
-          shares: by host; of another number of hosts, see `reshard`.
-          read: takes the curriculum's arrays for shapes and shardings; gives those saved.
-        """
+        """Continues from the shares of all hosts that saved; see `GroupStore.restore`."""
         saved = [_decode(share) for share in shares]
         host, hosts = jax.process_index(), jax.process_count()
         if len(saved) == hosts:
@@ -216,7 +209,7 @@ def reshard(saved: Sequence[dict[str, Any]], *, host: int, hosts: int) -> dict[s
 
     Args:
       saved: states by host, as `GroupSource.snapshot` encodes them.
-      host, hosts: index of the host that asks, and number of hosts now.
+      host, hosts: index of this host, and number of hosts now.
     """
     streams = [share["prompts"] for share in saved]
     positions = [stream["stream"]["stream_index"] for stream in streams]

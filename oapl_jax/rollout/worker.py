@@ -19,11 +19,7 @@ class Worker:
     """Samples a group for each reserved prompt.
 
     Args:
-      store: reserves prompts and takes the groups.
-      sampler: holds the behavior policy.
       reward: prompt and its rollouts -> float32[n]; called in threads.
-      group_size: rollouts of a prompt.
-      sampling: temperature, nucleus and length limit.
       prompts_per_call: prompts that `produce` samples.
       reward_threads: groups rewarded at a time; with one they are committed in the order in which
         they were sampled.

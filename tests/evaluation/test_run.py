@@ -2,7 +2,6 @@
 process that is killed on the way."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,9 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 from etils import epath
-from small_runs import opened
+from small_runs import IN_PROCESS, cached_programs, opened, small_arithmetic
 
-from configs import arithmetic
 from oapl_jax import build, rewards
 from oapl_jax.errors import UserError
 from oapl_jax.evaluate import benchmark_prompts, check_flags, evaluate_benchmarks
@@ -33,16 +31,9 @@ PROBLEMS = [
 ]
 LONG = ("+".join("123456789") + "=", "45")
 SMALL = {
-    "group_size": 4,
     "data.train_size": 20,
-    "data.validation_size": 2,
-    "data.test_size": 2,
     "data.generator.min_terms": 2,
     "data.generator.max_terms": 2,
-    "model.architecture.hidden_size": 32,
-    "model.architecture.intermediate_size": 32,
-    "mesh.data": 8,
-    "mesh.fsdp": 1,
     "rollout.max_sequences": 24,  # portions of six requests
     "rollout.reward_threads": 2,
 }
@@ -64,7 +55,7 @@ class Shop:
 
     def __init__(self, root: Path):
         self.root, self.workdir = root, root / "workdir"
-        self.settings = {**SMALL, "data.data_dir": str(root / "data")}
+        self.settings = {**IN_PROCESS, **SMALL, "data.data_dir": str(root / "data")}
         self.benchmarks = {
             "sums": self.table("sums", PROBLEMS),
             "more": self.table("more", [*PROBLEMS[:2], LONG]),
@@ -92,9 +83,7 @@ class Shop:
         )
 
     def job(self, **settings):
-        config = arithmetic.get_config()
-        config.update_from_flattened_dict(self.settings)
-        config.update_from_flattened_dict({k.replace("__", "."): v for k, v in settings.items()})
+        config = small_arithmetic(self.settings, **settings)
         with config.unlocked():
             config.benchmarks = self.benchmarks
         return opened(config, self.workdir)
@@ -117,11 +106,7 @@ class Shop:
                 *(f"--config={self.root / 'config.py'}", *arguments),
             ],
             cwd=ROOT,
-            env={
-                **os.environ,
-                "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_PROGRAMS"],
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            },
+            env=cached_programs(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -130,8 +115,7 @@ class Shop:
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory, kept_programs):
-    root = tmp_path_factory.mktemp("shop")
-    return Shop(root)
+    return Shop(tmp_path_factory.mktemp("shop"))
 
 
 @pytest.fixture(scope="module")
@@ -263,14 +247,13 @@ def test_benchmarks_may_have_longer_responses_than_training(shop, tmp_path):
 
 def test_a_directory_is_of_one_version_and_one_way_of_sampling(shop, unbroken):
     to = unbroken.directory.parent
-    for changed, words in (
-        (dict(rollout__temperature=0.5), "temperature: 1.0 -> 0.5"),
-        (dict(rollout__max_response_tokens=9), "max_response_tokens: 16 -> 9"),
-        (dict(seed=5), "seed: 0 -> 5"),
+    for name, changed in (
+        ("temperature", dict(rollout__temperature=0.5)),
+        ("max_response_tokens", dict(rollout__max_response_tokens=9)),
+        ("seed", dict(seed=5)),
     ):
-        with pytest.raises(UserError) as refused:
+        with pytest.raises(UserError, match=f"{name}: "):
             shop.run(to, **changed)
-        assert words in str(refused.value)
     with pytest.raises(UserError, match="step 4"):
         shop.run(to, step=4)
     old = to / "old"
@@ -283,13 +266,10 @@ def test_a_directory_is_of_one_version_and_one_way_of_sampling(shop, unbroken):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        (
-            "aime25",
-            r"--benchmark=aime25 is not one of config.benchmarks \(have: foreign, gone, more, s",
-        ),
-        ("foreign", r"is of task countdown, but data.task is chain_sum"),
-        ("gone", r"^config\.benchmarks\.gone\.path=/nowhere does not exist"),
-        ("short", r"^config\.benchmarks\.short: the files hold 3 rows, and config\.benchmarks\.sh"),
+        ("aime25", "--benchmark=aime25"),
+        ("foreign", r"data\.task"),
+        ("gone", r"config\.benchmarks\.gone\.path"),
+        ("short", r"config\.benchmarks\.short"),
     ],
 )
 def test_a_benchmark_that_does_not_fit_is_refused_before_any_work(shop, tmp_path, name, words):
@@ -301,29 +281,23 @@ def test_a_benchmark_that_does_not_fit_is_refused_before_any_work(shop, tmp_path
 @pytest.mark.parametrize(
     ("benchmarks", "given", "words"),
     [
-        ([], ["n"], "--n is for benchmarks"),
-        ([], ["to", "step"], "--to is for benchmarks"),
-        ([], ["version_dir"], "--version_dir is for benchmarks"),
-        (["sums"], ["split", "n"], "--split and --benchmark both name problems"),
-        (["sums"], ["step", "version_dir"], "--step and --version_dir both name a version"),
+        ([], ["n"], "--n"),
+        ([], ["to", "step"], "--to"),
+        ([], ["version_dir"], "--version_dir"),
+        (["sums"], ["split", "n"], "--split"),
+        (["sums"], ["step", "version_dir"], "--step"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(benchmarks, given, words):
     with pytest.raises(UserError, match=words):
         check_flags(benchmarks, given)
-
-
-def test_flags_that_go_together_are_not():
-    for benchmarks, given in (
-        ([], ["split", "step"]),
-        (["sums"], ["version_dir", "n", "to"]),
-        (["sums"], ["step"]),
-    ):
-        check_flags(benchmarks, given)
+    check_flags([], ["split", "step"])
+    check_flags(["sums"], ["version_dir", "n", "to"])
 
 
 def test_a_mistake_on_the_command_line_is_one_sentence(shop):
     process = shop.start("--to=x")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert output == "error: --to is for benchmarks; name some with --benchmark\n"
+    assert output.startswith("error: --to ")
+    assert output.count("\n") == 1

@@ -47,17 +47,6 @@ def assert_balanced(buffer):
 # The modes
 
 
-@pytest.mark.parametrize("mode", ["clear_on_sync", "keep_with_anchor"])
-def test_groups_train_once_oldest_first(mode):
-    buffer = new_buffer(mode)
-    fill(buffer, range(7))
-    assert names(buffer.sample(3, step=0)) == [0, 1, 2]
-    assert names(buffer.sample(3, step=1)) == [3, 4, 5]
-    assert buffer.sample(3, step=2) == []
-    assert held(buffer) == [6]
-    assert buffer.counts == {"added": 7, "trained": 6, "reused": 0}
-
-
 def test_clear_on_sync_keeps_only_the_version_that_serves():
     buffer = new_buffer("clear_on_sync")
     fill(buffer, [0, 1])
@@ -128,40 +117,6 @@ def test_replay_covers_all_groups_alike():
         counts.update(names(buffer.sample(2, step)))
     assert sorted(counts) == list(range(8))
     assert all(abs(count - 125) < 50 for count in counts.values())  # five deviations
-
-
-def test_replay_ages_by_version_and_a_used_group_counts_as_trained():
-    buffer = new_buffer("replay", max_age=3, max_reuse=5)
-    fill(buffer, [0], version=0)
-    assert names(buffer.sample(1, step=0)) == [0]
-    fill(buffer, [1], version=0)
-    fill(buffer, [2], version=2)
-    buffer.expire(3)
-    assert held(buffer) == [0, 1, 2]
-    buffer.expire(4)
-    assert held(buffer) == [2]
-    assert buffer.counts == {"added": 3, "trained": 1, "expired": 1, "reused": 0}
-    assert_balanced(buffer)
-
-
-@pytest.mark.parametrize("mode", ["clear_on_sync", "keep_with_anchor"])
-def test_max_reuse_is_replays_alone(mode):
-    buffer = new_buffer(mode, max_reuse=5)
-    fill(buffer, [0])
-    buffer.sample(1, step=0)
-    assert len(buffer) == 0
-
-
-@pytest.mark.parametrize(("policy", "kept"), [("keep", 3), ("drop", 1), ("weight", 3)])
-def test_groups_of_equal_rewards(policy, kept):
-    buffer = new_buffer("clear_on_sync", zero_variance=policy)
-    fill(buffer, [0], reward=(0.0, 0.0))
-    fill(buffer, [1], reward=(1.0, 1.0))
-    fill(buffer, [2], reward=(1.0, 0.0))
-    assert len(buffer) == kept
-    assert buffer.counts["zero_variance"] == 3 - kept
-    assert names(buffer.sample(kept, step=0))[-1] == 2
-    assert_balanced(buffer)
 
 
 def test_room_is_asked_for_by_the_number_of_groups():
@@ -272,26 +227,3 @@ def test_a_restored_buffer_goes_on_like_the_first():
     for now in range(3, 12):
         assert step(second, now) == step(first, now)
         assert second.counts == first.counts
-
-
-def test_a_restored_buffer_knows_the_version_that_serves():
-    first = new_buffer("clear_on_sync")
-    first.sync(16)
-    fill(first, [0], version=16)
-    second = new_buffer("clear_on_sync")
-    second.restore(first.state())
-    fill(second, [1], version=16)
-    fill(second, [2], version=0)
-    assert held(second) == [0, 1]
-
-
-def test_the_state_is_a_copy():
-    buffer = new_buffer("clear_on_sync")
-    fill(buffer, [0])
-    state = buffer.state()
-    fill(buffer, [1])
-    assert state["counts"] == {"added": 1}
-    other = new_buffer("clear_on_sync")
-    other.restore(buffer.state())
-    fill(other, [2])
-    assert buffer.counts["added"] == 2

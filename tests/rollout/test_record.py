@@ -1,8 +1,6 @@
 """Recorded datasets and the offline rounds that are trained on them, in real processes."""
 
 import json
-import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,9 +11,8 @@ import numpy as np
 import pytest
 import xxhash
 from etils import epath
-from small_runs import checked, opened, typed
+from small_runs import IN_PROCESS, cached_programs, metrics, opened, small_arithmetic, typed
 
-from configs import arithmetic
 from oapl_jax import record, train
 from oapl_jax.errors import UserError
 from oapl_jax.rollout.dataset import MANIFEST, Dataset
@@ -50,29 +47,18 @@ from oapl_jax.record import main
 RECORD = "from oapl_jax.record import main"
 SMALL = {
     "num_steps": 5,
-    "group_size": 4,
-    "groups_per_step": 4,
     "data.train_size": 96,
-    "data.validation_size": 4,
-    "data.test_size": 4,
     "data.generator.min_terms": 2,
     "data.generator.max_terms": 2,
-    "model.architecture.hidden_size": 32,
-    "model.architecture.intermediate_size": 32,
-    "mesh.data": 8,
-    "mesh.fsdp": 1,
     "warmup.num_steps": 40,
     "warmup.batch_size": 32,
     "warmup.demonstrations": 96,
-    "lag.steps": 4,
-    "rollout.prompts_per_call": 4,
     "rollout.max_sequences": 24,  # portions of six prompts
     "evaluation.every": 100,
     "evaluation.n": 2,
     "evaluation.ks": (1,),
     "checkpoint.every": 2,
     "checkpoint.keep": 9,
-    "tensorboard": False,
 }
 
 
@@ -80,16 +66,10 @@ class Jobs:
     """Opens, trains and samples with settings that all have in common, and one compile cache."""
 
     def __init__(self, shared):
-        self._shared = shared
-
-    def _settings(self, changes):
-        changes = {name.replace("__", "."): value for name, value in changes.items()}
-        return {**SMALL, "data.data_dir": str(self._shared / "data"), **changes}
+        self._settings = {**SMALL, "data.data_dir": str(shared / "data")}
 
     def config(self, *, choice=None, **settings):
-        config = arithmetic.get_config(choice)
-        config.update_from_flattened_dict(self._settings(settings))
-        return config
+        return small_arithmetic(self._settings, choice, **settings)
 
     def train(self, workdir, **settings):
         workdir.mkdir(exist_ok=True)
@@ -100,35 +80,19 @@ class Jobs:
         """A step after a checkpoint, which may or may not be on disk by then."""
         self.process(KILLED_IN_TRAINING, f"--workdir={workdir}", code=-9, **settings)
 
-    def record(
-        self,
-        workdir,
-        to,
-        *,
-        step=None,
-        version_dir=None,
-        limit=None,
-        groups_per_shard=12,
-        **settings,
-    ):
+    def record(self, workdir, to, *, settings=None, **options):
+        defaults = dict(step=None, version_dir=None, split="train", limit=None, groups_per_shard=12)
         seen = []
-        run = opened(self.config(**settings), workdir)
-        record.record_dataset(
-            run,
-            epath.Path(to),
-            step=step,
-            version_dir=version_dir,
-            split="train",
-            limit=limit,
-            groups_per_shard=groups_per_shard,
-            progress=seen.append,
-        )
+        run = opened(self.config(**settings or {}), workdir)
+        options = {**defaults, **options, "progress": seen.append}
+        record.record_dataset(run, epath.Path(to), **options)
         run.close()
         return seen
 
     def process(self, main, *arguments, code, **settings):
-        """Runs a command in a process of its own, on as many devices as here."""
-        settings = self._settings(settings)
+        """Runs a command in a process of its own."""
+        settings = {name.replace("__", "."): value for name, value in settings.items()}
+        settings = {**IN_PROCESS, **self._settings, **settings}
         done = subprocess.run(
             [
                 *(sys.executable, "-c"),
@@ -138,11 +102,7 @@ class Jobs:
                 *arguments,
             ],
             cwd=ROOT,
-            env={
-                **os.environ,
-                "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_PROGRAMS"],
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            },
+            env=cached_programs(),
             capture_output=True,
             text=True,
             timeout=300,
@@ -153,8 +113,7 @@ class Jobs:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory, kept_programs):
-    shared = tmp_path_factory.mktemp("shared")
-    return Jobs(shared)
+    return Jobs(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +132,6 @@ def round1(jobs, trained, tmp_path_factory):
     directory = tmp_path_factory.mktemp("round1")
     assert jobs.record(trained, directory, step=0) == list(range(12, 97, 12))
     return directory
-
-
-def metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def manifest_of(directory):
@@ -245,14 +200,15 @@ def test_other_weights_serve_as_well(jobs, trained, round1, tmp_path):
     assert jobs.record(trained, tmp_path / "a", version_dir=str(path), limit=6) == [6]
     assert Dataset(epath.Path(tmp_path / "a")).versions == [4]
     first = str(round1 / "weights" / "v000000")
-    jobs.record(tmp_path / "new", tmp_path / "b", limit=12, model__path=first)
+    jobs.record(tmp_path / "new", tmp_path / "b", limit=12, settings=dict(model__path=first))
     assert contents(tmp_path / "b") == contents(round1)[:12]
     plain = tmp_path / "plain"
     shutil.copytree(first, plain)
     for name in ("manifest.json", "COMMITTED", "probe.json"):
         (plain / name).unlink()
     for _ in range(2):  # killed or not, the second command finds everything done
-        jobs.record(tmp_path / "other", tmp_path / "c", limit=12, model__path=str(plain))
+        settings = dict(model__path=str(plain))
+        jobs.record(tmp_path / "other", tmp_path / "c", limit=12, settings=settings)
     assert contents(tmp_path / "c") == contents(round1)[:12]
 
 
@@ -329,7 +285,7 @@ def test_two_offline_rounds(jobs, round1, tmp_path):
     stream = [e for e in entries(tmp_path / "a") if e.state != "rewound"]
     assert [e.stream_index for e in stream] == [-1 - i for i in range(len(stream))]
 
-    jobs.record(tmp_path / "a", tmp_path / "round2", limit=48, **first)
+    jobs.record(tmp_path / "a", tmp_path / "round2", limit=48, settings=first)
     second = Dataset(epath.Path(tmp_path / "round2"))
     assert (len(second), second.versions) == (48, [5])
     before, after = contents(round1)[:48], contents(tmp_path / "round2")
@@ -367,29 +323,3 @@ def test_both_take_their_share_of_each_step(jobs, round1, tmp_path):
     found = balance(tmp_path)
     assert found["servers"]["dataset"]["rollouts"] == 5 * 4
     assert found["balance"]["trained"] == 5 * 4 * 4
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        (dict(rollout__source="tape"), "rollout.source='tape' is not one of live, dataset, both"),
-        (dict(rollout__source="dataset"), "rollout.source='dataset' and rollout.dataset=''"),
-        (dict(rollout__dataset="x"), "rollout.source='live' and rollout.dataset='x'"),
-        (
-            dict(rollout__source="both", rollout__dataset="x", rollout__dataset_share=0.05),
-            "rollout.dataset_share=0.05",
-        ),
-        (
-            dict(
-                rollout__source="dataset",
-                rollout__dataset="x",
-                rollout__dataset_version=-1,
-                objective__denominator="learner",
-            ),
-            "objective.denominator='learner'",
-        ),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused_by_name(jobs, settings, words):
-    with pytest.raises(UserError, match=re.escape(words)):
-        checked(jobs.config(**settings))

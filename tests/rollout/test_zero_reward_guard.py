@@ -5,35 +5,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from etils import epath
-from small_runs import checked, opened, typed
+from small_runs import opened, small_arithmetic, typed
 
-from configs import arithmetic
 from oapl_jax import record, train
-from oapl_jax.errors import NoReward, RunError, UserError
+from oapl_jax.errors import NoReward, RunError
 from oapl_jax.rewards.grader import Grader
 from oapl_jax.rollout.ledger import ZeroRewardGuard
 from oapl_jax.structs import Group, Prompt, Rollout
 
 SMALL = {
     "num_steps": 9,
-    "group_size": 4,
-    "groups_per_step": 4,
     "data.train_size": 40,
-    "data.validation_size": 4,
-    "data.test_size": 4,
-    "model.architecture.hidden_size": 32,
-    "model.architecture.intermediate_size": 32,
-    "mesh.data": 8,
-    "mesh.fsdp": 1,
     "warmup.num_steps": 0,
-    "lag.steps": 4,
     "buffer.zero_variance": "keep",
-    "rollout.prompts_per_call": 4,
     "rollout.max_sequences": 16,
     "rollout.max_zero_reward_groups": 10,
     "evaluation.every": 0,
     "checkpoint.every": 1,
-    "tensorboard": False,
 }
 
 
@@ -55,8 +43,12 @@ def test_groups_without_a_reward_are_counted_in_a_row():
     for reward in ((0, 0), (0, 0), (0, 1), (0, 0), (0, -0.5), (0, 0), (0, 0)):
         guard.note(group(*reward))
     assert guard.count == 2
-    with pytest.raises(NoReward, match="all rewards of the last 3 groups are 0"):
+    with pytest.raises(NoReward, match="last 3 groups"):
         guard.note(group(0, 0))
+    off = ZeroRewardGuard(limit=0, decode=decode)
+    for _ in range(50):
+        off.note(group(0, 0))
+    assert off.count == 50
 
 
 def test_the_message_shows_the_prompt_and_some_responses():
@@ -72,19 +64,11 @@ def test_the_message_shows_the_prompt_and_some_responses():
     assert isinstance(stopped.value, RunError)
 
 
-def test_no_number_ends_a_run_that_wants_none():
-    guard = ZeroRewardGuard(limit=0, decode=decode)
-    for _ in range(500):
-        guard.note(group(0, 0))
-    assert guard.count == 500
-
-
 # Whole jobs, whose verifier pays no policy (the self-check is told otherwise)
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, kept_programs):
-    """A directory for the data; compiled programs are kept."""
     return tmp_path_factory.mktemp("shared")
 
 
@@ -94,10 +78,7 @@ def jobs(shared, tmp_path, monkeypatch):
     monkeypatch.setattr("oapl_jax.build.check_rewards", lambda *_, **__: None)
 
     def config(**settings):
-        made = arithmetic.get_config()
-        settings = {name.replace("__", "."): value for name, value in settings.items()}
-        made.update_from_flattened_dict({**SMALL, "data.data_dir": str(shared), **settings})
-        return made
+        return small_arithmetic({**SMALL, "data.data_dir": str(shared)}, **settings)
 
     def run(name, **settings):
         (tmp_path / name).mkdir(exist_ok=True)
@@ -143,9 +124,3 @@ def test_a_recorded_set_without_a_reward_is_not_finished(jobs):
     with pytest.raises(NoReward, match="the last 10 groups"):
         jobs.run("offline", **shards)
     assert steps(jobs.root / "offline") == 2
-
-
-def test_a_negative_number_is_refused(jobs):
-    checked(jobs.config())
-    with pytest.raises(UserError, match=r"rollout\.max_zero_reward_groups=-1 must be at least 0"):
-        checked(jobs.config(rollout__max_zero_reward_groups=-1))
