@@ -18,9 +18,8 @@ import time
 from results import keep
 
 from oapl_jax.config import CodeRewardConfig
-from oapl_jax.rewards.code.problems import Problem
 from oapl_jax.rewards.code.sandbox import Sandbox, find_bwrap
-from oapl_jax.rewards.code.verifier import CodeVerifier
+from oapl_jax.rewards.code.verifier import CodeVerifier, Problem
 
 CONFIG = CodeRewardConfig(
     allow_unsafe=False,

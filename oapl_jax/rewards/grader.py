@@ -16,15 +16,11 @@ OPENED = {"math": MathVerifier, "code": CodeVerifier, "documents": DocumentVerif
 
 
 class Grader:
-    """Decodes responses and asks the verifier of the task; every method is thread-safe.
+    """Decodes responses and asks the task's verifier, which its first prompt opens; thread-safe.
 
     Rewards are within 0 and 1, and 1 is a right response; only documents have others between.
     A response that was cut off gets 0 and is trained as a negative: there is no overlong masking
     (the code released with arXiv 2602.19362).
-
-    Args:
-      tokenizer: of the policy.
-      config: of the verifiers; each opens for the first prompt of its task.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: RewardsConfig):

@@ -19,7 +19,7 @@ from oapl_jax.data.synthetic.demonstrations import solution
 from oapl_jax.data.synthetic.tasks import TASKS
 from oapl_jax.errors import UserError
 from oapl_jax.rewards.grader import Grader
-from oapl_jax.structs import Prompt, Rollout
+from oapl_jax.structs import Rollout
 
 CHECKED = 2  # records of the data, beside the known problems
 SHOWN = 200  # characters of a response in the sentence
@@ -63,9 +63,7 @@ def check_rewards(
     right answer in a thinking part that never ends must get no reward, nor one that was cut off.
 
     Args:
-      grader, tokenizer: of the run.
       records: of the training split, all of `task`; the first that fit are taken.
-      max_prompt_tokens, instruction: as for prompts.
 
     Raises:
       UserError: naming the first response whose reward is wrong.
@@ -77,7 +75,8 @@ def check_rewards(
     for (question, answer), right, wrong in KNOWN.get(task, ()):
         record = Record("self-check", user(question), answer, task, {})
         cases.append((template(record, max_prompt_tokens=1 << 30), right, wrong))
-    opened = any(ends_thinking(tokenizer, prompt) for prompt, _, _ in cases)
+    said = [tokenizer.decode(prompt.tokens) for prompt, _, _ in cases]
+    opened = any(text.rfind("<think>") > text.rfind("</think>") for text in said)
     fitting = ((template(r, max_prompt_tokens=max_prompt_tokens), r) for r in records)
     fitting = itertools.islice(((prompt, r) for prompt, r in fitting if prompt), CHECKED)
     cases += [(prompt, *known_responses(record)) for prompt, record in fitting]
@@ -104,8 +103,7 @@ def trials(
 
     Args:
       right, wrong: responses without any thinking.
-      thinks: whether the task's verifier knows of thinking parts.
-      opened: whether the prompt ends inside one.
+      thinks, opened: the verifier knows of thinking parts; the prompt ends inside one.
     """
     end = "I see.\n</think>\n\n" if opened else ""
     yield from ((end + text, "right", "stop") for text in right)
@@ -121,14 +119,7 @@ def trials(
 def known_responses(record: Record) -> tuple[Sequence[str], Sequence[str]]:
     """Right responses to a record of the data, if any is known for sure, and wrong ones."""
     if record.task in TASKS:
-        right = solution(record)
-        return (right,), (f"{right}1", "")
+        return (solution(record),), (f"{solution(record)}1", "")
     # A release's own programs are not all right, and so no standard.
     right = (solution(record),) if record.task == "math" else ()
     return right, ("", *NEVER.get(record.task, ()))
-
-
-def ends_thinking(tokenizer: Any, prompt: Prompt) -> bool:
-    """Whether the template's last words open a thinking part."""
-    text = tokenizer.decode(prompt.tokens)
-    return text.rfind("<think>") > text.rfind("</think>")

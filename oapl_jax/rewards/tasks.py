@@ -6,6 +6,7 @@ length is bounded first, and no response makes a verifier raise.
 """
 
 import ast
+import operator
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -15,6 +16,12 @@ MAX_EXPRESSION = 512  # far below what exhausts the stack of Python's parser
 MAX_DEPTH = 64
 INTEGER = re.compile(r"(?<![0-9])-?[0-9]{1,32}")  # after a digit, a minus is an operator
 EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
+OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 def chain_sum(response: str, answer: str) -> float:
@@ -29,17 +36,13 @@ def number_sorting(response: str, answer: str) -> float:
     """Compares comma-separated numbers with those of the answer, in order."""
     if len(response) > MAX_CHARACTERS:
         return 0.0
-    numbers = [_integer(part) for part in response.split(",")]
+    parts = [part.strip(" \n") for part in response.split(",")]
+    numbers = [int(part) if INTEGER.fullmatch(part) else None for part in parts]
     return float(numbers == [int(part) for part in answer.split(",")])
 
 
 def countdown(response: str, answer: str) -> float:
-    """Evaluates an expression of + - * / that uses each of the given numbers once.
-
-    Args:
-      response: the expression and nothing else.
-      answer: numbers and target, "3 4 5 -> 17".
-    """
+    """Evaluates a bare expression of + - * / that uses each number of "3 4 5 -> 17" once."""
     numbers, target = answer.split(" -> ")
     if len(response) > MAX_EXPRESSION:
         return 0.0
@@ -57,24 +60,13 @@ def countdown(response: str, answer: str) -> float:
     return float(value == int(target))
 
 
-VERIFIERS: dict[str, Callable[[str, str], float]] = {
-    "chain_sum": chain_sum,
-    "number_sorting": number_sorting,
-    "countdown": countdown,
-}
-
+VERIFIERS = {verify.__name__: verify for verify in (chain_sum, number_sorting, countdown)}
 # Final answers of responses, for a vote; equal strings are equal answers.
-_without_blanks: Callable[[str], str] = lambda response: response.replace(" ", "")
 FINAL_ANSWERS: dict[str, Callable[[str], str]] = {
     "chain_sum": lambda response: (INTEGER.findall(response[-MAX_CHARACTERS:]) or [""])[-1],
-    "number_sorting": _without_blanks,
-    "countdown": _without_blanks,
+    "number_sorting": lambda response: response.replace(" ", ""),
+    "countdown": lambda response: response.replace(" ", ""),
 }
-
-
-def _integer(text: str) -> int | None:
-    text = text.strip(" \n")
-    return int(text) if INTEGER.fullmatch(text) else None
 
 
 def _value(node: ast.expr, depth: int) -> Fraction:
@@ -86,15 +78,6 @@ def _value(node: ast.expr, depth: int) -> Fraction:
             return Fraction(value)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_value(operand, depth - 1)
-        case ast.BinOp(left=left, op=op, right=right):
-            a, b = _value(left, depth - 1), _value(right, depth - 1)
-            match op:
-                case ast.Add():
-                    return a + b
-                case ast.Sub():
-                    return a - b
-                case ast.Mult():
-                    return a * b
-                case ast.Div():
-                    return a / b
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](_value(left, depth - 1), _value(right, depth - 1))
     raise ValueError(f"{type(node).__name__} is not allowed")

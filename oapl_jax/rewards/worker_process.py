@@ -38,11 +38,8 @@ def read_frame(file: BinaryIO) -> bytes | None:
 class WorkerProcess:
     """A child process that reads requests from one pipe and writes replies to another.
 
-    Its methods raise Late at their deadline, and Ended if the worker reads or writes no more.
-
-    Args:
-      requests, replies: this process's ends of the two pipes.
-      hangup: a pipe whose hang-up, noticed while waiting for the worker, ends this process.
+    Methods raise Late at their deadline, and Ended if the worker reads or writes no more. The
+    hang-up of the pipe `hangup`, noticed while waiting for the worker, ends this process.
     """
 
     def __init__(self, requests: int, replies: int, hangup: int | None = None):
@@ -51,7 +48,6 @@ class WorkerProcess:
         os.set_blocking(requests, False)
 
     def send(self, content: bytes, deadline: float) -> None:
-        """Writes a frame."""
         left = memoryview(frame(content))
         while left:
             self._wait(self._requests, select.POLLOUT, deadline)
@@ -101,24 +97,17 @@ class WorkerProcess:
 
 
 class SpawnedWorker(WorkerProcess):
-    """A worker that runs a command in a session of its own, which is killed as a whole.
+    """A worker that runs a command in a session of its own, which is killed as a whole; `env` is
+    all of its environment."""
 
-    Args:
-      command: the program and its arguments.
-      environment: all of its environment; nothing of this process's.
-      stderr: as for Popen.
-    """
-
-    def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], stderr: int | None = None
-    ):
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], stderr: int | None = None):
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
             bufsize=0,
-            env=environment,
+            env=env,
             cwd="/",
             start_new_session=True,
         )
@@ -137,12 +126,8 @@ class SpawnedWorker(WorkerProcess):
 
 
 class ForkedWorker(WorkerProcess):
-    """A fork of this process, which must have a single thread.
-
-    Args:
-      serve: body of the fork, by its ends of the pipes of requests and replies; then it exits.
-      hangup: see WorkerProcess.
-    """
+    """A fork of this process, which must have a single thread: it calls `serve` with its ends of
+    the pipes of requests and replies, and exits."""
 
     def __init__(self, serve: Callable[[int, int], None], hangup: int):
         in_worker, requests = os.pipe()

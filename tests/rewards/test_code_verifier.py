@@ -34,7 +34,9 @@ from processes import marked, wait_until
 from oapl_jax.config import CodeRewardConfig
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.rewards.code import sandbox, verifier
-from oapl_jax.rewards.code.problems import (
+from oapl_jax.rewards.code.verifier import (
+    CodeVerdict,
+    CodeVerifier,
     Problem,
     choose_tests,
     extract_code,
@@ -42,7 +44,6 @@ from oapl_jax.rewards.code.problems import (
     same_output,
     same_value,
 )
-from oapl_jax.rewards.code.verifier import CodeVerdict, CodeVerifier
 
 CONFIG = CodeRewardConfig(
     allow_unsafe=False,

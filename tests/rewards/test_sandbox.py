@@ -20,7 +20,6 @@ from processes import marked, wait_until
 
 from oapl_jax.config import CodeRewardConfig
 from oapl_jax.rewards.code import sandbox
-from oapl_jax.rewards.code.isolation import MACHINES
 from oapl_jax.rewards.code.sandbox import (
     FIRST_USER,
     NoSandbox,
@@ -30,6 +29,7 @@ from oapl_jax.rewards.code.sandbox import (
     probe,
     visible_paths,
 )
+from oapl_jax.rewards.code.sandbox_main import MACHINES
 from oapl_jax.rewards.worker_process import Ended, Late
 
 CONFIG = CodeRewardConfig(

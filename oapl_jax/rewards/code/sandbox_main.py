@@ -1,19 +1,28 @@
 """The program inside a sandbox: takes a model's program and inputs, and returns its outputs.
 
-Not imported: `sandbox.py` starts it as a program of its own, with nothing but the standard library,
-and it never receives an expected output. As the first process of its pid namespace it forks once a
-test; when it ends, the kernel ends all processes that are left. Its standard input and output:
+`sandbox.py` starts it as a program of its own, with nothing but the standard library, and it never
+receives an expected output. As the first process of its pid namespace it forks once a test; when it
+ends, the kernel ends all processes that are left. Its standard input and output:
 
     out  a byte, when the isolation is complete
     in   length (4 bytes), {"kind", "name", "code"} as JSON
     in   length, the input of a test; then, for each
     out  exit code (negative: a signal), length, the program's output or its function's value
+
+It adds a second layer to bubblewrap's isolation, and each holds without the other. Bubblewrap's
+namespaces, its almost empty file system and an unknown user id leave a program nothing to reach.
+The syscall filter leaves it no way to start a process, open a socket or hold memory that the limits
+do not count: a program that can't fork can't daemonise or multiply, so the limits of one process
+are those of the whole program.
 """
 
 import atexit
 import contextlib
+import ctypes
+import errno
 import json
 import os
+import platform
 import resource
 import select
 import shutil
@@ -22,12 +31,8 @@ import struct
 import sys
 import threading
 import types
+from collections.abc import Sequence
 from typing import Any
-
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import isolation  # pyright: ignore[reportMissingImports]  # -I leaves this folder out
-
-sys.path.pop(0)
 
 # LiveCodeBench's checker imports these before a program, so programs rely on them:
 # lcb_runner/evaluation/testing_util.py.
@@ -38,6 +43,44 @@ MODULES = (
 STARRED = f"{MODULES}, builtins, typing".split(", ")  # later names win
 PRELUDE = "".join(f"from {name} import *\n" for name in STARRED) + f"import {MODULES}\n"
 RECURSION = 50_000
+INODES = 4096  # of the temporary folder; the kernel's memory for names is not in its size
+OPEN_FILES = 64
+STACK_BYTES = 64 << 20  # recursion through C (sort keys, caches) needs more than the usual 8 MB
+_libc = ctypes.CDLL(None, use_errno=True)
+
+THREAD = 0x10000  # flag of clone
+NO_SETUID, NO_DEVICES, REMOUNT = 2, 4, 32  # flags of mount
+SET_DEATH_SIGNAL, SET_DUMPABLE, SET_SECCOMP, SET_NO_NEW_PRIVILEGES = 1, 4, 22, 38  # of prctl
+
+# Calls that a program is refused, by machine: audit's number of the architecture, then numbers.
+# Beyond processes and sockets: shared memory that outlives its mapping, other processes' memory,
+# keys, namespaces, and interfaces of the kernel that a contest program has no use for.
+NEWER = (  # the same number on every machine
+    dict(clone3=435, pidfd_getfd=438, open_tree=428, move_mount=429, fsopen=430, fsmount=432)
+    | dict(mount_setattr=442, io_uring_setup=425, io_uring_enter=426, io_uring_register=427)
+    | dict(memfd_secret=447)
+)
+MACHINES = {
+    "x86_64": (
+        0xC000003E,
+        NEWER
+        | dict(fork=57, vfork=58, clone=56, execve=59, execveat=322, setsid=112, setpgid=109)
+        | dict(ptrace=101, process_vm_readv=310, process_vm_writev=311, kcmp=312, unshare=272)
+        | dict(setns=308, mount=165, umount2=166, pivot_root=155, chroot=161, add_key=248)
+        | dict(open_by_handle_at=304, request_key=249, keyctl=250, bpf=321, perf_event_open=298)
+        | dict(userfaultfd=323, memfd_create=319, shmget=29, semget=64, msgget=68, mq_open=240)
+        | dict(socket=41),
+    ),
+    "aarch64": (  # has no fork and no vfork
+        0xC00000B7,
+        NEWER
+        | dict(clone=220, execve=221, execveat=281, setsid=157, setpgid=154, ptrace=117)
+        | dict(process_vm_readv=270, process_vm_writev=271, kcmp=272, unshare=97, setns=268)
+        | dict(mount=40, umount2=39, pivot_root=41, chroot=51, add_key=217, request_key=218)
+        | dict(open_by_handle_at=265, keyctl=219, bpf=280, perf_event_open=241, userfaultfd=282)
+        | dict(memfd_create=279, shmget=194, semget=190, msgget=186, mq_open=180, socket=198),
+    ),
+}
 
 
 class Server:
@@ -81,7 +124,7 @@ class Server:
         os.dup2(result, 63)  # out of the way of the numbers that are set now
         for source, target in ((given, 0), (null if called else result, 1), (null, 2), (63, 3)):
             os.dup2(source, target)
-        os.closerange(4 if called else 3, isolation.OPEN_FILES)
+        os.closerange(4 if called else 3, OPEN_FILES)
         for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
             stream = open(  # noqa: SIM115
                 number, mode, encoding="utf-8", errors="surrogateescape", closefd=False
@@ -89,9 +132,9 @@ class Server:
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
         os.chdir(self._folder)
-        isolation.limit_program(self._settings)
+        limit_program(self._settings)
         if self._settings["filter"]:
-            isolation.filter_calls()
+            filter_calls()
 
     def _wait(self, child: int) -> int:
         """The child's exit code; ends everything if the other end of the pipe is closed."""
@@ -164,6 +207,91 @@ def finish(module: types.ModuleType) -> None:
             stream.flush()
 
 
+def limit_temporary(temporary_bytes: int) -> None:
+    """Limits the size and the number of files of /tmp, which bubblewrap has mounted."""
+    options = f"mode=1777,size={temporary_bytes},nr_inodes={INODES}".encode()
+    flags = ctypes.c_ulong(REMOUNT | NO_SETUID | NO_DEVICES)
+    _call("mount", b"tmpfs", b"/tmp", b"", flags, options)
+    os.chmod("/tmp", 0o1777)  # the mode of a mount does not change with it
+
+
+def drop_privileges(uid: int | None) -> None:
+    """Becomes `uid` if there is one, and drops every capability for good.
+
+    The kernel does not hold root to a limit of processes, so root becomes a user id of its own.
+    Another user stays itself: its limits are counted per user namespace (Linux 5.14).
+    """
+    if uid is not None:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    version3 = struct.pack("Ii", 0x20080522, 0)
+    _call("capset", version3, bytes(24))
+    _control(SET_NO_NEW_PRIVILEGES, 1)
+    _control(SET_DUMPABLE, 0)  # no program attaches to what serves it
+    _control(SET_DEATH_SIGNAL, 9)  # last: a change of user clears it
+
+
+def limit(resources: Sequence[tuple[int, int]]) -> None:
+    """Lowers limits of this process and of its children; a lower hard limit stays."""
+    for name, most in resources:
+        hard = resource.getrlimit(name)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(name, (most, most))
+
+
+def limit_program(settings: dict) -> None:
+    """Sets the limits of a program beside memory."""
+    resources = [
+        # The clock outside comes first.
+        (resource.RLIMIT_CPU, int(settings["seconds_per_test"]) + 2),
+        (resource.RLIMIT_FSIZE, settings["output_bytes"]),
+        (resource.RLIMIT_NPROC, settings["processes"] + 1),  # what serves it is counted too
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_STACK, STACK_BYTES),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_SIGPENDING, 64),
+    ]
+    limit(resources)
+
+
+def filter_calls() -> None:
+    """Refuses MACHINES' calls from here on (seccomp): EPERM; only a thread can be cloned.
+
+    clone3 hides its flags behind a pointer, so it does not exist (ENOSYS): the C library then
+    turns to clone. Calls in another architecture's numbering end the process.
+    """
+    architecture, numbers = MACHINES[platform.machine()]
+    load, equal, at_least, has_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, refuse, kill = 0x7FFF0000, 0x00050000, 0x80000000
+    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill)]
+    code += [(load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (answer, 0, 0, kill)]  # x32
+    for name in numbers.keys() - {"clone"}:
+        why = errno.ENOSYS if name == "clone3" else errno.EPERM
+        code += [(equal, 0, 1, numbers[name]), (answer, 0, 0, refuse | why)]
+    code += [(equal, 0, 3, numbers["clone"]), (load, 0, 0, 16), (has_bit, 1, 0, THREAD)]
+    code += [(answer, 0, 0, refuse | errno.EPERM), (answer, 0, 0, allow)]
+    packed = b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+    buffer = ctypes.create_string_buffer(packed)
+    program = struct.pack("HxxxxxxQ", len(code), ctypes.addressof(buffer))
+    _control(SET_NO_NEW_PRIVILEGES, 1)
+    _control(SET_SECCOMP, 2, program)
+
+
+def _control(option: int, *values: int | bytes) -> None:
+    """Calls prctl, with four arguments."""
+    given = [v if isinstance(v, bytes) else ctypes.c_ulong(v) for v in values]
+    _call("prctl", option, *given, *[ctypes.c_ulong(0)] * (4 - len(given)))
+
+
+def _call(name: str, *arguments) -> None:
+    if getattr(_libc, name)(*arguments) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+
+
 def main() -> None:
     settings = json.loads(sys.argv[1])
     os.umask(0o022)
@@ -173,10 +301,10 @@ def main() -> None:
     server = Server(settings)
     sys.path += settings["package_folders"]
     if settings["isolated"]:
-        isolation.limit_temporary(settings["temporary_bytes"])
-        isolation.drop_privileges(settings["uid"])
+        limit_temporary(settings["temporary_bytes"])
+        drop_privileges(settings["uid"])
     # Before the program: compiling its source may take much memory.
-    isolation.limit([(resource.RLIMIT_AS, settings["memory_bytes"])])
+    limit([(resource.RLIMIT_AS, settings["memory_bytes"])])
     run_test(*server.next_test())
 
 

@@ -2,43 +2,132 @@
 
 The program runs in a sandbox that gets inputs and never an expected output; outputs are compared
 here. So there is nothing inside to patch, read or skip: only right outputs are rewarded.
+
+The tests of a problem travel in the `answer` of its record, as JSON:
+
+    {"kind": "stdin", "name": "", "tests": [["3 4\\n", "7\\n"], ...]}
+    {"kind": "call", "name": "twoSum", "tests": [["[2, 7]\\n9", "[0, 1]"], ...]}
+
+`stdin`: input and expected output. `call`: one JSON value a line for each argument of the function
+`name`, or of that method of `class Solution`, and the JSON of its expected value. This is the form
+of LiveCodeBench, and of DeepCoder's three sources once their lists are written as JSON.
 """
 
 import dataclasses
+import functools
 import hashlib
+import json
+import re
 import threading
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from decimal import Decimal, InvalidOperation
+from typing import NamedTuple
 
 from oapl_jax.config import CodeRewardConfig
 from oapl_jax.errors import RunError, UserError
-from oapl_jax.rewards.code.problems import (
-    Problem,
-    choose_tests,
-    extract_code,
-    parse_problem,
-    same_output,
-    same_value,
-)
 from oapl_jax.rewards.code.sandbox import NoSandbox, Sandbox, find_bwrap
+from oapl_jax.rewards.math.extraction import after_thinking
 from oapl_jax.rewards.worker_process import Ended, Late
 
+KINDS = ("stdin", "call")
+BLOCK = re.compile(r"```(?:\w+)?\n(.*?)```", re.DOTALL)
 FOLDER_BYTES = 1 << 16  # of a temporary folder, beside the input
 CPU_LIMIT = -24  # exit code of a program that its CPU limit ended (SIGXCPU)
 
 
 @dataclasses.dataclass(frozen=True)
-class CodeVerdict:
-    """The outcome of a program.
+class Problem:
+    """The tests of a problem: pairs of input and expected output."""
 
-    Attributes:
-      outcome: "passed"; "failed" (a wrong output), "timeout" or "error" (it raised, was killed or
-        exceeded a limit) at a test; "no_code" (the response holds no program).
-      test: index, in the record, of the test at which it stopped, if any.
+    kind: str
+    name: str
+    tests: tuple[tuple[str, str], ...]
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        return hashlib.sha256(repr((self.kind, self.name, self.tests)).encode()).digest()
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the longest input and of the longest expected output."""
+        size = lambda part: max(len(test[part].encode(errors="replace")) for test in self.tests)
+        return size(0), size(1)
+
+
+def extract_code(response: str, *, thinking_opened: bool) -> str | None:
+    """The last fenced block after the thinking part, as in arXiv 2602.19362's released code."""
+    blocks = BLOCK.findall(after_thinking(response, thinking_opened=thinking_opened) or "")
+    return blocks[-1].strip() if blocks else None
+
+
+@functools.lru_cache(maxsize=32)  # the responses to one prompt are graded one after the other
+def parse_problem(answer: str) -> Problem:
+    """Reads the tests of a record from its `answer`; UserError names a mistake in them."""
+    try:
+        record = json.loads(answer)
+        if not isinstance(record, dict) or record.keys() != {"kind", "name", "tests"}:
+            raise ValueError('they are not an object of "kind", "name" and "tests"')
+        kind, name, tests = record["kind"], record["name"], record["tests"]
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
+        if not isinstance(name, str) or not (name.isidentifier() if kind == "call" else not name):
+            raise ValueError(f"name {name!r} does not fit kind {kind}")
+        if not isinstance(tests, list) or not tests:
+            raise ValueError("there are none")
+        for index, test in enumerate(tests):
+            if not isinstance(test, list) or [type(part) for part in test] != [str, str]:
+                raise ValueError(f"test {index} is not a pair of strings")
+            if kind == "call":
+                for line in (*test[0].split("\n"), test[1]):
+                    json.loads(line)
+    except ValueError as error:
+        raise UserError(
+            f"the tests of a record can't be used: {error}; build the data again"
+        ) from error
+    return Problem(kind, name, tuple((given, expected) for given, expected in tests))
+
+
+def choose_tests(problem: Problem, most: int) -> list[int]:
+    """Indices of the tests that count, in order: the `most` with the longest inputs; 0 for all."""
+    length = lambda index: len(problem.tests[index][0])
+    return sorted(sorted(range(len(problem.tests)), key=length, reverse=True)[: most or None])
+
+
+def same_output(printed: str, expected: str) -> bool:
+    """Whether two texts agree line by line, each stripped of white space.
+
+    A line that differs must hold the same numbers: 1.50 is 1.5 and 1e3 is 1000, without tolerance.
+    This is LiveCodeBench's rule (lcb_runner/evaluation/testing_util.py), as arXiv 2602.19362 has.
     """
+    lines, wanted = ([s.strip() for s in t.strip().split("\n")] for t in (printed, expected))
+    return len(lines) == len(wanted) and all(map(_same_line, lines, wanted))
+
+
+def same_value(returned: str, expected: str) -> bool:
+    """Whether two JSON texts hold equal values in Python, without tolerance: LiveCodeBench's rule,
+    but for tuples and integer keys inside of other values, which it takes for different."""
+    try:
+        return json.loads(returned) == json.loads(expected)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _same_line(line: str, wanted: str) -> bool:
+    if line == wanted:
+        return True
+    try:
+        return [Decimal(part) for part in line.split()] == [Decimal(p) for p in wanted.split()]
+    except InvalidOperation:
+        return False
+
+
+class CodeVerdict(NamedTuple):
+    """The outcome of a program: "passed"; "failed" (a wrong output), "timeout" or "error" (it
+    raised, was killed or exceeded a limit) at `test`, an index in the record; "no_code"."""
 
     outcome: str
     test: int | None = None
@@ -54,8 +143,7 @@ class CodeVerifier:
     Verdicts are remembered by content; no timeouts, which the machine may have caused.
 
     Raises:
-      UserError: if this machine can't isolate a program and `allow_unsafe` is not set. With it,
-        programs can read, and write, every file that this user can.
+      UserError: if this machine can't isolate a program and `allow_unsafe` is not set.
     """
 
     def __init__(self, config: CodeRewardConfig):
@@ -63,7 +151,7 @@ class CodeVerifier:
         self.bwrap = self._find_bwrap()
         self._pool = ThreadPoolExecutor(config.parallel, thread_name_prefix="programs")
         self._lock = threading.Lock()
-        self._verdicts: OrderedDict[bytes, CodeVerdict] = OrderedDict()
+        self._verdicts: dict[bytes, CodeVerdict] = {}
         self._counts: Counter[str] = Counter()
 
     def verify(self, response: str, answer: str) -> CodeVerdict:
@@ -76,12 +164,10 @@ class CodeVerifier:
         return self.verify_many([(response, parse_problem(answer))])[0]
 
     def verify_many(self, pairs: Iterable[tuple[str, Problem]]) -> list[CodeVerdict]:
-        """Verdicts on pairs of response and problem; errors as in `verify`."""
         running = [self._pool.submit(self._verify, *pair) for pair in pairs]
         return [future.result() for future in running]
 
     def final_answer(self, response: str) -> str:
-        """The program of a response, for a vote; "" if it has none."""
         return extract_code(response, thinking_opened=self._config.thinking_opened) or ""
 
     def counts(self) -> dict[str, int]:
@@ -109,13 +195,18 @@ class CodeVerifier:
         code = extract_code(response, thinking_opened=self._config.thinking_opened)
         if code is None:
             return self._count(CodeVerdict("no_code"))
-        self._check_fits(problem)
+        room = {"temporary_bytes": FOLDER_BYTES, "output_bytes": 1}
+        for (name, beside), longest in zip(room.items(), problem.sizes, strict=True):
+            if longest + beside > (limit := getattr(self._config, name)):
+                raise UserError(
+                    f"rewards.code.{name}={limit} is too small for a test of the data; raise it to "
+                    f"{longest + beside}"
+                )
         key = hashlib.sha256(problem.digest + code.encode(errors="surrogatepass")).digest()
         with self._lock:
-            known = self._verdicts.get(key)
-            if known is not None:
-                self._verdicts.move_to_end(key)
-        if known is not None:
+            if known := self._verdicts.pop(key, None):
+                self._verdicts[key] = known  # the last that was used
+        if known:
             return self._count(known, cached=1)
         chosen = choose_tests(problem, self._config.max_tests)
         try:
@@ -126,21 +217,8 @@ class CodeVerifier:
             with self._lock:
                 self._verdicts[key] = verdict
                 if len(self._verdicts) > self._config.cache_entries:
-                    self._verdicts.popitem(last=False)
+                    del self._verdicts[next(iter(self._verdicts))]  # the longest unused
         return self._count(verdict, tests=ran, left_out=len(problem.tests) - len(chosen))
-
-    def _check_fits(self, problem: Problem) -> None:
-        longest_input, longest_output = problem.sizes
-        needs = {
-            "temporary_bytes": longest_input + FOLDER_BYTES,
-            "output_bytes": longest_output + 1,
-        }
-        for name, needed in needs.items():
-            if needed > (limit := getattr(self._config, name)):
-                raise UserError(
-                    f"rewards.code.{name}={limit} is too small for a test of the data; raise it to "
-                    f"{needed}"
-                )
 
     def _run_tests(self, code: str, problem: Problem, chosen: list[int]) -> tuple[CodeVerdict, int]:
         """Runs the chosen tests up to the first that is not passed; how many ran."""

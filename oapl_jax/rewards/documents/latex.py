@@ -46,11 +46,8 @@ ENVIRONMENTS = {
 
 @functools.lru_cache(maxsize=4096)
 def count_commands(formula: str) -> int | None:
-    """The number of commands, scripts and environments; None for no formula, or nothing to see.
-
-    Args:
-      formula: what stands between the dollars; any text.
-    """
+    """The number of commands, scripts and environments in any text that stands between dollars;
+    None for no formula, or nothing to see."""
     if len(formula) > MAX_FORMULA or depth(formula) > MAX_DEPTH:
         return None
     walker = LatexWalker(formula, latex_context=latex_names()[0], tolerant_parsing=False)
@@ -124,11 +121,9 @@ def _names(nodes: Iterable[Any], *, in_table: bool) -> Iterator[str]:
 def _items(nodes: Iterable[Any]) -> Iterator[Any]:
     """Characters one by one, and other nodes as they are; without spaces."""
     for node in nodes:
-        if node is None:  # an optional argument that is not there
-            continue
-        if node.isNodeType(latexwalker.LatexCharsNode):
+        if isinstance(node, latexwalker.LatexCharsNode):
             yield from "".join(node.chars.replace("~", " ").split())
-        else:
+        elif node is not None:  # an optional argument that is there
             yield node
 
 
@@ -146,22 +141,18 @@ def _names_of(item: Any, *, in_table: bool) -> Iterator[str]:
         takes = spec.args_parser.argspec if spec else ""
         if takes and item.nodeargd is None:  # as the argument of another command
             raise _Illegal
-        if item.macroname in SPACES:
-            return
-        if not takes:
+        if item.macroname not in SPACES and not takes:
             yield VISIBLE
-            return
-        for argument in item.nodeargd.argnlist:
-            yield from _names([argument], in_table=False)
+        elif item.macroname not in SPACES:
+            for argument in item.nodeargd.argnlist:
+                yield from _names([argument], in_table=False)
     elif item.isNodeType(latexwalker.LatexEnvironmentNode):
         if item.environmentname not in environments:
             raise _Illegal
         yield item.environmentname
         yield from _names(item.nodelist, in_table=True)
-    elif item.isNodeType(latexwalker.LatexSpecialsNode):
-        if not in_table:  # it is &
+    elif isinstance(item, latexwalker.LatexSpecialsNode | latexwalker.LatexCommentNode):
+        if not in_table or item.isNodeType(latexwalker.LatexCommentNode):  # & belongs in a table
             raise _Illegal
-    elif item.isNodeType(latexwalker.LatexCommentNode):
-        raise _Illegal
     else:  # a group, or a formula inside of \text
         yield from _names(item.nodelist, in_table=False)

@@ -6,9 +6,9 @@ pipe tables become HTML ones; then tags are matched. Each pass takes linear time
 of Python does not where tags do not end.
 """
 
-import dataclasses
 import html
 import re
+from typing import NamedTuple
 
 from oapl_jax.rewards.documents.latex import count_commands
 
@@ -19,7 +19,8 @@ INSIDE = {  # a formula and its end, which is missing if a closing tag or the te
     r"\[": re.compile(r"((?:[^\\<]|\\[^\]]|<(?!/))*+)(\\\])?"),
 }
 BEGIN = re.compile(r"\\[\s\S]|\$\$?")
-STANDIN = re.compile("\ue000[0-9]+\ue001")  # in the place of a formula
+STANDIN = "\ue000{}\ue001"  # in the place of a formula, of Unicode's private use
+STANDINS = re.compile(STANDIN.format("[0-9]+"))
 NO_STANDINS = {0xE000: None, 0xE001: None}
 PIPE = re.compile(r"(?<!\\)\|")
 RULE = re.compile(r":?-+:?")
@@ -35,31 +36,28 @@ NEW_LINE = ("br", "caption", "div", "h1", "h2", "h3", "h4", "h5", "h6", "li", "p
 MAX_COLUMNS = 200  # of a table; a wider one counts as ragged
 
 
-@dataclasses.dataclass(frozen=True)
-class Formula:
+class Formula(NamedTuple):
     """A formula without delimiters, and its number of commands, None if it is invalid."""
 
     source: str
     commands: int | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table: whether two rows differ in their columns; whether it ends and has text in a cell."""
 
     ragged: bool
     complete: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """The parts of a document.
 
     Attributes:
       formulas, tables: in their order; tables by where they end.
-      open_tags: tags without their other half, and marks of Markdown (**, ~~, ```) likewise.
-      text: as a reader sees it: tables have a line for each row and a tab before each cell, white
-        space is one space, and formulas are their source between dollars.
+      open_tags: tags, and marks of Markdown (**, ~~, ```), without their other half.
+      text: as a reader sees it: a line for each row, a tab before each cell, white space as one
+        space, formulas as their source between dollars.
     """
 
     formulas: tuple[Formula, ...]
@@ -74,11 +72,9 @@ def read_document(text: str) -> Document:
     marks = MARKS.findall(text)
     reader = _Reader()
     reader.read(pipe_tables_to_html(HEADING.sub("", MARKS.sub("", text))))
-    shown = {
-        stand_in(i): f"${source}$" if (source := " ".join(formula.source.split())) else ""
-        for i, formula in enumerate(formulas)
-    }
-    seen = STANDIN.sub(lambda found: shown.get(found[0], ""), reader.text())
+    sources = [" ".join(formula.source.split()) for formula in formulas]
+    shown = {STANDIN.format(i): f"${source}$" for i, source in enumerate(sources) if source}
+    seen = STANDINS.sub(lambda found: shown.get(found[0], ""), reader.text())
     return Document(
         formulas=tuple(formulas),
         tables=tuple(reader.tables),
@@ -88,7 +84,7 @@ def read_document(text: str) -> Document:
 
 
 def cut_formulas(text: str) -> tuple[list[Formula], str]:
-    """The formulas of a text, and the text with `stand_in(i)` in the place of the i-th."""
+    """The formulas of a text, and the text with a STANDIN in the place of each."""
     formulas, rest, at = [], [], 0
     while begin := BEGIN.search(text, at):
         if begin[0] not in INSIDE:  # another command, or \\$
@@ -97,14 +93,10 @@ def cut_formulas(text: str) -> tuple[list[Formula], str]:
             continue
         inside = INSIDE[begin[0]].match(text, begin.end())
         assert inside is not None  # it may be empty
-        rest += (text[at : begin.start()], stand_in(len(formulas)))
+        rest += (text[at : begin.start()], STANDIN.format(len(formulas)))
         formulas.append(Formula(inside[1], count_commands(inside[1]) if inside[2] else None))
         at = inside.end()
     return formulas, "".join((*rest, text[at:]))
-
-
-def stand_in(index: int) -> str:
-    return f"\ue000{index}\ue001"  # of Unicode's private use
 
 
 def pipe_tables_to_html(text: str) -> str:

@@ -8,11 +8,11 @@ part of it that the response lacks counts as wrong, no term rises above the refe
 response without any text gets the minimum of every term.
 """
 
-import dataclasses
 import functools
 import threading
 from collections import Counter
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from rapidfuzz.distance import Levenshtein
 
@@ -23,6 +23,8 @@ from oapl_jax.rewards.documents.markup import Document, read_document
 # Range of each term.
 RANGES = {"syntax": (-1.0, 1.0), "closure": (-1.0, 0.0), "table": (0.0, 1.0), "text": (-1.0, 0.0)}
 LEAST = {name: low for name, (low, _) in RANGES.items()}
+# The responses to one prompt share a reference.
+_read_reference = functools.lru_cache(maxsize=1024)(read_document)
 
 
 def syntax_term(response: Document, reference: Document, *, plain: float) -> float:
@@ -32,9 +34,9 @@ def syntax_term(response: Document, reference: Document, *, plain: float) -> flo
                        -1                        if it can't be parsed, is empty or missing
                        1 - (1 - p) (1 - min(1, C / C_ref))    otherwise
 
-    with n formulas, of which the valid ones have C commands; 1 if n = n_ref = 0. "Based on
-    complexity" is all that arXiv 2603.01840 says of a valid formula's score: counting commands, up
-    to the reference's number, is our choice, not in the paper. `plain` is p.
+    with n formulas, of which the valid ones have C commands; 1 if n = n_ref = 0; p is `plain`.
+    Counting commands, up to the reference's number, is our choice: the paper says no more of a
+    valid formula's score than "based on complexity".
     """
     most = max(len(response.formulas), len(reference.formulas))
     if not most:
@@ -51,8 +53,7 @@ def closure_term(response: Document, *, per_tag: float) -> float:
 
         r_closure = -min(1, c n_open)
 
-    with n_open tags of HTML or marks of Markdown without their other half; arXiv 2603.01840 does
-    not state the constant c, here `per_tag`.
+    with n_open tags of HTML or marks of Markdown without their other half; c is `per_tag`.
     """
     return -min(1.0, per_tag * response.open_tags)
 
@@ -70,19 +71,15 @@ def table_term(response: Document, reference: Document) -> float:
 
 
 def text_term(response: Document, reference: Document) -> float:
-    """Distance of the text from the reference's, within -1 and 0, arXiv 2603.01840.
+    """Distance of the text, with its cells, from the reference's; within -1 and 0.
 
-        r_text = -Levenshtein(text, text_ref) / max(|text|, |text_ref|)
-
-    Text is as a reader sees it, see markup.py: the assignment of words to cells is part of it.
+    r_text = -Levenshtein(text, text_ref) / max(|text|, |text_ref|)
     """
     return -Levenshtein.normalized_distance(response.text, reference.text)
 
 
 def normalized_sum(terms: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """The weighted sum as a share of its range, within 0 and 1.
-
-        (R - R_min) / (R_max - R_min), R = sum_k l_k r_k
+    """The weighted sum as a share of its range: (R - R_min) / (R_max - R_min), R = sum_k l_k r_k.
 
     It is exactly 1 if every term that has a weight is at its upper bound, as the reference's are.
     """
@@ -90,13 +87,10 @@ def normalized_sum(terms: Mapping[str, float], weights: Mapping[str, float]) -> 
     return 1 - missing / sum(weights[name] * (high - low) for name, (low, high) in RANGES.items())
 
 
-@dataclasses.dataclass(frozen=True)
-class DocumentVerdict:
-    """The reward of a document, within 0 and 1 (1: right), its four terms, and its faults.
-
-    Faults are "unclosed" (a tag), "ragged" (a table), "invalid" (a formula that can't be parsed, is
-    empty or is missing), "empty" (no text) and "long" (not read at all).
-    """
+class DocumentVerdict(NamedTuple):
+    """The reward of a document, within 0 and 1 (1: right), its four terms, and its faults:
+    "unclosed" (a tag), "ragged" (a table), "invalid" (a formula that can't be parsed, is empty or
+    is missing), "empty" (no text) and "long" (not read at all)."""
 
     reward: float
     terms: Mapping[str, float]
@@ -114,14 +108,12 @@ class DocumentVerifier:
         self._lock = threading.Lock()
 
     def verify(self, response: str, answer: str) -> DocumentVerdict:
-        """Compares a response with the reference document `answer`."""
         verdict = self._verify(response, answer)
         with self._lock:
             self._counts.update(("graded", *verdict.faults, *(["right"] * (verdict.reward == 1))))
         return verdict
 
     def final_answer(self, response: str) -> str:
-        """All of a response, for a vote."""
         return response
 
     def counts(self) -> dict[str, int]:
@@ -139,8 +131,8 @@ class DocumentVerifier:
         faults = {
             "unclosed": found.open_tags > 0,
             "ragged": any(t.ragged for t in found.tables),
-            "invalid": any(f.commands is None for f in found.formulas)
-            or len(found.formulas) < len(wanted.formulas),
+            "invalid": len(found.formulas) < len(wanted.formulas)
+            or any(f.commands is None for f in found.formulas),
             "empty": not found.text.strip(),
         }
         terms = LEAST
@@ -153,9 +145,3 @@ class DocumentVerifier:
             }
         reward = normalized_sum(terms, self._weights)
         return DocumentVerdict(reward, terms, tuple(name for name, has in faults.items() if has))
-
-
-@functools.lru_cache(maxsize=1024)
-def _read_reference(text: str) -> Document:
-    """The responses to one prompt share a reference."""
-    return read_document(text)

@@ -9,12 +9,11 @@ response is one short line. Thinking does not count: only the text after `</thin
 import re
 from fractions import Fraction
 
-from oapl_jax.rewards.math.judge.numbers import number
+from oapl_jax.rewards.math.judge.text_answers import number
 
 MAX_TAIL = 50_000  # characters at the end of a response where its answer is looked for
 MAX_ANSWER = 1_000  # characters of an answer
 MAX_LINE = 200  # characters of a response that is nothing but its answer
-THINK, UNTHINK = "<think>", "</think>"
 
 BOX = re.compile(
     r"\\(?:boxed|fbox)\s*(?P<brace>\{)|(?P<escape>\\[\\{}])|(?P<open>\{)|(?P<close>\})"
@@ -44,14 +43,19 @@ SYMBOLS = {
     "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "％": "%", "，": ",",
     "（": "(", "）": ")", "“": '"', "”": '"', "’": "'", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
 }  # fmt: skip
+COMMANDS = {
+    "leq": r"\le ", "leqslant": r"\le ", "geq": r"\ge ", "geqslant": r"\ge ", "ne": r"\neq ",
+    "thickapprox": r"\approx ", "simeq": r"\approx ", "degree": r"^\circ ", "degrees": r"^\circ ",
+    "varnothing": r"\emptyset ", "langle": "(", "rangle": ")", "lt": "<", "gt": ">", "colon": ":",
+    "equiv": "=",
+}  # fmt: skip
 REWRITES = tuple(
     (re.compile(pattern), by)
     for pattern, by in (
         (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"√\s*([0-9]+|[A-Za-z])", r"\\sqrt{\1}"),
         (r"(?<!\\)\\[\[\]()]", " "),
-        (r"\\\$", r" \\dollar "),
-        (r"\$", " "),
+        (r"\\\$", r" \\dollar "), (r"\$", " "),
         (r"(?<=[0-9])\\[,!;: ]\s*(?=[0-9]{3})", ""),
         (r"(?<=[0-9])\{,\}(?=[0-9]{3})", ""),
         (r"(?<=[0-9]),(?:\\[!,;:]\s*|\{\})(?=[0-9]{3})", ","),
@@ -66,25 +70,13 @@ REWRITES = tuple(
         (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
         (r"\\(?:rm|bf|it)(?![A-Za-z])", " "),
         (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
-        (r"\\(?:leq|leqslant)(?![A-Za-z])", r"\\le "),
-        (r"\\(?:geq|geqslant)(?![A-Za-z])", r"\\ge "),
-        (r"\\langle(?![A-Za-z])", "("),
-        (r"\\rangle(?![A-Za-z])", ")"),
-        (r"\\lt(?![A-Za-z])", "<"),
-        (r"\\gt(?![A-Za-z])", ">"),
-        (r"\\ne(?![A-Za-z])", r"\\neq "),
-        (r"\\(?:thickapprox|simeq)(?![A-Za-z])", r"\\approx "),
-        (r"\\(?:degree|degrees)(?![A-Za-z])", r"^\\circ "),
+        (r"\\([A-Za-z]+)", lambda m: COMMANDS.get(m[1]) or m[0]),
         (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
-        (r"\\(?:varnothing)(?![A-Za-z])", r"\\emptyset "),
-        (r"\\colon(?![A-Za-z])|\{:\}|\\text\s*\{\s*to\s*\}", ":"),
-        (r"\\equiv(?![A-Za-z])", "="),
+        (r"\{:\}|\\text\s*\{\s*to\s*\}", ":"),
         (r"\\pmod\s*\{?\s*([0-9A-Za-z]+)\s*\}?|\(\s*(?:\\text\s*\{)?\s*mod\s*\}?\s*([0-9A-Za-z]+)\s*\)",
          lambda m: rf"\pmod{{{m[1] or m[2]}}}"),
         (r"\\%|\\text\s*\{\s*(?:percent|pct)\s*\}|\b(?:percent|pct)\b", "%"),
-        (r"<=", r"\\le "),
-        (r">=", r"\\ge "),
-        (r"!=", r"\\neq "),
+        (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\neq "),
         (r"\*\*(?=[0-9({-])", "^"),
         (r"^[*_]+|[*_]+$", ""),
         (r"\s+", " "),
@@ -92,19 +84,19 @@ REWRITES = tuple(
 )  # fmt: skip
 
 
-def final_answer(response: str, *, thinking_opened: bool) -> str | None:
-    """The final answer of a response, tidied; None if it has none.
+def after_thinking(response: str, *, thinking_opened: bool) -> str | None:
+    """The text after the thinking part; None if that part never ends.
 
-    Args:
-      response: the model's text, without the prompt.
-      thinking_opened: whether the prompt ends inside the thinking part (its template writes
-        `<think>`), so that a response without `</think>` never came to an answer.
+    `thinking_opened`: the prompt ends inside it, as the chat template itself writes `<think>`.
     """
-    end = response.rfind(UNTHINK)
-    if end < 0 and (thinking_opened or THINK in response):
-        return None
-    visible = response[end + len(UNTHINK) if end >= 0 else 0 :]
-    if THINK in visible:
+    _, end, visible = response.rpartition("</think>")
+    return None if "<think>" in visible or (thinking_opened and not end) else visible
+
+
+def final_answer(response: str, *, thinking_opened: bool) -> str | None:
+    """The final answer of a response, tidied; None if it has none."""
+    visible = after_thinking(response, thinking_opened=thinking_opened)
+    if visible is None:
         return None
     visible = visible[-MAX_TAIL:]
     found = _boxed(visible)

@@ -25,12 +25,8 @@ JUDGE = ("-m", "oapl_jax.rewards.math.judge")
 
 
 class JudgePool:
-    """Processes that answer one request each at a time; every method is thread-safe.
-
-    Args:
-      config: their number and limits.
-      program: Python's arguments that name a program which calls `supervise`.
-    """
+    """Processes that answer one request each at a time; every method is thread-safe. `program`
+    is the arguments of Python that name a program which calls `supervise`."""
 
     def __init__(self, config: MathRewardConfig, program: Sequence[str] = JUDGE):
         # -s -P -B: no user site, no current directory, no bytecode is written.
@@ -66,7 +62,7 @@ class JudgePool:
             self._free.put(process)
 
     def close(self) -> None:
-        """Ends all processes, after the requests that they have; nothing is left behind."""
+        """Ends all processes after the requests that they have."""
         self._closed = True
         for process in [self._next() for _ in range(self._processes)]:
             process.kill()
@@ -84,15 +80,14 @@ class _JudgeProcess(SpawnedWorker):
 
     def __init__(self, command: Sequence[str]):
         # No secrets, no accelerator and no Python settings of this process.
-        environment = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "LANG": "C.UTF-8"}
-        environment["PYTHONPATH"] = str(Path(__file__).parents[3])
+        env = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "LANG": "C.UTF-8"}
+        env["PYTHONPATH"] = str(Path(__file__).parents[3])
         if libraries := os.environ.get("LD_LIBRARY_PATH"):  # of the Python that runs it
-            environment["LD_LIBRARY_PATH"] = libraries
-        super().__init__(command, environment)
+            env["LD_LIBRARY_PATH"] = libraries
+        super().__init__(command, env)
         self._ready = False
 
     def ask(self, content: bytes, seconds: float) -> bytes:
-        """Sends a request and reads the reply; Ended or Late if there is none in `seconds`."""
         if not self._ready:
             try:
                 self.receive(time.monotonic() + START_SECONDS)

@@ -5,29 +5,22 @@ numbers are compared here, and all else goes to judge processes that a deadline 
 is an outcome of its own: its reward is 0, and it is not called wrong.
 """
 
-import dataclasses
 import functools
 import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from oapl_jax.config import MathRewardConfig
 from oapl_jax.rewards.math.extraction import MAX_ANSWER, canonical, final_answer, tidy
-from oapl_jax.rewards.math.judge.numbers import agree, number
+from oapl_jax.rewards.math.judge.text_answers import agree, number
 from oapl_jax.rewards.math.judge_pool import JudgePool
 
 
-@dataclasses.dataclass(frozen=True)
-class MathVerdict:
-    """The outcome of an answer.
-
-    Attributes:
-      outcome: "right"; "wrong" (also a missing or unreadable answer); "timeout"; "error" (the
-        reference can't be read, or the judge failed, for instance for want of memory).
-      reason: for people and logs.
-    """
+class MathVerdict(NamedTuple):
+    """The outcome of an answer, and its reason for people and logs. "wrong" is also a missing or
+    unreadable answer; at an "error" the reference can't be read, or the judge lacked memory."""
 
     outcome: Literal["right", "wrong", "timeout", "error"]
     reason: str
@@ -48,7 +41,6 @@ class MathVerifier:
         self._lock = threading.Lock()
 
     def verify(self, response: str, answer: str) -> MathVerdict:
-        """Judges one response against the reference answer."""
         return self.verify_many([(response, answer)])[0]
 
     def verify_many(self, pairs: Sequence[tuple[str, str]]) -> list[MathVerdict]:
@@ -68,7 +60,6 @@ class MathVerifier:
         return canonical(self._extract(response) or "")
 
     def counts(self) -> dict[str, int]:
-        """Answers judged so far, by outcome."""
         with self._lock:
             return dict(self._counts)
 

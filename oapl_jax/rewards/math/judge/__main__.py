@@ -6,10 +6,9 @@ python -m oapl_jax.rewards.math.judge SECONDS RECYCLE_AFTER MEMORY_BYTES
 import logging
 import sys
 
-from oapl_jax.rewards.math.judge.answer_ast import same_answer
-from oapl_jax.rewards.math.judge.parser import parse_answer
+from oapl_jax.rewards.math.judge.answers import parse_answer, same_answer
 from oapl_jax.rewards.math.judge.supervisor import supervise
-from oapl_jax.rewards.math.judge.sympy_equal import GENERATED, Unreadable, same_value
+from oapl_jax.rewards.math.judge.sympy_equal import GENERATED, Unreadable
 
 
 def judge_pair(pair: list[str]) -> list[str]:
@@ -20,10 +19,8 @@ def judge_pair(pair: list[str]) -> list[str]:
     except ValueError as error:
         return ["error", f"the reference can't be read: {error}"]
     try:
-        return [
-            "right" if same_answer(parse_answer(answer), expected, same_value) else "wrong",
-            "compared",
-        ]
+        right = same_answer(parse_answer(answer), expected)
+        return ["right" if right else "wrong", "compared"]
     except Unreadable as error:
         return ["error", f"the reference can't be read: {error}"]
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,7 @@
 """The main loop of a judge process: a supervisor that forks, limits and kills its worker.
 
-The supervisor has imported everything and passes requests to a worker, which it replaces when an
-answer is late or after so many answers. It has one thread, so a fork is safe and takes
-milliseconds. It never looks into what it passes on.
+The supervisor has imported everything and passes requests on unread. It replaces the worker when an
+answer is late or after so many. It has one thread, so a fork is safe and takes milliseconds.
 """
 
 import json
@@ -26,18 +25,16 @@ REFUSED_EVENTS = re.compile(
 )
 
 
+Judge = Callable[[Any], Any]  # JSON value -> JSON value
+
+
 class Refused(BaseException):
     """The judge was about to run text or to touch the machine; not an Exception, so that no
     library swallows it."""
 
 
 def supervise(
-    judge: Callable[[Any], Any],
-    *,
-    generated: re.Pattern[str],
-    seconds: float,
-    recycle_after: int,
-    memory_bytes: int,
+    judge: Judge, *, generated: re.Pattern, seconds: float, recycle_after: int, memory_bytes: int
 ) -> None:
     """Answers the frames of standard input until it ends, after an empty frame when it is ready.
 
@@ -45,7 +42,6 @@ def supervise(
     or {"failed": "crash", "detail": why}.
 
     Args:
-      judge: JSON value -> JSON value.
       generated: the only texts that the judge's libraries may turn into code.
       seconds: deadline of a request.
       recycle_after: requests after which a worker is replaced.
@@ -85,11 +81,8 @@ def _confine(generated: re.Pattern[str], memory_bytes: int) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nothing, descriptor)
-    for limit, value in (
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-    ):
+    limits = {resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
+    for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
 
     def refuse(event: str, details: tuple) -> None:
@@ -107,8 +100,7 @@ def _confine(generated: re.Pattern[str], memory_bytes: int) -> None:
     sys.addaudithook(refuse)
 
 
-def _answer(judge: Callable[[Any], Any], request: int, reply: int, seconds: float) -> None:
-    """Runs the judge on each frame of `request` until it ends."""
+def _answer(judge: Judge, request: int, reply: int, seconds: float) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with open(request, "rb") as requests:
         while (content := read_frame(requests)) is not None:

@@ -17,7 +17,7 @@ import sympy.series.formal
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
 from math_verify import verify
 
-from oapl_jax.rewards.math.judge.numbers import agree, number
+from oapl_jax.rewards.math.judge.text_answers import agree, number
 
 DIGITS, MAX_DIGITS = 50, 10_000
 EQUAL, DIFFERENT = sympy.Float("1e-40", DIGITS), sympy.Float("1e-9", DIGITS)
@@ -83,27 +83,26 @@ class _Reader(_Latex2Sympy):
 
 
 def same_value(answer: str, reference: str) -> bool:
-    """Whether two expressions or equations without parts are equal.
-
-    Raises:
-      Unreadable: for a reference that can't be read.
-    """
+    """Whether two expressions or equations are equal; Unreadable for a bad reference."""
     if answer.replace(" ", "") == reference.replace(" ", ""):
         return True
     a, r = number(answer.strip()), number(reference.strip())
     if a is not None and r is not None:
         return agree(a, r, decimal="." in answer + reference)
-    if BASED.fullmatch(reference) or BASED.fullmatch(answer):
-        return _same_in_base(answer, reference)
+    in_base, wanted = BASED.fullmatch(answer), BASED.fullmatch(reference)
+    if in_base and wanted:
+        return in_base.groups() == wanted.groups()
+    if in_base or wanted:  # a base that is left out is the other's
+        return (in_base or [0, answer])[1] == (wanted or [0, reference])[1]
     expected = _parse_latex(reference)
     try:
         found = _parse_latex(answer)
     except Unreadable:
         return False
     verdict = _compare_numerically(found, expected, decimal="." in answer + reference)
-    if verdict is not None:
-        return verdict
-    return verify([expected], [found], timeout_seconds=None, raise_on_error=True)
+    if verdict is None:
+        return verify([expected], [found], timeout_seconds=None, raise_on_error=True)
+    return verdict
 
 
 @functools.lru_cache(maxsize=256)  # the responses to one prompt share its reference
@@ -171,11 +170,3 @@ def _repeating(match: re.Match) -> str:
     whole, head, tail = match[1], match[2], match[3] or match[4]
     value = int((whole or "0") + head + tail) - int((whole or "0") + head)
     return rf"\frac{{{value}}}{{{(10 ** len(tail) - 1) * 10 ** len(head)}}}"
-
-
-def _same_in_base(answer: str, reference: str) -> bool:
-    """Digits with a base; a base that is left out is the other's."""
-    a, r = BASED.fullmatch(answer), BASED.fullmatch(reference)
-    if a and r:
-        return a.groups() == r.groups()
-    return (a[1] if a else answer) == (r[1] if r else reference)

@@ -1,8 +1,13 @@
-"""Parser of answers: lists, relations, brackets, matrices; no text is evaluated."""
+"""Answers: syntax trees, their parser and their equality; no text is evaluated.
+
+Values stand in lists, sets, tuples, intervals and matrices, with names and units. Two forms are
+compared part by part; values without parts are compared by sympy_equal.py.
+"""
 
 import re
+from typing import NamedTuple
 
-from oapl_jax.rewards.math.judge.answer_ast import Form, Matrix, Named, Parts, Text, Value
+from oapl_jax.rewards.math.judge.sympy_equal import same_value
 from oapl_jax.rewards.math.judge.text_answers import TEXT, name, split_unit, text_answer
 
 MAX_DEPTH = 40  # of brackets
@@ -21,12 +26,47 @@ RELATIONS = {"<": "<", ">": ">", r"\le": "<=", r"\ge": ">="}
 MIRRORED = str.maketrans("<>", "><")
 
 
-def parse_answer(text: str, depth: int = MAX_DEPTH) -> Form:
-    """Parses a tidied answer; every text has a form.
+class Text(NamedTuple):
+    text: str
 
-    Raises:
-      ValueError: if brackets are nested too deeply or there are too many parts.
-    """
+
+class Value(NamedTuple):
+    """Mathematics without parts; `unit` follows a number; `sides` are those of an equation."""
+
+    text: str
+    unit: str = ""
+    percent: bool = False
+    sides: tuple[str, ...] = ()
+
+
+class Named(NamedTuple):
+    """`name = form`, with the `steps` between them, as in x = 6/2 = 3."""
+
+    name: str
+    form: "Form"
+    steps: tuple["Form", ...]
+    text: str
+
+
+class Parts(NamedTuple):
+    r"""Parts in brackets; "" on both sides for a bare list, "\cup" for a union, ":" for a ratio."""
+
+    left: str
+    right: str
+    parts: tuple["Form", ...]
+    text: str
+
+
+class Matrix(NamedTuple):
+    rows: tuple[tuple["Form", ...], ...]
+    text: str
+
+
+Form = Text | Value | Named | Parts | Matrix
+
+
+def parse_answer(text: str, depth: int = MAX_DEPTH) -> Form:
+    """Parses a tidied answer; ValueError if it has too many parts or nests too deeply."""
     if not depth:
         raise ValueError("nested too deeply")
     text = _bare(text)
@@ -157,3 +197,107 @@ def _closes(tokens: list[str]) -> int:
         if not level:
             return i
     return -1
+
+
+def same_answer(answer: Form, reference: Form) -> bool:
+    match answer, reference:
+        case Text(), Text():
+            return answer.text == reference.text
+        case Named(), Named() if answer.name == reference.name:
+            return all(same_answer(a, reference.form) for a in (*answer.steps, answer.form))
+        case (Named(), Named() | Value(sides=(_, *_))) | (Value(sides=(_, *_)), Named()):
+            return same_value(answer.text, reference.text)
+        case Named(), _:
+            return all(same_answer(a, reference) for a in (*answer.steps, answer.form))
+        case _, Named():
+            return same_answer(answer, reference.form)
+        case Value(), Value():
+            return _same_values(answer, reference)
+        case Parts(), Parts():
+            if ":" in (answer.left, reference.left):
+                return _same_ratios(answer, reference)
+            return _same_parts(answer, reference)
+        case Matrix(), Matrix():
+            return len(answer.rows) == len(reference.rows) and all(
+                len(a) == len(r) and all(map(same_answer, a, r))
+                for a, r in zip(answer.rows, reference.rows, strict=True)
+            )
+        case (Matrix(), Parts(left="(")) | (Parts(left="("), Matrix()):
+            a, r = _vector(answer), _vector(reference)
+            return len(a) == len(r) and all(map(same_answer, a, r))
+        case Value(), Text():
+            return answer.text.upper() == reference.text
+        case (Text(), _) | (_, Text()):
+            return False
+        case Parts(left=":", parts=(a, b)), Value():
+            return same_value(rf"\frac{{{a.text}}}{{{b.text}}}", reference.text)
+        case Value(), Parts(left=":", parts=(a, b)):
+            return same_value(answer.text, rf"\frac{{{a.text}}}{{{b.text}}}")
+        case (Parts(left=""), _) | (_, Parts(left="")):
+            return False
+    return same_value(answer.text, reference.text)
+
+
+def _same_values(answer: Value, reference: Value) -> bool:
+    a, r = answer.text, reference.text
+    if answer.unit and reference.unit and answer.unit != reference.unit:
+        return False
+    if answer.sides and not reference.sides:  # 2 + 3 = 5: every side must be the answer
+        return all(same_value(side, r) for side in answer.sides)
+    if same_value(a, r):
+        return True
+    # A percent sign is a unit that may be left out, and it is a factor.
+    if answer.percent != reference.percent:
+        hundredth = lambda value: rf"\frac{{{value.text}}}{{100}}" if value.percent else value.text
+        return same_value(hundredth(answer), hundredth(reference))
+    # So is a degree sign.
+    if "°" in (answer.unit, reference.unit) and answer.unit != reference.unit:
+        radians = lambda v: rf"\frac{{({v.text}) \pi}}{{180}}" if v.unit == "°" else v.text
+        return same_value(radians(answer), radians(reference))
+    return False
+
+
+def _same_parts(answer: Parts, reference: Parts) -> bool:
+    a, r = list(answer.parts), list(reference.parts)
+    kinds = {parts.left + parts.right for parts in (answer, reference)}
+    bare = "" in kinds
+    if len(kinds - {""}) > 1 or len(a) != len(r):
+        return False
+    if bare and not kinds <= {"", "()", r"\{\}"}:
+        return False  # [1, 2] is no list of 1 and 2
+    # x = 1, y = 2 gives 1, 2 an order; x_1 = 1, x_2 = 2 gives none.
+    letters = lambda parts: {p.name.split("_")[0] for p in parts if isinstance(p, Named)}
+    named = [len(letters(parts)) > 1 for parts in (a, r)]
+    ordered = not kinds <= {"", r"\{\}", r"\cup\cup"} or named[0] != named[1]
+    if ordered:
+        return all(map(same_answer, a, r))
+    for part in r:
+        found = next((i for i, other in enumerate(a) if same_answer(other, part)), None)
+        if found is None:
+            return False
+        a.pop(found)
+    return True
+
+
+def _same_ratios(answer: Parts, reference: Parts) -> bool:
+    """Whether a : b : c and r : s : t are proportional."""
+    a, r = ([part.text for part in parts.parts] for parts in (answer, reference))
+    if answer.left != reference.left or len(a) != len(r):
+        return False
+    zeros = [[same_value(x, "0") for x in parts] for parts in (a, r)]
+    if zeros[0] != zeros[1] or all(zeros[1]):
+        return zeros[0] == zeros[1]
+    first = zeros[1].index(False)
+    over = lambda parts, i: rf"\frac{{{parts[i]}}}{{{parts[first]}}}"
+    return all(same_value(over(a, i), over(r, i)) for i in range(len(a)))
+
+
+def _vector(form: Form) -> tuple[Form, ...]:
+    """Entries of a tuple, or of a matrix with one row or one column."""
+    if isinstance(form, Parts):
+        return form.parts
+    if not isinstance(form, Matrix):
+        return ()
+    if len(form.rows) == 1:
+        return form.rows[0]
+    return tuple(row[0] for row in form.rows) if all(len(r) == 1 for r in form.rows) else ()
