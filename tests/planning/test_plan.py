@@ -1,4 +1,4 @@
-"""Plans by the TPU compiler for a v5e 2x2, without a TPU."""
+"""Plans and small train steps by the TPU compiler for a v5e 2x2, without a TPU."""
 
 import functools
 import json
@@ -12,16 +12,25 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from small_plans import small_run
+from small_runs import typed
 
+from configs import arithmetic
 from oapl_jax.errors import RunError, UserError
+from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import AXES
+from oapl_jax.plan import plan_inputs
 from oapl_jax.planning import hardware, memory, programs
 from oapl_jax.planning.estimate import step_times
 from oapl_jax.planning.hlo import Module, collective_bytes
 
-HIDDEN, LAYERS, LENGTH = 512, 2, 512
+HIDDEN, LAYERS, ROWS = 512, 2, 8
 GIB = 2**30
+LARGE = dict(length=512, prompt=128, chunk=128, hidden_size=HIDDEN, intermediate_size=1024)
+SMALL = dict(length=128, prompt=32, chunk=64, hidden_size=256, intermediate_size=512)
+SIZES = {
+    "large": LARGE | dict(vocab_size=2048),
+    "small": SMALL | dict(vocab_size=1024, tie_word_embeddings=False),
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,33 +38,58 @@ def where():
     return hardware.open_slice("v5e:2x2")
 
 
-@pytest.fixture(scope="module")
-def run(where):
-    """A decoder of 5 million parameters, two micro-batches of two rows a chip."""
-    sizes = dict(hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, vocab_size=2048)
-    return small_run(where, dict(fsdp=4), length=LENGTH, prompt=128, logp_chunk=128, sizes=sizes)
+@functools.cache
+def compiled(name, remat="full", micro_batches=2, **mesh):
+    """A small run on a v5e 2x2 with micro-batches of 8 rows, its compiled train step, its times."""
+    where, sizes = hardware.open_slice("v5e:2x2"), dict(SIZES[name])
+    length, prompt, chunk = (sizes.pop(key) for key in ("length", "prompt", "chunk"))
+    config = arithmetic.get_config().unlock()
+    config.group_size, config.groups_per_step = 4, 2 * micro_batches
+    config.data.max_prompt_tokens, config.rollout.max_response_tokens = prompt, length - prompt
+    config.model.update(dtype="bfloat16", remat=remat)
+    config.mesh.update(dict(data=1, fsdp=1, context=1, tensor=1) | mesh)
+    config.rollout.sampler, config.evaluation.every = "fleet", 0
+    config.learner.update(
+        micro_batches=micro_batches, row_length=length, rows_multiple=ROWS, logp_chunk=chunk
+    )
+    decoder = dict(head_dim=64, num_hidden_layers=LAYERS, max_position_embeddings=length) | sizes
+    model = ModelConfig.from_hf(dict(config.model.architecture) | decoder, source="this test")
+    inputs = plan_inputs(typed(config), model, False)
+    run = programs.RunPrograms(inputs, hardware.make_mesh(where, **config.mesh))
+    assert run.longest.tokens.shape == (micro_batches, ROWS, length)
+    step = run.train_step()
+    traced = step.trace()
+    result = memory.compile_program(step, traced, memory.available_hbm(where))
+    assert result.module
+    return run, result, step_times(run, where, traced, result.module)
 
 
-@pytest.fixture(scope="module")
-def traced(run):
-    return run.train_step().trace()
+@pytest.mark.parametrize(
+    ("name", "mesh", "axes"),
+    [
+        ("large", dict(fsdp=4), {"fsdp"}),
+        ("small", dict(fsdp=2, context=2), {"fsdp", "context"}),
+        ("small", dict(fsdp=2, tensor=2), {"fsdp", "tensor"}),
+    ],
+)
+def test_a_train_step_copies_no_argument_and_replicates_nothing(name, mesh, axes):
+    run, result, times = compiled(name, **mesh)
+    assert run.mesh.axis_names == AXES
+    assert result.fits
+    assert result.replicated == 0
+    assert result.donated["arrays"] == len(jax.tree.leaves(run.state))
+    assert result.donated["bytes"] >= programs.per_chip(run.state)
+    assert result.donated["results not in an argument's place"] < 64 * 1024  # the metrics
+    rows = times["collectives"].values()
+    assert {part for row in rows for group in row for part in group.split("+")} == axes
+    assert min(times["roofline"][term] for term in ("compute", "hbm", "interconnect")) > 0
 
 
-@pytest.fixture(scope="module")
-def compiled(run, traced, where):
-    return memory.compile_program(run.train_step(), traced, memory.available_hbm(where))
-
-
-@pytest.fixture(scope="module")
-def times(run, where, traced, compiled):
-    return step_times(run, where, traced, compiled.module)
-
-
-def test_hbm_is_the_compilers_own_figure(run, compiled):
+def test_hbm_is_the_compilers_own_figure():
+    run, result, _ = compiled("large", fsdp=4)
     layer = HIDDEN * (2 * 256 + 2 * 128 + 3 * 2 * HIDDEN)
     parameters = 4 * (LAYERS * layer + 2048 * HIDDEN) / 4  # float32, over 4 chips
-    kinds, said = compiled.hbm, compiled.compiled.memory_analysis()
-    assert compiled.fits
+    kinds, said = result.hbm, result.compiled.memory_analysis()
     assert parameters < kinds["parameters"] < 1.01 * parameters  # and the norms
     assert abs(kinds["optimizer"] - 2 * kinds["parameters"]) < 100  # and the counts
     assert min(kinds.values()) > 0
@@ -66,17 +100,29 @@ def test_hbm_is_the_compilers_own_figure(run, compiled):
     assert own < sum(kinds.values()) <= own + unused + 1024
 
 
-def test_no_argument_is_copied(run, compiled):
-    assert run.mesh.axis_names == AXES
-    assert compiled.donated["arrays"] == len(jax.tree.leaves(run.state))
-    assert compiled.donated["bytes"] >= programs.per_chip(run.state)
-    metrics = compiled.donated["results not in an argument's place"]
-    assert metrics < 64 * 1024
+def test_accumulation_keeps_one_gradient_more_and_nothing_else():
+    run, two, _ = compiled("small", fsdp=2, context=2)
+    _, one, _ = compiled("small", fsdp=2, context=2, micro_batches=1)
+    made = lambda result: result.hbm["temporaries"] + result.hbm.get("activations", 0)
+    assert 0 < made(two) - made(one) <= programs.per_chip(run.state.params)
 
 
-def test_arrays_resharded_by_replication_are_counted(where, compiled):
+def test_offloaded_activations_are_in_the_hosts_memory():
+    _, kept, _ = compiled("small", fsdp=2, context=2)
+    assert kept.offloaded == 0
+    _, result, times = compiled("small", fsdp=4, remat="offload")
+    layer = ROWS // 4 * 128 * 256 * 2  # its input, in bfloat16
+    assert 2 * layer < result.offloaded < 16 * layer
+    # Out and back for each micro-batch and layer: its input, attention's results in 4 heads of 64,
+    # and a float32 of each head's row.
+    one = 2 * layer + ROWS // 4 * 128 * 4 * 4
+    assert times["host_traffic"] == 2 * 2 * 2 * one
+    assert times["roofline"]["host"] == times["host_traffic"] / 16e9
+    assert result.replicated == 0
+
+
+def test_arrays_resharded_by_replication_are_counted(where):
     """No exchange between two chips leads from rows over all of them to columns and planes."""
-    assert compiled.replicated == 0
     mesh = hardware.make_mesh(where, data=2, fsdp=2)
     rows, rest = (NamedSharding(mesh, P(*axes)) for axes in ([AXES[:2]], [None, *AXES[:2]]))
     x = jax.ShapeDtypeStruct((8, 8, 128), jnp.float32, sharding=rows)
@@ -86,19 +132,16 @@ def test_arrays_resharded_by_replication_are_counted(where, compiled):
     assert memory.compile_program(program, program.trace(), available).replicated == 1
 
 
-def test_collectives_of_the_train_step_reach_over_fsdp(times):
-    table = times["collectives"]
+def test_collectives_and_flops_of_the_train_step():
+    _, _, times = compiled("large", fsdp=4)
+    table, flops = times["collectives"], times["flops"]
     assert {"all-gather", "reduce-scatter"} <= table.keys()
-    assert {axes for row in table.values() for axes in row} == {"fsdp"}
     # Weights in bfloat16, three quarters of them from other chips, at least once in each pass over
     # two micro-batches.
     kernels = LAYERS * HIDDEN * (2 * 256 + 2 * 128 + 3 * 2 * HIDDEN)
     assert 2 * 2 * 2 * kernels * 3 / 4 < table["all-gather"]["fsdp"] < 60 * kernels
     assert times["roofline"]["interconnect"] == sum(r["fsdp"] for r in table.values()) / 100e9
 
-
-def test_flops_of_the_program_are_those_of_the_formula_and_of_remat(times):
-    flops = times["flops"]
     # The formula has no logits of prompts, and no products that attention's backward pass repeats.
     assert 1.0 < (flops["program"] - flops["remat"]) / flops["formula"] < 1.35
     assert 0.6 < flops["remat"] / (flops["formula"] / 3) < 1.2
@@ -121,13 +164,11 @@ def test_bytes_of_each_collective_equal_a_hand_computation(where):
     def loop(x):
         return jax.lax.scan(body, x, None, length=5)[0]
 
-    x = jax.ShapeDtypeStruct(
-        (2 * rows, columns), jnp.float32, sharding=NamedSharding(mesh, P("fsdp"))
-    )
+    rows_of_all = NamedSharding(mesh, P("fsdp"))
+    x = jax.ShapeDtypeStruct((2 * rows, columns), jnp.float32, sharding=rows_of_all)
     part = rows * columns * 4
     text = jax.jit(loop).lower(x).compile().as_text()
-    assert text
-    assert collective_bytes(Module(text), mesh.shape) == {
+    assert collective_bytes(Module(text or ""), mesh.shape) == {
         "all-gather": {"fsdp": 5 * part},  # the other chip's part
         "reduce-scatter": {"fsdp": 5 * part},  # the other chip's summand of my part
         "all-reduce": {"data": 5 * 2 * part / 2},
@@ -146,9 +187,9 @@ def test_a_program_that_is_too_large_does_not_fit(where):
     available = memory.available_hbm(where)
     assert available == 15.75 * GIB
     of = functools.partial(program_of, where)
-    compiled = lambda program: memory.compile_program(program, program.trace(), available)
-    assert compiled(of(15 * GIB, {})).fits
-    refused = compiled(of(9 * GIB, {}, donated=False))  # argument and result
+    compile_ = lambda program: memory.compile_program(program, program.trace(), available)
+    assert compile_(of(15 * GIB, {})).fits
+    refused = compile_(of(9 * GIB, {}, donated=False))  # argument and result
     assert not refused.fits
     assert "15.75G" in refused.because
     assert memory.check_arguments(of(15 * GIB, {}), available) is None
@@ -156,7 +197,7 @@ def test_a_program_that_is_too_large_does_not_fit(where):
     assert not_compiled
     assert not not_compiled.fits
     assert "18.00 GiB of 15.75 GiB" in not_compiled.because
-    crowded = compiled(of(15 * GIB, {"another copy": GIB}))
+    crowded = compile_(of(15 * GIB, {"another copy": GIB}))
     assert not crowded.fits
     assert crowded.hbm["another copy"] == GIB
     assert crowded.because == "16.00 GiB of 15.75 GiB"
