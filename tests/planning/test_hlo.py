@@ -318,49 +318,38 @@ def test_transfers_to_and_from_the_host_are_counted_apart():
 def test_arrays_that_a_loop_leaves_to_a_later_loop_are_saved():
     text = """HloModule m
 
-%c (s: STATE) -> pred[] {
+%condition (s: STATE) -> pred[] {
   %s = STATE parameter(0)
   %i = s32[] get-tuple-element(%s), index=0
   %n = s32[] constant(8)
   ROOT %less = pred[] compare(%i, %n), direction=LT
 }
 
-%forward (f: STATE) -> STATE {
-  %f = STATE parameter(0)
-  %j = s32[] get-tuple-element(%f), index=0
-  %old = f32[8,64]{1,0} get-tuple-element(%f), index=1
-  %weights = f32[4,4]{1,0} get-tuple-element(%f), index=2
-  %was = f32[8,2]{1,0:S(1)} get-tuple-element(%f), index=3
-  %near = f32[8,2]{1,0:S(1)} add(%was, %was)
+%body (b: STATE) -> STATE {
+  %b = STATE parameter(0)
+  %j = s32[] get-tuple-element(%b), index=0
+  %stack = f32[8,64]{1,0} get-tuple-element(%b), index=1
+  %weights = f32[4,4]{1,0} get-tuple-element(%b), index=2
+  %near = f32[8,2]{1,0:S(1)} get-tuple-element(%b), index=3
   %one = s32[] constant(1)
   %k = s32[] add(%j, %one)
-  %written = f32[8,64]{1,0} add(%old, %old)
-  ROOT %g = STATE tuple(%k, %written, %weights, %near)
+  %new = f32[8,64]{1,0} add(%stack, %stack)
+  %nearer = f32[8,2]{1,0:S(1)} add(%near, %near)
+  ROOT %g = STATE tuple(%k, %new, %weights, %nearer)
 }
 
-%backward (b: STATE) -> STATE {
-  %b = STATE parameter(0)
-  %l = s32[] get-tuple-element(%b), index=0
-  %saved = f32[8,64]{1,0} get-tuple-element(%b), index=1
-  %same = f32[4,4]{1,0} get-tuple-element(%b), index=2
-  %nearer = f32[8,2]{1,0:S(1)} get-tuple-element(%b), index=3
-  %uno = s32[] constant(1)
-  %m = s32[] add(%l, %uno)
-  ROOT %h = STATE tuple(%m, %saved, %same, %nearer)
-}
-
-ENTRY %main (x: f32[8,64], w: f32[4,4]) -> f32[8,64] {
+ENTRY %main (x: f32[8,64], w: f32[4,4], v: f32[8,2]) -> f32[8,64] {
   %x = f32[8,64]{1,0} parameter(0)
   %w = f32[4,4]{1,0} parameter(1)
   %v = f32[8,2]{1,0:S(1)} parameter(2)
   %zero = s32[] constant(0)
-  %a = STATE tuple(%zero, %x, %w, %v)
-  %first = STATE while(%a), condition=%c, body=%forward
-  %made = f32[8,64]{1,0} get-tuple-element(%first), index=1
-  %handed = f32[4,4]{1,0} get-tuple-element(%first), index=2
-  %fast = f32[8,2]{1,0:S(1)} get-tuple-element(%first), index=3
-  %d = STATE tuple(%zero, %made, %handed, %fast)
-  %second = STATE while(%d), condition=%c, body=%backward
+  %start = STATE tuple(%zero, %x, %w, %v)
+  %first = STATE while(%start), condition=%condition, body=%body
+  %stack = f32[8,64]{1,0} get-tuple-element(%first), index=1
+  %weights = f32[4,4]{1,0} get-tuple-element(%first), index=2
+  %near = f32[8,2]{1,0:S(1)} get-tuple-element(%first), index=3
+  %again = STATE tuple(%zero, %stack, %weights, %near)
+  %second = STATE while(%again), condition=%condition, body=%body
   ROOT %out = f32[8,64]{1,0} get-tuple-element(%second), index=1
 }
 """
