@@ -1,6 +1,7 @@
 """Crash-safe files, local or in an object store: atomic write, JSON lines, checksums, manifests.
 
-A manifest is a JSON file with an entry {"bytes", "xxh128"} for each file beside it.
+A manifest is a JSON file with an entry for each file beside it: {"bytes": size, "xxh128":
+hexadecimal XXH3 digest of 128 bits, as of xxh128sum}.
 """
 
 import ast
@@ -40,44 +41,29 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def write_file(path: epath.Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Writes parts end to end and flushes them to disk before it returns.
-
-    Args:
-      path: local or not.
-      parts: bytes, or flat views of bytes.
-
-    Returns:
-      The file's manifest entry, {"bytes": size, "xxh128": hexadecimal digest as of xxh128sum}.
-
-    Raises:
-      OSError: if the disk is full or fails.
-    """
-    digest, size, unsynced = xxhash.xxh3_128(), 0, 0
-    local, syncing = is_local(path), None
+    """Writes parts end to end, flushes them to disk, and returns the file's manifest entry."""
+    digest, size, unsynced, local = xxhash.xxh3_128(), 0, 0, is_local(path)
+    syncing: Future[None] = Future()
+    syncing.set_result(None)
     with ThreadPoolExecutor(1) as thread, path.open("wb") as file:
         for part in parts:
             digest.update(part)
             file.write(part)
             size, unsynced = size + len(part), unsynced + len(part)
             # Otherwise the disk would idle until the end, and the last fsync take all the time.
-            if local and unsynced >= SYNC_EVERY and (syncing is None or syncing.done()):
-                if syncing:
-                    syncing.result()
+            if local and unsynced >= SYNC_EVERY and syncing.done():
+                syncing.result()  # raises if that fsync failed
                 file.flush()
                 syncing, unsynced = thread.submit(os.fsync, file.fileno()), 0
         if local:
-            if syncing:
-                syncing.result()
+            syncing.result()
             file.flush()
             os.fsync(file.fileno())
     return {"bytes": size, "xxh128": digest.hexdigest()}
 
 
 def write_atomically(path: epath.PathLike, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Replaces a file: readers, also after a crash, see the old content or the new, never a part.
-
-    Args, Returns and Raises are those of `write_file`.
-    """
+    """Replaces a file: readers, even after a crash, see the old content or the new, not a part."""
     path = epath.Path(path)
     if not is_local(path):  # an object appears when its upload is complete
         return write_file(path, parts)
@@ -113,11 +99,7 @@ def file_entry(path: epath.Path) -> dict[str, Any]:
 
 
 def read_json(path: epath.Path, fields: Iterable[str], *, remedy: str) -> dict[str, Any]:
-    """Reads fields of a JSON object.
-
-    Raises:
-      UserError: if the file can't be read or lacks a field; the message ends with `remedy`.
-    """
+    """Reads fields of a JSON object; raises a UserError, ending with `remedy`, if it lacks one."""
     try:
         document = json.loads(path.read_text())
         return {field: document[field] for field in fields}
@@ -128,11 +110,7 @@ def read_json(path: epath.Path, fields: Iterable[str], *, remedy: str) -> dict[s
 def check_files(
     directory: epath.Path, files: Mapping[str, Mapping[str, Any]], *, remedy: str
 ) -> None:
-    """Compares files with their manifest entries, which may have more fields.
-
-    Raises:
-      UserError: naming the first file that is missing or differs; the message ends with `remedy`.
-    """
+    """Raises a UserError, ending with `remedy`, for a file without its manifest entry's values."""
     for name, entry in files.items():
         path = directory / name
         if not path.exists() or not file_entry(path).items() <= entry.items():
@@ -140,18 +118,11 @@ def check_files(
 
 
 class JsonLines:
-    """An append-only file of JSON objects, one a line, that survives a kill.
+    """An append-only local file of JSON objects, one a line, that survives a kill.
 
-    Opening removes a last line that a kill has cut. `append` flushes each line to the operating
-    system; `sync` brings them to the disk.
-
-    Args:
-      path: on a local disk.
-      exclusive: locks the file until `close`, so that one process at a time appends.
-
-    Attributes:
-      path: as above.
-      size: bytes of the whole lines.
+    Opening removes a last line that a kill has cut; `exclusive` locks the file until `close`.
+    `append` flushes each line to the operating system; `sync` brings them to the disk. `size` is
+    the bytes of the whole lines.
 
     Raises:
       UserError: for an object store, or if another process has locked the file.
@@ -172,11 +143,7 @@ class JsonLines:
             raise
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Writes one line.
-
-        Raises:
-          RunError: for a number that is not finite.
-        """
+        """Writes one line; raises a RunError for a number that is not finite."""
         try:
             text = encode_json(line)
         except ValueError as error:
@@ -195,7 +162,6 @@ class JsonLines:
         self.size = size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """See `read_json_lines`."""
         return read_json_lines(self.path)
 
     def close(self) -> None:
@@ -214,11 +180,7 @@ class JsonLines:
 
 
 def read_json_lines(path: epath.Path) -> Iterator[dict[str, Any]]:
-    """Yields the whole lines of a JSON lines file; a last line without its end is ignored.
-
-    Raises:
-      UserError: for a line that is not a JSON object.
-    """
+    """Yields the whole lines of a file; raises a UserError for one that is no JSON object."""
     with open(path, "rb") as file:
         for number, text in enumerate(file, 1):
             if not text.endswith(b"\n"):
@@ -233,11 +195,7 @@ def read_json_lines(path: epath.Path) -> Iterator[dict[str, Any]]:
 
 
 def lock(descriptor: int, path: epath.Path) -> None:
-    """Locks an open file until it is closed.
-
-    Raises:
-      UserError: if another process holds the lock.
-    """
+    """Locks an open file until it is closed; raises a UserError if another process has."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -266,11 +224,7 @@ def prefetch(
 ) -> Generator[Y, None, None]:
     """Yields `make(item)` in order, while threads make the next ones.
 
-    Args:
-      make: called in threads.
-      items: arguments of `make`.
-      cost: of an item's result.
-      budget: bound on the summed cost of results made ahead; a dearer result is made alone.
+    `budget` bounds the summed cost of results made ahead; a dearer result is made alone.
     """
     pending: collections.deque[tuple[int, Future[Y]]] = collections.deque()
     spent = 0

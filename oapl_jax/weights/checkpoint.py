@@ -4,8 +4,7 @@ Items of a checkpoint: `params`, `probe`, `optimizer`, `loop`, and `curriculum` 
 Weights have `params` and `probe` alone, which the publisher reads. State that belongs to one host
 (buffer, position in the prompts) is a file beside, on disk before the step is finished.
 Restore order: params and optimizer into their shardings (the mesh may differ from the one that
-saved), then the hosts' states, then the curriculum from its host's state and arrays. The lag
-phase and all random numbers follow from the step.
+saved), then the hosts' states, then the curriculum from its host's state and arrays.
 """
 
 import contextlib
@@ -26,9 +25,9 @@ _ARRAYS, _JSON = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
 
 
 class _Steps:
-    """Orbax steps below one directory, saved in the background."""
+    """Orbax steps below one directory, saved in the background; `keep` bounds their number."""
 
-    def __init__(self, directory: epath.Path, *, keep: int | None, **items: Any):
+    def __init__(self, directory: epath.Path, *, keep: int | None = None, **items: Any):
         # Compression would take a tenth off random-looking floats and slow the publisher.
         params = ocp.PyTreeCheckpointHandler(use_compression=False)
         options = ocp.CheckpointManagerOptions(
@@ -55,15 +54,13 @@ class _Steps:
         """Returns when all saves are on disk; raises a RunError if one failed."""
         with self._saving():
             self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+        self.check()
 
     def close(self) -> None:
         self.wait()
         self._manager.close()
 
     def _save(self, step: int, params: Any, probe: Mapping[str, Any], **items: Any) -> None:
-        """Copies all items and starts to write them, unless the step exists."""
-
         def chunks(path: Any, _: Any) -> ocp.SaveArgs:
             # The publisher reads one chunk at a time; no chunk spans layers.
             stacked = path[0].key == "layers"
@@ -77,7 +74,7 @@ class _Steps:
         with self._saving():
             self._manager.check_for_errors()
             started = self._manager.save(step, args=ocp.args.Composite(**items))
-            if not started and step not in self._manager.all_steps():
+            if not started and step not in self.steps():
                 raise ValueError(f"step {step} is older than the newest")
 
     @contextlib.contextmanager
@@ -95,17 +92,11 @@ class _Steps:
 
 
 class Checkpoints(_Steps):
-    """Checkpoints of a run below one directory; saving goes on in the background.
-
-    Args:
-      directory: of all steps.
-      keep: number of newest steps to keep.
-    """
+    """Checkpoints of a run below one directory, of which the newest `keep` stay."""
 
     def __init__(self, directory: epath.Path, *, keep: int):
-        super().__init__(
-            directory, keep=keep, optimizer=_ARRAYS(), loop=_JSON(), curriculum=_ARRAYS()
-        )
+        items = dict(optimizer=_ARRAYS(), loop=_JSON(), curriculum=_ARRAYS())
+        super().__init__(directory, keep=keep, **items)
         self._host_states = directory.parent / "host_states"
 
     def save(
@@ -121,8 +112,6 @@ class Checkpoints(_Steps):
         """Starts to save a step, unless it exists already; returns when everything is copied.
 
         Args:
-          step: the learner's.
-          state: parameters, optimizer state and counts.
           loop: JSON-able values, the same on all hosts: published versions, results so far.
           host_state: of this host alone: worker, buffer.
           probe: rows of tokens and the parameters' log-probs of them (see publisher.read_probe).
@@ -144,13 +133,9 @@ class Checkpoints(_Steps):
         )
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict, list[bytes]]:
-        """Reads a step into the shapes and shardings of `abstract`.
+        """Reads state, `loop` and the saving hosts' states; `abstract` has shapes and shardings.
 
-        Returns:
-          The state, `loop`, and the state of each host that saved.
-
-        Raises:
-          UserError: if the step's arrays have other shapes, or a host's state is missing.
+        Raises a UserError if the step's arrays have other shapes, or a host's state is missing.
         """
         items = self._read(
             step,
@@ -204,31 +189,20 @@ class Checkpoints(_Steps):
 
 
 class Weights(_Steps):
-    """Steps of parameters and probe alone, to be published; all hosts take part in each call.
-
-    Args:
-      directory: of all steps.
-    """
-
-    def __init__(self, directory: epath.Path):
-        super().__init__(directory, keep=None)
+    """Steps of parameters and probe alone, to be published; all hosts take part in each call."""
 
     def path(self, step: int) -> epath.Path:
         """The directory that the publisher reads, once `wait` has returned."""
         return self._directory / str(step)
 
     def save(self, step: int, params: Any, probe: dict[str, Any]) -> None:
-        """Starts to save a step, unless it exists already; returns when everything is copied.
-
-        Raises:
-          RunError: if this or the previous save failed.
-        """
+        """As `Checkpoints.save`."""
         self._save(step, params, probe)
 
     def keep_only(self, steps: set[int]) -> list[int]:
         """Deletes the other steps and returns them."""
         self.wait()
-        deleted = [step for step in self.steps() if step not in steps]
+        deleted = sorted({*self.steps()} - steps)
         for step in deleted:
             self._manager.delete(step)
         return deleted
@@ -240,5 +214,5 @@ def _restore_params(abstract: Any) -> ocp.args.PyTreeRestore:
 
 
 def _without_params(state: TrainState) -> dict[str, Any]:
-    rest = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped}
-    return {**rest, "skipped_in_a_row": state.skipped_in_a_row}
+    names = "step", "opt_state", "skipped", "skipped_in_a_row"
+    return {name: getattr(state, name) for name in names}

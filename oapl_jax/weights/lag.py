@@ -15,9 +15,7 @@ class LagPolicy:
     mode: "window": publish every `steps` steps and serve that version until the next, so lag runs
       from 0 to steps - 1 (arXiv 2602.19362, algorithm 1). "fixed": publish every step, serve the
       version `steps` behind. "uniform": publish every step, serve a version drawn uniformly from
-      0 to `steps` behind, anew each step.
-    steps: at least 1 for window, at least 0 for the others.
-    seed: of the draws of "uniform".
+      0 to `steps` behind, anew each step, with `seed`.
     """
 
     mode: str

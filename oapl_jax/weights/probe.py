@@ -19,16 +19,12 @@ from oapl_jax.structs import Batch, Group, Prompt, Rollout
 ROWS, LENGTH = 4, 33
 
 
-def probe_tokens(vocab_size: int, length: int) -> np.ndarray:
-    """Draws int32[4, length] ids from the whole vocabulary, the same in every process."""
-    return np.random.default_rng(0).integers(0, vocab_size, (ROWS, length)).astype(np.int32)
-
-
 def probe_batch(
     vocab_size: int, *, row_length: int, rows_multiple: int
 ) -> tuple[Batch, np.ndarray]:
-    """Packs the probe into a host batch; returns it and its tokens, int32[4, <= 33]."""
-    tokens = probe_tokens(vocab_size, min(LENGTH, row_length))
+    """Draws tokens, int32[4, <= 33], the same in every process; returns them packed, and as is."""
+    shape = ROWS, min(LENGTH, row_length)
+    tokens = np.random.default_rng(0).integers(0, vocab_size, shape).astype(np.int32)
     blank = np.zeros(tokens.shape[1] - 1, np.float32)
     groups = [
         Group(

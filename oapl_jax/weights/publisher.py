@@ -62,23 +62,17 @@ def publish(
     dtype: str,
     config_hash: str,
 ) -> epath.Path:
-    """Writes version `version` below `directory`, unless it is committed already.
+    """Writes a version, unless it is committed already; returns its directory.
 
     Tensors are streamed from Orbax's files into the version's: host memory stays below two of the
     largest and 1 GB.
 
     Args:
-      source: a finished Orbax step, `.../weights/16` or `.../checkpoints/16`, that holds `params`
-        and `probe`. It may have been saved by many hosts, on any mesh.
-      config: sizes of the parameters.
+      source: a finished Orbax step with `params` and `probe`, saved by any number of hosts.
       version: the learner's step.
-      directory: of all versions.
       tokenizer: its files are published with the weights.
       dtype: "float32" or "bfloat16", of the tensors in the files.
       config_hash: of the run's configuration, for the manifest.
-
-    Returns:
-      The version's directory.
 
     Raises:
       UserError: if the step is missing, unfinished, or of another model.
@@ -142,30 +136,19 @@ def check_version(path: epath.Path) -> None:
 
 
 def read_manifest(path: epath.Path) -> dict[str, Any]:
-    """Reads a version's manifest; raises a UserError if it can't.
-
-    Returns:
-      "version" (learner step), "parent" (Orbax step, relative to the workdir), "config_hash",
-      "dtype", and "files": name -> {"bytes", "xxh128"}.
-    """
+    """Reads a version's manifest: "version" (learner step), "parent" (Orbax step, relative to the
+    workdir), "config_hash", "dtype", and "files": name -> {"bytes", "xxh128"}."""
     return read_json(path / MANIFEST, MANIFEST_FIELDS, remedy=REMEDY)
 
 
 def read_probe(path: epath.Path) -> dict[str, Any]:
-    """Reads a version's probe; raises a UserError if it can't.
-
-    Returns:
-      "tokens" ([[id]]), "logp" (log-probability at temperature 1 of each token of a row but the
-      first, given those before it) and "dtype" of the computation.
-    """
+    """Reads a version's probe: "tokens" ([[id]]), "logp" (log-probability at temperature 1 of each
+    token of a row but the first, given those before it) and "dtype" of the computation."""
     return read_json(path / PROBE, PROBE_FIELDS, remedy=REMEDY)
 
 
 def collect(directory: epath.Path, *, keep: set[int]) -> list[int]:
-    """Deletes the versions not in `keep`, marker first, and returns them.
-
-    Uncommitted directories are deleted too.
-    """
+    """Deletes uncommitted directories and, marker first, versions not in `keep`; returns these."""
     deleted = [version for version in published_versions(directory) if version not in keep]
     for version in deleted:
         (version_path(directory, version) / COMMITTED).unlink()
@@ -188,11 +171,7 @@ def finished_steps(directory: epath.Path) -> list[int]:
 
 
 def open_params(source: epath.Path) -> dict[str, ts.TensorStore]:
-    """Opens the arrays of a step's item `params`, by path, without reading them.
-
-    Raises:
-      UserError: if the step is missing or unfinished.
-    """
+    """Opens the arrays of a step's item `params`, by path; raises a UserError if it can't."""
     have = finished_steps(source.parent)
     if not source.name.isdigit() or int(source.name) not in have:
         listed = ", ".join(map(str, have)) or "none"
@@ -202,24 +181,17 @@ def open_params(source: epath.Path) -> dict[str, ts.TensorStore]:
     context = ts.Context()
     try:
         store = ts.KvStore.open({"driver": "ocdbt", "base": base}, context=context).result()
-        names = [
-            key.decode().removesuffix("/.zarray")
-            for key in store.list().result()
-            if key.endswith(b"/.zarray")
-        ]
-        opening = {
-            name.replace(".", "/"): ts.open(
-                {
+        opening = {}
+        for key in store.list().result():
+            if key.endswith(b"/.zarray"):
+                name = key.decode().removesuffix("/.zarray")
+                spec = {
                     "driver": "zarr",
                     "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
                     "fill_missing_data_reads": False,  # a lost chunk must not read as zeros
-                },
-                context=context,
-                read=True,
-                open=True,
-            )
-            for name in names
-        }
+                }
+                path = name.replace(".", "/")
+                opening[path] = ts.open(spec, context=context, read=True, open=True)
         return {path: array.result() for path, array in opening.items()}
     except ValueError as error:
         raise UserError(

@@ -22,12 +22,9 @@ class Versions:
 
     Args:
       workdir: of the run; versions lie in `versions/`, the Orbax steps behind them in `weights/`.
-      model: sizes of the parameters.
-      tokenizer: published beside the weights.
+      model, tokenizer, dtype, config_hash: as of `publisher.publish`.
       mesh: of loaded parameters.
       probe: parameters -> the probe that travels with them.
-      dtype: of published tensors.
-      config_hash: of the run's configuration, for the manifests.
       deadline: seconds that hosts wait for each other.
     """
 
@@ -60,10 +57,7 @@ class Versions:
         return json.loads(multihost.allgather_bytes(mine, name, deadline=self._deadline)[0])
 
     def publish(self, step: int, params: Any) -> None:
-        """Publishes parameters as version `step`, unless it exists.
-
-        Host 0 writes the version; the others wait for its marker.
-        """
+        """Publishes a version, unless it exists: host 0 writes, the others wait for its marker."""
         if step not in self._published:
             name = f"the weights of version {step}"
             with multihost.collective_section(name, deadline=self._deadline):
@@ -87,7 +81,7 @@ class Versions:
         )
 
     def keep_only(self, versions: set[int]) -> None:
-        """Deletes all other versions, and the Orbax steps behind them."""
+        """Deletes all other versions and the Orbax steps behind them."""
         if not jax.process_index():
             publisher.collect(self.directory, keep=versions)
         self._weights.keep_only(versions)

@@ -10,7 +10,7 @@ import pytest
 from oapl_jax.model import hf
 from oapl_jax.model.sharding import make_mesh
 from oapl_jax.model.transformer import Transformer, head, logits
-from oapl_jax.weights.probe import make_probe, probe_tokens
+from oapl_jax.weights.probe import make_probe
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "qwen3_tied"
 
@@ -26,7 +26,6 @@ def test_the_probe_is_the_log_softmax_of_the_plain_forward_pass(row_length):
 
     tokens = np.array(probe["tokens"])
     assert tokens.shape == (4, min(33, row_length))
-    np.testing.assert_array_equal(tokens, probe_tokens(config.vocab_size, tokens.shape[1]))
     assert len(np.unique(tokens)) > 20  # ids from all over the vocabulary
     positions = np.tile(np.arange(tokens.shape[1]), (4, 1))
     hidden = model.apply({"params": params}, tokens, positions, np.ones_like(tokens))
