@@ -23,6 +23,7 @@ from oapl_jax.planning.programs import PlanInputs, RunPrograms, per_chip
 
 PUBLISHER_BYTES = 1e9  # beside two of the largest tensor; docs/serving.md
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+FIGURES = ("fits", "because", "hbm", "donated", "offloaded")  # of a Compilation, in a plan
 
 
 def estimate(
@@ -90,18 +91,10 @@ def compile_all(
             result = compile_program(program, traced, available)
         seconds = time.monotonic() - started
         log(f"{where.name}, {program.name}: {result.because} ({seconds:.0f} s)")
-        results.append(
-            {
-                "program": program.name,
-                "fits": result.fits,
-                "because": result.because,
-                "hbm": dict(result.hbm),
-                "donated": dict(result.donated),
-                "offloaded": result.offloaded,
-                "resharded by replication": result.replicated,
-                "compile_seconds": round(seconds, 1),
-            }
-        )
+        figures = {name: getattr(result, name) for name in FIGURES}
+        figures |= {"resharded by replication": result.replicated}
+        figures |= {"compile_seconds": round(seconds, 1)}
+        results.append({"program": program.name, **figures})
         if program.name == "train step":
             if not result.fits or result.module is None:
                 break

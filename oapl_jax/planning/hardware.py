@@ -137,15 +137,13 @@ def open_slice(name: str) -> Slice:
     return Slice(generation, shape, found.devices)
 
 
-def make_mesh(
-    where: Slice, *, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1
-) -> Mesh:
-    """The mesh that a run makes on this slice; see sharding.make_mesh.
+def make_mesh(where: Slice, **sizes: int) -> Mesh:
+    """The mesh that a run makes on this slice; axes without a size have one chip.
 
     Raises:
       UserError: if the sizes do not multiply to the number of chips, or the torus has no such axes.
     """
-    sizes = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
+    sizes = dict.fromkeys(sharding.AXES, 1) | sizes
     try:
         return sharding.make_mesh(**sizes, devices=where.devices)
     except NotImplementedError as error:

@@ -6,7 +6,7 @@ import importlib.metadata
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,32 +79,26 @@ def sweep(
     other policies. Of a family of layouts, the first that fits is taken.
     """
     seconds = lambda pair: pair[1]["roofline"]["seconds"]
-    first, *others = remats
-    found = first_fits((family(mesh, first) for mesh in meshes), plan, enough=enough)
-    if found:
-        best = min(found, key=seconds)[0].mesh
-        found += first_fits((family(best, remat) for remat in others), plan, enough=enough - 1)
-    else:
-        rest = (family(mesh, remat) for remat in others for mesh in meshes)
-        found = first_fits(rest, plan, enough=enough)
-    return sorted(found, key=seconds)
-
-
-def first_fits(
-    families: Iterable[list[Layout]], plan: Callable[[Layout], Plan], *, enough: int
-) -> list[tuple[Layout, Plan]]:
-    """The first layout of each family that fits, until there are enough."""
     found = []
-    for family in families:
-        if len(found) == enough:
-            break
-        for layout in family:
-            result = plan(layout)
-            if result["fits"]:
-                found.append((layout, result))
-            if result["chip_fits"]:
-                break  # more micro-batches do not help a host that is too small
-    return found
+
+    def try_families(remats: Sequence[str], meshes: Sequence[Mesh], enough: int) -> None:
+        for layouts in (family(mesh, remat) for remat in remats for mesh in meshes):
+            if len(found) >= enough:
+                break
+            for layout in layouts:
+                result = plan(layout)
+                if result["fits"]:
+                    found.append((layout, result))
+                if result["chip_fits"]:
+                    break  # more micro-batches do not help a host that is too small
+
+    try_families(remats[:1], meshes, enough)
+    if not found:
+        try_families(remats[1:], meshes, enough)
+    elif enough > 1:
+        best = min(found, key=seconds)[0].mesh
+        try_families(remats[1:], [best], len(found) + enough - 1)
+    return sorted(found, key=seconds)
 
 
 def plan_digest() -> str:
