@@ -3,18 +3,12 @@
 Tests of real servers fail unless `make sglang` has installed SGLang into .venv-sglang.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
-import json
-import os
-import pathlib
-import signal
-import socket
-import subprocess
+import inspect
 import time
-import urllib.error
-import urllib.request
 from typing import Any
 
 import jax
@@ -22,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from fault_server import FaultServer, publish_toy
-from fleets import open_toy_fleet
+from fault_server import FaultServer
+from fleets import ToyFleet
 from jax.sharding import AxisType
+from server_processes import PROCESSES, Process, find_port, launch_server, sglang_program
 
 from configs import arithmetic
 from oapl_jax.data.synthetic.tasks import TASKS
@@ -36,78 +31,8 @@ from oapl_jax.weights.checkpoint import Weights
 from oapl_jax.weights.probe import make_probe
 from oapl_jax.weights.publisher import publish, version_path
 
-ROOT = pathlib.Path(__file__).parents[2]
-READY_DEADLINE = 400.0  # seconds; a start takes 20 on two free cores
-CONTEXT = 4096  # tokens: room for a request that lasts long enough to be interrupted
 TAIL = 6000  # characters of a log that a failed test shows
-
-PROCESSES: list["Process"] = []  # running, for the logs of a failed test
-
-
-class Process:
-    """A server in a process group of its own, which ends with the test run; `call` talks to it."""
-
-    def __init__(self, name: str, command: list[str], port: int, log: pathlib.Path):
-        self.name, self.port, self.log = name, port, log
-        self.url = f"http://127.0.0.1:{port}"
-        ours = ("XLA_FLAGS", "JAX_PLATFORMS")
-        with log.open("ab") as file:
-            self._process = subprocess.Popen(
-                ["setpriv", "--pdeathsig=KILL", *command],
-                cwd=ROOT,
-                env={k: v for k, v in os.environ.items() if k not in ours},
-                stdout=file,
-                stderr=file,
-                process_group=0,
-            )
-        PROCESSES.append(self)
-
-    def wait_ready(self, path: str = "/health") -> None:
-        deadline = time.monotonic() + READY_DEADLINE
-        while time.monotonic() < deadline:
-            if (code := self._process.poll()) is not None:
-                pytest.fail(f"{self.name} ended with code {code} before it was ready")
-            with contextlib.suppress(OSError):
-                if self.call(path)[0] == 200:
-                    return
-            time.sleep(0.5)
-        pytest.fail(f"{self.name} was not ready in {READY_DEADLINE:.0f} seconds")
-
-    def wait_exit(self, deadline: float) -> int:
-        return self._process.wait(deadline)
-
-    def call(self, path: str, body: Any = None, *, timeout: float = 60.0) -> tuple[int, Any]:
-        """Returns status and content of a GET, or of a POST of `body`; OSError if unreachable."""
-        request = urllib.request.Request(
-            self.url + path,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
-                status, text = answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            status, text = error.code, error.read().decode()
-        try:
-            return status, json.loads(text)
-        except ValueError:
-            return status, text
-
-    def ask(self, path: str, body: Any = None) -> Any:
-        status, answer = self.call(path, body)
-        assert status == 200, f"{path} of {self.name}: {status} {answer}"
-        return answer
-
-    def interrupt(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
-
-    def kill(self) -> None:
-        """SIGKILL to the whole group, at once."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        if self in PROCESSES:
-            PROCESSES.remove(self)
+CONTEXT = 4096  # tokens: room for a request that lasts long enough to be interrupted
 
 
 @pytest.hookimpl(wrapper=True)
@@ -120,41 +45,9 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-def find_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def sglang_program(name: str) -> list[str]:
-    """Returns the command of a program of cpu_setup/ in SGLang's environment."""
-    if not (ROOT / ".venv-sglang/done").exists():
-        pytest.fail("SGLang is not installed (.venv-sglang); run make sglang")
-    return [str(ROOT / ".venv-sglang/bin/python"), "-u", f"cpu_setup/{name}"]
-
-
-@pytest.fixture
-def free_port():
-    return find_port
-
-
-@pytest.fixture
-def sglang_command():
-    return sglang_program
-
-
-def launch_server(model, log: pathlib.Path, port: int | None = None, **flags) -> Process:
-    """Starts a server of a model; `weight_version=2` is the flag --weight-version=2."""
-    port = port or find_port()
-    command = [*sglang_program("serve.py"), f"--model-path={os.fspath(model)}", f"--port={port}"]
-    command += ["--skip-tokenizer-init"]
-    command += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    return Process(f"SGLang on port {port}", command, port, log)
-
-
 @dataclasses.dataclass
 class Published:
-    """Versions 1, 2 and 3 of a model of the default's sizes: three fresh sets of weights."""
+    """Versions 1, 2 and 3, with fresh weights, of a model of the default's sizes."""
 
     directory: epath.Path
     policy: Policy
@@ -232,29 +125,22 @@ class Servers:
 def servers(published, tmp_path_factory):
     """Two servers, started on version 1, and a router in front of them."""
     logs = tmp_path_factory.mktemp("servers")
-    running = []
-    try:
+    flags = dict(weight_version="1", served_model_name="policy")  # one model, to the router
+    with contextlib.ExitStack() as running:
+        made = []
         for index in range(2):
-            running.append(
-                launch_server(
-                    published.path(1),
-                    logs / f"server{index}.log",
-                    weight_version="1",
-                    served_model_name="policy",  # the router takes other names for other models
-                )
-            )
-        for server in running:
+            made.append(launch_server(published.path(1), logs / f"server{index}.log", **flags))
+            running.callback(made[-1].kill)
+        for server in made:
             server.wait_ready()
         port = find_port()
         command = [*sglang_program("route.py"), "--host=127.0.0.1", f"--port={port}"]
         command += [f"--prometheus-port={find_port()}", "--policy=round_robin", "--worker-urls"]
-        command += [server.url for server in running]
-        running.append(Process("sglang-router", command, port, logs / "router.log"))
-        running[-1].wait_ready("/readiness")
-        yield Servers(running[:2], running[2])
-    finally:
-        for process in running:
-            process.kill()
+        command += [server.url for server in made]
+        router = Process("sglang-router", command, port, logs / "router.log")
+        running.callback(router.kill)
+        router.wait_ready("/readiness")
+        yield Servers(made, router)
 
 
 @pytest.fixture
@@ -294,11 +180,6 @@ def start_server(tmp_path, stack):
 
 
 @pytest.fixture
-def directory(tmp_path):
-    return epath.Path(tmp_path / "versions")
-
-
-@pytest.fixture
 def toy_servers(tmp_path, stack):
     """Starts `count` fault servers that end with the test."""
 
@@ -312,25 +193,39 @@ def toy_servers(tmp_path, stack):
 
 
 @pytest.fixture
-def make_fleet(toy_servers, stack):
-    """`fleets.open_toy_fleet`, closed with the test."""
+def make_fleet(toy_servers, tmp_path, stack):
+    """Opens a fleet of `count` fault servers, after `prepare` of each; returns both."""
 
-    def make(*args, **kwargs):
-        fleet = open_toy_fleet(*args, **kwargs)
+    def make(count, *, prepare=lambda server: None, **settings):
+        made = toy_servers(count)
+        for server in made:
+            prepare(server)
+        settings = {"servers": tuple(server.url for server in made), **settings}
+        fleet = ToyFleet(epath.Path(tmp_path / "versions"), **settings)
         stack.callback(fleet.close)
-        return fleet
+        return fleet, made
 
     return make
 
 
 @pytest.fixture
-def ready_fleet(make_fleet, directory):
-    """Opens a fleet of fault servers that are all ready: `ready_fleet(servers, version=0)`."""
+def ready_fleet(make_fleet):
+    """As `make_fleet`, with all servers ready: `ready_fleet(count, version=0)`."""
 
-    def make(servers, version=0, **settings):
-        fleet = make_fleet([server.url for server in servers], **settings)
-        fleet.refresh(version, publish_toy(directory, version))
+    def make(count, version=0, **settings):
+        fleet, made = make_fleet(count, **settings)
+        fleet.publish(version)
         fleet.wait_ready()
-        return fleet
+        return fleet, made
 
     return make
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Runs a test that is a coroutine function."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    names = inspect.signature(pyfuncitem.obj).parameters
+    asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}))
+    return True

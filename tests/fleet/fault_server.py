@@ -5,6 +5,7 @@ sample is right and of the version of its stamp.
 """
 
 import asyncio
+import contextlib
 import functools
 import json
 import threading
@@ -23,21 +24,15 @@ from oapl_jax.weights.publisher import COMMITTED, MANIFEST, version_path
 
 VOCAB, CONTEXT, STOP = 32, 64, 1
 LINGERS = 0.05  # seconds that a server is not idle after requests were aborted
-MODEL = ModelConfig.from_hf(
-    dict(
-        model_type="llama",
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        rms_norm_eps=1e-6,
-        eos_token_id=STOP,
-    ),
-    source="test",
-)
+SIZES = dict(hidden_size=32, intermediate_size=96, num_hidden_layers=2, rms_norm_eps=1e-6)
+HEADS = dict(num_attention_heads=4, num_key_value_heads=2)
+TOKENS = dict(vocab_size=VOCAB, max_position_embeddings=CONTEXT, eos_token_id=STOP)
+MODEL = ModelConfig.from_hf(dict(model_type="llama", **SIZES, **HEADS, **TOKENS), source="test")
+ERRORS = {
+    "400": web.HTTPBadRequest,
+    "500": web.HTTPInternalServerError,
+    "503": web.HTTPServiceUnavailable,
+}
 CONTROL = ("health", "info", "update", "flush", "abort")
 # Faults of /generate. All but "delay" must never pass as a group.
 FAULTS = (
@@ -70,6 +65,16 @@ def is_right(rollout: Rollout, prompt_tokens: np.ndarray, sampling: Sampling) ->
         and rollout.finish_reason == ("stop" if ends else "length")
         and (ends or len(tokens) == sampling.max_response_tokens)
     )
+
+
+def stamps(*spans: tuple[str, int]) -> dict:
+    """Returns the versions of a response: each with the token at which it ends."""
+    starts = [0, *(end for _, end in spans)]
+    versions = [
+        {"version": version, "start": start, "end": end}
+        for (version, end), start in zip(spans, starts, strict=False)
+    ]
+    return {"weight_version": spans[-1][0], "weight_versions": versions}
 
 
 def publish_toy(directory: epath.Path, version: int, *, off: float = 0.0) -> epath.Path:
@@ -112,6 +117,7 @@ class FaultServer:
         self.forced_sampling: dict = {}
         self.information: dict = {"dtype": "float32", "skip_tokenizer_init": True}
         self.max_model_len = CONTEXT
+        self.workers: list[str] = []  # of a router
         self.model_path = directory / "base"
         if not self.model_path.exists():
             self.model_path.mkdir(parents=True)
@@ -149,16 +155,18 @@ class FaultServer:
         self.running, self._busy_until = 0, 0.0
         self._transports: set = set()
         app = web.Application()
-        add_get, add_post = app.router.add_get, app.router.add_post
-        add_get("/health", self._health)
-        add_get("/model_info", self._model_info)
-        add_get("/server_info", self._server_info)
-        add_get("/v1/models", self._models)
-        add_post("/generate", self._generate)
-        add_post("/update_weights_from_disk", self._update)
-        add_post("/flush_cache", self._flush)
-        add_post("/abort_request", self._abort)
-        add_post("/tokenize", self._tokenize)
+        models = lambda: {"data": [{"max_model_len": self.max_model_len}]}
+        gets = {
+            "/health": self._answer("health", dict),
+            "/model_info": self._model_info,
+            "/server_info": self._answer("info", lambda: self.information),
+            "/v1/models": self._answer("info", models),
+            "/workers": self._answer("workers", self._list_workers),
+        }
+        posts = dict(generate=self._generate, update_weights_from_disk=self._update)
+        posts |= dict(flush_cache=self._flush, abort_request=self._abort, tokenize=self._tokenize)
+        app.add_routes(web.get(path, route) for path, route in gets.items())
+        app.add_routes(web.post(f"/{path}", route) for path, route in posts.items())
         self._runner = web.AppRunner(
             app, handler_cancellation=True, access_log=None, shutdown_timeout=0.01
         )
@@ -188,10 +196,8 @@ class FaultServer:
             await asyncio.sleep(60)
         if fault == "delay":
             await asyncio.sleep(float(self._rng.uniform(0, 0.05)))
-        errors = [web.HTTPBadRequest, web.HTTPInternalServerError, web.HTTPServiceUnavailable]
-        for error in errors:
-            if fault == str(error.status_code):
-                raise error(text="injected")
+        if fault in ERRORS:
+            raise ERRORS[fault](text="injected")
         return fault
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
@@ -224,31 +230,23 @@ class FaultServer:
                 answer["meta_info"]["finish_reason"] = {"type": "abort", "message": "Aborted"}
         answers = self._spoil(answers, fault, settings)
         content = json.dumps(answers[0] if len(answers) == 1 else answers)
-        if fault == "html":
-            content = "<html>injected</html>"
-        if fault == "truncated":
-            content = content[: len(content) // 2]
-        if fault == "empty":
-            content = ""
+        half = content[: len(content) // 2]
+        content = dict(html="<html>injected</html>", truncated=half, empty="").get(fault, content)
         if fault == "cut":
             response = web.StreamResponse(headers={"Content-Length": str(len(content))})
             await response.prepare(request)
-            await response.write(content[: len(content) // 2].encode())
+            await response.write(half.encode())
             assert request.transport
             request.transport.close()
             return response
         return web.Response(text=content, content_type="application/json")
 
     async def _work(self) -> bool:
-        """Takes the time that a group takes; whether it was aborted meanwhile."""
-        if not self.seconds:
-            return False
-        try:
+        """Takes the time of a group; returns whether it was aborted meanwhile."""
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.seconds):
-                await self._aborting.wait()
-        except TimeoutError:
-            return False
-        return True
+                return await self._aborting.wait()
+        return False
 
     def _sample(self, body: dict, held: int, says: str) -> dict:
         settings = body["sampling_params"] | self.forced_sampling
@@ -259,29 +257,20 @@ class FaultServer:
             greedy = settings["temperature"] == 0
             drawn = logp[at].argmax() if greedy else self._rng.choice(VOCAB, p=np.exp(logp[at]))
             tokens.append(int(drawn))
-        at = len(body["input_ids"])
-        stopped = tokens[-1] == STOP
-        return {
-            "output_ids": tokens,
-            "meta_info": {
-                "finish_reason": {"type": "stop", "matched": STOP}
-                if stopped
-                else {"type": "length", "length": len(tokens)},
-                "output_token_logprobs": [
-                    [float(logp[at + i, token]), token, None] for i, token in enumerate(tokens)
-                ],
-                "weight_version": says,
-                "weight_versions": [{"version": says, "start": 0, "end": len(tokens)}],
-            },
-        }
+        at, end = len(body["input_ids"]), len(tokens)
+        pairs = [[float(logp[at + i, token]), token, None] for i, token in enumerate(tokens)]
+        ended = {"type": "length", "length": end}
+        if tokens[-1] == STOP:
+            ended = {"type": "stop", "matched": STOP}
+        meta = {"finish_reason": ended, "output_token_logprobs": pairs, **stamps((says, end))}
+        return {"output_ids": tokens, "meta_info": meta}
 
     def _spoil(self, answers: list[dict], fault: str, settings: dict) -> list[dict]:
         answer = answers[-1]
         meta, ids = answer["meta_info"], answer["output_ids"]
         pairs = meta["output_token_logprobs"]
         if fault == "wrong_version":
-            meta["weight_version"] = "77"
-            meta["weight_versions"] = [{"version": "77", "start": 0, "end": len(ids)}]
+            meta.update(stamps(("77", len(ids))))
         if fault == "few":
             return answers[:-1]
         if fault == "many":
@@ -308,11 +297,7 @@ class FaultServer:
         if fault in ("mixed", "other_mixed"):
             first, last = meta["weight_version"], "78"
             first, last = (last, first) if fault == "other_mixed" else (first, last)
-            meta["weight_version"] = last
-            meta["weight_versions"] = [
-                {"version": first, "start": 0, "end": 1},
-                {"version": last, "start": 1, "end": 2},
-            ]
+            meta.update(stamps((first, 1), (last, 2)))
         return answers
 
     async def _score(self, request: web.Request, body: dict) -> web.Response:
@@ -323,10 +308,8 @@ class FaultServer:
             named = [token if token < VOCAB - 1 else 0 for token in row]  # as the real one
             scores = [[None, named[0], None]]
             scores += [[float(logp[i, row[i]]), named[i], None] for i in range(1, len(row))]
-            if fault == "stale":
-                scores[-1][0] -= 0.01
-            if fault == "nan":
-                scores[-1][0] = float("nan")
+            if fault in ("stale", "nan"):
+                scores[-1][0] -= 0.01 if fault == "stale" else float("nan")
             says = "75" if fault == "wrong_version" else self.says
             meta = {"input_token_logprobs": scores, "weight_version": says}
             answers.append({"output_ids": [], "meta_info": meta})
@@ -334,25 +317,21 @@ class FaultServer:
             answers.pop()
         return web.json_response(answers)
 
-    async def _health(self, request: web.Request) -> web.Response:
-        await self._fault(request, "health")
-        return web.Response()
+    def _answer(self, call: str, content: Callable[[], dict]):
+        async def route(request: web.Request) -> web.Response:
+            await self._fault(request, call)
+            return web.json_response(content())
+
+        return route
+
+    def _list_workers(self) -> dict:
+        return {"workers": [{"id": str(i), "url": url} for i, url in enumerate(self.workers)]}
 
     async def _model_info(self, request: web.Request) -> web.Response:
         fault = await self._fault(request, "info")
-        says = "76" if fault == "wrong_version" else self.says
-        path = str(self.model_path)
-        return web.json_response(
-            {"weight_version": says, "model_path": path, "model_type": MODEL.model_type}
-        )
-
-    async def _server_info(self, request: web.Request) -> web.Response:
-        await self._fault(request, "info")
-        return web.json_response(self.information)
-
-    async def _models(self, request: web.Request) -> web.Response:
-        await self._fault(request, "info")
-        return web.json_response({"data": [{"max_model_len": self.max_model_len}]})
+        info = {"model_path": str(self.model_path), "model_type": MODEL.model_type}
+        info["weight_version"] = "76" if fault == "wrong_version" else self.says
+        return web.json_response(info)
 
     async def _update(self, request: web.Request) -> web.Response:
         """Blocks until nothing runs, as the real one."""
@@ -363,10 +342,9 @@ class FaultServer:
             fault = await self._fault(request, "update")
             if self._loop.time() < self._busy_until:
                 fault = "half"
-            if fault == "refuse":
-                return web.json_response({"success": False, "message": "injected"}, status=400)
-            if fault == "no":
-                return web.json_response({"success": False, "message": "injected"})
+            refusal = {"success": False, "message": "injected"}
+            if fault in ("refuse", "no"):
+                return web.json_response(refusal, status=400 if fault == "refuse" else 200)
             manifest = json.loads((epath.Path(body["model_path"]) / MANIFEST).read_text())
             self.loads.append(manifest["version"])
             if fault != "half":  # new weights under the old name, as the real one when not idle
@@ -376,7 +354,7 @@ class FaultServer:
             if fault == "misnamed":
                 self.says = "79"
             if fault in ("half", "late_no"):
-                return web.json_response({"success": False, "message": "injected"}, status=400)
+                return web.json_response(refusal, status=400)
             await asyncio.sleep(self.update_seconds)
         finally:
             self.updating(-1)

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
-from fault_server import MODEL, STOP, VOCAB, is_right
+from fault_server import MODEL, STOP, VOCAB, is_right, publish_toy
 from stores import buffer_config, uniform
 
 from configs import common
@@ -37,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "backoff_limit": 0.1,
     "health_every": 0.1,
 }
+REASONS = {"failed": "attempts_failed", "aborted": "aborted", "mixed": "mixed"}  # and their counts
 CLOSE = 1e-4  # nats between log-probs of a real server and the learner, float32
 REAL_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=20)
 REAL_SETTINGS: dict[str, Any] = {
@@ -55,14 +56,22 @@ REAL_SETTINGS: dict[str, Any] = {
 
 
 class LoggingFleet(Fleet):
-    """A fleet that keeps its log, with helpers of the tests."""
+    """A fleet that keeps its log, with helpers of the tests.
 
-    def __init__(self, settings, *, allow_older, **requirements):
+    `sampling` is the default of `take`; `patience` is the seconds until a wait fails a test.
+    """
+
+    def __init__(self, settings, *, allow_older, sampling, patience=PATIENCE, **requirements):
         self.logged: list[str] = []
+        self.default_sampling, self.patience = sampling, patience
         config = FleetConfig.from_dict(settings)
-        tolerance = config.probe_tolerance
-        requirements = Requirements(dtype="float32", probe_tolerance=tolerance, **requirements)
-        super().__init__(config, requirements, allow_older=allow_older, log=self.logged.append)
+        required = Requirements(
+            sampling=sampling,
+            dtype="float32",
+            probe_tolerance=config.probe_tolerance,
+            **requirements,
+        )
+        super().__init__(config, required, allow_older=allow_older, log=self.logged.append)
 
     def has_logged(self, text):
         return any(text in sentence for sentence in self.logged)
@@ -74,35 +83,61 @@ class LoggingFleet(Fleet):
     def states(self):
         return {server["state"] for server in self.servers().values()}
 
-    def wait_ready(self, version=None, patience=PATIENCE):
+    def counts(self):
+        return {name.removeprefix("fleet/"): value for name, value in self.metrics().items()}
+
+    def wait_ready(self, version=None):
         """Waits until every server is ready, with `version` if it is given."""
         held = lambda: version is None or self.versions() == {version}
-        wait_until(lambda: self.states() == {"ready"} and held(), "readiness", patience)
+        wait_until(lambda: self.states() == {"ready"} and held(), "readiness", self.patience)
+
+    def take(self, prompts, sampling=None):
+        return Taker(self, prompts, sampling or self.default_sampling)
 
     def sample(self, count):
         """Samples `count` prompts; see Taker.right."""
-        return Taker(self, prompts(count)).right(count)
+        return self.take(prompts(count)).right(count)
+
+    def assert_balanced(self, taken, count):
+        """Asserts that the counts are those of what was taken, with nothing in flight."""
+        found, attempts = self.counts(), Counter(taken.reasons)
+        assert found["prompts"] == count
+        assert found["groups"] == found["sampled"] == sum(bool(s.rollouts) for s in taken)
+        assert found["dropped"] == sum(not s.rollouts for s in taken)
+        assert found["prompts"] == found["groups"] + found["dropped"] + found["cancelled"]
+        assert found["tokens"] == sum(len(r.tokens) for s in taken for r in s.rollouts)
+        for reason, name in REASONS.items():
+            assert found[name] == attempts[reason]
+        assert found["in_flight"] == found["waiting"] == 0
 
 
-def open_toy_fleet(urls=(), *, allow_older=False, sampling=SAMPLING, **settings):
-    """Opens a fleet of fault servers."""
-    return LoggingFleet(
-        {**SETTINGS, "servers": tuple(urls), **settings},
-        allow_older=allow_older,
-        sampling=sampling,
-        model_config=MODEL,
-        tokenizer=None,
-        stop_ids=(STOP,),
-        max_prompt_tokens=8,
-    )
+class ToyFleet(LoggingFleet):
+    """A fleet of fault servers, whose versions are below `directory`."""
+
+    def __init__(self, directory, *, allow_older=False, sampling=SAMPLING, **settings):
+        self.directory = directory
+        super().__init__(
+            SETTINGS | settings,
+            allow_older=allow_older,
+            sampling=sampling,
+            model_config=MODEL,
+            tokenizer=None,
+            stop_ids=(STOP,),
+            max_prompt_tokens=8,
+        )
+
+    def publish(self, version, **changes):
+        """Publishes a version and makes it the target."""
+        self.refresh(version, publish_toy(self.directory, version, **changes))
 
 
-def open_real_fleet(published, urls=(), *, allow_older=False, **settings):
+def open_real_fleet(published, urls=(), *, allow_older=False, patience=180.0, **settings):
     """Opens a fleet of SGLang servers of the model that is `published`."""
     return LoggingFleet(
         {**REAL_SETTINGS, "servers": tuple(urls), **settings},
         allow_older=allow_older,
         sampling=REAL_SAMPLING,
+        patience=patience,
         model_config=published.policy.config,
         tokenizer=published.policy.tokenizer,
         stop_ids=published.policy.stop_ids,
@@ -121,11 +156,11 @@ def always(call, fault):
     return lambda this: fault if this == call else ""
 
 
-def wait_until(condition, what="the condition", patience=PATIENCE):
+def wait_until(condition, what="the condition", patience=PATIENCE, *, every=0.005):
     until = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < until, f"{what} does not happen"
-        time.sleep(0.005)
+        time.sleep(every)
 
 
 def prompt(index):
@@ -137,59 +172,60 @@ def prompts(count):
     return map(prompt, range(count))
 
 
+class Taken(list):
+    """Groups that a fleet has yielded."""
+
+    @property
+    def servers(self):
+        return {sampled.server for sampled in self}
+
+    @property
+    def versions(self):
+        return {rollout.policy_version for sampled in self for rollout in sampled.rollouts}
+
+    @property
+    def reasons(self):
+        return [attempt.reason for sampled in self for attempt in sampled.attempts]
+
+    def assert_each_once(self, count):
+        assert sorted(s.prompt.stream_index for s in self) == list(range(count))
+
+
 class Taker(threading.Thread):
     """Takes what a fleet generates, in a thread, so that no failure of the fleet hangs a test."""
 
-    def __init__(self, fleet, prompts, sampling=SAMPLING, patience=PATIENCE):
+    def __init__(self, fleet, prompts, sampling):
         super().__init__(daemon=True)
-        self._generate = lambda: fleet.generate(prompts, n=N, sampling=sampling)
-        self._patience = patience
-        self.taken, self.error = [], None
+        self._fleet, self._prompts, self._sampling = fleet, prompts, sampling
+        self.taken, self.error = Taken(), None
         self.start()
 
     def run(self):
         try:
-            for sampled in self._generate():
+            for sampled in self._fleet.generate(self._prompts, n=N, sampling=self._sampling):
                 self.taken.append(sampled)
         except BaseException as error:
             self.error = error
 
     def result(self):
-        self.join(self._patience)
+        self.join(self._fleet.patience)
         assert not self.is_alive(), "the fleet hangs"
         if self.error:
             raise self.error
         return self.taken
 
     def right(self, count=None):
-        """Returns the groups, each once (`count` of them) and of the version of its stamp."""
+        """Returns `count` groups of the toy policy, each once and of the version of its stamp."""
         taken = self.result()
-        assert_each_once(taken, len(taken) if count is None else count)
-        assert_right(taken)
+        taken.assert_each_once(len(taken) if count is None else count)
+        for sampled in taken:
+            assert len(sampled.rollouts) in (0, N)
+            assert len(Taken([sampled]).versions) <= 1
+            for rollout in sampled.rollouts:
+                assert is_right(rollout, sampled.prompt.tokens, self._sampling)
+                assert rollout.tokens.dtype == np.int32
+                assert rollout.behavior_logp.dtype == np.float32
         return taken
-
-
-def servers_of(taken):
-    return {sampled.server for sampled in taken}
-
-
-def versions_of(taken):
-    return {rollout.policy_version for sampled in taken for rollout in sampled.rollouts}
-
-
-def reasons_of(taken):
-    return [attempt.reason for sampled in taken for attempt in sampled.attempts]
-
-
-def assert_right(taken, sampling=SAMPLING):
-    """Asserts that every rollout is of the toy policy's version that it is stamped with."""
-    for sampled in taken:
-        assert len(sampled.rollouts) in (0, N)
-        assert len(versions_of([sampled])) <= 1
-        for rollout in sampled.rollouts:
-            assert is_right(rollout, sampled.prompt.tokens, sampling)
-            assert rollout.tokens.dtype == np.int32
-            assert rollout.behavior_logp.dtype == np.float32
 
 
 def difference(published, sampled, version, temperature=1.0):
@@ -205,7 +241,7 @@ def assert_published(published, taken):
     """Asserts that each group is of the version that it is stamped with, and of no other."""
     for sampled in taken:
         assert len(sampled.rollouts) == N
-        (version,) = versions_of([sampled])
+        (version,) = {rollout.policy_version for rollout in sampled.rollouts}
         assert difference(published, sampled, version) < CLOSE
         for other in {1, 2, 3} - {version}:
             # Of a token or two, versions can say nearly the same.
@@ -213,46 +249,14 @@ def assert_published(published, taken):
             assert difference(published, sampled, other) > (10 * CLOSE if short else 0.1)
 
 
-def assert_each_once(taken, count):
-    assert sorted(s.prompt.stream_index for s in taken) == list(range(count))
-
-
-def assert_balanced(fleet, taken, count):
-    """Asserts that the fleet's counts are those of what was taken, with nothing in flight."""
-    found, attempts = counts_of(fleet), Counter(reasons_of(taken))
-    assert found["prompts"] == count
-    assert found["groups"] == sum(bool(s.rollouts) for s in taken)
-    assert found["dropped"] == sum(not s.rollouts for s in taken)
-    assert found["prompts"] == found["groups"] + found["dropped"] + found["cancelled"]
-    assert found["sampled"] == found["groups"]
-    assert found["tokens"] == sum(len(r.tokens) for s in taken for r in s.rollouts)
-    assert found["attempts_failed"] == attempts["failed"]
-    assert found["aborted"] == attempts["aborted"]
-    assert found["mixed"] == attempts["mixed"]
-    assert found["in_flight"] == found["waiting"] == 0
-
-
-def counts_of(fleet):
-    return {name.removeprefix("fleet/"): value for name, value in fleet.metrics().items()}
-
-
 class Run:
     """A fleet with a worker, a group store and a ledger; `train` takes the learner's place.
 
-    Args:
-      fleet: the sampler.
-      directory: of the ledger.
-      tokenizer: of the prompts, which are sums.
-      sampling: how tokens are sampled.
-      capacity: of the buffer, groups; groups of any version are trained on.
-      patience: seconds until a wait fails.
-
-    Attributes:
-      groups: all rewarded groups.
+    The prompts are sums, groups of any version are trained on, and `groups` are all rewarded ones.
     """
 
-    def __init__(self, fleet, directory, tokenizer, *, sampling, capacity, patience=PATIENCE):
-        self.fleet, self.groups, self._trained, self._patience = fleet, [], [], patience
+    def __init__(self, fleet, directory, tokenizer, *, capacity):
+        self.fleet, self.groups, self._trained, self._patience = fleet, [], [], fleet.patience
         self._path, self._capacity = directory / "ledger.jsonl", capacity
         ledger = Ledger(self._path)
         config = buffer_config(mode="keep_with_anchor", max_age=1, capacity=capacity)
@@ -280,10 +284,10 @@ class Run:
             fleet,
             lambda prompt, rollouts: np.array([len(r.tokens) for r in rollouts], np.float32),
             group_size=N,
-            sampling=sampling,
+            sampling=fleet.default_sampling,
             prompts_per_call=1,
             reward_threads=1,
-            deadline=patience,
+            deadline=self._patience,
         )
 
     def train(self, step=0):
@@ -302,13 +306,9 @@ class Run:
         return len(state["buffer"]["uses"]) == self._capacity and not state["again"]
 
     def finish(self):
-        """Lets the fleet finish and closes the ledger; asserts that no group is lost or duplicated.
-
-        Returns:
-          the ledger's report.
-        """
+        """Ends the worker; returns the ledger's report, in which each group is once."""
         wait_until(self._is_full, "a full buffer", self._patience)
-        counts = counts_of(self.fleet)
+        counts = self.fleet.counts()
         self.worker.stop()
         found = LedgerReport(self._path)
         held = {group.prompt.stream_index for group in self.store.take(self._capacity, 0, 0)}
@@ -320,12 +320,9 @@ class Run:
         assert len(trained) == len(set(trained))
         assert indices("trained") == set(trained)
         assert indices("held") == held
-        assert indices("trained") | indices("held") == {
-            group.prompt.stream_index for group in self.groups
-        }
-        assert indices("trained") | indices("held") | indices("failed") == {
-            e.stream_index for e in entries
-        }
+        rewarded = {group.prompt.stream_index for group in self.groups}
+        assert indices("trained") | indices("held") == rewarded
+        assert rewarded | indices("failed") == {e.stream_index for e in entries}
 
         sampled = defaultdict(list)
         for row in found.rollouts():
@@ -337,7 +334,7 @@ class Run:
             ]
         # The fleet's counts are the same.
         reasons = Counter(row.reason for row in found.rollouts())
-        for reason, name in (("failed", "attempts_failed"), ("aborted",) * 2, ("mixed",) * 2):
+        for reason, name in REASONS.items():
             assert reasons[reason] == N * counts[name]
         assert counts["prompts"] == len(entries)
         assert counts["groups"] == len(self.groups)

@@ -45,16 +45,9 @@ async def main(model: pathlib.Path, port: int) -> None:
         os._exit(7)
 
     app = web.Application()
-    app.add_routes(
-        [
-            web.get("/health", health),
-            web.get("/health_generate", health),
-            web.get("/get_model_info", info),
-            web.get("/get_server_info", info),
-            web.post("/generate", generate),
-            web.post("/tokenize", die),
-        ]
-    )
+    app.add_routes(web.get(path, health) for path in ("/health", "/health_generate"))
+    app.add_routes(web.get(path, info) for path in ("/get_model_info", "/get_server_info"))
+    app.add_routes([web.post("/generate", generate), web.post("/tokenize", die)])
     runner = web.AppRunner(app, handler_cancellation=True)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port).start()

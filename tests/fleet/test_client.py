@@ -1,13 +1,14 @@
 """Responses of a server, checked by hand; and the client's routes, against the fault server."""
 
-import asyncio
+import contextlib
 import copy
 import dataclasses
 
 import aiohttp
 import numpy as np
 import pytest
-from fault_server import STOP, VOCAB, is_right, publish_toy, toy_logp
+from etils import epath
+from fault_server import STOP, VOCAB, is_right, publish_toy
 
 from oapl_jax.fleet.client import (
     Aborted,
@@ -82,58 +83,36 @@ def change_meta(key, value):
     return lambda content: content[1]["meta_info"].update({key: value})
 
 
-def change_response(key, value):
-    return lambda content: content[1].update({key: value})
+def change_ids(value):
+    return lambda content: content[1].update(output_ids=value)
 
 
 def replace(value):
     return lambda content: content.__setitem__(1, value)
 
 
-def change_tokens(tokens):
-    return replace(response(tokens, "length"))
+def change_tokens(*tokens):
+    return replace(response(list(tokens), "length"))
 
 
 def change_logp(value):
-    def change(content):
-        content[1]["meta_info"]["output_token_logprobs"][1][0] = value
-
-    return change
+    return lambda c: c[1]["meta_info"]["output_token_logprobs"][1].__setitem__(0, value)
 
 
 SPANS = [{"version": "16", "start": 0, "end": 2}, {"version": "17", "start": 2, "end": 3}]
 MIXED = response([2, 3, 4], "length", "17", SPANS)
-
-
 MALFORMED = [
     lambda c: c.pop(),
     lambda c: c.append(c[0]),
-    replace(None),
-    replace({"error": "busy"}),
     lambda c: c[1].pop("output_ids"),
-    change_response("output_ids", [2, [3], 4]),
-    change_response("output_ids", "abc"),
-    change_response("output_ids", [2, 3.5, 4]),
-    change_response("output_ids", [2, 3]),
-    change_response("output_ids", [2, 4, 3]),
-    change_meta("output_token_logprobs", None),
-    change_meta("output_token_logprobs", [[-1.0]]),
-    change_meta("finish_reason", None),
-    change_meta("finish_reason", {"type": "stop"}),
-    change_meta("finish_reason", {"type": "end"}),
-    change_meta("weight_versions", [{"version": "16"}]),
-    change_meta("weight_versions", 7),
-    change_tokens([]),
-    change_tokens([2, 3, 4, 5]),
-    change_tokens([2, 10, 4]),
-    change_tokens([-1, 2, 4]),
-    change_tokens([2**70, 2, 4]),
-    change_tokens([2, 3]),
-    change_tokens([2, 9, 4]),
-    change_logp(float("nan")),
-    change_logp(float("-inf")),
-    change_logp(0.01),
-    change_logp(None),
+    *map(replace, (None, {"error": "busy"})),
+    *map(change_ids, ([2, [3], 4], "abc", [2, 3.5, 4], [2, 3], [2, 4, 3])),
+    *(change_meta("output_token_logprobs", value) for value in (None, [[-1.0]])),
+    *(change_meta("finish_reason", value) for value in (None, {"type": "stop"}, {"type": "end"})),
+    *(change_meta("weight_versions", value) for value in ([{"version": "16"}], 7)),
+    *(change_tokens(), change_tokens(2, 3), change_tokens(2, 3, 4, 5), change_tokens(2, 9, 4)),
+    *(change_tokens(2, 10, 4), change_tokens(-1, 2, 4), change_tokens(2**70, 2, 4)),
+    *map(change_logp, (float("nan"), float("-inf"), 0.01, None)),
 ]
 
 
@@ -156,18 +135,6 @@ def test_read_rejects_an_invalid_response(change, error):
     assert caught.type is error
 
 
-def test_a_mixed_response_is_kept_as_one_of_the_older_version():
-    keep = dataclasses.replace(REQUEST, mixed_versions="keep")
-    rollouts, mixed = keep.read(group(MIXED))
-    assert mixed
-    assert {r.policy_version for r in rollouts} == {16}
-    newer = [response([5, 9], "stop", "17"), MIXED]  # began with the newer version
-    with pytest.raises(WrongVersion):
-        keep.read(newer)
-    rollouts, _ = dataclasses.replace(keep, version=None).read(newer)
-    assert {r.policy_version for r in rollouts} == {-1}
-
-
 def test_sampling_params():
     sent = sampling_params(Sampling(0.5, 0.9, 0, 7), n=4, stop_ids=(9, 1))
     expected = dict(n=4, temperature=0.5, top_p=0.9, top_k=-1, max_new_tokens=7, min_p=0.0)
@@ -177,7 +144,7 @@ def test_sampling_params():
     assert sampling_params(Sampling(0.5, 0.9, 3, 7), n=4, stop_ids=())["top_k"] == 3
 
 
-# Routes
+# Routes; the faults of each are in test_fleet_faults.py
 
 
 @pytest.fixture
@@ -185,19 +152,14 @@ def server(toy_servers):
     return toy_servers(1)[0]
 
 
-def call(server, request, *, deadline=5.0):
-    """Runs `request(client)`, a coroutine, with a client of the server."""
-
-    async def run():
-        async with aiohttp.ClientSession() as session:
-            client = SGLangClient(session, server.url, connect_deadline=5.0, deadline=deadline)
-            return await request(client)
-
-    return asyncio.run(run())
+@contextlib.asynccontextmanager
+async def connect(server, *, deadline=5.0):
+    async with aiohttp.ClientSession() as session:
+        yield SGLangClient(session, server.url, connect_deadline=5.0, deadline=deadline)
 
 
-def generate(version=4, deadline=None):
-    request = GroupRequest(
+def request(version):
+    return GroupRequest(
         tokens=[2, 3],
         n=3,
         sampling=Sampling(1.0, 1.0, 0, 6),
@@ -206,98 +168,37 @@ def generate(version=4, deadline=None):
         version=version,
         mixed_versions="reissue",
     )
-    return lambda client: client.generate(request, deadline=deadline)
 
 
-def test_update_and_generate(server, directory):
-    path = publish_toy(directory, 4)
-    assert call(server, lambda client: client.version()) == "default"
-    call(server, lambda client: client.update(str(path), 4, deadline=5.0))
-    assert call(server, lambda client: client.version()) == "4"
-    rollouts, _ = call(server, generate())
-    assert len(rollouts) == 3
-    for rollout in rollouts:
-        assert rollout.policy_version == 4
-        assert is_right(rollout, np.array([2, 3]), Sampling(1.0, 1.0, 0, 6))
-    with pytest.raises(WrongVersion):
-        call(server, generate(version=5))
-    for _ in range(2):  # of any version: the prefix cache is bypassed
-        call(server, generate(version=None))
-    keys = [request["extra_key"] for request in server.requests]
-    assert keys[:2] == ["v4", "v5"]
-    assert len(set(keys)) == 4
+async def test_update_and_generate(server, tmp_path):
+    async with connect(server) as client:
+        assert await client.version() == "default"
+        assert await client.can_update()
+        await client.update(str(publish_toy(epath.Path(tmp_path), 4)), 4, deadline=5.0)
+        assert await client.version() == "4"
+        rollouts, _ = await client.generate(request(4))
+        assert len(rollouts) == 3
+        for rollout in rollouts:
+            assert rollout.policy_version == 4
+            assert is_right(rollout, np.array([2, 3]), Sampling(1.0, 1.0, 0, 6))
+        with pytest.raises(WrongVersion):
+            await client.generate(request(5))
+        for _ in range(2):  # of any version: the prefix cache is bypassed
+            await client.generate(request(None))
+        keys = [body["extra_key"] for body in server.requests]
+        assert keys[:2] == ["v4", "v5"]
+        assert len(set(keys)) == 4
+        client.url += "/nowhere"
+        assert not await client.can_update()
 
 
-def test_score(server):
-    server.held, server.says = 4, "4"
-    rows = [[2, 3, 5], [7, 1, VOCAB - 1, 6]]
-    scores, versions = call(server, lambda client: client.score(rows))
-    assert versions == {"4"}
-    for row, found in zip(rows, scores, strict=True):
-        expected = [toy_logp(4)[place, row[place]] for place in range(1, len(row))]
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
-    for fault in ("nan", "few"):
-        server.plan = lambda call, fault=fault: fault
-        with pytest.raises(ServerError):
-            call(server, lambda client: client.score([[2, 3], [4, 5]]))
-
-
-@pytest.mark.parametrize(
-    "fault", ["500", "400", "html", "truncated", "empty", "cut", "reset", "hang"]
-)
-def test_a_failed_request_names_its_route(server, fault):
-    server.plan = lambda call: fault
-    with pytest.raises(ServerError, match="/generate") as caught:
-        call(server, generate(deadline=0.2 if fault == "hang" else None))
-    assert isinstance(caught.value, Refused) == (fault == "400")
-
-
-def test_an_address_without_a_server(server):
-    server.kill()
-    with pytest.raises(ServerError, match="/health"):
-        call(server, lambda client: client.check_health())
-    server.start()
-
-
-@pytest.mark.parametrize(
-    ("fault", "error"), [("refuse", Refused), ("no", Refused), ("misnamed", WrongVersion)]
-)
-def test_a_failed_update(server, directory, fault, error):
-    path = publish_toy(directory, 4)
-    server.plan = lambda call: fault if call == "update" else ""
-    with pytest.raises(error):
-        call(server, lambda client: client.update(str(path), 4, deadline=5.0))
-
-
-def test_flush_cache_is_retried_until_the_server_is_idle(server):
+async def test_flush_cache_is_retried_until_the_server_is_idle(server):
     left = ["busy"] * 3
     server.plan = lambda call: left.pop() if left else ""
-    call(server, lambda client: client.flush_cache())
+    async with connect(server) as client:
+        await client.flush_cache()
     assert server.calls["flush"] == 4
     server.plan = lambda call: "busy"
-    with pytest.raises(Refused):
-        call(server, lambda client: client.flush_cache(), deadline=0.2)
-
-
-def test_can_update(server):
-    assert call(server, lambda client: client.can_update())
-
-    async def elsewhere(client):
-        client.url += "/nowhere"
-        return await client.can_update()
-
-    assert not call(server, elsewhere)
-
-
-def test_abort_all_ends_requests_in_flight(server):
-    server.seconds = 20.0
-
-    async def run(client):
-        task = asyncio.create_task(generate(version=None)(client))
-        while not server.running:
-            await asyncio.sleep(0.01)
-        await client.abort_all()
-        return await task
-
-    with pytest.raises(Aborted):
-        call(server, run)
+    async with connect(server, deadline=0.2) as client:
+        with pytest.raises(Refused):
+            await client.flush_cache()

@@ -8,22 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 from fault_server import CONTROL, FAULTS, is_right, publish_toy
-from fleets import (
-    PATIENCE,
-    SAMPLING,
-    SETTINGS,
-    N,
-    Run,
-    Taker,
-    always,
-    assert_balanced,
-    once,
-    prompt,
-    prompts,
-    servers_of,
-    versions_of,
-    wait_until,
-)
+from fleets import PATIENCE, SAMPLING, SETTINGS, N, Run, always, once, prompt, prompts, wait_until
 
 from oapl_jax.model.tokenizer import make_character_tokenizer
 
@@ -52,50 +37,46 @@ BAD_ADMISSIONS = [
 
 
 @pytest.mark.parametrize(("call", "fault", "state"), BAD_ADMISSIONS)
-def test_a_server_that_fails_a_refresh_samples_nothing(
-    make_fleet, toy_servers, directory, call, fault, state
-):
+def test_a_server_that_fails_a_refresh_samples_nothing(make_fleet, call, fault, state):
     """The other server samples alone, until the first one recovers."""
-    bad, good = toy_servers(2)
     deadlines = dict(control_deadline=0.5, update_deadline=0.5, start_deadline=0.1)
-    fleet = make_fleet([bad.url, good.url], **deadlines)
+    fleet, (bad, good) = make_fleet(2, **deadlines)
     bad.plan = always(call, fault)
-    fleet.refresh(3, publish_toy(directory, 3))
+    fleet.publish(3)
     wait_until(lambda: fleet.of(good, "state") == "ready")
     wait_until(lambda: fleet.of(bad, state))
-    assert servers_of(fleet.sample(20)) == {good.url}
+    assert fleet.sample(20).servers == {good.url}
     assert fleet.has_logged(f"{bad.url} is {state}")
     bad.plan = lambda this: ""
     fleet.wait_ready()
     assert fleet.has_logged(f"{bad.url} is ready")
-    assert servers_of(fleet.sample(40)) == {good.url, bad.url}
+    assert fleet.sample(40).servers == {good.url, bad.url}
 
 
-def test_a_server_that_loads_the_weights_and_refuses(ready_fleet, toy_servers):
-    (server,) = toy_servers(1)
+def test_a_server_that_loads_the_weights_and_refuses(make_fleet):
+    fleet, (server,) = make_fleet(1)
     server.plan = always("update", "late_no")
-    assert versions_of(ready_fleet([server], 2).sample(5)) == {2}
+    fleet.publish(2)
+    assert fleet.sample(5).versions == {2}
 
 
 @pytest.mark.parametrize("fault", ["503", "hang", "reset"])
-def test_a_server_that_fails_its_health_check_is_lost(ready_fleet, toy_servers, fault):
+def test_a_server_that_fails_its_health_check_is_lost(ready_fleet, fault):
     """Its requests in flight are retried on another server."""
-    bad, good = toy_servers(2)
-    fleet = ready_fleet([bad, good], control_deadline=1.0, request_deadline=1000.0)
+    fleet, (bad, good) = ready_fleet(2, control_deadline=1.0, request_deadline=1000.0)
     bad.seconds = 1000.0
-    taker = Taker(fleet, prompts(20))
+    taker = fleet.take(prompts(20))
     wait_until(lambda: fleet.of(bad, "in_flight") > 0)
     bad.plan = lambda this: fault if this in CONTROL else ""
     taken = taker.right(20)
-    assert servers_of(taken) == {good.url}
+    assert taken.servers == {good.url}
     assert {a.server for s in taken for a in s.attempts} == {bad.url}
-    assert_balanced(fleet, taken, 20)
+    fleet.assert_balanced(taken, 20)
 
 
-def test_a_killed_server_comes_back(ready_fleet, toy_servers):
-    made = toy_servers(2)
+def test_a_killed_server_comes_back(ready_fleet):
+    fleet, made = ready_fleet(2)
     victim = made[0]
-    fleet = ready_fleet(made)
     for server in made:
         server.seconds = 0.01
     killed, back = threading.Event(), threading.Event()
@@ -109,7 +90,7 @@ def test_a_killed_server_comes_back(ready_fleet, toy_servers):
                 break
             yield prompt(index)
 
-    taker = Taker(fleet, pull())
+    taker = fleet.take(pull())
     assert killed.wait(PATIENCE)
     wait_until(lambda: fleet.of(victim, "state") == "lost")
     assert victim.loads == [0]
@@ -122,33 +103,29 @@ def test_a_killed_server_comes_back(ready_fleet, toy_servers):
     taken = taker.right()
     assert any(s.attempts for s in taken)
     assert all(s.rollouts for s in taken)
-    assert fleet.metrics()["fleet/refused"] == 0
-    assert_balanced(fleet, taken, len(taken))
+    assert fleet.counts()["refused"] == 0
+    fleet.assert_balanced(taken, len(taken))
 
 
-def test_a_server_that_comes_back_with_other_weights_under_the_same_name(ready_fleet, toy_servers):
-    (server,) = toy_servers(1)
-    fleet = ready_fleet([server], 3, control_deadline=0.5)
+def test_a_server_that_comes_back_with_other_weights_under_the_same_name(ready_fleet):
+    fleet, (server,) = ready_fleet(1, 3, control_deadline=0.5)
     server.plan = lambda this: "503" if this in CONTROL else ""
     wait_until(lambda: fleet.states() == {"lost"})
     server.held = 55
     server.plan = lambda this: ""
     fleet.sample(20)
-    assert fleet.metrics()["fleet/probe_failed"] == 1
+    assert fleet.counts()["probe_failed"] == 1
     assert server.loads == [3, 3]
 
 
-def test_a_server_that_comes_back_loads_the_target_version_first(
-    ready_fleet, toy_servers, directory
-):
+def test_a_server_that_comes_back_loads_the_target_version_first(ready_fleet):
     """Even where older versions are allowed and it was refreshed a moment ago."""
-    (server,) = toy_servers(1)
-    fleet = ready_fleet([server], allow_older=True)
+    fleet, (server,) = ready_fleet(1, allow_older=True)
     server.update_seconds = 1.5  # and so long it samples before the next refresh
-    fleet.refresh(1, publish_toy(directory, 1))
+    fleet.publish(1)
     fleet.wait_ready(1)
     server.update_seconds = 0.0
-    fleet.refresh(2, publish_toy(directory, 2))
+    fleet.publish(2)
     server.plan = once("health", "503")
     wait_until(lambda: fleet.of(server, "lost"))
     fleet.wait_ready()
@@ -159,10 +136,9 @@ def test_a_server_that_comes_back_loads_the_target_version_first(
 # Everything at once
 
 
-def test_a_thousand_random_faults(ready_fleet, toy_servers, directory, tmp_path):
+def test_a_thousand_random_faults(ready_fleet, tmp_path):
     """The ledger has each group once, and no rollout is wrong."""
-    made, rng = toy_servers(6), np.random.default_rng(0)
-    lock = threading.Lock()
+    rng, lock = np.random.default_rng(0), threading.Lock()
     faults = {
         "generate": FAULTS,
         "score": (*("stale", "nan", "few", "500", "reset") * 3, "hang"),
@@ -186,8 +162,8 @@ def test_a_thousand_random_faults(ready_fleet, toy_servers, directory, tmp_path)
                 bags[call] = [str(fault) for fault in rng.permutation(faults[call])]
             return bags[call].pop()
 
-    fleet = ready_fleet(
-        made,
+    fleet, made = ready_fleet(
+        6,
         allow_older=True,
         control_deadline=0.5,
         request_deadline=0.5,
@@ -200,7 +176,7 @@ def test_a_thousand_random_faults(ready_fleet, toy_servers, directory, tmp_path)
         server.plan, server.seconds = plan, 0.002
     committed = lambda: sum(n for s in made for (_, fault), n in s.faults.items() if fault)
     tokenizer = make_character_tokenizer("0123456789+=", tmp_path / "tokenizer")
-    run = Run(fleet, epath.Path(tmp_path), tokenizer, sampling=SAMPLING, capacity=48)
+    run = Run(fleet, epath.Path(tmp_path), tokenizer, capacity=48)
     run.worker.start()
     dead = made[0]
     for step in itertools.count():
@@ -208,7 +184,7 @@ def test_a_thousand_random_faults(ready_fleet, toy_servers, directory, tmp_path)
             break
         if step % 150 == 75:
             version = step // 150 + 1
-            run.store.set_target(version, publish_toy(directory, version))
+            run.store.set_target(version, publish_toy(fleet.directory, version))
         if step % 100 == 30:
             dead = made[step // 100 % len(made)]
             dead.kill()

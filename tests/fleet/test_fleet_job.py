@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from conftest import ROOT
+from server_processes import ROOT
 
 STEPS = 64
 LAG = 16  # gradient steps between two versions, the default's

@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+from server_processes import find_port
 from small_runs import Runs, checked
 
 from configs import arithmetic
@@ -42,12 +43,10 @@ def begun(train, tmp_path_factory):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_run_without_servers_saves_and_ends_with_code_3(
-    train, begun, tmp_path, free_port, overlap
-):
+def test_a_run_without_servers_saves_and_ends_with_code_3(train, begun, tmp_path, overlap):
     workdir = tmp_path / "run"
     shutil.copytree(begun, workdir)
-    nobody = f"('http://127.0.0.1:{free_port()}',)"
+    nobody = f"('http://127.0.0.1:{find_port()}',)"
     fleet = dict(rollout__sampler="fleet", rollout__overlap=overlap, fleet__servers=nobody)
     output = train(workdir, code=3, num_steps=6, **fleet)
     assert "training pauses" in output

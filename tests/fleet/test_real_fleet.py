@@ -2,38 +2,28 @@
 
 import time
 
-import fleets
 import numpy as np
 import pytest
 from etils import epath
-from fleets import (
-    CLOSE,
-    REAL_SAMPLING,
-    Run,
-    Taker,
-    assert_each_once,
-    assert_published,
-    difference,
-    open_real_fleet,
-    reasons_of,
-    versions_of,
-)
+from fleets import CLOSE, Run, assert_published, difference, open_real_fleet, wait_until
+from server_processes import find_port
 
 from oapl_jax.errors import UserError
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Prompt
 from oapl_jax.weights.publisher import version_path
 
-PATIENCE = 180.0  # seconds until a test fails
-
 
 @pytest.fixture
 def make_fleet(published, stack):
-    """`fleets.open_real_fleet`, closed with the test."""
+    """Opens a fleet of real servers, which load `version` if it is given."""
 
-    def make(*args, **kwargs):
+    def make(*args, version=None, **kwargs):
         fleet = open_real_fleet(published, *args, **kwargs)
         stack.callback(fleet.close)
+        if version is not None:
+            fleet.refresh(version, published.path(version))
+            fleet.wait_ready()
         return fleet
 
     return make
@@ -44,23 +34,13 @@ def prompt(index):
     return Prompt(f"p{index}", index, tokens, "", "", "")
 
 
-def take(fleet, prompts, sampling=REAL_SAMPLING):
-    return Taker(fleet, prompts, sampling, PATIENCE)
-
-
-def wait_until(condition, what="it"):
-    fleets.wait_until(condition, what, PATIENCE)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 def test_log_probs_are_those_of_the_learner(make_fleet, servers, published, temperature):
-    fleet = make_fleet(servers.urls)
-    fleet.refresh(2, published.path(2))
-    fleet.wait_ready(patience=PATIENCE)
+    fleet = make_fleet(servers.urls, version=2)
     sampling = Sampling(temperature, 1.0, 0, 20)
-    taken = take(fleet, map(prompt, range(16)), sampling).result()
-    assert_each_once(taken, 16)
-    assert {s.server for s in taken} == set(servers.urls)
+    taken = fleet.take(map(prompt, range(16)), sampling).result()
+    taken.assert_each_once(16)
+    assert taken.servers == set(servers.urls)
     at = temperature or 1.0  # greedy tokens have the log-probs of temperature 1
     assert max(difference(published, s, 2, at) for s in taken) < CLOSE
     assert min(difference(published, s, 1, at) for s in taken) > 0.1
@@ -72,7 +52,7 @@ def test_log_probs_are_those_of_the_learner(make_fleet, servers, published, temp
         assert ended or len(rollout.tokens) == 20
     if temperature:
         assert {r.finish_reason for r in rollouts} == {"stop", "length"}
-    assert fleet.metrics()["fleet/probe_gap"] < CLOSE
+    assert fleet.counts()["probe_gap"] < CLOSE
 
 
 @pytest.mark.parametrize(("allow_older", "drain_deadline"), [(False, 0.0), (True, 60.0)])
@@ -89,34 +69,23 @@ def test_a_refresh_under_load_mixes_no_group(
                 fleet.refresh(version, published.path(version))
             yield prompt(index)
 
-    taken = take(fleet, pull()).result()
-    assert_each_once(taken, 90)
+    taken = fleet.take(pull()).result()
+    taken.assert_each_once(90)
     assert_published(published, taken)
-    sampled_from = versions_of(taken)
+    sampled_from = taken.versions
     assert len(sampled_from) > 1 if allow_older else sampled_from == {1, 2, 3}
-    assert set(reasons_of(taken)) <= {"aborted"}
-    found = fleet.metrics()
-    assert found["fleet/aborted"] == sum(len(s.attempts) for s in taken)
-    assert found["fleet/aborted"] == 0 if allow_older else found["fleet/aborted"] > 0
+    assert set(taken.reasons) <= {"aborted"}
+    found = fleet.counts()
+    assert found["aborted"] == sum(len(s.attempts) for s in taken)
+    assert found["aborted"] == 0 if allow_older else found["aborted"] > 0
 
 
-def test_a_killed_server_comes_back(
-    make_fleet, servers, published, start_server, free_port, tmp_path
-):
+def test_a_killed_server_comes_back(make_fleet, servers, published, start_server, tmp_path):
     """By the ledger no group is lost or duplicated; requests of the victim are retried."""
-    port, steady = free_port(), servers.servers[0]
+    port, steady = find_port(), servers.servers[0]
     victim = start_server(published.path(1), port)
-    fleet = make_fleet([steady.url, victim.url])
-    fleet.refresh(3, published.path(3))
-    fleet.wait_ready(patience=PATIENCE)
-    run = Run(
-        fleet,
-        epath.Path(tmp_path),
-        published.policy.tokenizer,
-        sampling=REAL_SAMPLING,
-        capacity=16,
-        patience=PATIENCE,
-    )
+    fleet = make_fleet([steady.url, victim.url], version=3)
+    run = Run(fleet, epath.Path(tmp_path), published.policy.tokenizer, capacity=16)
     run.worker.start()
     run.train_until(
         lambda: fleet.of(victim, "sampled") > 3 and fleet.of(victim, "in_flight") > 1, "work"
@@ -127,7 +96,7 @@ def test_a_killed_server_comes_back(
     run.train_until(lambda: fleet.of(steady, "sampled") > before[1] + 3, "other work")
     # Without training, sampling stops soon: on two cores a server starts slowly beside a busy one.
     back = start_server(published.path(1), port, wait=False)
-    wait_until(lambda: fleet.of(victim, "state") == "ready", "the return")
+    wait_until(lambda: fleet.of(victim, "state") == "ready", "the return", fleet.patience)
     assert back.ask("/model_info")["weight_version"] == "3"
     run.train_until(lambda: fleet.of(victim, "sampled") > before[0] + 3, "new work")
     found = run.finish()
@@ -148,9 +117,7 @@ def test_a_killed_server_comes_back(
 def test_a_damaged_version_is_refused_before_a_server_loads_it(
     make_fleet, servers, published, tmp_path
 ):
-    fleet = make_fleet(servers.urls)
-    fleet.refresh(1, published.path(1))
-    fleet.wait_ready(patience=PATIENCE)
+    fleet = make_fleet(servers.urls, version=1)
     whole, damaged = published.path(2), version_path(epath.Path(tmp_path), 2)
     damaged.mkdir()
     for file in whole.iterdir():
@@ -160,8 +127,8 @@ def test_a_damaged_version_is_refused_before_a_server_loads_it(
     (damaged / "model.safetensors").write_bytes(bytes(weights))
     with pytest.raises(UserError, match=r"model\.safetensors is missing or damaged"):
         fleet.refresh(2, damaged)
-    taken = take(fleet, map(prompt, range(8))).result()
-    assert versions_of(taken) == {1}
+    taken = fleet.take(map(prompt, range(8))).result()
+    assert taken.versions == {1}
     for server in servers.servers:
         assert server.ask("/model_info")["weight_version"] == "1"
         assert server.ask("/model_info")["model_path"] == str(published.path(1))
@@ -170,13 +137,11 @@ def test_a_damaged_version_is_refused_before_a_server_loads_it(
 def test_a_response_of_two_versions_is_retried(make_fleet, servers, published):
     """Another client changes the weights during a request."""
     server = servers.servers[0]
-    fleet = make_fleet([server.url])
-    fleet.refresh(1, published.path(1))
-    fleet.wait_ready(patience=PATIENCE)
+    fleet = make_fleet([server.url], version=1)
     greedy = Sampling(0.0, 1.0, 0, 400)
 
     def sample(index):
-        return take(fleet, [prompt(index)], greedy)
+        return fleet.take([prompt(index)], greedy)
 
     # Random weights often repeat themselves up to the limit.
     long = next(d for d in range(50) if len(sample(d).result()[0].rollouts[0].tokens) == 400)
@@ -194,22 +159,22 @@ def test_a_response_of_two_versions_is_retried(make_fleet, servers, published):
 
     def change_at(part):
         taker = sample(long)
-        wait_until(lambda: fleet.metrics()["fleet/in_flight"] == 1)
+        wait_until(lambda: fleet.counts()["in_flight"] == 1, patience=fleet.patience)
         time.sleep(part * seconds)
         change()
-        return taker.result()[0]
+        return taker.result()
 
     # A try whose response had not begun at the change, or had ended, does not count.
     tries = map(change_at, np.random.default_rng(0).uniform(0.1, 0.9, 50))
-    sampled = next(s for s in tries if reasons_of([s]) == ["mixed"])
-    assert versions_of([sampled]) == {1}
-    assert fleet.metrics()["fleet/mixed"] >= 1
+    taken = next(taken for taken in tries if taken.reasons == ["mixed"])
+    assert taken.versions == {1}
+    assert fleet.counts()["mixed"] >= 1
     assert server.ask("/model_info")["weight_version"] == "1"  # brought back before
 
 
 def test_servers_from_a_router(make_fleet, servers, published):
     fleet = make_fleet(router=servers.router.url)
     fleet.refresh(3, published.path(3))
-    taken = take(fleet, map(prompt, range(12))).result()
+    taken = fleet.take(map(prompt, range(12))).result()
     assert set(fleet.servers()) == set(servers.urls)
     assert_published(published, taken)

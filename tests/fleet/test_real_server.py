@@ -6,13 +6,13 @@ import time
 
 import numpy as np
 import pytest
+from fleets import CLOSE, wait_until
 
 from oapl_jax.fleet.client import sampling_params
 from oapl_jax.rollout.sampler import Sampling
 
 PROMPT = [4, 11, 6, 12, 3, 14]
 EOS = 1
-CLOSE = 1e-4  # nats between log-probs of the server and the learner
 LONG = dict(ignore_eos=True, max_new_tokens=4000)  # some twenty seconds
 PATIENCE = 60.0  # seconds until a test fails
 
@@ -22,8 +22,7 @@ def server(servers, published):
     """The first server, idle and on version 1."""
     server = servers.servers[0]
     server.ask("/continue_generation", {})
-    server.ask("/abort_request", {"abort_all": True})
-    wait_idle(server)
+    abort_all(server)
     take(server, published, 1)
     return server
 
@@ -44,12 +43,8 @@ def meanwhile():
 
 def request(ids=PROMPT, *, top=(), **sampling):
     params = {"temperature": 1.0, "max_new_tokens": 24, **sampling}
-    return {
-        "input_ids": list(ids),
-        "sampling_params": params,
-        "return_logprob": True,
-        **dict(top),
-    }
+    ids = list(ids)
+    return dict(top) | {"input_ids": ids, "sampling_params": params, "return_logprob": True}
 
 
 def generate(server, **how):
@@ -69,15 +64,17 @@ def take(server, published, version):
     assert (status, answer["success"]) == (200, True)
 
 
+def abort_all(server):
+    server.ask("/abort_request", {"abort_all": True})
+
+
 def version_of(server):
     return server.ask("/model_info")["weight_version"]
 
 
 def wait_idle(server):
-    deadline = time.monotonic() + PATIENCE
-    while server.call("/flush_cache", {})[0] != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    is_idle = lambda: server.call("/flush_cache", {})[0] == 200
+    wait_until(is_idle, "an idle server", PATIENCE, every=0.1)
 
 
 def logp_of(response):
@@ -97,16 +94,13 @@ def span(version, start, end):
 # Responses
 
 
-def test_a_group_is_a_list_and_a_single_response_is_not(server):
+def test_responses_of_a_group(server):
+    assert isinstance(server.ask("/generate", request(n=1)), dict)
     group = server.ask("/generate", request(n=8))
     assert isinstance(group, list)
     assert len(group) == 8
     assert len({tuple(response["output_ids"]) for response in group}) > 1
-    assert isinstance(server.ask("/generate", request(n=1)), dict)
-
-
-def test_log_probs_belong_to_the_ids_and_name_their_version(server):
-    for response in generate(server, n=8):
+    for response in group:
         meta = response["meta_info"]
         assert [entry[1] for entry in meta["output_token_logprobs"]] == response["output_ids"]
         assert meta["completion_tokens"] == len(response["output_ids"])
@@ -132,6 +126,9 @@ def test_log_probs_follow_a_new_version(server, published):
     for version, response in ((1, before), (2, after)):
         assert difference(published, response, version) < CLOSE
     assert difference(published, after) > 0.1
+    info = server.ask("/model_info")
+    assert (info["weight_version"], info["model_path"]) == ("2", str(published.path(2)))
+    assert server.ask("/server_info")["weight_version"] == "1"  # as it was started
 
 
 def test_greedy_takes_the_best_token_with_log_probs_at_temperature_1(server, published):
@@ -202,11 +199,8 @@ def test_a_response_ends_two_tokens_before_the_context_does(server, published):
 
 def test_the_server_names_what_its_log_probs_depend_on(server):
     info = server.ask("/server_info")
-    assert (info["dtype"], info["kv_cache_dtype"], info["quantization"]) == (
-        "float32",
-        "auto",
-        None,
-    )
+    dtypes = (info["dtype"], info["kv_cache_dtype"], info["quantization"])
+    assert dtypes == ("float32", "auto", None)
     assert info["skip_tokenizer_init"] is True
 
 
@@ -217,18 +211,10 @@ def test_a_missing_directory_is_refused_and_the_weights_stay(server, published, 
     (before,) = generate(server, temperature=0.0)
     body = {"model_path": str(tmp_path / "nothing"), "weight_version": "9"}
     status, answer = server.call("/update_weights_from_disk", body)
-    assert (status, answer["success"]) == (400, False)
-    assert version_of(server) == "1"
+    assert (status, answer["success"], version_of(server)) == (400, False, "1")
     (after,) = generate(server, temperature=0.0)
     assert after["output_ids"] == before["output_ids"]
     assert after["meta_info"]["weight_version"] == "1"
-
-
-def test_only_model_info_follows_an_update(server, published):
-    take(server, published, 3)
-    info = server.ask("/model_info")
-    assert (info["weight_version"], info["model_path"]) == ("3", str(published.path(3)))
-    assert server.ask("/server_info")["weight_version"] == "1"  # as it was started
 
 
 def test_an_update_waits_for_running_requests_which_end_on_the_old_version(
@@ -250,7 +236,7 @@ def test_an_update_that_can_not_flush_is_refused_and_holds_the_new_weights_all_t
     assert (status, answer["success"]) == (400, False)
     assert version_of(server) == "1"  # which is wrong:
     server.ask("/continue_generation", {})
-    server.ask("/abort_request", {"abort_all": True})
+    abort_all(server)
     assert running.result(PATIENCE)[0]["meta_info"]["weight_version"] == "2"
 
     # Its cache still holds the old weights' keys of this prompt; a key of its own passes it by.
@@ -261,7 +247,6 @@ def test_an_update_that_can_not_flush_is_refused_and_holds_the_new_weights_all_t
         gaps.append(difference(published, response, 2))
     assert gaps[0] > 0.1
     assert gaps[1] < CLOSE
-    wait_idle(server)
     take(server, published, 2)
     assert version_of(server) == "2"
 
@@ -295,7 +280,7 @@ def test_a_pause_by_abort_gives_the_callers_what_there_is(server, meanwhile):
 def test_a_busy_server_does_not_flush(server, meanwhile):
     running = meanwhile(generate, server, n=2, **LONG)
     assert server.call("/flush_cache", {})[0] == 400
-    server.ask("/abort_request", {"abort_all": True})
+    abort_all(server)
     for response in running.result(PATIENCE):
         assert response["meta_info"]["finish_reason"]["type"] == "abort"
         assert len(logp_of(response)) == len(response["output_ids"]) < 4000
@@ -311,7 +296,7 @@ def test_a_request_can_be_aborted_by_its_id_but_a_group_can_not(server, meanwhil
     server.ask("/abort_request", {"rid": "group"})
     time.sleep(1.0)
     assert not group.done()
-    server.ask("/abort_request", {"abort_all": True})
+    abort_all(server)
     group.result(PATIENCE)
 
 
@@ -319,8 +304,7 @@ def test_a_caller_that_hangs_up_frees_the_server(server):
     with contextlib.suppress(TimeoutError):
         server.call("/generate", request(n=4, **LONG), timeout=0.5)
     wait_idle(server)
-    started = server.ask("/v1/loads")["loads"][0]
-    assert started["num_running_reqs"] == 0
+    assert server.ask("/v1/loads")["loads"][0]["num_running_reqs"] == 0
 
 
 def test_an_id_outside_the_vocabulary_ends_the_server(start_server, published):
@@ -351,12 +335,7 @@ def test_the_router_names_its_servers_and_forwards_no_control_call(servers, publ
     workers = servers.router.ask("/workers")["workers"]
     assert {worker["url"] for worker in workers} == set(servers.urls)
     assert all(worker["is_healthy"] for worker in workers)
-    body = {"model_path": str(published.path(2)), "weight_version": "2"}
-    for path, content in (
-        ("/update_weights_from_disk", body),
-        ("/abort_request", {"abort_all": True}),
-        ("/pause_generation", {"mode": "abort"}),
-        ("/model_info", None),
-        ("/server_info", None),
-    ):
-        assert servers.router.call(path, content)[0] == 404, path
+    assert update(servers.router, published, 2)[0] == 404
+    controls = {"abort_request": {"abort_all": True}, "pause_generation": {"mode": "abort"}}
+    for path, content in {**controls, "model_info": None, "server_info": None}.items():
+        assert servers.router.call(f"/{path}", content)[0] == 404, path

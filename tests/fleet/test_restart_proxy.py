@@ -8,12 +8,12 @@ import pathlib
 import shutil
 import signal
 import sys
-import time
 
 import aiohttp
 import numpy as np
 import pytest
-from fleets import REAL_SAMPLING, Taker, assert_published, open_real_fleet
+from fleets import PATIENCE, assert_published, open_real_fleet, wait_until
+from server_processes import find_port, sglang_program
 
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.fleet.restart_proxy import __main__ as restart_proxy
@@ -23,7 +23,6 @@ from oapl_jax.structs import Prompt
 from oapl_jax.weights.publisher import COMMITTED, MANIFEST
 
 STUB = [sys.executable, str(pathlib.Path(__file__).parent / "stub_server.py"), "{model}", "{port}"]
-PATIENCE = 30.0  # seconds until a test gives up
 START = 240.0  # seconds for a real server to start
 PROMPT = [4, 11, 6, 12, 3, 14]
 
@@ -58,8 +57,11 @@ class Caller:
     async def generate(self, n=1, **more):
         return await self("/generate", {"input_ids": [2, 3], "n": n, **more})
 
-    def start_generate(self, seconds):
-        return asyncio.ensure_future(self.generate(seconds=seconds))
+    async def start_generate(self, seconds):
+        """Returns the task of a request that is in flight."""
+        task = asyncio.ensure_future(self.generate(seconds=seconds))
+        await asyncio.sleep(0.3)
+        return task
 
     async def update(self, path, name):
         body = {"model_path": str(path), "weight_version": name}
@@ -91,25 +93,21 @@ def new_supervisor(model, **changed):
     return Supervisor(version=first_version(str(model)), **settings)
 
 
-@pytest.fixture
-def supervise(free_port):
-    """Runs `body(call)`, a coroutine, with a proxy and a stub server of a model directory."""
-
-    async def run(model, body, port=None, **changed):
-        port = port or free_port()
-        supervisor = new_supervisor(model, **{"server_port": free_port(), **changed})
-        task = asyncio.ensure_future(restart_proxy.serve(supervisor, "127.0.0.1", port))
-        try:
-            async with aiohttp.ClientSession() as session, asyncio.timeout(3 * PATIENCE):
-                call = Caller(session, port, task)
-                await call.wait_ready()
-                return await body(call)
-        finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, RunError):
-                await task
-
-    return lambda *args, **kwargs: asyncio.run(run(*args, **kwargs))
+@contextlib.asynccontextmanager
+async def supervise(model, port=None, **changed):
+    """Serves a proxy with a stub server of a model directory; yields its caller."""
+    port = port or find_port()
+    supervisor = new_supervisor(model, **{"server_port": find_port(), **changed})
+    task = asyncio.ensure_future(restart_proxy.serve(supervisor, "127.0.0.1", port))
+    try:
+        async with aiohttp.ClientSession() as session, asyncio.timeout(3 * PATIENCE):
+            call = Caller(session, port, task)
+            await call.wait_ready()
+            yield call
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, RunError):
+            await task
 
 
 def alive(pid):
@@ -119,15 +117,8 @@ def alive(pid):
     return False
 
 
-def wait_gone(pids):
-    deadline = time.monotonic() + PATIENCE
-    while any(map(alive, pids)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_responses_are_forwarded_with_their_version(versions, supervise):
-    async def body(call):
+async def test_responses_are_forwarded_with_their_version(versions):
+    async with supervise(versions(1)) as call:
         for n in (1, 3):
             _, content = await call.generate(n=n)
             for response in content if n > 1 else [content]:
@@ -152,11 +143,9 @@ def test_responses_are_forwarded_with_their_version(versions, supervise):
         for wrong in ({"model_path": str(versions(2))}, [], "2"):
             assert (await call("/update_weights_from_disk", wrong))[0] == 400
 
-    supervise(versions(1), body)
 
-
-def test_a_new_version_is_served_by_a_new_process(versions, supervise):
-    async def body(call):
+async def test_a_new_version_is_served_by_a_new_process(versions):
+    async with supervise(versions(1)) as call:
         *_, old = await call.version()
         assert (await call.update(versions(2), "2"))[0] == 200
         *held, new = await call.version()
@@ -172,15 +161,13 @@ def test_a_new_version_is_served_by_a_new_process(versions, supervise):
         assert (await call.version())[2] == new  # it is served already
         counts = {"refreshes": 1, "failed_refreshes": 0, "deaths": 0, "aborted": 0}
         assert await call.counts() == counts
-        return new
-
-    assert not any(map(alive, supervise(versions(1), body)))
+    assert not any(map(alive, new))
 
 
-def test_a_version_that_was_published_again_is_loaded_again(versions, supervise):
+async def test_a_version_that_was_published_again_is_loaded_again(versions):
     """A killed run publishes a step again, maybe with other weights."""
 
-    async def body(call):
+    async with supervise(versions(1)) as call:
         *_, old = await call.version()
         manifest = json.loads((versions(2) / MANIFEST).read_text())
         shutil.rmtree(versions(1))
@@ -191,13 +178,10 @@ def test_a_version_that_was_published_again_is_loaded_again(versions, supervise)
         assert held == ["1", str(versions(1))]
         assert not set(old) & set(new)
 
-    supervise(versions(1), body)
 
-
-def test_a_restart_drains_requests_and_rejects_new_ones(versions, supervise):
-    async def body(call):
-        slow = call.start_generate(1.5)
-        await asyncio.sleep(0.3)
+async def test_a_restart_drains_requests_and_rejects_new_ones(versions):
+    async with supervise(versions(1)) as call:
+        slow = await call.start_generate(1.5)
         update = asyncio.ensure_future(call.update(versions(2), "2"))
         rejected = set()
         while not update.done():
@@ -214,42 +198,32 @@ def test_a_restart_drains_requests_and_rejects_new_ones(versions, supervise):
             for state in ("draining", "restarting")
         }
 
-    supervise(versions(1), body)
 
-
-def test_a_request_beyond_the_drain_deadline_is_aborted(versions, supervise):
-    async def body(call):
-        slow = call.start_generate(600)
-        await asyncio.sleep(0.3)
+async def test_a_request_beyond_the_drain_deadline_is_aborted(versions):
+    async with supervise(versions(1), drain_deadline=0.5) as call:
+        slow = await call.start_generate(600)
         assert (await call.update(versions(2), "2"))[0] == 200
         assert (await slow)[0] == 503
         assert (await call.counts())["aborted"] == 1
 
-    supervise(versions(1), body, drain_deadline=0.5)
 
-
-def test_a_caller_that_hangs_up_ends_its_request(versions, supervise):
-    async def body(call):
-        slow = call.start_generate(600)
-        await asyncio.sleep(0.3)
+async def test_a_caller_that_hangs_up_ends_its_request(versions):
+    async with supervise(versions(1)) as call:
+        slow = await call.start_generate(600)
         slow.cancel()
         while not (versions(1) / "hung_up").exists():
             await asyncio.sleep(0.05)
         assert (await call.update(versions(2), "2"))[0] == 200  # nothing to drain
         assert (await call.counts())["aborted"] == 0
 
-    supervise(versions(1), body)
 
-
-def test_an_update_continues_when_its_caller_hangs_up(versions, supervise):
-    async def body(call):
+async def test_an_update_continues_when_its_caller_hangs_up(versions):
+    async with supervise(versions(1)) as call:
         update = asyncio.ensure_future(call.update(versions(2), "2"))
         await call.wait_down()
         update.cancel()
         await call.wait_ready()
         assert (await call.version())[0] == "2"
-
-    supervise(versions(1), body)
 
 
 def damage(path):
@@ -268,10 +242,8 @@ def damage(path):
         (lambda path: None, "3", "version 2"),
     ],
 )
-def test_a_damaged_version_is_refused_and_the_old_one_stays(
-    versions, supervise, spoil, name, entity
-):
-    async def body(call):
+async def test_a_damaged_version_is_refused_and_the_old_one_stays(versions, spoil, name, entity):
+    async with supervise(versions(1)) as call:
         before = await call.version()
         spoil(versions(2))
         status, content = await call.update(versions(2), name)
@@ -279,12 +251,10 @@ def test_a_damaged_version_is_refused_and_the_old_one_stays(
         assert entity in content["message"]
         assert await call.version() == before  # the same process
 
-    supervise(versions(1), body)
-
 
 @pytest.mark.parametrize("fault", ["refuses", "never"])
-def test_a_version_that_does_not_start_brings_the_old_one_back(versions, supervise, fault):
-    async def body(call):
+async def test_a_version_that_does_not_start_brings_the_old_one_back(versions, fault):
+    async with supervise(versions(1), start_deadline=10.0) as call:
         *_, old = await call.version()
         (versions(2) / fault).touch()
         status, content = await call.update(versions(2), "2")
@@ -295,33 +265,25 @@ def test_a_version_that_does_not_start_brings_the_old_one_back(versions, supervi
         assert not set(old) & set(new)
         assert (await call.counts())["failed_refreshes"] == 1
 
-    supervise(versions(1), body, start_deadline=10.0)
 
-
-def test_the_proxy_ends_if_the_old_version_does_not_start_either(versions, supervise):
-    async def body(call):
+async def test_the_proxy_ends_if_the_old_version_does_not_start_either(versions):
+    async with supervise(versions(1)) as call:
         for version in (1, 2):
             (versions(version) / "refuses").touch()
         assert (await call.update(versions(2), "2"))[0] == 500
-        await call.task
-
-    with pytest.raises(RunError):
-        supervise(versions(1), body)
+        with pytest.raises(RunError):
+            await call.task
 
 
-def test_updates_run_one_after_the_other(versions, supervise):
-    async def body(call):
+async def test_updates_run_one_after_the_other(versions):
+    async with supervise(versions(1)) as call:
         updates = [call.update(versions(v), str(v)) for v in (2, 3, 1)]
         assert [status for status, _ in await asyncio.gather(*updates)] == [200] * 3
         assert (await call.counts())["refreshes"] == 3
 
-    supervise(versions(1), body)
 
-
-def test_a_server_that_dies_is_restarted_on_its_version_a_limited_number_of_times(
-    versions, supervise
-):
-    async def body(call):
+async def test_a_server_that_dies_is_restarted_on_its_version_a_limited_number_of_times(versions):
+    async with supervise(versions(1)) as call:
         await call.update(versions(2), "2")
         *_, old = await call.version()
         await call("/tokenize", {})  # kills the stub server
@@ -336,23 +298,20 @@ def test_a_server_that_dies_is_restarted_on_its_version_a_limited_number_of_time
             await call.task
         assert not any(map(alive, new))
 
-    supervise(versions(1), body)
 
-
-def test_a_server_that_ignores_sigterm_is_killed(versions, supervise):
-    async def body(call):
+async def test_a_server_that_ignores_sigterm_is_killed(versions):
+    (versions(1) / "stubborn").touch()
+    async with supervise(versions(1), stop_deadline=0.5) as call:
         *_, old = await call.version()
         assert (await call.update(versions(2), "2"))[0] == 200
         assert not any(map(alive, old))
 
-    (versions(1) / "stubborn").touch()
-    supervise(versions(1), body, stop_deadline=0.5)
 
-
-def test_a_first_version_that_does_not_start_is_an_error(versions, supervise):
+async def test_a_first_version_that_does_not_start_is_an_error(versions):
     (versions(1) / "refuses").touch()
     with pytest.raises(RunError):
-        supervise(versions(1), Caller.version)
+        async with supervise(versions(1)):
+            pass
 
 
 def test_first_version(versions, tmp_path):
@@ -371,32 +330,29 @@ def test_first_version(versions, tmp_path):
     ("command", "name"),
     [(["python", "serve"], "{model}"), (["no_such_program", "{model}"], "no_such_program")],
 )
-def test_a_wrong_command_is_refused(versions, monkeypatch, free_port, command, name):
-    flags = [f"--port={free_port()}", f"--server_port={free_port()}", f"--model={versions(1)}"]
+def test_a_wrong_command_is_refused(versions, monkeypatch, command, name):
+    flags = [f"--port={find_port()}", f"--server_port={find_port()}", f"--model={versions(1)}"]
     monkeypatch.setattr(sys, "argv", ["restart_proxy", *flags, "--", *command])
     with pytest.raises(UserError, match=name):
         restart_proxy.main()
 
 
-def test_a_port_in_use_is_refused(versions, free_port, supervise):
-    port, other = free_port(), free_port()
-
-    async def body(call):
+async def test_a_port_in_use_is_refused(versions):
+    port, other = find_port(), find_port()
+    async with supervise(versions(1), port=port, server_port=other):
         used = argparse.Namespace(command=["python", "{model}"], server_port=other)
         with pytest.raises(UserError, match="--server_port"):
             restart_proxy.check_arguments(used)
-        supervisor = new_supervisor(versions(1), server_port=free_port())
+        supervisor = new_supervisor(versions(1), server_port=find_port())
         with pytest.raises(UserError, match=f"--port={port}"):
             await restart_proxy.serve(supervisor, "127.0.0.1", port)
 
-    supervise(versions(1), body, port=port, server_port=other)
 
-
-def start_proxy(start_process, free_port, model, server):
+def start_proxy(start_process, model, server):
     """Starts a proxy process in front of the command `server`."""
-    port = free_port()
+    port = find_port()
     command = [sys.executable, "-m", "oapl_jax.fleet.restart_proxy", f"--port={port}"]
-    command += [f"--server_port={free_port()}", f"--model={model}", "--", *server]
+    command += [f"--server_port={find_port()}", f"--model={model}", "--", *server]
     process = start_process("restart proxy", command, port)
     process.wait_ready()
     return process
@@ -405,20 +361,19 @@ def start_proxy(start_process, free_port, model, server):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, -9)]
 )
-def test_the_server_ends_with_the_proxy(start_process, free_port, versions, number, code):
-    process = start_proxy(start_process, free_port, versions(1), STUB)
+def test_the_server_ends_with_the_proxy(start_process, versions, number, code):
+    process = start_proxy(start_process, versions(1), STUB)
     server, worker = process.ask("/model_info")["pids"]
     process.interrupt(number)
     assert process.wait_exit(PATIENCE) == code
-    wait_gone([server] if number == signal.SIGKILL else [server, worker])
+    ended = [server] if number == signal.SIGKILL else [server, worker]
+    wait_until(lambda: not any(map(alive, ended)), "the end of the server")
 
 
-def test_a_real_server_loads_versions_by_restarts(
-    start_process, free_port, published, versions, sglang_command
-):
-    command = sglang_command("serve.py")
+def test_a_real_server_loads_versions_by_restarts(start_process, published, versions):
+    command = sglang_program("serve.py")
     command += ["--model-path={model}", "--port={port}", "--skip-tokenizer-init"]
-    process = start_proxy(start_process, free_port, published.path(1), command)
+    process = start_proxy(start_process, published.path(1), command)
     request = {
         "input_ids": PROMPT,
         "sampling_params": {"n": 4, "temperature": 1.0, "max_new_tokens": 32},
@@ -443,15 +398,11 @@ def test_a_real_server_loads_versions_by_restarts(
     assert process.call("/update_weights_from_disk", body)[0] == 400
     check("1")
     # To the fleet's client it is a server that can load weights.
-    fleet = open_real_fleet(
-        published, [process.url], update_deadline=START, no_server_deadline=2 * START
-    )
-    try:
+    settings = dict(patience=2 * START, update_deadline=START, no_server_deadline=2 * START)
+    with contextlib.closing(open_real_fleet(published, [process.url], **settings)) as fleet:
         fleet.refresh(2, published.path(2))
         group = Prompt("p", 0, np.array(PROMPT, np.int32), "", "", "")
-        taken = Taker(fleet, [group] * 4, REAL_SAMPLING, 2 * START).result()
-    finally:
-        fleet.close()
+        taken = fleet.take([group] * 4).result()
     assert_published(published, taken)
     assert {(s.rollouts[0].policy_version, s.attempts) for s in taken} == {(2, ())}
     check("2")

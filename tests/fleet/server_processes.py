@@ -1,0 +1,108 @@
+"""Server processes of the tests: SGLang, its router, the restart proxy."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+READY_DEADLINE = 400.0  # seconds; a start takes 20 on two free cores
+
+PROCESSES: list["Process"] = []  # running, for the logs of a failed test
+
+
+class Process:
+    """A server in a process group of its own, which ends with the test run; `call` talks to it."""
+
+    def __init__(self, name: str, command: list[str], port: int, log: pathlib.Path):
+        self.name, self.port, self.log = name, port, log
+        self.url = f"http://127.0.0.1:{port}"
+        ours = ("XLA_FLAGS", "JAX_PLATFORMS")
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                ["setpriv", "--pdeathsig=KILL", *command],
+                cwd=ROOT,
+                env={k: v for k, v in os.environ.items() if k not in ours},
+                stdout=file,
+                stderr=file,
+                process_group=0,
+            )
+        PROCESSES.append(self)
+
+    def wait_ready(self, path: str = "/health") -> None:
+        deadline = time.monotonic() + READY_DEADLINE
+        while time.monotonic() < deadline:
+            if (code := self._process.poll()) is not None:
+                pytest.fail(f"{self.name} ended with code {code} before it was ready")
+            with contextlib.suppress(OSError):
+                if self.call(path)[0] == 200:
+                    return
+            time.sleep(0.5)
+        pytest.fail(f"{self.name} was not ready in {READY_DEADLINE:.0f} seconds")
+
+    def wait_exit(self, deadline: float) -> int:
+        return self._process.wait(deadline)
+
+    def call(self, path: str, body: Any = None, *, timeout: float = 60.0) -> tuple[int, Any]:
+        """Returns status and content of a GET, or of a POST of `body`; OSError if unreachable."""
+        request = urllib.request.Request(
+            self.url + path,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                status, text = answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            status, text = error.code, error.read().decode()
+        try:
+            return status, json.loads(text)
+        except ValueError:
+            return status, text
+
+    def ask(self, path: str, body: Any = None) -> Any:
+        status, answer = self.call(path, body)
+        assert status == 200, f"{path} of {self.name}: {status} {answer}"
+        return answer
+
+    def interrupt(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL to the whole group, at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        if self in PROCESSES:
+            PROCESSES.remove(self)
+
+
+def find_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def sglang_program(name: str) -> list[str]:
+    """Returns the command of a program of cpu_setup/ in SGLang's environment."""
+    if not (ROOT / ".venv-sglang/done").exists():
+        pytest.fail("SGLang is not installed (.venv-sglang); run make sglang")
+    return [str(ROOT / ".venv-sglang/bin/python"), "-u", f"cpu_setup/{name}"]
+
+
+def launch_server(model, log: pathlib.Path, port: int | None = None, **flags) -> Process:
+    """Starts a server of a model; `weight_version=2` is the flag --weight-version=2."""
+    port = port or find_port()
+    command = [*sglang_program("serve.py"), f"--model-path={os.fspath(model)}", f"--port={port}"]
+    command += ["--skip-tokenizer-init"]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    return Process(f"SGLang on port {port}", command, port, log)
