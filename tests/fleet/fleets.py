@@ -65,12 +65,8 @@ class LoggingFleet(Fleet):
         self.logged: list[str] = []
         self.default_sampling, self.patience = sampling, patience
         config = FleetConfig.from_dict(settings)
-        required = Requirements(
-            sampling=sampling,
-            dtype="float32",
-            probe_tolerance=config.probe_tolerance,
-            **requirements,
-        )
+        requirements |= dict(dtype="float32", probe_tolerance=config.probe_tolerance)
+        required = Requirements(sampling=sampling, **requirements)
         super().__init__(config, required, allow_older=allow_older, log=self.logged.append)
 
     def has_logged(self, text):
@@ -249,6 +245,13 @@ def assert_published(published, taken):
             assert difference(published, sampled, other) > (10 * CLOSE if short else 0.1)
 
 
+def damage(path):
+    """Changes the last byte of a version's weights."""
+    weights = bytearray((path / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (path / "model.safetensors").write_bytes(bytes(weights))
+
+
 class Run:
     """A fleet with a worker, a group store and a ledger; `train` takes the learner's place.
 
@@ -261,28 +264,16 @@ class Run:
         ledger = Ledger(self._path)
         config = buffer_config(mode="keep_with_anchor", max_age=1, capacity=capacity)
         records = [Record(f"id{i}", user(f"{i}+1="), "", "chain_sum", {}) for i in range(10, 99)]
-        stream = PromptStream(
-            records,
-            tokenizer,
-            task="chain_sum",
-            seed=0,
-            max_prompt_tokens=8,
-            instruction="",
-            host=0,
-            hosts=1,
-        )
-        self.store = GroupStore(
-            uniform(stream),
-            Buffer(config, seed=0, on_end=ledger.end),
-            ledger,
-            None,
-            group_size=N,
-            on_group=self.groups.append,
-        )
+        text = dict(task="chain_sum", instruction="", max_prompt_tokens=8)
+        stream = PromptStream(records, tokenizer, seed=0, host=0, hosts=1, **text)
+        buffer = Buffer(config, seed=0, on_end=ledger.end)
+        add = self.groups.append
+        self.store = GroupStore(uniform(stream), buffer, ledger, None, group_size=N, on_group=add)
+        reward = lambda prompt, rollouts: np.array([len(r.tokens) for r in rollouts], np.float32)
         self.worker = Worker(
             self.store,
             fleet,
-            lambda prompt, rollouts: np.array([len(r.tokens) for r in rollouts], np.float32),
+            reward,
             group_size=N,
             sampling=fleet.default_sampling,
             prompts_per_call=1,

@@ -28,13 +28,11 @@ def evaluate(servers, published, tmp_path):
 
     def evaluate(sampler, temperature):
         config = arithmetic.get_config()
+        sizes = dict(train_size=20, validation_size=2, test_size=2)
+        sizes |= {"generator.min_terms": 2, "generator.max_terms": 2}
         settings = {
+            **{f"data.{name}": size for name, size in sizes.items()},
             "data.data_dir": str(tmp_path / "data"),
-            "data.train_size": 20,
-            "data.validation_size": 2,
-            "data.test_size": 2,
-            "data.generator.min_terms": 2,
-            "data.generator.max_terms": 2,
             "model.path": str(published.path(1)),
             "group_size": 4,
             "rollout.sampler": sampler,
@@ -44,25 +42,17 @@ def evaluate(servers, published, tmp_path):
         }
         config.update_from_flattened_dict(settings)
         with config.unlocked():
-            config.benchmarks.sums = dict(
-                kind="table",
-                path=str(tmp_path / "sums.jsonl"),
-                files=(),
-                rows=len(PROBLEMS),
-                part=(0, 100),
-                options={
-                    "task": "chain_sum",
-                    "columns": dict(problem="question", answer="target"),
-                    "max_tests": 0,
-                },
-            )
+            columns = dict(problem="question", answer="target")
+            table = dict(kind="table", path=str(tmp_path / "sums.jsonl"), files=())
+            options = {"task": "chain_sum", "columns": columns, "max_tests": 0}
+            table |= dict(rows=len(PROBLEMS), part=(0, 100), options=options)
+            config.benchmarks.sums = table
         run = opened(config, tmp_path / "workdir")
         source = dict(step=None, version_dir=str(published.path(VERSION)), n=N)
         to = epath.Path(tmp_path / f"{sampler}{temperature}")
         try:
-            directory, results = evaluate_benchmarks(
-                run, ["sums"], to, **source, log=lambda text: None
-            )
+            source |= dict(log=lambda text: None)
+            directory, results = evaluate_benchmarks(run, ["sums"], to, **source)
             prompts = {p.id: p for p in benchmark_prompts(run, "sums")[0]}
         finally:
             run.close()

@@ -15,9 +15,7 @@ from oapl_jax.errors import UserError
 SETTINGS = {
     "lag__steps": 8,
     "rollout__deadline": 60.0,
-    "fleet__start_deadline": 1.0,
-    "fleet__drain_deadline": 1.0,
-    "fleet__update_deadline": 1.0,
+    **dict.fromkeys([f"fleet__{name}_deadline" for name in ("start", "drain", "update")], 1.0),
     "fleet__no_server_deadline": 2.0,
     "evaluation__every": 50,
     "evaluation__n": 1,

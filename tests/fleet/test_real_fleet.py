@@ -1,11 +1,12 @@
 """The fleet over real SGLang servers, against the learner's own model."""
 
+import shutil
 import time
 
 import numpy as np
 import pytest
 from etils import epath
-from fleets import CLOSE, Run, assert_published, difference, open_real_fleet, wait_until
+from fleets import CLOSE, Run, assert_published, damage, difference, open_real_fleet, wait_until
 from server_processes import find_port
 
 from oapl_jax.errors import UserError
@@ -118,14 +119,10 @@ def test_a_damaged_version_is_refused_before_a_server_loads_it(
     make_fleet, servers, published, tmp_path
 ):
     fleet = make_fleet(servers.urls, version=1)
-    whole, damaged = published.path(2), version_path(epath.Path(tmp_path), 2)
-    damaged.mkdir()
-    for file in whole.iterdir():
-        file.copy(damaged / file.name)
-    weights = bytearray((damaged / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (damaged / "model.safetensors").write_bytes(bytes(weights))
-    with pytest.raises(UserError, match=r"model\.safetensors is missing or damaged"):
+    damaged = version_path(epath.Path(tmp_path), 2)
+    shutil.copytree(published.path(2), damaged)
+    damage(damaged)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
         fleet.refresh(2, damaged)
     taken = fleet.take(map(prompt, range(8))).result()
     assert taken.versions == {1}

@@ -12,7 +12,7 @@ import sys
 import aiohttp
 import numpy as np
 import pytest
-from fleets import PATIENCE, assert_published, open_real_fleet, wait_until
+from fleets import PATIENCE, assert_published, damage, open_real_fleet, wait_until
 from server_processes import find_port, sglang_program
 
 from oapl_jax.errors import RunError, UserError
@@ -121,15 +121,10 @@ async def test_responses_are_forwarded_with_their_version(versions):
     async with supervise(versions(1)) as call:
         for n in (1, 3):
             _, content = await call.generate(n=n)
+            spans = [{"version": "1", "start": 0, "end": 2}]
+            meta = {"weight_version": "1", "weight_versions": spans, "read": str(versions(1))}
             for response in content if n > 1 else [content]:
-                assert response == {
-                    "output_ids": [5, 1],
-                    "meta_info": {
-                        "weight_version": "1",
-                        "weight_versions": [{"version": "1", "start": 0, "end": 2}],
-                        "read": str(versions(1)),
-                    },
-                }
+                assert response == {"output_ids": [5, 1], "meta_info": meta}
         for path in INFO_ROUTES:
             info = await call.ask(path)
             assert (info["weight_version"], info["model_path"]) == ("1", str(versions(1)))
@@ -144,8 +139,11 @@ async def test_responses_are_forwarded_with_their_version(versions):
             assert (await call("/update_weights_from_disk", wrong))[0] == 400
 
 
-async def test_a_new_version_is_served_by_a_new_process(versions):
-    async with supervise(versions(1)) as call:
+@pytest.mark.parametrize("ignores_sigterm", [False, True])
+async def test_a_new_version_is_served_by_a_new_process(versions, ignores_sigterm):
+    if ignores_sigterm:
+        (versions(1) / "stubborn").touch()
+    async with supervise(versions(1), stop_deadline=0.5 if ignores_sigterm else PATIENCE) as call:
         *_, old = await call.version()
         assert (await call.update(versions(2), "2"))[0] == 200
         *held, new = await call.version()
@@ -226,12 +224,6 @@ async def test_an_update_continues_when_its_caller_hangs_up(versions):
         assert (await call.version())[0] == "2"
 
 
-def damage(path):
-    with (path / "model.safetensors").open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"\x55")
-
-
 @pytest.mark.parametrize(
     ("spoil", "name", "entity"),
     [
@@ -297,14 +289,6 @@ async def test_a_server_that_dies_is_restarted_on_its_version_a_limited_number_o
         with pytest.raises(RunError, match="--restarts"):
             await call.task
         assert not any(map(alive, new))
-
-
-async def test_a_server_that_ignores_sigterm_is_killed(versions):
-    (versions(1) / "stubborn").touch()
-    async with supervise(versions(1), stop_deadline=0.5) as call:
-        *_, old = await call.version()
-        assert (await call.update(versions(2), "2"))[0] == 200
-        assert not any(map(alive, old))
 
 
 async def test_a_first_version_that_does_not_start_is_an_error(versions):
