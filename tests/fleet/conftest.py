@@ -83,12 +83,9 @@ def score(model: Transformer):
 def published(tmp_path_factory) -> Published:
     directory = epath.Path(tmp_path_factory.mktemp("published"))
     sizes = arithmetic.get_config().model.architecture.to_dict()
-    policy = open_policy(
-        directory / "policy",
-        path="",
-        architecture={**sizes, "max_position_embeddings": CONTEXT},
-        characters=TASKS["chain_sum"].characters,
-    )
+    sizes["max_position_embeddings"] = CONTEXT
+    characters = TASKS["chain_sum"].characters
+    policy = open_policy(directory / "policy", path="", architecture=sizes, characters=characters)
     model = Transformer(policy.config, jnp.dtype("float32"), remat="none")
     init = jax.jit(functools.partial(learner.init_params, model))
     mesh = jax.make_mesh((1,) * 4, AXES, (AxisType.Auto,) * 4, devices=jax.devices()[:1])
@@ -98,15 +95,9 @@ def published(tmp_path_factory) -> Published:
     for version, of_version in params.items():
         weights.save(version, of_version, {**probe(of_version), "dtype": "float32"})
         weights.wait()
-        publish(
-            weights.path(version),
-            policy.config,
-            version=version,
-            directory=directory,
-            tokenizer=policy.tokenizer,
-            dtype="float32",
-            config_hash="",
-        )
+        description = dict(tokenizer=policy.tokenizer, dtype="float32", config_hash="")
+        path = weights.path(version)
+        publish(path, policy.config, version=version, directory=directory, **description)
     weights.close()
     return Published(directory, policy, model, params)
 

@@ -45,16 +45,13 @@ REQUIREMENTS = Requirements(
     probe_tolerance=ProbeTolerance(float32=1e-3, bfloat16=0.1),
 )
 # The compared part of what SGLang 0.5.23 reports.
+PREFERRED = dict(min_p=0.1, repetition_penalty=1.1, logit_bias={"3": 1}, temperature=0.6)
+WATERMARKS = ("watermark_default_enabled", "watermark_enforce_all")
+UNUSED = ("quantization", "speculative_algorithm", "preferred_sampling_params")
 INFO = {
-    "model_type": "llama",
-    "max_model_len": 64,
-    "dtype": "float32",
-    "quantization": None,
-    "kv_cache_dtype": "auto",
-    "speculative_algorithm": None,
-    "preferred_sampling_params": None,
-    "watermark_default_enabled": False,
-    "watermark_enforce_all": False,
+    **dict(model_type="llama", max_model_len=64, dtype="float32", kv_cache_dtype="auto"),
+    **dict.fromkeys(UNUSED),
+    **dict.fromkeys(WATERMARKS, False),
     "json_model_override_args": "{}",
 }
 
@@ -68,12 +65,8 @@ INFO = {
         ({"preferred_sampling_params": {"temperature": 1.0, "top_k": -1}}, None, None),
         ({"model_type": "qwen3"}, "model_type", None),
         ({"max_model_len": 61}, "max_prompt_tokens", None),
-        ({"preferred_sampling_params": {"min_p": 0.1}}, "min_p", None),
-        ({"preferred_sampling_params": {"repetition_penalty": 1.1}}, "repetition_penalty", None),
-        ({"preferred_sampling_params": {"logit_bias": {"3": 1}}}, "logit_bias", None),
-        ({"preferred_sampling_params": {"temperature": 0.6}}, "temperature", None),
-        ({"watermark_default_enabled": True}, "watermark_default_enabled", None),
-        ({"watermark_enforce_all": True}, "watermark_enforce_all", None),
+        *(({"preferred_sampling_params": {k: v}}, k, None) for k, v in PREFERRED.items()),
+        *(({name: True}, name, None) for name in WATERMARKS),
         ({"dtype": "bfloat16"}, None, "bfloat16"),
         ({"dtype": "half"}, None, "float16"),
         ({"quantization": "fp8"}, None, "quantization"),

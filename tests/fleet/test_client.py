@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 from fault_server import STOP, VOCAB, is_right, publish_toy
+from fleets import SAMPLING
 
 from oapl_jax.fleet.client import (
     Aborted,
@@ -159,15 +160,8 @@ async def connect(server, *, deadline=5.0):
 
 
 def request(version):
-    return GroupRequest(
-        tokens=[2, 3],
-        n=3,
-        sampling=Sampling(1.0, 1.0, 0, 6),
-        stop_ids=(STOP,),
-        vocab_size=VOCAB,
-        version=version,
-        mixed_versions="reissue",
-    )
+    toy = dict(tokens=[2, 3], stop_ids=(STOP,), vocab_size=VOCAB, sampling=SAMPLING)
+    return dataclasses.replace(REQUEST, n=3, version=version, **toy)
 
 
 async def test_update_and_generate(server, tmp_path):
@@ -180,7 +174,7 @@ async def test_update_and_generate(server, tmp_path):
         assert len(rollouts) == 3
         for rollout in rollouts:
             assert rollout.policy_version == 4
-            assert is_right(rollout, np.array([2, 3]), Sampling(1.0, 1.0, 0, 6))
+            assert is_right(rollout, np.array([2, 3]), SAMPLING)
         with pytest.raises(WrongVersion):
             await client.generate(request(5))
         for _ in range(2):  # of any version: the prefix cache is bypassed

@@ -12,32 +12,27 @@ from fleets import PATIENCE, SAMPLING, SETTINGS, N, Run, always, once, prompt, p
 
 from oapl_jax.model.tokenizer import make_character_tokenizer
 
-BAD_ADMISSIONS = [
-    ("update", "refuse", "refused"),
-    ("update", "no", "refused"),
-    ("update", "misnamed", "refused"),
-    ("update", "half", "refused"),
-    ("update", "stale", "refused"),
-    ("update", "500", "lost"),
-    ("update", "reset", "lost"),
-    ("update", "hang", "lost"),
-    ("flush", "busy", "refused"),
-    ("flush", "500", "lost"),
-    ("score", "stale", "refused"),
-    ("score", "wrong_version", "refused"),
-    ("score", "nan", "lost"),
-    ("score", "few", "lost"),
-    ("score", "500", "lost"),
-    ("info", "wrong_version", "refused"),
-    ("info", "500", "lost"),
-    ("info", "hang", "lost"),
-    ("generate", "nan", "lost"),
-    ("generate", "400", "refused"),
-]
+UPDATE = ("refuse", "no", "misnamed", "half", "stale")
+# The states that the faults of a call lead to.
+BAD_ADMISSIONS = {
+    ("update", "refused"): UPDATE,
+    ("update", "lost"): ("500", "reset", "hang"),
+    ("flush", "refused"): ("busy",),
+    ("flush", "lost"): ("500",),
+    ("score", "refused"): ("stale", "wrong_version"),
+    ("score", "lost"): ("nan", "few", "500"),
+    ("info", "refused"): ("wrong_version",),
+    ("info", "lost"): ("500", "hang"),
+    ("generate", "refused"): ("400",),
+    ("generate", "lost"): ("nan",),
+}
 
 
-@pytest.mark.parametrize(("call", "fault", "state"), BAD_ADMISSIONS)
-def test_a_server_that_fails_a_refresh_samples_nothing(make_fleet, call, fault, state):
+@pytest.mark.parametrize(
+    ("call", "state", "fault"),
+    [(*key, fault) for key, faults in BAD_ADMISSIONS.items() for fault in faults],
+)
+def test_a_server_that_fails_a_refresh_samples_nothing(make_fleet, call, state, fault):
     """The other server samples alone, until the first one recovers."""
     deadlines = dict(control_deadline=0.5, update_deadline=0.5, start_deadline=0.1)
     fleet, (bad, good) = make_fleet(2, **deadlines)
@@ -142,10 +137,7 @@ def test_a_thousand_random_faults(ready_fleet, tmp_path):
     faults = {
         "generate": FAULTS,
         "score": (*("stale", "nan", "few", "500", "reset") * 3, "hang"),
-        "update": (
-            *("refuse", "no", "misnamed", "half", "stale", "late_no", "500", "reset") * 2,
-            "hang",
-        ),
+        "update": (*(*UPDATE, "late_no", "500", "reset") * 2, "hang"),
         "flush": (*("busy", "500") * 5, "hang"),
         "info": (*("wrong_version", "500") * 5, "hang"),
         "health": (*("503", "reset") * 5, "hang"),

@@ -10,7 +10,6 @@ from fleets import PATIENCE, SETTINGS, always, prompt, prompts, wait_until
 
 from oapl_jax.config import FleetConfig
 from oapl_jax.errors import FleetLost, UserError
-from oapl_jax.rollout.sampler import Sampling
 
 # Membership
 
@@ -188,9 +187,3 @@ def test_invalid_settings(changes, name):
     settings = {**SETTINGS, "servers": ("http://a",), **changes}
     with pytest.raises(UserError, match=name):
         FleetConfig.from_dict(settings, path="fleet").check_source()
-
-
-def test_sampling_that_the_learner_cannot_reproduce_is_logged(make_fleet):
-    odd = Sampling(temperature=1.0, top_p=0.95, top_k=7, max_response_tokens=6)
-    fleet, _ = make_fleet(1, sampling=odd)
-    assert fleet.has_logged("rollout.top_p=0.95")
