@@ -3,6 +3,11 @@
 from oapl_jax.config import BufferConfig
 from oapl_jax.curriculum import Curriculum
 from oapl_jax.curriculum.stream import Uniform
+from oapl_jax.data.prompts import PromptStream
+from oapl_jax.data.records import Record, user
+from oapl_jax.rollout.buffer import Buffer
+from oapl_jax.rollout.group_store import GroupStore
+from oapl_jax.rollout.ledger import Ledger
 
 
 def buffer_config(**changes) -> BufferConfig:
@@ -20,3 +25,17 @@ def buffer_config(**changes) -> BufferConfig:
 def uniform(stream) -> Curriculum:
     """The whole stream, in its order."""
     return Curriculum(stream, Uniform(), candidates=1, picks=1, top_p=0.5, seed=0)
+
+
+def store_of_sums(
+    tokenizer, ledger, *, group_size=1, on_end=None, on_group=lambda group: None, **buffer
+) -> GroupStore:
+    """A store whose prompts are seven sums; `ledger` is the path of its ledger."""
+    records = [
+        Record(f"id{i}", user(f"{i}+1="), str(i + 1), "chain_sum", {}) for i in range(10, 17)
+    ]
+    settings = dict(task="chain_sum", seed=0, max_prompt_tokens=5, instruction="")
+    stream = PromptStream(records, tokenizer, host=0, hosts=1, **settings)
+    ledger = Ledger(ledger)
+    held = Buffer(buffer_config(**buffer), seed=0, on_end=on_end or ledger.end)
+    return GroupStore(uniform(stream), held, ledger, None, group_size=group_size, on_group=on_group)

@@ -8,25 +8,17 @@ import threading
 import numpy as np
 import pytest
 from etils import epath
+from groups import Killed, make_prompts
 
 from oapl_jax.errors import UserError
 from oapl_jax.evaluation import benchmark
 from oapl_jax.evaluation.benchmark import Grades, Samples, grader_identity, measure
 from oapl_jax.evaluation.estimators import interval
 from oapl_jax.rollout.dataset import Dataset, DatasetWriter
-from oapl_jax.structs import Group, Prompt, Rollout
+from oapl_jax.structs import Group, Rollout
 
 ABOUT = {"version": 5, "pair": (1, 2)}
 PATIENCE = 20.0  # seconds until a test gives up
-
-
-class Killed(Exception):
-    pass
-
-
-def make_prompts(count=3):
-    tokens = np.zeros(1, np.int32)
-    return [Prompt(f"id{i}", 7 * i, tokens, "", f"{i}", "t") for i in range(count)]
 
 
 def rollout(tokens, *, logp=-0.5, cut=False):
@@ -36,7 +28,7 @@ def rollout(tokens, *, logp=-0.5, cut=False):
 
 def respond(directory, requests, *, logp=-0.5):
     """Writes groups: (row, start, rollouts or their number); a sample's tokens are its place."""
-    prompts = make_prompts()
+    prompts = make_prompts(3)
     writer = DatasetWriter(
         epath.Path(directory), ABOUT, groups_per_shard=3, weights_digest=lambda version: "w"
     )
@@ -70,7 +62,7 @@ class Judge:
 
 
 def grade(directory, judge, *, n=5, about=None, threads=1, asked=None):
-    prompts, dataset = make_prompts(), Dataset(epath.Path(directory / "r"))
+    prompts, dataset = make_prompts(3), Dataset(epath.Path(directory / "r"))
     samples = Samples(dataset, prompts=3, n=n)
     grades = Grades(epath.Path(directory / "g"), about or {"format": "g"}, prompts, samples.logp)
     counts = asked or (lambda: {"asked": getattr(judge, "asked", 0)})
@@ -161,18 +153,8 @@ def test_a_damaged_file_is_refused(tmp_path, line):
         grade(tmp_path, Judge(), n=1)
 
 
-def test_one_process_at_a_time_grades(tmp_path):
-    def judge(prompt, rollouts):
-        with pytest.raises(UserError, match="another process"):
-            grade(tmp_path, Judge())
-        return [1.0] * len(rollouts), [""] * len(rollouts)
-
-    respond(tmp_path / "r", FIVE)
-    assert grade(tmp_path, judge)[0].correct.all()
-
-
 def test_a_grade_is_decided_by_answers_code_libraries_and_settings(monkeypatch, tmp_path):
-    prompts = make_prompts()
+    prompts = make_prompts(3)
     about = grader_identity(prompts, {})
     assert about == json.loads(json.dumps(about))
     assert grader_identity(prompts[::-1], {"math": {"seconds": 5}}) == about
@@ -200,8 +182,7 @@ def test_a_grade_is_decided_by_answers_code_libraries_and_settings(monkeypatch, 
 
 BY_HAND = {  # tokens, log-probability of each token, cut off; whether right, and what it answers
     "id0": [
-        ([1], -0.5, False, 1, "a"),
-        ([1], -0.5, False, 1, "a"),
+        *[([1], -0.5, False, 1, "a")] * 2,
         ([1], -0.5, False, 0, "b"),
         ([1, 1, 1], -0.5, True, 0, "c"),
     ],
@@ -215,7 +196,7 @@ BY_HAND = {  # tokens, log-probability of each token, cut off; whether right, an
 }
 
 
-def result_by_hand(tmp_path):
+def test_a_result_has_the_numbers_worked_out_by_hand(tmp_path):
     respond(
         tmp_path / "r",
         [
@@ -225,11 +206,8 @@ def result_by_hand(tmp_path):
     )
     judge = lambda p, rs: ([(s[3] + 1) / 2 for s in BY_HAND[p.id]], [s[4] for s in BY_HAND[p.id]])
     grades, samples = grade(tmp_path, judge, n=4, asked=lambda: {"late": 2})  # from before
-    return measure(make_prompts(), samples, grades, about=ABOUT, left_out=2, resamples=200, seed=3)
-
-
-def test_a_result_has_the_numbers_worked_out_by_hand(tmp_path):
-    result = result_by_hand(tmp_path)
+    options = dict(about=ABOUT, left_out=2, resamples=200, seed=3)
+    result = measure(make_prompts(3), samples, grades, **options)
     json.dumps(result, allow_nan=False)
     by_problem = {
         "pass@1": [2 / 4, 1 / 4, 0],
@@ -252,14 +230,6 @@ def test_a_result_has_the_numbers_worked_out_by_hand(tmp_path):
     assert result["entropy"]["value"] == pytest.approx((0.5 * 14 + 2.0 * 2) / 16)
     assert 0.5 <= result["entropy"]["low"] < result["entropy"]["high"] <= 1
     assert (result["problems"], result["samples"], result["left_out"]) == (3, 4, 2)
-    assert result["bootstrap"] == {"resamples": 200, "seed": 3}
-    assert result["about"] == ABOUT
-    assert result["verdicts"] == {}
-    assert result["per_problem"][1] == {
-        "id": "id1",
-        "correct": 1,
-        "majority": 0.5,
-        "tokens": 6,
-        "truncated": 1,
-        "logp": -6.0,
-    }
+    assert (result["about"], result["verdicts"]) == (ABOUT, {})
+    counts = dict(correct=1, majority=0.5, tokens=6, truncated=1, logp=-6.0)
+    assert result["per_problem"][1] == {"id": "id1", **counts}

@@ -42,11 +42,7 @@ def make_result(correct, majority, *, ids=IDS, n=4, version=3):
         "problems": len(ids),
         "left_out": 1,
         "samples": n,
-        "pass@k": {
-            "value": curves.mean(axis=0).tolist(),
-            "low": low.tolist(),
-            "high": high.tolist(),
-        },
+        "pass@k": dict(value=curves.mean(axis=0).tolist(), low=low.tolist(), high=high.tolist()),
         "avg@n": measured,
         "maj@n": measured,
         "verdicts": {"answers/right": 3, "answers/timeout": 1} if version == 3 else {},
@@ -76,17 +72,11 @@ def test_a_comparison_has_the_numbers_worked_out_by_hand():
     assert (curve["low"], curve["high"]) == pytest.approx(interval(gains, resamples=1000, seed=4))
     # |+-1 +-2 +-1 +-2| reaches 4 if the 2s agree and the 1s are not both against them: 6 of 16.
     assert curve["p"] == 6 / 16
-    for k in (2, 3, 4):
-        differences = np.array(
-            [
-                pass_curve(4, b)[k - 1] - pass_curve(4, a)[k - 1]
-                for a, b in zip(CORRECT_A, CORRECT_B, strict=True)
-            ]
-        )
-        assert found["pass@k"]["value"][k - 1] == pytest.approx(differences.mean())
-        expected = interval(differences, resamples=1000, seed=4)
-        bounds = (found["pass@k"]["low"][k - 1], found["pass@k"]["high"][k - 1])
-        assert bounds == pytest.approx(expected)
+    curves = [np.array([pass_curve(4, c) for c in side]) for side in (CORRECT_A, CORRECT_B)]
+    for k, differences in enumerate((curves[1] - curves[0]).T):
+        value, low, high = (found["pass@k"][name][k] for name in ("value", "low", "high"))
+        assert value == pytest.approx(differences.mean())
+        assert (low, high) == pytest.approx(interval(differences, resamples=1000, seed=4))
     assert found["pass@k"]["p"][3] == 2 / 4  # two problems are gained at k = 4: ++ and -- of 4
     assert found["maj@n"]["value"] == pytest.approx(1.5 / 5)
     assert found["maj@n"]["p"] == 2 / 4
@@ -99,13 +89,6 @@ def test_problems_are_paired_by_their_names():
     backwards = make_result(CORRECT_B[::-1], MAJORITY_B[::-1], ids=IDS[::-1], version=9)
     mine, theirs = (compare(A, b, resamples=1000, seed=4) for b in (backwards, B))
     assert mine == theirs
-
-
-def test_the_other_way_round_is_the_negative():
-    mine, theirs = compare(A, B, resamples=100, seed=0), compare(B, A, resamples=100, seed=0)
-    assert mine["pass@k"]["p"] == theirs["pass@k"]["p"]
-    np.testing.assert_allclose(mine["pass@k"]["value"], -np.array(theirs["pass@k"]["value"]))
-    np.testing.assert_allclose(mine["pass@k"]["low"], -np.array(theirs["pass@k"]["high"]))
 
 
 def changed(result, **values):
@@ -124,26 +107,25 @@ def changed(result, **values):
     [
         (
             make_result((1, 1, 1), (1, 1, 1), ids=("a", "b", "x")),
-            "3 problems only in A, such as c; 1 problems only in B, such as x",
+            "3 problems .*; 1 problems ",
         ),
         (changed(B, about__temperature=0.6), "temperature: 1.0 -> 0.6"),
         (changed(B, about__top_p=1.0, about__top_k=20), "top_p: 0.95 -> 1.0; top_k: 0 -> 20"),
         (changed(B, about__max_response_tokens=32), "max_response_tokens: 64 -> 32"),
         (make_result(CORRECT_B, MAJORITY_B, n=8), "samples: 4 -> 8"),
-        (changed(B, graded__answers="corrected"), "other reference answers"),
+        (changed(B, graded__answers="corrected"), "reference answers"),
     ],
 )
 def test_what_was_not_asked_alike_is_refused_by_name(other, words):
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match=words):
         compare(A, other, resamples=100, seed=0)
-    assert f"can't be compared ({words})" in str(refused.value)
 
 
 def test_another_grader_is_said():
     other = compare(A, changed(B, graded__grader="new"), resamples=100, seed=0)
     assert other["same_grader"] is False
-    assert "graded by different sources" in table(other)
-    assert "graded by" not in table(compare(A, B, resamples=100, seed=0))
+    same = compare(A, B, resamples=100, seed=0)
+    assert len(table(other).splitlines()) == len(table(same).splitlines()) + 1
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"format": "other"}'])
@@ -158,18 +140,10 @@ def test_what_is_no_result_is_refused(tmp_path, content):
 # What people see
 
 
-def test_the_powers_of_two():
-    assert report.powers_of_two(1) == [1]
-    assert report.powers_of_two(2) == [1, 2]
-    assert report.powers_of_two(5) == [1, 2, 4, 5]
-    assert report.powers_of_two(256) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
-
-
 def test_the_table_has_a_column_for_each_benchmark():
     lines = report.markdown({"contest": A, "other": B}).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:-2]]
     assert rows[0] == ["", "contest", "other"]
-    assert rows[1] == ["---", "---:", "---:"]
     cells = {name: cells for name, *cells in rows[2:]}
     low, high = A["pass@k"]["low"][1], A["pass@k"]["high"][1]
     assert cells["pass@2"][0] == f"{A['pass@k']['value'][1]:.3f} [{low:.3f}, {high:.3f}]"
@@ -178,20 +152,14 @@ def test_the_table_has_a_column_for_each_benchmark():
     assert cells["seconds of sampling"] == ["13", "13"]
     assert cells["verdicts"] == ["answers/right 3, answers/timeout 1", "-"]
     assert cells["left out, too long"] == ["1", "1"]
-    assert "temperature 1, top_p 0.95, top_k 0, at most 64 tokens" in lines[-1]
-    assert "(weights abcdefabcdef)" in lines[-1]
+    assert "abcdefabcdef" in lines[-1]  # the weights
 
 
 def test_the_picture_has_the_curves_and_their_bands(tmp_path, monkeypatch):
-    figures = []
-    with monkeypatch.context() as patched:
-        patched.setattr(report.plt, "close", figures.append)
-        panels = {"contest": {"before": A, "after": B}, "other": {"": B}}
-        report.plot(panels, epath.Path(tmp_path / "x.png"), title="Version 9")
-    (figure,) = figures
-    assert figure.get_suptitle() == "Version 9"
-    for axis, (name, results) in zip(figure.axes, panels.items(), strict=True):
-        assert axis.get_title() == name
+    monkeypatch.setattr(report.plt, "close", (figures := []).append)
+    panels = {"contest": {"before": A, "after": B}, "other": {"": B}}
+    report.plot(panels, epath.Path(tmp_path / "x.png"))
+    for axis, results in zip(figures[0].axes, panels.values(), strict=True):
         for line, band, result in zip(axis.lines, axis.collections, results.values(), strict=True):
             curve = result["pass@k"]
             assert line.get_xdata().tolist() == [1, 2, 3, 4]
@@ -199,7 +167,6 @@ def test_the_picture_has_the_curves_and_their_bands(tmp_path, monkeypatch):
             corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
             for k, *ends in zip((1, 2, 3, 4), curve["low"], curve["high"], strict=True):
                 assert {(k, end) for end in ends} <= corners
-    report.plt.close(figure)
 
 
 def test_the_command_compares_two_files(tmp_path):

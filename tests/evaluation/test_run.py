@@ -21,14 +21,8 @@ from oapl_jax.rewards.grader import Grader
 from oapl_jax.rollout.dataset import Dataset
 
 ROOT = Path(__file__).parents[2]
-PROBLEMS = [
-    ("1+1=", "2"),
-    ("2+3=", "5"),
-    ("4+4=", "8"),
-    ("9-8=", "1"),
-    ("3+4-1=", "6"),
-    ("8-5=", "3"),
-]
+SUMS = {"1+1=": "2", "2+3=": "5", "4+4=": "8", "9-8=": "1", "3+4-1=": "6", "8-5=": "3"}
+PROBLEMS = list(SUMS.items())
 LONG = ("+".join("123456789") + "=", "45")
 SMALL = {
     "data.train_size": 20,
@@ -92,12 +86,10 @@ class Shop:
         said, job = [], self.job(**settings)
         what = dict(step=step, version_dir=version_dir, n=n, log=said.append)
         try:
-            directory, results = evaluate_benchmarks(
-                job, names or ("sums",), epath.Path(to), **what
-            )
+            done = evaluate_benchmarks(job, names or ("sums",), epath.Path(to), **what)
         finally:
             job.close()
-        return SimpleNamespace(directory=Path(directory), results=results, said=said)
+        return SimpleNamespace(directory=Path(done[0]), results=done[1], said=said)
 
     def start(self, *arguments):
         return subprocess.Popen(
@@ -239,9 +231,7 @@ def test_benchmarks_may_have_longer_responses_than_training(shop, tmp_path):
     lengths = [len(tokens) for tokens, _, _ in contents(found.directory).values()]
     assert 16 < max(lengths) <= 40
     assert found.results["sums"]["about"]["max_response_tokens"] == 40
-    with pytest.raises(
-        UserError, match=r"12 \+ evaluation.max_response_tokens=53 is more than .*64"
-    ):
+    with pytest.raises(UserError, match=r"evaluation\.max_response_tokens=53"):
         shop.run(tmp_path, n=8, evaluation__max_response_tokens=53)
 
 

@@ -5,14 +5,9 @@ import threading
 import numpy as np
 import pytest
 from etils import epath
-from stores import buffer_config, uniform
+from stores import store_of_sums
 
-from oapl_jax.data.prompts import PromptStream
-from oapl_jax.data.records import Record, user
 from oapl_jax.model.tokenizer import make_character_tokenizer
-from oapl_jax.rollout.buffer import Buffer
-from oapl_jax.rollout.group_store import GroupStore
-from oapl_jax.rollout.ledger import Ledger
 from oapl_jax.rollout.sampler import Sampled
 from oapl_jax.structs import Rollout
 
@@ -23,16 +18,9 @@ PATIENCE = 20.0  # seconds until a test gives up
 def make_store(tmp_path):
     tokenizer = make_character_tokenizer("0123456789+=", tmp_path / "tokenizer")
 
-    def make(on_end=lambda group, end, step: None, **buffer):
-        records = [Record(f"id{i}", user(f"{i}+1="), "", "chain_sum", {}) for i in range(9)]
-        settings = dict(task="chain_sum", seed=0, max_prompt_tokens=9, instruction="")
-        stream = PromptStream(records, tokenizer, host=0, hosts=1, **settings)
-        config = buffer_config(**{"mode": "keep_with_anchor", "max_age": 10**6, **buffer})
-        ledger = Ledger(epath.Path(tmp_path / "ledger.jsonl"))
-        held = Buffer(config, seed=0, on_end=on_end)
-        return GroupStore(
-            uniform(stream), held, ledger, None, group_size=1, on_group=lambda group: None
-        )
+    def make(**options):
+        options = {"mode": "keep_with_anchor", "max_age": 10**6, **options}
+        return store_of_sums(tokenizer, epath.Path(tmp_path / "ledger.jsonl"), **options)
 
     return make
 

@@ -14,14 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from jax.sharding import AxisType
 from scipy import stats
+from small_models import small_mesh
 
 from oapl_jax.errors import UserError
 from oapl_jax.learner import packing as batching
 from oapl_jax.learner import train_step as learner
 from oapl_jax.model import hf
-from oapl_jax.model.sharding import AXES
 from oapl_jax.model.transformer import Transformer, head, logits
 from oapl_jax.objectives import bind
 from oapl_jax.rollout.local_sampler import LocalSampler, decode, mask_top_k_top_p
@@ -43,16 +42,10 @@ def load(name):
     return config, hf.load_params(GOLDEN / name, config)
 
 
-def new_sampler(name=NAME, *, stop_ids=(), seed=0, max_sequences=16, prompt_multiple=4):
+def new_sampler(name=NAME, **settings):
     config, params = load(name)
-    sampler = LocalSampler(
-        config,
-        dtype="float32",
-        stop_ids=stop_ids,
-        seed=seed,
-        max_sequences=max_sequences,
-        prompt_multiple=prompt_multiple,
-    )
+    defaults = dict(dtype="float32", stop_ids=(), seed=0, max_sequences=16, prompt_multiple=4)
+    sampler = LocalSampler(config, **{**defaults, **settings})
     sampler.set_params(VERSION, params)
     return sampler
 
@@ -142,7 +135,7 @@ def test_log_probs_are_those_of_the_learners_packed_rows(name, temperature, top_
     assert not np.any(batch.lag)
 
     config, params = load(name)
-    mesh = jax.make_mesh((1,) * 4, AXES, (AxisType.Auto,) * 4, devices=jax.devices()[:1])
+    mesh = small_mesh()
     model = Transformer(config, jnp.float32, "none")
 
     step = learner.make_logp_step(model, mesh, temperature=temperature, logp_chunk=8)

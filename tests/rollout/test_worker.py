@@ -7,15 +7,10 @@ import time
 import numpy as np
 import pytest
 from etils import epath
-from stores import buffer_config, uniform
+from stores import store_of_sums
 
-from oapl_jax.data.prompts import PromptStream
-from oapl_jax.data.records import Record, user
 from oapl_jax.errors import RunError
 from oapl_jax.model.tokenizer import make_character_tokenizer
-from oapl_jax.rollout.buffer import Buffer
-from oapl_jax.rollout.group_store import GroupStore
-from oapl_jax.rollout.ledger import Ledger
 from oapl_jax.rollout.ledger_report import LedgerReport
 from oapl_jax.rollout.sampler import Attempt, Sampled, Sampling
 from oapl_jax.rollout.worker import Worker
@@ -103,42 +98,10 @@ def make(tokenizer, tmp_path):
         text = tokenizer.decode(rollout.tokens.tolist(), skip_special_tokens=True)
         return float(text == prompt.answer and rollout.finish_reason == "stop")
 
-    def made(
-        *,
-        mode="clear_on_sync",
-        capacity=6,
-        deadline=PATIENCE,
-        zero_variance="keep",
-        reward=None,
-        reward_threads=1,
-        record=lambda group: None,
-    ):
-        records = [
-            Record(f"id{i}", user(f"{i}+1="), str(i + 1), "chain_sum", {}) for i in range(10, 17)
-        ]
-        ledger = Ledger(epath.Path(tmp_path / f"{len(workers)}.jsonl"))
-        stream = PromptStream(
-            records,
-            tokenizer,
-            task="chain_sum",
-            seed=0,
-            max_prompt_tokens=5,
-            instruction="",
-            host=0,
-            hosts=1,
-        )
-        store = GroupStore(
-            uniform(stream),
-            Buffer(
-                buffer_config(mode=mode, capacity=capacity, zero_variance=zero_variance),
-                seed=0,
-                on_end=ledger.end,
-            ),
-            ledger,
-            None,
-            group_size=GROUP_SIZE,
-            on_group=record,
-        )
+    def made(*, deadline=PATIENCE, reward=None, reward_threads=1, **buffer):
+        ledger = epath.Path(tmp_path / f"{len(workers)}.jsonl")
+        buffer = {"capacity": 6, "group_size": GROUP_SIZE, **buffer}
+        store = store_of_sums(tokenizer, ledger, **buffer)
         sampler, rate = ScriptedSampler(tokenizer), reward or right_and_whole
         worker = Worker(
             store,
@@ -251,9 +214,8 @@ def test_metrics_say_what_was_sampled_since_the_last_call(make):
     assert metrics["rollout/reward"] == pytest.approx(1 / 3)
     assert metrics["rollout/truncated"] == pytest.approx(1 / 3)
     assert metrics["rollout/length"] == pytest.approx((3 + 2 + 3) / 3)
-    assert metrics["rollout/zero_variance"] == 0
-    assert metrics["rollout/waiting_seconds"] == 0
-    assert metrics["rollout/failed"] == 0
+    for name, value in (("zero_variance", 0), ("waiting_seconds", 0), ("failed", 0)):
+        assert metrics[f"rollout/{name}"] == value
     assert metrics["rollout/latency"] == 0.25
     assert metrics["rollout/seconds"] > 0
     assert metrics["rollout/tokens_per_second"] == pytest.approx(
@@ -309,16 +271,6 @@ def test_a_group_without_rollouts_is_counted_and_makes_room(make, tmp_path):
     assert (metrics["rollout/failed"], metrics["rollout/groups"]) == (2, 2)
     # Two attempts each: the first was issued again, the second was the end.
     assert ledger_of(tmp_path) == {"trained": 6, "failed": 6, "reissued": 6}
-
-
-def test_groups_are_recorded_whole_before_the_buffer_has_them(make):
-    recorded = []
-    record = lambda group: recorded.append((group, len(store)))
-    worker, _, store = make(record=record)
-    worker.produce()
-    assert [before for _, before in recorded] == [0, 1]
-    for (group, _), again in zip(recorded, held(store), strict=True):
-        assert group is again
 
 
 def test_one_reward_thread_keeps_the_order_of_the_sampler(make):
@@ -458,10 +410,8 @@ def test_what_the_sampler_raises_reaches_the_learner(make):
 
 
 def test_a_reward_that_fails_reaches_a_learner_that_has_enough(make):
-    def reward(prompt, rollout):
-        return 1 / (2 - prompt.stream_index)
-
-    worker, sampler, store = make(reward=reward, capacity=100)
+    fails_at_2 = lambda prompt, rollout: 1 / (2 - prompt.stream_index)
+    worker, sampler, store = make(reward=fails_at_2, capacity=100)
     worker.start()
     until(lambda: len(store) >= 2 and fails(worker.check))
     with pytest.raises(ZeroDivisionError):
