@@ -43,10 +43,10 @@ from oapl_jax.rewards.grader import Grader
 from oapl_jax.rewards.self_check import check_rewards
 from oapl_jax.rollout import dataset
 from oapl_jax.rollout.buffer import Buffer
+from oapl_jax.rollout.dataset import RecordedStream
 from oapl_jax.rollout.group_store import GroupStore
 from oapl_jax.rollout.ledger import FILE, Ledger, ZeroRewardGuard
 from oapl_jax.rollout.local_sampler import LocalSampler
-from oapl_jax.rollout.recorded import RecordedStream
 from oapl_jax.rollout.sampler import Sampler, Sampling
 from oapl_jax.rollout.source import GroupSource
 from oapl_jax.rollout.worker import Worker

@@ -68,8 +68,7 @@ def main() -> None:
         else:
             found, params = run.params_at(step.value)
             result = run.evaluate(found, params, split.value)
-            print(table({str(found): result}))
-            print(json.dumps(result))
+            print(table({str(found): result}), json.dumps(result), sep="\n")
     finally:
         run.close()
 

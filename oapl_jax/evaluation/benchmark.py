@@ -63,7 +63,7 @@ class Samples:
       lengths: int64[P, n], tokens.
       logp: float64[P, n], log-probability of the response, nats.
       truncated: bool[P, n].
-      seconds: float, wall-clock of sampling, summed over all starts.
+      seconds: of sampling, summed over all starts.
     """
 
     def __init__(self, dataset: Dataset, *, prompts: int, n: int):

@@ -17,8 +17,8 @@ from etils import epath
 from oapl_jax.curriculum import Curriculum
 from oapl_jax.errors import RunError
 from oapl_jax.rollout.buffer import Buffer
+from oapl_jax.rollout.dataset import RecordedStream
 from oapl_jax.rollout.ledger import Ledger
-from oapl_jax.rollout.recorded import RecordedStream
 from oapl_jax.rollout.sampler import Sampled
 from oapl_jax.structs import Group, Prompt
 
@@ -44,7 +44,7 @@ class GroupStore:
     ):
         self._prompts, self._buffer, self._ledger = prompts, buffer, ledger
         self._recorded, self._group_size, self._on_group = recorded, group_size, on_group
-        self._changed = threading.Condition(threading.RLock())
+        self._changed = threading.Condition()
         self._target: tuple[int, epath.Path] | None = None
         self._loading = -1  # the version that the sampler was told to load
         self._again: list[int] = []  # reserved before a restart and never committed
@@ -161,12 +161,7 @@ class GroupStore:
     # Waiting
 
     def wait(
-        self,
-        condition: Callable[[], bool],
-        name: str,
-        *,
-        deadline: float,
-        check: Callable[[], None],
+        self, condition: Callable[[], bool], name: str, *, deadline: float, check: Callable[[], Any]
     ) -> float:
         """Waits until `condition()` holds, evaluated at each change; returns the seconds waited.
 

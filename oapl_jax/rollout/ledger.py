@@ -117,8 +117,8 @@ class ZeroRewardGuard:
         text = lambda tokens: shortened(self._decode(tokens))
         parts = [
             f"all rewards of the last {self.count} groups are 0 (rollout.max_zero_reward_groups="
-            f"{self._limit}): either the task is too hard for this policy, or its responses do not "
-            "have the form that the verifier reads; the last group is:",
+            f"{self._limit}): the task is too hard for this policy, or its responses do not have "
+            "the form that the verifier reads; the last group is:",
             f"--- prompt {group.prompt.id}\n{text(group.prompt.tokens)}",
             f"--- reference\n{shortened(group.prompt.answer)}",
         ]

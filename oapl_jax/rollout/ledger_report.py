@@ -53,10 +53,6 @@ FROM rollouts LEFT JOIN busy USING (server) WHERE server IS NOT NULL GROUP BY se
 class LedgerReport:
     """Replays the events of a ledger, up to its last whole line.
 
-    Attributes:
-      requested: rollouts, summed over the events as they came.
-      faults: a sentence for each event that contradicts the ones before it.
-
     Raises:
       UserError: if the file is missing or damaged.
     """
@@ -90,13 +86,10 @@ class LedgerReport:
         Returns:
           id: "incarnation.stream_index.attempt.sample"; the incarnation counts resumes.
           prompt: id of the record.
-          version, server, seconds: policy version, server and duration of its group; None before.
-          tokens, finish_reason, reward: of the response; None if there is none.
+          version, server, seconds; tokens, finish_reason, reward: of its group and its response.
           requested, sampled, ended: times in seconds since 1970.
-          state: one of STATES.
-          step: gradient step that trained it.
-          reason: of an attempt that came to nothing: "failed", "aborted" or "mixed".
-          reissued_as: id of the row that replaced it.
+          state: one of STATES; step: that trained it.
+          reason: of an attempt that came to nothing; reissued_as: id of the row that replaced it.
         """
         group = "incarnation || '.' || stream_index || '.' ||"
         return self._rows(

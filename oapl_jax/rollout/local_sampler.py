@@ -70,7 +70,7 @@ class LocalSampler:
         return {self._version}
 
     def metrics(self) -> dict[str, float]:
-        return {}  # the worker counts everything
+        return {}
 
     def close(self) -> None:
         """Does nothing: a portion is decoded to its end, and nothing is in flight between two."""
@@ -230,9 +230,7 @@ def sample_tokens(
     Two stages, P(token) = P(block) P(token | block), give an exact sample: random numbers, the
     dearest part, are needed for V / BLOCK + BLOCK entries instead of V.
 
-    Args:
-      keys: [N], one for each row.
-      scores: logits at the sampling temperature; -inf masks a token.
+    `keys` are one for each row; a score of -inf masks a token.
     """
     rows, size = scores.shape
     if size <= BLOCK:
@@ -260,12 +258,9 @@ def greedy_tokens(scores: Float[Array, "N V"]) -> tuple[Int[Array, " N"], Float[
 
 
 def mask_top_k_top_p(logp: jax.Array, top_p: jax.Array | None, top_k: int) -> jax.Array:
-    """Sets log-probs outside top-k and then top-p to -inf; the likeliest token always stays.
+    """Sets normalised log-probs [N, V] outside top-k and then top-p to -inf.
 
-    Args:
-      logp: float32[N, V], normalised.
-      top_p: probability to keep (the smallest set that reaches it), or None.
-      top_k: number of tokens to keep, 0 for all.
+    top_p, if any, keeps the smallest set that reaches it; the likeliest token always stays.
     """
     if top_k:
         least = jax.lax.top_k(logp, min(top_k, logp.shape[-1]))[0][:, -1:]

@@ -11,55 +11,37 @@ from oapl_jax.structs import Prompt, Rollout
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Distribution of tokens, and the longest response.
+    """Distribution of tokens, and the longest response."""
 
-    Attributes:
-      temperature: divides the logits; 0 takes the most likely token, with log-probs at 1.
-      top_p: only the smallest set of tokens with at least this probability; 1 switches it off.
-      top_k: only the k most likely tokens; 0 switches it off.
-      max_response_tokens: longer responses are truncated ("length").
-    """
-
-    temperature: float
-    top_p: float
-    top_k: int
-    max_response_tokens: int
+    temperature: float  # divides the logits; 0 takes the most likely token, with log-probs at 1
+    top_p: float  # the smallest set of tokens with at least this probability; 1 switches it off
+    top_k: int  # the k most likely tokens; 0 switches it off
+    max_response_tokens: int  # longer responses are truncated ("length")
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
     """A failed request for a group.
 
-    Attributes:
-      version: that the server should have sampled from.
-      reason: "failed" (an error, a malformed response), "aborted" (for a new version) or "mixed"
-        (the responses span two versions).
-      seconds: duration.
+    The reason is "failed" (an error, a malformed response), "aborted" (for a new version) or
+    "mixed" (the responses span two versions).
     """
 
     server: str
-    version: int
+    version: int  # that the server should have sampled from
     reason: str
     seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """The rollouts of one prompt.
+    """The rollouts of one prompt."""
 
-    Attributes:
-      prompt: as given to `generate`.
-      rollouts: n of one version; none if every attempt failed.
-      server: that sampled them; "local" for the embedded sampler.
-      seconds: from the request to the last token.
-      attempts: failed requests before.
-    """
-
-    prompt: Prompt
-    rollouts: tuple[Rollout, ...]
-    server: str
-    seconds: float
-    attempts: tuple[Attempt, ...] = ()
+    prompt: Prompt  # as given to `generate`
+    rollouts: tuple[Rollout, ...]  # n of one version; none if every attempt failed
+    server: str  # "local" for the embedded sampler
+    seconds: float  # from the request to the last token
+    attempts: tuple[Attempt, ...] = ()  # failed requests before
 
 
 class Sampler(Protocol):
@@ -70,10 +52,7 @@ class Sampler(Protocol):
 
     @property
     def version(self) -> int:
-        """Version of the prompts taken from now on; -1 before the first.
-
-        Some servers of a fleet may lag behind for a while; each rollout names its own version.
-        """
+        """Version of prompts taken from now on, by servers that may lag; -1 before the first."""
         ...
 
     def versions(self) -> set[int]:
@@ -92,8 +71,7 @@ class Sampler(Protocol):
     def refresh(self, version: int, path: epath.Path) -> None:
         """Samples prompts taken from now on from this published version. Any thread.
 
-        Raises:
-          UserError: if the version is missing, damaged or incomplete.
+        Raises a UserError if the version is missing, damaged or incomplete.
         """
         ...
 

@@ -82,10 +82,7 @@ class GroupSource:
     def collect(self, step: int, stop: StopRequest) -> tuple[list[Group], float]:
         """Groups of one gradient step, the same on all hosts (none: stopped), and seconds waited.
 
-        Raises:
-          FleetLost: if a host has lost its servers.
-          HostLost: if a host does not come.
-          RunError: if the groups do not come in time, or no group gets a reward.
+        Raises FleetLost or HostLost for any host, and RunError for late or unrewarded groups.
         """
         self.store.expire(step)
         started, lost = time.monotonic(), ""
@@ -104,12 +101,8 @@ class GroupSource:
         name = f"{self._sampled} groups for step {step} (rollout.deadline)"
         if self._overlap and self.live:
             self._worker.start()
-            self.store.wait(
-                lambda: enough() or bool(stop.requested),
-                name,
-                deadline=self._deadline,
-                check=self._worker.check,
-            )
+            ready, check = lambda: enough() or bool(stop.requested), self._worker.check
+            self.store.wait(ready, name, deadline=self._deadline, check=check)
         # A replay buffer stays full: without fresh groups it would replay the first ones only.
         fresh = self.live and self._fresh and self.store.has_room(self._fresh)
         while not (self._overlap or stop.requested) and (fresh or not enough()):
@@ -203,13 +196,8 @@ def reshard(saved: Sequence[dict[str, Any]], *, host: int, hosts: int) -> dict[s
 
     Host h of H reserved the prompts h, H + h, 2 H + h, ... of one stream. It continues at the first
     round of the new hosts that begins at or before the position of the fastest host; prompts before
-    it that were not trained on, because they were in a buffer or outstanding or because a slower
-    host had not reached them, are sampled again, dealt out in turn. Every prompt is sampled, and up
-    to hosts - 1 of them twice.
-
-    Args:
-      saved: states by host, as `GroupSource.snapshot` encodes them.
-      host, hosts: index of this host, and number of hosts now.
+    it that were not trained on (held, outstanding, or not reached by a slower host) are sampled
+    again, dealt out in turn. Every prompt is sampled, and up to hosts - 1 of them twice.
     """
     streams = [share["prompts"] for share in saved]
     positions = [stream["stream"]["stream_index"] for stream in streams]

@@ -75,12 +75,6 @@ def test_an_evaluation_gives_the_numbers_worked_out_by_hand():
     assert (result["version"], result["prompts"], result["samples"]) == (11, 3, 4)
     values = np.array([5 / 6, 3 / 6, 0])
     assert result["pass@2/interval"] == interval(values, resamples=200, seed=3)
-    assert set(result) == {
-        *("pass@1", "pass@2", "pass@4"),
-        *("pass@1/interval", "pass@2/interval", "pass@4/interval"),
-        *("avg@4", "maj@4", "greedy", "length", "truncated", "entropy"),
-        *("version", "prompts", "samples"),
-    }
 
 
 @pytest.mark.parametrize("how", ["fails", "forgets"])

@@ -135,7 +135,7 @@ def test_the_result_follows_from_the_responses(shop, unbroken):
     result, found = unbroken.results["sums"], contents(unbroken.directory)
     assert unbroken.directory.name == "v000003"
     assert len(found) == 6 * 64
-    prompts = {prompt.id: prompt for prompt in job_prompts(shop)}
+    prompts = {p.id: p for p in benchmark_prompts(shop.job(), "sums")[0]}
     tokenizer = shop.job().policy.tokenizer
     right = dict.fromkeys(prompts, 0)
     for (prompt_id, _), (tokens, _, finish) in found.items():
@@ -157,10 +157,6 @@ def test_the_result_follows_from_the_responses(shop, unbroken):
     saved = json.loads((unbroken.directory / "sums" / "result.json").read_text())
     assert saved == json.loads(json.dumps(result))
     assert unbroken.said[-1] == "sums: responses graded: 384 of 384"
-
-
-def job_prompts(shop):
-    return benchmark_prompts(shop.job(), "sums")[0]
 
 
 def test_killed_it_ends_with_the_same_samples(shop, unbroken, tmp_path):
@@ -283,11 +279,3 @@ def test_flags_that_do_not_go_together_are_refused(benchmarks, given, words):
         check_flags(benchmarks, given)
     check_flags([], ["split", "step"])
     check_flags(["sums"], ["version_dir", "n", "to"])
-
-
-def test_a_mistake_on_the_command_line_is_one_sentence(shop):
-    process = shop.start("--to=x")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 2
-    assert output.startswith("error: --to ")
-    assert output.count("\n") == 1

@@ -22,11 +22,10 @@ from groups import (
 from small_models import small_config
 
 from oapl_jax.errors import RunError, UserError
-from oapl_jax.rollout import dataset as dataset_module
-from oapl_jax.rollout.dataset import MANIFEST, Dataset, DatasetWriter, fill, identity, missing
+from oapl_jax.rollout import dataset
+from oapl_jax.rollout.dataset import MANIFEST, Dataset, DatasetWriter, RecordedStream
 from oapl_jax.rollout.ledger import FILE, Ledger
 from oapl_jax.rollout.ledger_report import LedgerReport
-from oapl_jax.rollout.recorded import RecordedStream
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Group, decode_groups
 
@@ -52,7 +51,7 @@ def about(**changes):
         group_size=3,
         made={"by": "test"},
     )
-    return identity(**{**settings, **changes})
+    return dataset.identity(**{**settings, **changes})
 
 
 def digest(version):
@@ -61,12 +60,8 @@ def digest(version):
 
 def write(directory, groups=(), *, groups_per_shard=4, of=None, weights_digest=digest, keep=None):
     """Adds groups to a dataset, after going back to `keep` shards; returns the shards there are."""
-    writer = DatasetWriter(
-        epath.Path(directory),
-        of or about(),
-        groups_per_shard=groups_per_shard,
-        weights_digest=weights_digest,
-    )
+    settings = dict(groups_per_shard=groups_per_shard, weights_digest=weights_digest)
+    writer = DatasetWriter(epath.Path(directory), of or about(), **settings)
     try:
         if keep is not None:
             writer.keep(keep)
@@ -120,13 +115,13 @@ def test_groups_come_back_by_index_over_all_shards_and_writers(tmp_path):
     groups = [make_group(i, version=i // 3) for i in range(11)]
     assert write(tmp_path, groups[:6]) == 2
     assert write(tmp_path, groups[6:]) == 4  # 4, 2, 4, 1
-    dataset = read(tmp_path)
-    assert (len(dataset), dataset.versions) == (11, [0, 1, 2, 3])
+    found = read(tmp_path)
+    assert (len(found), found.versions) == (11, [0, 1, 2, 3])
     for index in np.random.default_rng(0).permutation(11).tolist():
-        assert_same_groups([dataset[index]], [groups[index]])
+        assert_same_groups([found[index]], [groups[index]])
     for index in (-1, 11):
         with pytest.raises(IndexError):
-            dataset[index]
+            found[index]
 
 
 def test_a_version_is_identified_while_it_is_there(tmp_path):
@@ -235,19 +230,19 @@ def test_a_damaged_or_old_manifest_is_refused(tmp_path, content):
 def test_a_run_takes_only_groups_that_it_can_train_on(tmp_path):
     groups = [make_group(i) for i in range(6)]
     write(tmp_path, groups)
-    dataset = read(tmp_path)
+    found = read(tmp_path)
     longest = max(len(r.tokens) for g in groups for r in g.rollouts)
-    dataset.check(about(made={}), max_prompt_tokens=4)
-    dataset.check(about(sampling=Sampling(0.7, 1.0, 0, longest)), max_prompt_tokens=4)
+    found.check(about(made={}), max_prompt_tokens=4)
+    found.check(about(sampling=Sampling(0.7, 1.0, 0, longest)), max_prompt_tokens=4)
     for name, change in CHANGES.items():
         if name not in ("made", "top_k"):
             with pytest.raises(UserError, match=f"{name}: .* -> "):
-                dataset.check(about(**change), max_prompt_tokens=4)
+                found.check(about(**change), max_prompt_tokens=4)
     shorter = Sampling(0.7, 0.9, 5, longest - 1)
     with pytest.raises(UserError, match=r"rollout\.max_response_tokens"):
-        dataset.check(about(sampling=shorter), max_prompt_tokens=4)
+        found.check(about(sampling=shorter), max_prompt_tokens=4)
     with pytest.raises(UserError, match=r"data\.max_prompt_tokens"):
-        dataset.check(about(), max_prompt_tokens=3)
+        found.check(about(), max_prompt_tokens=3)
 
 
 # Filling
@@ -259,15 +254,12 @@ def run_fill(directory, sampler, *, prompts=3, n=5, at_once=2, reward=None, thre
         epath.Path(directory), {"task": "t"}, groups_per_shard=2, weights_digest=str
     )
     try:
-        fill(
+        dataset.fill(
             writer,
             make_prompts(prompts),
             sampler,
             reward or (lambda prompt, rollout: float(prompt.answer)),
-            version=VERSION,
-            n=n,
-            at_once=at_once,
-            sampling=SAMPLING,
+            **dict(version=VERSION, n=n, at_once=at_once, sampling=SAMPLING),
             reward_threads=threads,
             note=lambda group: None,
             progress=[].append if seen is None else seen.append,
@@ -295,13 +287,12 @@ def test_requests_cover_the_missing_samples_and_nothing_else():
         for _ in range(50):
             there = rng.random((3, 7)) < rng.random()
             after = there.astype(int)
-            for start, row, count in missing(there, at_once):
+            for start, row, count in dataset.missing(there, at_once):
                 assert 1 <= count <= at_once
                 after[row, start : start + count] += 1
             assert (after == 1).all()
-    assert missing(np.zeros((2, 5), bool), 2) == [
-        *((0, 0, 2), (0, 1, 2), (2, 0, 2), (2, 1, 2), (4, 0, 1), (4, 1, 1))
-    ]
+    requests = dataset.missing(np.zeros((2, 5), bool), 2)
+    assert requests == [(0, 0, 2), (0, 1, 2), (2, 0, 2), (2, 1, 2), (4, 0, 1), (4, 1, 1)]
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 5, 99])
@@ -329,15 +320,10 @@ def test_killed_it_ends_with_the_same_samples(tmp_path, lives):
 
 
 def test_a_shard_is_written_in_time(tmp_path, monkeypatch):
-    writer = DatasetWriter(
-        epath.Path(tmp_path),
-        about(),
-        groups_per_shard=9,
-        weights_digest=digest,
-        seconds_per_shard=5.0,
-    )
+    limits = dict(groups_per_shard=9, seconds_per_shard=5.0)
+    writer = DatasetWriter(epath.Path(tmp_path), about(), weights_digest=digest, **limits)
     now = [0.0]
-    monkeypatch.setattr(dataset_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(dataset.time, "monotonic", lambda: now[0])
     writer.start_clock()
     for index, seconds in enumerate((1, 3, 5, 6, 11)):
         now[0] = seconds
@@ -388,15 +374,8 @@ def stream(tmp_path):
         if not (tmp_path / "set" / MANIFEST).exists():
             write(tmp_path / "set", groups or [make_group(i) for i in range(10)])
         ledger = Ledger(epath.Path(tmp_path / f"{len(made)}" / FILE))
-        recorded = RecordedStream(
-            read(tmp_path / "set"),
-            order=order,
-            seed=seed,
-            policy_version=version,
-            start=start,
-            drop_zero_variance=drop,
-            ledger=ledger,
-        )
+        settings = dict(policy_version=version, start=start, drop_zero_variance=drop, ledger=ledger)
+        recorded = RecordedStream(read(tmp_path / "set"), order=order, seed=seed, **settings)
         made.append(ledger)
         return recorded
 
