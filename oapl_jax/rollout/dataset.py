@@ -88,9 +88,8 @@ class DatasetWriter:
         after the one before.
       weights_digest: policy version -> xxh128 of the manifest of its weights.
 
-    Raises:
-      UserError: if the directory holds a dataset of another identity or format, or another process
-        writes it.
+    Raises a UserError if the directory holds a dataset of another identity or format, or another
+    process writes it.
     """
 
     def __init__(
@@ -198,8 +197,7 @@ class DatasetWriter:
 class Dataset(Sequence[Group]):
     """Reads a dataset: its groups in the order in which they were written, by index.
 
-    Raises:
-      UserError: if the manifest or a shard is missing or damaged, or there is no shard.
+    Raises a UserError if the manifest or a shard is missing or damaged, or there is no shard.
     """
 
     def __init__(self, directory: epath.Path):
@@ -264,10 +262,8 @@ class RecordedStream:
         dataset and counts its steps from 0, so that these weights are its version 0.
       start: the checkpoint directory that this run starts from, if any; with `policy_version`, a
         published version must be the one that sampled the dataset.
-      drop_zero_variance: whether groups with equal rewards are skipped.
+      drop_zero_variance: whether groups with equal rewards are skipped; `counts` has their number.
       ledger: records each group, as sampled by the server "dataset".
-
-    `counts` has the groups "taken" and those skipped, "zero_variance".
     """
 
     def __init__(
@@ -307,9 +303,8 @@ class RecordedStream:
     def take(self, count: int, step: int) -> list[Group]:
         """Takes the next `count` groups, for the gradient step at `step`.
 
-        Raises:
-          UserError: for a group of a version that the learner has yet to reach.
-          RunError: if the dataset ends, or all its groups have equal rewards.
+        Raises a UserError for a version that the learner has yet to reach, and a RunError if the
+        dataset ends or all its groups have equal rewards.
         """
         seen, taken, skipped = [], [], 0  # skipped since the last taken
         while len(taken) < count:
@@ -408,15 +403,13 @@ def fill(
     samples share random numbers, whatever was sampled before and in whatever portions.
 
     Args:
-      prompts: all prompts of the dataset.
       reward: called in threads, for `reward_threads` groups at a time.
       version: of the policy; groups of another one are not taken.
       at_once: the most responses of a group.
       note: takes each rewarded group, and may raise.
       progress: called after each shard with the number of responses on disk.
 
-    Raises:
-      RunError: if some could not be sampled; the others are kept.
+    Raises a RunError if some could not be sampled; the others are kept.
     """
 
     requests = missing(stored(writer.samples, len(prompts), n), at_once)

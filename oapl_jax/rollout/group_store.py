@@ -165,9 +165,7 @@ class GroupStore:
     ) -> float:
         """Waits until `condition()` holds, evaluated at each change; returns the seconds waited.
 
-        Raises:
-          RunError: naming the wait, when the deadline has passed; and what `check` raises, if the
-            other thread has failed.
+        Raises a RunError that names the wait at the deadline, and what `check` raises before.
         """
         start = time.monotonic()
         with self._changed:

@@ -67,8 +67,7 @@ class Ledger:
     def resume(self, position: int, held: Collection[int]) -> None:
         """Records that the run goes on from a checkpoint with groups `held` in its buffer.
 
-        Raises:
-          UserError: if the file is shorter than the checkpoint's `position`.
+        Raises a UserError if the file is shorter than the checkpoint's `position`.
         """
         if position > self._lines.size:
             raise UserError(
@@ -106,11 +105,7 @@ class ZeroRewardGuard:
         self.count = 0
 
     def note(self, group: Group) -> None:
-        """Counts a rewarded group.
-
-        Raises:
-          NoReward: if it is the last of `limit`; the message shows its prompt and some responses.
-        """
+        """Counts a rewarded group; NoReward, if it is the last of `limit`, shows its responses."""
         self.count = 0 if np.any(group.reward) else self.count + 1
         if not self._limit or self.count < self._limit:
             return

@@ -14,10 +14,7 @@ from etils import epath
 from oapl_jax.errors import UserError
 
 # The first two can still change; a held group is sampled, and in the buffer.
-STATES = (
-    *("in flight", "held"),
-    *("trained", "expired", "zero_variance", "failed", "reissued", "rewound"),
-)
+STATES = "in flight", "held", "trained", "expired", "zero_variance", "failed", "reissued", "rewound"
 
 ROLLOUTS = """
 PRAGMA journal_mode = OFF;
@@ -51,11 +48,7 @@ FROM rollouts LEFT JOIN busy USING (server) WHERE server IS NOT NULL GROUP BY se
 
 
 class LedgerReport:
-    """Replays the events of a ledger, up to its last whole line.
-
-    Raises:
-      UserError: if the file is missing or damaged.
-    """
+    """Replays the events of a ledger, up to its last whole line; a UserError if it is damaged."""
 
     def __init__(self, path: epath.Path):
         if not path.exists():
@@ -198,9 +191,7 @@ class LedgerReport:
         for index in held:
             # A group that is replayed has its end already, and may be held to be used again.
             if self._state(index) not in ("held", "trained"):
-                self.faults.append(
-                    f"group {index} is held by the checkpoint but was not sampled before"
-                )
+                self.faults.append(f"group {index} is held by the checkpoint but was not sampled")
 
     def _state(self, index: int) -> str:
         """State of the newest request for a group."""

@@ -30,7 +30,6 @@ class LocalSampler:
 
     Args:
       config: sizes of the model; published versions must have the same.
-      dtype: of activations and cache.
       seed: with a prompt's stream index and the sample's index it names the random numbers of a
         rollout, which depend neither on its batch nor on earlier samples.
       max_sequences: rollouts decoded at a time.
@@ -78,9 +77,8 @@ class LocalSampler:
     def generate(
         self, prompts: Iterable[Prompt], *, n: int, sampling: Sampling
     ) -> Iterator[Sampled]:
-        """See Sampler. Prompts are taken in portions of max_sequences // n, the last one filled up.
-
-        Fewer prompts than that make one portion, filled up to a power of two.
+        """See Sampler. Prompts are taken in portions of max_sequences // n, the last one filled up;
+        fewer prompts than that make one portion, filled up to a power of two.
         """
         prompts, portion = iter(prompts), max(self._max_sequences // n, 1)
         first = True

@@ -26,8 +26,7 @@ class GroupSource:
     Args:
       writer: records sampled groups, if the run records.
       workdir: of the run, which holds a ledger for each host.
-      sampled, recorded: groups of a gradient step that this host samples, and reads from the
-        recorded dataset.
+      sampled, recorded: groups of a gradient step that this host samples, and reads.
       fresh: prompts that each step samples where the buffer has room for them (replay), or 0.
       overlap: whether the worker runs beside the learner.
       deadline: seconds that this host waits for groups or for another host.
@@ -92,7 +91,7 @@ class GroupSource:
             lost = str(error)
         self._agree(step, stop, lost)
         # On a stop the groups stay in the buffer, and the checkpoint holds them.
-        groups = [] if stop.requested else self._allgather(self._take(step), step)
+        groups = [] if stop.requested else self._take(step)
         return groups, time.monotonic() - started
 
     def _await_groups(self, step: int, stop: StopRequest) -> None:
@@ -127,13 +126,10 @@ class GroupSource:
         stop.requested = stop.requested or next(filter(None, stops), "")
 
     def _take(self, step: int) -> list[Group]:
+        """Groups of all hosts, in the order of the prompt stream."""
         groups = self.store.take(self._sampled, self._recorded, step)
         for group in groups[self._sampled :]:
             self._guard.note(group)
-        return groups
-
-    def _allgather(self, groups: list[Group], step: int) -> list[Group]:
-        """Groups of all hosts, in the order of the prompt stream."""
         if jax.process_count() == 1:
             return groups
         name = f"the groups of step {step}"

@@ -21,8 +21,7 @@ class Worker:
     Args:
       reward: prompt and its rollouts -> float32[n]; called in threads.
       prompts_per_call: prompts that `produce` samples.
-      reward_threads: groups rewarded at a time; with one they are committed in the order in which
-        they were sampled.
+      reward_threads: groups rewarded at a time; one keeps the order in which they were sampled.
       deadline: seconds that the thread may wait for room in the buffer, and `stop` for the thread.
     """
 
@@ -71,8 +70,7 @@ class Worker:
     def stop(self) -> None:
         """Ends the thread; prompts in flight stay reserved and are sampled again on resume.
 
-        Raises:
-          RunError: if the thread, or a reward, has not ended within the deadline.
+        Raises a RunError if the thread, or a reward, has not ended within the deadline.
         """
         self._stopping = True
         self._store.notify()
