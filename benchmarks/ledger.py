@@ -1,4 +1,4 @@
-"""What the ledger costs: the events of the default job, as a share of the time that it takes.
+"""The cost of the ledger: the events of the default job, as a share of the time that it takes.
 
     python benchmarks/ledger.py [--seconds=100]
 

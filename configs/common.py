@@ -1,4 +1,4 @@
-"""What the configurations share: the argument after the colon, and common sections."""
+"""Shared by the configurations: the argument after the colon, and common sections."""
 
 from typing import Any
 
@@ -75,7 +75,7 @@ def recorded() -> dict[str, Any]:
 
 
 def curriculum() -> Config:
-    """Which of the prompts drawn are sampled; "window" takes rates and window, and so on."""
+    """The curriculum, a choice of the prompts drawn; "window" takes rates and window, and so on."""
     return ConfigDict(
         dict(
             # "uniform": all of them; or "window", "learnability", "actor_curator".

@@ -1,4 +1,4 @@
-"""Which TPU slice trains what, and how fast at most: the table in docs/plan.md.
+"""The table in docs/plan.md: models, TPU slices, and the speed of training at most.
 
     python experiments/plan_table.py [--only competition_math] [--models qwen3-8b] [--jobs=1]
 
@@ -105,7 +105,7 @@ def layouts(sequences: int, hidden_size: int, chips: int) -> Iterator[Layout]:
 
 
 def digest_of(run: str, model: str) -> str:
-    """What a kept line must have been made of: this code, these settings, these sizes."""
+    """The inputs of a kept line: this code, these settings, these sizes."""
     made_of = (plan_digest(), config_hash(RUNS[run][0]().to_dict()), published(model))
     return hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
 

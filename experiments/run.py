@@ -75,7 +75,7 @@ class Run:
 
     @property
     def kept(self) -> bool:
-        """Whether the workdir stays after the end, because other runs read it."""
+        """True if the workdir stays after the end, because other runs read it."""
         return self.kind != "train" or dict(self.overrides).get("rollout.record", False)
 
     @property

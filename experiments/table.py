@@ -59,7 +59,7 @@ class Cell:
         return [line for line in self.lines if line["outcome"] == "ended"]
 
     def reached(self, measure: str) -> list[bool]:
-        """Whether each run reached a level."""
+        """True for each run that reached a level."""
         return [bool(_at_level(line, LEVELS[measure])) for line in self.lines]
 
 

@@ -659,7 +659,7 @@ class Config(Section):
 
     @property
     def compares(self) -> bool:
-        """Whether a judge rewards the sampled groups."""
+        """True if a judge rewards the sampled groups."""
         return self.preferences.judge != "none" and self.rollout.source != "dataset"
 
     def check(self) -> None:

@@ -89,7 +89,7 @@ class Group:
 
     @property
     def zero_variance(self) -> bool:
-        """Whether all rewards are equal, so that every advantage is zero."""
+        """True if all rewards are equal, so that every advantage is zero."""
         return bool(np.all(self.reward == self.reward[0]))
 
 

@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module")
 def kept_programs() -> Iterator[None]:
-    """What a file's tests compile in this process is kept there too."""
+    """Keeps there too what a file's tests compile in this process."""
     import jax  # once the environment above is set
 
     cache = {

@@ -41,10 +41,6 @@ SEE_CONFIG = (
     "plan",
     "audit",
 )
-# Imports that still run upward.
-UPWARD: set[tuple[str, str]] = set()
-# Rooms that still take the whole configuration.
-STILL_SEE_CONFIG = ()
 
 
 def modules() -> list[Path]:
@@ -91,8 +87,7 @@ def test_every_room_has_a_floor():
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_downward(path):
     for other in rooms_imported(path):
-        if (room_of(path), other) not in UPWARD:
-            assert floor(other) <= floor(room_of(path)), f"{path.name} imports {other} from above"
+        assert floor(other) <= floor(room_of(path)), f"{path.name} imports {other} from above"
 
 
 def test_no_import_cycle():
@@ -116,12 +111,12 @@ def test_no_import_cycle():
 def test_rooms_that_must_not_know_each_other(room, others):
     for path in modules():
         if room_of(path) == room:
-            assert not {o for o in rooms_imported(path) & set(others) if (room, o) not in UPWARD}
+            assert not rooms_imported(path) & set(others)
 
 
 def test_only_build_config_and_commands_see_the_whole_config():
     for path in modules():
-        if room_of(path) in (*SEE_CONFIG, *STILL_SEE_CONFIG):
+        if room_of(path) in SEE_CONFIG:
             continue
         assert "oapl_jax.config.Config" not in imports(path), path
         assert "build" not in rooms_imported(path), path

@@ -1,4 +1,4 @@
-"""What hosts exchange, and how they end, with real processes on one machine."""
+"""Hosts: their exchanges and their ends, with real processes on one machine."""
 
 import itertools
 import os

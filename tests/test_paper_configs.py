@@ -317,7 +317,7 @@ def test_the_code_path_in_two_offline_rounds(shop):
 
 
 def is_right(text, prompt):
-    """Whether a program adds what its problem says; all that a tiny model writes looks alike."""
+    """True if a program adds what its problem says; all that a tiny model writes looks alike."""
     number = re.search(r"add_(\d+)|and (\d+)\.", prompt.text)
     assert number
     n = number[1] or number[2]

@@ -159,7 +159,7 @@ def sample(path: str, steps: int, rollouts: str) -> None:
 
 
 def score(path: str, rollouts: str) -> None:
-    """How far a sampler's log-probs are from the learner's of the same tokens, at the most."""
+    """The largest difference between a sampler's log-probs and the learner's of the same tokens."""
     mine, saved = Learner(path), np.load(rollouts)
     work.report(gap=np.abs(mine.logp(mine.params, saved["tokens"]) - saved["logp"]).max())
 

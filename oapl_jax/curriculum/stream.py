@@ -19,12 +19,12 @@ class PromptScorer:
 
     @property
     def awake(self) -> bool:
-        """Whether prompts are chosen; otherwise every prompt of the stream is sampled."""
+        """True if prompts are chosen; otherwise every prompt of the stream is sampled."""
         return True
 
     @property
     def rescores(self) -> bool:
-        """Whether `trained` needs log-probs by the updated learner."""
+        """True if `trained` needs log-probs by the updated learner."""
         return False
 
     def logits(self, prompts: Sequence[Prompt]) -> np.ndarray:

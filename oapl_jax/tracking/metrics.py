@@ -79,7 +79,7 @@ class CompileClock:
 
 
 def group_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
-    """What a gradient step trains on: rewards, lengths, and the measured lag.
+    """Metrics of the groups of a gradient step: rewards, lengths, and the measured lag.
 
     Args:
       groups: of the step.

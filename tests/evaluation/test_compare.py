@@ -21,7 +21,7 @@ MAJORITY_A, MAJORITY_B = (0, 0, 0.5, 1, 0), (0, 0, 1, 1, 1)
 
 
 def make_result(correct, majority, *, ids=IDS, n=4, version=3):
-    """What a comparison and a report read of a result."""
+    """The part of a result that a comparison and a report read."""
     curves = np.array([pass_curve(n, c) for c in correct])
     low, high = intervals(curves, np.ones((len(ids), 1)), resamples=200, seed=0)
     measured = {"value": 0.5, "low": 0.25, "high": 0.75}
