@@ -39,8 +39,7 @@ from oapl_jax.preferences import (
     RecordedComparators,
     SampledComparators,
 )
-from oapl_jax.rewards.grader import Grader
-from oapl_jax.rewards.self_check import check_rewards
+from oapl_jax.rewards.grader import Grader, check_rewards
 from oapl_jax.rollout import dataset
 from oapl_jax.rollout.buffer import Buffer
 from oapl_jax.rollout.dataset import RecordedStream
@@ -160,7 +159,7 @@ class Run:
         return Grader(self.policy.tokenizer, self.config.rewards)
 
     def check_grader(self) -> None:
-        """Grades known responses end to end before any sampling; see rewards.self_check."""
+        """Grades known responses end to end before any sampling; see rewards.grader."""
         records, tokenizer = self.splits["train"], self.policy.tokenizer
         check_rewards(self.grader, tokenizer, records, **self.prompt_settings)
 

@@ -1,8 +1,7 @@
 """Verifiers of the synthetic tasks: (response text, answer) -> 1.0 if right, else 0.0.
 
-A response is hostile until proven otherwise: it never reaches eval, exec or a parser that evaluates
-(reasoning_gym's verifier of countdown calls eval, by sympy's parse_expr, and is not used), its
-length is bounded first, and no response makes a verifier raise.
+A response is hostile until proven otherwise: its length is bounded first, it never reaches eval or
+exec (as in reasoning_gym's verifier of countdown), and no response makes a verifier raise.
 """
 
 import ast

@@ -27,8 +27,7 @@ from oapl_jax.rewards.documents.verifier import (
     table_term,
     text_term,
 )
-from oapl_jax.rewards.grader import Grader
-from oapl_jax.rewards.self_check import check_rewards
+from oapl_jax.rewards.grader import Grader, check_rewards
 
 REWARDS = RewardsConfig.from_dict(common.rewards().to_dict(), "rewards")
 CONFIG = REWARDS.documents

@@ -14,7 +14,7 @@ from processes import alive, wait_until
 
 from oapl_jax.config import MathRewardConfig
 from oapl_jax.errors import RunError
-from oapl_jax.rewards.math.judge_pool import MAX_REQUEST_BYTES, JudgePool
+from oapl_jax.rewards.math.verifier import MAX_REQUEST_BYTES, JudgePool
 
 # A judge that does as it is told.
 PROGRAM = """
@@ -205,7 +205,7 @@ def test_closing_ends_every_process(program):
 def test_nothing_outlives_a_parent_that_is_killed(program):
     code = (
         "from oapl_jax.config import MathRewardConfig\n"
-        "from oapl_jax.rewards.math.judge_pool import JudgePool\n"
+        "from oapl_jax.rewards.math.verifier import JudgePool\n"
         f"pool = JudgePool({CONFIG}, {program})\n"
         "print(*pool.ask(['pids', None])['reply'], flush=True)\n"
         "pool.ask(['stubborn', None])\n"

@@ -15,8 +15,13 @@ from answers_table import ANSWERS, RESPONSES
 
 from oapl_jax.config import MathRewardConfig
 from oapl_jax.rewards.math.extraction import MAX_ANSWER, final_answer
-from oapl_jax.rewards.math.judge_pool import MAX_REQUEST_BYTES, JudgePool
-from oapl_jax.rewards.math.verifier import MathVerdict, MathVerifier, compare_plain
+from oapl_jax.rewards.math.verifier import (
+    MAX_REQUEST_BYTES,
+    JudgePool,
+    MathVerdict,
+    MathVerifier,
+    compare_plain,
+)
 
 PAIRS = [(rf"It is \boxed{{{said}}}.", wanted, right) for said, wanted, right in ANSWERS]
 PAIRS += RESPONSES

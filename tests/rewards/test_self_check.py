@@ -12,8 +12,7 @@ from oapl_jax.config import RewardsConfig
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
 from oapl_jax.model.tokenizer import CONTENTS_ONLY, make_character_tokenizer
-from oapl_jax.rewards.grader import Grader
-from oapl_jax.rewards.self_check import check_rewards
+from oapl_jax.rewards.grader import Grader, check_rewards
 
 CHARACTERS = "".join(map(chr, range(32, 127))) + "\n"
 THINKING = CONTENTS_ONLY + "{% if add_generation_prompt %}<think>\n{% endif %}"

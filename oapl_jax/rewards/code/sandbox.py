@@ -76,13 +76,8 @@ class NoSandbox(Exception):
 
 
 class Sandbox(SpawnedWorker):
-    """A sandbox for one program; `close` kills everything in it.
-
-    Without `bwrap`, bubblewrap's path, the program has its limits and the syscall filter only.
-
-    Raises:
-      NoSandbox: if it does not start.
-    """
+    """A sandbox for one program; NoSandbox if it does not start. Without `bwrap`, bubblewrap's
+    path, the program has its limits and the syscall filter only."""
 
     def __init__(self, bwrap: str | None, config: CodeRewardConfig):
         self._config = config
@@ -117,11 +112,8 @@ class Sandbox(SpawnedWorker):
         self.send(json.dumps(program).encode(), time.monotonic() + self._config.seconds_per_test)
 
     def run_test(self, text: str) -> tuple[int, bytes]:
-        """Runs the program on one input: its exit code, negative for a signal, and its output.
-
-        Raises:
-          Late, Ended: after `seconds_per_test`, or if the sandbox is gone; then close it.
-        """
+        """Runs the program on one input: its exit code, negative for a signal, and its output; Late
+        after `seconds_per_test`, Ended if the sandbox is gone."""
         deadline = time.monotonic() + self._config.seconds_per_test
         self.send(text.encode(errors="surrogatepass"), deadline)
         code, size = struct.unpack(">iI", self.read(8, deadline))
@@ -176,13 +168,12 @@ def command(bwrap: str | None, config: CodeRewardConfig, folder: str) -> list[st
     line += [] if root else ["--unshare-user"]
     line += ["--cap-drop", "ALL"]
     line += [word for name in KEPT_CAPABILITIES for word in ("--cap-add", name)]
-    for parent in sorted({str(p) for path in visible for p in Path(path).parents} - {"/"}):
-        line += ["--perms", "0755", "--dir", parent]  # else only root may pass
+    parents = {str(parent) for path in visible for parent in Path(path).parents} - {"/"}
+    for place in sorted(parents | {"/inside", "/dev"}):
+        line += ["--perms", "0755", "--dir", place]  # else only root may pass
     for path, source in visible.items():
         link = os.path.islink(source)
         line += ["--symlink", os.readlink(source), path] if link else ["--ro-bind", source, path]
-    for place in ("/inside", "/dev"):
-        line += ["--perms", "0755", "--dir", place]
     line += ["--ro-bind", INSIDE, "/inside/sandbox_main.py"]
     line += ["--tmpfs", "/tmp", "--dev-bind", "/dev/null", "/dev/null"]
     line += ["--symlink", "/tmp/stdin", "/dev/stdin", "--remount-ro", "/", "--chdir", "/tmp"]
@@ -217,8 +208,8 @@ def probe(bwrap: str | None, config: CodeRewardConfig) -> str:
     patient = max(config.seconds_per_test, config.start_seconds)
     config = dataclasses.replace(config, seconds_per_test=patient)
     try:
-        visible = visible_paths(config.packages)
-        roots = {path.split("/")[1] for path in visible} | {"tmp", "dev", "inside"}
+        roots = {path.split("/")[1] for path in visible_paths(config.packages)}
+        roots |= {"tmp", "dev", "inside"}
         with closing(Sandbox(bwrap, config)) as sandbox:
             sandbox.load_program(kind="stdin", name="", code=PROBE)
             code, said = sandbox.run_test(f"{' '.join(roots)}\n{config.processes + 1}\n")

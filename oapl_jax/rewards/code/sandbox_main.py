@@ -9,11 +9,9 @@ ends, the kernel ends all processes that are left. Its standard input and output
     in   length, the input of a test; then, for each
     out  exit code (negative: a signal), length, the program's output or its function's value
 
-It adds a second layer to bubblewrap's isolation, and each holds without the other. Bubblewrap's
-namespaces, its almost empty file system and an unknown user id leave a program nothing to reach.
-The syscall filter leaves it no way to start a process, open a socket or hold memory that the limits
-do not count: a program that can't fork can't daemonise or multiply, so the limits of one process
-are those of the whole program.
+It adds a second layer to bubblewrap's isolation, and each holds without the other. The syscall
+filter leaves a program no way to start a process, open a socket or hold memory that the limits do
+not count: it can't daemonise or multiply, so the limits of one process are those of all of it.
 """
 
 import atexit
@@ -115,7 +113,11 @@ class Server:
             os.close(result)
             with open(self._out, "wb", closefd=False) as file:
                 file.write(reply)
-            self._clean()
+            for entry in os.scandir(self._folder):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                else:
+                    os.unlink(entry.path)
 
     def _confine(self, result: int, called: bool) -> None:
         """In the child: closes all but the input, the result and the null device, and limits it."""
@@ -147,13 +149,6 @@ class Server:
             os._exit(0)
         os.close(process)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-    def _clean(self) -> None:
-        for entry in os.scandir(self._folder):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
-            else:
-                os.unlink(entry.path)
 
     def _read(self) -> bytes:
         return self._take(struct.unpack(">I", self._take(4))[0])
@@ -225,8 +220,7 @@ def drop_privileges(uid: int | None) -> None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    version3 = struct.pack("Ii", 0x20080522, 0)
-    _call("capset", version3, bytes(24))
+    _call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # version 3
     _control(SET_NO_NEW_PRIVILEGES, 1)
     _control(SET_DUMPABLE, 0)  # no program attaches to what serves it
     _control(SET_DEATH_SIGNAL, 9)  # last: a change of user clears it

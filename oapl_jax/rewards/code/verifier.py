@@ -140,10 +140,8 @@ class CodeVerdict(NamedTuple):
 class CodeVerifier:
     """Grades programs, several at a time; every method is thread-safe.
 
-    Verdicts are remembered by content; no timeouts, which the machine may have caused.
-
-    Raises:
-      UserError: if this machine can't isolate a program and `allow_unsafe` is not set.
+    Verdicts are remembered by content; no timeouts, which the machine may have caused. UserError if
+    this machine can't isolate a program and `allow_unsafe` is not set.
     """
 
     def __init__(self, config: CodeRewardConfig):
@@ -155,12 +153,8 @@ class CodeVerifier:
         self._counts: Counter[str] = Counter()
 
     def verify(self, response: str, answer: str) -> CodeVerdict:
-        """Runs a response's program on the tests in a record's `answer`.
-
-        Raises:
-          UserError: if the tests can't be read, or one does not fit into the limits.
-          RunError: if no sandbox starts; the program is not to blame, and gets no reward of 0.
-        """
+        """Runs a response's program on the tests in a record's `answer`; UserError if they can't be
+        read or do not fit into the limits, RunError (and no reward of 0) if no sandbox starts."""
         return self.verify_many([(response, parse_problem(answer))])[0]
 
     def verify_many(self, pairs: Iterable[tuple[str, Problem]]) -> list[CodeVerdict]:

@@ -51,14 +51,9 @@ class Table(NamedTuple):
 
 
 class Document(NamedTuple):
-    """The parts of a document.
-
-    Attributes:
-      formulas, tables: in their order; tables by where they end.
-      open_tags: tags, and marks of Markdown (**, ~~, ```), without their other half.
-      text: as a reader sees it: a line for each row, a tab before each cell, white space as one
-        space, formulas as their source between dollars.
-    """
+    """The parts of a document; tables by where they end; tags, and marks of Markdown (**, ~~, ```),
+    without their other half; and the text as a reader sees it: a line for each row, a tab before
+    each cell, white space as one space, formulas as their source between dollars."""
 
     formulas: tuple[Formula, ...]
     tables: tuple[Table, ...]
@@ -120,9 +115,7 @@ def pipe_tables_to_html(text: str) -> str:
 def _cells(line: str) -> list[str]:
     """The cells between the pipes of a line; none if it has no pipe."""
     cells = [cell.strip() for cell in PIPE.split(line.strip())]
-    if len(cells) == 1:
-        return []
-    return cells[cells[0] == "" : len(cells) - (cells[-1] == "")]
+    return cells[cells[0] == "" : len(cells) - (cells[-1] == "")] if len(cells) > 1 else []
 
 
 class _Grid:

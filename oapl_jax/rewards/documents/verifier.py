@@ -3,9 +3,9 @@
     R = l_syntax r_syntax + l_closure r_closure + l_table r_table + l_text r_text
 
 arXiv 2603.01840 states neither the weights l nor the constants of the terms: ours stand in
-configs/common.py. It warns of output that is valid but empty, so the terms look at the reference: a
-part of it that the response lacks counts as wrong, no term rises above the reference's own, and a
-response without any text gets the minimum of every term.
+configs/common.py. It warns of output that is valid but empty: so a part of the reference that the
+response lacks counts as wrong, no term rises above the reference's own, and a response without any
+text gets the minimum of every term.
 """
 
 import functools
@@ -79,10 +79,8 @@ def text_term(response: Document, reference: Document) -> float:
 
 
 def normalized_sum(terms: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """The weighted sum as a share of its range: (R - R_min) / (R_max - R_min), R = sum_k l_k r_k.
-
-    It is exactly 1 if every term that has a weight is at its upper bound, as the reference's are.
-    """
+    """The weighted sum as a share of its range: (R - R_min) / (R_max - R_min), R = sum_k l_k r_k;
+    exactly 1 if every term that has a weight is at its upper bound, as the reference's are."""
     missing = sum(weights[name] * (high - terms[name]) for name, (_, high) in RANGES.items())
     return 1 - missing / sum(weights[name] * (high - low) for name, (low, high) in RANGES.items())
 
@@ -117,7 +115,6 @@ class DocumentVerifier:
         return response
 
     def counts(self) -> dict[str, int]:
-        """The numbers of responses that were graded, were right, and had each fault."""
         with self._lock:
             return dict(self._counts)
 
@@ -135,13 +132,12 @@ class DocumentVerifier:
             or any(f.commands is None for f in found.formulas),
             "empty": not found.text.strip(),
         }
-        terms = LEAST
-        if not faults["empty"]:
-            terms = {
-                "syntax": syntax_term(found, wanted, plain=self._config.plain_formula),
-                "closure": closure_term(found, per_tag=self._config.per_open_tag),
-                "table": table_term(found, wanted),
-                "text": text_term(found, wanted),
-            }
+        terms = {
+            "syntax": syntax_term(found, wanted, plain=self._config.plain_formula),
+            "closure": closure_term(found, per_tag=self._config.per_open_tag),
+            "table": table_term(found, wanted),
+            "text": text_term(found, wanted),
+        }
+        terms = LEAST if faults["empty"] else terms
         reward = normalized_sum(terms, self._weights)
         return DocumentVerdict(reward, terms, tuple(name for name, has in faults.items() if has))

@@ -167,5 +167,4 @@ def _stated(text: str) -> str | None:
     found = stated[-1]
     if found["hashes"]:
         return found["hashes"].strip()
-    said = found["words"].strip(" *:")
-    return SENTENCE_END.split(said, maxsplit=1)[0].strip(" *")
+    return SENTENCE_END.split(found["words"].strip(" *:"), maxsplit=1)[0].strip(" *")

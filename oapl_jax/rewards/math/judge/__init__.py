@@ -1,1 +1,1 @@
-"""The judge of mathematical answers, a program run by judge_pool.py: it loads no JAX."""
+"""The judge of mathematical answers, a program run by math/verifier.py: it loads no JAX."""

@@ -292,12 +292,9 @@ def _same_ratios(answer: Parts, reference: Parts) -> bool:
     return all(same_value(over(a, i), over(r, i)) for i in range(len(a)))
 
 
-def _vector(form: Form) -> tuple[Form, ...]:
+def _vector(form: Matrix | Parts) -> tuple[Form, ...]:
     """Entries of a tuple, or of a matrix with one row or one column."""
-    if isinstance(form, Parts):
-        return form.parts
-    if not isinstance(form, Matrix):
-        return ()
-    if len(form.rows) == 1:
-        return form.rows[0]
-    return tuple(row[0] for row in form.rows) if all(len(r) == 1 for r in form.rows) else ()
+    rows = form.rows if isinstance(form, Matrix) else (form.parts,)
+    if len(rows) == 1:
+        return rows[0]
+    return tuple(row[0] for row in rows) if all(len(row) == 1 for row in rows) else ()

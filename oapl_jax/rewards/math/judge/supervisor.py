@@ -43,8 +43,7 @@ def supervise(
 
     Args:
       generated: the only texts that the judge's libraries may turn into code.
-      seconds: deadline of a request.
-      recycle_after: requests after which a worker is replaced.
+      seconds, recycle_after: deadline of a request; requests before a worker is replaced.
       memory_bytes: address space of a worker.
     """
 

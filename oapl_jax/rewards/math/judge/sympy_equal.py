@@ -119,9 +119,8 @@ def _parse_latex(text: str) -> Any:
         raise Unreadable(text[:80]) from error
     if not isinstance(found, sympy.Basic | sympy.MatrixBase):
         raise Unreadable(text[:80])
-    if found.has(sympy.Sum, sympy.Product, sympy.Integral):  # where i may count
-        return found
-    return found.xreplace({sympy.Symbol("i", real=True): sympy.I})
+    counts = found.has(sympy.Sum, sympy.Product, sympy.Integral)  # i may count there
+    return found if counts else found.xreplace({sympy.Symbol("i", real=True): sympy.I})
 
 
 def _compare_numerically(found: Any, expected: Any, *, decimal: bool) -> bool | None:

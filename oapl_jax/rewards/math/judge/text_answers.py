@@ -56,9 +56,8 @@ ORDINAL = re.compile(r"(?<=[0-9])\s*(?:\^\s*)?\{?\s*(?:\\text\s*\{)?(?:st|nd|rd|
 
 def number(text: str) -> Fraction | None:
     """The value of digits with an optional sign, thousands separators and decimals; else None."""
-    if not NUMBER.fullmatch(text):
-        return None
-    return Fraction(text.replace(",", "").replace(" ", ""))
+    digits = text.replace(",", "").replace(" ", "")
+    return Fraction(digits) if NUMBER.fullmatch(text) else None
 
 
 def agree(answer: Fraction, reference: Fraction, *, decimal: bool) -> bool:
