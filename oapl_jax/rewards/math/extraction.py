@@ -46,8 +46,7 @@ SYMBOLS = {
 COMMANDS = {
     "leq": r"\le ", "leqslant": r"\le ", "geq": r"\ge ", "geqslant": r"\ge ", "ne": r"\neq ",
     "thickapprox": r"\approx ", "simeq": r"\approx ", "degree": r"^\circ ", "degrees": r"^\circ ",
-    "varnothing": r"\emptyset ", "langle": "(", "rangle": ")", "lt": "<", "gt": ">", "colon": ":",
-    "equiv": "=",
+    "varnothing": r"\emptyset ", "langle": "(", "rangle": ")", "lt": "<", "gt": ">", "equiv": "=",
 }  # fmt: skip
 REWRITES = tuple(
     (re.compile(pattern), by)
@@ -72,7 +71,7 @@ REWRITES = tuple(
         (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"\\([A-Za-z]+)", lambda m: COMMANDS.get(m[1]) or m[0]),
         (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
-        (r"\{:\}|\\text\s*\{\s*to\s*\}", ":"),
+        (r"\\colon(?![A-Za-z])|\{:\}|\\text\s*\{\s*to\s*\}", ":"),
         (r"\\pmod\s*\{?\s*([0-9A-Za-z]+)\s*\}?|\(\s*(?:\\text\s*\{)?\s*mod\s*\}?\s*([0-9A-Za-z]+)\s*\)",
          lambda m: rf"\pmod{{{m[1] or m[2]}}}"),
         (r"\\%|\\text\s*\{\s*(?:percent|pct)\s*\}|\b(?:percent|pct)\b", "%"),
