@@ -172,8 +172,7 @@ def test_killed_it_ends_with_the_same_samples(shop, unbroken, tmp_path):
     assert process.returncode == -9, output
     assert not (responses.parent / "result.json").exists()
     shard = (responses / "groups-00000.array_record").read_bytes()
-    process = shop.start(*command)
-    output, _ = process.communicate(timeout=300)
+    output, _ = (process := shop.start(*command)).communicate(timeout=300)
     assert process.returncode == 0, output
     assert (responses / "groups-00000.array_record").read_bytes() == shard
     mine, theirs = contents(tmp_path / "v000003"), contents(unbroken.directory)
@@ -217,8 +216,7 @@ def test_a_published_version_serves_as_well_and_n_may_be_raised(shop, unbroken, 
     assert list(first.results) == ["sums", "more"]
     assert (first.results["more"]["problems"], first.results["more"]["left_out"]) == (2, 1)
     more = shop.run(tmp_path, n=12, version_dir=str(weights))
-    assert more.results["sums"]["samples"] == 12
-    assert len(contents(more.directory)) == 6 * 12
+    assert len(contents(more.directory)) == 6 * more.results["sums"]["samples"] == 6 * 12
 
 
 def test_benchmarks_may_have_longer_responses_than_training(shop, tmp_path):

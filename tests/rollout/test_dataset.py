@@ -195,22 +195,12 @@ def test_a_dataset_has_one_writer_on_a_local_disk(tmp_path):
 # Reading
 
 
-def damage(path, how):
-    match how:
-        case "missing":
-            path.unlink()
-        case "cut":
-            path.write_bytes(path.read_bytes()[:-1])
-        case "flipped":
-            content = bytearray(path.read_bytes())
-            content[len(content) // 2] ^= 1
-            path.write_bytes(bytes(content))
-
-
-@pytest.mark.parametrize("how", ["missing", "cut", "flipped"])
-def test_a_damaged_shard_is_refused_before_any_group_is_read(tmp_path, how):
+def test_a_damaged_shard_is_refused_before_any_group_is_read(tmp_path):
     write(tmp_path, [make_group(i) for i in range(6)])
-    damage(tmp_path / "groups-00001.array_record", how)
+    path = tmp_path / "groups-00001.array_record"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
     with pytest.raises(UserError, match=r"groups-00001\.array_record"):
         read(tmp_path)
 

@@ -268,28 +268,18 @@ def test_a_stop_token_ends_a_response_and_belongs_to_it():
     assert seen >= {("length", 8), ("stop", 8), ("stop", 1), ("stop", 4)}
 
 
-def test_the_program_ends_with_the_last_response():
+def test_the_program_ends_with_the_last_response(monkeypatch):
     """What the loop never wrote is still zero; a log-prob that it wrote is below."""
-    config, params = load(NAME)
-    tokens = make_prompt(0, 4).tokens[None]
-    most = 4096  # would take half a minute
-    _, out_logp, lengths, stopped = jax.device_get(
-        decode(
-            params,
-            tokens,
-            np.ones_like(tokens),
-            jax.random.split(jax.random.key(0), 3),
-            np.float32(1.0),
-            np.float32(1.0),
-            model=Transformer(config, jnp.dtype("float32"), "none"),
-            n=3,
-            greedy=False,
-            use_top_p=False,
-            top_k=0,
-            max_tokens=most,
-            stop_ids=STOPS,
-        )
-    )
+    decoded = []
+
+    def spy(*arguments, **options):
+        decoded.append(decode(*arguments, **options))
+        return decoded[-1]
+
+    monkeypatch.setattr("oapl_jax.rollout.local_sampler.decode", spy)
+    long = sampling(max_response_tokens=4096)  # would take half a minute
+    generate(new_sampler(stop_ids=STOPS), prompts_of(4), n=3, sampling=long)
+    _, out_logp, lengths, stopped = jax.device_get(decoded[0])
     assert stopped.all()
     assert lengths.min() < lengths.max() < 200
     np.testing.assert_array_equal(np.flatnonzero(out_logp.any(axis=0)), np.arange(lengths.max()))

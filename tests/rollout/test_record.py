@@ -212,14 +212,6 @@ def test_other_weights_serve_as_well(jobs, trained, round1, tmp_path):
     assert contents(tmp_path / "c") == contents(round1)[:12]
 
 
-def test_a_mistake_on_the_command_line_is_one_sentence(jobs):
-    arguments = ("--workdir=x", "--to=y", "--step=1", "--version_dir=z")
-    output = jobs.process(RECORD, *arguments, code=2)
-    assert output.startswith("error: ")
-    assert output.count("\n") == 1
-    assert "--step and --version_dir both name a version" in output
-
-
 def test_a_run_records_what_it_samples_though_it_is_killed(trained):
     """What it had sampled after the checkpoint is sampled again, and recorded once."""
     shards = Dataset(epath.Path(trained / "rollouts"))

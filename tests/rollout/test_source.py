@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import jax
 import numpy as np
@@ -13,14 +14,6 @@ from oapl_jax import multihost
 from oapl_jax.errors import FleetLost
 from oapl_jax.rollout.source import GroupSource, reshard
 from oapl_jax.structs import Group, Prompt, Rollout, encode_groups
-
-
-class EmptyStore:
-    def __len__(self):
-        return 0
-
-    def expire(self, step):
-        pass
 
 
 class Host0:
@@ -34,21 +27,11 @@ class Host0:
         monkeypatch.setattr(multihost, "barrier", lambda name, *, deadline: None)
         gather = lambda mine, *_, **__: [mine, json.dumps(self.other).encode()]
         monkeypatch.setattr(multihost, "allgather_bytes", gather)
-        parts: Any = dict.fromkeys(("sampler", "ledger", "guard", "writer"))
+        parts: Any = dict.fromkeys(("store", "sampler", "ledger", "guard", "writer"), MagicMock())
         worker: Any = SimpleNamespace(versions=lambda: self.mine)
-        store: Any = EmptyStore()
-        self.source = GroupSource(
-            worker=worker,
-            store=store,
-            workdir=epath.Path("nowhere"),
-            sampled=0,
-            recorded=0,
-            fresh=0,
-            overlap=True,
-            deadline=1.0,
-            metrics=(),
-            **parts,
-        )
+        settings: Any = dict(sampled=0, recorded=0, fresh=0, overlap=True, deadline=1.0, metrics=())
+        workdir = epath.Path("nowhere")
+        self.source = GroupSource(worker=worker, workdir=workdir, **parts, **settings)
 
     def collect(self, step):
         self.stop.requested = "stop"  # so that no groups are exchanged

@@ -479,9 +479,3 @@ def test_waiting_for_room_has_a_deadline_and_an_end(make):
     with pytest.raises(RunError, match=r"room in the buffer \(rollout\.deadline\)"):
         worker.check()
     assert len(store) == 2
-
-
-def test_waiting_for_groups_has_a_deadline_that_names_them(make):
-    _, _, store = make()
-    with pytest.raises(RunError, match=r"waited .* s for 32 groups for step 7"):
-        store.wait(lambda: False, "32 groups for step 7", deadline=0.1, check=lambda: None)

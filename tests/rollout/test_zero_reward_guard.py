@@ -56,11 +56,9 @@ def test_the_message_shows_the_prompt_and_some_responses():
     with pytest.raises(NoReward) as stopped:
         ZeroRewardGuard(limit=1, decode=decode).note(group(0, 0, 0, 0, 0, tokens=long))
     text = str(stopped.value)
-    assert "rollout.max_zero_reward_groups=1" in text.splitlines()[0]
-    assert "--- prompt id7\nPQ\n--- reference\nthe reference\n" in text
-    assert text.count("--- response of 1040 tokens, finish reason length\nABC") == 3
-    assert text.count("\n[..]\n") == 3
-    assert text.endswith("XYZ")
+    assert "rollout.max_zero_reward_groups=1" in text
+    assert all(shown in text for shown in ("id7\nPQ\n", "the reference"))
+    assert text.count("1040 tokens, finish reason length\nABC") == text.count("\n[..]\n") == 3
     assert isinstance(stopped.value, RunError)
 
 
