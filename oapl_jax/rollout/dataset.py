@@ -366,8 +366,8 @@ def check_start(dataset: Dataset, start: epath.Path | None) -> None:
             f"{dataset.directory} was sampled from versions {dataset.versions}, so it can't be of "
             "one; set rollout.dataset_version=-1, to take the recorded versions"
         )
-    published = start is not None and (start / MANIFEST).exists()
-    if published and checksum(start / MANIFEST) not in weights.values():
+    manifest = start / MANIFEST if start else None
+    if manifest and manifest.exists() and checksum(manifest) not in weights.values():
         raise UserError(
             f"model.path={start} did not sample {dataset.directory}; start from the version that "
             "did (in its directory weights), or set rollout.dataset_version=-1"
