@@ -167,9 +167,6 @@ def start_server(tmp_path, stack):
     return start
 
 
-# Fault servers
-
-
 @pytest.fixture
 def toy_servers(tmp_path, stack):
     """Starts `count` fault servers that end with the test."""
@@ -187,13 +184,16 @@ def toy_servers(tmp_path, stack):
 def make_fleet(toy_servers, tmp_path, stack):
     """Opens a fleet of `count` fault servers, after `prepare` of each; returns both."""
 
-    def make(count, *, prepare=lambda server: None, **settings):
+    def make(count, version=None, *, prepare=lambda server: None, **settings):
         made = toy_servers(count)
         for server in made:
             prepare(server)
         settings = {"servers": tuple(server.url for server in made), **settings}
         fleet = ToyFleet(epath.Path(tmp_path / "versions"), **settings)
         stack.callback(fleet.close)
+        if version is not None:
+            fleet.publish(version)
+            fleet.wait_ready()
         return fleet, made
 
     return make
@@ -201,15 +201,8 @@ def make_fleet(toy_servers, tmp_path, stack):
 
 @pytest.fixture
 def ready_fleet(make_fleet):
-    """As `make_fleet`, with all servers ready: `ready_fleet(count, version=0)`."""
-
-    def make(count, version=0, **settings):
-        fleet, made = make_fleet(count, **settings)
-        fleet.publish(version)
-        fleet.wait_ready()
-        return fleet, made
-
-    return make
+    """Opens a fleet whose servers all hold a version."""
+    return lambda count, version=0, **settings: make_fleet(count, version, **settings)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -99,10 +99,7 @@ def publish_toy(directory: epath.Path, version: int, *, off: float = 0.0) -> epa
 
 
 class FaultServer:
-    """One server on a port of its own, in a thread of its own.
-
-    It samples from the policy of version `held`, and reports version `says`.
-    """
+    """A server in a thread: samples from the policy of version `held`, reports version `says`."""
 
     def __init__(self, directory: epath.Path):
         # Fault to inject at a call ("generate", "score", or one of CONTROL), or "".
@@ -113,7 +110,7 @@ class FaultServer:
         self.loads: list[int] = []  # versions that it was told to load
         self.running = self.most_running = 0
         self.requests: list[dict] = []
-        self.updating: Callable[[int], None] = lambda change: None
+        self.updates: list[tuple[float, float]] = []  # begin and end of each, seconds
         self.forced_sampling: dict = {}
         self.information: dict = {"dtype": "float32", "skip_tokenizer_init": True}
         self.max_model_len = CONTEXT
@@ -180,8 +177,6 @@ class FaultServer:
         for transport in self._transports:
             transport.abort()
         await self._runner.cleanup()
-
-    # Routes
 
     async def _fault(self, request: web.Request, call: str) -> str:
         """The fault that is due, after those that any call can have."""
@@ -277,10 +272,8 @@ class FaultServer:
             return [*answers, answer]
         if fault in ("range", "negative"):
             ids[0] = pairs[0][1] = VOCAB if fault == "range" else -1
-        if fault == "positive":
-            pairs[0][0] = 0.5
-        if fault == "nan":
-            pairs[-1][0] = float("nan")
+        if fault in ("positive", "nan"):
+            pairs[0][0] = 0.5 if fault == "positive" else float("nan")
         if fault == "no_logp":
             del meta["output_token_logprobs"]
         if fault == "other_logp":
@@ -335,8 +328,7 @@ class FaultServer:
 
     async def _update(self, request: web.Request) -> web.Response:
         """Blocks until nothing runs, as the real one."""
-        body = await request.json()
-        self.updating(1)
+        body, begin = await request.json(), self._loop.time()
         try:
             await self._idle.wait()
             fault = await self._fault(request, "update")
@@ -357,7 +349,7 @@ class FaultServer:
                 return web.json_response(refusal, status=400)
             await asyncio.sleep(self.update_seconds)
         finally:
-            self.updating(-1)
+            self.updates.append((begin, self._loop.time()))
         return web.json_response({"success": True, "message": "done"})
 
     async def _flush(self, request: web.Request) -> web.Response:

@@ -56,10 +56,7 @@ REAL_SETTINGS: dict[str, Any] = {
 
 
 class LoggingFleet(Fleet):
-    """A fleet that keeps its log, with helpers of the tests.
-
-    `sampling` is the default of `take`; `patience` is the seconds until a wait fails a test.
-    """
+    """A fleet that keeps its log; a wait fails a test after `patience` seconds."""
 
     def __init__(self, settings, *, allow_older, sampling, patience=PATIENCE, **requirements):
         self.logged: list[str] = []
@@ -253,10 +250,7 @@ def damage(path):
 
 
 class Run:
-    """A fleet with a worker, a group store and a ledger; `train` takes the learner's place.
-
-    The prompts are sums, groups of any version are trained on, and `groups` are all rewarded ones.
-    """
+    """A fleet with a worker, a group store and a ledger; `train` takes the learner's place."""
 
     def __init__(self, fleet, directory, tokenizer, *, capacity):
         self.fleet, self.groups, self._trained, self._patience = fleet, [], [], fleet.patience

@@ -10,14 +10,8 @@ from fault_server import MODEL, STOP, VOCAB
 from fleets import always
 
 from oapl_jax.config import ProbeTolerance
-from oapl_jax.fleet.admission import (
-    Requirements,
-    check_server,
-    compare_files,
-    compare_info,
-    dtype_of,
-    sampling_warnings,
-)
+from oapl_jax.fleet import admission
+from oapl_jax.fleet.admission import Requirements
 from oapl_jax.fleet.client import SGLangClient
 from oapl_jax.rollout.sampler import Sampling
 
@@ -78,7 +72,7 @@ INFO = {
 )
 def test_compare_info(changes, refused, warned):
     for sentences, name in zip(
-        compare_info({**INFO, **changes}, REQUIREMENTS), (refused, warned), strict=True
+        admission.compare_info({**INFO, **changes}, REQUIREMENTS), (refused, warned), strict=True
     ):
         assert len(sentences) == bool(name)
         assert all(name in sentence for sentence in sentences)
@@ -86,8 +80,8 @@ def test_compare_info(changes, refused, warned):
 
 def test_the_context_has_room_for_prompts_with_short_responses():
     requirements = dataclasses.replace(REQUIREMENTS, sampling=Sampling(1.0, 1.0, 0, 2))
-    assert compare_info({**INFO, "max_model_len": 27}, requirements) == ([], [])
-    assert compare_info({**INFO, "max_model_len": 26}, requirements)[0]
+    assert admission.compare_info({**INFO, "max_model_len": 27}, requirements) == ([], [])
+    assert admission.compare_info({**INFO, "max_model_len": 26}, requirements)[0]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +106,7 @@ def test_compare_files(tmp_path, changes, generation, refused):
     (tmp_path / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    refusals, warnings = compare_files({"model_path": str(tmp_path)}, REQUIREMENTS)
+    refusals, warnings = admission.compare_files({"model_path": str(tmp_path)}, REQUIREMENTS)
     assert not warnings
     assert refused in refusals[0] if refused else not refusals
 
@@ -121,12 +115,9 @@ def test_compare_files(tmp_path, changes, generation, refused):
 def test_unreadable_files_are_a_warning(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    refusals, (warning,) = compare_files({"model_path": str(tmp_path)}, REQUIREMENTS)
+    refusals, (warning,) = admission.compare_files({"model_path": str(tmp_path)}, REQUIREMENTS)
     assert not refusals
     assert f"{tmp_path}/config.json" in warning
-
-
-# The whole check of a server
 
 
 @pytest.fixture
@@ -142,7 +133,7 @@ async def check(server, temperature=1.0, tokenizer=REQUIREMENTS.tokenizer):
     requirements = dataclasses.replace(REQUIREMENTS, sampling=sampling, tokenizer=tokenizer)
     async with aiohttp.ClientSession() as session:
         client = SGLangClient(session, server.url, connect_deadline=5.0, deadline=5.0)
-        return await check_server(client, await client.info(), requirements)
+        return await admission.check_server(client, await client.info(), requirements)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0, 0.5])
@@ -170,15 +161,12 @@ async def test_a_server_with_a_tokenizer(server):
     assert "tokenizer" in refusal
 
 
-# The learner's side
-
-
 def test_the_coarsest_dtype_decides_the_tolerance():
     tolerance = REQUIREMENTS.tolerance
     assert tolerance("float32", "float32", "float32") == tolerance("auto", "float32") == 1e-3
     for coarse in ("bfloat16", "float16"):
         assert all(tolerance(*d) == 0.1 for d in itertools.permutations(("float32", coarse)))
-    assert dtype_of({"dtype": "half"}) == "float16"
+    assert admission.dtype_of({"dtype": "half"}) == "float16"
 
 
 @pytest.mark.parametrize(
@@ -186,6 +174,6 @@ def test_the_coarsest_dtype_decides_the_tolerance():
     [(1.0, 0, []), (0.95, 0, ["top_p"]), (0.95, 20, ["top_p", "top_k"])],
 )
 def test_sampling_warnings(top_p, top_k, names):
-    warnings = sampling_warnings(Sampling(1.0, top_p, top_k, 4))
+    warnings = admission.sampling_warnings(Sampling(1.0, top_p, top_k, 4))
     assert len(warnings) == len(names)
     assert all(f"rollout.{n}=" in w for n, w in zip(names, warnings, strict=True))

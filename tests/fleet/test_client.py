@@ -8,7 +8,7 @@ import aiohttp
 import numpy as np
 import pytest
 from etils import epath
-from fault_server import STOP, VOCAB, is_right, publish_toy
+from fault_server import STOP, VOCAB, is_right, publish_toy, stamps
 from fleets import SAMPLING
 
 from oapl_jax.fleet.client import (
@@ -36,16 +36,10 @@ REQUEST = GroupRequest(
 
 def response(tokens, reason, version="16", spans=None):
     """A response of SGLang 0.5.23: the stop token is in output_ids and has a log-prob."""
-    return {
-        "text": "unused",
-        "output_ids": tokens,
-        "meta_info": {
-            "finish_reason": {"type": reason},
-            "output_token_logprobs": [[-0.5 * i, token, None] for i, token in enumerate(tokens)],
-            "weight_version": version,
-            "weight_versions": spans or [{"version": version, "start": 0, "end": len(tokens)}],
-        },
-    }
+    pairs = [[-0.5 * i, token, None] for i, token in enumerate(tokens)]
+    meta = {"finish_reason": {"type": reason}, "output_token_logprobs": pairs}
+    meta |= stamps((version, len(tokens))) | ({"weight_versions": spans} if spans else {})
+    return {"text": "unused", "output_ids": tokens, "meta_info": meta}
 
 
 def group(second=None):
@@ -57,8 +51,7 @@ def test_read_a_group_by_hand():
     kept = copy.deepcopy(content)
     (first, second), mixed = REQUEST.read(content)
     assert content == kept
-    assert first.tokens.tolist() == [5, 9]
-    assert second.tokens.tolist() == [2, 3, 4]
+    assert (first.tokens.tolist(), second.tokens.tolist()) == ([5, 9], [2, 3, 4])
     np.testing.assert_array_equal(first.behavior_logp, np.array([0, -0.5], np.float32))
     np.testing.assert_array_equal(second.behavior_logp, np.array([0, -0.5, -1], np.float32))
     assert (first.tokens.dtype, first.behavior_logp.dtype) == (np.int32, np.float32)
@@ -143,9 +136,6 @@ def test_sampling_params():
     assert sent["stop_token_ids"] == [1, 9]
     assert (sent["repetition_penalty"], sent["frequency_penalty"]) == (1.0, 0.0)
     assert sampling_params(Sampling(0.5, 0.9, 3, 7), n=4, stop_ids=())["top_k"] == 3
-
-
-# Routes; the faults of each are in test_fleet_faults.py
 
 
 @pytest.fixture

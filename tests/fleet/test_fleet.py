@@ -90,9 +90,6 @@ def test_abandoned_groups_are_cancelled(ready_fleet):
     fleet.sample(9)
 
 
-# Failed attempts
-
-
 def test_each_fault_is_a_named_attempt_and_a_retry(ready_fleet):
     fleet, (server,) = ready_fleet(1, request_deadline=0.5)
     total = Taken()

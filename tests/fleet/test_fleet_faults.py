@@ -128,9 +128,6 @@ def test_a_server_that_comes_back_loads_the_target_version_first(ready_fleet):
     assert server.loads == [0, 1, 2]
 
 
-# Everything at once
-
-
 def test_a_thousand_random_faults(ready_fleet, tmp_path):
     """The ledger has each group once, and no rollout is wrong."""
     rng, lock = np.random.default_rng(0), threading.Lock()

@@ -11,8 +11,6 @@ from fleets import PATIENCE, SETTINGS, always, prompt, prompts, wait_until
 from oapl_jax.config import FleetConfig
 from oapl_jax.errors import FleetLost, UserError
 
-# Membership
-
 
 def test_servers_join_and_leave(make_fleet, tmp_path):
     listed = tmp_path / "servers.txt"
@@ -63,9 +61,6 @@ def test_a_router_is_a_list_of_servers(make_fleet, toy_servers):
     wait_until(lambda: set(fleet.servers()) == {made[0].url})
 
 
-# No ready server
-
-
 def test_the_no_server_timeout_ends_the_run(ready_fleet):
     deadlines = dict(start_deadline=0.5, drain_deadline=0.1, update_deadline=0.4)
     fleet, made = ready_fleet(2, no_server_deadline=0.6, **deadlines)
@@ -112,33 +107,27 @@ def test_a_fleet_whose_servers_are_all_refused_is_an_error(make_fleet):
     assert all(server.loads == [] for server in made)
 
 
-def test_a_server_that_starts_late(make_fleet):
-    fleet, (server,) = make_fleet(1, prepare=FaultServer.kill)
+@pytest.mark.parametrize("fault", ["no server", "503"])
+def test_a_server_that_starts_late(make_fleet, fault):
+    """While SGLang warms up it serves all routes, and returns 503 from /health."""
+    warms_up = lambda server: setattr(server, "plan", always("health", "503"))
+    fleet, (server,) = make_fleet(1, prepare=warms_up if fault == "503" else FaultServer.kill)
     fleet.publish(0)
     taker = fleet.take(prompts(3))
-    wait_until(lambda: "failed" in fleet.of(server, "reason"))
-    assert fleet.states() == {"starting"}
-    server.start()
-    taker.right(3)
-    late, _ = make_fleet(0, servers=("127.0.0.1:9",), start_deadline=0.1)
-    wait_until(lambda: late.states() == {"lost"})
-    assert late.has_logged("127.0.0.1:9")
-
-
-def test_a_server_that_warms_up_gets_no_request(make_fleet):
-    """SGLang then serves all routes, and returns 503 from /health."""
-    cold = lambda server: setattr(server, "plan", always("health", "503"))
-    fleet, (server,) = make_fleet(1, prepare=cold)
-    fleet.publish(0)
-    taker = fleet.take(prompts(3))
-    wait_until(lambda: "503" in fleet.of(server, "reason"))
+    wait_until(lambda: ("503" if fault == "503" else "failed") in fleet.of(server, "reason"))
     assert fleet.states() == {"starting"}
     assert not server.loads
     server.plan = lambda this: ""
+    if fault != "503":
+        server.start()
     assert not taker.right(3).reasons
 
 
-# The end
+def test_a_server_that_never_starts_is_lost(make_fleet):
+    fleet, _ = make_fleet(0, servers=("127.0.0.1:9",), start_deadline=0.1)
+    fleet.publish(0)
+    wait_until(lambda: fleet.states() == {"lost"})
+    assert fleet.has_logged("127.0.0.1:9")
 
 
 def test_close_while_groups_are_in_flight_and_the_pull_is_blocked(ready_fleet):
@@ -170,9 +159,6 @@ def test_close_while_groups_are_in_flight_and_the_pull_is_blocked(ready_fleet):
     found = fleet.counts()
     assert (found["prompts"], found["cancelled"]) == (3, 3)
     assert not [t for t in threading.enumerate() if t.name == "fleet"]
-
-
-# Settings
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """Refreshes of a fleet's servers to new versions, under load; see fault_server.py."""
 
 import itertools
-import threading
-import time
 
 import pytest
 from fault_server import publish_toy
@@ -10,21 +8,6 @@ from fleets import PATIENCE, SAMPLING, N, Taken, always, prompt, prompts, wait_u
 
 from oapl_jax.errors import UserError
 from oapl_jax.weights.publisher import version_path
-
-
-class Updating:
-    """Counts how many servers load a version at a time."""
-
-    def __init__(self, made):
-        self.now = self.most = 0
-        self._lock = threading.Lock()
-        for server in made:
-            server.updating = self.change
-
-    def change(self, by):
-        with self._lock:
-            self.now += by
-            self.most = max(self.most, self.now)
 
 
 def held(taken):
@@ -36,7 +19,6 @@ def held(taken):
 @pytest.mark.parametrize("drain_deadline", [0.0, 10.0])
 def test_refreshes_under_load(ready_fleet, allow_older, drain_deadline):
     fleet, made = ready_fleet(4, allow_older=allow_older, drain_deadline=drain_deadline)
-    updating = Updating(made)
     for server in made:
         server.seconds, server.update_seconds = 0.08, 0.2
     paths = [publish_toy(fleet.directory, version) for version in range(1, 6)]
@@ -60,29 +42,14 @@ def test_refreshes_under_load(ready_fleet, allow_older, drain_deadline):
         assert set(versions.values()) >= {0, 5}
     else:
         assert any(versions[index] < target_of[index] for index in versions)
-    assert 1 <= updating.most <= 2
+    spans = [span for server in made for span in server.updates[1:]]  # without version 0
+    assert max(sum(begin <= at < end for begin, end in spans) for at, _ in spans) <= 2
     aborted = fleet.counts()["aborted"]
     assert aborted > 0 if drain_deadline == 0 else aborted == 0
     assert set(taken.reasons) <= {"aborted"}
     assert fleet.counts()["refresh_refused"] == 0
     fleet.assert_balanced(taken, 120)
     wait_until(lambda: fleet.versions() == {5})
-
-
-def test_a_draining_server_gets_no_new_group(ready_fleet):
-    fleet, (server,) = ready_fleet(1, allow_older=True, drain_deadline=2.0)
-    server.seconds = 0.05
-
-    def pull():  # staggered, so that the server is never idle
-        for index in range(120):
-            if index == 20:
-                fleet.publish(1)
-            time.sleep(0.01)
-            yield prompt(index)
-
-    taken = fleet.take(pull()).right(120)
-    assert fleet.counts()["aborted"] == 0
-    assert taken.versions == {0, 1}
 
 
 def test_requests_beyond_the_drain_deadline_are_aborted(ready_fleet):

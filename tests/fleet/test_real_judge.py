@@ -27,10 +27,8 @@ def test_preferences_are_those_of_the_learners_log_probs(judges, published):
         "servers": tuple(judges),
         "tokenizer": str(published.path(1)),
         "template": "{prompt}={first},{second}-{question}",
-        "questions": {"one": "7", "two": "88"},
-        "verdicts": VERDICTS,
+        **dict(questions={"one": "7", "two": "88"}, verdicts=VERDICTS, questions_per_request=3),
         "min_verdict_mass": 1e-4,  # the weights are fresh ones
-        "questions_per_request": 3,
     }
     judge = LanguageModelJudge(LanguageModelJudgeConfig.from_dict(settings))
     prompt = Prompt("id0", 0, np.array([2], np.int32), "3+4", "7", "chain_sum")
@@ -49,11 +47,9 @@ def test_preferences_are_those_of_the_learners_log_probs(judges, published):
     for j, question in enumerate(("7", "88")):
         for i, mine in enumerate(responses):
             for k, theirs in enumerate(comparators):
-                both = (
-                    first_wins(mine.text, theirs.text, question),
-                    1 - first_wins(theirs.text, mine.text, question),
-                )
-                assert found[j, i, k] == pytest.approx(np.mean(both), abs=1e-4)
+                first = first_wins(mine.text, theirs.text, question)
+                second = 1 - first_wins(theirs.text, mine.text, question)
+                assert found[j, i, k] == pytest.approx((first + second) / 2, abs=1e-4)
     assert found.std() > 1e-3
     metrics = judge.metrics()
     assert metrics["questions/asked"] == 24

@@ -91,9 +91,6 @@ def span(version, start, end):
     return {"version": version, "start": start, "end": end}
 
 
-# Responses
-
-
 def test_responses_of_a_group(server):
     assert isinstance(server.ask("/generate", request(n=1)), dict)
     group = server.ask("/generate", request(n=8))
@@ -204,9 +201,6 @@ def test_the_server_names_what_its_log_probs_depend_on(server):
     assert info["skip_tokenizer_init"] is True
 
 
-# New weights
-
-
 def test_a_missing_directory_is_refused_and_the_weights_stay(server, published, tmp_path):
     (before,) = generate(server, temperature=0.0)
     body = {"model_path": str(tmp_path / "nothing"), "weight_version": "9"}
@@ -274,9 +268,6 @@ def test_a_pause_by_abort_gives_the_callers_what_there_is(server, meanwhile):
     assert len(waiting.result(PATIENCE)[0]["output_ids"]) in (1, 2)
 
 
-# Interruptions
-
-
 def test_a_busy_server_does_not_flush(server, meanwhile):
     running = meanwhile(generate, server, n=2, **LONG)
     assert server.call("/flush_cache", {})[0] == 400
@@ -315,9 +306,6 @@ def test_an_id_outside_the_vocabulary_ends_the_server(start_server, published):
     with contextlib.suppress(OSError):
         server.call("/generate", request(ids=[3, 64]))
     server.wait_exit(PATIENCE)
-
-
-# The router
 
 
 def test_the_router_gives_a_group_to_one_server_in_turn(servers, published):

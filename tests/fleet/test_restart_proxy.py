@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import pathlib
 import shutil
@@ -186,15 +187,12 @@ async def test_a_restart_drains_requests_and_rejects_new_ones(versions):
             for path, content in (("/generate", {"n": 1}), ("/health", None)):
                 status, response = await call(path, content)
                 if status != 200:
-                    rejected.add((path, status, response["error"]["message"]))
+                    rejected.add((path, status, response["error"]["message"].split()[-1]))
             await asyncio.sleep(0.02)
         assert update.result()[0] == 200
         assert slow.result()[1]["meta_info"]["weight_version"] == "1"
-        assert rejected == {
-            (path, 503, f"the server is {state}")
-            for path in ("/generate", "/health")
-            for state in ("draining", "restarting")
-        }
+        states = itertools.product(("/generate", "/health"), (503,), ("draining", "restarting"))
+        assert rejected == set(states)
 
 
 async def test_a_request_beyond_the_drain_deadline_is_aborted(versions):
@@ -307,9 +305,6 @@ def test_first_version(versions, tmp_path):
             first_version(str(wrong))
 
 
-# The command
-
-
 @pytest.mark.parametrize(
     ("command", "name"),
     [(["python", "serve"], "{model}"), (["no_such_program", "{model}"], "no_such_program")],
@@ -342,14 +337,12 @@ def start_proxy(start_process, model, server):
     return process
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, -9)]
-)
-def test_the_server_ends_with_the_proxy(start_process, versions, number, code):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_the_server_ends_with_the_proxy(start_process, versions, number):
     process = start_proxy(start_process, versions(1), STUB)
     server, worker = process.ask("/model_info")["pids"]
     process.interrupt(number)
-    assert process.wait_exit(PATIENCE) == code
+    assert process.wait_exit(PATIENCE) == (-9 if number == signal.SIGKILL else 0)
     ended = [server] if number == signal.SIGKILL else [server, worker]
     wait_until(lambda: not any(map(alive, ended)), "the end of the server")
 
@@ -358,11 +351,8 @@ def test_a_real_server_loads_versions_by_restarts(start_process, published, vers
     command = sglang_program("serve.py")
     command += ["--model-path={model}", "--port={port}", "--skip-tokenizer-init"]
     process = start_proxy(start_process, published.path(1), command)
-    request = {
-        "input_ids": PROMPT,
-        "sampling_params": {"n": 4, "temperature": 1.0, "max_new_tokens": 32},
-        "return_logprob": True,
-    }
+    sampling = {"n": 4, "temperature": 1.0, "max_new_tokens": 32}
+    request = {"input_ids": PROMPT, "sampling_params": sampling, "return_logprob": True}
 
     def check(version):
         for response in process.ask("/generate", request):
@@ -372,8 +362,8 @@ def test_a_real_server_loads_versions_by_restarts(start_process, published, vers
             got = [entry[0] for entry in meta["output_token_logprobs"]]
             expected = published.logp(int(version), PROMPT, response["output_ids"])
             np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
-        assert process.ask("/model_info")["weight_version"] == version
-        assert process.ask("/server_info")["weight_version"] == version
+        for path in ("/model_info", "/server_info"):
+            assert process.ask(path)["weight_version"] == version
         assert process.ask("/v1/models")["data"][0]["max_model_len"] == 4096
 
     check("1")
