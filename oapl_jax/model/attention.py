@@ -1,26 +1,25 @@
-"""Grouped-query attention: the learner's over packed rows, the sampler's over its cache.
+"""Grouped-query attention: the learner's over packed rows, the sampler's over its cache."""
 
-The learner's has a kernel for each platform and one layout over a mesh: rows and heads stay where
-they are; over `context`, keys and values are all-gathered and queries exchanged.
-"""
-
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from oapl_jax.errors import UserError
-from oapl_jax.model.blockwise_attention import LOWEST, blockwise_attention, visible
+from oapl_jax.model.blockwise_attention import ATTENTION, LOWEST, blockwise_attention, visible
 from oapl_jax.model.sharding import ROWS, platform
-from oapl_jax.model.splash import LANES, splash_kernel
 
 # Bound on a [Tq, Tk] array of GPU attention: in half precision a row of 11,585 tokens.
 QUADRATIC_BYTES = 256 << 20
+LANES = 128  # of a TPU's vector register; every block of splash attention is a multiple
+SPLASH_BLOCKS = (512, 256, LANES)
 
 
 def masked_attention(
@@ -49,9 +48,8 @@ def gpu_attention(query, key, value, query_segments, key_segments, query_slots) 
     """Attention with the arguments of `blockwise_attention`, which also computes long rows.
 
     Up to QUADRATIC_BYTES, cuDNN's kernel computes it, or XLA in float32, for which cuDNN has none.
-    Both take the segments as a mask of all pairs (jax's cuDNN function knows no packed rows), so
-    memory is quadratic: cuDNN's mask, two bytes a pair, or XLA's logits, four bytes a pair and
-    head.
+    Both take a mask of all pairs, so memory is quadratic: cuDNN's mask, two bytes a pair, or XLA's
+    logits, four bytes a pair and head.
     """
     batch, length, heads, _ = query.shape
     single = query.dtype == jnp.float32
@@ -61,6 +59,45 @@ def gpu_attention(query, key, value, query_segments, key_segments, query_slots) 
     mask = visible(query_segments, key_segments, query_slots, key_slots)[:, None]
     kernel = "xla" if single else "cudnn"
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=kernel)
+
+
+def splash_kernel(
+    heads: int, slots: np.ndarray, mesh: AbstractMesh, *, interpret: bool = False
+) -> tuple[Any, Any]:
+    """Makes JAX's Pallas kernel for TPUs, and the sharding of its tables.
+
+    The [Tq, Tk] weights never leave the chip's vector memory, keys are not repeated for the query
+    heads that share them, and blocks of the future are skipped.
+
+    Args:
+      heads: query heads of one device.
+      slots: int[T], the slot of each query of a row; `context` divides T into multiples of LANES.
+      interpret: run the kernel's program by ordinary operations, on any platform.
+    """
+    length, context = len(slots), mesh.shape["context"]
+    block = next(b for b in SPLASH_BLOCKS if length // context % b == 0)
+    sizes: Any = dict.fromkeys(("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq"), block)
+    causal = splash.CausalMask((length, length))
+    causal.q_sequence = slots.astype(np.int32)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([causal] * heads),
+        block_sizes=splash.BlockSizes(**{f"block_{name}": size for name, size in sizes.items()}),
+        head_shards=1,
+        q_seq_shards=context,
+        residual_checkpoint_name=ATTENTION,
+        interpret=interpret,
+    )
+    split = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, "context")))
+    return jax.tree_util.Partial(_splash_rows, kernel), jax.tree_util.Partial(_splash_rows, split)
+
+
+def _splash_rows(kernel, query, key, value, query_segments, key_segments, query_slots):
+    del query_slots  # the kernel's mask contains them
+    heads_first = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
+    query = (query * query.shape[-1] ** -0.5).astype(query.dtype)  # the kernel does not scale
+    segments = splash.SegmentIds(query_segments, key_segments)
+    out = jax.vmap(kernel)(heads_first(query), heads_first(key), heads_first(value), segments)
+    return heads_first(out)
 
 
 # (query heads of a device, slots, mesh) -> a kernel and the mesh axes of the arrays in it, if any.
@@ -82,10 +119,7 @@ def attention(
     """softmax(q k' / sqrt(d)) v over packed rows: a token sees the past of its own segment.
 
     The platform of the mesh's devices selects the kernel, so any host compiles for a TPU; outside a
-    mesh it is the CPU's.
-
-    Raises:
-      UserError: if the mesh can't divide the key heads.
+    mesh it is the CPU's. A mesh that can't divide the key heads raises a UserError.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -96,22 +130,19 @@ def attention(
 
 
 def over_mesh(make_kernel: MakeKernel, query, key, value, segments, *, multiple: int) -> jax.Array:
-    """`attention` by a kernel on every device.
+    """`attention` by a kernel of KERNELS on every device.
 
-    Positions are split over `context` in order, so the first devices would see few keys and the
-    last ones all. To balance the work, device i exchanges half of its queries with device
-    context - 1 - i. Rows are padded to a length that kernel and axis divide.
-
-    Args:
-      make_kernel, multiple: as in KERNELS.
+    Rows and heads stay where they are; over `context`, keys and values are all-gathered. Positions
+    are split over it in order, so the first devices would see few keys and the last ones all: to
+    balance the work, device i exchanges half of its queries with device context - 1 - i. Rows are
+    padded to a length that kernel and axis divide.
     """
     mesh = jax.sharding.get_abstract_mesh()
     context, tensor = mesh.shape["context"], mesh.shape["tensor"]
     positions, heads, kv_heads = query.shape[1], query.shape[2], key.shape[2]
     if kv_heads % tensor:
         raise UserError(
-            f"mesh.tensor={tensor} does not divide the {kv_heads} key heads of the model; choose a "
-            "divisor"
+            f"mesh.tensor={tensor} does not divide the model's {kv_heads} key heads; lower it"
         )
 
     def exchange(x):

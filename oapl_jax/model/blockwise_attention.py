@@ -1,8 +1,7 @@
 """Blockwise attention for CPUs: never materializes the [Tq, Tk] weights.
 
-The weights of one pair of blocks are computed, used and dropped, forward and backward, with a
-running maximum and sum for the softmax (arXiv 2205.14135, algorithms 1 and 4). Pairs of blocks that
-the mask rules out (the future, packed neighbours) are skipped.
+The weights of one pair of blocks are computed, used and dropped, with a running maximum and sum for
+the softmax (arXiv 2205.14135, algorithms 1 and 4). Pairs that the mask rules out are skipped.
 """
 
 import functools
@@ -26,8 +25,7 @@ def visible(
     query_slots: Int[Array, " Tq"],
     key_slots: Int[Array, " Tk"],
 ) -> Bool[Array, "B Tq Tk"]:
-    """Causal mask of packed rows: a token sees the past of its own segment; slots are indices in
-    the row or the cache."""
+    """Causal mask of packed rows: a token sees the past (lower slots) of its own segment."""
     same = query_segments[:, :, None] == key_segments[:, None, :]
     return same & (key_slots[None, None, :] <= query_slots[None, :, None])
 
@@ -42,8 +40,7 @@ def blockwise_attention(
 ) -> Float[Array, "B Tq H D"]:
     """softmax(q k' / sqrt(d)) v under the mask of `visible`; logits, sums and softmax in float32.
 
-    Key s has slot s, and each query's own key is among the keys. H is a multiple of K; the output
-    has the dtype of `value`.
+    Key s has slot s, and each query's own key is among the keys; the output's dtype is `value`'s.
     """
     length, keys = query.shape[1], key.shape[1]
     query_block, key_block = min(BLOCK, length), min(BLOCK, keys)
@@ -66,9 +63,8 @@ def blockwise_attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attend(query, key, value, query_segments, key_segments, query_slots, query_block, key_block):
-    arguments = query, key, value, query_segments, key_segments, query_slots
-    return _forward(*arguments, query_block, key_block)[0]
+def _attend(*arguments):
+    return _forward(*arguments)[0]
 
 
 def _forward(query, key, value, query_segments, key_segments, query_slots, query_block, key_block):
@@ -93,9 +89,8 @@ def _forward(query, key, value, query_segments, key_segments, query_slots, query
         return (out / total[..., None]).astype(value.dtype), top + jnp.log(total)
 
     rows = _by_row(query, query_block, key.shape[2])
-    out, log_total = jax.lax.map(
-        one_block, (rows, _split(query_segments, query_block), query_slots.reshape(-1, query_block))
-    )
+    places = _split(query_segments, query_block), query_slots.reshape(-1, query_block)
+    out, log_total = jax.lax.map(one_block, (rows, *places))
     out = checkpoint_name(_from_rows(out, query.shape), ATTENTION)
     log_total = checkpoint_name(log_total, ATTENTION)
     kept = query, key, value, query_segments, key_segments, query_slots, out, log_total
@@ -129,18 +124,9 @@ def _backward(query_block, key_block, kept, d_out):
     rows = functools.partial(_by_row, block=query_block, kv_heads=key.shape[2])
     share = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
     nothing = jnp.zeros(blocks.keys.shape, jnp.float32)
-    (d_key, d_value), d_query = jax.lax.scan(
-        one_block,
-        (nothing, nothing),
-        (
-            rows(query),
-            rows(d_out),
-            rows(share),
-            log_total,
-            _split(query_segments, query_block),
-            query_slots.reshape(-1, query_block),
-        ),
-    )
+    places = _split(query_segments, query_block), query_slots.reshape(-1, query_block)
+    given = rows(query), rows(d_out), rows(share), log_total, *places
+    (d_key, d_value), d_query = jax.lax.scan(one_block, (nothing, nothing), given)
     back = lambda x, like: x.swapaxes(1, 2).astype(like.dtype)
     d_query = _from_rows(d_query, query.shape)
     return d_query, back(d_key, key), back(d_value, value), None, None, None
@@ -174,10 +160,9 @@ class _Blocks:
 
     def logits(self, j, queries: jax.Array, segments: jax.Array, slots: jax.Array) -> jax.Array:
         """float32[B, kv_heads, R, block], LOWEST where masked."""
-        key_slots = j * self._block + jnp.arange(self._block)
-        key_segments = jax.lax.dynamic_slice_in_dim(
-            self._segments, j * self._block, self._block, axis=1
-        )
+        start = j * self._block
+        key_slots = start + jnp.arange(self._block)
+        key_segments = jax.lax.dynamic_slice_in_dim(self._segments, start, self._block, axis=1)
         mask = visible(segments, key_segments, slots, key_slots)
         logits = _dot("bkrd,bksd->bkrs", queries, self.at(self.keys, j))
         logits *= self.keys.shape[-1] ** -0.5

@@ -6,11 +6,8 @@ from typing import Any
 
 from oapl_jax.errors import UserError
 
-ARCHITECTURES = {
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "llama": "LlamaForCausalLM",
-}
+ARCHITECTURES = {name.lower(): f"{name}ForCausalLM" for name in ("Qwen3", "Qwen2", "Llama")}
+FULL = {"full_attention"}  # layer types that the decoder has
 ROPE_TYPES = ("default", "llama3", "yarn")
 # Field -> key of config.json, where both have the same value.
 KEYS = {
@@ -29,8 +26,7 @@ KEYS = {
 class ModelConfig:
     """Sizes and features of the decoder.
 
-    `rope` holds `rope_type`, `rope_theta` and the variant's constants as config.json names them, in
-    sorted pairs, so that the config can be hashed.
+    `rope` has the keys of config.json (with rope_type and rope_theta) in sorted, hashable pairs.
     """
 
     model_type: str
@@ -54,16 +50,13 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, source: str) -> "ModelConfig":
-        """Reads the content of a config.json; errors name its `source`.
-
-        Raises:
-          UserError: listing every feature that this decoder lacks.
-        """
-        check_supported(config, source)
+        """Reads a config.json; a UserError names `source` and each feature the decoder lacks."""
+        _check_supported(config, source)
         fields = {field: config[key] for field, key in KEYS.items()}
         model_type, heads = fields["model_type"], fields["num_heads"]
         bias = config.get("attention_bias", False)
         eos = config.get("eos_token_id")
+        eos_ids = eos if isinstance(eos, list | tuple) else () if eos is None else (eos,)
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
         rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
@@ -80,11 +73,7 @@ class ModelConfig:
             qkv_bias=model_type == "qwen2" or bias,
             output_bias=model_type != "qwen2" and bias,
             bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=()
-            if eos is None
-            else tuple(eos)
-            if isinstance(eos, list | tuple)
-            else (eos,),
+            eos_token_ids=tuple(eos_ids),
             pad_token_id=config.get("pad_token_id"),
         )
 
@@ -113,15 +102,12 @@ class ModelConfig:
         return config
 
 
-def check_supported(config: Mapping[str, Any], source: str) -> None:
-    """Raises a UserError that lists every feature of a config.json that the decoder lacks."""
+def _check_supported(config: Mapping[str, Any], source: str) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
     experts = config.get("num_experts") or config.get("num_local_experts")
-    sliding = config.get("use_sliding_window") or any(
-        kind != "full_attention" for kind in config.get("layer_types") or ()
-    )
+    sliding = config.get("use_sliding_window") or {*(config.get("layer_types") or ())} - FULL
     checks = {
         f"model_type={config.get('model_type')!r}": config.get("model_type") not in ARCHITECTURES,
         "mixture of experts (num_experts)": bool(experts),

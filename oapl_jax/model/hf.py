@@ -1,7 +1,4 @@
-"""Hugging Face checkpoints: import and export through one table of tensor names.
-
-Both stream: beyond the parameters, host memory holds about two tensors at a time.
-"""
+"""Hugging Face checkpoints: streaming import and export through one table of tensor names."""
 
 import contextlib
 import dataclasses
@@ -94,11 +91,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def load_config(directory: epath.PathLike) -> ModelConfig:
-    """Reads a checkpoint's config.json.
-
-    Raises:
-      UserError: if it can't be read, lacks a field, or names a feature that the decoder lacks.
-    """
+    """Reads config.json; raises a UserError if it can't, or if the decoder lacks a feature."""
     path = epath.Path(directory) / "config.json"
     try:
         return ModelConfig.from_hf(json.loads(path.read_text()), source=str(path))
@@ -112,15 +105,9 @@ def load_params(directory: epath.PathLike, config: ModelConfig, *, mesh: Mesh | 
     """Reads safetensors into a tree of float32 parameters; each device reads only its own part.
 
     Host memory beyond the result: the local parts of one (stacked) parameter, and one tensor.
-
-    Args:
-      directory: holds model.safetensors, or shards and their index; on a local or mounted disk.
-      config: from `load_config`.
-      mesh: placement by sharding.PARAMETER_RULES; None for the default device.
-
-    Raises:
-      UserError: lists every tensor that is unknown, missing, misplaced, of a wrong shape, or of a
-        dtype not in IMPORT_DTYPES. With tied embeddings a copy in `lm_head.weight` is accepted.
+    `directory` is on a mounted disk; without a mesh, the parameters go to the default device.
+    Raises a UserError that lists every tensor that is unknown, missing, misplaced, of a wrong
+    shape or dtype. With tied embeddings a copy in `lm_head.weight` is accepted.
     """
     tensors, shapes = tensors_of(config), parameter_shapes(config)
     shardings = dict.fromkeys(shapes, jnp.zeros(()).sharding)
@@ -144,17 +131,13 @@ def save_params(
     """Writes a checkpoint that transformers and SGLang load: safetensors first, config.json last.
 
     Tensors are read while others are written. Host memory beyond the parameters: the larger of two
-    of the largest tensor and READ_AHEAD, and the buffers of a few block reads.
+    of the largest tensor and READ_AHEAD, and the buffers of a few block reads. Returns file name ->
+    manifest entry; all files are on disk.
 
     Args:
       params: a tree (or mapping by path) of numpy, addressable jax, or open TensorStore arrays.
-      config: of the parameters' model.
-      directory: must not hold safetensors yet.
       dtype: of the tensors, a key of EXPORT_DTYPES.
       max_shard_bytes: bound on a file; a larger tensor has a file of its own.
-
-    Returns:
-      File name -> manifest entry {"bytes", "xxh128"}; all files are on disk.
 
     Raises:
       UserError: for a directory already in use.
@@ -196,9 +179,6 @@ def save_params(
     return written
 
 
-# Import
-
-
 def _read(
     tensors: Sequence[Tensor], slices: Mapping[str, Any], shape: tuple[int, ...], index: Any
 ) -> np.ndarray:
@@ -233,25 +213,24 @@ def _open(
     tied = TABLE["head"] not in shapes
     if tied and head and embedding and np.array_equal(head[:], embedding[:]):
         del slices[TABLE["head"]]  # a copy of the embedding
-    known = {name: tensor for name, tensor in slices.items() if name in shapes}
+    known = shapes.keys() & slices
+    dtypes = {name: slices[name].get_dtype() for name in known}
+    stored = {name: slices[name].get_shape() for name in known}
+    indexed = places | weight_map if weight_map else {}
     wrong = {
         "unknown": slices.keys() - shapes.keys(),
         "missing": shapes.keys() - slices.keys(),
         "in several files": [name for name, held in places.items() if len(held) > 1],
         "not where the index says": [
-            name
-            for name in (places | weight_map if weight_map else ())
-            if weight_map.get(name) not in places.get(name, ())
+            name for name in indexed if weight_map.get(name) not in places.get(name, ())
         ],
         "wrong shape": [
-            f"{name} {tensor.get_shape()} instead of {list(shapes[name])}"
-            for name, tensor in known.items()
-            if tuple(tensor.get_shape()) != shapes[name]
+            f"{name} {shape} instead of {list(shapes[name])}"
+            for name, shape in stored.items()
+            if tuple(shape) != shapes[name]
         ],
         f"not {', '.join(IMPORT_DTYPES)}": [
-            f"{name} {tensor.get_dtype()}"
-            for name, tensor in known.items()
-            if tensor.get_dtype() not in IMPORT_DTYPES
+            f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in IMPORT_DTYPES
         ],
     }
     listed = [f"{what}: {', '.join(sorted(names))}" for what, names in wrong.items() if names]
@@ -275,16 +254,11 @@ def _files(directory: epath.Path) -> tuple[list[str], dict[str, str]]:
     return sorted(set(weight_map.values())), weight_map
 
 
-# Export
-
-
 def _write(
     path: epath.Path, shard: Sequence[Tensor], flat: Mapping[str, Any], dtype: str
 ) -> dict[str, Any]:
-    """Writes one file: 8 bytes of header length, a JSON header, then the tensors end to end.
-
-    Not by safetensors' own writer, which wants all tensors of a file in memory.
-    """
+    """Writes one file, tensor by tensor; safetensors' own writer wants all of them in memory."""
+    # The format: 8 bytes of header length, a JSON header, then the tensors end to end.
     code, numpy_dtype = EXPORT_DTYPES[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -336,8 +310,7 @@ def _fetch(tensor: Tensor, rows: range, leaf: Any, dtype: Any) -> memoryview:
         within = list(index)
         within[axis] = slice(None)
         target, source = view[tuple(within)], np.asarray(value[index])
-        # Strips that fit the cache are twice as fast, and rounding each before the copy as much
-        # again.
+        # Strips that fit the cache are twice as fast; rounding each before the copy, four times.
         for i in range(0, len(source), STRIP):
             target[i : i + STRIP] = source[i : i + STRIP].astype(dtype, copy=False)
     return out.reshape(-1).view(np.uint8).data

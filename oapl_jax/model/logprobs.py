@@ -1,7 +1,7 @@
 """Chunked log-softmax: hidden states to token log-probs without the [B, T, V] logits.
 
-The output matrix, the largest array, is all-gathered over `fsdp` once and its gradient
-reduce-scattered once; the compiler alone would do both for every chunk.
+The output matrix is all-gathered over `fsdp` once and its gradient reduce-scattered once; the
+compiler alone would do both for every chunk.
 """
 
 import functools
@@ -27,18 +27,10 @@ def token_logp(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """log softmax(logits / temperature)[target] and the entropy of that softmax, in float32.
 
-    Only positions in `mask` are computed, the others are 0: in each row (each device's part of it,
-    over `context`) they are sorted to the front, and the loop over chunks ends behind them. A
-    chunk's logits are computed, reduced, dropped, and recomputed for the backward pass, so the
-    largest temporary is [B, chunk, V]. The entropy carries no gradient.
-
-    Args:
-      hidden: final hidden states.
-      head_matrix: the output matrix.
-      targets: tokens to score.
-      mask: positions to score.
-      temperature: of the sampler; both sides of a ratio need the same.
-      chunk: positions of a row at a time.
+    Only positions in `mask` are computed, the others are 0: in each device's part of a row they
+    are sorted to the front, and the loop over chunks ends behind them. A chunk's logits are
+    recomputed for the backward pass, so the largest temporary is [B, chunk, V]. The entropy carries
+    no gradient. `temperature` is the sampler's: both sides of a ratio need the same.
     """
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else mesh.shape["context"]
@@ -83,9 +75,9 @@ def _of_rows(hidden, head_matrix, targets, mask, most, *, temperature, chunk):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _of_chunks(hidden, head_matrix, targets, num_chunks, temperature, chunk):
+def _of_chunks(*arguments):
     """Log-probs and entropies of the first `num_chunks` chunks of positions, then 0."""
-    return _forward(hidden, head_matrix, targets, num_chunks, temperature, chunk)[0]
+    return _forward(*arguments)[0]
 
 
 def _forward(hidden, head_matrix, targets, num_chunks, temperature, chunk):
@@ -130,7 +122,7 @@ _of_chunks.defvjp(_forward, _backward)
 
 
 def _loop(most: int, num_chunks, visit, start):
-    """Loops `num_chunks` times; the scope tells readers of HLO the bound, which is data."""
+    """Loops `num_chunks` times, which is data; the scope tells readers of HLO the bound."""
     with jax.named_scope(f"at_most_{most}"):
         return jax.lax.fori_loop(0, num_chunks, visit, start)
 

@@ -28,7 +28,6 @@ class Policy:
         return tuple(sorted({*self.config.eos_token_ids, self.tokenizer.eos_token_id}))
 
     def load_params(self, mesh: Mesh) -> Any:
-        """Reads the checkpoint's parameters onto a mesh."""
         assert self.checkpoint is not None
         return hf.load_params(self.checkpoint, self.config, mesh=mesh)
 
@@ -36,27 +35,18 @@ class Policy:
 def open_policy(
     directory: epath.Path, *, path: str, architecture: Mapping[str, Any], characters: str
 ) -> Policy:
-    """Opens a Hugging Face checkpoint, or defines a fresh model.
+    """Opens the Hugging Face checkpoint `path`, or, if that is "", defines a fresh model.
 
-    Args:
-      directory: of a fresh model's tokenizer and config.json, written once.
-      path: a checkpoint directory; "" for a fresh model.
-      architecture: config.json of a fresh model, without vocabulary and special tokens.
-      characters: vocabulary of a fresh model's tokenizer.
-
-    Raises:
-      UserError: if tokenizer and model disagree, or the decoder lacks a feature of config.json.
+    A fresh model has the sizes of `architecture` (config.json without vocabulary and special
+    tokens), a tokenizer of `characters`, and the files of both in `directory`, written once.
+    Raises a UserError if tokenizer and model disagree, or the decoder lacks a feature.
     """
     source = epath.Path(path) if path else directory
     if not path and not (directory / "config.json").exists():
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer = make_character_tokenizer(characters, os.fspath(directory))
-        sizes = {
-            **architecture,
-            "vocab_size": len(tokenizer),
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
+        special = {key: getattr(tokenizer, key) for key in ("eos_token_id", "pad_token_id")}
+        sizes = {**architecture, "vocab_size": len(tokenizer), **special}
         config = ModelConfig.from_hf(sizes, source="model.architecture").to_hf(dtype="float32")
         write_atomically(directory / "config.json", [json.dumps(config, indent=1).encode()])
     config, tokenizer = hf.load_config(source), load_tokenizer(os.fspath(source))
@@ -69,10 +59,8 @@ def check_lengths(
 ) -> None:
     """Raises a UserError unless the longest prompt and response fit the context and a row."""
     total = max_prompt_tokens + max_response_tokens
-    for name, limit in (
-        ("the model's max_position_embeddings", config.max_positions),
-        ("learner.row_length", row_length),
-    ):
+    model = "the model's max_position_embeddings"
+    for name, limit in {model: config.max_positions, "learner.row_length": row_length}.items():
         if total > limit:
             raise UserError(
                 f"data.max_prompt_tokens={max_prompt_tokens} + rollout.max_response_tokens="

@@ -36,15 +36,7 @@ PARAMETER_RULES = (
 def make_mesh(
     *, data: int, fsdp: int, context: int, tensor: int, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """Makes a mesh over all devices; one size may be -1 and takes the remaining devices.
-
-    Args:
-      data, fsdp, context, tensor: sizes of the axes.
-      devices: of another topology; None for those of this run.
-
-    Raises:
-      UserError: if the sizes do not multiply to the number of devices.
-    """
+    """Makes a mesh over `devices` (default: all); one size may be -1 and takes the rest."""
     given = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
     sizes = [given[axis] for axis in AXES]
     count = jax.device_count() if devices is None else len(devices)
@@ -53,20 +45,12 @@ def make_mesh(
         sizes[sizes.index(-1)] = max(count // rest, 1) if rest > 0 else 0
     if min(sizes) < 1 or math.prod(sizes) != count:
         product = " x ".join(f"mesh.{axis}={given[axis]}" for axis in AXES)
-        raise UserError(
-            f"{product} does not make {count} devices; choose sizes with that product (one of "
-            "them may be -1)"
-        )
-    kinds = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+        raise UserError(f"{product} does not make {count} devices; choose sizes that do")
+    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def parameter_spec(path: str) -> P:
-    """Mesh axes of the parameter with this slash-joined path.
-
-    Raises:
-      KeyError: if no rule matches: the parameter would be replicated silently.
-    """
+    """Mesh axes of a parameter; raises a KeyError if no rule matches."""
     for pattern, spec in PARAMETER_RULES:
         if re.fullmatch(pattern, path):
             return spec
@@ -74,11 +58,7 @@ def parameter_spec(path: str) -> P:
 
 
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:
-    """NamedShardings for a tree of parameters (or of their shapes).
-
-    Raises:
-      UserError: if an axis of a parameter can't be divided over its mesh axis.
-    """
+    """NamedShardings for a tree of parameters (or shapes); a UserError if an axis can't divide."""
 
     def place(path, leaf):
         name = "/".join(entry.key for entry in path)
@@ -108,19 +88,12 @@ def gathered(params: Any) -> Any:
 
 
 def constrain_embedded(x: jax.Array) -> jax.Array:
-    """Keeps looked-up [B, T, D] embeddings sharded as their table, before `constrain_activations`.
-
-    From there the compiler exchanges rows within `fsdp`; in one step it would replicate them on
-    every device.
-    """
+    """Keeps looked-up [B, T, D] embeddings sharded as their table: else they'd be replicated."""
     return _constrain(x, P("data", "context", "fsdp"))
 
 
 def constrain_activations(x: jax.Array) -> jax.Array:
-    """Keeps [B, T, D] activations sharded by row and position: weights move, tokens never.
-
-    No-op outside a mesh (a sampler on one device).
-    """
+    """Keeps [B, T, D] activations sharded by row and position: weights move, tokens never."""
     return _constrain(x, P(*ROWS, "context", None))
 
 
@@ -131,6 +104,6 @@ def platform() -> str:
 
 
 def _constrain(x: jax.Array, spec: P) -> jax.Array:
-    if jax.sharding.get_abstract_mesh().empty:
+    if jax.sharding.get_abstract_mesh().empty:  # a sampler on one device
         return x
     return jax.lax.with_sharding_constraint(x, spec)

@@ -17,16 +17,11 @@ CONTENTS_ONLY = "{% for message in messages %}{{ message['content'] }}{% endfor 
 
 
 def load_tokenizer(directory: str | Path) -> Any:
-    """Loads the tokenizer of a local directory; never downloads.
-
-    Raises:
-      UserError: if there is none, or it has no chat template or no end-of-sequence token.
-    """
+    """Loads a local tokenizer; raises a UserError if it lacks chat template or end of sequence."""
     directory = Path(directory)
     if not (directory / "tokenizer_config.json").is_file():
         raise UserError(
-            f"no tokenizer in {directory}: tokenizer_config.json is missing; name a directory in "
-            "Hugging Face format, or copy the tokenizer's files there"
+            f"no tokenizer in {directory}: tokenizer_config.json is missing; copy its files there"
         )
     tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     for attribute in ("chat_template", "eos_token_id"):
@@ -38,16 +33,13 @@ def load_tokenizer(directory: str | Path) -> Any:
 
 
 def make_character_tokenizer(characters: str, directory: str | Path) -> Any:
-    """Saves a tokenizer with one token per character, and loads it.
+    """Saves a tokenizer with one token per character, and loads it; other characters raise.
 
     Ids: 0 <pad>, 1 <eos>, then the characters in order. The chat template concatenates contents.
-    Encoding a character outside the vocabulary raises.
     """
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, *dict.fromkeys(characters)])}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Split(
-        tokenizers.Regex(r"[\s\S]"), behavior="isolated"
-    )
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     model.decoder = tokenizers.decoders.Fuse()  # the default decoder puts spaces between tokens
     PreTrainedTokenizerFast(
         tokenizer_object=model,
@@ -60,16 +52,16 @@ def make_character_tokenizer(characters: str, directory: str | Path) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, config: ModelConfig, *, source: str) -> None:
-    """Raises a UserError if a token has no embedding, or tokenizer and model end a response with
-    different tokens; `source` (the model's directory or config section) is named in it."""
+    """Raises a UserError, naming the model's `source`, if a token has no embedding, or tokenizer
+    and model end a response with different tokens."""
+    name, eos = f"the tokenizer ({tokenizer.name_or_path})", list(config.eos_token_ids)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"the tokenizer ({tokenizer.name_or_path}) has {len(tokenizer)} tokens but vocab_size "
-            f"of {source} is {config.vocab_size}; use the model's own tokenizer or raise vocab_size"
+            f"{name} has {len(tokenizer)} tokens but vocab_size of {source} is "
+            f"{config.vocab_size}; use the model's own tokenizer or raise vocab_size"
         )
-    if tokenizer.eos_token_id not in config.eos_token_ids:
+    if tokenizer.eos_token_id not in eos:
         raise UserError(
-            f"the tokenizer ({tokenizer.name_or_path}) ends a response with token "
-            f"{tokenizer.eos_token_id} ({tokenizer.eos_token}) but eos_token_id of {source} is "
-            f"{list(config.eos_token_ids)}; use the model's own tokenizer or correct eos_token_id"
+            f"{name} ends a response with token {tokenizer.eos_token_id} ({tokenizer.eos_token}) "
+            f"but eos_token_id of {source} is {eos}; use the model's own tokenizer or correct it"
         )

@@ -6,25 +6,26 @@ is the [D, V] output matrix, separate so that the learner computes logits in chu
 
 import dataclasses
 import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from oapl_jax.model.attention import attention, masked_attention
 from oapl_jax.model.blockwise_attention import ATTENTION, visible
 from oapl_jax.model.config import ModelConfig
-from oapl_jax.model.rope import angles, rotate
 from oapl_jax.model.sharding import constrain_activations, constrain_embedded, platform
 
 PRODUCT = "product"  # checkpoint name of `cpu_product`, which policies don't recognize as a dot
 LAYER = "layer"  # checkpoint name of a layer's input
 # Residuals that a layer saves for its backward pass beside its input; the rest is recomputed.
-# docs/architecture.md has their costs.
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -45,11 +46,9 @@ REMAT_POLICIES = {
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of earlier tokens; all rows of a batch are filled up to the same slot.
+    """Keys and values of earlier tokens; all rows of a batch are filled up to the same slot."""
 
-    The slot axis follows the head axis, which saves a CPU a transpose of the cache for every token.
-    """
-
+    # Heads before slots saves a CPU a transpose of the cache for every token.
     key: jax.Array  # [layers, B, kv_heads, S, head_dim]
     value: jax.Array  # [layers, B, kv_heads, S, head_dim]
     segments: jax.Array  # int32[B, S]; 0 marks padding and slots not yet filled
@@ -58,19 +57,14 @@ class Cache:
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
     shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
-    return Cache(
-        key=jnp.zeros(shape, dtype),
-        value=jnp.zeros(shape, dtype),
-        segments=jnp.zeros((batch, slots), jnp.int32),
-        slot=jnp.zeros((), jnp.int32),
-    )
+    keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    return Cache(keys, values, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def cpu_product(x, kernel, dimensions, precision):
     """nn.Dense's dot_general for CPUs, with another operand order in the kernel's gradient.
 
-    In JAX's order XLA's CPU backend recomputes and transposes d_out inside that product, a fifth of
-    a learner's step.
+    In JAX's order XLA's CPU backend recomputes and transposes d_out inside that product.
     """
     del dimensions, precision  # constant in nn.Dense
     return checkpoint_name(_product(x, kernel), PRODUCT)
@@ -88,6 +82,55 @@ def _product_backward(kept, d_out):
 
 
 _product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_backward)
+
+
+def _llama3(plain: np.ndarray, rope: Mapping) -> tuple[np.ndarray, float]:
+    """Llama 3.1 (arXiv 2407.21783, section 3.4.1): divides low frequencies by `factor`."""
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return keep * plain + (1 - keep) * plain / rope["factor"], 1.0
+
+
+def _yarn(plain: np.ndarray, rope: Mapping) -> tuple[np.ndarray, float]:
+    """YaRN (arXiv 2309.00071, section 3): as llama3, but the ramp is linear in the dimension's
+    index, and logits are scaled up."""
+    factor, length = rope["factor"], rope["original_max_position_embeddings"]
+    dim = 2 * len(plain)
+
+    def dimension_of(turns: float) -> float:
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+
+    low = dimension_of(rope.get("beta_fast") or 32)
+    high = dimension_of(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(len(plain)) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    scale = lambda m: 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is None:
+        over, under = rope.get("mscale"), rope.get("mscale_all_dim")
+        attention_factor = scale(over) / scale(under) if over and under else scale(1.0)
+    return (1 - ramp) * plain + ramp * plain / factor, float(attention_factor)
+
+
+ROPE_VARIANTS = {"default": lambda plain, rope: (plain, 1.0), "llama3": _llama3, "yarn": _yarn}
+
+
+def angles(positions: jax.Array, rope: Mapping, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """RoPE (arXiv 2104.09864): cosines and sines, float32[B, T, 1, head_dim / 2], of positions."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    frequencies, factor = ROPE_VARIANTS[rope["rope_type"]](rope["rope_theta"] ** -exponents, rope)
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequencies.astype(np.float32)
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates [B, T, heads, head_dim] in pairs (i, i + head_dim / 2), the order of checkpoints."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -145,8 +188,7 @@ class Block(nn.Module):
             value = jax.lax.dynamic_index_in_dim(cache.value, layer, keepdims=False)
             mixed = masked_attention(query, by_head(key), by_head(value), visibility)
         mixed = mixed.reshape(*x.shape[:2], inner)
-        x = x + dense(c.hidden_size, use_bias=c.output_bias, name="o")(mixed)
-        x = constrain_activations(x)
+        x = constrain_activations(x + dense(c.hidden_size, use_bias=c.output_bias, name="o")(mixed))
 
         h = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
         gate = dense(c.intermediate_size, use_bias=False, name="gate")(h)
@@ -156,15 +198,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Attributes:
-    config: sizes.
-    dtype: of activations and matrix products; parameters are float32.
-    remat: a name in REMAT_POLICIES.
-    """
+    """The decoder, with float32 parameters."""
 
     config: ModelConfig
-    dtype: jnp.dtype
-    remat: str
+    dtype: jnp.dtype  # of activations and matrix products
+    remat: str  # a name in REMAT_POLICIES
 
     @nn.compact
     def __call__(
@@ -192,10 +230,8 @@ class Transformer(nn.Module):
         visibility = segments
         if cache is not None:
             slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-            cache = dataclasses.replace(
-                cache,
-                segments=jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.slot)),
-            )
+            filled = jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.slot))
+            cache = dataclasses.replace(cache, segments=filled)
             key_slots = jnp.arange(cache.segments.shape[1], dtype=jnp.int32)
             visibility = visible(segments, cache.segments, cache.slot + slots, key_slots)
         cos, sin = angles(positions, dict(c.rope), c.head_dim)

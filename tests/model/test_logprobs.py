@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from small_models import small_mesh
 
 from oapl_jax.model import logprobs
 from oapl_jax.model.logprobs import token_logp
-from oapl_jax.model.sharding import AXES
 from oapl_jax.model.transformer import logits
 
 close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
@@ -45,10 +45,8 @@ def value_and_gradients(f, hidden, head, seed):
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 3.0])
 def test_chunks_equal_log_softmax_with_their_gradients(length, chunk, temperature):
     hidden, head, targets, seed = random_states(3, length)
-    everywhere = jnp.ones((3, length), bool)
-    chunked = lambda hidden, head: token_logp(
-        hidden, head, targets, everywhere, temperature=temperature, chunk=chunk
-    )
+    score = functools.partial(token_logp, temperature=temperature, chunk=chunk)
+    chunked = lambda hidden, head: score(hidden, head, targets, jnp.ones((3, length), bool))
     whole = lambda hidden, head: plain(hidden, head, targets, temperature)
     found, expected = (value_and_gradients(f, hidden, head, seed) for f in (chunked, whole))
     jax.tree.map(close, found, expected)
@@ -73,15 +71,14 @@ def test_only_wanted_places_are_computed_wherever_they_are(sizes, monkeypatch):
         return logits(hidden, head)
 
     monkeypatch.setattr(logprobs, "logits", counted)
-    chunked = lambda hidden, head: token_logp(
-        hidden, head, targets, wanted, temperature=0.7, chunk=2
-    )
+    score = functools.partial(token_logp, temperature=0.7, chunk=2)
+    chunked = lambda hidden, head: score(hidden, head, targets, wanted)
     whole = lambda hidden, head: tuple(x * wanted for x in plain(hidden, head, targets, 0.7))
     expected = value_and_gradients(whole, hidden, head, seed)
     if sizes is None:
         found = value_and_gradients(chunked, hidden, head, seed)
     else:
-        mesh = Mesh(np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes), AXES)
+        mesh = small_mesh(*sizes)
         given = jax.device_put((hidden, head), NamedSharding(mesh, P()))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             found = value_and_gradients(chunked, *given, seed)

@@ -6,26 +6,17 @@ import pytest
 from small_models import small_config
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from oapl_jax.data.synthetic.tasks import TASKS
 from oapl_jax.errors import UserError
 from oapl_jax.model.policy import Policy
-from oapl_jax.model.tokenizer import (
-    check_tokenizer,
-    load_tokenizer,
-    make_character_tokenizer,
-)
+from oapl_jax.model.tokenizer import check_tokenizer, load_tokenizer, make_character_tokenizer
 
 CHARACTERS = "0123456789+-*/()=<>,.:!?' \n\tabntxé→"
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return tmp_path_factory.mktemp("tokenizer")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(directory):
-    return make_character_tokenizer(CHARACTERS, directory)
+def tokenizer(tmp_path_factory):
+    """Repeated characters count once."""
+    return make_character_tokenizer(2 * CHARACTERS, tmp_path_factory.mktemp("tokenizer"))
 
 
 def model(**changes):
@@ -33,8 +24,7 @@ def model(**changes):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [CHARACTERS, *CHARACTERS, "", "  ", " 1 , 2 .", "n 't !", "\n\n 1\t", "3,1,2<", "a" * 300],
+    "text", [CHARACTERS, "", "  ", " 1 , 2 .", "n 't !", "\n\n 1\t", "3,1,2<", "a" * 300]
 )
 def test_round_trip(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -48,33 +38,18 @@ def test_ids_are_specials_then_characters_in_order(tokenizer):
     assert len(tokenizer) == 2 + len(CHARACTERS)
 
 
-def test_repeated_characters_count_once(tmp_path):
-    characters = "".join(task.characters for task in TASKS.values())
-    tokenizer = make_character_tokenizer(characters, tmp_path)
-    assert len(tokenizer) == 2 + len(set(characters))
-    assert tokenizer.decode(tokenizer.encode(characters)) == characters
-
-
-def test_the_template_concatenates_contents(tokenizer):
+def test_the_template_concatenates_contents_and_unknown_characters_raise(tokenizer):
     chat = [{"role": "user", "content": "1+2="}, {"role": "assistant", "content": "3"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "1+2=3"
-    ids = tokenizer.apply_chat_template(
-        chat[:1], tokenize=True, add_generation_prompt=True, return_dict=False
-    )
-    assert ids == tokenizer.encode("1+2=")
-
-
-def test_an_unknown_character_raises(tokenizer):
     with pytest.raises(Exception, match="UNK"):
         tokenizer.encode("1z2")
 
 
-def test_other_programs_load_the_same(tokenizer, directory):
+def test_other_programs_load_the_same(tokenizer):
     text = "3 * (4+5) =\n27"
     for kind in (AutoTokenizer, PreTrainedTokenizerFast):
-        loaded = kind.from_pretrained(str(directory), local_files_only=True)
+        loaded = kind.from_pretrained(tokenizer.name_or_path, local_files_only=True)
         assert loaded.encode(text) == tokenizer.encode(text)
-        assert loaded.decode(loaded.encode(text)) == text
         assert loaded.chat_template == tokenizer.chat_template
         assert loaded.eos_token_id == 1
 
@@ -97,7 +72,6 @@ def test_an_incomplete_tokenizer_is_named(tmp_path, attribute):
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        (dict(), None),
         (dict(vocab_size=2 + len(CHARACTERS)), None),
         (dict(eos_token_id=[7, 1]), None),
         (dict(vocab_size=1 + len(CHARACTERS)), "vocab_size of here"),

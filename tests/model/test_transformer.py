@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from oapl_jax.model import hf
-from oapl_jax.model.attention import visible
 from oapl_jax.model.transformer import REMAT_POLICIES, Transformer, empty_cache, head, logits
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -42,13 +41,6 @@ def rows(lengths, width, vocab_size, seed):
         positions[0, start : start + length] = np.arange(length)
         start += length
     return tokens, positions, segments
-
-
-def test_a_token_sees_the_past_of_its_own_segment():
-    segments = jnp.array([[1, 1, 2, 0]])
-    slots = jnp.arange(4)
-    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    np.testing.assert_array_equal(visible(segments, segments, slots, slots)[0], expected)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama_yarn"])
@@ -92,9 +84,8 @@ def test_cached_decoding_equals_the_whole_sequence(name):
     config, params = load(name)
     lengths, prompt, total, slots = np.array([3, 9, 1, 6]), 9, 17, 20
     batch = len(lengths)
-    tokens = (
-        np.random.default_rng(3).integers(0, config.vocab_size, (batch, total)).astype(np.int32)
-    )
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, config.vocab_size, (batch, total)).astype(np.int32)
     places = np.arange(total)[None, :] - (prompt - lengths)[:, None]  # negative on the padding
     positions, segments = np.maximum(places, 0), (places >= 0).astype(np.int32)
 
@@ -115,18 +106,16 @@ def test_cached_decoding_equals_the_whole_sequence(name):
     assert int(cache.slot) == total
     np.testing.assert_array_equal(cache.segments[:, total:], 0)
     # Each sequence once more, without padding on its left and without a cache.
-    whole = np.stack(
-        [np.roll(row, -shift) for row, shift in zip(tokens, prompt - lengths, strict=True)]
-    )
+    shifts = prompt - lengths
+    whole = np.stack([np.roll(row, -shift) for row, shift in zip(tokens, shifts, strict=True)])
     causal = np.broadcast_to(np.arange(total, dtype=np.int32), whole.shape)
-    expected = jax.jit(functools.partial(forward, config, params))(
-        whole, causal, np.ones_like(whole)
-    )
-    for row, shift in enumerate(prompt - lengths):
+    run = jax.jit(functools.partial(forward, config, params))
+    expected = run(whole, causal, np.ones_like(whole))
+    for row, shift in enumerate(shifts):
         np.testing.assert_allclose(found[row, shift:], expected[row, : total - shift], atol=1e-4)
 
 
-def test_remat_policies_compile_to_different_programs_with_the_same_gradients():
+def test_remat_policies_have_the_same_gradients():
     config, params = load("llama_bias")
     batch = rows([14, 10], 24, config.vocab_size, seed=4)
 
@@ -134,22 +123,12 @@ def test_remat_policies_compile_to_different_programs_with_the_same_gradients():
         found = forward(config, params, *batch, remat=remat)
         return jnp.mean(jax.nn.logsumexp(found, axis=-1) ** 2)
 
-    products, gradients = {}, {}
-    for remat in REMAT_POLICIES:
-        lowered = jax.jit(jax.grad(functools.partial(loss, remat=remat))).lower(params)
-        compiled = lowered.compile()
-        products[remat] = str(compiled.as_text()).count(" dot(")
-        gradients[remat] = compiled(params)
-    # Residuals that are not saved are recomputed.
-    assert 0 < products["none"] < products["dots"] < products["attention"], products
-    assert products["offload"] == products["attention"] < products["full"], products
-    assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(gradients["none"]))
-    for remat in REMAT_POLICIES:
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4),
-            gradients[remat],
-            gradients["none"],
-        )
+    gradients = lambda remat: jax.jit(jax.grad(functools.partial(loss, remat=remat)))(params)
+    expected = gradients("none")
+    assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(expected))
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4)
+    for remat in REMAT_POLICIES.keys() - {"none"}:
+        jax.tree.map(close, gradients(remat), expected)
 
 
 def test_bfloat16_is_for_activations_only():
@@ -174,8 +153,6 @@ def test_bfloat16_is_for_activations_only():
 def test_layers_are_initialized_differently():
     config, _ = load("qwen3")
     blank = np.zeros((1, 2), np.int32)
-    params = jax.jit(Transformer(config, jnp.float32, "none").init)(
-        jax.random.key(0), blank, blank, blank
-    )["params"]
-    kernel = params["layers"]["q"]["kernel"]
+    init = jax.jit(Transformer(config, jnp.float32, "none").init)
+    kernel = init(jax.random.key(0), blank, blank, blank)["params"]["layers"]["q"]["kernel"]
     assert not np.allclose(kernel[0], kernel[1])
