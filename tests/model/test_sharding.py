@@ -62,11 +62,6 @@ def test_an_unknown_parameter_raises(path):
         parameter_shardings(tree, small_mesh(data=8))
 
 
-def test_a_parameter_with_other_dimensions_than_its_rule_raises():
-    with pytest.raises(ValueError, match="zip"):
-        parameter_shardings({"head": jnp.zeros(64)}, small_mesh(data=8))
-
-
 @pytest.mark.parametrize(
     ("mesh", "sizes", "names"),
     [
