@@ -267,9 +267,9 @@ async def test_the_proxy_ends_if_the_old_version_does_not_start_either(versions)
 
 async def test_updates_run_one_after_the_other(versions):
     async with supervise(versions(1)) as call:
-        updates = [call.update(versions(v), str(v)) for v in (2, 3, 1)]
-        assert [status for status, _ in await asyncio.gather(*updates)] == [200] * 3
-        assert (await call.counts())["refreshes"] == 3
+        updates = [call.update(versions(v), str(v)) for v in (2, 3)]
+        assert [status for status, _ in await asyncio.gather(*updates)] == [200] * 2
+        assert (await call.counts())["refreshes"] == 2
 
 
 async def test_a_server_that_dies_is_restarted_on_its_version_a_limited_number_of_times(versions):
