@@ -233,3 +233,13 @@ def test_a_result_has_the_numbers_worked_out_by_hand(tmp_path):
     assert (result["about"], result["verdicts"]) == (ABOUT, {})
     counts = dict(correct=1, majority=0.5, tokens=6, truncated=1, logp=-6.0)
     assert result["per_problem"][1] == {"id": "id1", **counts}
+
+
+def test_one_process_at_a_time_grades(tmp_path):
+    def judge(prompt, rollouts):
+        with pytest.raises(UserError, match="another process"):
+            grade(tmp_path, Judge())
+        return [1.0] * len(rollouts), [""] * len(rollouts)
+
+    respond(tmp_path / "r", FIVE)
+    assert grade(tmp_path, judge)[0].correct.all()

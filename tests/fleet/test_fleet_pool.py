@@ -10,6 +10,7 @@ from fleets import PATIENCE, SETTINGS, always, prompt, prompts, wait_until
 
 from oapl_jax.config import FleetConfig
 from oapl_jax.errors import FleetLost, UserError
+from oapl_jax.rollout.sampler import Sampling
 
 
 def test_servers_join_and_leave(make_fleet, tmp_path):
@@ -168,3 +169,9 @@ def test_invalid_settings(name, value):
     settings = {**SETTINGS, "servers": ("http://a",), name: value}
     with pytest.raises(UserError, match=f"fleet.{name}"):
         FleetConfig.from_dict(settings, path="fleet").check_source()
+
+
+def test_sampling_that_the_learner_cannot_reproduce_is_logged(make_fleet):
+    odd = Sampling(temperature=1.0, top_p=0.95, top_k=7, max_response_tokens=6)
+    fleet, _ = make_fleet(1, sampling=odd)
+    assert fleet.has_logged("rollout.top_p=0.95")

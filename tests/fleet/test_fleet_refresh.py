@@ -1,6 +1,7 @@
 """Refreshes of a fleet's servers to new versions, under load; see fault_server.py."""
 
 import itertools
+import time
 
 import pytest
 from fault_server import publish_toy
@@ -173,3 +174,19 @@ def test_versions_include_those_of_groups_that_were_just_taken(ready_fleet):
     assert fleet.versions() == {0, 1}  # the group that was yielded last is of version 0
     assert next(groups, None) is None
     assert fleet.versions() == {1}
+
+
+def test_a_draining_server_gets_no_new_group(ready_fleet):
+    fleet, (server,) = ready_fleet(1, allow_older=True, drain_deadline=2.0)
+    server.seconds = 0.05
+
+    def pull():  # staggered, so that the server is never idle
+        for index in range(120):
+            if index == 20:
+                fleet.publish(1)
+            time.sleep(0.01)
+            yield prompt(index)
+
+    taken = fleet.take(pull()).right(120)
+    assert fleet.counts()["aborted"] == 0
+    assert taken.versions == {0, 1}

@@ -265,3 +265,8 @@ def test_the_platform_of_the_mesh_selects_the_kernel(monkeypatch):
 def test_key_heads_that_the_mesh_does_not_divide_are_refused():
     with pytest.raises(UserError, match=r"mesh\.tensor=4"):
         over(KERNELS["cpu"], small_mesh(tensor=4))(*arrays(1, 64)[:3], packed(1, 64))
+
+
+def test_gpu_equals_the_reference():
+    """In float32, which XLA computes; cuDNN takes the same arguments."""
+    assert_equal_the_reference(on_one_device(attention.gpu_attention), 3, 48)

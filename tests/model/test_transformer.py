@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from oapl_jax.model import hf
+from oapl_jax.model.blockwise_attention import visible
 from oapl_jax.model.transformer import REMAT_POLICIES, Transformer, empty_cache, head, logits
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -156,3 +157,10 @@ def test_layers_are_initialized_differently():
     init = jax.jit(Transformer(config, jnp.float32, "none").init)
     kernel = init(jax.random.key(0), blank, blank, blank)["params"]["layers"]["q"]["kernel"]
     assert not np.allclose(kernel[0], kernel[1])
+
+
+def test_a_token_sees_the_past_of_its_own_segment():
+    segments = jnp.array([[1, 1, 2, 0]])
+    slots = jnp.arange(4)
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(visible(segments, segments, slots, slots)[0], expected)

@@ -189,3 +189,41 @@ def test_a_restored_buffer_goes_on_like_the_first():
     for now in range(3, 12):
         assert step(second, now) == step(first, now)
         assert second.counts == first.counts
+
+
+def test_replay_draws_at_random_and_uses_a_group_so_often():
+    buffer = new_buffer("replay", max_reuse=3, max_age=100)
+    fill(buffer, range(10))
+    uses, batches = Counter(), []
+    for step in range(30):
+        batch = names(buffer.sample(4, step))
+        if not batch:
+            break
+        assert len(set(batch)) == 4  # one group once a step
+        batches.append(tuple(batch))
+        uses.update(batch)
+        assert_balanced(buffer)
+    left = held(buffer)
+    assert len(left) < 4
+    assert max(uses.values()) == 3
+    assert {name for name, count in uses.items() if count == 3} == set(range(10)) - set(left)
+    assert batches[0] != (0, 1, 2, 3)
+    assert buffer.counts["reused"] == sum(uses.values()) - len(uses)
+    assert buffer.counts["trained"] == 10 - len(left)
+
+
+def test_keep_with_anchor_keeps_versions_up_to_an_age():
+    buffer = new_buffer("keep_with_anchor", max_age=8)
+    fill(buffer, [0], version=0)
+    buffer.sync(4)
+    fill(buffer, [1], version=4)
+    fill(buffer, [2], version=0)
+    assert held(buffer) == [0, 1, 2]
+    assert buffer.versions() == {0, 4}
+    assert buffer.stream_indices() == {0, 1, 2}
+    buffer.expire(8)
+    assert held(buffer) == [0, 1, 2]
+    buffer.expire(9)
+    assert held(buffer) == [1]
+    assert buffer.versions() == {4}
+    assert buffer.counts == {"added": 3, "expired": 2}

@@ -479,3 +479,12 @@ def test_waiting_for_room_has_a_deadline_and_an_end(make):
     with pytest.raises(RunError, match=r"room in the buffer \(rollout\.deadline\)"):
         worker.check()
     assert len(store) == 2
+
+
+def test_groups_are_recorded_whole_before_the_buffer_has_them(make):
+    recorded = []
+    worker, _, store = make(on_group=lambda group: recorded.append((group, len(store))))
+    worker.produce()
+    assert [before for _, before in recorded] == [0, 1]
+    for (group, _), again in zip(recorded, held(store), strict=True):
+        assert group is again

@@ -305,5 +305,17 @@ def test_a_failed_background_save_stops_the_next_call(tmp_path, opened, monkeypa
         steps.close()
 
 
+def test_an_existing_step_is_kept_and_an_older_one_is_an_error(opened):
+    mesh = small_mesh()
+    checkpoints = opened()
+    checkpoints.save(2, random_state(mesh, 1), LOOP, b"host", probe=PROBE)
+    checkpoints.save(2, random_state(mesh, 2), LOOP, b"host", probe=PROBE)
+    with pytest.raises(RunError, match=r"step 1 is older .* \(have: 2\)"):
+        checkpoints.save(1, random_state(mesh, 2), LOOP, b"host", probe=PROBE)
+    checkpoints.wait()
+    assert checkpoints.steps() == [2]
+    assert_same(checkpoints.restore(2, abstract(mesh))[0], random_state(mesh, 1))
+
+
 if __name__ == "__main__":
     save_into_a_full_disk(pathlib.Path(sys.argv[1]))

@@ -65,3 +65,13 @@ def test_the_serving_version_was_published_and_not_collected(policy, resumed_at)
         assert policy.serves(step) in published
         most_kept = max(most_kept, len(published))
     assert most_kept == (1 if policy.mode == "window" else policy.steps + 1)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
+def test_lag_stays_within_its_bounds_and_reaches_them(policy):
+    most = policy.steps - 1 if policy.mode == "window" else policy.steps
+    found = [step - version for step, version in enumerate(served(policy, 200))]
+    assert max(found) == most
+    assert min(found) >= 0
+    least = most if policy.mode == "fixed" else 0
+    assert min(found[policy.steps :]) == least
