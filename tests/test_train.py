@@ -259,6 +259,7 @@ def test_evaluate_grades_any_checkpoint(runs, unbroken):
 MISTAKES = {  # tests/test_config.py has those that need no process
     "wrong type": (dict(num_steps="many"), "num_steps"),
     "mesh": (dict(mesh__data=3), "mesh.data=3"),
+    "row too short": (dict(learner__row_length=16), "learner.row_length"),
     "prompt too long": (dict(data__max_prompt_tokens=5), "data.max_prompt_tokens"),
     "context too short": (
         dict(model__architecture__max_position_embeddings=20),

@@ -86,6 +86,9 @@ def test_grading_goes_on_where_it_was_killed(tmp_path, lives):
     (tmp_path / "g").write_bytes((tmp_path / "g").read_bytes()[:-3])  # in the middle of a line
     assert (grade(tmp_path, judge := Judge())[0].correct == graded.correct).all()
     assert 1 <= judge.asked <= 2
+    (tmp_path / "g").write_bytes((tmp_path / "g").read_bytes()[:5])  # in the first line
+    assert (grade(tmp_path, judge := Judge())[0].correct == graded.correct).all()
+    assert judge.asked == 15
 
 
 def test_verdicts_are_those_of_these_responses(tmp_path):

@@ -277,3 +277,10 @@ def test_flags_that_do_not_go_together_are_refused(benchmarks, given, words):
         check_flags(benchmarks, given)
     check_flags([], ["split", "step"])
     check_flags(["sums"], ["version_dir", "n", "to"])
+
+
+def test_a_mistake_on_the_command_line_is_one_sentence(shop):
+    output, _ = (process := shop.start("--to=x")).communicate(timeout=300)
+    assert process.returncode == 2
+    assert output.startswith("error: --to")
+    assert output.count("\n") == 1

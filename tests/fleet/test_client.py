@@ -116,6 +116,10 @@ MALFORMED = [
         *((change, ServerError) for change in MALFORMED),
         (change_meta("finish_reason", {"type": "abort", "message": "why"}), Aborted),
         (change_meta("weight_version", "15"), WrongVersion),
+        (
+            lambda c: c[1]["meta_info"].update(weight_version="17", weight_versions=None),
+            WrongVersion,
+        ),
         (replace(response([2, 3, 4], "length", "15")), WrongVersion),
         (replace(response([2, 3, 4], "length", "16", SPANS[::-1])), WrongVersion),
         (replace(MIXED), Mixed),
@@ -129,9 +133,21 @@ def test_read_rejects_an_invalid_response(change, error):
     assert caught.type is error
 
 
+def test_a_kept_group_of_two_versions_is_of_the_older():
+    keep = dataclasses.replace(REQUEST, mixed_versions="keep")
+    rollouts, mixed = keep.read(group(MIXED))
+    assert mixed
+    assert {r.policy_version for r in rollouts} == {16}
+    with pytest.raises(WrongVersion):  # the first began with the newer one
+        keep.read([response([5, 9], "stop", "17"), MIXED])
+    rollouts, _ = dataclasses.replace(keep, version=None).read(group(MIXED))
+    assert {r.policy_version for r in rollouts} == {-1}
+
+
 def test_sampling_params():
     sent = sampling_params(Sampling(0.5, 0.9, 0, 7), n=4, stop_ids=(9, 1))
     expected = dict(n=4, temperature=0.5, top_p=0.9, top_k=-1, max_new_tokens=7, min_p=0.0)
+    expected |= dict(presence_penalty=0.0, min_new_tokens=0, ignore_eos=False)
     assert expected.items() <= sent.items()
     assert sent["stop_token_ids"] == [1, 9]
     assert (sent["repetition_penalty"], sent["frequency_penalty"]) == (1.0, 0.0)

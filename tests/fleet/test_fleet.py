@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from fault_server import FAULTS, VOCAB
+from fault_server import FAULTS, STOP, VOCAB
 from fleets import PATIENCE, SAMPLING, SETTINGS, N, Taken, once, prompt, prompts, wait_until
 
 from oapl_jax.errors import RunError, UserError
@@ -55,6 +55,17 @@ def test_a_blocked_pull_delays_no_group(ready_fleet):
     assert taker.is_alive()
     blocked.set()
     taker.right(3)
+
+
+def test_a_request_names_every_setting_and_the_version(ready_fleet):
+    fleet, (server,) = ready_fleet(1, 12)
+    fleet.take(prompts(1), Sampling(0.7, 0.9, 5, 6)).result()
+    request = server.requests[-1]
+    assert request["input_ids"] == prompt(0).tokens.tolist()
+    assert (request["extra_key"], request["return_logprob"]) == ("v12", True)
+    expected = dict(n=N, temperature=0.7, top_p=0.9, top_k=5, max_new_tokens=6)
+    expected |= {"stop_token_ids": [STOP]}
+    assert expected.items() <= request["sampling_params"].items()
 
 
 @pytest.mark.parametrize("tokens", [(3, VOCAB), (-3,), (), range(2, 11)])

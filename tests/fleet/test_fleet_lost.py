@@ -52,7 +52,7 @@ def test_a_run_without_servers_saves_and_ends_with_code_3(train, begun, tmp_path
     # Step 3 had its groups from the checkpoint, and is in one although checkpoint.every is 100.
     assert {path.name for path in (workdir / "checkpoints").iterdir()} >= {"3"}
 
-    train(workdir, num_steps=6)
+    assert "resumed from checkpoint step 3" in train(workdir, num_steps=6)
     report = Runs(tmp_path).start([sys.executable, "-m", "oapl_jax.report", str(workdir), "--json"])
     balance = json.loads(report.communicate(timeout=60)[0])["balance"]
     assert balance["trained"] == 6 * 4 * 4  # steps, groups, responses

@@ -175,3 +175,19 @@ def test_sampling_that_the_learner_cannot_reproduce_is_logged(make_fleet):
     odd = Sampling(temperature=1.0, top_p=0.95, top_k=7, max_response_tokens=6)
     fleet, _ = make_fleet(1, sampling=odd)
     assert fleet.has_logged("rollout.top_p=0.95")
+
+
+def test_one_refused_server_loads_nothing_and_the_other_samples(make_fleet):
+    made = []
+
+    def prepare(server):
+        if not made:
+            server.information["preferred_sampling_params"] = {"min_p": 0.1}
+        made.append(server)
+
+    fleet, (bad, good) = make_fleet(2, prepare=prepare)
+    fleet.publish(0)
+    wait_until(lambda: fleet.of(bad, "state") == "refused")
+    wait_until(lambda: fleet.of(good, "state") == "ready")
+    assert fleet.sample(10).servers == {good.url}
+    assert bad.loads == []

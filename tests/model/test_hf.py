@@ -340,6 +340,7 @@ def test_a_stored_head_must_equal_the_embedding_it_is_tied_to(copy):
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "rope_type='dynamic'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
@@ -400,3 +401,13 @@ def test_defaults_are_those_of_transformers(model_type, head_dim):
     config = small_config(model_type, head_dim=None, num_key_value_heads=None)
     assert (config.tie_embeddings, config.head_dim, config.num_kv_heads) == (False, head_dim, 4)
     assert dict(config.rope) == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def test_each_device_reads_only_its_part(monkeypatch):
+    """Over all devices, each element of a kernel is read once."""
+    config, _ = load("qwen3")
+    parts, read = [], hf._read
+    monkeypatch.setattr(hf, "_read", lambda *args: parts.append(part := read(*args)) or part)
+    hf.load_params(GOLDEN / "qwen3", config, mesh=make_mesh(data=1, fsdp=4, context=1, tensor=2))
+    kernels = [t for t in hf.tensors_of(config) if t.path.endswith("kernel")]
+    assert sum(p.size for p in parts if p.ndim == 3) == sum(np.prod(t.shape) for t in kernels)

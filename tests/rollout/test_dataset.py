@@ -198,11 +198,14 @@ def test_a_dataset_has_one_writer_on_a_local_disk(tmp_path):
 def test_a_damaged_shard_is_refused_before_any_group_is_read(tmp_path):
     write(tmp_path, [make_group(i) for i in range(6)])
     path = tmp_path / "groups-00001.array_record"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(bytes(content))
-    with pytest.raises(UserError, match=r"groups-00001\.array_record"):
-        read(tmp_path)
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    cut = lambda: path.write_bytes(content[:-1])
+    for spoil in (lambda: path.write_bytes(flipped), cut, path.unlink):
+        spoil()
+        with pytest.raises(UserError, match=r"groups-00001\.array_record"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -315,3 +315,10 @@ def test_both_take_their_share_of_each_step(jobs, round1, tmp_path):
     found = balance(tmp_path)
     assert found["servers"]["dataset"]["rollouts"] == 5 * 4
     assert found["balance"]["trained"] == 5 * 4 * 4
+
+
+def test_a_mistake_on_the_command_line_is_one_sentence(jobs):
+    arguments = ("--workdir=x", "--to=y", "--step=1", "--version_dir=z")
+    output = jobs.process(RECORD, *arguments, code=2)
+    assert output.startswith("error: --step")
+    assert output.count("\n") == 1
