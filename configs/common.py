@@ -47,10 +47,10 @@ def fleet() -> Config:
             backoff_limit=30.0,  # ... up to this
             health_every=10.0,  # seconds between two looks at a server that serves
             connect_deadline=5.0,  # seconds to open a connection
-            control_deadline=30.0,  # seconds for a control call: health, contract, probe, flush
+            control_deadline=30.0,  # seconds for a control call: health, admission, probe, flush
             request_deadline=1800.0,  # seconds for the rollouts of one group
             drain_deadline=300.0,  # seconds for groups in flight before a refresh; then aborted
-            update_deadline=600.0,  # seconds to load a version (a supervised server restarts)
+            update_deadline=600.0,  # seconds to load a version (the restart proxy restarts)
             start_deadline=600.0,  # seconds for a server to answer at all
             no_server_deadline=1200.0,  # seconds that training pauses with no server; then code 3
             refresh_fraction=0.5,  # of the servers refreshed at a time, at least one
@@ -62,13 +62,13 @@ def fleet() -> Config:
 
 
 def recorded() -> dict[str, Any]:
-    """Groups from a recorded set in the place of sampled ones, or beside them; and recording."""
+    """Groups from a recorded dataset in place of sampled ones, or beside them; and recording."""
     return dict(
         source="live",  # "dataset": recorded groups only, nothing is sampled; "both"
         dataset="",  # directory of a recorded dataset: by oapl_jax.record, or rollouts/ of a run
         dataset_share=0.5,  # of the groups of a step, for source="both"
-        dataset_order="shuffled",  # endless; "recorded": in the order of the set, once
-        dataset_version=0,  # of the set in this run: it starts from these weights; -1: as recorded
+        dataset_order="shuffled",  # endless; "recorded": in the order of the dataset, once
+        dataset_version=0,  # in this run, which starts from these weights; -1: as recorded
         record=False,  # whether live groups are written to rollouts/ in the workdir
         groups_per_shard=1024,  # of record; a shard also ends with each checkpoint
     )
@@ -85,16 +85,16 @@ def curriculum() -> Config:
             candidates=2048,
             # No more prompts than carry this probability are chosen by it; the others uniformly.
             top_p=0.9,  # arXiv 2602.20532
-            # Pass rates, of window and learnability: all proposals.
+            # Pass rates, of window and learnability: all our choice.
             rates=dict(
                 decay=0.5,  # of what is known of a prompt, at each of its groups
                 prior_rate=0.5,  # of a prompt never sampled ...
                 prior_count=1.0,  # ... which weighs as much as this many responses
             ),
-            # Bounds of arXiv 2502.01456; the weight, beside 1 for a prompt within, is a proposal.
+            # Bounds of arXiv 2502.01456; the weight, beside 1 for a prompt within, is our choice.
             window=dict(low=0.2, high=0.8, outside=0.02),
             # arXiv 2602.20532 has dormant, warmup, temperature and clip, and as its curator a
-            # Qwen3-0.6B, trained at 1e-6; the other values are proposals.
+            # Qwen3-0.6B, trained at 1e-6; the other values are our choice.
             curator=dict(
                 path="",  # a checkpoint with the policy's vocabulary; "": fresh, of this shape
                 architecture=dict(
@@ -152,16 +152,16 @@ Response B:
 def preferences(objective: str) -> Config:
     """Rewards by comparison with the reference policy's responses, in the place of a verifier's.
 
-    Groups from a recorded set keep the rewards that they were recorded with.
+    Groups from a recorded dataset keep the rewards that they were recorded with.
     """
     return ConfigDict(
         dict(
             # "none": the verifier; "rubric", "language_model" or "callable", with its section.
             judge="rubric" if objective == "prosper" else "none",
-            # arXiv 2602.19041 has both; their values are not known, so that these are proposals.
+            # arXiv 2602.19041 has both; their values are not known: these are our choice.
             beta=0.25,  # of the adversary's entropy
             comparators=8,  # responses of the reference policy to each prompt
-            # A set of them by oapl_jax.record; "": version 0, by the embedded decoder.
+            # A dataset of them by oapl_jax.record; "": version 0, by the embedded decoder.
             dataset="",
             # Objective -> rule -> its vote. The second one is cyclic.
             rubric=dict(
@@ -170,7 +170,7 @@ def preferences(objective: str) -> Config:
                 )
             ),
             callable=dict(
-                function="",  # "package.module:name", see preferences/judge.py
+                function="",  # "package.module:name", see oapl_jax/preferences/judges.py
                 objectives=(),  # names of what it compares by
             ),
             language_model=dict(
@@ -218,7 +218,7 @@ def rewards() -> Config:
                 start_seconds=60.0,  # for a sandbox to come up
                 cache_entries=100_000,  # verdicts kept, by content
             ),
-            # arXiv 2603.01840 has the four terms; all of these values are proposals.
+            # arXiv 2603.01840 has the four terms; all of these values are our choice.
             documents=dict(
                 weights=dict(syntax=0.25, closure=0.25, table=0.25, text=1.0),
                 plain_formula=0.2,  # a valid formula without the reference's commands, within -1, 1

@@ -2,12 +2,12 @@
 
     python -m oapl_jax.train --config=configs/documents.py --workdir=runs/documents/round0
 
-The rewards are the four terms of FireRed-OCR (docs/documents.md). Its teacher forgets closing tags,
-braces and cells; after the warm-up so does the policy.
+The rewards are the four terms of FireRed-OCR (docs/documents.md). The warm-up's demonstrations omit
+closing tags, braces and cells; after the warm-up so does the policy.
 
 Choices: --config=configs/documents.py:objective=NAME,round=0|1|2, with the names of
 configs/objectives.py. Each round is a supervised stage and then RL; round 1 starts from the weights
-where round 0 ended, round 2 from those of round 1, and they have a teacher who forgets nothing.
+where round 0 ended, round 2 from those of round 1, and their demonstrations omit nothing.
 """
 
 from configs import arithmetic, common, objectives

@@ -12,7 +12,7 @@ Measured: .40, .50 and .40 of the steps of uniform with seeds 0, 1 and 2, and .3
     groups .60, .47 and .55 were useful, of uniform's .08 to .10. Window and learnability, which
     know a prompt only once it was sampled, are level with uniform.
 
-The bank: 2,000 sums of four digits, as in the default job, of which the warmed-up policy solves a
+The bank: 2,000 sums of four digits, as in the default run, of which the warmed-up policy solves a
 quarter; 9,000 sums of one number and zeros, always solved, since a misread sign does not matter;
 9,000 sums of seven or eight digits, impossible, since their running totals exceed the length of a
 response. The prompt alone tells them apart. A step is 16 groups of 8 with GRPO, four steps a

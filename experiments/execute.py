@@ -130,7 +130,7 @@ def summary(lines: list[dict[str, Any]], config: Typed, run: Run) -> dict[str, A
     """Summarises metrics.jsonl, which omits values that are not finite; {} without a step.
 
     Returns:
-      "generations": rollouts sampled so far; those of a recorded set count once;
+      "generations": rollouts sampled so far; those of a recorded dataset count once;
       "skipped": steps that were not finite;
       "drift": KL(pi_lag || pi) in nats a token before the last step of a window, mean over windows
         (0 at lag 1, where each step starts at pi_lag), if a window was completed;

@@ -39,7 +39,7 @@ Values = Mapping[str, Any]
 # Constants that are tried, of configs/objectives.py. A value without a source is our choice for
 # answers of ten tokens instead of thousands.
 METHODS: dict[str, tuple[Values, ...]] = {
-    # The default job's beta2, and a weaker anchor.
+    # The default run's beta2, and a weaker anchor.
     "oapl": ({"beta2": 0.2}, {"beta2": 0.05}),
     # arXiv 2402.03300; clip-higher of arXiv 2503.14476.
     "grpo": ({"policy_gradient.clip_high": 0.2}, {"policy_gradient.clip_high": 0.28}),
@@ -120,7 +120,7 @@ COMMON = {
     "num_steps": 256,
     "groups_per_step": 8,
     "rollout.prompts_per_call": 8,
-    # Groups with equal rewards weigh nothing and are not replaced, unlike in the default job, so
+    # Groups with equal rewards weigh nothing and are not replaced, unlike in the default run, so
     # that a step costs every method the same number of rollouts.
     "buffer.zero_variance": "weight",
     "buffer.zero_variance_weight": 0.0,

@@ -44,8 +44,8 @@ Line = dict[str, Any]  # of the results file
 @dataclasses.dataclass(frozen=True)
 class Run:
     """Attributes:
-    kind: "warm_up" (supervised stage, published as version 0), "generate" (a recorded set of
-      rollouts of `start`) or "train" (oapl_jax.train).
+    kind: "warm_up" (supervised stage, published as version 0), "generate" (a recorded dataset of
+      rollouts of `start`; the name is a key of stored results) or "train" (oapl_jax.train).
     config: module of configs/ and its argument, such as "arithmetic:chain_sum".
     objective: a name of configs/objectives.py.
     seed: of everything but the problems, which all seeds share.

@@ -1,6 +1,6 @@
-"""Opens the parts that a configuration names: the only room that knows all others.
+"""Builds the parts that a configuration names: the only module that imports all packages.
 
-Each room gets its own section of the configuration and nothing else.
+Each part gets its own section of the configuration and nothing else.
 """
 
 import string
@@ -15,7 +15,7 @@ import optax
 from etils import epath
 
 from oapl_jax import multihost
-from oapl_jax.config import Config, PublicDataConfig
+from oapl_jax.config import Config, PublicDataConfig, load_config
 from oapl_jax.curriculum import CURRICULA, Curriculum
 from oapl_jax.data import prompts
 from oapl_jax.data.public import releases
@@ -174,8 +174,9 @@ class Run:
         """The checkpoint step asked for, or the newest.
 
         Raises:
-          UserError: if the workdir has no such step.
+          UserError: if the workdir has no such step, or another format.
         """
+        load_config(self.workdir)
         steps = self.checkpoints.steps()
         if not steps or (step is not None and step not in steps):
             have, asked = ", ".join(map(str, steps)) or "none", "" if step is None else step

@@ -1,8 +1,8 @@
 """Typed configuration: a frozen dataclass a section, which documents and validates its fields once.
 
 A file of configs/ builds an ml_collections ConfigDict: the launch surface, locked, with overrides
-by `--config.a.b=`. `Config.from_dict` turns it into sections before anything is opened. A room is
-handed its own section; only build.py and the commands see the whole `Config`.
+by `--config.a.b=`. `Config.from_dict` turns it into sections before anything is opened. A package
+takes its own section; only launch.py, build.py and the commands see the whole `Config`.
 """
 
 import dataclasses

@@ -20,13 +20,13 @@ class RunError(Exception):
 
 
 class FleetLost(RunError):
-    """No server was ready to sample for too long; what was saved stays, and a new start goes on."""
+    """No server was ready to sample for too long; the same command resumes from the checkpoint."""
 
     exit_code = 3
 
 
 class HostLost(RunError):
-    """Another host of the run died, hangs, or did not come in time; a new start goes on."""
+    """Another host of the run died, hangs or was late; the same command resumes."""
 
     exit_code = 4
 
@@ -36,7 +36,7 @@ class NotFinite(RunError):
 
 
 class NoReward(RunError):
-    """No response was paid for so long that there is nothing to learn; the message shows some."""
+    """All rewards were 0 in too many consecutive groups; the message shows the last responses."""
 
 
 def one_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ import json
 from etils import epath
 
 from oapl_jax import multihost
+from oapl_jax.config import load_config
 from oapl_jax.errors import RunError, exit_with_code
 from oapl_jax.rollout.ledger import FILE
 from oapl_jax.rollout.ledger_report import LedgerReport, table
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--host", type=int, default=0, help="each host of a run has its own ledger")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
     arguments = parser.parse_args()
+    load_config(arguments.workdir)
     report = LedgerReport(arguments.workdir / multihost.per_host_path(FILE, arguments.host))
     summary = report.summary()
     print(json.dumps(summary) if arguments.json else table(summary))

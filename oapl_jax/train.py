@@ -240,8 +240,8 @@ def resume(run: Run) -> tuple[TrainState, Loop]:
     """Restores the newest checkpoint; removes later versions, which are published again."""
     step, deadline = run.checkpoints.steps()[-1], run.config.rollout.deadline
     with multihost.collective_section(f"the restore of step {step}", deadline=deadline):
-        state, loop, shares = run.checkpoints.restore(step, run.abstract_state)
-    run.source.restore(shares, functools.partial(run.checkpoints.restore_curriculum, step))
+        state, loop, host_states = run.checkpoints.restore(step, run.abstract_state)
+    run.source.restore(host_states, functools.partial(run.checkpoints.restore_curriculum, step))
     run.versions.keep_only({v for pins in loop["pins"].values() for v in pins if v <= step})
     say(f"resumed from checkpoint step {step} of {run.workdir}")
     return state, loop

@@ -1,4 +1,4 @@
-"""Imports point downward, from the commands to the ground words, wherever they stand in a file."""
+"""Imports point downward, from the commands to the shared types, wherever they stand in a file."""
 
 import ast
 from pathlib import Path
@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "oapl_jax"
 
-# From the ground up: a room imports from its own floor or from below.
-FLOORS = (
+# From the bottom up: a package or top-level module imports from its own layer or from below.
+LAYERS = (
     ("errors", "structs", "files"),
     ("config", "multihost", "objectives"),
     ("model", "data", "tracking"),
@@ -21,7 +21,7 @@ FLOORS = (
     ("build",),
     ("train", "evaluate", "record", "publish", "plan", "audit", "report"),
 )
-# Rooms that must not know each other, whatever the floors allow.
+# Packages that must not import each other, whatever the layers allow.
 FORBIDDEN = {
     "objectives": ("model", "data"),
     "model": ("data", "learner"),
@@ -29,7 +29,7 @@ FORBIDDEN = {
     "weights": ("rollout", "fleet"),
     "rollout": ("fleet",),
 }
-# The whole configuration is seen by these alone; a room is handed its own section.
+# The whole configuration is seen by these alone; a package takes its own section.
 SEE_CONFIG = (
     "config",
     "build",
@@ -49,7 +49,7 @@ def modules() -> list[Path]:
     )
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -65,13 +65,13 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def rooms_imported(path: Path) -> set[str]:
+def packages_imported(path: Path) -> set[str]:
     found = {name.split(".")[1] for name in imports(path) if name.startswith("oapl_jax.")}
-    return found - {room_of(path)}
+    return found - {package_of(path)}
 
 
-def floor(room: str) -> int:
-    return next(i for i, rooms in enumerate(FLOORS) if room in rooms)
+def layer(package: str) -> int:
+    return next(i for i, packages in enumerate(LAYERS) if package in packages)
 
 
 def module_of(path: Path) -> str:
@@ -80,14 +80,16 @@ def module_of(path: Path) -> str:
     )
 
 
-def test_every_room_has_a_floor():
-    assert {room_of(p) for p in modules()} == {room for rooms in FLOORS for room in rooms}
+def test_every_package_has_a_layer():
+    assert {package_of(p) for p in modules()} == {
+        package for packages in LAYERS for package in packages
+    }
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_downward(path):
-    for other in rooms_imported(path):
-        assert floor(other) <= floor(room_of(path)), f"{path.name} imports {other} from above"
+    for other in packages_imported(path):
+        assert layer(other) <= layer(package_of(path)), f"{path.name} imports {other} from above"
 
 
 def test_no_import_cycle():
@@ -107,19 +109,19 @@ def test_no_import_cycle():
         visit(module, ())
 
 
-@pytest.mark.parametrize(("room", "others"), FORBIDDEN.items())
-def test_rooms_that_must_not_know_each_other(room, others):
+@pytest.mark.parametrize(("package", "others"), FORBIDDEN.items())
+def test_packages_that_must_not_import_each_other(package, others):
     for path in modules():
-        if room_of(path) == room:
-            assert not rooms_imported(path) & set(others)
+        if package_of(path) == package:
+            assert not packages_imported(path) & set(others)
 
 
 def test_only_build_config_and_commands_see_the_whole_config():
     for path in modules():
-        if room_of(path) in SEE_CONFIG:
+        if package_of(path) in SEE_CONFIG:
             continue
         assert "oapl_jax.config.Config" not in imports(path), path
-        assert "build" not in rooms_imported(path), path
+        assert "build" not in packages_imported(path), path
         assert not any(name.startswith("ml_collections") for name in imports(path)), path
         tree = ast.parse(path.read_text())
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

@@ -33,6 +33,10 @@ MISTAKES = [
     ({"rewards.documents.weights.closure": -1.0}, "rewards.documents.weights.closure"),
     ({"rewards.documents.plain_formula": 1.5}, "rewards.documents.plain_formula"),
     ({"rewards.documents.per_open_tag": -0.1}, "rewards.documents.per_open_tag"),
+    ({"rollout.top_k": -1}, "rollout.top_k"),
+    ({"rollout.max_response_tokens": 0}, "rollout.max_response_tokens"),
+    ({"evaluation.ks": ()}, "evaluation.ks"),
+    ({"evaluation.ks": (0, 1)}, "evaluation.ks"),
     ({"objective.name": "ppo"}, "objective.name"),
     ({"objective.aggregation": "mean"}, "objective.aggregation"),
     ({"objective.denominator": "ours"}, "objective.denominator"),
@@ -168,7 +172,7 @@ def test_every_file_is_typed_and_saved_whole(make):
         assert kept == value, name
 
 
-def test_choices_are_those_of_the_rooms():
+def test_choices_are_those_of_the_packages():
     field = lambda section, name: section.__dataclass_fields__[name].metadata["choices"]
     assert set(field(settings.CurriculumConfig, "name")) == set(CURRICULA)
     assert set(field(settings.PreferencesConfig, "judge")) == {"none", *JUDGES}

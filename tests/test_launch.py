@@ -7,7 +7,10 @@ import sys
 
 import pytest
 from etils import epath
+from small_runs import opened
 
+from configs import arithmetic
+from oapl_jax import report
 from oapl_jax.config import load_config, save_config
 from oapl_jax.errors import UserError
 from oapl_jax.files import absolute
@@ -92,12 +95,6 @@ def test_the_same_configuration_is_welcome(saved):
     assert [p.name for p in saved.iterdir()] == ["config.json"]
 
 
-def test_a_workdir_of_another_format_is_refused(saved):
-    (saved / "config.json").write_text(json.dumps(changed()))  # as before there was a format
-    with pytest.raises(UserError, match=str(saved)):
-        save_config(saved, CONFIG)
-
-
 def test_harmless_differences_are_reported_and_saved(saved):
     other = changed(num_steps=200, optim__learning_rate=0.02, mesh__data=8, modelling=2)
     assert save_config(saved, other) == [
@@ -156,3 +153,18 @@ def test_all_refused_keys_are_listed_and_no_other(saved):
     ):
         assert difference in message
     assert "num_steps" not in message
+
+
+def test_every_command_refuses_a_workdir_of_another_format(tmp_path, monkeypatch):
+    """As version 0.1 wrote them, without a format."""
+    workdir, config = epath.Path(tmp_path), arithmetic.get_config()
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    (workdir / "ledger.jsonl").write_text('{"event": "resume", "position": 0, "held": []}\n')
+    monkeypatch.setattr(sys, "argv", ["report", str(workdir)])
+    for command in (
+        lambda: save_config(workdir, config.to_dict()),
+        lambda: opened(config, workdir).params_at(None),
+        report.main,
+    ):
+        with pytest.raises(UserError, match="format"):
+            command()

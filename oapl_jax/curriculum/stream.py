@@ -32,13 +32,13 @@ class PromptScorer:
         return np.zeros(len(prompts))
 
     def picked(self, candidates: Sequence[Prompt], log_p: np.ndarray, chosen: np.ndarray) -> None:
-        """Hears a choice: of C candidates, with float64[C] log_p, the indices `chosen`."""
+        """Receives a choice: of C candidates, with float64[C] log_p, the indices `chosen`."""
 
     def ended(self, group: Group) -> None:
-        """Hears the rewards of a group."""
+        """Receives the rewards of a group."""
 
     def trained(self, groups: Sequence[Group], logp: np.ndarray | None) -> None:
-        """Hears a gradient step of the learner.
+        """Receives a gradient step of the learner.
 
         Args:
           groups: of the step.

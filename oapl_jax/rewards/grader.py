@@ -138,12 +138,12 @@ def check_rewards(
             tokens = tokenizer.encode(text, add_special_tokens=False)
             tokens = np.array([*tokens, tokenizer.eos_token_id], np.int32)
             logp = np.zeros(len(tokens), np.float32)
-            paid = grader.reward(prompt, Rollout(tokens, logp, 0, finish_reason)) >= 1
-            if paid != (kind == "right"):
+            rewarded = grader.reward(prompt, Rollout(tokens, logp, 0, finish_reason)) >= 1
+            if rewarded != (kind == "right"):
                 where = "inside" if opened else "outside"
                 raise UserError(
                     f"the reward self-check failed: to {prompt.text[:SHOWN]!r} the response "
-                    f"{text[:SHOWN]!r} is {kind} and got {'' if paid else 'no '}full reward; "
+                    f"{text[:SHOWN]!r} is {kind} and got {'' if rewarded else 'no '}full reward; "
                     f"look at config.rewards and the tokenizer (its chat template leaves a prompt "
                     f"{where} a thinking part, as rewards.*.thinking_opened must say)"
                 )

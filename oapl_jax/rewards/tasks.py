@@ -1,6 +1,6 @@
 """Verifiers of the synthetic tasks: (response text, answer) -> 1.0 if right, else 0.0.
 
-A response is hostile until proven otherwise: its length is bounded first, it never reaches eval or
+Responses are untrusted input: its length is bounded first, it never reaches eval or
 exec (as in reasoning_gym's verifier of countdown), and no response makes a verifier raise.
 """
 

@@ -1,7 +1,7 @@
 """The ledger: an event for every rollout that was requested; and the guard against zero rewards.
 
 `WORKDIR/ledger.jsonl` only grows. A group is requested; it is sampled, with its lengths, rewards
-and the attempts that came to nothing before; it ends: trained, expired, zero_variance or failed. A
+and its failed attempts; it ends: trained, expired, zero_variance or failed. A
 resumed run appends the position in the file that its checkpoint knows, and the report
 (ledger_report.py) gives the groups that were requested since then the state "rewound".
 """

@@ -82,7 +82,7 @@ class LedgerReport:
           version, server, seconds; tokens, finish_reason, reward: of its group and its response.
           requested, sampled, ended: times in seconds since 1970.
           state: one of STATES; step: that trained it.
-          reason: of an attempt that came to nothing; reissued_as: id of the row that replaced it.
+          reason: of a failed attempt; reissued_as: id of the row that replaced it.
         """
         group = "incarnation || '.' || stream_index || '.' ||"
         return self._rows(

@@ -101,13 +101,13 @@ class LocalSampler:
         for row, prompt in enumerate(filled):
             tokens[row, width - len(prompt.tokens) :] = prompt.tokens
             segments[row, width - len(prompt.tokens) :] = 1
-        draws = np.repeat([p.stream_index for p in filled], n)
+        stream_indices = np.repeat([p.stream_index for p in filled], n)
         out_tokens, out_logp, lengths, stopped = jax.device_get(
             decode(
                 self._params,
                 tokens,
                 segments,
-                _row_keys(self._key, draws, np.tile(np.arange(n), portion)),
+                _row_keys(self._key, stream_indices, np.tile(np.arange(n), portion)),
                 np.float32(sampling.temperature or 1.0),
                 np.float32(sampling.top_p),
                 model=self._model,
@@ -128,8 +128,9 @@ class LocalSampler:
 
 
 @jax.jit
-def _row_keys(key: jax.Array, draws: jax.Array, samples: jax.Array) -> jax.Array:
-    return jax.vmap(lambda d, s: jax.random.fold_in(jax.random.fold_in(key, d), s))(draws, samples)
+def _row_keys(key: jax.Array, stream_indices: jax.Array, samples: jax.Array) -> jax.Array:
+    fold = lambda index, sample: jax.random.fold_in(jax.random.fold_in(key, index), sample)
+    return jax.vmap(fold)(stream_indices, samples)
 
 
 @functools.partial(

@@ -145,16 +145,16 @@ class GroupSource:
         return found
 
     def snapshot(self) -> bytes:
-        """This host's share of a checkpoint."""
+        """This host's state for a checkpoint."""
         state = self.store.snapshot(self._writer.flush if self._writer else lambda: None)
         buffer = state.pop("buffer")
         groups = buffer.pop("groups")
         data = json.dumps({**state, "buffer": buffer, "zero_reward_groups": self._guard.count})
         return serialization.msgpack_serialize({"state": data, "groups": groups})
 
-    def restore(self, shares: Sequence[bytes], read: Callable[[Any], Any]) -> None:
-        """Continues from the shares of all hosts that saved; see `GroupStore.restore`."""
-        saved = [_decode(share) for share in shares]
+    def restore(self, host_states: Sequence[bytes], read: Callable[[Any], Any]) -> None:
+        """Continues from the states of all hosts that saved; see `GroupStore.restore`."""
+        saved = [_decode(host_state) for host_state in host_states]
         host, hosts = jax.process_index(), jax.process_count()
         if len(saved) == hosts:
             state = saved[host]
@@ -180,30 +180,30 @@ class GroupSource:
             self._writer.close()
 
 
-def _decode(share: bytes) -> dict[str, Any]:
-    content: Any = serialization.msgpack_restore(share)
+def _decode(host_state: bytes) -> dict[str, Any]:
+    content: Any = serialization.msgpack_restore(host_state)
     state = json.loads(content["state"])
     state["buffer"]["groups"] = content["groups"]
     return state
 
 
 def reshard(saved: Sequence[dict[str, Any]], *, host: int, hosts: int) -> dict[str, Any]:
-    """The state with which one of `hosts` hosts continues the shares of another number.
+    """The state with which one of `hosts` hosts continues the states of another number.
 
     Host h of H reserved the prompts h, H + h, 2 H + h, ... of one stream. It continues at the first
     round of the new hosts that begins at or before the position of the fastest host; prompts before
     it that were not trained on (held, outstanding, or not reached by a slower host) are sampled
     again, dealt out in turn. Every prompt is sampled, and up to hosts - 1 of them twice.
     """
-    streams = [share["prompts"] for share in saved]
+    streams = [host_state["prompts"] for host_state in saved]
     positions = [stream["stream"]["stream_index"] for stream in streams]
     reached = max(positions)
     start = reached // hosts * hosts
     again = set()
-    for old_host, (share, position) in enumerate(zip(saved, positions, strict=True)):
-        held = decode_groups(share["buffer"]["groups"])
+    for old_host, (host_state, position) in enumerate(zip(saved, positions, strict=True)):
+        held = decode_groups(host_state["buffer"]["groups"])
         again |= {group.prompt.stream_index for group in held}
-        again |= {*share["again"], *share["prompts"]["chosen"]}
+        again |= {*host_state["again"], *host_state["prompts"]["chosen"]}
         again |= set(range(position + old_host, reached, len(saved)))
     same = saved[min(host, len(saved) - 1)]
     return {
@@ -213,6 +213,6 @@ def reshard(saved: Sequence[dict[str, Any]], *, host: int, hosts: int) -> dict[s
         "scorer": same["scorer"],
         "ledger": same["ledger"] if host < len(saved) else 0,
         "recorded": saved[0]["recorded"],
-        "zero_reward_groups": max(share["zero_reward_groups"] for share in saved),
+        "zero_reward_groups": max(host_state["zero_reward_groups"] for host_state in saved),
         "shards": same["shards"],
     }

@@ -160,6 +160,7 @@ def test_a_grade_is_decided_by_answers_code_libraries_and_settings(monkeypatch, 
     prompts = make_prompts(3)
     about = grader_identity(prompts, {})
     assert about == json.loads(json.dumps(about))
+    assert set(about["libraries"]) == set(benchmark.LIBRARIES)
     assert grader_identity(prompts[::-1], {"math": {"seconds": 5}}) == about
     other = dataclasses.replace(prompts[0], answer="another answer")
     assert grader_identity([other, *prompts[1:]], {})["answers"] != about["answers"]

@@ -171,3 +171,7 @@ def test_the_command_compares_two_files(tmp_path):
     assert found == compare(A, B, resamples=20_000, seed=0)
     assert "| pass@1 | 0.350 | 0.550 | +0.200 |" in done.stdout
     assert (tmp_path / "to" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pass_at_k_is_shown_at_powers_of_two():
+    assert [report.powers_of_two(n) for n in (1, 2, 5)] == [[1], [1, 2], [1, 2, 4, 5]]

@@ -44,6 +44,13 @@ def test_every_objective_has_the_same_number_of_trials():
         assert (min(rates), max(rates)) == (3e-4, 3e-3)
 
 
+def test_no_two_methods_are_the_same():
+    """With a correction of tokens GRPO at the learner's own policy is CISPO at the same cap."""
+    caps = {values["cispo.cap"] for values in objectives.METHODS["cispo"]}
+    section = arithmetic.get_config("objective=grpo_is").objective.policy_gradient
+    assert section.correction_cap not in caps
+
+
 def test_no_choice_uses_the_test_split():
     assert not set(objectives.TUNING_SEEDS) & set(FULL.seeds)
     values = objectives.candidates(FULL, "grpo")[0]

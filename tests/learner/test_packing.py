@@ -3,11 +3,16 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from small_runs import typed
 
+from configs import arithmetic
+from oapl_jax import train
 from oapl_jax.errors import UserError
 from oapl_jax.learner.packing import build_batch, check_whole_groups, fill, pack, to_mesh
 from oapl_jax.learner.train_step import batch_shardings
@@ -246,3 +251,15 @@ def test_recorded_lengths_fill_their_rows():
             step, row = lengths[start : start + sequences], int(lengths.max())
             rows = fill(step.tolist(), row_length=row, rows=1)
             assert step.sum() >= 0.95 * len(rows) * row
+
+
+@pytest.mark.parametrize(("mode", "factor"), [("keep", 1.0), ("weight", 0.1)])
+def test_only_the_mode_weight_weighs_groups_of_equal_rewards(mode, factor):
+    config = arithmetic.get_config()
+    config.buffer.update(zero_variance=mode, zero_variance_weight=0.1)
+    groups = make_groups(np.random.default_rng(3), 3, 8, 16)
+    for group, reward in zip(groups, ([0, 1, 0, 1], [1] * 4, [0] * 4), strict=True):
+        group.reward[:] = reward
+    run: Any = SimpleNamespace(config=typed(config), objective=OAPL)
+    batch = train.build_batch(run, groups, 40)
+    np.testing.assert_allclose(batch.weight, np.repeat([1, factor, factor], 4) / 12, rtol=1e-6)

@@ -120,3 +120,27 @@ def test_activations_are_sharded_on_a_mesh_only():
         found = jax.jit(constrain_activations)(placed)
     np.testing.assert_array_equal(found, x)
     assert found.sharding.shard_shape(x.shape) == (2, 1, 4)
+
+
+INTO_HEADS, OUT_OF_HEADS = P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")
+ALWAYS = {
+    "embed/embedding": P("tensor", "fsdp"),
+    "final_norm/scale": P(None),
+    **{f"layers/{name}_norm/scale": P(None, None) for name in ("attention", "mlp")},
+    **{f"layers/{name}/kernel": INTO_HEADS for name in ("q", "k", "v", "gate", "up")},
+    **{f"layers/{name}/kernel": OUT_OF_HEADS for name in ("o", "down")},
+}
+
+
+@pytest.mark.parametrize(("model_type", "tied", "bias"), VARIANTS)
+def test_every_parameter_has_its_axes(model_type, tied, bias):
+    expected = dict(ALWAYS) | ({} if tied else {"head": P("fsdp", "tensor")})
+    if model_type == "qwen3":
+        expected |= {f"layers/{name}_norm/scale": P(None, None) for name in "qk"}
+    if bias or model_type == "qwen2":
+        expected |= {f"layers/{name}/bias": P(None, "tensor") for name in "qkv"}
+    if bias and model_type != "qwen2":
+        expected |= {"layers/o/bias": P(None, None)}
+    mesh = small_mesh(data=2, fsdp=2, tensor=2)
+    placed = by_path(parameter_shardings(shapes_of(model_type, tied, bias), mesh))
+    assert {path: sharding.spec for path, sharding in placed.items()} == expected

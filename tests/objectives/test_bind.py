@@ -114,7 +114,12 @@ OUT_OF_RANGE = [
     ("cispo", "cap", "5", "objective.cispo.cap"),
     ("maxrl", "order", 0, "objective.maxrl.order"),
     # These contradict each other, or the group of four.
-    ("grpo", "correction", "token_mask", "objective.policy_gradient.proximal"),
+    ("grpo", "proximal", "reference", "objective.policy_gradient.proximal"),
+    *(
+        ("grpo", "correction", correction, "objective.policy_gradient.proximal")
+        for correction in grpo.CORRECTIONS
+        if correction != "none"
+    ),
 ]
 
 
@@ -209,3 +214,17 @@ def test_a_split_or_shuffled_batch_keeps_the_weights_of_the_whole(aggregation):
 def test_an_unknown_aggregation_is_refused_with_the_choices():
     with pytest.raises(UserError, match=r"objective\.aggregation='mean' .*sequence_token"):
         sequence_weights(RAGGED, "mean", constant_length=1)
+
+
+def test_the_sections_have_the_constants_of_their_methods():
+    grpo_section = section("grpo")["policy_gradient"]
+    of = lambda name, *keys: tuple(section(name)[name][key] for key in keys)
+    clips = ("clip_low", "clip_high")
+    assert [grpo_section[k] for k in (*clips, "correction_cap")] == [0.2, 0.28, 2.0]
+    assert section("grpo_is")["policy_gradient"]["proximal"] == "learner"
+    assert section("dr_grpo")["policy_gradient"]["estimator"] == "dr_grpo"
+    assert of("gspo", *clips) == (3e-4, 4e-4)
+    assert of("a_star_po", "beta1", "beta2") == (0.5, 1e-3)
+    assert (of("cispo", "cap"), of("prosper", "pair_share")) == ((5.0,), (1.0,))
+    kinds = {name: section(name)["aggregation"] for name in ("grpo", "dr_grpo", "gspo")}
+    assert kinds == {"grpo": "token", "dr_grpo": "constant", "gspo": "sequence"}

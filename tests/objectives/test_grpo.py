@@ -122,3 +122,22 @@ def test_loss_and_gradient_equal_a_loop_over_tokens(proximal, correction, dual_c
     expected_losses, expected_gradient = token_by_token(*group, **hyper)
     np.testing.assert_allclose(losses, expected_losses, atol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize(("proximal", "correction"), CASES)
+@pytest.mark.parametrize("gap", [-60.0, 60.0])
+def test_without_caps_far_policies_do_not_overflow(proximal, correction, gap):
+    logp = np.full((2, 16384), -61.0, np.float32) + max(gap, 0)
+    limits = dict(correction_cap=INF, correction_floor=0.0, **OPEN)
+    objective = of(proximal=proximal, correction=correction, **limits)
+    found = run(objective, logp, logp - gap, np.float32([1, -1]), np.ones_like(logp))
+    assert all(np.isfinite(x).all() for x in found[:2])
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_floor_zero_and_cap_infinity_mask_nothing(level):
+    group = random_group(3, [5, 3, 8], 8, spread=0.8)
+    wide = dict(proximal="learner", correction_cap=INF, correction_floor=0.0)
+    kinds = [run(of(correction=f"{level}_{k}", **wide), *group)[:2] for k in ("mask", "truncate")]
+    np.testing.assert_array_equal(kinds[0][0], kinds[1][0])
+    np.testing.assert_array_equal(kinds[0][1], kinds[1][1])

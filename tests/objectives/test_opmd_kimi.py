@@ -32,3 +32,11 @@ def test_without_tau_it_is_plain_reinforce():
     group = random_group(3, LENGTHS, 9, spread=0.3)
     without = bound("opmd_kimi")._replace(loss=lambda *arrays: opmd_kimi.loss(*arrays, tau=0.0))
     np.testing.assert_array_equal(run(without, *group)[1], run(bound("sft"), *group)[1])
+
+
+def test_baselines_by_hand():
+    mean = bound("opmd_kimi", baseline="mean").advantage(REWARD)
+    np.testing.assert_allclose(mean, [0.625, -0.375, 0.125, -0.375], atol=1e-7)
+    soft = bound("opmd_kimi", baseline="log_mean_exp", tau=0.5).advantage(REWARD)
+    expected = np.asarray(REWARD) - 0.5 * np.log(np.mean(np.exp(np.asarray(REWARD) / 0.5)))
+    np.testing.assert_allclose(soft, expected, atol=1e-6)

@@ -227,6 +227,9 @@ def test_sizes_come_from_a_name_a_checkpoint_or_the_configuration(config, tmp_pa
     config.learner.row_length = 10000
     with pytest.raises(UserError, match="max_position_embeddings"):
         sizes_of("llama-3-8b")
+    config.learner.row_length = 9000
+    with pytest.raises(UserError, match=r"learner\.row_length"):
+        sizes_of("qwen3-0.6b")
 
 
 def test_a_missing_checkpoint_has_the_sizes_of_the_model_in_its_name(tmp_path, capsys):
@@ -238,3 +241,14 @@ def test_a_missing_checkpoint_has_the_sizes_of_the_model_in_its_name(tmp_path, c
         said = capsys.readouterr().out
         assert config.model.path in said
         assert name in said
+
+
+def test_a_host_holds_what_its_chips_offload(config, monkeypatch):
+    programs = [{"fits": True, "offloaded": n} for n in (7, 10**9)]
+    monkeypatch.setattr(estimate, "compile_all", lambda *_: (programs, {}))
+    monkeypatch.setattr(estimate, "available_hbm", lambda where: 0)
+    where, inputs = open_slice("v5e:2x2"), plan_inputs(typed(config), published("qwen3-0.6b"), True)
+    mesh = make_mesh(data=1, fsdp=8, context=1, tensor=1)
+    held = estimate.estimate(inputs, where, mesh, storage=1e9, log=print)["host_memory"]
+    assert held["offloaded"] == 4 * 10**9
+    assert held.pop("total") == sum(held.values()) - held["ram"]

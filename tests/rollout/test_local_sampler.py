@@ -8,6 +8,7 @@ import functools
 import itertools
 import pathlib
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -301,7 +302,7 @@ def test_a_rollout_is_the_same_in_any_batch():
     assert tokens_of(generate(alone, [a, b, c, d], n=4, sampling=sampling())) == together
 
 
-def test_draws_samples_and_seeds_have_random_numbers_of_their_own():
+def test_stream_indices_samples_and_seeds_have_random_numbers_of_their_own():
     tokens = make_prompt(0, 9).tokens
     prompts = [Prompt("p", draw, tokens, "", "", "") for draw in range(4)]
     one = tokens_of(generate(new_sampler(), prompts, n=4, sampling=sampling()))
@@ -409,3 +410,17 @@ def test_a_version_that_can_not_serve_is_refused_and_the_old_one_serves_on(
         sampler.refresh(20, path)
     assert sampler.version == VERSION
     assert greedy(sampler) == held
+
+
+def test_few_programs_are_compiled():
+    """One for all lengths within a multiple of the width and for all temperatures."""
+    sampler = new_sampler(stop_ids=STOPS[:-1])  # a set of its own, so a program of its own
+    programs: Any = decode
+    before, short = programs._cache_size(), dict(max_response_tokens=4)
+    for lengths in [(5, 8, 6), (7, 5, 5, 8), (8, 6, 7), (1, 7, 1, 2)]:
+        generate(sampler, prompts_of(*lengths), n=2, sampling=sampling(**short))
+    for temperature in (0.5, 1.5):
+        generate(sampler, prompts_of(5, 5, 5), n=2, sampling=sampling(temperature, **short))
+    assert programs._cache_size() - before == 1
+    generate(sampler, prompts_of(5, 9, 5), n=2, sampling=sampling(**short))
+    assert programs._cache_size() - before == 2

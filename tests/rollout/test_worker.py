@@ -488,3 +488,35 @@ def test_groups_are_recorded_whole_before_the_buffer_has_them(make):
     assert [before for _, before in recorded] == [0, 1]
     for (group, _), again in zip(recorded, held(store), strict=True):
         assert group is again
+
+
+def test_a_reward_that_fails_reaches_the_learner_in_turns(make):
+    worker, _, store = make(reward=lambda prompt, rollout: 1 / (1 - prompt.stream_index))
+    with pytest.raises(ZeroDivisionError):
+        worker.produce()
+    assert snapshot(store)[1] == [1]
+    assert [g.prompt.stream_index for g in held(store)] == [0]
+
+
+def test_stop_has_a_deadline_for_rewards(make):
+    """The sampler has failed, so only `stop` waits for the reward."""
+    begun, rewarded = threading.Event(), threading.Event()
+
+    def reward(prompt, rollout):
+        begun.set()
+        return float(rewarded.wait(PATIENCE))
+
+    worker, sampler, store = make(reward=reward, deadline=0.1)
+
+    def generate(prompts, **settings):
+        yield from itertools.islice(type(sampler).generate(sampler, prompts, **settings), 1)
+        assert begun.wait(PATIENCE)
+        raise OSError("lost")
+
+    sampler.generate = generate
+    with pytest.raises(OSError, match="lost"):
+        worker.produce()
+    with pytest.raises(RunError, match=r"rollout\.deadline"):
+        worker.stop()
+    rewarded.set()
+    until(lambda: len(store) == 1)

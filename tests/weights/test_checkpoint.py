@@ -31,7 +31,11 @@ from oapl_jax.weights.checkpoint import Checkpoints, Weights
 from oapl_jax.weights.publisher import load_probe, open_params
 
 PROBE = {"tokens": [[3, 1, 2]], "logp": [[-0.5, -1.25]], "dtype": "float32"}
-LOOP = {"worker": {"draw": 12}, "pins": {"3": [0, 3]}, "before": {"pass@1": 0.1, "note": None}}
+LOOP = {
+    "worker": {"stream_index": 12},
+    "pins": {"3": [0, 3]},
+    "before": {"pass@1": 0.1, "note": None},
+}
 
 
 def make_model(model_type="qwen3"):

@@ -611,3 +611,12 @@ def test_a_killed_process_leaves_every_version_whole_or_absent(tmp_path, place, 
 
 if __name__ == "__main__":
     fork_publishers()
+
+
+def test_every_shard_of_a_large_model_is_in_the_manifest(tmp_path, monkeypatch):
+    monkeypatch.setattr(publisher, "MAX_SHARD_BYTES", 10_000)
+    path = write(tmp_path, 16)
+    assert_holds(path, 16)
+    shards = {p.name for p in path.glob("*.safetensors")}
+    assert len(shards) > 3
+    assert {*shards, hf.INDEX} < set(read_manifest(path)["files"])

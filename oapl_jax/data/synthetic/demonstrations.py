@@ -1,4 +1,4 @@
-"""Demonstrations for the warm-up: responses of a noisy teacher to training prompts."""
+"""Demonstrations for the warm-up: noisy responses to training prompts."""
 
 import functools
 import itertools

@@ -4,7 +4,7 @@ r"""Made documents: tables and formulas by a plain description, to be written as
     frac(pow(b,2),a)=    $\frac{b^{2}}{a}$
 
 A description has a slash between rows and a bar between cells; a formula is the name of a function
-with its arguments. The noisy teacher omits closing tags, braces and whole cells.
+with its arguments. Noisy demonstrations omit closing tags, braces and whole cells.
 """
 
 from collections.abc import Callable, Mapping

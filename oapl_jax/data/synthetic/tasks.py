@@ -46,8 +46,8 @@ class Task:
       question, answer: of a record's metadata.
       key: canonical content of a record's metadata; equal keys mean the same problem.
       keep: whether the problem belongs to the task; others are skipped.
-      demonstration: (record, rng, noise) -> response of a noisy teacher, who errs in each step with
-        probability `noise`; correct without noise.
+      demonstration: (record, rng, noise) -> response with an error in each step with probability
+        `noise`; correct without noise.
       characters: every character of questions and demonstrations.
     """
 
@@ -84,7 +84,7 @@ def _totals(terms: list[str], misread: Callable[[], bool] = lambda: False) -> li
 
 
 def _chain_sum_demonstration(record: Record, rng: np.random.Generator, noise: float) -> str:
-    """After a misread operator the teacher continues from the wrong total."""
+    """After a misread operator the demonstration continues from the wrong total."""
     totals = _totals(record.metadata["terms"], lambda: rng.random() < noise)
     return ",".join(f"{total:02d}" for total in totals)
 

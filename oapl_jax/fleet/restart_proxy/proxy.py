@@ -1,4 +1,4 @@
-"""HTTP routes in front of a supervised server: those of SGLang that a fleet uses.
+"""HTTP routes in front of a server that the proxy restarts: those of SGLang that a fleet uses.
 
 /update_weights_from_disk checks a version's files, drains the requests in flight, restarts the
 server on the version and responds once it is healthy. Meanwhile every other route returns 503. Each

@@ -1,6 +1,6 @@
 r"""The verifier of mathematical answers: does a response's final answer equal the reference?
 
-A response is hostile until proven otherwise: its answer is extracted in linear time, plain numbers
+Responses are untrusted input: its answer is extracted in linear time, plain numbers
 are compared here, and all else goes to judge processes, spawned without this process's modules or
 environment. Each imports the judge once and forks the worker that answers (judge/supervisor.py). A
 deadline kills the worker only, so a hostile answer costs its deadline and no new imports. A late
