@@ -135,7 +135,9 @@ class Section:
         required = {n for n, field in fields.items() if field.default is dataclasses.MISSING}
         for name in sorted(required - values.keys()):
             raise UserError(f"{join(name)} is missing; add it to the file that --config names")
-        typed = {name: _typed(value, hints[name], join(name)) for name, value in values.items()}
+        # In the order of the fields: what other sections refer to (rollout) is checked before them.
+        given = [name for name in fields if name in values]
+        typed = {name: _typed(values[name], hints[name], join(name)) for name in given}
         token = _path.set(path)
         try:
             return cls(**typed)
