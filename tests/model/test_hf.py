@@ -337,7 +337,7 @@ def test_a_stored_head_must_equal_the_embedding_it_is_tied_to(copy):
     [
         ({"model_type": "qwen3_moe"}, "model_type='qwen3_moe'"),
         ({"num_experts": 8}, "num_experts"),
-        ({"num_local_experts": 8}, "num_local_experts"),
+        ({"num_local_experts": 8}, "num_experts"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "rope_type='dynamic'"),
