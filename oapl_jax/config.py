@@ -815,6 +815,7 @@ def save_config(workdir: epath.Path, config: Mapping[str, Any]) -> list[str]:
             f"({'; '.join(map(change, rejected))}); set them back, or give another --workdir"
         )
     text = json.dumps({"format": FORMAT, **config}, indent=1, sort_keys=True)
+    workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / "config.json", [text.encode()])
     return [change(key) for key in differing]
 

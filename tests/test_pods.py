@@ -204,9 +204,9 @@ def test_a_stop_of_one_host_stops_all_and_one_process_goes_on(runs, together, tm
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"groups_per_step": 5}, "groups_per_step=5 can't be divided over 2 hosts"),
-        ({"rollout.record": True}, "rollout.record=True needs a single host"),
-        ({"curriculum.name": "learnability"}, "curriculum.name='learnability' needs a single host"),
+        ({"groups_per_step": 5}, "groups_per_step=5"),
+        ({"rollout.record": True}, "rollout.record=True"),
+        ({"curriculum.name": "learnability"}, "curriculum.name='learnability'"),
     ],
 )
 def test_what_several_hosts_can_not_do(runs, tmp_path, settings, why):
