@@ -2,6 +2,7 @@
 And what the processes that share the tests have in common."""
 
 import os
+import pathlib
 import tempfile
 from collections.abc import Iterator
 
@@ -40,12 +41,27 @@ def kept_programs() -> Iterator[None]:
 
 # Minutes each, longest first: begun last, one of them would keep a process when the other is done.
 LONG = (
-    *("test_pods.py", "test_train.py", "test_experiments.py", "test_record.py"),
-    *("test_real_fleet.py", "test_fleet_job.py", "test_documents_run.py", "test_paper_configs.py"),
-    *("test_every_objective.py", "test_learning.py", "test_restart_proxy.py"),
+    *("test_pods", "test_train", "test_experiments", "test_record", "test_real_fleet"),
+    *("test_fleet_job", "test_documents_run", "test_paper_configs", "test_every_objective"),
+    *("test_learning", "test_restart_proxy"),
+)
+# Marked `slow` and left out of `make test-quick`: whole runs, real servers, other processes, the
+# compiler for TPUs, large programs.
+SLOW = (
+    *LONG,
+    *("test_attention", "test_code_verifier", "test_curriculum", "test_curriculum_experiment"),
+    *("test_curriculum_run", "test_cyclic_games", "test_fleet_evaluation", "test_fleet_lost"),
+    *("test_multihost", "test_plan", "test_preferences_run", "test_publisher", "test_real_judge"),
+    *("test_real_server", "test_remat", "test_run", "test_smollm2", "test_tpu_slices"),
+    *("test_train_step", "test_zero_reward_guard"),
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The order in which the processes that share the tests take them, a file at a time."""
-    items.sort(key=lambda item: (*LONG, item.path.name).index(item.path.name))
+    """Marks slow files, and orders files for the processes that share them."""
+    unknown = set(SLOW) - {path.stem for path in pathlib.Path(__file__).parent.rglob("test_*.py")}
+    assert not unknown, f"no such files: {unknown}"
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: (*LONG, item.path.stem).index(item.path.stem))
