@@ -105,7 +105,7 @@ class GroupStore:
             return prompt
 
     def has_room(self, count: int = 1) -> bool:
-        """Whether `count` more prompts fit beside those outstanding."""
+        """True if `count` more prompts fit beside those outstanding."""
         with self._changed:
             return self._buffer.has_room(len(self._outstanding) + count)
 

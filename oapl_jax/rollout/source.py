@@ -58,7 +58,7 @@ class GroupSource:
 
     @property
     def live(self) -> bool:
-        """Whether this run samples."""
+        """True if this run samples."""
         return self._sampled > 0
 
     def serve(self, version: int, path: epath.Path) -> None:

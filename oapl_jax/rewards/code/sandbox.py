@@ -236,7 +236,7 @@ def visible_paths(packages: Sequence[str]) -> dict[str, str]:
 
 
 def _may_mount() -> bool:
-    """Whether this process holds CAP_SYS_ADMIN: root in a container may lack it."""
+    """True if this process holds CAP_SYS_ADMIN: root in a container may lack it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     held = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff:"))
     return bool(held >> 21 & 1)

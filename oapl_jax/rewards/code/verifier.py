@@ -98,7 +98,7 @@ def choose_tests(problem: Problem, most: int) -> list[int]:
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Whether two texts agree line by line, each stripped of white space.
+    """True if two texts agree line by line, each stripped of white space.
 
     A line that differs must hold the same numbers: 1.50 is 1.5 and 1e3 is 1000, without tolerance.
     This is LiveCodeBench's rule (lcb_runner/evaluation/testing_util.py), as arXiv 2602.19362 has.
@@ -108,7 +108,7 @@ def same_output(printed: str, expected: str) -> bool:
 
 
 def same_value(returned: str, expected: str) -> bool:
-    """Whether two JSON texts hold equal values in Python, without tolerance: LiveCodeBench's rule,
+    """True if two JSON texts hold equal values in Python, without tolerance: LiveCodeBench's rule,
     but for tuples and integer keys inside of other values, which it takes for different."""
     try:
         return json.loads(returned) == json.loads(expected)

@@ -280,7 +280,7 @@ def _same_parts(answer: Parts, reference: Parts) -> bool:
 
 
 def _same_ratios(answer: Parts, reference: Parts) -> bool:
-    """Whether a : b : c and r : s : t are proportional."""
+    """True if a : b : c and r : s : t are proportional."""
     a, r = ([part.text for part in parts.parts] for parts in (answer, reference))
     if answer.left != reference.left or len(a) != len(r):
         return False

@@ -83,7 +83,7 @@ class _Reader(_Latex2Sympy):
 
 
 def same_value(answer: str, reference: str) -> bool:
-    """Whether two expressions or equations are equal; Unreadable for a bad reference."""
+    """True if two expressions or equations are equal; Unreadable for a bad reference."""
     if answer.replace(" ", "") == reference.replace(" ", ""):
         return True
     a, r = number(answer.strip()), number(reference.strip())
@@ -151,7 +151,7 @@ def _compare_numerically(found: Any, expected: Any, *, decimal: bool) -> bool | 
 
 
 def _same_equations(found: Any, expected: Any) -> bool:
-    """Whether one equation is a multiple of the other, as x + y = 2 and 2x + 2y = 4 are."""
+    """True if one equation is a multiple of the other, as x + y = 2 and 2x + 2y = 4 are."""
     sides = (found.lhs, found.rhs, expected.lhs, expected.rhs)
     if not all(isinstance(side, sympy.Expr) for side in sides):  # a set
         return False

@@ -61,7 +61,7 @@ def number(text: str) -> Fraction | None:
 
 
 def agree(answer: Fraction, reference: Fraction, *, decimal: bool) -> bool:
-    """Whether two numbers are the same answer; `decimal` if one was written as a decimal."""
+    """True if two numbers are the same answer; `decimal` if one was written as a decimal."""
     if answer == reference:
         return True
     difference, size = abs(answer - reference), max(abs(answer), abs(reference))
