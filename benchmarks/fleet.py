@@ -34,7 +34,7 @@ from configs import common
 from oapl_jax.config import FleetConfig
 from oapl_jax.fleet.admission import Requirements
 from oapl_jax.fleet.sampler import Fleet
-from oapl_jax.learner import train_step as learner
+from oapl_jax.learner import train_step
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import make_mesh
 from oapl_jax.model.tokenizer import make_character_tokenizer
@@ -78,7 +78,7 @@ def free_port() -> int:
 
 def publish_model(directory: epath.Path, config: ModelConfig, tokenizer) -> epath.Path:
     model = Transformer(config, jnp.dtype("float32"), remat="none")
-    params = jax.jit(functools.partial(learner.init_params, model))(jax.random.key(0))
+    params = jax.jit(functools.partial(train_step.init_params, model))(jax.random.key(0))
     mesh = make_mesh(data=1, fsdp=-1, context=1, tensor=1)
     probe = make_probe(model, mesh, row_length=64, rows_multiple=1, logp_chunk=64)
     weights = Weights(directory / "weights")

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from results import keep, show
 
-from oapl_jax.learner import packing as batching
-from oapl_jax.learner import train_step as learner
+from oapl_jax.learner import packing, train_step
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.logprobs import token_logp
@@ -89,7 +88,7 @@ def at_length(length: int, tokens: int, rounds: int) -> dict[str, float]:
         )
         for i in range(rows)
     ]
-    batch = batching.build_batch(
+    batch = packing.build_batch(
         groups,
         objective._replace(advantage=np.ones_like),  # of a group of one OAPL's is 0
         aggregation="sequence",
@@ -100,9 +99,9 @@ def at_length(length: int, tokens: int, rounds: int) -> dict[str, float]:
         max_prompt_tokens=PROMPT,
         max_response_tokens=response,
     )
-    batch = batching.to_mesh(batch, learner.batch_shardings(mesh))
-    state = learner.init_state(model, optimizer, mesh, 0)
-    step = learner.make_train_step(
+    batch = packing.to_mesh(batch, train_step.batch_shardings(mesh))
+    state = train_step.init_state(model, optimizer, mesh, 0)
+    step = train_step.make_train_step(
         model,
         objective,
         optimizer,

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from results import keep, show
 
-from oapl_jax.learner import packing as batching
-from oapl_jax.learner import train_step as learner
+from oapl_jax.learner import packing, train_step
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import make_mesh
@@ -90,7 +89,7 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
         max_grad_norm=1.0,
         mu_dtype="float32",
     )
-    state = learner.init_state(model, optimizer, mesh, 0)
+    state = train_step.init_state(model, optimizer, mesh, 0)
     rng = np.random.default_rng(0)
     draw = lambda n: rng.integers(2, config.vocab_size, n).astype(np.int32)
     prompts = [Prompt(str(i), i, draw(prompt_length), "", "", "") for i in range(GROUPS)]
@@ -100,7 +99,7 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
         for p in prompts
     ]
     objective = bind("oapl", {"beta1": 1.0, "beta2": 0.1})
-    batch = batching.build_batch(
+    batch = packing.build_batch(
         groups,
         objective,
         aggregation="sequence",
@@ -111,8 +110,8 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
         max_prompt_tokens=prompt_length,
         max_response_tokens=length,
     )
-    batch = batching.to_mesh(batch, learner.batch_shardings(mesh))
-    step = learner.make_train_step(
+    batch = packing.to_mesh(batch, train_step.batch_shardings(mesh))
+    step = train_step.make_train_step(
         model,
         objective,
         optimizer,

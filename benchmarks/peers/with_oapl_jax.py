@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import work
 
-from oapl_jax.learner import packing as batching
-from oapl_jax.learner import train_step as learner
+from oapl_jax.learner import packing, train_step
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
@@ -43,7 +42,7 @@ def make_model(path: str) -> None:
 
     config = ModelConfig.from_hf(work.ARCHITECTURE, source="benchmarks/peers/work.py")
     model = Transformer(config, jnp.float32, "none")
-    params = jax.jit(lambda key: learner.init_params(model, key))(jax.random.key(0))
+    params = jax.jit(lambda key: train_step.init_params(model, key))(jax.random.key(0))
     save_params(params, config, path, dtype="float32", max_shard_bytes=1 << 30)
     words = {str(i): i for i in range(config.vocab_size)}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=str(work.PAD)))
@@ -65,7 +64,7 @@ def make_batch(responses: np.ndarray) -> Batch:
         blank = np.zeros(work.RESPONSE, np.float32)  # behavior log-probs: none are looked at
         rollouts = [Rollout(tokens, blank, 0, "length") for tokens in responses[rows]]
         groups.append(Group(prompt, tuple(rollouts), given.rewards[rows]))
-    return batching.build_batch(
+    return packing.build_batch(
         groups,
         OBJECTIVE,
         aggregation="token",
@@ -84,12 +83,12 @@ class Learner:
         self.mesh = make_mesh(data=1, fsdp=-1, context=1, tensor=1)
         self.model = Transformer(config, jnp.float32, "none")
         self.params = hf.load_params(path, config, mesh=self.mesh)
-        self._logp = learner.make_logp_step(
+        self._logp = train_step.make_logp_step(
             self.model, self.mesh, temperature=1.0, logp_chunk=CHUNK
         )
 
     def place(self, responses: np.ndarray) -> Batch:
-        return batching.to_mesh(make_batch(responses), learner.batch_shardings(self.mesh))
+        return packing.to_mesh(make_batch(responses), train_step.batch_shardings(self.mesh))
 
     def logp(self, params: Any, responses: np.ndarray) -> np.ndarray:
         return np.asarray(self._logp(params, self.place(responses)))
@@ -105,9 +104,9 @@ def learn(path: str, steps: int, check: bool) -> None:
         weight_decay=0.0,
         mu_dtype="float32",
     )
-    state = learner.init_state(mine.model, optimizer, mine.mesh, mine.params)
+    state = train_step.init_state(mine.model, optimizer, mine.mesh, mine.params)
     del mine.params
-    train_step = learner.make_train_step(
+    step_fn = train_step.make_train_step(
         mine.model,
         OBJECTIVE,
         optimizer,
@@ -122,7 +121,7 @@ def learn(path: str, steps: int, check: bool) -> None:
 
     def step() -> None:
         nonlocal state
-        state, metrics = train_step(state, batch)
+        state, metrics = step_fn(state, batch)
         jax.block_until_ready((state, metrics))
 
     logp = lambda: mine.logp(state.params, responses).astype(np.float64).sum(1)

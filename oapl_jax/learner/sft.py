@@ -7,7 +7,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from oapl_jax.learner import train_step as learner
+from oapl_jax.learner import train_step
 from oapl_jax.learner.packing import build_batch, to_mesh
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import bind
@@ -43,8 +43,8 @@ def warm_up(
       The parameters, in the learner's sharding.
     """
     objective = bind("sft", {})
-    state = learner.init_state(model, optimizer, mesh, params)
-    train_step = learner.make_train_step(
+    state = train_step.init_state(model, optimizer, mesh, params)
+    step_fn = train_step.make_train_step(
         model,
         objective,
         optimizer,
@@ -55,7 +55,7 @@ def warm_up(
         ess_power=0.0,
         to_reference=False,
     )
-    shardings = learner.batch_shardings(mesh)
+    shardings = train_step.batch_shardings(mesh)
     for step in range(num_steps):
         batch = build_batch(
             [next(demonstrations) for _ in range(batch_size)],
@@ -68,6 +68,6 @@ def warm_up(
             max_prompt_tokens=max_prompt_tokens,
             max_response_tokens=max_response_tokens,
         )
-        state, metrics = train_step(state, to_mesh(batch, shardings))
+        state, metrics = step_fn(state, to_mesh(batch, shardings))
         log(step + 1, {"loss": float(jax.device_get(metrics["loss"]))})
     return state.params

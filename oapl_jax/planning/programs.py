@@ -16,8 +16,7 @@ from jax.sharding import Mesh
 
 from oapl_jax import config as sections
 from oapl_jax.errors import RunError
-from oapl_jax.learner import packing
-from oapl_jax.learner import train_step as learner
+from oapl_jax.learner import packing, train_step
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import Objective
@@ -77,13 +76,13 @@ class RunPrograms:
         return Transformer(self.inputs.model_config, jnp.dtype(section.dtype), section.remat)
 
     @functools.cached_property
-    def state(self) -> learner.TrainState:
+    def state(self) -> train_step.TrainState:
         """Shapes and shardings of the state that a run keeps in HBM from step to step."""
         optimizer = self.inputs.optimizer
-        fresh = lambda: learner.new_state(
-            learner.init_params(self.model, jax.random.key(0)), optimizer
+        fresh = lambda: train_step.new_state(
+            train_step.init_params(self.model, jax.random.key(0)), optimizer
         )
-        shardings = learner.state_shardings(self.model, optimizer, self.mesh)
+        shardings = train_step.state_shardings(self.model, optimizer, self.mesh)
         return jax.tree.map(_placed, jax.eval_shape(fresh), shardings)
 
     @functools.cached_property
@@ -110,10 +109,10 @@ class RunPrograms:
 
     @functools.cached_property
     def batch(self) -> Batch:
-        return jax.tree.map(_placed, self.longest, learner.batch_shardings(self.mesh))
+        return jax.tree.map(_placed, self.longest, train_step.batch_shardings(self.mesh))
 
     @functools.cached_property
-    def optimizer_state(self) -> learner.TrainState:
+    def optimizer_state(self) -> train_step.TrainState:
         return self.state.replace(params=())  # pyright: ignore[reportAttributeAccessIssue]
 
     @functools.cached_property
@@ -133,11 +132,11 @@ class RunPrograms:
 
     def programs(self) -> list[Program]:
         """The train step, which needs most HBM, then the others."""
-        return [self.train_step(), self.initialization(), *self.recomputation(), self.probe()]
+        return [self.gradient_step(), self.initialization(), *self.recomputation(), self.probe()]
 
-    def train_step(self) -> Program:
+    def gradient_step(self) -> Program:
         inputs = self.inputs
-        step = learner.make_train_step(
+        step = train_step.make_train_step(
             self.model,
             inputs.loss,
             inputs.optimizer,
@@ -156,10 +155,12 @@ class RunPrograms:
     def initialization(self) -> Program:
         optimizer = self.inputs.optimizer
         if self.inputs.from_checkpoint:
-            make = functools.partial(learner.new_state, optimizer=optimizer)
+            make = functools.partial(train_step.new_state, optimizer=optimizer)
             given, kinds = self.state.params, {"parameters": self.state.params}
         else:
-            make = lambda key: learner.new_state(learner.init_params(self.model, key), optimizer)
+            make = lambda key: train_step.new_state(
+                train_step.init_params(self.model, key), optimizer
+            )
             given, kinds = jax.eval_shape(jax.random.key, 0), {}
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         jitted = jax.jit(make, out_shardings=shardings)
@@ -183,7 +184,7 @@ class RunPrograms:
             row_length=section.row_length,
             rows_multiple=section.rows_multiple,
         )
-        few = jax.tree.map(_placed, host, learner.batch_shardings(self.mesh))
+        few = jax.tree.map(_placed, host, train_step.batch_shardings(self.mesh))
         arguments = {"parameters": self.state.params, "batch": few}
         return self._logp_step("probe", arguments, self._beside(arguments), 1.0)
 
@@ -191,7 +192,7 @@ class RunPrograms:
         self, name: str, arguments: dict[str, Any], beside: dict[str, int], temperature: float
     ) -> Program:
         chunk = self.inputs.learner.logp_chunk
-        step = learner.make_logp_step(
+        step = train_step.make_logp_step(
             self.model, self.mesh, temperature=temperature, logp_chunk=chunk
         )
         return Program(name, lambda: step.trace(*arguments.values()), arguments, beside)

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from oapl_jax.learner import packing as batching
-from oapl_jax.learner import train_step as learner
+from oapl_jax.learner import packing, train_step
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import bind
 from oapl_jax.structs import Batch, Group, Prompt, Rollout
@@ -34,7 +33,7 @@ def probe_batch(
         )
         for i, row in enumerate(tokens)
     ]
-    batch = batching.build_batch(
+    batch = packing.build_batch(
         groups,
         bind("sft", {}),  # only its log-probs are used, neither advantage nor loss
         aggregation="sequence",
@@ -59,8 +58,8 @@ def make_probe(
     batch, tokens = probe_batch(
         model.config.vocab_size, row_length=row_length, rows_multiple=rows_multiple
     )
-    logp_step = learner.make_logp_step(model, mesh, temperature=1.0, logp_chunk=logp_chunk)
-    placed = batching.to_mesh(batch, learner.batch_shardings(mesh))
+    logp_step = train_step.make_logp_step(model, mesh, temperature=1.0, logp_chunk=logp_chunk)
+    placed = packing.to_mesh(batch, train_step.batch_shardings(mesh))
 
     def probe(params: Any) -> dict[str, Any]:
         logp = np.asarray(jax.device_get(logp_step(params, placed)))

@@ -16,7 +16,7 @@ from small_runs import IN_PROCESS, cached_programs, opened, small_arithmetic
 from oapl_jax import build, rewards
 from oapl_jax.errors import UserError
 from oapl_jax.evaluate import benchmark_prompts, check_flags, evaluate_benchmarks
-from oapl_jax.learner import train_step as learner
+from oapl_jax.learner import train_step
 from oapl_jax.rewards.grader import Grader
 from oapl_jax.rollout.dataset import Dataset
 
@@ -60,7 +60,7 @@ class Shop:
         content = CONFIG.format(settings=self.settings, benchmarks=self.benchmarks)
         (root / "config.py").write_text(content)
         job = self.job()
-        state = learner.init_state(job.model, job.optimizer, job.mesh, 0)
+        state = train_step.init_state(job.model, job.optimizer, job.mesh, 0)
         job.checkpoints.save(3, state, {}, b"", probe=job.versions.probe(state.params))
         job.close()
 

@@ -15,7 +15,7 @@ from configs import smollm2
 from oapl_jax import train
 from oapl_jax.data import samples
 from oapl_jax.evaluate import evaluate_benchmarks
-from oapl_jax.learner import train_step as learner
+from oapl_jax.learner import train_step
 from oapl_jax.model import hf
 from oapl_jax.model.policy import open_policy
 from oapl_jax.model.transformer import Transformer
@@ -48,7 +48,7 @@ def model(tmp_path_factory):
     fresh = directory / "fresh"
     policy = open_policy(fresh, path="", architecture=sizes, characters=CHARACTERS)
     network = Transformer(policy.config, jnp.dtype("float32"), remat="none")
-    params = jax.jit(functools.partial(learner.init_params, network))(jax.random.key(0))
+    params = jax.jit(functools.partial(train_step.init_params, network))(jax.random.key(0))
     policy.tokenizer.chat_template = CHATML
     policy.tokenizer.save_pretrained(str(directory / "llama"))
     hf.save_params(

@@ -23,7 +23,7 @@ from server_processes import PROCESSES, Process, find_port, launch_server, sglan
 
 from configs import arithmetic
 from oapl_jax.data.synthetic.tasks import TASKS
-from oapl_jax.learner import train_step as learner
+from oapl_jax.learner import train_step
 from oapl_jax.model.policy import Policy, open_policy
 from oapl_jax.model.sharding import AXES
 from oapl_jax.model.transformer import Transformer, head, logits
@@ -82,7 +82,7 @@ def published(tmp_path_factory) -> Published:
     characters = TASKS["chain_sum"].characters
     policy = open_policy(directory / "policy", path="", architecture=sizes, characters=characters)
     model = Transformer(policy.config, jnp.dtype("float32"), remat="none")
-    init = jax.jit(functools.partial(learner.init_params, model))
+    init = jax.jit(functools.partial(train_step.init_params, model))
     mesh = jax.make_mesh((1,) * 4, AXES, (AxisType.Auto,) * 4, devices=jax.devices()[:1])
     probe = make_probe(model, mesh, row_length=64, rows_multiple=1, logp_chunk=64)
     params = {version: jax.device_get(init(jax.random.key(version))) for version in (1, 2, 3)}

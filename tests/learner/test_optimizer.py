@@ -10,7 +10,7 @@ import optax
 import pytest
 from etils import epath
 
-from oapl_jax.learner import train_step as learner
+from oapl_jax.learner import train_step
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.weights.checkpoint import Checkpoints
 
@@ -102,11 +102,11 @@ def test_a_step_rounds_the_moment_once_and_only_for_the_next_step():
 def test_a_restored_run_goes_on_from_the_same_moments(restored_as, tmp_path):
     """To the bit; or, if float32 is wanted from then on, from the numbers that there are."""
     params, opt_state = train("bfloat16", 3)
-    state = learner.new_state(params, optimizer("bfloat16")).replace(opt_state=opt_state)
+    state = train_step.new_state(params, optimizer("bfloat16")).replace(opt_state=opt_state)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-        learner.new_state(params, optimizer(restored_as)),
+        train_step.new_state(params, optimizer(restored_as)),
     )
     checkpoints = Checkpoints(epath.Path(tmp_path) / "checkpoints", keep=1)
     checkpoints.save(3, state, {}, b"", probe={})

@@ -17,7 +17,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from oapl_jax.learner import train_step as learner
+from oapl_jax.learner import train_step
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.learner.packing import build_batch, to_mesh
 from oapl_jax.model.config import ModelConfig
@@ -76,7 +76,7 @@ def quick_compilation():
 def parameters(seed=0):
     """Numpy parameters with every leaf at work: norms off 1 and biases off 0."""
     model = Transformer(CONFIG, jnp.float32, "none")
-    shapes = jax.eval_shape(functools.partial(learner.init_params, model), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(train_step.init_params, model), jax.random.key(0))
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -168,11 +168,11 @@ def compiled(sizes=ONE, objective=OAPL, kl_weight=0.0, ess_power=0.0, to_referen
     mesh, optimizer = mesh_of(sizes), make_optimizer(**OPTIM)
     model = Transformer(CONFIG, jnp.float32, "none")
     settings: dict[str, Any] = dict(temperature=TEMPERATURE, logp_chunk=5)  # of 24 tokens of a row
-    shardings = learner.batch_shardings(mesh)
-    first = learner.init_state(model, optimizer, mesh, parameters())
+    shardings = train_step.batch_shardings(mesh)
+    first = train_step.init_state(model, optimizer, mesh, parameters())
     return types.SimpleNamespace(
         start=lambda: jax.tree.map(jnp.copy, first),
-        step=learner.make_train_step(
+        step=train_step.make_train_step(
             model,
             objective,
             optimizer,
@@ -182,7 +182,7 @@ def compiled(sizes=ONE, objective=OAPL, kl_weight=0.0, ess_power=0.0, to_referen
             to_reference=to_reference,
             **settings,
         ),
-        logp=learner.make_logp_step(model, mesh, **settings),
+        logp=train_step.make_logp_step(model, mesh, **settings),
         put=lambda batch: to_mesh(batch, shardings),
         mesh=mesh,
     )
@@ -430,7 +430,7 @@ def test_log_probs_are_recomputed_by_reference_and_version(reference, load_versi
     lag = np.repeat([2, 1, 1, 3], 4)
     batch = replace(batch_of(), lag=lag)
     logp_step = lambda version, batch: -version * jnp.asarray(batch.mask)
-    found = learner.recompute_logps(
+    found = train_step.recompute_logps(
         batch, logp_step, step=7, reference=reference, load_version=load_version
     )
     behavior = (lag[:, None] - 7) * batch.mask if load_version else batch.behavior_logp
@@ -462,7 +462,7 @@ def test_micro_batches_that_hold_nothing_are_not_computed():
         jax.debug.callback(lambda m: calls.append(int(m)), m)
         return jnp.zeros(())
 
-    jax.jit(functools.partial(learner.sum_micro_batches, count))(run.put(batch))
+    jax.jit(functools.partial(train_step.sum_micro_batches, count))(run.put(batch))
     jax.effects_barrier()
     assert sorted(calls) == [0, 1, 2]
 
@@ -471,7 +471,7 @@ def test_micro_batches_that_hold_nothing_are_not_computed():
 def test_padding_is_the_share_of_computed_places_without_a_token(layout):
     batch = batch_of(**layout)
     used = [part for part in batch.segments if part.any()]
-    np.testing.assert_allclose(learner.padding(batch), np.mean(np.array(used) == 0), rtol=1e-6)
+    np.testing.assert_allclose(train_step.padding(batch), np.mean(np.array(used) == 0), rtol=1e-6)
 
 
 def test_packed_equals_one_sequence_a_row():
@@ -557,7 +557,7 @@ def test_the_compiler_never_replicates_what_it_can_not_reshard():
 def test_fresh_parameters_do_not_depend_on_the_mesh():
     model, optimizer = Transformer(CONFIG, jnp.float32, "none"), make_optimizer(**OPTIM)
     states = [
-        jax.device_get(learner.init_state(model, optimizer, mesh_of(sizes), 3))
+        jax.device_get(train_step.init_state(model, optimizer, mesh_of(sizes), 3))
         for sizes in (ONE, (2, 2, 1, 2))
     ]
     jax.tree.map(np.testing.assert_array_equal, *states)
@@ -673,7 +673,7 @@ def test_the_parameters_that_a_state_starts_from_are_not_given_away():
     run = compiled()
     model, optimizer = Transformer(CONFIG, jnp.float32, "none"), make_optimizer(**OPTIM)
     params = jax.device_put(parameters(), parameter_shardings(parameters(), run.mesh))
-    state = learner.init_state(model, optimizer, run.mesh, params)
+    state = train_step.init_state(model, optimizer, run.mesh, params)
     run.step(state, run.put(batch_of()))
     jax.tree.map(np.testing.assert_array_equal, params, parameters(0))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))

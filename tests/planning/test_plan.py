@@ -57,7 +57,7 @@ def compiled(name, remat="full", micro_batches=2, **mesh):
     inputs = plan_inputs(typed(config), model, False)
     run = programs.RunPrograms(inputs, hardware.make_mesh(where, **config.mesh))
     assert run.longest.tokens.shape == (micro_batches, ROWS, length)
-    step = run.train_step()
+    step = run.gradient_step()
     traced = step.trace()
     result = memory.compile_program(step, traced, memory.available_hbm(where))
     assert result.module

@@ -132,12 +132,12 @@ def test_the_longest_batch_has_the_most_rows_and_a_host_a_copy_of_each_chips_par
 def test_copies_of_the_parameters_beside_a_program_are_counted(config, run_of):
     run = run_of()
     count = 4 * parameters(run.inputs.model_config)
-    assert dict(run.train_step().beside) == {}
+    assert dict(run.gradient_step().beside) == {}
     assert [p.name for p in run.programs()] == ["train step", "initialisation", "probe"]
     config.objective.kl_weight = 0.1
     config.rollout.sampler = "local"
     config.evaluation.every = 10
-    beside = run_of().train_step().beside
+    beside = run_of().gradient_step().beside
     assert beside["embedded samplers"] == 2 * count
     assert count / 8 <= beside["reference parameters"] < count / 7
     assert "recomputed log-probs" in [p.name for p in run_of().programs()]

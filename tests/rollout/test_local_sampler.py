@@ -19,8 +19,7 @@ from scipy import stats
 from small_models import small_mesh
 
 from oapl_jax.errors import UserError
-from oapl_jax.learner import packing as batching
-from oapl_jax.learner import train_step as learner
+from oapl_jax.learner import packing, train_step
 from oapl_jax.model import hf
 from oapl_jax.model.transformer import Transformer, head, logits
 from oapl_jax.objectives import bind
@@ -121,7 +120,7 @@ def test_log_probs_are_those_of_the_learners_packed_rows(name, temperature, top_
         Group(prompt, tuple(rollouts), np.zeros(4, np.float32))
         for prompt, rollouts in zip(prompts, sampled, strict=True)
     ]
-    batch = batching.build_batch(
+    batch = packing.build_batch(
         groups,
         bind("sft", {}),
         aggregation="sequence",
@@ -139,7 +138,7 @@ def test_log_probs_are_those_of_the_learners_packed_rows(name, temperature, top_
     mesh = small_mesh()
     model = Transformer(config, jnp.float32, "none")
 
-    step = learner.make_logp_step(model, mesh, temperature=temperature, logp_chunk=8)
+    step = train_step.make_logp_step(model, mesh, temperature=temperature, logp_chunk=8)
     assert batch.mask.sum() == sum(len(r.tokens) for g in groups for r in g.rollouts)
     np.testing.assert_allclose(step(params, batch), batch.behavior_logp, atol=1e-4, rtol=0)
 

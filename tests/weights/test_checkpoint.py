@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict
 from small_models import assert_same, small_config, small_mesh
 
 from oapl_jax.errors import RunError, UserError
-from oapl_jax.learner import train_step as learner
+from oapl_jax.learner import train_step
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.weights import checkpoint
 from oapl_jax.weights.checkpoint import Checkpoints, Weights
@@ -48,8 +48,8 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 def abstract(mesh, model=None):
     """Shapes, dtypes and shardings of a state on a mesh."""
     model = model or make_model()
-    make = lambda: learner.new_state(learner.init_params(model, jax.random.key(0)), OPTIMIZER)
-    shardings = learner.state_shardings(model, OPTIMIZER, mesh)
+    make = lambda: train_step.new_state(train_step.init_params(model, jax.random.key(0)), OPTIMIZER)
+    shardings = train_step.state_shardings(model, OPTIMIZER, mesh)
     place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
     return jax.tree.map(place, jax.eval_shape(make), shardings)
 
