@@ -24,7 +24,7 @@ BAD_ADMISSIONS = {
     ("info", "refused"): ("wrong_version",),
     ("info", "lost"): ("500", "hang"),
     ("generate", "refused"): ("400",),
-    ("generate", "lost"): ("nan",),
+    ("generate", "lost"): ("nan", "few", "truncated", "500", "no_logp"),
 }
 
 
