@@ -188,7 +188,7 @@ def test_float16_files_load(copy):
     assert_same(hf.load_params(directory, config), expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_tied"])  # the first is in several files
+@pytest.mark.parametrize("name", ["llama", "qwen2_tied", "qwen3"])  # llama is in several files
 def test_each_device_of_a_mesh_loads_its_part(name, tmp_path):
     config, expected = load(name)
     mesh = make_mesh(data=2, fsdp=2, context=1, tensor=2)
@@ -199,7 +199,7 @@ def test_each_device_of_a_mesh_loads_its_part(name, tmp_path):
     for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True):
         assert leaf.sharding == sharding
         split += leaf.addressable_shards[0].data.size * 4 == leaf.size  # fsdp x tensor
-    assert split == {"llama": 9, "qwen2_tied": 8}[name]  # all matrices
+    assert split == {"llama": 9, "qwen2_tied": 8, "qwen3": 9}[name]  # all matrices
 
     tokens, _ = golden(name)
     tokens = np.concatenate([tokens, tokens[:, ::-1]])
