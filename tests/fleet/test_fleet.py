@@ -78,6 +78,14 @@ def test_a_prompt_that_would_crash_a_server_is_not_sent(ready_fleet, tokens):
     assert server.calls["generate"] == before
 
 
+@pytest.mark.parametrize("tokens", [(0, VOCAB - 1), range(2, 10)])
+def test_a_prompt_within_the_bounds_is_sent(ready_fleet, tokens):
+    fleet, (server,) = ready_fleet(1)
+    prompt = Prompt("p0", 0, np.array(tokens, np.int32), "", "", "toy")
+    fleet.take([prompt]).result()
+    assert server.requests[-1]["input_ids"] == [*tokens]
+
+
 def test_a_prompt_before_the_first_version(make_fleet):
     fleet, _ = make_fleet(1)
     assert (fleet.version, fleet.versions()) == (-1, set())
