@@ -18,8 +18,9 @@ import time
 from results import keep
 
 from oapl_jax.config import CodeRewardConfig
+from oapl_jax.data.public.programs import Problem
 from oapl_jax.rewards.code.sandbox import Sandbox, find_bwrap
-from oapl_jax.rewards.code.verifier import CodeVerifier, Problem
+from oapl_jax.rewards.code.verifier import CodeVerifier
 
 CONFIG = CodeRewardConfig(
     allow_unsafe=False,

@@ -21,7 +21,7 @@ import numpy as np
 from results import keep
 
 from oapl_jax.config import ReleaseConfig
-from oapl_jax.data.prompts import PromptStream
+from oapl_jax.data.prompts import PromptStream, PromptTemplate
 from oapl_jax.data.public import releases
 from oapl_jax.data.records import Record
 from oapl_jax.model.tokenizer import load_tokenizer
@@ -81,8 +81,9 @@ def main() -> None:
         if arguments.tokenizer:
             tokenizers["with tokenizer"] = load_tokenizer(arguments.tokenizer)
         for name, tokenizer in tokenizers.items():
-            limits: dict[str, Any] = dict(task="math", seed=0, max_prompt_tokens=4096)
-            prompts = PromptStream(source, tokenizer, **limits, instruction="", host=0, hosts=1)
+            limits: dict[str, Any] = dict(task="math", max_prompt_tokens=4096, instruction="")
+            template = PromptTemplate(tokenizer, **limits)
+            prompts = PromptStream(source, template, seed=0, host=0, hosts=1)
             took = lambda stream=prompts: sum(1 for _ in itertools.islice(stream, count))
             wall, cpu, taken = seconds(took)
             assert taken == count

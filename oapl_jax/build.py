@@ -144,15 +144,14 @@ class Run:
             return dict(tasks.open_splits(data))
 
     @property
-    def prompt_settings(self) -> dict[str, Any]:
-        """Arguments that turn a record into a prompt."""
+    def prompt_template(self) -> prompts.PromptTemplate:
         names = ("task", "max_prompt_tokens", "instruction")
-        return {name: self.config.data[name] for name in names}
+        settings = {name: self.config.data[name] for name in names}
+        return prompts.PromptTemplate(self.policy.tokenizer, **settings)
 
     def prompts(self, split: str) -> list[Prompt]:
         """Every prompt of a split, in order."""
-        records, tokenizer = self.splits[split], self.policy.tokenizer
-        return prompts.all_prompts(records, tokenizer, **self.prompt_settings)
+        return prompts.all_prompts(self.splits[split], self.prompt_template)
 
     @cached_property
     def grader(self) -> Grader:
@@ -160,8 +159,7 @@ class Run:
 
     def check_grader(self) -> None:
         """Grades known responses end to end before any sampling; see rewards.grader."""
-        records, tokenizer = self.splits["train"], self.policy.tokenizer
-        check_rewards(self.grader, tokenizer, records, **self.prompt_settings)
+        check_rewards(self.grader, self.prompt_template, self.splits["train"])
 
     # Weights
 
@@ -357,11 +355,10 @@ class Run:
         )
         stream = prompts.PromptStream(
             self.splits["train"],
-            self.policy.tokenizer,
+            self.prompt_template,
             seed=config.seed,
             host=jax.process_index(),
             hosts=jax.process_count(),
-            **self.prompt_settings,
         )
         return Curriculum(
             stream,

@@ -262,7 +262,7 @@ def benchmark_prompts(run: Run, name: str) -> tuple[list[Prompt], int]:
     records = releases.open_set(
         name, sets, section="config.benchmarks", data_dir=config.data.data_dir
     )
-    prompts = all_prompts(records, run.policy.tokenizer, **run.prompt_settings)
+    prompts = all_prompts(records, run.prompt_template)
     return prompts, len(records) - len(prompts)
 
 

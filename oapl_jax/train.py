@@ -167,12 +167,11 @@ def warm_up(run: Run, params: Any, log: Callable[[int, dict[str, float]], None])
     max_response_tokens = config.rollout.max_response_tokens
     stream = demonstrations(
         run.splits["train"],
-        run.policy.tokenizer,
+        run.prompt_template,
         count=warmup.demonstrations,
         noise=warmup.noise,
         seed=config.seed,
         max_response_tokens=max_response_tokens,
-        **run.prompt_settings,
     )
     return sft.warm_up(
         run.model,

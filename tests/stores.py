@@ -3,7 +3,7 @@
 from oapl_jax.config import BufferConfig
 from oapl_jax.curriculum import Curriculum
 from oapl_jax.curriculum.stream import Uniform
-from oapl_jax.data.prompts import PromptStream
+from oapl_jax.data.prompts import PromptStream, PromptTemplate
 from oapl_jax.data.records import Record, user
 from oapl_jax.rollout.buffer import Buffer
 from oapl_jax.rollout.group_store import GroupStore
@@ -34,8 +34,9 @@ def store_of_sums(
     records = [
         Record(f"id{i}", user(f"{i}+1="), str(i + 1), "chain_sum", {}) for i in range(10, 17)
     ]
-    settings = dict(task="chain_sum", seed=0, max_prompt_tokens=5, instruction="")
-    stream = PromptStream(records, tokenizer, host=0, hosts=1, **settings)
+    settings = dict(task="chain_sum", max_prompt_tokens=5, instruction="")
+    template = PromptTemplate(tokenizer, **settings)
+    stream = PromptStream(records, template, seed=0, host=0, hosts=1)
     ledger = Ledger(ledger)
     held = Buffer(buffer_config(**buffer), seed=0, on_end=on_end or ledger.end)
     return GroupStore(uniform(stream), held, ledger, None, group_size=group_size, on_group=on_group)

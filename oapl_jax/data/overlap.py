@@ -7,7 +7,7 @@ problem's 13-grams found in training problems is reported with it.
 import dataclasses
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,24 +19,21 @@ SHOWN = 100  # characters of a problem in the report
 LATEX = re.compile(r"\\(?:left|right|displaystyle|q?quad)(?![a-z])|\\[,;:!>()\[\] ]|[$~]")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Problem:
     """An evaluation problem and its matches.
 
     Attributes:
-      id, source, text: of the record.
       grams: number of its distinct 13-grams; 0 if it has fewer than 13 words.
       exact: training source -> id of an equal problem.
       shared: training source -> its 13-grams found there.
       nearest: training source -> (shared 13-grams, id) of the problem that shares the most.
     """
 
-    id: str
-    source: str
-    text: str
+    record: Record
     grams: int
     exact: dict[str, str] = dataclasses.field(default_factory=dict)
-    shared: dict[str, set[int]] = dataclasses.field(default_factory=dict)
+    shared: dict[str, set[int]] = dataclasses.field(default_factory=lambda: defaultdict(set))
     nearest: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
 
 
@@ -49,52 +46,40 @@ def find_overlap(train: Iterable[Record], evaluation: Iterable[Record]) -> dict[
       for each found problem its "id", "text", "train_source", "train_id" of an equal problem or
       else of the nearest one, "exact", and "share" of its 13-grams found.
     """
-    problems: list[Problem] = []
+    problems: dict[str, list[Problem]] = defaultdict(list)
     by_text: dict[str, list[Problem]] = defaultdict(list)
     by_gram: dict[int, list[Problem]] = defaultdict(list)
     for record in evaluation:
         text = normalize(record.question)
         grams = ngrams(text)
-        problem = Problem(record.id, record.source, record.question[:SHOWN], len(grams))
-        problems.append(problem)
+        problem = Problem(record, len(grams))
+        problems[record.source].append(problem)
         by_text["".join(text.split())].append(problem)
         for gram in grams:
             by_gram[gram].append(problem)
-    sizes: dict[str, int] = defaultdict(int)
+    sizes: Counter[str] = Counter()
     for record in train:
-        sizes[record.source] += 1
-        text = normalize(record.question)
+        source, text = record.source, normalize(record.question)
+        sizes[source] += 1
         for problem in by_text.get("".join(text.split()), ()):
-            problem.exact.setdefault(record.source, record.id)
-        _add_shared(record, ngrams(text), by_gram)
-    sources = dict.fromkeys(problem.source for problem in problems)
-    return {
-        "train": dict(sizes),
-        "evaluation": {
-            source: _summarize([p for p in problems if p.source == source], list(sizes))
-            for source in sources
-        },
-    }
-
-
-def _add_shared(
-    record: Record, grams: Iterable[int], by_gram: Mapping[int, Sequence[Problem]]
-) -> None:
-    hits: dict[int, tuple[Problem, set[int]]] = {}
-    for gram in grams:
-        for problem in by_gram.get(gram, ()):
-            hits.setdefault(id(problem), (problem, set()))[1].add(gram)
-    for problem, shared in hits.values():
-        problem.shared.setdefault(record.source, set()).update(shared)
-        best = problem.nearest.get(record.source, (0, ""))
-        problem.nearest[record.source] = max(best, (len(shared), record.id), key=lambda b: b[0])
+            problem.exact.setdefault(source, record.id)
+        hits: dict[Problem, set[int]] = defaultdict(set)
+        for gram in ngrams(text):
+            for problem in by_gram.get(gram, ()):
+                hits[problem].add(gram)
+        for problem, shared in hits.items():
+            problem.shared[source] |= shared
+            if len(shared) > problem.nearest.get(source, (0, ""))[0]:
+                problem.nearest[source] = (len(shared), record.id)
+    parts = {source: _summarize(part, list(sizes)) for source, part in problems.items()}
+    return {"train": dict(sizes), "evaluation": parts}
 
 
 def _summarize(problems: Sequence[Problem], sources: Sequence[str]) -> dict[str, Any]:
     found = [
         {
-            "id": problem.id,
-            "text": problem.text,
+            "id": problem.record.id,
+            "text": problem.record.question[:SHOWN],
             "train_source": source,
             "train_id": problem.exact.get(source) or problem.nearest[source][1],
             "exact": source in problem.exact,

@@ -3,6 +3,7 @@
 Both drop a prompt whose templated tokens exceed the limit, and count it.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,49 @@ from oapl_jax.structs import Prompt
 log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class PromptTemplate:
+    """Turns records of one task into prompts.
+
+    Attributes:
+      tokenizer: has a chat template.
+      task: name of the verifier.
+      max_prompt_tokens: longer templated prompts are dropped.
+      instruction: appended to the question; "" for none.
+    """
+
+    tokenizer: Any
+    _: dataclasses.KW_ONLY
+    task: str
+    max_prompt_tokens: int
+    instruction: str
+
+    def prompt(self, record: Record, stream_index: int) -> Prompt | None:
+        """Templates and tokenizes a record; None if the result is too long.
+
+        Raises:
+          UserError: if the record is of another task.
+        """
+        if record.task != self.task:
+            raise UserError(
+                f"record {record.id} is of task {record.task}, but data.task is {self.task}"
+            )
+        tokens = self.tokenizer.apply_chat_template(
+            append_instruction(record.messages, self.instruction),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,  # transformers 5 returns a BatchEncoding otherwise
+        )
+        if len(tokens) > self.max_prompt_tokens:
+            return None
+        tokens = np.asarray(tokens, np.int32)
+        return Prompt(record.id, stream_index, tokens, record.question, record.answer, self.task)
+
+    def too_long(self, prompts: str) -> str:
+        """The message about prompts that exceed the limit."""
+        return f"{prompts} longer than data.max_prompt_tokens ({self.max_prompt_tokens})"
+
+
 class PromptStream(Iterator[Prompt]):
     """Endless prompts; each epoch is a permutation of the source, seeded by [seed, epoch].
 
@@ -26,11 +70,6 @@ class PromptStream(Iterator[Prompt]):
 
     Args:
       source: records with random access.
-      tokenizer: has a chat template.
-      task: name of the verifier; every record must be of this task.
-      seed: of the permutations.
-      max_prompt_tokens: longer templated prompts are dropped.
-      instruction: appended to the question; "" for none.
       host, hosts: index and number of the processes that share the stream.
 
     Raises:
@@ -40,12 +79,9 @@ class PromptStream(Iterator[Prompt]):
     def __init__(
         self,
         source: Sequence[Record],
-        tokenizer: Any,
+        template: PromptTemplate,
         *,
-        task: str,
         seed: int,
-        max_prompt_tokens: int,
-        instruction: str,
         host: int,
         hosts: int,
     ):
@@ -53,15 +89,7 @@ class PromptStream(Iterator[Prompt]):
             raise UserError("the prompt source is empty; raise data.train_size")
         if not 0 <= host < hosts:
             raise ValueError(f"host {host} is not one of {hosts}")
-        self._source = source
-        self._make = functools.partial(
-            make_prompt,
-            tokenizer=tokenizer,
-            task=task,
-            max_prompt_tokens=max_prompt_tokens,
-            instruction=instruction,
-        )
-        self._max_prompt_tokens = max_prompt_tokens
+        self._source, self._template = source, template
         self._seed, self._host, self._hosts = seed, host, hosts
         self._round = 0  # of one stream index for each host
         self.dropped = 0  # prompts of this host that are too long
@@ -70,22 +98,16 @@ class PromptStream(Iterator[Prompt]):
         for _ in range(len(self._source)):
             index = self._round * self._hosts + self._host
             record = self._record(index)
-            prompt = self._make(record, stream_index=index)
+            prompt = self._template.prompt(record, index)
             self._round += 1
             if prompt is not None:
                 return prompt
             if not self.dropped:
-                log.warning(
-                    "prompt %s is longer than data.max_prompt_tokens (%d); such prompts are "
-                    "dropped and counted",
-                    record.id,
-                    self._max_prompt_tokens,
-                )
+                message = self._template.too_long(f"prompt {record.id} is")
+                log.warning("%s; such prompts are dropped and counted", message)
             self.dropped += 1
-        raise UserError(
-            f"all {len(self._source)} prompts of the stream are longer than "
-            f"data.max_prompt_tokens ({self._max_prompt_tokens}); raise it"
-        )
+        every = f"all {len(self._source)} prompts of the stream are"
+        raise UserError(f"{self._template.too_long(every)}; raise it")
 
     def at(self, stream_index: int) -> Prompt:
         """Returns the prompt of a stream index, of this host or another, without advancing.
@@ -94,12 +116,10 @@ class PromptStream(Iterator[Prompt]):
           UserError: if the prompt is of another task or too long.
         """
         record = self._record(stream_index)
-        prompt = self._make(record, stream_index=stream_index)
+        prompt = self._template.prompt(record, stream_index)
         if prompt is None:
-            raise UserError(
-                f"prompt {record.id} (stream index {stream_index}) has more tokens than "
-                f"data.max_prompt_tokens ({self._max_prompt_tokens}); raise it"
-            )
+            found = f"prompt {record.id} (stream index {stream_index}) is"
+            raise UserError(f"{self._template.too_long(found)}; raise it")
         return prompt
 
     def state(self) -> dict[str, Any]:
@@ -109,13 +129,7 @@ class PromptStream(Iterator[Prompt]):
         prompts; after `restore` their number may differ.
         """
         index = self._round * self._hosts
-        return {
-            "stream_index": index,
-            "seed": self._seed,
-            "size": len(self._source),
-            "next_id": self._record(index).id,
-            "dropped": self.dropped,
-        }
+        return {"stream_index": index, **self._identity(index), "dropped": self.dropped}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues at `state`.
@@ -128,17 +142,17 @@ class PromptStream(Iterator[Prompt]):
             some prompts and omit others.
         """
         index = state["stream_index"]
-        configured = {
-            "seed": self._seed,
-            "size": len(self._source),
-            "next_id": self._record(index).id,
-        }
+        configured = self._identity(index)
         if any(state[name] != value for name, value in configured.items()):
             raise UserError(
                 f"the checkpoint's prompt stream ({state}) is not the configured one "
                 f"({configured}); restore data.* and the seed, or start a new run"
             )
         self._round, self.dropped = index // self._hosts, state["dropped"]
+
+    def _identity(self, index: int) -> dict[str, Any]:
+        size, next_id = len(self._source), self._record(index).id
+        return {"seed": self._seed, "size": size, "next_id": next_id}
 
     def _record(self, stream_index: int) -> Record:
         size = len(self._source)
@@ -152,68 +166,21 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
-def all_prompts(
-    source: Sequence[Record],
-    tokenizer: Any,
-    *,
-    task: str,
-    max_prompt_tokens: int,
-    instruction: str,
-) -> list[Prompt]:
+def all_prompts(source: Sequence[Record], template: PromptTemplate) -> list[Prompt]:
     """Makes prompts of all records, in order, and drops those that are too long.
 
     Raises:
       UserError: for a prompt of another task, or if none fits.
     """
-    settings: dict[str, Any] = dict(
-        task=task, max_prompt_tokens=max_prompt_tokens, instruction=instruction
-    )
-    made = (
-        make_prompt(record, tokenizer, stream_index=i, **settings)
-        for i, record in enumerate(source)
-    )
+    made = (template.prompt(record, i) for i, record in enumerate(source))
     prompts = [prompt for prompt in made if prompt is not None]
     if len(prompts) < len(source):
-        dropped = f"{len(source) - len(prompts)} of {len(source)} prompts are longer than "
-        dropped += f"data.max_prompt_tokens ({max_prompt_tokens})"
+        left_out = f"{len(source) - len(prompts)} of {len(source)} prompts are"
+        message = template.too_long(left_out)
         if not prompts:
-            raise UserError(f"{dropped}; raise it")
-        log.warning("%s and are dropped", dropped)
+            raise UserError(f"{message}; raise it")
+        log.warning("%s and are dropped", message)
     return prompts
-
-
-def make_prompt(
-    record: Record,
-    tokenizer: Any,
-    *,
-    stream_index: int,
-    task: str,
-    max_prompt_tokens: int,
-    instruction: str,
-) -> Prompt | None:
-    """Templates and tokenizes a record; None if the result is too long.
-
-    Raises:
-      UserError: if the record is of another task.
-    """
-    if record.task != task:
-        raise UserError(f"record {record.id} is of task {record.task}, but data.task is {task}")
-    tokens = tokenizer.apply_chat_template(
-        append_instruction(record.messages, instruction),
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,  # transformers 5 returns a BatchEncoding otherwise
-    )
-    if len(tokens) > max_prompt_tokens:
-        return None
-    return Prompt(
-        id=record.id,
-        stream_index=stream_index,
-        tokens=np.asarray(tokens, np.int32),
-        text=record.question,
-        answer=record.answer,
-        task=task,
-    )
 
 
 def append_instruction(messages: Messages, instruction: str) -> list[dict[str, str]]:

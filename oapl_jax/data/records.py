@@ -1,6 +1,6 @@
 """Problem records, the one format of every data set, stored by TFDS (array_record).
 
-Builders (synthetic/tasks.py, public/releases.py) write records; `Split` reads them by index.
+synthetic/tasks.py and public/releases.py make records; `Split` reads them by index.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -63,14 +63,15 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 JSON_FIELDS = ("messages", "metadata")
 
 
-def features() -> tfds.features.FeaturesDict:
-    """TFDS schema of a record: every field is text, `JSON_FIELDS` are JSON."""
-    return tfds.features.FeaturesDict({name: tfds.features.Text() for name in FIELDS})
-
-
 def to_row(record: Record) -> dict[str, str]:
+    """Fields of a record for TFDS: every field is text, `JSON_FIELDS` are JSON."""
     row = {name: getattr(record, name) for name in FIELDS}
     return row | {name: json.dumps(row[name], ensure_ascii=False) for name in JSON_FIELDS}
+
+
+def position(record_id: str, parts: int) -> int:
+    """Fixed position of a content in the space of all contents, in 0..parts - 1."""
+    return int(record_id, 16) * parts >> 4 * len(record_id)
 
 
 def from_bytes(stored: bytes) -> Record:
@@ -124,34 +125,76 @@ def load_split(builder: tfds.core.DatasetBuilder, split: str) -> Split:
     return Split(stored)
 
 
-def config_name(name: str, settings: Mapping[str, Any]) -> str:
-    """Appends a hash of the settings, so that data sets of other settings stand side by side."""
-    text = json.dumps(settings, sort_keys=True)
-    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+@dataclasses.dataclass(eq=False, kw_only=True)
+class ProblemsConfig(tfds.core.BuilderConfig):
+    """Content of one data set.
+
+    Attributes:
+      splits: opens the records of each split.
+      metadata: JSON-able, to be stored with the data set once its records are written.
+    """
+
+    splits: Callable[[], Mapping[str, Iterable[Record]]]
+    metadata: Callable[[], Mapping[str, Any]]
 
 
-def prepare_builder(
-    builder: type[tfds.core.GeneratorBasedBuilder],
-    config: tfds.core.BuilderConfig,
+class Problems(tfds.core.GeneratorBasedBuilder):
+    """Writes the records of a data set by split."""
+
+    VERSION = tfds.core.Version("1.2.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in FIELDS}),
+            description="Problems with answers that a program can verify.",
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager):
+        splits = self.builder_config.splits().items()  # pyright: ignore
+        return {split: self._generate_examples(found) for split, found in splits}
+
+    def _generate_examples(self, found: Iterable[Record]):
+        for record in found:
+            yield record.id, to_row(record)
+        self.info.metadata.update(self.builder_config.metadata())  # pyright: ignore
+
+
+def prepare_records(
+    name: str,
+    settings: Mapping[str, Any],
+    splits: Callable[[], Mapping[str, Iterable[Record]]],
     *,
+    metadata: Callable[[], Mapping[str, Any]] = dict,
     data_dir: str,
 ) -> tfds.core.DatasetBuilder:
     """Builds a data set unless it is complete in `data_dir`, and opens it.
 
-    TFDS writes into an `incomplete.*` directory and renames it at the end, so an interrupted build
-    leaves no data set.
+    Data sets of other settings stand side by side. TFDS writes into an `incomplete.*` directory and
+    renames it at the end, so an interrupted build leaves no data set.
+
+    Args:
+      name: of the data set.
+      settings: JSON-able, all that determines its content.
+      splits, metadata: see `ProblemsConfig`.
 
     Raises:
       UserError: for a directory in a bucket, which array_record can neither write nor read; for a
-        partial data set; and any error of the builder.
+        partial data set; and any error of `splits`.
     """
-    assert config.name is not None
+    text = json.dumps(settings, sort_keys=True, default=dict)
+    config = ProblemsConfig(
+        name=f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}",
+        description=text,
+        splits=splits,
+        metadata=metadata,
+    )
     if "://" in data_dir:
         raise UserError(
             f"data.data_dir={data_dir} is in an object store, and array_record reads local files "
             "only; name a local directory (or mount the bucket)"
         )
-    directory = epath.Path(data_dir) / builder.name / config.name / str(builder.VERSION)
+    directory = epath.Path(data_dir) / Problems.name / str(config.name) / str(Problems.VERSION)
     complete = directory / "dataset_info.json"
     if directory.exists() and not complete.exists():
         raise UserError(f"{directory} holds a partial data set; delete it to build it again")
@@ -159,9 +202,8 @@ def prepare_builder(
         tfds.disable_progress_bar()
         try:
             with _quiet():
-                builder(
-                    data_dir=data_dir, config=config, file_format="array_record"
-                ).download_and_prepare()
+                builder = Problems(data_dir=data_dir, config=config, file_format="array_record")
+                builder.download_and_prepare()
         except OSError:
             # Two processes may build at once; the results are equal, and the later rename fails.
             if not complete.exists():

@@ -33,10 +33,12 @@ def write(root: str, rows: int) -> None:
         _write(epath.Path(root) / path, [row(next(numbers), i) for i in range(rows)])
 
     agentica, train = "agentica-org", "train-00000-of-00001.parquet"
+    deepscaler = lambda n, i: _sum(n, solution="By adding.")
     file(f"{agentica}/DeepScaleR-Preview-Dataset/deepscaler.json", deepscaler)
     file(f"HuggingFaceH4/aime_2024/data/{train}", aime_2024)
+    competition = lambda n, i: _sum(n, problem_idx=i + 1, problem_type=["Algebra"])
     for name in COMPETITIONS:
-        file(f"MathArena/{name}/data/{train}", matharena)
+        file(f"MathArena/{name}/data/{train}", competition)
     file("HuggingFaceH4/MATH-500/test.jsonl", math500)
     for split in ("train", "test"):
         file(f"openai/gsm8k/main/{split}-00000-of-00001.parquet", gsm8k)
@@ -66,25 +68,17 @@ def _write(file: epath.Path, rows: list[Row]) -> None:
 # Mathematics: sums
 
 
-def _sum(n: int) -> Row:
-    return {"problem": f"Compute ${n} + {n + 1}$.", "answer": str(2 * n + 1)}
-
-
-def deepscaler(n: int, i: int) -> Row:
-    return _sum(n) | {"solution": "By adding."}
+def _sum(n: int, **more: Any) -> Row:
+    return {"problem": f"Compute ${n} + {n + 1}$.", "answer": str(2 * n + 1), **more}
 
 
 def aime_2024(n: int, i: int) -> Row:
-    return {"id": i, **_sum(n), "solution": "By adding.", "url": "", "year": "2024"}
-
-
-def matharena(n: int, i: int) -> Row:
-    return {"problem_idx": i + 1, **_sum(n), "problem_type": ["Algebra"]}
+    return _sum(n, id=i, solution="By adding.", url="", year="2024")
 
 
 def math500(n: int, i: int) -> Row:
     known = {"subject": "Algebra", "level": i % 5 + 1, "unique_id": f"test/algebra/{i}.json"}
-    return _sum(n) | {"solution": "By adding."} | known
+    return _sum(n, solution="By adding.", **known)
 
 
 def gsm8k(n: int, i: int) -> Row:
@@ -121,8 +115,7 @@ def _pairs(n: int) -> list[tuple[Any, Any]]:
 
 def _line_tests(n: int, inputs: Iterable[int]) -> str:
     kind = "functional" if n % 2 else "stdin"
-    tests = [{"input": str(x), "output": str(x + n), "testtype": kind} for x in inputs]
-    return json.dumps(tests)
+    return json.dumps([dict(input=str(x), output=str(x + n), testtype=kind) for x in inputs])
 
 
 def primeintellect(n: int, i: int) -> Row:

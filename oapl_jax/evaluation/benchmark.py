@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from oapl_jax import rewards
+from oapl_jax.data.public import programs
 from oapl_jax.errors import UserError
 from oapl_jax.evaluation.estimators import intervals, maj_at_n, pass_curve
 from oapl_jax.files import JsonLines, code_digest
@@ -45,11 +46,12 @@ def grader_identity(prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> d
     """
     task = prompts[0].task
     own = settings[task] if task in SPEED else {}  # the synthetic tasks have none
+    code = [Path(programs.__file__), *Path(rewards.__file__).parent.rglob("*.py")]
     answers = json.dumps(sorted([p.id, p.task, p.answer] for p in prompts))
     about = {
         "format": GRADES_FORMAT,
         "answers": hashlib.sha256(answers.encode()).hexdigest(),
-        "grader": code_digest(sorted(Path(rewards.__file__).parent.rglob("*.py"))),
+        "grader": code_digest(sorted(code)),
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
         "settings": {k: v for k, v in own.items() if k not in SPEED[task]},
     }

@@ -8,7 +8,7 @@ A right response without the full reward of 1, or a wrong one with it, ends the 
 sentence, where otherwise a thousand rewards of 0 would have shown the same hours later.
 """
 
-import functools
+import dataclasses
 import itertools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from oapl_jax.config import RewardsConfig
-from oapl_jax.data.prompts import make_prompt, response_text
+from oapl_jax.data.prompts import PromptTemplate, response_text
 from oapl_jax.data.records import Record, user
 from oapl_jax.data.synthetic.demonstrations import solution
 from oapl_jax.data.synthetic.tasks import TASKS
@@ -104,16 +104,8 @@ class Grader:
             return self._opened[task]
 
 
-def check_rewards(
-    grader: Grader,
-    tokenizer: Any,
-    records: Iterable[Record],
-    *,
-    task: str,
-    max_prompt_tokens: int,
-    instruction: str,
-) -> None:
-    """Grades known responses to the known problems of `task` and to its first records that fit.
+def check_rewards(grader: Grader, template: PromptTemplate, records: Iterable[Record]) -> None:
+    """Grades known responses to the known problems of a task and to its first records that fit.
 
     Where the chat template leaves a prompt inside a thinking part, each response first ends it. A
     right answer in a thinking part that never ends must get no reward, nor one that was cut off.
@@ -121,17 +113,16 @@ def check_rewards(
     Raises:
       UserError: naming the first response whose reward is wrong.
     """
-    template = functools.partial(
-        make_prompt, tokenizer=tokenizer, stream_index=0, task=task, instruction=instruction
-    )
+    tokenizer, task = template.tokenizer, template.task
+    unlimited = dataclasses.replace(template, max_prompt_tokens=1 << 30)
     cases: list[Any] = []
     for (question, answer), right, wrong in KNOWN.get(task, ()):
         record = Record("self-check", user(question), answer, task, {})
-        cases.append((template(record, max_prompt_tokens=1 << 30), right, wrong))
+        cases.append((unlimited.prompt(record, 0), right, wrong))
     said = [tokenizer.decode(prompt.tokens) for prompt, _, _ in cases]
     opened = any(text.rfind("<think>") > text.rfind("</think>") for text in said)
-    fitting = ((template(r, max_prompt_tokens=max_prompt_tokens), r) for r in records)
-    fitting = itertools.islice(((prompt, r) for prompt, r in fitting if prompt), CHECKED)
+    fitting = ((prompt, r) for r in records if (prompt := template.prompt(r, 0)))
+    fitting = itertools.islice(fitting, CHECKED)
     cases += [(prompt, *known_responses(record)) for prompt, record in fitting]
     for prompt, right, wrong in cases:
         for text, kind, finish_reason in trials(right, wrong, thinks=task in KNOWN, opened=opened):

@@ -25,7 +25,7 @@ from oapl_jax.curriculum.curator import (
 )
 from oapl_jax.curriculum.pass_rates import PassRates, learnability, window
 from oapl_jax.curriculum.stream import choose, log_softmax, nucleus_size
-from oapl_jax.data.prompts import PromptStream
+from oapl_jax.data.prompts import PromptStream, PromptTemplate
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
 from oapl_jax.learner.optimizer import make_optimizer
@@ -259,16 +259,8 @@ def tokenizer(tmp_path_factory):
 
 def prompts_of(tokenizer, size=40):
     records = [Record(f"id{i}", user(f"{i}+1="), "", "chain_sum", {}) for i in range(size)]
-    return PromptStream(
-        records,
-        tokenizer,
-        task="chain_sum",
-        seed=5,
-        max_prompt_tokens=6,
-        instruction="",
-        host=0,
-        hosts=1,
-    )
+    template = PromptTemplate(tokenizer, task="chain_sum", max_prompt_tokens=6, instruction="")
+    return PromptStream(records, template, seed=5, host=0, hosts=1)
 
 
 POLICY = ModelConfig.from_hf({**CONFIG.model.architecture, "vocab_size": 16}, source="tests")

@@ -11,7 +11,7 @@ from stores import buffer_config, uniform
 
 from configs import common
 from oapl_jax.config import FleetConfig
-from oapl_jax.data.prompts import PromptStream
+from oapl_jax.data.prompts import PromptStream, PromptTemplate
 from oapl_jax.data.records import Record, user
 from oapl_jax.fleet.admission import Requirements
 from oapl_jax.fleet.sampler import Fleet
@@ -259,7 +259,8 @@ class Run:
         config = buffer_config(mode="keep_with_anchor", max_age=1, capacity=capacity)
         records = [Record(f"id{i}", user(f"{i}+1="), "", "chain_sum", {}) for i in range(10, 99)]
         text = dict(task="chain_sum", instruction="", max_prompt_tokens=8)
-        stream = PromptStream(records, tokenizer, seed=0, host=0, hosts=1, **text)
+        template = PromptTemplate(tokenizer, **text)
+        stream = PromptStream(records, template, seed=0, host=0, hosts=1)
         buffer = Buffer(config, seed=0, on_end=ledger.end)
         add = self.groups.append
         self.store = GroupStore(uniform(stream), buffer, ledger, None, group_size=N, on_group=add)

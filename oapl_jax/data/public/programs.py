@@ -1,17 +1,20 @@
 """Rows of programming data sets: a problem and the tests of its solution.
 
-The `answer` of a record is JSON, read by the verifier of programs:
+The tests of a problem travel in the `answer` of its record, as JSON:
 
-    {"kind": "stdin", "name": "", "tests": [[input, output], ..]}
-    {"kind": "call", "name": function, "tests": [[arguments, value], ..]}
+    {"kind": "stdin", "name": "", "tests": [["3 4\\n", "7\\n"], ..]}
+    {"kind": "call", "name": "twoSum", "tests": [["[2, 7]\\n9", "[0, 1]"], ..]}
 
-All four are strings; for a call they hold JSON: an argument a line, and the value. Every data set
-has its own format for tests; `parse_tests` reads them all.
+`stdin`: input and expected output. `call`: one JSON value a line for each argument of the function
+`name`, or of that method of `class Solution`, and the JSON of its expected value: the form of
+LiveCodeBench. Every data set has its own format for tests; `parse_tests` reads them all.
 """
 
 import base64
 import dataclasses
 import datetime
+import functools
+import hashlib
 import io
 import json
 import pickle
@@ -24,30 +27,69 @@ from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
 
 MAX_TESTS_BYTES = 2**30  # of a problem's decompressed tests
-TEST_TYPES = {
-    "stdin": "stdin",
-    "stdin_stdout": "stdin",
-    "functional": "call",
-    "function_call": "call",
-}
+KINDS = ("stdin", "call")
+TEST_TYPES = dict(stdin="stdin", stdin_stdout="stdin", functional="call", function_call="call")
 
 
 @dataclasses.dataclass(frozen=True)
-class Tests:
-    """Attributes: kind "stdin" or "call"; name of the function; pairs of input and output."""
+class Problem:
+    """The tests of a problem: pairs of input and expected output."""
 
     kind: str
     name: str
-    tests: Sequence[tuple[str, str]]
+    tests: tuple[tuple[str, str], ...]
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        return hashlib.sha256(repr((self.kind, self.name, self.tests)).encode()).digest()
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the longest input and of the longest expected output."""
+        size = lambda part: max(len(test[part].encode(errors="replace")) for test in self.tests)
+        return size(0), size(1)
+
+
+@functools.lru_cache(maxsize=32)  # the responses to one prompt are graded one after the other
+def parse_problem(answer: str) -> Problem:
+    """Reads the tests of a record from its `answer`; UserError names a mistake in them."""
+    try:
+        record = json.loads(answer)
+        if not isinstance(record, dict) or record.keys() != {"kind", "name", "tests"}:
+            raise ValueError('they are not an object of "kind", "name" and "tests"')
+        kind, name, tests = record["kind"], record["name"], record["tests"]
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
+        if not isinstance(name, str) or not (name.isidentifier() if kind == "call" else not name):
+            raise ValueError(f"name {name!r} does not fit kind {kind}")
+        if not isinstance(tests, list) or not tests:
+            raise ValueError("there are none")
+        for index, test in enumerate(tests):
+            if not isinstance(test, list) or [type(part) for part in test] != [str, str]:
+                raise ValueError(f"test {index} is not a pair of strings")
+            if kind == "call":
+                for line in (*test[0].split("\n"), test[1]):
+                    json.loads(line)
+    except ValueError as error:
+        raise UserError(
+            f"the tests of a record can't be used: {error}; build the data again"
+        ) from error
+    return Problem(kind, name, tuple((given, expected) for given, expected in tests))
+
+
+def longest_tests(tests: Sequence[tuple[str, str]], most: int) -> list[int]:
+    """Indices, in order, of the `most` tests with the longest inputs; 0 for all.
+
+    DeepCoder trains with the 15 longest: code_reward.py in github.com/rllm-org/rllm.
+    """
+    by_length = sorted(range(len(tests)), key=lambda i: len(tests[i][0]), reverse=True)
+    return sorted(by_length[: most or None])
 
 
 def deepcoder(row: Row, *, max_tests: int) -> Record:
     """DeepCoder preview: the configurations primeintellect, taco and lcbv5.
 
-    Args:
-      row: "problem" and "tests"; lcbv5 also has "starter_code", and the function's name in
-        "metadata"; the others have "solutions".
-      max_tests: see `longest_tests`.
+    lcbv5 has "starter_code", and the function's name in "metadata"; the others have "solutions".
     """
     name = cell_text(_parse_object(row.get("metadata")).get("func_name"))
     solution = first_solution(row.get("solutions"))
@@ -73,12 +115,7 @@ def first_solution(cell: Any) -> str:
 
 
 def livecodebench(row: Row, *, start: str, end: str, max_tests: int) -> Record:
-    """LiveCodeBench, code_generation_lite, restricted to contests within two dates.
-
-    Args:
-      row: of a release's test*.jsonl.
-      start, end: first and last date of a contest, "2024-08-01".
-      max_tests: see `longest_tests`; 0 for the benchmark as released.
+    """LiveCodeBench, code_generation_lite, restricted to contests of `start` to `end`, inclusive.
 
     Raises:
       UserError: if start or end is no date.
@@ -102,8 +139,8 @@ def livecodebench(row: Row, *, start: str, end: str, max_tests: int) -> Record:
 
 
 def program_record(
-    problem: Any,
-    tests: Tests,
+    text: Any,
+    problem: Problem,
     *,
     starter_code: Any,
     max_tests: int,
@@ -116,27 +153,18 @@ def program_record(
     If neither the text nor the starter code names the called function, a line that names it is
     appended: without it no solution could pass.
     """
-    question = question_messages(problem)[0]["content"]
+    question = question_messages(text)[0]["content"]
     code = starter_code.rstrip() if isinstance(starter_code, str) else ""
     if code:
         question += f"\n\nStarter code:\n\n```python\n{code}\n```"
-    if tests.kind == "call" and tests.name not in question:
-        question += f"\n\nThe solution is a function named `{tests.name}`."
-    kept = dataclasses.replace(tests, tests=longest_tests(tests.tests, max_tests))
-    answer = _json(dataclasses.asdict(kept))
+    if problem.kind == "call" and problem.name not in question:
+        question += f"\n\nThe solution is a function named `{problem.name}`."
+    kept = tuple(problem.tests[i] for i in longest_tests(problem.tests, max_tests))
+    answer = _json(dataclasses.asdict(problem) | {"tests": kept})
     return make_record(task, user(question), answer, difficulty=difficulty, metadata=metadata)
 
 
-def longest_tests(tests: Sequence[tuple[str, str]], max_tests: int) -> list[tuple[str, str]]:
-    """Keeps the `max_tests` tests with the longest inputs, in their order; all of them if 0.
-
-    DeepCoder trains with the 15 longest: code_reward.py in github.com/rllm-org/rllm.
-    """
-    by_length = sorted(range(len(tests)), key=lambda i: len(tests[i][0]), reverse=True)
-    return [tests[i] for i in sorted(by_length[: max_tests or None])]
-
-
-def parse_tests(tests: Any, name: str) -> Tests:
+def parse_tests(tests: Any, name: str) -> Problem:
     """Converts the tests of any supported data set.
 
     Args:
@@ -172,11 +200,11 @@ def parse_tests(tests: Any, name: str) -> Tests:
     if len(kinds) != 1 or None in kinds:
         raise InvalidRow("tests of several kinds, or of an unknown one")
     if kinds == {"stdin"}:
-        return Tests("stdin", "", [(_stream_text(a), _stream_text(b)) for a, b in pairs])
+        return Problem("stdin", "", tuple((_stream_text(a), _stream_text(b)) for a, b in pairs))
     if not name.isidentifier():
         raise InvalidRow("no name of the function that the tests call")
     calls = [_check_json_lines(*pair) for pair in pairs] if json_lines else _calls(pairs)
-    return Tests("call", name, calls)
+    return Problem("call", name, tuple(calls))
 
 
 def _stream_text(value: Any) -> str:

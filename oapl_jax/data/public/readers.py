@@ -6,15 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from oapl_jax.data.public import programs
-from oapl_jax.data.public.tables import (
-    InvalidRow,
-    Row,
-    cell_messages,
-    cell_text,
-    make_record,
-    question_messages,
-)
+from oapl_jax.data.public import programs, tables
+from oapl_jax.data.public.tables import Row, cell_text, question_messages
 from oapl_jax.data.records import Record
 from oapl_jax.errors import UserError
 
@@ -53,12 +46,12 @@ def gsm8k(row: Row) -> Record:
     """The final answer follows "####", with commas between thousands."""
     _, mark, final = cell_text(row["answer"]).rpartition("####")
     if not mark:
-        raise InvalidRow("no final answer behind ####")
+        raise tables.InvalidRow("no final answer behind ####")
     return _math(row["question"], final.replace(",", ""))
 
 
 def _math(question: Any, answer: Any, **fields: Any) -> Record:
-    return make_record("math", question_messages(question), answer, **fields)
+    return tables.make_record("math", question_messages(question), answer, **fields)
 
 
 RELEASES: dict[str, Reader] = {
@@ -82,12 +75,11 @@ RELEASES: dict[str, Reader] = {
 
 
 def choose_reader(kind: str, options: Mapping[str, Any], *, setting: str) -> Reader:
-    """Binds a reader to its options.
+    """Binds a reader to its options, which section `setting` of the configuration holds.
 
     Args:
       kind: key of RELEASES, or "table" for files of any columns.
       options: arguments of the reader's `record`; of "table", those of `table_reader`.
-      setting: section that holds `kind` and `options`, for errors.
 
     Raises:
       UserError: for an unknown kind, or options that do not fit it.
@@ -109,8 +101,6 @@ def table_reader(setting: str, *, task: str, columns: Mapping[str, str], max_tes
     """Reader of any JSON, JSON Lines or Parquet files.
 
     Args:
-      setting: section that holds the options, for errors.
-      task: the verifier.
       columns: field -> column. Fields: "problem" or "messages" (a list of role and content);
         "answer" or "tests" (any format of `programs.parse_tests`); optionally "difficulty",
         "starter_code" and "name" of the tested function.
@@ -145,8 +135,6 @@ def _table_record(row: Row, *, task: str, columns: Mapping[str, str], max_tests:
             task=task,
             difficulty=difficulty,
         )
-    if "messages" in cells:
-        messages = cell_messages(cells["messages"])
-    else:
-        messages = question_messages(cells["problem"])
-    return make_record(task, messages, cells["answer"], difficulty=difficulty)
+    make = tables.cell_messages if "messages" in cells else question_messages
+    messages = make(cells.get("messages", cells.get("problem")))
+    return tables.make_record(task, messages, cells["answer"], difficulty=difficulty)

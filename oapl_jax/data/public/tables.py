@@ -7,7 +7,7 @@ import json
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,12 +31,11 @@ class InvalidRow(Exception):
 
 
 def find_files(path: str, patterns: Sequence[str], *, setting: str) -> list[epath.Path]:
-    """Finds the files of a data set.
+    """Finds the files of a data set, which section `setting` of the configuration describes.
 
     Args:
       path: a file, or a directory.
       patterns: globs below the directory, each of which must match; none for a file.
-      setting: section that holds `path` and `files`, for errors.
 
     Raises:
       UserError: for a missing file, or an unknown suffix.
@@ -77,81 +76,60 @@ def read_rows(file: epath.Path, required: Sequence[str], optional: Sequence[str]
     Raises:
       UserError: for a damaged file, or a row without a required column.
     """
+    number = 0
     try:
         with file.open("rb") as stream:
             if stream.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise UserError(f"{file} is a Git LFS pointer, not data; run git lfs pull there")
             stream.seek(0)
             if file.name.endswith(".parquet"):
-                yield from _parquet_rows(file, stream, required, optional)
-            elif file.name.endswith(".gz"):
-                with gzip.open(stream) as unpacked:
-                    yield from _json_rows(file, unpacked, required, optional)
+                rows = _parquet_rows(stream, required, optional)
             else:
-                yield from _json_rows(file, stream, required, optional)
+                rows = _json_rows(
+                    gzip.GzipFile(fileobj=stream) if file.name.endswith(".gz") else stream
+                )
+            for number, row in enumerate(rows, 1):
+                if not isinstance(row, dict):
+                    raise UserError(f"row {number} of {file} is not an object of named columns")
+                if missing := [name for name in required if name not in row]:
+                    raise UserError(
+                        f"row {number} of {file} has no column {', '.join(missing)} (has: "
+                        f"{', '.join(row)}); it is another data set, or another release of it"
+                    )
+                yield {name: row[name] for name in (*required, *optional) if name in row}
+    except json.JSONDecodeError as error:
+        fault = f"row {number + 1} of {file} is not JSON ({error})"
+        raise UserError(f"{fault}; obtain it again") from error
     except (pa.ArrowInvalid, EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{file} is damaged ({error}); obtain it again") from error
 
 
 def _parquet_rows(
-    file: epath.Path, stream: Any, required: Sequence[str], optional: Sequence[str]
-) -> Iterator[Row]:
+    stream: Any, required: Sequence[str], optional: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     table = pq.ParquetFile(stream)
-    _check_columns(file, 1, table.schema_arrow.names, required)
-    columns = [c for c in (*required, *optional) if c in table.schema_arrow.names]
+    names = table.schema_arrow.names
+    # If a required one is missing, all of them, so that the error can list them.
+    columns = [c for c in names if c in (*required, *optional)] if {*required} <= {*names} else None
     for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
         yield from batch.to_pylist()
 
 
-def _json_rows(
-    file: epath.Path, stream: Any, required: Sequence[str], optional: Sequence[str]
-) -> Iterator[Row]:
-    columns = {*required, *optional}
-    for number, row in enumerate(_json_objects(file, stream), 1):
-        if not isinstance(row, dict):
-            raise UserError(f"row {number} of {file} is not an object of named columns")
-        _check_columns(file, number, row, required)
-        yield {name: value for name, value in row.items() if name in columns}
-
-
-def _json_objects(file: epath.Path, stream: IO[bytes]) -> Iterator[Any]:
+def _json_rows(stream: Iterable[bytes]) -> Iterator[Any]:
     """Parses a JSON list, or one object a line; a .json file may hold either."""
     lines = (line for line in stream if line.strip())
     first = next(lines, b"")
     if first.lstrip().startswith(b"["):
-        yield from _parse(file, 1, first + b"".join(lines))
-    else:
-        for number, line in enumerate(itertools.chain([first] if first else [], lines), 1):
-            yield _parse(file, number, line)
-
-
-def _parse(file: epath.Path, number: int, text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"row {number} of {file} is not JSON ({error}); obtain it again") from error
-
-
-def _check_columns(
-    file: epath.Path, number: int, columns: Iterable[str], required: Sequence[str]
-) -> None:
-    missing = [name for name in required if name not in columns]
-    if missing:
-        raise UserError(
-            f"row {number} of {file} has no column {', '.join(missing)} (has: "
-            f"{', '.join(map(str, columns))}); it is another data set, or another release of it"
-        )
+        yield from json.loads(first + b"".join(lines))
+    elif first:
+        yield from map(json.loads, itertools.chain([first], lines))
 
 
 # Cells
 
 
 def cell_text(value: Any) -> str:
-    """Text of a cell, stripped; numbers are written out, None is "".
-
-    Raises:
-      InvalidRow: for other types.
-    """
+    """Text of a cell, stripped; numbers are written out, None is ""; InvalidRow for other types."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -188,11 +166,7 @@ def make_record(
     difficulty: Any = "",
     metadata: dict[str, Any] | None = None,
 ) -> Record:
-    """A record without its source.
-
-    Raises:
-      InvalidRow: if there is no answer.
-    """
+    """A record without its source; InvalidRow if there is no answer."""
     if not cell_text(answer):
         raise InvalidRow("no answer")
     return Record(

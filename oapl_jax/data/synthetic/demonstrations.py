@@ -1,13 +1,11 @@
 """Demonstrations for the warm-up: noisy responses to training prompts."""
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
-from oapl_jax.data.prompts import make_prompt
+from oapl_jax.data.prompts import PromptTemplate
 from oapl_jax.data.records import Record
 from oapl_jax.data.synthetic.tasks import TASKS
 from oapl_jax.errors import UserError
@@ -16,43 +14,30 @@ from oapl_jax.structs import Group, Rollout
 
 def demonstrations(
     source: Sequence[Record],
-    tokenizer: Any,
+    template: PromptTemplate,
     *,
-    task: str,
     count: int,
     noise: float,
     seed: int,
-    max_prompt_tokens: int,
     max_response_tokens: int,
-    instruction: str,
 ) -> Iterator[Group]:
     """Generates endless groups of one demonstration each, with reward 1, in epochs of `count`.
 
     Args:
       source: records of the training split; the first `count` with a solution and a prompt within
         the limit are demonstrated.
-      tokenizer: has a chat template.
-      task: the verifier of the records.
-      count: number of demonstrations.
       noise: probability of an error: in each step, for a task of TASKS; for other tasks the
         solution is replaced by another problem's.
       seed: of the noise and of the order.
-      max_prompt_tokens, max_response_tokens: limits; the latter includes the stop token.
-      instruction: appended to the question; "" for none.
+      max_response_tokens: limit, with the stop token.
 
     Raises:
       UserError: for a demonstration that is too long, or more demonstrations than solutions.
     """
     if count < 1:
         raise UserError(f"warmup.demonstrations={count} must be at least 1")
-    template = functools.partial(
-        make_prompt,
-        tokenizer=tokenizer,
-        task=task,
-        max_prompt_tokens=max_prompt_tokens,
-        instruction=instruction,
-    )
-    solved = ((template(r, stream_index=i), r) for i, r in enumerate(source) if solution(r))
+    tokenizer = template.tokenizer
+    solved = ((template.prompt(r, i), r) for i, r in enumerate(source) if solution(r))
     chosen = list(itertools.islice(((p, r) for p, r in solved if p), count))
     if len(chosen) < count:
         raise UserError(
@@ -62,8 +47,8 @@ def demonstrations(
     rng = np.random.default_rng([seed, 1])
     groups = []
     for prompt, record in chosen:
-        if task in TASKS:
-            text = TASKS[task].demonstration(record, rng, noise)
+        if template.task in TASKS:
+            text = TASKS[template.task].demonstration(record, rng, noise)
         else:
             text = solution(chosen[rng.integers(count)][1] if rng.random() < noise else record)
         tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]

@@ -7,6 +7,7 @@ A description has a slash between rows and a bar between cells; a formula is the
 with its arguments. Noisy demonstrations omit closing tags, braces and whole cells.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,15 +28,14 @@ FUNCTIONS = {
 CHARACTERS = "".join(dict.fromkeys(LETTERS + DIGITS + "(),|/=<>$^_{}\\"))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DocumentGenerator:
     """Endless items by index, each {"metadata": {"rows": ..}} or {"metadata": {"formula": ..}}.
 
     "rows" are lists of cells, "formula" is a formula that stands alone; a cell is a word or
     {"formula": ..}. An item is a function of seed and index; items of two seeds are unrelated.
 
-    Args:
-      seed: of all items.
-      min_rows, max_rows, min_columns, max_columns: of a table.
+    Attributes:
       max_letters: of a word.
       formulas_alone: share of the items that are a formula.
       formulas_in_tables: share of the tables with one cell that is a formula of one function.
@@ -45,51 +45,42 @@ class DocumentGenerator:
       UserError: for empty ranges, or shares outside [0, 1].
     """
 
-    def __init__(
-        self,
-        *,
-        seed: int,
-        min_rows: int,
-        max_rows: int,
-        min_columns: int,
-        max_columns: int,
-        max_letters: int,
-        formulas_alone: float,
-        formulas_in_tables: float,
-        max_depth: int,
-    ):
-        for name, value, least in (
-            ("min_rows", min_rows, 1),
-            ("max_rows", max_rows, min_rows),
-            ("min_columns", min_columns, 1),
-            ("max_columns", max_columns, min_columns),
-            ("max_letters", max_letters, 1),
-            ("max_depth", max_depth, 1),
-        ):
-            if value < least:
-                raise UserError(f"data.generator.{name}={value} must be at least {least}")
-        for name, share in (("alone", formulas_alone), ("in_tables", formulas_in_tables)):
-            if not 0 <= share <= 1:
-                raise UserError(f"data.generator.formulas_{name}={share} must lie within 0 and 1")
-        self._seed = seed
-        self._rows, self._columns = (min_rows, max_rows + 1), (min_columns, max_columns + 1)
-        self._max_letters, self._max_depth = max_letters, max_depth
-        self._alone, self._in_tables = formulas_alone, formulas_in_tables
+    seed: int
+    min_rows: int
+    max_rows: int
+    min_columns: int
+    max_columns: int
+    max_letters: int
+    formulas_alone: float
+    formulas_in_tables: float
+    max_depth: int
+
+    def __post_init__(self) -> None:
+        least = dict(
+            min_rows=1, max_rows=self.min_rows, min_columns=1, max_columns=self.min_columns
+        )
+        for name, bound in (least | dict(max_letters=1, max_depth=1)).items():
+            if (value := getattr(self, name)) < bound:
+                raise UserError(f"data.generator.{name}={value} must be at least {bound}")
+        for name in ("formulas_alone", "formulas_in_tables"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise UserError(f"data.generator.{name}={share} must lie within 0 and 1")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        rng = np.random.default_rng([self._seed, index])
-        if rng.random() < self._alone:
-            return {"metadata": {"formula": _formula(rng, int(rng.integers(self._max_depth)) + 1)}}
-        rows, columns = rng.integers(*self._rows), rng.integers(*self._columns)
+        rng = np.random.default_rng([self.seed, index])
+        if rng.random() < self.formulas_alone:
+            return {"metadata": {"formula": _formula(rng, int(rng.integers(self.max_depth)) + 1)}}
+        rows = rng.integers(self.min_rows, self.max_rows + 1)
+        columns = rng.integers(self.min_columns, self.max_columns + 1)
         cells: list[Any] = [self._word(rng) for _ in range(rows * columns)]
-        if rng.random() < self._in_tables:
+        if rng.random() < self.formulas_in_tables:
             cells[rng.integers(len(cells))] = {"formula": _formula(rng, 1)}
         return {
             "metadata": {"rows": [cells[i : i + columns] for i in range(0, len(cells), columns)]}
         }
 
     def _word(self, rng: np.random.Generator) -> str:
-        return "".join(rng.choice([*LETTERS], int(rng.integers(self._max_letters)) + 1))
+        return "".join(rng.choice([*LETTERS], int(rng.integers(self.max_letters)) + 1))
 
 
 def _formula(rng: np.random.Generator, depth: int) -> Any:
@@ -106,7 +97,7 @@ def question(metadata: Mapping[str, Any]) -> str:
     """The plain description."""
     if "formula" in metadata:
         return f"{_describe(metadata['formula'])}="
-    cell = lambda c: c if isinstance(c, str) else _describe(c["formula"])
+    cell = lambda c: _describe(c if isinstance(c, str) else c["formula"])
     return "/".join("|".join(map(cell, row)) for row in metadata["rows"]) + "="
 
 
@@ -135,8 +126,9 @@ def _render(metadata: Mapping[str, Any], omit: Callable[[], bool]) -> str:
         return f"<{name}>{content}" + ("" if omit() else f"</{name}>")
 
     def cell(content: Any) -> str:
-        formula = lambda: f"${_latex(content['formula'], omit)}$"
-        return "" if omit() else tag("td", content if isinstance(content, str) else formula())
+        if omit():
+            return ""
+        return tag("td", content if isinstance(content, str) else _render(content, omit))
 
     rows = ("".join(map(cell, row)) for row in metadata["rows"])
     return tag("table", "".join(tag("tr", row) for row in rows))

@@ -9,24 +9,17 @@ training split, whatever the sizes, settings and seeds of the two data sets.
 
 import dataclasses
 import hashlib
+import importlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from oapl_jax.config import SyntheticDataConfig
-from oapl_jax.data.records import (
-    Record,
-    Split,
-    config_name,
-    features,
-    load_split,
-    prepare_builder,
-    to_row,
-    user,
-)
+from oapl_jax.data.records import Record, Split, load_split, position, prepare_records, user
 from oapl_jax.data.synthetic import documents
 from oapl_jax.errors import UserError
 
@@ -61,17 +54,20 @@ class Task:
     characters: str
 
 
-# reasoning_gym is imported where data is generated: it imports all its tasks, in half a second.
+def _reasoning_gym(module: str, name: str, **fixed: Any) -> Callable[..., Any]:
+    """The generator of a task, imported when it is used: reasoning_gym imports all its tasks."""
+
+    def generator(**settings: Any) -> Any:
+        found = importlib.import_module(f"reasoning_gym.{module}")
+        return getattr(found, f"{name}Dataset")(
+            getattr(found, f"{name}Config")(**settings, **fixed)
+        )
+
+    return generator
 
 
 # chain_sum: "4+3-2=" is answered by its running totals, "07,05". Problems whose totals stay within
 # two characters keep the steps of the reasoning at fixed positions: a small model learns faster.
-
-
-def _chain_sums(**settings: Any) -> Any:
-    from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
-
-    return ChainSumDataset(ChainSumConfig(**settings))
 
 
 def _totals(terms: list[str], misread: Callable[[], bool] = lambda: False) -> list[int]:
@@ -90,13 +86,6 @@ def _chain_sum_demonstration(record: Record, rng: np.random.Generator, noise: fl
 
 
 # number_sorting: "3,1,2<" (ascending) or "3,1,2>" (descending) is answered by "1,2,3" or "3,2,1".
-
-
-def _number_sortings(**settings: Any) -> Any:
-    from reasoning_gym.algorithmic import number_sorting as module
-
-    config = module.NumberSortingConfig(**settings, min_decimals=0, max_decimals=0)
-    return module.NumberSortingDataset(config)
 
 
 def _number_sorting_metadata(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,12 +115,6 @@ def _replace_digit(number: str, rng: np.random.Generator) -> str:
 COUNTDOWN_SYMBOLS = DIGITS + "+-*/()"
 
 
-def _countdowns(**settings: Any) -> Any:
-    from reasoning_gym.games.countdown import CountdownConfig, CountdownDataset
-
-    return CountdownDataset(CountdownConfig(**settings))
-
-
 def _countdown_metadata(item: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "numbers": item["numbers"],
@@ -151,7 +134,7 @@ def _countdown_demonstration(record: Record, rng: np.random.Generator, noise: fl
 
 TASKS = {
     "chain_sum": Task(
-        generator=_chain_sums,
+        generator=_reasoning_gym("arithmetic.chain_sum", "ChainSum"),
         metadata=lambda item: {"terms": item["expression"].split()},
         question=lambda m: "".join(m["terms"]) + "=",
         answer=lambda m: str(_totals(m["terms"])[-1]),
@@ -161,7 +144,9 @@ TASKS = {
         characters=DIGITS + "+-=,",
     ),
     "number_sorting": Task(
-        generator=_number_sortings,
+        generator=_reasoning_gym(
+            "algorithmic.number_sorting", "NumberSorting", min_decimals=0, max_decimals=0
+        ),
         metadata=_number_sorting_metadata,
         question=lambda m: (
             ",".join(map(str, m["numbers"])) + ("<" if m["direction"] == "ascending" else ">")
@@ -173,7 +158,7 @@ TASKS = {
         characters=DIGITS + "-,<>",
     ),
     "countdown": Task(
-        generator=_countdowns,
+        generator=_reasoning_gym("games.countdown", "Countdown"),
         metadata=_countdown_metadata,
         question=lambda m: f"{','.join(map(str, m['numbers']))}:{m['target']}=",
         answer=lambda m: f"{' '.join(map(str, m['numbers']))} -> {m['target']}",
@@ -249,12 +234,9 @@ def content_id(task: str, metadata: Mapping[str, Any]) -> str:
 
 def split_of(record_id: str) -> str:
     """Fixed split of a content."""
-    position = int(record_id, 16) * sum(SHARES.values()) >> 4 * len(record_id)
-    for split, share in SHARES.items():
-        position -= share
-        if position < 0:
-            return split
-    raise AssertionError("unreachable: the shares cover all positions")
+    tenth = position(record_id, sum(SHARES.values()))
+    ends = itertools.accumulate(SHARES.values())
+    return next(split for split, end in zip(SHARES, ends, strict=True) if tenth < end)
 
 
 def fill_splits(stream: Iterator[Record], *, sizes: Mapping[str, int]) -> dict[str, list[Record]]:
@@ -285,47 +267,6 @@ def fill_splits(stream: Iterator[Record], *, sizes: Mapping[str, int]) -> dict[s
     return chosen
 
 
-@dataclasses.dataclass(eq=False, kw_only=True)
-class ReasoningConfig(tfds.core.BuilderConfig):
-    """Everything that determines the content of one data set."""
-
-    task: str
-    generator: Mapping[str, Any]
-    sizes: Mapping[str, int]
-    seed: int
-
-
-class Reasoning(tfds.core.GeneratorBasedBuilder):
-    """Records of one task in the splits train, validation and test."""
-
-    VERSION = tfds.core.Version("1.2.0")
-    RELEASE_NOTES: ClassVar = {
-        "1.0.0": "Splits by content: train 8/10, validation 1/10, test 1/10.",
-        "1.1.0": "chain_sum keeps problems whose running totals are within 0 and 99.",
-        "1.2.0": "Messages instead of a question; source and difficulty.",
-    }
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self.dataset_info_from_configs(
-            features=features(),
-            description="Procedurally generated problems with answers that a program can verify.",
-            homepage="https://github.com/open-thought/reasoning-gym",
-        )
-
-    def _split_generators(self, dl_manager):
-        config = self.builder_config
-        assert isinstance(config, ReasoningConfig)
-        stream = records(config.task, seed=config.seed, settings=config.generator)
-        return {
-            split: self._generate_examples(chosen)
-            for split, chosen in fill_splits(stream, sizes=config.sizes).items()
-        }
-
-    def _generate_examples(self, chosen: list[Record]):
-        for record in chosen:
-            yield record.id, to_row(record)
-
-
 def prepare(config: SyntheticDataConfig) -> tfds.core.DatasetBuilder:
     """Builds the data set unless it is complete in `data_dir`, and opens it.
 
@@ -333,16 +274,11 @@ def prepare(config: SyntheticDataConfig) -> tfds.core.DatasetBuilder:
       UserError: for settings that the task rejects, too few problems for the sizes, or a partial
         data set.
     """
-    content = {
-        "task": config.task,
-        "generator": dict(config.generator),
-        "sizes": {split: getattr(config, f"{split}_size") for split in SHARES},
-        "seed": config.seed,
-    }
-    named = ReasoningConfig(
-        name=config_name(config.task, content), description=json.dumps(content), **content
-    )
-    return prepare_builder(Reasoning, named, data_dir=config.data_dir)
+    task, seed, generator = config.task, config.seed, dict(config.generator)
+    sizes = {split: getattr(config, f"{split}_size") for split in SHARES}
+    content = {"task": task, "generator": generator, "sizes": sizes, "seed": seed}
+    chosen = lambda: fill_splits(records(task, seed=seed, settings=generator), sizes=sizes)
+    return prepare_records(task, content, chosen, data_dir=config.data_dir)
 
 
 def open_splits(config: SyntheticDataConfig) -> dict[str, Split]:

@@ -107,7 +107,7 @@ class Sandbox(SpawnedWorker):
             raise NoSandbox(reason) from failure
 
     def load_program(self, *, kind: str, name: str, code: str) -> None:
-        """Sends the program: `kind` and `name` as in `verifier.Problem`."""
+        """Sends the program: `kind` and `name` as in `programs.Problem`."""
         program = {"kind": kind, "name": name, "code": code}
         self.send(json.dumps(program).encode(), time.monotonic() + self._config.seconds_per_test)
 

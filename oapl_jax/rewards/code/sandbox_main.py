@@ -29,7 +29,6 @@ import struct
 import sys
 import threading
 import types
-from collections.abc import Sequence
 from typing import Any
 
 # LiveCodeBench's checker imports these before a program, so programs rely on them:
@@ -226,7 +225,7 @@ def drop_privileges(uid: int | None) -> None:
     _control(SET_DEATH_SIGNAL, 9)  # last: a change of user clears it
 
 
-def limit(resources: Sequence[tuple[int, int]]) -> None:
+def limit(*resources: tuple[int, int]) -> None:
     """Lowers limits of this process and of its children; a lower hard limit stays."""
     for name, most in resources:
         hard = resource.getrlimit(name)[1]
@@ -236,9 +235,8 @@ def limit(resources: Sequence[tuple[int, int]]) -> None:
 
 def limit_program(settings: dict) -> None:
     """Sets the limits of a program beside memory."""
-    resources = [
-        # The clock outside comes first.
-        (resource.RLIMIT_CPU, int(settings["seconds_per_test"]) + 2),
+    limit(
+        (resource.RLIMIT_CPU, int(settings["seconds_per_test"]) + 2),  # after the clock outside
         (resource.RLIMIT_FSIZE, settings["output_bytes"]),
         (resource.RLIMIT_NPROC, settings["processes"] + 1),  # what serves it is counted too
         (resource.RLIMIT_NOFILE, OPEN_FILES),
@@ -247,8 +245,7 @@ def limit_program(settings: dict) -> None:
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
         (resource.RLIMIT_SIGPENDING, 64),
-    ]
-    limit(resources)
+    )
 
 
 def filter_calls() -> None:
@@ -298,7 +295,7 @@ def main() -> None:
         limit_temporary(settings["temporary_bytes"])
         drop_privileges(settings["uid"])
     # Before the program: compiling its source may take much memory.
-    limit([(resource.RLIMIT_AS, settings["memory_bytes"])])
+    limit((resource.RLIMIT_AS, settings["memory_bytes"]))
     run_test(*server.next_test())
 
 

@@ -2,19 +2,8 @@
 
 The program runs in a sandbox that gets inputs and never an expected output; outputs are compared
 here. So there is nothing inside to patch, read or skip: only right outputs are rewarded.
-
-The tests of a problem travel in the `answer` of its record, as JSON:
-
-    {"kind": "stdin", "name": "", "tests": [["3 4\\n", "7\\n"], ...]}
-    {"kind": "call", "name": "twoSum", "tests": [["[2, 7]\\n9", "[0, 1]"], ...]}
-
-`stdin`: input and expected output. `call`: one JSON value a line for each argument of the function
-`name`, or of that method of `class Solution`, and the JSON of its expected value. This is the form
-of LiveCodeBench, and of DeepCoder's three sources once their lists are written as JSON.
 """
 
-import dataclasses
-import functools
 import hashlib
 import json
 import re
@@ -28,73 +17,21 @@ from decimal import Decimal, InvalidOperation
 from typing import NamedTuple
 
 from oapl_jax.config import CodeRewardConfig
+from oapl_jax.data.public.programs import Problem, longest_tests, parse_problem
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.rewards.code.sandbox import NoSandbox, Sandbox, find_bwrap
 from oapl_jax.rewards.math.extraction import after_thinking
 from oapl_jax.rewards.worker_process import Ended, Late
 
-KINDS = ("stdin", "call")
 BLOCK = re.compile(r"```(?:\w+)?\n(.*?)```", re.DOTALL)
 FOLDER_BYTES = 1 << 16  # of a temporary folder, beside the input
 CPU_LIMIT = -24  # exit code of a program that its CPU limit ended (SIGXCPU)
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """The tests of a problem: pairs of input and expected output."""
-
-    kind: str
-    name: str
-    tests: tuple[tuple[str, str], ...]
-
-    @functools.cached_property
-    def digest(self) -> bytes:
-        return hashlib.sha256(repr((self.kind, self.name, self.tests)).encode()).digest()
-
-    @functools.cached_property
-    def sizes(self) -> tuple[int, int]:
-        """Bytes of the longest input and of the longest expected output."""
-        size = lambda part: max(len(test[part].encode(errors="replace")) for test in self.tests)
-        return size(0), size(1)
 
 
 def extract_code(response: str, *, thinking_opened: bool) -> str | None:
     """The last fenced block after the thinking part, as in arXiv 2602.19362's released code."""
     blocks = BLOCK.findall(after_thinking(response, thinking_opened=thinking_opened) or "")
     return blocks[-1].strip() if blocks else None
-
-
-@functools.lru_cache(maxsize=32)  # the responses to one prompt are graded one after the other
-def parse_problem(answer: str) -> Problem:
-    """Reads the tests of a record from its `answer`; UserError names a mistake in them."""
-    try:
-        record = json.loads(answer)
-        if not isinstance(record, dict) or record.keys() != {"kind", "name", "tests"}:
-            raise ValueError('they are not an object of "kind", "name" and "tests"')
-        kind, name, tests = record["kind"], record["name"], record["tests"]
-        if kind not in KINDS:
-            raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
-        if not isinstance(name, str) or not (name.isidentifier() if kind == "call" else not name):
-            raise ValueError(f"name {name!r} does not fit kind {kind}")
-        if not isinstance(tests, list) or not tests:
-            raise ValueError("there are none")
-        for index, test in enumerate(tests):
-            if not isinstance(test, list) or [type(part) for part in test] != [str, str]:
-                raise ValueError(f"test {index} is not a pair of strings")
-            if kind == "call":
-                for line in (*test[0].split("\n"), test[1]):
-                    json.loads(line)
-    except ValueError as error:
-        raise UserError(
-            f"the tests of a record can't be used: {error}; build the data again"
-        ) from error
-    return Problem(kind, name, tuple((given, expected) for given, expected in tests))
-
-
-def choose_tests(problem: Problem, most: int) -> list[int]:
-    """Indices of the tests that count, in order: the `most` with the longest inputs; 0 for all."""
-    length = lambda index: len(problem.tests[index][0])
-    return sorted(sorted(range(len(problem.tests)), key=length, reverse=True)[: most or None])
 
 
 def same_output(printed: str, expected: str) -> bool:
@@ -202,7 +139,7 @@ class CodeVerifier:
                 self._verdicts[key] = known  # the last that was used
         if known:
             return self._count(known, cached=1)
-        chosen = choose_tests(problem, self._config.max_tests)
+        chosen = longest_tests(problem.tests, self._config.max_tests)
         try:
             verdict, ran = self._run_tests(code, problem, chosen)
         except NoSandbox as failure:
