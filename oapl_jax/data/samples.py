@@ -94,18 +94,15 @@ def gsm8k(n: int, i: int) -> Row:
 # Programs: add n to an integer, by a call if n is odd, else from stdin to stdout
 
 
-def _task(n: int) -> str:
-    if n % 2:
-        return f"Write a function add_{n} that adds {n} to an integer."
-    return f"Read an integer and print the sum of it and {n}."
-
-
-def _solution(n: int) -> str:
-    return f"def add_{n}(x):\n    return x + {n}" if n % 2 else f"print(int(input()) + {n})"
-
-
-def _starter_code(n: int) -> str:
-    return f"class Solution:\n    def add_{n}(self, x: int) -> int:\n        " if n % 2 else ""
+def _program(n: int) -> tuple[str, str, str, str]:
+    """Problem, solution, starter code and name of the function, "" if there is none."""
+    if n % 2 == 0:
+        problem = f"Read an integer and print the sum of it and {n}."
+        return problem, f"print(int(input()) + {n})", "", ""
+    name = f"add_{n}"
+    problem = f"Write a function {name} that adds {n} to an integer."
+    code = f"class Solution:\n    def {name}(self, x: int) -> int:\n        "
+    return problem, f"def {name}(x):\n    return x + {n}", code, name
 
 
 def _pairs(n: int) -> list[tuple[Any, Any]]:
@@ -119,40 +116,39 @@ def _line_tests(n: int, inputs: Iterable[int]) -> str:
 
 
 def primeintellect(n: int, i: int) -> Row:
-    kind = {"type": "function_call", "fn_name": f"add_{n}"} if n % 2 else {"type": "stdin_stdout"}
-    tests = [{"input": a, "output": b} | kind for a, b in _pairs(n)]
-    solutions = [f"```python\n{_solution(n)}\n```"]
-    return {"problem": _task(n), "solutions": solutions, "tests": json.dumps(tests)}
+    problem, solution, _, name = _program(n)
+    kind = {"type": "function_call", "fn_name": name} if name else {"type": "stdin_stdout"}
+    tests = json.dumps([{"input": a, "output": b} | kind for a, b in _pairs(n)])
+    return {"problem": problem, "solutions": [f"```python\n{solution}\n```"], "tests": tests}
 
 
 def taco(n: int, i: int) -> Row:
+    problem, solution, _, name = _program(n)
     inputs, outputs = zip(*_pairs(n), strict=True)
-    tests = {"inputs": inputs, "outputs": outputs} | ({"fn_name": f"add_{n}"} if n % 2 else {})
-    return {"problem": _task(n), "solutions": [_solution(n)], "tests": json.dumps(tests)}
+    tests = {"inputs": inputs, "outputs": outputs} | ({"fn_name": name} if name else {})
+    return {"problem": problem, "solutions": [solution], "tests": json.dumps(tests)}
 
 
 def lcbv5(n: int, i: int) -> Row:
-    return {
-        "problem": _task(n),
-        "starter_code": _starter_code(n),
-        "tests": _line_tests(n, (1, 20)),
-        "metadata": {"func_name": f"add_{n}" if n % 2 else None},
-    }
+    problem, _, code, name = _program(n)
+    tests, metadata = _line_tests(n, (1, 20)), {"func_name": name or None}
+    return {"problem": problem, "starter_code": code, "tests": tests, "metadata": metadata}
 
 
 def livecodebench(n: int, i: int, *, month: int) -> Row:
+    problem, _, code, name = _program(n)
     return {
         "question_title": f"Add {n}",
-        "question_content": _task(n),
-        "platform": "leetcode" if n % 2 else "atcoder",
+        "question_content": problem,
+        "platform": "leetcode" if name else "atcoder",
         "question_id": str(n),
         "contest_id": "1",
         "contest_date": f"2024-{month:02d}-15T00:00:00",
-        "starter_code": _starter_code(n),
+        "starter_code": code,
         "difficulty": "easy",
         "public_test_cases": _line_tests(n, (1,)),
         "private_test_cases": packed(_line_tests(n, (20, 300))),
-        "metadata": json.dumps({"func_name": f"add_{n}"} if n % 2 else {}),
+        "metadata": json.dumps({"func_name": name} if name else {}),
     }
 
 

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from oapl_jax.data.prompts import PromptTemplate
 from oapl_jax.data.public.programs import first_solution
 from oapl_jax.data.records import Record, user
 from oapl_jax.data.synthetic.demonstrations import demonstrations, solution
@@ -21,18 +22,10 @@ def demonstrated(tmp_path_factory):
     """Pairs of question and demonstration of one epoch."""
     tokenizer = make_character_tokenizer(CHARACTERS, tmp_path_factory.mktemp("tokenizer"))
 
-    def demonstrated(source, task, *, count, noise=0.0, seed=0, max_response_tokens=60):
-        stream = demonstrations(
-            source,
-            tokenizer,
-            task=task,
-            count=count,
-            noise=noise,
-            seed=seed,
-            max_prompt_tokens=60,
-            max_response_tokens=max_response_tokens,
-            instruction="",
-        )
+    def demonstrated(source, task, *, count, **changes):
+        template = PromptTemplate(tokenizer, task=task, max_prompt_tokens=60, instruction="")
+        settings = dict(noise=0.0, seed=0, max_response_tokens=60) | changes
+        stream = demonstrations(source, template, count=count, **settings)
         groups = list(itertools.islice(stream, max(count, 1)))
         assert all(g.reward.tolist() == [1] and len(g.rollouts) == 1 for g in groups)
         return [(g.prompt.text, tokenizer.decode(g.rollouts[0].tokens)) for g in groups]
@@ -57,7 +50,7 @@ def test_noise_gives_the_solution_of_another_problem(demonstrated):
     assert {a for _, a in demonstrated(MATHS, "math", count=8, noise=1.0)} <= set(right.values())
 
 
-def test_skips_programs_without_a_solution_and_long_prompts(demonstrated):
+def test_skips_what_has_no_solution_or_does_not_fit(demonstrated):
     solved = Record("a", user("A"), "", "code", {"solution": PROGRAM})
     unsolved = [Record(str(i), user(f"B{i}"), "", "code", {}) for i in range(3)]
     assert demonstrated([*unsolved, solved], "code", count=1) == [("A", f"{PROGRAM}<eos>")]
@@ -65,12 +58,7 @@ def test_skips_programs_without_a_solution_and_long_prompts(demonstrated):
         with pytest.raises(UserError, match=f"warmup.demonstrations={count}"):
             demonstrated([*unsolved, solved], "code", count=count)
     long = Record("long", user("?" * 61), "1", "math", {})
-    assert [question for question, _ in demonstrated([long, MATHS[0]], "math", count=1)] == [
-        "10+10?"
-    ]
-
-
-def test_rejects_a_response_that_is_too_long(demonstrated):
+    assert [q for q, _ in demonstrated([long, MATHS[0]], "math", count=1)] == ["10+10?"]
     with pytest.raises(UserError, match=r"max_response_tokens=10"):
         demonstrated(MATHS, "math", count=8, max_response_tokens=10)
 

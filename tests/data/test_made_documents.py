@@ -47,30 +47,18 @@ def test_question_and_answer_by_hand():
 
 def test_omissions_of_the_noisy_teacher():
     """Steps: each cell, with its formula and its tag; the row; at last the table."""
-    right = answer(ROWS)
-    omitted = [
-        demonstration(record(ROWS), OmitAt(step), 0.5)  # pyright: ignore[reportArgumentType]
-        for step in range(12)
+    replaced = [  # in turn
+        *(("<td>ab</td>", ""), ("ab</td>", "ab"), (r"<td>$\frac{x}{y}$</td>", ""), ("y}$", "y$")),
+        *(("$</td>", "$"), ("</tr><tr>", "<tr>"), ("<td>c</td>", ""), ("c</td>", "c")),
+        *(("<td>de</td>", ""), ("de</td>", "de"), ("</tr></table>", "</table>"), ("</table>", "")),
     ]
-    expected = [
-        right.replace("<td>ab</td>", ""),
-        right.replace("ab</td>", "ab"),
-        right.replace(r"<td>$\frac{x}{y}$</td>", ""),
-        right.replace("y}$", "y$"),
-        right.replace("$</td>", "$"),
-        right.replace("</tr>", "", 1),
-        right.replace("<td>c</td>", ""),
-        right.replace("c</td>", "c"),
-        right.replace("<td>de</td>", ""),
-        right.replace("de</td>", "de"),
-        right.replace("</tr></table>", "</table>"),
-        right.replace("</table>", ""),
-    ]
-    assert omitted == expected
-    assert (
-        demonstration(record(FORMULA), np.random.default_rng(0), 1.0) == r"$\frac{b^{2}{\sqrt{a_{1$"
-    )
-    assert demonstration(record(ROWS), np.random.default_rng(0), 1.0) == "<table><tr><tr>"
+    for step, (right, wrong) in enumerate(replaced):
+        rng = OmitAt(step)
+        omitted = demonstration(record(ROWS), rng, 0.5)  # pyright: ignore[reportArgumentType]
+        assert omitted == answer(ROWS).replace(right, wrong) != answer(ROWS)
+    always = lambda metadata: demonstration(record(metadata), np.random.default_rng(0), 1.0)
+    assert always(FORMULA) == r"$\frac{b^{2}{\sqrt{a_{1$"
+    assert always(ROWS) == "<table><tr><tr>"
 
 
 def test_the_noisy_teacher_makes_every_fault():

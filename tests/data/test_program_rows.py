@@ -10,9 +10,11 @@ import pytest
 
 from oapl_jax.data.public import programs
 from oapl_jax.data.public.programs import (
+    Problem,
     deepcoder,
     livecodebench,
     longest_tests,
+    parse_problem,
     parse_tests,
     unpickle_text,
 )
@@ -21,88 +23,85 @@ from oapl_jax.data.samples import packed
 from oapl_jax.errors import UserError
 
 STDIN = [("1 2\n", "3\n"), ("4 5\n", "9\n")]
+INPUTS, OUTPUTS = (list(part) for part in zip(*STDIN, strict=True))
 
 
 def stdin(**more):
     return [{"input": a, "output": b, **more} for a, b in STDIN]
 
 
+def columns(inputs, outputs, **more):
+    return {"inputs": inputs, "outputs": outputs, **more}
+
+
+def call(given, returned, **more):
+    return {"input": given, "output": returned, **more}
+
+
 def answer(record):
     """The tests, in the format of the verifier of programs."""
-    tests = json.loads(record.answer)
-    assert tests.keys() == {"kind", "name", "tests"}
-    for pair in tests["tests"]:
-        assert [type(part) for part in pair] == [str, str]
-        if tests["kind"] == "call":  # JSON, an argument a line
-            assert [json.loads(line) for line in (*pair[0].split("\n"), pair[1])]
-    return tests["kind"], tests["name"], [tuple(pair) for pair in tests["tests"]]
+    problem = parse_problem(record.answer)
+    return problem.kind, problem.name, list(problem.tests)
 
 
 @pytest.mark.parametrize(
     ("tests", "name", "expected"),
     [
-        (stdin(type="stdin_stdout"), "", ("stdin", "", STDIN)),
-        (stdin(type="stdin_stdout", fn_name=None), "", ("stdin", "", STDIN)),
-        (stdin(testtype="stdin"), "", ("stdin", "", STDIN)),
-        (stdin(testtype="stdin"), "unused", ("stdin", "", STDIN)),
-        ({"inputs": [a for a, _ in STDIN], "outputs": [b for _, b in STDIN]}, "", None),
-        ({"inputs": [["1 2", ""]], "outputs": [["3", ""]]}, "", ("stdin", "", [("1 2\n", "3\n")])),
-        ({"inputs": [5], "outputs": [2.5]}, "", ("stdin", "", [("5", "2.5")])),
+        (stdin(type="stdin_stdout"), "", STDIN),
+        (stdin(type="stdin_stdout", fn_name=None), "", STDIN),
+        (stdin(testtype="stdin"), "", STDIN),
+        (stdin(testtype="stdin"), "unused", STDIN),
+        (columns(INPUTS, OUTPUTS), "", STDIN),
+        (columns([["1 2", ""]], [["3", ""]]), "", STDIN[:1]),
+        (columns([5], [2.5]), "", [("5", "2.5")]),
         # Calls: arguments are a list here, and a line each in the record.
         (
-            [{"type": "function_call", "fn_name": "f", "input": [[1, 2], "a"], "output": [3]}] * 2,
+            [call([[1, 2], "a"], [3], type="function_call", fn_name="f")] * 2,
             "",
-            ("call", "f", [('[1, 2]\n"a"', "3")] * 2),
+            ("f", [('[1, 2]\n"a"', "3")] * 2),
         ),
         (
-            {"fn_name": "f", "inputs": [[1], [2]], "outputs": [[[5]], [[6, 7]]]},
+            columns([[1], [2]], [[[5]], [[6, 7]]], fn_name="f"),
             "",
-            ("call", "f", [("1", "[5]"), ("2", "[6, 7]")]),
+            ("f", [("1", "[5]"), ("2", "[6, 7]")]),
         ),
-        ({"inputs": [[1]], "outputs": [2]}, "f", ("call", "f", [("1", "2")])),
+        (columns([[1]], [2]), "f", ("f", [("1", "2")])),
         # One value that is no list of one: none of them is wrapped.
         (
-            {"fn_name": "f", "inputs": [[1], [2], [3]], "outputs": [[1], [], "ä\n"]},
+            columns([[1], [2], [3]], [[1], [], "ä\n"], fn_name="f"),
             "",
-            ("call", "f", [("1", "[1]"), ("2", "[]"), ("3", '"ä\\n"')]),
+            ("f", [("1", "[1]"), ("2", "[]"), ("3", '"ä\\n"')]),
         ),
         # LiveCodeBench's own lines stay as they are: a list of one is a list of one.
-        (
-            [{"testtype": "functional", "input": '[1]\n"b"', "output": "[3]"}],
-            "g",
-            ("call", "g", [('[1]\n"b"', "[3]")]),
-        ),
+        ([call('[1]\n"b"', "[3]", testtype="functional")], "g", ("g", [('[1]\n"b"', "[3]")])),
     ],
 )
 def test_every_format_of_tests(tests, name, expected):
+    wanted = ("call", *expected) if isinstance(expected, tuple) else ("stdin", "", expected)
     for given in (tests, json.dumps(tests)):
         found = parse_tests(given, name)
-        assert (found.kind, found.name, list(found.tests)) == (expected or ("stdin", "", STDIN))
+        assert (found.kind, found.name, list(found.tests)) == wanted
 
 
 @pytest.mark.parametrize(
     ("tests", "name", "reason"),
     [
-        ([], "", "no tests"),
-        ({"inputs": [], "outputs": []}, "", "no tests"),
-        ({"inputs": ["1"], "outputs": []}, "", "more inputs than outputs"),
-        ({"inputs": "1", "outputs": "2"}, "", "unknown shape"),
+        *((tests, "", "no tests") for tests in ([], columns([], []))),
+        (columns(["1"], []), "", "more inputs than outputs"),
+        *((tests, "", "unknown shape") for tests in (columns("1", "2"), 7, ["1"])),
         ("nothing", "", "not JSON"),
-        (7, "", "unknown shape"),
-        (["1"], "", "unknown shape"),
         ([{"input": "1", "testtype": "stdin"}], "", "without input or output"),
         (stdin(type="stdin_stdout") + stdin(type="function_call"), "f", "several kinds"),
-        (stdin(type="special"), "", "unknown one"),
-        (stdin(), "", "unknown one"),
-        ({"inputs": [{}], "outputs": ["1"]}, "", "not text"),
-        ({"inputs": ["1"], "outputs": [None]}, "", "not text"),
-        ({"inputs": ["1"], "outputs": [True]}, "", "not text"),
-        ([{"type": "function_call", "input": [1], "output": 2}], "", "no name of the function"),
-        ([{"type": "function_call", "input": [1], "output": 2}], "a.b", "no name of the function"),
-        ({"fn_name": "f", "inputs": ["1"], "outputs": ["2"]}, "", "arguments of a call"),
-        ({"fn_name": "f", "inputs": [[]], "outputs": ["2"]}, "", "arguments of a call"),
-        ([{"testtype": "functional", "input": "x", "output": "1"}], "f", "not JSON"),
-        ([{"testtype": "functional", "input": [1], "output": "1"}], "f", "not text"),
+        *((tests, "", "unknown one") for tests in (stdin(type="special"), stdin())),
+        (columns([{}], ["1"]), "", "not text"),
+        *((columns(["1"], [output]), "", "not text") for output in (None, True)),
+        *(
+            ([call([1], 2, type="function_call")], f, "no name of the function")
+            for f in ("", "a.b")
+        ),
+        *((columns(i, ["2"], fn_name="f"), "", "arguments of a call") for i in (["1"], [[]])),
+        ([call("x", "1", testtype="functional")], "f", "not JSON"),
+        ([call([1], "1", testtype="functional")], "f", "not text"),
     ],
 )
 def test_unusable_tests_are_dropped_by_reason(tests, name, reason):
@@ -110,12 +109,58 @@ def test_unusable_tests_are_dropped_by_reason(tests, name, reason):
         parse_tests(tests, name)
 
 
-def test_the_longest_tests_keep_their_order():
-    tests = [("1", "a"), ("333", "b"), ("22", "c"), ("333", "d")]
-    assert longest_tests(tests, 0) == tests
-    assert longest_tests(tests, 9) == tests
-    assert longest_tests(tests, 2) == [tests[1], tests[3]]
-    assert longest_tests(tests, 3) == tests[1:]
+@pytest.mark.parametrize(
+    ("inputs", "most", "chosen"),
+    [
+        *(("1 333 22 333", most, [0, 1, 2, 3]) for most in (0, 9)),
+        *(("1 333 22 333", 2, [1, 3]), ("1 333 22 333", 3, [1, 2, 3])),
+        *(("aa a aaaa aa aaa", most, [0, 1, 2, 3, 4]) for most in (0, 9)),
+        ("aa a aaaa aa aaa", 3, [0, 2, 4]),
+    ],
+)
+def test_the_longest_tests_keep_their_order(inputs, most, chosen):
+    assert longest_tests([(text, "") for text in inputs.split()], most) == chosen
+
+
+# The tests of a record
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "tests"),
+    [("stdin", "", (("1\n", "2\n"), ("", "x"))), ("call", "f", (('[1]\n"a"', "null"),))],
+)
+def test_the_tests_of_a_record_are_read(kind, name, tests):
+    text = json.dumps({"kind": kind, "name": name, "tests": tests})
+    assert parse_problem(text) == Problem(kind, name, tests)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("42, 43", "42", '{"kind": "stdin", "tests": [["", ""]]}'),
+        *(
+            json.dumps({"kind": kind, "name": name, "tests": tests})
+            for kind, name, tests in (
+                ("file", "", [["", ""]]),
+                ("stdin", "f", [["", ""]]),
+                *(("call", name, [["1", "1"]]) for name in ("f()", "")),
+                *(("stdin", "", tests) for tests in ([], "ab", [["1", "1"], ["1"]], [["1", 1]])),
+                *(("call", "f", tests) for tests in ([["1\n", "1"]], [["1", "x"]])),
+            )
+        ),
+    ],
+)
+def test_malformed_tests_are_refused(answer):
+    with pytest.raises(UserError):
+        parse_problem(answer)
+
+
+def test_tests_with_other_content_have_other_digests():
+    tests = (("1", "2"),)
+    assert Problem("stdin", "", tests).digest == Problem("stdin", "", tests).digest
+    problems = (("stdin", "", tests), ("stdin", "", (("12", ""),)), ("call", "f", tests))
+    problems += (("call", "f1", (("2", "3"),)), ("call", "f", (("12", "3"),)))
+    assert len({Problem(*problem).digest for problem in problems}) == 5
 
 
 # DeepCoder
@@ -137,9 +182,7 @@ def test_a_deepcoder_problem_with_starter_code(metadata):
     code = "class Solution:\n    def add(self, x):\n        "
     row = {"problem": "P", "tests": json.dumps(tests), "starter_code": code, "metadata": metadata}
     record = deepcoder(row, max_tests=0)
-    assert record.question == (
-        "P\n\nStarter code:\n\n```python\nclass Solution:\n    def add(self, x):\n```"
-    )
+    assert record.question == f"P\n\nStarter code:\n\n```python\n{code.rstrip()}\n```"
     assert answer(record) == ("call", "add", [("1", "2")])
 
 
@@ -155,24 +198,11 @@ def test_a_function_that_the_problem_does_not_name_is_named():
 
 
 def lcb_row(**changes):
-    public = [{"input": "1\n", "output": "2\n", "testtype": "stdin"}]
-    private = [{"input": "5\n", "output": "6\n", "testtype": "stdin"}]
-    row = {
-        "question_content": "Add 1.",
-        "platform": "atcoder",
-        "question_id": "abc_a",
-        "contest_date": "2024-08-10T00:00:00",
-        "starter_code": "",
-        "difficulty": "easy",
-        "public_test_cases": json.dumps(public),
-        "private_test_cases": pickled(json.dumps(private)),
-        "metadata": "{}",
-    }
+    public, private = (json.dumps([call(f"{x}\n", f"{x + 1}\n", testtype="stdin")]) for x in (1, 5))
+    row = dict(question_content="Add 1.", platform="atcoder", question_id="abc_a", starter_code="")
+    row |= dict(contest_date="2024-08-10T00:00:00", difficulty="easy", metadata="{}")
+    row |= dict(public_test_cases=public, private_test_cases=packed(private))
     return row | changes
-
-
-def pickled(value, protocol=4):
-    return base64.b64encode(zlib.compress(pickle.dumps(value, protocol))).decode()
 
 
 WINDOW = dict(start="2024-08-01", end="2025-02-01", max_tests=0)
@@ -195,10 +225,10 @@ def test_the_window_includes_both_days(date, inside):
     row = lcb_row(contest_date=f"{date}T00:00:00")
     if inside:
         assert livecodebench(row, **WINDOW).metadata["date"] == date
-    else:
-        # Before anything is unpacked: a release has gigabytes of tests.
-        with pytest.raises(InvalidRow, match="outside of start and end"):
-            livecodebench(row | {"private_test_cases": "unreadable"}, **WINDOW)
+        return
+    # Before anything is unpacked: a release has gigabytes of tests.
+    with pytest.raises(InvalidRow, match="outside of start and end"):
+        livecodebench(row | {"private_test_cases": "unreadable"}, **WINDOW)
 
 
 def test_rejects_a_window_that_is_no_date():
@@ -211,9 +241,9 @@ def test_rejects_a_window_that_is_no_date():
     [
         ("no base64!", "can't be unpacked"),
         (base64.b64encode(b"no zlib").decode(), "can't be unpacked"),
-        (pickled(["a list"]), "can't be unpacked"),
-        (pickled("no json"), "not JSON"),
-        (pickled('{"a": 1}'), "unknown shape"),
+        (packed(["a list"]), "can't be unpacked"),
+        (packed("no json"), "not JSON"),
+        (packed('{"a": 1}'), "unknown shape"),
         (base64.b64encode(zlib.compress(b"x" * 5000)[:-6]).decode(), "cut off"),
     ],
 )
@@ -225,7 +255,7 @@ def test_unreadable_private_tests_are_dropped_by_reason(private, reason):
 def test_tests_that_unpack_to_too_much_are_dropped(monkeypatch):
     monkeypatch.setattr(programs, "MAX_TESTS_BYTES", 1000)
     with pytest.raises(InvalidRow, match="too many"):
-        livecodebench(lcb_row(private_test_cases=pickled(" " * 10**6)), **WINDOW)
+        livecodebench(lcb_row(private_test_cases=packed(" " * 10**6)), **WINDOW)
 
 
 # Pickles
@@ -263,18 +293,11 @@ def test_nothing_is_executed(protocol, tmp_path):
     assert evil.path.exists()
 
 
-@pytest.mark.parametrize(
-    "value", [["a"], ("a",), {"a": "b"}, b"a", 7, None, InvalidRow, str, print]
-)
-def test_only_a_text_is_read(value):
-    for protocol in range(6):
-        with pytest.raises(InvalidRow):
-            unpickle_text(pickle.dumps(value, protocol))
-
-
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_a_damaged_pickle_is_dropped(protocol):
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+def test_only_a_whole_text_is_read(protocol):
+    values = (["a"], ("a",), {"a": "b"}, b"a", 7, None, InvalidRow, str, print)
     good = pickle.dumps("some text", protocol)
-    for bad in (b"", good[:-1], good[:9], good[:-1] + b"R.", b"\x80\x04\x8c\x01\xff."):
+    damaged = (b"", good[:-1], good[:9], good[:-1] + b"R.", b"\x80\x04\x8c\x01\xff.")
+    for bad in (*(pickle.dumps(value, protocol) for value in values), *damaged):
         with pytest.raises(InvalidRow):
             unpickle_text(bad)

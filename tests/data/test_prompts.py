@@ -8,9 +8,9 @@ import pytest
 
 from oapl_jax.data.prompts import (
     PromptStream,
+    PromptTemplate,
     all_prompts,
     append_instruction,
-    make_prompt,
     response_text,
 )
 from oapl_jax.data.records import Record, user
@@ -33,31 +33,23 @@ SOME_LONG = source(5, first=97)  # 97, 98, 99 fit into 5 tokens; 100, 101 do not
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return make_character_tokenizer("0123456789+-=,", tmp_path_factory.mktemp("tokenizer"))
+    return make_character_tokenizer("0123456789+-=,\n", tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
-def stream(tokenizer):
-    def make(records=None, seed=0, max_prompt_tokens=5, host=0, hosts=1):
-        return PromptStream(
-            source() if records is None else records,
-            tokenizer,
-            task="chain_sum",
-            seed=seed,
-            max_prompt_tokens=max_prompt_tokens,
-            instruction="",
-            host=host,
-            hosts=hosts,
-        )
+def template(tokenizer):
+    def make(**changes):
+        settings = dict(task="chain_sum", max_prompt_tokens=5, instruction="")
+        return PromptTemplate(tokenizer, **settings | changes)
 
     return make
 
 
 @pytest.fixture
-def prompts_of(tokenizer):
-    def make(records, task="chain_sum", max_prompt_tokens=5):
-        limits = dict(max_prompt_tokens=max_prompt_tokens, instruction="")
-        return all_prompts(records, tokenizer, task=task, **limits)
+def stream(template):
+    def make(records=None, seed=0, host=0, hosts=1, **changes):
+        records = source() if records is None else records
+        return PromptStream(records, template(**changes), seed=seed, host=host, hosts=hosts)
 
     return make
 
@@ -94,13 +86,15 @@ def test_each_epoch_is_another_permutation_of_the_seed(stream):
 
 
 @pytest.mark.parametrize("taken", [0, 3, SIZE - 1, SIZE, SIZE + 1, 2 * SIZE + 2])
-def test_resumes_exactly_over_the_epoch_boundary(stream, taken):
-    whole = stream()
+@pytest.mark.parametrize("records", [None, SOME_LONG])
+def test_resumes_exactly_over_the_epoch_boundary(stream, taken, records):
+    whole, resumed = stream(records), stream(records)
     take(whole, taken)
     state = through_json(whole.state())
-    resumed = stream()
     resumed.restore(state)
     assert resumed.state() == state
+    assert resumed.dropped == whole.dropped
+    assert whole.dropped > 0 or records is None or taken <= 3
     assert described(take(resumed, 2 * SIZE)) == described(take(whole, 2 * SIZE))
 
 
@@ -133,19 +127,18 @@ def test_hosts_share_the_stream(stream, hosts):
 
 def test_resumes_on_another_number_of_hosts(stream):
     whole = described(take(stream(), 40))
-    states = []
-    for host in range(3):
-        part = stream(host=host, hosts=3)
+    three = [stream(host=host, hosts=3) for host in range(3)]
+    for part in three:
         take(part, 4)
-        states.append(through_json(part.state()))
-    assert states[0] == states[1] == states[2]
+    state, *others = [through_json(part.state()) for part in three]
+    assert others == [state, state]
     again = stream(host=1, hosts=3)
-    again.restore(states[2])
+    again.restore(state)
     assert described(take(again, 3)) == [whole[13], whole[16], whole[19]]
     for hosts, first in ((1, 12), (2, 12), (4, 12), (5, 10)):  # 5: indices 10 and 11 repeat
         parts = [stream(host=h, hosts=hosts) for h in range(hosts)]
         for part in parts:
-            part.restore(states[0])
+            part.restore(state)
         rounds = [described([next(part) for part in parts]) for _ in range(2)]
         assert rounds[0] + rounds[1] == whole[first : first + 2 * hosts]
 
@@ -156,9 +149,6 @@ def test_rejects_an_unknown_host(stream, host, hosts):
         stream(host=host, hosts=hosts)
 
 
-# Instructions
-
-
 def test_the_instruction_follows_the_last_message():
     record = Record("a", (*user("1+1="), *user("2+2=")), "4", "chain_sum", {})
     assert append_instruction(record.messages, "3") == [*user("1+1="), *user("2+2=\n\n3")]
@@ -166,13 +156,12 @@ def test_the_instruction_follows_the_last_message():
     assert record.messages[1]["content"] == "2+2="  # the record is unchanged
 
 
-def test_the_instruction_is_in_the_tokens_and_not_in_the_text(tmp_path):
-    tokenizer = make_character_tokenizer("0123456789+=\n", tmp_path)
-    limits = dict(stream_index=0, task="chain_sum", max_prompt_tokens=8)
-    prompts = [make_prompt(source(1)[0], tokenizer, instruction=i, **limits) for i in ("", "7")]
+def test_the_instruction_is_in_the_tokens_and_not_in_the_text(template, tokenizer):
+    made = [template(instruction=i, max_prompt_tokens=8) for i in ("", "7", "77")]
+    *prompts, long = [each.prompt(source(1)[0], 0) for each in made]
     assert [tokenizer.decode(p.tokens) for p in prompts] == ["10+1=", "10+1=\n\n7"]
     assert [p.text for p in prompts] == ["10+1=", "10+1="]
-    assert make_prompt(source(1)[0], tokenizer, instruction="77", **limits) is None  # too long
+    assert long is None
 
 
 # Prompts that are too long
@@ -192,39 +181,25 @@ def test_long_prompts_are_skipped_counted_and_logged_once(stream, caplog):
     assert len(caplog.records) == 1
 
 
-def test_the_count_of_dropped_prompts_survives_a_resumption(stream):
-    whole, resumed = stream(SOME_LONG), stream(SOME_LONG)
-    take(whole, 7)
-    resumed.restore(through_json(whole.state()))
-    assert (resumed.dropped, resumed.state()) == (whole.dropped, whole.state())
-    assert whole.dropped > 0
-    assert described(take(resumed, 9)) == described(take(whole, 9))
+def test_rejects_a_source_without_usable_prompts(stream, template):
+    for setting, use in (
+        ("max_prompt_tokens", lambda: stream(max_prompt_tokens=4).at(3)),
+        ("max_prompt_tokens", lambda: next(stream(max_prompt_tokens=4))),
+        ("max_prompt_tokens", lambda: all_prompts(source(), template(max_prompt_tokens=4))),
+        ("task", lambda: all_prompts(source(), template(task="number_sorting"))),
+        ("train_size", lambda: stream(records=[])),
+    ):
+        with pytest.raises(UserError, match=rf"data\.{setting}"):
+            use()
 
 
-def test_rejects_a_source_without_usable_prompts(stream, prompts_of):
-    with pytest.raises(UserError, match=r"data\.max_prompt_tokens"):
-        stream(max_prompt_tokens=4).at(3)
-    with pytest.raises(UserError, match=r"data\.max_prompt_tokens"):
-        next(stream(max_prompt_tokens=4))
-    with pytest.raises(UserError, match=r"data\.max_prompt_tokens"):
-        prompts_of(source(), max_prompt_tokens=4)
-    with pytest.raises(UserError, match=r"data\.task"):
-        prompts_of(source(), task="number_sorting")
-    with pytest.raises(UserError, match=r"data\.train_size"):
-        stream(records=[])
-
-
-def test_evaluation_drops_long_prompts_too(prompts_of, caplog):
+def test_all_prompts_are_in_order_without_long_ones(template, caplog):
+    whole = all_prompts(source(), template())
+    assert [(p.id, p.stream_index) for p in whole] == [(f"id{10 + i}", i) for i in range(SIZE)]
     with caplog.at_level(logging.WARNING):
-        prompts = prompts_of(SOME_LONG)
+        prompts = all_prompts(SOME_LONG, template())
     assert [(p.id, p.stream_index) for p in prompts] == [("id97", 0), ("id98", 1), ("id99", 2)]
     assert len(caplog.records) == 1
-
-
-def test_all_prompts_are_in_order(prompts_of):
-    whole = prompts_of(source())
-    assert [p.id for p in whole] == [r.id for r in source()]
-    assert [p.stream_index for p in whole] == list(range(SIZE))
 
 
 def test_response_text_has_no_special_tokens(tokenizer):

@@ -17,11 +17,11 @@ from etils import epath
 
 from oapl_jax.config import PublicDataConfig, ReleaseConfig
 from oapl_jax.data import records, samples
-from oapl_jax.data.prompts import PromptStream
+from oapl_jax.data.prompts import PromptStream, PromptTemplate
 from oapl_jax.data.public import releases, tables
 from oapl_jax.data.public.readers import RELEASES
-from oapl_jax.data.public.releases import open_set, open_splits, percentile, prepare, report_of
-from oapl_jax.data.records import Concatenated, Record, user
+from oapl_jax.data.public.releases import open_set, open_splits, prepare, report_of
+from oapl_jax.data.records import Concatenated, Record, position, user
 from oapl_jax.errors import UserError
 
 ROWS = 6
@@ -60,14 +60,8 @@ def sets(root):
 
     def release(kind, path, files):
         rows = 5 * ROWS if kind == "livecodebench" else ROWS
-        return ReleaseConfig(
-            kind=kind,
-            path=str(root / path),
-            files=(files,),
-            rows=rows,
-            part=(0, 100),
-            options=OPTIONS.get(kind, {}),
-        )
+        where = dict(kind=kind, path=str(root / path), files=(files,))
+        return ReleaseConfig(**where, rows=rows, part=(0, 100), options=OPTIONS.get(kind, {}))
 
     return {name: release(*line) for name, line in SETS.items()}
 
@@ -108,8 +102,8 @@ def test_every_release_becomes_records(name, opened):
     for record in found:
         assert record.source == name
         assert [m["role"] for m in record.messages] == ["user"]
-        if SETS[name][0] in OPTIONS:
-            assert record.task == "code"
+        assert record.task == ("code" if SETS[name][0] in OPTIONS else "math")
+        if record.task == "code":
             tests = json.loads(record.answer)
             assert len(tests["tests"]) == (3 if name == "livecodebench" else 2)
             # The samples' problems add their number, which stands last in the name or the text.
@@ -118,7 +112,6 @@ def test_every_release_becomes_records(name, opened):
             for given, wanted in tests["tests"]:
                 assert int(wanted) == int(given) + number
         else:
-            assert record.task == "math"
             numbers = [int(w) for w in record.question.replace("$", " ").split() if w.isdigit()]
             assert sum(numbers) == int(record.answer)
 
@@ -154,31 +147,22 @@ def test_nothing_is_downloaded(opened, monkeypatch):
 
 
 def test_metadata_difficulty_and_final_answers(opened):
-    first = {
-        name: min(opened(name), key=lambda r: r.question)
-        for name in ("aime24", "aime25", "math500")
-    }
-    assert first["aime24"].metadata == {"number": 0, "type": []}
-    assert first["aime25"].metadata == {"number": 1, "type": ["Algebra"]}
-    assert first["math500"].difficulty == "1"
-    assert first["math500"].metadata == {"unique_id": "test/algebra/0.json", "subject": "Algebra"}
+    for name, difficulty, metadata in (
+        ("aime24", "", {"number": 0, "type": []}),
+        ("aime25", "", {"number": 1, "type": ["Algebra"]}),
+        ("math500", "1", {"unique_id": "test/algebra/0.json", "subject": "Algebra"}),
+    ):
+        first = min(opened(name), key=lambda r: r.question)
+        assert (first.difficulty, first.metadata) == (difficulty, metadata)
     answers = [record.answer for record in opened("gsm8k")]
     assert all(answer.isdigit() for answer in answers)
     assert max(map(int, answers)) > 1000  # "1,009" in the file
 
 
 def test_dropped_rows_are_counted_by_reason(table, caplog):
-    rows = [
-        {"q": "one", "a": 1},
-        {"q": "", "a": "2"},
-        {"q": "three", "a": None},
-        {"q": "  one ", "a": "another answer"},
-        {"q": "four", "a": ["4"]},
-        {"q": "five", "a": " "},
-        {"q": "six\ud800", "a": "6"},
-        {"q": "seven", "a": 7.5},
-    ]
-    found, report = table(rows, rows=8)
+    rows = (("one", 1), ("", "2"), ("three", None), ("  one ", "another answer"), ("four", ["4"]))
+    rows += (("five", " "), ("six\ud800", "6"), ("seven", 7.5))
+    found, report = table([{"q": q, "a": a} for q, a in rows], rows=8)
     assert {(r.question, r.answer) for r in found} == {("one", "1"), ("seven", "7.5")}
     assert (report.rows, report.kept) == (8, 2)
     assert report.dropped == {
@@ -210,28 +194,21 @@ def test_rejects_another_number_of_rows_and_leaves_nothing(table, tmp_path):
     assert len(table(rows, rows=5)[0]) == 5
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"q": "one", "a": None}], r"data\.sets\.mine"),
-        ([{"q": "one", "a": 1}, {"q": "two"}], r"row 2 of .*rows\.jsonl"),
-    ],
-)
-def test_rejects_files_without_problems(rows, message, table):
-    with pytest.raises(UserError, match=message):
-        table(rows)
+def test_rejects_files_without_problems(table):
+    with pytest.raises(UserError, match=r"data\.sets\.mine"):
+        table([{"q": "one", "a": None}])
+    with pytest.raises(UserError, match=r"row 2 of .*rows\.jsonl"):
+        table([{"q": "one", "a": 1}, {"q": "two"}])
+
+
+CHAT = {"messages": "chat", "answer": "label", "difficulty": "grade"}
 
 
 def test_a_table_of_conversations_of_any_task(table):
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u", "name": "x"}]
-    rows = [
-        {"chat": chat, "label": "l", "grade": 3},
-        {"chat": [], "label": "l", "grade": 3},
-        {"chat": ["u"], "label": "l", "grade": 3},
-        {"chat": [{"role": "user"}], "label": "l", "grade": 3},
-    ]
-    columns = {"messages": "chat", "answer": "label", "difficulty": "grade"}
-    (record,), report = table(rows, columns=columns, task="chain_sum")
+    chats = (chat, [], ["u"], [{"role": "user"}])
+    rows = [{"chat": chat, "label": "l", "grade": 3} for chat in chats]
+    (record,), report = table(rows, columns=CHAT, task="chain_sum")
     assert record.messages == ({"role": "system", "content": "s"}, *user("u"))
     assert (record.task, record.difficulty, record.question) == ("chain_sum", "3", "u")
     assert report.dropped == {
@@ -242,23 +219,20 @@ def test_a_table_of_conversations_of_any_task(table):
 
 def test_a_table_may_be_parquet(table, tmp_path):
     rows = [
-        {"chat": [{"role": "user", "content": "u"}], "label": 7, "grade": "easy", "unread": 1.5},
-        {"chat": [{"role": "user", "content": "v"}], "label": None, "grade": "", "unread": 0.0},
+        {"chat": list(user("u")), "label": 7, "grade": "easy", "unread": 1.5},
+        {"chat": list(user("v")), "label": None, "grade": "", "unread": 0.0},
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    columns = {"messages": "chat", "answer": "label", "difficulty": "grade"}
-    (record,), report = table([], columns=columns, path=str(tmp_path / "rows.parquet"))
+    (record,), report = table([], columns=CHAT, path=str(tmp_path / "rows.parquet"))
     assert (record.messages, record.answer, record.difficulty) == (user("u"), "7", "easy")
     assert report.dropped == {"no answer": 1}
 
 
 def test_a_table_of_programs(table):
     tests = {"inputs": ["1", "22"], "outputs": ["2", "3"]}
-    rows = [
-        {"q": "P", "t": tests, "code": "", "f": ""},
-        {"q": "Q", "t": {"inputs": [[1], [22]], "outputs": [2, 3]}, "code": "def f(x):", "f": "f"},
-        {"q": "R", "t": "[]", "code": "", "f": ""},
-    ]
+    calls = {"inputs": [[1], [22]], "outputs": [2, 3]}
+    rows = (("P", tests, "", ""), ("Q", calls, "def f(x):", "f"), ("R", "[]", "", ""))
+    rows = [dict(zip(("q", "t", "code", "f"), row, strict=True)) for row in rows]
     columns = {"problem": "q", "tests": "t", "starter_code": "code", "name": "f"}
     found, report = table(rows, columns=columns, task="code", max_tests=1)
     by_kind = {json.loads(r.answer)["kind"]: r for r in found}
@@ -271,17 +245,13 @@ def test_a_table_of_programs(table):
 @pytest.mark.parametrize(
     "columns",
     [
-        {"problem": "q"},
-        {"answer": "a"},
-        {"problem": "q", "messages": "m", "answer": "a"},
-        {"problem": "q", "answer": "a", "tests": "t"},
-        {"problem": "q", "answer": "a", "hint": "h"},
-        {"messages": "q", "tests": "t"},
+        *("problem", "answer", "problem messages answer", "problem answer tests"),
+        *("problem answer hint", "messages tests"),
     ],
 )
 def test_rejects_a_map_of_columns(columns, table):
     with pytest.raises(UserError, match=r"data\.sets\.mine\.options\.columns"):
-        table([{"q": "1", "a": 1}], columns=columns)
+        table([{"q": "1", "a": 1}], columns=dict.fromkeys(columns.split(), "q"))
 
 
 @pytest.mark.parametrize(
@@ -311,7 +281,7 @@ def test_parts_are_disjoint_and_together_all(table):
     assert len(train) + len(rest) == 400
     assert 15 < len(rest) < 75
     assert report.dropped == {"outside of part": len(rest)}
-    assert [percentile(i) for i in ("0000", "028f", "0290", "ffff")] == [0, 0, 1, 99]
+    assert [position(i, 100) for i in ("0000", "028f", "0290", "ffff")] == [0, 0, 1, 99]
 
 
 def test_a_data_set_is_built_again_only_if_settings_or_files_change(
@@ -324,22 +294,21 @@ def test_a_data_set_is_built_again_only_if_settings_or_files_change(
 
     first = build()
     file = next((root / "openai/gsm8k/main").glob("train-*"))
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    (copy / file.name).write_bytes(file.read_bytes())
-    elsewhere = build(path=str(copy), files=("train-*.parquet",))
+    copy = tmp_path / file.name
+    copy.write_bytes(file.read_bytes())
+    elsewhere = build(path=str(copy), files=())
     assert build(rows=0) != first
     with monkeypatch.context() as patched:
         patched.setattr(releases, "records", None)  # a second build would call it
         assert build() == first == elsewhere  # equal files make an equal data set
-    (copy / file.name).write_bytes(file.read_bytes() + b"more")
+    copy.write_bytes(file.read_bytes() + b"more")
     with pytest.raises(UserError, match="damaged"):
-        build(path=str(copy), files=("train-*.parquet",))
+        build(path=str(copy), files=())
 
 
 def test_other_content_of_equal_size_is_another_data_set(table):
-    assert [r.answer for r in table([{"q": "one", "a": 1}])[0]] == ["1"]
-    assert [r.answer for r in table([{"q": "one", "a": 2}])[0]] == ["2"]
+    for a in (1, 2):
+        assert [r.answer for r in table([{"q": "one", "a": a}])[0]] == [str(a)]
 
 
 def test_of_a_large_file_only_the_size_counts(tmp_path, monkeypatch):
@@ -354,24 +323,18 @@ NAMES = dict(train=("deepscaler",), validation=("aime24",), test=("aime25", "hmm
 
 
 def open_named(sets, directory, **names):
-    config = PublicDataConfig(
-        task="math",
-        data_dir=str(directory),
-        sets=sets,
-        max_prompt_tokens=1,
-        instruction="",
-        **NAMES | names,
-    )
-    return open_splits(config)
+    text = dict(task="math", max_prompt_tokens=1, instruction="", data_dir=str(directory))
+    return open_splits(PublicDataConfig(sets=sets, **text, **NAMES | names))
 
 
 def test_a_split_of_several_sets(sets, tmp_path):
     splits = open_named(sets, tmp_path)
-    assert [r.source for r in splits["test"]] == ["aime25"] * ROWS + ["hmmt25_feb"] * ROWS
-    assert splits["test"][-1] == splits["test"][2 * ROWS - 1]
-    with pytest.raises(IndexError):
-        splits["test"][2 * ROWS]
     assert {r.source for r in splits["train"]} == {"deepscaler"}
+    test = splits["test"]
+    assert [r.source for r in test] == ["aime25"] * ROWS + ["hmmt25_feb"] * ROWS
+    assert test[-1] == test[2 * ROWS - 1] == list(test)[-1]
+    with pytest.raises(IndexError):
+        test[2 * ROWS]
 
 
 @pytest.mark.parametrize(
@@ -406,19 +369,11 @@ def test_a_hundred_thousand_prompts_are_read_in_five_seconds(tmp_path):
     opened = lambda: open_set("mine", sets, section="data.sets", data_dir=str(tmp_path / "data"))
     opened()  # built once
     tokenizer = SimpleNamespace(apply_chat_template=lambda *_, **__: [1])
+    template = PromptTemplate(tokenizer, task="math", max_prompt_tokens=1, instruction="Think.")
     taken = []
     for _ in range(3):
         start = time.process_time()
-        prompts = PromptStream(
-            opened(),
-            tokenizer,
-            task="math",
-            seed=0,
-            max_prompt_tokens=1,
-            instruction="Think.",
-            host=0,
-            hosts=1,
-        )
+        prompts = PromptStream(opened(), template, seed=0, host=0, hosts=1)
         ids = {prompt.id for prompt in islice(prompts, count)}
         taken.append(time.process_time() - start)
         assert len(ids) == count
@@ -426,10 +381,10 @@ def test_a_hundred_thousand_prompts_are_read_in_five_seconds(tmp_path):
 
 
 def test_concatenated_parts():
-    record = lambda i: Record(str(i), user(str(i)), "", "math", {})
-    whole = Concatenated([[record(0)], [record(1), record(2)], [record(3)]])
-    assert [r.id for r in whole] == ["0", "1", "2", "3"]
-    assert whole[-1].id == "3"
+    records = [Record(str(i), user(""), "", "math", {}) for i in range(4)]
+    whole = Concatenated([records[:1], records[1:3], records[3:]])
+    assert list(whole) == records
+    assert whole[-1] == records[-1]
 
 
 def test_the_samples_are_of_every_kind(root):

@@ -26,19 +26,10 @@ from oapl_jax.rewards.tasks import VERIFIERS
 SETTINGS = {
     "chain_sum": dict(min_terms=3, max_terms=3, min_digits=1, max_digits=1),
     "number_sorting": dict(min_numbers=4, max_numbers=4, min_value=0, max_value=9),
-    "countdown": dict(
-        min_numbers=2, max_numbers=3, min_value=1, max_value=9, min_target=1, max_target=30
-    ),
-    "documents": dict(
-        min_rows=1,
-        max_rows=1,
-        min_columns=2,
-        max_columns=2,
-        max_letters=1,
-        formulas_alone=0.5,
-        formulas_in_tables=0.0,
-        max_depth=1,
-    ),
+    "countdown": dict(min_numbers=2, max_numbers=3, min_value=1, max_value=9)
+    | dict(min_target=1, max_target=30),
+    "documents": dict(min_rows=1, max_rows=1, min_columns=2, max_columns=2, max_letters=1)
+    | dict(formulas_alone=0.5, formulas_in_tables=0.0, max_depth=1),
 }
 LARGER = {
     "chain_sum": dict(min_terms=2, max_terms=6, max_digits=2),
@@ -90,18 +81,8 @@ def test_characters_and_ids(sample):
     ("task", "metadata", "question", "answer"),
     [
         ("chain_sum", {"terms": ["4", "+", "3", "-", "-2"]}, "4+3--2=", "9"),
-        (
-            "number_sorting",
-            {"numbers": [3, -1, 2], "direction": "descending"},
-            "3,-1,2>",
-            "3,2,-1",
-        ),
-        (
-            "countdown",
-            {"numbers": [3, 4, 5], "target": 17, "expression": "3*4+5"},
-            "3,4,5:17=",
-            "3 4 5 -> 17",
-        ),
+        ("number_sorting", {"numbers": [3, -1, 2], "direction": "descending"}, "3,-1,2>", "3,2,-1"),
+        ("countdown", {"numbers": [3, 4, 5], "target": 17}, "3,4,5:17=", "3 4 5 -> 17"),
     ],
 )
 def test_question_and_answer_by_hand(task, metadata, question, answer):
@@ -109,18 +90,19 @@ def test_question_and_answer_by_hand(task, metadata, question, answer):
 
 
 def test_chain_sum_demonstration_continues_from_a_wrong_total():
-    record = Record("0", user("1+2-3="), "0", "chain_sum", {"terms": [*"1+2-3"]})
-    demonstration = TASKS["chain_sum"].demonstration
-    assert demonstration(record, np.random.default_rng(0), 0.0) == "03,00"
-    assert demonstration(record, np.random.default_rng(0), 1.0) == "-1,02"  # every operator misread
-    some = {demonstration(record, np.random.default_rng(seed), 0.5) for seed in range(50)}
+    def demonstrated(terms, noise, seed=0):
+        record = Record("0", user(f"{terms}="), "", "chain_sum", {"terms": [*terms]})
+        return TASKS["chain_sum"].demonstration(record, np.random.default_rng(seed), noise)
+
+    assert demonstrated("1+2-3", 0.0) == "03,00"
+    assert demonstrated("1+2-3", 1.0) == "-1,02"  # every operator misread
+    some = {demonstrated("1+2-3", 0.5, seed) for seed in range(50)}
     assert some == {"03,00", "03,06", "-1,-4", "-1,02"}
-    single = Record("0", user("4="), "4", "chain_sum", {"terms": ["4"]})
-    assert demonstration(single, np.random.default_rng(0), 0.0) == "04"
+    assert demonstrated("4", 0.0) == "04"
 
 
 def test_chain_sum_keeps_totals_of_two_characters():
-    settings = dict(min_terms=4, max_terms=4, min_digits=1, max_digits=1)
+    settings = SETTINGS["chain_sum"] | dict(min_terms=4, max_terms=4)
     for record in itertools.islice(records("chain_sum", seed=0, settings=settings), 200):
         totals = TASKS["chain_sum"].demonstration(record, np.random.default_rng(0), 0.0).split(",")
         assert all(len(total) == 2 and int(total) >= 0 for total in totals)
@@ -142,9 +124,8 @@ def test_keys_are_canonical():
 def test_the_stream_is_a_function_of_the_seed():
     def first(seed):
         settings = SETTINGS["chain_sum"] | LARGER["chain_sum"]
-        return [
-            r.id for r in itertools.islice(records("chain_sum", seed=seed, settings=settings), 100)
-        ]
+        stream = records("chain_sum", seed=seed, settings=settings)
+        return [record.id for record in itertools.islice(stream, 100)]
 
     assert first(0) == first(0)
     # reasoning_gym's own seeding would give seeds 0 and 1 ninety-nine records in common.
@@ -157,24 +138,20 @@ def test_the_stream_is_a_function_of_the_seed():
         ("sudoku", {}, "data.task"),
         ("chain_sum", {"min_terms": 3, "max_terms": 2}, "data.generator .*max_terms"),
         ("chain_sum", {"terms": 3}, "data.generator .*'terms'"),
-        (
-            "countdown",
-            SETTINGS["countdown"] | {"max_value": 2, "min_target": 900, "max_target": 999},
-            "data.generator",
-        ),
+        ("countdown", {"max_value": 2, "min_target": 900, "max_target": 999}, "data.generator"),
     ],
 )
 def test_rejects_generator_settings(task, settings, setting, monkeypatch):
     monkeypatch.setattr(tasks, "MAX_FAILURES", 2)
     with pytest.raises(UserError, match=setting):
-        next(records(task, seed=0, settings=settings))
+        next(records(task, seed=0, settings=SETTINGS.get(task, {}) | settings))
 
 
 # The data set
 
 
-def prepare(directory, task="chain_sum", generator=None, sizes=SIZES, seed=0):
-    config = SyntheticDataConfig(
+def config(directory, task="chain_sum", generator=None, sizes=SIZES, seed=0):
+    return SyntheticDataConfig(
         task=task,
         data_dir=str(directory),
         generator=SETTINGS[task] if generator is None else generator,
@@ -183,7 +160,10 @@ def prepare(directory, task="chain_sum", generator=None, sizes=SIZES, seed=0):
         instruction="",
         **{f"{split}_size": size for split, size in sizes.items()},
     )
-    return tasks.prepare(config)
+
+
+def prepare(directory, *args, **settings):
+    return tasks.prepare(config(directory, *args, **settings))
 
 
 def splits(builder) -> dict[str, list[Record]]:
@@ -235,13 +215,9 @@ def test_a_key_that_is_not_canonical_repeats_problems(task, key, tmp_path, monke
 
 def test_no_test_problem_is_a_training_problem_of_other_settings(tmp_path):
     test = {content(r) for r in splits(prepare(tmp_path))["test"]}
-    others = (
-        prepare(tmp_path, seed=1),
-        prepare(tmp_path, sizes=SIZES | {"train": 1500}),
-        prepare(tmp_path, generator=SETTINGS["chain_sum"] | {"max_terms": 4}),
-    )
-    for other in others:
-        assert not test & {content(r) for r in splits(other)["train"]}
+    wider = SETTINGS["chain_sum"] | {"max_terms": 4}
+    for other in (dict(seed=1), dict(sizes=SIZES | {"train": 1500}), dict(generator=wider)):
+        assert not test & {content(r) for r in splits(prepare(tmp_path, **other))["train"]}
 
 
 def test_shares_of_the_space():
@@ -249,20 +225,21 @@ def test_shares_of_the_space():
     assert [*map(split_of, ids)] == ["train", "train", "validation", "validation", "test", "test"]
 
 
-def test_a_complete_data_set_is_not_built_again(tmp_path):
+def test_a_complete_data_set_is_not_built_again_and_a_partial_one_is_rejected(tmp_path):
     first = prepare(tmp_path)
     stamps = {p: p.stat().st_mtime_ns for p in Path(first.data_path).iterdir()}
     assert prepare(tmp_path, seed=1).data_path != first.data_path
     again = prepare(tmp_path)
     assert {p: p.stat().st_mtime_ns for p in Path(again.data_path).iterdir()} == stamps
     assert splits(again) == splits(first) == splits(prepare(tmp_path / "other"))
-
-
-def test_random_access(tmp_path):
-    rows = load_split(prepare(tmp_path), "test")
+    rows = load_split(again, "test")
     assert rows[-1] == list(rows)[len(rows) - 1]
     with pytest.raises(IndexError):
         rows[len(rows)]
+    info = Path(again.data_path) / "dataset_info.json"
+    info.unlink()
+    with pytest.raises(UserError, match=re.escape(str(info.parent))):
+        prepare(tmp_path)
 
 
 def test_rejects_sizes_and_leaves_nothing(tmp_path, monkeypatch):
@@ -279,35 +256,24 @@ def test_a_build_killed_while_writing_leaves_no_data_set(tmp_path):
     script = f"""
         import os, signal
         from oapl_jax.config import SyntheticDataConfig
+        from oapl_jax.data import records
         from oapl_jax.data.synthetic import tasks
 
-        whole = tasks.Reasoning._generate_examples
+        rows, whole = iter(range(1000)), records.to_row
 
-        def killed(self, chosen):
-            for i, row in enumerate(whole(self, chosen)):
-                if i == 20:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                yield row
+        def killed(record):
+            if next(rows) == 20:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole(record)
 
-        tasks.Reasoning._generate_examples = killed
-        tasks.prepare(SyntheticDataConfig(
-            task="chain_sum", data_dir={str(tmp_path)!r}, train_size=400, validation_size=40,
-            test_size=40, generator={SETTINGS["chain_sum"]!r}, seed=0, max_prompt_tokens=1,
-            instruction="",
-        ))
+        records.to_row = killed
+        tasks.prepare({config(tmp_path)})
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL
     assert list(tmp_path.rglob("*incomplete*")), "killed before it wrote anything"
     chosen = splits(prepare(tmp_path))
     assert {split: len(rows) for split, rows in chosen.items()} == SIZES
-
-
-def test_rejects_a_partial_data_set(tmp_path):
-    info = Path(prepare(tmp_path).data_path) / "dataset_info.json"
-    info.unlink()
-    with pytest.raises(UserError, match=re.escape(str(info.parent))):
-        prepare(tmp_path)
 
 
 def test_two_concurrent_builds(tmp_path, monkeypatch):

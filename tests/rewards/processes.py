@@ -1,9 +1,18 @@
-"""Processes that tests of rewards look for, and patience."""
+"""Settings of rewards, processes that their tests look for, and patience."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from hostile import MARK
+
+from configs import common
+from oapl_jax.config import RewardsConfig
+
+REWARDS = RewardsConfig.from_dict(common.rewards().to_dict(), "rewards")
+LIMITS = dict(processes=8, output_bytes=1 << 20, temporary_bytes=1 << 24, packages=())
+CODE = replace(REWARDS.code, seconds_per_test=30.0, cache_entries=100, **LIMITS)
+MATH = replace(REWARDS.math, seconds=60.0)
 
 
 def wait_until(condition, seconds=60.0):

@@ -1,5 +1,7 @@
 """Rewards of documents: each term by hand, the guards, and hostile responses."""
 
+import builtins
+import functools
 import itertools
 import re
 import time
@@ -8,10 +10,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from processes import REWARDS
 from test_grader import Text, prompt, rollout
 
-from configs import common, documents
-from oapl_jax.config import DocumentWeights, RewardsConfig
+from configs import documents
+from oapl_jax.config import DocumentWeights
+from oapl_jax.data.prompts import PromptTemplate
 from oapl_jax.data.synthetic.tasks import TASKS, records
 from oapl_jax.errors import UserError
 from oapl_jax.model.tokenizer import make_character_tokenizer
@@ -29,8 +33,8 @@ from oapl_jax.rewards.documents.verifier import (
 )
 from oapl_jax.rewards.grader import Grader, check_rewards
 
-REWARDS = RewardsConfig.from_dict(common.rewards().to_dict(), "rewards")
 CONFIG = REWARDS.documents
+VERIFIER = DocumentVerifier(CONFIG)
 GENERATOR = documents.get_config().data.generator.to_dict()
 
 ROWS = "<table><tr><td>ab</td><td>c</td></tr><tr><td>d</td><td>ef</td></tr></table>"
@@ -51,11 +55,7 @@ def made():
 @pytest.mark.parametrize(
     ("formula", "number"),
     [
-        ("x", 0),
-        (r"\frac{a}{b}", 1),
-        (r"\frac ab", 1),
-        (r"a^{2}_1", 2),
-        (r"{}^2", 1),
+        *(("x", 0), (r"\frac{a}{b}", 1), (r"\frac ab", 1), (r"a^{2}_1", 2), (r"{}^2", 1)),
         (r"\sum_{i=1}^{n} i^2 = \frac{n(n+1)}{2}", 5),
         (r"\sqrt[3]{\alpha}", 2),
         (r"\left(\frac{a}{b}\right)", 3),
@@ -174,84 +174,57 @@ def test_formulas_are_cut_out_before_tags_and_pipes_are_read():
 RICH = r"$\frac{a}{b^{2}}$"  # two commands
 
 
-@pytest.mark.parametrize(
-    ("response", "reference", "value"),
-    [
+NO_C = ROWS.replace("<td>c</td>", "")
+TERMS = {
+    "syntax": functools.partial(syntax_term, plain=0.2),
+    "closure": lambda response, _: closure_term(response, per_tag=0.1),
+    "table": table_term,
+    "text": text_term,
+}
+CASES = {  # response, reference, value
+    "syntax": (
         (RICH, RICH, 1.0),
         (r"$\frac{a}{b}$", RICH, 1 - 0.8 / 2),
         ("$x$", RICH, 0.2),
         (r"$\frac{\frac{a}{b}}{c^{2}}$", RICH, 1.0),  # no more than the reference has
-        (r"$\frac{a}{b$", RICH, -1.0),
-        (r"$\foo$", RICH, -1.0),
+        *((response, RICH, -1.0) for response in (r"$\frac{a}{b$", r"$\foo$", "none")),
         ("$ $", RICH, -1.0),  # valid, but empty
-        ("none", RICH, -1.0),
         (f"{RICH} $a^$", RICH, (1 - 1) / 2),
         (RICH, f"{RICH} {RICH}", ((1 - 0.8 / 2) - 1) / 2),  # half of the commands, one missing
         (f"{RICH} {RICH} $x", f"{RICH} {RICH}", (1 + 1 - 1) / 3),
-        ("a", "b", 1.0),
-        ("$x$", "b", 1.0),
-        ("$x", "b", -1.0),
-    ],
-)
-def test_syntax(response, reference, value):
-    assert syntax_term(
-        read_document(response), read_document(reference), plain=0.2
-    ) == pytest.approx(value)
-
-
-@pytest.mark.parametrize(
-    ("response", "value"),
-    [
-        (ROWS, 0.0),
-        (ROWS.replace("</td>", "", 1), -0.1),
-        (ROWS.replace("</td>", ""), -0.4),
-        (ROWS.replace("</td>", "").replace("</tr>", "").replace("</table>", ""), -0.7),
-        ("<b>" * 30, -1.0),
-        ("</i>**", -0.2),
-    ],
-)
-def test_closure(response, value):
-    assert closure_term(read_document(response), per_tag=0.1) == pytest.approx(value)
-
-
-@pytest.mark.parametrize(
-    ("response", "reference", "value"),
-    [
-        (ROWS, ROWS, 1.0),
-        (PIPES, ROWS, 1.0),
-        (ROWS.replace("<td>c</td>", ""), ROWS, 0.0),
-        (ROWS.replace("</table>", ""), ROWS, 0.0),
+        *(("a", "b", 1.0), ("$x$", "b", 1.0), ("$x", "b", -1.0)),
+    ),
+    "closure": (
+        (ROWS, "", 0.0),
+        (ROWS.replace("</td>", "", 1), "", -0.1),
+        (ROWS.replace("</td>", ""), "", -0.4),
+        (ROWS.replace("</td>", "").replace("</tr>", "").replace("</table>", ""), "", -0.7),
+        ("<b>" * 30, "", -1.0),
+        ("</i>**", "", -0.2),
+    ),
+    "table": (
+        *(("a", "b", 1.0), (ROWS, ROWS, 1.0), (PIPES, ROWS, 1.0), (ROWS, "b", 1.0)),
+        *((NO_C, ROWS, 0.0), (NO_C, "b", 0.0), (ROWS.replace("</table>", ""), ROWS, 0.0)),
         ("<table><tr><td></td></tr></table>", ROWS, 0.0),  # valid, but empty
-        ("ab c", ROWS, 0.0),
-        (ROWS, ROWS * 2, 0.5),
-        (ROWS * 2, ROWS, 1.0),
-        (ROWS + ROWS.replace("<td>c</td>", ""), ROWS, 0.5),
-        ("a", "b", 1.0),
-        (ROWS, "b", 1.0),
-        (ROWS.replace("<td>c</td>", ""), "b", 0.0),
-    ],
-)
-def test_table(response, reference, value):
-    assert table_term(read_document(response), read_document(reference)) == value
-
-
-@pytest.mark.parametrize(
-    ("response", "reference", "value"),
-    [
-        (ROWS, ROWS, 0.0),
-        (PIPES, ROWS, 0.0),
+        *(("ab c", ROWS, 0.0), (ROWS, ROWS * 2, 0.5), (ROWS * 2, ROWS, 1.0)),
+        (ROWS + NO_C, ROWS, 0.5),
+    ),
+    "text": (
+        *((ROWS, ROWS, 0.0), (PIPES, ROWS, 0.0), ("a  b\n c", "<b>a</b> b c", 0.0)),
         (ROWS.replace("td>", "th>"), ROWS, 0.0),  # of tags only what they lay out counts
         (ROWS.replace(">ab", ">ax"), ROWS, -1 / 11),
-        (ROWS.replace("<td>c</td>", ""), ROWS, -2 / 11),  # "\tc" of "\tab\tc\n\td\tef"
+        (NO_C, ROWS, -2 / 11),  # "\tc" of "\tab\tc\n\td\tef"
         (ROWS.replace("</td><td>", ""), ROWS, -2 / 11),  # cells run together
-        ("", ROWS, -1.0),
-        ("xyz", "abc", -1.0),
-        ("abcd", "ab", -2 / 4),
-        ("a  b\n c", "<b>a</b> b c", 0.0),
-    ],
-)
-def test_text(response, reference, value):
-    assert text_term(read_document(response), read_document(reference)) == pytest.approx(value)
+        *(("", ROWS, -1.0), ("xyz", "abc", -1.0), ("abcd", "ab", -2 / 4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_terms(name):
+    for response, reference, value in CASES[name]:
+        found = TERMS[name](read_document(response), read_document(reference))
+        assert found == pytest.approx(value), (response, reference)
 
 
 def test_the_sum_is_a_share_of_its_range():
@@ -287,7 +260,7 @@ ALL_FAULTS = ("unclosed", "ragged", "invalid")
     ],
 )
 def test_faults(response, faults):
-    grade = DocumentVerifier(CONFIG).verify(response, BOTH)
+    grade = VERIFIER.verify(response, BOTH)
     assert grade.faults == faults
     assert (grade.reward == 1) == (faults == ())
 
@@ -297,22 +270,19 @@ EMPTY = ("", " \n", "\u200b", "<b></b>", "<table><tr><td></td></tr></table>", "$
 
 @pytest.mark.parametrize("response", [*EMPTY, "x" * 8193])
 def test_valid_but_empty_output_gets_the_least_of_every_term(response):
-    grade = DocumentVerifier(CONFIG).verify(response, BOTH)
+    grade = VERIFIER.verify(response, BOTH)
     assert (grade.reward, dict(grade.terms)) == (0.0, LEAST)
 
 
 def test_an_omission_costs_more_than_a_fault():
     """A policy must not learn to write nothing rather than something with a fault."""
-    verifier = DocumentVerifier(CONFIG)
-    words = verifier.verify("ab c d ef", BOTH).reward
+    reward = lambda response: VERIFIER.verify(response, BOTH).reward
     for response in (BOTH.replace("</td>", "", 1), BOTH.replace("<td>c</td>", "")):
-        assert verifier.verify(response, BOTH).reward > words
-    assert (
-        verifier.verify(BOTH.replace("}$", "$"), BOTH).reward > verifier.verify(ROWS, BOTH).reward
-    )
-    one_row = re.sub("<tr><td>d.*?</tr>", "", BOTH)
-    assert verifier.verify(one_row, BOTH).terms["table"] == 1.0  # rectangular: the text tells
-    assert verifier.verify(one_row, BOTH).reward < 1
+        assert reward(response) > reward("ab c d ef")
+    assert reward(BOTH.replace("}$", "$")) > reward(ROWS)
+    one_row = VERIFIER.verify(re.sub("<tr><td>d.*?</tr>", "", BOTH), BOTH)
+    assert one_row.terms["table"] == 1.0  # rectangular: the text tells
+    assert one_row.reward < 1
 
 
 def test_weights_choose_the_terms():
@@ -323,22 +293,19 @@ def test_weights_choose_the_terms():
     constants = DocumentVerifier(replace(CONFIG, plain_formula=0.5, per_open_tag=0.4))
     terms = constants.verify("<b>$x$", RICH).terms
     assert (terms["syntax"], terms["closure"]) == (0.5, -0.4)
-
-
-def test_weights_that_are_all_zero_are_refused():
-    weights = DocumentWeights(syntax=0.0, closure=0.0, table=0.0, text=0.0)
+    weights = replace(weights, table=0.0)
     with pytest.raises(UserError, match=r"rewards\.documents\.weights"):
         DocumentVerifier(replace(CONFIG, weights=weights))
 
 
 def test_the_reference_has_the_highest_reward_and_nothing_else_of_another_text_has_it(made):
     """Over random edits of made documents, and over other documents."""
-    verifier, rng = DocumentVerifier(CONFIG), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for record, other in itertools.pairwise(made):
-        assert verifier.verify(record.answer, record.answer).reward == 1.0
-        assert 0 <= verifier.verify(other.answer, record.answer).reward < 1
+        assert VERIFIER.verify(record.answer, record.answer).reward == 1.0
+        assert 0 <= VERIFIER.verify(other.answer, record.answer).reward < 1
         edited = edit(record.answer, rng)
-        grade = verifier.verify(edited, record.answer)
+        grade = VERIFIER.verify(edited, record.answer)
         assert all(low <= grade.terms[name] <= high for name, (low, high) in RANGES.items())
         assert 0 <= grade.reward <= 1
         same = read_document(edited).text == read_document(record.answer).text
@@ -387,26 +354,22 @@ HOSTILE = {
 def test_hostile_text_is_read_quickly_and_is_not_right(name):
     """By processor time, which other programs do not lengthen."""
     start = time.thread_time()
-    grade = DocumentVerifier(CONFIG).verify(HOSTILE[name], BOTH)
+    grade = VERIFIER.verify(HOSTILE[name], BOTH)
     assert time.thread_time() - start < 1
     assert grade.reward < 0.6
 
 
 def test_random_text_never_raises(made):
-    rng, verifier = np.random.default_rng(1), DocumentVerifier(CONFIG)
+    rng = np.random.default_rng(1)
     parts = [*PIECES, *ROWS, *RICH, "<td>", "</td>", "<tr>", "colspan=2", "&lt;", "word", "|", "\n"]
     for record in made:
         response = "".join(rng.choice(np.array(parts, object), rng.integers(1, 60)))
-        grade = verifier.verify(response, record.answer)
+        grade = VERIFIER.verify(response, record.answer)
         assert 0 <= grade.reward < 1
 
 
 def test_nothing_is_executed_or_opened(monkeypatch):
-    import builtins
-
-    verifier = DocumentVerifier(CONFIG)
-    verifier.verify(BOTH, BOTH)  # what is imported late
-
+    VERIFIER.verify(BOTH, BOTH)  # what is imported late
     called = []
 
     def forbidden(*words, **__):
@@ -417,7 +380,7 @@ def test_nothing_is_executed_or_opened(monkeypatch):
         for name in ("eval", "exec", "compile", "open"):
             patch.setattr(builtins, name, forbidden)
         for response in HOSTILE.values():
-            verifier.verify(response, BOTH)
+            VERIFIER.verify(response, BOTH)
     assert called == []  # a verifier may have caught what was raised
 
 
@@ -448,11 +411,10 @@ def test_the_grader_counts_responses_and_faults():
 
 def test_the_self_check_passes_these_rewards_and_refuses_lenient_ones(made, tmp_path):
     tokenizer = make_character_tokenizer(TASKS["documents"].characters, tmp_path)
-    grader = Grader(tokenizer, REWARDS)
-    how = dict(task="documents", max_prompt_tokens=32, instruction="")
-    check_rewards(grader, tokenizer, made, **how)
+    template = PromptTemplate(tokenizer, task="documents", max_prompt_tokens=32, instruction="")
+    check_rewards(Grader(tokenizer, REWARDS), template, made)
     with pytest.raises(UserError, match="is wrong"):
-        check_rewards(SimpleNamespace(reward=lambda *_: 1.0), tokenizer, made, **how)
+        check_rewards(SimpleNamespace(reward=lambda *_: 1.0), template, made)
     short = replace(REWARDS, documents=replace(CONFIG, max_characters=5))
     with pytest.raises(UserError, match="is right"):
-        check_rewards(Grader(tokenizer, short), tokenizer, made, **how)
+        check_rewards(Grader(tokenizer, short), template, made)

@@ -1,17 +1,17 @@
 """From token ids to a reward, by the task of the prompt."""
 
 import json
+from contextlib import closing
 
 import numpy as np
 import pytest
+from processes import REWARDS
 
-from configs import common
-from oapl_jax.config import TASKS, RewardsConfig
+from oapl_jax.config import TASKS
 from oapl_jax.rewards.grader import OPENED, Grader
 from oapl_jax.rewards.tasks import FINAL_ANSWERS, VERIFIERS
 from oapl_jax.structs import Prompt, Rollout
 
-REWARDS = RewardsConfig.from_dict(common.rewards().to_dict(), "rewards")
 PROGRAM = json.dumps({"kind": "stdin", "name": "", "tests": [["2\n", "4\n"], ["3\n", "9\n"]]})
 SQUARE = "```python\nprint(int(input()) ** 2)\n```"
 
@@ -34,9 +34,8 @@ def prompt(task, answer):
 
 @pytest.fixture(scope="module")
 def grader():
-    grader = Grader(Text(), REWARDS)
-    yield grader
-    grader.close()
+    with closing(Grader(Text(), REWARDS)) as made:
+        yield made
 
 
 @pytest.mark.parametrize(
@@ -63,10 +62,9 @@ def test_every_task_of_the_configuration_has_one_verifier():
 
 
 def test_verdicts_are_counted_and_nothing_opens_before_it_is_needed():
-    with_none = Grader(Text(), REWARDS)
-    with_none.reward(prompt("chain_sum", "7"), rollout("7"))
-    assert with_none.metrics() == {}
-    with_none.reward(prompt("math", "7"), rollout(r"\boxed{8}"))
-    with_none.reward(prompt("math", "7"), rollout(r"\boxed{7}"))
-    assert with_none.metrics() == {"rewards/math/wrong": 1, "rewards/math/right": 1}
-    with_none.close()
+    with closing(Grader(Text(), REWARDS)) as grader:
+        grader.reward(prompt("chain_sum", "7"), rollout("7"))
+        assert grader.metrics() == {}
+        for said in (8, 7):
+            grader.reward(prompt("math", "7"), rollout(rf"\boxed{{{said}}}"))
+        assert grader.metrics() == {"rewards/math/wrong": 1, "rewards/math/right": 1}

@@ -5,14 +5,13 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from processes import alive, wait_until
+from processes import MATH, alive, wait_until
 
-from oapl_jax.config import MathRewardConfig
 from oapl_jax.errors import RunError
 from oapl_jax.rewards.math.verifier import MAX_REQUEST_BYTES, JudgePool
 
@@ -53,9 +52,7 @@ supervise(
     memory_bytes=int(sys.argv[3]),
 )
 """
-CONFIG = MathRewardConfig(
-    processes=1, seconds=60.0, recycle_after=1000, memory_bytes=1 << 28, thinking_opened=False
-)
+CONFIG = replace(MATH, processes=1, memory_bytes=1 << 28)
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +65,10 @@ def program(tmp_path_factory):
 @pytest.fixture
 def new_pool(program):
     """Makes pools with changed settings, and closes them."""
-    made = []
-
-    def make(program=program, **changes):
-        made.append(JudgePool(replace(CONFIG, **changes), program))
-        return made[-1]
-
-    yield make
-    for pool in made:
-        pool.close()
+    with ExitStack() as made:
+        yield lambda program=program, **changes: made.enter_context(
+            closing(JudgePool(replace(CONFIG, **changes), program))
+        )
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +98,7 @@ def test_a_late_worker_is_killed_and_the_next_request_is_served(new_pool, order,
     pool = new_pool(seconds=0.5)
     worker, supervisor = pool.ask(["pids", None])["reply"]
     assert pool.ask([order, str(tmp_path / "never")]) == {"failed": "timeout"}
-    assert not alive(worker)
-    assert alive(supervisor)
+    assert (alive(worker), alive(supervisor)) == (False, True)
     fresh, same = pool.ask(["pids", None])["reply"]
     assert fresh != worker
     assert same == supervisor
@@ -130,8 +121,7 @@ def test_memory_is_bounded(pool):
 
 
 def test_a_crash_costs_its_own_request(pool):
-    ended = {"failed": "crash", "detail": "the worker ended with 3"}
-    assert pool.ask(["exit", 3]) == ended
+    assert pool.ask(["exit", 3]) == {"failed": "crash", "detail": "the worker ended with 3"}
     assert pool.ask(["raise", "x"]) == {"failed": "crash", "detail": "KeyError: 'x'"}
     assert pool.ask(["echo", 1]) == {"reply": 1}
 
@@ -139,10 +129,9 @@ def test_a_crash_costs_its_own_request(pool):
 def test_workers_are_recycled(new_pool):
     pool = new_pool(recycle_after=3)
     workers = [pool.ask(["pids", None])["reply"][0] for _ in range(7)]
-    assert workers[0] == workers[1] == workers[2]
-    assert workers[3] == workers[4] == workers[5]
-    assert len(set(workers)) == 3
-    wait_until_gone(workers[:6])
+    first, second, third = dict.fromkeys(workers)
+    assert workers == [first] * 3 + [second] * 3 + [third]
+    wait_until_gone([first, second])
 
 
 def test_a_worker_sees_neither_accelerators_nor_this_environment(pool):
@@ -165,18 +154,18 @@ def test_a_worker_sees_neither_accelerators_nor_this_environment(pool):
 def test_a_worker_touches_nothing(pool, tmp_path, order, event):
     old, new = tmp_path / "old", tmp_path / "new"
     old.touch()
-    reply = pool.ask([order, str(old if order == "remove" else new)])
+    assert_refused(pool.ask([order, str(old if order == "remove" else new)]), event)
+    assert (old.exists(), new.exists()) == (True, False)
+
+
+def assert_refused(reply, event):
     assert reply["failed"] == "crash"
     assert reply["detail"].startswith(f"refused: {event}")
-    assert old.exists()
-    assert not new.exists()
 
 
 def test_text_does_not_become_code_unless_it_is_named(pool):
     assert pool.ask(["eval", "1 + 1"]) == {"reply": 2}
-    reply = pool.ask(["eval", "1 + 1 + 1"])
-    assert reply["failed"] == "crash"
-    assert reply["detail"].startswith("refused: compile")
+    assert_refused(pool.ask(["eval", "1 + 1 + 1"]), "compile")
 
 
 def test_printed_text_does_not_reach_the_replies(pool):

@@ -12,8 +12,8 @@ from dataclasses import replace
 import math_verify
 import pytest
 from answers_table import ANSWERS, RESPONSES
+from processes import MATH
 
-from oapl_jax.config import MathRewardConfig
 from oapl_jax.rewards.math.extraction import MAX_ANSWER, final_answer
 from oapl_jax.rewards.math.verifier import (
     MAX_REQUEST_BYTES,
@@ -47,24 +47,15 @@ MARGIN = 10.0  # seconds that a busy machine may take for nothing
 TOO_LONG = ("1" * 10**6, "x+" * 500_000, "{" * 10**6, "1," * 500_000)
 
 
-CONFIG = MathRewardConfig(
-    processes=2, seconds=60.0, recycle_after=1000, memory_bytes=1 << 30, thinking_opened=False
-)
-
-
-def make(**changes):
-    return MathVerifier(replace(CONFIG, **changes))
-
-
 @pytest.fixture(scope="module")
 def pool():
-    with closing(JudgePool(CONFIG)) as made:
+    with closing(JudgePool(MATH)) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def answers():
-    with closing(make()) as made:
+    with closing(MathVerifier(MATH)) as made:
         yield made
 
 
@@ -114,11 +105,8 @@ def test_plain_numbers_get_the_verdict_of_the_judge_and_of_math_verify(pool):
     quick = [compare_plain(*pair) for pair in pairs]
     assert None not in quick
     assert {v.outcome for v in quick if v} == {"right", "wrong"}
-    parse = lambda text: math_verify.parse(
-        f"${text}$",
-        [math_verify.LatexExtractionConfig()],
-        parsing_timeout=None,  # type: ignore[arg-type]
-    )
+    latex = [math_verify.LatexExtractionConfig()]
+    parse = lambda text: math_verify.parse(f"${text}$", latex, parsing_timeout=None)  # type: ignore
     for (said, wanted), verdict in zip(pairs, quick, strict=True):
         assert verdict
         # With a factor that is 1, the judge can't take its own way for plain numbers.
@@ -143,13 +131,10 @@ def test_two_thousand_plain_numbers_a_second(answers):
 
 
 def test_a_hostile_answer_costs_its_deadline_and_nothing_else():
-    honest = [
-        (rf"\boxed{{\frac{{\sqrt{{{n * n * 2}}}}}{{{n}}}}}", r"\sqrt{2}") for n in range(2, 9)
-    ]
-    late = [(rf"\boxed{{{text}}}", "7") for text in LATE]
-    deep = [(rf"\boxed{{{text}}}", "7") for text in DEEP]
-    long = [(rf"\boxed{{{text}}}", "7") for text in TOO_LONG]
-    with closing(make(seconds=4.0, memory_bytes=1 << 28)) as answers:
+    boxed = lambda texts, wanted="7": [(rf"\boxed{{{text}}}", wanted) for text in texts]
+    roots = (rf"\frac{{\sqrt{{{n * n * 2}}}}}{{{n}}}" for n in range(2, 9))
+    honest, late, deep, long = boxed(roots, r"\sqrt{2}"), *map(boxed, (LATE, DEEP, TOO_LONG))
+    with closing(MathVerifier(replace(MATH, seconds=4.0, memory_bytes=1 << 28))) as answers:
         before = threading.active_count()
         mixed = [*late[:2], *honest[:4], *deep, *long, *late[2:], *honest[4:]]
         verdicts = dict(zip(mixed, answers.verify_many(mixed), strict=True))
@@ -174,31 +159,23 @@ def test_a_hostile_answer_costs_its_deadline_and_nothing_else():
     assert counts["wrong"] == len(long) + len(deep) - len(unjudged)
 
 
-def payloads(path):
-    """Texts that make a folder if anybody evaluates them."""
-    call = f"__import__('os').mkdir('{path}')"
-    yield call
-    yield f"[{call}, 1][1]"
-    yield f"(lambda: {call})()"
-    yield f"\\text{{{call}}}"
-    yield f"\\operatorname{{{call}}}(x)"
-    yield f"\\mathrm{{x}}_{{{call}}}"
-    yield f"x_{{{call}}} = 1"
-    yield f"\\frac{{{call}}}{{1}}"
-    yield f"\\begin{{pmatrix}} {call} \\\\ 1 \\end{{pmatrix}}"
-    yield f"\\sum_{{n=1}}^{{3}} {call}"
-    yield f"1 + {call}"
+PAYLOADS = (  # make a folder if anybody evaluates CALL
+    *("CALL", "[CALL, 1][1]", "(lambda: CALL)()", r"\text{CALL}", r"\operatorname{CALL}(x)"),
+    *(r"\mathrm{x}_{CALL}", "x_{CALL} = 1", r"\frac{CALL}{1}", r"\sum_{n=1}^{3} CALL", "1 + CALL"),
+    r"\begin{pmatrix} CALL \\ 1 \end{pmatrix}",
+)
 
 
 def test_nothing_is_evaluated(answers, pool, tmp_path):
     made = tmp_path / "made"
-    for payload in payloads(made):
+    call = f"__import__('os').mkdir('{made}')"
+    for payload in (text.replace("CALL", call) for text in PAYLOADS):
         for pair in ((payload, "x + 1"), ("x + 1", payload), (payload, payload + " + 0")):
             pool.ask(pair)  # as it is
             answers.verify(rf"\boxed{{{pair[0]}}}", pair[1])
         assert not made.exists(), payload
     # The same text through the parser that is not used:
-    code = f"import sympy; sympy.parse_expr({next(payloads(made))!r})"
+    code = f"import sympy; sympy.parse_expr({call!r})"
     subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL, check=False)
     assert made.exists()
 
@@ -238,11 +215,11 @@ def test_threads_share_it(answers):
 
 def test_what_is_said_in_thinking_does_not_count():
     said = "so \\boxed{5}"
-    assert final_answer(said, thinking_opened=False) == "5"
-    assert final_answer(said, thinking_opened=True) is None
-    assert final_answer(f"{said}</think>\n\\boxed{{6}}", thinking_opened=True) == "6"
-    assert final_answer(f"<think>{said}", thinking_opened=False) is None
-    assert final_answer(f"<think>{said}</think>", thinking_opened=False) is None
+    for response, opened, answer in (
+        *((said, False, "5"), (said, True, None), (f"{said}</think>\n\\boxed{{6}}", True, "6")),
+        *((f"<think>{said}", False, None), (f"<think>{said}</think>", False, None)),
+    ):
+        assert final_answer(response, thinking_opened=opened) == answer
 
 
 def test_a_vote_takes_one_number_for_one(answers):

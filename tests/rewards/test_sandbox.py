@@ -16,53 +16,30 @@ from pathlib import Path
 
 import pytest
 from hostile import HEAD
-from processes import marked, wait_until
+from processes import CODE, marked, wait_until
 
-from oapl_jax.config import CodeRewardConfig
 from oapl_jax.rewards.code import sandbox
-from oapl_jax.rewards.code.sandbox import (
-    FIRST_USER,
-    NoSandbox,
-    Sandbox,
-    bwrap_paths,
-    find_bwrap,
-    probe,
-    visible_paths,
-)
+from oapl_jax.rewards.code.sandbox import NoSandbox, Sandbox, find_bwrap, probe
 from oapl_jax.rewards.code.sandbox_main import MACHINES
 from oapl_jax.rewards.worker_process import Ended, Late
 
-CONFIG = CodeRewardConfig(
-    allow_unsafe=False,
-    parallel=1,
-    max_tests=0,
-    thinking_opened=False,
-    cache_entries=0,
-    seconds_per_test=20,
-    memory_bytes=1 << 30,
-    processes=8,
-    output_bytes=1 << 20,
-    temporary_bytes=1 << 24,
-    packages=(),
-    start_seconds=60,
-)
-BWRAP = find_bwrap(CONFIG)
+BWRAP = find_bwrap(CODE)
 PACKAGE = Path(sandbox.__file__).parents[2]
 
 
 def run(code, *inputs, **changes):
-    with closing(Sandbox(BWRAP, replace(CONFIG, **changes))) as box:
+    with closing(Sandbox(BWRAP, replace(CODE, **changes))) as box:
         box.load_program(kind="stdin", name="", code=textwrap.dedent(code))
         return [box.run_test(text) for text in inputs]
 
 
-@pytest.mark.parametrize("bwrap", bwrap_paths())
+@pytest.mark.parametrize("bwrap", sandbox.bwrap_paths())
 def test_every_bubblewrap_of_this_machine_isolates(bwrap):
-    assert probe(bwrap, CONFIG) == ""
+    assert probe(bwrap, CODE) == ""
 
 
 def test_the_probe_finds_missing_isolation_and_the_filter_stands_without_it():
-    found = probe(None, CONFIG)
+    found = probe(None, CODE)
     assert "the file system is visible" in found
     assert "is not refused" not in found
 
@@ -106,7 +83,7 @@ def test_a_function_is_called_and_its_value_comes_out_alone():
     if __name__ == "__main__":
         raise ValueError
     """
-    with closing(Sandbox(BWRAP, CONFIG)) as box:
+    with closing(Sandbox(BWRAP, CODE)) as box:
         box.load_program(kind="call", name="pair", code=textwrap.dedent(code))
         for text in ("4\n[3, 1]", '"q"\n[]'):
             status, output = box.run_test(text)
@@ -115,9 +92,7 @@ def test_a_function_is_called_and_its_value_comes_out_alone():
 
 
 def test_exit_codes_and_signals_are_told():
-    code = (
-        "import os, signal\nx = input()\nif x == 'kill': os.kill(os.getpid(), 9)\nos._exit(int(x))"
-    )
+    code = "import os\nx = input()\nif x == 'kill': os.kill(os.getpid(), 9)\nos._exit(int(x))"
     assert run(code, "3", "kill", "0") == [(3, b""), (-9, b""), (0, b"")]
     assert run("1 / 0", "")[0][0] == 1
 
@@ -146,11 +121,11 @@ def test_a_source_text_that_is_no_program_ends_the_sandbox():
 
 
 def test_a_reply_may_be_as_long_as_the_limit_and_no_longer():
-    lengths = (CONFIG.output_bytes - 1, CONFIG.output_bytes + 1)
+    lengths = (CODE.output_bytes - 1, CODE.output_bytes + 1)
     (ok, output), (failed, cut) = run("print('x' * int(input()), end='')", *map(str, lengths))
     assert (ok, output) == (0, b"x" * lengths[0])
     assert failed != 0
-    assert len(cut) <= CONFIG.output_bytes
+    assert len(cut) <= CODE.output_bytes
 
 
 def test_large_inputs_pass():
@@ -197,29 +172,26 @@ def test_every_call_of_the_filter_is_refused():
 
 def test_from_outside_it_is_nobody_with_nothing():
     wait_until(lambda: not marked())  # programs that other tests ended
-    with closing(Sandbox(BWRAP, CONFIG)) as box:
+    with closing(Sandbox(BWRAP, CODE)) as box:
         box.load_program(kind="stdin", name="", code=HEAD + "time.sleep(500)")
         box.send(b"{}", time.monotonic() + 30)  # `run_test` would wait for its end
         wait_until(lambda: len(marked()) == 1)
         (pid,) = marked()
-        status = dict(
-            line.split(":\t", 1)
-            for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-            if ":\t" in line
-        )
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
         for kind in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
             assert int(status[kind], 16) == 0, kind
         assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
         users = {int(user) for user in status["Uid"].split()}
         mine = os.geteuid()
-        assert users == {mine} if mine else all(user >= FIRST_USER for user in users)
+        assert users == {mine} if mine else all(user >= sandbox.FIRST_USER for user in users)
         for kind in ("mnt", "pid", "net", "ipc", "uts", "cgroup"):
             place = f"/proc/{pid}/ns/{kind}"
             assert os.readlink(place) != os.readlink(f"/proc/self/ns/{kind}"), kind
         assert set(os.listdir(f"/proc/{pid}/fd")) == {"0", "1", "2"}
         assert not Path(f"/proc/{pid}/environ").read_bytes().strip(b"\0").startswith(b"PATH")
         assert os.listdir(f"/proc/{pid}/root/tmp") == ["stdin"]
-        visible = {path.split("/")[1] for path in visible_paths(())}
+        visible = {path.split("/")[1] for path in sandbox.visible_paths(())}
         assert set(os.listdir(f"/proc/{pid}/root")) - visible <= {"tmp", "dev", "inside"}
         assert len(status["NSpid"].split()) == 2
     assert marked() == []
@@ -230,7 +202,7 @@ def test_it_dies_with_the_process_that_opened_it():
     script = f"""
     from oapl_jax.config import CodeRewardConfig
     from oapl_jax.rewards.code.sandbox import Sandbox
-    box = Sandbox({BWRAP!r}, {replace(CONFIG, seconds_per_test=500)})
+    box = Sandbox({BWRAP!r}, {replace(CODE, seconds_per_test=500)})
     box.load_program(kind="stdin", name="", code={HEAD + "time.sleep(500)"!r})
     box.run_test("{{}}")
     """
@@ -259,11 +231,8 @@ def test_an_ordinary_user_can_do_it_too():
         assert libc.unshare(0x20000) == 0  # a mount namespace
         assert mount(b"none", b"/", None, 0x44000, None) == 0  # private
         assert mount(b"tmpfs", b"/mnt", b"tmpfs", 0, b"mode=755") == 0
-        for source, name in (
-            (sys.base_prefix, "python"),
-            (PACKAGE, "code/oapl_jax"),
-            (wheel, "packages"),
-        ):
+        places = ((sys.base_prefix, "python"), (PACKAGE, "code/oapl_jax"), (wheel, "packages"))
+        for source, name in places:
             os.makedirs(f"/mnt/{name}")
             assert mount(os.fsencode(source), f"/mnt/{name}".encode(), None, 0x1000, None) == 0
         os.setgroups([])
@@ -273,13 +242,9 @@ def test_an_ordinary_user_can_do_it_too():
     root = os.geteuid() == 0
     python = os.path.relpath(os.path.realpath(sys.executable), sys.base_prefix)
     folders = ["/mnt/packages", "/mnt/code"] if root else [str(wheel), str(PACKAGE.parent)]
+    code = f"folders = {folders}\n{textwrap.dedent(code)}".replace("CONFIG", str(CODE))
     said = subprocess.run(
-        [
-            f"/mnt/python/{python}" if root else sys.executable,
-            "-B",
-            "-c",
-            f"folders = {folders}\n{textwrap.dedent(code)}".replace("CONFIG", str(CONFIG)),
-        ],
+        [f"/mnt/python/{python}" if root else sys.executable, "-B", "-c", code],
         preexec_fn=become_somebody if root else None,
         env={"PATH": os.environ["PATH"]},
         cwd="/",
@@ -292,7 +257,7 @@ def test_an_ordinary_user_can_do_it_too():
 def test_a_machine_without_bubblewrap_says_so(monkeypatch):
     monkeypatch.setattr(sandbox, "bwrap_paths", list)
     with pytest.raises(NoSandbox, match="bubblewrap"):
-        find_bwrap(CONFIG)
+        find_bwrap(CODE)
 
 
 @pytest.mark.parametrize(
@@ -308,4 +273,4 @@ def test_a_sandbox_that_does_not_start_says_why(tmp_path, script, start_seconds,
     bwrap.write_text(f"#!/bin/sh\n{script}\n")
     bwrap.chmod(0o755)
     with pytest.raises(NoSandbox, match=reason):
-        Sandbox(str(bwrap), replace(CONFIG, start_seconds=start_seconds))
+        Sandbox(str(bwrap), replace(CODE, start_seconds=start_seconds))

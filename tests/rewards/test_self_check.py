@@ -3,12 +3,14 @@
 import copy
 import json
 import re
+from contextlib import closing
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from processes import REWARDS
 
-from configs import common
-from oapl_jax.config import RewardsConfig
+from oapl_jax.data.prompts import PromptTemplate
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
 from oapl_jax.model.tokenizer import CONTENTS_ONLY, make_character_tokenizer
@@ -38,25 +40,19 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def graders(tokenizer):
     """By whether prompts are said to open the thinking part."""
-    made = {}
-    for opened in (False, True):
-        settings = common.rewards()
-        settings.math.thinking_opened = settings.code.thinking_opened = opened
-        made[opened] = Grader(tokenizer, RewardsConfig.from_dict(settings.to_dict(), "rewards"))
-    yield made
-    for grader in made.values():
-        grader.close()
+    opened = {
+        task: replace(getattr(REWARDS, task), thinking_opened=True) for task in ("math", "code")
+    }
+    with (
+        closing(Grader(tokenizer, REWARDS)) as closed,
+        closing(Grader(tokenizer, replace(REWARDS, **opened))) as thinking,
+    ):
+        yield {False: closed, True: thinking}
 
 
 def check(grader, tokenizer, task, records=None):
-    records = RECORDS[task] if records is None else records
-    check_rewards(grader, tokenizer, records, task=task, max_prompt_tokens=99, instruction="Think.")
-
-
-def thinking(tokenizer):
-    changed = copy.copy(tokenizer)
-    changed.chat_template = THINKING
-    return changed
+    template = PromptTemplate(tokenizer, task=task, max_prompt_tokens=99, instruction="Think.")
+    check_rewards(grader, template, records or RECORDS[task])
 
 
 @pytest.mark.parametrize("task", RECORDS)

@@ -1,5 +1,7 @@
 """Verifiers on right, wrong and hostile responses."""
 
+import ast
+import builtins
 import time
 
 import pytest
@@ -10,57 +12,31 @@ COUNTDOWN = "3 4 5 -> 17"
 ANSWERS = {"chain_sum": "-5", "number_sorting": "-1,2,2,10", "countdown": COUNTDOWN}
 
 
-@pytest.mark.parametrize(
-    ("task", "response"),
-    [
-        ("chain_sum", "-5"),
-        ("chain_sum", "7,-5"),
-        ("chain_sum", "7,99, -5"),
-        ("chain_sum", "nonsense,-5"),
-        ("chain_sum", "-5,"),
-        ("chain_sum", "4 - 9 = -5."),
-        ("number_sorting", "-1,2,2,10"),
-        ("number_sorting", "-1, 2, 2, 10"),
-        ("countdown", "3*4+5"),
-        ("countdown", " 5 + (4 * 3) "),
-        ("countdown", "-(-5-4*3)"),
-    ],
-)
-def test_right(task, response):
-    assert VERIFIERS[task](response, ANSWERS[task]) == 1.0
+RIGHT = {
+    "chain_sum": ("-5", "7,-5", "7,99, -5", "nonsense,-5", "-5,", "4 - 9 = -5."),
+    "number_sorting": ("-1,2,2,10", "-1, 2, 2, 10"),
+    "countdown": ("3*4+5", " 5 + (4 * 3) ", "-(-5-4*3)"),
+}
+WRONG = {
+    "chain_sum": (
+        *("", "5", "-5,7"),
+        "7-5",  # an operator, not a sign
+        "-5.0",  # ends in another integer
+        "-\u0665",  # an Arabic five, which int() would take
+    ),
+    "number_sorting": (*("", "-1,2,10", "10,2,2,-1", "-1,2,2,10,11", "-1,2,2,10,", "-1,2,2,1e1"),),
+    "countdown": (
+        *("", "17", "3+4+5", "3*4+5+0", "3*4+5+5-5", "12+5", "3*4+5=17", "3*4+05"),
+        *("3 4 5", "3(4)(5)", "3*4+5)", "5/(4-4)+3"),
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("task", "response"),
-    [
-        ("chain_sum", ""),
-        ("chain_sum", "5"),
-        ("chain_sum", "-5,7"),
-        ("chain_sum", "7-5"),  # an operator, not a sign
-        ("chain_sum", "-5.0"),  # ends in another integer
-        ("chain_sum", "-\u0665"),  # an Arabic five, which int() would take
-        ("number_sorting", ""),
-        ("number_sorting", "-1,2,10"),
-        ("number_sorting", "10,2,2,-1"),
-        ("number_sorting", "-1,2,2,10,11"),
-        ("number_sorting", "-1,2,2,10,"),
-        ("number_sorting", "-1,2,2,1e1"),
-        ("countdown", ""),
-        ("countdown", "17"),
-        ("countdown", "3+4+5"),
-        ("countdown", "3*4+5+0"),
-        ("countdown", "3*4+5+5-5"),
-        ("countdown", "12+5"),
-        ("countdown", "3*4+5=17"),
-        ("countdown", "3*4+05"),
-        ("countdown", "3 4 5"),
-        ("countdown", "3(4)(5)"),
-        ("countdown", "3*4+5)"),
-        ("countdown", "5/(4-4)+3"),
-    ],
-)
-def test_wrong(task, response):
-    assert VERIFIERS[task](response, ANSWERS[task]) == 0.0
+@pytest.mark.parametrize("task", VERIFIERS)
+def test_right_and_wrong(task):
+    reward = lambda responses: {r: VERIFIERS[task](r, ANSWERS[task]) for r in responses}
+    assert reward(RIGHT[task]) == dict.fromkeys(RIGHT[task], 1.0)
+    assert reward(WRONG[task]) == dict.fromkeys(WRONG[task], 0.0)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +95,6 @@ def test_the_depth_bound_and_not_the_parser_stops_deep_nesting():
 
 
 def test_no_response_reaches_eval_exec_or_compile(monkeypatch):
-    import ast
-    import builtins
-
     called = []
 
     def forbidden(*words, **__):

@@ -27,17 +27,30 @@ from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
 
 MAX_TESTS_BYTES = 2**30  # of a problem's decompressed tests
-KINDS = ("stdin", "call")
 TEST_TYPES = dict(stdin="stdin", stdin_stdout="stdin", functional="call", function_call="call")
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The tests of a problem: pairs of input and expected output."""
+    """The tests of a problem: pairs of input and expected output; InvalidRow for any others."""
 
     kind: str
     name: str
     tests: tuple[tuple[str, str], ...]
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("stdin", "call"):
+            raise InvalidRow("tests of an unknown kind")
+        if not self.tests:
+            raise InvalidRow("no tests")
+        called = self.kind == "call"
+        if not (self.name.isidentifier() if called else self.name == ""):
+            raise InvalidRow("no name of the function that is called, or one for stdin")
+        for test in self.tests:
+            if not isinstance(test, tuple) or [type(part) for part in test] != [str, str]:
+                raise InvalidRow("a test is not text")
+            for line in (*test[0].split("\n"), test[1]) if called else ():
+                _parse_json(line)
 
     @functools.cached_property
     def digest(self) -> bytes:
@@ -55,26 +68,11 @@ def parse_problem(answer: str) -> Problem:
     """Reads the tests of a record from its `answer`; UserError names a mistake in them."""
     try:
         record = json.loads(answer)
-        if not isinstance(record, dict) or record.keys() != {"kind", "name", "tests"}:
-            raise ValueError('they are not an object of "kind", "name" and "tests"')
-        kind, name, tests = record["kind"], record["name"], record["tests"]
-        if kind not in KINDS:
-            raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
-        if not isinstance(name, str) or not (name.isidentifier() if kind == "call" else not name):
-            raise ValueError(f"name {name!r} does not fit kind {kind}")
-        if not isinstance(tests, list) or not tests:
-            raise ValueError("there are none")
-        for index, test in enumerate(tests):
-            if not isinstance(test, list) or [type(part) for part in test] != [str, str]:
-                raise ValueError(f"test {index} is not a pair of strings")
-            if kind == "call":
-                for line in (*test[0].split("\n"), test[1]):
-                    json.loads(line)
-    except ValueError as error:
-        raise UserError(
-            f"the tests of a record can't be used: {error}; build the data again"
-        ) from error
-    return Problem(kind, name, tuple((given, expected) for given, expected in tests))
+        tests = (tuple(test) if isinstance(test, list) else test for test in record["tests"])
+        return Problem(**{**record, "tests": tuple(tests)})
+    except (InvalidRow, AttributeError, LookupError, TypeError, ValueError) as error:
+        fault = f"the tests of a record can't be used ({error!r})"
+        raise UserError(f"{fault}; build the data again") from error
 
 
 def longest_tests(tests: Sequence[tuple[str, str]], most: int) -> list[int]:
@@ -195,16 +193,11 @@ def parse_tests(tests: Any, name: str) -> Problem:
         pairs = [(test["input"], test["output"]) for test in tests]
         kinds = {TEST_TYPES.get(test.get("testtype") or test.get("type")) for test in tests}
         json_lines = any(test.get("testtype") == "functional" for test in tests)
-    if not pairs:
-        raise InvalidRow("no tests")
-    if len(kinds) != 1 or None in kinds:
+    if pairs and (len(kinds) != 1 or None in kinds):
         raise InvalidRow("tests of several kinds, or of an unknown one")
     if kinds == {"stdin"}:
         return Problem("stdin", "", tuple((_stream_text(a), _stream_text(b)) for a, b in pairs))
-    if not name.isidentifier():
-        raise InvalidRow("no name of the function that the tests call")
-    calls = [_check_json_lines(*pair) for pair in pairs] if json_lines else _calls(pairs)
-    return Problem("call", name, tuple(calls))
+    return Problem("call", name, tuple(pairs if json_lines else _calls(pairs)))
 
 
 def _stream_text(value: Any) -> str:
@@ -214,15 +207,6 @@ def _stream_text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise InvalidRow("a test is not text")
     return str(value)
-
-
-def _check_json_lines(arguments: Any, value: Any) -> tuple[str, str]:
-    """LiveCodeBench's format, which is that of records."""
-    if not isinstance(arguments, str) or not isinstance(value, str):
-        raise InvalidRow("a test is not text")
-    for line in (*arguments.split("\n"), value):
-        _parse_json(line)
-    return arguments, value
 
 
 def _calls(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[str, str]]:

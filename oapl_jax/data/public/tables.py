@@ -85,9 +85,8 @@ def read_rows(file: epath.Path, required: Sequence[str], optional: Sequence[str]
             if file.name.endswith(".parquet"):
                 rows = _parquet_rows(stream, required, optional)
             else:
-                rows = _json_rows(
-                    gzip.GzipFile(fileobj=stream) if file.name.endswith(".gz") else stream
-                )
+                packed = file.name.endswith(".gz")
+                rows = _json_rows(gzip.GzipFile(fileobj=stream) if packed else stream)
             for number, row in enumerate(rows, 1):
                 if not isinstance(row, dict):
                     raise UserError(f"row {number} of {file} is not an object of named columns")

@@ -38,10 +38,10 @@ class Task:
       metadata: item's metadata -> record's metadata.
       question, answer: of a record's metadata.
       key: canonical content of a record's metadata; equal keys mean the same problem.
-      keep: whether the problem belongs to the task; others are skipped.
       demonstration: (record, rng, noise) -> response with an error in each step with probability
         `noise`; correct without noise.
       characters: every character of questions and demonstrations.
+      keep: whether a problem belongs to the task; others are skipped.
     """
 
     generator: Callable[..., Any]
@@ -49,9 +49,9 @@ class Task:
     question: Callable[[Mapping[str, Any]], str]
     answer: Callable[[Mapping[str, Any]], str]
     key: Callable[[Mapping[str, Any]], str]
-    keep: Callable[[Mapping[str, Any]], bool]
     demonstration: Callable[[Record, np.random.Generator, float], str]
     characters: str
+    keep: Callable[[Mapping[str, Any]], bool] = lambda metadata: True
 
 
 def _reasoning_gym(module: str, name: str, **fixed: Any) -> Callable[..., Any]:
@@ -59,9 +59,8 @@ def _reasoning_gym(module: str, name: str, **fixed: Any) -> Callable[..., Any]:
 
     def generator(**settings: Any) -> Any:
         found = importlib.import_module(f"reasoning_gym.{module}")
-        return getattr(found, f"{name}Dataset")(
-            getattr(found, f"{name}Config")(**settings, **fixed)
-        )
+        config, items = (getattr(found, f"{name}{kind}") for kind in ("Config", "Dataset"))
+        return items(config(**settings, **fixed))
 
     return generator
 
@@ -105,9 +104,9 @@ def _number_sorting_demonstration(record: Record, rng: np.random.Generator, nois
 
 
 def _replace_digit(number: str, rng: np.random.Generator) -> str:
-    position = int(rng.integers(number.startswith("-"), len(number)))
-    digit = (int(number[position]) + int(rng.integers(1, 10))) % 10
-    return f"{number[:position]}{digit}{number[position + 1 :]}"
+    place = int(rng.integers(number.startswith("-"), len(number)))
+    digit = (int(number[place]) + int(rng.integers(1, 10))) % 10
+    return f"{number[:place]}{digit}{number[place + 1 :]}"
 
 
 # countdown: "3,4,5:17=" is answered by an expression, "3*4+5".
@@ -116,11 +115,8 @@ COUNTDOWN_SYMBOLS = DIGITS + "+-*/()"
 
 
 def _countdown_metadata(item: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "numbers": item["numbers"],
-        "target": item["target"],
-        "expression": item["expression"].replace(" ", ""),
-    }
+    expression = item["expression"].replace(" ", "")
+    return {"numbers": item["numbers"], "target": item["target"], "expression": expression}
 
 
 def _countdown_demonstration(record: Record, rng: np.random.Generator, noise: float) -> str:
@@ -153,7 +149,6 @@ TASKS = {
         ),
         answer=lambda m: ",".join(map(str, _sorted(m))),
         key=lambda m: f"{m['direction']} {sorted(m['numbers'])}",
-        keep=lambda m: True,
         demonstration=_number_sorting_demonstration,
         characters=DIGITS + "-,<>",
     ),
@@ -163,7 +158,6 @@ TASKS = {
         question=lambda m: f"{','.join(map(str, m['numbers']))}:{m['target']}=",
         answer=lambda m: f"{' '.join(map(str, m['numbers']))} -> {m['target']}",
         key=lambda m: f"{sorted(m['numbers'])} {m['target']}",
-        keep=lambda m: True,
         demonstration=_countdown_demonstration,
         characters=COUNTDOWN_SYMBOLS + ",:=",
     ),
@@ -173,7 +167,6 @@ TASKS = {
         question=documents.question,
         answer=documents.answer,
         key=lambda m: json.dumps(m, sort_keys=True),
-        keep=lambda m: True,
         demonstration=documents.demonstration,
         characters=documents.CHARACTERS,
     ),
