@@ -48,11 +48,8 @@ def audit_releases(
 def sections(
     sets: Mapping[str, Any], benchmarks: Mapping[str, Any]
 ) -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """Maps each data set to its section of the configuration and that section's content.
-
-    Raises:
-      UserError: if both sections have a data set of one name that differs.
-    """
+    """Maps each data set to its section of the configuration and that section's content; UserError
+    if both sections have a data set of one name that differs."""
     for name in sets.keys() & benchmarks.keys():
         if sets[name] != benchmarks[name]:
             raise UserError(f"data.sets.{name} and config.benchmarks.{name} differ; rename one")

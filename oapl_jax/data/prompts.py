@@ -36,11 +36,7 @@ class PromptTemplate:
     instruction: str
 
     def prompt(self, record: Record, stream_index: int) -> Prompt | None:
-        """Templates and tokenizes a record; None if the result is too long.
-
-        Raises:
-          UserError: if the record is of another task.
-        """
+        """Templates and tokenizes a record; None if it is too long, UserError for another task."""
         if record.task != self.task:
             raise UserError(
                 f"record {record.id} is of task {record.task}, but data.task is {self.task}"
@@ -110,7 +106,7 @@ class PromptStream(Iterator[Prompt]):
         raise UserError(f"{self._template.too_long(every)}; raise it")
 
     def at(self, stream_index: int) -> Prompt:
-        """Returns the prompt of a stream index, of this host or another, without advancing.
+        """Returns the prompt of a stream index, of any host, without advancing.
 
         Raises:
           UserError: if the prompt is of another task or too long.
@@ -167,7 +163,7 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def all_prompts(source: Sequence[Record], template: PromptTemplate) -> list[Prompt]:
-    """Makes prompts of all records, in order, and drops those that are too long.
+    """Makes prompts of all records, in order, without those that are too long.
 
     Raises:
       UserError: for a prompt of another task, or if none fits.
@@ -175,8 +171,7 @@ def all_prompts(source: Sequence[Record], template: PromptTemplate) -> list[Prom
     made = (template.prompt(record, i) for i, record in enumerate(source))
     prompts = [prompt for prompt in made if prompt is not None]
     if len(prompts) < len(source):
-        left_out = f"{len(source) - len(prompts)} of {len(source)} prompts are"
-        message = template.too_long(left_out)
+        message = template.too_long(f"{len(source) - len(prompts)} of {len(source)} prompts are")
         if not prompts:
             raise UserError(f"{message}; raise it")
         log.warning("%s and are dropped", message)

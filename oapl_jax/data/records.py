@@ -127,12 +127,7 @@ def load_split(builder: tfds.core.DatasetBuilder, split: str) -> Split:
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class ProblemsConfig(tfds.core.BuilderConfig):
-    """Content of one data set.
-
-    Attributes:
-      splits: opens the records of each split.
-      metadata: JSON-able, to be stored with the data set once its records are written.
-    """
+    """Content of one data set; see `prepare_records`."""
 
     splits: Callable[[], Mapping[str, Iterable[Record]]]
     metadata: Callable[[], Mapping[str, Any]]
@@ -176,7 +171,8 @@ def prepare_records(
     Args:
       name: of the data set.
       settings: JSON-able, all that determines its content.
-      splits, metadata: see `ProblemsConfig`.
+      splits: opens the records of each split.
+      metadata: JSON-able, stored with the data set once its records are written.
 
     Raises:
       UserError: for a directory in a bucket, which array_record can neither write nor read; for a

@@ -8,7 +8,6 @@ Stand-ins for the real releases, for tests and for trying out a configuration.
 import argparse
 import base64
 import functools
-import io
 import itertools
 import json
 import pickle
@@ -56,9 +55,8 @@ def write(root: str, rows: int) -> None:
 def _write(file: epath.Path, rows: list[Row]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".parquet":
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows), buffer)
-        file.write_bytes(buffer.getvalue())
+        with file.open("wb") as stream:
+            pq.write_table(pa.Table.from_pylist(rows), stream)
     elif file.suffix == ".json":
         file.write_text(json.dumps(rows))
     else:

@@ -4,8 +4,7 @@ The self-check grades known responses on the path of every response, before any 
 
     record -> chat template -> prompt;  text -> tokens -> Grader: decode, extraction, verifier
 
-A right response without the full reward of 1, or a wrong one with it, ends the run with one
-sentence, where otherwise a thousand rewards of 0 would have shown the same hours later.
+A right response without the full reward of 1, or a wrong one with it, ends the run.
 """
 
 import dataclasses
@@ -109,9 +108,7 @@ def check_rewards(grader: Grader, template: PromptTemplate, records: Iterable[Re
 
     Where the chat template leaves a prompt inside a thinking part, each response first ends it. A
     right answer in a thinking part that never ends must get no reward, nor one that was cut off.
-
-    Raises:
-      UserError: naming the first response whose reward is wrong.
+    UserError names the first response whose reward is wrong.
     """
     tokenizer, task = template.tokenizer, template.task
     unlimited = dataclasses.replace(template, max_prompt_tokens=1 << 30)

@@ -95,10 +95,7 @@ def test_every_format_of_tests(tests, name, expected):
         *((tests, "", "unknown one") for tests in (stdin(type="special"), stdin())),
         (columns([{}], ["1"]), "", "not text"),
         *((columns(["1"], [output]), "", "not text") for output in (None, True)),
-        *(
-            ([call([1], 2, type="function_call")], f, "no name of the function")
-            for f in ("", "a.b")
-        ),
+        *(([call([1], 2, type="function_call")], f, "no name of") for f in ("", "a.b")),
         *((columns(i, ["2"], fn_name="f"), "", "arguments of a call") for i in (["1"], [[]])),
         ([call("x", "1", testtype="functional")], "f", "not JSON"),
         ([call([1], "1", testtype="functional")], "f", "not text"),

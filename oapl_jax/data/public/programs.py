@@ -113,7 +113,7 @@ def first_solution(cell: Any) -> str:
 
 
 def livecodebench(row: Row, *, start: str, end: str, max_tests: int) -> Record:
-    """LiveCodeBench, code_generation_lite, restricted to contests of `start` to `end`, inclusive.
+    """LiveCodeBench, code_generation_lite: contests from `start` to `end`, both included.
 
     Raises:
       UserError: if start or end is no date.
@@ -146,11 +146,7 @@ def program_record(
     difficulty: Any = "",
     metadata: dict[str, Any] | None = None,
 ) -> Record:
-    """A record of a problem and its tests.
-
-    If neither the text nor the starter code names the called function, a line that names it is
-    appended: without it no solution could pass.
-    """
+    """A record of a problem and its tests; names the called function if the text does not."""
     question = question_messages(text)[0]["content"]
     code = starter_code.rstrip() if isinstance(starter_code, str) else ""
     if code:
@@ -163,16 +159,13 @@ def program_record(
 
 
 def parse_tests(tests: Any, name: str) -> Problem:
-    """Converts the tests of any supported data set.
+    """Converts the tests of any supported data set; InvalidRow for any other format.
 
     Args:
       tests: a mapping with "inputs", "outputs" and optionally "fn_name" (taco); or a list of
         mappings with "input", "output", "type" or "testtype", and optionally "fn_name" (the
         others); or JSON of either.
       name: of the function, from elsewhere in the row; "" if the tests name it or call none.
-
-    Raises:
-      InvalidRow: for any other format.
     """
     tests = _parse_json(tests)
     if isinstance(tests, Mapping):
@@ -210,10 +203,8 @@ def _stream_text(value: Any) -> str:
 
 
 def _calls(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[str, str]]:
-    """taco and primeintellect: lists of arguments; most problems wrap the value into a list.
-
-    If every value of a problem is a list of one element, it is unwrapped, as in APPS.
-    """
+    """taco and primeintellect: lists of arguments; values are unwrapped if all are lists of one
+    element, as in APPS."""
     if not all(isinstance(arguments, list) and arguments for arguments, _ in pairs):
         raise InvalidRow("the arguments of a call are not a list, or none")
     wrapped = all(isinstance(value, list) and len(value) == 1 for _, value in pairs)
@@ -245,11 +236,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def unpickle_text(data: bytes) -> str:
-    """Unpickles a string; executes nothing.
-
-    Raises:
-      InvalidRow: for a pickle of anything else, or with a global in it.
-    """
+    """Unpickles a string and executes nothing; InvalidRow for anything else, or a global in it."""
     try:
         text = _PlainUnpickler(io.BytesIO(data)).load()
     except Exception as error:  # the library names no closed set for damaged pickles

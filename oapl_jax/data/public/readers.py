@@ -75,14 +75,12 @@ RELEASES: dict[str, Reader] = {
 
 
 def choose_reader(kind: str, options: Mapping[str, Any], *, setting: str) -> Reader:
-    """Binds a reader to its options, which section `setting` of the configuration holds.
+    """Binds a reader to its options, which section `setting` of the configuration holds; UserError
+    for an unknown kind, or options that do not fit it.
 
     Args:
       kind: key of RELEASES, or "table" for files of any columns.
       options: arguments of the reader's `record`; of "table", those of `table_reader`.
-
-    Raises:
-      UserError: for an unknown kind, or options that do not fit it.
     """
     try:
         if kind == "table":
@@ -98,16 +96,13 @@ def choose_reader(kind: str, options: Mapping[str, Any], *, setting: str) -> Rea
 
 
 def table_reader(setting: str, *, task: str, columns: Mapping[str, str], max_tests: int) -> Reader:
-    """Reader of any JSON, JSON Lines or Parquet files.
+    """Reader of any JSON, JSON Lines or Parquet files; UserError for fields that do not fit.
 
     Args:
       columns: field -> column. Fields: "problem" or "messages" (a list of role and content);
         "answer" or "tests" (any format of `programs.parse_tests`); optionally "difficulty",
         "starter_code" and "name" of the tested function.
       max_tests: see `programs.longest_tests`.
-
-    Raises:
-      UserError: for missing, conflicting or unknown fields.
     """
     columns = dict(columns)
     known = {"problem", "messages", "answer", "tests", "difficulty", "starter_code", "name"}

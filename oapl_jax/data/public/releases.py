@@ -153,15 +153,14 @@ def open_splits(config: PublicDataConfig) -> dict[str, Sequence[Record]]:
     """
     splits = {}
     for split in ("train", "validation", "test"):
-        names, parts = getattr(config, split), []
-        if not names:
+        if not (names := config[split]):
             raise UserError(f"data.{split} names no data set; name one of {', '.join(config.sets)}")
-        for name in names:
-            part = open_set(name, config.sets, section="data.sets", data_dir=config.data_dir)
-            if part[0].task != config.task:
-                raise UserError(
-                    f"data.sets.{name} is of task {part[0].task}, and data.task={config.task}"
-                )
-            parts.append(part)
-        splits[split] = parts[0] if len(parts) == 1 else Concatenated(parts)
+        opened = [
+            open_set(name, config.sets, section="data.sets", data_dir=config.data_dir)
+            for name in names
+        ]
+        for name, part in zip(names, opened, strict=True):
+            if (task := part[0].task) != config.task:
+                raise UserError(f"data.sets.{name} is of task {task}, and data.task={config.task}")
+        splits[split] = opened[0] if len(opened) == 1 else Concatenated(opened)
     return splits

@@ -174,15 +174,11 @@ TASKS = {
 
 
 def records(task: str, *, seed: int, settings: Mapping[str, Any]) -> Iterator[Record]:
-    """Generates endless records, with repetitions.
-
-    Args:
-      task: key of TASKS.
-      seed: different seeds give unrelated streams.
-      settings: keyword arguments of the task's generator (`data.generator`).
+    """Generates endless records, with repetitions; streams of different seeds are unrelated.
 
     Raises:
-      UserError: for an unknown task, or settings that the generator rejects or can't satisfy.
+      UserError: for an unknown task, or settings (`data.generator`) that its generator rejects or
+        can't satisfy.
     """
     if task not in TASKS:
         raise UserError(f"data.task is {task!r}; choose one of {', '.join(TASKS)}")
@@ -196,8 +192,8 @@ def records(task: str, *, seed: int, settings: Mapping[str, Any]) -> Iterator[Re
 
 
 def _records(task: str, items: Any) -> Iterator[Record]:
-    chosen, index, failures = TASKS[task], 0, 0
-    while True:
+    chosen, failures = TASKS[task], 0
+    for index in itertools.count():
         try:
             metadata = chosen.metadata(items[index]["metadata"])
         except ValueError as error:
@@ -206,18 +202,17 @@ def _records(task: str, items: Any) -> Iterator[Record]:
                 raise UserError(
                     f"task {task} finds no problem for its settings ({error}); widen data.generator"
                 ) from error
-        else:
-            failures = 0
-            if chosen.keep(metadata):
-                yield Record(
-                    id=content_id(task, metadata),
-                    messages=user(chosen.question(metadata)),
-                    answer=chosen.answer(metadata),
-                    task=task,
-                    metadata=metadata,
-                    source=task,
-                )
-        index += 1
+            continue
+        failures = 0
+        if chosen.keep(metadata):
+            yield Record(
+                id=content_id(task, metadata),
+                messages=user(chosen.question(metadata)),
+                answer=chosen.answer(metadata),
+                task=task,
+                metadata=metadata,
+                source=task,
+            )
 
 
 def content_id(task: str, metadata: Mapping[str, Any]) -> str:
@@ -233,11 +228,8 @@ def split_of(record_id: str) -> str:
 
 
 def fill_splits(stream: Iterator[Record], *, sizes: Mapping[str, int]) -> dict[str, list[Record]]:
-    """Takes the first `sizes[split]` distinct records of the stream for each split.
-
-    Raises:
-      UserError: if the stream gives no new problems before every split is full.
-    """
+    """Takes the first `sizes[split]` distinct records of the stream for each split; UserError if
+    it gives no new ones before every split is full."""
     chosen: dict[str, list[Record]] = {split: [] for split in sizes}
     seen: set[str] = set()
     misses = 0
@@ -261,12 +253,8 @@ def fill_splits(stream: Iterator[Record], *, sizes: Mapping[str, int]) -> dict[s
 
 
 def prepare(config: SyntheticDataConfig) -> tfds.core.DatasetBuilder:
-    """Builds the data set unless it is complete in `data_dir`, and opens it.
-
-    Raises:
-      UserError: for settings that the task rejects, too few problems for the sizes, or a partial
-        data set.
-    """
+    """Builds the data set unless it is complete in `data_dir`, and opens it; UserError for settings
+    that the task rejects, too few problems for the sizes, or a partial data set."""
     task, seed, generator = config.task, config.seed, dict(config.generator)
     sizes = {split: getattr(config, f"{split}_size") for split in SHARES}
     content = {"task": task, "generator": generator, "sizes": sizes, "seed": seed}

@@ -1,1 +1,0 @@
-"""Rewards of programs: problems, sandbox, verifier."""

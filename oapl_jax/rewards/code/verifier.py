@@ -161,10 +161,10 @@ class CodeVerifier:
                     if ran == 1:
                         sandbox.load_program(kind=problem.kind, name=problem.name, code=code)
                     status, output = sandbox.run_test(given)
-                except Late:
-                    return CodeVerdict("timeout", index), ran
                 except Ended:
                     return CodeVerdict("error", index), ran
+                except Late:
+                    status, output = CPU_LIMIT, b""
                 if status == CPU_LIMIT:
                     return CodeVerdict("timeout", index), ran
                 if status or len(output) >= self._config.output_bytes:

@@ -1,1 +1,0 @@
-"""Rewards of structured documents: markup, formulas, verifier."""

@@ -1,1 +1,0 @@
-"""Rewards of mathematical answers: extraction, judge processes, verifier."""

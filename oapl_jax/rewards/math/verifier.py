@@ -1,10 +1,10 @@
 r"""The verifier of mathematical answers: does a response's final answer equal the reference?
 
-Responses are untrusted input: its answer is extracted in linear time, plain numbers
-are compared here, and all else goes to judge processes, spawned without this process's modules or
-environment. Each imports the judge once and forks the worker that answers (judge/supervisor.py). A
-deadline kills the worker only, so a hostile answer costs its deadline and no new imports. A late
-answer is an outcome of its own: its reward is 0, and it is not called wrong.
+Responses are untrusted input: the answer is extracted in linear time, plain numbers are compared
+here, and all else goes to judge processes, spawned without this process's modules or environment.
+Each imports the judge once and forks the worker that answers (judge/supervisor.py). A deadline
+kills the worker only, so a hostile answer costs its deadline and no new imports. A late answer gets
+reward 0 but counts as "timeout", not as wrong.
 """
 
 import functools
@@ -124,9 +124,8 @@ class JudgePool:
     def ask(self, request: Any) -> dict[str, Any]:
         """Sends a request, a JSON value, to a free process; the reply is as of `supervise`.
 
-        Raises:
-          RunError: if no process starts or gets free, or the pool is closed.
-          ValueError: if the request is too large.
+        RunError if no process starts or gets free, or the pool is closed; ValueError if the request
+        is too large.
         """
         content = json.dumps(request).encode()
         if len(content) > MAX_REQUEST_BYTES:

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 from oapl_jax.rewards.worker_process import Ended, ForkedWorker, Late, frame, read_frame
 
@@ -25,16 +24,13 @@ REFUSED_EVENTS = re.compile(
 )
 
 
-Judge = Callable[[Any], Any]  # JSON value -> JSON value
-
-
 class Refused(BaseException):
     """The judge was about to run text or to touch the machine; not an Exception, so that no
     library swallows it."""
 
 
 def supervise(
-    judge: Judge, *, generated: re.Pattern, seconds: float, recycle_after: int, memory_bytes: int
+    judge: Callable, *, generated: re.Pattern, seconds: float, recycle_after: int, memory_bytes: int
 ) -> None:
     """Answers the frames of standard input until it ends, after an empty frame when it is ready.
 
@@ -42,6 +38,7 @@ def supervise(
     or {"failed": "crash", "detail": why}.
 
     Args:
+      judge: JSON value -> JSON value.
       generated: the only texts that the judge's libraries may turn into code.
       seconds, recycle_after: deadline of a request; requests before a worker is replaced.
       memory_bytes: address space of a worker.
@@ -99,7 +96,7 @@ def _confine(generated: re.Pattern[str], memory_bytes: int) -> None:
     sys.addaudithook(refuse)
 
 
-def _answer(judge: Judge, request: int, reply: int, seconds: float) -> None:
+def _answer(judge: Callable, request: int, reply: int, seconds: float) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with open(request, "rb") as requests:
         while (content := read_frame(requests)) is not None:
