@@ -63,10 +63,7 @@ arguments = (ctypes.c_uint64 * 11)(0, 0, 0, 0, 17)
 if libc.syscall(435, arguments, 88) >= 0:
     breached()
 """,
-    "fork in the numbering of x32": """
-if libc.syscall(0x40000000 + 57) >= 0:
-    breached()
-""",
+    "fork in the numbering of x32": "if libc.syscall(0x40000000 + 57) >= 0: breached()",
     "ten thousand threads": """
 threading.stack_size(32768)
 for _ in range(10_000):
@@ -151,10 +148,7 @@ for _ in range(40):
     os.ftruncate(descriptor, 1 << 18)
 breached()
 """,
-    "shared memory that stays": """
-if libc.shmget(0, 1 << 20, 0o1600) >= 0:
-    breached()
-""",
+    "shared memory that stays": "if libc.shmget(0, 1 << 20, 0o1600) >= 0: breached()",
     "raise the limits": """
 import resource
 endless = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
@@ -254,18 +248,9 @@ if told["word"] in open(f"/proc/{told['pid']}/cmdline").read():
 if set(os.environ) - {"LC_CTYPE", "PWD", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}:
     breached()
 """,
-    "the list of processes": """
-if any(name.isdigit() for name in os.listdir("/proc")):
-    breached()
-""",
-    "the repository": """
-if open(told["file"]).read():
-    breached()
-""",
-    "users": """
-if open("/etc/passwd").read():
-    breached()
-""",
+    "the list of processes": 'if any(name.isdigit() for name in os.listdir("/proc")): breached()',
+    "the repository": 'if open(told["file"]).read(): breached()',
+    "users": 'if open("/etc/passwd").read(): breached()',
     "the repository by a symbolic link": """
 os.chdir(told["scratch"] if os.path.isdir(told["scratch"]) else "/tmp")
 os.symlink(told["file"], mark)
@@ -294,18 +279,9 @@ names = ("mem", "kmsg", "vda", "sda", "nvme0n1", "kvm", "fuse", "net/tun")
 if made or any([tried(lambda: open("/dev/" + name, "rb")) for name in names]):
     breached()
 """,
-    "a user namespace of its own": """
-if libc.unshare(0x10000000) == 0:
-    breached()
-""",
-    "a mount": """
-if libc.mount(b"proc", b"/tmp", b"proc", 0, b"") == 0:
-    breached()
-""",
-    "root": """
-if 0 in os.getresuid() or tried(lambda: os.setuid(0) or True):
-    breached()
-""",
+    "a user namespace of its own": "if libc.unshare(0x10000000) == 0: breached()",
+    "a mount": 'if libc.mount(b"proc", b"/tmp", b"proc", 0, b"") == 0: breached()',
+    "root": "if 0 in os.getresuid() or tried(lambda: os.setuid(0) or True): breached()",
     "the name of the machine": """
 import socket
 socket.sethostname(mark)
@@ -316,12 +292,8 @@ breached()
 # Pay for nothing. Here the program does not know the answer, which is a random number.
 
 PAY = {
-    "exit before the tests": """
-sys.exit(0)
-""",
-    "end before the tests": """
-os._exit(0)
-""",
+    "exit before the tests": "sys.exit(0)",
+    "end before the tests": "os._exit(0)",
     "no output": "",
     "search all it sees": """
 import gc, re
@@ -376,12 +348,8 @@ import atexit
 atexit.register(os._exit, 0)
 raise ValueError
 """,
-    "numbers that are no numbers": """
-print("sNaN")
-""",
-    "a number to choke on": """
-print("1e999999999 " * 1000 + "9" * 50000)
-""",
+    "numbers that are no numbers": 'print("sNaN")',
+    "a number to choke on": 'print("1e999999999 " * 1000 + "9" * 50000)',
 }
 
 # The same for tests that call `answer(n)`.
@@ -472,29 +440,14 @@ SOURCES = {
 }
 
 HARMLESS = (
-    "one child",
-    "another program",
-    "a shell",
-    "the network",
-    "names of the network",
-    "abstract sockets",
-    "another process's environment",
-    "another process's command line",
-    "the environment",
-    "the list of processes",
-    "the repository",
-    "users",
-    "the repository by a symbolic link",
-    "the old root by ..",
+    *("one child", "another program", "a shell", "the environment", "the list of processes"),
+    *("the network", "names of the network", "abstract sockets", "the repository", "users"),
+    *("another process's environment", "another process's command line"),
+    *("the repository by a symbolic link", "the old root by .."),
 )
 
 # Only the clock ends these.
 ENDLESS = (
-    "stop itself",
-    "ignore every signal",
-    "sleep for ever",
-    "compute for ever",
-    "compute for ever in threads",
-    "endless output without errors",
-    "endless errors",
+    *("stop itself", "ignore every signal", "sleep for ever", "compute for ever"),
+    *("compute for ever in threads", "endless output without errors", "endless errors"),
 )

@@ -365,19 +365,15 @@ def test_a_sandbox_that_fails_is_no_wrong_answer(new_verifier):
 @pytest.mark.parametrize(
     ("response", "opened", "code"),
     [
-        ("```python\nx\n```", False, "x"),
-        ("```\nx\n```", False, "x"),
+        *((f"```{language}\nx\n```", False, "x") for language in ("python", "")),
         ("```py\nold\n```\nno:\n```python3\nnew\ny\n```\nbye", False, "new\ny"),
         ("<think>\n```python\nold\n```\n</think>\n```python\nnew\n```", False, "new"),
         ("```python\nold\n```\n</think>\n```python\nnew\n```", True, "new"),
-        ("```python\nold\n```\n</think>\nno code", True, None),
-        ("```python\nold\n```", True, None),
-        ("<think>\n```python\nold\n```", False, None),
-        ("</think><think>\n```python\nold\n```", True, None),
-        ("```python\nnever closed", False, None),
-        ("`x`", False, None),
-        ("", False, None),
         ("```python\n```", False, ""),
+        *((f"{before}```python\nold\n```", True, None) for before in ("", "</think><think>\n")),
+        ("```python\nold\n```\n</think>\nno code", True, None),
+        ("<think>\n```python\nold\n```", False, None),
+        *((response, False, None) for response in ("```python\nnever closed", "`x`", "")),
     ],
 )
 def test_the_last_block_behind_the_thinking_part(response, opened, code):

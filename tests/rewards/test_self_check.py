@@ -26,9 +26,7 @@ RECORDS = {
     "number_sorting": [
         Record("e", user("3,1<"), "1,3", "number_sorting", {"numbers": [3, 1], "direction": "asc"})
     ],
-    "countdown": [
-        Record("f", user("3,4:7="), "3 4 -> 7", "countdown", {"expression": "3+4"}),
-    ],
+    "countdown": [Record("f", user("3,4:7="), "3 4 -> 7", "countdown", {"expression": "3+4"})],
 }
 
 
