@@ -334,7 +334,7 @@ class Run:
             fresh=rollout.prompts_per_call if config.buffer.mode == "replay" else 0,
             overlap=rollout.overlap,
             deadline=rollout.deadline,
-            metrics=[self.grader.metrics, *([preferences.metrics] if preferences else [])],
+            more_metrics=[self.grader.metrics, *([preferences.metrics] if preferences else [])],
         )
 
     def _verify(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> np.ndarray:

@@ -37,10 +37,6 @@ class Buffer:
     def __len__(self) -> int:
         return len(self._held)
 
-    @property
-    def replays(self) -> bool:
-        return self._config.mode == "replay"
-
     def versions(self) -> set[int]:
         """Policy versions of the groups held."""
         return {group.policy_version for group, _ in self._held}
@@ -55,10 +51,9 @@ class Buffer:
     def add(self, group: Group) -> None:
         """Adds a group, or drops and counts it."""
         self.counts["added"] += 1
-        stale = self._config.mode == "clear_on_sync" and group.policy_version != self._version
         if self._config.zero_variance == "drop" and group.zero_variance:
             self._end(group, "zero_variance")
-        elif stale:
+        elif self._config.mode == "clear_on_sync" and group.policy_version != self._version:
             self._end(group, "expired")
         else:
             self._held.append((group, 0))
@@ -67,30 +62,29 @@ class Buffer:
         """The sampler now serves `version`; "clear_on_sync" drops the groups of any other."""
         self._version = version
         if self._config.mode == "clear_on_sync":
-            self._keep([group.policy_version == version for group, _ in self._held])
+            self._drop(lambda group: group.policy_version != version)
 
     def expire(self, step: int) -> None:
         """Drops the groups that are too old for a gradient step at `step`."""
         if self._config.mode != "clear_on_sync":
-            ages = [step - group.policy_version for group, _ in self._held]
-            self._keep([age <= self._config.max_age for age in ages])
+            self._drop(lambda group: step - group.policy_version > self._config.max_age)
 
     def sample(self, count: int, step: int) -> list[Group]:
         """`count` groups for one gradient step; none if it holds fewer."""
         if len(self._held) < count:
             return []
         chosen: Sequence[int] = range(count)
-        if self.replays:
+        if self._config.mode == "replay":
             rng = np.random.default_rng([self._seed, step])
             chosen = sorted(rng.choice(len(self._held), size=count, replace=False))
-        groups = [self._held[i][0] for i in chosen]
+        groups, held = [], len(self._held)
         for i in chosen:
             group, uses = self._held[i]
             self._held[i] = (group, uses + 1)
+            groups.append(group)
             self.counts["reused"] += uses > 0
             if not uses:
                 self._on_end(group, "trained", step)
-        held = len(self._held)
         self._held = [(group, uses) for group, uses in self._held if uses < self._max_uses]
         self.counts["trained"] += held - len(self._held)
         return groups
@@ -108,13 +102,13 @@ class Buffer:
         self._held = list(zip(decode_groups(state["groups"]), state["uses"], strict=True))
         self._version, self.counts = state["version"], Counter(state["counts"])
 
-    def _keep(self, mask: Sequence[bool]) -> None:
-        for (group, uses), keep in zip(self._held, mask, strict=True):
-            if not keep and uses:
+    def _drop(self, stale: Callable[[Group], bool]) -> None:
+        for group, uses in self._held:
+            if stale(group) and uses:
                 self.counts["trained"] += 1
-            elif not keep:
+            elif stale(group):
                 self._end(group, "expired")
-        self._held = [held for held, keep in zip(self._held, mask, strict=True) if keep]
+        self._held = [held for held in self._held if not stale(held[0])]
 
     def _end(self, group: Group, end: str) -> None:
         self.counts[end] += 1

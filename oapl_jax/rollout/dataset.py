@@ -16,7 +16,6 @@ replaced atomically: a kill leaves each shard whole or absent. A file that the m
 name does not count.
 """
 
-import bisect
 import functools
 import hashlib
 import json
@@ -25,25 +24,17 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
+from oapl_jax import files
 from oapl_jax.data.prompts import permutation
 from oapl_jax.errors import RunError, UserError
-from oapl_jax.files import (
-    check_files,
-    checksum,
-    file_entry,
-    fsync,
-    is_local,
-    lock,
-    read_json,
-    write_atomically,
-)
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.rollout.ledger import Ledger
 from oapl_jax.rollout.sampler import Sampled, Sampler, Sampling
@@ -101,7 +92,7 @@ class DatasetWriter:
         weights_digest: Callable[[int], str],
         seconds_per_shard: float = float("inf"),
     ):
-        if not is_local(directory):
+        if not files.is_local(directory):
             raise UserError(f"rollouts can't be written to {directory}; name a local directory")
         self.groups_per_shard, self._seconds_per_shard = groups_per_shard, seconds_per_shard
         self._directory, self._digest = directory, functools.cache(weights_digest)
@@ -109,13 +100,12 @@ class DatasetWriter:
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = open(directory / "lock", "ab")  # noqa: SIM115
         try:
-            lock(self._lock.fileno(), directory)
+            files.lock(self._lock.fileno(), directory)
             about = json.loads(json.dumps(about))
             self._manifest = {"format": FORMAT, "about": about, "weights": {}, "shards": {}}
             if (directory / MANIFEST).exists():
                 self._manifest = read_manifest(directory)
-                differing = differences(about, self._manifest["about"], about)
-                if differing:
+                if differing := differences(about, self._manifest["about"], about):
                     raise UserError(
                         f"{directory} holds rollouts of another kind ({differing}); set that back, "
                         "or name another directory"
@@ -169,11 +159,11 @@ class DatasetWriter:
         for group in groups:
             writer.write(encode_groups([group]))
         writer.close()
-        fsync(aside)
+        files.fsync(aside)
         versions, now = sorted({g.policy_version for g in groups}), time.monotonic()
         self._manifest["weights"] |= {str(v): self._digest(v) for v in versions}
         self._manifest["shards"][path.name] = {
-            **file_entry(aside),
+            **files.file_entry(aside),
             "versions": versions,
             "samples": [[g.prompt.stream_index, len(g.rollouts)] for g in groups],
             "longest_prompt": max(len(g.prompt.tokens) for g in groups),
@@ -186,7 +176,7 @@ class DatasetWriter:
 
     def _save_manifest(self) -> None:
         content = json.dumps(self._manifest, indent=1).encode()
-        write_atomically(self._directory / MANIFEST, [content])
+        files.write_atomically(self._directory / MANIFEST, [content])
 
     def _remove_strays(self) -> None:
         for path in self._directory.glob("groups-*"):
@@ -203,22 +193,19 @@ class Dataset(Sequence[Group]):
     def __init__(self, directory: epath.Path):
         self.directory, self.manifest = directory, read_manifest(directory)
         shards = dict(sorted(self.manifest["shards"].items(), key=lambda item: _index(item[0])))
-        check_files(directory, shards, remedy=REMEDY)
+        files.check_files(directory, shards, remedy=REMEDY)
         if not shards:
             raise UserError(f"{directory} holds no rollouts yet; {REMEDY}")
-        options = "readahead_buffer_size:0,max_parallelism:0"  # random access
-        self._readers = [ArrayRecordReader(os.fspath(directory / name), options) for name in shards]
-        self._ends = np.cumsum([len(entry["samples"]) for entry in shards.values()]).tolist()
+        paths = [os.fspath(directory / name) for name in shards]
+        self._records = ArrayRecordDataSource(paths, {"max_parallelism": "0"})
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._records)
 
     def __getitem__(self, index: int) -> Group:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not 0 <= index < len(self):
             raise IndexError(f"group {index} of {len(self)}")
-        shard = bisect.bisect_right(self._ends, index)
-        first = self._ends[shard - 1] if shard else 0
-        (group,) = decode_groups(self._readers[shard].read([index - first])[0])
+        (group,) = decode_groups(self._records[index])
         return group
 
     @property
@@ -228,8 +215,7 @@ class Dataset(Sequence[Group]):
     def check(self, about: Mapping[str, Any], *, max_prompt_tokens: int) -> None:
         """Raises a UserError if a run of this `identity` and prompt limit can't train on it."""
         keys = ("task", "tokenizer", "model", "temperature", "group_size")
-        differing = differences(about, self.manifest["about"], keys)
-        if differing:
+        if differing := differences(about, self.manifest["about"], keys):
             raise UserError(
                 f"the rollouts in {self.directory} (rollout.dataset) do not fit this run "
                 f"({differing}); set that back, or name another dataset"
@@ -247,57 +233,48 @@ class Dataset(Sequence[Group]):
                 )
 
     def close(self) -> None:
-        for reader in self._readers:
-            reader.close()
+        self._records.__exit__(None, None, None)
 
 
+@dataclass(eq=False)
 class RecordedStream:
     """Streams groups from a dataset. Position p holds a pure function of (seed, p).
 
-    Args:
-      order: "shuffled": endless, each epoch a permutation drawn from [seed, epoch]. "recorded": in
-        the order of the dataset, once.
-      policy_version: the groups' version in this run, or None for the recorded one. Lag is the
-        learner's step minus the version. An offline round starts from the weights that sampled the
-        dataset and counts its steps from 0, so that these weights are its version 0.
-      start: the checkpoint directory that this run starts from, if any; with `policy_version`, a
-        published version must be the one that sampled the dataset.
-      drop_zero_variance: whether groups with equal rewards are skipped; `counts` has their number.
-      ledger: records each group, as sampled by the server "dataset".
+    Lag is the learner's step minus the version. An offline round starts from the weights that
+    sampled the dataset and counts its steps from 0, so that these weights are its version 0.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        order: str,
-        seed: int,
-        policy_version: int | None,
-        start: epath.Path | None,
-        drop_zero_variance: bool,
-        ledger: Ledger,
-    ):
-        if policy_version is not None:
-            check_start(dataset, start)
-        self._dataset, self._order, self._seed = dataset, order, seed
-        self._policy_version, self._drop_zero_variance = policy_version, drop_zero_variance
-        self._ledger, self._position = ledger, 0
-        self.counts: Counter[str] = Counter()
+    dataset: Dataset
+    _: KW_ONLY
+    # "shuffled": endless, each epoch a permutation drawn from [seed, epoch]; "recorded": as in the
+    # dataset, once.
+    order: str
+    seed: int
+    policy_version: int | None  # of the groups in this run; None for the recorded one
+    # Checkpoint directory that this run starts from, if any; with `policy_version`, a published
+    # version must be the one that sampled the dataset.
+    start: epath.Path | None
+    drop_zero_variance: bool  # whether groups with equal rewards are skipped (see `counts`)
+    ledger: Ledger  # records each group, as sampled by the server "dataset"
+
+    def __post_init__(self):
+        if self.policy_version is not None:
+            self._check_start()
+        self._position, self.counts = 0, Counter[str]()
 
     def at(self, position: int) -> Group:
         """Returns a group; its stream index becomes -1 - `position`, which no live one has."""
-        epoch, index = divmod(position, len(self._dataset))
-        if self._order == "shuffled":
-            index = int(permutation(self._seed, epoch, len(self._dataset))[index])
+        epoch, index = divmod(position, len(self.dataset))
+        if self.order == "shuffled":
+            index = int(permutation(self.seed, epoch, len(self.dataset))[index])
         elif epoch:
             raise RunError(
-                f"all {len(self._dataset)} groups of {self._dataset.directory} are used up; lower "
+                f"all {len(self.dataset)} groups of {self.dataset.directory} are used up; lower "
                 "num_steps, or set rollout.dataset_order='shuffled'"
             )
-        group, version = self._dataset[index], self._policy_version
-        rollouts = group.rollouts
-        if version is not None:
-            rollouts = tuple(replace(rollout, policy_version=version) for rollout in rollouts)
+        group = self.dataset[index]
+        version = group.policy_version if self.policy_version is None else self.policy_version
+        rollouts = tuple(replace(rollout, policy_version=version) for rollout in group.rollouts)
         return Group(replace(group.prompt, stream_index=-1 - position), rollouts, group.reward)
 
     def take(self, count: int, step: int) -> list[Group]:
@@ -311,15 +288,15 @@ class RecordedStream:
             group = self.at(self._position + len(seen))
             if group.policy_version > step:
                 raise UserError(
-                    f"{self._dataset.directory} has groups of version {group.policy_version}, "
+                    f"{self.dataset.directory} has groups of version {group.policy_version}, "
                     f"newer than the learner at step {step}; set rollout.dataset_version=0, or "
                     "rollout.dataset_order='recorded' to replay a run"
                 )
-            drop = self._drop_zero_variance and group.zero_variance
+            drop = self.drop_zero_variance and group.zero_variance
             skipped = skipped + 1 if drop else 0
-            if skipped == len(self._dataset):
+            if skipped == len(self.dataset):
                 raise RunError(
-                    f"every group of {self._dataset.directory} has equal rewards; record another "
+                    f"every group of {self.dataset.directory} has equal rewards; record another "
                     "dataset, or keep them (buffer.zero_variance)"
                 )
             seen.append((group, "zero_variance" if drop else "trained"))
@@ -329,18 +306,18 @@ class RecordedStream:
         self.counts.update(taken=count, zero_variance=len(seen) - count)
         for group, end in seen:
             sampled = Sampled(group.prompt, group.rollouts, "dataset", 0.0)
-            self._ledger.request(group.prompt, len(group.rollouts))
-            self._ledger.sampled(sampled, group.reward)
-            self._ledger.end(group, end, step if end == "trained" else None)
+            self.ledger.request(group.prompt, len(group.rollouts))
+            self.ledger.sampled(sampled, group.reward)
+            self.ledger.end(group, end, step if end == "trained" else None)
         return taken
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint, JSON-able."""
         return {
             "position": self._position,
-            "seed": self._seed,
-            "order": self._order,
-            "manifest": checksum(self._dataset.directory / MANIFEST),
+            "seed": self.seed,
+            "order": self.order,
+            "manifest": files.checksum(self.dataset.directory / MANIFEST),
             "counts": dict(self.counts),
         }
 
@@ -354,33 +331,32 @@ class RecordedStream:
             )
         self._position, self.counts = state["position"], Counter(state["counts"])
 
+    def _check_start(self) -> None:
+        """Raises a UserError if the dataset was sampled from other weights than those of `start`.
 
-def check_start(dataset: Dataset, start: epath.Path | None) -> None:
-    """Raises a UserError if a dataset was not sampled from the weights that this run starts from.
-
-    A checkpoint without a publisher's manifest can't be told apart.
-    """
-    weights = dataset.manifest["weights"]
-    if len(weights) > 1:
-        raise UserError(
-            f"{dataset.directory} was sampled from versions {dataset.versions}, so it can't be of "
-            "one; set rollout.dataset_version=-1, to take the recorded versions"
-        )
-    manifest = start / MANIFEST if start else None
-    if manifest and manifest.exists() and checksum(manifest) not in weights.values():
-        raise UserError(
-            f"model.path={start} did not sample {dataset.directory}; start from the version that "
-            "did (in its directory weights), or set rollout.dataset_version=-1"
-        )
+        A checkpoint without a publisher's manifest can't be told apart.
+        """
+        weights, directory = self.dataset.manifest["weights"], self.dataset.directory
+        if len(weights) > 1:
+            raise UserError(
+                f"{directory} was sampled from versions {self.dataset.versions}, so it can't be of "
+                "one; set rollout.dataset_version=-1, to take the recorded versions"
+            )
+        manifest = self.start / MANIFEST if self.start else None
+        if manifest and manifest.exists() and files.checksum(manifest) not in weights.values():
+            raise UserError(
+                f"model.path={self.start} did not sample {directory}; start from the version that "
+                "did (in its directory weights), or set rollout.dataset_version=-1"
+            )
 
 
 def read_manifest(directory: epath.Path) -> dict[str, Any]:
     """Raises a UserError if the manifest is missing, damaged or of another format."""
     path = directory / MANIFEST
-    found = read_json(path, ["format"], remedy=REMEDY)["format"]
+    found = files.read_json(path, ["format"], remedy=REMEDY)["format"]
     if found != FORMAT:
         raise UserError(f"{path} is of format {found!r}, not {FORMAT!r}; record the dataset again")
-    return read_json(path, ["format", "about", "weights", "shards"], remedy=REMEDY)
+    return files.read_json(path, ["format", "about", "weights", "shards"], remedy=REMEDY)
 
 
 def fill(
@@ -411,7 +387,6 @@ def fill(
 
     Raises a RunError if some could not be sampled; the others are kept.
     """
-
     requests = missing(stored(writer.samples, len(prompts), n), at_once)
     lost = sum(count for _, _, count in requests)
     told = sum(count for _, count in writer.samples)

@@ -1,5 +1,6 @@
 """The source of groups: sampled live, read from a recorded dataset, or both."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -20,46 +21,31 @@ from oapl_jax.structs import Group, decode_groups, encode_groups
 from oapl_jax.tracking.progress import StopRequest
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
 class GroupSource:
-    """Groups for gradient steps, the same on all hosts; saved, resumed and stopped as one.
+    """Groups for gradient steps, the same on all hosts; saved, resumed and stopped as one."""
 
-    Args:
-      writer: records sampled groups, if the run records.
-      workdir: of the run, which holds a ledger for each host.
-      sampled, recorded: groups of a gradient step that this host samples, and reads.
-      fresh: prompts that each step samples where the buffer has room for them (replay), or 0.
-      overlap: whether the worker runs beside the learner.
-      deadline: seconds that this host waits for groups or for another host.
-      metrics: further metrics: grader, preferences.
-    """
+    worker: Worker
+    store: GroupStore
+    sampler: Sampler
+    ledger: Ledger
+    guard: ZeroRewardGuard
+    writer: DatasetWriter | None  # records sampled groups, if the run records
+    workdir: epath.Path  # of the run, which holds a ledger for each host
+    sampled: int  # groups of a gradient step that this host samples
+    recorded: int  # groups of a gradient step that this host reads
+    fresh: int  # prompts that each step samples where the buffer has room (replay), or 0
+    overlap: bool  # whether the worker runs beside the learner
+    deadline: float  # seconds that this host waits for groups or for another host
+    more_metrics: Sequence[Callable[[], dict[str, float]]]  # of the grader and the preferences
 
-    def __init__(
-        self,
-        *,
-        worker: Worker,
-        store: GroupStore,
-        sampler: Sampler,
-        ledger: Ledger,
-        guard: ZeroRewardGuard,
-        writer: DatasetWriter | None,
-        workdir: epath.Path,
-        sampled: int,
-        recorded: int,
-        fresh: int,
-        overlap: bool,
-        deadline: float,
-        metrics: Sequence[Callable[[], dict[str, float]]],
-    ):
-        self.store, self._worker, self._sampler, self._ledger = store, worker, sampler, ledger
-        self._guard, self._writer, self._workdir = guard, writer, workdir
-        self._sampled, self._recorded, self._fresh = sampled, recorded, fresh
-        self._overlap, self._deadline, self._metrics = overlap, deadline, metrics
+    def __post_init__(self):
         self._in_use: set[int] = set()  # versions, by all hosts
 
     @property
     def live(self) -> bool:
         """True if this run samples."""
-        return self._sampled > 0
+        return self.sampled > 0
 
     def serve(self, version: int, path: epath.Path) -> None:
         """Samples from this published version from now on."""
@@ -72,11 +58,11 @@ class GroupSource:
         With several hosts, as exchanged at the latest step: no version is added to them until
         another one serves, and before the first step the pins name those of the buffers.
         """
-        return self._worker.versions() if jax.process_count() == 1 else self._in_use
+        return self.worker.versions() if jax.process_count() == 1 else self._in_use
 
     def held_versions(self, name: str) -> set[int]:
         """Versions of the groups in any host's buffer; all hosts must call it."""
-        return multihost.allgather_set(self.store.held_versions(), name, deadline=self._deadline)
+        return multihost.allgather_set(self.store.held_versions(), name, deadline=self.deadline)
 
     def collect(self, step: int, stop: StopRequest) -> tuple[list[Group], float]:
         """Groups of one gradient step, the same on all hosts (none: stopped), and seconds waited.
@@ -96,29 +82,29 @@ class GroupSource:
 
     def _await_groups(self, step: int, stop: StopRequest) -> None:
         """Returns when the buffer holds this host's groups for the step, or on a stop."""
-        started, enough = time.monotonic(), lambda: len(self.store) >= self._sampled
-        name = f"{self._sampled} groups for step {step} (rollout.deadline)"
-        if self._overlap and self.live:
-            self._worker.start()
-            ready, check = lambda: enough() or bool(stop.requested), self._worker.check
-            self.store.wait(ready, name, deadline=self._deadline, check=check)
+        started, enough = time.monotonic(), lambda: len(self.store) >= self.sampled
+        name = f"{self.sampled} groups for step {step} (rollout.deadline)"
+        if self.overlap and self.live:
+            self.worker.start()
+            ready, check = lambda: enough() or bool(stop.requested), self.worker.check
+            self.store.wait(ready, name, deadline=self.deadline, check=check)
         # A replay buffer stays full: without fresh groups it would replay the first ones only.
-        fresh = self.live and self._fresh and self.store.has_room(self._fresh)
-        while not (self._overlap or stop.requested) and (fresh or not enough()):
-            self._worker.produce()
+        fresh = self.live and self.fresh and self.store.has_room(self.fresh)
+        while not (self.overlap or stop.requested) and (fresh or not enough()):
+            self.worker.produce()
             fresh = False
-            if time.monotonic() - started > self._deadline:
+            if time.monotonic() - started > self.deadline:
                 raise RunError(
-                    f"sampled {self._deadline:.0f} s for {name}; ends of groups: "
+                    f"sampled {self.deadline:.0f} s for {name}; ends of groups: "
                     f"{self.store.counts()}"
                 )
 
     def _agree(self, step: int, stop: StopRequest, lost: str) -> None:
         """Exchanges stop requests, lost fleets and versions in use between hosts."""
-        multihost.barrier(f"step {step}", deadline=self._deadline)
-        mine = json.dumps([stop.requested, lost, sorted(self._worker.versions())]).encode()
+        multihost.barrier(f"step {step}", deadline=self.deadline)
+        mine = json.dumps([stop.requested, lost, sorted(self.worker.versions())]).encode()
         name = f"the state at step {step}"
-        gathered = multihost.allgather_bytes(mine, name, deadline=self._deadline)
+        gathered = multihost.allgather_bytes(mine, name, deadline=self.deadline)
         stops, losses, versions = zip(*map(json.loads, gathered), strict=True)
         self._in_use = set().union(*versions)
         if any(losses):
@@ -127,30 +113,26 @@ class GroupSource:
 
     def _take(self, step: int) -> list[Group]:
         """Groups of all hosts, in the order of the prompt stream."""
-        groups = self.store.take(self._sampled, self._recorded, step)
-        for group in groups[self._sampled :]:
-            self._guard.note(group)
+        groups = self.store.take(self.sampled, self.recorded, step)
+        for group in groups[self.sampled :]:
+            self.guard.note(group)
         if jax.process_count() == 1:
             return groups
         name = f"the groups of step {step}"
-        gathered = multihost.allgather_bytes(encode_groups(groups), name, deadline=self._deadline)
+        gathered = multihost.allgather_bytes(encode_groups(groups), name, deadline=self.deadline)
         every = [group for content in gathered for group in decode_groups(content)]
         return sorted(every, key=lambda group: group.prompt.stream_index)
 
     def metrics(self) -> dict[str, float]:
         """Sampling since the last call, and ends of all groups so far."""
-        found = {**self.store.take_metrics(), **self._sampler.metrics(), **self.store.counts()}
-        for metrics in self._metrics:
-            found |= metrics()
-        return found
+        sources = [self.store.take_metrics, self.sampler.metrics, self.store.counts]
+        return {k: v for of in (*sources, *self.more_metrics) for k, v in of().items()}
 
     def snapshot(self) -> bytes:
         """This host's state for a checkpoint."""
-        state = self.store.snapshot(self._writer.flush if self._writer else lambda: None)
-        buffer = state.pop("buffer")
-        groups = buffer.pop("groups")
-        data = json.dumps({**state, "buffer": buffer, "zero_reward_groups": self._guard.count})
-        return serialization.msgpack_serialize({"state": data, "groups": groups})
+        state = self.store.snapshot(self.writer.flush if self.writer else lambda: None)
+        state["zero_reward_groups"], groups = self.guard.count, state["buffer"].pop("groups")
+        return serialization.msgpack_serialize({"state": json.dumps(state), "groups": groups})
 
     def restore(self, host_states: Sequence[bytes], read: Callable[[Any], Any]) -> None:
         """Continues from the states of all hosts that saved; see `GroupStore.restore`."""
@@ -162,22 +144,22 @@ class GroupSource:
             state = reshard(saved, host=host, hosts=hosts)
             if not host:
                 for gone in range(hosts, len(saved)):
-                    path = self._workdir / multihost.per_host_path(FILE, gone)
+                    path = self.workdir / multihost.per_host_path(FILE, gone)
                     rewind(path, saved[gone]["ledger"])
         self.store.restore(state, read)
-        self._guard.count = state["zero_reward_groups"]
-        if self._writer:
-            self._writer.keep(state["shards"])
+        self.guard.count = state["zero_reward_groups"]
+        if self.writer:
+            self.writer.keep(state["shards"])
 
     def stop(self) -> None:
         """Stops sampling; prompts in flight are sampled again by the run that resumes."""
-        self._worker.stop()
+        self.worker.stop()
 
     def close(self) -> None:
         self.stop()
-        self._ledger.close()
-        if self._writer:
-            self._writer.close()
+        self.ledger.close()
+        if self.writer:
+            self.writer.close()
 
 
 def _decode(host_state: bytes) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 It runs in turns with the learner (`produce`, deterministic) or beside it in a thread (`start`).
 """
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -15,32 +16,22 @@ from oapl_jax.rollout.sampler import Sampled, Sampler, Sampling
 from oapl_jax.structs import Prompt, Rollout
 
 
+@dataclasses.dataclass(eq=False)
 class Worker:
-    """Samples a group for each reserved prompt.
+    """Samples a group for each reserved prompt."""
 
-    Args:
-      reward: prompt and its rollouts -> float32[n]; called in threads.
-      prompts_per_call: prompts that `produce` samples.
-      reward_threads: groups rewarded at a time; one keeps the order in which they were sampled.
-      deadline: seconds that the thread may wait for room in the buffer, and `stop` for the thread.
-    """
+    store: GroupStore
+    sampler: Sampler
+    reward: Callable[[Prompt, Sequence[Rollout]], np.ndarray]  # float32[n]; called in threads
+    _: dataclasses.KW_ONLY
+    group_size: int
+    sampling: Sampling
+    prompts_per_call: int  # prompts that `produce` samples
+    reward_threads: int  # groups rewarded at a time; one keeps the order of the sampler
+    deadline: float  # seconds that the thread waits for room in the buffer, and `stop` for it
 
-    def __init__(
-        self,
-        store: GroupStore,
-        sampler: Sampler,
-        reward: Callable[[Prompt, Sequence[Rollout]], np.ndarray],
-        *,
-        group_size: int,
-        sampling: Sampling,
-        prompts_per_call: int,
-        reward_threads: int,
-        deadline: float,
-    ):
-        self._store, self._sampler, self._reward = store, sampler, reward
-        self._group_size, self._sampling = group_size, sampling
-        self._prompts_per_call, self._deadline = prompts_per_call, deadline
-        self._graders = ThreadPoolExecutor(reward_threads, thread_name_prefix="reward")
+    def __post_init__(self):
+        self._graders = ThreadPoolExecutor(self.reward_threads, thread_name_prefix="reward")
         self._commits: list[Future] = []
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -48,12 +39,12 @@ class Worker:
 
     def versions(self) -> set[int]:
         """Versions whose files must stay."""
-        return self._store.versions(self._sampler.versions())
+        return self.store.versions(self.sampler.versions())
 
     def produce(self) -> None:
         """Samples and commits `prompts_per_call` groups."""
         self._refresh()
-        self._sample(self._store.reserve() for _ in range(self._prompts_per_call))
+        self._sample(self.store.reserve() for _ in range(self.prompts_per_call))
         self.check()
 
     def start(self) -> None:
@@ -70,16 +61,16 @@ class Worker:
     def stop(self) -> None:
         """Ends the thread; prompts in flight stay reserved and are sampled again on resume.
 
-        Raises a RunError if the thread, or a reward, has not ended within the deadline.
+        Raises a RunError if the thread, or a reward, does not end within the deadline.
         """
         self._stopping = True
-        self._store.notify()
-        self._sampler.close()
+        self.store.notify()
+        self.sampler.close()
         if self._thread:
-            self._thread.join(self._deadline)
+            self._thread.join(self.deadline)
             if self._thread.is_alive():
                 raise RunError(
-                    f"the worker's thread did not end in {self._deadline:.0f} s (rollout.deadline)"
+                    f"the worker's thread did not end in {self.deadline:.0f} s (rollout.deadline)"
                 )
         try:
             self._await_rewards()
@@ -93,28 +84,28 @@ class Worker:
             self._fail(failure)
 
     def _refresh(self) -> None:
-        target = self._store.start_refresh()
-        if target and target[0] != self._sampler.version:
-            self._sampler.refresh(*target)
+        target = self.store.start_refresh()
+        if target and target[0] != self.sampler.version:
+            self.sampler.refresh(*target)
 
     def _reserve_as_there_is_room(self) -> Iterator[Prompt]:
         while not self._stopping:
-            waited = self._store.wait(
-                lambda: self._stopping or self._store.has_room(),
+            waited = self.store.wait(
+                lambda: self._stopping or self.store.has_room(),
                 "room in the buffer (rollout.deadline): the learner takes no groups",
-                deadline=self._deadline,
+                deadline=self.deadline,
                 check=self.check,
             )
-            self._store.count_waiting(waited)
+            self.store.count_waiting(waited)
             if not self._stopping:
                 self._refresh()
-                yield self._store.reserve()
+                yield self.store.reserve()
 
     def _sample(self, prompts: Iterator[Prompt]) -> None:
         """Samples the prompts; returns when all groups are committed."""
-        stream = self._sampler.generate(prompts, n=self._group_size, sampling=self._sampling)
-        for sampled in stream:
-            self._store.pin(sampled)
+        groups = self.sampler.generate(prompts, n=self.group_size, sampling=self.sampling)
+        for sampled in groups:
+            self.store.pin(sampled)
             self._commits = [future for future in self._commits if not future.done()]
             self._commits.append(self._graders.submit(self._commit, sampled))
         self._await_rewards()
@@ -123,18 +114,18 @@ class Worker:
         """Rewards and commits a group; `check` raises its error."""
         try:
             rollouts = sampled.rollouts
-            reward = self._reward(sampled.prompt, rollouts) if rollouts else np.empty(0, np.float32)
-            self._store.commit(sampled, reward)
+            reward = self.reward(sampled.prompt, rollouts) if rollouts else np.empty(0, np.float32)
+            self.store.commit(sampled, reward)
         except BaseException as failure:
             self._fail(failure)
 
     def _await_rewards(self) -> None:
-        late = wait(self._commits, self._deadline).not_done
+        late = wait(self._commits, self.deadline).not_done
         if late:
             raise RunError(
-                f"{len(late)} groups were not rewarded in {self._deadline:.0f} s (rollout.deadline)"
+                f"{len(late)} groups were not rewarded in {self.deadline:.0f} s (rollout.deadline)"
             )
 
     def _fail(self, failure: BaseException) -> None:
         self._failure = self._failure or failure
-        self._store.notify()
+        self.store.notify()

@@ -35,13 +35,13 @@ from oapl_jax.train import main
 # The third shard stands, and the manifest does not say so yet.
 KILLED_BETWEEN_SHARD_AND_MANIFEST = """
 import os, signal
-from oapl_jax.rollout import dataset
-write = dataset.write_atomically
+from oapl_jax import files
+write = files.write_atomically
 def write_or_die(path, parts):
     if (path.parent / "groups-00002.array_record").exists():
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, parts)
-dataset.write_atomically = write_or_die
+files.write_atomically = write_or_die
 from oapl_jax.record import main
 """
 RECORD = "from oapl_jax.record import main"

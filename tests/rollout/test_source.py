@@ -29,7 +29,9 @@ class Host0:
         monkeypatch.setattr(multihost, "allgather_bytes", gather)
         parts: Any = dict.fromkeys(("store", "sampler", "ledger", "guard", "writer"), MagicMock())
         worker: Any = SimpleNamespace(versions=lambda: self.mine)
-        settings: Any = dict(sampled=0, recorded=0, fresh=0, overlap=True, deadline=1.0, metrics=())
+        settings: Any = dict(
+            sampled=0, recorded=0, fresh=0, overlap=True, deadline=1.0, more_metrics=()
+        )
         workdir = epath.Path("nowhere")
         self.source = GroupSource(worker=worker, workdir=workdir, **parts, **settings)
 
