@@ -50,11 +50,7 @@ class LocalSampler:
         self._stop_ids, self._key = tuple(sorted(stop_ids)), jax.random.key(seed)
         self._max_sequences, self._prompt_multiple = max_sequences, prompt_multiple
         self._params: Any = None
-        self._version = -1
-
-    @property
-    def version(self) -> int:
-        return self._version
+        self.version = -1
 
     def refresh(self, version: int, path: epath.Path) -> None:
         check_version(path)
@@ -63,10 +59,10 @@ class LocalSampler:
     def set_params(self, version: int, params: Any) -> None:
         """Takes parameters from memory: the learner's own, to be evaluated."""
         self._params = jax.device_put(params, jax.local_devices()[0])
-        self._version = version
+        self.version = version
 
     def versions(self) -> set[int]:
-        return {self._version}
+        return {self.version}
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -81,15 +77,15 @@ class LocalSampler:
         fewer prompts than that make one portion, filled up to a power of two.
         """
         prompts, portion = iter(prompts), max(self._max_sequences // n, 1)
-        first = True
-        while taken := list(itertools.islice(prompts, portion)):
-            if first:
-                portion, first = min(portion, 1 << (len(taken) - 1).bit_length()), False
+        taken = list(itertools.islice(prompts, portion))
+        portion = min(portion, 1 << max(len(taken) - 1, 0).bit_length())
+        while taken:
             started = time.monotonic()
             groups = self._generate(taken, portion, n, sampling)
             seconds = time.monotonic() - started
             for prompt, rollouts in zip(taken, groups, strict=True):
                 yield Sampled(prompt, tuple(rollouts), "local", seconds)
+            taken = list(itertools.islice(prompts, portion))
 
     def _generate(
         self, prompts: Sequence[Prompt], portion: int, n: int, sampling: Sampling
@@ -108,12 +104,10 @@ class LocalSampler:
                 tokens,
                 segments,
                 _row_keys(self._key, stream_indices, np.tile(np.arange(n), portion)),
-                np.float32(sampling.temperature or 1.0),
-                np.float32(sampling.top_p),
+                np.float32(sampling.temperature) if sampling.temperature else None,
+                np.float32(sampling.top_p) if sampling.top_p < 1 else None,
                 model=self._model,
                 n=n,
-                greedy=sampling.temperature == 0,
-                use_top_p=sampling.top_p < 1,
                 top_k=sampling.top_k,
                 max_tokens=sampling.max_response_tokens,
                 stop_ids=self._stop_ids,
@@ -122,7 +116,7 @@ class LocalSampler:
 
         def rollout(row: int) -> Rollout:
             tokens, logp = (of[row, : lengths[row]].copy() for of in (out_tokens, out_logp))
-            return Rollout(tokens, logp, self._version, "stop" if stopped[row] else "length")
+            return Rollout(tokens, logp, self.version, "stop" if stopped[row] else "length")
 
         return [[rollout(i * n + j) for j in range(n)] for i in range(len(prompts))]
 
@@ -133,10 +127,7 @@ def _row_keys(key: jax.Array, stream_indices: jax.Array, samples: jax.Array) -> 
     return jax.vmap(fold)(stream_indices, samples)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "n", "greedy", "use_top_p", "top_k", "max_tokens", "stop_ids"),
-)
+@functools.partial(jax.jit, static_argnames=("model", "n", "top_k", "max_tokens", "stop_ids"))
 def decode(
     params,
     tokens,
@@ -147,8 +138,6 @@ def decode(
     *,
     model: Transformer,
     n: int,
-    greedy: bool,
-    use_top_p: bool,
     top_k: int,
     max_tokens: int,
     stop_ids: tuple[int, ...],
@@ -158,7 +147,7 @@ def decode(
     Args:
       tokens, segments: int32[B, P]; segments are 1 on prompt tokens and 0 on padding.
       keys: one random key for each of the B * n rows.
-      temperature, top_p: float32[].
+      temperature, top_p: float32[]; None is greedy, and no top-p.
 
     Returns:
       tokens int32[B * n, max_tokens], their log-probs float32 of the same shape, lengths
@@ -180,16 +169,16 @@ def decode(
     stops = jnp.asarray(stop_ids, jnp.int32)
 
     def next_token(t, hidden):
-        scores = logits(hidden, matrix) / temperature
-        if greedy:
+        scores = logits(hidden, matrix)
+        if temperature is None:
             return greedy_tokens(scores)
+        scores = scores / temperature
         row_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
-        if not (use_top_p or top_k):
+        if top_p is None and not top_k:
             return sample_tokens(row_keys, scores)
         # Log-probs are over the whole vocabulary: top-p and top-k are not renormalised.
         logp = jax.nn.log_softmax(scores, axis=-1)
-        kept = mask_top_k_top_p(logp, top_p if use_top_p else None, top_k)
-        chosen, _ = sample_tokens(row_keys, kept)
+        chosen, _ = sample_tokens(row_keys, mask_top_k_top_p(logp, top_p, top_k))
         return chosen, jnp.take_along_axis(logp, chosen[:, None], axis=-1)[:, 0]
 
     def unfinished(state):
