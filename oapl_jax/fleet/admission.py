@@ -1,7 +1,7 @@
 """Admission: requirements on a server, checked when it joins and when it returns after a failure.
 
 A server loads our weights and keeps its own architecture, rotary angles, context length, dtype and
-sampling defaults; check_server compares these. The probe of each version (refresh.py) then compares
+sampling defaults; check_server compares these. The probe of each version (pool.py) then compares
 log-probs.
 """
 

@@ -168,7 +168,7 @@ class SGLangClient:
     ) -> tuple[tuple[Rollout, ...], bool]:
         """Samples one group; see GroupRequest.read."""
         body = request.body()
-        return await self._json("/generate", body, deadline=deadline, parse=request.read)
+        return await self._call("/generate", body, deadline=deadline, parse=request.read)
 
     async def score(self, rows: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], set[str]]:
         """Scores rows of tokens at temperature 1.
@@ -198,7 +198,7 @@ class SGLangClient:
                     raise ValueError("log-probs that are not finite")
             return logp, {str(meta["weight_version"]) for meta in metas}
 
-        return await self._json("/generate", body, parse=parse)
+        return await self._call("/generate", body, parse=parse)
 
     async def check_health(self) -> None:
         """Returns if the server can generate."""
@@ -206,23 +206,22 @@ class SGLangClient:
 
     async def info(self) -> dict[str, Any]:
         """Merges /server_info, /v1/models and /model_info."""
-        server = await self._json("/server_info", parse=dict)
-        model = await self._json("/v1/models", parse=lambda c: dict(c["data"][0]))
-        return server | model | await self._json("/model_info", parse=dict)
+        server = await self._call("/server_info", parse=dict)
+        model = await self._call("/v1/models", parse=lambda c: dict(c["data"][0]))
+        return server | model | await self._call("/model_info", parse=dict)
 
     async def version(self) -> str:
         """Returns the name of the loaded version, as the server reports it."""
-        return await self._json("/model_info", parse=lambda c: str(c["weight_version"]))
+        return await self._call("/model_info", parse=lambda c: str(c["weight_version"]))
 
     async def can_update(self) -> bool:
         """Tells if the server has a route that loads new weights."""
-        return (await self._send("/update_weights_from_disk", None, None))[0] != 404
+        return (await self._send("/update_weights_from_disk", None, self._deadline))[0] != 404
 
     async def tokenize(self, text: str) -> list[int]:
         """Encodes a text without special tokens."""
         body = {"prompt": text, "add_special_tokens": False}
-        parse = lambda content: list(map(int, content["tokens"]))
-        return await self._json("/tokenize", body, parse=parse)
+        return await self._call("/tokenize", body, parse=lambda c: list(map(int, c["tokens"])))
 
     async def update(self, path: str, version: int, *, deadline: float) -> None:
         """Loads a version directory, after the requests in flight.
@@ -233,7 +232,8 @@ class SGLangClient:
           WrongVersion: if it accepts and then reports another version.
         """
         body = {"model_path": path, "weight_version": str(version), "flush_cache": True}
-        content = await self._json("/update_weights_from_disk", body, deadline=deadline)
+        route, parse = "/update_weights_from_disk", lambda content: content
+        content = await self._call(route, body, deadline=deadline, parse=parse)
         if not (isinstance(content, dict) and content.get("success") is True):
             raise Refused(f"{self.url} did not load version {version}: {short(content)}")
         reported = await self.version()
@@ -245,8 +245,7 @@ class SGLangClient:
         until = asyncio.get_running_loop().time() + self._deadline
         while True:
             try:
-                await self._call("/flush_cache", {})
-                return
+                return await self._call("/flush_cache", {})
             except Refused:
                 if asyncio.get_running_loop().time() > until:
                     raise
@@ -256,32 +255,28 @@ class SGLangClient:
         """Aborts every request of the server, of any client."""
         await self._call("/abort_request", {"abort_all": True})
 
-    async def _json(
+    async def _call(
         self,
         route: str,
         body: Any = None,
         *,
         deadline: float | None = None,
-        parse: Callable[[Any], Any] = lambda content: content,
+        parse: Callable[[Any], Any] | None = None,
     ) -> Any:
-        content = await self._call(route, body, deadline=deadline)
+        """Returns the response's JSON after `parse`, if there is one."""
+        status, content = await self._send(route, body, deadline or self._deadline)
+        if status != 200:
+            kind = Refused if 400 <= status < 500 else ServerError
+            raise kind(f"{self.url}{route} returned status {status}: {short(content)}")
         try:
-            return parse(json.loads(content))
+            return parse and parse(json.loads(content))
         except MALFORMED as error:
             message = f"{self.url}{route} returned a malformed response"
             raise ServerError(f"{message} ({error}): {short(content)}") from error
 
-    async def _call(self, route: str, body: Any = None, *, deadline: float | None = None) -> bytes:
-        status, content = await self._send(route, body, deadline)
-        if status != 200:
-            kind = Refused if 400 <= status < 500 else ServerError
-            raise kind(f"{self.url}{route} returned status {status}: {short(content)}")
-        return content
-
-    async def _send(self, route: str, body: Any, deadline: float | None) -> tuple[int, bytes]:
+    async def _send(self, route: str, body: Any, total: float) -> tuple[int, bytes]:
         """Sends a GET, or a POST of a body; returns status and content."""
-        method = "GET" if body is None else "POST"
-        total, url = deadline or self._deadline, self.url + route
+        method, url = "GET" if body is None else "POST", self.url + route
         timeout = aiohttp.ClientTimeout(total=total, sock_connect=self._connect_deadline)
         try:
             async with self._session.request(method, url, json=body, timeout=timeout) as response:

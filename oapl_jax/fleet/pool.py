@@ -1,6 +1,7 @@
-"""Servers of a fleet: membership, choice of a server for each group, and shared refresh state.
+"""Servers of a fleet: the state machine of each, and the pool that they form.
 
-A Pool lives in one event loop; sampler.py runs it in a thread.
+A Pool lives in one event loop; sampler.py runs it in a thread. Each server is admitted, refreshed
+to the target version, checked and retried by a task of its own.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 import aiohttp
 import jax
@@ -17,12 +19,30 @@ import numpy as np
 from etils import epath
 
 from oapl_jax.config import FleetConfig
-from oapl_jax.fleet.admission import Requirements
-from oapl_jax.fleet.client import Aborted, Mixed, ServerError, SGLangClient
-from oapl_jax.fleet.server import COUNTS, DRAINING, READY, ServerState
+from oapl_jax.fleet.admission import Requirements, check_server, dtype_of
+from oapl_jax.fleet.client import (
+    Aborted,
+    GroupRequest,
+    Mixed,
+    Refused,
+    ServerError,
+    SGLangClient,
+    WrongVersion,
+)
 from oapl_jax.rollout.sampler import Attempt, Sampled, Sampling
-from oapl_jax.structs import Prompt
+from oapl_jax.structs import Prompt, Rollout
 from oapl_jax.weights import publisher
+
+# States. starting: no response yet, or waits for the first version. draining: finishes its requests
+# in flight. lost: a request failed. refused: failed admission, a version or a probe. Lost and
+# refused servers are retried.
+STARTING, READY, DRAINING = "starting", "ready", "draining"
+REFRESHING, LOST, REFUSED = "refreshing", "lost", "refused"
+
+COUNTS = (
+    *("sampled", "attempts_failed", "aborted", "mixed", "tokens"),  # of requests
+    *("joined", "refreshed", "refresh_refused", "probe_failed", LOST, REFUSED),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +64,285 @@ class PublishedVersion:
         return cls(number, path, probe["tokens"], logp, probe["dtype"])
 
 
+class Server:
+    """One server: its state, its requests in flight, and the control that keeps it ready.
+
+    Changed in the fleet's event loop; any thread may read it.
+    """
+
+    def __init__(self, client: SGLangClient, pool: "Pool"):
+        self.client, self.url, self.pool = client, client.url, pool
+        self.counts = pool.counts.setdefault(self.url, Counter(dict.fromkeys(COUNTS, 0)))
+        self.state, self.reason = STARTING, "no response yet"  # the reason why it is not ready
+        self.version: int | None = None  # loaded and probed; None if unknown
+        self.target: int | None = None  # version that is being loaded
+        self.refreshing = False  # holds one of the fleet's refresh slots
+        self.not_admitted = False  # refused by check_server, not for a failure
+        self.leaving = False  # removed from the list of servers; drains
+        self.probe_gap = 0.0  # largest log-prob difference of the last probe, nats
+        self.refresh_seconds = 0.0  # of the last refresh
+        self.wake = asyncio.Event()  # makes `control` act at once
+        self._retry_at = 0.0  # time of the next try, if not ready
+        self._in_flight: dict[asyncio.Task, str] = {}  # request -> why it was aborted, if it was
+        self._failures = self._refused_updates = 0  # in a row
+        self._logged_failure = ""  # state that was logged last
+        self._warned: set[str] = set()
+        self._dtype = "auto"  # of its computation
+        self._reached, self._created = False, time.monotonic()
+        self._target_since = pool.target_since  # of the latest target that it knows
+        self._update_at = self._checked_at = 0.0
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def report(self) -> dict[str, Any]:
+        """Returns the state, for logs and tests."""
+        names = ("state", "reason", "version", "in_flight", "probe_gap", "refresh_seconds")
+        return {**{name: getattr(self, name) for name in names}, **self.counts}
+
+    async def generate(self, prompt: Prompt, *, n: int, sampling: Sampling) -> tuple[Rollout, ...]:
+        """Samples one group from the loaded version.
+
+        Raises:
+          Aborted: if the group was aborted for a refresh.
+          ServerError: if the request failed; the server is admitted anew before its next group.
+        """
+        config, requirements = self.pool.config, self.pool.requirements
+        request = GroupRequest(
+            tokens=prompt.tokens.tolist(),
+            n=n,
+            sampling=sampling,
+            stop_ids=requirements.stop_ids,
+            vocab_size=requirements.model_config.vocab_size,
+            version=self.version,
+            mixed_versions=config.mixed_versions,
+        )
+        sampling_task = self.client.generate(request, deadline=config.request_deadline)
+        task = asyncio.create_task(sampling_task)  # `abort` cancels the request, not its caller
+        self._in_flight[task] = ""
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()
+            aborted = self._in_flight.pop(task)
+        if aborted:
+            self.counts[aborted] += 1
+            kind = Aborted if aborted == "aborted" else ServerError
+            raise kind(f"{self.url}: request ended since the server is {self.state}")
+        try:
+            rollouts, mixed = task.result()
+        except ServerError as error:
+            self.counts["mixed" if isinstance(error, Mixed) else "attempts_failed"] += 1
+            if self.state == READY:
+                self._fail(LOST, f"a request failed: {error}")
+                self.wake.set()
+            if isinstance(error, Aborted):  # by another client
+                raise ServerError(str(error)) from error
+            raise
+        self._failures = 0
+        self.counts["sampled"] += 1
+        self.counts["mixed"] += mixed
+        self.counts["tokens"] += sum(len(r.tokens) for r in rollouts)
+        return rollouts
+
+    def _abort(self, reason: str) -> None:
+        """Cancels every request in flight; `reason` is counted: "aborted" or "attempts_failed"."""
+        for task in self._in_flight:
+            if not task.done():
+                self._in_flight[task] = reason
+                task.cancel()
+
+    async def drain(self, until: float, reason: str) -> bool:
+        """Waits for the requests in flight, and aborts those left at the time `until`.
+
+        Returns:
+          whether any was aborted.
+        """
+        self._enter(DRAINING, reason)
+        if self._in_flight:
+            seconds = max(until - time.monotonic(), 0)
+            await asyncio.wait(set(self._in_flight), timeout=seconds)
+        late = {task for task in self._in_flight if not task.done()}
+        if late:
+            self._abort("aborted")
+            await asyncio.wait(late)
+        return bool(late)
+
+    # States
+
+    def _enter(self, state: str, reason: str = "") -> None:
+        self.state, self.reason = state, reason
+        if state == READY and self._logged_failure:
+            self._logged_failure = ""
+            self.pool.log(f"server {self.url} is ready again, with version {self.version}")
+        self.pool.notify()
+
+    def _fail(self, state: str, reason: str, *, log: bool = False) -> None:
+        """Marks the server lost or refused; each failure in a row doubles the time to the retry."""
+        self.counts[state] += self.state != state
+        self._failures += 1
+        self._retry_at = time.monotonic() + self.pool.config.backoff_after(self._failures)
+        self._enter(state, reason)
+        if log and self._logged_failure != state:  # once, not at each retry
+            self._logged_failure = state
+            self.pool.log(f"server {self.url} is {state}: {reason}")
+
+    def _warn(self, sentence: str) -> None:
+        """Logs a sentence about the server, once."""
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            self.pool.log(f"server {self.url}: {sentence}")
+
+    # Control
+
+    async def control(self) -> None:
+        """Keeps the server ready until cancelled."""
+        config = self.pool.config
+        while True:
+            try:
+                await self._step()
+            except ServerError as error:
+                refused = isinstance(error, WrongVersion | Refused)
+                late = time.monotonic() - self._created > config.start_deadline
+                if refused or self._reached or late:
+                    self._fail(REFUSED if refused else LOST, str(error), log=True)
+                    self._abort("attempts_failed")
+                else:
+                    self.reason = str(error)
+                    self._retry_at = time.monotonic() + config.backoff
+                if refused:
+                    self.version = None
+            wait, now = config.health_every, time.monotonic()
+            if self.state != READY:
+                wait = min(wait, max(self._retry_at - now, 0))
+            elif self._update_at > now:
+                wait = min(wait, self._update_at - now)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self.wake.wait()
+            self.wake.clear()
+
+    async def _step(self) -> None:
+        """Does whatever is due: admission, a refresh or a health check."""
+        pool = self.pool
+        if self._target_since != pool.target_since:  # forget earlier refusals
+            self._target_since = pool.target_since
+            if self._refused_updates:
+                self._update_at = self._refused_updates = 0
+            if self.state in (STARTING, REFUSED):
+                self._retry_at = 0.0
+        now, target = time.monotonic(), pool.target_version
+        stale = target is not None and self.version != target.number
+        if self.state != READY:
+            if now >= self._retry_at:
+                await self._admit()
+        elif stale and (
+            not pool.allow_older or (now >= self._update_at and pool.has_refresh_slot())
+        ):
+            await self._refresh()
+        elif now >= self._checked_at + pool.config.health_every:
+            await self.client.check_health()
+            self._checked_at = time.monotonic()
+
+    async def _admit(self) -> None:
+        """Makes a server ready: requirements, target version unless it holds it, probe."""
+        await self.client.check_health()  # other routes work before a starting server is healthy
+        self._checked_at = time.monotonic()
+        info = await self.client.info()
+        refusals, warnings = await check_server(self.client, info, self.pool.requirements)
+        self._reached, self._dtype = True, dtype_of(info)
+        for warning in warnings:
+            self._warn(warning)
+        self.not_admitted, target = bool(refusals), self.pool.target_version
+        if refusals:
+            self._fail(REFUSED, "; ".join(refusals), log=True)
+        elif target is None:
+            self._enter(STARTING, "waits for the first version")
+            self._retry_at = time.monotonic() + self.pool.config.health_every
+        elif self.version == target.number and await self.client.version() == str(target.number):
+            await self._probe(target)
+            self._enter(READY)
+        else:
+            await self._refresh()
+
+    async def _refresh(self) -> None:
+        """Drains the server, loads the target version and probes it, in a refresh slot.
+
+        If older versions are allowed, the server then samples at least as long as the refresh took:
+        versions that come faster than servers load them must leave time to sample.
+        """
+        pool, started = self.pool, time.monotonic()
+        if not pool.allow_older:  # it samples nothing before it has the target version
+            await self._drain_for_refresh(pool.target_since)
+        async with pool.refresh_slot(self):
+            try:
+                if pool.allow_older:
+                    await self._drain_for_refresh(time.monotonic())
+                assert pool.target_version
+                await self._load(pool.target_version)
+            finally:
+                self.target = None
+        now = time.monotonic()
+        self.refresh_seconds = now - started
+        self._update_at = max(self._update_at, now + self.refresh_seconds)
+
+    async def _drain_for_refresh(self, since: float) -> None:
+        until = since + self.pool.config.drain_deadline
+        if await self.drain(until, "finishes its requests before a refresh"):
+            with contextlib.suppress(Refused):  # a server without the route
+                await self.client.abort_all()
+
+    async def _load(self, target: PublishedVersion) -> None:
+        """Loads and probes a version; a server that refuses it may continue with its older one."""
+        pool, refusal = self.pool, None
+        self.target = target.number
+        self._enter(REFRESHING, f"loads version {target.number}")
+        # SGLang updates a busy server only half: new weights under the old name.
+        await self.client.flush_cache()
+        try:
+            deadline = pool.config.update_deadline
+            await self.client.update(target.path, target.number, deadline=deadline)
+        except Refused as error:
+            held = await self.client.version()
+            if held != str(target.number):  # else it refused after it had loaded the weights
+                self.counts["refresh_refused"] += 1
+                if not pool.allow_older or self.version is None or held != str(self.version):
+                    raise
+                refusal, target = error, pool.published[self.version]
+        if refusal is None:
+            await self.client.flush_cache()
+        await self._probe(target)
+        self.version = target.number
+        if refusal is None:
+            self.counts["refreshed"] += 1
+        else:
+            self._refused_updates += 1
+            backoff = pool.config.backoff_after(self._refused_updates)
+            self._update_at = time.monotonic() + backoff
+            self._warn(f"it continues with version {self.version}: {refusal}")
+        self._enter(READY)
+
+    async def _probe(self, version: PublishedVersion) -> None:
+        """Compares the server's log-probs of the version's probe with the learner's.
+
+        Raises:
+          WrongVersion: if the name or the log-probs are not those of the version.
+        """
+        requirements = self.pool.requirements
+        rows, held = await self.client.score(version.tokens)
+        if held != {str(version.number)}:
+            raise WrongVersion(f"it holds version {', '.join(held)} instead of {version.number}")
+        self.probe_gap = float(np.abs(np.concatenate(rows) - version.logp).max())
+        limit = requirements.tolerance(self._dtype, requirements.dtype, version.dtype)
+        if not self.probe_gap <= limit:  # NaN fails too
+            self.counts["probe_failed"] += 1
+            raise WrongVersion(
+                f"its log-probs differ from the learner's version {version.number} by "
+                f"{self.probe_gap:.3g} nats (fleet.probe_tolerance allows {limit:g})"
+            )
+
+
 @dataclasses.dataclass(eq=False)
 class Pool:
     """All servers of a fleet."""
@@ -55,12 +354,12 @@ class Pool:
     spawn: Callable[[Coroutine], asyncio.Task]  # starts a task of the fleet
 
     def __post_init__(self):
-        self.servers: dict[str, ServerState] = {}  # by URL
+        self.servers: dict[str, Server] = {}  # by URL
         self.counts: dict[str, Counter[str]] = {}  # by URL, of every server that ever joined
         self.target_version: PublishedVersion | None = None  # of all servers
         self.target_since = 0.0  # time
         self.published: dict[int, PublishedVersion] = {}  # versions that a server may hold
-        self._controllers: dict[str, asyncio.Task] = {}
+        self._controls: dict[str, asyncio.Task] = {}  # by URL
         self._changed = asyncio.Event()
 
     def versions(self) -> set[int]:
@@ -70,14 +369,14 @@ class Pool:
         return held | ({target.number} if target else set())
 
     def set_target(self, version: PublishedVersion) -> None:
-        """Makes all controllers bring their servers to a version."""
+        """Makes all servers load a version, each when it is drained and has a refresh slot."""
         self.target_version, self.target_since = version, time.monotonic()
         self.published[version.number] = version
         keep = self.versions()
         self.published = {n: v for n, v in self.published.items() if n in keep}
-        self._wake_controllers()
+        self._wake_servers()
 
-    def can_sample(self, server: ServerState) -> bool:
+    def can_sample(self, server: Server) -> bool:
         """Tells if new groups may go to a server."""
         target = self.target_version
         right = target is not None and server.version == target.number
@@ -105,7 +404,7 @@ class Pool:
         assert server
         return Sampled(prompt, rollouts, server.url, seconds, tuple(attempts))
 
-    async def _pick(self, avoid: ServerState | None) -> ServerState:
+    async def _pick(self, avoid: Server | None) -> Server:
         """Waits (until the no-server timeout) for servers, and returns the least busy one."""
         while True:
             ready = [server for server in self.servers.values() if self.can_sample(server)]
@@ -121,7 +420,7 @@ class Pool:
         return sum(s.refreshing for s in self.servers.values()) < slots
 
     @contextlib.asynccontextmanager
-    async def refresh_slot(self, server: ServerState) -> AsyncIterator[None]:
+    async def refresh_slot(self, server: Server) -> AsyncIterator[None]:
         """Waits for a refresh slot and holds it."""
         while not self.has_refresh_slot():
             await self._changed.wait()
@@ -130,66 +429,50 @@ class Pool:
             yield
         finally:
             server.refreshing = False
-            self._wake_controllers()
+            self._wake_servers()
 
-    def _wake_controllers(self) -> None:
+    def _wake_servers(self) -> None:
         for server in self.servers.values():
             server.wake.set()
-        self._notify()
+        self.notify()
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
         """Wakes every wait for a change of any server."""
         self._changed.set()
         self._changed = asyncio.Event()
 
     # Membership
 
-    async def watch(self, control: Callable[[ServerState], Coroutine]) -> None:
-        """Adds and removes servers as the list changes; `control` runs as long as its server."""
+    async def watch(self) -> None:
+        """Adds and removes servers as the list changes."""
         connector = aiohttp.TCPConnector(limit=0, force_close=True)  # no stale connections
+        config, logged = self.config, False
+        deadlines = dict(connect_deadline=config.connect_deadline, deadline=config.control_deadline)
         async with aiohttp.ClientSession(connector=connector) as session:
-            logged = False
             while True:
                 try:
-                    urls, logged = await read_servers(self.config, session), False
+                    urls, logged = await read_servers(config, session), False
                 except (OSError, ValueError, aiohttp.ClientError) as error:
                     urls = {url for url, server in self.servers.items() if not server.leaving}
                     if not logged:
                         logged = True
                         self.log(f"the list of servers can't be read and stays as it is: {error}")
                 for url in sorted(urls - self.servers.keys()):
-                    server = self.servers[url] = self._open(url, session)
-                    self._controllers[url] = self.spawn(control(server))
+                    server = Server(SGLangClient(session, url, **deadlines), self)
+                    server.counts["joined"] += 1
+                    self.servers[url], self._controls[url] = server, self.spawn(server.control())
                 for url in sorted(self.servers.keys() - urls):
                     if not self.servers[url].leaving:
                         self.servers[url].leaving = True
                         self.spawn(self._leave(self.servers[url]))
-                await asyncio.sleep(self.config.poll_every)
+                await asyncio.sleep(config.poll_every)
 
-    def _open(self, url: str, session: aiohttp.ClientSession) -> ServerState:
-        client = SGLangClient(
-            session,
-            url,
-            connect_deadline=self.config.connect_deadline,
-            deadline=self.config.control_deadline,
-        )
-        counts = self.counts.setdefault(url, Counter(dict.fromkeys(COUNTS, 0)))
-        counts["joined"] += 1
-        return ServerState(
-            client=client,
-            config=self.config,
-            requirements=self.requirements,
-            counts=counts,
-            log=self.log,
-            notify=self._notify,
-        )
-
-    async def _leave(self, server: ServerState) -> None:
-        self._controllers.pop(server.url).cancel()
-        server.enter(DRAINING, "it left the list of servers")
-        await server.drain(time.monotonic() + self.config.drain_deadline)
+    async def _leave(self, server: Server) -> None:
+        self._controls.pop(server.url).cancel()
+        until = time.monotonic() + self.config.drain_deadline
+        await server.drain(until, "it left the list of servers")
         del self.servers[server.url]
-        self._notify()
+        self.notify()
 
 
 async def read_servers(config: FleetConfig, session: aiohttp.ClientSession) -> set[str]:

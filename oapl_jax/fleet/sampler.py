@@ -26,9 +26,7 @@ from oapl_jax.config import FleetConfig
 from oapl_jax.errors import FleetLost, RunError, UserError
 from oapl_jax.files import absolute
 from oapl_jax.fleet.admission import Requirements, sampling_warnings
-from oapl_jax.fleet.pool import Pool, PublishedVersion
-from oapl_jax.fleet.refresh import ServerController
-from oapl_jax.fleet.server import DRAINING, READY, REFRESHING, STARTING
+from oapl_jax.fleet.pool import DRAINING, READY, REFRESHING, STARTING, Pool, PublishedVersion
 from oapl_jax.rollout.sampler import Sampled, Sampling
 from oapl_jax.structs import Prompt
 
@@ -140,7 +138,7 @@ class Fleet:
         self._config, self._requirements, self._log = config, requirements, log
         for warning in sampling_warnings(requirements.sampling):
             log(warning)
-        self._version = -1
+        self.version = -1
         self._checked: dict[tuple[int, str], PublishedVersion] = {}
         self._lock = threading.Lock()  # of the next four
         self._counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
@@ -153,16 +151,11 @@ class Fleet:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
-        control = lambda server: ServerController(server, self._pool).run()
-        self._call_in_loop(self._spawn, self._pool.watch(control))
+        self._call_in_loop(self._spawn, self._pool.watch())
         self._call_in_loop(self._spawn, self._watch_for_no_server())
 
-    @property
-    def version(self) -> int:
-        return self._version
-
     def versions(self) -> set[int]:
-        held = self._pool.versions() | {self._version}
+        held = self._pool.versions() | {self.version}
         return held.union(*(queue.versions() for queue in self._open_queues())) - {-1}
 
     def refresh(self, version: int, path: epath.Path) -> None:
@@ -173,7 +166,7 @@ class Fleet:
         where = os.fspath(absolute(path))
         if (version, where) not in self._checked:
             self._checked[version, where] = PublishedVersion.read(version, where)
-        self._version = version
+        self.version = version
         self._call_in_loop(self._pool.set_target, self._checked[version, where])
 
     def generate(
@@ -256,7 +249,7 @@ class Fleet:
         try:
             while (prompt := queue.pull(prompts)) is not None:
                 self._count("prompts")
-                if self._version == -1:
+                if self.version == -1:
                     raise RunError("the fleet was given a prompt before its first version")
                 self._requirements.check_prompt(prompt)
                 self._call_in_loop(self._start_group, queue, prompt, n, sampling)

@@ -4,13 +4,20 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import os
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any
+
+import aiohttp
 
 from oapl_jax.errors import RunError
-from oapl_jax.fleet.restart_proxy.process import ServerProcess
 
 MAX_BACKOFF = 30.0  # seconds
+POLL_EVERY = 0.5  # seconds between two health checks
+HEALTH_DEADLINE = 30.0  # seconds for one health check; SGLang's own gives up after 20
+KILL_DEADLINE = 10.0  # seconds for the system to end a killed process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Supervisor:
         # Versions to load; a future becomes "" once its version is served, or else the reason.
         self._updates: asyncio.Queue[tuple[ServedVersion, asyncio.Future[str]]] = asyncio.Queue()
         self._deaths: collections.deque[float] = collections.deque()
-        self._process: ServerProcess | None = None
+        self._process: asyncio.subprocess.Process | None = None  # leads a process group
 
     @contextlib.contextmanager
     def request(self) -> Iterator[str]:
@@ -81,11 +88,15 @@ class Supervisor:
         try:
             await self._start(self.version)
             while True:
-                update = await self._next_update()
-                await (self._revive() if update is None else self._restart(*update))
+                try:
+                    update = await self._while_it_runs(self._updates.get())
+                except RunError as error:
+                    await self._revive(str(error))
+                else:
+                    await self._restart(*update)
         finally:
             if self._process is not None:
-                await self._process.end(self.stop_deadline)
+                await self._end()
 
     async def _start(self, version: ServedVersion) -> None:
         command = [
@@ -94,36 +105,68 @@ class Supervisor:
         ]
         log(f"starting the server on version {version.name} ({version.path})")
         started = time.monotonic()
-        self._process = await ServerProcess.start(command)
+        # The system kills it if this process dies, so that its port is free.
+        guarded = ["setpriv", "--pdeathsig=KILL", "--", *command]
+        self._process = await asyncio.create_subprocess_exec(*guarded, process_group=0)
         try:
             # Not /health: some servers are healthy before they have compiled their first step.
-            await self._process.wait_healthy(f"{self.url}/health_generate", self.start_deadline)
+            healthy = _wait_healthy(f"{self.url}/health_generate")
+            await self._while_it_runs(healthy, self.start_deadline)
         except RunError:
-            await self._process.end(self.stop_deadline)
+            await self._end()
             raise
         self.version, self.state = version, "ready"
         log(f"version {version.name} is served after {time.monotonic() - started:.0f} s")
 
-    async def _next_update(self) -> tuple[ServedVersion, asyncio.Future[str]] | None:
-        """Waits for the next update; None if the server dies first."""
-        assert self._process is not None
-        death = asyncio.ensure_future(self._process.exit_code())
-        update = asyncio.ensure_future(self._updates.get())
-        try:
-            await asyncio.wait({death, update}, return_when=asyncio.FIRST_COMPLETED)
-            if update.done():
-                return update.result()
-            log(f"the server died with exit code {death.result()}")
-            return None
-        finally:
-            death.cancel()
-            update.cancel()
+    async def _while_it_runs(self, coroutine: Coroutine, deadline: float | None = None) -> Any:
+        """Returns the result of a coroutine.
 
-    async def _revive(self) -> None:
-        """Restarts a dead server on its version, with a growing backoff."""
+        Raises:
+          RunError: if the server ends first, or after `deadline` seconds.
+        """
         assert self._process is not None
+        ended = asyncio.ensure_future(self._process.wait())
+        task = asyncio.ensure_future(coroutine)
+        try:
+            await asyncio.wait({ended, task}, timeout=deadline, return_when="FIRST_COMPLETED")
+            if task.done():
+                return task.result()
+            if ended.done():  # a negative code is the number of a signal
+                raise RunError(f"the server ended with exit code {ended.result()}")
+            raise RunError(f"the server was not healthy within {deadline:g} s of its start")
+        finally:
+            ended.cancel()
+            task.cancel()
+
+    async def _end(self) -> None:
+        """Sends SIGTERM to the server, and after `stop_deadline` seconds SIGKILL to its group.
+
+        Raises:
+          RunError: if the group survives SIGKILL.
+        """
+        assert self._process is not None
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), self.stop_deadline)
+        group = self._process.pid
+        try:
+            async with asyncio.timeout(KILL_DEADLINE):
+                os.killpg(group, signal.SIGKILL)
+                await self._process.wait()
+                while _is_alive(group):  # only after its last process a device or port is free
+                    await asyncio.sleep(0.05)
+        except ProcessLookupError:
+            pass  # the group had ended
+        except TimeoutError as error:
+            raise RunError(f"process group {group} can't be killed") from error
+
+    async def _revive(self, death: str) -> None:
+        """Restarts a dead server on its version, with a growing backoff."""
+        log(death)
         self.state = "restarting"
-        await self._process.end(self.stop_deadline)  # its workers
+        await self._end()  # its workers
         while True:
             now = time.monotonic()
             self.counts["deaths"] += 1
@@ -141,7 +184,6 @@ class Supervisor:
 
     async def _restart(self, version: ServedVersion, outcome: asyncio.Future[str]) -> None:
         """Restarts the server on a version, or on the old one if that fails."""
-        assert self._process is not None
         if version == self.version:
             outcome.set_result("")
             return
@@ -155,7 +197,7 @@ class Supervisor:
             log(f"aborting {self._in_flight} requests after {self.drain_deadline:g} s")
         self.state = "restarting"
         old = self.version
-        await self._process.end(self.stop_deadline)
+        await self._end()
         try:
             await self._start(version)
         except RunError as error:
@@ -171,6 +213,28 @@ class Supervisor:
         else:
             self.counts["refreshes"] += 1
             outcome.set_result("")
+
+
+def _is_alive(group: int) -> bool:
+    """Tells if any process of the group is more than a zombie."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError, ValueError), open(f"/proc/{name}/stat") as file:
+            state, _, its_group = file.read().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                return True
+    return False
+
+
+async def _wait_healthy(url: str) -> None:
+    """Returns once GET `url` returns 200."""
+    timeout = aiohttp.ClientTimeout(total=HEALTH_DEADLINE)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        while True:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with session.get(url) as response:
+                    if response.status == 200:
+                        return
+            await asyncio.sleep(POLL_EVERY)
 
 
 def log(message: str) -> None:
