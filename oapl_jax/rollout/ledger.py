@@ -86,33 +86,26 @@ class Ledger:
         self._lines.append({"event": event, **index, **fields, "time": round(time.time(), 3)})
 
 
-def rewind(path: epath.Path, position: int) -> None:
-    """Ends the ledger of a host that takes no part any more: its groups are sampled again."""
-    ledger = Ledger(path)
-    ledger.resume(position, ())
-    ledger.close()
-
-
+@dataclasses.dataclass(eq=False, kw_only=True)
 class ZeroRewardGuard:
-    """Aborts after `limit` consecutive groups whose rewards are all zero.
+    """Aborts after consecutive groups whose rewards are all zero.
 
-    The verifier is broken, the prompt asks for another format, or the task is too hard. A limit of
-    0 never aborts. `count`, the groups since the last one with a reward, belongs to a checkpoint.
+    The verifier is broken, the prompt asks for another format, or the task is too hard.
     """
 
-    def __init__(self, *, limit: int, decode: Callable[[Any], str]):
-        self._limit, self._decode = limit, decode
-        self.count = 0
+    limit: int  # such groups; 0 never aborts
+    decode: Callable[[Any], str]
+    count: int = 0  # groups since the last one with a reward; belongs to a checkpoint
 
     def note(self, group: Group) -> None:
         """Counts a rewarded group; NoReward, if it is the last of `limit`, shows its responses."""
         self.count = 0 if np.any(group.reward) else self.count + 1
-        if not self._limit or self.count < self._limit:
+        if not self.limit or self.count < self.limit:
             return
-        text = lambda tokens: shortened(self._decode(tokens))
+        text = lambda tokens: shortened(self.decode(tokens))
         parts = [
             f"all rewards of the last {self.count} groups are 0 (rollout.max_zero_reward_groups="
-            f"{self._limit}): the task is too hard for this policy, or its responses do not have "
+            f"{self.limit}): the task is too hard for this policy, or its responses do not have "
             "the form that the verifier reads; the last group is:",
             f"--- prompt {group.prompt.id}\n{text(group.prompt.tokens)}",
             f"--- reference\n{shortened(group.prompt.answer)}",

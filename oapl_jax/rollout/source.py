@@ -14,7 +14,7 @@ from oapl_jax import multihost
 from oapl_jax.errors import FleetLost, RunError
 from oapl_jax.rollout.dataset import DatasetWriter
 from oapl_jax.rollout.group_store import GroupStore
-from oapl_jax.rollout.ledger import FILE, Ledger, ZeroRewardGuard, rewind
+from oapl_jax.rollout.ledger import FILE, Ledger, ZeroRewardGuard
 from oapl_jax.rollout.sampler import Sampler
 from oapl_jax.rollout.worker import Worker
 from oapl_jax.structs import Group, decode_groups, encode_groups
@@ -136,16 +136,17 @@ class GroupSource:
 
     def restore(self, host_states: Sequence[bytes], read: Callable[[Any], Any]) -> None:
         """Continues from the states of all hosts that saved; see `GroupStore.restore`."""
-        saved = [_decode(host_state) for host_state in host_states]
+        saved = list(map(_decode, host_states))
         host, hosts = jax.process_index(), jax.process_count()
         if len(saved) == hosts:
             state = saved[host]
         else:
             state = reshard(saved, host=host, hosts=hosts)
             if not host:
-                for gone in range(hosts, len(saved)):
-                    path = self.workdir / multihost.per_host_path(FILE, gone)
-                    rewind(path, saved[gone]["ledger"])
+                for gone in range(hosts, len(saved)):  # its groups are sampled again
+                    ledger = Ledger(self.workdir / multihost.per_host_path(FILE, gone))
+                    ledger.resume(saved[gone]["ledger"], ())
+                    ledger.close()
         self.store.restore(state, read)
         self.guard.count = state["zero_reward_groups"]
         if self.writer:
