@@ -98,21 +98,17 @@ def make(tokenizer, tmp_path):
         text = tokenizer.decode(rollout.tokens.tolist(), skip_special_tokens=True)
         return float(text == prompt.answer and rollout.finish_reason == "stop")
 
-    def made(*, deadline=PATIENCE, reward=None, reward_threads=1, **buffer):
+    def made(
+        *, deadline=PATIENCE, reward=right_and_whole, reward_threads=1, permits=None, **buffer
+    ):
         ledger = epath.Path(tmp_path / f"{len(workers)}.jsonl")
         buffer = {"capacity": 6, "group_size": GROUP_SIZE, **buffer}
-        store = store_of_sums(tokenizer, ledger, **buffer)
-        sampler, rate = ScriptedSampler(tokenizer), reward or right_and_whole
-        worker = Worker(
-            store,
-            sampler,
-            lambda prompt, of: np.array([rate(prompt, rollout) for rollout in of], np.float32),
-            group_size=GROUP_SIZE,
-            sampling=SAMPLING,
-            prompts_per_call=PER_CALL,
-            reward_threads=reward_threads,
-            deadline=deadline,
-        )
+        store, sampler = store_of_sums(tokenizer, ledger, **buffer), ScriptedSampler(tokenizer)
+        sampler.permits = None if permits is None else threading.Semaphore(permits)
+        rewards = lambda prompt, of: np.array([reward(prompt, r) for r in of], np.float32)
+        sizes = dict(group_size=GROUP_SIZE, sampling=SAMPLING, prompts_per_call=PER_CALL)
+        limits = dict(reward_threads=reward_threads, deadline=deadline)
+        worker = Worker(store, sampler, rewards, **sizes, **limits)
         workers.append((worker, sampler))
         return worker, sampler, store
 
@@ -133,6 +129,10 @@ def held(store):
     return store.take(len(store), 0, step=0)
 
 
+def held_indices(store):
+    return [group.prompt.stream_index for group in held(store)]
+
+
 def snapshot(store):
     """Position in the prompt stream, and the prompts to sample again."""
     state = store.snapshot(lambda: None)
@@ -145,19 +145,17 @@ def ends(store):
     return {k.split("/")[1]: n for k, n in counts.items() if k.startswith("buffer/") and n}
 
 
-def fails(check):
-    try:
-        check()
-    except BaseException:
-        return True
-    return False
-
-
 def until(condition):
     end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.002)
+
+
+def wait_for_failure(worker, error, match=""):
+    with pytest.raises(error, match=match) as caught:
+        until(worker.check)
+    return caught.value
 
 
 def path(version):
@@ -173,12 +171,16 @@ def ledger_of(tmp_path, number=0):
 
 
 def test_produce_adds_rewarded_groups_of_one_version(make):
-    worker, sampler, store = make()
+    """They are recorded whole before the buffer has them."""
+    recorded = []
+    worker, sampler, store = make(on_group=lambda group: recorded.append((group, len(store))))
     worker.produce()
     assert len(store) == PER_CALL
     groups = held(store)
     assert [g.prompt.stream_index for g in groups] == [0, 1]
-    for group in groups:
+    assert [before for _, before in recorded] == [0, 1]
+    for group, (whole, _) in zip(groups, recorded, strict=True):
+        assert whole is group
         assert group.reward.dtype == np.float32
         assert group.reward.tolist() == [1, 0, 0]  # cut off: 0, although it says the right number
         assert group.policy_version == 0
@@ -265,7 +267,7 @@ def test_a_group_without_rollouts_is_counted_and_makes_room(make, tmp_path):
     sampler.fails = {1, 2}
     worker.produce()
     worker.produce()
-    assert [g.prompt.stream_index for g in held(store)] == [0, 3]
+    assert held_indices(store) == [0, 3]
     assert snapshot(store)[1] == []
     metrics = store.take_metrics()
     assert (metrics["rollout/failed"], metrics["rollout/groups"]) == (2, 2)
@@ -279,17 +281,16 @@ def test_one_reward_thread_keeps_the_order_of_the_sampler(make):
     sampler.order = slice(None, None, -1)
     worker.produce()
     worker.produce()
-    assert [g.prompt.stream_index for g in held(store)] == [1, 0, 3, 2]
+    assert held_indices(store) == [1, 0, 3, 2]
 
 
 def test_groups_are_rewarded_beside_each_other(make):
     """Each reward waits until another group's is asked for too: one thread would wait for ever."""
     both = threading.Barrier(PER_CALL)
-    worker, _, store = make(
-        reward=lambda prompt, rollout: float(both.wait(PATIENCE) >= 0), reward_threads=PER_CALL
-    )
+    meet = lambda prompt, rollout: float(both.wait(PATIENCE) >= 0)
+    worker, _, store = make(reward=meet, reward_threads=PER_CALL)
     worker.produce()
-    assert sorted(g.prompt.stream_index for g in held(store)) == [0, 1]
+    assert sorted(held_indices(store)) == [0, 1]
 
 
 # In a thread
@@ -308,13 +309,11 @@ def test_the_thread_fills_the_buffer_and_goes_on_when_there_is_room(make):
     time.sleep(0.1)
     assert (len(store), len(sampler.asked)) == (5, 3)
     assert snapshot(store)[1] == []
-    draws = [g.prompt.stream_index for g in taken + held(store)]
-    assert draws == list(range(6))
+    assert [taken[0].prompt.stream_index, *held_indices(store)] == list(range(6))
 
 
 def test_seconds_without_room_are_reported_even_if_the_learner_asks_before_the_next_groups(make):
-    worker, sampler, store = make(capacity=2)
-    sampler.permits = threading.Semaphore(1)
+    worker, sampler, store = make(capacity=2, permits=1)
     worker.start()
     until(lambda: len(store) == 2)
     assert store.take_metrics()["rollout/groups"] == 2
@@ -330,23 +329,19 @@ def test_seconds_without_room_are_reported_even_if_the_learner_asks_before_the_n
 
 def test_a_group_that_is_being_rewarded_is_in_the_state_and_its_version_stays(make):
     rewarded = threading.Event()
-    worker, sampler, store = make(
-        mode="keep_with_anchor",
-        reward=lambda prompt, rollout: float(prompt.stream_index != 1 or rewarded.wait(PATIENCE)),
-        reward_threads=2,
-    )
+    slow = lambda prompt, rollout: float(prompt.stream_index != 1 or rewarded.wait(PATIENCE))
+    worker, sampler, store = make(mode="keep_with_anchor", reward=slow, reward_threads=2, permits=1)
     store.set_target(4, path(4))
-    sampler.permits = threading.Semaphore(1)
     worker.start()
     until(lambda: len(sampler.asked) == 2 and len(store) == 1)
     assert snapshot(store)[1] == [1, 2, 3]
     store.set_target(8, path(8))
     sampler.permits.release()
     until(lambda: sampler.version == 8 and len(store) == 3)
-    assert [g.prompt.stream_index for g in held(store)] == [0, 2, 3]
+    assert held_indices(store) == [0, 2, 3]
     assert worker.versions() == {4, 8}  # only the group that is being rewarded still needs 4
     rewarded.set()
-    until(lambda: 1 in [g.prompt.stream_index for g in held(store)])
+    until(lambda: 1 in held_indices(store))
     assert worker.versions() == {8}
 
 
@@ -371,8 +366,7 @@ def test_a_version_stays_while_the_sampler_loads_it(make):
 
 
 def test_a_new_version_serves_between_portions_and_what_is_late_is_counted(make):
-    worker, sampler, store = make(mode="clear_on_sync", capacity=100)
-    sampler.permits = threading.Semaphore(1)
+    worker, sampler, store = make(mode="clear_on_sync", capacity=100, permits=1)
     store.set_target(0, path(0))
     worker.start()
     until(lambda: len(sampler.asked) == 2 and len(store) == 2)  # one held, one in progress
@@ -393,8 +387,7 @@ def test_a_new_version_serves_between_portions_and_what_is_late_is_counted(make)
 
 
 def test_what_the_sampler_raises_reaches_the_learner(make):
-    worker, sampler, store = make()
-    sampler.permits = threading.Semaphore(0)
+    worker, sampler, store = make(permits=0)
     worker.start()
     worker.check()
     failure = sampler.failure = ZeroDivisionError("the fleet is gone")
@@ -403,9 +396,7 @@ def test_what_the_sampler_raises_reaches_the_learner(make):
     with pytest.raises(ZeroDivisionError, match="the fleet is gone"):
         store.wait(lambda: len(store) > 0, "x", deadline=PATIENCE, check=worker.check)
     assert time.monotonic() - started < PATIENCE / 2
-    with pytest.raises(ZeroDivisionError) as caught:
-        worker.check()
-    assert caught.value is failure
+    assert wait_for_failure(worker, ZeroDivisionError) is failure
     assert snapshot(store) == (PER_CALL, [0, 1])
 
 
@@ -413,7 +404,8 @@ def test_a_reward_that_fails_reaches_a_learner_that_has_enough(make):
     fails_at_2 = lambda prompt, rollout: 1 / (2 - prompt.stream_index)
     worker, sampler, store = make(reward=fails_at_2, capacity=100)
     worker.start()
-    until(lambda: len(store) >= 2 and fails(worker.check))
+    wait_for_failure(worker, ZeroDivisionError)
+    until(lambda: len(store) >= 2)
     with pytest.raises(ZeroDivisionError):
         store.wait(lambda: len(store) > 0, "x", deadline=PATIENCE, check=worker.check)
     asked = len(sampler.asked)
@@ -423,8 +415,7 @@ def test_a_reward_that_fails_reaches_a_learner_that_has_enough(make):
 
 
 def test_stop_waits_for_what_the_sampler_goes_on_with(make):
-    worker, sampler, store = make()
-    sampler.permits = threading.Semaphore(0)
+    worker, sampler, store = make(permits=0)
     worker.start()
     until(lambda: sampler.asked)
     threading.Timer(0.1, lambda: sampler.permits.release(1)).start()
@@ -436,20 +427,19 @@ def test_stop_waits_for_what_the_sampler_goes_on_with(make):
 
 def test_stop_lets_rewards_end_and_leaves_the_rest_to_be_sampled_again(make, tmp_path):
     slow = lambda prompt, rollout: time.sleep(0.05) or 1.0
-    worker, sampler, store = make(reward=slow)
-    sampler.permits, sampler.gives_up = threading.Semaphore(1), True
+    worker, sampler, store = make(reward=slow, permits=1)
+    sampler.gives_up = True
     worker.start()
     until(lambda: len(sampler.asked) == 2)
     worker.stop()
     assert ledger_of(tmp_path) == {"held": 6, "in flight": 6}
-    assert [g.prompt.stream_index for g in held(store)] == [0, 1]
+    assert held_indices(store) == [0, 1]
     assert snapshot(store) == (2 * PER_CALL, [2, 3])
     worker.check()
 
 
 def test_stop_has_a_deadline(make):
-    worker, sampler, _ = make(deadline=0.1)
-    sampler.permits = threading.Semaphore(0)
+    worker, sampler, _ = make(deadline=0.1, permits=0)
     worker.start()
     until(lambda: sampler.asked)
     with pytest.raises(RunError, match=r"thread did not end in .* s \(rollout\.deadline\)"):
@@ -475,19 +465,8 @@ def test_waiting_for_room_has_a_deadline_and_an_end(make):
     assert time.monotonic() - started < PATIENCE / 2
     worker, _, store = make(capacity=2, deadline=0.1)
     worker.start()
-    until(lambda: fails(worker.check))
-    with pytest.raises(RunError, match=r"room in the buffer \(rollout\.deadline\)"):
-        worker.check()
+    wait_for_failure(worker, RunError, r"room in the buffer \(rollout\.deadline\)")
     assert len(store) == 2
-
-
-def test_groups_are_recorded_whole_before_the_buffer_has_them(make):
-    recorded = []
-    worker, _, store = make(on_group=lambda group: recorded.append((group, len(store))))
-    worker.produce()
-    assert [before for _, before in recorded] == [0, 1]
-    for (group, _), again in zip(recorded, held(store), strict=True):
-        assert group is again
 
 
 def test_a_reward_that_fails_reaches_the_learner_in_turns(make):
@@ -495,7 +474,7 @@ def test_a_reward_that_fails_reaches_the_learner_in_turns(make):
     with pytest.raises(ZeroDivisionError):
         worker.produce()
     assert snapshot(store)[1] == [1]
-    assert [g.prompt.stream_index for g in held(store)] == [0]
+    assert held_indices(store) == [0]
 
 
 def test_stop_has_a_deadline_for_rewards(make):
