@@ -59,7 +59,6 @@ class GroupRequest:
     mixed_versions: str
 
     def body(self) -> dict[str, Any]:
-        """Returns the JSON body for /generate."""
         # The key separates the prefix cache by version; a key of its own bypasses the cache.
         key = f"v{self.version}" if self.version is not None else uuid.uuid4().hex
         return {
@@ -201,7 +200,6 @@ class SGLangClient:
         return await self._call("/generate", body, parse=parse)
 
     async def check_health(self) -> None:
-        """Returns if the server can generate."""
         await self._call("/health")
 
     async def info(self) -> dict[str, Any]:
@@ -219,7 +217,6 @@ class SGLangClient:
         return (await self._send("/update_weights_from_disk", None, self._deadline))[0] != 404
 
     async def tokenize(self, text: str) -> list[int]:
-        """Encodes a text without special tokens."""
         body = {"prompt": text, "add_special_tokens": False}
         return await self._call("/tokenize", body, parse=lambda c: list(map(int, c["tokens"])))
 
@@ -275,7 +272,6 @@ class SGLangClient:
             raise ServerError(f"{message} ({error}): {short(content)}") from error
 
     async def _send(self, route: str, body: Any, total: float) -> tuple[int, bytes]:
-        """Sends a GET, or a POST of a body; returns status and content."""
         method, url = "GET" if body is None else "POST", self.url + route
         timeout = aiohttp.ClientTimeout(total=total, sock_connect=self._connect_deadline)
         try:

@@ -189,7 +189,6 @@ class Server:
             self.pool.log(f"server {self.url} is {state}: {reason}")
 
     def _warn(self, sentence: str) -> None:
-        """Logs a sentence about the server, once."""
         if sentence not in self._warned:
             self._warned.add(sentence)
             self.pool.log(f"server {self.url}: {sentence}")
@@ -415,13 +414,11 @@ class Pool:
     # Refresh slots
 
     def has_refresh_slot(self) -> bool:
-        """Tells if one more server may be refreshed now."""
         slots = max(1, int(self.config.refresh_fraction * len(self.servers)))
         return sum(s.refreshing for s in self.servers.values()) < slots
 
     @contextlib.asynccontextmanager
     async def refresh_slot(self, server: Server) -> AsyncIterator[None]:
-        """Waits for a refresh slot and holds it."""
         while not self.has_refresh_slot():
             await self._changed.wait()
         server.refreshing = True
@@ -444,7 +441,6 @@ class Pool:
     # Membership
 
     async def watch(self) -> None:
-        """Adds and removes servers as the list changes."""
         connector = aiohttp.TCPConnector(limit=0, force_close=True)  # no stale connections
         config, logged = self.config, False
         deadlines = dict(connect_deadline=config.connect_deadline, deadline=config.control_deadline)

@@ -66,7 +66,6 @@ class GenerateQueue:
             return prompt
 
     def put(self, sampled: Sampled) -> None:
-        """Adds a finished group."""
         with self._changed:
             if not self._stopped:
                 self.waiting -= 1

@@ -38,7 +38,6 @@ class Buffer:
         return len(self._held)
 
     def versions(self) -> set[int]:
-        """Policy versions of the groups held."""
         return {group.policy_version for group, _ in self._held}
 
     def stream_indices(self) -> set[int]:

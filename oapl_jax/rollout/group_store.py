@@ -65,7 +65,6 @@ class GroupStore:
         return self._target[0] if self._target else -1
 
     def set_target(self, version: int, path: epath.Path) -> None:
-        """Samples from this published version from the next prompt on."""
         with self._changed:
             self._target = (version, path)
             self._buffer.sync(version)
@@ -88,7 +87,6 @@ class GroupStore:
             return (pinned | sampler_versions | self._buffer.versions()) - {-1}
 
     def held_versions(self) -> set[int]:
-        """Versions of the groups in the buffer."""
         with self._changed:
             return self._buffer.versions()
 
@@ -142,7 +140,6 @@ class GroupStore:
             return groups + (self._recorded.take(recorded, step) if self._recorded else [])
 
     def expire(self, step: int) -> None:
-        """Drops the groups that are too old for a gradient step at `step`."""
         with self._changed:
             self._buffer.expire(step)
             self._changed.notify_all()
@@ -178,7 +175,6 @@ class GroupStore:
         return time.monotonic() - start
 
     def notify(self) -> None:
-        """Makes waiting threads evaluate their condition again."""
         with self._changed:
             self._changed.notify_all()
 

@@ -35,7 +35,6 @@ class Ledger:
         self._resumed = not self._lines.size  # whether this run's first position is known
 
     def request(self, prompt: Prompt, n: int) -> None:
-        """Records that `n` rollouts are requested."""
         if not self._resumed:
             self.resume(0, ())  # the run before was killed before its first checkpoint
         self._write("request", prompt, prompt=prompt.id, n=n)

@@ -48,7 +48,6 @@ class GroupSource:
         return self.sampled > 0
 
     def serve(self, version: int, path: epath.Path) -> None:
-        """Samples from this published version from now on."""
         if self.live and self.store.target_version != version:
             self.store.set_target(version, path)
 

@@ -226,7 +226,6 @@ def _is_alive(group: int) -> bool:
 
 
 async def _wait_healthy(url: str) -> None:
-    """Returns once GET `url` returns 200."""
     timeout = aiohttp.ClientTimeout(total=HEALTH_DEADLINE)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         while True:
