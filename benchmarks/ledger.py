@@ -14,8 +14,7 @@ import numpy as np
 from etils import epath
 from results import keep
 
-from oapl_jax.rollout.ledger import FILE, Ledger
-from oapl_jax.rollout.ledger_report import LedgerReport
+from oapl_jax.rollout.ledger import FILE, Ledger, LedgerReport
 from oapl_jax.rollout.sampler import Sampled
 from oapl_jax.structs import Group, Prompt, Rollout
 

@@ -41,9 +41,8 @@ from oapl_jax.preferences import (
 )
 from oapl_jax.rewards.grader import Grader, check_rewards
 from oapl_jax.rollout import dataset
-from oapl_jax.rollout.buffer import Buffer
+from oapl_jax.rollout.buffer import Buffer, GroupStore
 from oapl_jax.rollout.dataset import RecordedStream
-from oapl_jax.rollout.group_store import GroupStore
 from oapl_jax.rollout.ledger import FILE, Ledger, ZeroRewardGuard
 from oapl_jax.rollout.local_sampler import LocalSampler
 from oapl_jax.rollout.sampler import Sampler, Sampling

@@ -14,8 +14,7 @@ from etils import epath
 from oapl_jax import multihost
 from oapl_jax.config import load_config
 from oapl_jax.errors import RunError, exit_with_code
-from oapl_jax.rollout.ledger import FILE
-from oapl_jax.rollout.ledger_report import LedgerReport, table
+from oapl_jax.rollout.ledger import FILE, LedgerReport, table
 
 
 def main() -> None:

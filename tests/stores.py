@@ -5,8 +5,7 @@ from oapl_jax.curriculum import Curriculum
 from oapl_jax.curriculum.stream import Uniform
 from oapl_jax.data.prompts import PromptStream, PromptTemplate
 from oapl_jax.data.records import Record, user
-from oapl_jax.rollout.buffer import Buffer
-from oapl_jax.rollout.group_store import GroupStore
+from oapl_jax.rollout.buffer import Buffer, GroupStore
 from oapl_jax.rollout.ledger import Ledger
 
 

@@ -12,8 +12,8 @@ from flax import serialization
 
 from oapl_jax import multihost
 from oapl_jax.errors import FleetLost, RunError
+from oapl_jax.rollout.buffer import GroupStore
 from oapl_jax.rollout.dataset import DatasetWriter
-from oapl_jax.rollout.group_store import GroupStore
 from oapl_jax.rollout.ledger import FILE, Ledger, ZeroRewardGuard
 from oapl_jax.rollout.sampler import Sampler
 from oapl_jax.rollout.worker import Worker

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 
 from oapl_jax.errors import RunError
-from oapl_jax.rollout.group_store import GroupStore
+from oapl_jax.rollout.buffer import GroupStore
 from oapl_jax.rollout.sampler import Sampled, Sampler, Sampling
 from oapl_jax.structs import Prompt, Rollout
 

@@ -35,8 +35,7 @@ from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import make_mesh
 from oapl_jax.model.tokenizer import make_character_tokenizer
 from oapl_jax.model.transformer import Transformer
-from oapl_jax.rollout.buffer import Buffer
-from oapl_jax.rollout.group_store import GroupStore
+from oapl_jax.rollout.buffer import Buffer, GroupStore
 from oapl_jax.rollout.ledger import Ledger
 from oapl_jax.rollout.sampler import Sampled
 from oapl_jax.structs import Group, Prompt, Rollout

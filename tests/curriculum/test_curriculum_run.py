@@ -17,7 +17,7 @@ from small_runs import Runs, metrics, timeless
 from oapl_jax.model import hf
 from oapl_jax.model.transformer import Transformer, head, logits
 from oapl_jax.rollout.dataset import Dataset
-from oapl_jax.rollout.ledger_report import LedgerReport
+from oapl_jax.rollout.ledger import LedgerReport
 
 CANDIDATES, PICKS, STEPS, TEMPERATURE = 16, 6, 16, 0.8
 DORMANT, WARMUP = 2, 2

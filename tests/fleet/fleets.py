@@ -15,10 +15,8 @@ from oapl_jax.data.prompts import PromptStream, PromptTemplate
 from oapl_jax.data.records import Record, user
 from oapl_jax.fleet.admission import Requirements
 from oapl_jax.fleet.sampler import Fleet
-from oapl_jax.rollout.buffer import Buffer
-from oapl_jax.rollout.group_store import GroupStore
-from oapl_jax.rollout.ledger import Ledger
-from oapl_jax.rollout.ledger_report import LedgerReport
+from oapl_jax.rollout.buffer import Buffer, GroupStore
+from oapl_jax.rollout.ledger import Ledger, LedgerReport
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.rollout.worker import Worker
 from oapl_jax.structs import Prompt

@@ -24,8 +24,7 @@ from small_models import small_config
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.rollout import dataset
 from oapl_jax.rollout.dataset import MANIFEST, Dataset, DatasetWriter, RecordedStream
-from oapl_jax.rollout.ledger import FILE, Ledger
-from oapl_jax.rollout.ledger_report import LedgerReport
+from oapl_jax.rollout.ledger import FILE, Ledger, LedgerReport
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Group, decode_groups
 

@@ -16,8 +16,7 @@ import pytest
 from etils import epath
 
 from oapl_jax.errors import UserError
-from oapl_jax.rollout.ledger import FILE, Ledger
-from oapl_jax.rollout.ledger_report import LedgerReport, table
+from oapl_jax.rollout.ledger import FILE, Ledger, LedgerReport, table
 from oapl_jax.rollout.sampler import Attempt, Sampled
 from oapl_jax.structs import Group, Prompt, Rollout
 

@@ -16,8 +16,7 @@ from small_runs import IN_PROCESS, cached_programs, metrics, opened, small_arith
 from oapl_jax import record, train
 from oapl_jax.errors import UserError
 from oapl_jax.rollout.dataset import MANIFEST, Dataset
-from oapl_jax.rollout.ledger import FILE
-from oapl_jax.rollout.ledger_report import LedgerReport
+from oapl_jax.rollout.ledger import FILE, LedgerReport
 
 ROOT = Path(__file__).parents[2]
 KILLED_IN_TRAINING = """

@@ -11,7 +11,7 @@ from stores import store_of_sums
 
 from oapl_jax.errors import RunError
 from oapl_jax.model.tokenizer import make_character_tokenizer
-from oapl_jax.rollout.ledger_report import LedgerReport
+from oapl_jax.rollout.ledger import LedgerReport
 from oapl_jax.rollout.sampler import Attempt, Sampled, Sampling
 from oapl_jax.rollout.worker import Worker
 from oapl_jax.structs import Rollout
