@@ -17,9 +17,8 @@ from fleets import PATIENCE, assert_published, damage, open_real_fleet, wait_unt
 from server_processes import find_port, sglang_program
 
 from oapl_jax.errors import RunError, UserError
-from oapl_jax.fleet.restart_proxy import __main__ as restart_proxy
-from oapl_jax.fleet.restart_proxy.proxy import INFO_ROUTES, first_version
-from oapl_jax.fleet.restart_proxy.supervisor import Supervisor
+from oapl_jax.fleet import restart_proxy
+from oapl_jax.fleet.restart_proxy import INFO_ROUTES, Supervisor, first_version
 from oapl_jax.structs import Prompt
 from oapl_jax.weights.publisher import COMMITTED, MANIFEST
 
