@@ -7,16 +7,13 @@ from typing import Any
 
 import numpy as np
 from fault_server import MODEL, STOP, VOCAB, is_right, publish_toy
-from stores import buffer_config, uniform
+from stores import store_of_sums
 
 from configs import common
 from oapl_jax.config import FleetConfig
-from oapl_jax.data.prompts import PromptStream, PromptTemplate
-from oapl_jax.data.records import Record, user
 from oapl_jax.fleet.admission import Requirements
 from oapl_jax.fleet.sampler import Fleet
-from oapl_jax.rollout.buffer import Buffer, GroupStore
-from oapl_jax.rollout.ledger import Ledger, LedgerReport
+from oapl_jax.rollout.ledger import LedgerReport
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.rollout.worker import Worker
 from oapl_jax.structs import Prompt
@@ -39,13 +36,12 @@ REASONS = {"failed": "attempts_failed", "aborted": "aborted", "mixed": "mixed"} 
 CLOSE = 1e-4  # nats between log-probs of a real server and the learner, float32
 REAL_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=20)
 REAL_SETTINGS: dict[str, Any] = {
-    **common.fleet().to_dict(),
+    **SETTINGS,
     **dict.fromkeys(DEADLINES, 60.0),
     "request_deadline": 120.0,
     "start_deadline": 150.0,
     "no_server_deadline": 170.0,
     "poll_every": 0.5,
-    "max_in_flight": 8,
     "backoff": 0.2,
     "backoff_limit": 2.0,
     "health_every": 2.0,
@@ -253,26 +249,13 @@ class Run:
     def __init__(self, fleet, directory, tokenizer, *, capacity):
         self.fleet, self.groups, self._trained, self._patience = fleet, [], [], fleet.patience
         self._path, self._capacity = directory / "ledger.jsonl", capacity
-        ledger = Ledger(self._path)
-        config = buffer_config(mode="keep_with_anchor", max_age=1, capacity=capacity)
-        records = [Record(f"id{i}", user(f"{i}+1="), "", "chain_sum", {}) for i in range(10, 99)]
-        text = dict(task="chain_sum", instruction="", max_prompt_tokens=8)
-        template = PromptTemplate(tokenizer, **text)
-        stream = PromptStream(records, template, seed=0, host=0, hosts=1)
-        buffer = Buffer(config, seed=0, on_end=ledger.end)
-        add = self.groups.append
-        self.store = GroupStore(uniform(stream), buffer, ledger, None, group_size=N, on_group=add)
+        buffer = dict(mode="keep_with_anchor", max_age=1, capacity=capacity)
+        sizes = dict(group_size=N, on_group=self.groups.append)
+        self.store = store_of_sums(tokenizer, self._path, **sizes, **buffer)
         reward = lambda prompt, rollouts: np.array([len(r.tokens) for r in rollouts], np.float32)
-        self.worker = Worker(
-            self.store,
-            fleet,
-            reward,
-            group_size=N,
-            sampling=fleet.default_sampling,
-            prompts_per_call=1,
-            reward_threads=1,
-            deadline=self._patience,
-        )
+        settings = dict(prompts_per_call=1, reward_threads=1, deadline=self._patience)
+        settings |= dict(group_size=N, sampling=fleet.default_sampling)
+        self.worker = Worker(self.store, fleet, reward, **settings)
 
     def train(self, step=0):
         """Takes one group, as soon as there is one."""

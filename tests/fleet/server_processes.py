@@ -1,18 +1,16 @@
 """Server processes of the tests: SGLang, its router, the restart proxy."""
 
 import contextlib
-import json
 import os
 import pathlib
 import signal
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from typing import Any
 
 import pytest
+import requests
 
 ROOT = pathlib.Path(__file__).parents[2]
 READY_DEADLINE = 400.0  # seconds; a start takes 20 on two free cores
@@ -54,20 +52,12 @@ class Process:
 
     def call(self, path: str, body: Any = None, *, timeout: float = 60.0) -> tuple[int, Any]:
         """Returns status and content of a GET, or of a POST of `body`; OSError if unreachable."""
-        request = urllib.request.Request(
-            self.url + path,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
+        method = "GET" if body is None else "POST"
+        answer = requests.request(method, self.url + path, json=body, timeout=timeout)
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
-                status, text = answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            status, text = error.code, error.read().decode()
-        try:
-            return status, json.loads(text)
+            return answer.status_code, answer.json()
         except ValueError:
-            return status, text
+            return answer.status_code, answer.text
 
     def ask(self, path: str, body: Any = None) -> Any:
         status, answer = self.call(path, body)

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+import requests
 from fleets import CLOSE, wait_until
 
 from oapl_jax.fleet.client import sampling_params
@@ -105,14 +106,6 @@ def test_responses_of_a_group(server):
         assert meta["weight_versions"] == [span("1", 0, len(response["output_ids"]))]
         assert meta["finish_reason"]["type"] in ("stop", "length")
         assert "text" not in response  # the server has no tokenizer
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_are_the_learners(server, published, temperature):
-    group = generate(server, n=8, temperature=temperature, max_new_tokens=96, ignore_eos=True)
-    for response in group:
-        assert difference(published, response, 1, temperature) < CLOSE
-        assert logp_of(response).std() > 0.1  # far from flat
 
 
 def test_log_probs_follow_a_new_version(server, published):
@@ -292,7 +285,7 @@ def test_a_request_can_be_aborted_by_its_id_but_a_group_can_not(server, meanwhil
 
 
 def test_a_caller_that_hangs_up_frees_the_server(server):
-    with contextlib.suppress(TimeoutError):
+    with pytest.raises(requests.Timeout):
         server.call("/generate", request(n=4, **LONG), timeout=0.5)
     wait_idle(server)
     assert server.ask("/v1/loads")["loads"][0]["num_running_reqs"] == 0
