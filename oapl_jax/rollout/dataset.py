@@ -389,8 +389,8 @@ def fill(
     """
     requests = missing(stored(writer.samples, len(prompts), n), at_once)
     lost = sum(count for _, _, count in requests)
-    told = sum(count for _, count in writer.samples)
-    rewarding: deque[Future[Group]] = deque()
+    on_disk = lambda: sum(count for _, count in writer.samples)
+    told, rewarding = on_disk(), deque[Future[Group]]()
 
     def rewarded(sampled: Sampled) -> Group:
         rewards = [reward(sampled.prompt, rollout) for rollout in sampled.rollouts]
@@ -398,6 +398,7 @@ def fill(
 
     def add_rewarded(most: int) -> None:
         """Adds the groups whose rewards are done, and waits until at most `most` are not."""
+        nonlocal told
         while len(rewarding) > most or (rewarding and rewarding[0].done()):
             try:
                 group = rewarding.popleft().result()
@@ -406,13 +407,8 @@ def fill(
                 rewarding.clear()  # so that the first failure ends it
                 raise
             writer.add(group)
-            tell()
-
-    def tell() -> None:
-        nonlocal told
-        done = sum(count for _, count in writer.samples)
-        if done > told:
-            progress(told := done)
+            if (done := on_disk()) > told:
+                progress(told := done)
 
     writer.start_clock()
     try:
@@ -433,7 +429,8 @@ def fill(
                 add_rewarded(most=0)
     finally:
         writer.flush()
-    tell()
+    if (done := on_disk()) > told:
+        progress(done)
     if lost:
         raise RunError(
             f"{lost} of {n * len(prompts)} responses could not be sampled from version {version}; "
