@@ -169,8 +169,6 @@ class Server:
             await asyncio.wait(late)
         return bool(late)
 
-    # States
-
     def _enter(self, state: str, reason: str = "") -> None:
         self.state, self.reason = state, reason
         if state == READY and self._logged_failure:
@@ -192,8 +190,6 @@ class Server:
         if sentence not in self._warned:
             self._warned.add(sentence)
             self.pool.log(f"server {self.url}: {sentence}")
-
-    # Control
 
     async def control(self) -> None:
         """Keeps the server ready until cancelled."""
@@ -411,8 +407,6 @@ class Pool:
                 return min(ready, key=lambda s: (s is avoid, s.in_flight))
             await self._changed.wait()
 
-    # Refresh slots
-
     def has_refresh_slot(self) -> bool:
         slots = max(1, int(self.config.refresh_fraction * len(self.servers)))
         return sum(s.refreshing for s in self.servers.values()) < slots
@@ -437,8 +431,6 @@ class Pool:
         """Wakes every wait for a change of any server."""
         self._changed.set()
         self._changed = asyncio.Event()
-
-    # Membership
 
     async def watch(self) -> None:
         connector = aiohttp.TCPConnector(limit=0, force_close=True)  # no stale connections

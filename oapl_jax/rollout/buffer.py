@@ -161,8 +161,6 @@ class GroupStore:
         with self._changed:
             return len(self._buffer)
 
-    # Versions
-
     @property
     def target_version(self) -> int:
         """Version that samples from the next prompt on; -1 before the first."""
@@ -193,8 +191,6 @@ class GroupStore:
     def held_versions(self) -> set[int]:
         with self._changed:
             return self._buffer.versions()
-
-    # Prompts and groups
 
     def reserve(self) -> Prompt:
         """The next prompt to sample, in the ledger as requested."""
@@ -259,8 +255,6 @@ class GroupStore:
         with self._changed:
             scorer.trained(groups, logp)
 
-    # Waiting
-
     def wait(
         self, condition: Callable[[], bool], name: str, *, deadline: float, check: Callable[[], Any]
     ) -> float:
@@ -281,8 +275,6 @@ class GroupStore:
     def notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
-
-    # Metrics and checkpoints
 
     def _count(self, group: Group, seconds: float) -> None:
         self._totals["groups"] += 1

@@ -44,9 +44,6 @@ def assert_balanced(buffer):
     assert counts["added"] == gone + len(buffer)
 
 
-# The modes
-
-
 def test_clear_on_sync_keeps_only_the_version_that_serves():
     buffer = new_buffer("clear_on_sync")
     fill(buffer, [0, 1])
@@ -88,9 +85,6 @@ def test_room_is_asked_for_by_the_number_of_groups():
     assert not buffer.has_room(3)
     buffer.sample(1, step=0)
     assert buffer.has_room(3)
-
-
-# The account
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -168,9 +162,6 @@ def test_every_group_is_accounted_for_whatever_happens(mode, zero_variance, seed
         assert +buffer.counts == +Counter(added=added, reused=reused, **ended)
     assert ended["trained"] > 5  # it was no quiet run
     assert ended["expired"] > 0
-
-
-# Checkpoints
 
 
 def test_a_restored_buffer_goes_on_like_the_first():

@@ -84,9 +84,6 @@ def files(directory):
     return sorted(path.name for path in directory.iterdir() if path.name != "lock")
 
 
-# Writing
-
-
 def test_records_and_manifest_are_what_the_documentation_says(tmp_path):
     group = make_group(7)
     write(tmp_path, [group])
@@ -191,9 +188,6 @@ def test_a_dataset_has_one_writer_on_a_local_disk(tmp_path):
         write("gs://bucket/set")
 
 
-# Reading
-
-
 def test_a_damaged_shard_is_refused_before_any_group_is_read(tmp_path):
     write(tmp_path, [make_group(i) for i in range(6)])
     path = tmp_path / "groups-00001.array_record"
@@ -235,9 +229,6 @@ def test_a_run_takes_only_groups_that_it_can_train_on(tmp_path):
         found.check(about(sampling=shorter), max_prompt_tokens=4)
     with pytest.raises(UserError, match=r"data\.max_prompt_tokens"):
         found.check(about(), max_prompt_tokens=3)
-
-
-# Filling
 
 
 def run_fill(directory, sampler, *, prompts=3, n=5, at_once=2, reward=None, threads=1, seen=None):
@@ -352,9 +343,6 @@ def test_groups_are_rewarded_beside_each_other_and_a_failure_ends_it(tmp_path):
     run_fill(tmp_path, ScriptedSampler(), prompts=2, n=1, reward=together, threads=2)
     with pytest.raises(ZeroDivisionError):
         run_fill(tmp_path / "other", ScriptedSampler(), reward=lambda p, r: 1 / (int(p.answer) - 1))
-
-
-# Streams
 
 
 @pytest.fixture

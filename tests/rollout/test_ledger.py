@@ -83,9 +83,6 @@ def writer(tmp_path):
     made.ledger.close()
 
 
-# Rows
-
-
 def test_a_rollout_from_request_to_training(writer):
     assert writer.balance() == {}
     writer.request(7)
@@ -122,9 +119,6 @@ def test_attempts_that_came_to_nothing_are_rows_that_name_their_successors(write
     assert told(rows["0.1.0.0"]) == ("b", 3, 1.5, "aborted", "reissued")
     assert told(rows["0.1.1.0"]) == ("c", 4, 2.5, "mixed", "failed")
     assert "0.1.2.0" not in rows
-
-
-# Kills and checkpoints
 
 
 def test_a_resumed_run_is_told_as_its_checkpoint_knows_it(writer):
@@ -304,9 +298,6 @@ def test_sums_balance_at_any_time_of_any_run(tmp_path, seed):
     assert kills > 3
 
 
-# What does not fit
-
-
 @pytest.mark.parametrize(
     "events",
     [
@@ -338,9 +329,6 @@ def test_events_that_contradict_each_other_are_faults(writer, events):
     summary = writer.read().summary()
     assert not summary["balanced"]
     assert any("group 0" in fault for fault in summary["faults"])
-
-
-# The summary
 
 
 def test_bias_and_throughput_worked_out_by_hand(writer, monkeypatch):
@@ -395,9 +383,6 @@ def test_the_command_says_whether_the_sums_balance(writer, tmp_path):
     done = command(tmp_path / "nothing")
     assert done.returncode == 2
     assert "nothing/ledger.jsonl" in done.stderr
-
-
-# A real kill
 
 
 def test_a_kill_loses_no_event_that_was_told(tmp_path):

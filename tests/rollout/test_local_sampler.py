@@ -104,9 +104,6 @@ def softmax(scores):
     return scores / scores.sum()
 
 
-# What it says: log-probabilities
-
-
 @pytest.mark.parametrize(
     ("name", "temperature", "top_p", "top_k"),
     [("qwen3_tied", 0.7, 1.0, 0), ("llama_bias", 1.0, 0.8, 12)],
@@ -156,9 +153,6 @@ def test_greedy_takes_the_best_token_of_the_plain_forward_pass():
         assert rollout.tokens.tolist() == here.argmax(-1).tolist()
         at_one = np.log([softmax(s).max() for s in here])
         np.testing.assert_allclose(rollout.behavior_logp, at_one, atol=1e-4)
-
-
-# What it draws
 
 
 def count_first_tokens(draws, **settings):
@@ -249,9 +243,6 @@ def test_masks_keep_what_an_independent_count_keeps(top_p, top_k):
         np.testing.assert_allclose(moved, moved[0], atol=1e-5)
 
 
-# Where a response ends
-
-
 def test_a_stop_token_ends_a_response_and_belongs_to_it():
     prompts = prompts_of(*[3, 9, 1, 6] * 4)
     free = generate(new_sampler(), prompts, n=4, sampling=sampling())
@@ -283,9 +274,6 @@ def test_the_program_ends_with_the_last_response(monkeypatch):
     assert stopped.all()
     assert lengths.min() < lengths.max() < 200
     np.testing.assert_array_equal(np.flatnonzero(out_logp.any(axis=0)), np.arange(lengths.max()))
-
-
-# What a rollout depends on
 
 
 def test_a_rollout_is_the_same_in_any_batch():
@@ -328,9 +316,6 @@ def test_no_more_rows_are_decoded_than_a_power_of_two_needs(monkeypatch, prompts
     )
     assert [len(rollouts) for rollouts in sampled] == [4] * prompts
     assert seen == [rows] * -(-prompts // rows)
-
-
-# Versions
 
 
 class Tokenizer:

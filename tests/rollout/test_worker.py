@@ -167,9 +167,6 @@ def ledger_of(tmp_path, number=0):
     return {k: v for k, v in balance.items() if v}
 
 
-# In turns
-
-
 def test_produce_adds_rewarded_groups_of_one_version(make):
     """They are recorded whole before the buffer has them."""
     recorded = []
@@ -291,9 +288,6 @@ def test_groups_are_rewarded_beside_each_other(make):
     worker, _, store = make(reward=meet, reward_threads=PER_CALL)
     worker.produce()
     assert sorted(held_indices(store)) == [0, 1]
-
-
-# In a thread
 
 
 def test_the_thread_fills_the_buffer_and_goes_on_when_there_is_room(make):
