@@ -70,11 +70,8 @@ def record_dataset(
 ) -> None:
     """Records the first `limit` prompts of a split (None: all) into the directory `to`.
 
-    `progress` is called after each shard with the number of groups on disk.
-
-    Raises:
-      UserError: if there is no such version or split, or `to` holds another dataset.
-      RunError: see `fill`.
+    `progress` is called after each shard with the number of groups on disk. Raises a UserError if
+    there is no such version, or `to` holds another dataset, and a RunError as `fill` does.
     """
     config, prompts = run.config, run.prompts(split)
     if limit is not None and not 0 < limit <= len(prompts):

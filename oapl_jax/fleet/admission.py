@@ -125,14 +125,13 @@ def compare_files(info: Mapping[str, Any], requirements: Requirements) -> Findin
 
     No route reports a model's architecture, and an update loads our tensors into the server's.
     """
-    path = epath.Path(str(info.get("model_path")))
+    path = epath.Path(str(info.get("model_path"))) / "config.json"
+    generation = path.parent / "generation_config.json"
     try:
-        config = json.loads((path / "config.json").read_text())
-        generation = path / "generation_config.json"
         defaults = json.loads(generation.read_text()) if generation.exists() else {}
-        found = ModelConfig.from_hf(config, source=f"{path}/config.json")
+        found = ModelConfig.from_hf(json.loads(path.read_text()), source=f"{path}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return [], [f"its architecture is unknown: {path}/config.json can't be read here"]
+        return [], [f"its architecture is unknown: {path} can't be read here"]
     except UserError as error:
         return [str(error)], []
     ours, theirs = (dataclasses.asdict(c) for c in (requirements.model_config, found))
@@ -212,10 +211,9 @@ def dtype_of(info: Mapping[str, Any]) -> str:
 
 def sampling_warnings(sampling: Sampling) -> list[str]:
     """Names the settings whose log-probs the learner can't reproduce exactly, a sentence each."""
-    settings = {"top_p": sampling.top_p < 1, "top_k": sampling.top_k > 0}
     return [
         f"rollout.{name}={getattr(sampling, name)} samples from fewer tokens than the log-probs "
         "are normalised over (the whole vocabulary, for sampler and learner alike)"
-        for name, switched_on in settings.items()
-        if switched_on
+        for name, off in (("top_p", 1), ("top_k", 0))
+        if getattr(sampling, name) != off
     ]

@@ -154,11 +154,7 @@ class Server:
                 task.cancel()
 
     async def drain(self, until: float, reason: str) -> bool:
-        """Waits for the requests in flight, and aborts those left at the time `until`.
-
-        Returns:
-          whether any was aborted.
-        """
+        """Waits for the requests in flight; True if some were left at `until` and are aborted."""
         self._enter(DRAINING, reason)
         if self._in_flight:
             seconds = max(until - time.monotonic(), 0)
@@ -319,11 +315,7 @@ class Server:
         self._enter(READY)
 
     async def _probe(self, version: PublishedVersion) -> None:
-        """Compares the server's log-probs of the version's probe with the learner's.
-
-        Raises:
-          WrongVersion: if the name or the log-probs are not those of the version.
-        """
+        """Raises WrongVersion if name or log-probs of the version's probe are not the learner's."""
         requirements = self.pool.requirements
         rows, held = await self.client.score(version.tokens)
         if held != {str(version.number)}:
@@ -468,8 +460,7 @@ async def read_servers(config: FleetConfig, session: aiohttp.ClientSession) -> s
 
     With several hosts, host i takes every n-th URL, so that no server is refreshed by two hosts.
 
-    Raises:
-      OSError, ValueError, aiohttp.ClientError: if the list can't be read.
+    Raises OSError, ValueError or aiohttp.ClientError if the list can't be read.
     """
     if config.router:
         url = config.router.rstrip("/") + "/workers"

@@ -93,21 +93,13 @@ class Supervisor:
                 self._idle.set()
 
     async def update(self, version: ServedVersion) -> str:
-        """Restarts the server on a version, after earlier updates.
-
-        Returns:
-          "" when the version is served, or the reason why another one is.
-        """
+        """Restarts the server on a version, after earlier updates; returns "" or why it failed."""
         outcome = asyncio.get_running_loop().create_future()
         self._updates.put_nowait((version, outcome))
         return await asyncio.shield(outcome)  # a caller that hangs up cancels no update
 
     async def run(self) -> None:
-        """Keeps the server up until cancelled; then ends it.
-
-        Raises:
-          RunError: if the server does not start, or dies too often.
-        """
+        """Keeps the server up until cancelled; RunError if it does not start or dies too often."""
         try:
             await self._start(self.version)
             while True:
@@ -142,11 +134,7 @@ class Supervisor:
         log(f"version {version.name} is served after {time.monotonic() - started:.0f} s")
 
     async def _while_it_runs(self, coroutine: Coroutine, deadline: float | None = None) -> Any:
-        """Returns the result of a coroutine.
-
-        Raises:
-          RunError: if the server ends first, or after `deadline` seconds.
-        """
+        """Awaits a coroutine; a RunError if the server ends first, or after `deadline` seconds."""
         assert self._process is not None
         ended = asyncio.ensure_future(self._process.wait())
         task = asyncio.ensure_future(coroutine)
@@ -162,11 +150,7 @@ class Supervisor:
             task.cancel()
 
     async def _end(self) -> None:
-        """Sends SIGTERM to the server, and after `stop_deadline` seconds SIGKILL to its group.
-
-        Raises:
-          RunError: if the group survives SIGKILL.
-        """
+        """Sends SIGTERM to the server, and after `stop_deadline` seconds SIGKILL to its group."""
         assert self._process is not None
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -357,11 +341,7 @@ def _outcome(status: int, message: str) -> web.Response:
 
 
 def read_version(path: str) -> ServedVersion:
-    """Reads a published version, after a check of its files.
-
-    Raises:
-      UserError: if it is incomplete or damaged.
-    """
+    """Reads a published version; a UserError if it is incomplete or damaged."""
     directory = epath.Path(path)
     check_version(directory)
     name = str(read_manifest(directory)["version"])
@@ -369,11 +349,7 @@ def read_version(path: str) -> ServedVersion:
 
 
 def first_version(path: str) -> ServedVersion:
-    """Reads the version that a server starts with; any other checkpoint is named "default".
-
-    Raises:
-      UserError: if the directory is neither.
-    """
+    """Reads the version that a server starts with; any other checkpoint is named "default"."""
     if (epath.Path(path) / MANIFEST).exists():
         return read_version(path)
     if not (epath.Path(path) / "config.json").exists():
@@ -382,12 +358,7 @@ def first_version(path: str) -> ServedVersion:
 
 
 async def serve(supervisor: Supervisor, host: str, port: int) -> None:
-    """Serves until SIGTERM or Ctrl-C.
-
-    Raises:
-      UserError: if the port is taken.
-      RunError: see Supervisor.run.
-    """
+    """Serves until SIGTERM or Ctrl-C; a UserError if the port is taken."""
     async with aiohttp.ClientSession() as session:
         app = web.Application(client_max_size=MAX_REQUEST_BYTES)
         app.add_routes(Proxy(supervisor, session).routes())

@@ -135,7 +135,11 @@ class GroupSource:
 
     def restore(self, host_states: Sequence[bytes], read: Callable[[Any], Any]) -> None:
         """Continues from the states of all hosts that saved; see `GroupStore.restore`."""
-        saved = list(map(_decode, host_states))
+        saved = []
+        for host_state in host_states:
+            content: Any = serialization.msgpack_restore(host_state)
+            saved.append(json.loads(content["state"]))
+            saved[-1]["buffer"]["groups"] = content["groups"]
         host, hosts = jax.process_index(), jax.process_count()
         if len(saved) == hosts:
             state = saved[host]
@@ -160,13 +164,6 @@ class GroupSource:
         self.ledger.close()
         if self.writer:
             self.writer.close()
-
-
-def _decode(host_state: bytes) -> dict[str, Any]:
-    content: Any = serialization.msgpack_restore(host_state)
-    state = json.loads(content["state"])
-    state["buffer"]["groups"] = content["groups"]
-    return state
 
 
 def reshard(saved: Sequence[dict[str, Any]], *, host: int, hosts: int) -> dict[str, Any]:
