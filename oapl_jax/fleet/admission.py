@@ -22,7 +22,6 @@ from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Prompt
 
 NOT_COMPARED = ("max_positions", "bos_token_id", "eos_token_ids", "pad_token_id")
-DTYPE_ALIASES = {"float": "float32", "half": "float16"}  # of SGLang
 # SGLang 0.5 silently ends a response 2 tokens before the end of its context, and rejects a prompt
 # that leaves less room than 7 tokens.
 CONTEXT_MARGIN, PROMPT_MARGIN = 2, 7
@@ -206,7 +205,7 @@ async def _try_group(
 def dtype_of(info: Mapping[str, Any]) -> str:
     """Returns the dtype that a server computes in; "auto" if the weights decide."""
     dtype = str(info.get("dtype", "auto"))
-    return DTYPE_ALIASES.get(dtype, dtype)
+    return {"float": "float32", "half": "float16"}.get(dtype, dtype)  # aliases of SGLang
 
 
 def sampling_warnings(sampling: Sampling) -> list[str]:

@@ -247,11 +247,12 @@ def log(message: str) -> None:
     print(f"restart_proxy: {message}", flush=True)
 
 
+@dataclasses.dataclass
 class Proxy:
     """Routes to the server of a supervisor."""
 
-    def __init__(self, supervisor: Supervisor, session: aiohttp.ClientSession):
-        self._supervisor, self._session = supervisor, session
+    supervisor: Supervisor
+    session: aiohttp.ClientSession
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -273,14 +274,14 @@ class Proxy:
         try:
             version = await asyncio.to_thread(read_version, path)
         except UserError as error:
-            return _outcome(400, f"version {self._supervisor.version.name} stays: {error}")
+            return _outcome(400, f"version {self.supervisor.version.name} stays: {error}")
         if version.name != name:
             return _outcome(400, f"{path} holds version {version.name}, not {name}")
-        reason = await self._supervisor.update(version)
+        reason = await self.supervisor.update(version)
         return _outcome(500, reason) if reason else _outcome(200, f"version {name} is served")
 
     async def _generate(self, request: web.Request) -> web.Response:
-        with self._supervisor.request() as version:
+        with self.supervisor.request() as version:
             response = await self._forward(request)
         if response.status != 200:
             return response
@@ -294,12 +295,12 @@ class Proxy:
         return web.json_response(content)
 
     async def _flush_cache(self, request: web.Request) -> web.Response:
-        if self._supervisor.state != "ready":
-            return _error(503, f"the server is {self._supervisor.state}")
+        if self.supervisor.state != "ready":
+            return _error(503, f"the server is {self.supervisor.state}")
         return web.Response(text="Nothing is cached of another version.\n")
 
     async def _info(self, request: web.Request) -> web.Response:
-        version = self._supervisor.version
+        version = self.supervisor.version
         # Old and new servers have the longer names.
         path = "/get_" + request.path.removeprefix("/").removeprefix("get_")
         response = await self._forward(request, path)
@@ -307,16 +308,16 @@ class Proxy:
             return response
         info = json.loads(response.text or "")
         info |= {"weight_version": version.name, "model_path": version.path}
-        return web.json_response(info | {"supervisor": self._supervisor.counts})
+        return web.json_response(info | {"supervisor": self.supervisor.counts})
 
     async def _forward(self, request: web.Request, path: str = "") -> web.Response:
         """Returns the server's response; the caller decides how long it waits."""
-        if self._supervisor.state != "ready":
-            return _error(503, f"the server is {self._supervisor.state}")
+        if self.supervisor.state != "ready":
+            return _error(503, f"the server is {self.supervisor.state}")
         try:
-            async with self._session.request(
+            async with self.session.request(
                 request.method,
-                self._supervisor.url + (path or request.path),
+                self.supervisor.url + (path or request.path),
                 data=await request.read() or None,
                 headers={"Content-Type": "application/json"},
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_DEADLINE),

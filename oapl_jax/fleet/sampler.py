@@ -13,6 +13,7 @@ drained, or aborted and retried. Each prompt comes out once.
 
 import asyncio
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -138,7 +139,7 @@ class Fleet:
         for warning in sampling_warnings(requirements.sampling):
             log(warning)
         self.version = -1
-        self._checked: dict[tuple[int, str], PublishedVersion] = {}
+        self._read_version = functools.cache(PublishedVersion.read)
         self._lock = threading.Lock()  # of the next four
         self._counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
         self._queues: set[GenerateQueue] = set()
@@ -162,11 +163,9 @@ class Fleet:
 
         The servers read the same path: it must be on a disk or in a bucket that all can read.
         """
-        where = os.fspath(absolute(path))
-        if (version, where) not in self._checked:
-            self._checked[version, where] = PublishedVersion.read(version, where)
+        published = self._read_version(version, os.fspath(absolute(path)))
         self.version = version
-        self._call_in_loop(self._pool.set_target, self._checked[version, where])
+        self._call_in_loop(self._pool.set_target, published)
 
     def generate(
         self, prompts: Iterable[Prompt], *, n: int, sampling: Sampling
@@ -206,8 +205,7 @@ class Fleet:
             if self._closed:
                 return
             self._closed = True
-            queues = set(self._queues)
-        for queue in queues:
+        for queue in self._open_queues():
             self._count("cancelled", queue.stop())
         ended = asyncio.run_coroutine_threadsafe(self._cancel_tasks(), self._loop)
         with contextlib.suppress(TimeoutError):

@@ -101,7 +101,6 @@ class DatasetWriter:
         self._lock = open(directory / "lock", "ab")  # noqa: SIM115
         try:
             files.lock(self._lock.fileno(), directory)
-            about = json.loads(json.dumps(about))
             self._manifest = {"format": FORMAT, "about": about, "weights": {}, "shards": {}}
             if (directory / MANIFEST).exists():
                 self._manifest = read_manifest(directory)

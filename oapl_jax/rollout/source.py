@@ -141,15 +141,12 @@ class GroupSource:
             saved.append(json.loads(content["state"]))
             saved[-1]["buffer"]["groups"] = content["groups"]
         host, hosts = jax.process_index(), jax.process_count()
-        if len(saved) == hosts:
-            state = saved[host]
-        else:
-            state = reshard(saved, host=host, hosts=hosts)
-            if not host:
-                for gone in range(hosts, len(saved)):  # its groups are sampled again
-                    ledger = Ledger(self.workdir / multihost.per_host_path(FILE, gone))
-                    ledger.resume(saved[gone]["ledger"], ())
-                    ledger.close()
+        same = len(saved) == hosts
+        state = saved[host] if same else reshard(saved, host=host, hosts=hosts)
+        for gone in () if host else range(hosts, len(saved)):  # its groups are sampled again
+            ledger = Ledger(self.workdir / multihost.per_host_path(FILE, gone))
+            ledger.resume(saved[gone]["ledger"], ())
+            ledger.close()
         self.store.restore(state, read)
         self.guard.count = state["zero_reward_groups"]
         if self.writer:

@@ -38,7 +38,6 @@ class Worker:
         self._failure: BaseException | None = None
 
     def versions(self) -> set[int]:
-        """Versions whose files must stay."""
         return self.store.versions(self.sampler.versions())
 
     def produce(self) -> None:
