@@ -119,8 +119,7 @@ class Worker:
             self._fail(failure)
 
     def _await_rewards(self) -> None:
-        late = wait(self._commits, self.deadline).not_done
-        if late:
+        if late := wait(self._commits, self.deadline).not_done:
             raise RunError(
                 f"{len(late)} groups were not rewarded in {self.deadline:.0f} s (rollout.deadline)"
             )
