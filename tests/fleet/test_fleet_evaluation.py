@@ -85,8 +85,7 @@ def test_results_follow_from_the_log_probs_of_the_version(evaluate, published, m
     assert result["pass@k"]["value"][3] == pytest.approx(
         np.mean([pass_at_k(N, c, 4) for c in correct.values()])
     )
-    assert result["about"]["sampler"] == "fleet"
-    assert result["about"]["version"] == VERSION
+    assert (result["about"]["sampler"], result["about"]["version"]) == ("fleet", VERSION)
 
     monkeypatch.setattr(build.Run, "open_sampler", None)
     assert evaluate("fleet", 1.0)[0]["pass@k"] == result["pass@k"]  # nothing is sampled again

@@ -109,8 +109,7 @@ def test_a_server_that_comes_back_with_other_weights_under_the_same_name(ready_f
     server.held = 55
     server.plan = lambda this: ""
     fleet.sample(20)
-    assert fleet.counts()["probe_failed"] == 1
-    assert server.loads == [3, 3]
+    assert (fleet.counts()["probe_failed"], server.loads) == (1, [3, 3])
 
 
 def test_a_server_that_comes_back_loads_the_target_version_first(ready_fleet):
@@ -124,8 +123,7 @@ def test_a_server_that_comes_back_loads_the_target_version_first(ready_fleet):
     server.plan = once("health", "503")
     wait_until(lambda: fleet.of(server, "lost"))
     fleet.wait_ready()
-    assert fleet.versions() == {2}
-    assert server.loads == [0, 1, 2]
+    assert (fleet.versions(), server.loads) == ({2}, [0, 1, 2])
 
 
 def test_a_thousand_random_faults(ready_fleet, tmp_path):

@@ -61,8 +61,7 @@ def test_requests_beyond_the_drain_deadline_are_aborted(ready_fleet):
     slow.seconds = 0.0  # for requests from now on
     fleet.publish(1)
     retried = Taken(s for s in taker.right(6) if s.attempts)
-    assert set(retried.reasons) == {"aborted"}
-    assert retried.versions == {1}
+    assert (set(retried.reasons), retried.versions) == ({"aborted"}, {1})
     assert slow.calls["abort"] == 1
 
 
@@ -188,5 +187,4 @@ def test_a_draining_server_gets_no_new_group(ready_fleet):
             yield prompt(index)
 
     taken = fleet.take(pull()).right(120)
-    assert fleet.counts()["aborted"] == 0
-    assert taken.versions == {0, 1}
+    assert (fleet.counts()["aborted"], taken.versions) == (0, {0, 1})

@@ -51,8 +51,7 @@ def test_clear_on_sync_keeps_only_the_version_that_serves():
     assert len(buffer) == 0
     fill(buffer, [2], version=0)  # it was in progress when the version changed
     fill(buffer, [3, 4], version=4)
-    assert held(buffer) == [3, 4]
-    assert buffer.counts == {"added": 5, "expired": 3}
+    assert (held(buffer), buffer.counts) == ([3, 4], {"added": 5, "expired": 3})
     buffer.sync(4)
     buffer.expire(10**6)  # age is no reason here
     assert held(buffer) == [3, 4]
@@ -209,12 +208,10 @@ def test_keep_with_anchor_keeps_versions_up_to_an_age():
     buffer.sync(4)
     fill(buffer, [1], version=4)
     fill(buffer, [2], version=0)
-    assert held(buffer) == [0, 1, 2]
-    assert buffer.versions() == {0, 4}
+    assert (held(buffer), buffer.versions()) == ([0, 1, 2], {0, 4})
     assert buffer.stream_indices() == {0, 1, 2}
     buffer.expire(8)
     assert held(buffer) == [0, 1, 2]
     buffer.expire(9)
-    assert held(buffer) == [1]
-    assert buffer.versions() == {4}
+    assert (held(buffer), buffer.versions()) == ([1], {4})
     assert buffer.counts == {"added": 3, "expired": 2}

@@ -319,13 +319,11 @@ def test_a_shard_is_written_in_time(tmp_path, monkeypatch):
 def test_n_may_be_raised_and_lowered_and_the_first_samples_stay(tmp_path):
     three = run_fill(tmp_path, ScriptedSampler(), n=3, at_once=2)
     eight = run_fill(tmp_path, sampler := ScriptedSampler(), n=8, at_once=4)
-    assert [row[:3] for row in eight] == three
-    assert sum(n for _, n in sampler.asked) == 3 * 5
+    assert ([row[:3] for row in eight], sum(n for _, n in sampler.asked)) == (three, 3 * 5)
     assert len({tuple(tokens) for row in eight for tokens in row}) == 24
     before = files(tmp_path)
     two = run_fill(tmp_path, sampler := ScriptedSampler(), n=2)
-    assert two == [row[:2] for row in eight]
-    assert sampler.asked == []
+    assert (two, sampler.asked) == ([row[:2] for row in eight], [])
     assert files(tmp_path) == before
 
 

@@ -350,8 +350,7 @@ def test_refresh_takes_the_weights_of_a_published_version(tmp_path):
     held = greedy(sampler)
     sampler.refresh(20, publish(tmp_path, 20, scale=0.5))
     changed = greedy(sampler)
-    assert sampler.version == 20
-    assert {version for _, _, version in changed} == {20}
+    assert (sampler.version, {version for _, _, version in changed}) == (20, {20})
     assert [c[0] for c in changed] != [h[0] for h in held]
     sampler.refresh(21, publish(tmp_path, 21))
     again = greedy(sampler)
@@ -376,8 +375,7 @@ def test_endless_prompts_are_taken_in_portions_and_may_refresh(tmp_path):
         assert len(taken) == done + done % 2  # two prompts at a time
         assert sampled.prompt.stream_index == done - 1
         versions += {r.policy_version for r in sampled.rollouts}
-    assert versions == [VERSION, VERSION, 20, 20, 20, 20]
-    assert sampler.versions() == {20}
+    assert (versions, sampler.versions()) == ([VERSION, VERSION, 20, 20, 20, 20], {20})
 
 
 # tests/weights has the damages.
@@ -392,8 +390,7 @@ def test_a_version_that_can_not_serve_is_refused_and_the_old_one_serves_on(
         (path / publisher.COMMITTED).unlink()
     with pytest.raises(UserError, match=re.escape(str(path))):
         sampler.refresh(20, path)
-    assert sampler.version == VERSION
-    assert greedy(sampler) == held
+    assert (sampler.version, greedy(sampler)) == (VERSION, held)
 
 
 def test_few_programs_are_compiled():

@@ -264,8 +264,7 @@ def test_a_group_without_rollouts_is_counted_and_makes_room(make, tmp_path):
     sampler.fails = {1, 2}
     worker.produce()
     worker.produce()
-    assert held_indices(store) == [0, 3]
-    assert snapshot(store)[1] == []
+    assert (held_indices(store), snapshot(store)[1]) == ([0, 3], [])
     metrics = store.take_metrics()
     assert (metrics["rollout/failed"], metrics["rollout/groups"]) == (2, 2)
     # Two attempts each: the first was issued again, the second was the end.
@@ -365,14 +364,12 @@ def test_a_new_version_serves_between_portions_and_what_is_late_is_counted(make)
     worker.start()
     until(lambda: len(sampler.asked) == 2 and len(store) == 2)  # one held, one in progress
     store.set_target(5, path(5))
-    assert len(store) == 0
-    assert ends(store) == {"added": 2, "expired": 2}
+    assert (len(store), ends(store)) == (0, {"added": 2, "expired": 2})
     assert worker.versions() == {0, 5}
     assert sampler.version == 0  # a portion is never sampled from two versions
     sampler.permits.release()
     until(lambda: len(sampler.asked) == 3 and ends(store)["added"] == 4)
-    assert len(store) == 0
-    assert ends(store) == {"added": 4, "expired": 4}
+    assert (len(store), ends(store)) == (0, {"added": 4, "expired": 4})
     assert sampler.refreshed == [(5, str(path(5)))]
     assert worker.versions() == {5}
     sampler.permits.release()
@@ -427,8 +424,7 @@ def test_stop_lets_rewards_end_and_leaves_the_rest_to_be_sampled_again(make, tmp
     until(lambda: len(sampler.asked) == 2)
     worker.stop()
     assert ledger_of(tmp_path) == {"held": 6, "in flight": 6}
-    assert held_indices(store) == [0, 1]
-    assert snapshot(store) == (2 * PER_CALL, [2, 3])
+    assert (held_indices(store), snapshot(store)) == ([0, 1], (2 * PER_CALL, [2, 3]))
     worker.check()
 
 
@@ -467,8 +463,7 @@ def test_a_reward_that_fails_reaches_the_learner_in_turns(make):
     worker, _, store = make(reward=lambda prompt, rollout: 1 / (1 - prompt.stream_index))
     with pytest.raises(ZeroDivisionError):
         worker.produce()
-    assert snapshot(store)[1] == [1]
-    assert held_indices(store) == [0]
+    assert (snapshot(store)[1], held_indices(store)) == ([1], [0])
 
 
 def test_stop_has_a_deadline_for_rewards(make):
