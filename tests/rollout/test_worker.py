@@ -152,7 +152,7 @@ def until(condition):
         time.sleep(0.002)
 
 
-def wait_for_failure(worker, error, match=""):
+def wait_for_failure(worker, error, match=None):
     with pytest.raises(error, match=match) as caught:
         until(worker.check)
     return caught.value
