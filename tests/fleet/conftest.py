@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import inspect
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -97,16 +98,6 @@ def published(tmp_path_factory) -> Published:
     return Published(directory, policy, model, params)
 
 
-@dataclasses.dataclass
-class Servers:
-    servers: list[Process]
-    router: Process
-
-    @property
-    def urls(self) -> list[str]:
-        return [server.url for server in self.servers]
-
-
 @pytest.fixture(scope="session")
 def servers(published, tmp_path_factory):
     """Two servers, started on version 1, and a router in front of them."""
@@ -126,7 +117,8 @@ def servers(published, tmp_path_factory):
         router = Process("sglang-router", command, port, logs / "router.log")
         running.callback(router.kill)
         router.wait_ready("/readiness")
-        yield Servers(made, router)
+        urls = [server.url for server in made]
+        yield SimpleNamespace(servers=made, router=router, urls=urls)
 
 
 @pytest.fixture
@@ -152,8 +144,8 @@ def start_process(tmp_path, stack):
 def start_server(tmp_path, stack):
     """Starts a server that ends with the test; see launch_server."""
 
-    def start(model, port: int | None = None, *, wait: bool = True, **flags) -> Process:
-        server = launch_server(model, tmp_path / f"server{time.monotonic()}.log", port, **flags)
+    def start(model, port: int | None = None, *, wait: bool = True) -> Process:
+        server = launch_server(model, tmp_path / f"server{time.monotonic()}.log", port)
         stack.callback(server.kill)
         if wait:
             server.wait_ready()
