@@ -62,10 +62,6 @@ def described(prompts):
     return [(p.id, p.stream_index, p.tokens.tolist(), p.text, p.answer, p.task) for p in prompts]
 
 
-def through_json(state):
-    return json.loads(json.dumps(state))
-
-
 def test_a_prompt_is_the_templated_question(stream, tokenizer):
     prompt = next(stream())
     assert prompt.tokens.dtype == np.int32
@@ -90,7 +86,7 @@ def test_each_epoch_is_another_permutation_of_the_seed(stream):
 def test_resumes_exactly_over_the_epoch_boundary(stream, taken, records):
     whole, resumed = stream(records), stream(records)
     take(whole, taken)
-    state = through_json(whole.state())
+    state = json.loads(json.dumps(whole.state()))
     resumed.restore(state)
     assert resumed.state() == state
     assert resumed.dropped == whole.dropped
@@ -130,7 +126,7 @@ def test_resumes_on_another_number_of_hosts(stream):
     three = [stream(host=host, hosts=3) for host in range(3)]
     for part in three:
         take(part, 4)
-    state, *others = [through_json(part.state()) for part in three]
+    state, *others = [json.loads(json.dumps(part.state())) for part in three]
     assert others == [state, state]
     again = stream(host=1, hosts=3)
     again.restore(state)

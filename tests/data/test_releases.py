@@ -27,7 +27,7 @@ from oapl_jax.errors import UserError
 ROWS = 6
 LCB = dict(start="2024-08-01", end="2025-02-01", max_tests=0)
 DEEPCODER = "agentica-org/DeepCoder-Preview-Dataset"
-# Name -> kind, directory, files, rows, options.
+# Name -> kind, directory, files.
 SETS = {
     "deepscaler": ("deepscaler", "agentica-org/DeepScaleR-Preview-Dataset", "deepscaler.json"),
     "aime24": ("competition", "HuggingFaceH4/aime_2024", "data/train-*.parquet"),

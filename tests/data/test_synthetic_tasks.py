@@ -111,10 +111,10 @@ def test_chain_sum_keeps_totals_of_two_characters():
 
 def test_keys_are_canonical():
     sorting, countdown, sums = TASKS["number_sorting"], TASKS["countdown"], TASKS["chain_sum"]
-    up, down = {"direction": "ascending"}, {"direction": "descending"}
-    assert sorting.key(up | {"numbers": [3, 1, 2]}) == sorting.key(up | {"numbers": [1, 2, 3]})
-    assert sorting.key(up | {"numbers": [1, 2]}) != sorting.key(down | {"numbers": [1, 2]})
-    assert sorting.key(up | {"numbers": [1, 23]}) != sorting.key(up | {"numbers": [12, 3]})
+    key = lambda way, *numbers: sorting.key({"direction": way, "numbers": numbers})
+    assert key("ascending", 3, 1, 2) == key("ascending", 1, 2, 3)
+    assert key("ascending", 1, 2) != key("descending", 1, 2)
+    assert key("ascending", 1, 23) != key("ascending", 12, 3)
     a = {"numbers": [3, 4], "target": 7, "expression": "3+4"}
     assert countdown.key(a) == countdown.key(a | {"numbers": [4, 3], "expression": "4+3"})
     assert countdown.key(a) != countdown.key(a | {"target": 12})

@@ -16,37 +16,19 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
+import hostile
 import pytest
-from hostile import (
-    ANSWER,
-    CALLS,
-    ENDLESS,
-    HARMLESS,
-    HEAD,
-    MARK,
-    PAY,
-    PROCESSES,
-    RESOURCES,
-    SIGHT,
-    SOURCES,
-)
 from processes import CODE, marked, wait_until
 
 from oapl_jax.data.public.programs import Problem, longest_tests
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.rewards.code import sandbox, verifier
-from oapl_jax.rewards.code.verifier import (
-    CodeVerdict,
-    CodeVerifier,
-    extract_code,
-    same_output,
-    same_value,
-)
+from oapl_jax.rewards.code.verifier import CodeVerdict, CodeVerifier
 
 REPOSITORY = Path(__file__).parents[2]
 SQUARES = Problem("stdin", "", (("2\n", "4\n"), ("3\n", "9\n"), ("-4\n", "16\n")))
 SQUARE = "print(int(input()) ** 2)"
-ATTACKS = PROCESSES | RESOURCES | SIGHT
+ATTACKS = hostile.PROCESSES | hostile.RESOURCES | hostile.SIGHT
 
 
 def respond(code):
@@ -95,12 +77,12 @@ def children():
     return {int(pid) for pids in lists for pid in pids}
 
 
-def left_over():
+def left_over(seconds=5):
     """The processes and files of hostile programs, or sandboxes, that are there for seconds.
 
     The name of a process that was killed stays in /proc until its parent has asked for it.
     """
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + seconds
     while (found := left_now()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return found
@@ -111,14 +93,14 @@ def left_now():
     places = ["/", "/tmp", "/var/tmp", "/dev", "/dev/shm", "/usr/lib", Path.home(), REPOSITORY]
     places += [tempfile.gettempdir(), Path.cwd(), sys.base_prefix, f"{sys.base_prefix}/lib"]
     for place in places:
-        found += [str(path) for path in Path(place).glob(f"*{MARK}*")]
+        found += [str(path) for path in Path(place).glob(f"*{hostile.MARK}*")]
     return found
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     """The targets that hostile programs are told to reach for."""
-    abstract = f"{MARK}-{secrets.token_hex(8)}"
+    abstract = f"{hostile.MARK}-{secrets.token_hex(8)}"
     with socket.create_server(("127.0.0.1", 0)) as inet, socket.socket(socket.AF_UNIX) as unix:
         unix.bind(f"\0{abstract}")
         unix.listen()
@@ -154,60 +136,63 @@ def inputs(told):
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_hostile_program_gets_nothing_and_leaves_nothing(patient, hasty, told, name):
-    tests = Problem("stdin", "", ((inputs(told), ANSWER),))
-    verdict = grade(hasty if name in ENDLESS else patient, respond(HEAD + ATTACKS[name]), tests)
+    tests = Problem("stdin", "", ((inputs(told), hostile.ANSWER),))
+    made = hasty if name in hostile.ENDLESS else patient
+    verdict = grade(made, respond(hostile.HEAD + ATTACKS[name]), tests)
     assert verdict.reward == 0.0
     # The isolation, and not slowness, stopped the others.
-    assert (verdict.outcome == "timeout") == (name in ENDLESS)
+    assert (verdict.outcome == "timeout") == (name in hostile.ENDLESS)
     assert verdict.test == 0
     assert connections(told["listeners"]) == 0
     assert left_over() == []
 
 
-@pytest.mark.parametrize("name", HARMLESS)
+@pytest.mark.parametrize("name", hostile.HARMLESS)
 def test_without_isolation_it_would_succeed(told, name):
     """So that the test before can fail."""
-    code = HEAD + ATTACKS[name]
+    code = hostile.HEAD + ATTACKS[name]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     how = dict(start_new_session=True, env=os.environ | {"HOME": "/"})
     with subprocess.Popen([sys.executable, "-c", code], **pipes, **how) as process:
         said, _ = process.communicate(inputs(told), timeout=60)
-    assert said.strip() == ANSWER
+    assert said.strip() == hostile.ANSWER
     connections(told["listeners"])  # those of this program
 
 
-@pytest.mark.parametrize("name", PAY)
+@pytest.mark.parametrize("name", hostile.PAY)
 def test_no_program_is_paid_for_an_answer_that_it_does_not_know(patient, told, name):
     tests = tuple((inputs(told), f"answer-{secrets.token_hex(16)}\n") for _ in range(2))
-    verdict = grade(patient, respond(HEAD + PAY[name]), Problem("stdin", "", tests))
+    verdict = grade(patient, respond(hostile.HEAD + hostile.PAY[name]), Problem("stdin", "", tests))
     assert verdict in (CodeVerdict("failed", 0), CodeVerdict("error", 0))
     assert left_over() == []
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", hostile.CALLS)
 def test_no_function_is_paid_for_a_value_that_it_does_not_return(patient, name):
     answer = json.dumps(f"answer-{secrets.token_hex(16)}")
-    verdict = grade(patient, respond(CALLS[name]), Problem("call", "answer", (("1", answer),) * 2))
+    tests = Problem("call", "answer", (("1", answer),) * 2)
+    verdict = grade(patient, respond(hostile.CALLS[name]), tests)
     assert verdict in (CodeVerdict("failed", 0), CodeVerdict("error", 0))
     assert left_over() == []
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", hostile.SOURCES)
 def test_a_source_text_can_do_no_harm(hasty, name):
-    verdict = grade(hasty, respond(SOURCES[name]), Problem("stdin", "", (("", ANSWER),)))
+    tests = Problem("stdin", "", (("", hostile.ANSWER),))
+    verdict = grade(hasty, respond(hostile.SOURCES[name]), tests)
     assert verdict.outcome in ("error", "timeout")
     assert left_over() == []
 
 
 def test_left_over_processes_and_files_would_be_found(patient, tmp_path, monkeypatch):
     with closing(sandbox.Sandbox(patient.bwrap, CODE)) as box:
-        box.load_program(kind="stdin", name="", code=HEAD + "time.sleep(600)")
+        box.load_program(kind="stdin", name="", code=hostile.HEAD + "time.sleep(600)")
         box.send(b"{}", time.monotonic() + 10)
         wait_until(marked)
-        assert len(left_over()) >= 2  # the child of this process, and the program
+        assert len(left_over(seconds=0)) >= 2  # the child of this process, and the program
     monkeypatch.chdir(tmp_path)
-    (tmp_path / f"{MARK}-7").touch()
-    assert left_over() == [str(tmp_path / f"{MARK}-7")]
+    (tmp_path / f"{hostile.MARK}-7").touch()
+    wait_until(lambda: left_over(seconds=0) == [str(tmp_path / f"{hostile.MARK}-7")])
 
 
 # Right and wrong programs
@@ -235,28 +220,30 @@ def test_programs_stop_where_they_are_wrong(patient, code, outcome, test):
 
 
 @pytest.mark.parametrize(
-    ("code", "problem"),
+    ("code", "name", "tests"),
     [
         (
             "for _ in range(int(input())):\n    print(sum(map(int, input().split())))",
-            Problem("stdin", "", (("2\n1 2\n3 4\n", "3\n7"), ("1\n5 5", "10 \n\n"))),
+            "",
+            (("2\n1 2\n3 4\n", "3\n7"), ("1\n5 5", "10 \n\n")),
         ),
         (
             "def pairs(n):\n    return [(i, i + 1) for i in range(n)]",
-            Problem("call", "pairs", (("2", "[[0, 1], [1, 2]]"), ("0", "[]"))),
+            "pairs",
+            (("2", "[[0, 1], [1, 2]]"), ("0", "[]")),
         ),
         (
             "class Solution:\n"
             "    def merge(self, words: List[str], weights: Dict[str, float]) -> Optional[str]:\n"
             "        return max(words, key=lambda word: weights[word], default=None)",
-            Problem(
-                "call", "merge", (('["a", "b"]\n{"a": 1, "b": 2.5}', '"b"'), ("[]\n{}", "null"))
-            ),
+            "merge",
+            (('["a", "b"]\n{"a": 1, "b": 2.5}', '"b"'), ("[]\n{}", "null")),
         ),
     ],
 )
-def test_the_shapes_of_deepcoder_and_livecodebench(patient, code, problem):
+def test_the_shapes_of_deepcoder_and_livecodebench(patient, code, name, tests):
     """Problems as those data sets have them: stdin, a function, and a method of Solution."""
+    problem = Problem("call" if name else "stdin", name, tests)
     assert grade(patient, respond(code), problem).reward == 1
 
 
@@ -327,8 +314,8 @@ def test_a_machine_that_cannot_isolate_is_refused(new_verifier, monkeypatch, tmp
         assert grade(made, respond(SQUARE), SQUARES) == CodeVerdict("passed")
         assert grade(made, respond("print(3)"), SQUARES) == CodeVerdict("failed", 0)
         for name in ("fork bomb", "ten gigabytes", "the network", "sleep for ever"):
-            tests = Problem("stdin", "", (("{}", ANSWER),))
-            assert grade(made, respond(HEAD + ATTACKS[name]), tests).reward == 0
+            tests = Problem("stdin", "", (("{}", hostile.ANSWER),))
+            assert grade(made, respond(hostile.HEAD + ATTACKS[name]), tests).reward == 0
     wait_until(lambda: not left_over(), seconds=30)  # the system may yet have to clear them away
     assert list(tmp_path.iterdir()) == []
 
@@ -377,13 +364,13 @@ def test_a_sandbox_that_fails_is_no_wrong_answer(new_verifier):
     ],
 )
 def test_the_last_block_behind_the_thinking_part(response, opened, code):
-    assert extract_code(response, thinking_opened=opened) == code
+    assert verifier.extract_code(response, thinking_opened=opened) == code
 
 
 def test_extraction_is_linear():
     for text in ("```" * 300_000, "```python\n" * 100_000, "```" + "x" * 1_000_000, "``" * 10**6):
         start = time.process_time()
-        extract_code(text, thinking_opened=False)
+        verifier.extract_code(text, thinking_opened=False)
         assert time.process_time() - start < 10  # of processor time; a square of it takes hours
 
 
@@ -399,7 +386,7 @@ def test_outputs_agree_as_in_livecodebench():
         *(("0.1", "0.10000000000000001"), ("50000000000000000", "50000000000000001")),
         *(("Yes", "YES"), ("nan", "NaN"), ("sNaN 1", "1 1"), ("", "0"), ("x 1.0", "x 1")),
     )
-    assert [pair for pair in (*same, *different) if same_output(*pair)] == list(same)
+    assert [pair for pair in (*same, *different) if verifier.same_output(*pair)] == list(same)
 
 
 def test_values_agree_as_in_livecodebench():
@@ -411,11 +398,12 @@ def test_values_agree_as_in_livecodebench():
         *(("1", '"1"'), ("[[1]]", "[1]"), ("null", "false"), ("0.30000000000000004", "0.3")),
         *(("NaN", "NaN"), ("", "null"), ("1 2", "1"), ("[" * 100_000, "1"), ("1" * 5000, "1")),
     )
-    assert [pair for pair in (*same, *different) if same_value(*pair)] == list(same)
+    assert [pair for pair in (*same, *different) if verifier.same_value(*pair)] == list(same)
 
 
 def test_every_hostile_program_is_in_one_list():
-    names = [name for part in (PROCESSES, RESOURCES, SIGHT, PAY, CALLS, SOURCES) for name in part]
+    parts = (hostile.PROCESSES, hostile.RESOURCES, hostile.SIGHT, hostile.PAY, hostile.CALLS)
+    names = [name for part in (*parts, hostile.SOURCES) for name in part]
     assert len(names) == len(set(names)) >= 70
-    assert {*HARMLESS, *ENDLESS} <= {*ATTACKS}
+    assert {*hostile.HARMLESS, *hostile.ENDLESS} <= {*ATTACKS}
     assert verifier.CPU_LIMIT == -signal.SIGXCPU
