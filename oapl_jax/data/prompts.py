@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from oapl_jax.data.records import Messages, Record
+from oapl_jax.data.records import Record
 from oapl_jax.errors import UserError
 from oapl_jax.structs import Prompt
 
@@ -26,7 +26,7 @@ class PromptTemplate:
       tokenizer: has a chat template.
       task: name of the verifier.
       max_prompt_tokens: longer templated prompts are dropped.
-      instruction: appended to the question; "" for none.
+      instruction: appended to the last message; "" for none.
     """
 
     tokenizer: Any
@@ -41,8 +41,11 @@ class PromptTemplate:
             raise UserError(
                 f"record {record.id} is of task {record.task}, but data.task is {self.task}"
             )
+        chat = [dict(message) for message in record.messages]
+        if self.instruction:
+            chat[-1]["content"] += f"\n\n{self.instruction}"
         tokens = self.tokenizer.apply_chat_template(
-            append_instruction(record.messages, self.instruction),
+            chat,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,  # transformers 5 returns a BatchEncoding otherwise
@@ -176,14 +179,6 @@ def all_prompts(source: Sequence[Record], template: PromptTemplate) -> list[Prom
             raise UserError(f"{message}; raise it")
         log.warning("%s and are dropped", message)
     return prompts
-
-
-def append_instruction(messages: Messages, instruction: str) -> list[dict[str, str]]:
-    """Copies the messages and appends the instruction to the last one."""
-    chat = [dict(message) for message in messages]
-    if instruction:
-        chat[-1]["content"] += f"\n\n{instruction}"
-    return chat
 
 
 def response_text(tokenizer: Any, tokens: np.ndarray) -> str:

@@ -6,13 +6,7 @@ import logging
 import numpy as np
 import pytest
 
-from oapl_jax.data.prompts import (
-    PromptStream,
-    PromptTemplate,
-    all_prompts,
-    append_instruction,
-    response_text,
-)
+from oapl_jax.data.prompts import PromptStream, PromptTemplate, all_prompts, response_text
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
 from oapl_jax.model.tokenizer import make_character_tokenizer
@@ -145,19 +139,14 @@ def test_rejects_an_unknown_host(stream, host, hosts):
         stream(host=host, hosts=hosts)
 
 
-def test_the_instruction_follows_the_last_message():
+def test_the_instruction_follows_the_last_message_in_the_tokens_alone(template, tokenizer):
     record = Record("a", (*user("1+1="), *user("2+2=")), "4", "chain_sum", {})
-    assert append_instruction(record.messages, "3") == [*user("1+1="), *user("2+2=\n\n3")]
-    assert append_instruction(record.messages, "") == list(record.messages)
-    assert record.messages[1]["content"] == "2+2="  # the record is unchanged
-
-
-def test_the_instruction_is_in_the_tokens_and_not_in_the_text(template, tokenizer):
-    made = [template(instruction=i, max_prompt_tokens=8) for i in ("", "7", "77")]
-    *prompts, long = [each.prompt(source(1)[0], 0) for each in made]
-    assert [tokenizer.decode(p.tokens) for p in prompts] == ["10+1=", "10+1=\n\n7"]
-    assert [p.text for p in prompts] == ["10+1=", "10+1="]
+    made = [template(instruction=i, max_prompt_tokens=11) for i in ("", "7", "77")]
+    *prompts, long = [each.prompt(record, 0) for each in made]
+    assert [tokenizer.decode(p.tokens) for p in prompts] == ["1+1=2+2=", "1+1=2+2=\n\n7"]
+    assert [p.text for p in prompts] == ["2+2="] * 2
     assert long is None
+    assert record.messages[1]["content"] == "2+2="  # the record is unchanged
 
 
 # Prompts that are too long
