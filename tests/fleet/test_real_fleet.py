@@ -1,18 +1,15 @@
 """The fleet over real SGLang servers, against the learner's own model."""
 
-import shutil
 import time
 
 import numpy as np
 import pytest
 from etils import epath
-from fleets import CLOSE, Run, assert_published, damage, difference, open_real_fleet, wait_until
+from fleets import CLOSE, Run, assert_published, difference, open_real_fleet, wait_until
 from server_processes import find_port
 
-from oapl_jax.errors import UserError
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Prompt
-from oapl_jax.weights.publisher import version_path
 
 
 @pytest.fixture
@@ -115,22 +112,6 @@ def test_a_killed_server_comes_back(make_fleet, servers, published, start_server
     assert fleet.has_logged(f"{victim.url} is ready")
 
 
-def test_a_damaged_version_is_refused_before_a_server_loads_it(
-    make_fleet, servers, published, tmp_path
-):
-    fleet = make_fleet(servers.urls, version=1)
-    damaged = version_path(epath.Path(tmp_path), 2)
-    shutil.copytree(published.path(2), damaged)
-    damage(damaged)
-    with pytest.raises(UserError, match=r"model\.safetensors"):
-        fleet.refresh(2, damaged)
-    taken = fleet.take(map(prompt, range(8))).result()
-    assert taken.versions == {1}
-    for server in servers.servers:
-        assert server.ask("/model_info")["weight_version"] == "1"
-        assert server.ask("/model_info")["model_path"] == str(published.path(1))
-
-
 def test_a_response_of_two_versions_is_retried(make_fleet, servers, published):
     """Another client changes the weights during a request."""
     server = servers.servers[0]
@@ -167,11 +148,3 @@ def test_a_response_of_two_versions_is_retried(make_fleet, servers, published):
     assert taken.versions == {1}
     assert fleet.counts()["mixed"] >= 1
     assert server.ask("/model_info")["weight_version"] == "1"  # brought back before
-
-
-def test_servers_from_a_router(make_fleet, servers, published):
-    fleet = make_fleet(router=servers.router.url)
-    fleet.refresh(3, published.path(3))
-    taken = fleet.take(map(prompt, range(12))).result()
-    assert set(fleet.servers()) == set(servers.urls)
-    assert_published(published, taken)
