@@ -1,13 +1,22 @@
-"""The buffer: what each mode keeps, and an account in which every group appears once."""
+"""The buffer: what each mode keeps, and an account in which every group appears once.
 
+And the store, the state that two threads share: no group is lost, every snapshot is consistent.
+"""
+
+import threading
 from collections import Counter
 
 import numpy as np
 import pytest
-from stores import buffer_config
+from etils import epath
+from stores import buffer_config, store_of_sums
 
+from oapl_jax.model.tokenizer import make_character_tokenizer
 from oapl_jax.rollout.buffer import Buffer
+from oapl_jax.rollout.sampler import Sampled
 from oapl_jax.structs import Group, Prompt, Rollout, decode_groups
+
+PATIENCE = 20.0  # seconds until a test gives up
 
 MODES = ("clear_on_sync", "keep_with_anchor", "replay")
 ZERO_VARIANCE = ("keep", "drop", "weight")
@@ -215,3 +224,71 @@ def test_keep_with_anchor_keeps_versions_up_to_an_age():
     buffer.expire(9)
     assert (held(buffer), buffer.versions()) == ([1], {4})
     assert buffer.counts == {"added": 3, "expired": 2}
+
+
+@pytest.fixture
+def make_store(tmp_path):
+    tokenizer = make_character_tokenizer("0123456789+=", tmp_path / "tokenizer")
+
+    def make(**options):
+        options = {"mode": "keep_with_anchor", "max_age": 10**6, **options}
+        return store_of_sums(tokenizer, epath.Path(tmp_path / "ledger.jsonl"), **options)
+
+    return make
+
+
+def commit(store, prompt):
+    group = make_group(0, reward=(1.0,))
+    store.commit(Sampled(prompt, group.rollouts, "s", 0.1), group.reward)
+
+
+def test_two_threads_lose_no_group(make_store):
+    store, total, taken = make_store(capacity=6), 600, []
+    check = lambda: None
+
+    def produce():
+        for _ in range(total):
+            store.wait(store.has_room, "room", deadline=PATIENCE, check=check)
+            commit(store, store.reserve())
+
+    thread = threading.Thread(target=produce)
+    thread.start()
+    most = 0
+    while len(taken) < total:
+        store.wait(lambda: len(store) >= 3, "groups", deadline=PATIENCE, check=check)
+        most = max(most, len(store))
+        taken += [group.prompt.stream_index for group in store.take(3, 0, step=0)]
+    thread.join()
+    assert taken == list(range(total))
+    assert most <= 6
+
+
+def test_a_snapshot_waits_for_the_end_of_a_step(make_store):
+    """The ledger hears of an end before the buffer has forgotten the group."""
+    taking, snapshots = threading.Event(), []
+
+    def on_end(group, end, step):
+        taking.set()
+        thread.join(0.2)
+        assert thread.is_alive()  # the snapshot waits
+
+    store = make_store(on_end=on_end)
+    commit(store, store.reserve())
+
+    def snapshot():
+        assert taking.wait(PATIENCE)
+        snapshots.append(store.snapshot(lambda: None))
+
+    thread = threading.Thread(target=snapshot)
+    thread.start()
+    store.take(1, 0, step=0)
+    thread.join(PATIENCE)
+    assert snapshots[0]["buffer"]["counts"]["trained"] == 1
+
+
+def test_a_wait_raises_the_failure_of_the_other_thread_even_if_the_condition_holds(make_store):
+    def check():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        make_store().wait(lambda: True, "groups", deadline=PATIENCE, check=check)

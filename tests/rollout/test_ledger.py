@@ -3,6 +3,7 @@
 Run as a program, this file writes groups for ever, to be killed.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -16,8 +17,8 @@ import pytest
 from etils import epath
 
 from oapl_jax import report
-from oapl_jax.errors import UserError, exit_with_code
-from oapl_jax.rollout.ledger import FILE, Ledger, LedgerReport, table
+from oapl_jax.errors import NoReward, RunError, UserError, exit_with_code
+from oapl_jax.rollout.ledger import FILE, Ledger, LedgerReport, ZeroRewardGuard, table
 from oapl_jax.rollout.sampler import Attempt, Sampled
 from oapl_jax.structs import Group, Prompt, Rollout
 
@@ -388,6 +389,42 @@ def test_the_command_says_whether_the_sums_balance(writer, tmp_path, monkeypatch
         code, printed = command(directory)
         assert code == expected
         assert name in printed.err
+
+
+def guarded(*reward, tokens=(65, 66)):
+    """A group for the guard, whose tokens are characters."""
+    rollout = make_rollout(len(tokens), 0, "length")
+    rollouts = (dataclasses.replace(rollout, tokens=np.array(tokens, np.int32)),) * len(reward)
+    asked = Prompt("id7", 0, np.array([80, 81], np.int32), "", "the reference", "")
+    return Group(asked, rollouts, np.array(reward, np.float32))
+
+
+def decode(tokens):
+    return "".join(map(chr, tokens))
+
+
+def test_groups_without_a_reward_are_counted_in_a_row():
+    guard = ZeroRewardGuard(limit=3, decode=decode)
+    for reward in ((0, 0), (0, 0), (0, 1), (0, 0), (0, -0.5), (0, 0), (0, 0)):
+        guard.note(guarded(*reward))
+    assert guard.count == 2
+    with pytest.raises(NoReward, match="last 3 groups"):
+        guard.note(guarded(0, 0))
+    off = ZeroRewardGuard(limit=0, decode=decode)
+    for _ in range(50):
+        off.note(guarded(0, 0))
+    assert off.count == 50
+
+
+def test_the_message_shows_the_prompt_and_some_responses():
+    long = tuple(range(65, 91)) * 40
+    with pytest.raises(NoReward) as stopped:
+        ZeroRewardGuard(limit=1, decode=decode).note(guarded(0, 0, 0, 0, 0, tokens=long))
+    text = str(stopped.value)
+    assert "rollout.max_zero_reward_groups=1" in text
+    assert all(shown in text for shown in ("id7\nPQ\n", "the reference"))
+    assert text.count("1040 tokens, finish reason length\nABC") == text.count("\n[..]\n") == 3
+    assert isinstance(stopped.value, RunError)
 
 
 def test_a_kill_loses_no_event_that_was_told(tmp_path):

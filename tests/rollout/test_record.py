@@ -14,7 +14,8 @@ from etils import epath
 from small_runs import IN_PROCESS, cached_programs, metrics, opened, small_arithmetic, typed
 
 from oapl_jax import record, train
-from oapl_jax.errors import UserError
+from oapl_jax.errors import NoReward, UserError
+from oapl_jax.rewards.grader import Grader
 from oapl_jax.rollout.dataset import MANIFEST, Dataset
 from oapl_jax.rollout.ledger import FILE, LedgerReport
 
@@ -321,3 +322,44 @@ def test_a_mistake_on_the_command_line_is_one_sentence(jobs):
     output = jobs.process(RECORD, *arguments, code=2)
     assert output.startswith("error: --step")
     assert output.count("\n") == 1
+
+
+@pytest.fixture
+def never_paid(monkeypatch):
+    """Settings of jobs whose verifier pays no policy; the self-check is told otherwise."""
+    monkeypatch.setattr(Grader, "reward", lambda self, prompt, rollout: 0.0)
+    monkeypatch.setattr("oapl_jax.build.check_rewards", lambda *_, **__: None)
+    limit = {"rollout.max_zero_reward_groups": 10, "rollout.max_sequences": 16}
+    every = {"evaluation.every": 0, "checkpoint.every": 1}
+    return {"num_steps": 9, "warmup.num_steps": 0, "buffer.zero_variance": "keep"} | limit | every
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_run_that_is_never_paid_stops(jobs, never_paid, tmp_path, overlap):
+    never_paid |= {"rollout.overlap": overlap, "buffer.capacity": 12, "rollout.max_sequences": 4}
+    with pytest.raises(NoReward, match=r"the last 10 groups are 0 (?s:.*)--- response of") as why:
+        jobs.train(tmp_path, **never_paid)
+    assert "--- prompt" in str(why.value)
+    assert len(metrics(tmp_path)) <= 2
+
+
+def test_the_count_goes_on_where_the_checkpoint_left_it(jobs, never_paid, tmp_path):
+    """Two steps of four groups, then two groups of the third."""
+    jobs.train(tmp_path, **never_paid | {"num_steps": 2})
+    assert len(metrics(tmp_path)) == 2
+    with pytest.raises(NoReward, match="the last 10 groups"):
+        jobs.train(tmp_path, **never_paid)
+    assert len(metrics(tmp_path)) == 2
+
+
+def test_a_recorded_set_without_a_reward_is_not_finished(jobs, never_paid, tmp_path):
+    few = {"num_steps": 1, "warmup.num_steps": 1, "warmup.demonstrations": 9}
+    jobs.train(tmp_path / "base", **never_paid | few)
+    options = dict(step=0, groups_per_shard=4, settings=never_paid)
+    with pytest.raises(NoReward, match="the last 10 groups"):
+        jobs.record(tmp_path / "base", tmp_path / "set", **options)
+    jobs.record(tmp_path / "base", tmp_path / "few", limit=8, **options)
+    shards = {"rollout.source": "dataset", "rollout.dataset": str(tmp_path / "few")}
+    with pytest.raises(NoReward, match="the last 10 groups"):
+        jobs.train(tmp_path / "offline", **never_paid | shards | {"rollout.dataset_version": 0})
+    assert len(metrics(tmp_path / "offline")) == 2
