@@ -1,4 +1,4 @@
-"""Groups of a fleet: prompts in, responses out, failed attempts; see fault_server.py."""
+"""A fleet: groups, membership, refreshes, the no-server timeout and the end; see fault_server.py."""
 
 import itertools
 import threading
@@ -6,12 +6,14 @@ import time
 
 import numpy as np
 import pytest
-from fault_server import FAULTS, STOP, VOCAB
-from fleets import PATIENCE, SAMPLING, SETTINGS, N, Taken, once, prompt, prompts, wait_until
+from fault_server import FAULTS, STOP, VOCAB, FaultServer, publish_toy
+from fleets import PATIENCE, SAMPLING, SETTINGS, N, Taken, always, once, prompt, prompts, wait_until
 
-from oapl_jax.errors import RunError, UserError
+from oapl_jax.config import FleetConfig
+from oapl_jax.errors import FleetLost, RunError, UserError
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Prompt
+from oapl_jax.weights.publisher import version_path
 
 
 def test_every_prompt_comes_out_once(ready_fleet):
@@ -151,3 +153,361 @@ def test_mixed_groups_can_be_kept(ready_fleet):
     assert fleet.counts()["mixed"] == 1
     server.plan = once("generate", "other_mixed")  # began with another version
     assert fleet.take(prompts(1)).result().reasons == ["failed"]
+
+
+def test_servers_join_and_leave(make_fleet, tmp_path):
+    listed = tmp_path / "servers.txt"
+
+    def write(*servers):
+        aside = tmp_path / "aside.txt"
+        aside.write_text("# mine\n" + "\n".join(server.url + "/" for server in servers))
+        aside.rename(listed)  # so that no half of it is read
+
+    listed.touch()
+    fleet, (first, second, third) = make_fleet(3, servers=(), servers_file=str(listed))
+    write(first)
+    fleet.publish(0)
+    ended = threading.Event()
+    indices = itertools.takewhile(lambda _: not ended.is_set(), itertools.count())
+    taker = fleet.take(map(prompt, indices))
+    urls = lambda: set(fleet.servers())
+    sampled = lambda server: fleet.of(server, "sampled")
+    wait_until(lambda: urls() == {first.url}, "the first read of the list")
+    wait_until(lambda: sampled(first) > 5)
+    write(first, second, third)
+    wait_until(lambda: {second.url, third.url} <= urls())
+    wait_until(lambda: min(sampled(second), sampled(third)) > 5, "work for new servers")
+    write(third)
+    wait_until(lambda: urls() == {third.url})
+    listed.unlink()  # then the list stays as it is
+    wait_until(lambda: fleet.has_logged("list"))
+    before = sampled(third)
+    wait_until(lambda: sampled(third) > before + 5)
+    assert urls() == {third.url}
+    write(first, third)
+    wait_until(lambda: first.url in urls() and fleet.states() == {"ready"})
+    ended.set()
+    taken = taker.right()
+    assert all(s.rollouts and not s.attempts for s in taken)
+    assert fleet.counts()["joined"] == 4
+    fleet.assert_balanced(taken, len(taken))
+
+
+def test_a_router_is_a_list_of_servers(make_fleet, toy_servers):
+    (router,) = toy_servers(1)
+    fleet, made = make_fleet(2, servers=(), router=f"{router.url}/")
+    router.workers = [server.url for server in made]
+    fleet.publish(0)
+    wait_until(lambda: set(fleet.servers()) == set(router.workers))
+    assert fleet.sample(20).servers <= set(router.workers)
+    router.workers = [made[0].url]
+    wait_until(lambda: set(fleet.servers()) == {made[0].url})
+
+
+def test_the_no_server_timeout_ends_the_run(ready_fleet):
+    deadlines = dict(start_deadline=0.5, drain_deadline=0.1, update_deadline=0.4)
+    fleet, made = ready_fleet(2, no_server_deadline=0.6, **deadlines)
+    for server in made:
+        server.kill()
+    with pytest.raises(FleetLost, match="no_server_deadline") as caught:
+        fleet.take(prompts(5)).result()
+    assert caught.value.exit_code == 3
+    assert all(server.url in str(caught.value) for server in made)
+    assert fleet.has_logged("training pauses")
+    found = fleet.counts()
+    assert found["prompts"] == found["cancelled"]
+    with pytest.raises(FleetLost):  # and stays so
+        fleet.take(prompts(5)).result()
+
+
+def test_training_pauses_and_continues(ready_fleet):
+    fleet, (server,) = ready_fleet(1)
+    server.kill()
+    taker = fleet.take(prompts(20))
+    wait_until(lambda: fleet.has_logged("training pauses"))
+    server.start()
+    taken = taker.right(20)
+    wait_until(lambda: fleet.has_logged("training continues"))
+    assert fleet.counts()["paused_seconds"] > 0
+    fleet.assert_balanced(taken, 20)
+
+
+def test_an_idle_fleet_has_no_timeout(ready_fleet):
+    deadlines = dict(start_deadline=0.2, drain_deadline=0.1, update_deadline=0.1)
+    fleet, (server,) = ready_fleet(1, no_server_deadline=0.3, **deadlines)
+    server.kill()
+    time.sleep(0.8)  # longer than the deadline, while no group waits
+    server.start()
+    fleet.wait_ready()
+    fleet.sample(3)
+
+
+def test_a_fleet_whose_servers_are_all_refused_is_an_error(make_fleet):
+    fleet, made = make_fleet(2, prepare=lambda server: setattr(server, "max_model_len", 10))
+    fleet.publish(0)
+    with pytest.raises(UserError, match="context length"):
+        fleet.take(prompts(1)).result()
+    assert all(server.loads == [] for server in made)
+
+
+@pytest.mark.parametrize("fault", ["no server", "503"])
+def test_a_server_that_starts_late(make_fleet, fault):
+    """While SGLang warms up it serves all routes, and returns 503 from /health."""
+    warms_up = lambda server: setattr(server, "plan", always("health", "503"))
+    fleet, (server,) = make_fleet(1, prepare=warms_up if fault == "503" else FaultServer.kill)
+    fleet.publish(0)
+    taker = fleet.take(prompts(3))
+    wait_until(lambda: ("503" if fault == "503" else "failed") in fleet.of(server, "reason"))
+    assert fleet.states() == {"starting"}
+    assert not server.loads
+    server.plan = lambda this: ""
+    if fault != "503":
+        server.start()
+    assert not taker.right(3).reasons
+
+
+def test_a_server_that_never_starts_is_lost(make_fleet):
+    fleet, _ = make_fleet(0, servers=("127.0.0.1:9",), start_deadline=0.1)
+    fleet.publish(0)
+    wait_until(lambda: fleet.states() == {"lost"})
+    assert fleet.has_logged("127.0.0.1:9")
+
+
+def test_close_while_groups_are_in_flight_and_the_pull_is_blocked(ready_fleet):
+    fleet, made = ready_fleet(2)
+    for server in made:
+        server.seconds = PATIENCE
+    blocked, released = threading.Event(), threading.Event()
+
+    def pull():
+        yield from prompts(3)
+        blocked.set()
+        assert released.wait(PATIENCE)
+        yield prompt(3)  # too late
+
+    taker = fleet.take(pull())
+    assert blocked.wait(PATIENCE)
+    wait_until(lambda: fleet.counts()["in_flight"] == 3)
+    closers = [threading.Thread(target=fleet.close) for _ in range(4)]
+    for closer in closers:
+        closer.start()
+    for closer in closers:
+        closer.join(PATIENCE)
+    assert taker.result() == []  # although the pull is blocked still
+    wait_until(lambda: not any(server.running for server in made), "the end of the requests")
+    released.set()
+    fleet.close()
+    assert fleet.take(prompts(2)).result() == []
+    fleet.publish(1)
+    found = fleet.counts()
+    assert (found["prompts"], found["cancelled"]) == (3, 3)
+    assert not [t for t in threading.enumerate() if t.name == "fleet"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("servers", ()), ("router", "http://r"), ("no_server_deadline", 19.0)]
+)
+def test_invalid_settings(name, value):
+    settings = {**SETTINGS, "servers": ("http://a",), name: value}
+    with pytest.raises(UserError, match=f"fleet.{name}"):
+        FleetConfig.from_dict(settings, path="fleet").check_source()
+
+
+def test_sampling_that_the_learner_cannot_reproduce_is_logged(make_fleet):
+    odd = Sampling(temperature=1.0, top_p=0.95, top_k=7, max_response_tokens=6)
+    fleet, _ = make_fleet(1, sampling=odd)
+    assert fleet.has_logged("rollout.top_p=0.95")
+
+
+def test_one_refused_server_loads_nothing_and_the_other_samples(make_fleet):
+    made = []
+
+    def prepare(server):
+        if not made:
+            server.information["preferred_sampling_params"] = {"min_p": 0.1}
+        made.append(server)
+
+    fleet, (bad, good) = make_fleet(2, prepare=prepare)
+    fleet.publish(0)
+    wait_until(lambda: fleet.of(bad, "state") == "refused")
+    wait_until(lambda: fleet.of(good, "state") == "ready")
+    assert (fleet.sample(10).servers, bad.loads) == ({good.url}, [])
+
+
+def held(taken):
+    """Returns the pairs of server and version that groups were sampled from."""
+    return {(s.server, s.rollouts[0].policy_version) for s in taken}
+
+
+@pytest.mark.parametrize("allow_older", [False, True])
+@pytest.mark.parametrize("drain_deadline", [0.0, 10.0])
+def test_refreshes_under_load(ready_fleet, allow_older, drain_deadline):
+    fleet, made = ready_fleet(4, allow_older=allow_older, drain_deadline=drain_deadline)
+    for server in made:
+        server.seconds, server.update_seconds = 0.08, 0.2
+    paths = [publish_toy(fleet.directory, version) for version in range(1, 6)]
+    target_of = {}
+
+    def pull():
+        """Refreshes from inside the pull, as a worker does."""
+        for index in range(120):
+            if index % 20 == 0:
+                version = index // 20
+                if version:
+                    fleet.refresh(version, paths[version - 1])
+            target_of[index] = version
+            yield prompt(index)
+
+    taken = fleet.take(pull()).right(120)
+    assert all(s.rollouts for s in taken)
+    versions = {s.prompt.stream_index: s.rollouts[0].policy_version for s in taken}
+    if not allow_older:
+        assert all(versions[index] >= target_of[index] for index in versions)
+        assert set(versions.values()) >= {0, 5}
+    else:
+        assert any(versions[index] < target_of[index] for index in versions)
+    spans = [span for server in made for span in server.updates[1:]]  # without version 0
+    assert max(sum(begin <= at < end for begin, end in spans) for at, _ in spans) <= 2
+    aborted = fleet.counts()["aborted"]
+    assert aborted > 0 if drain_deadline == 0 else aborted == 0
+    assert set(taken.reasons) <= {"aborted"}
+    assert fleet.counts()["refresh_refused"] == 0
+    fleet.assert_balanced(taken, 120)
+    wait_until(lambda: fleet.versions() == {5})
+
+
+def test_requests_beyond_the_drain_deadline_are_aborted(ready_fleet):
+    fleet, (slow, _) = ready_fleet(2, drain_deadline=0.1, attempts=1)
+    slow.seconds = PATIENCE
+    taker = fleet.take(prompts(6))
+    wait_until(lambda: slow.running > 0)
+    slow.seconds = 0.0  # for requests from now on
+    fleet.publish(1)
+    retried = Taken(s for s in taker.right(6) if s.attempts)
+    assert (set(retried.reasons), retried.versions) == ({"aborted"}, {1})
+    assert slow.calls["abort"] == 1
+
+
+@pytest.mark.parametrize("allow_older", [False, True])
+def test_a_server_that_refuses_a_version(ready_fleet, allow_older):
+    """It continues with its older version, if that is allowed."""
+    fleet, (bad, good) = ready_fleet(2, allow_older=allow_older)
+    bad.plan = always("update", "refuse")
+    fleet.publish(1)
+    wait_until(lambda: fleet.of(good, "version") == 1)
+    wait_until(lambda: fleet.of(bad, "refresh_refused") >= 2, "a retry")
+    if allow_older:
+        fleet.wait_ready()
+        assert held(fleet.sample(60)) == {(bad.url, 0), (good.url, 1)}
+        assert fleet.versions() == {0, 1}
+    else:
+        assert held(fleet.sample(30)) == {(good.url, 1)}
+    bad.plan = lambda this: ""
+    fleet.wait_ready(1)
+
+
+def test_a_new_target_resets_the_backoff_of_a_refused_server(ready_fleet):
+    fleet, (bad, _) = ready_fleet(2, backoff=1000.0, backoff_limit=1000.0)
+    bad.plan = always("update", "refuse")
+    fleet.publish(1)
+    wait_until(lambda: fleet.of(bad, "state") == "refused")
+    bad.plan = lambda this: ""
+    fleet.publish(2)
+    fleet.wait_ready(2)
+
+
+def test_servers_sample_between_versions_that_come_faster_than_they_load(ready_fleet):
+    fleet, made = ready_fleet(2, allow_older=True, max_in_flight=4)
+    for server in made:
+        server.seconds, server.update_seconds = 0.01, 0.1
+    paths = [publish_toy(fleet.directory, version) for version in range(1, 50)]
+    versions = itertools.cycle(enumerate(paths, 1))
+
+    def pull():
+        indices = itertools.count()
+        while min(len(server.loads) for server in made) < 6:
+            fleet.refresh(*next(versions))
+            yield from (prompt(next(indices)) for _ in range(4))
+
+    sampled_from = held(fleet.take(pull()).right())
+    for server in made:
+        assert len({version for url, version in sampled_from if url == server.url}) > 2
+
+
+def test_stale_weights_after_a_refusal_fail_the_probe(ready_fleet):
+    """A server whose update fails half-way reports its old version and holds other weights."""
+    fleet, (bad, good) = ready_fleet(2, allow_older=True)
+
+    def half(this):
+        if this == "update":
+            bad.held = 55
+            return "refuse"
+        return ""
+
+    bad.plan = half
+    fleet.publish(1)
+    wait_until(lambda: fleet.of(bad, "probe_failed"))
+    assert fleet.sample(30).servers == {good.url}
+
+
+@pytest.mark.parametrize("off", [0.01, float("nan")])
+def test_a_server_whose_log_probs_differ_from_the_probe(make_fleet, off):
+    fleet, (server,) = make_fleet(1)
+    fleet.publish(0, off=off)
+    wait_until(lambda: fleet.of(server, "refused"))
+    assert fleet.has_logged(f"{off:.3g} nats")
+    assert fleet.of(server, "probe_failed")
+
+
+def test_a_damaged_version_reaches_no_server(ready_fleet):
+    """The error of the pull is that of `generate`."""
+    fleet, (server,) = ready_fleet(1)
+    path = publish_toy(fleet.directory, 1)
+    (path / "model.safetensors").write_text('{"version": 2}')
+
+    def pull():
+        yield prompt(0)
+        fleet.refresh(1, path)
+        yield prompt(1)
+
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        fleet.take(pull()).result()
+    assert (server.loads, fleet.version) == ([0], 0)
+    fleet.sample(4)  # the fleet continues
+    with pytest.raises(UserError):
+        fleet.refresh(9, version_path(fleet.directory, 9))
+
+
+def test_a_return_to_an_older_version(ready_fleet):
+    fleet, (server,) = ready_fleet(1)
+    publish_toy(fleet.directory, 1)
+    for version in (1, 0, 1):
+        fleet.refresh(version, version_path(fleet.directory, version))
+        assert fleet.sample(3).versions == {version}
+    assert server.loads == [0, 1, 0, 1]
+
+
+def test_versions_include_those_of_groups_that_were_just_taken(ready_fleet):
+    fleet, _ = ready_fleet(1)
+    groups = fleet.generate(prompts(1), n=N, sampling=SAMPLING)
+    next(groups)
+    fleet.publish(1)
+    wait_until(lambda: fleet.servers().popitem()[1]["version"] == 1)
+    assert fleet.versions() == {0, 1}  # the group that was yielded last is of version 0
+    assert next(groups, None) is None
+    assert fleet.versions() == {1}
+
+
+def test_a_draining_server_gets_no_new_group(ready_fleet):
+    fleet, (server,) = ready_fleet(1, allow_older=True, drain_deadline=2.0)
+    server.seconds = 0.05
+
+    def pull():  # staggered, so that the server is never idle
+        for index in range(120):
+            if index == 20:
+                fleet.publish(1)
+            time.sleep(0.01)
+            yield prompt(index)
+
+    taken = fleet.take(pull()).right(120)
+    assert (fleet.counts()["aborted"], taken.versions) == (0, {0, 1})

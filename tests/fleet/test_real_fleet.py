@@ -1,15 +1,23 @@
 """The fleet over real SGLang servers, against the learner's own model."""
 
+import json
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 from etils import epath
 from fleets import CLOSE, Run, assert_published, difference, open_real_fleet, wait_until
-from server_processes import find_port
+from server_processes import ROOT, find_port
 
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Prompt
+
+STEPS = 64  # of the shortened default job
+LAG = 16  # gradient steps between two versions, the default's
+DEADLINE = 480.0  # seconds
 
 
 @pytest.fixture
@@ -148,3 +156,37 @@ def test_a_response_of_two_versions_is_retried(make_fleet, servers, published):
     assert taken.versions == {1}
     assert fleet.counts()["mixed"] >= 1
     assert server.ask("/model_info")["weight_version"] == "1"  # brought back before
+
+
+def test_the_default_job_learns_on_a_fleet(servers, tmp_path):
+    """Shortened, with rollouts from two real SGLang servers."""
+    workdir = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "oapl_jax.train", "--config=configs/arithmetic.py"),
+        *(f"--workdir={workdir}", f"--config.data.data_dir={tmp_path}/data"),
+        *(f"--config.num_steps={STEPS}", "--config.evaluation.every=1000"),
+        *("--config.rollout.sampler=fleet", "--config.rollout.overlap=True"),
+        f"--config.fleet.servers={tuple(servers.urls)}",
+    ]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=DEADLINE)
+
+    result = json.loads((workdir / "result.json").read_text())
+    before, after = result["before"], result["after"]
+    assert after["pass@1"] >= before["pass@1"] + 0.30, (before, after)
+
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "lag/max" in line]
+    assert max(line["lag/max"] for line in steps) == LAG - 1
+    refreshed = max(line.get("fleet/refreshed", 0) for line in steps)
+    assert refreshed >= 2 * 3, "each server loaded at least three versions"
+
+    ledger = [sys.executable, "-m", "oapl_jax.report", str(workdir), "--json"]
+    printed = subprocess.run(
+        ledger, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, timeout=60
+    ).stdout
+    report = json.loads(printed)
+    assert report["balanced"]
+    assert report["balance"]["trained"] == STEPS * 32 * 8
+    assert report["balance"]["failed"] == 0
+    assert set(report["servers"]) == set(servers.urls)
