@@ -50,9 +50,9 @@ LONG = (
 SLOW = (
     *LONG,
     *("test_attention", "test_code_verifier", "test_curriculum", "test_curriculum_experiment"),
-    *("test_curriculum_run", "test_cyclic_games", "test_fleet_evaluation", "test_fleet_faults"),
+    *("test_curriculum_run", "test_cyclic_games", "test_fleet_faults"),
     *("test_fleet_lost", "test_multihost", "test_plan", "test_preferences_run", "test_publisher"),
-    *("test_real_judge", "test_real_server", "test_remat", "test_run", "test_sample_tokens"),
+    *("test_real_server", "test_remat", "test_run", "test_sample_tokens"),
     *("test_smollm2", "test_tpu_slices", "test_train_step"),
 )
 

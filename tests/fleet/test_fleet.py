@@ -1,4 +1,4 @@
-"""A fleet: groups, membership, refreshes, the no-server timeout and the end; see fault_server.py."""
+"""A fleet: groups, membership, refreshes, no-server timeout, end; see fault_server.py."""
 
 import itertools
 import threading
