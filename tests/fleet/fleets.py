@@ -102,16 +102,9 @@ class ToyFleet(LoggingFleet):
     """A fleet of fault servers, whose versions are below `directory`."""
 
     def __init__(self, directory, *, allow_older=False, sampling=SAMPLING, **settings):
-        self.directory = directory
-        super().__init__(
-            SETTINGS | settings,
-            allow_older=allow_older,
-            sampling=sampling,
-            model_config=MODEL,
-            tokenizer=None,
-            stop_ids=(STOP,),
-            max_prompt_tokens=8,
-        )
+        self.directory, settings = directory, SETTINGS | settings
+        model = dict(model_config=MODEL, tokenizer=None, stop_ids=(STOP,), max_prompt_tokens=8)
+        super().__init__(settings, allow_older=allow_older, sampling=sampling, **model)
 
     def publish(self, version, **changes):
         """Publishes a version and makes it the target."""
@@ -120,16 +113,10 @@ class ToyFleet(LoggingFleet):
 
 def open_real_fleet(published, urls=(), *, allow_older=False, patience=180.0, **settings):
     """Opens a fleet of SGLang servers of the model that is `published`."""
-    return LoggingFleet(
-        {**REAL_SETTINGS, "servers": tuple(urls), **settings},
-        allow_older=allow_older,
-        sampling=REAL_SAMPLING,
-        patience=patience,
-        model_config=published.policy.config,
-        tokenizer=published.policy.tokenizer,
-        stop_ids=published.policy.stop_ids,
-        max_prompt_tokens=12,
-    )
+    settings = {**REAL_SETTINGS, "servers": tuple(urls), **settings}
+    policy, how = published.policy, dict(sampling=REAL_SAMPLING, patience=patience)
+    how |= dict(model_config=policy.config, tokenizer=policy.tokenizer, stop_ids=policy.stop_ids)
+    return LoggingFleet(settings, allow_older=allow_older, max_prompt_tokens=12, **how)
 
 
 def once(call, fault):

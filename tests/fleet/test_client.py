@@ -23,15 +23,8 @@ from oapl_jax.fleet.client import (
 )
 from oapl_jax.rollout.sampler import Sampling
 
-REQUEST = GroupRequest(
-    tokens=(3, 4),
-    n=2,
-    sampling=Sampling(1.0, 1.0, 0, 3),
-    stop_ids=(1, 9),
-    vocab_size=10,
-    version=16,
-    mixed_versions="reissue",
-)
+KIND = dict(stop_ids=(1, 9), vocab_size=10, version=16, mixed_versions="reissue")
+REQUEST = GroupRequest(tokens=(3, 4), n=2, sampling=Sampling(1.0, 1.0, 0, 3), **KIND)
 
 
 def response(tokens, reason, version="16", spans=None):

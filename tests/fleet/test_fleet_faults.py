@@ -149,16 +149,9 @@ def test_a_thousand_random_faults(ready_fleet, tmp_path):
                 bags[call] = [str(fault) for fault in rng.permutation(faults[call])]
             return bags[call].pop()
 
-    fleet, made = ready_fleet(
-        6,
-        allow_older=True,
-        control_deadline=0.5,
-        request_deadline=0.5,
-        update_deadline=0.5,
-        drain_deadline=0.05,
-        max_in_flight=24,
-        backoff_limit=0.05,
-    )
+    deadlines = dict(control_deadline=0.5, request_deadline=0.5, update_deadline=0.5)
+    deadlines |= dict(drain_deadline=0.05, backoff_limit=0.05)
+    fleet, made = ready_fleet(6, allow_older=True, max_in_flight=24, **deadlines)
     for server in made:
         server.plan, server.seconds = plan, 0.002
     committed = lambda: sum(n for s in made for (_, fault), n in s.faults.items() if fault)

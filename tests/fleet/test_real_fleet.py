@@ -301,14 +301,11 @@ def judges(servers, published):
 
 
 def test_preferences_are_those_of_the_learners_log_probs(judges, published):
-    settings = {
-        **common.preferences("prosper").language_model.to_dict(),
-        "servers": tuple(judges),
-        "tokenizer": str(published.path(1)),
-        "template": "{prompt}={first},{second}-{question}",
-        **dict(questions={"one": "7", "two": "88"}, verdicts=VERDICTS, questions_per_request=3),
-        "min_verdict_mass": 1e-4,  # the weights are fresh ones
-    }
+    settings = common.preferences("prosper").language_model.to_dict()
+    settings |= dict(servers=tuple(judges), tokenizer=str(published.path(1)))
+    settings |= dict(template="{prompt}={first},{second}-{question}", verdicts=VERDICTS)
+    settings |= dict(questions={"one": "7", "two": "88"}, questions_per_request=3)
+    settings |= dict(min_verdict_mass=1e-4)  # the weights are fresh ones
     judge = LanguageModelJudge(LanguageModelJudgeConfig.from_dict(settings))
     prompt = Prompt("id0", 0, np.array([2], np.int32), "3+4", "7", "chain_sum")
     responses = [Response(text, lambda: 0.0) for text in ("07", "3,1")]

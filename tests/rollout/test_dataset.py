@@ -42,15 +42,9 @@ class Tokenizer:
 
 
 def about(**changes):
-    settings = dict(
-        task="chain_sum",
-        tokenizer=Tokenizer("a", "b"),
-        model=small_config(),
-        sampling=Sampling(0.7, 0.9, 5, 16),
-        group_size=3,
-        made={"by": "test"},
-    )
-    return dataset.identity(**{**settings, **changes})
+    settings = dict(task="chain_sum", tokenizer=Tokenizer("a", "b"), model=small_config())
+    settings |= dict(sampling=Sampling(0.7, 0.9, 5, 16), group_size=3, made={"by": "test"})
+    return dataset.identity(**settings | changes)
 
 
 def digest(version):

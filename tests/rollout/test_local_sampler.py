@@ -117,17 +117,10 @@ def test_log_probs_are_those_of_the_learners_packed_rows(name, temperature, top_
         Group(prompt, tuple(rollouts), np.zeros(4, np.float32))
         for prompt, rollouts in zip(prompts, sampled, strict=True)
     ]
-    batch = packing.build_batch(
-        groups,
-        bind("sft", {}),
-        aggregation="sequence",
-        step=VERSION,
-        micro_batches=2,
-        row_length=32,
-        rows_multiple=1,
-        max_prompt_tokens=24,
-        max_response_tokens=8,
-    )
+    sizes = dict(micro_batches=2, row_length=32, rows_multiple=1)
+    sizes |= dict(max_prompt_tokens=24, max_response_tokens=8)
+    objective = bind("sft", {})
+    batch = packing.build_batch(groups, objective, aggregation="sequence", step=VERSION, **sizes)
     assert np.sum(batch.segments.max(axis=-1) > 1) > 2  # rows are shared
     assert not np.any(batch.lag)
 
@@ -329,15 +322,9 @@ def publish(directory, version, name=NAME, scale=1.0):
     probe = {"tokens": [[1, 2]], "logp": [[-1.0]], "dtype": "float32"}
     weights.save(version, jax.tree.map(lambda x: x * scale, params), probe)
     weights.close()
-    return publisher.publish(
-        weights.path(version),
-        config,
-        version=version,
-        directory=epath.Path(directory),
-        tokenizer=Tokenizer(),
-        dtype="float32",
-        config_hash="",
-    )
+    options = dict(tokenizer=Tokenizer(), dtype="float32", config_hash="")
+    options |= dict(version=version, directory=epath.Path(directory))
+    return publisher.publish(weights.path(version), config, **options)
 
 
 def greedy(sampler):

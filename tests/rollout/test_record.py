@@ -156,6 +156,13 @@ def balance(workdir):
     return summary
 
 
+def offline(shards, weights):
+    """Settings of a run that trains on a recorded dataset, from these weights."""
+    source = dict(rollout__source="dataset", rollout__dataset=str(shards))
+    start = dict(model__path=str(weights), warmup__num_steps=0)
+    return dict(source, **start, buffer__zero_variance="drop")
+
+
 def test_a_set_has_each_prompt_of_the_split_once_with_exactly_n(round1):
     shards = Dataset(epath.Path(round1))
     assert len(shards) == 96
@@ -231,14 +238,9 @@ def test_a_run_records_what_it_samples_though_it_is_killed(trained):
 
 def test_a_replay_of_a_recorded_run_ends_where_that_run_ended(jobs, trained, tmp_path):
     """Same groups, same versions, same steps: the losses are the same without any sampling."""
-    jobs.train(
-        tmp_path,
-        rollout__source="dataset",
-        rollout__dataset=str(trained / "rollouts"),
-        rollout__dataset_order="recorded",
-        rollout__dataset_version=-1,
-        buffer__zero_variance="keep",
-    )
+    replay = dict(rollout__source="dataset", rollout__dataset=str(trained / "rollouts"))
+    replay |= dict(rollout__dataset_order="recorded", rollout__dataset_version=-1)
+    jobs.train(tmp_path, buffer__zero_variance="keep", **replay)
     for mine, theirs in zip(metrics(tmp_path), metrics(trained), strict=True):
         for key in ("loss", "reward", "lag/mean", "length", "grad_norm"):
             assert mine[key] == theirs[key], key
@@ -247,16 +249,6 @@ def test_a_replay_of_a_recorded_run_ends_where_that_run_ended(jobs, trained, tmp
     found = balance(tmp_path)
     assert found["balance"]["trained"] == found["requested"] == 5 * 4 * 4
     assert set(found["servers"]) == {"dataset"}
-
-
-def offline(shards, weights):
-    return dict(
-        model__path=str(weights),
-        warmup__num_steps=0,
-        rollout__source="dataset",
-        rollout__dataset=str(shards),
-        buffer__zero_variance="drop",
-    )
 
 
 def test_two_offline_rounds(jobs, round1, tmp_path):
@@ -295,16 +287,9 @@ def test_two_offline_rounds(jobs, round1, tmp_path):
 
 def test_both_take_their_share_of_each_step(jobs, round1, tmp_path):
     """With the objective of hybrid training."""
-    settings = dict(
-        choice="objective=mixed",
-        model__path=str(round1 / "weights" / "v000000"),
-        warmup__num_steps=0,
-        rollout__source="both",
-        rollout__dataset=str(round1),
-        rollout__dataset_share=0.25,
-        buffer__zero_variance="keep",
-    )
-    jobs.train(tmp_path, **settings)
+    settings = offline(round1, round1 / "weights" / "v000000")
+    settings |= dict(rollout__source="both", buffer__zero_variance="keep")
+    jobs.train(tmp_path, choice="objective=mixed", rollout__dataset_share=0.25, **settings)
     assert any(line["grad_norm"] > 0 for line in metrics(tmp_path))
     for line in metrics(tmp_path):
         assert line["recorded/taken"] == line["step"]

@@ -79,16 +79,10 @@ def share(position, held=(), again=(), chosen=()):
     rollout = Rollout(np.array([1], np.int32), np.zeros(1, np.float32), 0, "stop")
     prompt = lambda i: Prompt(f"p{i}", i, np.array([1], np.int32), "", "", "")
     groups = [Group(prompt(i), (rollout,), np.zeros(1, np.float32)) for i in held]
-    return {
-        "buffer": {"groups": encode_groups(groups)},
-        "prompts": {"stream": {"stream_index": position}, "chosen": list(chosen)},
-        "again": list(again),
-        "scorer": {},
-        "ledger": 7,
-        "recorded": None,
-        "zero_reward_groups": position,
-        "shards": None,
-    }
+    prompts = {"stream": {"stream_index": position}, "chosen": list(chosen)}
+    state = dict(prompts=prompts, again=list(again), scorer={}, ledger=7, recorded=None)
+    buffer = {"groups": encode_groups(groups)}
+    return dict(state, buffer=buffer, zero_reward_groups=position, shards=None)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 4])
