@@ -123,7 +123,6 @@ def servers(published, tmp_path_factory):
 
 @pytest.fixture
 def stack():
-    """Closes what a test has opened, in reverse order."""
     with contextlib.ExitStack() as stack:
         yield stack
 
@@ -156,8 +155,6 @@ def start_server(tmp_path, stack):
 
 @pytest.fixture
 def toy_servers(tmp_path, stack):
-    """Starts `count` fault servers that end with the test."""
-
     def start(count):
         made = [FaultServer(epath.Path(tmp_path)) for _ in range(count)]
         for server in made:
@@ -188,13 +185,11 @@ def make_fleet(toy_servers, tmp_path, stack):
 
 @pytest.fixture
 def ready_fleet(make_fleet):
-    """Opens a fleet whose servers all hold a version."""
     return lambda count, version=0, **settings: make_fleet(count, version, **settings)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Runs a test that is a coroutine function."""
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
     names = inspect.signature(pyfuncitem.obj).parameters

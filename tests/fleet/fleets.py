@@ -112,7 +112,6 @@ class ToyFleet(LoggingFleet):
 
 
 def open_real_fleet(published, urls=(), *, allow_older=False, patience=180.0, **settings):
-    """Opens a fleet of SGLang servers of the model that is `published`."""
     settings = {**REAL_SETTINGS, "servers": tuple(urls), **settings}
     policy, how = published.policy, dict(sampling=REAL_SAMPLING, patience=patience)
     how |= dict(model_config=policy.config, tokenizer=policy.tokenizer, stop_ids=policy.stop_ids)
@@ -147,8 +146,6 @@ def prompts(count):
 
 
 class Taken(list):
-    """Groups that a fleet has yielded."""
-
     @property
     def servers(self):
         return {sampled.server for sampled in self}
@@ -224,7 +221,6 @@ def assert_published(published, taken):
 
 
 def damage(path):
-    """Changes the last byte of a version's weights."""
     weights = bytearray((path / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (path / "model.safetensors").write_bytes(bytes(weights))

@@ -37,8 +37,6 @@ VERDICTS = {"1": 1.0, "0": 0.25}
 
 @pytest.fixture
 def make_fleet(published, stack):
-    """Opens a fleet of real servers, which load `version` if it is given."""
-
     def make(*args, version=None, **kwargs):
         fleet = open_real_fleet(published, *args, **kwargs)
         stack.callback(fleet.close)

@@ -49,7 +49,6 @@ def request(ids=PROMPT, *, top=(), **sampling):
 
 
 def generate(server, **how):
-    """Returns the responses as a list."""
     answer = server.ask("/generate", request(**how))
     return answer if isinstance(answer, list) else [answer]
 

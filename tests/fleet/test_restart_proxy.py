@@ -327,7 +327,6 @@ async def test_a_port_in_use_is_refused(versions):
 
 
 def start_proxy(start_process, model, server):
-    """Starts a proxy process in front of the command `server`."""
     port = find_port()
     command = [sys.executable, "-m", "oapl_jax.fleet.restart_proxy", f"--port={port}"]
     command += [f"--server_port={find_port()}", f"--model={model}", "--", *server]

@@ -286,7 +286,6 @@ def test_two_offline_rounds(jobs, round1, tmp_path):
 
 
 def test_both_take_their_share_of_each_step(jobs, round1, tmp_path):
-    """With the objective of hybrid training."""
     settings = offline(round1, round1 / "weights" / "v000000")
     settings |= dict(rollout__source="both", buffer__zero_variance="keep")
     jobs.train(tmp_path, choice="objective=mixed", rollout__dataset_share=0.25, **settings)

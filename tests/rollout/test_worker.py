@@ -140,7 +140,6 @@ def snapshot(store):
 
 
 def ends(store):
-    """Non-zero counts of the store."""
     counts = store.counts()
     return {k.split("/")[1]: n for k, n in counts.items() if k.startswith("buffer/") and n}
 
