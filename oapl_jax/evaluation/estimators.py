@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 BATCH = 1000  # resamples or sign vectors in memory
 DIGITS = 9  # of a sum: rounding errors must not decide a test
@@ -88,6 +87,8 @@ def intervals(
         counts = counts.reshape(drawn.shape)
         return ((counts @ values) / (counts @ weights)).T
 
+    from scipy import stats  # a fourth of a command's start, and only evaluations need it
+
     found = stats.bootstrap(
         (np.arange(problems),),
         ratios,
@@ -116,6 +117,8 @@ def sign_flip_test(differences: np.ndarray, *, flips: int, seed: int) -> np.ndar
 
     def distance(signs: np.ndarray, axis: int) -> np.ndarray:
         return np.abs(np.round(signs @ differences, DIGITS))
+
+    from scipy import stats
 
     found = stats.permutation_test(
         (np.ones(len(differences)),),

@@ -3,12 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import matplotlib
 import numpy as np
 from etils import epath
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 Result = Mapping[str, Any]
 
@@ -61,9 +58,8 @@ def plot(panels: Mapping[str, Mapping[str, Result]], path: epath.Path, *, title:
     """
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.2 + 4.4 * columns, 0.6 + 3.6 * rows), squeeze=False, sharey=True
-    )
+    figure = Figure(figsize=(1.2 + 4.4 * columns, 0.6 + 3.6 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axis, (name, results) in zip(axes.flat, panels.items(), strict=False):
         for color, (label, result) in enumerate(results.items()):
             curve, k = result["pass@k"], np.arange(1, result["samples"] + 1)
@@ -88,7 +84,6 @@ def plot(panels: Mapping[str, Mapping[str, Result]], path: epath.Path, *, title:
     figure.tight_layout()
     with path.open("wb") as file:
         figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
 
 
 def _cell(measured: Mapping[str, float], form: str = "{:.3f}") -> str:

@@ -4,14 +4,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is absent on purpose
-
 import tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from oapl_jax.errors import UserError
 from oapl_jax.model.config import ModelConfig
 
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is absent on purpose
+# transformers is imported where it is used: it takes a second, and a misspelt flag should not.
 PAD, EOS = "<pad>", "<eos>"
 CONTENTS_ONLY = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -23,6 +22,8 @@ def load_tokenizer(directory: str | Path) -> Any:
         raise UserError(
             f"no tokenizer in {directory}: tokenizer_config.json is missing; copy its files there"
         )
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     for attribute in ("chat_template", "eos_token_id"):
         if getattr(tokenizer, attribute) is None:
@@ -37,6 +38,8 @@ def make_character_tokenizer(characters: str, directory: str | Path) -> Any:
 
     Ids: 0 <pad>, 1 <eos>, then the characters in order. The chat template concatenates contents.
     """
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, *dict.fromkeys(characters)])}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")

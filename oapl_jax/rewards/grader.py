@@ -11,10 +11,9 @@ import dataclasses
 import itertools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from oapl_jax.config import RewardsConfig
 from oapl_jax.data.prompts import PromptTemplate, response_text
@@ -27,6 +26,9 @@ from oapl_jax.rewards.documents.verifier import DocumentVerifier
 from oapl_jax.rewards.math.verifier import MathVerifier
 from oapl_jax.rewards.tasks import FINAL_ANSWERS, VERIFIERS
 from oapl_jax.structs import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 OPENED = {"math": MathVerifier, "code": CodeVerifier, "documents": DocumentVerifier}
 CHECKED = 2  # records of the data, beside the known problems
@@ -64,7 +66,7 @@ class Grader:
     (the code released with arXiv 2602.19362).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: RewardsConfig):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: RewardsConfig):
         self._tokenizer, self._config = tokenizer, config
         self._opened: dict[str, MathVerifier | CodeVerifier | DocumentVerifier] = {}
         self._lock = threading.Lock()

@@ -3,11 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 from etils import epath
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 def plot_learning(
@@ -26,7 +22,10 @@ def plot_learning(
       path: the PNG to write.
       title: of the picture.
     """
-    figure, ((learned, lagged), (moved, fitted)) = plt.subplots(2, 2, figsize=(11, 7))
+    from matplotlib.figure import Figure  # slow to import, and not for every run
+
+    figure = Figure(figsize=(11, 7))
+    (learned, lagged), (moved, fitted) = figure.subplots(2, 2)
     last = lines[-1]["step"] if lines else 0
 
     _plot(
@@ -61,7 +60,6 @@ def plot_learning(
     figure.tight_layout()
     with path.open("wb") as file:
         figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
 
 
 def _plot(axis, lines: Sequence[Mapping[str, Any]], key: str, label: str, **style: Any) -> None:
