@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 from oapl_jax.curriculum import pass_rates
 from oapl_jax.curriculum.actor_curator import ActorCurator
-from oapl_jax.curriculum.stream import Curriculum, PromptScorer, Uniform
+from oapl_jax.curriculum.stream import Curriculum, PromptScorer
 
 __all__ = ["CURRICULA", "Curriculum", "PromptScorer"]
 
 # Each takes the sections `rates`, `window` and `curator` of the configuration and the further
 # arguments of ActorCurator, and ignores those that it does not need.
 CURRICULA: dict[str, Callable[..., PromptScorer]] = {
-    "uniform": lambda **_: Uniform(),
+    "uniform": lambda **_: PromptScorer(),
     "window": lambda *, rates, window, **_: pass_rates.PassRates(
         functools.partial(pass_rates.window, config=window), rates
     ),

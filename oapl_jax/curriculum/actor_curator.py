@@ -12,18 +12,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from oapl_jax.config import CuratorConfig
-from oapl_jax.curriculum.curator import (
-    Curator,
-    CuratorState,
-    init_state,
-    make_step,
-    pad_prompts,
-    score,
-    utility,
-)
+from oapl_jax.curriculum.curator import Curator, make_step, pad_prompts, score, utility
 from oapl_jax.curriculum.stream import PromptScorer
 from oapl_jax.errors import UserError
 from oapl_jax.learner.optimizer import make_optimizer
+from oapl_jax.learner.train_step import TrainState, init_state
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import gathered
@@ -32,24 +25,12 @@ from oapl_jax.structs import Group, Prompt
 
 @dataclasses.dataclass
 class Round:
-    """One choice, until all its groups have ended.
-
-    Attributes:
-      candidates: C prompts.
-      log_p: float64[C], of the choice.
-      count: number of chosen prompts.
-      awaited: stream index -> candidate index of chosen prompts whose groups are to end.
-      utility: float32[C], of the prompts of the latest gradient step, 0 elsewhere.
-    """
+    """One choice, until all its groups have ended."""
 
     candidates: Sequence[Prompt]
-    log_p: np.ndarray
-    count: int
-    awaited: dict[int, int]
-    utility: np.ndarray = dataclasses.field(init=False)
-
-    def __post_init__(self):
-        self.utility = np.zeros(len(self.candidates), np.float32)
+    log_p: np.ndarray  # float64[C], of the choice
+    count: int  # of chosen prompts
+    awaited: dict[int, int]  # chosen, and not ended: stream index -> candidate index
 
     def state(self) -> list[Any]:
         indices = [prompt.stream_index for prompt in self.candidates]
@@ -73,9 +54,6 @@ class ActorCurator(PromptScorer):
     Args:
       curator: settings; starts from the checkpoint at `curator.path`, or from `seed`.
       policy: sizes of the policy: both read the same tokens.
-      mesh: the learner's.
-      seed: of a fresh network.
-      max_prompt_tokens: of a prompt.
       num_steps: of the learner. The curator's learning rate decays over `curator.passes` times as
         many, as if each step trained on one choice.
 
@@ -109,6 +87,7 @@ class ActorCurator(PromptScorer):
         if path:
             start = hf.load_params(path, sizes, mesh=mesh)
             start.pop("head", None)  # of tokens, unless tied; the curator has its own
+            start["score"] = jnp.zeros(sizes.hidden_size, jnp.float32)
         sizes = dataclasses.replace(sizes, tie_embeddings=True)
         model = Curator(sizes, jnp.dtype(curator.dtype), curator.remat)
         optimizer = make_optimizer(**vars(curator.optim), num_steps=num_steps * curator.passes)
@@ -166,33 +145,30 @@ class ActorCurator(PromptScorer):
         if logp is None:
             return
         rows = np.split(logp, np.cumsum([len(g.rollouts) for g in groups])[:-1])
-        for group, of_group in zip(groups, rows, strict=True):
-            for round_ in self._rounds:
+        for round_ in self._rounds:
+            value = np.zeros(len(round_.candidates), np.float32)  # 0 for prompts not in this step
+            for group, of_group in zip(groups, rows, strict=True):
                 # In no round if it was sampled in the dormant phase, is recorded or replayed.
                 if group.prompt.stream_index in round_.awaited:
                     index = round_.awaited.pop(group.prompt.stream_index)
-                    round_.utility[index] = utility(group, of_group)
-        for round_ in self._rounds:
-            if round_.utility.any():
-                self._train(round_)
+                    value[index] = utility(group, of_group)
+            if value.any():
+                self._train(round_, value)
         self._rounds = [round_ for round_ in self._rounds if round_.awaited]
 
-    def _train(self, round_: Round) -> None:
+    def _train(self, round_: Round, value: np.ndarray) -> None:
         tokens, segments = pad_prompts(round_.candidates, width=self._width, rows=self._config.rows)
-        missing = len(tokens) - len(round_.candidates)
-        log_p = np.pad(round_.log_p.astype(np.float32), (0, missing), constant_values=-np.inf)
-        value = np.pad(round_.utility, (0, missing))
+        missing = (0, len(tokens) - len(value))
+        log_p = np.pad(round_.log_p.astype(np.float32), missing, constant_values=-np.inf)
+        batch = tokens, segments, log_p, np.pad(value, missing), round_.count
         metrics = {}
         for _ in range(self._config.passes):
-            self._curator, metrics = self._step(
-                self._curator, tokens, segments, log_p, value, round_.count
-            )
+            self._curator, metrics = self._step(self._curator, *batch)
         self._steps += self._config.passes
         self._gather()
         metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
         metrics |= {"utility": float(np.sum(value)) / round_.count, "steps": self._steps}
         self._latest = {f"curriculum/{name}": x for name, x in metrics.items()}
-        round_.utility[:] = 0
 
     def metrics(self) -> dict[str, float]:
         return dict(self._latest)
@@ -218,5 +194,5 @@ class ActorCurator(PromptScorer):
         self._learner_steps, self._steps = state["learner_steps"], state["steps"]
         self._rounds = [Round.restored(round_, at) for round_ in state["rounds"]]
         self._latest = dict(state["latest"])
-        self._curator = CuratorState(**read(self.arrays()))
+        self._curator = TrainState(**read(self.arrays()))
         self._gather()

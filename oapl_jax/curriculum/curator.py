@@ -1,11 +1,9 @@
 """The curator of actor-curator (arXiv 2602.20532): network, utility, surrogate, gradient step."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from oapl_jax.model.config import ModelConfig
-from oapl_jax.model.sharding import parameter_shardings
+from oapl_jax.learner.train_step import TrainState, state_shardings
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives.advantages import advantage
 from oapl_jax.objectives.ratios import bounded_exp
-from oapl_jax.structs import Group, Leaf, Prompt
+from oapl_jax.structs import Group, Prompt
 
 MAX_LOG_RATIO = 20.0  # mean of a response's tokens; above it exp overflows long before learning
 
@@ -61,19 +58,17 @@ def surrogate(
         L = -1/k sum_{x in S} min( rho U, clip(rho, 1 - eps, 1 + eps) U ),  rho(x) = p(x) / p_old(x)
 
     Both probabilities are normalized over the same C candidates, of which the k in S were sampled:
-    p = softmax(logits / temperature), and p_old is that of the choice. With different normalizers
+    p = softmax(logits / tau), and p_old is that of the choice. With different normalizers
     the ratio of an unchanged curator would not be 1; with S alone as the normalizer, candidates
     outside of S would not lose probability to useful ones. At rho = 1 the gradient by a logit is
-    (p(x) sum U - U(x)) / (k temperature). Where U < 0 the term is not clipped above rho = 1, as in
+    (p(x) sum U - U(x)) / (k tau). Where U < 0 the term is not clipped above rho = 1, as in
     PPO; beyond rho = e^20 it has no gradient.
 
     Args:
       logits: of the current curator.
       log_p: log p_old; -inf where there is no candidate.
       utility: U; 0 outside of S, and where unknown.
-      count: k.
-      temperature: of the choice.
-      clip: eps.
+      count, temperature, clip: k, tau of the choice, and eps.
 
     Returns:
       The loss, and metrics: share of the prompts with a utility whose term is clipped.
@@ -86,75 +81,20 @@ def surrogate(
     return -jnp.sum(terms) / count, {"clip_fraction": clipped}
 
 
-class Curator(nn.Module):
-    """The policy's decoder with a scalar head on the last token of a prompt.
+class Curator(Transformer):
+    """The policy's decoder with a scalar head, `score`, on the last token of a prompt.
 
     The head is initialized to zero: all prompts are equal until one has a utility.
     """
 
-    config: ModelConfig
-    dtype: jnp.dtype
-    remat: str
-
     @nn.compact
-    def __call__(self, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-        """int32[B, P] tokens, int32[B, P] segments (1; 0 in the padding) -> float32[B]."""
-        decoder = Transformer(self.config, self.dtype, self.remat, name="decoder")
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        hidden: Any = decoder(tokens, positions, segments)
+    def __call__(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+        """int32[B, P] tokens, positions, segments (1; 0 in the padding) -> float32[B]."""
+        hidden: Any = super().__call__(tokens, positions, segments)
         last = jnp.maximum(jnp.sum(segments, axis=1) - 1, 0)
         state = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         score = self.param("score", nn.initializers.zeros, (self.config.hidden_size,), jnp.float32)
         return state.astype(jnp.float32) @ score
-
-
-@flax.struct.dataclass
-class CuratorState:
-    params: Any  # float32 masters: {"decoder": as the policy's, "score": [D]}
-    opt_state: Any
-    skipped: Leaf  # int32[], steps whose loss or gradient was not finite
-
-
-def new_state(params: Any, optimizer: optax.GradientTransformation) -> CuratorState:
-    return CuratorState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-
-
-def init_params(model: Curator, key: jax.Array) -> Any:
-    blank = jnp.zeros((1, 2), jnp.int32)
-    return model.init(key, blank, blank)["params"]
-
-
-def state_shardings(
-    model: Curator, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> CuratorState:
-    """Shards decoder and moments as the policy's; the head is replicated."""
-    params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-    replicated = NamedSharding(mesh, P())
-    placed = {"decoder": parameter_shardings(params["decoder"], mesh), "score": replicated}
-    shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), params)
-    moments = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, s: s,
-        shapes.opt_state,
-        placed,
-        transform_non_params=lambda _: replicated,
-    )
-    return CuratorState(placed, moments, replicated)
-
-
-def init_state(
-    model: Curator, optimizer: optax.GradientTransformation, mesh: Mesh, start: Any | int
-) -> CuratorState:
-    """Initializes a sharded state from a decoder's parameters, or from a seed."""
-    shardings = state_shardings(model, optimizer, mesh)
-    if isinstance(start, int):
-        make = lambda key: new_state(init_params(model, key), optimizer)
-        return jax.jit(make, out_shardings=shardings)(jax.random.key(start))
-    params = {"decoder": start, "score": jnp.zeros(model.config.hidden_size, jnp.float32)}
-    params = jax.device_put(params, shardings.params)
-    return jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=shardings)(
-        params
-    )
 
 
 def make_step(
@@ -165,15 +105,15 @@ def make_step(
     rows: int,
     temperature: float,
     clip: float,
-) -> Callable[..., tuple[CuratorState, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles (state, tokens[C, P], segments[C, P], log_p[C], utility[C], count) -> (state,
     metrics): one gradient step on the surrogate.
 
     Activations of `rows` prompts at a time are kept for the backward pass. If loss or gradient is
-    not finite, only `skipped` changes.
+    not finite, only the counts change.
     """
 
-    def step(state: CuratorState, tokens, segments, log_p, utility, count):
+    def step(state: TrainState, tokens, segments, log_p, utility, count):
         def loss_fn(params):
             logits = score(params, tokens, segments, model=model, rows=rows)
             return surrogate(
@@ -185,17 +125,17 @@ def make_step(
             grad_norm = optax.tree.norm(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-            new = CuratorState(
-                params=keep(optax.apply_updates(state.params, updates), state.params),
-                opt_state=keep(opt_state, state.opt_state),
-                skipped=state.skipped + 1 - finite.astype(jnp.int32),
+            new = optax.apply_updates(state.params, updates), opt_state
+            params, opt_state = jax.tree.map(
+                lambda x, old: jnp.where(finite, x, old), new, (state.params, state.opt_state)
             )
-        metrics = {**metrics, "loss": loss, "grad_norm": grad_norm, "skipped": new.skipped}
+            bad = 1 - finite.astype(jnp.int32)
+            in_a_row = (state.skipped_in_a_row + 1) * bad
+            new = TrainState(state.step + 1, params, opt_state, state.skipped + bad, in_a_row)
+        metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped": new.skipped}
         return new, metrics
 
-    shardings = state_shardings(model, optimizer, mesh)
-    replicated = NamedSharding(mesh, P())
+    shardings, replicated = state_shardings(model, optimizer, mesh), NamedSharding(mesh, P())
     return jax.jit(
         step,
         in_shardings=(shardings, *([replicated] * 5)),
@@ -207,9 +147,10 @@ def score(
     params: Any, tokens: jax.Array, segments: jax.Array, *, model: Curator, rows: int
 ) -> jax.Array:
     """float32[C] logits of int32[C, P] prompts, `rows` at a time."""
-    portions = lambda x: x.reshape(-1, rows, x.shape[-1])
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    portions = [x.reshape(-1, rows, x.shape[-1]) for x in (tokens, positions, segments)]
     one = jax.checkpoint(lambda portion: model.apply({"params": params}, *portion))
-    return jax.lax.map(one, (portions(tokens), portions(segments))).reshape(-1)
+    return jax.lax.map(one, portions).reshape(-1)
 
 
 def pad_prompts(

@@ -46,6 +46,8 @@ class PassRates(PromptScorer):
       config: `decay`; p0 = `prior_rate`, in (0, 1), so that no rate is 0 or 1; k = `prior_count`.
     """
 
+    awake = True
+
     def __init__(self, weigh: Callable[[Rates], Rates], config: PassRatesConfig):
         self._weigh, self._config = weigh, config
         self._counts: dict[str, tuple[float, float]] = {}  # id -> (n, s)

@@ -14,21 +14,15 @@ class PromptScorer:
     """Base class of curricula: scores candidate prompts, and learns from sampled groups.
 
     Every method but `awake` and `rescores` is called with the buffer's lock held: by the worker's
-    thread at a choice, by the learner's when it trains and saves. Unused events are ignored here.
+    thread at a choice, by the learner's when it trains and saves. The base class itself is the
+    uniform curriculum: never awake, ignores all events.
     """
 
-    @property
-    def awake(self) -> bool:
-        """True if prompts are chosen; otherwise every prompt of the stream is sampled."""
-        return True
-
-    @property
-    def rescores(self) -> bool:
-        """True if `trained` needs log-probs by the updated learner."""
-        return False
+    awake: bool = False  # True if prompts are chosen; else every prompt of the stream is sampled
+    rescores: bool = False  # True if `trained` needs log-probs by the updated learner
 
     def logits(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """float[C]: prompts are chosen by the softmax of these; uniform here."""
+        """float[C]: prompts are chosen by the softmax of these."""
         return np.zeros(len(prompts))
 
     def picked(self, candidates: Sequence[Prompt], log_p: np.ndarray, chosen: np.ndarray) -> None:
@@ -69,14 +63,6 @@ class PromptScorer:
         """
 
 
-class Uniform(PromptScorer):
-    """Never awake: the stream as it comes."""
-
-    @property
-    def awake(self) -> bool:
-        return False
-
-
 def log_softmax(logits: Float[np.ndarray, " C"]) -> Float[np.ndarray, " C"]:
     """log softmax in float64."""
     shifted = np.asarray(logits, np.float64) - np.max(logits)
@@ -94,15 +80,9 @@ def choose(
 ) -> tuple[Int[np.ndarray, " count"], int]:
     """Samples `count` of C candidates without replacement (arXiv 2602.20532).
 
-    With n the size of the nucleus, m = min(n, count) are sampled one after the other by p, each
-    from the remaining ones; the others uniformly from the rest. The more p is concentrated, the
-    more samples go to exploration.
-
-    Args:
-      log_p: normalized over the candidates.
-      count: at most C.
-      top_p: mass of the nucleus.
-      rng: advanced.
+    With n the size of the nucleus of mass `top_p`, m = min(n, count) are sampled one after the
+    other by p, each from the remaining ones; the others uniformly from the rest. The more p is
+    concentrated, the more samples go to exploration.
 
     Returns:
       Indices in ascending order, and m.
@@ -120,13 +100,8 @@ class Curriculum(Iterator[Prompt]):
     A chosen prompt keeps its stream index; the others are skipped, and come again in another epoch.
     While the scorer is not awake this is the stream itself.
 
-    Args:
-      prompts: the stream of candidates, uniform over the data.
-      scorer: scores them.
-      candidates: C.
-      picks: at most C.
-      top_p: see `choose`.
-      seed: with the first candidate's stream index it names the random numbers of a choice.
+    Random numbers of a choice follow from `seed` and the first candidate's stream index; for
+    `top_p` see `choose`.
     """
 
     def __init__(
@@ -164,7 +139,6 @@ class Curriculum(Iterator[Prompt]):
         return [candidates[i] for i in chosen]
 
     def at(self, stream_index: int) -> Prompt:
-        """See PromptStream.at."""
         return self._prompts.at(stream_index)
 
     @property

@@ -30,6 +30,7 @@ PARAMETER_RULES = (
     (r"layers/o/bias", P(None, None)),
     (r"layers/\w+_norm/scale", P(None, None)),
     (r"final_norm/scale", P(None)),
+    (r"score", P(None)),  # the head of a curator (curriculum/curator.py)
 )
 
 

@@ -10,29 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from small_models import assert_same, small_mesh
 
 from configs import arithmetic
 from oapl_jax.config import Config, CuratorConfig, DifficultyWindowConfig, PassRatesConfig
 from oapl_jax.curriculum import CURRICULA, Curriculum
-from oapl_jax.curriculum.curator import (
-    Curator,
-    init_state,
-    make_step,
-    pad_prompts,
-    state_shardings,
-    surrogate,
-    utility,
-)
+from oapl_jax.curriculum.curator import Curator, make_step, pad_prompts, surrogate, utility
 from oapl_jax.curriculum.pass_rates import PassRates, learnability, window
 from oapl_jax.curriculum.stream import choose, log_softmax, nucleus_size
 from oapl_jax.data.prompts import PromptStream, PromptTemplate
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
 from oapl_jax.learner.optimizer import make_optimizer
-from oapl_jax.learner.train_step import init_params, new_state
+from oapl_jax.learner.train_step import init_params, init_state, new_state, state_shardings
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
-from oapl_jax.model.sharding import make_mesh
 from oapl_jax.model.tokenizer import make_character_tokenizer
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.rollout.buffer import Buffer, GroupStore
@@ -45,20 +37,8 @@ CONFIG = Config.from_dict(arithmetic.get_config().to_dict())
 SECTION = CONFIG.curriculum
 ONE, EIGHT = (1, 1, 1, 1), (2, 2, 1, 2)  # data, fsdp, context, tensor
 CANDIDATES, PICKS = 12, 4
+pytestmark = pytest.mark.usefixtures("kept_programs")
 SMALL = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, head_dim=8)
-
-
-def mesh_of(sizes):
-    """A mesh of this shape on all eight devices, or on the first one."""
-    axes = dict(zip(("data", "fsdp", "context", "tensor"), sizes, strict=True))
-    if np.prod(sizes) == 8:
-        return make_mesh(**axes)
-    devices = np.array(jax.devices()[:1]).reshape(sizes)
-    auto = (jax.sharding.AxisType.Auto,) * 4
-    return jax.sharding.Mesh(devices, tuple(axes), axis_types=auto)
-
-
-# The choice
 
 
 def test_a_nucleus_is_the_largest_set_within_its_mass():
@@ -68,14 +48,13 @@ def test_a_nucleus_is_the_largest_set_within_its_mass():
 
 
 def test_samples_without_replacement_from_the_remaining_mass():
-    """Compares with the exact probabilities of successive samples from 0.5, 0.3, 0.15, 0.05."""
+    """Compares with the exact probabilities of successive samples."""
     p, rng = np.array([0.5, 0.3, 0.15, 0.05]), np.random.default_rng(0)
     exact = {
         (i, j): p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j])
         for i, j in itertools.combinations(range(4), 2)
     }
-    tries = 20000
-    found = dict.fromkeys(exact, 0)
+    found, tries = dict.fromkeys(exact, 0), 20000
     for _ in range(tries):
         chosen, by_p = choose(np.log(p), 2, top_p=0.96, rng=rng)
         assert by_p == 2
@@ -92,21 +71,15 @@ def test_samples_beyond_the_nucleus_are_uniform():
     counts = np.zeros(5)
     for _ in range(tries):
         chosen, by_p = choose(np.log(p), 3, top_p=0.92, rng=rng)
-        assert by_p == 1
-        assert len(set(chosen)) == 3
-        assert list(chosen) == sorted(chosen)
+        assert (by_p, len(chosen)) == (1, 3)
+        assert list(chosen) == sorted(set(chosen))
         counts[chosen] += 1
     # One by p, and two of the other four uniformly.
     share = p + (1 - p) * 0.5
     np.testing.assert_allclose(counts / tries, share, atol=4 * 0.5 / np.sqrt(tries))
-
-
-def test_all_candidates_can_be_chosen():
+    # All candidates can be chosen.
     chosen, by_p = choose(np.log([0.7, 0.2, 0.1]), 3, top_p=0.9, rng=np.random.default_rng(0))
     assert (list(chosen), by_p) == ([0, 1, 2], 2)
-
-
-# Pass rates
 
 
 def group_of(name, rewards, stream_index=0):
@@ -116,13 +89,12 @@ def group_of(name, rewards, stream_index=0):
     return Group(prompt, (one,) * len(rewards), np.array(rewards, np.float32))
 
 
-def rates_of(prior_count):
-    config = PassRatesConfig(decay=0.5, prior_rate=0.5, prior_count=prior_count)
-    return PassRates(learnability, config)
+def pass_rates():
+    return PassRates(learnability, PassRatesConfig(decay=0.5, prior_rate=0.5, prior_count=2.0))
 
 
 def test_pass_rates_decay_and_begin_at_the_prior():
-    rates = rates_of(prior_count=2.0)
+    rates, again = pass_rates(), pass_rates()
     unseen, seen = group_of("a", [0]).prompt, group_of("b", [0]).prompt
     rates.ended(group_of("b", [1, 0, 0, 0]))
     rates.ended(group_of("b", [1, 1, 1, 0]))
@@ -130,7 +102,6 @@ def test_pass_rates_decay_and_begin_at_the_prior():
     expected = [0.5, (3.5 + 1) / (6 + 2)]
     np.testing.assert_allclose(rates.rates([unseen, seen]), expected)
     np.testing.assert_allclose(np.exp(rates.logits([unseen, seen])), [0.25, 0.5625 * 0.4375])
-    again = rates_of(prior_count=2.0)
     again.restore(json.loads(json.dumps(rates.state(set()))), None, None)
     np.testing.assert_array_equal(again.rates([unseen, seen]), expected)
 
@@ -146,47 +117,39 @@ def test_weights_of_window_and_learnability():
 @pytest.mark.parametrize("rewards", [[-1, 0], [0, 2]])
 def test_rejects_rewards_that_are_no_pass_rates(rewards):
     with pytest.raises(UserError, match=r"prompt hard .* curriculum\.name"):
-        rates_of(prior_count=1.0).ended(group_of("hard", rewards))
-
-
-# Utility and surrogate
+        pass_rates().ended(group_of("hard", rewards))
 
 
 def test_utility_is_the_improvement_on_old_rollouts():
     """Compares with the definition in float64; the padding of the rows is not read."""
     rng = np.random.default_rng(3)
     lengths, reward = [1, 4, 2, 3], np.array([1, 0, 0, 1], np.float32)
+    logp, behavior = rng.normal(size=(2, 4, 6)).astype(np.float32)
+    logp[np.arange(6) >= np.array(lengths)[:, None]] = np.nan
     rollouts = tuple(
-        Rollout(np.zeros(n, np.int32), rng.normal(size=n).astype(np.float32), 0, "stop")
-        for n in lengths
+        Rollout(np.zeros(n, np.int32), row[:n], 0, "stop")
+        for row, n in zip(behavior, lengths, strict=True)
     )
-    logp = rng.normal(size=(4, 6)).astype(np.float32)
-    for row, n in zip(logp, lengths, strict=True):
-        row[n:] = np.nan
     group = Group(group_of("x", [0]).prompt, rollouts, reward)
-    r = reward.astype(np.float64)
-    a = (r - r.mean()) / (r.std(ddof=1) + 1e-6)
-    s = [
-        np.exp((logp[i, :n].astype(np.float64) - rollouts[i].behavior_logp).mean())
-        for i, n in enumerate(lengths)
-    ]
+    a = (reward - 0.5) / (np.std(reward, ddof=1, dtype=np.float64) + 1e-6)
+    s = np.exp(np.nanmean(logp.astype(np.float64) - behavior, axis=1))
     assert utility(group, logp) == pytest.approx(np.mean(s * a), rel=1e-6)
     same = dataclasses.replace(group, reward=np.ones(4, np.float32))
     assert utility(same, logp) == 0
 
 
 def numpy_surrogate(logits, log_p, u, *, count, temperature, clip):
-    """The definition in float64, term by term."""
+    """The definition in float64."""
     z = np.asarray(logits, np.float64) / temperature
-    p = np.exp(z) / np.exp(z).sum()
-    total = 0.0
-    for probability, old, value in zip(p, np.exp(np.float64(log_p)), u, strict=True):
-        rho = probability / old
-        total += min(rho * value, min(max(rho, 1 - clip), 1 + clip) * value)
-    return -total / count
+    rho = np.exp(z) / np.exp(z).sum() / np.exp(np.float64(log_p))
+    return -np.minimum(rho * u, np.clip(rho, 1 - clip, 1 + clip) * u).sum() / count
 
 
 SETTINGS = dict(count=3, temperature=0.7, clip=0.2)
+
+
+def loss_of(logits, log_p, u):
+    return surrogate(*map(jnp.array, (logits, log_p, u)), **SETTINGS)[0]
 
 
 def test_surrogate_equals_its_definition():
@@ -194,35 +157,25 @@ def test_surrogate_equals_its_definition():
     clipped = []
     for _ in range(20):
         logits, old = rng.normal(size=(2, 6)) * 0.5
-        log_p = log_softmax(old)
-        u = np.where(rng.random(6) < 0.5, rng.normal(size=6), 0)
-        found, metrics = surrogate(jnp.array(logits), jnp.array(log_p), jnp.array(u), **SETTINGS)
-        assert float(found) == pytest.approx(
-            numpy_surrogate(logits, log_p, u, **SETTINGS), rel=2e-5, abs=1e-6
-        )
+        of = logits, log_softmax(old), np.where(rng.random(6) < 0.5, rng.normal(size=6), 0)
+        found, metrics = surrogate(*map(jnp.array, of), **SETTINGS)
+        expected = numpy_surrogate(*of, **SETTINGS)
+        assert float(found) == pytest.approx(expected, rel=2e-5, abs=1e-6)
         clipped.append(float(metrics["clip_fraction"]))
     assert 0 < np.nanmean(clipped) < 1  # both branches occur
 
 
-def test_both_probabilities_have_one_normalizer():
-    """Every ratio of an unchanged curator is 1, whatever constant its logits carry."""
+def test_probabilities_of_an_unchanged_curator_have_one_normalizer():
+    """Every ratio is 1, whatever constant the logits carry; candidates not sampled are lowered."""
     logits = np.random.default_rng(1).normal(size=8)
     log_p, u = log_softmax(logits / 0.7), np.array([1, -2, 0, 0, 0, 3, 0, 0.5])
     for shift in (0.0, 5.0):
-        loss, metrics = surrogate(
-            jnp.array(logits + shift), jnp.array(log_p), jnp.array(u), **SETTINGS
-        )
+        of = map(jnp.array, (logits + shift, log_p, u))
+        loss, metrics = surrogate(*of, **SETTINGS)
         assert float(loss) == pytest.approx(-u.sum() / 3, rel=1e-5)
         assert float(metrics["clip_fraction"]) == 0
-
-
-def test_the_gradient_lowers_candidates_that_were_not_sampled():
-    logits = np.random.default_rng(1).normal(size=8).astype(np.float32)
-    log_p = log_softmax(logits / 0.7)
-    u = np.array([1, -2, 0, 0, 0, 3, 0, 0.5])
-    loss = lambda x: surrogate(x, jnp.array(log_p), jnp.array(u), **SETTINGS)[0]
+    found = jax.grad(loss_of)(jnp.array(logits), log_p, u)
     expected = (np.exp(log_p) * u.sum() - u) / (3 * 0.7)
-    found = jax.grad(loss)(jnp.array(logits))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert np.all(found[np.array([2, 3, 4, 6])] > 0)  # descent lowers them
 
@@ -230,10 +183,10 @@ def test_the_gradient_lowers_candidates_that_were_not_sampled():
 def test_clipped_prompts_and_missing_ones_have_no_gradient():
     logits, u = np.array([2.0, 0.0, 0.0, 9.0]), np.array([1.0, 0.0, 0.0, 0.0])
     log_p = np.array([*np.log([1 / 3] * 3), -np.inf])  # the fourth is no candidate
-    loss = lambda x: surrogate(x, jnp.array(log_p), jnp.array(u), **SETTINGS)[0]
-    assert float(loss(jnp.array(logits))) == pytest.approx(-1.2 / 3, rel=1e-5)
-    np.testing.assert_array_equal(jax.grad(loss)(jnp.array(logits)), np.zeros(4))
-    near = jax.grad(loss)(jnp.array([0.01, 0.0, 0.0, 9.0]))
+    value, gradient = jax.value_and_grad(loss_of)(jnp.array(logits), log_p, u)
+    assert float(value) == pytest.approx(-1.2 / 3, rel=1e-5)
+    np.testing.assert_array_equal(gradient, np.zeros(4))
+    near = jax.grad(loss_of)(jnp.array([0.01, 0.0, 0.0, 9.0]), log_p, u)
     assert near[0] < 0
     assert near[3] == 0
 
@@ -241,14 +194,9 @@ def test_clipped_prompts_and_missing_ones_have_no_gradient():
 @pytest.mark.parametrize("u", [[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
 def test_the_loss_is_finite_when_a_probability_explodes(u):
     """A nearly impossible prompt is now certain: exp of the log-ratio overflows float32."""
-    log_p, logits = jnp.array([0.0, -95.0]), jnp.array([0.0, 1.0])
-    loss = lambda x: surrogate(x, log_p, jnp.array(u), **SETTINGS)[0]
-    value, gradient = jax.value_and_grad(loss)(logits)
+    value, gradient = jax.value_and_grad(loss_of)(jnp.array([0.0, 1.0]), [0.0, -95.0], u)
     assert np.isfinite(value)
     assert np.all(np.isfinite(gradient))
-
-
-# The stream
 
 
 @pytest.fixture(scope="module")
@@ -272,27 +220,14 @@ def curator_config(**changes) -> CuratorConfig:
 
 
 def scorer_of(name, *, mesh=None, policy=POLICY, max_prompt_tokens=6, **curator):
-    return CURRICULA[name](
-        rates=SECTION.rates,
-        window=SECTION.window,
-        curator=curator_config(**curator),
-        policy=policy,
-        mesh=mesh or mesh_of(ONE),
-        seed=3,
-        max_prompt_tokens=max_prompt_tokens,
-        num_steps=10,
-    )
+    sections = dict(rates=SECTION.rates, window=SECTION.window, curator=curator_config(**curator))
+    sizes = dict(max_prompt_tokens=max_prompt_tokens, num_steps=10)
+    return CURRICULA[name](**sections, **sizes, policy=policy, mesh=mesh or small_mesh(), seed=3)
 
 
 def curriculum_of(name, tokenizer, **curator):
-    return Curriculum(
-        prompts_of(tokenizer),
-        scorer_of(name, **curator),
-        candidates=CANDIDATES,
-        picks=PICKS,
-        top_p=0.9,
-        seed=5,
-    )
+    settings = dict(candidates=CANDIDATES, picks=PICKS, top_p=0.9, seed=5)
+    return Curriculum(prompts_of(tokenizer), scorer_of(name, **curator), **settings)
 
 
 def taken(stream, count):
@@ -316,16 +251,10 @@ def indices(prompts):
     return [prompt.stream_index for prompt in prompts]
 
 
-def assert_equal(one, other):
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), one, other)
-
-
 def test_uniform_is_the_stream_itself(tokenizer):
     curriculum, stream = curriculum_of("uniform", tokenizer), prompts_of(tokenizer)
-    found = taken(curriculum, 50)
-    assert [(p.id, p.stream_index) for p in found] == [
-        (p.id, p.stream_index) for p in taken(stream, 50)
-    ]
+    found, expected = taken(curriculum, 50), taken(stream, 50)
+    assert [(p.id, p.stream_index) for p in found] == [(p.id, p.stream_index) for p in expected]
     assert curriculum.state()["stream"] == stream.state()
     assert curriculum.metrics() == {}
 
@@ -334,8 +263,7 @@ def test_chosen_prompts_keep_their_stream_indices(tokenizer):
     curriculum = curriculum_of("learnability", tokenizer)
     for round_ in range(5):
         chosen = taken(curriculum, PICKS)
-        first = round_ * CANDIDATES
-        assert all(first <= index < first + CANDIDATES for index in indices(chosen))
+        assert {index // CANDIDATES for index in indices(chosen)} == {round_}
         assert indices(chosen) == sorted(set(indices(chosen)))
         for prompt in chosen:
             assert curriculum.at(prompt.stream_index).id == prompt.id
@@ -356,16 +284,15 @@ def test_prompts_that_are_always_solved_are_sampled_less(tokenizer):
         assert np.mean(counts[-20:]) > 0.8, name
 
 
-@pytest.mark.parametrize("name", ["uniform", "window", "learnability", "actor_curator"])
+@pytest.mark.parametrize("name", CURRICULA)
 def test_resumes_bit_for_bit(tokenizer, name):
     """Saves within a round, with groups in flight; the original continues too."""
     curriculum = curriculum_of(name, tokenizer)
     useful = lambda prompt: 0.1 * (prompt.stream_index % 3 == 0)
-    train_on(curriculum.scorer, taken(curriculum, PICKS), useful)
-    train_on(curriculum.scorer, taken(curriculum, PICKS), useful)
-    train_on(curriculum.scorer, taken(curriculum, PICKS), useful)
+    for _ in range(3):
+        train_on(curriculum.scorer, taken(curriculum, PICKS), useful)
     in_flight = taken(curriculum, PICKS + 2)
-    alive = {*indices(in_flight)}
+    alive = set(indices(in_flight))
     saved = json.dumps([curriculum.state(), curriculum.scorer.state(alive)])
     arrays = jax.device_get(curriculum.scorer.arrays())
 
@@ -385,7 +312,7 @@ def test_resumes_bit_for_bit(tokenizer, name):
     assert again.state() == curriculum.state()
     assert again.scorer.state(set()) == curriculum.scorer.state(set())
     assert again.metrics() == curriculum.metrics()
-    assert_equal(again.scorer.arrays(), curriculum.scorer.arrays())
+    assert_same(again.scorer.arrays(), curriculum.scorer.arrays())
 
 
 def test_a_checkpoint_awaits_chosen_prompts_that_were_not_sampled_yet(tokenizer, tmp_path):
@@ -403,9 +330,6 @@ def test_a_checkpoint_awaits_chosen_prompts_that_were_not_sampled_yet(tokenizer,
     [(_, _, _, awaited)] = saved["scorer"]["rounds"]
     to_come = taken(curriculum, PICKS - 3)
     assert {index for index, _ in awaited} == {*indices([held, in_flight, *to_come])}
-
-
-# Actor-curator
 
 
 def parameters(curriculum):
@@ -501,13 +425,14 @@ def test_a_curator_learns_which_prompts_are_useful(tokenizer):
 
 
 FAST = dataclasses.replace(SECTION.curator.optim, learning_rate=1e-2)
+SIZES = ModelConfig.from_hf({**curator_config().architecture, "vocab_size": 16}, source="tests")
+MODEL = Curator(SIZES, jnp.float32, "none")
+OPTIMIZER = make_optimizer(**vars(FAST), num_steps=10)
 
 
-def model_and_optimizer():
-    config = ModelConfig.from_hf(
-        {**curator_config().architecture, "vocab_size": 16}, source="tests"
-    )
-    return Curator(config, jnp.float32, "none"), make_optimizer(**vars(FAST), num_steps=10)
+def state_and_step(mesh):
+    step = make_step(MODEL, OPTIMIZER, mesh, rows=8, temperature=1.0, clip=0.2)
+    return init_state(MODEL, OPTIMIZER, mesh, 3), step
 
 
 def a_round(tokenizer):
@@ -519,15 +444,12 @@ def a_round(tokenizer):
 
 def three_steps(sizes, a_round):
     """State and metrics after three steps on a mesh; shardings do not change."""
-    mesh, (model, optimizer) = mesh_of(sizes), model_and_optimizer()
-    state = init_state(model, optimizer, mesh, 3)
-    step = make_step(model, optimizer, mesh, rows=8, temperature=1.0, clip=0.2)
-    kernel, (_, fsdp, _, tensor) = state.params["decoder"]["layers"]["q"]["kernel"], sizes
+    (state, step), metrics = state_and_step(mesh := small_mesh(*sizes)), {}
+    kernel, (_, fsdp, _, tensor) = state.params["layers"]["q"]["kernel"], sizes
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 16 // fsdp, 16 // tensor)
-    metrics = {}
     for _ in range(3):
         state, metrics = step(state, *a_round)
-    placed = state_shardings(model, optimizer, mesh)
+    placed = state_shardings(MODEL, OPTIMIZER, mesh)
     same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, placed)
     assert all(jax.tree.leaves(same))
     return jax.device_get((state, metrics))
@@ -542,20 +464,19 @@ def test_eight_devices_give_the_curator_of_one(tokenizer):
 
 
 def test_a_curator_is_restored_on_another_mesh(tokenizer, tmp_path):
-    first, second = (scorer_of("actor_curator", mesh=mesh_of(sizes)) for sizes in (EIGHT, ONE))
+    first, second = (scorer_of("actor_curator", mesh=small_mesh(*s)) for s in (EIGHT, ONE))
     prompts = taken(prompts_of(tokenizer), 8)
     for _ in range(3):
         first.picked(prompts, log_softmax(np.zeros(8)), np.arange(4))
         train_on(first, prompts[:4], lambda prompt: 0.1 * prompt.stream_index)
     policy = Transformer(POLICY, jnp.float32, "none")
-    optimizer = make_optimizer(**vars(FAST), num_steps=10)
-    state = new_state(jax.jit(functools.partial(init_params, policy))(jax.random.key(0)), optimizer)
+    state = new_state(jax.jit(functools.partial(init_params, policy))(jax.random.key(0)), OPTIMIZER)
     checkpoints = Checkpoints(epath.Path(tmp_path), keep=1)
     checkpoints.save(1, state, {}, b"", probe={}, curriculum=first.arrays())
     checkpoints.wait()
     saved = json.loads(json.dumps(first.state(ALL)))
     second.restore(saved, functools.partial(checkpoints.restore_curriculum, 1), None)
-    assert_equal(second.arrays(), first.arrays())
+    assert_same(second.arrays(), first.arrays())
     assert second.arrays()["params"]["score"].sharding.mesh.size == 1
     np.testing.assert_allclose(second.logits(prompts), first.logits(prompts), atol=1e-5)
     assert np.ptp(first.logits(prompts)) > 1e-3
@@ -563,15 +484,12 @@ def test_a_curator_is_restored_on_another_mesh(tokenizer, tmp_path):
 
 
 def test_non_finite_steps_change_nothing_and_are_counted(tokenizer):
-    mesh = mesh_of(ONE)
-    model, optimizer = model_and_optimizer()
-    state = init_state(model, optimizer, mesh, 3)
-    step = make_step(model, optimizer, mesh, rows=8, temperature=1.0, clip=0.2)
-    tokens, segments, log_p, u, count = a_round(tokenizer)
-    after, metrics = step(state, tokens, segments, log_p, np.full_like(u, np.nan), count)
+    state, step = state_and_step(small_mesh())
+    *prompts, u, count = a_round(tokenizer)
+    after, metrics = step(state, *prompts, np.full_like(u, np.nan), count)
     assert int(metrics["skipped"]) == 1
-    assert_equal((after.params, after.opt_state), (state.params, state.opt_state))
-    after, metrics = step(after, tokens, segments, log_p, u, count)
+    assert_same((after.params, after.opt_state), (state.params, state.opt_state))
+    after, metrics = step(after, *prompts, u, count)
     assert int(metrics["skipped"]) == 1
     assert not np.array_equal(after.params["score"], state.params["score"])
 
@@ -579,11 +497,7 @@ def test_non_finite_steps_change_nothing_and_are_counted(tokenizer):
 def test_a_score_does_not_depend_on_the_other_prompts(tokenizer):
     curriculum = curriculum_of("actor_curator", tokenizer, dormant=0, warmup=0, optim=FAST)
     for _ in range(4):
-        train_on(
-            curriculum.scorer,
-            taken(curriculum, PICKS),
-            lambda prompt: 0.1 * (prompt.stream_index % 2),
-        )
+        train_on(curriculum.scorer, taken(curriculum, PICKS), lambda p: 0.1 * (p.stream_index % 2))
     prompts = taken(prompts_of(tokenizer), 9)  # 3-digit and 2-digit numbers, so other lengths
     together = curriculum.scorer.logits(prompts)
     assert np.ptp(together) > 1e-2
@@ -594,11 +508,12 @@ def test_a_score_does_not_depend_on_the_other_prompts(tokenizer):
 def test_a_curator_starts_from_a_checkpoint(tmp_path):
     """Its decoder has the checkpoint's parameters, its head zeros."""
     policy = dataclasses.replace(POLICY, tie_embeddings=False)
-    params = init_params(Transformer(policy, jnp.float32, "none"), jax.random.key(7))
+    make = functools.partial(init_params, Transformer(policy, jnp.float32, "none"))
+    params = jax.jit(make)(jax.random.key(7))
     hf.save_params(params, policy, tmp_path, dtype="float32", max_shard_bytes=1 << 30)
     found = scorer_of("actor_curator", path=str(tmp_path)).arrays()["params"]
-    assert_equal(found["decoder"], {k: v for k, v in params.items() if k != "head"})
-    np.testing.assert_array_equal(found["score"], np.zeros(POLICY.hidden_size))
+    expected = {k: v for k, v in params.items() if k != "head"}
+    assert_same(found, {**expected, "score": jnp.zeros(POLICY.hidden_size)})
 
 
 @pytest.mark.parametrize(
@@ -612,30 +527,23 @@ def test_rejects_a_curator_that_does_not_fit_the_policy(tmp_path, changes):
 
 
 MISTAKES = {
-    "curriculum.name": "hard_first",
-    "curriculum.candidates": 31,
-    "curriculum.top_p": 0.0,
-    "curriculum.rates.decay": 1.5,
-    "curriculum.rates.prior_rate": 1.0,
-    "curriculum.rates.prior_count": 0.0,
-    "curriculum.window.low": 0.9,
-    "curriculum.window.high": 1.5,
-    "curriculum.window.outside": 0.0,
-    "curriculum.curator.temperature": 0.0,
-    "curriculum.curator.clip": 0.0,
-    "curriculum.curator.dormant": -1,
-    "curriculum.curator.warmup": -1,
-    "curriculum.curator.passes": 0,
-    "rollout.source": "dataset",  # nothing is sampled
+    "curriculum": dict(name="hard_first", candidates=31, top_p=0.0),
+    "curriculum.rates": dict(decay=1.5, prior_rate=1.0, prior_count=0.0),
+    "curriculum.window": dict(low=0.9, high=1.5, outside=0.0),
+    "curriculum.curator": dict(temperature=0.0, clip=0.0, dormant=-1, warmup=-1, passes=0),
+    "rollout": dict(source="dataset"),  # nothing is sampled
 }
 
 
-@pytest.mark.parametrize("setting", MISTAKES)
-def test_rejects_settings_of_a_curriculum(setting):
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [(f"{path}.{name}", x) for path, changes in MISTAKES.items() for name, x in changes.items()],
+)
+def test_rejects_settings_of_a_curriculum(setting, value):
     config = arithmetic.get_config()
     config.curriculum.name = "actor_curator"
     Config.from_dict(config.to_dict())
     config.rollout.dataset = "somewhere" if setting == "rollout.source" else ""
-    config.update_from_flattened_dict({setting: MISTAKES[setting]})
+    config.update_from_flattened_dict({setting: value})
     with pytest.raises(UserError, match=setting.replace(".", r"\.")):
         Config.from_dict(config.to_dict())
