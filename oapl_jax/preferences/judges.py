@@ -14,24 +14,16 @@ from oapl_jax.structs import Prompt
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """A complete response as a judge sees it.
+    """A complete response as a judge sees it."""
 
-    Attributes:
-      text: without special tokens.
-      verify: calls the verifier of the prompt's task for the response's reward.
-    """
-
-    text: str
-    verify: Callable[[], float]
+    text: str  # without special tokens
+    verify: Callable[[], float]  # the reward by the verifier of the prompt's task
 
 
 class Judge(Protocol):
     """Compares responses under one or several objectives. Thread-safe."""
 
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        """Names of the objectives."""
-        ...
+    objectives: tuple[str, ...]  # their names
 
     def compare(
         self, prompt: Prompt, responses: Sequence[Response], comparators: Sequence[Response]
@@ -45,7 +37,7 @@ class Judge(Protocol):
 
     def metrics(self) -> dict[str, float]:
         """The judge's own counts. Thread-safe."""
-        ...
+        return {}
 
 
 # Score of one response under a rule; the higher the better.
@@ -58,7 +50,7 @@ RULES: dict[str, Callable[[Response], float]] = {
 }
 
 
-class RubricJudge:
+class RubricJudge(Judge):
     """P_j(y beats y') is the share of objective j's votes for y; a tied rule gives half its vote.
 
     A vote of three rules or more can be cyclic though none of them is (Condorcet's paradox).
@@ -79,10 +71,9 @@ class RubricJudge:
             if min(weights.values(), default=0.0) < 0 or not sum(weights.values()) > 0:
                 raise UserError(f"{setting}: weights must be at least 0, and one of them above 0")
         self.objectives = tuple(objectives)
-        self._rules = sorted({rule for weights in objectives.values() for rule in weights})
-        votes = [
-            [weights.get(rule, 0.0) for rule in self._rules] for weights in objectives.values()
-        ]
+        each = objectives.values()
+        self._rules = sorted({rule for weights in each for rule in weights})
+        votes = [[weights.get(rule, 0.0) for rule in self._rules] for weights in each]
         self._votes = np.array(votes) / np.sum(votes, axis=1, keepdims=True)
 
     def compare(
@@ -95,11 +86,8 @@ class RubricJudge:
         won = (np.sign(mine[:, :, None] - theirs[:, None, :]) + 1) / 2  # [rules, G, M]
         return np.einsum("jr,rgm->jgm", self._votes, won)
 
-    def metrics(self) -> dict[str, float]:
-        return {}
 
-
-class CallableJudge:
+class CallableJudge(Judge):
     """Calls a user's function with the arguments and the result of `Judge.compare`, in threads.
 
     Raises:
@@ -119,6 +107,3 @@ class CallableJudge:
             raise UserError("preferences.callable.objectives is empty; name at least one")
         self.objectives = config.objectives
         self.compare: Callable[..., np.ndarray] = compare
-
-    def metrics(self) -> dict[str, float]:
-        return {}

@@ -54,7 +54,6 @@ class LanguageModelJudge:
             if wrong:
                 raise UserError(f"preferences.language_model.{name} can't be used: {remedy}")
         self.objectives = tuple(config.questions)
-        self._urls = [url.rstrip("/") for url in config.servers]
         self._verdict_ids = [i for (i,) in ids.values()]
         self._values = np.array(list(verdicts.values()), np.float64)
         self._lock = threading.Lock()
@@ -77,14 +76,11 @@ class LanguageModelJudge:
             for at, score in zip(asked, scores, strict=True):
                 first_wins[at] = score
         self._count(asked=len(asked), too_long=len(rows) - len(asked))
-        wins = np.stack([first_wins[0], 1 - first_wins[1]])
-        there = ~np.isnan(wins)
-        total = np.where(there, wins, 0.0).sum(0)
-        return np.where(there.any(0), total / np.maximum(there.sum(0), 1), np.nan)
+        wins = np.ma.masked_invalid([first_wins[0], 1 - first_wins[1]])
+        return wins.mean(axis=0).filled(np.nan)
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the process began: questions asked, too long, without a clear verdict, and
-        without an answer; requests retried."""
+        """Counts since the process began, of questions and of retried requests."""
         with self._lock:
             return {f"questions/{name}": float(count) for name, count in self._counts.items()}
 
@@ -103,11 +99,9 @@ class LanguageModelJudge:
         order, objective, i, k = at
         pair = [responses[i].text, comparators[k].text]
         first, second = pair[::-1] if order else pair
+        question = self._config.questions[self.objectives[objective]]
         text = self._config.template.format(
-            prompt=prompt.text,
-            first=first,
-            second=second,
-            question=self._config.questions[self.objectives[objective]],
+            prompt=prompt.text, first=first, second=second, question=question
         )
         return self._tokenizer.apply_chat_template(
             [{"role": "user", "content": text}],
@@ -126,15 +120,11 @@ class LanguageModelJudge:
         parts = np.array_split(np.arange(len(rows)), requests)
         connector = aiohttp.TCPConnector(limit=0, force_close=True)  # no stale connections
         async with aiohttp.ClientSession(connector=connector) as session:
-            servers = [
-                SGLangClient(
-                    session,
-                    url,
-                    connect_deadline=config.connect_deadline,
-                    deadline=config.request_deadline,
-                )
-                for url in self._urls
-            ]
+            deadlines = dict(
+                connect_deadline=config.connect_deadline, deadline=config.request_deadline
+            )
+            urls = [url.rstrip("/") for url in config.servers]
+            servers = [SGLangClient(session, url, **deadlines) for url in urls]
 
             async def ask(part: np.ndarray, turn: int) -> None:
                 try:

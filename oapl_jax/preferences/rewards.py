@@ -24,7 +24,6 @@ class Preferences:
     truncated ones; the judge compares complete responses only.
 
     Args:
-      judge: compares complete responses.
       comparators: prompt -> responses of the reference policy.
       beta: see `blackwell_winner`.
       text: rollout -> its text without special tokens.
@@ -81,15 +80,16 @@ class Preferences:
         decided = (1 + mine[:, None].astype(np.float64) - theirs[None, :]) / 2
         preference = np.repeat(decided[None], number, axis=0)
         whole = np.ix_(np.arange(number), mine, theirs)
-        if not preference[whole].size:
+        shape = preference[whole].shape
+        if 0 in shape:
             return preference
         judged = self._judge.compare(
             prompt, self._responses(prompt, rollouts), self._responses(prompt, comparators)
         )
-        if judged.shape != preference[whole].shape:
+        if judged.shape != shape:
             raise RunError(
                 f"the judge's preferences for prompt {prompt.id} have the shape {judged.shape}, "
-                f"not {preference[whole].shape}, objectives x responses x comparators"
+                f"not {shape}, objectives x responses x comparators"
             )
         if np.any((judged < 0) | (judged > 1)):
             raise RunError(f"a preference for prompt {prompt.id} is not within 0 and 1")
@@ -118,13 +118,9 @@ class Preferences:
 
 
 class SampledComparators:
-    """Samples comparators from a published version, one prompt at a time. Thread-safe.
+    """Samples `count` comparators of each prompt from a published version. Thread-safe.
 
-    Args:
-      sampler: used by this object alone.
-      version, path: of the reference policy; loaded for the first prompt.
-      count: of each prompt.
-      sampling: sampling settings.
+    `sampler` serves this object alone, one prompt at a time, and loads the version for the first.
     """
 
     def __init__(
@@ -143,14 +139,10 @@ class SampledComparators:
 
 
 class RecordedComparators:
-    """Reads the first responses of a recorded dataset's group of the same prompt. Thread-safe.
+    """Reads the first `count` responses of a recorded group of the same prompt. Thread-safe.
 
-    The reference is the policy that recorded the dataset, whatever its model and temperature.
-
-    Args:
-      directory: of a dataset made by oapl_jax.record.
-      about: see `dataset.identity`; task and tokenizer must be those of the dataset.
-      count: of each prompt.
+    The reference is the policy that recorded the dataset, whatever its model and temperature; task
+    and tokenizer of `about` (see `dataset.identity`) must be those of the dataset.
 
     Raises:
       UserError: for a dataset of another task or tokenizer, one with smaller groups, or a prompt

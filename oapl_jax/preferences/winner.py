@@ -8,27 +8,19 @@ With vector payoffs the order matters: there is no minimax theorem, and self-pla
 to it.
 """
 
-import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 
-@dataclasses.dataclass(frozen=True)
-class Winner:
-    """Solution of the inner minimization for one group.
+class Winner(NamedTuple):
+    """Solution of the inner minimization for one group."""
 
-    Attributes:
-      worst: index of the objective with the least value; -1 without any score.
-      value: float64[J], v_j; nan without a score.
-      adversary: float64[M], probabilities of the comparators; 0 without a score.
-      target: float64[G], g_i.
-    """
-
-    worst: int
-    value: np.ndarray
-    adversary: np.ndarray
-    target: np.ndarray
+    worst: int  # index of the objective with the least value; -1 without any score
+    value: np.ndarray  # float64[J], v_j; nan without a score
+    adversary: np.ndarray  # float64[M], probabilities of the comparators; 0 without a score
+    target: np.ndarray  # float64[G], g_i
 
 
 def blackwell_winner(preference: Float[np.ndarray, "J G M"], *, beta: float) -> Winner:

@@ -13,14 +13,9 @@ def test_brute_force_agrees_with_a_linear_program_without_entropy(monkeypatch):
     monkeypatch.setattr(games, "BETA", 1e-3)
     for game in games.GAMES.values():
         against = np.concatenate([-p.T for p in game.preference])  # [J x 3, 3]
-        found = optimize.linprog(
-            [0, 0, 0, -1],
-            A_ub=np.hstack([against, np.ones((len(against), 1))]),
-            b_ub=np.zeros(len(against)),
-            A_eq=[[1, 1, 1, 0]],
-            b_eq=[1],
-            bounds=[(0, 1)] * 4,
-        )
+        above = np.hstack([against, np.ones((len(against), 1))])
+        simplex = dict(A_eq=[[1, 1, 1, 0]], b_eq=[1], bounds=[(0, 1)] * 4)
+        found = optimize.linprog([0, 0, 0, -1], A_ub=above, b_ub=np.zeros(len(above)), **simplex)
         assert found.success
         _, value = games.brute_force(game)
         assert abs(value + found.fun) < 0.003  # the grid's step, and what entropy is left
@@ -29,12 +24,8 @@ def test_brute_force_agrees_with_a_linear_program_without_entropy(monkeypatch):
 @pytest.fixture(scope="module")
 def runs():
     """Policies by game and method, as the command draws them."""
-    return {
-        name: {
-            method: games.train(game, targets, seed=0) for method, targets in games.METHODS.items()
-        }
-        for name, game in games.GAMES.items()
-    }
+    policies = lambda game: {m: games.train(game, f, seed=0) for m, f in games.METHODS.items()}
+    return {name: policies(game) for name, game in games.GAMES.items()}
 
 
 @pytest.mark.parametrize("name", games.GAMES)

@@ -11,8 +11,6 @@ from oapl_jax.preferences import Preferences
 from oapl_jax.preferences.judges import CallableJudge, RubricJudge
 from oapl_jax.structs import Rollout
 
-NAN = float("nan")
-
 
 def rubric(objectives):
     return RubricJudge(RubricConfig(objectives=objectives))
@@ -44,25 +42,11 @@ def test_a_rubric_weighs_votes_calls_the_verifier_and_halves_ties():
     np.testing.assert_allclose(found[1], [[0.375, 0.875, 0.75], [0.125, 0.625, 0.5]])
 
 
-@pytest.mark.parametrize(
-    ("objectives", "named"),
-    [
-        ({}, "preferences.rubric.objectives"),
-        ({"manner": {"shrot": 1.0}}, "'shrot'"),
-        ({"manner": {"short": 0.0}}, "objectives.manner"),
-        ({"manner": {"short": 2.0, "long": -1.0}}, "objectives.manner"),
-    ],
-)
-def test_rejects_objectives_of_a_rubric(objectives, named):
-    with pytest.raises(UserError, match=named):
-        rubric(objectives)
-
-
 def longer(prompt, mine, theirs):
     """The longer one wins; two texts with an "x" have no score."""
-    won = [[(np.sign(len(a.text) - len(b.text)) + 1) / 2 for b in theirs] for a in mine]
-    missing = [["x" in a.text and "x" in b.text for b in theirs] for a in mine]
-    return np.where(missing, NAN, won)[None]
+    length, x = (lambda y: len(y.text)), (lambda y: "x" in y.text)
+    won = [[(np.sign(length(a) - length(b)) + 1) / 2 for b in theirs] for a in mine]
+    return np.where([[x(a) and x(b) for b in theirs] for a in mine], np.nan, won)[None]
 
 
 def too_sure(prompt, mine, theirs):
@@ -88,6 +72,10 @@ def rewards_by(function, comparators, beta=1e9):
     )
 
 
+def named(**metrics):
+    return {f"preferences/{name}": value for name, value in metrics.items()}
+
+
 def test_a_callable_judge_rewards_a_group():
     preferences = rewards_by("longer", [rollout("ab"), rollout("abcd", "length"), rollout("abx")])
     group = [rollout("a"), rollout("ab"), rollout("abcx"), rollout("abcdefg", "length")]
@@ -96,14 +84,11 @@ def test_a_callable_judge_rewards_a_group():
     found = preferences.reward(PROMPT, group)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert found.dtype == np.float32
-    metrics = preferences.metrics()
-    assert metrics["preferences/comparisons"] == 12
-    assert metrics["preferences/missing"] == 1
-    assert metrics["preferences/worst/length"] == 1
-    np.testing.assert_allclose(metrics["preferences/value"], (1.5 / 4 + 3.5 / 4 + 0) / 3)
-    assert metrics["preferences/value"] == metrics["preferences/value/length"]
-    counts = {f"preferences/{name}" for name in ("comparisons", "missing", "unscored")}
-    assert set(preferences.metrics()) == counts  # no means without a group
+    counts = dict(comparisons=12, missing=1, unscored=0)
+    value = (1.5 / 4 + 3.5 / 4 + 0) / 3
+    means = {"value": value, "value/length": value, "worst/length": 1}
+    assert preferences.metrics() == pytest.approx(named(**counts, **means))
+    assert preferences.metrics() == named(**counts)  # no means without a group
     preferences.reward(PROMPT, [rollout("x"), rollout("xy")])
     assert preferences.metrics()["preferences/comparisons"] == 18
 
@@ -111,16 +96,13 @@ def test_a_callable_judge_rewards_a_group():
 def test_a_group_without_any_score_has_no_advantage_and_is_counted():
     preferences = rewards_by("longer", [rollout("x"), rollout("xx")])
     np.testing.assert_array_equal(preferences.reward(PROMPT, [rollout("xyz")] * 3), 0.5)
-    metrics = preferences.metrics()
-    assert metrics["preferences/unscored"] == 1
-    assert metrics["preferences/missing"] == metrics["preferences/comparisons"] == 6
-    assert "preferences/value" not in metrics
+    assert preferences.metrics() == named(comparisons=6, missing=6, unscored=1)
 
 
 def test_truncated_responses_are_not_judged():
     preferences = rewards_by("too_sure", [rollout("ab"), rollout("abc", "length")])
-    cut = [rollout("abc", "length")] * 2
-    np.testing.assert_allclose(preferences.reward(PROMPT, cut), 0.25)
+    truncated = [rollout("abc", "length")] * 2
+    np.testing.assert_allclose(preferences.reward(PROMPT, truncated), 0.25)
 
 
 @pytest.mark.parametrize(("function", "named"), [("too_sure", "id7"), ("transposed", "id7")])
@@ -130,12 +112,20 @@ def test_a_result_of_wrong_range_or_shape_ends_the_run(function, named):
         preferences.reward(PROMPT, [rollout("a"), rollout("bb")])
 
 
-@pytest.mark.parametrize("function", ["", "no_colon", "json:no_such", "no.such.module:f"])
-def test_rejects_a_function_that_can_not_be_imported(function):
-    with pytest.raises(UserError, match=r"preferences\.callable\.function"):
-        callable_judge(function)
-
-
-def test_rejects_a_callable_judge_without_objectives():
-    with pytest.raises(UserError, match=r"preferences\.callable\.objectives"):
-        callable_judge(f"{__name__}:longer", objectives=())
+@pytest.mark.parametrize(
+    ("judge", "settings", "named"),
+    [
+        (rubric, ({},), "preferences.rubric.objectives"),
+        (rubric, ({"manner": {"shrot": 1.0}},), "'shrot'"),
+        (rubric, ({"manner": {"short": 0.0}},), "objectives.manner"),
+        (rubric, ({"manner": {"short": 2.0, "long": -1.0}},), "objectives.manner"),
+        *(
+            (callable_judge, (function,), "preferences.callable.function")
+            for function in ("", "no_colon", "json:no_such", "no.such.module:f")
+        ),
+        (callable_judge, (f"{__name__}:longer", ()), "preferences.callable.objectives"),
+    ],
+)
+def test_rejects_settings_of_a_judge(judge, settings, named):
+    with pytest.raises(UserError, match=named):
+        judge(*settings)

@@ -5,8 +5,6 @@ import pytest
 
 from oapl_jax.preferences.winner import blackwell_winner
 
-NAN = float("nan")
-
 
 def random_preferences(seed, shape=(3, 6, 5)):
     return np.random.default_rng(seed).uniform(0, 1, shape)
@@ -30,18 +28,14 @@ def test_the_winner_of_a_game_by_hand():
 @pytest.mark.parametrize("seed", range(4))
 def test_other_weights_and_adversaries_cost_the_minimizer_more(seed):
     """<w, P q> + beta KL(q || reference) over random w and q is above the closed form."""
-    beta, rng = 0.3, np.random.default_rng(seed)
-    preference = random_preferences(seed)
-    winner = blackwell_winner(preference, beta=beta)
+    beta, rng, preference = 0.3, np.random.default_rng(seed), random_preferences(seed)
+    worst, value, gibbs, _ = blackwell_winner(preference, beta=beta)
     mean = preference.mean(1)  # [J, M]
-    gibbs = winner.adversary
     cost = lambda w, q: w @ mean @ q + beta * np.sum(q * np.log(q * len(q)))
-    vertex = np.eye(3)[winner.worst]
-    np.testing.assert_allclose(cost(vertex, gibbs), winner.value[winner.worst], rtol=1e-12)
-    others = [
-        cost(rng.dirichlet(np.full(3, 0.3)), rng.dirichlet(gibbs * 200)) for _ in range(20_000)
-    ]
-    assert winner.value[winner.worst] < min(others) < winner.value[winner.worst] + 0.02
+    np.testing.assert_allclose(cost(np.eye(3)[worst], gibbs), value[worst], rtol=1e-12)
+    draws = ((np.full(3, 0.3), gibbs * 200) for _ in range(20_000))
+    others = [cost(*map(rng.dirichlet, of_both)) for of_both in draws]
+    assert value[worst] < min(others) < value[worst] + 0.02
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -75,24 +69,26 @@ def test_missing_scores_are_excluded_from_every_mean():
     preference[0] -= 0.4  # the worst
     full = blackwell_winner(preference, beta=0.3)
     assert full.worst == 0
+
+    def without(*at):
+        scores = preference.copy()
+        scores[at] = np.nan
+        return blackwell_winner(scores, beta=0.3)
+
+    every = slice(None)
     # A comparator that was never scored is one comparator less, an objective one objective less.
-    without = preference.copy()
-    without[:, :, 2] = NAN
     found, expected = (
-        blackwell_winner(p, beta=0.3) for p in (without, np.delete(preference, 2, axis=2))
+        without(every, every, 2),
+        blackwell_winner(np.delete(preference, 2, 2), beta=0.3),
     )
     np.testing.assert_allclose(found.value, expected.value, rtol=1e-12)
     np.testing.assert_allclose(found.target, expected.target, rtol=1e-12)
     assert found.adversary[2] == 0
-    without = preference.copy()
-    without[0] = NAN
-    found = blackwell_winner(without, beta=0.3)
+    found = without(0)
     assert found.worst == 1 + blackwell_winner(preference[1:], beta=0.3).worst
     assert np.isnan(found.value[0])
     # One score less: the mean of that comparator, and the weights of that response.
-    without = preference.copy()
-    without[0, 4, 1] = NAN
-    found = blackwell_winner(without, beta=0.3)
+    found = without(0, 4, 1)
     mean = preference[0].mean(0)
     mean[1] = np.delete(preference[0, :, 1], 4).mean()
     q = np.exp(-mean / 0.3) / np.exp(-mean / 0.3).sum()
@@ -101,11 +97,9 @@ def test_missing_scores_are_excluded_from_every_mean():
     expected = q[kept] @ preference[0, 4, kept] / q[kept].sum()
     np.testing.assert_allclose(found.target[4], expected, rtol=1e-12)
     # A response without any score stands where the others do on average.
-    without = preference.copy()
-    without[:, 3] = NAN
-    found = blackwell_winner(without, beta=0.3)
+    found = without(every, 3)
     np.testing.assert_allclose(found.target[3], np.delete(found.target, 3).mean(), rtol=1e-12)
-    nothing = blackwell_winner(np.full((2, 3, 4), NAN), beta=0.3)
+    nothing = blackwell_winner(np.full((2, 3, 4), np.nan), beta=0.3)
     assert nothing.worst == -1
     np.testing.assert_array_equal(nothing.target, 0.5)
 
