@@ -50,27 +50,24 @@ def main() -> None:
     if not benchmarks.value and not (workdir / "checkpoints").exists():
         raise UserError(f"--workdir={workdir} holds no checkpoints; train there first")
     use_compile_cache(config.compile_cache, workdir)
-    run = Run(config, workdir)
-    try:
-        if benchmarks.value:
-            directory, results = evaluate_benchmarks(
-                run,
-                benchmarks.value,
-                absolute(to.value) if to.value else workdir / "evaluation",
-                step=step.value,
-                version_dir=version_dir.value,
-                n=config.evaluation.n if n.value is None else n.value,
-                log=say,
-            )
-            say((directory / "results.md").read_text())
-            for name in results:
-                say(f"{name}: {directory / name / 'result.json'}")
-        else:
+    with contextlib.closing(Run(config, workdir)) as run:
+        if not benchmarks.value:
             found, params = run.params_at(step.value)
             result = run.evaluate(found, params, split.value)
             print(table({str(found): result}), json.dumps(result), sep="\n")
-    finally:
-        run.close()
+            return
+        directory, results = evaluate_benchmarks(
+            run,
+            benchmarks.value,
+            absolute(to.value) if to.value else workdir / "evaluation",
+            step=step.value,
+            version_dir=version_dir.value,
+            n=config.evaluation.n if n.value is None else n.value,
+            log=say,
+        )
+        say((directory / "results.md").read_text())
+        for name in results:
+            say(f"{name}: {directory / name / 'result.json'}")
 
 
 def check_flags(benchmarks: Sequence[str], given: Collection[str]) -> None:
@@ -97,11 +94,9 @@ def evaluate_benchmarks(
     """Evaluates one version on each benchmark, or what is left of that to do.
 
     Args:
-      names: of config.benchmarks.
       to: DIR/weights gets the version if it is not published yet; DIR/v000012/NAME gets the files
         of version 12, and DIR/v000012 results.md and pass_at_k.png.
       step, version_dir: see `version_to_sample`.
-      log: takes a sentence for people.
 
     Returns:
       DIR/v000012, and the results by name, see benchmark.measure.

@@ -59,18 +59,13 @@ def grader_identity(prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> d
 
 
 class Samples:
-    """Measures of the first n responses to each of P prompts, read from a dataset of `fill`.
-
-    Attributes:
-      lengths: int64[P, n], tokens.
-      logp: float64[P, n], log-probability of the response, nats.
-      truncated: bool[P, n].
-      seconds: of sampling, summed over all starts.
-    """
+    """Measures of the first n responses to each of P prompts, read from a dataset of `fill`."""
 
     def __init__(self, dataset: Dataset, *, prompts: int, n: int):
-        self.lengths, self.logp = np.zeros((prompts, n), np.int64), np.zeros((prompts, n))
+        self.lengths = np.zeros((prompts, n), np.int64)  # tokens
+        self.logp = np.zeros((prompts, n))  # log-probability of the response, nats
         self.truncated = np.zeros((prompts, n), bool)
+        # Of sampling, summed over all starts.
         self.seconds = sum(shard["seconds"] for shard in dataset.manifest["shards"].values())
         for group in dataset:
             start, row = divmod(group.prompt.stream_index, prompts)
@@ -100,7 +95,7 @@ class Grades:
     Attributes:
       graded, correct: bool[P, n]; a response is correct if its reward is 1.
       answers: final answer, for each prompt and response.
-      verdicts, seconds: the verifier's counts and wall-clock, summed over everything graded.
+      verdicts, seconds: as in the file, summed.
 
     Raises:
       UserError: for a damaged line, or if another process grades.

@@ -34,11 +34,9 @@ def read_result(path: epath.Path) -> dict[str, Any]:
 
 
 def compare(a: Result, b: Result, *, resamples: int, seed: int) -> dict[str, Any]:
-    """Compares B with A over the same problems.
+    """Compares B with A over the same problems; both are results of `benchmark.measure`.
 
-    Args:
-      a, b: see benchmark.measure.
-      resamples: of the bootstrap, and at most so many sign vectors; `seed` is that of both.
+    The bootstrap has `resamples`, the sign-flip test at most so many sign vectors.
 
     Returns:
       JSON-able: "pass@k" with lists "a", "b", "value" (B - A), "low", "high" and "p" for k = 1 ..

@@ -28,9 +28,7 @@ def evaluate(
     Args:
       reward: a response is right if its reward is 1.
       final_answer: of a response, for the vote of maj@n.
-      ks: of pass@k, each at most n.
-      sampling: of the n samples.
-      resamples, seed: of the bootstrap.
+      ks: of pass@k, each at most n; the bootstrap has `resamples`.
 
     Returns:
       "pass@k" and its interval "pass@k/interval" for each k, "avg@n", "maj@n", "greedy", "length"
@@ -38,14 +36,12 @@ def evaluate(
       "version", "prompts" and "samples".
     """
     sampled = in_order(sampler, prompts, n=n, sampling=sampling)
-    greedy_sampling = Sampling(0.0, 1.0, 0, sampling.max_response_tokens)
-    greedy = in_order(sampler, prompts, n=1, sampling=greedy_sampling)
+    greedily = Sampling(0.0, 1.0, 0, sampling.max_response_tokens)
+    greedy = in_order(sampler, prompts, n=1, sampling=greedily)
 
     right = [[float(reward(p, r) >= 1) for r in rs] for p, rs in zip(prompts, sampled, strict=True)]
-    majority = [
-        maj_at_n([final_answer(p, r) for r in rs], correct)
-        for p, rs, correct in zip(prompts, sampled, right, strict=True)
-    ]
+    answers = [[final_answer(p, r) for r in rs] for p, rs in zip(prompts, sampled, strict=True)]
+    majority = list(map(maj_at_n, answers, right))
     rollouts = [r for rs in sampled for r in rs]
     tokens = sum(len(r.tokens) for r in rollouts)
     logp = float(sum(r.behavior_logp.sum(dtype=np.float64) for r in rollouts))
@@ -72,19 +68,13 @@ def evaluate(
 def in_order(
     sampler: Sampler, prompts: Sequence[Prompt], *, n: int, sampling: Sampling
 ) -> list[tuple[Rollout, ...]]:
-    """Samples n rollouts of each prompt; returns them in the order of the prompts.
-
-    Raises:
-      RunError: if a prompt got none.
-    """
+    """Samples n rollouts of each prompt, in their order; raises a RunError if a prompt got none."""
     sampled = sampler.generate(prompts, n=n, sampling=sampling)
     done = {s.prompt.stream_index: s.rollouts for s in sampled}
     failed = [p.id for p in prompts if not done.get(p.stream_index)]
     if failed:
-        raise RunError(
-            f"{len(failed)} of {len(prompts)} prompts could not be sampled, the first is "
-            f"{failed[0]}"
-        )
+        count = f"{len(failed)} of {len(prompts)}"
+        raise RunError(f"{count} prompts could not be sampled, the first is {failed[0]}")
     return [done[p.stream_index] for p in prompts]
 
 

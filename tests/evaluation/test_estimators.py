@@ -11,63 +11,40 @@ from oapl_jax.evaluation.estimators import (
     interval,
     intervals,
     maj_at_n,
-    pass_at_k,
     pass_curve,
     sign_flip_test,
 )
-
-# pass@k
 
 
 @pytest.mark.parametrize("n", range(1, 13))
 def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one(n):
     for c, k in itertools.product(range(n + 1), range(1, n + 1)):
         exact = 1 - Fraction(math.comb(n - c, k), math.comb(n, k))
-        assert pass_at_k(n, c, k) == pytest.approx(float(exact), abs=1e-14)
+        assert pass_curve(n, c)[k - 1] == pytest.approx(float(exact), abs=1e-14)
         if n <= 9:
             subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
             assert exact == Fraction(sum(map(any, subsets)), len(subsets))
 
 
-def test_pass_at_k_of_256_samples_is_that_of_the_definition_and_of_the_published_code():
-    """Every c and k: the definition in exact integers, and the product that arXiv 2107.03374 prints
-    (figure 3), which runs over other factors than ours."""
+def test_pass_at_k_of_256_samples_is_that_of_the_definition():
+    """Every c and k, in exact integers."""
     n = 256
-    assert math.comb(n, n // 2) > 1e75
     curves = np.array([pass_curve(n, c) for c in range(n + 1)])
     assert curves.shape == (n + 1, n)
     for c, k in itertools.product(range(n + 1), range(1, n + 1)):
         every = math.comb(n, k)
         exact = (every - math.comb(n - c, k)) / every  # integers divide with one rounding
         assert abs(curves[c, k - 1] - exact) <= 1e-13 * exact, (c, k)
-        failing = 1.0
-        for i in range(n - c + 1, n + 1):
-            failing *= 1.0 - k / i
-        published = 1.0 if n - c < k else 1.0 - failing
-        assert abs(curves[c, k - 1] - published) <= 1e-13, (c, k)
-    assert pass_at_k(n, 17, 3) == curves[17, 2]
     assert (np.diff(curves, axis=0) >= 0).all()  # more right ones, or more tries,
     assert (np.diff(curves, axis=1) >= 0).all()  # do no harm
     assert (curves[0] == 0).all()
     assert (curves[-1] == 1).all()
 
 
-def test_pass_at_k_is_unbiased():
-    """The mean over n samples of a coin is 1 - (1 - p)^k, for every k <= n."""
-    n, p = 8, 0.3
-    chance = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
-    for k in range(1, n + 1):
-        mean = sum(weight * pass_at_k(n, c, k) for c, weight in enumerate(chance))
-        assert mean == pytest.approx(1 - (1 - p) ** k)
-
-
-@pytest.mark.parametrize(("n", "c", "k"), [(4, 2, 0), (4, 2, 5), (4, 5, 1), (4, -1, 1), (0, 0, 1)])
-def test_pass_at_k_refuses_what_has_no_meaning(n, c, k):
+@pytest.mark.parametrize(("n", "c"), [(4, 5), (4, -1), (0, 0)])
+def test_pass_at_k_refuses_impossible_counts(n, c):
     with pytest.raises(ValueError, match=rf"n={n}, c={c}"):
-        pass_at_k(n, c, k)
-
-
-# maj@n
+        pass_curve(n, c)
 
 
 @pytest.mark.parametrize(
@@ -90,16 +67,9 @@ def test_the_most_frequent_answer_counts_and_ties_share(answers, correct, expect
 
 def test_an_answer_is_right_if_one_response_with_it_was():
     """One that was cut off behind the right answer gets no reward; the vote has no order."""
-    assert maj_at_n(["a", "a", "b"], [0.0, 1.0, 0.0]) == 1
-    assert maj_at_n(["a", "a", "b"], [1.0, 0.0, 0.0]) == 1
-
-
-def test_a_vote_needs_a_verdict_for_each_answer():
+    assert maj_at_n("aab", [0.0, 1.0, 0.0]) == maj_at_n("aab", [1.0, 0.0, 0.0]) == 1
     with pytest.raises(ValueError, match="zip"):
-        maj_at_n(["a", "b"], [1.0])
-
-
-# The interval
+        maj_at_n("ab", [1.0])  # a vote needs a verdict for each answer
 
 
 def test_the_interval_covers_the_mean_and_has_the_width_of_theory():
@@ -109,20 +79,7 @@ def test_the_interval_covers_the_mean_and_has_the_width_of_theory():
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 * 0.75 / 400), rel=0.1)
     assert interval(values, resamples=4000, seed=0) == (low, high)
     assert interval(values, resamples=4000, seed=1) != (low, high)
-
-
-def test_the_interval_of_a_constant_is_a_point():
     assert interval(np.ones(5), resamples=100, seed=0) == (1, 1)
-
-
-def test_intervals_cover_the_truth_as_often_as_they_say():
-    rng = np.random.default_rng(0)
-    covered = 0
-    for seed in range(400):
-        values = (rng.random(200) < 0.4).astype(float)
-        low, high = interval(values, resamples=400, seed=seed)
-        covered += low <= 0.4 <= high
-    assert 0.92 < covered / 400 < 0.98
 
 
 def test_intervals_are_those_of_each_column_and_of_ratios():
@@ -133,22 +90,14 @@ def test_intervals_are_those_of_each_column_and_of_ratios():
         alone = interval(values[:, column], resamples=2500, seed=5)
         assert alone == pytest.approx((low[column], high[column]), abs=1e-12)
     # The definition: draw problems, average, take percentiles. Same draws, another arithmetic.
+    # Resamples are drawn in portions of 1000, and none is missing.
     weights = rng.random((7, 1)) + 0.5
-    low, high = intervals(values, weights, resamples=900, seed=5)
-    drawn = np.random.default_rng(5).integers(0, 7, (900, 7))
+    low, high = intervals(values, weights, resamples=2007, seed=5)
+    draws = np.random.default_rng(5)
+    drawn = np.concatenate([draws.integers(0, 7, (rows, 7)) for rows in (1000, 1000, 7)])
     ratios = values[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
     np.testing.assert_allclose(low, np.percentile(ratios, 2.5, axis=0), rtol=1e-12)
     np.testing.assert_allclose(high, np.percentile(ratios, 97.5, axis=0), rtol=1e-12)
-
-
-def test_resamples_are_drawn_in_portions_and_none_is_missing():
-    values, rng = np.random.default_rng(1).random(5), np.random.default_rng(0)
-    means = [values[rng.integers(0, 5, (rows, 5))].mean(axis=1) for rows in (1000, 1000, 7)]
-    expected = np.percentile(np.concatenate(means), [2.5, 97.5])
-    assert interval(values, resamples=2007, seed=0) == pytest.approx(tuple(expected), abs=1e-12)
-
-
-# The paired test
 
 
 @pytest.mark.parametrize("problems", [1, 2, 5, 11])
@@ -158,10 +107,7 @@ def test_p_is_the_share_of_all_sign_vectors_that_are_as_extreme(problems):
     found = sign_flip_test(differences, flips=2**problems, seed=0)
     for column in range(2):
         d = [Fraction(x) for x in differences[:, column].tolist()]
-        sums = [
-            abs(sum(s * x for s, x in zip(signs, d, strict=True)))
-            for signs in itertools.product((-1, 1), repeat=problems)
-        ]
+        sums = [abs(sum(signed)) for signed in itertools.product(*((x, -x) for x in d))]
         expected = Fraction(sum(s >= abs(sum(d)) for s in sums), len(sums))
         assert found[column] == pytest.approx(float(expected), abs=1e-12)
 
@@ -187,10 +133,3 @@ def test_drawn_signs_come_near_to_all_of_them():
     assert drawn == pytest.approx(every, abs=4 * (every * (1 - every) / 2**14) ** 0.5)
     many = sign_flip_test(np.ones((40, 1)), flips=2000, seed=0)
     assert many == [1 / 2001]  # never 0: the observed signs are one of the possible
-
-
-def test_p_is_below_a_level_as_often_as_the_level_says():
-    rng = np.random.default_rng(2)
-    p = [sign_flip_test(rng.normal(0, 1, (12, 1)), flips=500, seed=s)[0] for s in range(1000)]
-    for level in (0.05, 0.2, 0.5):
-        assert np.mean(np.array(p) <= level) == pytest.approx(level, abs=0.04)

@@ -67,14 +67,10 @@ class Shop:
     def table(self, name, problems, task="chain_sum"):
         rows = [json.dumps({"question": q, "target": a}) for q, a in problems]
         (self.root / f"{name}.jsonl").write_text("\n".join(rows))
-        return dict(
-            kind="table",
-            path=str(self.root / f"{name}.jsonl"),
-            files=(),
-            rows=len(problems),
-            part=(0, 100),
-            options=dict(task=task, columns=dict(problem="question", answer="target"), max_tests=0),
-        )
+        options = dict(task=task, columns=dict(problem="question", answer="target"), max_tests=0)
+        path = str(self.root / f"{name}.jsonl")
+        table = dict(kind="table", path=path, files=(), rows=len(problems), part=(0, 100))
+        return {**table, "options": options}
 
     def job(self, **settings):
         config = small_arithmetic(self.settings, **settings)
@@ -92,17 +88,10 @@ class Shop:
         return SimpleNamespace(directory=Path(done[0]), results=done[1], said=said)
 
     def start(self, *arguments):
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "oapl_jax.evaluate", f"--workdir={self.workdir}"),
-                *(f"--config={self.root / 'config.py'}", *arguments),
-            ],
-            cwd=ROOT,
-            env=cached_programs(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        command = [sys.executable, "-m", "oapl_jax.evaluate", f"--workdir={self.workdir}"]
+        command += [f"--config={self.root / 'config.py'}", *arguments]
+        output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(command, cwd=ROOT, env=cached_programs(), **output)
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +136,8 @@ def test_the_result_follows_from_the_responses(shop, unbroken):
     assert [p["id"] for p in result["per_problem"]] == list(prompts)
     tokens = sum(len(tokens) for tokens, _, _ in found.values())
     assert result["length"]["value"] == pytest.approx(tokens / 384)
-    assert result["entropy"]["value"] == pytest.approx(
-        -sum(logp for _, logp, _ in found.values()) / tokens
-    )
+    nats = -sum(logp for _, logp, _ in found.values())
+    assert result["entropy"]["value"] == pytest.approx(nats / tokens)
     cut = sum(finish == "length" for _, _, finish in found.values())
     assert 0 < result["truncated"]["value"] == pytest.approx(cut / 384)
     assert result["avg@n"]["value"] == pytest.approx(sum(right.values()) / 384)
@@ -161,8 +149,8 @@ def test_the_result_follows_from_the_responses(shop, unbroken):
 
 def test_killed_it_ends_with_the_same_samples(shop, unbroken, tmp_path):
     command = ("--benchmark=sums", "--n=64", f"--to={tmp_path}")
-    process = shop.start(*command)
-    responses = tmp_path / "v000003" / "sums" / "responses"
+    process, directory = shop.start(*command), tmp_path / "v000003"
+    responses = directory / "sums" / "responses"
     while process.poll() is None:
         if (responses / "manifest.json").exists():  # the first shard is whole
             process.kill()
@@ -175,17 +163,16 @@ def test_killed_it_ends_with_the_same_samples(shop, unbroken, tmp_path):
     output, _ = (process := shop.start(*command)).communicate(timeout=300)
     assert process.returncode == 0, output
     assert (responses / "groups-00000.array_record").read_bytes() == shard
-    mine, theirs = contents(tmp_path / "v000003"), contents(unbroken.directory)
+    mine, theirs = contents(directory), contents(unbroken.directory)
     assert mine.keys() == theirs.keys()
     for key, (tokens, logp, finish) in mine.items():
         assert (tokens, finish) == (theirs[key][0], theirs[key][2])
         assert logp == pytest.approx(theirs[key][1], abs=1e-4)
-    result = json.loads((tmp_path / "v000003" / "sums" / "result.json").read_text())
-    assert result["pass@k"] == unbroken.results["sums"]["pass@k"]
-    assert result["maj@n"] == unbroken.results["sums"]["maj@n"]
+    result = json.loads((directory / "sums" / "result.json").read_text())
+    assert all(result[name] == unbroken.results["sums"][name] for name in ("pass@k", "maj@n"))
     assert "| pass@64 |" in output
-    assert (tmp_path / "v000003" / "results.md").read_text().strip() in output
-    assert (tmp_path / "v000003" / "pass_at_k.png").read_bytes().startswith(b"\x89PNG")
+    assert (directory / "results.md").read_text().strip() in output
+    assert (directory / "pass_at_k.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_changed_grader_grades_anew_and_samples_nothing(shop, unbroken, monkeypatch, tmp_path):
@@ -231,20 +218,17 @@ def test_benchmarks_may_have_longer_responses_than_training(shop, tmp_path):
 
 def test_a_directory_is_of_one_version_and_one_way_of_sampling(shop, unbroken):
     to = unbroken.directory.parent
-    for name, changed in (
-        ("temperature", dict(rollout__temperature=0.5)),
-        ("max_response_tokens", dict(rollout__max_response_tokens=9)),
-        ("seed", dict(seed=5)),
-    ):
-        with pytest.raises(UserError, match=f"{name}: "):
-            shop.run(to, **changed)
+    for name, value in dict(
+        rollout__temperature=0.5, rollout__max_response_tokens=9, seed=5
+    ).items():
+        with pytest.raises(UserError, match=f"{name.removeprefix('rollout__')}: "):
+            shop.run(to, **{name: value})
     with pytest.raises(UserError, match="step 4"):
         shop.run(to, step=4)
-    old = to / "old"
-    (old / "v000003" / "sums").mkdir(parents=True)
-    (old / "v000003" / "sums" / "responses.jsonl").write_text("")
+    (old := to / "old" / "v000003" / "sums").mkdir(parents=True)
+    (old / "responses.jsonl").write_text("")
     with pytest.raises(UserError, match="older format"):
-        shop.run(old, version_dir=str(to / "weights" / "v000003"))
+        shop.run(to / "old", version_dir=str(to / "weights" / "v000003"))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from configs import arithmetic, common
 from oapl_jax import build
 from oapl_jax.config import LanguageModelJudgeConfig
 from oapl_jax.evaluate import benchmark_prompts, evaluate_benchmarks
-from oapl_jax.evaluation import pass_at_k
+from oapl_jax.evaluation import pass_curve
 from oapl_jax.preferences import Response
 from oapl_jax.preferences.language_model import LanguageModelJudge
 from oapl_jax.rewards.tasks import chain_sum
@@ -268,7 +268,7 @@ def test_results_follow_from_the_log_probs_of_the_version(evaluate, published, m
     assert {p["id"]: p["correct"] for p in result["per_problem"]} == correct
     assert result["entropy"]["value"] == pytest.approx(-logp / tokens, abs=1e-4)
     assert result["pass@k"]["value"][3] == pytest.approx(
-        np.mean([pass_at_k(SAMPLES, c, 4) for c in correct.values()])
+        np.mean([pass_curve(SAMPLES, c)[3] for c in correct.values()])
     )
     assert (result["about"]["sampler"], result["about"]["version"]) == ("fleet", VERSION)
 
