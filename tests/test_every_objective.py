@@ -6,26 +6,23 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from small_runs import opened
+from small_models import small_mesh
+from small_runs import metrics, opened, small_arithmetic
 
-from configs import arithmetic
 from oapl_jax import train
-from oapl_jax.model.sharding import AXES
 from oapl_jax.objectives import OBJECTIVES
-from oapl_jax.tracking.metrics import read_lines
 from oapl_jax.weights.publisher import open_params
 
 STEPS, LATE, PROMPTS = 10, 3, 8
 SMALL = {
+    "mesh.data": 1,
     "num_steps": STEPS,
+    "group_size": 8,
     "groups_per_step": PROMPTS,
     "data.generator.min_terms": 2,
     "data.generator.max_terms": 2,
     "data.train_size": PROMPTS,  # each step has all of them, so that steps can be compared
-    "data.validation_size": 4,
-    "data.test_size": 4,
     "model.architecture.num_hidden_layers": 1,
-    "model.architecture.hidden_size": 32,
     "model.architecture.intermediate_size": 64,
     "optim.learning_rate": 3e-3,
     "optim.warmup_steps": 0,
@@ -41,7 +38,6 @@ SMALL = {
     "learner.micro_batches": 1,
     "evaluation.every": 0,
     "checkpoint.every": STEPS,
-    "tensorboard": False,
 }
 WARM_UP = {"data.train_size": 60, "warmup.num_steps": 60, "warmup.demonstrations": 60}
 
@@ -61,11 +57,9 @@ def data(tmp_path_factory):
 
 def run_of(name, workdir, data, **changes):
     """The tiny job, on the first device alone."""
-    config = arithmetic.get_config(f"objective={name}").unlock()
-    config.update_from_flattened_dict({**SMALL, "data.data_dir": str(data), **changes})
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES)
-    run = opened(config, workdir)
-    run.mesh = mesh
+    settings = {**SMALL, "data.data_dir": str(data), **changes}
+    run = opened(small_arithmetic(settings, f"objective={name}"), workdir)
+    run.mesh = small_mesh()
     return run
 
 
@@ -88,7 +82,7 @@ def weights(workdir, step):
 def test_every_objective_trains_the_tiny_job_at_lag_1(name, warmed_up, data, tmp_path):
     start = {"model.path": str(warmed_up), "warmup.num_steps": 0}
     train.train(run_of(name, tmp_path, data, **start), types.SimpleNamespace(requested=""))
-    lines = read_lines(epath.Path(tmp_path) / "metrics.jsonl")
+    lines = metrics(tmp_path)
     assert [line["lag/max"] for line in lines] == [0] + [1] * (STEPS - 1)
     assert all({"loss", "grad_norm"} <= line.keys() for line in lines)  # so they are finite
     assert lines[-1]["skipped"] == 0

@@ -6,8 +6,6 @@ packed and accumulated in any order. The loss of a sequence is a sum over its to
 
 import numpy as np
 
-from oapl_jax.errors import UserError
-
 AGGREGATIONS = ("sequence", "token", "sequence_token", "constant")
 
 
@@ -21,9 +19,6 @@ def sequence_weights(lengths: np.ndarray, aggregation: str, *, constant_length: 
         "constant" mean over sequences of the sum over a fixed length (Dr.GRPO, arXiv 2503.20783),
         1/(S constant_length).
       constant_length: tokens, for "constant" only.
-
-    Raises:
-      UserError: for an unknown aggregation.
     """
     lengths = np.asarray(lengths, np.float64)
     same, count = np.ones(len(lengths)), len(lengths)
@@ -33,8 +28,4 @@ def sequence_weights(lengths: np.ndarray, aggregation: str, *, constant_length: 
         "sequence_token": 1 / (count * lengths),
         "constant": same / (count * constant_length),
     }
-    if aggregation not in weights:
-        raise UserError(
-            f"objective.aggregation={aggregation!r} must be one of {', '.join(AGGREGATIONS)}"
-        )
     return weights[aggregation].astype(np.float32)

@@ -5,8 +5,6 @@ sampled by an older policy, advantages of whole groups, the aggregation of the o
 configuration, Adam.
 """
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,48 +15,27 @@ from cases import section
 from oapl_jax.objectives import OBJECTIVES, bind
 from oapl_jax.objectives.aggregation import sequence_weights
 
-PROMPTS, GROUP, LONGEST, STEPS, LAG = 6, 8, 3, 80, 1
-STOP, TOKENS = 0, 3
-# All responses: up to the first stop token, or cut off at three.
-RESPONSES = [
-    r
-    for n in range(1, LONGEST + 1)
-    for r in itertools.product(range(TOKENS), repeat=n)
-    if STOP not in r[:-1] and (r[-1] == STOP or n == LONGEST)
-]
-LENGTHS = np.array([len(r) for r in RESPONSES])
-TABLE = np.array([[*r, *[0] * (LONGEST - len(r))] for r in RESPONSES])
-MASK = (np.arange(LONGEST) < LENGTHS[:, None]).astype(np.float32)
-RIGHT = [RESPONSES.index(r) for r in [(0,), (1, 0), (2, 0), (1, 2, 0), (2, 2, 0), (1, 1, 2)]]
-REWARD = np.eye(len(RESPONSES), dtype=np.float32)[RIGHT]
+PROMPTS, GROUP, STEPS = 6, 8, 100
+# Fifteen responses of one to three tokens, each with its share of the response's log-probability.
+LENGTHS = np.arange(15) % 3 + 1
+MASK = (np.arange(3) < LENGTHS[:, None]).astype(np.float32)
+SHARES = MASK / LENGTHS[:, None]
+REWARD = np.eye(PROMPTS, len(LENGTHS), dtype=np.float32)  # one response is right
 
 
-def response_logps(policy):
-    """[P, R, T] of every response to every prompt, under logits [P, T, V]."""
-    table = jax.nn.log_softmax(policy)
-    return table[:, np.arange(LONGEST), TABLE]
-
-
-def probabilities(policy):
-    logp = np.asarray(response_logps(policy), np.float64)
-    return np.exp((logp * MASK).sum(-1))
+@jax.jit
+def token_logps(policy):
+    """[P, R, T] of every response to every prompt, under logits [P, R]."""
+    return jax.nn.log_softmax(policy)[:, :, None] * SHARES
 
 
 def expected_reward(policy):
-    return float((probabilities(policy) * REWARD).sum(-1).mean())
-
-
-def start():
-    """A policy that is right in about one response of five."""
-    logits = np.random.default_rng(0).normal(0, 0.3, (PROMPTS, LONGEST, TOKENS))
-    for prompt, right in enumerate(RIGHT):
-        logits[prompt, np.arange(LENGTHS[right]), TABLE[right, : LENGTHS[right]]] += 0.6
-    return jnp.asarray(logits, jnp.float32)
+    return float((jax.nn.softmax(policy) * REWARD).sum(-1).mean())
 
 
 def train(name):
-    """The expected reward before and after; the sampler is `LAG` steps behind."""
-    values = section(name, anchor=0.2, constant_length=LONGEST)
+    """The expected reward before and after; the sampler is a step behind."""
+    values = section(name, anchor=0.2, constant_length=3)
     objective = bind(name, values, group_size=GROUP)
     optimizer, rng = optax.adam(0.05), np.random.default_rng(1)
     rows = np.repeat(np.arange(PROMPTS), GROUP)
@@ -66,31 +43,28 @@ def train(name):
     @jax.jit
     def step(policy, state, behavior, sampled, advantage, weights):
         def batch_loss(policy):
-            logp = response_logps(policy)[rows, sampled]
+            logp = token_logps(policy)[rows, sampled]
             losses, _ = objective.loss(logp, behavior, advantage, jnp.asarray(MASK)[sampled])
             return jnp.sum(weights * losses)
 
         updates, state = optimizer.update(jax.grad(batch_loss)(policy), state)
         return optax.apply_updates(policy, updates), state
 
-    logps = jax.jit(response_logps)
     estimate = jax.jit(jax.vmap(objective.advantage))
-    policy = reference = start()
-    state, versions = optimizer.init(policy), [policy] * (LAG + 1)
+    # Right in about one response of five.
+    policy = sampler = reference = (
+        rng.normal(0, 0.3, REWARD.shape).astype(np.float32) + 1.2 * REWARD
+    )
+    state = optimizer.init(policy)
     for _ in range(STEPS):
-        sampler = versions[-1 - LAG]
-        table = np.asarray(logps(sampler), np.float64)
-        chances = np.exp((table * MASK).sum(-1))
+        chances = np.asarray(jax.nn.softmax(jnp.asarray(sampler)), np.float64)
         chances /= chances.sum(-1, keepdims=True)
-        sampled = np.concatenate([rng.choice(len(RESPONSES), GROUP, p=p) for p in chances])
+        sampled = np.concatenate([rng.choice(len(LENGTHS), GROUP, p=p) for p in chances])
         advantage = estimate(REWARD[rows, sampled].reshape(PROMPTS, GROUP)).reshape(-1)
         anchor = reference if values["denominator"] == "reference" else sampler
-        weights = sequence_weights(
-            LENGTHS[sampled], values["aggregation"], constant_length=values["constant_length"]
-        )
-        behavior = logps(anchor)[rows, sampled]
+        weights = sequence_weights(LENGTHS[sampled], values["aggregation"], constant_length=3)
+        behavior, sampler = token_logps(anchor)[rows, sampled], policy
         policy, state = step(policy, state, behavior, sampled, advantage, weights)
-        versions.append(policy)
     return expected_reward(reference), expected_reward(policy)
 
 
