@@ -17,13 +17,10 @@ from oapl_jax.structs import Group
 
 
 class MetricsWriter:
-    """Appends one JSON object a step.
+    """Appends one JSON object a step to workdir/metrics.jsonl, on host 1 to metrics.host1.jsonl.
 
-    Args:
-      workdir: of the run; the file is workdir/metrics.jsonl, of host 1 metrics.host1.jsonl.
-      start_step: of a resumed run; later lines are removed, since those steps are computed again:
-        the file holds each step once.
-      tensorboard: whether to write event files below workdir/tensorboard too.
+    Lines after the `start_step` of a resumed run are removed, since those steps are computed again:
+    the file holds each step once. With `tensorboard`, workdir/tensorboard gets event files.
     """
 
     def __init__(self, workdir: epath.Path, *, start_step: int, tensorboard: bool):
@@ -79,12 +76,8 @@ class CompileClock:
 
 
 def group_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
-    """Metrics of the groups of a gradient step: rewards, lengths, and the measured lag.
-
-    Args:
-      groups: of the step.
-      step: the learner's, before the update.
-    """
+    """Metrics of a gradient step's groups: rewards, lengths, and the lag behind `step`, the
+    learner's before the update."""
     rollouts = [r for g in groups for r in g.rollouts]
     lags = Counter(step - r.policy_version for r in rollouts)
     return {

@@ -14,23 +14,16 @@ def plot_learning(
     *,
     title: str,
 ) -> None:
-    """Draws four panels from the lines of metrics.jsonl and the two test evaluations.
-
-    Args:
-      lines: of metrics.jsonl.
-      before, after: evaluations of the test split, as evaluation.evaluate returns them.
-      path: the PNG to write.
-      title: of the picture.
-    """
+    """Draws four panels as a PNG, from the lines of metrics.jsonl and the evaluations of the test
+    split before and after the run."""
     from matplotlib.figure import Figure  # slow to import, and not for every run
 
     figure = Figure(figsize=(11, 7))
     (learned, lagged), (moved, fitted) = figure.subplots(2, 2)
     last = lines[-1]["step"] if lines else 0
 
-    _plot(
-        learned, lines, "rollout/reward", "reward of sampled responses", color="0.75", linewidth=1
-    )
+    gray = dict(color="0.75", linewidth=1)
+    _plot(learned, lines, "rollout/reward", "reward of sampled responses", **gray)
     for color, key in (("C0", "pass@1"), ("C2", "pass@8")):
         _plot(learned, lines, f"eval/{key}", f"{key}, validation", color=color, marker=".")
         if key in before:

@@ -1,7 +1,6 @@
 """Metrics: each step once however a run was interrupted, and numbers worked out by hand."""
 
-import json
-import pathlib
+import os
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from small_runs import metrics as lines
 from tensorboardX.proto import event_pb2
 
 from oapl_jax.structs import Group, Prompt, Rollout
@@ -21,15 +21,15 @@ def workdir(tmp_path):
     return epath.Path(tmp_path)
 
 
+def open_writer(workdir, start_step=0, tensorboard=False):
+    return MetricsWriter(workdir, start_step=start_step, tensorboard=tensorboard)
+
+
 def write(workdir, steps, start_step=0, tensorboard=False, **values):
-    writer = MetricsWriter(workdir, start_step=start_step, tensorboard=tensorboard)
+    writer = open_writer(workdir, start_step, tensorboard)
     for step in steps:
         writer.write(step, {"loss": step / 2, **values})
     writer.close()
-
-
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def steps(workdir):
@@ -37,6 +37,7 @@ def steps(workdir):
 
 
 def test_an_object_a_step_with_the_step_first(workdir):
+    assert read_lines(workdir / "metrics.jsonl") == []
     write(workdir, [1, 2], reward=np.float32(0.5), count=jnp.int32(3))
     assert lines(workdir) == [
         {"step": 1, "count": 3.0, "loss": 0.5, "reward": 0.5},
@@ -44,13 +45,6 @@ def test_an_object_a_step_with_the_step_first(workdir):
     ]
     assert read_lines(workdir / "metrics.jsonl") == lines(workdir)
     assert (workdir / "metrics.jsonl").read_text().startswith('{"step":1,')
-
-
-def test_a_line_is_there_as_soon_as_it_is_written(workdir):
-    writer = MetricsWriter(workdir, start_step=0, tensorboard=False)
-    returned = writer.write(1, {"loss": 1.5, "bad": float("nan")})
-    assert lines(workdir) == [{"step": 1, "loss": 1.5}] == [returned]
-    writer.close()
 
 
 @pytest.mark.parametrize("saved", [0, 2, 5])
@@ -72,23 +66,12 @@ def test_a_line_that_a_kill_has_cut_is_removed(workdir, cut):
     assert steps(workdir) == [1, 2, 3, 4]
 
 
-def test_no_file_has_no_lines(workdir):
-    assert read_lines(workdir / "metrics.jsonl") == []
-
-
-def test_what_was_not_computed_is_absent(workdir):
-    written = MetricsWriter(workdir, start_step=0, tensorboard=True).write(
-        1,
-        {
-            "mean of nothing": np.float32(np.nan),
-            "overflow": jnp.inf,
-            "underflow": -np.inf,
-            "zero": 0.0,
-            "lag/histogram": {"0": 3, "2": 1},
-        },
-    )
-    assert written == {"step": 1, "zero": 0.0, "lag/histogram": {"0": 3, "2": 1}}
-    assert lines(workdir) == [written]
+def test_a_line_is_there_at_once_without_values_that_are_not_finite(workdir):
+    writer, table = open_writer(workdir, tensorboard=True), {"0": 3, "2": 1}
+    values = {"nothing": np.float32(np.nan), "over": jnp.inf, "under": -np.inf, "zero": 0.0}
+    written = writer.write(1, {**values, "lag/histogram": table})
+    assert [written] == [{"step": 1, "zero": 0.0, "lag/histogram": table}] == lines(workdir)
+    writer.close()
 
 
 def events(workdir):
@@ -104,17 +87,11 @@ def events(workdir):
     return sorted(found)
 
 
-def test_tensorboard_holds_the_same_numbers(workdir):
+def test_tensorboard_holds_the_same_numbers_if_asked(workdir):
+    write(workdir, [1])
+    assert not (workdir / "tensorboard").exists()
     write(workdir, [1, 2], tensorboard=True, nothing=np.nan, table={"0": 1})
     assert events(workdir) == [(1, "loss", 0.5), (2, "loss", 1.0)]
-
-
-def test_tensorboard_is_written_only_if_asked(workdir):
-    write(workdir, [1, 2])
-    assert not (workdir / "tensorboard").exists()
-
-
-# What a gradient step trains on
 
 
 def make_group(reward, version, lengths, reasons):
@@ -145,8 +122,7 @@ def test_group_metrics_are_those_worked_out_by_hand(workdir):
         "versions": 3,
     }
     assert list(metrics["lag/histogram"]) == ["0", "4", "8"]
-    writer = MetricsWriter(workdir, start_step=0, tensorboard=False)
-    assert writer.write(21, metrics)["lag/histogram"] == {"0": 2, "4": 4, "8": 2}
+    assert open_writer(workdir).write(21, metrics)["lag/histogram"] == {"0": 2, "4": 4, "8": 2}
 
 
 def test_the_clock_counts_each_compiled_program_once():
@@ -154,13 +130,10 @@ def test_the_clock_counts_each_compiled_program_once():
     add = jax.jit(lambda x: jnp.sin(x) + 1)
     x, y = jax.block_until_ready((jnp.ones(3), jnp.ones(4)))
     programs, seconds = clock.programs, clock.seconds
-    add(x).block_until_ready()
-    assert clock.programs == programs + 1
-    assert 0 < clock.seconds - seconds < 60
-    add(x).block_until_ready()
-    assert clock.programs == programs + 1
-    add(y).block_until_ready()
-    assert clock.programs == programs + 2
+    for argument, compiled in ((x, 1), (x, 1), (y, 2)):
+        add(argument).block_until_ready()
+        assert clock.programs == programs + compiled
+        assert 0 < clock.seconds - seconds < 60
 
 
 KILLED = """
@@ -175,7 +148,7 @@ os._exit(9)
 
 
 def test_a_killed_run_keeps_every_line_that_it_wrote(workdir):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(pathlib.Path(workdir))])
+    done = subprocess.run([sys.executable, "-c", KILLED, os.fspath(workdir)])
     assert done.returncode == 9
     assert steps(workdir) == [1, 2, 3]
     write(workdir, [3, 4], start_step=2, tensorboard=True)
