@@ -77,14 +77,8 @@ class Run:
             config.objective.name, config.objective.constants, group_size=config.group_size
         )
         if self.objective.needs_whole_groups:
-            check_whole_groups(
-                config.groups_per_step,
-                config.group_size,
-                longest=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
-                row_length=config.learner.row_length,
-                micro_batches=config.learner.micro_batches,
-                rows_multiple=config.learner.rows_multiple,
-            )
+            longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+            check_whole_groups(config.groups_per_step, config.group_size, longest, config.learner)
 
     def close(self) -> None:
         """Closes the parts that were opened."""
@@ -124,12 +118,7 @@ class Run:
     @cached_property
     def abstract_state(self) -> train_step.TrainState:
         """Shapes, dtypes and shardings of the train state, to restore into."""
-        fresh = lambda: train_step.new_state(
-            train_step.init_params(self.model, jax.random.key(0)), self.optimizer
-        )
-        shardings = train_step.state_shardings(self.model, self.optimizer, self.mesh)
-        place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
-        return jax.tree.map(place, jax.eval_shape(fresh), shardings)
+        return train_step.abstract_state(self.model, self.optimizer, self.mesh)
 
     # Data and rewards
 
@@ -189,14 +178,8 @@ class Run:
 
     @cached_property
     def versions(self) -> Versions:
-        learner, dtype = self.config.learner, self.config.model.dtype
-        make_probe = probe.make_probe(
-            self.model,
-            self.mesh,
-            row_length=learner.row_length,
-            rows_multiple=learner.rows_multiple,
-            logp_chunk=learner.logp_chunk,
-        )
+        dtype = self.config.model.dtype
+        make_probe = probe.make_probe(self.model, self.mesh, self.config.learner)
         return Versions(
             self.workdir,
             self.policy.config,

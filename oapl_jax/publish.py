@@ -24,16 +24,10 @@ STEPS = ("weights", "checkpoints")  # directories of a workdir with Orbax steps
 def publish_step(
     workdir: epath.Path, step: int, directory: epath.Path, *, dtype: str | None
 ) -> epath.Path:
-    """Publishes a step with the run's own model and tokenizer; returns the version's directory.
+    """Publishes an Orbax step of a run below the `directory` of versions; returns the version's.
 
-    Args:
-      workdir: of the run.
-      step: of an Orbax step below the workdir.
-      directory: of all versions.
-      dtype: of the tensors; None for the run's `publish_dtype`.
-
-    Raises:
-      UserError: if there is no such run or step, or the version exists already.
+    Model and tokenizer are the run's own, and so is the dtype unless another is given. Raises a
+    UserError if there is no such run or step, or the version exists already.
     """
     saved = load_config(workdir)
     if saved is None:

@@ -163,7 +163,7 @@ def init_run(run: Run) -> tuple[TrainState, Loop]:
 
 def warm_up(run: Run, params: Any, log: Callable[[int, dict[str, float]], None]) -> Any:
     """Parameters after the supervised stage on noisy demonstrations."""
-    config, warmup, learner = run.config, run.config.warmup, run.config.learner
+    config, warmup = run.config, run.config.warmup
     max_response_tokens = config.rollout.max_response_tokens
     stream = demonstrations(
         run.splits["train"],
@@ -178,31 +178,29 @@ def warm_up(run: Run, params: Any, log: Callable[[int, dict[str, float]], None])
         make_optimizer(**warmup.optim, num_steps=warmup.num_steps),
         run.mesh,
         stream,
+        config.learner,
         params=params,
         num_steps=warmup.num_steps,
         batch_size=warmup.batch_size,
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_response_tokens=max_response_tokens,
         log=log,
-        **learner,
     )
 
 
 def build_batch(run: Run, groups: list[Group], step: int) -> Batch:
     """Packs the groups of a gradient step, with advantages and aggregation weights."""
-    config, learner, buffer = run.config, run.config.learner, run.config.buffer
+    config, buffer = run.config, run.config.buffer
     return packing.build_batch(
         groups,
         run.objective,
+        config.learner,
         aggregation=config.objective.aggregation,
         constant_length=config.objective.constant_length,
         zero_variance_weight=(
             buffer.zero_variance_weight if buffer.zero_variance == "weight" else 1.0
         ),
         step=step,
-        micro_batches=learner.micro_batches,
-        row_length=learner.row_length,
-        rows_multiple=learner.rows_multiple,
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_response_tokens=config.rollout.max_response_tokens,
     )

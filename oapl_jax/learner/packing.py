@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from oapl_jax.config import LearnerConfig
 from oapl_jax.errors import UserError
 from oapl_jax.objectives import Objective
 from oapl_jax.objectives.aggregation import sequence_weights
@@ -19,12 +20,10 @@ from oapl_jax.structs import Batch, Group
 def build_batch(
     groups: Sequence[Group],
     objective: Objective,
+    layout: LearnerConfig,
     *,
     aggregation: str,
     step: int,
-    micro_batches: int,
-    row_length: int,
-    rows_multiple: int,
     max_prompt_tokens: int,
     max_response_tokens: int,
     constant_length: int = 1,
@@ -39,29 +38,20 @@ def build_batch(
     Args:
       groups: of one gradient step, all of one size.
       objective: gives the advantages; if its loss needs whole groups, none is split.
+      layout: M micro-batches of rows of T tokens; R, their number of rows, is rounded up.
       aggregation, constant_length: as in objectives/aggregation.py.
       step: learner step, for the lag.
-      micro_batches, row_length: M and T.
-      rows_multiple: R, the rows of a micro-batch, is rounded up to a multiple.
       max_prompt_tokens, max_response_tokens: of any sequence; the latter is C.
       zero_variance_weight: factor on the weights of groups with equal rewards.
 
-    Returns:
-      A Batch of numpy arrays, sequences in the order of the groups' rollouts.
-
-    Raises:
-      UserError: if a sequence is longer than a row or its settings, or groups do not fit.
+    Returns a Batch of numpy arrays, sequences in the order of the groups' rollouts. Raises a
+    UserError if a sequence is longer than a row or its settings, or groups do not fit.
     """
     rollouts = [(g, r) for g in groups for r in g.rollouts]
     group_size = len(groups[0].rollouts) if objective.needs_whole_groups else 1
     check_lengths(groups, prompt=max_prompt_tokens, response=max_response_tokens)
-    rows = rows_per_micro_batch(
-        len(rollouts),
-        longest=max_prompt_tokens + max_response_tokens,
-        row_length=row_length,
-        micro_batches=micro_batches,
-        rows_multiple=rows_multiple,
-    )
+    rows = rows_per_micro_batch(len(rollouts), max_prompt_tokens + max_response_tokens, layout)
+    micro_batches, row_length = layout.micro_batches, layout.row_length
     lengths = [len(g.prompt.tokens) + len(r.tokens) for g, r in rollouts]
     filled = fill(lengths, row_length=row_length, rows=rows, group_size=group_size)
     if len(filled) > micro_batches or max(map(len, filled)) > rows:
@@ -74,25 +64,21 @@ def build_batch(
     tokens, positions, segments = (np.zeros(row_shape, np.int32) for _ in range(3))
     token_index = np.zeros(token_shape, np.int32)
     mask, behavior_logp = np.zeros(token_shape, np.float32), np.zeros(token_shape, np.float32)
-    for m, layout in enumerate(filled):
-        for row, sequences in enumerate(layout):
+    for m, micro_batch in enumerate(filled):
+        for row, sequences in enumerate(micro_batch):
             row_start, start = (m * rows + row) * row_length, 0
             for segment, s in enumerate(sequences, start=1):
                 group, rollout = rollouts[s]
-                prompt, response = group.prompt.tokens, rollout.tokens
-                middle = start + len(prompt)
-                end, length = middle + len(response), len(response)
-                tokens[m, row, start:middle], tokens[m, row, middle:end] = prompt, response
-                positions[m, row, start:end] = np.arange(end - start)
+                end, length = start + lengths[s], len(rollout.tokens)
+                tokens[m, row, start:end] = np.concatenate([group.prompt.tokens, rollout.tokens])
+                positions[m, row, start:end] = np.arange(lengths[s])
                 segments[m, row, start:end] = segment
-                token_index[s, :length] = row_start + np.arange(middle, end)
+                token_index[s, :length] = row_start + np.arange(end - length, end)
                 mask[s, :length] = 1
                 behavior_logp[s, :length] = rollout.behavior_logp
                 start = end
 
-    weights = sequence_weights(
-        np.array([len(r.tokens) for _, r in rollouts]), aggregation, constant_length=constant_length
-    )
+    weights = sequence_weights(mask.sum(-1), aggregation, constant_length=constant_length)
     factors = np.array([zero_variance_weight if g.zero_variance else 1.0 for g, _ in rollouts])
     return Batch(
         tokens=tokens,
@@ -124,26 +110,23 @@ def check_lengths(groups: Sequence[Group], *, prompt: int, response: int) -> Non
             )
 
 
-def rows_per_micro_batch(
-    sequences: int, *, longest: int, row_length: int, micro_batches: int, rows_multiple: int
-) -> int:
+def rows_per_micro_batch(sequences: int, longest: int, layout: LearnerConfig) -> int:
     """R: M micro-batches of R rows hold all sequences, even if each has `longest` tokens."""
-    per_row = max(row_length // longest, 1)
-    rows = -(-sequences // (per_row * micro_batches))
-    return rows + -rows % rows_multiple
+    per_row = max(layout.row_length // longest, 1)
+    rows = -(-sequences // (per_row * layout.micro_batches))
+    return rows + -rows % layout.rows_multiple
 
 
 def check_whole_groups(
-    groups_per_step: int, group_size: int, *, longest: int, row_length: int, **layout: int
+    groups_per_step: int, group_size: int, longest: int, layout: LearnerConfig
 ) -> None:
     """Raises a UserError if micro-batches of this layout can't hold whole groups."""
-    sequences = groups_per_step * group_size
-    rows = rows_per_micro_batch(sequences, longest=longest, row_length=row_length, **layout)
-    rows_per_group = -(-group_size // max(row_length // longest, 1))
-    if layout["micro_batches"] * (rows // rows_per_group) < groups_per_step:
+    rows = rows_per_micro_batch(groups_per_step * group_size, longest, layout)
+    rows_per_group = -(-group_size // max(layout.row_length // longest, 1))
+    if layout.micro_batches * (rows // rows_per_group) < groups_per_step:
         raise UserError(
             "the objective needs whole groups in a micro-batch, and learner.micro_batches="
-            f"{layout['micro_batches']} leaves each {rows} rows for them; choose a divisor of "
+            f"{layout.micro_batches} leaves each {rows} rows for them; choose a divisor of "
             f"groups_per_step={groups_per_step}"
         )
 

@@ -7,6 +7,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from oapl_jax.config import LearnerConfig
 from oapl_jax.learner import train_step
 from oapl_jax.learner.packing import build_batch, to_mesh
 from oapl_jax.model.transformer import Transformer
@@ -19,28 +20,22 @@ def warm_up(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     demonstrations: Iterator[Group],
+    layout: LearnerConfig,
     *,
     params: Any | int,
     num_steps: int,
     batch_size: int,
-    micro_batches: int,
-    row_length: int,
-    rows_multiple: int,
-    logp_chunk: int,
     max_prompt_tokens: int,
     max_response_tokens: int,
     log: Callable[[int, dict[str, float]], None],
 ) -> Any:
-    """Trains parameters by maximum likelihood, averaged over tokens.
+    """Trains parameters by maximum likelihood, averaged over tokens; returns them sharded.
 
     Args (the others are as for the learner):
       demonstrations: groups of one rollout each, the demonstrated response, with reward 1.
       params: initial parameters, or the seed of fresh ones.
       batch_size: demonstrations a step.
       log: called with the step and its loss (nats a token).
-
-    Returns:
-      The parameters, in the learner's sharding.
     """
     objective = bind("sft", {})
     state = train_step.init_state(model, optimizer, mesh, params)
@@ -50,7 +45,7 @@ def warm_up(
         optimizer,
         mesh,
         temperature=1.0,
-        logp_chunk=logp_chunk,
+        logp_chunk=layout.logp_chunk,
         kl_weight=0.0,
         ess_power=0.0,
         to_reference=False,
@@ -60,11 +55,9 @@ def warm_up(
         batch = build_batch(
             [next(demonstrations) for _ in range(batch_size)],
             objective,
+            layout,
             aggregation="token",
             step=0,
-            micro_batches=micro_batches,
-            row_length=row_length,
-            rows_multiple=rows_multiple,
             max_prompt_tokens=max_prompt_tokens,
             max_response_tokens=max_response_tokens,
         )

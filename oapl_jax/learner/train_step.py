@@ -47,19 +47,24 @@ def init_params(model: Transformer, key: jax.Array) -> Any:
     return model.init(key, blank, blank, blank)["params"]
 
 
-def state_shardings(
+def abstract_state(
     model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Shardings of a TrainState: moments as their parameters, the rest replicated."""
+    """Shapes, dtypes and shardings: moments as their parameters, the rest replicated."""
     params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-    sharded = parameter_shardings(params, mesh)
-    shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), params)
-    replicated = NamedSharding(mesh, P())
+    state = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), params)
+    sharded, replicated = parameter_shardings(params, mesh), NamedSharding(mesh, P())
     of_param, of_other = (lambda _, sharding: sharding), (lambda _: replicated)
     moments = optax.tree_utils.tree_map_params(
-        optimizer, of_param, shapes.opt_state, sharded, transform_non_params=of_other
+        optimizer, of_param, state.opt_state, sharded, transform_non_params=of_other
     )
-    return TrainState(replicated, sharded, moments, replicated, replicated)
+    shardings = TrainState(replicated, sharded, moments, replicated, replicated)
+    place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
+    return jax.tree.map(place, state, shardings)
+
+
+def shardings_of(abstract: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
 def batch_shardings(mesh: Mesh) -> Batch:
@@ -68,16 +73,22 @@ def batch_shardings(mesh: Mesh) -> Batch:
     return Batch(rows, rows, rows, *([replicated] * 8))
 
 
+def make_init(
+    model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, *, fresh: bool
+) -> Callable[[Any], TrainState]:
+    """Compiles parameters, or the key of `fresh` ones -> a sharded state at step 0."""
+    make = lambda given: new_state(init_params(model, given) if fresh else given, optimizer)
+    return jax.jit(make, out_shardings=shardings_of(abstract_state(model, optimizer, mesh)))
+
+
 def init_state(
     model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, params: Any | int
 ) -> TrainState:
     """A sharded state at step 0, from parameters or from the seed of fresh ones."""
-    shardings = state_shardings(model, optimizer, mesh)
     if isinstance(params, int):
-        make = lambda key: new_state(init_params(model, key), optimizer)
-        return jax.jit(make, out_shardings=shardings)(jax.random.key(params))
-    make = functools.partial(new_state, optimizer=optimizer)
-    return jax.jit(make, out_shardings=shardings)(jax.device_put(params, shardings.params))
+        return make_init(model, optimizer, mesh, fresh=True)(jax.random.key(params))
+    placed = jax.device_put(params, parameter_shardings(params, mesh))
+    return make_init(model, optimizer, mesh, fresh=False)(placed)
 
 
 def response_logp(
@@ -85,9 +96,8 @@ def response_logp(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Forward pass of micro-batch m, unpacked from rows to responses.
 
-    Returns:
-      Log-probability and entropy [S, C] of the response tokens in this micro-batch, 0 elsewhere;
-      and bool[S], the responses that are in it.
+    Returns log-probability and entropy [S, C] of the response tokens in this micro-batch, 0
+    elsewhere; and bool[S], the responses that are in it.
     """
     of_m = functools.partial(jax.lax.dynamic_index_in_dim, index=m, keepdims=False)
     tokens, positions, segments = map(of_m, (batch.tokens, batch.positions, batch.segments))
@@ -149,6 +159,20 @@ def summarize(loss: jax.Array, metrics: dict[str, jax.Array], batch: Batch) -> d
     return out
 
 
+def drift(logp: jax.Array, entropy: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """Per-sequence [S] metrics: KL(pi_lag || pi) a token, entropy a token, log of the weight.
+
+    The KL is from pi_lag's samples, by its non-negative estimate (k3).
+    """
+    gap = jnp.where(batch.mask > 0, logp - batch.behavior_logp, 0.0)
+    tokens = jnp.sum(batch.mask, axis=-1)
+    return {
+        "kl": jnp.sum(jnp.expm1(jnp.clip(gap, max=20.0)) - gap, axis=-1) / tokens,
+        "entropy": jnp.sum(entropy * batch.mask, axis=-1) / tokens,
+        "log_weight": jnp.sum(gap, axis=-1),
+    }
+
+
 def make_train_step(
     model: Transformer,
     objective: Objective,
@@ -167,8 +191,7 @@ def make_train_step(
     whole batch's gradient. If the loss, the gradient norm or the scale by `ess_power` is not
     finite, the step changes only its counts.
 
-    Args:
-      temperature, logp_chunk: as in `token_logp`.
+    Args (`temperature` and `logp_chunk` are those of `token_logp`):
       kl_weight: of KL(pi || pi_ref), which is added to the loss of each sequence; 0 adds nothing.
       ess_power: the update is multiplied by (ESS / B)^ess_power; 1/2 is VCPO's for Adam
         (objectives/ratios.py).
@@ -187,15 +210,7 @@ def make_train_step(
         if kl_weight:
             kl = reference_kl(logp, batch.behavior_logp, batch.reference_logp, batch.mask)
             losses, metrics = losses + kl_weight * kl, {**metrics, "reference_kl": kl}
-        # KL(pi_lag || pi) from pi_lag's samples, by its non-negative estimate (k3).
-        gap = jnp.where(batch.mask > 0, logp - batch.behavior_logp, 0.0)
-        tokens = jnp.sum(batch.mask, axis=-1)
-        per_sequence = {
-            "kl": jnp.sum(jnp.expm1(jnp.clip(gap, max=20.0)) - gap, axis=-1) / tokens,
-            "entropy": jnp.sum(entropy * batch.mask, axis=-1) / tokens,
-            "log_weight": jnp.sum(gap, axis=-1),
-            **metrics,
-        }
+        per_sequence = {**drift(logp, entropy, batch), **metrics}
         keep_mine = lambda x: jnp.where(mine, x, 0)
         return jnp.sum(keep_mine(batch.weight * losses)), jax.tree.map(keep_mine, per_sequence)
 
@@ -233,11 +248,11 @@ def make_train_step(
             }
         return new, metrics
 
-    shardings, replicated = state_shardings(model, optimizer, mesh), NamedSharding(mesh, P())
+    shardings = shardings_of(abstract_state(model, optimizer, mesh))
     return jax.jit(
         train_step,
         in_shardings=(shardings, batch_shardings(mesh)),
-        out_shardings=(shardings, replicated),
+        out_shardings=(shardings, NamedSharding(mesh, P())),
         donate_argnums=0,
     )
 
@@ -249,10 +264,9 @@ def make_logp_step(
 
     def logp_step(params: Any, batch: Batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            of_one = functools.partial(
-                response_logp, params, batch, model=model, temperature=temperature, chunk=logp_chunk
-            )
-            return sum_micro_batches(lambda m: of_one(m)[0], batch)
+            settings: Any = dict(model=model, temperature=temperature, chunk=logp_chunk)
+            logp = lambda m: response_logp(params, batch, m, **settings)[0]
+            return sum_micro_batches(logp, batch)
 
     return jax.jit(logp_step, out_shardings=NamedSharding(mesh, P()))
 
@@ -268,7 +282,6 @@ def recompute_logps(
     """Replaces log-probs of a batch on the mesh by those of the learner's forward pass.
 
     Args:
-      logp_step: of `make_logp_step`.
       step: learner step of the batch, to which its lag refers.
       reference: parameters of the reference policy, if the objective or the KL needs them.
       load_version: version -> parameters, to recompute the behavior policy's log-probs from each

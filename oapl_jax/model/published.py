@@ -10,31 +10,19 @@ from typing import Any
 from oapl_jax.errors import UserError
 from oapl_jax.model.config import ModelConfig
 
-
-def _family(
-    kind: str, vocab_size: int, positions: int, epsilon: float, theta: float, eos: int
-) -> dict[str, Any]:
-    return dict(
-        model_type=kind,
-        vocab_size=vocab_size,
-        max_position_embeddings=positions,
-        rms_norm_eps=epsilon,
-        rope_theta=theta,
-        eos_token_id=eos,
-        num_key_value_heads=8,
-    )
+FAMILY = (
+    *("model_type", "vocab_size", "max_position_embeddings"),
+    *("rms_norm_eps", "rope_theta", "eos_token_id"),
+)
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
-def _sizes(
-    hidden: int, feed_forward: int, layers: int, heads: int, *, tied: bool = False
-) -> dict[str, Any]:
-    return dict(
-        hidden_size=hidden,
-        intermediate_size=feed_forward,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        tie_word_embeddings=tied,
-    )
+def _family(*values: Any) -> dict[str, Any]:
+    return dict(zip(FAMILY, values, strict=True), num_key_value_heads=8)
+
+
+def _sizes(*values: int, tied: bool = False) -> dict[str, Any]:
+    return dict(zip(SIZES, values, strict=True), tie_word_embeddings=tied)
 
 
 QWEN3 = _family("qwen3", 151936, 40960, 1e-6, 1e6, 151645) | dict(head_dim=128)
@@ -67,22 +55,14 @@ REPOSITORIES = {
 
 
 def published(name: str) -> ModelConfig:
-    """Sizes of a published model.
-
-    Raises:
-      UserError: for a name that is not in the table.
-    """
+    """Sizes of a published model; raises a UserError for an unknown name."""
     if name not in PUBLISHED:
         raise UserError(f"model {name!r} is not known; choose one of {', '.join(PUBLISHED)}")
     return ModelConfig.from_hf(PUBLISHED[name], source=f"the published {name}")
 
 
 def published_name(path: str) -> str:
-    """The published model that a checkpoint's directory is named after.
-
-    Raises:
-      UserError: if there is none.
-    """
+    """The published model that a directory is named after; raises a UserError if there is none."""
     last = os.path.basename(path.rstrip("/")).lower()
     name = REPOSITORIES.get(last, last)
     if name not in PUBLISHED:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from oapl_jax.model import hf
@@ -22,7 +23,6 @@ from oapl_jax.planning.memory import available_hbm, check_arguments, compile_pro
 from oapl_jax.planning.programs import PlanInputs, RunPrograms, per_chip
 
 PUBLISHER_BYTES = 1e9  # beside two of the largest tensor; docs/serving.md
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 FIGURES = ("fits", "because", "hbm", "donated", "offloaded")  # of a Compilation, in a plan
 
 
@@ -32,11 +32,8 @@ def estimate(
     """Compiles the programs of a run and reads them; if the train step does not fit, only that.
 
     `storage` is the bytes/s between a host and the storage of versions; `log` is called with a line
-    for each program.
-
-    Raises:
-      RunError: if a program does not compile for another reason than memory, or the compiler's
-        output has a form that is not known.
+    for each program. Raises a RunError if a program does not compile for another reason than
+    memory, or the compiler's output has a form that is not known.
     """
     run = RunPrograms(inputs, mesh)
     available = available_hbm(where)
@@ -47,7 +44,7 @@ def estimate(
     chip_fits = all(program["fits"] for program in compiled)
     count = parameters(inputs.model_config)
     if times:
-        dtype_bytes = DTYPE_BYTES[inputs.publish_dtype]
+        dtype_bytes = jnp.dtype(inputs.publish_dtype).itemsize
         publish = publish_seconds(count, dtype_bytes, where.hosts, storage)
         demand = fleet_demand(inputs, times["roofline"]["seconds"], publish)
         times |= {"publish_seconds": publish, "storage": storage, "fleet": demand}

@@ -109,8 +109,7 @@ class Slice:
 def open_slice(name: str) -> Slice:
     """Opens the topology of the slice "generation:shape", for example "v5e:8x8" or "v5p:4x4x4".
 
-    Raises:
-      UserError: for a slice that does not exist, or if libtpu is not installed.
+    Raises a UserError for a slice that does not exist, or if libtpu is not installed.
     """
     generation, _, sizes = name.partition(":")
     offered = "; ".join(f"{g}:{', '.join(shapes.values())}" for g, shapes in SLICES.items())
@@ -140,8 +139,7 @@ def open_slice(name: str) -> Slice:
 def make_mesh(where: Slice, **sizes: int) -> Mesh:
     """The mesh that a run makes on this slice; axes without a size have one chip.
 
-    Raises:
-      UserError: if the sizes do not multiply to the number of chips, or the torus has no such axes.
+    Raises a UserError if the sizes do not multiply to the number of chips, or fit no such torus.
     """
     sizes = dict.fromkeys(sharding.AXES, 1) | sizes
     try:

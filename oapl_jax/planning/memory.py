@@ -44,11 +44,7 @@ class Compilation:
 
 
 def memory_analysis(compiled: Any) -> dict[str, int]:
-    """The compiler's memory analysis: figure -> bytes on one chip.
-
-    Raises:
-      RunError: if a figure is missing or negative.
-    """
+    """Figure -> bytes on one chip; raises a RunError if a figure is missing or negative."""
     analysis = compiled.memory_analysis()
     figures = {}
     for name in FIGURES:
@@ -80,10 +76,8 @@ def available_hbm(where: Slice) -> int:
     """Bytes of a chip's HBM that a program may use.
 
     The compiler names the figure only when it refuses a program, so it is asked for a petabyte. Its
-    refusal must also appear in its log, which proves that warnings can be read there.
-
-    Raises:
-      RunError: if its refusal names no figure, or was not logged.
+    refusal must also appear in its log, which proves that warnings can be read there; else this
+    raises a RunError.
     """
     everywhere = jax.sharding.SingleDeviceSharding(where.devices[0])
     huge = jax.ShapeDtypeStruct((2**48,), np.float32, sharding=everywhere)
@@ -114,9 +108,8 @@ def check_arguments(program: Program, available: int) -> Compilation | None:
 def compile_program(program: Program, traced: Any, available: int) -> Compilation:
     """Compiles a traced program and compares its HBM with the `available` bytes.
 
-    Raises:
-      RunError: if the compiler fails for another reason than memory, or what it returns has a form
-        that is not known.
+    Raises a RunError if the compiler fails for another reason than memory, or what it returns has a
+    form that is not known.
     """
     try:
         with compiler_log() as lines:
@@ -128,11 +121,8 @@ def compile_program(program: Program, traced: Any, available: int) -> Compilatio
         raise RunError(f"{program.name} does not compile for this slice: {sentence}") from error
     module, analysis = Module(compiled.as_text()), memory_analysis(compiled)
     hbm = by_kind(program, analysis, module)
-    total, aliases, reused = (
-        sum(hbm.values()),
-        module.header.count("-alias)"),
-        analysis["alias_size"],
-    )
+    total, reused = sum(hbm.values()), analysis["alias_size"]
+    aliases = module.header.count("-alias)")
     if bool(aliases) != bool(reused):
         raise RunError(f"donated arguments can't be read from {module.header[:120]!r}")
     new = "results not in an argument's place"

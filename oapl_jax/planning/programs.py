@@ -78,12 +78,7 @@ class RunPrograms:
     @functools.cached_property
     def state(self) -> train_step.TrainState:
         """Shapes and shardings of the state that a run keeps in HBM from step to step."""
-        optimizer = self.inputs.optimizer
-        fresh = lambda: train_step.new_state(
-            train_step.init_params(self.model, jax.random.key(0)), optimizer
-        )
-        shardings = train_step.state_shardings(self.model, optimizer, self.mesh)
-        return jax.tree.map(_placed, jax.eval_shape(fresh), shardings)
+        return train_step.abstract_state(self.model, self.inputs.optimizer, self.mesh)
 
     @functools.cached_property
     def longest(self) -> Batch:
@@ -98,18 +93,20 @@ class RunPrograms:
         return packing.build_batch(
             [Group(prompt, (blank,) * inputs.group_size, zeros)] * inputs.groups_per_step,
             inputs.loss,
+            inputs.learner,
             aggregation=inputs.objective.aggregation,
             step=0,
-            micro_batches=inputs.learner.micro_batches,
-            row_length=inputs.learner.row_length,
-            rows_multiple=inputs.learner.rows_multiple,
             max_prompt_tokens=inputs.max_prompt_tokens,
             max_response_tokens=length,
         )
 
     @functools.cached_property
     def batch(self) -> Batch:
-        return jax.tree.map(_placed, self.longest, train_step.batch_shardings(self.mesh))
+        return self._placed(self.longest)
+
+    def _placed(self, batch: Batch) -> Batch:
+        spec = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+        return jax.tree.map(spec, batch, train_step.batch_shardings(self.mesh))
 
     @functools.cached_property
     def optimizer_state(self) -> train_step.TrainState:
@@ -153,18 +150,11 @@ class RunPrograms:
         return Program("train step", trace, arguments, self._beside(arguments))
 
     def initialization(self) -> Program:
-        optimizer = self.inputs.optimizer
-        if self.inputs.from_checkpoint:
-            make = functools.partial(train_step.new_state, optimizer=optimizer)
-            given, kinds = self.state.params, {"parameters": self.state.params}
-        else:
-            make = lambda key: train_step.new_state(
-                train_step.init_params(self.model, key), optimizer
-            )
-            given, kinds = jax.eval_shape(jax.random.key, 0), {}
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        jitted = jax.jit(make, out_shardings=shardings)
-        return Program("initialisation", lambda: jitted.trace(given), kinds, {})
+        fresh = not self.inputs.from_checkpoint
+        given = jax.eval_shape(jax.random.key, 0) if fresh else self.state.params
+        init: Any = train_step.make_init(self.model, self.inputs.optimizer, self.mesh, fresh=fresh)
+        arguments = {} if fresh else {"parameters": given}
+        return Program("initialisation", lambda: init.trace(given), arguments, {})
 
     def recomputation(self) -> list[Program]:
         """Log-probs of the lagged or the reference policy, if the objective needs them."""
@@ -178,23 +168,15 @@ class RunPrograms:
 
     def probe(self) -> Program:
         """Log-probs that are published with each version."""
-        section = self.inputs.learner
-        host, _ = probe.probe_batch(
-            self.inputs.model_config.vocab_size,
-            row_length=section.row_length,
-            rows_multiple=section.rows_multiple,
-        )
-        few = jax.tree.map(_placed, host, train_step.batch_shardings(self.mesh))
-        arguments = {"parameters": self.state.params, "batch": few}
+        few, _ = probe.probe_batch(self.inputs.model_config.vocab_size, self.inputs.learner)
+        arguments = {"parameters": self.state.params, "batch": self._placed(few)}
         return self._logp_step("probe", arguments, self._beside(arguments), 1.0)
 
     def _logp_step(
         self, name: str, arguments: dict[str, Any], beside: dict[str, int], temperature: float
     ) -> Program:
-        chunk = self.inputs.learner.logp_chunk
-        step = train_step.make_logp_step(
-            self.model, self.mesh, temperature=temperature, logp_chunk=chunk
-        )
+        settings = dict(temperature=temperature, logp_chunk=self.inputs.learner.logp_chunk)
+        step: Any = train_step.make_logp_step(self.model, self.mesh, **settings)
         return Program(name, lambda: step.trace(*arguments.values()), arguments, beside)
 
 
@@ -204,11 +186,6 @@ def per_chip(tree: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
 
 # FLOPs: two for each multiplication of a matrix product, and nothing else.
@@ -243,8 +220,7 @@ class Flops:
 def program_flops(traced: Any) -> Flops:
     """FLOPs of the matrix products of a jax.stages.Traced, through loops.
 
-    Raises:
-      RunError: for products in a loop without a known trip count, as attention on a CPU has.
+    Raises a RunError for a loop without a known trip count, as attention on a CPU has.
     """
     found = list(_products(traced.jaxpr.jaxpr, 1.0, False))
     return Flops(sum(n for n, _ in found), sum(n for n, repeated in found if repeated))

@@ -3,6 +3,7 @@
 A server that loaded a version is checked against them.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from oapl_jax.config import LearnerConfig
 from oapl_jax.learner import packing, train_step
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import bind
@@ -18,11 +20,9 @@ from oapl_jax.structs import Batch, Group, Prompt, Rollout
 ROWS, LENGTH = 4, 33
 
 
-def probe_batch(
-    vocab_size: int, *, row_length: int, rows_multiple: int
-) -> tuple[Batch, np.ndarray]:
+def probe_batch(vocab_size: int, layout: LearnerConfig) -> tuple[Batch, np.ndarray]:
     """Draws tokens, int32[4, <= 33], the same in every process; returns them packed, and as is."""
-    shape = ROWS, min(LENGTH, row_length)
+    shape = ROWS, min(LENGTH, layout.row_length)
     tokens = np.random.default_rng(0).integers(0, vocab_size, shape).astype(np.int32)
     blank = np.zeros(tokens.shape[1] - 1, np.float32)
     groups = [
@@ -36,11 +36,9 @@ def probe_batch(
     batch = packing.build_batch(
         groups,
         bind("sft", {}),  # only its log-probs are used, neither advantage nor loss
+        dataclasses.replace(layout, micro_batches=1),
         aggregation="sequence",
         step=0,
-        micro_batches=1,
-        row_length=row_length,
-        rows_multiple=rows_multiple,
         max_prompt_tokens=1,
         max_response_tokens=len(blank),
     )
@@ -48,17 +46,16 @@ def probe_batch(
 
 
 def make_probe(
-    model: Transformer, mesh: Mesh, *, row_length: int, rows_multiple: int, logp_chunk: int
+    model: Transformer, mesh: Mesh, layout: LearnerConfig
 ) -> Callable[[Any], dict[str, Any]]:
     """Compiles params -> {"tokens": [[id]], "logp": [[float]]}, a JSON-able probe.
 
     A row of `logp` has one element fewer than its tokens: log-probabilities at temperature 1 of
     each token given those before it.
     """
-    batch, tokens = probe_batch(
-        model.config.vocab_size, row_length=row_length, rows_multiple=rows_multiple
-    )
-    logp_step = train_step.make_logp_step(model, mesh, temperature=1.0, logp_chunk=logp_chunk)
+    batch, tokens = probe_batch(model.config.vocab_size, layout)
+    settings = dict(temperature=1.0, logp_chunk=layout.logp_chunk)
+    logp_step = train_step.make_logp_step(model, mesh, **settings)
     placed = packing.to_mesh(batch, train_step.batch_shardings(mesh))
 
     def probe(params: Any) -> dict[str, Any]:
