@@ -6,7 +6,6 @@ python -m oapl_jax.publish --from=WORKDIR --step=N --to=DIR [--dtype=bfloat16]
 import os
 import sys
 import tempfile
-from typing import Any
 
 from absl import flags
 from etils import epath
@@ -61,21 +60,19 @@ def publish_step(
 
 def main() -> None:
     values = flags.FlagValues()  # separate: other modules define flags of the same names
-    flags.DEFINE_string("from", None, "workdir of the run", flag_values=values)
-    flags.DEFINE_integer("step", None, "Orbax step to publish", flag_values=values)
-    flags.DEFINE_string("to", None, "directory of versions", flag_values=values)
+    source = flags.DEFINE_string("from", None, "workdir of the run", flag_values=values)
+    step = flags.DEFINE_integer("step", None, "Orbax step to publish", flag_values=values)
+    to = flags.DEFINE_string("to", None, "directory of versions", flag_values=values)
     choices = list(hf.EXPORT_DTYPES)
-    flags.DEFINE_enum("dtype", None, choices, "default: publish_dtype", flag_values=values)
+    dtype = flags.DEFINE_enum("dtype", None, choices, "default: publish_dtype", flag_values=values)
     try:
         values(sys.argv)
     except flags.Error as error:
         raise UserError(f"{one_line(error)} (--from, --step, --to, --dtype)") from error
-    given: dict[str, Any] = {name: values[name].value for name in values}
-    missing = [f"--{name}" for name in ("from", "step", "to") if given[name] is None]
+    missing = [f"--{flag.name}" for flag in (source, step, to) if flag.value is None]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; name the run, its step and a directory")
-    workdir, directory = absolute(given["from"]), absolute(given["to"])
-    print(publish_step(workdir, given["step"], directory, dtype=given["dtype"]))
+    print(publish_step(absolute(source.value), step.value, absolute(to.value), dtype=dtype.value))
 
 
 if __name__ == "__main__":

@@ -139,9 +139,8 @@ def save_params(
       dtype: of the tensors, a key of EXPORT_DTYPES.
       max_shard_bytes: bound on a file; a larger tensor has a file of its own.
 
-    Raises:
-      UserError: for a directory already in use.
-      ValueError: if the parameters are not the model's (listing the differences) or on other hosts.
+    Raises a UserError for a directory already in use, and a ValueError if the parameters are not
+    the model's (listing the differences) or on other hosts.
     """
     directory = epath.Path(directory)
     if directory.exists() and any(directory.glob("*.safetensors*")):
@@ -171,8 +170,10 @@ def save_params(
         file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         written[file] = _write(directory / file, shard, flat, dtype)
         weight_map |= {tensor.name: file for tensor in shard}
-    documents = {INDEX: {"metadata": {"total_size": total}, "weight_map": weight_map}}
-    documents = (documents if len(shards) > 1 else {}) | {"config.json": config.to_hf(dtype=dtype)}
+    documents = {"config.json": config.to_hf(dtype=dtype)}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        documents = {INDEX: index, **documents}
     for file, document in documents.items():
         text = json.dumps(document, indent=2) + "\n"
         written[file] = write_file(directory / file, [text.encode()])
@@ -213,25 +214,22 @@ def _open(
     tied = TABLE["head"] not in shapes
     if tied and head and embedding and np.array_equal(head[:], embedding[:]):
         del slices[TABLE["head"]]  # a copy of the embedding
-    known = shapes.keys() & slices
-    dtypes = {name: slices[name].get_dtype() for name in known}
-    stored = {name: slices[name].get_shape() for name in known}
     indexed = places | weight_map if weight_map else {}
+    misplaced = [name for name in indexed if weight_map.get(name) not in places.get(name, ())]
+    shaped, typed = [], []
+    for name in shapes.keys() & slices:
+        shape, dtype = slices[name].get_shape(), slices[name].get_dtype()
+        if tuple(shape) != shapes[name]:
+            shaped.append(f"{name} {shape} instead of {list(shapes[name])}")
+        if dtype not in IMPORT_DTYPES:
+            typed.append(f"{name} {dtype}")
     wrong = {
         "unknown": slices.keys() - shapes.keys(),
         "missing": shapes.keys() - slices.keys(),
         "in several files": [name for name, held in places.items() if len(held) > 1],
-        "not where the index says": [
-            name for name in indexed if weight_map.get(name) not in places.get(name, ())
-        ],
-        "wrong shape": [
-            f"{name} {shape} instead of {list(shapes[name])}"
-            for name, shape in stored.items()
-            if tuple(shape) != shapes[name]
-        ],
-        f"not {', '.join(IMPORT_DTYPES)}": [
-            f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in IMPORT_DTYPES
-        ],
+        "not where the index says": misplaced,
+        "wrong shape": shaped,
+        f"not {', '.join(IMPORT_DTYPES)}": typed,
     }
     listed = [f"{what}: {', '.join(sorted(names))}" for what, names in wrong.items() if names]
     if listed:
@@ -317,4 +315,4 @@ def _fetch(tensor: Tensor, rows: range, leaf: Any, dtype: Any) -> memoryview:
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
-    return {"/".join(path): leaf for path, leaf in flatten_dict(tree).items()}
+    return dict(flatten_dict(tree, sep="/"))

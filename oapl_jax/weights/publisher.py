@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -30,21 +30,14 @@ MAX_SHARD_BYTES = 5 * 10**9
 REMEDY = "publish it again, or start from another checkpoint step"
 
 
-class Tokenizer(Protocol):
-    def save_pretrained(self, save_directory: str) -> Any: ...
-
-
 def version_path(directory: epath.Path, version: int) -> epath.Path:
     return directory / f"v{version:06d}"
 
 
 def published_versions(directory: epath.Path) -> list[int]:
     """Lists the committed versions, oldest first."""
-    if not directory.exists():
-        return []
-    return sorted(
-        int(path.name[1:]) for path in directory.glob("v[0-9]*") if (path / COMMITTED).exists()
-    )
+    paths = directory.glob("v[0-9]*") if directory.exists() else ()
+    return sorted(int(path.name[1:]) for path in paths if (path / COMMITTED).exists())
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -58,7 +51,7 @@ def publish(
     *,
     version: int,
     directory: epath.Path,
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     dtype: str,
     config_hash: str,
 ) -> epath.Path:
@@ -70,8 +63,8 @@ def publish(
     Args:
       source: a finished Orbax step with `params` and `probe`, saved by any number of hosts.
       version: the learner's step.
-      tokenizer: its files are published with the weights.
-      dtype: "float32" or "bfloat16", of the tensors in the files.
+      tokenizer: of transformers; its files are published with the weights.
+      dtype: of the tensors in the files, a key of hf.EXPORT_DTYPES.
       config_hash: of the run's configuration, for the manifest.
 
     Raises:
@@ -97,20 +90,17 @@ def publish(
             for path in sorted(epath.Path(local).iterdir()):
                 files[path.name] = write_file(temporary / path.name, [path.read_bytes()])
         files[PROBE] = write_file(temporary / PROBE, [json.dumps(probe).encode()])
-        manifest = {
-            "version": version,
-            "parent": f"{source.parent.name}/{source.name}",
-            "config_hash": config_hash,
-            "dtype": dtype,
-            "files": files,
-        }
-        write_file(temporary / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+        parent = f"{source.parent.name}/{source.name}"
+        manifest = dict(version=version, parent=parent, config_hash=config_hash, dtype=dtype)
+        text = json.dumps(manifest | {"files": files}, indent=1)
+        write_file(temporary / MANIFEST, [text.encode()])
         fsync(temporary)
         if temporary != target:
             temporary.rename(target)
         write_file(target / COMMITTED, [])
         fsync(target)
         fsync(directory)
+        return target
     except (OSError, ValueError) as error:
         with contextlib.suppress(OSError):
             _remove_uncommitted(temporary, target)
@@ -123,7 +113,6 @@ def publish(
             f"Orbax step {source} can't be published as this {config.model_type} "
             f"({one_line(error)}); name a step of a run with this model"
         ) from error
-    return target
 
 
 def check_version(path: epath.Path) -> None:

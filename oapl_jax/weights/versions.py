@@ -42,8 +42,8 @@ class Versions:
     ):
         self.directory, self.probe = workdir / "versions", probe
         self._weights = Weights(workdir / "weights")
-        self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
-        self._dtype, self._config_hash, self._deadline = dtype, config_hash, deadline
+        self._model, self._mesh, self._deadline = model, mesh, deadline
+        self._settings: Any = dict(tokenizer=tokenizer, dtype=dtype, config_hash=config_hash)
 
     def path(self, version: int) -> epath.Path:
         return publisher.version_path(self.directory, version)
@@ -71,13 +71,7 @@ class Versions:
     def publish_step(self, source: epath.Path, version: int, directory: epath.Path) -> epath.Path:
         """Publishes a finished Orbax step below any directory; returns the version's."""
         return publisher.publish(
-            source,
-            self._model,
-            version=version,
-            directory=directory,
-            tokenizer=self._tokenizer,
-            dtype=self._dtype,
-            config_hash=self._config_hash,
+            source, self._model, version=version, directory=directory, **self._settings
         )
 
     def keep_only(self, versions: set[int]) -> None:
