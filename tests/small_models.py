@@ -1,9 +1,11 @@
-"""Decoder configurations, parameters and device meshes of test size."""
+"""Decoders, parameters, optimizers and device meshes of test size."""
 
 import functools
+import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import AxisType, Mesh
@@ -11,7 +13,9 @@ from jax.sharding import AxisType, Mesh
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import AXES
+from oapl_jax.model.transformer import Transformer, head, logits
 
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 SIZES = dict(
     vocab_size=32,
     hidden_size=32,
@@ -22,6 +26,19 @@ SIZES = dict(
     head_dim=8,
     max_position_embeddings=64,
     rms_norm_eps=1e-6,
+)
+# eps is large, or the first step of AdamW would be the sign of gradients that are all rounding.
+OPTIM: dict[str, Any] = dict(
+    learning_rate=1e-3,
+    warmup_steps=0,
+    final_fraction=0.1,
+    num_steps=10,
+    b1=0.9,
+    b2=0.95,
+    eps=1e-3,
+    weight_decay=0.1,
+    max_grad_norm=0.5,
+    mu_dtype="float32",
 )
 
 
@@ -44,6 +61,25 @@ def random_params(config: ModelConfig, seed: int) -> Any:
     shapes = {path: leaf.shape for path, leaf in hf.parameter_shapes(config).items()}
     draws = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
     return unflatten_dict(draws, sep="/")
+
+
+@functools.cache
+def golden_model(name: str) -> tuple[ModelConfig, Any]:
+    """A checkpoint of tests/golden: its weights use every term of the forward pass."""
+    config = hf.load_config(GOLDEN / name)
+    return config, hf.load_params(GOLDEN / name, config)
+
+
+def plain_logits(
+    config, params, tokens, positions=None, segments=None, *, dtype=jnp.float32, remat="none"
+) -> jax.Array:
+    """float32[B, T, V]; without segments, each row is one sequence."""
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    segments = jnp.ones_like(tokens) if segments is None else segments
+    model = Transformer(config, dtype, remat)
+    hidden: Any = model.apply({"params": params}, tokens, positions, segments)
+    return logits(hidden, head(params, config))
 
 
 def assert_same(found: Any, expected: Any) -> None:

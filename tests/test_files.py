@@ -10,27 +10,19 @@ from etils import epath
 
 from oapl_jax import files
 from oapl_jax.errors import UserError, one_line
-from oapl_jax.files import (
-    check_files,
-    checksum,
-    file_entry,
-    prefetch,
-    read_json,
-    write_atomically,
-    write_file,
-)
 
 
-@pytest.mark.parametrize("write", [write_file, write_atomically])
+@pytest.mark.parametrize("write", [files.write_file, files.write_atomically])
 def test_parts_are_written_end_to_end_and_hashed(tmp_path, write):
     parts = [b"abc", b"", np.arange(5, dtype=np.uint8).data, b"z"]
     path = epath.Path(tmp_path / "file")
     entry = write(path, iter(parts))
     content = b"abc\x00\x01\x02\x03\x04z"
     assert path.read_bytes() == content
-    assert entry == {"bytes": 9, "xxh128": xxhash.xxh3_128_hexdigest(content)} == file_entry(path)
+    assert entry == files.file_entry(path)
+    assert entry == {"bytes": 9, "xxh128": xxhash.xxh3_128_hexdigest(content)}
     assert write(path, []) == {"bytes": 0, "xxh128": "99aa06d3014798d86001c324468d497f"}
-    assert checksum(path) == "99aa06d3014798d86001c324468d497f"
+    assert files.checksum(path) == "99aa06d3014798d86001c324468d497f"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -39,11 +31,11 @@ def test_a_failed_write_keeps_the_old_content(tmp_path):
         yield b"half"
         raise OSError("the disk is full")
 
-    write_atomically(tmp_path / "file", [b"old"])
+    files.write_atomically(tmp_path / "file", [b"old"])
     with pytest.raises(OSError, match="full"):
-        write_atomically(tmp_path / "file", parts())
+        files.write_atomically(tmp_path / "file", parts())
     assert (tmp_path / "file").read_bytes() == b"old"
-    write_atomically(tmp_path / "file", [b"new"])
+    files.write_atomically(tmp_path / "file", [b"new"])
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
@@ -63,7 +55,7 @@ def test_fsync_starts_before_the_last_part_is_written(tmp_path, monkeypatch):
             while not synced:  # until the sync of the first part begins
                 threading.Event().wait(0.001)
 
-    write_file(epath.Path(tmp_path / "file"), parts())
+    files.write_file(epath.Path(tmp_path / "file"), parts())
     assert (synced[0], synced[-1]) == (4, 20)
 
 
@@ -78,32 +70,31 @@ def test_a_failed_fsync_in_the_background_raises(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="the disk is gone"):
-        write_file(epath.Path(tmp_path / "file"), [b"a", b"b"])
+        files.write_file(epath.Path(tmp_path / "file"), [b"a", b"b"])
 
 
 @pytest.mark.parametrize("content", [b"ac", b"abc", None])
 def test_a_file_that_differs_from_its_manifest_entry_is_refused(tmp_path, content):
     directory = epath.Path(tmp_path)
-    entries = {
-        name: {**write_file(directory / name, [name.encode()]), "more": 1} for name in ("a", "ab")
-    }
-    check_files(directory, entries, remedy="")
+    write = lambda name: {**files.write_file(directory / name, [name.encode()]), "more": 1}
+    entries = {name: write(name) for name in ("a", "ab")}
+    files.check_files(directory, entries, remedy="")
     if content is None:
         (directory / "ab").unlink()
     else:
         (directory / "ab").write_bytes(content)
     with pytest.raises(UserError, match=r"ab is missing or damaged; copy it"):
-        check_files(directory, entries, remedy="copy it")
+        files.check_files(directory, entries, remedy="copy it")
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", "3", '{"b": 1}'])
 def test_a_json_file_without_the_fields_is_refused(tmp_path, text):
     path = epath.Path(tmp_path / "manifest.json")
     path.write_text('{"a": 1, "b": 2}')
-    assert read_json(path, ["a"], remedy="") == {"a": 1}
+    assert files.read_json(path, ["a"], remedy="") == {"a": 1}
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(UserError, match=r"manifest.json .*; copy it"):
-        read_json(path, ["a"], remedy="copy it")
+        files.read_json(path, ["a"], remedy="copy it")
 
 
 def test_prefetched_results_come_in_order_and_within_the_budget():
@@ -118,7 +109,7 @@ def test_prefetched_results_come_in_order_and_within_the_budget():
 
     costs = [3, 1, 1, 9, 2, 2, 2, 2, 5, 1]
     found = []
-    for cost in prefetch(make, costs, cost=lambda cost: cost, budget=6):
+    for cost in files.prefetch(make, costs, cost=lambda cost: cost, budget=6):
         found.append(cost)
         with lock:
             live -= cost  # asked for: no longer ahead
@@ -128,11 +119,11 @@ def test_prefetched_results_come_in_order_and_within_the_budget():
 
 def test_prefetch_raises_in_the_caller_and_closing_ends_its_threads():
     threads = threading.active_count()
-    results = prefetch(lambda x: 1 / x, [1, 2, 0, 4], cost=lambda x: 1, budget=2)
+    results = files.prefetch(lambda x: 1 / x, [1, 2, 0, 4], cost=lambda x: 1, budget=2)
     assert [next(results), next(results)] == [1, 0.5]
     with pytest.raises(ZeroDivisionError):
         next(results)
-    unfinished = prefetch(lambda x: x, range(100), cost=lambda x: 1, budget=2)
+    unfinished = files.prefetch(lambda x: x, range(100), cost=lambda x: 1, budget=2)
     assert next(unfinished) == 0
     unfinished.close()
     assert threading.active_count() == threads

@@ -24,25 +24,24 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from small_models import assert_same, random_params, small_config
+from small_models import (
+    GOLDEN,
+    assert_same,
+    golden_model,
+    plain_logits,
+    random_params,
+    small_config,
+)
 
 from oapl_jax.errors import UserError
 from oapl_jax.files import file_entry
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import ROWS, make_mesh, parameter_shardings
-from oapl_jax.model.transformer import Transformer, head, logits
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 LLAMAS = ["llama", "llama_bias", "llama_llama3", "llama_tied", "llama_yarn"]
 NAMES = [*LLAMAS, "qwen2", "qwen2_tied", "qwen3", "qwen3_tied", "qwen3_yarn"]
 GIB = 1 << 30
-
-
-@functools.cache
-def load(name):
-    config = hf.load_config(GOLDEN / name)
-    return config, hf.load_params(GOLDEN / name, config)
 
 
 @functools.cache
@@ -51,16 +50,9 @@ def golden(name):
         return file["tokens"], file["logits"]
 
 
-def forward(config, params, tokens):
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    model = Transformer(config, jnp.float32, "none")
-    hidden: Any = model.apply({"params": params}, tokens, positions, jnp.ones_like(tokens))
-    return logits(hidden, head(params, config))
-
-
 @functools.cache
 def compiled(config):
-    return jax.jit(functools.partial(forward, config))
+    return jax.jit(functools.partial(plain_logits, config))
 
 
 def tensors_on_disk(directory):
@@ -86,7 +78,7 @@ def test_every_committed_checkpoint_is_tested():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_those_of_transformers(name):
-    config, params = load(name)
+    config, params = golden_model(name)
     tokens, expected = golden(name)
     assert expected.std() > 1  # flat logits would agree by themselves
     np.testing.assert_allclose(compiled(config)(params, tokens), expected, atol=1e-4, rtol=0)
@@ -94,7 +86,7 @@ def test_logits_equal_those_of_transformers(name):
 
 @pytest.mark.parametrize("name", ["llama_llama3", "llama_yarn", "qwen3_yarn"])
 def test_rope_scaling_changes_the_logits(name):
-    config, params = load(name)
+    config, params = golden_model(name)
     tokens, expected = golden(name)
     plain = dataclasses.replace(config, rope=(("rope_theta", 100.0), ("rope_type", "default")))
     found = compiled(plain)(params, tokens)
@@ -124,7 +116,7 @@ def test_every_row_of_the_table_is_used_and_a_parameter_without_one_raises(monke
 
 @pytest.mark.parametrize("name", NAMES)
 def test_export_and_import_are_bit_equal(name, tmp_path):
-    config, params = load(name)
+    config, params = golden_model(name)
     hf.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=GIB)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert hf.load_config(tmp_path) == config
@@ -135,7 +127,7 @@ def test_export_and_import_are_bit_equal(name, tmp_path):
 
 
 def test_small_shards_hold_the_same_tensors(tmp_path):
-    config, params = load("qwen3")
+    config, params = golden_model("qwen3")
     limit = 7000  # the embedding (8 KiB) is larger, some tensors fit together
     entries = hf.save_params(params, config, tmp_path, dtype="float32", max_shard_bytes=limit)
     assert entries == {path.name: file_entry(path) for path in epath.Path(tmp_path).iterdir()}
@@ -153,7 +145,7 @@ def test_small_shards_hold_the_same_tensors(tmp_path):
 
 
 def test_a_bfloat16_export_rounds_and_loads(tmp_path):
-    config, params = load("llama_bias")
+    config, params = golden_model("llama_bias")
     hf.save_params(params, config, tmp_path, dtype="bfloat16", max_shard_bytes=10_000)
     assert {t.dtype for t in tensors_on_disk(tmp_path).values()} == {np.dtype(ml_dtypes.bfloat16)}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
@@ -164,7 +156,7 @@ def test_a_bfloat16_export_rounds_and_loads(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_numpy_jax_and_tensorstore_arrays_are_written_equally(dtype, tmp_path):
     """Chunks that divide nothing evenly, and a tree or a mapping by path."""
-    config, params = load("qwen2")
+    config, params = golden_model("qwen2")
     flat: Any = flatten_dict(params, sep="/")
     chunked = {}
     for path, leaf in flat.items():
@@ -181,7 +173,7 @@ def test_numpy_jax_and_tensorstore_arrays_are_written_equally(dtype, tmp_path):
 
 
 def test_float16_files_load(copy):
-    config, params = load("qwen2")
+    config, params = golden_model("qwen2")
     directory = copy("qwen2")
     damage(directory, lambda t: t.update({k: v.astype(np.float16) for k, v in t.items()}))
     expected = jax.tree.map(lambda x: x.astype(jnp.float16).astype(jnp.float32), params)
@@ -190,7 +182,7 @@ def test_float16_files_load(copy):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_tied", "qwen3"])  # llama is in several files
 def test_each_device_of_a_mesh_loads_its_part(name, tmp_path):
-    config, expected = load(name)
+    config, expected = golden_model(name)
     mesh = make_mesh(data=2, fsdp=2, context=1, tensor=2)
     params = hf.load_params(GOLDEN / name, config, mesh=mesh)
     assert_same(params, expected)
@@ -216,7 +208,7 @@ def test_loading_and_saving_hold_one_parameter_at_a_time(tmp_path, monkeypatch):
     """Saving needs two tensors beside the parameters, loading one beside the result."""
     monkeypatch.setattr(hf, "READ_AHEAD", 1)  # no more than the largest tensor
     config = dataclasses.replace(
-        load("llama")[0], hidden_size=256, intermediate_size=768, num_layers=8
+        golden_model("llama")[0], hidden_size=256, intermediate_size=768, num_layers=8
     )
     params = random_params(config, 0)
     everything = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -320,7 +312,7 @@ def test_a_stored_head_must_equal_the_embedding_it_is_tied_to(copy):
     directory = copy("qwen3_tied")
     embedding = load_file(directory / hf.SINGLE)["model.embed_tokens.weight"]
     damage(directory, lambda tensors: tensors.update({"lm_head.weight": embedding}))
-    config, expected = load("qwen3_tied")
+    config, expected = golden_model("qwen3_tied")
     assert_same(hf.load_params(directory, config), expected)
 
     other = embedding.copy()
@@ -363,7 +355,7 @@ def test_an_unreadable_config_is_named(content, tmp_path):
 
 
 def test_an_invalid_export_writes_nothing(tmp_path):
-    config, params = load("qwen2")
+    config, params = golden_model("qwen2")
     save = functools.partial(hf.save_params, directory=tmp_path / "out", config=config)
     flat: dict[str, Any] = {**flatten_dict(params, sep="/")}
     del flat["layers/k/bias"]
@@ -406,7 +398,7 @@ def test_defaults_are_those_of_transformers(model_type, head_dim):
 
 def test_each_device_reads_only_its_part(monkeypatch):
     """Over all devices, each element of a kernel is read once."""
-    config, _ = load("qwen3")
+    config, _ = golden_model("qwen3")
     parts, read = [], hf._read
     monkeypatch.setattr(hf, "_read", lambda *args: parts.append(part := read(*args)) or part)
     hf.load_params(GOLDEN / "qwen3", config, mesh=make_mesh(data=1, fsdp=4, context=1, tensor=2))

@@ -13,14 +13,7 @@ from small_models import small_config, small_mesh
 
 from oapl_jax.errors import UserError
 from oapl_jax.learner.train_step import init_params
-from oapl_jax.model.sharding import (
-    AXES,
-    PARAMETER_RULES,
-    constrain_activations,
-    make_mesh,
-    parameter_shardings,
-    parameter_spec,
-)
+from oapl_jax.model import sharding
 from oapl_jax.model.transformer import Transformer
 
 
@@ -46,10 +39,10 @@ def test_every_parameter_matches_one_rule_and_every_rule_is_used():
     paths |= {"score"}  # a curator's head
     used = set()
     for path in paths:
-        matching = [rule for rule, _ in PARAMETER_RULES if re.fullmatch(rule, path)]
+        matching = [rule for rule, _ in sharding.PARAMETER_RULES if re.fullmatch(rule, path)]
         assert len(matching) == 1, path
         used |= {*matching}
-    assert used == {rule for rule, _ in PARAMETER_RULES}
+    assert used == {rule for rule, _ in sharding.PARAMETER_RULES}
 
 
 @pytest.mark.parametrize(
@@ -57,10 +50,10 @@ def test_every_parameter_matches_one_rule_and_every_rule_is_used():
 )
 def test_an_unknown_parameter_raises(path):
     with pytest.raises(KeyError, match=re.escape(repr(path))):
-        parameter_spec(path)
+        sharding.parameter_spec(path)
     tree = functools.reduce(lambda leaf, key: {key: leaf}, reversed(path.split("/")), jnp.zeros(8))
     with pytest.raises(KeyError, match=re.escape(repr(path))):
-        parameter_shardings(tree, small_mesh(data=8))
+        sharding.parameter_shardings(tree, small_mesh(data=8))
 
 
 @pytest.mark.parametrize(
@@ -76,9 +69,9 @@ def test_an_unknown_parameter_raises(path):
 def test_an_indivisible_axis_of_a_parameter_is_named(mesh, sizes, names):
     params = shapes(small_config(**sizes))
     with pytest.raises(UserError) as error:
-        parameter_shardings(params, small_mesh(*mesh))
+        sharding.parameter_shardings(params, small_mesh(*mesh))
     assert all(name in str(error.value) for name in names)
-    parameter_shardings(params, small_mesh(data=8))  # parameters are whole along this axis
+    sharding.parameter_shardings(params, small_mesh(data=8))  # parameters are whole along this axis
 
 
 @pytest.mark.parametrize(
@@ -93,8 +86,8 @@ def test_an_indivisible_axis_of_a_parameter_is_named(mesh, sizes, names):
     ],
 )
 def test_a_mesh_takes_all_devices_and_minus_one_takes_the_rest(sizes, expected):
-    mesh = make_mesh(**dict(zip(AXES, sizes, strict=True)))
-    assert dict(mesh.shape) == dict(zip(AXES, expected, strict=True))
+    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+    assert dict(mesh.shape) == dict(zip(sharding.AXES, expected, strict=True))
     assert {d.id for d in mesh.devices.flat} == {d.id for d in jax.devices()}
 
 
@@ -106,19 +99,19 @@ def test_a_mesh_takes_all_devices_and_minus_one_takes_the_rest(sizes, expected):
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_an_error(sizes):
-    given = dict(zip(AXES, sizes, strict=True))
+    given = dict(zip(sharding.AXES, sizes, strict=True))
     names = " x ".join(rf"mesh\.{axis}={size}" for axis, size in given.items())
     with pytest.raises(UserError, match=names):
-        make_mesh(**given)
+        sharding.make_mesh(**given)
 
 
 def test_activations_are_sharded_on_a_mesh_only():
     x = np.arange(8 * 2 * 4, dtype=np.float32).reshape(8, 2, 4)
-    np.testing.assert_array_equal(jax.jit(constrain_activations)(x), x)
+    np.testing.assert_array_equal(jax.jit(sharding.constrain_activations)(x), x)
     mesh = small_mesh(data=2, fsdp=2, context=2)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, P(None, None, "context")))
-        found = jax.jit(constrain_activations)(placed)
+        found = jax.jit(sharding.constrain_activations)(placed)
     np.testing.assert_array_equal(found, x)
     assert found.sharding.shard_shape(x.shape) == (2, 1, 4)
 
@@ -143,5 +136,5 @@ def test_every_parameter_has_its_axes(model_type, tied, bias):
     if bias and model_type != "qwen2":
         expected |= {"layers/o/bias": P(None, None)}
     mesh = small_mesh(data=2, fsdp=2, tensor=2)
-    placed = by_path(parameter_shardings(shapes_of(model_type, tied, bias), mesh))
+    placed = by_path(sharding.parameter_shardings(shapes_of(model_type, tied, bias), mesh))
     assert {path: sharding.spec for path, sharding in placed.items()} == expected

@@ -5,31 +5,15 @@ test_hf.py tests parity with transformers.
 """
 
 import functools
-import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import golden_model, plain_logits
 
-from oapl_jax.model import hf
 from oapl_jax.model.blockwise_attention import visible
 from oapl_jax.model.transformer import REMAT_POLICIES, Transformer, empty_cache, head, logits
-
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-
-
-@functools.cache
-def load(name):
-    config = hf.load_config(GOLDEN / name)
-    return config, hf.load_params(GOLDEN / name, config)
-
-
-def forward(config, params, tokens, positions, segments, dtype=jnp.float32, remat="none"):
-    model = Transformer(config, dtype, remat)
-    hidden: Any = model.apply({"params": params}, tokens, positions, segments)
-    return logits(hidden, head(params, config))
 
 
 def rows(lengths, width, vocab_size, seed):
@@ -47,7 +31,7 @@ def rows(lengths, width, vocab_size, seed):
 @pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama_yarn"])
 def test_gradients_vanish_exactly_at_masked_positions(name):
     """d logits[t] / d input[s] is 0 for later s and for packed neighbours, and only for those."""
-    config, params = load(name)
+    config, params = golden_model(name)
     width = 24
     _, positions, segments = rows([9, 7, 5], width, config.vocab_size, seed=0)
     # Every token occurs once: an embedding row's gradient is that of one input position.
@@ -58,7 +42,7 @@ def test_gradients_vanish_exactly_at_masked_positions(name):
     @jax.jacrev
     def influence(embedding):
         changed = {**params, "embed": {"embedding": embedding}}
-        return forward(config, changed, tokens, positions, segments)[0] @ probe
+        return plain_logits(config, changed, tokens, positions, segments)[0] @ probe
 
     gradients = influence(params["embed"]["embedding"])[:, tokens[0]]  # [t, s, D]
     same = segments[0][:, None] == segments[0][None, :]
@@ -67,10 +51,10 @@ def test_gradients_vanish_exactly_at_masked_positions(name):
 
 @pytest.mark.parametrize("name", ["qwen3_tied", "qwen2_tied", "llama_llama3"])
 def test_packed_sequences_have_the_logits_of_separate_ones(name):
-    config, params = load(name)
+    config, params = golden_model(name)
     lengths = [11, 4, 14]
     tokens, positions, segments = rows(lengths, 32, config.vocab_size, seed=2)
-    run = jax.jit(functools.partial(forward, config, params))
+    run = jax.jit(functools.partial(plain_logits, config, params))
     packed = run(tokens, positions, segments)
     for start, length in zip([0, 11, 15], lengths, strict=True):
         alone, positions, segments = rows([length], 32, config.vocab_size, seed=3)
@@ -82,7 +66,7 @@ def test_packed_sequences_have_the_logits_of_separate_ones(name):
 @pytest.mark.parametrize("name", ["qwen3_yarn", "qwen2", "llama_bias"])
 def test_cached_decoding_equals_the_whole_sequence(name):
     """Left-padded prompts are prefilled together, then every token is decoded on its own."""
-    config, params = load(name)
+    config, params = golden_model(name)
     lengths, prompt, total, slots = np.array([3, 9, 1, 6]), 9, 17, 20
     batch = len(lengths)
     rng = np.random.default_rng(3)
@@ -110,18 +94,18 @@ def test_cached_decoding_equals_the_whole_sequence(name):
     shifts = prompt - lengths
     whole = np.stack([np.roll(row, -shift) for row, shift in zip(tokens, shifts, strict=True)])
     causal = np.broadcast_to(np.arange(total, dtype=np.int32), whole.shape)
-    run = jax.jit(functools.partial(forward, config, params))
+    run = jax.jit(functools.partial(plain_logits, config, params))
     expected = run(whole, causal, np.ones_like(whole))
     for row, shift in enumerate(shifts):
         np.testing.assert_allclose(found[row, shift:], expected[row, : total - shift], atol=1e-4)
 
 
 def test_remat_policies_have_the_same_gradients():
-    config, params = load("llama_bias")
+    config, params = golden_model("llama_bias")
     batch = rows([14, 10], 24, config.vocab_size, seed=4)
 
     def loss(params, remat):
-        found = forward(config, params, *batch, remat=remat)
+        found = plain_logits(config, params, *batch, remat=remat)
         return jnp.mean(jax.nn.logsumexp(found, axis=-1) ** 2)
 
     gradients = lambda remat: jax.jit(jax.grad(functools.partial(loss, remat=remat)))(params)
@@ -133,17 +117,17 @@ def test_remat_policies_have_the_same_gradients():
 
 
 def test_bfloat16_is_for_activations_only():
-    config, params = load("qwen3")
+    config, params = golden_model("qwen3")
     batch = rows([40], 48, config.vocab_size, seed=5)
     model = Transformer(config, jnp.bfloat16, "none")
-    loss = lambda params: forward(config, params, *batch, dtype=jnp.bfloat16).mean()
+    loss = lambda params: plain_logits(config, params, *batch, dtype=jnp.bfloat16).mean()
     fresh = jax.eval_shape(model.init, jax.random.key(0), *batch)
     for tree in (fresh, jax.eval_shape(jax.grad(loss), params)):
         assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(jnp.float32)}
     hidden = jax.eval_shape(model.apply, {"params": params}, *batch)
     assert hidden.dtype == jnp.bfloat16
 
-    run = jax.jit(functools.partial(forward, config, params), static_argnames="dtype")
+    run = jax.jit(functools.partial(plain_logits, config, params), static_argnames="dtype")
     wide, narrow = run(*batch), run(*batch, dtype=jnp.bfloat16)
     assert narrow.dtype == jnp.float32  # sums stay wide
     difference = np.abs(narrow - wide)
@@ -152,7 +136,7 @@ def test_bfloat16_is_for_activations_only():
 
 
 def test_layers_are_initialized_differently():
-    config, _ = load("qwen3")
+    config, _ = golden_model("qwen3")
     blank = np.zeros((1, 2), np.int32)
     init = jax.jit(Transformer(config, jnp.float32, "none").init)
     kernel = init(jax.random.key(0), blank, blank, blank)["params"]["layers"]["q"]["kernel"]

@@ -3,15 +3,7 @@
 import pytest
 
 from oapl_jax.errors import RunError
-from oapl_jax.planning.hlo import (
-    Module,
-    axes_of,
-    collective_bytes,
-    device_group,
-    permuted_axes,
-    saved_bytes,
-    traffic,
-)
+from oapl_jax.planning import hlo
 
 SUM = """\
 %sum (a: f32[], b: f32[]) -> f32[] {
@@ -95,12 +87,12 @@ def executions(computation, *change):
     if change:
         assert change[0] in LOOPS
     text = LOOPS.replace(*change) if change else LOOPS
-    return Module(text).computations[computation].executions
+    return hlo.Module(text).computations[computation].executions
 
 
 def test_a_body_runs_once_for_each_trip_of_its_loops():
     names = ("main", "outer", "outer_condition", "inner", "inner_condition")
-    module = Module(LOOPS)
+    module = hlo.Module(LOOPS)
     assert module.entry.name == "main"
     counts = {c.name: c.executions for c in module.sequences()}
     assert counts == dict(zip(names, (1, 3, 1, 15, 3), strict=True))
@@ -110,8 +102,8 @@ def test_a_body_runs_once_for_each_trip_of_its_loops():
 def test_a_computation_of_sparse_cores_ends_with_its_thread():
     text = LOOPS.replace("%two)\n}", '%two)\n}, execution_thread="sparsecore"')
     assert text != LOOPS
-    assert list(Module(text).computations) == list(Module(LOOPS).computations)
-    assert Module(text).computations["step"].executions == 15
+    assert list(hlo.Module(text).computations) == list(hlo.Module(LOOPS).computations)
+    assert hlo.Module(text).computations["step"].executions == 15
 
 
 def test_a_printed_trip_count_is_taken():
@@ -123,7 +115,7 @@ def test_a_scope_bounds_a_loop_whose_end_depends_on_data():
     def trips(path):
         named = f'body=%inner, metadata={{op_name="jit(f)/while/body/{path}"}}'
         unknown = LOOPS.replace("constant(10)", "custom-call()").replace("body=%inner", named)
-        return Module(unknown).computations["inner"].executions / 3
+        return hlo.Module(unknown).computations["inner"].executions / 3
 
     for scope in ("at_most_34", "jvp(at_most_34)", "transpose(jvp(at_most_34))"):
         assert trips(f"{scope}/while") == 34
@@ -148,7 +140,7 @@ def test_a_trip_count_is_never_guessed(old, new):
 def test_collectives_are_counted_by_hand():
     # 15 times: an all-gather of 128 x 32 numbers of 2 bytes in pairs along fsdp, half of which is
     # another's; and an all-reduce of 64 x 32 of them in pairs along data, in and out.
-    assert collective_bytes(Module(LOOPS), MESH) == {
+    assert hlo.collective_bytes(hlo.Module(LOOPS), MESH) == {
         "all-gather": {"fsdp": 15 * 128 * 32 * 2 / 2},
         "all-reduce": {"data": 15 * 2 * 64 * 32 * 2 / 2},
     }
@@ -194,14 +186,14 @@ source_target_pairs={{0,1},{1,0}}
 
 
 def test_a_collective_in_steps_counts_once_and_a_sliced_sum_is_a_reduce_scatter():
-    assert collective_bytes(Module(CHAIN), {"fsdp": 2}) == {
+    assert hlo.collective_bytes(hlo.Module(CHAIN), {"fsdp": 2}) == {
         "all-gather": {"fsdp": 8 * 4 / 2},
         "reduce-scatter": {"fsdp": 8 * 4 / 2},
         "collective-permute": {"fsdp": 4 * 4},
     }
-    never_started = Module(CHAIN.replace("AsyncCollectiveStart", "CollectiveBegin"))
+    never_started = hlo.Module(CHAIN.replace("AsyncCollectiveStart", "CollectiveBegin"))
     with pytest.raises(RunError, match="continues"):
-        collective_bytes(never_started, {"fsdp": 2})
+        hlo.collective_bytes(never_started, {"fsdp": 2})
 
 
 def gather_among(groups):
@@ -211,7 +203,7 @@ ENTRY %main (p: f32[4]) -> f32[8] {{
   %p = f32[4]{{0}} parameter(0)
   ROOT %g = f32[8]{{0}} all-gather(%p), channel_id=1, replica_groups={groups}, dimensions={{0}}
 }}"""
-    return Module(text).computations["main"].instructions["g"]
+    return hlo.Module(text).computations["main"].instructions["g"]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +222,7 @@ ENTRY %main (p: f32[4]) -> f32[8] {{
     ],
 )
 def test_groups_of_devices_are_read_in_every_form(groups, group):
-    assert device_group(gather_among(groups), 8) == group
+    assert hlo.device_group(gather_among(groups), 8) == group
 
 
 @pytest.mark.parametrize(
@@ -238,17 +230,17 @@ def test_groups_of_devices_are_read_in_every_form(groups, group):
 )
 def test_groups_of_devices_are_never_guessed(groups):
     with pytest.raises(RunError, match="devices"):
-        device_group(gather_among(groups), 8)
+        hlo.device_group(gather_among(groups), 8)
 
 
 def test_groups_and_permutations_reach_over_the_axes_along_which_their_places_differ():
     text = CHAIN.replace("{{0,1},{1,0}}", "{{0,1},{1,0},{2,3},{3,2}}")
-    moved = Module(text).computations["main"].instructions["moved"]
+    moved = hlo.Module(text).computations["main"].instructions["moved"]
     for shape in (MESH, {"data": 1, "fsdp": 4}, {"fsdp": 4, "tensor": 1}):
-        assert permuted_axes(moved, shape) == ("fsdp",)
+        assert hlo.permuted_axes(moved, shape) == ("fsdp",)
     shape = {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
     reached = {(0, 1): ("tensor",), (0, 2): ("fsdp",), (0, 2, 4, 6): ("data", "fsdp"), (3,): ()}
-    assert {group: axes_of(group, shape) for group in reached} == reached
+    assert {group: hlo.axes_of(group, shape) for group in reached} == reached
 
 
 TRAFFIC = """\
@@ -286,9 +278,9 @@ ENTRY %main (w: bf16[36,1024], i: s32[], v: bf16[1,1024]) -> bf16[36,1024] {
 def test_traffic_counts_reads_and_writes_of_hbm():
     # A layer of the stack is read (2048 bytes) into VMEM and doubled there; a row is fetched (2048)
     # and written into its place (2048). The other 35 layers stay where they are.
-    assert traffic(Module(TRAFFIC)) == (3 * 2048, 0)
+    assert hlo.traffic(hlo.Module(TRAFFIC)) == (3 * 2048, 0)
     new = TRAFFIC.replace("bitcast(%row)", "multiply-by-add(%row)")  # within a fusion it is free
-    assert traffic(Module(new)) == (3 * 2048, 0)
+    assert hlo.traffic(hlo.Module(new)) == (3 * 2048, 0)
 
 
 OFFLOADING = """HloModule m, is_scheduled=true
@@ -309,10 +301,10 @@ dynamic-slice-start(%kept, %i)
 
 def test_transfers_to_and_from_the_host_are_counted_apart():
     # A row leaves HBM and comes back: one read, one write, and twice over the link.
-    assert traffic(Module(OFFLOADING)) == (2 * 2048, 2 * 2048)
+    assert hlo.traffic(hlo.Module(OFFLOADING)) == (2 * 2048, 2 * 2048)
     unknown = OFFLOADING.replace("dynamic-slice-done(%in)", "gather(%kept, %i)")
     with pytest.raises(RunError, match="gather"):
-        traffic(Module(unknown))
+        hlo.traffic(hlo.Module(unknown))
 
 
 def test_arrays_that_a_loop_leaves_to_a_later_loop_are_saved():
@@ -355,7 +347,7 @@ ENTRY %main (x: f32[8,64], w: f32[4,4], v: f32[8,2]) -> f32[8,64] {
 """
     # Not the weights, which the loop hands on, nor what stays in VMEM.
     state = "(s32[], f32[8,64]{1,0}, f32[4,4]{1,0}, f32[8,2]{1,0:S(1)})"
-    assert saved_bytes(Module(text.replace("STATE", state))) == 8 * 64 * 4
+    assert hlo.saved_bytes(hlo.Module(text.replace("STATE", state))) == 8 * 64 * 4
 
 
 @pytest.mark.parametrize(
@@ -378,6 +370,6 @@ ENTRY %main (x: f32[8,64], w: f32[4,4], v: f32[8,2]) -> f32[8,64] {
 )
 def test_an_unknown_form_is_an_error_that_names_it(old, new, named):
     assert old in LOOPS
-    figures = lambda module: (collective_bytes(module, MESH), traffic(module))
+    figures = lambda module: (hlo.collective_bytes(module, MESH), hlo.traffic(module))
     with pytest.raises(RunError, match=named):
-        figures(Module(LOOPS.replace(old, new)))
+        figures(hlo.Module(LOOPS.replace(old, new)))

@@ -36,20 +36,7 @@ from oapl_jax.model.sharding import make_mesh, parameter_shardings
 from oapl_jax.publish import main
 from oapl_jax.weights import publisher
 from oapl_jax.weights.checkpoint import Weights
-from oapl_jax.weights.publisher import (
-    COMMITTED,
-    MANIFEST,
-    PROBE,
-    check_version,
-    collect,
-    config_hash,
-    open_params,
-    publish,
-    published_versions,
-    read_manifest,
-    read_probe,
-    version_path,
-)
+from oapl_jax.weights.publisher import COMMITTED, check_version, published_versions, version_path
 
 STEPS = tempfile.TemporaryDirectory()  # removed when the process ends
 SAID = {"tokens": [[3, 1, 2], [5, 5, 6]], "logp": [[-0.5, -1.25], [-3, -0.125]], "dtype": "float32"}
@@ -83,7 +70,7 @@ def orbax_step(seed, config=SMALL):
 
 def write(directory, version, seed=None, config=SMALL, dtype="float32", source=None):
     """Publishes an Orbax step: `source`, or one of the parameters of `seed`."""
-    return publish(
+    return publisher.publish(
         source or orbax_step(version if seed is None else seed, config),
         config,
         version=version,
@@ -119,26 +106,27 @@ def test_a_published_version_is_whole_and_loads_bit_equal(tmp_path):
     assert_holds(path, 16)
     assert (path / "tokenizer.json").read_text() == '{"a": 1}'
     assert [p.name for p in path.parent.iterdir()] == ["v000016"]
-    assert read_probe(path) == SAID
+    assert publisher.read_probe(path) == SAID
 
-    manifest = json.loads((path / MANIFEST).read_text())
-    assert manifest == read_manifest(path)
+    manifest = json.loads((path / publisher.MANIFEST).read_text())
+    assert manifest == publisher.read_manifest(path)
     assert (manifest["version"], manifest["dtype"]) == (16, "float32")
     assert (manifest["parent"], manifest["config_hash"]) == ("weights/16", "c0ffee")
-    assert set(manifest["files"]) == {"config.json", "model.safetensors", PROBE, "tokenizer.json"}
-    assert {p.name for p in path.iterdir()} == {*manifest["files"], MANIFEST, COMMITTED}
+    probe, marks = publisher.PROBE, {publisher.MANIFEST, COMMITTED}
+    assert set(manifest["files"]) == {"config.json", "model.safetensors", probe, "tokenizer.json"}
+    assert {p.name for p in path.iterdir()} == marks | manifest["files"].keys()
     for name, entry in manifest["files"].items():
         assert entry == file_entry(path / name)
-    (path / PROBE).write_text('{"tokens": []}')
-    with pytest.raises(UserError, match=PROBE):
-        read_probe(path)
+    (path / probe).write_text('{"tokens": []}')
+    with pytest.raises(UserError, match=probe):
+        publisher.read_probe(path)
 
 
 def test_a_step_saved_on_a_mesh_is_published_bit_equal(tmp_path):
     mesh = make_mesh(data=1, fsdp=4, context=1, tensor=2)
     params = random_params(SMALL, 3)
     source = save(tmp_path, 3, jax.device_put(params, parameter_shardings(params, mesh)))
-    kernel = open_params(source)["layers/gate/kernel"]
+    kernel = publisher.open_params(source)["layers/gate/kernel"]
     assert kernel.chunk_layout.read_chunk.shape == (1, 8, 48)  # of (2, 32, 96): 4 by 2 devices
     assert_holds(write(tmp_path / "versions", 3, source=source), 3)
 
@@ -240,9 +228,9 @@ def substitute(name, old, new):
         (substitute("config.json", "32", "33"), "config.json"),
         (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json"),
         (lambda path: (path / COMMITTED).unlink(), COMMITTED),
-        (lambda path: (path / MANIFEST).unlink(), MANIFEST),
-        (lambda path: (path / MANIFEST).write_text("{}"), MANIFEST),
-        (substitute(MANIFEST, "xxh128", "xxh129"), "is missing or damaged"),
+        (lambda path: (path / publisher.MANIFEST).unlink(), publisher.MANIFEST),
+        (lambda path: (path / publisher.MANIFEST).write_text("{}"), publisher.MANIFEST),
+        (substitute(publisher.MANIFEST, "xxh128", "xxh129"), "is missing or damaged"),
     ],
 )
 def test_a_damaged_version_is_an_error_that_names_it(tmp_path, damage, what):
@@ -266,12 +254,12 @@ def test_collect_keeps_the_named_versions_and_deletes_uncommitted_ones(tmp_path)
     (directory / "v000009.writing").mkdir()
     (directory / "v000009.writing" / "model.safetensors").write_text("half")
     (directory / "notes.txt").write_text("mine")
-    assert collect(directory, keep={1, 2, 7}) == [0, 1234567]
+    assert publisher.collect(directory, keep={1, 2, 7}) == [0, 1234567]
     assert published_versions(directory) == [1]
     assert sorted(p.name for p in directory.iterdir()) == ["notes.txt", "v000001"]
     assert_holds(version_path(directory, 1), 1)
-    assert collect(directory, keep={1}) == []
-    assert collect(directory / "none", keep=set()) == []
+    assert publisher.collect(directory, keep={1}) == []
+    assert publisher.collect(directory / "none", keep=set()) == []
 
 
 def test_collect_deletes_the_marker_first(tmp_path, monkeypatch):
@@ -282,7 +270,7 @@ def test_collect_deletes_the_marker_first(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(epath.Path(tmp_path)), "rmtree", crash)
     with pytest.raises(KeyboardInterrupt):
-        collect(epath.Path(tmp_path), keep=set())
+        publisher.collect(epath.Path(tmp_path), keep=set())
     assert published_versions(epath.Path(tmp_path)) == []
     assert (tmp_path / "v000000" / "model.safetensors").exists()
 
@@ -363,20 +351,21 @@ def test_the_command_publishes_a_step(workdir, tmp_path, monkeypatch, capsys):
     path = epath.Path(tmp_path / "a" / "v000008")
     assert capsys.readouterr().out == f"{path}\n"
     check_version(path)
-    manifest = read_manifest(path)
+    manifest = publisher.read_manifest(path)
     assert (manifest["parent"], manifest["dtype"]) == ("weights/8", "bfloat16")
     rounded = lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32)
     expected = jax.tree.map(rounded, random_params(config, 8))
     assert_same(hf.load_params(path, config), expected)
     saved = {"publish_dtype": "bfloat16", "ks": [1, 2], "model": {"path": ""}}
-    assert manifest["config_hash"] == config_hash(saved) != config_hash({**saved, "ks": [1, 3]})
+    assert manifest["config_hash"] == publisher.config_hash(saved)
+    assert manifest["config_hash"] != publisher.config_hash({**saved, "ks": [1, 3]})
 
     (workdir / "weights").rename(workdir / "checkpoints")
     monkeypatch.chdir(tmp_path)
     command(monkeypatch, "--from=run", "--step=8", "--dtype=float32", "--to=b")
     path = epath.Path(tmp_path / "b" / "v000008")
     assert capsys.readouterr().out == f"{path}\n"
-    assert read_manifest(path)["parent"] == "checkpoints/8"
+    assert publisher.read_manifest(path)["parent"] == "checkpoints/8"
     assert_holds(path, 8, config)
 
 
@@ -429,8 +418,8 @@ def test_the_command_publishes_from_store_to_store(store, workdir, monkeypatch):
     command(monkeypatch, f"--from={store}/run", "--step=8", f"--to={store}/versions")
     path = version_path(store / "versions", 8)
     check_version(path)
-    assert read_probe(path) == SAID
-    assert {"tokenizer.json", "tokenizer_config.json"} < set(read_manifest(path)["files"])
+    assert publisher.read_probe(path) == SAID
+    assert {"tokenizer.json", "tokenizer_config.json"} < set(publisher.read_manifest(path)["files"])
     with pytest.raises(UserError, match=r"\(have: 8\)"):
         write(store / "versions", 9, source=store / "run" / "weights" / "9")
 
@@ -438,13 +427,14 @@ def test_the_command_publishes_from_store_to_store(store, workdir, monkeypatch):
 WATCHER = """
 import sys
 from etils import epath
-from oapl_jax.weights.publisher import check_version, published_versions, read_probe, version_path
+from oapl_jax.weights import publisher
+from oapl_jax.weights.publisher import check_version, published_versions, version_path
 
 directory = epath.Path(sys.argv[1])
 for line in sys.stdin:
     found = published_versions(directory)
     path = version_path(directory, 16)
-    print(found, path.exists(), 16 in found and read_probe(path)["tokens"], flush=True)
+    print(found, path.exists(), 16 in found and publisher.read_probe(path)["tokens"], flush=True)
 """
 
 
@@ -468,7 +458,7 @@ def test_a_reader_of_a_store_sees_versions_of_another_process(store):
         assert look() == "[8] False False\n"
         write(store / "versions", 16)
         assert look() == f"[8, 16] True {SAID['tokens']}\n"
-        collect(store / "versions", keep={8})
+        publisher.collect(store / "versions", keep={8})
         assert look() == "[8] False False\n"
         watcher.stdin.close()
 
@@ -510,7 +500,7 @@ def test_a_crash_at_any_line_leaves_a_version_whole_or_absent(
     target = version_path(directory, 8)
     crashes, whole, tracing = 0, 0, sys.gettrace()
     while True:
-        collect(directory, keep=set())
+        publisher.collect(directory, keep=set())
         sys.settrace(crash_at_line(crashes))
         try:
             write(directory, 8)
@@ -538,7 +528,7 @@ def publish_forever(source, directory):
     for version in itertools.count():
         write(directory, version, config=LARGE, source=source)
         print("published", flush=True)
-        collect(directory, keep={version - 1, version})
+        publisher.collect(directory, keep={version - 1, version})
 
 
 def fork_publishers():
@@ -602,7 +592,7 @@ def test_a_killed_process_leaves_every_version_whole_or_absent(tmp_path, place, 
             last = found[-1] + 1
             path = write(directory, last, seed=0, config=LARGE)
             assert_holds(fetch(path, tmp_path), 0, LARGE)
-            collect(directory, keep={last})
+            publisher.collect(directory, keep={last})
             assert [path.name for path in directory.iterdir()] == [f"v{last:06d}"]
         publishers.stdin.close()
     # On disk most kills hit a half-written version; an object is there or not.
@@ -619,4 +609,4 @@ def test_every_shard_of_a_large_model_is_in_the_manifest(tmp_path, monkeypatch):
     assert_holds(path, 16)
     shards = {p.name for p in path.glob("*.safetensors")}
     assert len(shards) > 3
-    assert {*shards, hf.INDEX} < set(read_manifest(path)["files"])
+    assert {*shards, hf.INDEX} < set(publisher.read_manifest(path)["files"])
