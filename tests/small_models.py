@@ -70,7 +70,7 @@ def golden_model(name: str) -> tuple[ModelConfig, Any]:
     return config, hf.load_params(GOLDEN / name, config)
 
 
-def plain_logits(
+def forward(
     config, params, tokens, positions=None, segments=None, *, dtype=jnp.float32, remat="none"
 ) -> jax.Array:
     """float32[B, T, V]; without segments, each row is one sequence."""

@@ -12,48 +12,57 @@ from jax.sharding import PartitionSpec as P
 from small_models import small_config, small_mesh
 
 from oapl_jax.errors import UserError
-from oapl_jax.learner.train_step import init_params
-from oapl_jax.model import sharding
-from oapl_jax.model.transformer import Transformer
+from oapl_jax.model import hf, sharding
 
-
-def shapes(model_config):
-    model = Transformer(model_config, jnp.float32, "none")
-    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-
-
-def by_path(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(entry.key for entry in path): leaf for path, leaf in leaves}
-
-
+INTO_HEADS, OUT_OF_HEADS = P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")
+ALWAYS = {
+    "embed/embedding": P("tensor", "fsdp"),
+    "final_norm/scale": P(None),
+    **{f"layers/{name}_norm/scale": P(None, None) for name in ("attention", "mlp")},
+    **{f"layers/{name}/kernel": INTO_HEADS for name in ("q", "k", "v", "gate", "up")},
+    **{f"layers/{name}/kernel": OUT_OF_HEADS for name in ("o", "down")},
+}
 VARIANTS = list(itertools.product(["qwen3", "qwen2", "llama"], [False, True], [False, True]))
 
 
 def shapes_of(model_type, tied, bias):
-    return shapes(small_config(model_type, tie_word_embeddings=tied, attention_bias=bias))
+    config = small_config(model_type, tie_word_embeddings=tied, attention_bias=bias)
+    return hf.parameter_shapes(config)
 
 
 def test_every_parameter_matches_one_rule_and_every_rule_is_used():
-    paths = {path for variant in VARIANTS for path in by_path(shapes_of(*variant))}
-    paths |= {"score"}  # a curator's head
     used = set()
-    for path in paths:
+    paths = {path for variant in VARIANTS for path in shapes_of(*variant)}
+    for path in paths | {"score"}:  # a curator's head
         matching = [rule for rule, _ in sharding.PARAMETER_RULES if re.fullmatch(rule, path)]
         assert len(matching) == 1, path
         used |= {*matching}
     assert used == {rule for rule, _ in sharding.PARAMETER_RULES}
 
 
+@pytest.mark.parametrize(("model_type", "tied", "bias"), VARIANTS)
+def test_every_parameter_has_its_axes(model_type, tied, bias):
+    expected = dict(ALWAYS) | ({} if tied else {"head": P("fsdp", "tensor")})
+    if model_type == "qwen3":
+        expected |= {f"layers/{name}_norm/scale": P(None, None) for name in "qk"}
+    if bias or model_type == "qwen2":
+        expected |= {f"layers/{name}/bias": P(None, "tensor") for name in "qkv"}
+    if bias and model_type != "qwen2":
+        expected |= {"layers/o/bias": P(None, None)}
+    mesh = small_mesh(data=2, fsdp=2, tensor=2)
+    placed = sharding.parameter_shardings(shapes_of(model_type, tied, bias), mesh)
+    assert {path: where.spec for path, where in placed.items()} == expected
+
+
 @pytest.mark.parametrize(
     "path", ["layers/router/kernel", "layers/q/kernel_scale", "model/embed/embedding", ""]
 )
 def test_an_unknown_parameter_raises(path):
-    with pytest.raises(KeyError, match=re.escape(repr(path))):
-        sharding.parameter_spec(path)
     tree = functools.reduce(lambda leaf, key: {key: leaf}, reversed(path.split("/")), jnp.zeros(8))
-    with pytest.raises(KeyError, match=re.escape(repr(path))):
-        sharding.parameter_shardings(tree, small_mesh(data=8))
+    place = lambda: sharding.parameter_shardings(tree, small_mesh(data=8))
+    for look_up in (lambda: sharding.parameter_spec(path), place):
+        with pytest.raises(KeyError, match=re.escape(repr(path))):
+            look_up()
 
 
 @pytest.mark.parametrize(
@@ -67,7 +76,7 @@ def test_an_unknown_parameter_raises(path):
     ],
 )
 def test_an_indivisible_axis_of_a_parameter_is_named(mesh, sizes, names):
-    params = shapes(small_config(**sizes))
+    params = hf.parameter_shapes(small_config(**sizes))
     with pytest.raises(UserError) as error:
         sharding.parameter_shardings(params, small_mesh(*mesh))
     assert all(name in str(error.value) for name in names)
@@ -114,27 +123,3 @@ def test_activations_are_sharded_on_a_mesh_only():
         found = jax.jit(sharding.constrain_activations)(placed)
     np.testing.assert_array_equal(found, x)
     assert found.sharding.shard_shape(x.shape) == (2, 1, 4)
-
-
-INTO_HEADS, OUT_OF_HEADS = P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")
-ALWAYS = {
-    "embed/embedding": P("tensor", "fsdp"),
-    "final_norm/scale": P(None),
-    **{f"layers/{name}_norm/scale": P(None, None) for name in ("attention", "mlp")},
-    **{f"layers/{name}/kernel": INTO_HEADS for name in ("q", "k", "v", "gate", "up")},
-    **{f"layers/{name}/kernel": OUT_OF_HEADS for name in ("o", "down")},
-}
-
-
-@pytest.mark.parametrize(("model_type", "tied", "bias"), VARIANTS)
-def test_every_parameter_has_its_axes(model_type, tied, bias):
-    expected = dict(ALWAYS) | ({} if tied else {"head": P("fsdp", "tensor")})
-    if model_type == "qwen3":
-        expected |= {f"layers/{name}_norm/scale": P(None, None) for name in "qk"}
-    if bias or model_type == "qwen2":
-        expected |= {f"layers/{name}/bias": P(None, "tensor") for name in "qkv"}
-    if bias and model_type != "qwen2":
-        expected |= {"layers/o/bias": P(None, None)}
-    mesh = small_mesh(data=2, fsdp=2, tensor=2)
-    placed = by_path(sharding.parameter_shardings(shapes_of(model_type, tied, bias), mesh))
-    assert {path: sharding.spec for path, sharding in placed.items()} == expected

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import golden_model, plain_logits
+from small_models import forward, golden_model
 
 from oapl_jax.model.blockwise_attention import visible
 from oapl_jax.model.transformer import REMAT_POLICIES, Transformer, empty_cache, head, logits
@@ -42,7 +42,7 @@ def test_gradients_vanish_exactly_at_masked_positions(name):
     @jax.jacrev
     def influence(embedding):
         changed = {**params, "embed": {"embedding": embedding}}
-        return plain_logits(config, changed, tokens, positions, segments)[0] @ probe
+        return forward(config, changed, tokens, positions, segments)[0] @ probe
 
     gradients = influence(params["embed"]["embedding"])[:, tokens[0]]  # [t, s, D]
     same = segments[0][:, None] == segments[0][None, :]
@@ -54,7 +54,7 @@ def test_packed_sequences_have_the_logits_of_separate_ones(name):
     config, params = golden_model(name)
     lengths = [11, 4, 14]
     tokens, positions, segments = rows(lengths, 32, config.vocab_size, seed=2)
-    run = jax.jit(functools.partial(plain_logits, config, params))
+    run = jax.jit(functools.partial(forward, config, params))
     packed = run(tokens, positions, segments)
     for start, length in zip([0, 11, 15], lengths, strict=True):
         alone, positions, segments = rows([length], 32, config.vocab_size, seed=3)
@@ -94,7 +94,7 @@ def test_cached_decoding_equals_the_whole_sequence(name):
     shifts = prompt - lengths
     whole = np.stack([np.roll(row, -shift) for row, shift in zip(tokens, shifts, strict=True)])
     causal = np.broadcast_to(np.arange(total, dtype=np.int32), whole.shape)
-    run = jax.jit(functools.partial(plain_logits, config, params))
+    run = jax.jit(functools.partial(forward, config, params))
     expected = run(whole, causal, np.ones_like(whole))
     for row, shift in enumerate(shifts):
         np.testing.assert_allclose(found[row, shift:], expected[row, : total - shift], atol=1e-4)
@@ -105,7 +105,7 @@ def test_remat_policies_have_the_same_gradients():
     batch = rows([14, 10], 24, config.vocab_size, seed=4)
 
     def loss(params, remat):
-        found = plain_logits(config, params, *batch, remat=remat)
+        found = forward(config, params, *batch, remat=remat)
         return jnp.mean(jax.nn.logsumexp(found, axis=-1) ** 2)
 
     gradients = lambda remat: jax.jit(jax.grad(functools.partial(loss, remat=remat)))(params)
@@ -120,14 +120,14 @@ def test_bfloat16_is_for_activations_only():
     config, params = golden_model("qwen3")
     batch = rows([40], 48, config.vocab_size, seed=5)
     model = Transformer(config, jnp.bfloat16, "none")
-    loss = lambda params: plain_logits(config, params, *batch, dtype=jnp.bfloat16).mean()
+    loss = lambda params: forward(config, params, *batch, dtype=jnp.bfloat16).mean()
     fresh = jax.eval_shape(model.init, jax.random.key(0), *batch)
     for tree in (fresh, jax.eval_shape(jax.grad(loss), params)):
         assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(jnp.float32)}
     hidden = jax.eval_shape(model.apply, {"params": params}, *batch)
     assert hidden.dtype == jnp.bfloat16
 
-    run = jax.jit(functools.partial(plain_logits, config, params), static_argnames="dtype")
+    run = jax.jit(functools.partial(forward, config, params), static_argnames="dtype")
     wide, narrow = run(*batch), run(*batch, dtype=jnp.bfloat16)
     assert narrow.dtype == jnp.float32  # sums stay wide
     difference = np.abs(narrow - wide)

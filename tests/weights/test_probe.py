@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import GOLDEN, golden_model, plain_logits
+from small_models import GOLDEN, forward, golden_model
 
 from oapl_jax.config import LearnerConfig
 from oapl_jax.model import hf
@@ -24,6 +24,6 @@ def test_the_probe_is_the_log_softmax_of_the_plain_forward_pass(row_length):
     tokens = np.array(probe["tokens"])
     assert tokens.shape == (4, min(33, row_length))
     assert len(np.unique(tokens)) > 20  # ids from all over the vocabulary
-    table = jax.nn.log_softmax(plain_logits(config, params, tokens), axis=-1)
+    table = jax.nn.log_softmax(forward(config, params, tokens), axis=-1)
     expected = np.take_along_axis(np.asarray(table)[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
     np.testing.assert_allclose(probe["logp"], expected, atol=1e-5)
