@@ -13,19 +13,17 @@ import pathlib
 import sys
 import tempfile
 import zlib
-from typing import Any
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]  (not in the package's environment)
 import transformers
 
 HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))  # checks the package without installing it
+sys.path[:0] = map(str, HERE.parents[:2])  # checks the package without installing it
 
-import jax.numpy as jnp  # noqa: E402
+from small_models import forward  # noqa: E402
 
 from oapl_jax.model import hf  # noqa: E402
-from oapl_jax.model.transformer import Transformer, head, logits  # noqa: E402
 
 TOLERANCE = 1e-4  # on a logit, float32
 BATCH, LENGTH = 2, 48
@@ -47,48 +45,32 @@ SIZES = dict(
 # A small base rotates the slow dimensions far within 48 positions, and the constants put dimensions
 # on every branch of the scaling: kept, interpolated and divided.
 PLAIN = {"rope_type": "default", "rope_theta": 100.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 100.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 100.0,
-    "factor": 4.0,
-    "beta_fast": 1.0,
-    "beta_slow": 0.1,
-    "original_max_position_embeddings": 16,
-}
+LLAMA3 = PLAIN | {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = PLAIN | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+YARN |= {"beta_fast": 1.0, "beta_slow": 0.1}
 YARN_MSCALE = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}
 
-# name -> architecture, changes to SIZES, and max_shard_size of save_pretrained
+# name (its first word is the architecture) -> changes to SIZES
 CASES = {
-    "qwen3": ("qwen3", dict(head_dim=16, rope_parameters=PLAIN), "1GB"),
-    "qwen3_tied": (
-        "qwen3",
-        dict(head_dim=16, tie_word_embeddings=True, rope_parameters=PLAIN),
-        "1GB",
-    ),
-    "qwen3_yarn": ("qwen3", dict(head_dim=16, rope_parameters=YARN), "1GB"),
-    "qwen2": ("qwen2", dict(rope_parameters=PLAIN), "1GB"),
-    "qwen2_tied": ("qwen2", dict(tie_word_embeddings=True, rope_parameters=PLAIN), "1GB"),
-    "llama": ("llama", dict(rope_parameters=PLAIN), "20KB"),
-    "llama_tied": ("llama", dict(tie_word_embeddings=True, rope_parameters=PLAIN), "1GB"),
-    "llama_bias": ("llama", dict(attention_bias=True, rope_parameters=PLAIN), "1GB"),
-    "llama_llama3": ("llama", dict(head_dim=16, rope_parameters=LLAMA3), "1GB"),
-    "llama_yarn": ("llama", dict(head_dim=16, rope_parameters=YARN_MSCALE), "1GB"),
+    "qwen3": dict(head_dim=16, rope_parameters=PLAIN),
+    "qwen3_tied": dict(head_dim=16, tie_word_embeddings=True, rope_parameters=PLAIN),
+    "qwen3_yarn": dict(head_dim=16, rope_parameters=YARN),
+    "qwen2": dict(rope_parameters=PLAIN),
+    "qwen2_tied": dict(tie_word_embeddings=True, rope_parameters=PLAIN),
+    "llama": dict(rope_parameters=PLAIN),
+    "llama_tied": dict(tie_word_embeddings=True, rope_parameters=PLAIN),
+    "llama_bias": dict(attention_bias=True, rope_parameters=PLAIN),
+    "llama_llama3": dict(head_dim=16, rope_parameters=LLAMA3),
+    "llama_yarn": dict(head_dim=16, rope_parameters=YARN_MSCALE),
 }
+SHARDED = "llama"  # saved in several files
 
 
 def build(name: str) -> torch.nn.Module:
     """The float32 model of a case, with weights that use every term of the forward pass."""
-    model_type, changes, _ = CASES[name]
-    tied = {"tie_word_embeddings": False} | changes
-    config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **tied})
+    sizes = {**SIZES, "tie_word_embeddings": False, **CASES[name]}
+    config = transformers.AutoConfig.for_model(name.partition("_")[0], **sizes)
     model = transformers.AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -116,20 +98,13 @@ def torch_logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(tokens).long()).logits.numpy()
 
 
-def jax_logits(params, config, tokens: np.ndarray) -> np.ndarray:
-    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    model = Transformer(config, jnp.float32, "none")
-    hidden: Any = model.apply({"params": params}, tokens, positions, np.ones_like(tokens))
-    return np.asarray(logits(hidden, head(params, config)))
-
-
 def make(name: str) -> None:
     directory = HERE / name
     directory.mkdir(exist_ok=True)
     for stale in directory.iterdir():
         stale.unlink()
     model, tokens = build(name), tokens_of(name)
-    model.save_pretrained(directory, max_shard_size=CASES[name][2])
+    model.save_pretrained(directory, max_shard_size="20KB" if name == SHARDED else "1GB")
     np.savez_compressed(directory / "golden.npz", tokens=tokens, logits=torch_logits(model, tokens))
 
 
@@ -145,7 +120,7 @@ def check(name: str) -> dict[str, float]:
     result = {
         "live": difference(torch_logits(model, tokens)),
         "committed": difference(torch_logits(reload(directory), tokens)),
-        "oapl_jax": difference(jax_logits(params, config, tokens)),
+        "oapl_jax": difference(np.asarray(forward(config, params, tokens))),
     }
     for dtype, shard_bytes in (("float32", 1 << 30), ("float32", 10_000), ("bfloat16", 10_000)):
         with tempfile.TemporaryDirectory() as export:
