@@ -31,7 +31,7 @@ from etils import epath
 from results import keep, show
 
 from configs import common
-from oapl_jax.config import FleetConfig
+from oapl_jax.config import FleetConfig, LearnerConfig
 from oapl_jax.fleet.admission import Requirements
 from oapl_jax.fleet.sampler import Fleet
 from oapl_jax.learner import train_step
@@ -80,7 +80,8 @@ def publish_model(directory: epath.Path, config: ModelConfig, tokenizer) -> epat
     model = Transformer(config, jnp.dtype("float32"), remat="none")
     params = jax.jit(functools.partial(train_step.init_params, model))(jax.random.key(0))
     mesh = make_mesh(data=1, fsdp=-1, context=1, tensor=1)
-    probe = make_probe(model, mesh, row_length=64, rows_multiple=1, logp_chunk=64)
+    layout = LearnerConfig(micro_batches=1, row_length=64, rows_multiple=1, logp_chunk=64)
+    probe = make_probe(model, mesh, layout)
     weights = Weights(directory / "weights")
     weights.save(0, params, {**probe(params), "dtype": "float32"})
     weights.wait()

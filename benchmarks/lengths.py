@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from results import keep, show
 
+from oapl_jax.config import LearnerConfig
 from oapl_jax.learner import packing, train_step
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.model.config import ModelConfig
@@ -88,14 +89,14 @@ def at_length(length: int, tokens: int, rounds: int) -> dict[str, float]:
         )
         for i in range(rows)
     ]
+    chunk = max(2048 // rows, 64)
+    layout = LearnerConfig(micro_batches=1, row_length=length, rows_multiple=1, logp_chunk=chunk)
     batch = packing.build_batch(
         groups,
         objective._replace(advantage=np.ones_like),  # of a group of one OAPL's is 0
+        layout,
         aggregation="sequence",
         step=0,
-        micro_batches=1,
-        row_length=length,
-        rows_multiple=1,
         max_prompt_tokens=PROMPT,
         max_response_tokens=response,
     )
@@ -107,7 +108,7 @@ def at_length(length: int, tokens: int, rounds: int) -> dict[str, float]:
         optimizer,
         mesh,
         temperature=1.0,
-        logp_chunk=max(2048 // rows, 64),
+        logp_chunk=chunk,
         kl_weight=0.0,
         ess_power=0.0,
         to_reference=False,

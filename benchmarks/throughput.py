@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from results import keep, show
 
+from oapl_jax.config import LearnerConfig
 from oapl_jax.learner import packing, train_step
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.model.config import ModelConfig
@@ -99,14 +100,15 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
         for p in prompts
     ]
     objective = bind("oapl", {"beta1": 1.0, "beta2": 0.1})
+    layout = LearnerConfig(
+        micro_batches=1, row_length=row_length, rows_multiple=8, logp_chunk=chunk
+    )
     batch = packing.build_batch(
         groups,
         objective,
+        layout,
         aggregation="sequence",
         step=0,
-        micro_batches=1,
-        row_length=row_length,
-        rows_multiple=8,
         max_prompt_tokens=prompt_length,
         max_response_tokens=length,
     )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import work
 
+from oapl_jax.config import LearnerConfig
 from oapl_jax.learner import packing, train_step
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.model import hf
@@ -53,6 +54,12 @@ def make_model(path: str) -> None:
 
 
 OBJECTIVE = bind("grpo", {"policy_gradient": GRPO})
+LAYOUT = LearnerConfig(
+    micro_batches=MICRO_BATCHES,
+    row_length=work.PROMPT + work.RESPONSE,
+    rows_multiple=1,
+    logp_chunk=CHUNK,
+)
 
 
 def make_batch(responses: np.ndarray) -> Batch:
@@ -67,11 +74,9 @@ def make_batch(responses: np.ndarray) -> Batch:
     return packing.build_batch(
         groups,
         OBJECTIVE,
+        LAYOUT,
         aggregation="token",
         step=0,
-        micro_batches=MICRO_BATCHES,
-        row_length=work.PROMPT + work.RESPONSE,
-        rows_multiple=1,
         max_prompt_tokens=work.PROMPT,
         max_response_tokens=work.RESPONSE,
     )

@@ -23,6 +23,7 @@ from jax.sharding import AxisType
 from server_processes import PROCESSES, Process, find_port, launch_server, sglang_program
 
 from configs import arithmetic
+from oapl_jax.config import LearnerConfig
 from oapl_jax.data.synthetic.tasks import TASKS
 from oapl_jax.learner import train_step
 from oapl_jax.model.policy import Policy, open_policy
@@ -85,7 +86,8 @@ def published(tmp_path_factory) -> Published:
     model = Transformer(policy.config, jnp.dtype("float32"), remat="none")
     init = jax.jit(functools.partial(train_step.init_params, model))
     mesh = jax.make_mesh((1,) * 4, AXES, (AxisType.Auto,) * 4, devices=jax.devices()[:1])
-    probe = make_probe(model, mesh, row_length=64, rows_multiple=1, logp_chunk=64)
+    layout = LearnerConfig(micro_batches=1, row_length=64, rows_multiple=1, logp_chunk=64)
+    probe = make_probe(model, mesh, layout)
     params = {version: jax.device_get(init(jax.random.key(version))) for version in (1, 2, 3)}
     weights = Weights(directory / "weights")
     for version, of_version in params.items():

@@ -9,30 +9,22 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from small_models import OPTIM
 
 from oapl_jax.learner import train_step
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.weights.checkpoint import Checkpoints
 
 RATE, B1, B2, EPS, DECAY = 1e-2, 0.9, 0.95, 1e-8, 0.1
+SETTINGS = OPTIM | dict(learning_rate=RATE, final_fraction=1.0, num_steps=100, b1=B1, b2=B2)
+SETTINGS |= dict(eps=EPS, weight_decay=DECAY, max_grad_norm=1e9)
 SHAPES = {"layers": {"kernel": (3, 16, 8)}, "head": (8, 40)}
 ROUNDING = 2.0**-8  # of a number to the nearest in bfloat16, at most
 
 
 @functools.cache
 def optimizer(mu_dtype):
-    return make_optimizer(
-        learning_rate=RATE,
-        warmup_steps=0,
-        final_fraction=1.0,
-        num_steps=100,
-        b1=B1,
-        b2=B2,
-        eps=EPS,
-        weight_decay=DECAY,
-        max_grad_norm=1e9,
-        mu_dtype=mu_dtype,
-    )
+    return make_optimizer(**SETTINGS | dict(mu_dtype=mu_dtype))
 
 
 @functools.cache

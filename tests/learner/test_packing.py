@@ -13,6 +13,7 @@ from small_runs import typed
 
 from configs import arithmetic
 from oapl_jax import train
+from oapl_jax.config import LearnerConfig
 from oapl_jax.errors import UserError
 from oapl_jax.learner.packing import build_batch, check_whole_groups, fill, pack, to_mesh
 from oapl_jax.learner.train_step import batch_shardings
@@ -24,34 +25,34 @@ from oapl_jax.structs import Group, Prompt, Rollout
 ROOT = Path(__file__).parents[2]
 OAPL = bind("oapl", dict(beta1=0.5, beta2=0.1))
 TBA = bind("tba", dict(tba=dict(beta=0.1)), group_size=4)  # needs whole groups
-LAYOUT = dict(
-    aggregation="sequence",
-    step=40,
-    micro_batches=1,
-    row_length=32,
-    rows_multiple=1,
-    max_prompt_tokens=16,
-    max_response_tokens=16,
-)
+LAYOUT = dict(micro_batches=1, row_length=32, rows_multiple=1, logp_chunk=1)
+SETTINGS = dict(aggregation="sequence", step=40, max_prompt_tokens=16, max_response_tokens=16)
 
 
 def make_groups(rng, num_groups, max_prompt, max_response, group_size=4, version=3):
     """Groups of random lengths; all tokens are above 0, the padding."""
     draw = lambda longest: rng.integers(1, 1000, rng.integers(1, longest + 1)).astype(np.int32)
+    normal = lambda mean, deviation, n: rng.normal(mean, deviation, n).astype(np.float32)
     groups = []
     for i in range(num_groups):
         prompt = Prompt(str(i), i, draw(max_prompt), "", "", "")
         responses = [draw(max_response) for _ in range(group_size)]
-        rollouts = tuple(
-            Rollout(r, rng.normal(-1, 0.3, len(r)).astype(np.float32), version + i, "stop")
-            for r in responses
-        )
-        groups.append(Group(prompt, rollouts, rng.normal(0, 1, group_size).astype(np.float32)))
+        rollouts = [Rollout(r, normal(-1, 0.3, len(r)), version + i, "stop") for r in responses]
+        groups.append(Group(prompt, tuple(rollouts), normal(0, 1, group_size)))
+    return groups
+
+
+def with_equal_rewards():
+    """Three groups, of which the last two have equal rewards."""
+    groups = make_groups(np.random.default_rng(3), 3, 8, 16)
+    for group, reward in zip(groups, ([0, 1, 0, 1], [1] * 4, [0] * 4), strict=True):
+        group.reward[:] = reward
     return groups
 
 
 def batch_of(groups, objective=OAPL, **changes):
-    return build_batch(groups, objective, **{**LAYOUT, **changes})
+    layout = {name: changes.pop(name, value) for name, value in LAYOUT.items()}
+    return build_batch(groups, objective, LearnerConfig(**layout), **{**SETTINGS, **changes})
 
 
 @pytest.mark.parametrize(
@@ -96,13 +97,8 @@ def test_every_response_is_found_again(seed):
     micro_batches, multiple = int(rng.choice([1, 2, 4])), int(rng.choice([1, 3, 8]))
     groups = make_groups(rng, 2 * int(rng.integers(1, 4)), 8, 16)
     row_length = int(rng.integers(24, 80))
-    batch = batch_of(
-        groups,
-        aggregation="token",
-        micro_batches=micro_batches,
-        row_length=row_length,
-        rows_multiple=multiple,
-    )
+    layout = dict(micro_batches=micro_batches, row_length=row_length, rows_multiple=multiple)
+    batch = batch_of(groups, aggregation="token", **layout)
     rollouts = [(g.prompt, r) for g in groups for r in g.rollouts]
     rows = batch.tokens.shape[1]
     assert batch.tokens.shape == (micro_batches, rows, row_length)
@@ -184,12 +180,12 @@ def test_whole_groups_always_fit_a_divisor_of_their_number():
     filled = fill([5] * 24, row_length=10, rows=4, group_size=4)
     assert [len(rows) for rows in filled] == [4, 4, 4]
     groups = make_groups(np.random.default_rng(0), 6, 1, 1)
-    layout = dict(row_length=2, micro_batches=5, rows_multiple=1)
+    five, three = (LearnerConfig(**LAYOUT | dict(micro_batches=m, row_length=2)) for m in (5, 3))
     with pytest.raises(UserError, match=r"learner\.micro_batches=5"):
-        batch_of(groups, TBA, max_prompt_tokens=1, **layout)
+        batch_of(groups, TBA, max_prompt_tokens=1, **five)
     with pytest.raises(UserError, match=r"learner\.micro_batches=5"):
-        check_whole_groups(6, 4, longest=2, **layout)
-    check_whole_groups(6, 4, longest=2, **{**layout, "micro_batches": 3})
+        check_whole_groups(6, 4, 2, five)
+    check_whole_groups(6, 4, 2, three)
 
 
 @pytest.mark.parametrize("what", ["prompt", "response"])
@@ -211,9 +207,7 @@ def test_a_sequence_longer_than_a_row_is_refused():
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])
 def test_groups_of_equal_rewards_weigh_what_the_setting_says(aggregation, weight):
     """The others keep theirs: the normaliser is the whole batch, as if no group weighed less."""
-    groups = make_groups(np.random.default_rng(3), 3, 8, 16)
-    for group, reward in zip(groups, ([0, 1, 0, 1], [1] * 4, [0] * 4), strict=True):
-        group.reward[:] = reward
+    groups = with_equal_rewards()
     kept = batch_of(groups, aggregation=aggregation)
     whole = {"sequence": 12, "token": kept.mask.sum()}[aggregation]
     np.testing.assert_allclose(kept.weight, np.full(12, 1 / whole), rtol=1e-6)
@@ -257,9 +251,6 @@ def test_recorded_lengths_fill_their_rows():
 def test_only_the_mode_weight_weighs_groups_of_equal_rewards(mode, factor):
     config = arithmetic.get_config()
     config.buffer.update(zero_variance=mode, zero_variance_weight=0.1)
-    groups = make_groups(np.random.default_rng(3), 3, 8, 16)
-    for group, reward in zip(groups, ([0, 1, 0, 1], [1] * 4, [0] * 4), strict=True):
-        group.reward[:] = reward
     run: Any = SimpleNamespace(config=typed(config), objective=OAPL)
-    batch = train.build_batch(run, groups, 40)
+    batch = train.build_batch(run, with_equal_rewards(), 40)
     np.testing.assert_allclose(batch.weight, np.repeat([1, factor, factor], 4) / 12, rtol=1e-6)

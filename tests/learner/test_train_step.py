@@ -7,7 +7,6 @@ import sys
 import types
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh
+from small_models import OPTIM, assert_same, forward, small_config, small_mesh
 
+from oapl_jax.config import LearnerConfig
 from oapl_jax.learner import train_step
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.learner.packing import build_batch, to_mesh
-from oapl_jax.model.config import ModelConfig
-from oapl_jax.model.sharding import AXES, parameter_shardings
-from oapl_jax.model.transformer import Transformer, head, logits
+from oapl_jax.model.sharding import parameter_shardings
+from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import Objective, bind
 from oapl_jax.structs import Group, Prompt, Rollout
 
@@ -31,37 +30,10 @@ TEMPERATURE = 0.7
 BETA1, BETA2 = 0.5, 0.1
 OAPL = bind("oapl", dict(beta1=BETA1, beta2=BETA2))
 ONE = (1, 1, 1, 1)
-# eps is large, or the first step of AdamW would be the sign of gradients that are all rounding.
-OPTIM: dict[str, Any] = dict(
-    learning_rate=1e-3,
-    warmup_steps=0,
-    final_fraction=0.1,
-    num_steps=10,
-    b1=0.9,
-    b2=0.95,
-    eps=1e-3,
-    weight_decay=0.1,
-    max_grad_norm=0.5,
-    mu_dtype="float32",
-)
-CONFIG = ModelConfig.from_hf(
-    {
-        "model_type": "qwen3",
-        "attention_bias": True,
-        "tie_word_embeddings": False,
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 100.0,
-    },
-    source="a test",
-)
+SIZES = dict(attention_bias=True, vocab_size=64, intermediate_size=48, rope_theta=100.0)
+CONFIG = small_config("qwen3", **SIZES)
+MODEL, OPTIMIZER = Transformer(CONFIG, jnp.float32, "none"), make_optimizer(**OPTIM)
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -75,8 +47,7 @@ def quick_compilation():
 @functools.cache
 def parameters(seed=0):
     """Numpy parameters with every leaf at work: norms off 1 and biases off 0."""
-    model = Transformer(CONFIG, jnp.float32, "none")
-    shapes = jax.eval_shape(functools.partial(train_step.init_params, model), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(train_step.init_params, MODEL), jax.random.key(0))
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -115,15 +86,10 @@ def sequences():
     return [(g.prompt.tokens, r) for g in groups() for r in g.rollouts]
 
 
-@functools.cache
-def _whole_vocabulary():
-    def run(params, tokens, length, temperature):
-        model = Transformer(CONFIG, jnp.float32, "none")
-        slots = jnp.arange(tokens.shape[1])[None]
-        hidden: Any = model.apply({"params": params}, tokens, slots, (slots < length).astype(int))
-        return jax.nn.log_softmax(logits(hidden, head(params, CONFIG)) / temperature)[0]
-
-    return jax.jit(run)
+@jax.jit
+def whole_log_softmax(params, tokens, temperature):
+    """One sequence a row. Causal: what pads the end of a row is seen by no response token."""
+    return jax.nn.log_softmax(forward(CONFIG, params, tokens) / temperature)
 
 
 def plain_logp(params, prompt, response, temperature):
@@ -131,7 +97,7 @@ def plain_logp(params, prompt, response, temperature):
     length = len(prompt) + len(response)
     tokens = np.zeros((1, 19), np.int32)
     tokens[0, :length] = [*prompt, *response]
-    table = np.asarray(_whole_vocabulary()(params, tokens, length, temperature), np.float64)
+    table = np.asarray(whole_log_softmax(params, tokens, temperature), np.float64)[0]
     table = table[len(prompt) - 1 : length - 1]  # the state before a token predicts it
     return table[np.arange(len(response)), response], -np.sum(np.exp(table) * table, axis=-1)
 
@@ -143,46 +109,24 @@ def oapl_advantages(reward, beta1):
 def batch_of(*, micro_batches=2, row_length=24, rows_multiple=8, aggregation="sequence", step=9):
     """Two micro-batches of eight rows, the second one not full: one shape for most tests, and work
     for eight devices."""
-    return build_batch(
-        groups(),
-        OAPL,
-        aggregation=aggregation,
-        constant_length=10,
-        step=step,
-        micro_batches=micro_batches,
-        row_length=row_length,
-        rows_multiple=rows_multiple,
-        max_prompt_tokens=11,
-        max_response_tokens=LONGEST,
-    )
-
-
-def mesh_of(sizes):
-    count = int(np.prod(sizes))
-    return Mesh(np.array(jax.devices()[:count]).reshape(sizes), AXES)
+    layout = dict(micro_batches=micro_batches, row_length=row_length, rows_multiple=rows_multiple)
+    lengths = dict(max_prompt_tokens=11, max_response_tokens=LONGEST, constant_length=10)
+    layout = LearnerConfig(**layout, logp_chunk=5)
+    return build_batch(groups(), OAPL, layout, aggregation=aggregation, step=step, **lengths)
 
 
 @functools.cache
 def compiled(sizes=ONE, objective=OAPL, kl_weight=0.0, ess_power=0.0, to_reference=False):
     """A learner on a mesh: `start()` gives its first state, `step` and `logp` are its programs."""
-    mesh, optimizer = mesh_of(sizes), make_optimizer(**OPTIM)
-    model = Transformer(CONFIG, jnp.float32, "none")
-    settings: dict[str, Any] = dict(temperature=TEMPERATURE, logp_chunk=5)  # of 24 tokens of a row
+    mesh = small_mesh(*sizes)
+    scoring: dict[str, Any] = dict(temperature=TEMPERATURE, logp_chunk=5)  # of 24 tokens of a row
+    choices = dict(kl_weight=kl_weight, ess_power=ess_power, to_reference=to_reference)
     shardings = train_step.batch_shardings(mesh)
-    first = train_step.init_state(model, optimizer, mesh, parameters())
+    first = train_step.init_state(MODEL, OPTIMIZER, mesh, parameters())
     return types.SimpleNamespace(
         start=lambda: jax.tree.map(jnp.copy, first),
-        step=train_step.make_train_step(
-            model,
-            objective,
-            optimizer,
-            mesh,
-            kl_weight=kl_weight,
-            ess_power=ess_power,
-            to_reference=to_reference,
-            **settings,
-        ),
-        logp=train_step.make_logp_step(model, mesh, **settings),
+        step=train_step.make_train_step(MODEL, objective, OPTIMIZER, mesh, **scoring, **choices),
+        logp=train_step.make_logp_step(MODEL, mesh, **scoring),
         put=lambda batch: to_mesh(batch, shardings),
         mesh=mesh,
     )
@@ -203,28 +147,20 @@ def expected_step():
 def assert_same_step(found, expected, atol=1e-6):
     """Parameters, moments, loss and every metric agree."""
     (state, metrics), (expected_state, expected_metrics) = found, expected
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=atol), state, expected_state)
+    jax.tree.map(functools.partial(close, atol=atol, rtol=1e-7), state, expected_state)
     assert metrics.keys() == expected_metrics.keys()
-    for key, value in expected_metrics.items():
-        if key == "padding":  # it is of the layout
-            continue
-        np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+    for key in metrics.keys() - {"padding"}:  # it is of the layout
+        close(metrics[key], expected_metrics[key], rtol=1e-4, atol=1e-5, err_msg=key)
 
 
-@functools.cache
-def _plain_gradient():
-    def loss(params, tokens, response, behavior_logp, advantages, weights):
-        """`response` is 1 where the token is part of a response; one sequence a row."""
-        model = Transformer(CONFIG, jnp.float32, "none")
-        slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        # Causal: what pads the end of a row is seen by no response token.
-        hidden: Any = model.apply({"params": params}, tokens, slots, jnp.ones_like(tokens))
-        table = jax.nn.log_softmax(logits(hidden, head(params, CONFIG)) / TEMPERATURE)
-        logp = jnp.take_along_axis(table[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
-        log_ratio = jnp.sum((logp - behavior_logp[:, 1:]) * response[:, 1:], axis=-1)
-        return jnp.sum(weights * (BETA2 * log_ratio - advantages) ** 2)
-
-    return jax.jit(jax.value_and_grad(loss))
+@jax.jit
+@jax.value_and_grad
+def plain_gradient(params, tokens, response, behavior_logp, advantages, weights):
+    """`response` is 1 where the token is part of a response; one sequence a row."""
+    table = whole_log_softmax(params, tokens, TEMPERATURE)
+    logp = jnp.take_along_axis(table[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+    log_ratio = jnp.sum((logp - behavior_logp[:, 1:]) * response[:, 1:], axis=-1)
+    return jnp.sum(weights * (BETA2 * log_ratio - advantages) ** 2)
 
 
 def plain_loss_and_gradient(params, weights):
@@ -235,7 +171,7 @@ def plain_loss_and_gradient(params, weights):
         tokens[i, :start], tokens[i, start:end] = prompt, rollout.tokens
         response[i, start:end], behavior[i, start:end] = 1, rollout.behavior_logp
     advantages = np.concatenate([oapl_advantages(g.reward, BETA1) for g in groups()])
-    loss, gradient = _plain_gradient()(params, tokens, response, behavior, advantages, weights)
+    loss, gradient = plain_gradient(params, tokens, response, behavior, advantages, weights)
     return float(loss), jax.tree.map(lambda x: np.asarray(x, np.float64), gradient)
 
 
@@ -269,13 +205,11 @@ def test_golden_steps():
         gradients.append(gradient)
         params = adamw(parameters(), gradients)
         state, metrics = run.step(state, run.put(batch_of(step=step)))
-        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
-        np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-5)
+        close(metrics["loss"], loss)
+        close(metrics["grad_norm"], optax.tree.norm(gradient))
         assert metrics["grad_norm"] > OPTIM["max_grad_norm"]  # the clip is at work
         assert state.step == step + 1
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, atol=1e-6, rtol=0), state.params, params
-        )
+        jax.tree.map(functools.partial(close, atol=1e-6, rtol=0), state.params, params)
         params = jax.tree.map(np.float32, params)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, parameters())
     assert min(jax.tree.leaves(moved)) > 1e-5
@@ -291,8 +225,8 @@ def test_the_gradient_is_that_of_the_aggregated_loss(aggregation):
     }[aggregation]
     loss, gradient = plain_loss_and_gradient(parameters(), weights)
     _, metrics = one_step(batch_of(aggregation=aggregation))
-    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
-    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-5)
+    close(metrics["loss"], loss)
+    close(metrics["grad_norm"], optax.tree.norm(gradient))
 
 
 def test_metrics_equal_those_computed_sequence_by_sequence():
@@ -307,32 +241,26 @@ def test_metrics_equal_those_computed_sequence_by_sequence():
         log_ratio.append(np.sum(gap))
     log_ratio, target = np.array(log_ratio), advantages / BETA2
     residual = BETA2 * log_ratio - advantages
-    right, wrong = reward > 0, reward <= 0
     expected = {
         "loss": np.mean(residual**2),
         "kl": np.mean(kl),
         "entropy": np.mean(entropy),
-        "log_ratio": np.mean(log_ratio),
-        "log_ratio/right": np.mean(log_ratio[right]),
-        "log_ratio/right_std": np.std(log_ratio[right]),
-        "log_ratio/wrong": np.mean(log_ratio[wrong]),
-        "log_ratio/wrong_std": np.std(log_ratio[wrong]),
         "log_ratio/slope": np.linalg.lstsq(target[:, None], log_ratio, rcond=None)[0][0],
-        "residual": np.mean(residual),
-        "residual/right": np.mean(residual[right]),
-        "residual/right_std": np.std(residual[right]),
-        "residual/wrong": np.mean(residual[wrong]),
-        "residual/wrong_std": np.std(residual[wrong]),
         "target_log_ratio": np.mean(target),
         "ess": np.sum(np.exp(log_ratio)) ** 2 / np.sum(np.exp(2 * log_ratio)) / 16,
         "padding": np.mean(batch_of().segments == 0),
         "skipped": 0,
         "skipped_in_a_row": 0,
     }
+    for name, values in {"log_ratio": log_ratio, "residual": residual}.items():
+        expected[name] = np.mean(values)
+        for side, where in {"right": reward > 0, "wrong": reward <= 0}.items():
+            expected[f"{name}/{side}"] = np.mean(values[where])
+            expected[f"{name}/{side}_std"] = np.std(values[where])
     _, metrics = expected_step()
     assert metrics.keys() == {*expected, "grad_norm"}
     for key, value in expected.items():
-        np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
+        close(metrics[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
 
 
 def test_metrics_of_an_empty_set_are_not_a_number_rather_than_zero():
@@ -352,9 +280,7 @@ def test_a_stale_batch_shortens_the_step_and_nothing_else():
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, plain.opt_state)
     move = lambda new: jax.tree.map(np.subtract, new.params, parameters())
     shorter = jax.tree.map(lambda x: x * np.sqrt(expected["ess"]), move(plain))
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, atol=2e-7, rtol=1e-3), move(state), shorter
-    )
+    jax.tree.map(functools.partial(close, atol=2e-7, rtol=1e-3), move(state), shorter)
 
 
 def test_a_reference_adds_its_kl_to_the_loss_and_to_the_gradient():
@@ -367,8 +293,8 @@ def test_a_reference_adds_its_kl_to_the_loss_and_to_the_gradient():
         ratio, gap = np.exp(logp - rollout.behavior_logp), logp - rollout.behavior_logp + 0.1
         kl.append(np.sum(ratio * (np.exp(-gap) + gap - 1)))
     _, expected = expected_step()
-    np.testing.assert_allclose(metrics["reference_kl"], np.mean(kl), rtol=1e-4)
-    np.testing.assert_allclose(metrics["loss"], expected["loss"] + 0.3 * np.mean(kl), rtol=1e-4)
+    close(metrics["reference_kl"], np.mean(kl), rtol=1e-4)
+    close(metrics["loss"], expected["loss"] + 0.3 * np.mean(kl), rtol=1e-4)
     assert abs(metrics["grad_norm"] / expected["grad_norm"] - 1) > 0.01
 
 
@@ -383,7 +309,7 @@ def test_drift_is_from_the_behavior_policy_when_the_objective_compares_with_a_re
         np.testing.assert_array_equal(found[key], of_reference[key], err_msg=key)
     jax.tree.map(np.testing.assert_array_equal, state, compared)
     for key in drift:
-        np.testing.assert_allclose(found[key], of_behavior[key], rtol=1e-6, err_msg=key)
+        close(found[key], of_behavior[key], rtol=1e-6, err_msg=key)
         assert abs(of_reference[key] / of_behavior[key] - 1) > 0.01, key
 
 
@@ -394,7 +320,7 @@ def test_the_stop_token_is_part_of_the_sum():
     stops = (tokens == EOS) * batch.mask
     np.testing.assert_array_equal(stops.sum(-1), 1)
     _, found = one_step(replace(batch, behavior_logp=batch.behavior_logp - stops))
-    np.testing.assert_allclose(found["log_ratio"], expected_step()[1]["log_ratio"] + 1, atol=1e-5)
+    close(found["log_ratio"], expected_step()[1]["log_ratio"] + 1, rtol=1e-7, atol=1e-5)
 
 
 def test_behavior_log_probs_of_another_temperature_leave_a_log_ratio():
@@ -415,12 +341,12 @@ def test_the_recomputed_denominator_is_the_steps_own():
     np.testing.assert_array_equal(found[batch.mask == 0], 0.0)
     for logp, (prompt, rollout) in zip(found, sequences(), strict=True):
         expected, _ = plain_logp(parameters(), prompt, rollout.tokens, TEMPERATURE)
-        np.testing.assert_allclose(logp[: len(expected)], expected, atol=1e-5)
+        close(logp[: len(expected)], expected, rtol=1e-7, atol=1e-5)
     _, metrics = one_step(replace(batch, behavior_logp=found))
     for key in ("log_ratio/right", "log_ratio/wrong", "log_ratio/right_std", "kl"):
         assert abs(metrics[key]) < 1e-6, key
     # At the anchor the loss is the square of the advantages.
-    np.testing.assert_allclose(metrics["loss"], np.mean(batch.advantage**2), rtol=1e-5)
+    close(metrics["loss"], np.mean(batch.advantage**2))
 
 
 @pytest.mark.parametrize("reference", [None, 9.0])
@@ -471,7 +397,7 @@ def test_micro_batches_that_hold_nothing_are_not_computed():
 def test_padding_is_the_share_of_computed_places_without_a_token(layout):
     batch = batch_of(**layout)
     used = [part for part in batch.segments if part.any()]
-    np.testing.assert_allclose(train_step.padding(batch), np.mean(np.array(used) == 0), rtol=1e-6)
+    close(train_step.padding(batch), np.mean(np.array(used) == 0), rtol=1e-6)
 
 
 def test_packed_equals_one_sequence_a_row():
@@ -510,9 +436,8 @@ def test_eight_devices_equal_one(sizes):
     for _ in range(2):
         state, metrics = run.step(state, placed)
         expected, expected_metrics = one.step(expected, one.put(batch))
-        assert_same_step(
-            jax.device_get((state, metrics)), jax.device_get((expected, expected_metrics))
-        )
+        found = jax.device_get((state, metrics))
+        assert_same_step(found, jax.device_get((expected, expected_metrics)))
         table = parameter_shardings(state.params, run.mesh)
         is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)
         (adam,) = filter(is_adam, jax.tree.leaves(state.opt_state, is_leaf=is_adam))
@@ -544,7 +469,7 @@ def test_the_compiler_never_replicates_what_it_can_not_reshard():
     In a process of its own, since the compiler reads what it may say once, when it is loaded.
     """
     log = {"TF_CPP_MIN_LOG_LEVEL": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    environment = os.environ | log | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | log | {"PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.run(
         [sys.executable, "-c", LOGGED], capture_output=True, text=True, env=environment, timeout=300
     )
@@ -555,32 +480,25 @@ def test_the_compiler_never_replicates_what_it_can_not_reshard():
 
 
 def test_fresh_parameters_do_not_depend_on_the_mesh():
-    model, optimizer = Transformer(CONFIG, jnp.float32, "none"), make_optimizer(**OPTIM)
-    states = [
-        jax.device_get(train_step.init_state(model, optimizer, mesh_of(sizes), 3))
-        for sizes in (ONE, (2, 2, 1, 2))
-    ]
-    jax.tree.map(np.testing.assert_array_equal, *states)
-    kernels = states[0].params["layers"]["q"]["kernel"]
+    fresh = lambda *sizes: train_step.init_state(MODEL, OPTIMIZER, small_mesh(*sizes), 3)
+    one, many = jax.device_get((fresh(), fresh(2, 2, 1, 2)))
+    assert_same(many, one)
+    kernels = one.params["layers"]["q"]["kernel"]
     assert not np.array_equal(kernels[0], kernels[1])
 
 
 def assert_untouched(new, old):
     """To the bit."""
+    parts = lambda state: (state.params, state.opt_state)
     same = lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    assert jax.tree.all(jax.tree.map(same, new.params, old.params))
-    assert jax.tree.all(jax.tree.map(same, new.opt_state, old.opt_state))
+    assert jax.tree.all(jax.tree.map(same, parts(new), parts(old)))
 
 
 def test_steps_that_are_not_finite_change_nothing_and_are_counted():
     run, good = compiled(), batch_of()
     poison = lambda name, value: replace(good, **{name: _with_one(getattr(good, name), value)})
-    bad = [
-        poison("behavior_logp", np.nan),
-        poison("advantage", np.inf),
-        poison("weight", np.nan),
-        poison("advantage", 1e30),  # whose square overflows
-    ]
+    bad = [poison("behavior_logp", np.nan), poison("advantage", np.inf), poison("weight", np.nan)]
+    bad.append(poison("advantage", 1e30))  # whose square overflows
     state, _ = run.step(run.start(), run.put(good))  # so that the moments are not all zero
     counts = []
     for batch in [bad[0], bad[1], good, bad[2], bad[3], bad[0], good]:
@@ -653,7 +571,7 @@ def test_loss_and_gradient_must_both_be_finite(case):
     assert np.isfinite(metrics["grad_norm"]) == (case != "only the gradient")
     assert metrics["skipped"] == (case != "fine")
     if case != "fine":
-        assert_untouched(jax.device_get(state), jax.device_get(run.start()))
+        assert_untouched(state, run.start())
 
 
 @pytest.mark.parametrize("sizes", [ONE, (2, 2, 1, 2)])
@@ -671,9 +589,8 @@ def test_the_old_state_is_given_to_the_new_one(sizes):
 def test_the_parameters_that_a_state_starts_from_are_not_given_away():
     """They belong to whoever holds them: the sampler, or a published version."""
     run = compiled()
-    model, optimizer = Transformer(CONFIG, jnp.float32, "none"), make_optimizer(**OPTIM)
     params = jax.device_put(parameters(), parameter_shardings(parameters(), run.mesh))
-    state = train_step.init_state(model, optimizer, run.mesh, params)
+    state = train_step.init_state(MODEL, OPTIMIZER, run.mesh, params)
     run.step(state, run.put(batch_of()))
     jax.tree.map(np.testing.assert_array_equal, params, parameters(0))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))

@@ -18,6 +18,7 @@ from etils import epath
 from scipy import stats
 from small_models import small_mesh
 
+from oapl_jax.config import LearnerConfig
 from oapl_jax.errors import UserError
 from oapl_jax.learner import packing, train_step
 from oapl_jax.model import hf
@@ -117,10 +118,9 @@ def test_log_probs_are_those_of_the_learners_packed_rows(name, temperature, top_
         Group(prompt, tuple(rollouts), np.zeros(4, np.float32))
         for prompt, rollouts in zip(prompts, sampled, strict=True)
     ]
-    sizes = dict(micro_batches=2, row_length=32, rows_multiple=1)
-    sizes |= dict(max_prompt_tokens=24, max_response_tokens=8)
-    objective = bind("sft", {})
-    batch = packing.build_batch(groups, objective, aggregation="sequence", step=VERSION, **sizes)
+    layout = LearnerConfig(micro_batches=2, row_length=32, rows_multiple=1, logp_chunk=8)
+    settings = dict(aggregation="sequence", max_prompt_tokens=24, max_response_tokens=8)
+    batch = packing.build_batch(groups, bind("sft", {}), layout, step=VERSION, **settings)
     assert np.sum(batch.segments.max(axis=-1) > 1) > 2  # rows are shared
     assert not np.any(batch.lag)
 
