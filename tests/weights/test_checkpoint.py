@@ -1,15 +1,7 @@
-"""Checkpoints: bit-equal round trips, other meshes, failed saves, and the workdir's configuration.
-
-Run as a program, this file saves into a full disk.
-"""
+"""Checkpoints: bit-equal round trips, other meshes, failed saves, and the workdir's configuration."""
 
 import json
-import os
-import pathlib
 import re
-import resource
-import subprocess
-import sys
 import threading
 from typing import Any
 
@@ -19,6 +11,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from disks import no_file_larger_than
 from etils import epath
 from flax.traverse_util import flatten_dict
 from small_models import assert_same, small_config, small_mesh
@@ -38,23 +31,16 @@ LOOP = {
 }
 
 
-def make_model(model_type="qwen3"):
-    return Transformer(small_config(model_type), jnp.float32, "none")
-
-
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
 
-def abstract(mesh, model=None):
-    """Shapes, dtypes and shardings of a state on a mesh."""
-    model = model or make_model()
-    make = lambda: train_step.new_state(train_step.init_params(model, jax.random.key(0)), OPTIMIZER)
-    shardings = train_step.state_shardings(model, OPTIMIZER, mesh)
-    place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
-    return jax.tree.map(place, jax.eval_shape(make), shardings)
+def abstract(mesh=None, model_type="qwen3"):
+    """Shapes, dtypes and shardings of a state on a mesh, by default of one device."""
+    model = Transformer(small_config(model_type), jnp.float32, "none")
+    return train_step.abstract_state(model, OPTIMIZER, mesh or small_mesh())
 
 
-def random_state(mesh, seed=0):
+def random_state(mesh=None, seed=0):
     """All arrays differ and none is zero: nothing can be mistaken for a fresh state."""
     rng = np.random.default_rng(seed)
 
@@ -65,6 +51,10 @@ def random_state(mesh, seed=0):
         return jax.device_put(np.asarray(values, leaf.dtype), leaf.sharding)
 
     return jax.tree.map(draw, abstract(mesh))
+
+
+def save(checkpoints, step, state, loop=LOOP):
+    checkpoints.save(step, state, loop, b"host", probe=PROBE)
 
 
 @pytest.fixture
@@ -87,16 +77,15 @@ def opened(tmp_path):
 
 
 def test_a_checkpoint_restores_bit_equal(opened):
-    mesh = small_mesh()
-    state = random_state(mesh)
-    opened().save(3, state, LOOP, b"host", probe=PROBE)
+    state = random_state()
+    save(opened(), 3, state)
     again = opened()
     assert again.steps() == [3]
-    found, loop, host_states = again.restore(3, abstract(mesh))
+    found, loop, host_states = again.restore(3, abstract())
     assert_same(found, state)
     assert loop == json.loads(json.dumps(LOOP))
     assert host_states == [b"host"]
-    assert_same(again.restore_params(3, abstract(mesh).params), state.params)
+    assert_same(again.restore_params(3, abstract().params), state.params)
 
 
 def test_host_states_belong_to_finished_steps(opened, tmp_path):
@@ -105,19 +94,18 @@ def test_host_states_belong_to_finished_steps(opened, tmp_path):
     for stale in ("7/host0of1", "3/host1of2", "3/host0of2"):
         (states / stale).parent.mkdir(parents=True, exist_ok=True)
         (states / stale).write_bytes(b"stale")
-    mesh = small_mesh()
-    opened().save(3, random_state(mesh), LOOP, b"mine", probe=PROBE)
-    assert opened().restore(3, abstract(mesh))[2] == [b"mine"]
+    save(opened(), 3, random_state())
+    assert opened().restore(3, abstract())[2] == [b"host"]
     assert sorted(str(p.relative_to(states)) for p in states.rglob("host*")) == ["3/host0of1"]
     (states / "3" / "host0of1").rename(states / "3" / "host1of2")
     with pytest.raises(UserError, match="checkpoint step 3"):
-        opened().restore(3, abstract(mesh))
+        opened().restore(3, abstract())
 
 
 def test_a_state_is_restored_on_another_mesh(opened):
     saved_on, restored_on = small_mesh(data=8), small_mesh(data=2, fsdp=2, tensor=2)
     state = random_state(saved_on)
-    opened().save(5, state, LOOP, b"host", probe=PROBE)
+    save(opened(), 5, state)
     wanted = abstract(restored_on)
     found, _, _ = opened().restore(5, wanted)
     assert_same(found, state)
@@ -138,47 +126,44 @@ def test_a_save_copies_its_arguments(opened, monkeypatch):
         return dumps(*args, **options)
 
     monkeypatch.setattr(json, "dumps", late)
-    mesh = small_mesh()
-    state = random_state(mesh)
+    state = random_state()
     expected = jax.device_get(state)
     loop = {"results": [1, 2]}
     checkpoints = opened()
-    checkpoints.save(1, state, loop, b"host", probe=PROBE)
+    save(checkpoints, 1, state, loop)
     jax.tree.map(lambda x: x.delete(), state)  # as a donated buffer is
     loop["results"].append(3)
     changed.set()
     checkpoints.wait()
-    found, loop, _ = checkpoints.restore(1, abstract(mesh))
+    found, loop, _ = checkpoints.restore(1, abstract())
     assert_same(jax.device_get(found), expected)
     assert loop == {"results": [1, 2]}
 
 
 def test_only_the_newest_steps_are_kept(opened):
-    mesh = small_mesh()
-    states = [random_state(mesh, seed) for seed in range(4)]
+    states = [random_state(seed=seed) for seed in range(4)]
     checkpoints = opened(keep=2)
     for step, state in enumerate(states):
-        checkpoints.save(10 * step, state, {"step": step}, b"host", probe=PROBE)
+        save(checkpoints, 10 * step, state, {"step": step})
     again = opened(keep=2)
     assert again.steps() == [20, 30]
     for step in (2, 3):
-        found, loop, _ = again.restore(10 * step, abstract(mesh))
+        found, loop, _ = again.restore(10 * step, abstract())
         assert loop == {"step": step}
         assert_same(found, states[step])
 
 
 def test_a_checkpoint_of_another_model_is_an_error(opened, tmp_path):
-    mesh = small_mesh()
-    checkpoints = opened()
-    checkpoints.save(3, random_state(mesh), LOOP, b"host", probe=PROBE)
+    checkpoints, other = opened(), abstract(model_type="llama")  # has no q_norm
+    save(checkpoints, 3, random_state())
     checkpoints.wait()
     longer = lambda x: x.update(shape=(*x.shape[:-1], x.shape[-1] + 8))
     place = re.escape(str(tmp_path / "checkpoints"))
     for restore in (
-        lambda: checkpoints.restore(3, abstract(mesh, make_model("llama"))),  # has no q_norm
-        lambda: checkpoints.restore_params(3, abstract(mesh, make_model("llama")).params),
-        lambda: checkpoints.restore_params(3, jax.tree.map(longer, abstract(mesh).params)),
-        lambda: checkpoints.restore(4, abstract(mesh)),
+        lambda: checkpoints.restore(3, other),
+        lambda: checkpoints.restore_params(3, other.params),
+        lambda: checkpoints.restore_params(3, jax.tree.map(longer, abstract().params)),
+        lambda: checkpoints.restore(4, abstract()),
     ):
         with pytest.raises(UserError, match=rf"step \d below {place}"):
             restore()
@@ -191,7 +176,7 @@ def test_checkpoints_and_weights_have_the_same_parameters_and_probe(tmp_path, op
     """Uncompressed chunks of one layer and one device's part."""
     mesh = small_mesh(fsdp=2, tensor=2)
     state = random_state(mesh)
-    opened().save(3, state, LOOP, b"host", probe=PROBE)
+    save(opened(), 3, state)
     opened().close()
     weights = Weights(epath.Path(tmp_path / "weights"))
     weights.save(3, state.params, PROBE)
@@ -212,7 +197,7 @@ def test_checkpoints_and_weights_have_the_same_parameters_and_probe(tmp_path, op
 def test_large_layers_are_saved_in_several_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2048)
     weights = Weights(epath.Path(tmp_path / "weights"))
-    weights.save(0, random_state(small_mesh()).params, PROBE)
+    weights.save(0, random_state().params, PROBE)
     weights.wait()
     chunk = open_params(weights.path(0))["layers/gate/kernel"].chunk_layout.read_chunk
     assert np.prod(chunk.shape) == 512
@@ -221,21 +206,20 @@ def test_large_layers_are_saved_in_several_chunks(tmp_path, monkeypatch):
 
 
 def test_keep_only_deletes_the_other_steps(tmp_path):
-    mesh = small_mesh()
     weights = Weights(epath.Path(tmp_path / "weights"))
     for step in (0, 4, 8):
-        weights.save(step, random_state(mesh, step).params, PROBE)
-    weights.save(4, random_state(mesh, 9).params, PROBE)  # exists already
+        weights.save(step, random_state(seed=step).params, PROBE)
+    weights.save(4, random_state(seed=9).params, PROBE)  # exists already
     with pytest.raises(RunError, match=r"step 6 is older .* \(have: 0, 4, 8\)"):
-        weights.save(6, random_state(mesh).params, PROBE)
+        weights.save(6, random_state().params, PROBE)
     assert weights.keep_only({4, 12}) == [0, 8]
     assert weights.steps() == [4]
-    weights.save(6, random_state(mesh, 6).params, PROBE)
+    weights.save(6, random_state(seed=6).params, PROBE)
     weights.close()
     again = Weights(epath.Path(tmp_path / "weights"))
     assert again.steps() == [4, 6]
     for step in (4, 6):
-        expected = flatten_dict(random_state(mesh, step).params, sep="/")
+        expected = flatten_dict(random_state(seed=step).params, sep="/")
         for path, array in open_params(again.path(step)).items():
             np.testing.assert_array_equal(np.asarray(array), expected[path])
     again.close()
@@ -244,57 +228,36 @@ def test_keep_only_deletes_the_other_steps(tmp_path):
 # Failures
 
 
-def save_into_a_full_disk(directory):
-    """Saves step 1; limits files to 2 kB; prints the errors of the next saves."""
-    mesh = small_mesh()
-    checkpoints = Checkpoints(epath.Path(directory), keep=3)
-    checkpoints.save(1, random_state(mesh, 1), LOOP, b"host", probe=PROBE)
-    checkpoints.wait()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
-    said = {}
-    for name, act in (
-        ("save", lambda: checkpoints.save(2, random_state(mesh, 2), LOOP, b"host", probe=PROBE)),
-        ("wait", checkpoints.wait),
-        ("later", lambda: checkpoints.save(3, random_state(mesh, 3), LOOP, b"host", probe=PROBE)),
-    ):
-        try:
-            act()
-        except RunError as error:
-            said[name] = str(error)
-            break
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    print(json.dumps(said))
-
-
 def test_a_full_disk_is_an_error_and_older_steps_stay(tmp_path, opened):
-    directory = tmp_path / "checkpoints"
-    command = [sys.executable, __file__, str(directory)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    message = said.get("save") or said["wait"]  # not as late as the next save
-    assert str(directory) in message
-    assert "(have: 1)" in message
+    """The error comes with the save that fails, or when that one is awaited."""
+    checkpoints, states = opened(), [random_state(seed=seed) for seed in range(3)]
+    save(checkpoints, 1, states[1])
+    checkpoints.wait()
 
+    def save_and_wait():
+        save(checkpoints, 2, states[2])
+        checkpoints.wait()
+
+    with no_file_larger_than(2000), pytest.raises(RunError, match=r"\(have: 1\)") as caught:
+        save_and_wait()
+    assert str(tmp_path / "checkpoints") in str(caught.value)
     again = opened()
     assert again.steps() == [1]
-    mesh = small_mesh()
-    assert_same(again.restore(1, abstract(mesh))[0], random_state(mesh, 1))
-    again.save(2, random_state(mesh, 2), LOOP, b"host", probe=PROBE)
+    assert_same(again.restore(1, abstract())[0], states[1])
+    save(again, 2, states[2])
     again.wait()
     assert again.steps() == [1, 2]
 
 
 @pytest.mark.parametrize("kind", ["checkpoints", "weights"])
 def test_a_failed_background_save_stops_the_next_call(tmp_path, opened, monkeypatch, kind):
-    state = random_state(small_mesh())
+    state = random_state()
     if kind == "weights":
         steps: Any = Weights(epath.Path(tmp_path / "weights"))
         acts = [lambda: steps.save(2, state.params, PROBE), lambda: steps.keep_only(set())]
     else:
         steps = opened()
-        acts = [lambda: steps.save(2, state, LOOP, b"host", probe=PROBE)]
+        acts = [lambda: save(steps, 2, state)]
 
     def fail(manager):
         raise OSError("the disk is gone")
@@ -310,16 +273,11 @@ def test_a_failed_background_save_stops_the_next_call(tmp_path, opened, monkeypa
 
 
 def test_an_existing_step_is_kept_and_an_older_one_is_an_error(opened):
-    mesh = small_mesh()
-    checkpoints = opened()
-    checkpoints.save(2, random_state(mesh, 1), LOOP, b"host", probe=PROBE)
-    checkpoints.save(2, random_state(mesh, 2), LOOP, b"host", probe=PROBE)
+    checkpoints, states = opened(), [random_state(seed=seed) for seed in range(3)]
+    save(checkpoints, 2, states[1])
+    save(checkpoints, 2, states[2])
     with pytest.raises(RunError, match=r"step 1 is older .* \(have: 2\)"):
-        checkpoints.save(1, random_state(mesh, 2), LOOP, b"host", probe=PROBE)
+        save(checkpoints, 1, states[2])
     checkpoints.wait()
     assert checkpoints.steps() == [2]
-    assert_same(checkpoints.restore(2, abstract(mesh))[0], random_state(mesh, 1))
-
-
-if __name__ == "__main__":
-    save_into_a_full_disk(pathlib.Path(sys.argv[1]))
+    assert_same(checkpoints.restore(2, abstract())[0], states[1])

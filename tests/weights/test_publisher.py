@@ -3,14 +3,12 @@
 Run as a program, this file publishes forever in a forked process, to be killed.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import os
 import pathlib
-import resource
 import shutil
 import signal
 import subprocess
@@ -24,6 +22,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 from bucket import emulated
+from disks import no_file_larger_than
 from etils import epath
 from small_models import assert_same, random_params, small_config
 
@@ -276,16 +275,6 @@ def test_collect_deletes_the_marker_first(tmp_path, monkeypatch):
 
 
 # Failing disks
-
-
-@contextlib.contextmanager
-def no_file_larger_than(size):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path):
