@@ -74,24 +74,20 @@ def value_and_gradients(run, query, key, value, cotangent, segments):
     return out, *gradients
 
 
-def assert_equal_the_reference(run, rows, length, segments=None, atol=1e-5):
-    segments = packed(rows, length) if segments is None else segments
-    given = *arrays(rows, length), segments
+def assert_equal_the_reference(run, segments):
+    given = *arrays(*segments.shape), segments.astype(np.int32)
     found, expected = (value_and_gradients(f, *given) for f in (run, reference))
     assert np.abs(expected[0]).max() > 0.5
     for x, y in zip(found, expected, strict=True):
-        np.testing.assert_allclose(x, y, atol=atol, rtol=0)
-
-
-@pytest.mark.parametrize("length", [1, 2, 64, 128, 129, 300, 512])
-def test_blockwise_equals_the_reference(length):
-    segments = packed(3, length) if length > 4 else np.ones((3, length), np.int32)
-    assert_equal_the_reference(on_one_device(blockwise_attention), 3, length, segments)
+        np.testing.assert_allclose(x, y, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
     "segments",
     [
+        *(np.ones((3, length)) for length in (1, 2)),
+        *(packed(3, length) for length in (64, 128, 129, 300, 512)),
+        # In any order, every block with visible keys is visited.
         np.ones((1, 300)),
         np.zeros((1, 300)),
         np.arange(300)[None],
@@ -100,9 +96,8 @@ def test_blockwise_equals_the_reference(length):
         np.stack([np.repeat([1, 2, 3], 100), np.repeat([1, 0], 150)]),
     ],
 )
-def test_blockwise_visits_every_block_with_visible_keys(segments):
-    run = on_one_device(blockwise_attention)
-    assert_equal_the_reference(run, len(segments), 300, segments.astype(np.int32))
+def test_blockwise_equals_the_reference(segments):
+    assert_equal_the_reference(on_one_device(blockwise_attention), segments)
 
 
 @pytest.mark.parametrize("lengths", [[BLOCK] * 4, [4 * BLOCK]], ids=["packed", "one"])
@@ -190,13 +185,13 @@ def test_long_rows_on_a_gpu_need_no_quadratic_array(cudnn, monkeypatch, dtype, l
         assert (f"{positions}x{positions}x" in text) == quadratic
         assert ("fmha" in text) == (quadratic and dtype == jnp.bfloat16)
     if dtype == jnp.float32:
-        assert_equal_the_reference(run, 1, length + 2)
+        assert_equal_the_reference(run, packed(1, length + 2))
 
 
 # Over a mesh
 
-KERNELS = dict(attention.KERNELS)
 INTERPRETED = attention.LANES, functools.partial(attention.splash_kernel, interpret=True)
+KERNELS = attention.KERNELS | {"splash": INTERPRETED}
 MESHES = [
     dict(),
     dict(context=2),
@@ -206,21 +201,20 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_splash_equals_the_reference(sizes):
-    length = 256 * max(sizes.get("context", 1), 2)
-    assert_equal_the_reference(over(INTERPRETED, small_mesh(**sizes)), 2, length)
-
-
-def test_rows_of_any_length_are_padded_for_the_kernel():
-    assert_equal_the_reference(over(INTERPRETED, small_mesh(context=2)), 2, 130)
-    assert_equal_the_reference(over(KERNELS["cpu"], small_mesh(context=4)), 2, 54)
-
-
-@pytest.mark.parametrize("sizes", [*MESHES, dict(context=8)], ids=str)
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_kernels_over_a_mesh_equal_the_reference(platform, sizes):
-    assert_equal_the_reference(over(KERNELS[platform], small_mesh(**sizes)), 2, 320)
+@pytest.mark.parametrize(
+    ("kernel", "sizes", "length"),
+    [
+        *(("splash", sizes, 256 * max(sizes.get("context", 1), 2)) for sizes in MESHES),
+        *(("cpu", sizes, 320) for sizes in [*MESHES, dict(context=8)]),
+        *(("gpu", sizes, 320) for sizes in [*MESHES, dict(context=8)]),
+        # Rows of any length are padded for the kernel.
+        ("splash", dict(context=2), 130),
+        ("cpu", dict(context=4), 54),
+    ],
+    ids=str,
+)
+def test_kernels_over_a_mesh_equal_the_reference(kernel, sizes, length):
+    assert_equal_the_reference(over(KERNELS[kernel], small_mesh(**sizes)), packed(2, length))
 
 
 def test_queries_are_exchanged_to_balance_the_work():
@@ -250,7 +244,7 @@ def test_the_platform_of_the_mesh_selects_the_kernel(monkeypatch):
 
         return 2, make_kernel
 
-    for platform in KERNELS:
+    for platform in attention.KERNELS:
         monkeypatch.setitem(attention.KERNELS, platform, record(platform))
     given = *arrays(1, 64)[:3], packed(1, 64)
     mesh = small_mesh().abstract_mesh
@@ -265,8 +259,3 @@ def test_the_platform_of_the_mesh_selects_the_kernel(monkeypatch):
 def test_key_heads_that_the_mesh_does_not_divide_are_refused():
     with pytest.raises(UserError, match=r"mesh\.tensor=4"):
         over(KERNELS["cpu"], small_mesh(tensor=4))(*arrays(1, 64)[:3], packed(1, 64))
-
-
-def test_gpu_equals_the_reference():
-    """In float32, which XLA computes; cuDNN takes the same arguments."""
-    assert_equal_the_reference(on_one_device(attention.gpu_attention), 3, 48)

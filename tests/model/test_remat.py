@@ -19,17 +19,9 @@ from oapl_jax.planning import hardware
 from oapl_jax.planning.programs import program_flops
 
 LAYERS, HIDDEN, LENGTH, ROWS_PER_CHIP = 256, 256, 256, 2
-CONFIG = small_config(
-    "qwen3",
-    vocab_size=128,
-    hidden_size=HIDDEN,
-    intermediate_size=256,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=128,
-    max_position_embeddings=LENGTH,
-)
+SIZES = dict(vocab_size=128, hidden_size=HIDDEN, intermediate_size=256, num_hidden_layers=LAYERS)
+SIZES |= dict(num_attention_heads=2, num_key_value_heads=1, head_dim=128)
+CONFIG = small_config("qwen3", **SIZES, max_position_embeddings=LENGTH)
 
 
 def gradient(remat, mesh):

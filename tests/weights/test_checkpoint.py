@@ -1,4 +1,4 @@
-"""Checkpoints: bit-equal round trips, other meshes, failed saves, and the workdir's configuration."""
+"""Checkpoints: bit-equal round trips, other meshes, failed saves, and weights to publish."""
 
 import json
 import re
@@ -37,7 +37,7 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 def abstract(mesh=None, model_type="qwen3"):
     """Shapes, dtypes and shardings of a state on a mesh, by default of one device."""
     model = Transformer(small_config(model_type), jnp.float32, "none")
-    return train_step.abstract_state(model, OPTIMIZER, mesh or small_mesh())
+    return train_step.abstract_state(model, OPTIMIZER, small_mesh() if mesh is None else mesh)
 
 
 def random_state(mesh=None, seed=0):
