@@ -116,21 +116,15 @@ def plan_inputs(config: Config, sizes: ModelConfig, from_checkpoint: bool) -> Pl
         "decoding for evaluation (evaluation.every)": config.evaluation.every > 0,
         "the curator (curriculum.name)": config.curriculum.name == "actor_curator",
     }
+    sections = ("model", "objective", "rollout", "buffer", "lag", "learner")
+    names = (*sections, "group_size", "groups_per_step", "publish_dtype")
     return PlanInputs(
+        **{name: config[name] for name in names},
         model_config=sizes,
         from_checkpoint=from_checkpoint,
         loss=bind(objective.name, objective.constants, group_size=config.group_size),
         optimizer=make_optimizer(**config.optim, num_steps=config.num_steps),
-        group_size=config.group_size,
-        groups_per_step=config.groups_per_step,
         max_prompt_tokens=config.data.max_prompt_tokens,
-        model=config.model,
-        objective=objective,
-        rollout=config.rollout,
-        buffer=config.buffer,
-        lag=config.lag,
-        learner=config.learner,
-        publish_dtype=config.publish_dtype,
         embedded_samplers=embedded + (config.evaluation.every > 0),
         not_planned=tuple(part for part, there in not_planned.items() if there),
     )

@@ -211,7 +211,7 @@ class Computation:
             for caller, attribute in self.callers
         )
 
-    @property
+    @functools.cached_property
     def is_sequence(self) -> bool:
         """True if its instructions run one by one: the entry, bodies and branches, no fusions."""
         return self.is_entry or any(caller.opcode in CONTROL for caller, _ in self.callers)
@@ -254,15 +254,12 @@ class Module:
                 elif attribute in CALLS or (callee and name not in beside):
                     raise RunError(f"{attribute}=%{name} of {instruction.name} is not known")
 
-    def sequences(self) -> list[Computation]:
-        return [c for c in self.computations.values() if c.is_sequence]
-
     def instructions(self) -> list[Instruction]:
         return [i for c in self.computations.values() for i in c.instructions.values()]
 
     def scheduled(self) -> list[Instruction]:
         """Instructions that run one by one, not within a fusion."""
-        return [i for c in self.sequences() for i in c.instructions.values()]
+        return [i for i in self.instructions() if i.computation.is_sequence]
 
 
 def read_computations(text: str) -> Iterator[Computation]:

@@ -95,8 +95,8 @@ class Checkpoints(_Steps):
     """Checkpoints of a run below one directory, of which the newest `keep` stay."""
 
     def __init__(self, directory: epath.Path, *, keep: int):
-        items = dict(optimizer=_ARRAYS(), loop=_JSON(), curriculum=_ARRAYS())
-        super().__init__(directory, keep=keep, **items)
+        arrays = dict(optimizer=_ARRAYS(), curriculum=_ARRAYS())
+        super().__init__(directory, keep=keep, loop=_JSON(), **arrays)
         self._host_states = directory.parent / "host_states"
 
     def save(
@@ -111,14 +111,9 @@ class Checkpoints(_Steps):
     ) -> None:
         """Starts to save a step, unless it exists already; returns when everything is copied.
 
-        Args:
-          loop: JSON-able values, the same on all hosts: published versions, results so far.
-          host_state: of this host alone: worker, buffer.
-          probe: rows of tokens and the parameters' log-probs of them (see publisher.read_probe).
-          curriculum: the curriculum's arrays, if it has any.
-
-        Raises:
-          RunError: if this or the previous save failed; the run must not go on without checkpoints.
+        `loop` has JSON-able values, the same on all hosts; `host_state` is of this host alone; the
+        probe is that of publisher.read_probe. Raises a RunError if this or the previous save
+        failed: the run must not go on without checkpoints.
         """
         with self._saving():
             self._write_host_state(step, host_state)
