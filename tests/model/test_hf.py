@@ -357,7 +357,7 @@ def test_older_spellings_of_a_config_are_read():
     new = json.loads((GOLDEN / "llama_llama3" / "config.json").read_text())
     old = {k: v for k, v in new.items() if k != "rope_parameters"}
     rope = dict(new["rope_parameters"])
-    old["rope_theta"] = rope.pop("rope_theta")
+    old |= {"rope_theta": rope.pop("rope_theta")}
     old["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
     read = functools.partial(ModelConfig.from_hf, source="config.json")
     exported = read(new).to_hf(dtype="float32")

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from small_models import forward, golden_model
 
-from oapl_jax.model.blockwise_attention import visible
 from oapl_jax.model.transformer import REMAT_POLICIES, Transformer, empty_cache, head, logits
 
 
@@ -133,18 +132,3 @@ def test_bfloat16_is_for_activations_only():
     difference = np.abs(narrow - wide)
     assert 1e-3 < difference.max() < 0.5  # logits deviate by 1.5
     assert difference.mean() < 0.03
-
-
-def test_layers_are_initialized_differently():
-    config, _ = golden_model("qwen3")
-    blank = np.zeros((1, 2), np.int32)
-    init = jax.jit(Transformer(config, jnp.float32, "none").init)
-    kernel = init(jax.random.key(0), blank, blank, blank)["params"]["layers"]["q"]["kernel"]
-    assert not np.allclose(kernel[0], kernel[1])
-
-
-def test_a_token_sees_the_past_of_its_own_segment():
-    segments = jnp.array([[1, 1, 2, 0]])
-    slots = jnp.arange(4)
-    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    np.testing.assert_array_equal(visible(segments, segments, slots, slots)[0], expected)

@@ -25,12 +25,10 @@ from oapl_jax.planning.hlo import Module, collective_bytes
 
 HIDDEN, LAYERS, ROWS = 512, 2, 8
 GIB = 2**30
-LARGE = dict(length=512, prompt=128, chunk=128, hidden_size=HIDDEN, intermediate_size=1024)
-SMALL = dict(length=128, prompt=32, chunk=64, hidden_size=256, intermediate_size=512)
-SIZES = {
-    "large": LARGE | dict(vocab_size=2048),
-    "small": SMALL | dict(vocab_size=1024, tie_word_embeddings=False),
-}
+LARGE = dict(hidden_size=HIDDEN, intermediate_size=1024, vocab_size=2048)
+SMALL = dict(hidden_size=256, intermediate_size=512, vocab_size=1024, tie_word_embeddings=False)
+# Tokens of a row, of a prompt and of a chunk, and changes to the architecture.
+SIZES = {"large": (512, 128, 128, LARGE), "small": (128, 32, 64, SMALL)}
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +39,15 @@ def where():
 @functools.cache
 def compiled(name, remat="full", micro_batches=2, **mesh):
     """A small run on a v5e 2x2 with micro-batches of 8 rows, its compiled train step, its times."""
-    where, sizes = hardware.open_slice("v5e:2x2"), dict(SIZES[name])
-    length, prompt, chunk = (sizes.pop(key) for key in ("length", "prompt", "chunk"))
+    where, (length, prompt, chunk, sizes) = hardware.open_slice("v5e:2x2"), SIZES[name]
     config = arithmetic.get_config().unlock()
     config.group_size, config.groups_per_step = 4, 2 * micro_batches
     config.data.max_prompt_tokens, config.rollout.max_response_tokens = prompt, length - prompt
     config.model.update(dtype="bfloat16", remat=remat)
     config.mesh.update(dict(data=1, fsdp=1, context=1, tensor=1) | mesh)
     config.rollout.sampler, config.evaluation.every = "fleet", 0
-    config.learner.update(
-        micro_batches=micro_batches, row_length=length, rows_multiple=ROWS, logp_chunk=chunk
-    )
+    config.learner.update(micro_batches=micro_batches, row_length=length)
+    config.learner.update(rows_multiple=ROWS, logp_chunk=chunk)
     decoder = dict(head_dim=64, num_hidden_layers=LAYERS, max_position_embeddings=length) | sizes
     model = ModelConfig.from_hf(dict(config.model.architecture) | decoder, source="this test")
     inputs = plan_inputs(typed(config), model, False)
@@ -190,38 +186,33 @@ def test_a_program_that_is_too_large_does_not_fit(where):
     compile_ = lambda program: memory.compile_program(program, program.trace(), available)
     assert compile_(of(15 * GIB, {})).fits
     refused = compile_(of(9 * GIB, {}, donated=False))  # argument and result
-    assert not refused.fits
-    assert "15.75G" in refused.because
+    assert (refused.fits, "15.75G" in refused.because) == (False, True)
     assert memory.check_arguments(of(15 * GIB, {}), available) is None
     not_compiled = memory.check_arguments(of(9 * GIB, {"another copy": 9 * GIB}), available)
-    assert not_compiled
-    assert not not_compiled.fits
-    assert "18.00 GiB of 15.75 GiB" in not_compiled.because
+    assert (not_compiled.fits, "18.00 GiB of 15.75 GiB" in not_compiled.because) == (False, True)
     crowded = compile_(of(15 * GIB, {"another copy": GIB}))
-    assert not crowded.fits
+    assert (crowded.fits, crowded.because) == (False, "16.00 GiB of 15.75 GiB")
     assert crowded.hbm["another copy"] == GIB
-    assert crowded.because == "16.00 GiB of 15.75 GiB"
 
 
-def analysis(**figures):
-    """A memory analysis of a donated array of 16 bytes, with these figures."""
+def analyzed(**figures):
+    """A program whose memory analysis is that of a donated array of 16 bytes, with these figures."""
     sizes = dict(argument_size=16, output_size=16, alias_size=16, temp_size=10, host_temp_size=0)
     sizes |= dict(peak_memory=16, generated_code_size=0) | figures
-    return {f"{name}_in_bytes": size for name, size in sizes.items() if size is not None}
+    said = {f"{name}_in_bytes": size for name, size in sizes.items() if size is not None}
+    return types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(**said))
 
 
 @pytest.mark.parametrize("figures", [dict(peak_memory=None), dict(temp_size=-1)])
 def test_an_unknown_memory_analysis_is_an_error_that_names_the_figure(figures):
-    said = types.SimpleNamespace(**analysis(**figures))
     with pytest.raises(RunError, match=next(iter(figures))):
-        memory.memory_analysis(types.SimpleNamespace(memory_analysis=lambda: said))
+        memory.memory_analysis(analyzed(**figures))
 
 
 @pytest.mark.parametrize(("peak", "temporaries"), [(16 + 17, 10), (16 + 17 + 11, 11)])
 def test_memory_of_the_host_is_no_hbm(peak, temporaries):
     """The compiler's peak includes what a step offloads; the greater of its two figures counts."""
-    said = types.SimpleNamespace(**analysis(host_temp_size=17, peak_memory=peak))
-    figures = memory.memory_analysis(types.SimpleNamespace(memory_analysis=lambda: said))
+    figures = memory.memory_analysis(analyzed(host_temp_size=17, peak_memory=peak))
     text = "HloModule m\n\nENTRY %main (p: bf16[8]) -> bf16[8] {\n"
     module = Module(text + "  ROOT %p = bf16[8]{0} parameter(0)\n}\n")
     program = programs.Program("", lambda: None, {}, {})
@@ -250,10 +241,8 @@ def test_slices_and_meshes_that_do_not_exist_are_refused(where):
 )
 def test_an_axis_has_the_links_of_its_part_of_the_torus(name, sizes, links):
     where = hardware.open_slice(name)
-    mesh = hardware.make_mesh(where, **sizes)
-    for axis, count in links.items():
-        bandwidth = hardware.axis_bandwidth(where, mesh, [axis])
-        assert bandwidth == count * where.chip.link_bandwidth
+    mesh, link = hardware.make_mesh(where, **sizes), where.chip.link_bandwidth
+    assert {a: hardware.axis_bandwidth(where, mesh, [a]) / link for a in links} == links
 
 
 def test_the_command_sweeps_and_prints_and_writes_a_plan(tmp_path):
@@ -263,10 +252,9 @@ def test_the_command_sweeps_and_prints_and_writes_a_plan(tmp_path):
         *("--config.rollout.sampler=fleet", "--config.objective.denominator=learner"),
         *("--config.group_size=2", "--config.groups_per_step=4"),
     ]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     # The flag of docs/plan.md and tpu_setup/train.sh; an unknown one ends the compiler.
     flag = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000000"
-    environment["LIBTPU_INIT_ARGS"] = flag
+    environment = os.environ | {"LIBTPU_INIT_ARGS": flag, "XLA_FLAGS": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     (kept,) = json.loads((tmp_path / "sweep-v5e-2x2.json").read_text()).items()
@@ -275,9 +263,8 @@ def test_the_command_sweeps_and_prints_and_writes_a_plan(tmp_path):
     assert plan == kept[1]
     assert plan["compiler_flags"] == flag
     assert plan["fits"]
-    assert [p["program"] for p in plan["programs"]] == [
-        *("train step", "initialisation", "recomputed log-probs", "probe")
-    ]
+    names = ["train step", "initialisation", "recomputed log-probs", "probe"]
+    assert [p["program"] for p in plan["programs"]] == names
     for word in (flag, "FITS", "warmup.num_steps", "FLOPs", "all-gather", "MFU", "RAM"):
         assert word in done.stdout
     for number in ("host_memory", "publish_seconds", "fleet", "roofline", "flops", "hbm_traffic"):

@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
+from unittest import mock
 
 import jax
 import ml_dtypes
@@ -38,6 +40,7 @@ from oapl_jax.weights.checkpoint import Weights
 from oapl_jax.weights.publisher import COMMITTED, check_version, published_versions, version_path
 
 STEPS = tempfile.TemporaryDirectory()  # removed when the process ends
+PIPES: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 SAID = {"tokens": [[3, 1, 2], [5, 5, 6]], "logp": [[-0.5, -1.25], [-3, -0.125]], "dtype": "float32"}
 
 
@@ -67,16 +70,12 @@ def orbax_step(seed, config=SMALL):
     return save(tempfile.mkdtemp(dir=STEPS.name), seed, random_params(config, seed))
 
 
-def write(directory, version, seed=None, config=SMALL, dtype="float32", source=None):
+def write(directory, version, seed=None, config=SMALL, source=None):
     """Publishes an Orbax step: `source`, or one of the parameters of `seed`."""
+    source = source or orbax_step(version if seed is None else seed, config)
+    settings = dict(tokenizer=Tokenizer(), dtype="float32", config_hash="c0ffee")
     return publisher.publish(
-        source or orbax_step(version if seed is None else seed, config),
-        config,
-        version=version,
-        directory=epath.Path(directory),
-        tokenizer=Tokenizer(),
-        dtype=dtype,
-        config_hash="c0ffee",
+        source, config, version=version, directory=epath.Path(directory), **settings
     )
 
 
@@ -114,20 +113,28 @@ def test_a_published_version_is_whole_and_loads_bit_equal(tmp_path):
     probe, marks = publisher.PROBE, {publisher.MANIFEST, COMMITTED}
     assert set(manifest["files"]) == {"config.json", "model.safetensors", probe, "tokenizer.json"}
     assert {p.name for p in path.iterdir()} == marks | manifest["files"].keys()
-    for name, entry in manifest["files"].items():
-        assert entry == file_entry(path / name)
+    assert all(entry == file_entry(path / name) for name, entry in manifest["files"].items())
+
+    before = files_below(tmp_path)
+    assert write(tmp_path / "versions", 16, seed=99) == path  # it is never written again
+    assert files_below(tmp_path) == before
     (path / probe).write_text('{"tokens": []}')
     with pytest.raises(UserError, match=probe):
         publisher.read_probe(path)
 
 
-def test_a_step_saved_on_a_mesh_is_published_bit_equal(tmp_path):
+def test_a_step_saved_on_a_mesh_is_published_bit_equal_in_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(publisher, "MAX_SHARD_BYTES", 10_000)
     mesh = make_mesh(data=1, fsdp=4, context=1, tensor=2)
     params = random_params(SMALL, 3)
     source = save(tmp_path, 3, jax.device_put(params, parameter_shardings(params, mesh)))
     kernel = publisher.open_params(source)["layers/gate/kernel"]
     assert kernel.chunk_layout.read_chunk.shape == (1, 8, 48)  # of (2, 32, 96): 4 by 2 devices
-    assert_holds(write(tmp_path / "versions", 3, source=source), 3)
+    path = write(tmp_path / "versions", 3, source=source)
+    assert_holds(path, 3)
+    shards = {p.name for p in path.glob("*.safetensors")}
+    assert len(shards) > 3
+    assert {*shards, hf.INDEX} < set(publisher.read_manifest(path)["files"])
 
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch):
@@ -178,32 +185,20 @@ def lose_a_chunk(source):
         (lambda source: (source / "params" / "manifest.ocdbt").write_bytes(b"junk"), "parameters"),
         (lose_a_parameter, r"layers/q/kernel None instead of \(2, 32, 32\)"),
         (lose_a_chunk, r"layers\.q\.kernel"),
+        (None, r"embed/embedding \(32, 32\) instead of \(32, 256\)"),  # a step of another model
     ],
 )
-def test_a_damaged_step_is_an_error_and_leaves_nothing(tmp_path, damage, what):
+def test_a_step_that_can_not_be_published_is_an_error_and_leaves_nothing(tmp_path, damage, what):
     source = epath.Path(shutil.copytree(orbax_step(16).parent.parent, tmp_path / "run"))
     source, directory = source / "weights" / "16", tmp_path / "versions"
     directory.mkdir()
-    damage(source)
+    if damage:
+        damage(source)
     with pytest.raises(UserError, match=what) as caught:
-        write(directory, 16, source=source)
+        write(directory, 16, source=source, config=SMALL if damage else LARGE)
     assert str(source) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(directory.iterdir())
-
-
-def test_the_step_of_another_model_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"embed/embedding \(32, 32\) instead of \(32, 256\)"):
-        write(tmp_path, 16, config=LARGE, source=orbax_step(16))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_committed_version_is_never_written_again(tmp_path):
-    path = write(tmp_path, 16)
-    before = files_below(tmp_path)
-    assert write(tmp_path, 16, seed=99) == path
-    assert files_below(tmp_path) == before
-    assert_holds(path, 16)
 
 
 # Damaged versions
@@ -263,10 +258,7 @@ def test_collect_keeps_the_named_versions_and_deletes_uncommitted_ones(tmp_path)
 
 def test_collect_deletes_the_marker_first(tmp_path, monkeypatch):
     write(tmp_path, 0)
-
-    def crash(path):
-        raise KeyboardInterrupt
-
+    crash = mock.Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(type(epath.Path(tmp_path)), "rmtree", crash)
     with pytest.raises(KeyboardInterrupt):
         publisher.collect(epath.Path(tmp_path), keep=set())
@@ -281,10 +273,8 @@ def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path):
     directory, source = epath.Path(tmp_path / "versions"), orbax_step(0, LARGE)
     write(directory, 0, config=LARGE)
     before = files_below(directory), files_below(source)
-    with (
-        no_file_larger_than(1 << 20),
-        pytest.raises(RunError, match=r"version 8 .* File too large") as caught,
-    ):
+    refused = pytest.raises(RunError, match=r"version 8 .* File too large")
+    with no_file_larger_than(1 << 20), refused as caught:
         write(directory, 8, seed=0, config=LARGE)
     assert str(directory) in str(caught.value)
     assert (files_below(directory), files_below(source)) == before
@@ -429,14 +419,7 @@ for line in sys.stdin:
 
 def test_a_reader_of_a_store_sees_versions_of_another_process(store):
     """Clients of object stores cache listings."""
-    with subprocess.Popen(
-        [sys.executable, "-c", WATCHER, store / "versions"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as watcher:
-        assert watcher.stdin
-        assert watcher.stdout
+    with subprocess.Popen([sys.executable, "-c", WATCHER, store / "versions"], **PIPES) as watcher:
 
         def look():
             print(file=watcher.stdin, flush=True)
@@ -549,15 +532,9 @@ def test_a_killed_process_leaves_every_version_whole_or_absent(tmp_path, place, 
     root = epath.Path(request.getfixturevalue(place))
     rng = np.random.default_rng(7)
     source, halves = orbax_step(0, LARGE), 0
-    with subprocess.Popen(
-        [sys.executable, __file__, source],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as publishers:
-        assert publishers.stdin
-        assert publishers.stdout
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, __file__, source]
+    with subprocess.Popen(command, env=environment, **PIPES) as publishers:
         lines = iter(publishers.stdout)
         reply = lambda word: next(line for line in lines if line.startswith(word))
         for kill in range(kills):
@@ -590,12 +567,3 @@ def test_a_killed_process_leaves_every_version_whole_or_absent(tmp_path, place, 
 
 if __name__ == "__main__":
     fork_publishers()
-
-
-def test_every_shard_of_a_large_model_is_in_the_manifest(tmp_path, monkeypatch):
-    monkeypatch.setattr(publisher, "MAX_SHARD_BYTES", 10_000)
-    path = write(tmp_path, 16)
-    assert_holds(path, 16)
-    shards = {p.name for p in path.glob("*.safetensors")}
-    assert len(shards) > 3
-    assert {*shards, hf.INDEX} < set(publisher.read_manifest(path)["files"])
