@@ -14,8 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 from etils import epath
+from jax.sharding import Mesh
 
 from oapl_jax.config import Config
 from oapl_jax.data.synthetic.tasks import TASKS
@@ -26,12 +28,12 @@ from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.policy import check_lengths, open_policy
 from oapl_jax.model.published import published, published_name
-from oapl_jax.model.transformer import REMAT_POLICIES
+from oapl_jax.model.transformer import REMAT_POLICIES, Transformer
 from oapl_jax.objectives import bind
 from oapl_jax.planning.estimate import estimate
-from oapl_jax.planning.hardware import Slice, make_mesh, open_slice
+from oapl_jax.planning.hardware import PAGES, Slice, make_mesh, open_slice
 from oapl_jax.planning.layouts import Layout, PlanFile, layouts_of, meshes, plan_digest, sweep
-from oapl_jax.planning.programs import PlanInputs
+from oapl_jax.planning.programs import RunPrograms
 from oapl_jax.tracking.progress import say
 from oapl_jax.weights.publisher import config_hash
 
@@ -104,11 +106,13 @@ def plan_run(
     """Checks a configuration for a slice as a run does, and estimates it."""
     mesh = make_mesh(where, **config.mesh)
     config.check_layout(mesh=mesh.shape, hosts=where.hosts)
-    inputs = plan_inputs(config, sizes, from_checkpoint)
-    return estimate(inputs, where, mesh, storage=storage, log=say)
+    run = programs_of(config, sizes, mesh, from_checkpoint=from_checkpoint)
+    return estimate(run, where, storage=storage, log=say)
 
 
-def plan_inputs(config: Config, sizes: ModelConfig, from_checkpoint: bool) -> PlanInputs:
+def programs_of(
+    config: Config, sizes: ModelConfig, mesh: Mesh, *, from_checkpoint: bool
+) -> RunPrograms:
     objective, embedded = config.objective, config.rollout.sampler == "local"
     not_planned = {
         "the warm-up (warmup.num_steps)": config.warmup.num_steps > 0,
@@ -116,11 +120,12 @@ def plan_inputs(config: Config, sizes: ModelConfig, from_checkpoint: bool) -> Pl
         "decoding for evaluation (evaluation.every)": config.evaluation.every > 0,
         "the curator (curriculum.name)": config.curriculum.name == "actor_curator",
     }
-    sections = ("model", "objective", "rollout", "buffer", "lag", "learner")
+    sections = ("objective", "rollout", "buffer", "lag", "learner")
     names = (*sections, "group_size", "groups_per_step", "publish_dtype")
-    return PlanInputs(
+    return RunPrograms(
         **{name: config[name] for name in names},
-        model_config=sizes,
+        model=Transformer(sizes, jnp.dtype(config.model.dtype), config.model.remat),
+        mesh=mesh,
         from_checkpoint=from_checkpoint,
         loss=bind(objective.name, objective.constants, group_size=config.group_size),
         optimizer=make_optimizer(**config.optim, num_steps=config.num_steps),
@@ -211,7 +216,7 @@ def report(plan: Plan) -> str:
     lines += [
         f"  restore: {size(plan['restore']['hbm'])} a chip, no program is compiled",
         f"  a chip: {size(hbm['available'])} for a program, says the compiler; "
-        f"{size(hbm['published'])} of HBM, says {hbm['source']}",
+        f"{size(hbm['published'])} of HBM, says {PAGES}/{plan['topology'].partition(':')[0]}",
         f"  a host: {ram['total'] / 1e9:.0f} GB of {ram['ram'] / 1e9:.0f} GB of RAM",
     ]
     if "roofline" not in plan:

@@ -12,22 +12,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.planning import programs
 from oapl_jax.planning.hardware import Chip, Slice, axis_bandwidth
 from oapl_jax.planning.hlo import Module, collective_bytes, traffic
-from oapl_jax.planning.memory import available_hbm, check_arguments, compile_program
-from oapl_jax.planning.programs import PlanInputs, RunPrograms, per_chip
+from oapl_jax.planning.memory import available_hbm, compile_program
+from oapl_jax.planning.programs import RunPrograms, per_chip
 
 PUBLISHER_BYTES = 1e9  # beside two of the largest tensor; docs/serving.md
 FIGURES = ("fits", "because", "hbm", "donated", "offloaded")  # of a Compilation, in a plan
 
 
 def estimate(
-    inputs: PlanInputs, where: Slice, mesh: Mesh, *, storage: float, log: Callable[[str], None]
+    run: RunPrograms, where: Slice, *, storage: float, log: Callable[[str], None]
 ) -> dict[str, Any]:
     """Compiles the programs of a run and reads them; if the train step does not fit, only that.
 
@@ -35,42 +34,41 @@ def estimate(
     for each program. Raises a RunError if a program does not compile for another reason than
     memory, or the compiler's output has a form that is not known.
     """
-    run = RunPrograms(inputs, mesh)
     available = available_hbm(where)
     compiled, times = compile_all(run, where, available, log)
     ram = host_memory(run, where.chips_per_host)
     ram["offloaded"] = float(where.chips_per_host * max(p["offloaded"] for p in compiled))
     ram |= {"total": sum(ram.values()), "ram": where.host_ram}
     chip_fits = all(program["fits"] for program in compiled)
-    count = parameters(inputs.model_config)
+    count = parameters(run.model.config)
     if times:
-        dtype_bytes = jnp.dtype(inputs.publish_dtype).itemsize
+        dtype_bytes = jnp.dtype(run.publish_dtype).itemsize
         publish = publish_seconds(count, dtype_bytes, where.hosts, storage)
-        demand = fleet_demand(inputs, times["roofline"]["seconds"], publish)
+        demand = fleet_demand(run, times["roofline"]["seconds"], publish)
         times |= {"publish_seconds": publish, "storage": storage, "fleet": demand}
     return {
         "topology": where.name,
         "compiler_flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
         "chips": len(where.devices),
         "hosts": where.hosts,
-        "mesh": dict(mesh.shape),
-        "model": {"type": inputs.model_config.model_type, "parameters": count},
+        "mesh": dict(run.mesh.shape),
+        "model": {"type": run.model.config.model_type, "parameters": count},
         "batch": {
-            "micro_batches": inputs.learner.micro_batches,
+            "micro_batches": run.learner.micro_batches,
             "rows": run.longest.tokens.shape[1],
-            "row_length": inputs.learner.row_length,
-            "sequences": inputs.sequences,
-            "prompt_tokens": inputs.max_prompt_tokens,
-            "response_tokens": inputs.rollout.max_response_tokens,
+            "row_length": run.learner.row_length,
+            "sequences": run.sequences,
+            "prompt_tokens": run.max_prompt_tokens,
+            "response_tokens": run.rollout.max_response_tokens,
         },
-        "remat": inputs.model.remat,
+        "remat": run.model.remat,
         "fits": chip_fits and ram["total"] <= ram["ram"],
         "chip_fits": chip_fits,
-        "hbm": dict(available=available, published=where.chip.hbm_bytes, source=where.chip.source),
+        "hbm": {"available": available, "published": where.chip.hbm_bytes},
         "programs": compiled,
         "restore": {"hbm": per_chip(run.state)},
         "host_memory": ram,
-        "not_planned": list(inputs.not_planned),
+        "not_planned": list(run.not_planned),
         **times,
     }
 
@@ -81,11 +79,8 @@ def compile_all(
     """Memory of each program, and times of the train step if it fits."""
     results, times = [], {}
     for program in run.programs():
-        started, traced = time.monotonic(), None
-        result = check_arguments(program, available)
-        if result is None:
-            traced = program.trace()
-            result = compile_program(program, traced, available)
+        started = time.monotonic()
+        result = compile_program(program, available)
         seconds = time.monotonic() - started
         log(f"{where.name}, {program.name}: {result.because} ({seconds:.0f} s)")
         figures = {name: getattr(result, name) for name in FIGURES}
@@ -95,19 +90,19 @@ def compile_all(
         if program.name == "train step":
             if not result.fits or result.module is None:
                 break
-            times = step_times(run, where, traced, result.module)
+            times = step_times(run, where, result.traced, result.module)
     return results, times
 
 
 def step_times(run: RunPrograms, where: Slice, traced: Any, module: Module) -> dict[str, Any]:
     """FLOPs, traffic and roofline of the train step."""
-    inputs, collectives = run.inputs, collective_bytes(module, run.mesh.shape)
+    collectives = collective_bytes(module, run.mesh.shape)
     rows = collectives.values()
     received = {axes: sum(row.get(axes, 0.0) for row in rows) for row in rows for axes in row}
     bandwidth = {axes: axis_bandwidth(where, run.mesh, axes.split("+")) for axes in received}
     flops, (hbm_bytes, host_bytes) = programs.program_flops(traced), traffic(module)
-    lengths = inputs.max_prompt_tokens, inputs.rollout.max_response_tokens
-    formula = programs.step_flops(inputs.model_config, inputs.sequences, *lengths)
+    lengths = run.max_prompt_tokens, run.rollout.max_response_tokens
+    formula = programs.step_flops(run.model.config, run.sequences, *lengths)
     bound = roofline(
         where.chip,
         len(where.devices),
@@ -117,7 +112,7 @@ def step_times(run: RunPrograms, where: Slice, traced: Any, module: Module) -> d
         host_bytes=host_bytes,
         received=received,
         bandwidth=bandwidth,
-        tokens=inputs.sequences * sum(lengths),
+        tokens=run.sequences * sum(lengths),
     )
     return {
         "flops": {"formula": formula, **vars(flops), "remat_share": flops.remat / flops.program},
@@ -164,15 +159,14 @@ def roofline(
 
 def host_memory(run: RunPrograms, chips_per_host: int) -> dict[str, float]:
     """Peak bytes on one host by kind: checkpoint and version are written at once, buffer full."""
-    inputs = run.inputs
-    responses = inputs.group_size * inputs.rollout.max_response_tokens
-    group = 8 * responses + 4 * inputs.max_prompt_tokens
-    largest = max(math.prod(tensor.shape) for tensor in hf.tensors_of(inputs.model_config))
+    responses = run.group_size * run.rollout.max_response_tokens
+    group = 8 * responses + 4 * run.max_prompt_tokens
+    largest = max(math.prod(tensor.shape) for tensor in hf.tensors_of(run.model.config))
     return {
         "copy of the state for a checkpoint": float(chips_per_host * per_chip(run.state)),
         "copy of the weights to publish": float(chips_per_host * per_chip(run.state.params)),
         "publisher": 2 * 4 * largest + PUBLISHER_BYTES,
-        "buffer": float(inputs.buffer.capacity * group),
+        "buffer": float(run.buffer.capacity * group),
         "batch": 2.0 * sum(leaf.nbytes for leaf in jax.tree.leaves(run.longest)),
     }
 
@@ -190,19 +184,19 @@ def publish_seconds(count: int, dtype_bytes: int, hosts: int, storage: float) ->
     return 4 * count / (hosts * storage) + max(4, dtype_bytes) * count / storage
 
 
-def fleet_demand(inputs: PlanInputs, step_seconds: float, publish: float) -> dict[str, float]:
+def fleet_demand(run: RunPrograms, step_seconds: float, publish: float) -> dict[str, float]:
     """Generated tokens/s that keep the learner from waiting, and its share of time in steps.
 
     Every response has its greatest length, and every group is used as often as the buffer allows.
     If a publication clears the buffer, samplers generate only between publications. Tokens/s are 0
     if all groups are recorded.
     """
-    window, buffer = inputs.lag.mode == "window", inputs.buffer
-    recorded = inputs.rollout.recorded_groups(inputs.groups_per_step)
+    window, buffer = run.lag.mode == "window", run.buffer
+    recorded = run.rollout.recorded_groups(run.groups_per_step)
     uses = buffer.max_reuse if buffer.mode == "replay" else 1
-    groups = (inputs.groups_per_step - recorded) / uses
-    generated = groups * inputs.group_size * inputs.rollout.max_response_tokens
-    steps = inputs.lag.steps if window else 1
+    groups = (run.groups_per_step - recorded) / uses
+    generated = groups * run.group_size * run.rollout.max_response_tokens
+    steps = run.lag.steps if window else 1
     cycle = steps * step_seconds + publish
     cleared = window and buffer.mode == "clear_on_sync"
     return {

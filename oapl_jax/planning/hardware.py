@@ -19,7 +19,7 @@ from oapl_jax.model import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published rates of one chip."""
+    """Rates of one chip, as published at PAGES/generation."""
 
     generation: str
     flops: float  # bfloat16 FLOP/s
@@ -35,12 +35,8 @@ class Chip:
         """Bytes/s of one of the two links of each dimension, in one direction."""
         return self.ici_bandwidth / 2 / (2 * self.dimensions)
 
-    @property
-    def source(self) -> str:
-        """Address of the published numbers."""
-        return f"https://cloud.google.com/tpu/docs/{self.generation}"
 
-
+PAGES = "https://cloud.google.com/tpu/docs"
 # Rings: https://jax-ml.github.io/scaling-book/tpus. Bandwidths to hosts are not published: these
 # are second-hand, from notes on that book (16 to 32 GB/s of PCIe).
 GIB = 2**30

@@ -19,7 +19,7 @@ import numpy as np
 from oapl_jax.errors import RunError
 from oapl_jax.planning.hardware import Slice
 from oapl_jax.planning.hlo import Module, saved_bytes
-from oapl_jax.planning.programs import Program, per_chip
+from oapl_jax.planning.programs import Program
 
 REFUSALS = ("RESOURCE_EXHAUSTED", "Ran out of memory", "out of memory")
 SIZES = ("argument", "output", "alias", "temp", "host_temp", "generated_code")
@@ -37,6 +37,7 @@ class Compilation:
     hbm: Mapping[str, int] = dataclasses.field(default_factory=dict)
     # Arrays and bytes of arguments that results reuse, bytes of results that do not.
     donated: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    traced: Any = None  # the jax.stages.Traced
     compiled: Any = None  # the jax.stages.Compiled
     module: Module | None = None  # its HLO text, read
     offloaded: int = 0  # bytes of the host's memory that it needs for a chip
@@ -95,22 +96,17 @@ def available_hbm(where: Slice) -> int:
     raise RunError("the TPU compiler accepts a petabyte; its memory analysis can't be trusted")
 
 
-def check_arguments(program: Program, available: int) -> Compilation | None:
-    """Refuses a program whose arguments and arrays beside it are already too large; else None."""
-    hbm = {kind: per_chip(tree) for kind, tree in program.arguments.items()} | dict(program.beside)
-    total = sum(hbm.values())
-    if total <= available:
-        return None
-    because = f"arguments alone are {total / 2**30:.2f} GiB of {available / 2**30:.2f} GiB"
-    return Compilation(False, because, hbm)
+def compile_program(program: Program, available: int) -> Compilation:
+    """Compiles a program and compares its HBM with the `available` bytes.
 
-
-def compile_program(program: Program, traced: Any, available: int) -> Compilation:
-    """Compiles a traced program and compares its HBM with the `available` bytes.
-
-    Raises a RunError if the compiler fails for another reason than memory, or what it returns has a
-    form that is not known.
+    If arguments and arrays beside it are already too large, it is not compiled. Raises a RunError
+    if the compiler fails for another reason than memory, or what it returns has a form that is not
+    known.
     """
+    total, gib = sum(program.hbm.values()), f"GiB of {available / 2**30:.2f} GiB"
+    if total > available:
+        return Compilation(False, f"arguments alone are {total / 2**30:.2f} {gib}", program.hbm)
+    traced = program.trace()
     try:
         with compiler_log() as lines:
             compiled = traced.lower().compile()
@@ -128,9 +124,10 @@ def compile_program(program: Program, traced: Any, available: int) -> Compilatio
     new = "results not in an argument's place"
     return Compilation(
         fits=total <= available,
-        because=f"{total / 2**30:.2f} GiB of {available / 2**30:.2f} GiB",
+        because=f"{total / 2**30:.2f} {gib}",
         hbm=hbm,
         donated={"arrays": aliases, "bytes": reused, new: analysis["output_size"] - reused},
+        traced=traced,
         compiled=compiled,
         module=module,
         offloaded=analysis["host_temp_size"],
@@ -140,7 +137,6 @@ def compile_program(program: Program, traced: Any, available: int) -> Compilatio
 
 def by_kind(program: Program, analysis: Mapping[str, int], module: Module) -> dict[str, int]:
     """HBM by kind; the kinds add up to no less than the compiler's own figures."""
-    kinds = {kind: per_chip(tree) for kind, tree in program.arguments.items()}
     # Unused arguments are no parameters of the program and occupy HBM all the same.
     entry = module.entry.instructions.values()
     used = sum(i.bytes for i in entry if i.opcode == "parameter")
@@ -149,12 +145,11 @@ def by_kind(program: Program, analysis: Mapping[str, int], module: Module) -> di
     peak = analysis["peak_memory"] - analysis["host_temp_size"] - arguments
     made = max(analysis["temp_size"] + results, peak)
     saved = min(saved_bytes(module), made - results)
-    kinds |= {
+    kinds = program.hbm | {
         "padding": arguments - used,
         "activations": saved,
         "temporaries": made - results - saved,
         "results": results,
         "program": analysis["generated_code_size"],
-        **program.beside,
     }
     return {kind: size for kind, size in kinds.items() if size}

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.extend.core import Var
@@ -24,21 +23,36 @@ from oapl_jax.structs import Batch, Group, Prompt, Rollout
 from oapl_jax.weights import probe
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanInputs:
-    """Sections and objects of a run that decide its programs, memory and bounds.
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program of a run, and the arrays in HBM while it runs."""
 
-    The objective and the optimizer have their constants.
+    name: str  # of the stage of a run
+    trace: Callable[[], Any]  # returns a jax.stages.Traced
+    arguments: Mapping[str, Any]  # kind -> arrays that the program takes
+    beside: Mapping[str, int]  # kind -> bytes on a chip, neither arguments nor made by the program
+
+    @property
+    def hbm(self) -> dict[str, int]:
+        """Bytes on a chip of arguments and of arrays beside the program, by kind."""
+        return {kind: per_chip(tree) for kind, tree in self.arguments.items()} | dict(self.beside)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunPrograms:
+    """The learner of a run on a mesh, as shapes: the same functions and settings as in training.
+
+    The fields are all that decides its programs, memory and bounds.
     """
 
-    model_config: ModelConfig
+    model: Transformer
+    mesh: Mesh
     from_checkpoint: bool  # the weights come from files, not from an initialization
     loss: Objective
     optimizer: optax.GradientTransformation
     group_size: int
     groups_per_step: int
     max_prompt_tokens: int
-    model: sections.ModelSection
     objective: sections.ObjectiveConfig
     rollout: sections.RolloutConfig
     buffer: sections.BufferConfig
@@ -52,33 +66,10 @@ class PlanInputs:
     def sequences(self) -> int:
         return self.group_size * self.groups_per_step
 
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A program of a run, and the arrays in HBM while it runs."""
-
-    name: str  # of the stage of a run
-    trace: Callable[[], Any]  # returns a jax.stages.Traced
-    arguments: Mapping[str, Any]  # kind -> arrays that the program takes
-    beside: Mapping[str, int]  # kind -> bytes on a chip, neither arguments nor made by the program
-
-
-@dataclasses.dataclass(frozen=True)
-class RunPrograms:
-    """The learner of a run on a mesh, as shapes: the same functions and settings as in training."""
-
-    inputs: PlanInputs
-    mesh: Mesh
-
-    @functools.cached_property
-    def model(self) -> Transformer:
-        section = self.inputs.model
-        return Transformer(self.inputs.model_config, jnp.dtype(section.dtype), section.remat)
-
     @functools.cached_property
     def state(self) -> train_step.TrainState:
         """Shapes and shardings of the state that a run keeps in HBM from step to step."""
-        return train_step.abstract_state(self.model, self.inputs.optimizer, self.mesh)
+        return train_step.abstract_state(self.model, self.optimizer, self.mesh)
 
     @functools.cached_property
     def longest(self) -> Batch:
@@ -86,17 +77,17 @@ class RunPrograms:
 
         No batch of a run has more rows: shorter sequences share them.
         """
-        inputs, length = self.inputs, self.inputs.rollout.max_response_tokens
-        prompt = Prompt("", 0, np.zeros(inputs.max_prompt_tokens, np.int32), "", "", "")
+        length, size = self.rollout.max_response_tokens, self.group_size
+        prompt = Prompt("", 0, np.zeros(self.max_prompt_tokens, np.int32), "", "", "")
         blank = Rollout(np.zeros(length, np.int32), np.zeros(length, np.float32), 0, "length")
-        zeros = np.zeros(inputs.group_size, np.float32)
+        zeros = np.zeros(size, np.float32)
         return packing.build_batch(
-            [Group(prompt, (blank,) * inputs.group_size, zeros)] * inputs.groups_per_step,
-            inputs.loss,
-            inputs.learner,
-            aggregation=inputs.objective.aggregation,
+            [Group(prompt, (blank,) * size, zeros)] * self.groups_per_step,
+            self.loss,
+            self.learner,
+            aggregation=self.objective.aggregation,
             step=0,
-            max_prompt_tokens=inputs.max_prompt_tokens,
+            max_prompt_tokens=self.max_prompt_tokens,
             max_response_tokens=length,
         )
 
@@ -115,11 +106,11 @@ class RunPrograms:
     @functools.cached_property
     def kept(self) -> dict[str, int]:
         """Bytes on a chip that a run keeps in HBM between its programs, by kind."""
-        objective, params = self.inputs.objective, self.state.params
+        objective, params = self.objective, self.state.params
         kinds = {"parameters": per_chip(params), "optimizer": per_chip(self.optimizer_state)}
         if objective.denominator == "reference" or objective.kl_weight > 0:
             kinds["reference parameters"] = kinds["parameters"]
-        if copies := self.inputs.embedded_samplers:
+        if copies := self.embedded_samplers:
             whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
             kinds["embedded samplers"] = copies * whole
         return kinds
@@ -132,17 +123,16 @@ class RunPrograms:
         return [self.gradient_step(), self.initialization(), *self.recomputation(), self.probe()]
 
     def gradient_step(self) -> Program:
-        inputs = self.inputs
         step = train_step.make_train_step(
             self.model,
-            inputs.loss,
-            inputs.optimizer,
+            self.loss,
+            self.optimizer,
             self.mesh,
-            kl_weight=inputs.objective.kl_weight,
-            ess_power=inputs.objective.ess_power,
-            to_reference=inputs.objective.denominator == "reference",
-            temperature=inputs.rollout.temperature,
-            logp_chunk=inputs.learner.logp_chunk,
+            kl_weight=self.objective.kl_weight,
+            ess_power=self.objective.ess_power,
+            to_reference=self.objective.denominator == "reference",
+            temperature=self.rollout.temperature,
+            logp_chunk=self.learner.logp_chunk,
         )
         arguments = {"parameters": self.state.params, "optimizer": self.optimizer_state}
         arguments |= {"batch": self.batch}
@@ -150,32 +140,32 @@ class RunPrograms:
         return Program("train step", trace, arguments, self._beside(arguments))
 
     def initialization(self) -> Program:
-        fresh = not self.inputs.from_checkpoint
+        fresh = not self.from_checkpoint
         given = jax.eval_shape(jax.random.key, 0) if fresh else self.state.params
-        init: Any = train_step.make_init(self.model, self.inputs.optimizer, self.mesh, fresh=fresh)
+        init: Any = train_step.make_init(self.model, self.optimizer, self.mesh, fresh=fresh)
         arguments = {} if fresh else {"parameters": given}
         return Program("initialisation", lambda: init.trace(given), arguments, {})
 
     def recomputation(self) -> list[Program]:
         """Log-probs of the lagged or the reference policy, if the objective needs them."""
         beside = dict(self.kept)
-        lagged = self.inputs.objective.denominator == "learner"
+        lagged = self.objective.denominator == "learner"
         if not lagged and not beside.pop("reference parameters", 0):
             return []
         arguments = {"lagged parameters": self.state.params, "batch": self.batch}
-        temperature = self.inputs.rollout.temperature
+        temperature = self.rollout.temperature
         return [self._logp_step("recomputed log-probs", arguments, beside, temperature)]
 
     def probe(self) -> Program:
         """Log-probs that are published with each version."""
-        few, _ = probe.probe_batch(self.inputs.model_config.vocab_size, self.inputs.learner)
+        few, _ = probe.probe_batch(self.model.config.vocab_size, self.learner)
         arguments = {"parameters": self.state.params, "batch": self._placed(few)}
         return self._logp_step("probe", arguments, self._beside(arguments), 1.0)
 
     def _logp_step(
         self, name: str, arguments: dict[str, Any], beside: dict[str, int], temperature: float
     ) -> Program:
-        settings = dict(temperature=temperature, logp_chunk=self.inputs.learner.logp_chunk)
+        settings = dict(temperature=temperature, logp_chunk=self.learner.logp_chunk)
         step: Any = train_step.make_logp_step(self.model, self.mesh, **settings)
         return Program(name, lambda: step.trace(*arguments.values()), arguments, beside)
 

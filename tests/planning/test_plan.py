@@ -18,7 +18,7 @@ from configs import arithmetic
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import AXES
-from oapl_jax.plan import plan_inputs
+from oapl_jax.plan import programs_of
 from oapl_jax.planning import hardware, memory, programs
 from oapl_jax.planning.estimate import step_times
 from oapl_jax.planning.hlo import Module, collective_bytes
@@ -50,14 +50,11 @@ def compiled(name, remat="full", micro_batches=2, **mesh):
     config.learner.update(rows_multiple=ROWS, logp_chunk=chunk)
     decoder = dict(head_dim=64, num_hidden_layers=LAYERS, max_position_embeddings=length) | sizes
     model = ModelConfig.from_hf(dict(config.model.architecture) | decoder, source="this test")
-    inputs = plan_inputs(typed(config), model, False)
-    run = programs.RunPrograms(inputs, hardware.make_mesh(where, **config.mesh))
+    mesh = hardware.make_mesh(where, **config.mesh)
+    run = programs_of(typed(config), model, mesh, from_checkpoint=False)
     assert run.longest.tokens.shape == (micro_batches, ROWS, length)
-    step = run.gradient_step()
-    traced = step.trace()
-    result = memory.compile_program(step, traced, memory.available_hbm(where))
-    assert result.module
-    return run, result, step_times(run, where, traced, result.module)
+    result = memory.compile_program(run.gradient_step(), memory.available_hbm(where))
+    return run, result, step_times(run, where, result.traced, result.module)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +122,7 @@ def test_arrays_resharded_by_replication_are_counted(where):
     turned = lambda x: jnp.cos(jax.lax.with_sharding_constraint(jnp.sin(x), rest))
     program = programs.Program("turning", lambda: jax.jit(turned).trace(x), {"numbers": x}, {})
     available = memory.available_hbm(where)
-    assert memory.compile_program(program, program.trace(), available).replicated == 1
+    assert memory.compile_program(program, available).replicated == 1
 
 
 def test_collectives_and_flops_of_the_train_step():
@@ -182,21 +179,24 @@ def program_of(where, size, beside, donated=True):
 def test_a_program_that_is_too_large_does_not_fit(where):
     available = memory.available_hbm(where)
     assert available == 15.75 * GIB
-    of = functools.partial(program_of, where)
-    compile_ = lambda program: memory.compile_program(program, program.trace(), available)
-    assert compile_(of(15 * GIB, {})).fits
-    refused = compile_(of(9 * GIB, {}, donated=False))  # argument and result
-    assert (refused.fits, "15.75G" in refused.because) == (False, True)
-    assert memory.check_arguments(of(15 * GIB, {}), available) is None
-    not_compiled = memory.check_arguments(of(9 * GIB, {"another copy": 9 * GIB}), available)
-    assert (not_compiled.fits, "18.00 GiB of 15.75 GiB" in not_compiled.because) == (False, True)
-    crowded = compile_(of(15 * GIB, {"another copy": GIB}))
-    assert (crowded.fits, crowded.because) == (False, "16.00 GiB of 15.75 GiB")
+    found = lambda *given, **more: memory.compile_program(
+        program_of(where, *given, **more), available
+    )
+    assert found(15 * GIB, {}).fits
+    refused = found(9 * GIB, {}, donated=False)  # argument and result
+    assert not refused.fits
+    assert "15.75G" in refused.because
+    not_compiled = found(9 * GIB, {"another copy": 9 * GIB})
+    assert (not_compiled.fits, not_compiled.traced) == (False, None)
+    assert "18.00 GiB of 15.75 GiB" in not_compiled.because
+    crowded = found(15 * GIB, {"another copy": 3 * GIB // 4 + 2**20}, donated=True)
+    assert not crowded.fits
     assert crowded.hbm["another copy"] == GIB
+    assert crowded.because == "16.00 GiB of 15.75 GiB"
 
 
 def analyzed(**figures):
-    """A program whose memory analysis is that of a donated array of 16 bytes, with these figures."""
+    """A program with the memory analysis of a donated array of 16 bytes, but for these figures."""
     sizes = dict(argument_size=16, output_size=16, alias_size=16, temp_size=10, host_temp_size=0)
     sizes |= dict(peak_memory=16, generated_code_size=0) | figures
     said = {f"{name}_in_bytes": size for name, size in sizes.items() if size is not None}

@@ -15,11 +15,11 @@ from configs import arithmetic, code_contests, competition_math
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.model.published import PUBLISHED, published
 from oapl_jax.model.sharding import make_mesh
-from oapl_jax.plan import model_sizes, plan_inputs, plan_run, verdict
+from oapl_jax.plan import model_sizes, plan_run, programs_of, verdict
 from oapl_jax.planning import estimate
 from oapl_jax.planning.estimate import parameters
 from oapl_jax.planning.hardware import CHIPS, SLICES, Slice, open_slice
-from oapl_jax.planning.programs import RunPrograms, program_flops, step_flops
+from oapl_jax.planning.programs import program_flops, step_flops
 
 # Billions of parameters, from the model cards.
 QWEN3 = {"0.6b": 0.596, "1.7b": 1.721, "4b": 4.022, "8b": 8.191, "14b": 14.768, "32b": 32.762}
@@ -111,8 +111,8 @@ def config():
 def run_of(config, tmp_path):
     def run():
         sizes, from_checkpoint = model_sizes(typed(config), None, epath.Path(tmp_path))
-        inputs = plan_inputs(typed(config), sizes, from_checkpoint)
-        return RunPrograms(inputs, make_mesh(**config.mesh))
+        mesh = make_mesh(**config.mesh)
+        return programs_of(typed(config), sizes, mesh, from_checkpoint=from_checkpoint)
 
     return run
 
@@ -124,14 +124,14 @@ def test_the_longest_batch_has_the_most_rows_and_a_host_a_copy_of_each_chips_par
     assert run.longest.segments.any(-1).all()
     assert run.batch.tokens.sharding.shard_shape((16, 8, 64)) == (16, 1, 64)
     memory = estimate.host_memory(run, 4)
-    state = 3 * 4 * parameters(run.inputs.model_config) / 8  # over 8 chips
+    state = 3 * 4 * parameters(run.model.config) / 8  # over 8 chips
     assert 4 * state <= memory["copy of the state for a checkpoint"] < 4 * 1.2 * state
     assert memory["buffer"] == 128 * (8 * 8 * 16 + 4 * 12)
 
 
 def test_copies_of_the_parameters_beside_a_program_are_counted(config, run_of):
     run = run_of()
-    count = 4 * parameters(run.inputs.model_config)
+    count = 4 * parameters(run.model.config)
     assert dict(run.gradient_step().beside) == {}
     assert [p.name for p in run.programs()] == ["train step", "initialisation", "probe"]
     config.objective.kl_weight = 0.1
@@ -145,8 +145,9 @@ def test_copies_of_the_parameters_beside_a_program_are_counted(config, run_of):
 
 def test_a_fleet_keeps_up_with_the_steps_between_two_publications(config):
     def demand(*seconds):
-        inputs = plan_inputs(typed(config), published("qwen3-0.6b"), True)
-        return tuple(estimate.fleet_demand(inputs, *seconds).values())
+        sizes, mesh = published("qwen3-0.6b"), make_mesh(**config.mesh)
+        run = programs_of(typed(config), sizes, mesh, from_checkpoint=True)
+        return tuple(estimate.fleet_demand(run, *seconds).values())
 
     config.lag.update(mode="window", steps=50)
     config.buffer.mode = "clear_on_sync"
@@ -247,8 +248,8 @@ def test_a_host_holds_what_its_chips_offload(config, monkeypatch):
     programs = [{"fits": True, "offloaded": n} for n in (7, 10**9)]
     monkeypatch.setattr(estimate, "compile_all", lambda *_: (programs, {}))
     monkeypatch.setattr(estimate, "available_hbm", lambda where: 0)
-    where, inputs = open_slice("v5e:2x2"), plan_inputs(typed(config), published("qwen3-0.6b"), True)
-    mesh = make_mesh(data=1, fsdp=8, context=1, tensor=1)
-    held = estimate.estimate(inputs, where, mesh, storage=1e9, log=print)["host_memory"]
+    where, mesh = open_slice("v5e:2x2"), make_mesh(data=1, fsdp=8, context=1, tensor=1)
+    run = programs_of(typed(config), published("qwen3-0.6b"), mesh, from_checkpoint=True)
+    held = estimate.estimate(run, where, storage=1e9, log=print)["host_memory"]
     assert held["offloaded"] == 4 * 10**9
     assert held.pop("total") == sum(held.values()) - held["ram"]
