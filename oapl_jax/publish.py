@@ -6,6 +6,7 @@ python -m oapl_jax.publish --from=WORKDIR --step=N --to=DIR [--dtype=bfloat16]
 import os
 import sys
 import tempfile
+from typing import Any
 
 from absl import flags
 from etils import epath
@@ -60,9 +61,9 @@ def publish_step(
 
 def main() -> None:
     values = flags.FlagValues()  # separate: other modules define flags of the same names
-    source = flags.DEFINE_string("from", None, "workdir of the run", flag_values=values)
-    step = flags.DEFINE_integer("step", None, "Orbax step to publish", flag_values=values)
-    to = flags.DEFINE_string("to", None, "directory of versions", flag_values=values)
+    source: Any = flags.DEFINE_string("from", None, "workdir of the run", flag_values=values)
+    step: Any = flags.DEFINE_integer("step", None, "Orbax step to publish", flag_values=values)
+    to: Any = flags.DEFINE_string("to", None, "directory of versions", flag_values=values)
     choices = list(hf.EXPORT_DTYPES)
     dtype = flags.DEFINE_enum("dtype", None, choices, "default: publish_dtype", flag_values=values)
     try:

@@ -165,7 +165,7 @@ class RunPrograms:
     def _logp_step(
         self, name: str, arguments: dict[str, Any], beside: dict[str, int], temperature: float
     ) -> Program:
-        settings = dict(temperature=temperature, logp_chunk=self.learner.logp_chunk)
+        settings: Any = dict(temperature=temperature, logp_chunk=self.learner.logp_chunk)
         step: Any = train_step.make_logp_step(self.model, self.mesh, **settings)
         return Program(name, lambda: step.trace(*arguments.values()), arguments, beside)
 

@@ -54,7 +54,7 @@ def make_probe(
     each token given those before it.
     """
     batch, tokens = probe_batch(model.config.vocab_size, layout)
-    settings = dict(temperature=1.0, logp_chunk=layout.logp_chunk)
+    settings: Any = dict(temperature=1.0, logp_chunk=layout.logp_chunk)
     logp_step = train_step.make_logp_step(model, mesh, **settings)
     placed = packing.to_mesh(batch, train_step.batch_shardings(mesh))
 

@@ -179,19 +179,17 @@ def program_of(where, size, beside, donated=True):
 def test_a_program_that_is_too_large_does_not_fit(where):
     available = memory.available_hbm(where)
     assert available == 15.75 * GIB
-    found = lambda *given, **more: memory.compile_program(
-        program_of(where, *given, **more), available
-    )
+    found = lambda *given: memory.compile_program(program_of(where, *given), available)
     assert found(15 * GIB, {}).fits
-    refused = found(9 * GIB, {}, donated=False)  # argument and result
+    refused = found(9 * GIB, {}, False)  # argument and result
     assert not refused.fits
     assert "15.75G" in refused.because
     not_compiled = found(9 * GIB, {"another copy": 9 * GIB})
     assert (not_compiled.fits, not_compiled.traced) == (False, None)
     assert "18.00 GiB of 15.75 GiB" in not_compiled.because
-    crowded = found(15 * GIB, {"another copy": 3 * GIB // 4 + 2**20}, donated=True)
+    crowded = found(7 * GIB, {"another copy": 2 * GIB}, False)
     assert not crowded.fits
-    assert crowded.hbm["another copy"] == GIB
+    assert crowded.hbm["another copy"] == 2 * GIB
     assert crowded.because == "16.00 GiB of 15.75 GiB"
 
 
