@@ -51,14 +51,14 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, source: str) -> "ModelConfig":
         """Reads a config.json; a UserError names `source` and each feature the decoder lacks."""
-        _check_supported(config, source)
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+        _check_supported(config, rope, source)
         fields = {field: config[key] for field, key in KEYS.items()}
         model_type, heads = fields["model_type"], fields["num_heads"]
         bias = config.get("attention_bias", False)
         eos = config.get("eos_token_id")
         eos_ids = eos if isinstance(eos, list | tuple) else () if eos is None else (eos,)
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
         rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
         if rope["rope_type"] != "default":
             rope.setdefault("original_max_position_embeddings", fields["max_positions"])
@@ -102,9 +102,7 @@ class ModelConfig:
         return config
 
 
-def _check_supported(config: Mapping[str, Any], source: str) -> None:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+def _check_supported(config: Mapping[str, Any], rope: Mapping[str, Any], source: str) -> None:
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
     experts = config.get("num_experts") or config.get("num_local_experts")
     sliding = config.get("use_sliding_window") or {*(config.get("layer_types") or ())} - FULL
@@ -112,7 +110,7 @@ def _check_supported(config: Mapping[str, Any], source: str) -> None:
         f"model_type={config.get('model_type')!r}": config.get("model_type") not in ARCHITECTURES,
         "mixture of experts (num_experts)": bool(experts),
         "sliding-window attention (use_sliding_window, layer_types)": bool(sliding),
-        f"rope_type={rope_type!r}": rope_type not in ROPE_TYPES,
+        f"rope_type={rope['rope_type']!r}": rope["rope_type"] not in ROPE_TYPES,
         "partial_rotary_factor": partial != 1,
         f"hidden_act={config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
         "mlp_bias": bool(config.get("mlp_bias")),

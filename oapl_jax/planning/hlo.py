@@ -271,8 +271,14 @@ def read_computations(text: str) -> Iterator[Computation]:
                 name = line.removeprefix("ENTRY ").lstrip("%").partition(" ")[0]
                 computation, lines = Computation(name, line.startswith("ENTRY ")), []
         elif BLOCK_END.fullmatch(line):
-            for printed in lines:
-                read_instruction(computation, printed)
+            for printed in lines:  # [ROOT] %name = shape opcode(operands), attributes
+                found = INSTRUCTION.fullmatch(printed)
+                if not found:
+                    raise RunError(f"the program has an unknown instruction: {printed[:120]!r}")
+                root, *parts = found.groups(default="")
+                instruction = Instruction(computation, *parts)
+                computation.instructions[instruction.name] = instruction
+                computation.root = instruction if root else computation.root
             if computation.root is None:
                 raise RunError(f"computation {computation.name} of the program has no ROOT")
             yield computation
@@ -283,17 +289,6 @@ def read_computations(text: str) -> Iterator[Computation]:
             lines[-1] += line  # attributes of a kernel can span lines
         else:
             raise RunError(f"the compiled program has a line of an unknown form: {line[:120]!r}")
-
-
-def read_instruction(computation: Computation, line: str) -> None:
-    """Adds `[ROOT] %name = shape opcode(operands), attributes` to its computation."""
-    found = INSTRUCTION.fullmatch(line)
-    if not found:
-        raise RunError(f"the compiled program has an unknown instruction: {line[:120]!r}")
-    root, name, shape, opcode, literal, rest = found.groups(default="")
-    instruction = Instruction(computation, name, shape, opcode, literal, rest)
-    computation.instructions[name] = instruction
-    computation.root = instruction if root else computation.root
 
 
 def _value(instruction: Instruction, given: Callable[[int], Value]) -> Value:
