@@ -102,8 +102,20 @@ def plain_logp(params, prompt, response, temperature):
     return table[np.arange(len(response)), response], -np.sum(np.exp(table) * table, axis=-1)
 
 
-def oapl_advantages(reward, beta1):
-    return reward - beta1 * np.log(np.mean(np.exp(reward.astype(np.float64) / beta1)))
+@functools.cache
+def plain_logps(temperature=TEMPERATURE):
+    """`plain_logp` of every response, two arrays [S, C] that are 0 behind its end."""
+    found = np.zeros((2, 16, LONGEST))
+    for i, (prompt, rollout) in enumerate(sequences()):
+        tokens = rollout.tokens
+        found[:, i, : len(tokens)] = plain_logp(parameters(), prompt, tokens, temperature)
+    return found
+
+
+def oapl_advantages():
+    rewards = REWARD.astype(np.float64)
+    baseline = BETA1 * np.log(np.mean(np.exp(rewards / BETA1), axis=-1, keepdims=True))
+    return (rewards - baseline).reshape(-1)
 
 
 def batch_of(*, micro_batches=2, row_length=24, rows_multiple=8, aggregation="sequence", step=9):
@@ -170,8 +182,8 @@ def plain_loss_and_gradient(params, weights):
         start, end = len(prompt), len(prompt) + len(rollout.tokens)
         tokens[i, :start], tokens[i, start:end] = prompt, rollout.tokens
         response[i, start:end], behavior[i, start:end] = 1, rollout.behavior_logp
-    advantages = np.concatenate([oapl_advantages(g.reward, BETA1) for g in groups()])
-    loss, gradient = plain_gradient(params, tokens, response, behavior, advantages, weights)
+    given = tokens, response, behavior, oapl_advantages(), weights
+    loss, gradient = plain_gradient(params, *given)
     return float(loss), jax.tree.map(lambda x: np.asarray(x, np.float64), gradient)
 
 
@@ -230,25 +242,19 @@ def test_the_gradient_is_that_of_the_aggregated_loss(aggregation):
 
 
 def test_metrics_equal_those_computed_sequence_by_sequence():
-    reward = REWARD.reshape(-1)
-    advantages = np.concatenate([oapl_advantages(g.reward, BETA1) for g in groups()])
-    kl, entropy, log_ratio = [], [], []
-    for prompt, rollout in sequences():
-        logp, spread = plain_logp(parameters(), prompt, rollout.tokens, TEMPERATURE)
-        gap = logp - rollout.behavior_logp
-        kl.append(np.mean(np.exp(gap) - 1 - gap))
-        entropy.append(np.mean(spread))
-        log_ratio.append(np.sum(gap))
-    log_ratio, target = np.array(log_ratio), advantages / BETA2
+    batch, reward, advantages = batch_of(), REWARD.reshape(-1), oapl_advantages()
+    logp, entropy = plain_logps()
+    gap, mean = logp - batch.behavior_logp, lambda x: np.mean(x.sum(-1) / batch.mask.sum(-1))
+    log_ratio, target = gap.sum(-1), advantages / BETA2
     residual = BETA2 * log_ratio - advantages
     expected = {
         "loss": np.mean(residual**2),
-        "kl": np.mean(kl),
-        "entropy": np.mean(entropy),
+        "kl": mean(np.exp(gap) - 1 - gap),
+        "entropy": mean(entropy),
         "log_ratio/slope": np.linalg.lstsq(target[:, None], log_ratio, rcond=None)[0][0],
         "target_log_ratio": np.mean(target),
         "ess": np.sum(np.exp(log_ratio)) ** 2 / np.sum(np.exp(2 * log_ratio)) / 16,
-        "padding": np.mean(batch_of().segments == 0),
+        "padding": np.mean(batch.segments == 0),
         "skipped": 0,
         "skipped_in_a_row": 0,
     }
@@ -287,12 +293,10 @@ def test_a_reference_adds_its_kl_to_the_loss_and_to_the_gradient():
     batch = batch_of()
     reference = (batch.behavior_logp - 0.1) * batch.mask
     _, metrics = one_step(replace(batch, reference_logp=reference), kl_weight=0.3)
-    kl = []
-    for prompt, rollout in sequences():
-        logp, _ = plain_logp(parameters(), prompt, rollout.tokens, TEMPERATURE)
-        ratio, gap = np.exp(logp - rollout.behavior_logp), logp - rollout.behavior_logp + 0.1
-        kl.append(np.sum(ratio * (np.exp(-gap) + gap - 1)))
     _, expected = expected_step()
+    logp, _ = plain_logps()
+    ratio, gap = np.exp(logp - batch.behavior_logp), logp - reference
+    kl = np.sum(ratio * (np.exp(-gap) + gap - 1), axis=-1)
     close(metrics["reference_kl"], np.mean(kl), rtol=1e-4)
     close(metrics["loss"], expected["loss"] + 0.3 * np.mean(kl), rtol=1e-4)
     assert abs(metrics["grad_norm"] / expected["grad_norm"] - 1) > 0.01
@@ -324,12 +328,8 @@ def test_the_stop_token_is_part_of_the_sum():
 
 
 def test_behavior_log_probs_of_another_temperature_leave_a_log_ratio():
-    batch = batch_of()
-    behavior = np.zeros_like(batch.behavior_logp)
-    for row, (prompt, rollout) in zip(behavior, sequences(), strict=True):
-        logp, _ = plain_logp(parameters(), prompt, rollout.tokens, 1.0)
-        row[: len(logp)] = logp
-    _, metrics = one_step(replace(batch, behavior_logp=behavior))
+    behavior = plain_logps(1.0)[0].astype(np.float32)
+    _, metrics = one_step(replace(batch_of(), behavior_logp=behavior))
     assert max(abs(metrics["log_ratio/right"]), abs(metrics["log_ratio/wrong"])) > 0.5
     assert metrics["kl"] > 1e-2
 
@@ -339,9 +339,7 @@ def test_the_recomputed_denominator_is_the_steps_own():
     found = np.asarray(run.logp(run.start().params, run.put(batch)))
     assert found.shape == batch.mask.shape
     np.testing.assert_array_equal(found[batch.mask == 0], 0.0)
-    for logp, (prompt, rollout) in zip(found, sequences(), strict=True):
-        expected, _ = plain_logp(parameters(), prompt, rollout.tokens, TEMPERATURE)
-        close(logp[: len(expected)], expected, rtol=1e-7, atol=1e-5)
+    close(found, plain_logps()[0], rtol=1e-7, atol=1e-5)
     _, metrics = one_step(replace(batch, behavior_logp=found))
     for key in ("log_ratio/right", "log_ratio/wrong", "log_ratio/right_std", "kl"):
         assert abs(metrics[key]) < 1e-6, key
