@@ -9,6 +9,7 @@ import collections
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,6 @@ from oapl_jax.errors import RunError, UserError
 READERS = 4
 SYNC_EVERY = 64 << 20  # bytes written before the next fsync starts
 READ_BYTES = 16 << 20
-TAIL = 1 << 20  # bytes read at a time to find the last whole line
 
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 X = TypeVar("X")
@@ -168,15 +168,10 @@ class JsonLines:
         self._file.close()
 
     def _end_of_last_line(self) -> int:
-        end = self._file.seek(0, os.SEEK_END)
-        while end:
-            start = max(end - TAIL, 0)
-            self._file.seek(start)
-            newline = self._file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                return start + newline + 1
-            end = start
-        return 0
+        if not self._file.seek(0, os.SEEK_END):
+            return 0
+        with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.rfind(b"\n") + 1
 
 
 def read_json_lines(path: epath.Path) -> Iterator[dict[str, Any]]:

@@ -32,13 +32,14 @@ from oapl_jax.model.transformer import REMAT_POLICIES, Transformer
 from oapl_jax.objectives import bind
 from oapl_jax.planning.estimate import estimate
 from oapl_jax.planning.hardware import PAGES, Slice, make_mesh, open_slice
-from oapl_jax.planning.layouts import Layout, PlanFile, layouts_of, meshes, plan_digest, sweep
+from oapl_jax.planning.layouts import Layout, kept_plan, layouts_of, meshes, plan_digest, sweep
 from oapl_jax.planning.programs import RunPrograms
 from oapl_jax.tracking.progress import say
 from oapl_jax.weights.publisher import config_hash
 
 Plan = dict[str, Any]
 Planner = Callable[[Config], Plan]
+Keep = Callable[[str, Callable[[], Plan]], Plan]
 
 
 def main() -> None:
@@ -61,8 +62,9 @@ def main() -> None:
     plan_of = functools.partial(plan_run, sizes=sizes, where=where, **known)
     if sweeps.value:
         suffix = f", {sizes}, {plan_digest()}, {from_checkpoint}, {storage.value:g} bytes/s"
-        kept = PlanFile(workdir / f"sweep-{name}.json", suffix)
-        plan = sweep_run(config, sizes, where, plan_of, kept, enough.value)
+        kept = workdir / f"sweep-{name}.json"
+        keep = lambda key, make: kept_plan(kept, key + suffix, make)
+        plan = sweep_run(config, sizes, where, plan_of, keep, enough.value)
     else:
         plan = plan_of(config)
     say(report(plan))
@@ -149,11 +151,11 @@ def with_layout(config: Config, layout: Layout) -> Config:
 
 
 def sweep_run(
-    config: Config, sizes: ModelConfig, where: Slice, plan_of: Planner, kept: PlanFile, enough: int
+    config: Config, sizes: ModelConfig, where: Slice, plan_of: Planner, keep: Keep, enough: int
 ) -> Plan:
     """The plan of the fastest layout that fits; logs a table of the others.
 
-    Raises a UserError if none fits.
+    `keep` returns the plan under a key, made if it is missing. Raises a UserError if none fits.
     """
     refusal = ""
 
@@ -168,7 +170,7 @@ def sweep_run(
         chosen = with_layout(config, layout)
         say(f"trying {layout}")
         key = f"{layout}; configuration {config_hash(chosen.to_dict())[:12]}"
-        found = kept.get(key, lambda: plan_or_refusal(chosen))
+        found = keep(key, lambda: plan_or_refusal(chosen))
         if "refused" in found:
             refusal = f"; the last refusal: {found['refused']}"
             say(f"refused: {found['refused']}")

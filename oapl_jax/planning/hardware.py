@@ -76,22 +76,18 @@ LOG_LEVEL = {"TPU_STDERR_LOG_LEVEL": "1", "TPU_MIN_LOG_LEVEL": "1"}
 class Slice:
     """A slice as in "v5e:8x8", with the devices of its topology for ahead-of-time compilation."""
 
-    generation: str
+    chip: Chip
     shape: tuple[int, ...]
     devices: Sequence[Any]
 
     @property
     def name(self) -> str:
-        return f"{self.generation}:{'x'.join(map(str, self.shape))}"
-
-    @property
-    def chip(self) -> Chip:
-        return CHIPS[self.generation]
+        return f"{self.chip.generation}:{'x'.join(map(str, self.shape))}"
 
     @property
     def chips_per_host(self) -> int:
         chips = len(self.devices)
-        return chips if chips in MACHINES[self.generation] else CHIPS_PER_HOST
+        return chips if chips in MACHINES[self.chip.generation] else CHIPS_PER_HOST
 
     @property
     def hosts(self) -> int:
@@ -99,7 +95,7 @@ class Slice:
 
     @property
     def host_ram(self) -> float:
-        return MACHINES[self.generation][self.chips_per_host]
+        return MACHINES[self.chip.generation][self.chips_per_host]
 
 
 def open_slice(name: str) -> Slice:
@@ -129,7 +125,7 @@ def open_slice(name: str) -> Slice:
     except jax.errors.JaxRuntimeError as error:
         refused = f"--topology={name} is refused by the TPU compiler ({error})"
         raise UserError(f"{refused}; for example one of {offered}") from error
-    return Slice(generation, shape, found.devices)
+    return Slice(CHIPS[generation], shape, found.devices)
 
 
 def make_mesh(where: Slice, **sizes: int) -> Mesh:

@@ -109,20 +109,10 @@ def plan_digest() -> str:
     return hashlib.sha256((" ".join(versions) + flags + sources).encode()).hexdigest()[:12]
 
 
-class PlanFile:
-    """Plans in one JSON file, which is written after each.
-
-    All keys end in `suffix`, for what plans depend on beside the layout.
-    """
-
-    def __init__(self, path: epath.Path, suffix: str = ""):
-        self._path, self._suffix = path, suffix
-        self.plans: dict[str, Plan] = json.loads(path.read_text()) if path.exists() else {}
-
-    def get(self, key: str, make: Callable[[], Plan]) -> Plan:
-        """The plan under this key, made if it is missing."""
-        key += self._suffix
-        if key not in self.plans:
-            self.plans[key] = make()
-            write_atomically(self._path, [f"{json.dumps(self.plans, indent=1)}\n".encode()])
-        return self.plans[key]
+def kept_plan(path: epath.Path, key: str, make: Callable[[], Plan]) -> Plan:
+    """The plan under this key of a JSON file; made and written there if it is missing."""
+    plans: dict[str, Plan] = json.loads(path.read_text()) if path.exists() else {}
+    if key not in plans:
+        plans[key] = make()
+        write_atomically(path, [f"{json.dumps(plans, indent=1)}\n".encode()])
+    return plans[key]

@@ -206,7 +206,7 @@ def test_hosts_are_the_workers_that_the_scripts_request():
     for name, _, workers in rows:
         generation, _, sizes = name.partition(":")
         shape = tuple(map(int, sizes.split("x")))
-        where = Slice(generation, shape, range(int(np.prod(shape))))
+        where = Slice(CHIPS[generation], shape, range(int(np.prod(shape))))
         assert where.hosts == int(workers), name
         assert where.hosts * where.chips_per_host == len(where.devices)
         assert where.host_ram > 0

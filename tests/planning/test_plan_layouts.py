@@ -1,6 +1,7 @@
 """Layouts that a sweep tries, in order; refused layouts; kept plans."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -14,8 +15,8 @@ from oapl_jax.errors import RunError, UserError
 from oapl_jax.model.published import published
 from oapl_jax.plan import sweep_run, with_layout
 from oapl_jax.planning import layouts
-from oapl_jax.planning.hardware import Slice
-from oapl_jax.planning.layouts import Layout, PlanFile, layouts_of, meshes, plan_digest, sweep
+from oapl_jax.planning.hardware import CHIPS, Slice
+from oapl_jax.planning.layouts import Layout, kept_plan, layouts_of, meshes, plan_digest, sweep
 
 FITS = dict(fits=True, chip_fits=True)
 NOT = dict(fits=False, chip_fits=False)
@@ -99,10 +100,10 @@ def test_if_nothing_fits_with_the_first_policy_all_meshes_get_the_others():
 
 def test_an_interrupted_sweep_keeps_its_plans(tmp_path):
     path = epath.Path(tmp_path) / "kept.json"
-    assert PlanFile(path).get("a", lambda: FITS) == FITS
+    assert kept_plan(path, "a", lambda: FITS) == FITS
     assert json.loads(path.read_text()) == {"a": FITS}
-    assert PlanFile(path).get("a", lambda: pytest.fail("made again")) == FITS
-    assert PlanFile(path, ", slower storage").get("a", lambda: {"fits": False}) == {"fits": False}
+    assert kept_plan(path, "a", lambda: pytest.fail("made again")) == FITS
+    assert kept_plan(path, "a, slower storage", lambda: NOT) == NOT
 
 
 def test_kept_plans_depend_on_code_and_compiler_flags(monkeypatch):
@@ -114,8 +115,8 @@ def test_kept_plans_depend_on_code_and_compiler_flags(monkeypatch):
 
 
 def swept(config, plan_of, path):
-    where = Slice("v5e", (2, 2), range(4))
-    return sweep_run(config, published("qwen3-0.6b"), where, plan_of, PlanFile(path), enough=1)
+    where, keep = Slice(CHIPS["v5e"], (2, 2), range(4)), functools.partial(kept_plan, path)
+    return sweep_run(config, published("qwen3-0.6b"), where, plan_of, keep, enough=1)
 
 
 def test_a_refused_layout_is_kept_and_skipped(config, tmp_path):
@@ -131,7 +132,7 @@ def test_a_refused_layout_is_kept_and_skipped(config, tmp_path):
     path = epath.Path(tmp_path) / "kept.json"
     for planner in (plan_of, lambda _: pytest.fail("made again")):
         assert swept(config, planner, path)["mesh"]["tensor"] == 2
-    refused = {plan.get("refused") for plan in PlanFile(path).plans.values()}
+    refused = {plan.get("refused") for plan in json.loads(path.read_text()).values()}
     assert {"the compiler gives up", "a host needs a group"} < refused
 
 
