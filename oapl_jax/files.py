@@ -122,10 +122,7 @@ class JsonLines:
 
     Opening removes a last line that a kill has cut; `exclusive` locks the file until `close`.
     `append` flushes each line to the operating system; `sync` brings them to the disk. `size` is
-    the bytes of the whole lines.
-
-    Raises:
-      UserError: for an object store, or if another process has locked the file.
+    in bytes. Raises a UserError for an object store, or if another process has locked the file.
     """
 
     def __init__(self, path: epath.Path, *, exclusive: bool):
@@ -200,8 +197,7 @@ def lock(descriptor: int, path: epath.Path) -> None:
 def code_digest(paths: Iterable[Path]) -> str:
     """SHA-256 of Python sources that ignores comments, docstrings and layout.
 
-    Each file adds its name and its syntax tree, so the order of `paths` counts. Trees of different
-    Python versions can differ.
+    Each file adds its name and its syntax tree, which depends on the version of Python.
     """
     digest = hashlib.sha256()
     for path in paths:

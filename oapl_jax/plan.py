@@ -77,9 +77,8 @@ def model_sizes(config: Config, name: str | None, scratch: epath.Path) -> tuple[
     """Sizes of the model, and True if its weights come from files.
 
     Without the name of a published model, `model.path` decides; without that, the architecture. The
-    tokenizer of a fresh model is written to the directory `scratch`. Raises a UserError if the
-    checkpoint is neither on this machine nor named like a published model, or prompt and response
-    do not fit.
+    tokenizer of a fresh model is written to `scratch`. Raises a UserError if the checkpoint is
+    neither here nor named like a published model, or if prompt and response do not fit.
     """
     path, task = config.model.path, config.data.task
     if name is None and path and not os.path.exists(path):

@@ -193,8 +193,7 @@ def make_train_step(
 
     Args (`temperature` and `logp_chunk` are those of `token_logp`):
       kl_weight: of KL(pi || pi_ref), which is added to the loss of each sequence; 0 adds nothing.
-      ess_power: the update is multiplied by (ESS / B)^ess_power; 1/2 is VCPO's for Adam
-        (objectives/ratios.py).
+      ess_power: the update is multiplied by (ESS / B)^ess_power (objectives/ratios.py).
       to_reference: replaces the behavior policy by the reference policy in the objective. KL and
         ESS remain those of the behavior policy: the drift.
     """

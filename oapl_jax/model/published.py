@@ -1,7 +1,6 @@
 """Published models by name: sizes to plan with, without having the checkpoint.
 
-Each entry is config.json of https://huggingface.co/REPOSITORY/blob/main/config.json, without what
-has no bearing on sizes.
+Each entry is a part of https://huggingface.co/REPOSITORY/blob/main/config.json.
 """
 
 import os

@@ -187,9 +187,8 @@ def publish_seconds(count: int, dtype_bytes: int, hosts: int, storage: float) ->
 def fleet_demand(run: RunPrograms, step_seconds: float, publish: float) -> dict[str, float]:
     """Generated tokens/s that keep the learner from waiting, and its share of time in steps.
 
-    Every response has its greatest length, and every group is used as often as the buffer allows.
-    If a publication clears the buffer, samplers generate only between publications. Tokens/s are 0
-    if all groups are recorded.
+    Every response has its greatest length, and every group is used as often as the buffer allows;
+    recorded groups need no tokens. If a publication clears the buffer, samplers wait for it.
     """
     window, buffer = run.lag.mode == "window", run.buffer
     recorded = run.rollout.recorded_groups(run.groups_per_step)

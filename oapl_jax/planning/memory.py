@@ -76,9 +76,8 @@ def compiler_log() -> Iterator[list[str]]:
 def available_hbm(where: Slice) -> int:
     """Bytes of a chip's HBM that a program may use.
 
-    The compiler names the figure only when it refuses a program, so it is asked for a petabyte. Its
-    refusal must also appear in its log, which proves that warnings can be read there; else this
-    raises a RunError.
+    The compiler names the figure only when it refuses a program, so it is asked for a petabyte.
+    Raises a RunError unless the refusal is also in its log: else warnings could not be read there.
     """
     everywhere = jax.sharding.SingleDeviceSharding(where.devices[0])
     huge = jax.ShapeDtypeStruct((2**48,), np.float32, sharding=everywhere)
@@ -100,8 +99,7 @@ def compile_program(program: Program, available: int) -> Compilation:
     """Compiles a program and compares its HBM with the `available` bytes.
 
     If arguments and arrays beside it are already too large, it is not compiled. Raises a RunError
-    if the compiler fails for another reason than memory, or what it returns has a form that is not
-    known.
+    if the compiler fails for another reason than memory, or its output has an unknown form.
     """
     total, gib = sum(program.hbm.values()), f"GiB of {available / 2**30:.2f} GiB"
     if total > available:

@@ -253,8 +253,7 @@ def _products(jaxpr: Any, times: float, repeated: bool) -> Iterator[tuple[float,
 def _live(jaxpr: Any) -> list[Any]:
     """Equations with a used result; the compiler drops the others.
 
-    Remat traces a layer again and uses what a gradient needs of it. (JAX's own dce_jaxpr keeps a
-    kernel without used results.)
+    Remat traces a layer again and uses a part of it. JAX's dce_jaxpr would keep unused kernels.
     """
     used, live = {v for v in jaxpr.outvars if isinstance(v, Var)}, []
     for equation in reversed(jaxpr.eqns):

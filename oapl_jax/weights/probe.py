@@ -50,8 +50,7 @@ def make_probe(
 ) -> Callable[[Any], dict[str, Any]]:
     """Compiles params -> {"tokens": [[id]], "logp": [[float]]}, a JSON-able probe.
 
-    A row of `logp` has one element fewer than its tokens: log-probabilities at temperature 1 of
-    each token given those before it.
+    `logp` is at temperature 1, and has no element for a row's first token.
     """
     batch, tokens = probe_batch(model.config.vocab_size, layout)
     settings: Any = dict(temperature=1.0, logp_chunk=layout.logp_chunk)

@@ -57,8 +57,7 @@ def publish(
 ) -> epath.Path:
     """Writes a version, unless it is committed already; returns its directory.
 
-    Tensors are streamed from Orbax's files into the version's: host memory stays below two of the
-    largest and 1 GB.
+    Tensors are streamed: host memory stays below two of the largest and 1 GB.
 
     Args:
       source: a finished Orbax step with `params` and `probe`, saved by any number of hosts.
@@ -67,10 +66,8 @@ def publish(
       dtype: of the tensors in the files, a key of hf.EXPORT_DTYPES.
       config_hash: of the run's configuration, for the manifest.
 
-    Raises:
-      UserError: if the step is missing, unfinished, or of another model.
-      RunError: if the disk is full or fails; the version is then whole or absent, and other
-        versions are unchanged.
+    Raises a UserError if the step is missing, unfinished, or of another model, and a RunError if
+    the disk fails; the version is then whole or absent, and other versions are unchanged.
     """
     target = version_path(directory, version)
     # An object store renames by copying one object after the other: as slow as writing, and not

@@ -20,12 +20,9 @@ from oapl_jax.weights.checkpoint import Weights
 class Versions:
     """Publishes parameters of a run as versions, and loads them; all hosts make each call.
 
-    Args:
-      workdir: of the run; versions lie in `versions/`, the Orbax steps behind them in `weights/`.
-      model, tokenizer, dtype, config_hash: as of `publisher.publish`.
-      mesh: of loaded parameters.
-      probe: parameters -> the probe that travels with them.
-      deadline: seconds that hosts wait for each other.
+    Versions lie in `versions/` of the workdir, the Orbax steps behind them in `weights/`. `probe`
+    maps parameters to the probe that is published with them; hosts wait for each other for
+    `deadline` seconds.
     """
 
     def __init__(
