@@ -147,8 +147,8 @@ def make_mesh(where: Slice, **sizes: int) -> Mesh:
 def axis_bandwidth(where: Slice, mesh: Mesh, axes: Sequence[str]) -> float:
     """Bytes/s that a chip can receive from the others along these mesh axes.
 
-    A dimension of the torus that the group covers has two links if it is a ring, and one if it is an
-    open line. A slice of three dimensions has rings only if all of them are whole cubes.
+    A dimension of the torus that the group covers has two links if it is a ring, one if it is open.
+    A slice of three dimensions has rings only if all of them are whole cubes.
     """
     rings = [size % where.chip.ring == 0 for size in where.shape]
     if where.chip.dimensions == 3:
