@@ -275,9 +275,9 @@ def read_computations(text: str) -> Iterator[Computation]:
                 found = INSTRUCTION.fullmatch(printed)
                 if not found:
                     raise RunError(f"the program has an unknown instruction: {printed[:120]!r}")
-                root, *parts = found.groups(default="")
-                instruction = Instruction(computation, *parts)
-                computation.instructions[instruction.name] = instruction
+                root, name, shape, opcode, literal, rest = found.groups(default="")
+                instruction = Instruction(computation, name, shape, opcode, literal, rest)
+                computation.instructions[name] = instruction
                 computation.root = instruction if root else computation.root
             if computation.root is None:
                 raise RunError(f"computation {computation.name} of the program has no ROOT")
