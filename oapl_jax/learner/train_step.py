@@ -63,8 +63,9 @@ def abstract_state(
     return jax.tree.map(place, state, shardings)
 
 
-def shardings_of(abstract: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+def state_shardings(*parts: Any) -> TrainState:
+    """Shardings of `abstract_state(*parts)`."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(*parts))
 
 
 def batch_shardings(mesh: Mesh) -> Batch:
@@ -78,7 +79,7 @@ def make_init(
 ) -> Callable[[Any], TrainState]:
     """Compiles parameters, or the key of `fresh` ones -> a sharded state at step 0."""
     make = lambda given: new_state(init_params(model, given) if fresh else given, optimizer)
-    return jax.jit(make, out_shardings=shardings_of(abstract_state(model, optimizer, mesh)))
+    return jax.jit(make, out_shardings=state_shardings(model, optimizer, mesh))
 
 
 def init_state(
@@ -247,7 +248,7 @@ def make_train_step(
             }
         return new, metrics
 
-    shardings = shardings_of(abstract_state(model, optimizer, mesh))
+    shardings = state_shardings(model, optimizer, mesh)
     return jax.jit(
         train_step,
         in_shardings=(shardings, batch_shardings(mesh)),
