@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from etils import epath
+from matplotlib.figure import Figure
 
 from oapl_jax import evaluate
 from oapl_jax.errors import UserError
@@ -136,10 +137,11 @@ def test_the_table_has_a_column_for_each_benchmark():
 
 
 def test_the_picture_has_the_curves_and_their_bands(tmp_path, monkeypatch):
-    monkeypatch.setattr(report.plt, "close", (figures := []).append)
+    figure = Figure()
+    monkeypatch.setattr(report, "Figure", lambda figsize: figure)
     panels = {"contest": {"before": A, "after": B}, "other": {"": B}}
     report.plot(panels, epath.Path(tmp_path / "x.png"))
-    for axis, results in zip(figures[0].axes, panels.values(), strict=True):
+    for axis, results in zip(figure.axes, panels.values(), strict=True):
         for line, band, result in zip(axis.lines, axis.collections, results.values(), strict=True):
             curve = result["pass@k"]
             assert line.get_xdata().tolist() == [1, 2, 3, 4]
