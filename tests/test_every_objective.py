@@ -15,7 +15,6 @@ from oapl_jax.weights.publisher import open_params
 
 STEPS, LATE, PROMPTS = 10, 3, 8
 SMALL = {
-    "mesh.data": 1,
     "num_steps": STEPS,
     "group_size": 8,
     "groups_per_step": PROMPTS,
