@@ -39,6 +39,16 @@ def kept_programs() -> Iterator[None]:
         jax.config.update(name, value)
 
 
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Optimising machine code takes most of the time of compiling programs that run for 10 ms."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 # Minutes each, longest first: begun last, one of them would keep a process when the other is done.
 LONG = (
     *("test_pods", "test_train", "test_experiments", "test_record", "test_real_fleet"),

@@ -33,15 +33,8 @@ ONE = (1, 1, 1, 1)
 SIZES = dict(attention_bias=True, vocab_size=64, intermediate_size=48, rope_theta=100.0)
 CONFIG = small_config("qwen3", **SIZES)
 MODEL, OPTIMIZER = Transformer(CONFIG, jnp.float32, "none"), make_optimizer(**OPTIM)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Optimising machine code takes most of the time of compiling programs that run for 10 ms."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
