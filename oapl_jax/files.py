@@ -23,7 +23,6 @@ from oapl_jax.errors import RunError, UserError
 
 READERS = 4
 SYNC_EVERY = 64 << 20  # bytes written before the next fsync starts
-READ_BYTES = 16 << 20
 
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 X = TypeVar("X")
@@ -86,11 +85,8 @@ def fsync(path: epath.PathLike) -> None:
 
 def checksum(path: epath.Path) -> str:
     """XXH3 (128 bits) of a file, hexadecimal."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def file_entry(path: epath.Path) -> dict[str, Any]:

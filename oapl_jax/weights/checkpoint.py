@@ -32,7 +32,6 @@ class _Steps:
         params = ocp.PyTreeCheckpointHandler(use_compression=False)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            enable_async_checkpointing=True,
             # Two managers may save the same step; their barriers need different names.
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 barrier_sync_key_prefix=directory.name
