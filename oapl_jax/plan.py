@@ -32,19 +32,12 @@ from oapl_jax.model.transformer import REMAT_POLICIES, Transformer
 from oapl_jax.objectives import bind
 from oapl_jax.planning.estimate import estimate
 from oapl_jax.planning.hardware import PAGES, Slice, make_mesh, open_slice
-from oapl_jax.planning.layouts import (
-    Layout,
-    Plan,
-    kept_plan,
-    layouts_of,
-    meshes,
-    plan_digest,
-    sweep,
-)
+from oapl_jax.planning.layouts import Layout, kept_plan, layouts_of, meshes, plan_digest, sweep
 from oapl_jax.planning.programs import RunPrograms
 from oapl_jax.tracking.progress import say
 from oapl_jax.weights.publisher import config_hash
 
+Plan = dict[str, Any]
 Planner = Callable[[Config], Plan]
 Keep = Callable[[str, Callable[[], Plan]], Plan]
 
