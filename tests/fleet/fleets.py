@@ -22,31 +22,16 @@ N = 3
 PATIENCE = 30.0  # seconds until a test fails
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_response_tokens=6)
 DEADLINES = [f"{name}_deadline" for name in ("control", "request", "drain", "update", "start")]
-SETTINGS: dict[str, Any] = {
-    **common.fleet().to_dict(),
-    **dict.fromkeys(DEADLINES, 10.0),
-    "no_server_deadline": 25.0,
-    "poll_every": 0.05,
-    "max_in_flight": 8,
-    "backoff": 0.01,
-    "backoff_limit": 0.1,
-    "health_every": 0.1,
-}
+SETTINGS: dict[str, Any] = common.fleet().to_dict() | dict.fromkeys(DEADLINES, 10.0)
+SETTINGS |= dict(no_server_deadline=25.0, poll_every=0.05, max_in_flight=8)
+SETTINGS |= dict(backoff=0.01, backoff_limit=0.1, health_every=0.1)
 REASONS = {"failed": "attempts_failed", "aborted": "aborted", "mixed": "mixed"}  # and their counts
 CLOSE = 1e-4  # nats between log-probs of a real server and the learner, float32
 REAL_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=20)
-REAL_SETTINGS: dict[str, Any] = {
-    **SETTINGS,
-    **dict.fromkeys(DEADLINES, 60.0),
-    "request_deadline": 120.0,
-    "start_deadline": 150.0,
-    "no_server_deadline": 170.0,
-    "poll_every": 0.5,
-    "backoff": 0.2,
-    "backoff_limit": 2.0,
-    "health_every": 2.0,
-    "probe_tolerance": {"float32": CLOSE, "bfloat16": 0.1},
-}
+REAL_SETTINGS: dict[str, Any] = SETTINGS | dict.fromkeys(DEADLINES, 60.0)
+REAL_SETTINGS |= dict(request_deadline=120.0, start_deadline=150.0, no_server_deadline=170.0)
+REAL_SETTINGS |= dict(poll_every=0.5, backoff=0.2, backoff_limit=2.0, health_every=2.0)
+REAL_SETTINGS |= dict(probe_tolerance={"float32": CLOSE, "bfloat16": 0.1})
 
 
 class LoggingFleet(Fleet):

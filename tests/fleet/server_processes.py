@@ -24,16 +24,11 @@ class Process:
     def __init__(self, name: str, command: list[str], port: int, log: pathlib.Path):
         self.name, self.port, self.log = name, port, log
         self.url = f"http://127.0.0.1:{port}"
-        ours = ("XLA_FLAGS", "JAX_PLATFORMS")
+        ours, guard = ("XLA_FLAGS", "JAX_PLATFORMS"), ["setpriv", "--pdeathsig=KILL"]
+        env = {k: v for k, v in os.environ.items() if k not in ours}
         with log.open("ab") as file:
-            self._process = subprocess.Popen(
-                ["setpriv", "--pdeathsig=KILL", *command],
-                cwd=ROOT,
-                env={k: v for k, v in os.environ.items() if k not in ours},
-                stdout=file,
-                stderr=file,
-                process_group=0,
-            )
+            where: Any = dict(cwd=ROOT, env=env, stdout=file, stderr=file, process_group=0)
+            self._process = subprocess.Popen([*guard, *command], **where)
         PROCESSES.append(self)
 
     def wait_ready(self, path: str = "/health") -> None:

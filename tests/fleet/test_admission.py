@@ -29,15 +29,9 @@ class Tokenizer:
         return [(ord(letter) + self.shift) % VOCAB for letter in text]
 
 
-REQUIREMENTS = Requirements(
-    model_config=MODEL,
-    tokenizer=Tokenizer(),
-    stop_ids=(STOP,),
-    sampling=Sampling(1.0, 1.0, 0, 40),
-    max_prompt_tokens=20,
-    dtype="float32",
-    probe_tolerance=ProbeTolerance(float32=1e-3, bfloat16=0.1),
-)
+KIND = dict(model_config=MODEL, tokenizer=Tokenizer(), stop_ids=(STOP,), dtype="float32")
+LIMITS = dict(max_prompt_tokens=20, probe_tolerance=ProbeTolerance(float32=1e-3, bfloat16=0.1))
+REQUIREMENTS = Requirements(sampling=Sampling(1.0, 1.0, 0, 40), **KIND, **LIMITS)
 # The compared part of what SGLang 0.5.23 reports.
 PREFERRED = dict(min_p=0.1, repetition_penalty=1.1, logit_bias={"3": 1}, temperature=0.6)
 WATERMARKS = ("watermark_default_enabled", "watermark_enforce_all")

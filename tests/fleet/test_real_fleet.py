@@ -1,5 +1,6 @@
 """Fleet, default job, evaluation and judge over real SGLang servers, against the own model."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -215,32 +216,23 @@ def evaluate(servers, published, tmp_path):
         config = arithmetic.get_config()
         sizes = dict(train_size=20, validation_size=2, test_size=2)
         sizes |= {"generator.min_terms": 2, "generator.max_terms": 2}
-        settings = {
-            **{f"data.{name}": size for name, size in sizes.items()},
-            "data.data_dir": str(tmp_path / "data"),
-            "model.path": str(published.path(1)),
-            "group_size": 4,
-            "rollout.sampler": sampler,
-            "rollout.temperature": temperature,
-            "fleet.servers": tuple(servers.urls),
-            "fleet.control_deadline": 60.0,
-        }
-        config.update_from_flattened_dict(settings)
+        settings = {f"data.{name}": size for name, size in sizes.items()}
+        settings |= {"data.data_dir": str(tmp_path / "data"), "model.path": str(published.path(1))}
+        settings |= {"rollout.sampler": sampler, "rollout.temperature": temperature}
+        settings |= {"fleet.servers": tuple(servers.urls), "fleet.control_deadline": 60.0}
+        config.update_from_flattened_dict(settings | {"group_size": 4})
         with config.unlocked():
             columns = dict(problem="question", answer="target")
             table = dict(kind="table", path=str(tmp_path / "sums.jsonl"), files=())
             options = {"task": "chain_sum", "columns": columns, "max_tests": 0}
             table |= dict(rows=len(PROBLEMS), part=(0, 100), options=options)
             config.benchmarks.sums = table
-        run = opened(config, tmp_path / "workdir")
         source = dict(step=None, version_dir=str(published.path(VERSION)), n=SAMPLES)
+        source |= dict(log=lambda text: None)
         to = epath.Path(tmp_path / f"{sampler}{temperature}")
-        try:
-            source |= dict(log=lambda text: None)
+        with contextlib.closing(opened(config, tmp_path / "workdir")) as run:
             directory, results = evaluate_benchmarks(run, ["sums"], to, **source)
             prompts = {p.id: p for p in benchmark_prompts(run, "sums")[0]}
-        finally:
-            run.close()
         responses = {}
         for group in Dataset(directory / "sums" / "responses"):
             start = group.prompt.stream_index // len(prompts)

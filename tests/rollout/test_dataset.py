@@ -1,5 +1,6 @@
 """Datasets of groups on disk, the pipeline that fills them, and the streams that read them."""
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -55,15 +56,13 @@ def write(directory, groups=(), *, groups_per_shard=4, of=None, weights_digest=d
     """Adds groups to a dataset, after going back to `keep` shards; returns the shards there are."""
     settings = dict(groups_per_shard=groups_per_shard, weights_digest=weights_digest)
     writer = DatasetWriter(epath.Path(directory), of or about(), **settings)
-    try:
+    with contextlib.closing(writer):
         if keep is not None:
             writer.keep(keep)
         for group in groups:
             writer.add(group)
         assert writer.flush() == writer.flush()
         return writer.flush()
-    finally:
-        writer.close()
 
 
 def read(directory):
@@ -227,22 +226,13 @@ def test_a_run_takes_only_groups_that_it_can_train_on(tmp_path):
 
 def run_fill(directory, sampler, *, prompts=3, n=5, at_once=2, reward=None, threads=1, seen=None):
     """Samples what is missing; returns the tokens of each sample of each prompt."""
-    writer = DatasetWriter(
-        epath.Path(directory), {"task": "t"}, groups_per_shard=2, weights_digest=str
-    )
-    try:
-        dataset.fill(
-            writer,
-            make_prompts(prompts),
-            sampler,
-            reward or (lambda prompt, rollout: float(prompt.answer)),
-            **dict(version=VERSION, n=n, at_once=at_once, sampling=SAMPLING),
-            reward_threads=threads,
-            note=lambda group: None,
-            progress=[].append if seen is None else seen.append,
-        )
-    finally:
-        writer.close()
+    about, sizes = {"task": "t"}, dict(groups_per_shard=2, weights_digest=str)
+    writer = DatasetWriter(epath.Path(directory), about, **sizes)
+    reward = reward or (lambda prompt, rollout: float(prompt.answer))
+    how = dict(version=VERSION, n=n, at_once=at_once, sampling=SAMPLING, reward_threads=threads)
+    how |= dict(note=lambda group: None, progress=[].append if seen is None else seen.append)
+    with contextlib.closing(writer):
+        dataset.fill(writer, make_prompts(prompts), sampler, reward, **how)
     return contents(directory, prompts, n)
 
 

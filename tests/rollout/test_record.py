@@ -45,21 +45,12 @@ files.write_atomically = write_or_die
 from oapl_jax.record import main
 """
 RECORD = "from oapl_jax.record import main"
-SMALL = {
-    "num_steps": 5,
-    "data.train_size": 96,
-    "data.generator.min_terms": 2,
-    "data.generator.max_terms": 2,
-    "warmup.num_steps": 40,
-    "warmup.batch_size": 32,
-    "warmup.demonstrations": 96,
-    "rollout.max_sequences": 24,  # portions of six prompts
-    "evaluation.every": 100,
-    "evaluation.n": 2,
-    "evaluation.ks": (1,),
-    "checkpoint.every": 2,
-    "checkpoint.keep": 9,
-}
+DATA = {"data.train_size": 96, "data.generator.min_terms": 2, "data.generator.max_terms": 2}
+WARMUP = {"warmup.num_steps": 40, "warmup.batch_size": 32, "warmup.demonstrations": 96}
+EVALUATION = {"evaluation.every": 100, "evaluation.n": 2, "evaluation.ks": (1,)}
+STEPS = {"num_steps": 5, "checkpoint.every": 2, "checkpoint.keep": 9}
+SIX_PROMPTS = {"rollout.max_sequences": 24}  # a portion
+SMALL = DATA | WARMUP | EVALUATION | STEPS | SIX_PROMPTS
 
 
 class Jobs:
@@ -93,20 +84,11 @@ class Jobs:
         """Runs a command in a process of its own."""
         settings = {name.replace("__", "."): value for name, value in settings.items()}
         settings = {**IN_PROCESS, **self._settings, **settings}
-        done = subprocess.run(
-            [
-                *(sys.executable, "-c"),
-                f"{main}\nfrom oapl_jax.errors import exit_with_code\nexit_with_code(main)",
-                "--config=configs/arithmetic.py",
-                *(f"--config.{name}={value}" for name, value in settings.items()),
-                *arguments,
-            ],
-            cwd=ROOT,
-            env=cached_programs(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        program = f"{main}\nfrom oapl_jax.errors import exit_with_code\nexit_with_code(main)"
+        command = [sys.executable, "-c", program, "--config=configs/arithmetic.py", *arguments]
+        command += [f"--config.{name}={value}" for name, value in settings.items()]
+        where = dict(cwd=ROOT, env=cached_programs(), timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, **where)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
