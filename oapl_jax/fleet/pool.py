@@ -11,7 +11,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
 
 import aiohttp
 import jax
@@ -95,11 +94,6 @@ class Server:
     @property
     def in_flight(self) -> int:
         return len(self._in_flight)
-
-    def report(self) -> dict[str, Any]:
-        """Returns the state, for logs and tests."""
-        names = ("state", "reason", "version", "in_flight", "probe_gap", "refresh_seconds")
-        return {**{name: getattr(self, name) for name in names}, **self.counts}
 
     async def generate(self, prompt: Prompt, *, n: int, sampling: Sampling) -> tuple[Rollout, ...]:
         """Samples one group from the loaded version.

@@ -236,7 +236,9 @@ class Fleet:
 
     def servers(self) -> dict[str, dict[str, Any]]:
         """Returns state and counts of each server, by URL. Any thread."""
-        return {url: server.report() for url, server in list(self._pool.servers.items())}
+        names = ("state", "reason", "version", "in_flight", "probe_gap", "refresh_seconds")
+        report = lambda server: {**{k: getattr(server, k) for k in names}, **server.counts}
+        return {url: report(server) for url, server in list(self._pool.servers.items())}
 
     # The thread that pulls prompts
 
