@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
-from oapl_jax.errors import UserError
+from oapl_jax.errors import UserError, one_line
 from oapl_jax.files import prefetch, write_file
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import parameter_shardings
@@ -95,10 +95,9 @@ def load_config(directory: epath.PathLike) -> ModelConfig:
     path = epath.Path(directory) / "config.json"
     try:
         return ModelConfig.from_hf(json.loads(path.read_text()), source=str(path))
-    except KeyError as error:
-        raise UserError(f"{path} lacks {error}; is it the config.json of a decoder?") from error
-    except (OSError, ValueError, AttributeError) as error:  # no file, no JSON, no JSON object
-        raise UserError(f"{path} can't be read ({error}); name a checkpoint's directory") from error
+    except (OSError, ValueError, KeyError, AttributeError) as error:  # no file, JSON, key, object
+        remedy = "name the directory of a decoder's checkpoint"
+        raise UserError(f"{path} can't be read ({one_line(error)}); {remedy}") from error
 
 
 def load_params(directory: epath.PathLike, config: ModelConfig, *, mesh: Mesh | None = None) -> Any:

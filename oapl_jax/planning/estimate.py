@@ -106,7 +106,7 @@ def step_times(run: RunPrograms, where: Slice, traced: Any, module: Module) -> d
     bound = roofline(
         where.chip,
         len(where.devices),
-        flops=flops.program,
+        flops=flops["program"],
         model_flops=formula,
         hbm_bytes=hbm_bytes,
         host_bytes=host_bytes,
@@ -115,7 +115,7 @@ def step_times(run: RunPrograms, where: Slice, traced: Any, module: Module) -> d
         tokens=run.sequences * sum(lengths),
     )
     return {
-        "flops": {"formula": formula, **vars(flops), "remat_share": flops.remat / flops.program},
+        "flops": {"formula": formula, **flops, "remat_share": flops["remat"] / flops["program"]},
         "hbm_traffic": hbm_bytes,
         "host_traffic": host_bytes,
         "collectives": collectives,

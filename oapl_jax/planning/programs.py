@@ -201,19 +201,14 @@ def step_flops(config: ModelConfig, sequences: int, prompt: int, response: int) 
     return 3 * 2.0 * (config.num_layers * (layer + attention) * tokens + head * logits)
 
 
-@dataclasses.dataclass(frozen=True)
-class Flops:
-    program: float  # of all chips
-    remat: float  # the part that remat repeats
-
-
-def program_flops(traced: Any) -> Flops:
-    """FLOPs of the matrix products of a jax.stages.Traced, through loops.
+def program_flops(traced: Any) -> dict[str, float]:
+    """FLOPs of all matrix products of a jax.stages.Traced, and the part that remat repeats.
 
     Raises a RunError for a loop without a known trip count, as attention on a CPU has.
     """
     found = list(_products(traced.jaxpr.jaxpr, 1.0, False))
-    return Flops(sum(n for n, _ in found), sum(n for n, repeated in found if repeated))
+    total, repeated = sum(n for n, _ in found), sum(n for n, again in found if again)
+    return {"program": total, "remat": repeated}
 
 
 def _products(jaxpr: Any, times: float, repeated: bool) -> Iterator[tuple[float, bool]]:

@@ -74,7 +74,7 @@ def test_flops_of_a_program_are_counted_through_loops_and_remat():
         return jnp.sum(jax.lax.scan(layer, x, w)[0])
 
     one = 2 * 16 * 32 * 32
-    flops = lambda f: dataclasses.astuple(program_flops(jax.jit(f).trace(w, x)))
+    flops = lambda f: tuple(program_flops(jax.jit(f).trace(w, x)).values())
     assert flops(lambda w, x: net(w, x, False)) == (5 * one, 0)
     assert flops(lambda w, x: net(w, x, True)) == (5 * one, 0)
     slope = lambda remat: jax.grad(lambda w, x: net(w, x, remat), argnums=(0, 1))
@@ -91,8 +91,8 @@ def test_flops_of_a_loop_without_a_known_trip_count_are_an_error():
     x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     slope = lambda x, trips: jax.jvp(lambda y: bounded(y, trips), (x,), (x,))
     for function, passes in ((bounded, 1), (slope, 3)):
-        found = program_flops(jax.jit(function).trace(x, trips)).program
-        assert found == 7 * passes * 2 * 4**3
+        found = program_flops(jax.jit(function).trace(x, trips))
+        assert found["program"] == 7 * passes * 2 * 4**3
     endless = lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x)
     with pytest.raises(RunError, match="trip count"):
         program_flops(jax.jit(endless).trace(x))
