@@ -86,7 +86,7 @@ def line(run: str, model: str, topology: str) -> Line:
         if plan["fits"]:
             kept = ("roofline", "flops", "collectives", "host_memory", "publish_seconds", "fleet")
             return {**result, "hbm": worst["hbm"], **{name: plan[name] for name in kept}}
-        if "layout" not in nearest or choice.context == 1:
+        if "layout" not in nearest or choice.mesh["context"] == 1:
             nearest = result
     return nearest
 
@@ -101,7 +101,7 @@ def layouts(sequences: int, hidden_size: int, chips: int) -> Iterator[Layout]:
         while fsdp > 1 and (hidden_size % fsdp or sequences % (data * fsdp)):
             data, fsdp = 2 * data, fsdp // 2
         micro_batches = max(sequences // (data * fsdp), 1)
-        yield Layout(data, fsdp, context, 1, remat, micro_batches)
+        yield Layout(dict(data=data, fsdp=fsdp, context=context, tensor=1), remat, micro_batches)
 
 
 def digest_of(run: str, model: str) -> str:

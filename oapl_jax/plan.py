@@ -143,7 +143,7 @@ def with_layout(config: Config, layout: Layout) -> Config:
     learner = dataclasses.replace(
         config.learner,
         micro_batches=layout.micro_batches,
-        rows_multiple=layout.data * layout.fsdp,
+        rows_multiple=layout.mesh["data"] * layout.mesh["fsdp"],
         row_length=layout.row_length(config.learner.row_length),
     )
     return dataclasses.replace(config, mesh=mesh, model=model, learner=learner)

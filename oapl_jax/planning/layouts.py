@@ -26,20 +26,13 @@ Plan = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    data: int
-    fsdp: int
-    context: int
-    tensor: int
+    mesh: Mesh
     remat: str
     micro_batches: int
 
-    @property
-    def mesh(self) -> Mesh:
-        return dict(data=self.data, fsdp=self.fsdp, context=self.context, tensor=self.tensor)
-
     def row_length(self, shortest: int) -> int:
         """`shortest` rounded up, so that each chip that shares a row has whole blocks."""
-        return shortest + -shortest % (BLOCK * self.context)
+        return shortest + -shortest % (BLOCK * self.mesh["context"])
 
     def __str__(self) -> str:
         mesh = " ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
@@ -61,7 +54,7 @@ def layouts_of(sequences: int, mesh: Mesh, remat: str) -> list[Layout]:
     """Layouts by number of micro-batches: more of them take less memory and move more weights."""
     rows, rest = divmod(sequences, mesh["data"] * mesh["fsdp"])
     splits = [m for m in range(1, rows + 1) if not rows % m]
-    return [] if rest else [Layout(**mesh, remat=remat, micro_batches=m) for m in splits]
+    return [] if rest else [Layout(mesh, remat, m) for m in splits]
 
 
 def sweep(

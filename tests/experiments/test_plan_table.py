@@ -142,4 +142,4 @@ def test_layouts_go_from_whole_rows_to_parts_and_then_to_the_hosts():
     ]
     assert str(next(layouts(256, 2560, 256))) == "fsdp 256, remat full, 1 micro-batches"
     assert str(next(layouts(256, 96, 64))) == "data 2 fsdp 32, remat full, 4 micro-batches"
-    assert [layout.context for layout in layouts(256, 2560, 4)] == [1, 2, 4, 1, 2, 4]
+    assert [layout.mesh["context"] for layout in layouts(256, 2560, 4)] == [1, 2, 4, 1, 2, 4]

@@ -28,7 +28,7 @@ def config():
 
 
 def test_a_layout_becomes_settings(config):
-    layout = Layout(data=2, fsdp=4, context=2, tensor=1, remat="full", micro_batches=4)
+    layout = Layout(dict(data=2, fsdp=4, context=2, tensor=1), "full", 4)
     new = with_layout(config, layout)
     assert dict(**new.mesh) == dict(data=2, fsdp=4, context=2, tensor=1)
     assert (new.model.remat, new.learner.micro_batches, new.learner.rows_multiple) == ("full", 4, 8)
@@ -50,7 +50,7 @@ def test_meshes_fill_the_slice_and_divide_sequences_and_model():
         assert 8 % mesh["tensor"] == 2560 % mesh["fsdp"] == 0
         for layout in layouts_of(256, mesh, "none"):
             assert (layout.mesh, layout.remat) == (mesh, "none")
-            assert 256 % (layout.data * layout.fsdp * layout.micro_batches) == 0
+            assert 256 % (mesh["data"] * mesh["fsdp"] * layout.micro_batches) == 0
     assert [layout.micro_batches for layout in layouts_of(256, found[0], "full")] == [1, 2, 4]
     few = dataclasses.replace(sizes, num_kv_heads=2)
     assert {mesh["tensor"] for mesh in meshes(256, few, 64)} == {1, 2}
@@ -64,12 +64,12 @@ def tried_and_found(results, enough):
     tried = []
 
     def plan(layout):
-        tried.append((layout.fsdp, layout.remat, layout.micro_batches))
+        tried.append((layout.mesh["fsdp"], layout.remat, layout.micro_batches))
         return results.get(tried[-1], NOT)
 
-    of = lambda mesh, remat: [Layout(**mesh, remat=remat, micro_batches=m) for m in (1, 2)]
+    of = lambda mesh, remat: [Layout(mesh, remat, m) for m in (1, 2)]
     found = sweep(MESHES, ["full", "offload", "none"], of, plan, enough=enough)
-    return tried, [(x.fsdp, x.remat, p["roofline"]["seconds"]) for x, p in found]
+    return tried, [(x.mesh["fsdp"], x.remat, p["roofline"]["seconds"]) for x, p in found]
 
 
 def fitting(seconds):
