@@ -36,7 +36,7 @@ from oapl_jax.weights.checkpoint import Checkpoints
 CONFIG = Config.from_dict(arithmetic.get_config().to_dict())
 SECTION = CONFIG.curriculum
 ONE, EIGHT = (1, 1, 1, 1), (2, 2, 1, 2)  # data, fsdp, context, tensor
-CANDIDATES, PICKS = 12, 4
+CANDIDATES, PICKS, ALL = 12, 4, set(range(1000))
 pytestmark = pytest.mark.usefixtures("kept_programs")
 SMALL = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, head_dim=8)
 
@@ -402,9 +402,6 @@ def test_only_sampled_groups_with_a_utility_move_the_curator(tokenizer):
     # The last group was lost: it is not awaited once it is not alive.
     assert len(waiting()) == 1
     assert curriculum.scorer.state(set())["rounds"] == []
-
-
-ALL = set(range(1000))
 
 
 def test_a_curator_learns_which_prompts_are_useful(tokenizer):

@@ -7,13 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from oapl_jax.evaluation.estimators import (
-    interval,
-    intervals,
-    maj_at_n,
-    pass_curve,
-    sign_flip_test,
-)
+from oapl_jax.evaluation.estimators import interval, intervals, maj_at_n, pass_curve, sign_flip_test
 
 
 @pytest.mark.parametrize("n", range(1, 13))
