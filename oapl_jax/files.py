@@ -86,7 +86,7 @@ def fsync(path: epath.PathLike) -> None:
 def checksum(path: epath.Path) -> str:
     """XXH3 (128 bits) of a file, hexadecimal."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # pyright: ignore
 
 
 def file_entry(path: epath.Path) -> dict[str, Any]:
