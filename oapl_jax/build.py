@@ -29,7 +29,7 @@ from oapl_jax.fleet.sampler import Fleet
 from oapl_jax.learner import train_step
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.learner.packing import check_whole_groups
-from oapl_jax.model.policy import Policy, check_lengths, open_policy
+from oapl_jax.model.policy import Policy, open_policy
 from oapl_jax.model.sharding import gathered, make_mesh
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import bind
@@ -98,12 +98,7 @@ class Run:
                 architecture=config.model.architecture,
                 characters=task.characters if task else string.printable,
             )
-        check_lengths(
-            policy.config,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            max_response_tokens=config.rollout.max_response_tokens,
-            row_length=config.learner.row_length,
-        )
+        config.check_lengths(policy.config.max_positions)
         return policy
 
     @cached_property

@@ -774,6 +774,17 @@ class Config(Section):
                 "its own"
             )
 
+    def check_lengths(self, max_positions: int) -> None:
+        """Rejects a prompt and response that together exceed the model's context or a row."""
+        prompt, response = self.data.max_prompt_tokens, self.rollout.max_response_tokens
+        limits = {"the model's max_position_embeddings": max_positions}
+        for name, limit in {**limits, "learner.row_length": self.learner.row_length}.items():
+            if prompt + response > limit:
+                raise UserError(
+                    f"data.max_prompt_tokens={prompt} + rollout.max_response_tokens={response} is "
+                    f"{prompt + response} tokens, more than {name} ({limit}); lower one"
+                )
+
 
 def load_config(workdir: epath.Path) -> dict[str, Any] | None:
     """Reads the configuration that a workdir belongs to; None if it has no config.json.

@@ -26,7 +26,7 @@ from oapl_jax.launch import read_command_line
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
-from oapl_jax.model.policy import check_lengths, open_policy
+from oapl_jax.model.policy import open_policy
 from oapl_jax.model.published import published, published_name
 from oapl_jax.model.transformer import REMAT_POLICIES, Transformer
 from oapl_jax.objectives import bind
@@ -92,12 +92,7 @@ def model_sizes(config: Config, name: str | None, scratch: epath.Path) -> tuple[
         characters = TASKS[task].characters if task in TASKS else string.printable
         fresh: dict[str, Any] = dict(architecture=config.model.architecture, characters=characters)
         sizes = open_policy(scratch, path="", **fresh).config
-    check_lengths(
-        sizes,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        max_response_tokens=config.rollout.max_response_tokens,
-        row_length=config.learner.row_length,
-    )
+    config.check_lengths(sizes.max_positions)
     return sizes, bool(name or path)
 
 

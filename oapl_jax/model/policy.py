@@ -9,7 +9,6 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from oapl_jax.errors import UserError
 from oapl_jax.files import write_atomically
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
@@ -52,17 +51,3 @@ def open_policy(
     config, tokenizer = hf.load_config(source), load_tokenizer(os.fspath(source))
     check_tokenizer(tokenizer, config, source=path or "model.architecture")
     return Policy(config, tokenizer, source if path else None)
-
-
-def check_lengths(
-    config: ModelConfig, *, max_prompt_tokens: int, max_response_tokens: int, row_length: int
-) -> None:
-    """Raises a UserError unless the longest prompt and response fit the context and a row."""
-    total = max_prompt_tokens + max_response_tokens
-    model = "the model's max_position_embeddings"
-    for name, limit in {model: config.max_positions, "learner.row_length": row_length}.items():
-        if total > limit:
-            raise UserError(
-                f"data.max_prompt_tokens={max_prompt_tokens} + rollout.max_response_tokens="
-                f"{max_response_tokens} is {total} tokens, more than {name} ({limit}); lower one"
-            )
