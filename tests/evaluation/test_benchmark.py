@@ -16,7 +16,7 @@ from oapl_jax.evaluation.estimators import interval
 from oapl_jax.rollout.dataset import Dataset, DatasetWriter
 from oapl_jax.structs import Group, Rollout
 
-ABOUT = {"version": 5, "pair": (1, 2)}
+ABOUT = {"version": 5}
 PATIENCE = 20.0  # seconds until a test gives up
 
 
