@@ -1,8 +1,7 @@
 """Buffers and prompt streams for the tests of rollout/."""
 
 from oapl_jax.config import BufferConfig
-from oapl_jax.curriculum import Curriculum
-from oapl_jax.curriculum.stream import Uniform
+from oapl_jax.curriculum import Curriculum, PromptScorer
 from oapl_jax.data.prompts import PromptStream, PromptTemplate
 from oapl_jax.data.records import Record, user
 from oapl_jax.rollout.buffer import Buffer, GroupStore
@@ -23,7 +22,7 @@ def buffer_config(**changes) -> BufferConfig:
 
 def uniform(stream) -> Curriculum:
     """The whole stream, in its order."""
-    return Curriculum(stream, Uniform(), candidates=1, picks=1, top_p=0.5, seed=0)
+    return Curriculum(stream, PromptScorer(), candidates=1, picks=1, top_p=0.5, seed=0)
 
 
 def store_of_sums(
