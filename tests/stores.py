@@ -1,4 +1,6 @@
-"""Buffers and prompt streams for the tests of rollout/."""
+"""Buffers and prompt streams for the tests of rollout/, and a wait for another thread."""
+
+import time
 
 from oapl_jax.config import BufferConfig
 from oapl_jax.curriculum import Curriculum, PromptScorer
@@ -18,6 +20,13 @@ def buffer_config(**changes) -> BufferConfig:
         zero_variance_weight=0.1,
     )
     return BufferConfig(**values | changes)
+
+
+def wait_until(condition, what="the condition", patience=30.0, *, every=0.005):
+    until = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < until, f"{what} does not happen"
+        time.sleep(every)
 
 
 def uniform(stream) -> Curriculum:

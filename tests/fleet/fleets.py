@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from fault_server import MODEL, STOP, VOCAB, is_right, publish_toy
-from stores import store_of_sums
+from stores import store_of_sums, wait_until
 
 from configs import common
 from oapl_jax.config import FleetConfig
@@ -112,13 +112,6 @@ def once(call, fault):
 def always(call, fault):
     """Returns a plan that commits a fault at each such call."""
     return lambda this: fault if this == call else ""
-
-
-def wait_until(condition, what="the condition", patience=PATIENCE, *, every=0.005):
-    until = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < until, f"{what} does not happen"
-        time.sleep(every)
 
 
 def prompt(index):

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from etils import epath
-from stores import store_of_sums
+from stores import store_of_sums, wait_until
 
 from oapl_jax.errors import RunError
 from oapl_jax.model.tokenizer import make_character_tokenizer
@@ -144,19 +144,6 @@ def ends(store):
     return {k.split("/")[1]: n for k, n in counts.items() if k.startswith("buffer/") and n}
 
 
-def until(condition):
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
-
-
-def wait_for_failure(worker, error, match=None):
-    with pytest.raises(error, match=match) as caught:
-        until(worker.check)
-    return caught.value
-
-
 def path(version):
     return epath.Path(f"/versions/v{version:06d}")
 
@@ -166,15 +153,18 @@ def ledger_of(tmp_path, number=0):
     return {k: v for k, v in balance.items() if v}
 
 
-def test_produce_adds_rewarded_groups_of_one_version(make):
+def test_produce_adds_rewarded_groups_of_one_version_and_measures_them(make):
     """They are recorded whole before the buffer has them."""
     recorded = []
     worker, sampler, store = make(on_group=lambda group: recorded.append((group, len(store))))
+    assert store.take_metrics() == {}
     worker.produce()
     assert len(store) == PER_CALL
+    worker.produce()
+    metrics = store.take_metrics()
     groups = held(store)
-    assert [g.prompt.stream_index for g in groups] == [0, 1]
-    assert [before for _, before in recorded] == [0, 1]
+    assert [g.prompt.stream_index for g in groups] == [0, 1, 2, 3]
+    assert [before for _, before in recorded] == [0, 1, 2, 3]
     for group, (whole, _) in zip(groups, recorded, strict=True):
         assert whole is group
         assert group.reward.dtype == np.float32
@@ -183,6 +173,17 @@ def test_produce_adds_rewarded_groups_of_one_version(make):
         texts = [tuple(r.tokens) for r in group.rollouts]
         assert texts[0][:-1] == texts[1]
     assert sampler.refreshed == []
+    assert metrics["rollout/groups"] == 2 * PER_CALL
+    assert metrics["rollout/reward"] == pytest.approx(1 / 3)
+    assert metrics["rollout/truncated"] == pytest.approx(1 / 3)
+    assert metrics["rollout/length"] == pytest.approx((3 + 2 + 3) / 3)
+    for name in ("zero_variance", "waiting_seconds", "failed"):
+        assert metrics[f"rollout/{name}"] == 0
+    assert metrics["rollout/latency"] == 0.25
+    assert metrics["rollout/seconds"] > 0
+    speed = 8 * 2 * PER_CALL / metrics["rollout/seconds"]
+    assert metrics["rollout/tokens_per_second"] == pytest.approx(speed)
+    assert store.take_metrics() == {}
 
 
 def test_serve_refreshes_once_and_before_the_next_portion(make):
@@ -200,26 +201,6 @@ def test_serve_refreshes_once_and_before_the_next_portion(make):
     assert sampler.refreshed == [(4, str(path(4))), (8, str(path(8)))]
     assert [g.policy_version for g in held(store)] == [4] * 4 + [8] * 2
     assert worker.versions() == {8}
-
-
-def test_metrics_say_what_was_sampled_since_the_last_call(make):
-    worker, _, store = make()
-    assert store.take_metrics() == {}
-    worker.produce()
-    worker.produce()
-    metrics = store.take_metrics()
-    assert metrics["rollout/groups"] == 2 * PER_CALL
-    assert metrics["rollout/reward"] == pytest.approx(1 / 3)
-    assert metrics["rollout/truncated"] == pytest.approx(1 / 3)
-    assert metrics["rollout/length"] == pytest.approx((3 + 2 + 3) / 3)
-    for name, value in (("zero_variance", 0), ("waiting_seconds", 0), ("failed", 0)):
-        assert metrics[f"rollout/{name}"] == value
-    assert metrics["rollout/latency"] == 0.25
-    assert metrics["rollout/seconds"] > 0
-    assert metrics["rollout/tokens_per_second"] == pytest.approx(
-        8 * 2 * PER_CALL / metrics["rollout/seconds"]
-    )
-    assert store.take_metrics() == {}
 
 
 def test_groups_that_the_buffer_drops_are_counted(make, tmp_path):
@@ -291,13 +272,13 @@ def test_groups_are_rewarded_beside_each_other(make):
 def test_the_thread_fills_the_buffer_and_goes_on_when_there_is_room(make):
     worker, sampler, store = make(capacity=5)  # two portions fit, a third does not
     worker.start()
-    until(lambda: len(store) == 4)
-    until(lambda: snapshot(store)[1] == [4])  # half of the third is taken
+    wait_until(lambda: len(store) == 4)
+    wait_until(lambda: snapshot(store)[1] == [4])  # half of the third is taken
     time.sleep(0.1)
     assert (len(store), len(sampler.asked)) == (4, 2)
     worker.check()
     taken = store.take(1, 0, step=0)
-    until(lambda: len(store) == 5)
+    wait_until(lambda: len(store) == 5)
     time.sleep(0.1)
     assert (len(store), len(sampler.asked)) == (5, 3)
     assert snapshot(store)[1] == []
@@ -307,7 +288,7 @@ def test_the_thread_fills_the_buffer_and_goes_on_when_there_is_room(make):
 def test_seconds_without_room_are_reported_even_if_the_learner_asks_before_the_next_groups(make):
     worker, sampler, store = make(capacity=2, permits=1)
     worker.start()
-    until(lambda: len(store) == 2)
+    wait_until(lambda: len(store) == 2)
     assert store.take_metrics()["rollout/groups"] == 2
     time.sleep(0.3)  # the thread has no room
     sampler.started.acquire()
@@ -315,7 +296,7 @@ def test_seconds_without_room_are_reported_even_if_the_learner_asks_before_the_n
     assert sampler.started.acquire(timeout=PATIENCE)  # it samples again,
     assert store.take_metrics() == {}  # and has nothing to show yet
     sampler.permits.release()
-    until(lambda: len(store) == 2)
+    wait_until(lambda: len(store) == 2)
     assert 0.25 < store.take_metrics()["rollout/waiting_seconds"] < PATIENCE
 
 
@@ -325,15 +306,15 @@ def test_a_group_that_is_being_rewarded_is_in_the_state_and_its_version_stays(ma
     worker, sampler, store = make(mode="keep_with_anchor", reward=slow, reward_threads=2, permits=1)
     store.set_target(4, path(4))
     worker.start()
-    until(lambda: len(sampler.asked) == 2 and len(store) == 1)
+    wait_until(lambda: len(sampler.asked) == 2 and len(store) == 1)
     assert snapshot(store)[1] == [1, 2, 3]
     store.set_target(8, path(8))
     sampler.permits.release()
-    until(lambda: sampler.version == 8 and len(store) == 3)
+    wait_until(lambda: sampler.version == 8 and len(store) == 3)
     assert held_indices(store) == [0, 2, 3]
     assert worker.versions() == {4, 8}  # only the group that is being rewarded still needs 4
     rewarded.set()
-    until(lambda: 1 in held_indices(store))
+    wait_until(lambda: 1 in held_indices(store))
     assert worker.versions() == {8}
 
 
@@ -354,25 +335,25 @@ def test_a_version_stays_while_the_sampler_loads_it(make):
     store.set_target(8, path(8))
     assert worker.versions() == {0, 4, 8}
     loaded.set()
-    until(lambda: sampler.version == 8)
+    wait_until(lambda: sampler.version == 8)
 
 
 def test_a_new_version_serves_between_portions_and_what_is_late_is_counted(make):
     worker, sampler, store = make(mode="clear_on_sync", capacity=100, permits=1)
     store.set_target(0, path(0))
     worker.start()
-    until(lambda: len(sampler.asked) == 2 and len(store) == 2)  # one held, one in progress
+    wait_until(lambda: len(sampler.asked) == 2 and len(store) == 2)  # one held, one in progress
     store.set_target(5, path(5))
     assert (len(store), ends(store)) == (0, {"added": 2, "expired": 2})
     assert worker.versions() == {0, 5}
     assert sampler.version == 0  # a portion is never sampled from two versions
     sampler.permits.release()
-    until(lambda: len(sampler.asked) == 3 and ends(store)["added"] == 4)
+    wait_until(lambda: len(sampler.asked) == 3 and ends(store)["added"] == 4)
     assert (len(store), ends(store)) == (0, {"added": 4, "expired": 4})
     assert sampler.refreshed == [(5, str(path(5)))]
     assert worker.versions() == {5}
     sampler.permits.release()
-    until(lambda: len(store) == 2)
+    wait_until(lambda: len(store) == 2)
     assert {g.policy_version for g in held(store)} == {5}
 
 
@@ -386,16 +367,23 @@ def test_what_the_sampler_raises_reaches_the_learner(make):
     with pytest.raises(ZeroDivisionError, match="the fleet is gone"):
         store.wait(lambda: len(store) > 0, "x", deadline=PATIENCE, check=worker.check)
     assert time.monotonic() - started < PATIENCE / 2
-    assert wait_for_failure(worker, ZeroDivisionError) is failure
+    with pytest.raises(ZeroDivisionError) as caught:
+        wait_until(worker.check)
+    assert caught.value is failure
     assert snapshot(store) == (PER_CALL, [0, 1])
 
 
-def test_a_reward_that_fails_reaches_a_learner_that_has_enough(make):
+def test_a_reward_that_fails_reaches_the_learner_in_turns_or_when_it_has_enough(make):
+    worker, _, store = make(reward=lambda prompt, rollout: 1 / (1 - prompt.stream_index))
+    with pytest.raises(ZeroDivisionError):
+        worker.produce()
+    assert (snapshot(store)[1], held_indices(store)) == ([1], [0])
     fails_at_2 = lambda prompt, rollout: 1 / (2 - prompt.stream_index)
     worker, sampler, store = make(reward=fails_at_2, capacity=100)
     worker.start()
-    wait_for_failure(worker, ZeroDivisionError)
-    until(lambda: len(store) >= 2)
+    with pytest.raises(ZeroDivisionError):
+        wait_until(worker.check)
+    wait_until(lambda: len(store) >= 2)
     with pytest.raises(ZeroDivisionError):
         store.wait(lambda: len(store) > 0, "x", deadline=PATIENCE, check=worker.check)
     asked = len(sampler.asked)
@@ -407,7 +395,7 @@ def test_a_reward_that_fails_reaches_a_learner_that_has_enough(make):
 def test_stop_waits_for_what_the_sampler_goes_on_with(make):
     worker, sampler, store = make(permits=0)
     worker.start()
-    until(lambda: sampler.asked)
+    wait_until(lambda: sampler.asked)
     threading.Timer(0.1, lambda: sampler.permits.release(1)).start()
     worker.stop()
     assert (len(sampler.asked), sampler.closed) == (1, 1)
@@ -420,7 +408,7 @@ def test_stop_lets_rewards_end_and_leaves_the_rest_to_be_sampled_again(make, tmp
     worker, sampler, store = make(reward=slow, permits=1)
     sampler.gives_up = True
     worker.start()
-    until(lambda: len(sampler.asked) == 2)
+    wait_until(lambda: len(sampler.asked) == 2)
     worker.stop()
     assert ledger_of(tmp_path) == {"held": 6, "in flight": 6}
     assert (held_indices(store), snapshot(store)) == ([0, 1], (2 * PER_CALL, [2, 3]))
@@ -430,7 +418,7 @@ def test_stop_lets_rewards_end_and_leaves_the_rest_to_be_sampled_again(make, tmp
 def test_stop_has_a_deadline(make):
     worker, sampler, _ = make(deadline=0.1, permits=0)
     worker.start()
-    until(lambda: sampler.asked)
+    wait_until(lambda: sampler.asked)
     with pytest.raises(RunError, match=r"thread did not end in .* s \(rollout\.deadline\)"):
         worker.stop()
 
@@ -442,27 +430,21 @@ def test_rewards_have_a_deadline_in_turns(make):
     with pytest.raises(RunError, match=r"1 groups were not rewarded .* \(rollout\.deadline\)"):
         worker.produce()
     rewarded.set()
-    until(lambda: len(store) == PER_CALL)
+    wait_until(lambda: len(store) == PER_CALL)
 
 
 def test_waiting_for_room_has_a_deadline_and_an_end(make):
     waiting, _, store = make(capacity=2)
     waiting.start()
-    until(lambda: len(store) == 2)
+    wait_until(lambda: len(store) == 2)
     started = time.monotonic()
     waiting.stop()
     assert time.monotonic() - started < PATIENCE / 2
     worker, _, store = make(capacity=2, deadline=0.1)
     worker.start()
-    wait_for_failure(worker, RunError, r"room in the buffer \(rollout\.deadline\)")
+    with pytest.raises(RunError, match=r"room in the buffer \(rollout\.deadline\)"):
+        wait_until(worker.check)
     assert len(store) == 2
-
-
-def test_a_reward_that_fails_reaches_the_learner_in_turns(make):
-    worker, _, store = make(reward=lambda prompt, rollout: 1 / (1 - prompt.stream_index))
-    with pytest.raises(ZeroDivisionError):
-        worker.produce()
-    assert (snapshot(store)[1], held_indices(store)) == ([1], [0])
 
 
 def test_stop_has_a_deadline_for_rewards(make):
@@ -486,4 +468,4 @@ def test_stop_has_a_deadline_for_rewards(make):
     with pytest.raises(RunError, match=r"rollout\.deadline"):
         worker.stop()
     rewarded.set()
-    until(lambda: len(store) == 1)
+    wait_until(lambda: len(store) == 1)
