@@ -3,7 +3,6 @@
 Run as a program, this file writes groups for ever, to be killed.
 """
 
-import dataclasses
 import itertools
 import json
 import os
@@ -29,13 +28,11 @@ def make_prompt(draw):
     return Prompt(f"id{draw % 10}", draw, np.zeros(1, np.int32), "", "", "")
 
 
-def make_rollout(length, version, reason="stop"):
-    return Rollout(np.zeros(length, np.int32), np.zeros(length, np.float32), version, reason)
-
-
-def make_sampled(draw, *, lengths=(3, 5), version=4, server="a", seconds=0.5, attempts=()):
-    reasons = ["length" if length >= 8 else "stop" for length in lengths]
-    rollouts = tuple(make_rollout(n, version, r) for n, r in zip(lengths, reasons, strict=True))
+def make_sampled(draw, *, lengths=(3, 5), server="a", seconds=0.5, attempts=()):
+    rollouts = tuple(
+        Rollout(np.zeros(n, np.int32), np.zeros(n, np.float32), 4, "length" if n >= 8 else "stop")
+        for n in lengths
+    )
     return Sampled(make_prompt(draw), rollouts, server, seconds, attempts)
 
 
@@ -102,6 +99,8 @@ def test_a_rollout_from_request_to_training(writer):
     assert (second.tokens, second.finish_reason, second.reward) == (8, "length", 1.0)
     assert (first.state, first.step, first.reason, first.reissued_as) == ("trained", 12, None, None)
     assert 1.7e9 < first.requested <= first.sampled <= first.ended
+    writer.ledger.resume(writer.ledger.position(), [7])  # a replay goes on using it
+    assert writer.balance() == {"trained": N}
 
 
 def test_attempts_that_came_to_nothing_are_rows_that_name_their_successors(writer):
@@ -192,14 +191,6 @@ def test_a_run_that_goes_back_further_than_before(writer):
     assert writer.balance() == {"held": N, "rewound": 2 * N}
 
 
-def test_what_a_replay_goes_on_using_is_trained(writer):
-    writer.request(0)
-    writer.sampled(0)
-    writer.end(0, "trained", 3)
-    writer.ledger.resume(writer.ledger.position(), [0])
-    assert writer.balance() == {"trained": N}
-
-
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(writer):
     writer.request(0, 1)
     writer.sampled(0)
@@ -226,20 +217,10 @@ def test_a_torn_line_is_ignored_and_then_removed(writer, cut):
     assert writer.balance() == {"rewound": N, "in flight": N}
 
 
-def test_a_file_that_is_shorter_than_the_checkpoint_knows_is_refused(writer):
-    writer.request(0)
-    position = writer.ledger.position()
-    assert position == writer.path.stat().length
-    writer.ledger.close()
-    writer.path.unlink()
-    writer.reopen()
-    with pytest.raises(UserError, match=rf"{FILE} has 0 bytes but .* {position}"):
-        writer.ledger.resume(position, [])
-
-
-def test_a_damaged_line_is_refused_with_its_place(writer):
+def test_a_file_that_is_damaged_missing_or_too_short_is_refused(writer):
     writer.request(0, 1, 2)
-    content = writer.path.read_bytes()
+    position, content = writer.ledger.position(), writer.path.read_bytes()
+    assert position == len(content)
     second = content.index(b"\n") + 1
     writer.path.write_bytes(content[: second + 4] + b"#" + content[second + 5 :])
     with pytest.raises(UserError, match=f"damaged at byte {second}"):
@@ -247,6 +228,9 @@ def test_a_damaged_line_is_refused_with_its_place(writer):
     writer.path.unlink()
     with pytest.raises(UserError, match="missing"):
         writer.read()
+    writer.reopen()
+    with pytest.raises(UserError, match=rf"{FILE} has 0 bytes but .* {position}"):
+        writer.ledger.resume(position, [])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -393,24 +377,24 @@ def test_the_command_says_whether_the_sums_balance(writer, tmp_path, monkeypatch
 
 def guarded(*reward, tokens=(65, 66)):
     """A group for the guard, whose tokens are characters."""
-    rollout = make_rollout(len(tokens), 0, "length")
-    rollouts = (dataclasses.replace(rollout, tokens=np.array(tokens, np.int32)),) * len(reward)
+    logp = np.zeros(len(tokens), np.float32)
+    rollout = Rollout(np.array(tokens, np.int32), logp, 0, "length")
     asked = Prompt("id7", 0, np.array([80, 81], np.int32), "", "the reference", "")
-    return Group(asked, rollouts, np.array(reward, np.float32))
+    return Group(asked, (rollout,) * len(reward), np.array(reward, np.float32))
 
 
-def decode(tokens):
-    return "".join(map(chr, tokens))
+def guard_of(limit):
+    return ZeroRewardGuard(limit=limit, decode=lambda tokens: "".join(map(chr, tokens)))
 
 
 def test_groups_without_a_reward_are_counted_in_a_row():
-    guard = ZeroRewardGuard(limit=3, decode=decode)
+    guard = guard_of(3)
     for reward in ((0, 0), (0, 0), (0, 1), (0, 0), (0, -0.5), (0, 0), (0, 0)):
         guard.note(guarded(*reward))
     assert guard.count == 2
     with pytest.raises(NoReward, match="last 3 groups"):
         guard.note(guarded(0, 0))
-    off = ZeroRewardGuard(limit=0, decode=decode)
+    off = guard_of(0)
     for _ in range(50):
         off.note(guarded(0, 0))
     assert off.count == 50
@@ -419,7 +403,7 @@ def test_groups_without_a_reward_are_counted_in_a_row():
 def test_the_message_shows_the_prompt_and_some_responses():
     long = tuple(range(65, 91)) * 40
     with pytest.raises(NoReward) as stopped:
-        ZeroRewardGuard(limit=1, decode=decode).note(guarded(0, 0, 0, 0, 0, tokens=long))
+        guard_of(1).note(guarded(0, 0, 0, 0, 0, tokens=long))
     text = str(stopped.value)
     assert "rollout.max_zero_reward_groups=1" in text
     assert all(shown in text for shown in ("id7\nPQ\n", "the reference"))
@@ -431,11 +415,8 @@ def test_a_kill_loses_no_event_that_was_told(tmp_path):
     """The child says of each event, after it, that it was told; all of these are in the file."""
     position, held = 0, []
     for kill in range(3):
-        child = subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path), str(position), json.dumps(held)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command = [sys.executable, __file__, str(tmp_path), str(position), json.dumps(held)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         stream = child.stdout
         told = [stream.readline() for _ in range(200 + 37 * kill)]
         os.kill(child.pid, signal.SIGKILL)
@@ -462,19 +443,15 @@ def test_a_kill_loses_no_event_that_was_told(tmp_path):
 def write_for_ever(directory, position, held):
     writer = Writer(epath.Path(directory))
     writer.ledger.resume(position, held)
-    done = {
-        e.stream_index
-        for e in LedgerReport(writer.path).groups()
-        if e.state not in ("in flight", "rewound")
-    }
-    for draw in (draw for draw in itertools.count() if draw not in done):
-        for kind, act in (
-            ("request", lambda draw=draw: writer.request(draw)),
-            ("sampled", lambda draw=draw: writer.sampled(draw)),
-            ("trained", lambda draw=draw: writer.end(draw, "trained", 0)),
-        ):
-            act()
-            print(kind, draw, flush=True)
+    entries = writer.read().groups()
+    done = {e.stream_index for e in entries if e.state not in ("in flight", "rewound")}
+    for draw in itertools.filterfalse(done.__contains__, itertools.count()):
+        writer.request(draw)
+        print("request", draw, flush=True)
+        writer.sampled(draw)
+        print("sampled", draw, flush=True)
+        writer.end(draw, "trained", 0)
+        print("trained", draw, flush=True)
 
 
 if __name__ == "__main__":

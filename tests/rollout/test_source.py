@@ -40,12 +40,8 @@ class Host0:
         return self.source.collect(step, self.stop)
 
 
-@pytest.fixture
-def host(monkeypatch):
-    return Host0(monkeypatch)
-
-
-def test_versions_in_use_are_those_of_all_hosts_at_the_last_step(host):
+def test_versions_in_use_are_those_of_all_hosts_at_the_last_step(monkeypatch):
+    host = Host0(monkeypatch)
     assert host.source.versions() == set()
     host.mine, host.other[2] = {0, 4}, [0, 8]
     host.collect(3)
@@ -54,22 +50,16 @@ def test_versions_in_use_are_those_of_all_hosts_at_the_last_step(host):
     assert host.source.versions() == {0, 4, 8}  # the same on all hosts
     host.collect(4)
     assert host.source.versions() == {0, 8}
-
-
-def test_a_single_host_uses_its_own_versions(host, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 1)
     host.mine = {0, 4}
-    assert host.source.versions() == {0, 4}
+    assert host.source.versions() == {0, 4}  # a single host's own
 
 
-def test_a_stop_of_one_host_stops_all(host):
+def test_a_stop_or_a_lost_fleet_of_one_host_ends_all(monkeypatch):
+    host = Host0(monkeypatch)
     host.other = ["SIGTERM", "", []]
-    stop: Any = SimpleNamespace(requested="")
-    groups, _ = host.source.collect(3, stop)
-    assert (groups, stop.requested) == ([], "SIGTERM")
-
-
-def test_a_lost_fleet_of_one_host_ends_all(host):
+    groups, _ = host.source.collect(3, host.stop)
+    assert (groups, host.stop.requested) == ([], "SIGTERM")
     host.other = ["", "no server is left", []]
     with pytest.raises(FleetLost, match="no server is left"):
         host.collect(4)
