@@ -49,12 +49,6 @@ class Host:
         (path / publisher.COMMITTED).touch()
 
 
-def test_host_0_writes_a_version(tmp_path, monkeypatch):
-    host = Host(tmp_path, monkeypatch, index=0)
-    host.versions.publish(4, None)
-    assert (host.saved, host.written) == ([4], [4])
-
-
 def test_another_host_waits_for_the_marker_and_touches_nothing(tmp_path, monkeypatch):
     host = Host(tmp_path, monkeypatch, index=1)
     part = publisher.version_path(host.directory, 4) / "model.safetensors"
