@@ -17,7 +17,6 @@ from oapl_jax.rollout.dataset import Dataset, DatasetWriter
 from oapl_jax.structs import Group, Rollout
 
 ABOUT = {"version": 5}
-PATIENCE = 20.0  # seconds until a test gives up
 
 
 def rollout(tokens, *, logp=-0.5, cut=False):
@@ -86,13 +85,6 @@ def test_grading_goes_on_where_it_was_killed(tmp_path, lives):
         assert judge.asked in asked
 
 
-def test_verdicts_are_those_of_these_responses(tmp_path):
-    respond(tmp_path, FIVE)
-    (judge := Judge()).asked = 100  # by another benchmark before
-    assert grade(tmp_path, judge, threads=2)[0].verdicts == {"asked": 15}
-    assert grade(tmp_path, Judge())[0].verdicts == {"asked": 15}
-
-
 def test_more_samples_need_their_grades_only(tmp_path):
     respond(tmp_path, [(row, 0, 4) for row in range(3)])
     assert grade(tmp_path, judge := Judge(), n=3)[0].correct.sum() == 3 * 2
@@ -104,9 +96,17 @@ def test_more_samples_need_their_grades_only(tmp_path):
     assert judge.asked == 12 + 6
 
 
-def test_another_grader_grades_anew(tmp_path):
+def test_grades_and_verdicts_are_those_of_these_responses_by_this_grader(tmp_path):
     respond(tmp_path, FIVE)
-    grade(tmp_path, Judge())
+    (judge := Judge()).asked = 100  # by another benchmark before
+    assert grade(tmp_path, judge, threads=2)[0].verdicts == {"asked": 15}
+    assert grade(tmp_path, Judge())[0].verdicts == {"asked": 15}
+    for path in (tmp_path / "r").iterdir():
+        path.unlink()
+    respond(tmp_path, FIVE, logp=-7)  # others in the same places
+    for asked in (15, 0):
+        assert grade(tmp_path, judge := Judge())[0].graded.all()
+        assert judge.asked == asked
     other = lambda prompt, rollouts: ([1.0] * len(rollouts), ["same"] * len(rollouts))
     assert grade(tmp_path, other)[0].correct.sum() == 9  # the file stands
     graded, _ = grade(tmp_path, other, about={"format": "g", "grader": "new"})
@@ -115,23 +115,12 @@ def test_another_grader_grades_anew(tmp_path):
     assert (tmp_path / "g").read_text().count("\n") == 1 + 9
 
 
-def test_other_responses_in_the_same_place_are_graded_anew(tmp_path):
-    respond(tmp_path, FIVE)
-    grade(tmp_path, Judge())
-    for path in (tmp_path / "r").iterdir():
-        path.unlink()
-    respond(tmp_path, FIVE, logp=-7)
-    for asked in (15, 0):
-        assert grade(tmp_path, judge := Judge())[0].graded.all()
-        assert judge.asked == asked
-
-
 def test_groups_are_graded_beside_each_other(tmp_path):
     respond(tmp_path, [(row, 0, 2) for row in range(3)])
-    together = threading.Barrier(3)
+    together = threading.Barrier(3, timeout=20)
 
     def judge(prompt, rollouts):
-        together.wait(PATIENCE)
+        together.wait()
         return [1.0] * len(rollouts), [""] * len(rollouts)
 
     assert grade(tmp_path, judge, n=2, threads=3)[0].correct.all()
