@@ -32,20 +32,17 @@ def test_round_trip(tokenizer, text):
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_ids_are_specials_then_characters_in_order(tokenizer):
+def test_ids_are_specials_then_characters_in_order_and_others_raise(tokenizer):
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
     assert tokenizer.encode(CHARACTERS) == list(range(2, 2 + len(CHARACTERS)))
     assert len(tokenizer) == 2 + len(CHARACTERS)
-
-
-def test_the_template_concatenates_contents_and_unknown_characters_raise(tokenizer):
-    chat = [{"role": "user", "content": "1+2="}, {"role": "assistant", "content": "3"}]
-    assert tokenizer.apply_chat_template(chat, tokenize=False) == "1+2=3"
     with pytest.raises(Exception, match="UNK"):
         tokenizer.encode("1z2")
 
 
-def test_other_programs_load_the_same(tokenizer):
+def test_other_programs_load_the_same_with_its_template(tokenizer):
+    chat = [{"role": "user", "content": "1+2="}, {"role": "assistant", "content": "3"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "1+2=3"
     text = "3 * (4+5) =\n27"
     for kind in (AutoTokenizer, PreTrainedTokenizerFast):
         loaded = kind.from_pretrained(tokenizer.name_or_path, local_files_only=True)
@@ -54,19 +51,16 @@ def test_other_programs_load_the_same(tokenizer):
         assert loaded.eos_token_id == 1
 
 
-def test_a_missing_tokenizer_is_named(tmp_path):
+def test_a_missing_or_incomplete_tokenizer_is_named(tmp_path):
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=str(place)):
             load_tokenizer(place)
-
-
-@pytest.mark.parametrize("attribute", ["chat_template", "eos_token"])
-def test_an_incomplete_tokenizer_is_named(tmp_path, attribute):
-    tokenizer = make_character_tokenizer("01", tmp_path / "whole")
-    setattr(tokenizer, attribute, None)
-    tokenizer.save_pretrained(str(tmp_path / "less"))
-    with pytest.raises(UserError, match=f"less has no {attribute}"):
-        load_tokenizer(tmp_path / "less")
+    for attribute in ("chat_template", "eos_token"):
+        tokenizer = make_character_tokenizer("01", tmp_path / "whole")
+        setattr(tokenizer, attribute, None)
+        tokenizer.save_pretrained(str(tmp_path / "less"))
+        with pytest.raises(UserError, match=f"less has no {attribute}"):
+            load_tokenizer(tmp_path / "less")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -134,11 +135,6 @@ def test_a_refused_layout_is_kept_and_skipped(config, tmp_path):
         assert swept(config, planner, path)["mesh"]["tensor"] == 2
     refused = {plan.get("refused") for plan in json.loads(path.read_text()).values()}
     assert {"the compiler gives up", "a host needs a group"} < refused
-
-
-def test_if_all_layouts_are_refused_the_error_has_the_last_refusal(config, tmp_path):
-    def plan_of(_):
-        raise UserError("groups_per_step=32 can't be divided over 64 hosts")
-
+    no_layout = mock.Mock(side_effect=UserError("groups_per_step=32 can't be divided"))
     with pytest.raises(UserError, match="groups_per_step=32"):
-        swept(config, plan_of, epath.Path(tmp_path) / "kept.json")
+        swept(config, no_layout, epath.Path(tmp_path) / "other.json")

@@ -77,10 +77,8 @@ def test_missing_scores_are_excluded_from_every_mean():
 
     every = slice(None)
     # A comparator that was never scored is one comparator less, an objective one objective less.
-    found, expected = (
-        without(every, every, 2),
-        blackwell_winner(np.delete(preference, 2, 2), beta=0.3),
-    )
+    found = without(every, every, 2)
+    expected = blackwell_winner(np.delete(preference, 2, 2), beta=0.3)
     np.testing.assert_allclose(found.value, expected.value, rtol=1e-12)
     np.testing.assert_allclose(found.target, expected.target, rtol=1e-12)
     assert found.adversary[2] == 0
