@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from small_runs import typed
+from small_runs import ROOT, typed
 
 from configs import arithmetic
 from oapl_jax import train
@@ -22,7 +21,6 @@ from oapl_jax.objectives import bind
 from oapl_jax.objectives.aggregation import sequence_weights
 from oapl_jax.structs import Group, Prompt, Rollout
 
-ROOT = Path(__file__).parents[2]
 OAPL = bind("oapl", dict(beta1=0.5, beta2=0.1))
 TBA = bind("tba", dict(tba=dict(beta=0.1)), group_size=4)  # needs whole groups
 LAYOUT = dict(micro_batches=1, row_length=32, rows_multiple=1, logp_chunk=1)
@@ -188,19 +186,14 @@ def test_whole_groups_always_fit_a_divisor_of_their_number():
     check_whole_groups(6, 4, 2, three)
 
 
-@pytest.mark.parametrize("what", ["prompt", "response"])
-def test_a_prompt_or_response_longer_than_its_setting_is_refused(what):
-    groups = make_groups(np.random.default_rng(5), 4, 12, 12)
-    with pytest.raises(UserError, match=rf"max_{what}_tokens=3"):
-        batch_of(groups, **{f"max_{what}_tokens": 3})
-
-
-def test_a_sequence_longer_than_a_row_is_refused():
+def test_a_prompt_response_or_sequence_that_is_too_long_is_refused():
     groups = make_groups(np.random.default_rng(2), 4, 8, 16)
     longest = max(len(g.prompt.tokens) + len(r.tokens) for g in groups for r in g.rollouts)
     batch_of(groups, row_length=longest)
-    with pytest.raises(UserError, match=rf"learner\.row_length={longest - 1}"):
-        batch_of(groups, row_length=longest - 1)
+    limits = dict(row_length=longest - 1, max_prompt_tokens=3, max_response_tokens=3)
+    for name, limit in limits.items():
+        with pytest.raises(UserError, match=rf"\.{name}={limit}"):
+            batch_of(groups, **{name: limit})
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1])

@@ -18,9 +18,6 @@ from oapl_jax.structs import Group, Prompt, Rollout, decode_groups
 
 PATIENCE = 20.0  # seconds until a test gives up
 
-MODES = ("clear_on_sync", "keep_with_anchor", "replay")
-ZERO_VARIANCE = ("keep", "drop", "weight")
-
 
 def new_buffer(mode, *, seed=0, on_end=lambda group, end, step: None, **changes):
     config = buffer_config(**{"mode": mode, "max_age": 8, "max_reuse": 2, **changes})
@@ -66,22 +63,15 @@ def test_clear_on_sync_keeps_only_the_version_that_serves():
     assert held(buffer) == [3, 4]
 
 
-def test_replay_draws_depend_on_seed_and_step():
-    def draw(seed, step):
+def test_replay_draws_are_uniform_and_depend_on_seed_and_step():
+    def draw(count, of, seed, step):
         buffer = new_buffer("replay", seed=seed)
-        fill(buffer, range(16))
-        return names(buffer.sample(4, step))
+        fill(buffer, range(of))
+        return tuple(names(buffer.sample(count, step)))
 
-    assert draw(0, 5) == draw(0, 5)
-    assert len({tuple(draw(seed, step)) for seed in range(3) for step in range(3)}) == 9
-
-
-def test_replay_covers_all_groups_alike():
-    counts = Counter()
-    for step in range(500):
-        buffer = new_buffer("replay")
-        fill(buffer, range(8))
-        counts.update(names(buffer.sample(2, step)))
+    assert draw(4, 16, seed=0, step=5) == draw(4, 16, seed=0, step=5)
+    assert len({draw(4, 16, seed, step) for seed in range(3) for step in range(3)}) == 9
+    counts = Counter(name for step in range(500) for name in draw(2, 8, 0, step))
     assert sorted(counts) == list(range(8))
     assert all(abs(count - 125) < 50 for count in counts.values())  # five deviations
 
@@ -96,8 +86,8 @@ def test_room_is_asked_for_by_the_number_of_groups():
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("zero_variance", ZERO_VARIANCE)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("zero_variance", ["keep", "drop", "weight"])
+@pytest.mark.parametrize("mode", ["clear_on_sync", "keep_with_anchor", "replay"])
 def test_every_group_is_accounted_for_whatever_happens(mode, zero_variance, seed):
     """Random operations, against a plain list that follows the same rules."""
     rng = np.random.default_rng(seed)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import threading
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,21 +30,14 @@ from oapl_jax.rollout.ledger import FILE, Ledger, LedgerReport
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Group, decode_groups
 
-PATIENCE = 20.0  # seconds until a test gives up
 
-
-class Tokenizer:
-    eos_token_id = 1
-
-    def __init__(self, *tokens):
-        self._vocabulary = {token: i for i, token in enumerate(tokens)}
-
-    def get_vocab(self):
-        return self._vocabulary
+def tokenizer(*tokens):
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return SimpleNamespace(eos_token_id=1, get_vocab=lambda: vocabulary)
 
 
 def about(**changes):
-    settings = dict(task="chain_sum", tokenizer=Tokenizer("a", "b"), model=small_config())
+    settings = dict(task="chain_sum", tokenizer=tokenizer("a", "b"), model=small_config())
     settings |= dict(sampling=Sampling(0.7, 0.9, 5, 16), group_size=3, made={"by": "test"})
     return dataset.identity(**settings | changes)
 
@@ -154,21 +148,13 @@ def test_files_that_a_kill_leaves_do_not_count(tmp_path):
 
 CHANGES = {
     "task": dict(task="sorting"),
-    "tokenizer": dict(tokenizer=Tokenizer("b", "a")),
+    "tokenizer": dict(tokenizer=tokenizer("b", "a")),
     "model": dict(model=small_config(hidden_size=64)),
     "temperature": dict(sampling=Sampling(0.8, 0.9, 5, 16)),
     "top_k": dict(sampling=Sampling(0.7, 0.9, 6, 16)),
     "group_size": dict(group_size=4),
     "made": dict(made={"by": "train"}),
 }
-
-
-def test_a_dataset_has_one_identity(tmp_path):
-    write(tmp_path, [make_group(0)])
-    for name, change in CHANGES.items():
-        with pytest.raises(UserError, match=rf"\({name}: .* -> "):
-            write(tmp_path, of=about(**change))
-    assert len(read(tmp_path)) == 1
 
 
 def test_a_dataset_has_one_writer_on_a_local_disk(tmp_path):
@@ -206,7 +192,7 @@ def test_a_damaged_or_old_manifest_is_refused(tmp_path, content):
         read(tmp_path)
 
 
-def test_a_run_takes_only_groups_that_it_can_train_on(tmp_path):
+def test_a_dataset_has_one_identity_and_a_run_takes_only_groups_that_it_can_train_on(tmp_path):
     groups = [make_group(i) for i in range(6)]
     write(tmp_path, groups)
     found = read(tmp_path)
@@ -214,6 +200,8 @@ def test_a_run_takes_only_groups_that_it_can_train_on(tmp_path):
     found.check(about(made={}), max_prompt_tokens=4)
     found.check(about(sampling=Sampling(0.7, 1.0, 0, longest)), max_prompt_tokens=4)
     for name, change in CHANGES.items():
+        with pytest.raises(UserError, match=rf"\({name}: .* -> "):
+            write(tmp_path, of=about(**change))
         if name not in ("made", "top_k"):
             with pytest.raises(UserError, match=f"{name}: .* -> "):
                 found.check(about(**change), max_prompt_tokens=4)
@@ -222,21 +210,17 @@ def test_a_run_takes_only_groups_that_it_can_train_on(tmp_path):
         found.check(about(sampling=shorter), max_prompt_tokens=4)
     with pytest.raises(UserError, match=r"data\.max_prompt_tokens"):
         found.check(about(), max_prompt_tokens=3)
+    assert len(read(tmp_path)) == 6
 
 
-def run_fill(directory, sampler, *, prompts=3, n=5, at_once=2, reward=None, threads=1, seen=None):
+def run_fill(directory, sampler, *, prompts=3, n=5, at_once=2, reward=None, threads=1, see=print):
     """Samples what is missing; returns the tokens of each sample of each prompt."""
     about, sizes = {"task": "t"}, dict(groups_per_shard=2, weights_digest=str)
-    writer = DatasetWriter(epath.Path(directory), about, **sizes)
     reward = reward or (lambda prompt, rollout: float(prompt.answer))
     how = dict(version=VERSION, n=n, at_once=at_once, sampling=SAMPLING, reward_threads=threads)
-    how |= dict(note=lambda group: None, progress=[].append if seen is None else seen.append)
-    with contextlib.closing(writer):
+    how |= dict(note=lambda group: None, progress=see)
+    with contextlib.closing(DatasetWriter(epath.Path(directory), about, **sizes)) as writer:
         dataset.fill(writer, make_prompts(prompts), sampler, reward, **how)
-    return contents(directory, prompts, n)
-
-
-def contents(directory, prompts, n):
     found = np.full((prompts, n, 2), -1)
     for group in read(directory):
         start, row = divmod(group.prompt.stream_index, prompts)
@@ -265,7 +249,7 @@ def test_requests_cover_the_missing_samples_and_nothing_else():
 @pytest.mark.parametrize("at_once", [1, 2, 3, 5, 99])
 def test_every_prompt_gets_n_samples_with_random_numbers_of_their_own(tmp_path, at_once):
     sampler, seen = ScriptedSampler(), []
-    found = run_fill(tmp_path, sampler, at_once=at_once, seen=seen, threads=3)
+    found = run_fill(tmp_path, sampler, at_once=at_once, see=seen.append, threads=3)
     assert len({tuple(tokens) for row in found for tokens in row}) == 15
     assert {n for _, n in sampler.asked} <= set(range(1, min(at_once, 5) + 1))
     assert seen == sorted(set(seen))
@@ -320,8 +304,8 @@ def test_failed_samples_are_missing_until_they_are_sampled(tmp_path, kind):
 
 
 def test_groups_are_rewarded_beside_each_other_and_a_failure_ends_it(tmp_path):
-    both = threading.Barrier(2)
-    together = lambda prompt, rollout: both.wait(PATIENCE)
+    both = threading.Barrier(2, timeout=20)
+    together = lambda prompt, rollout: both.wait()
     run_fill(tmp_path, ScriptedSampler(), prompts=2, n=1, reward=together, threads=2)
     with pytest.raises(ZeroDivisionError):
         run_fill(tmp_path / "other", ScriptedSampler(), reward=lambda p, r: 1 / (int(p.answer) - 1))
@@ -386,19 +370,13 @@ def test_the_dataset_order_ends(stream):
         recorded.take(3, step=9)
 
 
-def test_a_group_newer_than_the_learner_is_refused(stream):
-    recorded = stream(version=None)  # they are of version 4
-    with pytest.raises(UserError, match="version 4, newer"):
-        recorded.take(1, step=3)
-    assert recorded.take(1, step=4)[0].policy_version == 4
-
-
 def test_a_dataset_of_several_versions_is_of_none(stream):
     with pytest.raises(UserError, match=r"rollout\.dataset_version=-1"):
         stream([make_group(draw, version=draw) for draw in range(3)])
 
 
 def test_the_weights_that_a_round_starts_from_are_those_that_sampled_it(stream, tmp_path):
+    """And a learner with recorded versions is never older than a group."""
     path = epath.Path(tmp_path / "v000004")
     path.mkdir()
     stream(start=path)  # no manifest: nobody can tell
@@ -407,7 +385,10 @@ def test_the_weights_that_a_round_starts_from_are_those_that_sampled_it(stream, 
     (path / MANIFEST).write_text("weights 5")
     with pytest.raises(UserError, match=r"model\.path=.*v000004 did not sample"):
         stream(start=path)
-    stream(start=path, version=None)
+    recorded = stream(start=path, version=None)  # they are of version 4
+    with pytest.raises(UserError, match="version 4, newer"):
+        recorded.take(1, step=3)
+    assert recorded.take(1, step=4)[0].policy_version == 4
 
 
 def test_groups_of_equal_rewards_are_passed_over_and_counted(stream, tmp_path):
@@ -434,7 +415,7 @@ def test_a_set_of_equal_rewards_alone_ends_the_run(stream):
         recorded.take(1, step=0)
 
 
-def test_a_restored_stream_goes_on_like_the_first(stream):
+def test_a_stream_is_restored_only_as_it_was_and_goes_on_like_the_first(stream, tmp_path):
     first, second = stream(drop=True), stream(drop=True)
     for step in range(3):
         first.take(4, step)
@@ -444,13 +425,9 @@ def test_a_restored_stream_goes_on_like_the_first(stream):
     for step in range(3, 6):
         assert ids(first.take(4, step)) == ids(second.take(4, step))
     assert first.counts == second.counts == Counter(taken=24, zero_variance=0)
-
-
-def test_a_stream_is_restored_only_as_it_was(stream, tmp_path):
-    state = stream().state()
     for other in (dict(seed=1), dict(order="recorded")):
         with pytest.raises(UserError, match=r"rollout\.dataset"):
-            stream(**other).restore(state)
+            stream(drop=True, **other).restore(state)
     write(tmp_path / "set", [make_group(99)])
     with pytest.raises(UserError, match=r"rollout\.dataset"):
-        stream().restore(state)
+        stream(drop=True).restore(state)

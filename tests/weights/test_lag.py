@@ -6,16 +6,6 @@ import pytest
 
 from oapl_jax.weights.lag import LagPolicy
 
-POLICIES = [
-    LagPolicy("window", 1, 0),
-    LagPolicy("window", 5, 0),
-    LagPolicy("fixed", 0, 0),
-    LagPolicy("fixed", 4, 0),
-    LagPolicy("uniform", 0, 0),
-    LagPolicy("uniform", 4, 3),
-]
-NAMES = [f"{p.mode} {p.steps}" for p in POLICIES]
-
 
 def served(policy, steps):
     return [policy.serves(step) for step in range(steps)]
@@ -44,19 +34,26 @@ def test_uniform_lags_are_uniform_and_follow_from_seed_and_step():
     resumed = LagPolicy("uniform", 3, 7)
     assert [resumed.serves(s) for s in range(90, 100)] == served(policy, 100)[90:]
     assert served(LagPolicy("uniform", 3, 8), 100) != served(policy, 100)
-
-
-def test_uniform_draws_from_fewer_versions_at_the_start():
+    # It draws from fewer versions at the start.
     draws = [served(LagPolicy("uniform", 3, seed), 3) for seed in range(50)]
     assert [{*versions} for versions in zip(*draws, strict=True)] == [{0}, {0, 1}, {0, 1, 2}]
 
 
 @pytest.mark.parametrize("resumed_at", [None, 1, 7, 25])
-@pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
-def test_the_serving_version_was_published_and_not_collected(policy, resumed_at):
+@pytest.mark.parametrize(
+    ("mode", "steps", "least", "most"),
+    [
+        *(("window", 1, 0, 0), ("window", 5, 0, 4)),
+        *(("fixed", 0, 0, 0), ("fixed", 4, 4, 4)),
+        *(("uniform", 0, 0, 0), ("uniform", 4, 0, 4)),
+    ],
+)
+def test_the_serving_version_is_within_bounds_published_and_kept(
+    mode, steps, least, most, resumed_at
+):
     """Keeps only the versions of `needs`; a resumed run starts with those of its step."""
-    published, most_kept = set(), 0
-    for step in range(60):
+    policy, published, most_kept, lags = LagPolicy(mode, steps, 3), set(), 0, []
+    for step in range(200):
         if step == resumed_at:
             published = {v for v in policy.needs(step) if v < step}  # `step` is published again
         if policy.publishes(step):
@@ -64,14 +61,7 @@ def test_the_serving_version_was_published_and_not_collected(policy, resumed_at)
         published &= policy.needs(step)
         assert policy.serves(step) in published
         most_kept = max(most_kept, len(published))
-    assert most_kept == (1 if policy.mode == "window" else policy.steps + 1)
-
-
-@pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
-def test_lag_stays_within_its_bounds_and_reaches_them(policy):
-    most = policy.steps - 1 if policy.mode == "window" else policy.steps
-    found = [step - version for step, version in enumerate(served(policy, 200))]
-    assert max(found) == most
-    assert min(found) >= 0
-    least = most if policy.mode == "fixed" else 0
-    assert min(found[policy.steps :]) == least
+        lags.append(step - policy.serves(step))
+    assert most_kept == (1 if mode == "window" else steps + 1)
+    assert (min(lags[steps:]), max(lags)) == (least, most)
+    assert min(lags) >= 0
