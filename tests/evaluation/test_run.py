@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from etils import epath
-from small_runs import IN_PROCESS, cached_programs, opened, small_arithmetic
+from small_runs import IN_PROCESS, ROOT, cached_programs, opened, small_arithmetic
 
 from oapl_jax import build, rewards
 from oapl_jax.errors import UserError
@@ -20,7 +20,6 @@ from oapl_jax.learner import train_step
 from oapl_jax.rewards.grader import Grader
 from oapl_jax.rollout.dataset import Dataset
 
-ROOT = Path(__file__).parents[2]
 SUMS = {"1+1=": "2", "2+3=": "5", "4+4=": "8", "9-8=": "1", "3+4-1=": "6", "8-5=": "3"}
 PROBLEMS = list(SUMS.items())
 LONG = ("+".join("123456789") + "=", "45")
