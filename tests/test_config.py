@@ -1,5 +1,7 @@
 """Typed settings: every section validates itself, and a mistake names its setting."""
 
+import functools
+
 import pytest
 from small_runs import checked
 
@@ -15,6 +17,7 @@ from oapl_jax.preferences import JUDGES
 from oapl_jax.rewards.tasks import VERIFIERS
 
 NAN = float("nan")
+RECORDED = {"rollout.source": "dataset", "rollout.dataset": "x"}
 # Overrides of the default configuration, and the setting that the error names.
 MISTAKES = [
     ({"seed": -1}, "seed"),
@@ -67,17 +70,9 @@ MISTAKES = [
     ({"rollout.source": "tape"}, "rollout.source"),
     ({"rollout.source": "dataset"}, "rollout.dataset"),
     ({"rollout.dataset": "x"}, "rollout.dataset"),
+    (RECORDED | {"rollout.source": "both", "rollout.dataset_share": 0.01}, "rollout.dataset_share"),
     (
-        {"rollout.source": "both", "rollout.dataset": "x", "rollout.dataset_share": 0.01},
-        "rollout.dataset_share",
-    ),
-    (
-        {
-            "rollout.source": "dataset",
-            "rollout.dataset": "x",
-            "rollout.dataset_version": -1,
-            "objective.denominator": "learner",
-        },
+        RECORDED | {"rollout.dataset_version": -1, "objective.denominator": "learner"},
         "objective.denominator",
     ),
     ({"model.remat": "some"}, "model.remat"),
@@ -133,10 +128,7 @@ def test_a_mistake_of_an_objective_names_its_setting(objective, changes, setting
 )
 def test_an_unknown_key_at_any_depth_is_named_with_the_nearest(path, nearest):
     values = arithmetic.get_config().to_dict()
-    section = values
-    for name in path[:-1]:
-        section = section[name]
-    section[path[-1]] = 1
+    functools.reduce(dict.__getitem__, path[:-1], values)[path[-1]] = 1
     with pytest.raises(UserError, match=nearest):
         Config.from_dict(values)
 

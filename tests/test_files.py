@@ -79,10 +79,7 @@ def test_a_file_that_differs_from_its_manifest_entry_is_refused(tmp_path, conten
     write = lambda name: {**files.write_file(directory / name, [name.encode()]), "more": 1}
     entries = {name: write(name) for name in ("a", "ab")}
     files.check_files(directory, entries, remedy="")
-    if content is None:
-        (directory / "ab").unlink()
-    else:
-        (directory / "ab").write_bytes(content)
+    (directory / "ab").unlink() if content is None else (directory / "ab").write_bytes(content)
     with pytest.raises(UserError, match=r"ab is missing or damaged; copy it"):
         files.check_files(directory, entries, remedy="copy it")
 
