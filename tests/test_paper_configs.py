@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from etils import epath
-from small_runs import opened, typed
+from small_runs import metrics, opened, typed
 
 from configs import arithmetic, code_contests, competition_math, objectives
 from oapl_jax import audit, train
@@ -26,85 +26,72 @@ MATHS, CODE = competition_math.get_config, code_contests.get_config
 # again; where they state nothing, the configuration says [I].
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("model.path", "/data/models/Qwen3-4B-Thinking-2507"),
-        ("data.train", ("deepscaler",)),
-        ("data.sets.deepscaler.kind", "deepscaler"),
-        ("data.sets.deepscaler.rows", 40315),
-        ("data.task", "math"),
-        ("rollout.max_response_tokens", 16384),
-        ("lag.mode", "window"),
-        ("lag.steps", 50),
-        ("buffer.mode", "clear_on_sync"),
-        ("rollout.source", "live"),
-        ("rollout.overlap", True),
-        ("objective.name", "oapl"),
-        ("objective.beta1", 1.0),
-        ("objective.beta2", 1e-3),
-        ("objective.denominator", "behavior"),
-        ("objective.aggregation", "sequence"),
-        ("objective.kl_weight", 0.0),
-        ("optim.learning_rate", 1e-6),
-        ("optim.max_grad_norm", 1e-3),
-        ("model.dtype", "bfloat16"),
-        ("evaluation.n", 10),
-        ("evaluation.ks", (1, 5, 10)),
-        ("mesh.fsdp", 64),
-        # [I]
-        ("group_size", 8),
-        ("groups_per_step", 256 // 8),
-        ("rollout.temperature", 1.0),
-        ("rollout.top_p", 1.0),
-        ("buffer.zero_variance", "keep"),
-        ("data.max_prompt_tokens", 1024),
-        ("evaluation.max_response_tokens", 16384),
-    ],
-)
-def test_the_maths_run_is_the_papers(name, value):
-    assert flat_config(MATHS())[name] == value
+BOTH = {
+    "objective.name": "oapl",
+    "objective.beta1": 1.0,
+    "objective.beta2": 1e-3,
+    "objective.aggregation": "sequence",
+    "objective.kl_weight": 0.0,
+    "optim.learning_rate": 1e-6,
+    "model.dtype": "bfloat16",
+    "mesh.fsdp": 64,
+    "group_size": 8,  # [I] of the maths
+    "groups_per_step": 256 // 8,  # likewise
+}
+OF_MATHS = BOTH | {
+    "model.path": "/data/models/Qwen3-4B-Thinking-2507",
+    "data.train": ("deepscaler",),
+    "data.sets.deepscaler.kind": "deepscaler",
+    "data.sets.deepscaler.rows": 40315,
+    "data.task": "math",
+    "rollout.max_response_tokens": 16384,
+    "lag.mode": "window",
+    "lag.steps": 50,
+    "buffer.mode": "clear_on_sync",
+    "rollout.source": "live",
+    "rollout.overlap": True,
+    "objective.denominator": "behavior",
+    "optim.max_grad_norm": 1e-3,
+    "evaluation.n": 10,
+    "evaluation.ks": (1, 5, 10),
+    # [I]
+    "rollout.temperature": 1.0,
+    "rollout.top_p": 1.0,
+    "buffer.zero_variance": "keep",
+    "data.max_prompt_tokens": 1024,
+    "evaluation.max_response_tokens": 16384,
+}
+OF_CODE = BOTH | {
+    "data.train": ("primeintellect", "taco", "lcbv5"),
+    "data.task": "code",
+    "data.sets.taco.options.max_tests": 0,
+    "rewards.code.max_tests": 0,
+    "rewards.code.seconds_per_test": 6.0,
+    "rollout.max_response_tokens": 32000,
+    "data.max_prompt_tokens": 4096,
+    "evaluation.max_response_tokens": 65536,
+    "rollout.source": "dataset",
+    "objective.denominator": "learner",
+    "optim.b1": 0.9,
+    "optim.b2": 0.95,
+    "optim.eps": 1e-10,
+    "optim.weight_decay": 1e-8,
+    "optim.final_fraction": 0.05,
+    "optim.max_grad_norm": 1.0,
+    "rollout.temperature": 0.6,
+    "rollout.top_p": 0.95,
+    "evaluation.n": 20,
+    "buffer.zero_variance": "drop",  # [I]
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("data.train", ("primeintellect", "taco", "lcbv5")),
-        ("data.task", "code"),
-        ("data.sets.taco.options.max_tests", 0),
-        ("rewards.code.max_tests", 0),
-        ("rewards.code.seconds_per_test", 6.0),
-        ("rollout.max_response_tokens", 32000),
-        ("data.max_prompt_tokens", 4096),
-        ("evaluation.max_response_tokens", 65536),
-        ("rollout.source", "dataset"),
-        ("group_size", 8),
-        ("groups_per_step", 256 // 8),
-        ("objective.name", "oapl"),
-        ("objective.beta1", 1.0),
-        ("objective.beta2", 1e-3),
-        ("objective.denominator", "learner"),
-        ("objective.aggregation", "sequence"),
-        ("objective.kl_weight", 0.0),
-        ("optim.learning_rate", 1e-6),
-        ("optim.b1", 0.9),
-        ("optim.b2", 0.95),
-        ("optim.eps", 1e-10),
-        ("optim.weight_decay", 1e-8),
-        ("optim.final_fraction", 0.05),
-        ("optim.max_grad_norm", 1.0),
-        ("rollout.temperature", 0.6),
-        ("rollout.top_p", 0.95),
-        ("model.dtype", "bfloat16"),
-        ("evaluation.n", 20),
-        ("mesh.fsdp", 64),
-        # [I]
-        ("buffer.zero_variance", "drop"),
-    ],
-)
-@pytest.mark.parametrize("number", ["1", "2"])
-def test_the_code_runs_are_the_papers(number, name, value):
-    assert flat_config(CODE(f"round={number}"))[name] == value
+def test_the_runs_are_the_papers():
+    for config, expected in (
+        (MATHS(), OF_MATHS),
+        (CODE("round=1"), OF_CODE),
+        (CODE("round=2"), OF_CODE),
+    ):
+        assert flat_config(config).items() >= expected.items()
 
 
 def test_the_rounds_have_the_papers_lengths():
@@ -154,15 +141,10 @@ def test_the_benchmarks_are_the_papers():
 
 
 @pytest.mark.parametrize("make", [MATHS, CODE])
-def test_the_audit_knows_every_set_by_one_name(make):
+def test_the_audit_knows_every_set_by_one_name_and_one_setting_says_where_they_are(make):
     config = make()
     found = audit.sections(config.data.sets.to_dict(), config.benchmarks.to_dict())
     assert set(found) == {*config.data.sets, *config.benchmarks}
-
-
-@pytest.mark.parametrize("make", [MATHS, CODE])
-def test_one_setting_says_where_the_releases_are(make):
-    config = make()
     config.releases = "gs://bucket/releases"
     for one in (*config.data.sets.values(), *config.benchmarks.values()):
         assert one.path.startswith("gs://bucket/releases/")
@@ -211,8 +193,7 @@ class Shop:
         result = train.run(typed(config), workdir, SimpleNamespace(requested=""))
         assert result is not None
         train.report(typed(config), workdir, result)
-        lines = (workdir / "metrics.jsonl").read_text().splitlines()
-        return result, [json.loads(line) for line in lines]
+        return result, metrics(workdir)
 
     def publish(self, name, step):
         to = epath.Path(self.root / "versions")
@@ -245,8 +226,7 @@ class Shop:
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory, kept_programs):
-    root = tmp_path_factory.mktemp("shop")
-    return Shop(root)
+    return Shop(tmp_path_factory.mktemp("shop"))
 
 
 def test_the_maths_path(shop):
