@@ -28,6 +28,7 @@ from oapl_jax.files import JsonLines
 from oapl_jax.learner.optimizer import make_optimizer
 
 ROOT = Path(__file__).parents[2]
+NOWHERE = epath.Path("/nowhere")
 SECONDS = 900  # for a command, on a busy machine
 
 
@@ -83,24 +84,16 @@ def test_every_run_applies_to_its_locked_config(quick, tmp_path):
 
 
 def test_equal_settings_are_one_run(monkeypatch):
-    make = lambda **changes: make_run(
-        "train",
-        "arithmetic",
-        **{**dict(objective="oapl", seed=0, overrides={}, split="test"), **changes},
-    )
-    start = make_run("warm_up", "arithmetic", objective="oapl", seed=0, overrides={}, split="test")
+    default = dict(objective="oapl", seed=0, overrides={}, split="test")
+    make = lambda kind="train", **changes: make_run(kind, "arithmetic", **default | changes)
+    start = make("warm_up")
     runs = [make(), make(seed=1), make(overrides={"seed": 7}), make(start=start)]
     before = make().key
     assert len({run.key for run in runs}) == 4
     assert before == runs[0].key
-    default = arithmetic.get_config
-
-    def changed(argument=""):
-        config = default(argument)
-        config.optim.b2 = 0.5
-        return config
-
-    monkeypatch.setattr(arithmetic, "get_config", changed)  # as if a default was edited
+    edited = arithmetic.get_config("objective=oapl")
+    edited.optim.b2 = 0.5
+    monkeypatch.setattr(arithmetic, "get_config", lambda _: edited)
     key_of.cache_clear()
     assert make().key != before
     key_of.cache_clear()
@@ -123,10 +116,8 @@ def test_a_reset_of_adam_keeps_the_schedule():
     """Against Adam by hand, whose moments and bias correction begin anew at steps 0, 3, 6, .."""
     changes = dict(learning_rate=0.1, warmup_steps=2, weight_decay=0.01, max_grad_norm=1e9)
     settings = {**arithmetic.get_config().optim.to_dict(), **changes, "num_steps": 9}
-    optimizer, remembering = (
-        resetting(make_optimizer(**settings), every=3),
-        make_optimizer(**settings),
-    )
+    remembering = make_optimizer(**settings)
+    optimizer = resetting(make_optimizer(**settings), every=3)
     last = 0.1 * settings["final_fraction"]
     rate = optax.warmup_cosine_decay_schedule(0.1 / 3, 0.1, 2, decay_steps=9, end_value=last)
     gradients = np.random.default_rng(0).normal(size=(9, 4))
@@ -150,18 +141,13 @@ def test_a_reset_of_adam_keeps_the_schedule():
 
 
 def metric(step, kl, **more):
-    return {
-        "step": step,
-        "lag/mean": (step - 1) % 4,
-        "kl": kl,
-        "entropy": 0.2,
-        "reward": 0.5,
-    } | more
+    line = {"step": step, "lag/mean": (step - 1) % 4, "kl": kl, "entropy": 0.2, "reward": 0.5}
+    return line | more
 
 
 def test_drift_is_measured_at_the_end_of_windows():
     run = train(FULL, Arm("live", 8), "oapl", {"optim.learning_rate": 1e-3}, 0, "test")
-    config = run.resolve(epath.Path("/nowhere"))
+    config = run.resolve(NOWHERE)
     lines = [metric(s, s / 100, **{"buffer/added": 8 * s, "skipped": 0}) for s in range(1, 13)]
     lines[7] |= {"eval/pass@1": 0.5, "eval/entropy": 0.1}
     config.num_steps = 12
@@ -179,7 +165,7 @@ def test_drift_is_measured_at_the_end_of_windows():
 
 def test_generations_of_a_recorded_set_count_once():
     run = train(FULL, Arm("offline", 0), "oapl", {"optim.learning_rate": 1e-3}, 0, "test")
-    config = run.resolve(epath.Path("/nowhere"))
+    config = run.resolve(NOWHERE)
     lines = [metric(s, 0.0, **{"recorded/taken": 512 * s, "skipped": 0}) for s in range(1, 5)]
     assert summary(lines[:1], config, run)["generations"] == 512 * 8
     assert summary(lines, config, run)["generations"] == FULL.prompts * 8
@@ -208,7 +194,7 @@ def line_of(run, pass_at_1, *, entropy=0.1, level_at=None):
 
 
 def results_of(lines):
-    made = Results(epath.Path("/nowhere"))
+    made = Results(NOWHERE)
     for line in lines:
         made.take(line)
     return made
@@ -310,10 +296,8 @@ def test_intervals_are_those_of_student():
     """By hand, with the 97.5 % quantile of t at 4 degrees; and a difference is seed by seed."""
     runs = objectives.compared(FULL, Arm("live", 8), "oapl", {"optim.learning_rate": 1e-3})
     ours, theirs = SCORES["oapl"], SCORES["grpo_is"]
-    cells = [
-        table.Cell([line_of(r, x) for r, x in zip(runs, of, strict=True)], [])
-        for of in (ours, theirs)
-    ]
+    lines = lambda of: [line_of(run, value) for run, value in zip(runs, of, strict=True)]
+    cells = [table.Cell(lines(of), []) for of in (ours, theirs)]
     squares = sum((a - b - 0.114) ** 2 for a, b in zip(ours, theirs, strict=True))
     reach = 2.776445 * (squares / 4 / 5) ** 0.5
     mean, low, high = table.difference(*cells, "pass@1")
@@ -328,13 +312,8 @@ def test_intervals_are_those_of_student():
 
 
 def render(root, to, *more):
-    command = ["comparison", f"--root={root}", f"--to={to}", *more]
-    subprocess.run(
-        [sys.executable, "-m", f"experiments.{command[0]}", *command[1:]],
-        check=True,
-        cwd=ROOT,
-        timeout=SECONDS,
-    )
+    command = [sys.executable, "-m", "experiments.comparison", f"--root={root}", f"--to={to}"]
+    subprocess.run([*command, *more], check=True, cwd=ROOT, timeout=SECONDS)
 
 
 def test_pictures_and_tables_of_incomplete_results(tmp_path):
@@ -468,10 +447,9 @@ def test_the_quick_comparison_resumes_after_interruptions(tmp_path):
 
     # The stream of a replay is the same for both objectives, and is not what they sample.
     of = {
-        (settings["objective"], json.dumps(settings["stream"])): line
+        ((run := line["settings"])["objective"], json.dumps(run["stream"])): line
         for line in lines
-        for settings in [line["settings"]]
-        if settings["split"] == "test" and settings["kind"] == "train"
+        if (line["settings"]["split"], line["settings"]["kind"]) == ("test", "train")
     }
     streams = {name for _, name in of} - {"null"}
     assert len(streams) == 1 + len(QUICK.lags)
@@ -480,8 +458,8 @@ def test_the_quick_comparison_resumes_after_interruptions(tmp_path):
         assert of["oapl", name]["curve"]["kl"] != of["grpo", name]["curve"]["kl"]
     # Workdirs of finished runs are gone, but for those that others start from.
     kept = {line["key"] for line in lines if line["settings"]["kind"] != "train"}
-    recorded = {x["key"] for x in lines if "rollout.record" in x["settings"]["overrides"]}
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == kept | recorded
+    kept |= {line["key"] for line in lines if "rollout.record" in line["settings"]["overrides"]}
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == kept
 
     assert start(tmp_path).wait(SECONDS) == 0
     assert (tmp_path / RESULTS).read_text() == text

@@ -15,9 +15,7 @@ FITS = {
     "because": "train step: 9.00 GiB of 15.75 GiB",
     "layout": "fsdp 64, remat full, 4 micro-batches",
     "replicated": 0,
-    "roofline": dict(
-        compute=2.0, hbm=1.0, interconnect=0.5, host=0.0, tokens_per_second=1e6, mfu=0.5
-    ),
+    "roofline": dict(compute=2, hbm=1, interconnect=0.5, host=0, tokens_per_second=1e6, mfu=0.5),
     "fleet": dict(tokens_per_second=9e5),
 }
 NOT = {
@@ -130,15 +128,11 @@ def test_of_layouts_that_do_not_fit_the_one_that_splits_no_row_is_shown(monkeypa
 
 
 def test_layouts_go_from_whole_rows_to_parts_and_then_to_the_hosts():
+    meshes = {"fsdp 64": 4, "fsdp 32 context 2": 8, "fsdp 16 context 4": 16, "fsdp 8 context 8": 32}
     assert [str(layout) for layout in layouts(256, 2560, 64)] == [
-        "fsdp 64, remat full, 4 micro-batches",
-        "fsdp 32 context 2, remat full, 8 micro-batches",
-        "fsdp 16 context 4, remat full, 16 micro-batches",
-        "fsdp 8 context 8, remat full, 32 micro-batches",
-        "fsdp 64, remat offload, 4 micro-batches",
-        "fsdp 32 context 2, remat offload, 8 micro-batches",
-        "fsdp 16 context 4, remat offload, 16 micro-batches",
-        "fsdp 8 context 8, remat offload, 32 micro-batches",
+        f"{mesh}, remat {remat}, {parts} micro-batches"
+        for remat in ("full", "offload")
+        for mesh, parts in meshes.items()
     ]
     assert str(next(layouts(256, 2560, 256))) == "fsdp 256, remat full, 1 micro-batches"
     assert str(next(layouts(256, 96, 64))) == "data 2 fsdp 32, remat full, 4 micro-batches"
