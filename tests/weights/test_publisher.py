@@ -49,12 +49,8 @@ class Tokenizer:
         (pathlib.Path(directory) / "tokenizer.json").write_text('{"a": 1}')
 
 
-def make_config(hidden_size=32):
-    sizes = dict(intermediate_size=3 * hidden_size, head_dim=hidden_size // 4)
-    return small_config(hidden_size=hidden_size, **sizes)
-
-
-SMALL, LARGE = make_config(), make_config(256)  # LARGE is 6 MB
+SMALL = small_config(intermediate_size=96)
+LARGE = small_config(hidden_size=256, intermediate_size=768, head_dim=64)  # 6 MB
 
 
 def save(workdir, step, params):
