@@ -4,11 +4,10 @@ Weights come from the committed checkpoints (two layers, hidden size 32, 64 toke
 are far from flat.
 """
 
-import functools
 import itertools
-import pathlib
 import re
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +15,13 @@ import numpy as np
 import pytest
 from etils import epath
 from scipy import stats
-from small_models import small_mesh
+from scipy.special import softmax
+from small_models import forward, golden_model, small_mesh
 
 from oapl_jax.config import LearnerConfig
 from oapl_jax.errors import UserError
 from oapl_jax.learner import packing, train_step
-from oapl_jax.model import hf
-from oapl_jax.model.transformer import Transformer, head, logits
+from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import bind
 from oapl_jax.rollout.local_sampler import LocalSampler, decode, mask_top_k_top_p
 from oapl_jax.rollout.sampler import Sampling
@@ -30,21 +29,14 @@ from oapl_jax.structs import Group, Prompt
 from oapl_jax.weights import publisher
 from oapl_jax.weights.checkpoint import Weights
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 NAME = "qwen3_tied"
 VOCAB = 64
 STOPS = tuple(range(0, VOCAB, 8))
 VERSION = 7
 
 
-@functools.cache
-def load(name):
-    config = hf.load_config(GOLDEN / name)
-    return config, hf.load_params(GOLDEN / name, config)
-
-
 def new_sampler(name=NAME, **settings):
-    config, params = load(name)
+    config, params = golden_model(name)
     defaults = dict(dtype="float32", stop_ids=(), seed=0, max_sequences=16, prompt_multiple=4)
     sampler = LocalSampler(config, **{**defaults, **settings})
     sampler.set_params(VERSION, params)
@@ -78,31 +70,14 @@ def tokens_of(groups):
     return [[r.tokens.tolist() for r in rollouts] for rollouts in groups]
 
 
-@functools.cache
-def forward(name):
-    """[B, T] tokens without padding on their left -> [B, T, V] logits, without a cache."""
-    config, params = load(name)
-
-    @jax.jit
-    def run(tokens):
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        model = Transformer(config, jnp.float32, "none")
-        hidden = model.apply({"params": params}, tokens, positions, jnp.ones_like(tokens))
-        return logits(hidden, head(params, config))  # pyright: ignore[reportArgumentType]
-
-    return run
+plain_forward = jax.jit(forward, static_argnums=0)
 
 
-def plain_logits(name, sequences, width=24):
+def plain_logits(sequences, width=24):
     padded = np.zeros((len(sequences), width), np.int32)
     for row, sequence in enumerate(sequences):
         padded[row, : len(sequence)] = sequence
-    return np.asarray(forward(name)(padded), np.float64)
-
-
-def softmax(scores):
-    scores = np.exp(scores - scores.max())
-    return scores / scores.sum()
+    return np.asarray(plain_forward(*golden_model(NAME), padded), np.float64)
 
 
 @pytest.mark.parametrize(
@@ -124,11 +99,9 @@ def test_log_probs_are_those_of_the_learners_packed_rows(name, temperature, top_
     assert np.sum(batch.segments.max(axis=-1) > 1) > 2  # rows are shared
     assert not np.any(batch.lag)
 
-    config, params = load(name)
-    mesh = small_mesh()
+    config, params = golden_model(name)
     model = Transformer(config, jnp.float32, "none")
-
-    step = train_step.make_logp_step(model, mesh, temperature=temperature, logp_chunk=8)
+    step = train_step.make_logp_step(model, small_mesh(), temperature=temperature, logp_chunk=8)
     assert batch.mask.sum() == sum(len(r.tokens) for g in groups for r in g.rollouts)
     np.testing.assert_allclose(step(params, batch), batch.behavior_logp, atol=1e-4, rtol=0)
 
@@ -137,7 +110,7 @@ def test_greedy_takes_the_best_token_of_the_plain_forward_pass():
     prompts = prompts_of()
     sampled = generate(new_sampler(), prompts, n=1, sampling=sampling(0.0))
     whole = [[*p.tokens, *rollouts[0].tokens] for p, rollouts in zip(prompts, sampled, strict=True)]
-    scores = plain_logits(NAME, whole)
+    scores = plain_logits(whole)
     for row, (prompt, (rollout,)) in enumerate(zip(prompts, sampled, strict=True)):
         assert (rollout.policy_version, rollout.finish_reason) == (VERSION, "length")
         assert (rollout.tokens.dtype, rollout.behavior_logp.dtype) == (np.int32, np.float32)
@@ -170,20 +143,20 @@ def chi_square(counts, probs):
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
 def test_tokens_follow_the_softmax_at_the_temperature(temperature):
     prompt, counts = count_first_tokens(128, temperature=temperature)
-    scores = plain_logits(NAME, [prompt])[0, len(prompt) - 1]
+    scores = plain_logits([prompt])[0, len(prompt) - 1]
     first = counts.sum(axis=1)
     assert chi_square(first, softmax(scores / temperature)) > 0.01
     assert chi_square(first, softmax(scores / (1.2 * temperature))) < 1e-4
 
     common = int(first.argmax())  # the second token must not depend on how the first was drawn
-    after = plain_logits(NAME, [[*prompt, common]])[0, len(prompt)]
+    after = plain_logits([[*prompt, common]])[0, len(prompt)]
     assert first[common] > 500
     assert chi_square(counts[common], softmax(after / temperature)) > 0.01
 
 
 def test_draws_cover_exactly_the_tokens_that_top_k_and_top_p_leave():
     prompt, counts = count_first_tokens(128, top_k=6, top_p=0.9)
-    probs = softmax(plain_logits(NAME, [prompt])[0, len(prompt) - 1])
+    probs = softmax(plain_logits([prompt])[0, len(prompt) - 1])
     kept = reference(np.log(probs)[None], 0.9, 6)[0]
     assert 1 < kept.sum() < 6
     np.testing.assert_array_equal(counts.sum(axis=1) > 0, kept)
@@ -311,18 +284,13 @@ def test_no_more_rows_are_decoded_than_a_power_of_two_needs(monkeypatch, prompts
     assert seen == [rows] * -(-prompts // rows)
 
 
-class Tokenizer:
-    def save_pretrained(self, directory):
-        (pathlib.Path(directory) / "tokenizer.json").write_text("{}")
-
-
 def publish(directory, version, name=NAME, scale=1.0):
-    config, params = load(name)
+    config, params = golden_model(name)
     weights = Weights(epath.Path(directory) / "weights")
     probe = {"tokens": [[1, 2]], "logp": [[-1.0]], "dtype": "float32"}
     weights.save(version, jax.tree.map(lambda x: x * scale, params), probe)
     weights.close()
-    options = dict(tokenizer=Tokenizer(), dtype="float32", config_hash="")
+    options = dict(tokenizer=mock.Mock(), dtype="float32", config_hash="")
     options |= dict(version=version, directory=epath.Path(directory))
     return publisher.publish(weights.path(version), config, **options)
 
