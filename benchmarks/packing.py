@@ -39,7 +39,7 @@ def recorded_lengths(directory: str) -> dict[str, list[int]]:
 
 
 def utilization(lengths: np.ndarray, sequences: int, rows: int) -> list[float]:
-    """For each whole step: tokens of sequences over tokens of the filled micro-batches."""
+    """Fraction of non-padding tokens in the micro-batches of each full step."""
     row_length = int(lengths.max())
     steps = [lengths[i : i + sequences] for i in range(0, len(lengths), sequences)]
     return [

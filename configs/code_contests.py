@@ -154,7 +154,7 @@ def get_config(arg: str | None = None) -> common.Config:
     if small:
         shrink(config)
     if number == "0":
-        take_in(config, small=small)
+        import_base_model(config, small=small)
     else:
         last = 0 if number == "1" else SMOKE_STEPS if small else STEPS["1"]
         start_from(config, rounds + f"/versions/v{last:06d}")
@@ -187,7 +187,7 @@ def take_part(config: common.Config, *, hundredths: int) -> None:
         config.data.sets[name].part = (0, hundredths)
 
 
-def take_in(config: common.Config, *, small: bool) -> None:
+def import_base_model(config: common.Config, *, small: bool) -> None:
     """Round 0 takes no gradient step: the base model becomes a checkpoint, to be published."""
     config.num_steps, config.lag.steps = 0, 1
     config.rollout.update(source="live", dataset="", sampler="local")

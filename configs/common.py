@@ -174,7 +174,7 @@ def preferences(objective: str) -> Config:
                 objectives=(),  # names of what it compares by
             ),
             language_model=dict(
-                servers=(),  # URLs of SGLang servers that nobody gives new weights
+                servers=(),  # URLs of SGLang servers with fixed weights
                 tokenizer="",  # directory of the judge's own
                 chat=dict(enable_thinking=False),  # for its chat template
                 template=JUDGE_TEMPLATE,
@@ -244,7 +244,7 @@ def release(root: Any, kind: str, path: str, *files: str, rows: int, **options: 
 
 
 def no_warmup(config: Config) -> Config:
-    """A pretrained model needs none; the same optimizer, if one is set all the same."""
+    """Disables the warm-up, for pretrained models; keeps the run's optimizer settings for it."""
     return ConfigDict(
         dict(num_steps=0, noise=0.0, batch_size=64, demonstrations=1, optim=config.optim.to_dict())
     )

@@ -51,7 +51,7 @@ VERDICTS = {"more": "C2", "level": "0.5", "less": "C3"}  # colors of a method's 
 
 
 def collect(results: Results, plan: Plan) -> dict[Arm, Chosen]:
-    """For each arm the methods whose runs have all ended, best pass@1 first; live arms first."""
+    """Collects the methods of each arm whose runs have all ended, best pass@1 first."""
     found: dict[Arm, dict[str, tuple[Values, Cell]]] = {}
     for arm, names in objectives.arms(plan):
         for name in names:
@@ -228,8 +228,7 @@ def trials(results: Results, plan: Plan, arm: Arm, names: Iterable[str]) -> str:
 
 
 def limits(by_lag: Mapping[str, Rows]) -> tuple[str, str]:
-    """For each method and lag the largest rate that still learns well, and the largest up to which
-    no run is lost."""
+    """Tables by lag: the largest rate within CLOSE of the best, and the largest without losses."""
 
     def good(row: Mapping[str, Cell]) -> str:
         means = {rate: cell.mean("pass@1") for rate, cell in row.items()}

@@ -2,7 +2,7 @@
 
 Claim: by GRPO and by OAPL alike, the rates of responses with an unclosed tag and with a ragged
     table fall to less than a fifth of their value after the warm-up, on held-out problems.
-Command: python experiments/documents.py --to=runs/documents-rates
+Command: python -m experiments.documents --to=runs/documents-rates
 Hardware: 2 CPU cores.
 Hours: 0.25 a seed, or more beside other programs.
 Expected: ratios below 0.2, of both faults, both objectives and every seed (our choice).
@@ -35,7 +35,7 @@ from oapl_jax.weights import publisher
 
 OBJECTIVES = ("grpo", "oapl")
 FAULTS = ("unclosed", "ragged")  # of the claim
-WANTED = 0.2  # of the rate before
+MAX_RATIO = 0.2  # rate after training over the rate before
 SAMPLES = 8  # of each prompt
 # A smaller form for the tests: rates fall, and nothing more is claimed.
 QUICK = {
@@ -126,7 +126,7 @@ class Fall:
 
     @property
     def holds(self) -> bool:
-        return all(self.ratio(fault) < WANTED for fault in FAULTS)
+        return all(self.ratio(fault) < MAX_RATIO for fault in FAULTS)
 
 
 def compare(
@@ -178,7 +178,7 @@ def main() -> None:
     say(table(found))
     say(json.dumps(falls))
     if not arguments.quick and not all(fall.holds for fall in found):
-        raise SystemExit(f"a rate is not below {WANTED} of what it was")
+        raise SystemExit(f"a rate is not below {MAX_RATIO} of what it was")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def execute(run: Run, root: epath.Path, stop: StopRequest) -> None:
 
 
 def warm_up(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
-    """Runs and grades the supervised stage; a stopped one begins anew."""
+    """Runs and grades the supervised stage; a stopped one restarts from step 0."""
     config = typed(run.resolve(root))
     # Graded once, below.
     unevaluated = dataclasses.replace(config.evaluation, every=0)

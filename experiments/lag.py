@@ -65,7 +65,7 @@ class Table:
 
 
 def tables(plan: Plan) -> Iterator[Table]:
-    """In the order of execution."""
+    """Yields the tables of the sweep, in the order of execution."""
     quick = plan.common["num_steps"] < FULL.common["num_steps"]
     rates = (1e-3,) if quick else (3e-4, 1e-3, 3e-3, 1e-2)
     steps: int = plan.common["num_steps"]
@@ -83,15 +83,15 @@ def tables(plan: Plan) -> Iterator[Table]:
         cells = {name: {f"{rate:g}": cell(name, lag, rate) for rate in rates} for name in names}
         yield Table(f"Lag {lag}", lag, "learning rate", cells, steps)
     if quick:
-        anew = {"Adam anew": {f"lag {lag}": cell(THREE[0], lag, 1e-3, forget_every=lag)}}
-        yield Table("Adam's moments at a sync", inf, "", anew, steps)
+        cells = {"Adam reset": {f"lag {lag}": cell(THREE[0], lag, 1e-3, forget_every=lag)}}
+        yield Table("Adam's moments at a sync", inf, "", cells, steps)
         return
     columns = {f"lag {LAGS[0]}, rate {rate:g}": (LAGS[0], rate) for rate in (1e-3, 3e-3)}
     cells = {}
     for name in (THREE[0], THREE[2]):
         for what, changes in (
             ("kept", lambda lag: {}),
-            ("anew", lambda lag: dict(forget_every=lag)),
+            ("reset", lambda lag: dict(forget_every=lag)),
             ("b2 0.999", lambda lag: dict(optim__b2=0.999)),
         ):
             cells[f"{name}: {what}"] = {
@@ -104,16 +104,16 @@ def tables(plan: Plan) -> Iterator[Table]:
             column: cell(name, lag, rate, **c) for column, (lag, rate) in columns.items()
         }
         for name, what, c in (
-            (THREE[0], "as it is", {}),
+            (THREE[0], "default", {}),
             (THREE[0], "beta1 0.25", dict(objective__beta1=0.25)),
             (THREE[0], "mean as baseline", dict(objective__beta1=1e6)),
             (THREE[0], "equal groups kept", dict(buffer__zero_variance_weight=1.0)),
             (THREE[0], "norm clipped at 0.03", dict(optim__max_grad_norm=0.03)),
             (THREE[0], "norm not clipped", dict(optim__max_grad_norm=1e9)),
-            (THREE[2], "as it is", {}),
+            (THREE[2], "default", {}),
             (THREE[2], "not divided by std", dict(objective__policy_gradient__estimator="dr_grpo")),
             (THREE[2], "norm clipped at 0.03", dict(optim__max_grad_norm=0.03)),
-            ("sft", "as it is", {}),
+            ("sft", "default", {}),
             ("sft", "equal groups dropped", dict(buffer__zero_variance_weight=0.0)),
         )
     }

@@ -73,7 +73,7 @@ class Launcher:
                 run.workdir(self._root).rmtree(missing_ok=True)
         processes = multiprocessing.get_context("forkserver")
         processes.set_forkserver_preload(["experiments.execute", "configs.arithmetic"])
-        reader, gate = processes.Pipe(duplex=False)  # closed, also by a crash, it stops the workers
+        reader, writer = processes.Pipe(duplex=False)  # EOF, also by a crash, stops the workers
         pool = ProcessPoolExecutor(self._jobs, processes, open_worker, (reader,))
         try:
             while True:
@@ -90,7 +90,7 @@ class Launcher:
                 for future in done:
                     self._end(self._running.pop(future), future)
         finally:
-            gate.close()
+            writer.close()
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
                 worker.join(SAVE_DEADLINE)
@@ -168,16 +168,16 @@ class Worker:
     runs = 0
 
 
-def open_worker(gate: Connection) -> None:
+def open_worker(pipe: Connection) -> None:
     Worker.stop = StopRequest()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the launcher says when
-    threading.Thread(target=follow, args=(gate,), daemon=True).start()
+    threading.Thread(target=exit_with_launcher, args=(pipe,), daemon=True).start()
 
 
-def follow(gate: Connection) -> None:
-    """Stops the active run when the launcher closes the gate or dies; then exits with it."""
+def exit_with_launcher(pipe: Connection) -> None:
+    """Stops the active run when the launcher closes the pipe or dies; then exits with it."""
     with contextlib.suppress(EOFError, OSError):
-        gate.recv()
+        pipe.recv()
     os.kill(os.getpid(), signal.SIGTERM)  # noted by the StopRequest: the run saves
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -186,8 +186,8 @@ def arms(plan: Plan) -> list[tuple[Arm, tuple[str, ...]]]:
 
 
 def tuned(plan: Plan, arm: Arm) -> Arm:
-    """The live arm whose trials choose for this one: at the next larger tuned lag, else, and for
-    the offline arm, at the largest."""
+    """Returns the live arm whose trials tune this arm: at the next larger tuned lag, or at the
+    largest one for longer lags and for the offline arm."""
     larger = [lag for lag in plan.tuned_lags if lag >= arm.lag and arm.source != "offline"]
     return Arm("live", [*larger, plan.tuned_lags[-1]][0])
 

@@ -1,6 +1,6 @@
 """The table in docs/plan.md: models, TPU slices, and the speed of training at most.
 
-    python experiments/plan_table.py [--only competition_math] [--models qwen3-8b] [--jobs=1]
+    python -m experiments.plan_table [--only competition_math] [--models qwen3-8b] [--jobs=1]
 
 Claim: Qwen3-4B at 16k tokens and R1-Distill-Qwen-14B at 32k train on slices of 16 to 256 chips, and
 every model from 0.6B to 32B at 16k on some slice; docs/plan.md says on which, and on which not.
@@ -55,8 +55,8 @@ Key = tuple[str, str, str]  # run, model, topology
 
 
 def line(run: str, model: str, topology: str) -> Line:
-    """The first layout that fits; if none does, the last that splits no row, since those that do
-    spread the state over fewer chips."""
+    """Plans the first layout that fits; if none does, the last that splits no row, because layouts
+    that split rows shard the state over fewer chips."""
     jax.config.update("jax_platforms", "cpu")  # in a process of its own; else jax looks for a TPU
     config = Config.from_dict(RUNS[run][0]().to_dict())
     sizes, where, said = published(model), open_slice(topology), ""
@@ -212,8 +212,8 @@ def row(topology: str, made: Line) -> str:
 
 
 def smallest(lines: dict[str, Line], model: str) -> Iterator[str]:
-    """Of each generation, the smallest slice that fits, or those that do not; and which of its
-    slices are not tried."""
+    """Yields, for each TPU generation, the smallest slice that fits, or else the slices that do
+    not; and the slices not tried."""
     for generation, slices in SLICES.items():
         refused, untried = [], False
         for shape in slices.values():

@@ -3,7 +3,7 @@
 Claim: with cyclic preferences, under one objective or several, the policy comes within 0.01 of the
     value that brute force finds; self-play on the mean of the objectives, by the same regression
     from the same start, cycles.
-Command: python experiments/preferences.py --to=runs/preferences (a table, and preferences.png)
+Command: python -m experiments.preferences --to=runs/preferences (a table, and preferences.png)
 Hardware: one CPU core. Hours: 0.01.
 Expected: at most 0.01 below the value of brute force (arXiv 2602.19041; our choice of 0.01).
 Measured, 3 seeds: the last policy is at most 0.0002 below the value of rock, paper, scissors, and
@@ -123,8 +123,8 @@ def fit(advantage: jax.Array, drawn: jax.Array, logits: jax.Array, objective: Ob
     return jax.lax.fori_loop(0, INNER_STEPS, step, logits)
 
 
-def draw(runs: dict[str, dict[str, np.ndarray]], to: Path) -> None:
-    """For each game the policies' way through the simplex, and their values."""
+def plot(runs: dict[str, dict[str, np.ndarray]], to: Path) -> None:
+    """Plots the policies' trajectory in the simplex and their values, a row for each game."""
     figure, axes = plt.subplots(len(runs), 2, figsize=(11, 4.2 * len(runs)), squeeze=False)
     corners = np.array([[0, 0], [1, 0], [0.5, 3**0.5 / 2]])
     for (name, policies), (where, values) in zip(runs.items(), axes, strict=True):
@@ -169,7 +169,7 @@ def main() -> None:
                     f"  {method:<10} seed {seed}: last {last:.4f}; in the last quarter "
                     f"{values.min():.4f} to {values.max():.4f}, of the mean {value(game, mean):.4f}"
                 )
-    draw(runs, arguments.to / "preferences.png")
+    plot(runs, arguments.to / "preferences.png")
     print(arguments.to / "preferences.png")
 
 

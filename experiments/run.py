@@ -43,7 +43,8 @@ Line = dict[str, Any]  # of the results file
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Attributes:
+    """One run of a sweep, identified by its settings.
+
     kind: "warm_up" (supervised stage, published as version 0), "generate" (a recorded dataset of
       rollouts of `start`; the name is a key of stored results) or "train" (oapl_jax.train).
     config: module of configs/ and its argument, such as "arithmetic:chain_sum".

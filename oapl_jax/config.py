@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16")
 TASKS = ("chain_sum", "number_sorting", "countdown", "documents", "math", "code")
 REMAT = ("none", "dots", "attention", "full", "offload")
 FORMAT = 2  # of a workdir: its config.json, checkpoints and ledger
-# Settings that shape saved files or their meaning; a workdir belongs to one choice of them.
+# Settings that saved files depend on; they can't change within a workdir.
 # (After a change of lag.steps, the due version may never have been published.)
 STRUCTURAL = (
     "seed",
@@ -135,7 +135,7 @@ class Section:
         required = {n for n, field in fields.items() if field.default is dataclasses.MISSING}
         for name in sorted(required - values.keys()):
             raise UserError(f"{join(name)} is missing; add it to the file that --config names")
-        # In the order of the fields: what other sections refer to (rollout) is checked before them.
+        # In field order: sections that others refer to (rollout) are validated first.
         given = [name for name in fields if name in values]
         typed = {name: _typed(values[name], hints[name], join(name)) for name in given}
         token = _path.set(path)
@@ -555,7 +555,7 @@ class CallableJudgeConfig(Section):
 class LanguageModelJudgeConfig(Section):
     """A language model as a judge, on SGLang servers of its own."""
 
-    servers: tuple[str, ...] = setting("URLs of servers that nobody refreshes")
+    servers: tuple[str, ...] = setting("URLs of servers with fixed weights")
     tokenizer: str = setting("directory of the judge's tokenizer")
     chat: Mapping[str, Any] = setting("arguments of its chat template")
     template: str = setting("the question, with {prompt}, {first}, {second}, {question}")

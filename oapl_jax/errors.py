@@ -1,4 +1,4 @@
-"""The ways in which a run ends on purpose, each with a sentence for its reader and an exit code."""
+"""Exceptions that end a command with a one-line message and an exit code."""
 
 import sys
 from collections.abc import Callable

@@ -91,7 +91,7 @@ def evaluate_benchmarks(
     n: int,
     log: Callable[[str], None],
 ) -> tuple[epath.Path, dict[str, dict[str, Any]]]:
-    """Evaluates one version on each benchmark, or what is left of that to do.
+    """Evaluates one version on each benchmark; resumes an interrupted evaluation.
 
     Args:
       to: DIR/weights gets the version if it is not published yet; DIR/v000012/NAME gets the files
@@ -121,7 +121,7 @@ def evaluate_benchmarks(
     version, path = version_to_sample(run, to, step, version_dir)
     directory, checksum = publisher.version_path(to, version), tensor_checksum(path)
     results = {}
-    for name, (prompts, left_out) in opened.items():
+    for name, (prompts, dropped) in opened.items():
         templated = json.dumps([[p.id, p.tokens.tolist()] for p in prompts])
         about = identity(
             task=config.data.task,
@@ -138,7 +138,7 @@ def evaluate_benchmarks(
         )
         responses = directory / name / "responses"
         sample(run, prompts, responses, about, path, n=n, log=log)
-        result = grade(run, prompts, responses, about, n=n, left_out=left_out, log=log)
+        result = grade(run, prompts, responses, about, n=n, dropped=dropped, log=log)
         results[name] = result
         write_atomically(directory / name / "result.json", [json.dumps(result).encode()])
     (directory / "results.md").write_text(report.markdown(results))
@@ -157,7 +157,7 @@ def sample(
     n: int,
     log: Callable[[str], None],
 ) -> None:
-    """Samples what is missing of n responses to each prompt, from the version in `weights`."""
+    """Samples the missing responses, up to n a prompt, from the version in `weights`."""
     if (responses.parent / "responses.jsonl").exists():
         raise UserError(
             f"{responses.parent} holds responses of an older format; name another directory in --to"
@@ -198,10 +198,10 @@ def grade(
     about: Mapping[str, Any],
     *,
     n: int,
-    left_out: int,
+    dropped: int,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Grades what has no grade of this grader yet; returns the result, see benchmark.measure."""
+    """Grades responses that this grader has not graded; returns benchmark.measure's result."""
     with contextlib.closing(Dataset(responses)) as dataset:
         samples = Samples(dataset, prompts=len(prompts), n=n)
         grader, rewards = run.grader, dataclasses.asdict(run.config.rewards)
@@ -222,7 +222,7 @@ def grade(
         samples,
         grades,
         about=about,
-        left_out=left_out,
+        dropped=dropped,
         resamples=run.config.evaluation.resamples,
         seed=run.config.seed,
     )

@@ -31,7 +31,7 @@ from oapl_jax.errors import HostLost, RunError, UserError
 
 JOIN_DEADLINE = 300  # seconds until all hosts have started
 SILENCE = 40.0  # seconds without a heartbeat after which a host counts as lost
-JAX_SILENCE = 100  # seconds after which JAX aborts every host; our watchdog speaks first
+JAX_SILENCE = 100  # seconds until JAX aborts every host; > SILENCE: the watchdog exits first
 LAST_MESSAGES = 15.0  # seconds that host 0 stays for the other hosts' errors, above SILENCE / 4
 COORDINATOR_DEADLINE = 5.0  # seconds within which a live coordinator answers
 POLL = 0.25  # seconds between two looks for a file of another host
@@ -397,7 +397,7 @@ def exit_now(error: Exception) -> NoReturn:
 
 @contextlib.contextmanager
 def abort_on_peer_failure() -> Iterator[None]:
-    """With several hosts, turns an exception into an immediate exit; see `exit_now`."""
+    """Exits immediately on an exception if there are several hosts; see `exit_now`."""
     try:
         yield
     except Exception as error:

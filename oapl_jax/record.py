@@ -75,7 +75,7 @@ def record_dataset(
     """
     config, prompts = run.config, run.prompts(split)
     if limit is not None and not 0 < limit <= len(prompts):
-        raise UserError(f"--prompts={limit} is asked of a split of {len(prompts)} prompts")
+        raise UserError(f"--prompts={limit} is not in 1..{len(prompts)}, the size of the split")
     prompts = prompts[:limit]
     run.check_grader()
     version, path = version_to_sample(run, to, step, version_dir)

@@ -1,4 +1,4 @@
-"""Prints what became of every rollout of a run: balance, bias of dropping groups, throughput.
+"""Prints the ledger report of a run: rollouts by outcome, bias of dropping groups, throughput.
 
 python -m oapl_jax.report WORKDIR [--host=N] [--json]
 

@@ -1,4 +1,4 @@
-"""The data that walks through the system: Prompt -> Rollout -> Group -> Batch.
+"""Data structures of a training step: Prompt -> Rollout -> Group -> Batch.
 
 Prompts, rollouts and groups are numpy on the host and never change once made; a batch is what the
 learner's compiled step takes.

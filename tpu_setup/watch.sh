@@ -61,7 +61,7 @@ wait_for() {
   [[ $1 == "$waited_for" ]] || since=$SECONDS
   [[ "$1 ${3-}" == "$told" ]] || say "$(date +%H:%M:%S) waiting for the $1, at most $2 s. ${3-}"
   waited_for=$1 told="$1 ${3-}"
-  ((SECONDS - since < $2)) || end 1 "gave up waiting for the $1 after $2 s"
+  ((SECONDS - since < $2)) || end 1 "timed out after $2 s waiting for the $1"
   sleep "$poll"
 }
 

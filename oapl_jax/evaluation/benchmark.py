@@ -78,8 +78,8 @@ class Samples:
 class Grades:
     """Grades of the first n responses to each of P prompts, in memory and in a JSON lines file.
 
-    The first line is what decides a grade; a file that was graded otherwise is begun anew. Every
-    other line grades one group of responses:
+    The first line identifies the grader; the file of another grader is overwritten. Every other
+    line grades one group of responses:
 
         prompt, start    id of the problem, and index of the group's first response
         logp             log-probability of each response, by which new responses in the same place
@@ -199,13 +199,13 @@ def measure(
     grades: Grades,
     *,
     about: Mapping[str, Any],
-    left_out: int,
+    dropped: int,
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
     """Computes the result of graded responses, JSON-able; docs/evaluation.md defines each number.
 
-    `about` identifies the responses; `left_out` counts problems whose prompts are too long.
+    `about` identifies the responses; `dropped` counts problems whose prompts are too long.
     """
     problems, n = samples.lengths.shape
     correct, tokens = grades.correct.sum(axis=1), samples.lengths.sum(axis=1)
@@ -225,7 +225,7 @@ def measure(
         "about": dict(about),
         "graded": grades.about,
         "problems": problems,
-        "left_out": left_out,
+        "left_out": dropped,
         "samples": n,
         "pass@k": value(np.array([pass_curve(n, int(c)) for c in correct])),
         "avg@n": value(correct / n),

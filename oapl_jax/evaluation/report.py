@@ -32,7 +32,7 @@ def markdown(results: Mapping[str, Result]) -> str:
         "truncated": lambda r: _cell(r["truncated"]),
         "entropy, nats a token": lambda r: _cell(r["entropy"]),
         "problems": lambda r: str(r["problems"]),
-        "left out, too long": lambda r: str(r["left_out"]),
+        "dropped, too long": lambda r: str(r["left_out"]),
         "samples of each": lambda r: str(r["samples"]),
         "verdicts": lambda r: ", ".join(f"{k} {v:g}" for k, v in r["verdicts"].items()) or "-",
         "seconds of sampling": lambda r: str(round(r["seconds"]["sampling"])),

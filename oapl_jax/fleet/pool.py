@@ -100,7 +100,7 @@ class Server:
 
         Raises:
           Aborted: if the group was aborted for a refresh.
-          ServerError: if the request failed; the server is admitted anew before its next group.
+          ServerError: if the request failed; the server must pass admission again first.
         """
         config, requirements = self.pool.config, self.pool.requirements
         request = GroupRequest(
@@ -344,7 +344,7 @@ class Pool:
         self._changed = asyncio.Event()
 
     def versions(self) -> set[int]:
-        """Versions that servers hold, load or are brought to. Any thread."""
+        """Versions that servers hold or load, and the target version. Any thread."""
         target, servers = self.target_version, list(self.servers.values())
         held = {v for s in servers for v in (s.version, s.target) if v is not None}
         return held | ({target.number} if target else set())

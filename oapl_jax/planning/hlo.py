@@ -49,7 +49,7 @@ Value = int | Callable[[int], Any] | None
 ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     name.upper(): getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")
 } | {"add": operator.add, "subtract": operator.sub}
-# Instructions that move no bytes: names for what others make, or loops counted by their bodies.
+# Instructions without traffic of their own: aliases, metadata, and loops (counted in their bodies).
 FREE = _words("""
     parameter constant tuple get-tuple-element bitcast iota while conditional call after-all
     add-dependency optimization-barrier opt-barrier partition-id replica-id domain

@@ -115,7 +115,7 @@ class LanguageModelJudge:
         """Scores of the first response in each question; nan without a score."""
         config, scores, failures = self._config, np.full(len(rows), np.nan), []
         room = asyncio.Semaphore(config.max_in_flight)
-        give_up = asyncio.get_running_loop().time() + config.group_deadline
+        deadline = asyncio.get_running_loop().time() + config.group_deadline
         requests = -(-len(rows) // config.questions_per_request)
         parts = np.array_split(np.arange(len(rows)), requests)
         connector = aiohttp.TCPConnector(limit=0, force_close=True)  # no stale connections
@@ -129,7 +129,7 @@ class LanguageModelJudge:
             async def ask(part: np.ndarray, turn: int) -> None:
                 try:
                     async with room:
-                        found = await self._ask([rows[i] for i in part], servers, turn, give_up)
+                        found = await self._ask([rows[i] for i in part], servers, turn, deadline)
                     scores[part] = found
                 except ServerError as error:
                     failures.append(error)
@@ -144,9 +144,9 @@ class LanguageModelJudge:
         return scores
 
     async def _ask(
-        self, rows: list[list[int]], servers: list[SGLangClient], turn: int, give_up: float
+        self, rows: list[list[int]], servers: list[SGLangClient], turn: int, deadline: float
     ) -> np.ndarray:
-        """Scores of one request; a failed one goes to the next server until `give_up`."""
+        """Scores of one request; retried on the next server until `deadline`."""
         failures = 0
         while True:
             server = servers[(turn + failures) % len(servers)]
@@ -157,7 +157,7 @@ class LanguageModelJudge:
             except ServerError:
                 pause = self._config.backoff * 2 ** min(failures, 6)
                 failures += 1
-                if asyncio.get_running_loop().time() + pause > give_up:
+                if asyncio.get_running_loop().time() + pause > deadline:
                     raise
                 self._count(retried=1)
                 await asyncio.sleep(pause)

@@ -150,7 +150,7 @@ class GroupStore:
         self._recorded, self._group_size, self._on_group = recorded, group_size, on_group
         self._changed = threading.Condition()
         self._target: tuple[int, epath.Path] | None = None
-        self._loading = -1  # the version that the sampler was told to load
+        self._loading = -1  # the version of the last refresh request
         self._again: list[int] = []  # reserved before a restart and never committed
         self._outstanding: set[int] = set()  # reserved and not committed yet
         self._rewarding: dict[int, int] = {}  # stream index -> version of groups being rewarded

@@ -48,7 +48,7 @@ REMEDY = "copy the dataset again, or record another with oapl_jax.record"
 def identity(
     *, task: str, tokenizer: Any, model: ModelConfig, sampling: Sampling, **made: Any
 ) -> dict[str, Any]:
-    """Describes what decides a response, JSON-able: the "about" of a manifest.
+    """Identifies responses by task, tokenizer, model and sampling: the "about" of a manifest.
 
     The tokenizer counts by its vocabulary alone: recorded ids are never made from text again.
     `made` are further entries, such as `group_size`.
@@ -372,7 +372,7 @@ def fill(
     note: Callable[[Group], None],
     progress: Callable[[int], None],
 ) -> None:
-    """Samples and rewards what is missing of n responses to each prompt.
+    """Samples and rewards the missing responses, up to n a prompt.
 
     Samples from index s on of the i-th of P prompts are a group with stream index s P + i: no two
     samples share random numbers, whatever was sampled before and in whatever portions.

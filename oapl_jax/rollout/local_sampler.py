@@ -68,7 +68,7 @@ class LocalSampler:
         return {}
 
     def close(self) -> None:
-        """Does nothing: a portion is decoded to its end, and nothing is in flight between two."""
+        """Does nothing: each batch of prompts is decoded synchronously, so none is in flight."""
 
     def generate(
         self, prompts: Iterable[Prompt], *, n: int, sampling: Sampling

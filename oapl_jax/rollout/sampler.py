@@ -76,7 +76,7 @@ class Sampler(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Counts of its own, by name. Any thread."""
+        """Metrics of this sampler, by name. Any thread."""
         ...
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, and TensorBoard if asked; non-finite values are left out."""
+"""Metrics of a run: metrics.jsonl, and TensorBoard if enabled; drops non-finite values."""
 
 import json
 import math
@@ -40,7 +40,7 @@ class MetricsWriter:
             )
 
     def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes and returns the finite values; the mean of an empty set is left out, say."""
+        """Writes and returns the finite values; drops others, such as the mean of an empty set."""
         tables = {key: value for key, value in values.items() if isinstance(value, dict)}
         numbers = {key: float(values[key]) for key in values.keys() - tables.keys()}
         numbers = {key: numbers[key] for key in sorted(numbers) if math.isfinite(numbers[key])}

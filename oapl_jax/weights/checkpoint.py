@@ -121,7 +121,7 @@ class Checkpoints(_Steps):
             state.params,
             probe,
             optimizer=ocp.args.StandardSave(_without_params(state)),
-            # A copy: a thread writes it later, and the caller's goes on changing.
+            # A copy, since a thread writes it while the caller mutates its own.
             loop=ocp.args.JsonSave(copy.deepcopy(loop)),
             **({} if curriculum is None else {"curriculum": ocp.args.StandardSave(curriculum)}),
         )

@@ -11,7 +11,8 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class LagPolicy:
-    """Attributes:
+    """Decides which steps publish a version and which version samples each step's rollouts.
+
     mode: "window": publish every `steps` steps and serve that version until the next, so lag runs
       from 0 to steps - 1 (arXiv 2602.19362, algorithm 1). "fixed": publish every step, serve the
       version `steps` behind. "uniform": publish every step, serve a version drawn uniformly from

@@ -47,8 +47,7 @@ class Versions:
 
     @functools.cached_property
     def _published(self) -> list[int]:
-        """Versions at the first publication, as host 0 sees them: a host whose view of a network
-        file system is older would not save with the others."""
+        """Versions at the first publication, as host 0 lists them: other views may be stale."""
         mine = json.dumps(publisher.published_versions(self.directory)).encode()
         name = "the published versions"
         return json.loads(multihost.allgather_bytes(mine, name, deadline=self._deadline)[0])

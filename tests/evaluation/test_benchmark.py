@@ -187,7 +187,7 @@ def test_a_result_has_the_numbers_worked_out_by_hand(tmp_path):
     respond(tmp_path, [(row, 0, of(samples)) for row, samples in enumerate(BY_HAND.values())])
     judge = lambda p, rs: ([(s[3] + 1) / 2 for s in BY_HAND[p.id]], [s[4] for s in BY_HAND[p.id]])
     grades, samples = grade(tmp_path, judge, n=4, asked=lambda: {"late": 2})  # from before
-    options = dict(about=ABOUT, left_out=2, resamples=200, seed=3)
+    options = dict(about=ABOUT, dropped=2, resamples=200, seed=3)
     result = measure(make_prompts(3), samples, grades, **options)
     json.dumps(result, allow_nan=False)
     by_problem = {

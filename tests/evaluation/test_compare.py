@@ -122,7 +122,7 @@ def test_the_table_has_a_column_for_each_benchmark():
     assert cells["tokens of a response"] == ["12.2 [10.0, 15.0]"] * 2
     assert cells["seconds of sampling"] == ["13", "13"]
     assert cells["verdicts"] == ["answers/right 3, answers/timeout 1", "-"]
-    assert cells["left out, too long"] == ["1", "1"]
+    assert cells["dropped, too long"] == ["1", "1"]
     assert "abcdefabcdef" in lines[-1]  # the weights
     assert [report.powers_of_two(n) for n in (1, 2, 5)] == [[1], [1, 2], [1, 2, 4, 5]]
 

@@ -274,7 +274,7 @@ def test_it_stops_at_the_first_failure_and_counts(new_verifier):
     none = grade(made, "The answer is 4.", SQUARES)
     assert (none, none.reward) == (CodeVerdict("no_code"), 0.0)
     # Of the three tests the two with the longest inputs: "-4", and the first of the others.
-    counts = {"passed": 1, "failed": 1, "no_code": 1, "tests": 2 + 2, "left_out": 2}
+    counts = {"passed": 1, "failed": 1, "no_code": 1, "tests": 2 + 2, "dropped": 2}
     assert made.counts() == counts
 
 
@@ -283,7 +283,7 @@ def test_content_is_graded_once(new_verifier):
     other = Problem("stdin", "", (("2", "5"),))
     first = grade(made, respond(SQUARE), SQUARES)
     assert grade(made, "Other words.\n```\n" + SQUARE + "\n```", SQUARES) == first
-    assert made.counts() == {"passed": 2, "tests": 3, "left_out": 0, "cached": 1}
+    assert made.counts() == {"passed": 2, "tests": 3, "dropped": 0, "cached": 1}
     assert grade(made, respond(SQUARE), other) == CodeVerdict("failed", 0)  # other tests
     grade(made, respond(SQUARE), SQUARES)  # now the one asked for last
     grade(made, respond("print(1)"), SQUARES)  # pushes `other` out

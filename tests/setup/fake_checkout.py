@@ -9,7 +9,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Checkout:
-    """Attributes:
+    """A git checkout of tpu_setup/ with fake programs on its PATH.
+
     folder: of the checkout, the fake programs (bin/) and their state.
     as_someone: git in the checkout, with an author.
     """

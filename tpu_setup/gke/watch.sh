@@ -58,7 +58,7 @@ retry() {
   failing_since=${failing_since:-$SECONDS}
   say "$(date +%H:%M:%S) waiting for the $1, at most $service_deadline s"
   ((SECONDS - failing_since < service_deadline)) ||
-    end 1 "gave up waiting for the $1 after $service_deadline s"
+    end 1 "timed out after $service_deadline s waiting for the $1"
   sleep "$((poll < 60 ? poll : 60))"
 }
 

@@ -38,7 +38,7 @@ KEPT_CAPABILITIES = ("CAP_SYS_ADMIN", "CAP_SETUID", "CAP_SETGID")  # until the p
 END_SECONDS = 30.0  # that a killed sandbox may take to be gone
 _slots = itertools.count()
 
-# Each line that it prints is a hole in the isolation.
+# Each line that it prints names a failure of the isolation.
 PROBE = """
 import ctypes, os, socket, threading
 visible, threads = input().split(), int(input())
@@ -147,7 +147,7 @@ class Sandbox(SpawnedWorker):
 
 
 def command(bwrap: str | None, config: CodeRewardConfig, folder: str) -> list[str]:
-    """The command line of a sandbox. Nothing on it is secret, and no program is."""
+    """The command line of a sandbox; it holds neither secrets nor the program to run."""
     root = os.geteuid() == 0 and _may_mount()
     visible = visible_paths(config.packages)
     own_folders = [os.path.dirname(path) for path in _package_paths(config.packages)]
@@ -201,10 +201,10 @@ def find_bwrap(config: CodeRewardConfig) -> str:
 
 
 def probe(bwrap: str | None, config: CodeRewardConfig) -> str:
-    """Runs a program that tries to leave a sandbox: the holes that it finds, or "" for none."""
+    """Runs a program that tries to escape a sandbox; returns its findings, or "" if isolated."""
     if platform.machine() not in MACHINES:
         return f"no syscall filter for {platform.machine()}"
-    # A busy machine is no hole: the probe has the seconds of a start.
+    # A busy machine is no escape: the probe gets the start timeout.
     patient = max(config.seconds_per_test, config.start_seconds)
     config = dataclasses.replace(config, seconds_per_test=patient)
     try:

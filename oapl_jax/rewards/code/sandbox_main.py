@@ -104,7 +104,7 @@ class Server:
             child = os.fork()
             if child == 0:
                 self._confine(result, called)
-                name = "solution" if called else "__main__"  # a called program's main part rests
+                name = "solution" if called else "__main__"  # "call" skips the main block
                 return program | {"names": self._prelude | {"__name__": name}}, code, arguments, 3
             status = self._wait(child)
             size = min(os.fstat(result).st_size, self._settings["output_bytes"])
@@ -119,7 +119,7 @@ class Server:
                     os.unlink(entry.path)
 
     def _confine(self, result: int, called: bool) -> None:
-        """In the child: closes all but the input, the result and the null device, and limits it."""
+        """Keeps only input, result and null device open in the child; sets its limits."""
         null = os.open("/dev/null", os.O_RDWR)
         given = os.open(f"{self._folder}/stdin", os.O_RDONLY)
         os.dup2(result, 63)  # out of the way of the numbers that are set now
@@ -221,7 +221,7 @@ def drop_privileges(uid: int | None) -> None:
         os.setresuid(uid, uid, uid)
     _call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # version 3
     _control(SET_NO_NEW_PRIVILEGES, 1)
-    _control(SET_DUMPABLE, 0)  # no program attaches to what serves it
+    _control(SET_DUMPABLE, 0)  # blocks ptrace by the programs
     _control(SET_DEATH_SIGNAL, 9)  # last: a change of user clears it
 
 
@@ -238,7 +238,7 @@ def limit_program(settings: dict) -> None:
     limit(
         (resource.RLIMIT_CPU, int(settings["seconds_per_test"]) + 2),  # after the clock outside
         (resource.RLIMIT_FSIZE, settings["output_bytes"]),
-        (resource.RLIMIT_NPROC, settings["processes"] + 1),  # what serves it is counted too
+        (resource.RLIMIT_NPROC, settings["processes"] + 1),  # + 1 for the parent
         (resource.RLIMIT_NOFILE, OPEN_FILES),
         (resource.RLIMIT_STACK, STACK_BYTES),
         (resource.RLIMIT_CORE, 0),

@@ -77,8 +77,8 @@ class CodeVerdict(NamedTuple):
 class CodeVerifier:
     """Grades programs, several at a time; every method is thread-safe.
 
-    Verdicts are remembered by content; no timeouts, which the machine may have caused. UserError if
-    this machine can't isolate a program and `allow_unsafe` is not set.
+    Verdicts are cached by program and problem, except timeouts: a busy machine may cause one.
+    UserError if this machine can't isolate a program and `allow_unsafe` is not set.
     """
 
     def __init__(self, config: CodeRewardConfig):
@@ -102,7 +102,7 @@ class CodeVerifier:
         return extract_code(response, thinking_opened=self._config.thinking_opened) or ""
 
     def counts(self) -> dict[str, int]:
-        """Verdicts by outcome; of these `cached`; `tests` that ran; `left_out` by max_tests."""
+        """Verdicts by outcome; of these `cached`; `tests` run; tests `dropped` by max_tests."""
         with self._lock:
             return dict(self._counts)
 
@@ -149,7 +149,7 @@ class CodeVerifier:
                 self._verdicts[key] = verdict
                 if len(self._verdicts) > self._config.cache_entries:
                     del self._verdicts[next(iter(self._verdicts))]  # the longest unused
-        return self._count(verdict, tests=ran, left_out=len(problem.tests) - len(chosen))
+        return self._count(verdict, tests=ran, dropped=len(problem.tests) - len(chosen))
 
     def _run_tests(self, code: str, problem: Problem, chosen: list[int]) -> tuple[CodeVerdict, int]:
         """Runs the chosen tests up to the first that is not passed; how many ran."""

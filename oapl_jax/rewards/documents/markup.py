@@ -51,8 +51,8 @@ class Table(NamedTuple):
 
 
 class Document(NamedTuple):
-    """The parts of a document; tables by where they end; tags, and marks of Markdown (**, ~~, ```),
-    without their other half; and the text as a reader sees it: a line for each row, a tab before
+    """Parsed document: tables in the order of their ends; `open_tags` counts unbalanced tags and
+    Markdown marks (**, ~~, ```); `text` is the rendered text: a line for each row, a tab before
     each cell, white space as one space, formulas as their source between dollars."""
 
     formulas: tuple[Formula, ...]

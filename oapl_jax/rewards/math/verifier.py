@@ -1,4 +1,4 @@
-r"""The verifier of mathematical answers: does a response's final answer equal the reference?
+r"""Verifies mathematical answers: compares a response's final answer with the reference.
 
 Responses are untrusted input: the answer is extracted in linear time, plain numbers are compared
 here, and all else goes to judge processes, spawned without this process's modules or environment.

@@ -123,7 +123,7 @@ def _all(texts: list[str], depth: int) -> tuple[Form, ...]:
 
 
 def _flat(forms: tuple[Form, ...]) -> tuple[Form, ...]:
-    """With the two values of 1 ± 2 in the place of their pair."""
+    """Replaces a pair such as 1 ± 2 by its two values."""
     pairs = (f.parts if isinstance(f, Parts) and not f.left else (f,) for f in forms)
     return tuple(form for pair in pairs for form in pair)
 
@@ -182,7 +182,7 @@ def _relation(text: str, depth: int) -> Form | None:
 
 
 def _bare(text: str) -> str:
-    """Without blanks and without braces around all of it."""
+    """Strips white space and the braces that enclose the entire text."""
     text = text.strip()
     while text.startswith("{") and _closes(TOKEN.findall(text)) == len(TOKEN.findall(text)) - 1:
         text = text[1:-1].strip()

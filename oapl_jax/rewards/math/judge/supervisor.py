@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from oapl_jax.rewards.worker_process import Ended, ForkedWorker, Late, frame, read_frame
 
-GRACE = 5.0  # seconds after which a worker that nobody killed ends itself
+GRACE = 5.0  # seconds past the deadline until SIGALRM ends an orphaned worker
 # Audit events that no honest answer causes; reading a module that is imported late causes others.
 REFUSED_EVENTS = re.compile(
     r"(?:subprocess|socket|shutil|ctypes|pty|webbrowser|urllib|tempfile)\..*|os\.(?:system|exec|spawn|"
@@ -73,7 +73,7 @@ def supervise(
 
 
 def _confine(generated: re.Pattern[str], memory_bytes: int) -> None:
-    """Takes from this process what no judge needs; there is no way back."""
+    """Irreversibly drops this process's streams, and limits its memory and its audit events."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nothing, descriptor)
