@@ -107,18 +107,14 @@ def config():
     return config
 
 
-@pytest.fixture
-def run_of(config, tmp_path):
-    def run():
-        sizes, from_checkpoint = model_sizes(typed(config), None, epath.Path(tmp_path))
-        mesh = make_mesh(**config.mesh)
-        return programs_of(typed(config), sizes, mesh, from_checkpoint=from_checkpoint)
-
-    return run
+def run_of(config):
+    sizes, from_checkpoint = model_sizes(typed(config), None, epath.Path("nowhere"))
+    mesh = make_mesh(**config.mesh)
+    return programs_of(typed(config), sizes, mesh, from_checkpoint=from_checkpoint)
 
 
-def test_the_longest_batch_has_the_most_rows_and_a_host_a_copy_of_each_chips_part(run_of):
-    run = run_of()
+def test_the_longest_batch_has_the_most_rows_and_a_host_a_copy_of_each_chips_part(config):
+    run = run_of(config)
     # 256 sequences of 28 tokens, two in a row of 64.
     assert run.longest.tokens.shape == (16, 8, 64)
     assert run.longest.segments.any(-1).all()
@@ -129,18 +125,18 @@ def test_the_longest_batch_has_the_most_rows_and_a_host_a_copy_of_each_chips_par
     assert memory["buffer"] == 128 * (8 * 8 * 16 + 4 * 12)
 
 
-def test_copies_of_the_parameters_beside_a_program_are_counted(config, run_of):
-    run = run_of()
+def test_copies_of_the_parameters_beside_a_program_are_counted(config):
+    run = run_of(config)
     count = 4 * parameters(run.model.config)
     assert dict(run.gradient_step().beside) == {}
     assert [p.name for p in run.programs()] == ["train step", "initialisation", "probe"]
     config.objective.kl_weight = 0.1
     config.rollout.sampler = "local"
     config.evaluation.every = 10
-    beside = run_of().gradient_step().beside
+    beside = run_of(config).gradient_step().beside
     assert beside["embedded samplers"] == 2 * count
     assert count / 8 <= beside["reference parameters"] < count / 7
-    assert "recomputed log-probs" in [p.name for p in run_of().programs()]
+    assert "recomputed log-probs" in [p.name for p in run_of(config).programs()]
 
 
 def test_a_fleet_keeps_up_with_the_steps_between_two_publications(config):
