@@ -1,5 +1,6 @@
 """A checkout of tpu_setup/ whose scripts find fake programs of the cloud."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -28,6 +29,14 @@ class Checkout:
             [*self.as_someone, *words], check=True, capture_output=True, text=True
         )
         return done.stdout.strip()
+
+    def play(self, fail: dict[str, int], **story) -> None:
+        """Writes the story of the fake programs; `fail` counts failures, by command."""
+        fail = {name.replace("_", " "): times for name, times in fail.items()}
+        (self.folder / "story.json").write_text(json.dumps(dict(story, fail=fail)))
+
+    def all_calls(self) -> list[list[str]]:
+        return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
 
     @property
     def environment(self) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Watching a run on a cluster, with fakes of xpk and kubectl that play a story."""
 
-import json
 import pathlib
 import subprocess
 import sys
@@ -36,18 +35,9 @@ class Cluster(Checkout):
         for name in ("xpk", "kubectl"):
             program(folder / "bin" / name, f"#!{sys.executable} -SE\n{XPK}")
 
-    def watch(
-        self,
-        looks: list[int],
-        *more: str,
-        code: int = 0,
-        reason: str = "ReachedMaxRestarts",
-        **fail: int,
-    ) -> str:
+    def watch(self, looks, *more: str, code=0, reason="ReachedMaxRestarts", **fail: int) -> str:
         """Runs the watch, checks its exit code, and returns its messages."""
-        story = dict(looks=looks, reason=reason)
-        story["fail"] = {name.replace("_", " "): times for name, times in fail.items()}
-        (self.folder / "story.json").write_text(json.dumps(story))
+        self.play(fail, looks=looks, reason=reason)
         flags = ["--project=p", "--zone=z", "--cluster=c", "--workload=w", "--topology=v6e:8x8"]
         flags += ["--config=configs/arithmetic.py", "--workdir=/mnt/oapl/run", "--poll=0", *more]
         done = subprocess.run(
@@ -60,11 +50,8 @@ class Cluster(Checkout):
         assert done.returncode == code, done.stderr
         return done.stderr
 
-    def calls(self) -> list[list[str]]:
-        return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
-
     def verbs(self) -> list[str]:
-        return [" ".join(words[:2]) for words in self.calls()]
+        return [" ".join(words[:2]) for words in self.all_calls()]
 
 
 @pytest.fixture
@@ -78,9 +65,10 @@ LOOK, CREATE, REASON, DELETE = "workload list", "workload create", "get jobset",
 def test_from_no_workload_to_the_end(cluster):
     cluster.watch([NO_WORKLOAD, NOT_YET, DONE], "--delete-cluster-at-end")
     assert cluster.verbs() == [LOOK, CREATE, LOOK, LOOK, "cluster delete"]
-    (source,) = [w.partition("=")[2] for w in cluster.calls()[1] if w.startswith("--script-dir")]
+    look, create, *_ = cluster.all_calls()
+    (source,) = [w.partition("=")[2] for w in create if w.startswith("--script-dir")]
     assert (pathlib.Path(source) / "tpu_setup/on_worker/install.sh").exists()
-    assert "--wait-for-job-completion=w" in cluster.calls()[0]
+    assert "--wait-for-job-completion=w" in look
 
 
 def test_a_workload_that_used_up_its_restarts_is_recreated(cluster):

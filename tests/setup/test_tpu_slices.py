@@ -5,7 +5,6 @@ tpu_setup/on_worker. Installation, mount and training are fakes too.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import signal
@@ -131,14 +130,9 @@ class Cloud(Checkout):
         program(folder / "bin/gcloud", f"#!{sys.executable} -SE\n{GCLOUD}")
 
     def tell(self, *lives: str, trainer: str = "finish()", workers: int = 2, **fail: int) -> None:
-        story = dict(lives=[life.split() for life in lives], workers=workers)
-        story["fail"] = {name.replace("_", " "): times for name, times in fail.items()}
-        (self.folder / "story.json").write_text(json.dumps(story))
-        self.train(trainer)
-
-    def train(self, story: str) -> None:
+        self.play(fail, lives=[life.split() for life in lives], workers=workers)
         (self.folder / "package/oapl_jax").mkdir(parents=True, exist_ok=True)
-        (self.folder / "package/oapl_jax/train.py").write_text(TRAINER + story)
+        (self.folder / "package/oapl_jax/train.py").write_text(TRAINER + trainer)
 
     def words(self, name: str, *more: str) -> list[str]:
         where = ["--project=p", "--zone=z", "--name=learner"]
@@ -182,9 +176,8 @@ class Cloud(Checkout):
 
     def calls(self, *verbs: str) -> list[str]:
         """Verbs of the given kinds of calls, or of all calls that change something."""
-        calls = [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
         look = lambda words: words[3] == "list" or "job.sh status" in " ".join(words)
-        return [w[3] for w in calls if (w[3] in verbs if verbs else not look(w))]
+        return [w[3] for w in self.all_calls() if (w[3] in verbs if verbs else not look(w))]
 
     def starts(self) -> list[str]:
         """Starts of the trainer, by worker: directory, environment and words."""
@@ -202,6 +195,11 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def wait_for_looks(cloud: Cloud, count: int) -> None:
+    before = len(cloud.calls("list"))
+    wait_for(lambda: len(cloud.calls("list")) >= before + count)
 
 
 def alive(pid: int) -> bool:
@@ -233,14 +231,11 @@ def test_from_nothing_to_the_end(cloud):
     assert installed.count("--editable .[tpu,gcs]") == 2
 
 
+ENDS = ["ACTIVE SUSPENDED", "ACTIVE FAILED", "ACTIVE SUSPENDING SUSPENDED"]
+
+
 @pytest.mark.parametrize(
-    "lives",
-    [
-        ["ACTIVE* ACTIVE SUSPENDED"],
-        ["ACTIVE* ACTIVE FAILED"],
-        ["ACTIVE* ACTIVE SUSPENDING SUSPENDED"],
-        ["ACTIVE* SUSPENDED"] * 4,
-    ],
+    "lives", [*([f"ACTIVE* {end}"] for end in ENDS), ["ACTIVE* SUSPENDED"] * 4]
 )
 def test_a_preempted_slice_is_requested_again_and_the_run_resumes(cloud, lives):
     cloud.tell(*lives, "ACTIVE", trainer=RESUME.replace("1", str(len(lives))))
@@ -269,8 +264,7 @@ def test_a_failing_call_is_retried_until_its_deadline(cloud, what):
     assert cloud.calls("create") == ["create"] * (3 if what == "create" else 1)
     cloud.run("delete.sh")
     cloud.tell("ACTIVE", **{what: ALWAYS})
-    message = cloud.watch("--service-deadline=1", "--delete-at-end", code=1)
-    assert "after 1 s" in message
+    assert "after 1 s" in cloud.watch("--service-deadline=1", "--delete-at-end", code=1)
     assert cloud.calls()[-1] == "delete"
 
 
@@ -290,8 +284,7 @@ def test_a_wait_for_capacity_and_its_bill_have_a_deadline(cloud, flag):
 def test_an_invalid_setting_ends_the_watch(cloud):
     mistake = "error: lag.steps=0 must be at least 1"
     cloud.tell("ACTIVE", trainer=f"print('{mistake}', file=sys.stderr)\nsys.exit(2)")
-    message = cloud.watch(code=2)
-    assert mistake in message
+    assert mistake in cloud.watch(code=2)
     assert len(cloud.starts()) == 2
 
 
@@ -303,19 +296,22 @@ def test_a_failure_on_one_worker_restarts_all(cloud, code):
     assert [line[0] for line in cloud.starts()] == ["0", "0", "1", "1"]
 
 
-def test_a_job_that_keeps_failing_ends_the_watch(cloud):
-    cloud.tell("ACTIVE", trainer="sys.exit(1)", workers=1)
-    cloud.watch("--restarts=2", code=1)
-    assert len(cloud.starts()) == 3
-
-
-@pytest.mark.parametrize(("lasts", "calm", "restarts", "code"), [(3, 8, 3, 1), (4, 2, 1, 0)])
-def test_a_calm_start_resets_the_count_of_restarts(cloud, lasts, calm, restarts, code):
+@pytest.mark.parametrize(
+    ("lasts", "flags", "code", "starts"),
+    [
+        (0, ["--restarts=2"], 1, 3),
+        (3, ["--restarts=3", "--calm=8"], 1, 4),
+        (4, ["--restarts=1", "--calm=2"], 0, 5),
+    ],
+)
+def test_a_job_that_keeps_failing_ends_the_watch_without_a_calm_start(
+    cloud, lasts, flags, code, starts
+):
     """Seconds of one start, not of all: four starts of three seconds each are in a row."""
     fail = f"if start < 5:\n  time.sleep({lasts})\n  sys.exit(1)\nfinish()"
     cloud.tell("ACTIVE", trainer=fail, workers=1)
-    cloud.watch(f"--restarts={restarts}", f"--calm={calm}", code=code)
-    assert len(cloud.starts()) == (4 if code else 5)
+    cloud.watch(*flags, code=code)
+    assert len(cloud.starts()) == starts
 
 
 def test_a_run_that_was_stopped_is_not_done(cloud):
@@ -331,8 +327,7 @@ def test_a_run_that_was_stopped_is_not_done(cloud):
 def test_a_workdir_on_the_disk_of_the_slice_is_refused(cloud, monkeypatch):
     monkeypatch.setenv("FAKE_MOUNT", "/")
     cloud.tell("ACTIVE")
-    message = cloud.watch(code=2)
-    assert "--workdir" in message
+    assert "--workdir" in cloud.watch(code=2)
     assert cloud.starts() == []
 
 
@@ -348,8 +343,7 @@ def test_a_watch_resumes_its_job_and_refuses_another(cloud):
     cloud.tell("ACTIVE", trainer=until_told)
     watching = cloud.begin(*cloud.watching())
     wait_for(lambda: len(cloud.starts()) == 2)
-    looks = cloud.calls("list")
-    wait_for(lambda: len(cloud.calls("list")) > len(looks) + 1)
+    wait_for_looks(cloud, 2)
     os.killpg(watching.pid, signal.SIGINT)
     watching.communicate(timeout=30)
     assert watching.returncode == 130
@@ -357,24 +351,17 @@ def test_a_watch_resumes_its_job_and_refuses_another(cloud):
     cloud.watch("--service-deadline=1", seed=2, code=1)
 
     watching = cloud.begin(*cloud.watching())
-    looks = cloud.calls("list")
-    wait_for(lambda: len(cloud.calls("list")) > len(looks) + 2)
+    wait_for_looks(cloud, 3)
     (cloud.folder / "go").touch()
     watching.communicate(timeout=30)
     assert watching.returncode == 0
     assert [line[0] + line[-1] for line in cloud.starts()] == ["01", "11"]
 
 
-@pytest.mark.parametrize(
-    ("more", "job", "flag"),
-    [
-        (["--topology=v6e:4x5"], "tpu_setup/train.sh", "--topology"),
-        ([], "tpu_setup/serve.sh", "--config"),
-    ],
-)
-def test_an_invalid_flag_is_an_error_before_any_request(cloud, more, job, flag):
+def test_an_invalid_flag_is_an_error_before_any_request(cloud):
     cloud.tell("ACTIVE")
-    assert flag in cloud.watch(*more, job=job, code=2)
+    assert "--topology" in cloud.watch("--topology=v6e:4x5", code=2)
+    assert "--config" in cloud.watch(job="tpu_setup/serve.sh", code=2)
     assert not (cloud.folder / "calls").exists()
 
 
