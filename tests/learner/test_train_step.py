@@ -38,10 +38,10 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
 
 
 @functools.cache
-def parameters(seed=0):
+def parameters():
     """Numpy parameters with every leaf at work: norms off 1 and biases off 0."""
     shapes = jax.eval_shape(functools.partial(train_step.init_params, MODEL), jax.random.key(0))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def fill(path, leaf):
         centre = 1.0 if path[-1].key == "scale" else 0.0
@@ -68,7 +68,7 @@ def groups():
         rollouts = []
         for n in lengths:
             response = np.append(rng.integers(3, 64, n - 1), EOS).astype(np.int32)
-            logp = plain_logp(parameters(), prompt.tokens, response, TEMPERATURE)[0]
+            logp = plain_logp(prompt.tokens, response, TEMPERATURE)[0]
             noise = rng.normal(0, 0.3, n)
             rollouts.append(Rollout(response, (logp + noise).astype(np.float32), 5, "stop"))
         out.append(Group(prompt, tuple(rollouts), REWARD[draw]))
@@ -85,12 +85,12 @@ def whole_log_softmax(params, tokens, temperature):
     return jax.nn.log_softmax(forward(CONFIG, params, tokens) / temperature)
 
 
-def plain_logp(params, prompt, response, temperature):
+def plain_logp(prompt, response, temperature):
     """(log-probability, entropy) of each response token, for one sequence alone, in float64."""
     length = len(prompt) + len(response)
     tokens = np.zeros((1, 19), np.int32)
     tokens[0, :length] = [*prompt, *response]
-    table = np.asarray(whole_log_softmax(params, tokens, temperature), np.float64)[0]
+    table = np.asarray(whole_log_softmax(parameters(), tokens, temperature), np.float64)[0]
     table = table[len(prompt) - 1 : length - 1]  # the state before a token predicts it
     return table[np.arange(len(response)), response], -np.sum(np.exp(table) * table, axis=-1)
 
@@ -100,8 +100,7 @@ def plain_logps(temperature=TEMPERATURE):
     """`plain_logp` of every response, two arrays [S, C] that are 0 behind its end."""
     found = np.zeros((2, 16, LONGEST))
     for i, (prompt, rollout) in enumerate(sequences()):
-        tokens = rollout.tokens
-        found[:, i, : len(tokens)] = plain_logp(parameters(), prompt, tokens, temperature)
+        found[:, i, : len(rollout.tokens)] = plain_logp(prompt, rollout.tokens, temperature)
     return found
 
 
@@ -391,21 +390,17 @@ def test_padding_is_the_share_of_computed_places_without_a_token(layout):
     close(train_step.padding(batch), np.mean(np.array(used) == 0), rtol=1e-6)
 
 
-def test_packed_equals_one_sequence_a_row():
-    packed, unpacked = batch_of(row_length=64), batch_of(row_length=19)
+def test_the_order_of_sequences_and_their_packing_do_not_matter():
+    packed, unpacked, batch = batch_of(row_length=64), batch_of(row_length=19), batch_of()
     assert np.count_nonzero(packed.segments.any(-1)) <= 6
     assert packed.segments.max() >= 3
     assert np.count_nonzero(unpacked.segments.any(-1)) == 16
     assert unpacked.segments.max() == 1
-    for batch in (packed, unpacked):
-        assert_same_step(one_step(batch), expected_step())
-
-
-def test_the_order_of_sequences_does_not_matter():
-    batch, order = batch_of(), np.random.default_rng(2).permutation(16)
+    order = np.random.default_rng(2).permutation(16)
     per_sequence = ("token_index", "mask", "behavior_logp", "advantage", "reward", "weight", "lag")
     moved = replace(batch, **{name: getattr(batch, name)[order] for name in per_sequence})
-    assert_same_step(one_step(moved), expected_step())
+    for other in (packed, unpacked, moved):
+        assert_same_step(one_step(other), expected_step())
 
 
 MESHES = [(8, 1, 1, 1), (2, 2, 1, 2), (1, 4, 1, 2), (1, 2, 4, 1), (2, 1, 2, 2)]
@@ -566,22 +561,15 @@ def test_loss_and_gradient_must_both_be_finite(case):
 
 
 @pytest.mark.parametrize("sizes", [ONE, (2, 2, 1, 2)])
-def test_the_old_state_is_given_to_the_new_one(sizes):
+def test_the_old_state_is_donated_and_nothing_else(sizes):
+    """Parameters that a state starts from belong to the sampler, or to a published version."""
     run = compiled(sizes)
     batch = run.put(batch_of())
+    params = jax.device_put(parameters(), parameter_shardings(parameters(), run.mesh))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # jax warns of donated buffers that it could not use
-        old = run.start()
+        old = train_step.init_state(MODEL, OPTIMIZER, run.mesh, params)
         new, _ = run.step(old, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, batch)))
-
-
-def test_the_parameters_that_a_state_starts_from_are_not_given_away():
-    """They belong to whoever holds them: the sampler, or a published version."""
-    run = compiled()
-    params = jax.device_put(parameters(), parameter_shardings(parameters(), run.mesh))
-    state = train_step.init_state(MODEL, OPTIMIZER, run.mesh, params)
-    run.step(state, run.put(batch_of()))
-    jax.tree.map(np.testing.assert_array_equal, params, parameters(0))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, batch, params)))
+    jax.tree.map(np.testing.assert_array_equal, params, parameters())
