@@ -169,17 +169,17 @@ def test_bytes_of_each_collective_equal_a_hand_computation(where):
     }
 
 
-def program_of(where, size, beside, donated=True):
-    device = jax.sharding.SingleDeviceSharding(where.devices[0])
-    x = jax.ShapeDtypeStruct((size // 4,), jnp.float32, sharding=device)
-    traced = jax.jit(lambda x: x * 2, donate_argnums=(0,) if donated else ()).trace(x)
-    return programs.Program("doubling", lambda: traced, {"numbers": x}, beside)
-
-
 def test_a_program_that_is_too_large_does_not_fit(where):
-    available = memory.available_hbm(where)
+    available, device = memory.available_hbm(where), where.devices[0]
     assert available == 15.75 * GIB
-    found = lambda *given: memory.compile_program(program_of(where, *given), available)
+
+    def found(size, beside, donated=True):
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        x = jax.ShapeDtypeStruct((size // 4,), jnp.float32, sharding=sharding)
+        traced = jax.jit(lambda x: x * 2, donate_argnums=(0,) if donated else ()).trace(x)
+        program = programs.Program("doubling", lambda: traced, {"numbers": x}, beside)
+        return memory.compile_program(program, available)
+
     assert found(15 * GIB, {}).fits
     refused = found(9 * GIB, {}, False)  # argument and result
     assert not refused.fits
