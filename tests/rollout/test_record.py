@@ -4,14 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import xxhash
 from etils import epath
-from small_runs import IN_PROCESS, cached_programs, metrics, opened, small_arithmetic, typed
+from small_runs import IN_PROCESS, ROOT, cached_programs, metrics, opened, small_arithmetic, typed
 
 from oapl_jax import record, train
 from oapl_jax.errors import NoReward, UserError
@@ -19,7 +18,6 @@ from oapl_jax.rewards.grader import Grader
 from oapl_jax.rollout.dataset import MANIFEST, Dataset
 from oapl_jax.rollout.ledger import FILE, LedgerReport
 
-ROOT = Path(__file__).parents[2]
 KILLED_IN_TRAINING = """
 import os, signal
 from oapl_jax.tracking.metrics import MetricsWriter
@@ -116,20 +114,12 @@ def round1(jobs, trained, tmp_path_factory):
     return directory
 
 
-def manifest_of(directory):
-    return json.loads((directory / MANIFEST).read_text())
-
-
 def contents(directory):
     of = lambda r: (r.tokens.tolist(), r.behavior_logp.tolist(), r.policy_version)
     return [
         (g.prompt.id, g.prompt.stream_index, g.reward.tolist(), [of(r) for r in g.rollouts])
         for g in Dataset(epath.Path(directory))
     ]
-
-
-def entries(workdir):
-    return LedgerReport(epath.Path(workdir / FILE)).groups()
 
 
 def balance(workdir):
@@ -162,7 +152,7 @@ def test_killed_it_ends_with_the_same_set(jobs, trained, round1, tmp_path):
     """A shard is two portions, so that a new start takes the portions of the unbroken run."""
     command = (f"--workdir={trained}", f"--to={tmp_path}", "--step=0", "--groups_per_shard=12")
     jobs.process(KILLED_BETWEEN_SHARD_AND_MANIFEST, *command, code=-9)
-    assert len(manifest_of(tmp_path)["shards"]) == 2
+    assert len(json.loads((tmp_path / MANIFEST).read_text())["shards"]) == 2
     assert len(list(tmp_path.glob("*.array_record"))) == 3
     output = jobs.process(RECORD, *command, code=0)
     assert [line for line in output.splitlines() if "groups in" in line] == [
@@ -212,9 +202,8 @@ def test_a_run_records_what_it_samples_though_it_is_killed(trained):
     recorded = {
         (g.prompt.stream_index, i): len(r.tokens) for g in shards for i, r in enumerate(g.rollouts)
     }
-    alive = [
-        row for row in LedgerReport(epath.Path(trained / FILE)).rollouts() if row.state != "rewound"
-    ]
+    rows = LedgerReport(epath.Path(trained / FILE)).rollouts()
+    alive = [row for row in rows if row.state != "rewound"]
     assert {tuple(map(int, row.id.split(".")[1::2])): row.tokens for row in alive} == recorded
 
 
@@ -248,8 +237,9 @@ def test_two_offline_rounds(jobs, round1, tmp_path):
     taken = balance(tmp_path / "a")["balance"]
     assert taken["trained"] == 5 * 4 * 4
     assert taken["zero_variance"] == 4 * found[-1]["recorded/zero_variance"] > 0
-    stream = [e for e in entries(tmp_path / "a") if e.state != "rewound"]
-    assert [e.stream_index for e in stream] == [-1 - i for i in range(len(stream))]
+    entries = LedgerReport(epath.Path(tmp_path / "a" / FILE)).groups()
+    stream = [e.stream_index for e in entries if e.state != "rewound"]
+    assert stream == [-1 - i for i in range(len(stream))]
 
     jobs.record(tmp_path / "a", tmp_path / "round2", limit=48, settings=first)
     second = Dataset(epath.Path(tmp_path / "round2"))
