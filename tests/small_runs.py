@@ -56,13 +56,13 @@ class Runs:
     """Starts training processes that share a data set and compiled programs."""
 
     def __init__(self, shared: Path):
-        self._shared = shared
+        self.data_dir = shared / "data"
 
     def command(
         self, workdir: Path, module: str = "train", config: str = "", **settings
     ) -> list[str]:
         shared = {
-            "data.data_dir": self._shared / "data",
+            "data.data_dir": self.data_dir,
             "compile_cache": os.environ["TEST_PROGRAMS"],
         }
         values = {**SMALL, **shared, **settings}

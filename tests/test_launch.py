@@ -6,6 +6,7 @@ import re
 import sys
 
 import pytest
+from absl.testing import flagsaver
 from etils import epath
 from small_runs import opened
 
@@ -17,10 +18,11 @@ from oapl_jax.files import absolute
 from oapl_jax.launch import read_command_line
 
 
-def read(monkeypatch, workdir):
-    command = ["train", "--config=configs/arithmetic.py", f"--workdir={workdir}"]
+def read(monkeypatch, workdir, *words):
+    command = ["train", "--config=configs/arithmetic.py", f"--workdir={workdir}", *words]
     monkeypatch.setattr(sys, "argv", command)
-    return read_command_line()[1]
+    with flagsaver.flagsaver():
+        return read_command_line()[1]
 
 
 def test_a_workdir_is_the_same_from_any_directory(monkeypatch, tmp_path):
@@ -32,6 +34,30 @@ def test_a_workdir_is_the_same_from_any_directory(monkeypatch, tmp_path):
 def test_a_workdir_in_a_bucket_is_refused_and_no_local_name(monkeypatch):
     with pytest.raises(UserError, match=r"--workdir=gs://fleet/run is in an object store"):
         read(monkeypatch, "gs://fleet/run")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--config.num_step=1"], "num_steps"),
+        (["--config.num_steps=many"], "num_steps"),
+        (["--config=configs/arithmetic.py:task=sums"], r"task=chain_sum\|"),
+        (["--config=configs/nothing.py"], r"configs/nothing\.py"),
+    ],
+)
+def test_a_mistake_on_the_command_line_names_its_setting(monkeypatch, words, named):
+    with pytest.raises(UserError, match=named):
+        read(monkeypatch, "x", *words)
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [(["--config=configs/arithmetic.py"], "--workdir"), (["--workdir=x"], "--config")],
+)
+def test_a_missing_flag_is_named(monkeypatch, command, flag):
+    monkeypatch.setattr(sys, "argv", ["train", *command])
+    with flagsaver.flagsaver(), pytest.raises(UserError, match=flag):
+        read_command_line()
 
 
 def test_a_path_in_a_bucket_is_absolute_already():
