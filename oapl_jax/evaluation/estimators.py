@@ -31,6 +31,17 @@ def pass_curve(num_samples: int, num_correct: int) -> np.ndarray:
     return 1.0 - np.cumprod(wrong / left)
 
 
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Estimates pass@k, one element of `pass_curve`.
+
+    Raises:
+      ValueError: unless 1 <= k <= n and 0 <= c <= n.
+    """
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"pass@{k} needs 1 <= k <= n; n={num_samples}, c={num_correct}")
+    return float(pass_curve(num_samples, num_correct)[k - 1])
+
+
 def maj_at_n(answers: Sequence[str], correct: Sequence[float]) -> float:
     """1 if the most frequent final answer is right, else 0; in a tie, the share of right ones.
 

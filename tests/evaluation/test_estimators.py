@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from oapl_jax.evaluation import pass_at_k
 from oapl_jax.evaluation.estimators import interval, intervals, maj_at_n, pass_curve, sign_flip_test
 
 
@@ -14,7 +15,7 @@ from oapl_jax.evaluation.estimators import interval, intervals, maj_at_n, pass_c
 def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one(n):
     for c, k in itertools.product(range(n + 1), range(1, n + 1)):
         exact = 1 - Fraction(math.comb(n - c, k), math.comb(n, k))
-        assert pass_curve(n, c)[k - 1] == pytest.approx(float(exact), abs=1e-14)
+        assert pass_at_k(n, c, k) == pytest.approx(float(exact), abs=1e-14)
         if n <= 9:
             subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
             assert exact == Fraction(sum(map(any, subsets)), len(subsets))
@@ -35,10 +36,10 @@ def test_pass_at_k_of_256_samples_is_that_of_the_definition():
     assert (curves[-1] == 1).all()
 
 
-@pytest.mark.parametrize(("n", "c"), [(4, 5), (4, -1), (0, 0)])
-def test_pass_at_k_refuses_impossible_counts(n, c):
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 2, 0), (4, 2, 5), (4, 5, 1), (4, -1, 1), (0, 0, 1)])
+def test_pass_at_k_refuses_impossible_counts(n, c, k):
     with pytest.raises(ValueError, match=rf"n={n}, c={c}"):
-        pass_curve(n, c)
+        pass_at_k(n, c, k)
 
 
 @pytest.mark.parametrize(
