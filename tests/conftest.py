@@ -39,12 +39,17 @@ def kept_programs() -> Iterator[None]:
         jax.config.update(name, value)
 
 
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
+# Files whose programs run for longer than they compile.
+OPTIMIZED = ("test_cyclic_games", "test_documents_run", "test_curriculum_run")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
     """Optimising machine code takes most of the time of compiling programs that run for 10 ms."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
+    quick = request.path.stem not in OPTIMIZED
+    jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

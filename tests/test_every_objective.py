@@ -2,7 +2,6 @@
 
 import types
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -41,12 +40,7 @@ SMALL = {
 WARM_UP = {"data.train_size": 60, "warmup.num_steps": 60, "warmup.demonstrations": 60}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation(kept_programs):
-    """A train step each, whose compilation takes longer than all else."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("kept_programs")
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,6 @@ ONE = (1, 1, 1, 1)
 SIZES = dict(attention_bias=True, vocab_size=64, intermediate_size=48, rope_theta=100.0)
 CONFIG = small_config("qwen3", **SIZES)
 MODEL, OPTIMIZER = Transformer(CONFIG, jnp.float32, "none"), make_optimizer(**OPTIM)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
 
 

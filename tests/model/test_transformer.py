@@ -14,8 +14,6 @@ from small_models import forward, golden_model
 
 from oapl_jax.model.transformer import REMAT_POLICIES, Transformer, empty_cache, head, logits
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def rows(lengths, width, vocab_size, seed):
     """Packs sequences of these lengths into one row; the rest is padding (segment 0)."""
