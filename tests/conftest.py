@@ -56,9 +56,8 @@ def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
 
 # Minutes each, longest first: begun last, one of them would keep a process when the other is done.
 LONG = (
-    *("test_pods", "test_train", "test_experiments", "test_record", "test_real_fleet"),
-    *("test_documents_run", "test_paper_configs", "test_every_objective"),
-    *("test_learning", "test_restart_proxy"),
+    *("test_pods", "test_train", "test_real_fleet", "test_experiments", "test_record"),
+    *("test_documents_run", "test_paper_configs", "test_every_objective", "test_restart_proxy"),
 )
 # Marked `slow` and left out of `make test-quick`: whole runs, real servers, other processes, the
 # compiler for TPUs, large programs.

@@ -1,4 +1,4 @@
-"""Fleet, default job, evaluation and judge over real SGLang servers, against the own model."""
+"""Fleet, evaluation, judge and the default job over real SGLang servers, against the own model."""
 
 import contextlib
 import json
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,14 +22,14 @@ from oapl_jax.evaluate import benchmark_prompts, evaluate_benchmarks
 from oapl_jax.evaluation import pass_curve
 from oapl_jax.preferences import Response
 from oapl_jax.preferences.language_model import LanguageModelJudge
+from oapl_jax.publish import publish_step
 from oapl_jax.rewards.tasks import chain_sum
 from oapl_jax.rollout.dataset import Dataset
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Prompt
 
-STEPS = 64  # of the shortened default job
 LAG = 16  # gradient steps between two versions, the default's
-DEADLINE = 480.0  # seconds
+DEADLINE = 600.0  # seconds of a run
 PROBLEMS = [("1+1=", "2"), ("9-8=", "1"), ("3+4-1=", "6"), ("8-5=", "3"), ("2+2+2=", "6")]
 SAMPLES, VERSION = 8, 2  # of the evaluation
 SUM_CLOSE = 2e-3  # nats between two sums of log-probs of a response
@@ -172,40 +173,6 @@ def test_a_response_of_two_versions_is_retried(make_fleet, servers, published):
     assert server.ask("/model_info")["weight_version"] == "1"  # brought back before
 
 
-def test_the_default_job_learns_on_a_fleet(servers, tmp_path):
-    """Shortened, with rollouts from two real SGLang servers."""
-    workdir = tmp_path / "run"
-    command = [
-        *(sys.executable, "-m", "oapl_jax.train", "--config=configs/arithmetic.py"),
-        *(f"--workdir={workdir}", f"--config.data.data_dir={tmp_path}/data"),
-        *(f"--config.num_steps={STEPS}", "--config.evaluation.every=1000"),
-        *("--config.rollout.sampler=fleet", "--config.rollout.overlap=True"),
-        f"--config.fleet.servers={tuple(servers.urls)}",
-    ]
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=DEADLINE)
-
-    result = json.loads((workdir / "result.json").read_text())
-    before, after = result["before"], result["after"]
-    assert after["pass@1"] >= before["pass@1"] + 0.30, (before, after)
-
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "lag/max" in line]
-    assert max(line["lag/max"] for line in steps) == LAG - 1
-    refreshed = max(line.get("fleet/refreshed", 0) for line in steps)
-    assert refreshed >= 2 * 3, "each server loaded at least three versions"
-
-    ledger = [sys.executable, "-m", "oapl_jax.report", str(workdir), "--json"]
-    printed = subprocess.run(
-        ledger, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, timeout=60
-    ).stdout
-    report = json.loads(printed)
-    assert report["balanced"]
-    assert report["balance"]["trained"] == STEPS * 32 * 8
-    assert report["balance"]["failed"] == 0
-    assert set(report["servers"]) == set(servers.urls)
-
-
 @pytest.fixture
 def evaluate(servers, published, tmp_path):
     """Evaluates version 2 of the servers' model; returns result, responses and prompts."""
@@ -320,3 +287,55 @@ def test_preferences_are_those_of_the_learners_log_probs(judges, published):
     metrics = judge.metrics()
     assert metrics["questions/asked"] == 24
     assert metrics["questions/unclear"] == metrics["questions/failed"] == 0
+
+
+def train(workdir: Path, *overrides: str) -> tuple[dict, list[dict]]:
+    """Results of the default job, and the lines of its metrics."""
+    command = [sys.executable, "-m", "oapl_jax.train", "--config=configs/arithmetic.py"]
+    command += [f"--workdir={workdir}", f"--config.data.data_dir={workdir.parent / 'data'}"]
+    command += ["--config.evaluation.every=1000", "--config.checkpoint.every=1000", *overrides]
+    environment = {**os.environ, "XLA_FLAGS": ""}  # one device
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=DEADLINE)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return json.loads((workdir / "result.json").read_text()), [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """Workdir, results and metrics of a run with the embedded sampler."""
+    workdir = tmp_path_factory.mktemp("embedded") / "run"
+    return workdir, *train(workdir, "--config.num_steps=120")
+
+
+def test_the_default_job_learns(embedded):
+    """Shortened: OAPL with lag 16 raises pass@1 on problems that it has not seen."""
+    _, result, lines = embedded
+    before, after = result["before"], result["after"]
+    assert before["pass@1"] <= 0.30
+    assert after["pass@1"] >= before["pass@1"] + 0.30
+    assert after["pass@8"] >= before["pass@8"]
+    assert max(line["lag/max"] for line in lines) == LAG - 1
+
+
+def test_the_default_job_learns_on_a_fleet(servers, embedded, tmp_path):
+    """With rollouts from two real SGLang servers, from the warmed-up policy of the other run."""
+    start = publish_step(epath.Path(embedded[0]), 0, epath.Path(tmp_path / "start"), dtype=None)
+    steps, workdir = 64, tmp_path / "run"
+    overrides = [f"--config.num_steps={steps}", "--config.warmup.num_steps=0"]
+    overrides += [f"--config.model.path={start}", "--config.rollout.sampler=fleet"]
+    overrides += ["--config.rollout.overlap=True", f"--config.fleet.servers={tuple(servers.urls)}"]
+    result, lines = train(workdir, *overrides)
+    before, after = result["before"], result["after"]
+    assert before["pass@1"] == embedded[1]["before"]["pass@1"]
+    assert after["pass@1"] >= before["pass@1"] + 0.30, (before, after)
+    assert max(line["lag/max"] for line in lines) == LAG - 1
+    refreshed = max(line.get("fleet/refreshed", 0) for line in lines)
+    assert refreshed >= 2 * 3, "each server loaded at least three versions"
+
+    ledger = [sys.executable, "-m", "oapl_jax.report", str(workdir), "--json"]
+    printed = subprocess.run(ledger, cwd=ROOT, check=True, stdout=subprocess.PIPE, timeout=60)
+    report = json.loads(printed.stdout)
+    assert report["balanced"]
+    assert report["balance"]["trained"] == steps * 32 * 8
+    assert report["balance"]["failed"] == 0
+    assert set(report["servers"]) == set(servers.urls)
