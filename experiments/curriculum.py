@@ -39,6 +39,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from configs import arithmetic
 from experiments.table import markdown, plt, save
@@ -118,7 +119,7 @@ def bank(useful: Sequence[Record]) -> list[Record]:
 
 
 def get_config(name: str, seed: int, **changes: Any) -> Any:
-    config: Any = arithmetic.get_config("task=chain_sum,objective=grpo").unlock()
+    config: ConfigDict = arithmetic.get_config("task=chain_sum,objective=grpo").unlock()
     config.seed, config.num_steps = seed, 60
     config.group_size, config.groups_per_step = 8, 16
     config.data.update(train_size=WARMED_UP_ON, max_prompt_tokens=16)
@@ -138,7 +139,7 @@ def get_config(name: str, seed: int, **changes: Any) -> Any:
     return config
 
 
-def start(to: epath.Path, config: Any) -> epath.Path:
+def start(to: epath.Path, config: ConfigDict) -> epath.Path:
     """Publishes the initial policy of a seed, warmed up on the useful and the solved prompts."""
     version = publisher.version_path(to / "versions", 0)
     if not (version / publisher.MANIFEST).exists():
@@ -151,7 +152,7 @@ def start(to: epath.Path, config: Any) -> epath.Path:
     return version
 
 
-def run(to: epath.Path, config: Any, policy: epath.Path, split: str) -> list[dict[str, Any]]:
+def run(to: epath.Path, config: ConfigDict, policy: epath.Path, split: str) -> list[dict[str, Any]]:
     """Trains on the bank, and returns the lines of its metrics.
 
     The curator starts with the policy's weights: a model that adds tells sums apart sooner.

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from ml_collections import ConfigDict
 
 from configs import documents
 from experiments.table import markdown
@@ -85,7 +86,7 @@ def rates(opened: build.Run, step: int, params: Any) -> dict[str, float]:
     return {name: counts.get(name, 0) / counts["graded"] for name in found}
 
 
-def start(to: epath.Path, config: Any) -> epath.Path:
+def start(to: epath.Path, config: ConfigDict) -> epath.Path:
     """Publishes the initial policy of a seed, and writes its rates."""
     version = publisher.version_path(to / "versions", 0)
     if not (to / "rates.json").exists():
@@ -98,7 +99,7 @@ def start(to: epath.Path, config: Any) -> epath.Path:
     return version
 
 
-def run(to: epath.Path, config: Any, policy: epath.Path) -> None:
+def run(to: epath.Path, config: ConfigDict, policy: epath.Path) -> None:
     """Trains from the initial policy, and writes the rates at the end."""
     config.model.path, config.warmup.num_steps = str(policy), 0
     if (to / "rates.json").exists():

@@ -292,6 +292,9 @@ class ObjectiveConfig(Section):
         own = {field.name for field in dataclasses.fields(cls)} - {"constants"}  # pyright: ignore
         common = {name: value for name, value in values.items() if name in own}
         constants = {name: value for name, value in values.items() if name not in own}
+        for name in constants:  # a common setting, misspelt? `bind` knows the constants alone
+            if difflib.get_close_matches(name, own, n=1, cutoff=0.8):
+                raise UserError(f"{path}.{name} is not a setting{nearest(name, own)}")
         return super().from_dict({**common, "constants": constants}, path)
 
 

@@ -16,7 +16,7 @@ Constants are keyword-only and required. The configuration has their values in `
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -122,16 +122,28 @@ def bind(name: str, section: Mapping[str, Any], *, group_size: int | None = None
 
 
 def settings_of(name: str, section: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    """Constant -> its full setting and value; the objective's own sub-section comes first."""
-    shared, settings = OBJECTIVES[name].shared, {}
-    if shared == OAPL:
-        settings = {key: (f"objective.{key}", value) for key, value in section.items()}
-    for place in (shared, name):
+    """Constant -> its full setting and value; the objective's own sub-section takes precedence.
+
+    Raises:
+      UserError: for a name in the section that no objective has, with the nearest one.
+    """
+    nested = {key: value for key, value in section.items() if isinstance(value, Mapping)}
+    flat = {key: value for key, value in section.items() if key not in nested}
+    places = {*OBJECTIVES, *(o.shared for o in OBJECTIVES.values() if o.shared)}
+    _check_names("objective.", nested, places)
+    settings = {}
+    for place, values in sorted({OAPL: flat, **nested}.items(), key=lambda item: item[0] == name):
         readers = [o for other, o in OBJECTIVES.items() if place in (other, o.shared)]
         known = {key for o in readers for f in (o.advantage, o.loss) for key in constants(f)}
-        for key, value in (section.get(place, {}) if place else {}).items():
-            if key not in known:
-                nearest = "".join(difflib.get_close_matches(key, known, n=1, cutoff=0))
-                raise UserError(f"objective.{place}.{key} is unknown; did you mean {nearest}?")
-            settings[key] = (f"objective.{place}.{key}", value)
+        prefix = f"objective.{place}." if place else "objective."
+        _check_names(prefix, values, known)
+        if place in (OBJECTIVES[name].shared, name):
+            settings |= {key: (prefix + key, value) for key, value in values.items()}
     return settings
+
+
+def _check_names(prefix: str, given: Iterable[str], known: Collection[str]) -> None:
+    for key in given:
+        if key not in known:
+            nearest = "".join(difflib.get_close_matches(key, known, n=1, cutoff=0))
+            raise UserError(f"{prefix}{key} is unknown; did you mean {nearest}?")

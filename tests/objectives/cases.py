@@ -14,6 +14,10 @@ LENGTHS = [6, 1, 4, 9]
 REWARD = jnp.array([1.0, 0.0, 0.5, 0.0])
 
 
+# Settings of the section beside constants.
+COMMON = {"name", "denominator", "aggregation", "constant_length", "kl_weight", "ess_power"}
+
+
 def section(name: str, anchor: float | None = None, **changes: Any) -> dict[str, Any]:
     """The section `objective` of a configuration, with some values changed, nested or not.
 
@@ -30,8 +34,13 @@ def section(name: str, anchor: float | None = None, **changes: Any) -> dict[str,
     return values
 
 
+def own_constants(values: dict[str, Any]) -> dict[str, Any]:
+    """The constants of a section `objective`."""
+    return {key: value for key, value in values.items() if key not in COMMON}
+
+
 def bound(name: str, *, group_size: int = 4, **changes: Any) -> Objective:
-    return bind(name, section(name, **changes), group_size=group_size)
+    return bind(name, own_constants(section(name, **changes)), group_size=group_size)
 
 
 def run(objective: Objective, logp, behavior_logp, advantage, mask):

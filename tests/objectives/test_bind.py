@@ -5,7 +5,7 @@ import inspect
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import bound, random_group, section
+from cases import COMMON, bound, own_constants, random_group, section
 
 import oapl_jax.objectives as library
 from configs import arithmetic, objectives
@@ -25,8 +25,6 @@ from oapl_jax.objectives.annotations import Fraction
 from oapl_jax.objectives.grpo import CORRECTIONS
 
 ARGUMENTS = {"advantage": ["reward"], "loss": ["logp", "behavior_logp", "advantage", "mask"]}
-# Settings of the section beside constants.
-COMMON = {"name", "denominator", "aggregation", "constant_length", "kl_weight", "ess_power"}
 
 
 def test_every_objective_has_a_configuration_and_the_other_way_round():
@@ -43,11 +41,11 @@ def test_every_objective_binds_from_its_own_section(name):
     assert own["name"] == name
     assert objectives.OBJECTIVES[name]["aggregation"] in AGGREGATIONS  # its own
     assert set(own) == set(section("oapl"))  # nothing misspelt has been added
-    bind(name, own, group_size=4)
+    bind(name, own_constants(own), group_size=4)
     # Its name alone, in the configuration of another objective, gives one that runs.
     config = arithmetic.get_config("objective=oapl").lock()
     config.objective.name = name
-    bind(name, config.objective, group_size=config.group_size)
+    bind(name, own_constants(config.objective.to_dict()), group_size=config.group_size)
 
 
 def test_every_setting_is_a_constant_of_some_objective():
@@ -72,7 +70,7 @@ def test_a_new_objective_is_a_module_a_line_and_a_section(monkeypatch):
     entry = dict(aggregation="token", newest=dict(strength=0.5))
     monkeypatch.setitem(objectives.OBJECTIVES, "newest", entry)
     config = arithmetic.get_config("objective=newest").lock()
-    objective = bind("newest", config.objective, group_size=4)
+    objective = bind("newest", own_constants(config.objective.to_dict()), group_size=4)
     ones = np.ones((4, 2), np.float32)
     np.testing.assert_array_equal(objective.loss(ones, ones, ones[:, 0], ones)[0], np.ones(4))
     with pytest.raises(UserError, match=r"objective\.newest\.strength=2"):
@@ -157,13 +155,26 @@ def test_constants_that_the_group_is_too_small_for_are_refused():
 def test_a_misspelt_constant_names_the_nearest_and_a_missing_one_itself(
     name, place, constant, misspelt
 ):
-    values = section(name)
+    values = own_constants(section(name))
     of_place = values[place] if place else values
     value, words = of_place.pop(constant), f"{name} needs {constant}"
     if misspelt:
         of_place[misspelt], words = value, rf"objective\.{place}\.{misspelt} .*{constant}"
     with pytest.raises(UserError, match=words):
         bind(name, values, group_size=4)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"bta1": 1.0}, r"objective\.bta1 .*beta1"),
+        ({"cispo": {"cop": 1.0}}, r"objective\.cispo\.cop .*cap"),
+        ({"cisp": {}}, r"objective\.cisp .*cispo"),
+    ],
+)
+def test_a_misspelt_constant_of_another_objective_is_refused_too(extra, words):
+    with pytest.raises(UserError, match=words):
+        bind("oapl", {**own_constants(section("oapl")), **extra})
 
 
 def test_an_unknown_objective_is_refused_with_the_choices():
