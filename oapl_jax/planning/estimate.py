@@ -18,8 +18,12 @@ from oapl_jax.model.config import ModelConfig
 from oapl_jax.planning import programs
 from oapl_jax.planning.hardware import Chip, Slice, axis_bandwidth
 from oapl_jax.planning.hlo import Module, collective_bytes, traffic
-from oapl_jax.planning.memory import available_hbm, compile_program
-from oapl_jax.planning.programs import RunPrograms, per_chip
+from oapl_jax.planning.programs import (
+    RunPrograms,
+    available_hbm,
+    compile_program,
+    per_chip,
+)
 
 PUBLISHER_BYTES = 1e9  # beside two of the largest tensor; docs/serving.md
 FIGURES = ("fits", "because", "hbm", "donated", "offloaded")  # of a Compilation, in a plan

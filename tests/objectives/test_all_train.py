@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import section
+from cases import own_constants, section
 
 from oapl_jax.objectives import OBJECTIVES, bind
 from oapl_jax.objectives.aggregation import sequence_weights
@@ -36,7 +36,7 @@ def expected_reward(policy):
 def train(name):
     """The expected reward before and after; the sampler is a step behind."""
     values = section(name, anchor=0.2, constant_length=3)
-    objective = bind(name, values, group_size=GROUP)
+    objective = bind(name, own_constants(values), group_size=GROUP)
     optimizer, rng = optax.adam(0.05), np.random.default_rng(1)
     rows = np.repeat(np.arange(PROMPTS), GROUP)
 

@@ -19,7 +19,7 @@ from oapl_jax.errors import RunError, UserError
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import AXES
 from oapl_jax.plan import programs_of
-from oapl_jax.planning import hardware, memory, programs
+from oapl_jax.planning import hardware, programs
 from oapl_jax.planning.estimate import step_times
 from oapl_jax.planning.hlo import Module, collective_bytes
 
@@ -53,7 +53,7 @@ def compiled(name, remat="full", micro_batches=2, **mesh):
     mesh = hardware.make_mesh(where, **config.mesh)
     run = programs_of(typed(config), model, mesh, from_checkpoint=False)
     assert run.longest.tokens.shape == (micro_batches, ROWS, length)
-    result = memory.compile_program(run.gradient_step(), memory.available_hbm(where))
+    result = programs.compile_program(run.gradient_step(), programs.available_hbm(where))
     return run, result, step_times(run, where, result.traced, result.module)
 
 
@@ -121,8 +121,8 @@ def test_arrays_resharded_by_replication_are_counted(where):
     x = jax.ShapeDtypeStruct((8, 8, 128), jnp.float32, sharding=rows)
     turned = lambda x: jnp.cos(jax.lax.with_sharding_constraint(jnp.sin(x), rest))
     program = programs.Program("turning", lambda: jax.jit(turned).trace(x), {"numbers": x}, {})
-    available = memory.available_hbm(where)
-    assert memory.compile_program(program, available).replicated == 1
+    available = programs.available_hbm(where)
+    assert programs.compile_program(program, available).replicated == 1
 
 
 def test_collectives_and_flops_of_the_train_step():
@@ -170,7 +170,7 @@ def test_bytes_of_each_collective_equal_a_hand_computation(where):
 
 
 def test_a_program_that_is_too_large_does_not_fit(where):
-    available, device = memory.available_hbm(where), where.devices[0]
+    available, device = programs.available_hbm(where), where.devices[0]
     assert available == 15.75 * GIB
 
     def found(size, beside, donated=True):
@@ -178,7 +178,7 @@ def test_a_program_that_is_too_large_does_not_fit(where):
         x = jax.ShapeDtypeStruct((size // 4,), jnp.float32, sharding=sharding)
         traced = jax.jit(lambda x: x * 2, donate_argnums=(0,) if donated else ()).trace(x)
         program = programs.Program("doubling", lambda: traced, {"numbers": x}, beside)
-        return memory.compile_program(program, available)
+        return programs.compile_program(program, available)
 
     assert found(15 * GIB, {}).fits
     refused = found(9 * GIB, {}, False)  # argument and result
@@ -204,17 +204,17 @@ def analyzed(**figures):
 @pytest.mark.parametrize("figures", [dict(peak_memory=None), dict(temp_size=-1)])
 def test_an_unknown_memory_analysis_is_an_error_that_names_the_figure(figures):
     with pytest.raises(RunError, match=next(iter(figures))):
-        memory.memory_analysis(analyzed(**figures))
+        programs.memory_analysis(analyzed(**figures))
 
 
 @pytest.mark.parametrize(("peak", "temporaries"), [(16 + 17, 10), (16 + 17 + 11, 11)])
 def test_memory_of_the_host_is_no_hbm(peak, temporaries):
     """The compiler's peak includes what a step offloads; the greater of its two figures counts."""
-    figures = memory.memory_analysis(analyzed(host_temp_size=17, peak_memory=peak))
+    figures = programs.memory_analysis(analyzed(host_temp_size=17, peak_memory=peak))
     text = "HloModule m\n\nENTRY %main (p: bf16[8]) -> bf16[8] {\n"
     module = Module(text + "  ROOT %p = bf16[8]{0} parameter(0)\n}\n")
     program = programs.Program("", lambda: None, {}, {})
-    assert memory.by_kind(program, figures, module) == {"temporaries": temporaries}
+    assert programs.by_kind(program, figures, module) == {"temporaries": temporaries}
 
 
 def test_slices_and_meshes_that_do_not_exist_are_refused(where):
