@@ -12,7 +12,7 @@ run: .venv/run
 test: .venv/dev .venv-sglang/done
 	$(CPU) $(BIN)/python -m pytest tests --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=25
 
-# The part for each change: no servers, no compiler for TPUs, no whole runs.
+# The part for each change: no SGLang servers, no compiler for TPUs, no whole runs.
 test-quick: .venv/dev
 	$(CPU) $(BIN)/python -m pytest tests --numprocesses=2 --dist=loadfile -m "not slow" --durations=10
 
