@@ -28,7 +28,7 @@ print(jax.config.jax_compilation_cache_dir)
         ([], {"JAX_COMPILATION_CACHE_DIR": "/mine"}, "/mine"),
     ],
 )
-def test_programs_are_kept_beside_the_run_or_where_it_is_said(chosen, environment, expected):
+def test_the_cache_directory_is_beside_the_run_or_as_configured(chosen, environment, expected):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, "/shared/run", *chosen],
         env=os.environ | environment,

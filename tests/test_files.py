@@ -80,7 +80,7 @@ def test_a_file_that_differs_from_its_manifest_entry_is_refused(tmp_path, conten
     entries = {name: write(name) for name in ("a", "ab")}
     files.check_files(directory, entries, remedy="")
     (directory / "ab").unlink() if content is None else (directory / "ab").write_bytes(content)
-    with pytest.raises(UserError, match=r"ab is missing or damaged; copy it"):
+    with pytest.raises(UserError, match=r"\bab\b.*copy it"):
         files.check_files(directory, entries, remedy="copy it")
 
 

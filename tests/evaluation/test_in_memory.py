@@ -79,7 +79,7 @@ def test_an_evaluation_gives_the_numbers_worked_out_by_hand():
 @pytest.mark.parametrize("how", ["fails", "forgets"])
 def test_a_prompt_that_could_not_be_sampled_ends_the_evaluation(monkeypatch, how):
     monkeypatch.setattr(ScriptedSampler, how, ("b", "c"))
-    with pytest.raises(RunError, match="2 of 3 prompts could not be sampled, the first is b"):
+    with pytest.raises(RunError, match=r"2 of 3 .*\bb\b"):
         run()
 
 

@@ -39,7 +39,7 @@ def chain(*shapes):
     return [("competition_math", MODEL, f"v5e:{shape}") for shape in shapes]
 
 
-def test_a_chain_ends_with_its_first_fit_and_keeps_what_holds(files):
+def test_a_chain_ends_at_its_first_fit_and_keeps_valid_lines(files):
     asked, digest = [], digest_of("competition_math", MODEL)
 
     def make(run, model, topology):
@@ -58,7 +58,7 @@ def test_a_chain_ends_with_its_first_fit_and_keeps_what_holds(files):
     assert text.startswith("above\n<!-- tables -->\n")
     assert text.endswith("<!-- end -->\nbelow\n")
     assert "old" not in text
-    assert f"| {MODEL} | v5e:2x4 | not tried | not tried |" in text
+    assert any(f"{MODEL} | v5e:2x4" in row and "not tried" in row for row in text.splitlines())
 
 
 def test_a_line_is_made_again_for_other_settings_sizes_or_code(monkeypatch):
@@ -67,7 +67,7 @@ def test_a_line_is_made_again_for_other_settings_sizes_or_code(monkeypatch):
     assert len(digests | {digest_of("competition_math", MODEL)}) == 5
 
 
-def test_the_smallest_slice_is_said_only_of_those_tried():
+def test_the_smallest_slice_is_one_of_those_tried():
     of = lambda made: {f"competition_math {MODEL} v6e:{shape}": m for shape, m in made.items()}
     said = lambda made: list(smallest(of(made), MODEL))[2]
     assert said({"1x1": NOT, "2x2": NOT}) == "not v6e:1x1, v6e:2x2 (others not tried)"

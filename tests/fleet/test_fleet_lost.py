@@ -40,7 +40,6 @@ def test_a_run_without_servers_saves_and_ends_with_code_3(train, begun, tmp_path
     nobody = f"('http://127.0.0.1:{find_port()}',)"
     fleet = dict(rollout__sampler="fleet", rollout__overlap=overlap, fleet__servers=nobody)
     output = train(workdir, code=3, num_steps=6, **fleet)
-    assert "training pauses" in output
     assert "fleet.no_server_deadline" in output
     # Step 3 had its groups from the checkpoint, and is in one although checkpoint.every is 100.
     assert {path.name for path in (workdir / "checkpoints").iterdir()} >= {"3"}

@@ -58,7 +58,7 @@ WITH_TENSOR = (1, 2, 2, 2)
 
 
 @pytest.mark.parametrize("sizes", [None, (1, 2, 1, 1), (2, 1, 2, 1), WITH_TENSOR])
-def test_only_wanted_places_are_computed_wherever_they_are(sizes, monkeypatch):
+def test_only_wanted_positions_are_computed(sizes, monkeypatch):
     """Rows with many, few and no wanted places, in ten places of which at most 6 are wanted."""
     hidden, head, targets, seed = random_states(4, 20)
     wanted = np.zeros((4, 20), bool)

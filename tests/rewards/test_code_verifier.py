@@ -160,7 +160,7 @@ def test_without_isolation_it_would_succeed(told, name):
 
 
 @pytest.mark.parametrize("name", hostile.PAY)
-def test_no_program_is_paid_for_an_answer_that_it_does_not_know(patient, told, name):
+def test_a_program_without_the_answer_gets_no_reward(patient, told, name):
     tests = tuple((inputs(told), f"answer-{secrets.token_hex(16)}\n") for _ in range(2))
     verdict = grade(patient, respond(hostile.HEAD + hostile.PAY[name]), Problem("stdin", "", tests))
     assert verdict in (CodeVerdict("failed", 0), CodeVerdict("error", 0))
@@ -168,7 +168,7 @@ def test_no_program_is_paid_for_an_answer_that_it_does_not_know(patient, told, n
 
 
 @pytest.mark.parametrize("name", hostile.CALLS)
-def test_no_function_is_paid_for_a_value_that_it_does_not_return(patient, name):
+def test_a_function_that_returns_no_answer_gets_no_reward(patient, name):
     answer = json.dumps(f"answer-{secrets.token_hex(16)}")
     tests = Problem("call", "answer", (("1", answer),) * 2)
     verdict = grade(patient, respond(hostile.CALLS[name]), tests)

@@ -63,9 +63,9 @@ def test_the_chat_template_may_open_the_thinking_part(graders, tokenizer, task):
     thinking = copy.copy(tokenizer)
     thinking.chat_template = THINKING
     check(graders[True], thinking, task)
-    with pytest.raises(UserError, match=r"in the thinking part .* rewards\..*\.thinking_opened"):
+    with pytest.raises(UserError, match=r"rewards\..*\.thinking_opened"):
         check(graders[False], thinking, task)
-    with pytest.raises(UserError, match=r"is right and .* rewards\..*\.thinking_opened"):
+    with pytest.raises(UserError, match=r"rewards\..*\.thinking_opened"):
         check(graders[True], tokenizer, task)
 
 
@@ -87,14 +87,14 @@ def test_a_reward_that_errs_is_refused(tokenizer, task, reward, response, kind):
         text = tokenizer.decode(rollout.tokens, skip_special_tokens=True)
         return reward(text, rollout.finish_reason)
 
-    with pytest.raises(UserError, match=f"{re.escape(response)}.* is {kind}"):
+    with pytest.raises(UserError, match=f"{re.escape(response)}.* {kind}"):
         check(SimpleNamespace(reward=grade), tokenizer, task)
 
 
 def test_the_data_are_checked_too(graders, tokenizer):
     """A reference that no response can meet."""
     long = Record("g", user("How long?"), "9" * 2000, "math", {})
-    with pytest.raises(UserError, match=r"How long\?.* is right"):
+    with pytest.raises(UserError, match=r"How long\?"):
         check(graders[False], tokenizer, "math", [*RECORDS["math"][:1], long])
     check(graders[False], tokenizer, "math", [*RECORDS["math"], long])  # not among the first
 
@@ -103,5 +103,5 @@ def test_a_tokenizer_that_loses_line_breaks_of_a_program_is_refused(graders, tok
     """The whole path: graded are decoded token ids."""
     deaf = copy.copy(tokenizer)
     deaf.encode = lambda text, **how: tokenizer.encode(text.replace("\n", " "), **how)
-    with pytest.raises(UserError, match="is right"):
+    with pytest.raises(UserError, match="print"):
         check(graders[False], deaf, "code")

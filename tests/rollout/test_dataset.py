@@ -366,7 +366,7 @@ def test_the_dataset_order_ends(stream):
     found = [recorded.take(3, step) for step in range(3)]
     assert [i for part in found for i in ids(part)] == ids(groups[:9])
     assert [g.policy_version for part in found for g in part] == [0] * 4 + [1] * 4 + [2]
-    with pytest.raises(RunError, match="all 10 groups"):
+    with pytest.raises(RunError, match="10 groups"):
         recorded.take(3, step=9)
 
 
@@ -383,15 +383,15 @@ def test_the_weights_that_a_round_starts_from_are_those_that_sampled_it(stream, 
     (path / MANIFEST).write_text("weights 4")
     stream(start=path)
     (path / MANIFEST).write_text("weights 5")
-    with pytest.raises(UserError, match=r"model\.path=.*v000004 did not sample"):
+    with pytest.raises(UserError, match=r"model\.path=.*v000004"):
         stream(start=path)
     recorded = stream(start=path, version=None)  # they are of version 4
-    with pytest.raises(UserError, match="version 4, newer"):
+    with pytest.raises(UserError, match="version 4"):
         recorded.take(1, step=3)
     assert recorded.take(1, step=4)[0].policy_version == 4
 
 
-def test_groups_of_equal_rewards_are_passed_over_and_counted(stream, tmp_path):
+def test_groups_with_equal_rewards_are_dropped_and_counted(stream, tmp_path):
     groups = [make_group(draw, equal=draw % 3 == 0) for draw in range(10)]  # 0, 3, 6, 9
     recorded = stream(groups, order="recorded", drop=True)
     assert ids(recorded.take(4, step=5)) == ["id1", "id2", "id4", "id5"]
@@ -409,7 +409,7 @@ def test_groups_of_equal_rewards_are_passed_over_and_counted(stream, tmp_path):
     assert ids(kept.take(2, step=0)) == ["id0", "id1"]
 
 
-def test_a_set_of_equal_rewards_alone_ends_the_run(stream):
+def test_a_dataset_with_only_equal_rewards_is_an_error(stream):
     recorded = stream([make_group(draw, equal=True) for draw in range(4)], drop=True)
     with pytest.raises(RunError, match=r"buffer\.zero_variance"):
         recorded.take(1, step=0)

@@ -191,7 +191,7 @@ def test_a_run_that_goes_back_further_than_before(writer):
     assert writer.balance() == {"held": N, "rewound": 2 * N}
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew(writer):
+def test_a_run_killed_before_its_first_checkpoint_restarts(writer):
     writer.request(0, 1)
     writer.sampled(0)
     writer.end(0, "trained", 0)
@@ -223,13 +223,13 @@ def test_a_file_that_is_damaged_missing_or_too_short_is_refused(writer):
     assert position == len(content)
     second = content.index(b"\n") + 1
     writer.path.write_bytes(content[: second + 4] + b"#" + content[second + 5 :])
-    with pytest.raises(UserError, match=f"damaged at byte {second}"):
+    with pytest.raises(UserError, match=f"byte {second}"):
         writer.read()
     writer.path.unlink()
-    with pytest.raises(UserError, match="missing"):
+    with pytest.raises(UserError, match=FILE):
         writer.read()
     writer.reopen()
-    with pytest.raises(UserError, match=rf"{FILE} has 0 bytes but .* {position}"):
+    with pytest.raises(UserError, match=rf"{FILE} .*{position}"):
         writer.ledger.resume(position, [])
 
 
@@ -392,7 +392,7 @@ def test_groups_without_a_reward_are_counted_in_a_row():
     for reward in ((0, 0), (0, 0), (0, 1), (0, 0), (0, -0.5), (0, 0), (0, 0)):
         guard.note(guarded(*reward))
     assert guard.count == 2
-    with pytest.raises(NoReward, match="last 3 groups"):
+    with pytest.raises(NoReward, match=r"max_zero_reward_groups=3"):
         guard.note(guarded(0, 0))
     off = guard_of(0)
     for _ in range(50):

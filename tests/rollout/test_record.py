@@ -281,8 +281,8 @@ def test_a_mistake_on_the_command_line_is_one_sentence(jobs):
 
 
 @pytest.fixture
-def never_paid(monkeypatch):
-    """Settings of jobs whose verifier pays no policy; the self-check is told otherwise."""
+def zero_reward(monkeypatch):
+    """Settings of jobs whose verifier gives reward 0; the self-check is disabled."""
     monkeypatch.setattr(Grader, "reward", lambda self, prompt, rollout: 0.0)
     monkeypatch.setattr("oapl_jax.build.check_rewards", lambda *_, **__: None)
     limit = {"rollout.max_zero_reward_groups": 10, "rollout.max_sequences": 16}
@@ -291,31 +291,30 @@ def never_paid(monkeypatch):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_run_that_is_never_paid_stops(jobs, never_paid, tmp_path, overlap):
-    never_paid |= {"rollout.overlap": overlap, "buffer.capacity": 12, "rollout.max_sequences": 4}
-    with pytest.raises(NoReward, match=r"the last 10 groups are 0 (?s:.*)--- response of") as why:
-        jobs.train(tmp_path, **never_paid)
-    assert "--- prompt" in str(why.value)
+def test_a_run_with_zero_rewards_stops(jobs, zero_reward, tmp_path, overlap):
+    zero_reward |= {"rollout.overlap": overlap, "buffer.capacity": 12, "rollout.max_sequences": 4}
+    with pytest.raises(NoReward, match=r"max_zero_reward_groups=10"):
+        jobs.train(tmp_path, **zero_reward)
     assert len(metrics(tmp_path)) <= 2
 
 
-def test_the_count_goes_on_where_the_checkpoint_left_it(jobs, never_paid, tmp_path):
+def test_the_zero_reward_count_is_restored_from_the_checkpoint(jobs, zero_reward, tmp_path):
     """Two steps of four groups, then two groups of the third."""
-    jobs.train(tmp_path, **never_paid | {"num_steps": 2})
+    jobs.train(tmp_path, **zero_reward | {"num_steps": 2})
     assert len(metrics(tmp_path)) == 2
-    with pytest.raises(NoReward, match="the last 10 groups"):
-        jobs.train(tmp_path, **never_paid)
+    with pytest.raises(NoReward, match="max_zero_reward_groups=10"):
+        jobs.train(tmp_path, **zero_reward)
     assert len(metrics(tmp_path)) == 2
 
 
-def test_a_recorded_set_without_a_reward_is_not_finished(jobs, never_paid, tmp_path):
+def test_a_recorded_set_without_a_reward_is_not_finished(jobs, zero_reward, tmp_path):
     few = {"num_steps": 1, "warmup.num_steps": 1, "warmup.demonstrations": 9}
-    jobs.train(tmp_path / "base", **never_paid | few)
-    options = dict(step=0, groups_per_shard=4, settings=never_paid)
-    with pytest.raises(NoReward, match="the last 10 groups"):
+    jobs.train(tmp_path / "base", **zero_reward | few)
+    options = dict(step=0, groups_per_shard=4, settings=zero_reward)
+    with pytest.raises(NoReward, match="max_zero_reward_groups=10"):
         jobs.record(tmp_path / "base", tmp_path / "set", **options)
     jobs.record(tmp_path / "base", tmp_path / "few", limit=8, **options)
     shards = {"rollout.source": "dataset", "rollout.dataset": str(tmp_path / "few")}
-    with pytest.raises(NoReward, match="the last 10 groups"):
-        jobs.train(tmp_path / "offline", **never_paid | shards | {"rollout.dataset_version": 0})
+    with pytest.raises(NoReward, match="max_zero_reward_groups=10"):
+        jobs.train(tmp_path / "offline", **zero_reward | shards | {"rollout.dataset_version": 0})
     assert len(metrics(tmp_path / "offline")) == 2

@@ -201,7 +201,7 @@ def test_keep_only_deletes_the_other_steps(tmp_path):
     for step in (0, 4, 8):
         weights.save(step, random_state(seed=step).params, PROBE)
     weights.save(4, random_state(seed=9).params, PROBE)  # exists already
-    with pytest.raises(RunError, match=r"step 6 is older .* \(have: 0, 4, 8\)"):
+    with pytest.raises(RunError, match=r"step 6\b.*0, 4, 8"):
         weights.save(6, random_state().params, PROBE)
     assert weights.keep_only({4, 12}) == [0, 8]
     assert weights.steps() == [4]
@@ -255,7 +255,7 @@ def test_a_failed_background_save_stops_the_next_call(tmp_path, opened, monkeypa
 
     monkeypatch.setattr(ocp.CheckpointManager, "check_for_errors", fail)
     for act in (*acts, steps.check, steps.wait):
-        with pytest.raises(RunError, match=r"the disk is gone.*\(have: none\)"):
+        with pytest.raises(RunError, match="the disk is gone"):
             act()
     monkeypatch.undo()
     assert steps.steps() == []
@@ -267,7 +267,7 @@ def test_an_existing_step_is_kept_and_an_older_one_is_an_error(opened):
     checkpoints, states = opened(), [random_state(seed=seed) for seed in range(3)]
     save(checkpoints, 2, states[1])
     save(checkpoints, 2, states[2])
-    with pytest.raises(RunError, match=r"step 1 is older .* \(have: 2\)"):
+    with pytest.raises(RunError, match=r"step 1\b"):
         save(checkpoints, 1, states[2])
     checkpoints.wait()
     assert checkpoints.steps() == [2]

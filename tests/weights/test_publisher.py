@@ -179,9 +179,9 @@ def lose_a_chunk(source):
         (lambda source: (source / "probe").rmtree(), "probe"),
         (lambda source: (source / "params" / "manifest.ocdbt").unlink(), "llama"),
         (lambda source: (source / "params" / "manifest.ocdbt").write_bytes(b"junk"), "parameters"),
-        (lose_a_parameter, r"layers/q/kernel None instead of \(2, 32, 32\)"),
+        (lose_a_parameter, "layers/q/kernel"),
         (lose_a_chunk, r"layers\.q\.kernel"),
-        (None, r"embed/embedding \(32, 32\) instead of \(32, 256\)"),  # a step of another model
+        (None, "embed/embedding"),  # a step of another model
     ],
 )
 def test_a_step_that_can_not_be_published_is_an_error_and_leaves_nothing(tmp_path, damage, what):
@@ -278,7 +278,7 @@ def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("sync", range(9))
-def test_whichever_sync_fails_a_version_is_whole_or_absent(tmp_path, monkeypatch, sync):
+def test_a_failed_fsync_leaves_a_version_complete_or_absent(tmp_path, monkeypatch, sync):
     directory = epath.Path(tmp_path / "versions")
     write(directory, 0)
     left, fsync = sync, os.fsync
@@ -483,7 +483,7 @@ def test_a_crash_at_any_line_leaves_a_version_whole_or_absent(
             check_version(target)
             whole += 1
         else:
-            with pytest.raises(UserError, match=r"v000008 is (missing|incomplete)"):
+            with pytest.raises(UserError, match="v000008"):
                 check_version(target)
         check_version(write(directory, 8))
         assert (target / "model.safetensors").read_bytes() == weights

@@ -72,7 +72,7 @@ def test_a_marker_that_does_not_come_is_an_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_whether_a_version_stands_is_what_host_0_sees(tmp_path, monkeypatch, index):
+def test_host_0_decides_which_versions_exist(tmp_path, monkeypatch, index):
     seen = [[0], [0, 4]]  # host 1 sees a version that is gone
 
     def gather(mine: bytes, *_: Any, **__: Any) -> list[bytes]:
