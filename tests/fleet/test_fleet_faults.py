@@ -72,8 +72,7 @@ def test_a_server_that_fails_its_health_check_is_lost(ready_fleet, fault):
 def test_a_killed_server_comes_back(ready_fleet):
     fleet, made = ready_fleet(2)
     victim = made[0]
-    for server in made:
-        server.seconds = 0.01
+    victim.seconds, made[1].seconds = 0.2, 0.01  # the victim has requests in flight when it ends
     killed, back = threading.Event(), threading.Event()
 
     def pull():
