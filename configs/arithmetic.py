@@ -41,10 +41,10 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
+def get_config(arg: str | None = None) -> common.Config:
     choice = common.parse_arg(arg, task=tuple(TASKS), objective=tuple(objectives.OBJECTIVES))
     task = TASKS[choice["task"]]
-    config: ConfigDict = ConfigDict()
+    config: common.Config = ConfigDict()
     config.seed = 0
     config.num_steps = 400
     config.group_size = 8

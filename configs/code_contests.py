@@ -32,7 +32,7 @@ STEPS = {
 }
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
+def get_config(arg: str | None = None) -> common.Config:
     choice = common.parse_arg(
         arg,
         round=("1", "2", "0"),
@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         objective=tuple(objectives.OBJECTIVES),
     )
     number = choice["round"]
-    config: ConfigDict = ConfigDict()
+    config: common.Config = ConfigDict()
     config.releases = "/data/releases"  # where the releases lie, a directory or gs://
     config.rounds = "runs/code_contests"  # where recorded datasets and published versions are
     root, rounds = config.get_oneway_ref("releases"), config.get_oneway_ref("rounds")
@@ -164,7 +164,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return config.lock()
 
 
-def shrink(config: ConfigDict) -> None:
+def shrink(config: common.Config) -> None:
     common.smoke(config)
     objectives.set_anchor(config.objective, 0.05)  # a dozen tokens an answer, not thousands
     config.benchmarks.seen = config.data.sets.taco  # what the warm-up teaches
@@ -177,17 +177,17 @@ def shrink(config: ConfigDict) -> None:
     config.warmup.demonstrations = 16
 
 
-def start_from(config: ConfigDict, version: Any) -> None:
+def start_from(config: common.Config, version: Any) -> None:
     """The last version of the round before, as `python -m oapl_jax.publish` wrote it."""
     config.model.path = version
 
 
-def take_part(config: ConfigDict, *, hundredths: int) -> None:
+def take_part(config: common.Config, *, hundredths: int) -> None:
     for name in config.data.train:
         config.data.sets[name].part = (0, hundredths)
 
 
-def import_base_model(config: ConfigDict, *, small: bool) -> None:
+def import_base_model(config: common.Config, *, small: bool) -> None:
     """Round 0 takes no gradient step: the base model becomes a checkpoint, to be published."""
     config.num_steps, config.lag.steps = 0, 1
     config.rollout.update(source="live", dataset="", sampler="local")
@@ -195,7 +195,7 @@ def import_base_model(config: ConfigDict, *, small: bool) -> None:
         config.warmup.num_steps = 32
 
 
-def deepcoder(root: ConfigDict, path: str, *, rows: int) -> ConfigDict:
+def deepcoder(root: common.Config, path: str, *, rows: int) -> common.Config:
     return common.release(
         root,
         "deepcoder",
@@ -206,7 +206,7 @@ def deepcoder(root: ConfigDict, path: str, *, rows: int) -> ConfigDict:
     )
 
 
-def livecodebench(root: ConfigDict, start: str, end: str) -> ConfigDict:
+def livecodebench(root: common.Config, start: str, end: str) -> common.Config:
     """The problems of release v5 whose contests were within these days."""
     return common.release(
         root,

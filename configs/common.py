@@ -1,8 +1,10 @@
 """Shared by the configurations: the argument after the colon, and common sections."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
+
+Config: TypeAlias = Any  # a ConfigDict, whose attributes have no static types
 
 
 def parse_arg(arg: str | None, **choices: tuple[str, ...]) -> dict[str, str]:
@@ -26,12 +28,12 @@ def parse_arg(arg: str | None, **choices: tuple[str, ...]) -> dict[str, str]:
     return chosen
 
 
-def reference(section: ConfigDict, name: str) -> Any:
+def reference(section: Config, name: str) -> Any:
     """The value of another setting, which it follows when that one is overridden."""
     return section.get_oneway_ref(name)
 
 
-def fleet() -> ConfigDict:
+def fleet() -> Config:
     """Servers that sample instead of the embedded decoder; name them in one of three ways."""
     return ConfigDict(
         dict(
@@ -72,7 +74,7 @@ def recorded() -> dict[str, Any]:
     )
 
 
-def curriculum() -> ConfigDict:
+def curriculum() -> Config:
     """The curriculum, a choice of the prompts drawn; "window" takes rates and window, and so on."""
     return ConfigDict(
         dict(
@@ -147,7 +149,7 @@ Response B:
 {question} Answer with one letter, A or B, and nothing else."""
 
 
-def preferences(objective: str) -> ConfigDict:
+def preferences(objective: str) -> Config:
     """Rewards by comparison with the reference policy's responses, in the place of a verifier's.
 
     Groups from a recorded dataset keep the rewards that they were recorded with.
@@ -191,7 +193,7 @@ def preferences(objective: str) -> ConfigDict:
     )
 
 
-def rewards() -> ConfigDict:
+def rewards() -> Config:
     """Verifiers with processes of their own; each opens for the first prompt of its task."""
     return ConfigDict(
         dict(
@@ -227,7 +229,7 @@ def rewards() -> ConfigDict:
     )
 
 
-def release(root: Any, kind: str, path: str, *files: str, rows: int, **options: Any) -> ConfigDict:
+def release(root: Any, kind: str, path: str, *files: str, rows: int, **options: Any) -> Config:
     """A public release in the layout of docs/data.md, below `root`, which it follows."""
     return ConfigDict(
         dict(
@@ -241,14 +243,14 @@ def release(root: Any, kind: str, path: str, *files: str, rows: int, **options: 
     )
 
 
-def no_warmup(config: ConfigDict) -> ConfigDict:
+def no_warmup(config: Config) -> Config:
     """Disables the warm-up, for pretrained models; keeps the run's optimizer settings for it."""
     return ConfigDict(
         dict(num_steps=0, noise=0.0, batch_size=64, demonstrations=1, optim=config.optim.to_dict())
     )
 
 
-def smoke(config: ConfigDict) -> None:
+def smoke(config: Config) -> None:
     """Shrinks a run of the paper to a fresh tiny decoder and made-up releases, for two CPU cores.
 
     The releases are those of `python -m oapl_jax.data.samples --to=runs/samples --rows=8`, and the

@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 from configs import common, objectives
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
+def get_config(arg: str | None = None) -> common.Config:
     choice = common.parse_arg(arg, size=("paper", "smoke"), objective=tuple(objectives.OBJECTIVES))
-    config: ConfigDict = ConfigDict()
+    config: common.Config = ConfigDict()
     config.releases = "/data/releases"  # where the releases lie, a directory or gs://
     root = config.get_oneway_ref("releases")
     config.seed = 0
@@ -141,7 +141,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return config.lock()
 
 
-def shrink(config: ConfigDict) -> None:
+def shrink(config: common.Config) -> None:
     common.smoke(config)
     objectives.set_anchor(config.objective, 0.05)  # a dozen tokens an answer, not thousands
     config.benchmarks.seen = config.data.sets.deepscaler  # what the warm-up teaches
@@ -154,5 +154,5 @@ def shrink(config: ConfigDict) -> None:
     config.warmup.update(num_steps=18, demonstrations=8)
 
 
-def competition(root: ConfigDict, path: str, *, rows: int) -> ConfigDict:
+def competition(root: common.Config, path: str, *, rows: int) -> common.Config:
     return common.release(root, "competition", path, "data/train-*.parquet", rows=rows)

@@ -10,16 +10,14 @@ configs/objectives.py. Each round is a supervised stage and then RL; round 1 sta
 where round 0 ended, round 2 from those of round 1, and their demonstrations omit nothing.
 """
 
-from ml_collections import ConfigDict
-
 from configs import arithmetic, common, objectives
 
 STEPS = 120  # of RL, in each round
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
+def get_config(arg: str | None = None) -> common.Config:
     choice = common.parse_arg(arg, objective=tuple(objectives.OBJECTIVES), round=("0", "1", "2"))
-    config: ConfigDict = arithmetic.get_config(f"objective={choice['objective']}").unlock()
+    config: common.Config = arithmetic.get_config(f"objective={choice['objective']}").unlock()
     config.rounds = "runs/documents"  # where the workdirs of rounds lie
     config.num_steps = STEPS
     config.group_size, config.groups_per_step = 8, 16

@@ -4,6 +4,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs.common import Config
+
 # The settings that each objective changes below, above all its aggregation, and the sub-section of
 # its own constants. "Our choice" marks a value that the method's source does not state.
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -89,14 +91,14 @@ def zero_variance(name: str) -> str:
     return "keep" if name in FROM_EQUAL_REWARDS else "drop"
 
 
-def objective(name: str) -> ConfigDict:
+def objective(name: str) -> Config:
     """The section `objective`: common settings, then the constants of every objective.
 
     A name alone (`--config.objective.name=`) keeps the common settings and the policy_gradient
     section of another objective; the argument after the config file's colon (`objective=`) sets the
     right ones.
     """
-    section: ConfigDict = ConfigDict(
+    section: Config = ConfigDict(
         {
             "name": name,
             # Source of the log-probs that anchor or correct: the sampler's own ("behavior"),
@@ -132,7 +134,7 @@ def objective(name: str) -> ConfigDict:
     return section
 
 
-def set_anchor(section: ConfigDict, strength: float) -> None:
+def set_anchor(section: Config, strength: float) -> None:
     """Sets the anchor of every regression, in units of reward per nat: tasks differ in length."""
     section.beta2 = section.a_star_po.beta2 = section.tba.beta = section.opmd_kimi.tau = strength
     section.prosper.eta = 1 / strength

@@ -7,13 +7,11 @@ For the problems of GSM8K itself: --config.releases=/data/releases, longer promp
 and more steps.
 """
 
-from ml_collections import ConfigDict
-
 from configs import arithmetic, common, objectives
 
 
-def get_config() -> ConfigDict:
-    config: ConfigDict = arithmetic.get_config("task=chain_sum").unlock()
+def get_config() -> common.Config:
+    config: common.Config = arithmetic.get_config("task=chain_sum").unlock()
     config.releases = "runs/samples"
     root = config.get_oneway_ref("releases")
     gsm8k = lambda split: common.release(

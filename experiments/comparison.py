@@ -37,7 +37,7 @@ from experiments.table import (
     whiskers,
 )
 from oapl_jax.errors import exit_with_code
-from oapl_jax.tracking.progress import say
+from oapl_jax.tracking.progress import log
 
 OURS = "oapl"
 CLOSE = 0.05  # of pass@1: a learning rate that costs at most this much still learns well
@@ -436,7 +436,7 @@ def main() -> None:
     (to / "comparison").mkdir(parents=True, exist_ok=True)
     page.write_text(fill(page.read_text() if page.exists() else "", dict(blocks(results, plan))))
     (to / "comparison" / RESULTS).write_text(lines)
-    say(f"{page}")
+    log(f"{page}")
 
 
 if __name__ == "__main__":

@@ -39,9 +39,9 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from configs import arithmetic
+from configs.common import Config as ConfigValues
 from experiments.table import markdown, plt, save
 from oapl_jax import build, train
 from oapl_jax.config import Config, load_config
@@ -50,7 +50,7 @@ from oapl_jax.data.synthetic.tasks import TASKS, content_id
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.files import absolute
 from oapl_jax.tracking.metrics import read_lines
-from oapl_jax.tracking.progress import StopRequest, say
+from oapl_jax.tracking.progress import StopRequest, log
 from oapl_jax.weights import publisher
 
 CLAIMED = "actor_curator"
@@ -119,7 +119,7 @@ def bank(useful: Sequence[Record]) -> list[Record]:
 
 
 def get_config(name: str, seed: int, **changes: Any) -> Any:
-    config: ConfigDict = arithmetic.get_config("task=chain_sum,objective=grpo").unlock()
+    config: ConfigValues = arithmetic.get_config("task=chain_sum,objective=grpo").unlock()
     config.seed, config.num_steps = seed, 60
     config.group_size, config.groups_per_step = 8, 16
     config.data.update(train_size=WARMED_UP_ON, max_prompt_tokens=16)
@@ -139,7 +139,7 @@ def get_config(name: str, seed: int, **changes: Any) -> Any:
     return config
 
 
-def start(to: epath.Path, config: ConfigDict) -> epath.Path:
+def start(to: epath.Path, config: ConfigValues) -> epath.Path:
     """Publishes the initial policy of a seed, warmed up on the useful and the solved prompts."""
     version = publisher.version_path(to / "versions", 0)
     if not (version / publisher.MANIFEST).exists():
@@ -152,7 +152,9 @@ def start(to: epath.Path, config: ConfigDict) -> epath.Path:
     return version
 
 
-def run(to: epath.Path, config: ConfigDict, policy: epath.Path, split: str) -> list[dict[str, Any]]:
+def run(
+    to: epath.Path, config: ConfigValues, policy: epath.Path, split: str
+) -> list[dict[str, Any]]:
     """Trains on the bank, and returns the lines of its metrics.
 
     The curator starts with the policy's weights: a model that adds tells sums apart sooner.
@@ -234,7 +236,7 @@ def compare(
             target = curve[-1][1] if target is None else target
             useful = 1 - float(np.mean([line["zero_variance"] for line in lines]))
             found.append(Outcome(name, seed, curve, target, useful))
-            say(table(found[-1:]).splitlines()[-1])
+            log(table(found[-1:]).splitlines()[-1])
     return found
 
 
@@ -286,7 +288,7 @@ def main() -> None:
     ]
     (to / "curriculum.json").write_text(json.dumps(outcomes, indent=1))
     draw(found, to / "curriculum.png")
-    say(f"{table(found)}\n{to / 'curriculum.json'}, {to / 'curriculum.png'}")
+    log(f"{table(found)}\n{to / 'curriculum.json'}, {to / 'curriculum.png'}")
     late = [x.seed for x in found if x.curriculum == CLAIMED and not x.holds]
     if late and not arguments.quick:
         raise SystemExit(

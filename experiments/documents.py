@@ -20,9 +20,9 @@ from typing import Any
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from configs import documents
+from configs.common import Config as ConfigValues
 from experiments.table import markdown
 from oapl_jax import build, train
 from oapl_jax.config import Config
@@ -31,7 +31,7 @@ from oapl_jax.evaluation import in_order
 from oapl_jax.files import absolute
 from oapl_jax.model.sharding import gathered
 from oapl_jax.rewards.documents.verifier import DocumentVerifier
-from oapl_jax.tracking.progress import StopRequest, say
+from oapl_jax.tracking.progress import StopRequest, log
 from oapl_jax.weights import publisher
 
 OBJECTIVES = ("grpo", "oapl")
@@ -86,7 +86,7 @@ def rates(opened: build.Run, step: int, params: Any) -> dict[str, float]:
     return {name: counts.get(name, 0) / counts["graded"] for name in found}
 
 
-def start(to: epath.Path, config: ConfigDict) -> epath.Path:
+def start(to: epath.Path, config: ConfigValues) -> epath.Path:
     """Publishes the initial policy of a seed, and writes its rates."""
     version = publisher.version_path(to / "versions", 0)
     if not (to / "rates.json").exists():
@@ -99,7 +99,7 @@ def start(to: epath.Path, config: ConfigDict) -> epath.Path:
     return version
 
 
-def run(to: epath.Path, config: ConfigDict, policy: epath.Path) -> None:
+def run(to: epath.Path, config: ConfigValues, policy: epath.Path) -> None:
     """Trains from the initial policy, and writes the rates at the end."""
     config.model.path, config.warmup.num_steps = str(policy), 0
     if (to / "rates.json").exists():
@@ -176,8 +176,8 @@ def main() -> None:
         for f in found
     ]
     (to / "documents.json").write_text(json.dumps(falls, indent=1))
-    say(table(found))
-    say(json.dumps(falls))
+    log(table(found))
+    log(json.dumps(falls))
     if not arguments.quick and not all(fall.holds for fall in found):
         raise SystemExit(f"a rate is not below {MAX_RATIO} of what it was")
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from ml_collections import ConfigDict
 
+from configs.common import Config as ConfigValues
 from experiments.run import Run
 from oapl_jax import build, train
 from oapl_jax.config import Config as Typed
@@ -73,7 +73,7 @@ def warm_up(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | N
         return {"outcome": "ended", **grade(opened, 0, state.params, run)}
 
 
-def typed(config: ConfigDict) -> Typed:
+def typed(config: ConfigValues) -> Typed:
     return Typed.from_dict(config.to_dict())
 
 

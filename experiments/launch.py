@@ -32,7 +32,7 @@ from experiments.execute import OUTCOME, execute
 from experiments.run import RESULTS, Line, Results, Run, Sweep, listed
 from oapl_jax.errors import RunError, UserError, exit_with_code
 from oapl_jax.files import JsonLines, code_digest
-from oapl_jax.tracking.progress import StopRequest, say
+from oapl_jax.tracking.progress import StopRequest, log
 
 RUN_DEADLINE = 3600.0  # seconds in which one of the active runs must end; most take a minute
 SAVE_DEADLINE = 120.0  # seconds for a worker to save and exit after a stop
@@ -140,7 +140,7 @@ class Launcher:
             self._results.take(line)
         if error is None and not (run.kept and line["outcome"] == "ended"):
             workdir.rmtree()
-        say(f"{len(self._results.lines)} runs ended; {describe(run, line)}")
+        log(f"{len(self._results.lines)} runs ended; {describe(run, line)}")
 
 
 def found(line: Mapping) -> str:
@@ -218,7 +218,7 @@ def main() -> None:
         launcher = Launcher(root, jobs=given.jobs)
         launcher.run(sweep, given.quick)
     except KeyboardInterrupt:
-        say("stopped; the same command resumes")
+        log("stopped; the same command resumes")
         raise SystemExit(130) from None
     if launcher.broken:
         reason = next(iter(launcher.broken.values()))

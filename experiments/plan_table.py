@@ -35,7 +35,7 @@ from oapl_jax.model.published import published
 from oapl_jax.plan import plan_run, with_layout
 from oapl_jax.planning.hardware import SLICES, open_slice
 from oapl_jax.planning.layouts import SIZES, Layout, plan_digest
-from oapl_jax.tracking.progress import say
+from oapl_jax.tracking.progress import log
 from oapl_jax.weights.publisher import config_hash
 
 ROOT = Path(__file__).parent.parent
@@ -66,12 +66,12 @@ def line(run: str, model: str, topology: str) -> Line:
     sequences = config.group_size * config.groups_per_step
     nearest: Line = {"fits": False, "because": "no layout divides the model over the chips"}
     for choice in layouts(sequences, sizes.hidden_size, len(where.devices)):
-        say(f"{run}, {model}, {topology}: {choice}")
+        log(f"{run}, {model}, {topology}: {choice}")
         try:
             chosen = with_layout(config, choice)
             plan = plan_run(chosen, sizes, where, from_checkpoint=True, storage=1e9)
         except UserError as error:  # of a layout; a program that can't be read ends the command
-            say(f"refused: {error}")
+            log(f"refused: {error}")
             if "layout" not in nearest:
                 nearest = {"fits": False, "because": f"refused: {error}"}
             continue

@@ -95,9 +95,8 @@ METHODS = {"PROSPER": against_the_worst, "self-play": against_itself}
 
 def train(game: Game, targets: Callable[..., np.ndarray], *, seed: int) -> np.ndarray:
     """float64[ITERATIONS + 1, 3], the policies; each fits the objective on samples of the last."""
-    section = objectives.objective("prosper")
-    section.prosper.eta = ETA
-    objective = bind("prosper", section, group_size=GROUP)
+    constants = {**objectives.objective("prosper").prosper, "eta": ETA}
+    objective = bind("prosper", {"prosper": constants}, group_size=GROUP)
     rng, logits = np.random.default_rng(seed), jnp.log(START)
     policies = [START]
     for _ in range(ITERATIONS):

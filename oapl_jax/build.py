@@ -49,7 +49,7 @@ from oapl_jax.rollout.sampler import Sampler, Sampling
 from oapl_jax.rollout.source import GroupSource
 from oapl_jax.rollout.worker import Worker
 from oapl_jax.structs import Group, Prompt, Rollout
-from oapl_jax.tracking.progress import say
+from oapl_jax.tracking.progress import log
 from oapl_jax.weights import checkpoint, probe, publisher
 from oapl_jax.weights.lag import LagPolicy
 from oapl_jax.weights.versions import Versions
@@ -226,7 +226,7 @@ class Run:
             dtype=self.config.publish_dtype,
             probe_tolerance=self.config.fleet.probe_tolerance,
         )
-        return Fleet(self.config.fleet, requirements, allow_older=allow_older, log=say)
+        return Fleet(self.config.fleet, requirements, allow_older=allow_older, log=log)
 
     @cached_property
     def evaluate(self) -> Callable[[int, Any, str], dict[str, Any]]:

@@ -28,7 +28,7 @@ from oapl_jax.launch import read_command_line, use_compile_cache
 from oapl_jax.record import version_to_sample
 from oapl_jax.rollout.dataset import Dataset, DatasetWriter, fill, identity, stored
 from oapl_jax.structs import Prompt
-from oapl_jax.tracking.progress import say
+from oapl_jax.tracking.progress import log
 from oapl_jax.weights import publisher
 
 GROUPS_PER_SHARD, SECONDS_PER_SHARD = 64, 60.0  # responses that a kill loses at most
@@ -63,11 +63,11 @@ def main() -> None:
             step=step.value,
             version_dir=version_dir.value,
             n=config.evaluation.n if n.value is None else n.value,
-            log=say,
+            log=log,
         )
-        say((directory / "results.md").read_text())
+        log((directory / "results.md").read_text())
         for name in results:
-            say(f"{name}: {directory / name / 'result.json'}")
+            log(f"{name}: {directory / name / 'result.json'}")
 
 
 def check_flags(benchmarks: Sequence[str], given: Collection[str]) -> None:

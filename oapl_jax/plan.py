@@ -34,7 +34,7 @@ from oapl_jax.planning.estimate import estimate
 from oapl_jax.planning.hardware import PAGES, Slice, make_mesh, open_slice
 from oapl_jax.planning.layouts import Layout, kept_plan, layouts_of, meshes, plan_digest, sweep
 from oapl_jax.planning.programs import RunPrograms
-from oapl_jax.tracking.progress import say
+from oapl_jax.tracking.progress import log
 from oapl_jax.weights.publisher import config_hash
 
 Plan = dict[str, Any]
@@ -67,10 +67,10 @@ def main() -> None:
         plan = sweep_run(config, sizes, where, plan_of, keep, enough.value)
     else:
         plan = plan_of(config)
-    say(report(plan))
+    log(report(plan))
     path = workdir / f"{name}.json"
     path.write_text(json.dumps(plan, indent=1) + "\n")
-    say(f"\n{path}")
+    log(f"\n{path}")
 
 
 def model_sizes(config: Config, name: str | None, scratch: epath.Path) -> tuple[ModelConfig, bool]:
@@ -83,7 +83,7 @@ def model_sizes(config: Config, name: str | None, scratch: epath.Path) -> tuple[
     path, task = config.model.path, config.data.task
     if name is None and path and not os.path.exists(path):
         name = published_name(path)
-        say(f"model.path={path} is not on this machine; planned with the sizes of {name}")
+        log(f"model.path={path} is not on this machine; planned with the sizes of {name}")
     if name is not None:
         sizes = published(name)
     elif path:
@@ -103,7 +103,7 @@ def plan_run(
     mesh = make_mesh(where, **config.mesh)
     config.check_layout(mesh=mesh.shape, hosts=where.hosts)
     run = programs_of(config, sizes, mesh, from_checkpoint=from_checkpoint)
-    return estimate(run, where, storage=storage, log=say)
+    return estimate(run, where, storage=storage, log=log)
 
 
 def programs_of(
@@ -162,12 +162,12 @@ def sweep_run(
     def plan(layout: Layout) -> Plan:
         nonlocal refusal
         chosen = with_layout(config, layout)
-        say(f"trying {layout}")
+        log(f"trying {layout}")
         key = f"{layout}; configuration {config_hash(chosen.to_dict())[:12]}"
         found = keep(key, lambda: plan_or_refusal(chosen))
         if "refused" in found:
             refusal = f"; the last refusal: {found['refused']}"
-            say(f"refused: {found['refused']}")
+            log(f"refused: {found['refused']}")
         return found
 
     sequences = config.group_size * config.groups_per_step
@@ -180,12 +180,12 @@ def sweep_run(
     )
     if not found:
         raise UserError(f"nothing fits {where.name}; name a larger --topology{refusal}")
-    say("\nFits, the least time of a step first:")
+    log("\nFits, the least time of a step first:")
     for layout, result in found:
         bound, used = result["roofline"], max(sum(p["hbm"].values()) for p in result["programs"])
         speed = f"{bound['seconds']:8.3g} s ({bound['binds']})  {bound['mfu']:4.0%} MFU"
-        say(f"  {speed}  {size(used):>10}  {layout}")
-    say("")
+        log(f"  {speed}  {size(used):>10}  {layout}")
+    log("")
     return found[0][1]
 
 

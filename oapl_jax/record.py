@@ -21,7 +21,7 @@ from oapl_jax.files import absolute, checksum
 from oapl_jax.launch import read_command_line, use_compile_cache
 from oapl_jax.rollout.dataset import DatasetWriter, fill
 from oapl_jax.rollout.ledger import ZeroRewardGuard
-from oapl_jax.tracking.progress import say
+from oapl_jax.tracking.progress import log
 from oapl_jax.weights import publisher
 from oapl_jax.weights.checkpoint import Weights
 
@@ -129,7 +129,7 @@ def main() -> None:
             split=split.value,
             limit=limit.value,
             groups_per_shard=groups_per_shard.value,
-            progress=lambda done: say(f"{done} groups in {directory}"),
+            progress=lambda done: log(f"{done} groups in {directory}"),
         )
 
 

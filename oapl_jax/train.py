@@ -33,7 +33,7 @@ from oapl_jax.learner.train_step import TrainState
 from oapl_jax.structs import Batch, Group
 from oapl_jax.tracking.metrics import CompileClock, MetricsWriter, group_metrics, read_lines
 from oapl_jax.tracking.plots import plot_learning
-from oapl_jax.tracking.progress import Progress, StopRequest, say
+from oapl_jax.tracking.progress import Progress, StopRequest, log
 
 MAX_SKIPPED = 3  # consecutive steps with a non-finite loss or gradient before a run aborts
 Loop = dict[str, Any]  # JSON values of the loop: test results before, seconds, pinned versions
@@ -58,7 +58,7 @@ def train(run: Run, stop: StopRequest) -> tuple[dict[str, Any], TrainState] | No
     config, clock = run.config, CompileClock()
     if not jax.process_index():
         for change in save_config(run.workdir, config.to_dict()):
-            say(f"changed since this run began: {change}")
+            log(f"changed since this run began: {change}")
     multihost.barrier("the saved configuration", deadline=config.rollout.deadline)
     section = functools.partial(multihost.collective_section, deadline=config.rollout.deadline)
     source = run.source
@@ -132,7 +132,7 @@ def train(run: Run, stop: StopRequest) -> tuple[dict[str, Any], TrainState] | No
         step = int(state.step)
         if step < config.num_steps:
             save_and_stop(run, state, loop)
-            say(f"stopped by {stop.requested} at step {step}; the same command resumes")
+            log(f"stopped by {stop.requested} at step {step}; the same command resumes")
             return None
         after = run.evaluate(step, state.params, "test") if config.evaluation.every else {}
     return {"before": loop["before"], "after": after, "seconds": loop["seconds"]}, state
@@ -148,11 +148,11 @@ def init_run(run: Run) -> tuple[TrainState, Loop]:
         progress = Progress("warm up", config.warmup.num_steps, 0)
         with section("the warm-up") as warmup:
 
-            def log(step: int, line: dict[str, float]) -> None:
+            def on_step(step: int, line: dict[str, float]) -> None:
                 warmup.progress()
                 progress.step(step, line)
 
-            params = warm_up(run, params, log)
+            params = warm_up(run, params, on_step)
         progress.close()
     seconds = {"warmup": time.monotonic() - started, "rl": 0.0}
     with section("the first state"):
@@ -161,7 +161,7 @@ def init_run(run: Run) -> tuple[TrainState, Loop]:
     return state, {"before": before, "seconds": seconds, "pins": {}}
 
 
-def warm_up(run: Run, params: Any, log: Callable[[int, dict[str, float]], None]) -> Any:
+def warm_up(run: Run, params: Any, on_step: Callable[[int, dict[str, float]], None]) -> Any:
     """Parameters after the supervised stage on noisy demonstrations."""
     config, warmup = run.config, run.config.warmup
     max_response_tokens = config.rollout.max_response_tokens
@@ -184,7 +184,7 @@ def warm_up(run: Run, params: Any, log: Callable[[int, dict[str, float]], None])
         batch_size=warmup.batch_size,
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_response_tokens=max_response_tokens,
-        log=log,
+        log=on_step,
     )
 
 
@@ -240,7 +240,7 @@ def resume(run: Run) -> tuple[TrainState, Loop]:
         state, loop, host_states = run.checkpoints.restore(step, run.abstract_state)
     run.source.restore(host_states, functools.partial(run.checkpoints.restore_curriculum, step))
     run.versions.keep_only({v for pins in loop["pins"].values() for v in pins if v <= step})
-    say(f"resumed from checkpoint step {step} of {run.workdir}")
+    log(f"resumed from checkpoint step {step} of {run.workdir}")
     return state, loop
 
 
@@ -294,10 +294,10 @@ def report(config: Config, workdir: epath.Path, result: dict[str, Any]) -> None:
     title = f"{config.data.task}: {config.objective.name}, lag {config.lag.mode} {config.lag.steps}"
     plot_learning(lines, before if after else {}, after, workdir / "learning.png", title=title)
     if before and after:
-        say(table({"before": before, "after": after}))
+        log(table({"before": before, "after": after}))
     for name in ("metrics.jsonl", "tensorboard", "learning.png", "checkpoints", "result.json"):
         if (workdir / name).exists():
-            say(f"{name:<14}{workdir / name}")
+            log(f"{name:<14}{workdir / name}")
 
 
 def main() -> None:

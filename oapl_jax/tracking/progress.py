@@ -40,7 +40,7 @@ class Progress:
             self._bar.close()
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Prints a line without breaking the bar."""
     tqdm.tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
