@@ -52,7 +52,7 @@ def test_the_picture_shows_both_methods_in_every_game(runs, tmp_path, monkeypatc
     """Their way through the simplex, and the values on it, in a picture of some detail."""
     drawn = []
     monkeypatch.setattr(games.plt, "close", drawn.append)
-    games.draw(runs, tmp_path / "preferences.png")
+    games.plot(runs, tmp_path / "preferences.png")
     monkeypatch.undo()
     panels = np.array(drawn[0].axes).reshape(len(games.GAMES), 2)
     corners = np.array([[0, 0], [1, 0], [0.5, 3**0.5 / 2]])
