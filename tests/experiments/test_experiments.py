@@ -415,9 +415,10 @@ def test_a_run_that_breaks_is_named_and_tried_again(tmp_path, monkeypatch):
 
 
 def start(root: Path, module: str = "objectives") -> subprocess.Popen:
-    command = [sys.executable, "-m", "experiments.launch", module, "--quick", f"--root={root}"]
+    # With the default SIGINT, which background jobs of a shell ignore.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "experiments.launch", module]
     environment = {**os.environ, "XLA_FLAGS": ""}  # one device
-    return subprocess.Popen(command, cwd=ROOT, env=environment)
+    return subprocess.Popen([*command, "--quick", f"--root={root}"], cwd=ROOT, env=environment)
 
 
 def interrupt(root: Path, number: int, lines: int) -> int:
