@@ -89,7 +89,7 @@ def bind(name: str, section: Mapping[str, Any], *, group_size: int | None = None
     """Fills the constants of an objective from the configuration's section `objective`.
 
     Args:
-      section: the constants, nested as above; those of other objectives are not read.
+      section: the constants, nested as above; of other objectives only the names are checked.
       group_size: G. If given, both functions are traced once, which finds constants that contradict
         each other or the group.
 

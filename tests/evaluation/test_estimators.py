@@ -73,6 +73,16 @@ def test_the_interval_covers_the_mean_and_has_the_width_of_theory():
     assert interval(np.ones(5), resamples=100, seed=0) == (1, 1)
 
 
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for seed in range(400):
+        values = (rng.random(200) < 0.4).astype(float)
+        low, high = interval(values, resamples=400, seed=seed)
+        covered += low <= 0.4 <= high
+    assert 0.92 < covered / 400 < 0.98
+
+
 def test_intervals_are_those_of_each_column_and_of_ratios():
     rng = np.random.default_rng(0)
     values, ones = rng.random((7, 3)), np.ones((7, 1))
@@ -124,3 +134,10 @@ def test_drawn_signs_come_near_to_all_of_them():
     assert drawn == pytest.approx(every, abs=4 * (every * (1 - every) / 2**14) ** 0.5)
     many = sign_flip_test(np.ones((40, 1)), flips=2000, seed=0)
     assert many == [1 / 2001]  # never 0: the observed signs are one of the possible
+
+
+def test_p_is_below_a_level_as_often_as_the_level_says():
+    rng = np.random.default_rng(2)
+    p = [sign_flip_test(rng.normal(0, 1, (12, 1)), flips=500, seed=s)[0] for s in range(1000)]
+    for level in (0.05, 0.2, 0.5):
+        assert np.mean(np.array(p) <= level) == pytest.approx(level, abs=0.04)
