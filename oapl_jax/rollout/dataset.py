@@ -101,6 +101,7 @@ class DatasetWriter:
         self._lock = open(directory / "lock", "ab")  # noqa: SIM115
         try:
             files.lock(self._lock.fileno(), directory)
+            about = json.loads(json.dumps(about))  # as the manifest gives it back: tuples are lists
             self._manifest = {"format": FORMAT, "about": about, "weights": {}, "shards": {}}
             if (directory / MANIFEST).exists():
                 self._manifest = read_manifest(directory)
@@ -232,7 +233,7 @@ class Dataset(Sequence[Group]):
                 )
 
     def close(self) -> None:
-        self._records.__exit__(None, None, None)
+        self._records.__exit__(None, None, None)  # array_record has no `close`
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ from oapl_jax.evaluation.estimators import interval
 from oapl_jax.rollout.dataset import Dataset, DatasetWriter
 from oapl_jax.structs import Group, Rollout
 
-ABOUT = {"version": 5}
+ABOUT = {"version": 5, "pair": (1, 2)}
 
 
 def rollout(tokens, *, logp=-0.5, cut=False):
