@@ -19,7 +19,7 @@ LAYERS = (
     ("preferences", "evaluation"),
     ("launch", "planning"),
     ("build",),
-    ("train", "evaluate", "record", "publish", "plan", "audit", "report"),
+    ("train", "evaluate", "record", "publish", "plan", "audit", "report", "grade"),
 )
 LAYER = {package: i for i, packages in enumerate(LAYERS) for package in packages}
 # Packages that must not import each other, whatever the layers allow.

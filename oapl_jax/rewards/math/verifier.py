@@ -49,7 +49,7 @@ class MathVerifier:
     """Judges answers in a pool of processes; every method is thread-safe."""
 
     def __init__(self, config: MathRewardConfig):
-        self._extract = functools.partial(final_answer, thinking_opened=config.thinking_opened)
+        self.extract = functools.partial(final_answer, thinking_opened=config.thinking_opened)
         self._pool = JudgePool(config)
         self._threads = ThreadPoolExecutor(config.processes, "answers")
         self._counts: Counter[str] = Counter()
@@ -60,7 +60,7 @@ class MathVerifier:
 
     def verify_many(self, pairs: Sequence[tuple[str, str]]) -> list[MathVerdict]:
         """Judges pairs of response and reference answer, equal ones once."""
-        extracted = [(self._extract(response), tidy(answer)) for response, answer in pairs]
+        extracted = [(self.extract(response), tidy(answer)) for response, answer in pairs]
         verdicts = {pair: compare_plain(*pair) for pair in extracted}
         left = [(a, r) for (a, r), verdict in verdicts.items() if a is not None and not verdict]
         each = map if len(left) < 2 else self._threads.map
@@ -72,7 +72,7 @@ class MathVerifier:
 
     def final_answer(self, response: str) -> str:
         """A response's final answer for a vote: equal strings are equal answers; "" is none."""
-        return canonical(self._extract(response) or "")
+        return canonical(self.extract(response) or "")
 
     def counts(self) -> dict[str, int]:
         with self._lock:

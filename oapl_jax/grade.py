@@ -1,0 +1,217 @@
+"""Grades responses as a run does, and says why: the verdict, the extracted answer, the reason.
+
+    python -m oapl_jax.grade --verifier=math responses.jsonl
+    python -m oapl_jax.grade --record=runs/a/rollouts --row=0
+
+A line of the file, or of standard input, is a JSON object {"response": text, "reference": answer}
+or {"responses": [text, ..], "reference": answer}; for programs the reference is the tests of a
+record (docs/data.md). --record is a recorded dataset or one of its shards, --row a group in it.
+Prints a line for each response:
+
+    {"verdict": right | wrong | error | timeout, "extracted": answer, "reason": text}
+
+An error is an unreadable reference or, of code, a program that raised. Exit code 2: a line or a
+setting is invalid; the responses before it are graded.
+"""
+
+import argparse
+import contextlib
+import json
+import runpy
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from etils import epath
+
+from oapl_jax.config import RewardsConfig, load_config
+from oapl_jax.data.prompts import response_text
+from oapl_jax.errors import UserError, exit_with_code
+from oapl_jax.model.tokenizer import load_tokenizer
+from oapl_jax.rewards.code.verifier import CodeVerdict
+from oapl_jax.rewards.documents.verifier import DocumentVerdict
+from oapl_jax.rewards.grader import OPENED
+from oapl_jax.rewards.math.verifier import MathVerdict, MathVerifier
+from oapl_jax.rewards.tasks import FINAL_ANSWERS, VERIFIERS
+from oapl_jax.rollout.dataset import Dataset
+from oapl_jax.structs import Group, decode_groups
+
+AT_ONCE = 256  # responses read ahead of the first verdict that is not printed
+SETTINGS = Path(__file__).parents[1] / "configs" / "common.py"
+CODE = {"passed": "right", "failed": "wrong", "no_code": "wrong"}
+REASONS = {
+    "passed": "every test passed",
+    "failed": "a wrong output",
+    "timeout": "the deadline of the test passed",
+    "error": "the program raised, was killed or exceeded a limit",
+    "no_code": "no fenced block of code",
+}
+
+
+class Graded(NamedTuple):
+    """A response to grade, with its reference; `note` of how it ended, if that decides."""
+
+    response: str
+    reference: str
+    note: str = ""
+
+
+def explain(verdict: MathVerdict | CodeVerdict | DocumentVerdict | float) -> tuple[str, str]:
+    """The verdict as right, wrong, error or timeout, and the reason."""
+    match verdict:
+        case MathVerdict():
+            return verdict.outcome, verdict.reason
+        case CodeVerdict():
+            at = "" if verdict.test is None else f"test {verdict.test}: "
+            reason = at + REASONS.get(verdict.outcome, verdict.outcome)
+            return CODE.get(verdict.outcome, verdict.outcome), reason
+        case DocumentVerdict():
+            terms = ", ".join(f"{name} {value:.3g}" for name, value in verdict.terms.items())
+            faults = f"; {', '.join(verdict.faults)}" if verdict.faults else ""
+            right = "right" if verdict.reward == 1 else "wrong"
+            return right, f"reward {verdict.reward:.3g}: {terms}{faults}"
+    return ("right" if verdict == 1 else "wrong"), f"reward {verdict:g}"
+
+
+def read_lines(lines: Iterable[str], name: str) -> Iterator[Graded]:
+    """Reads JSON lines; raises a UserError that names the line which is none."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            reference = row["reference"] if "reference" in row else row["tests"]
+            responses = row["responses"] if "responses" in row else [row["response"]]
+            if not all(isinstance(response, str) for response in responses):
+                raise TypeError("a response is no text")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(
+                f'{name}, line {number}: not {{"response": text, "reference": answer}} ({error})'
+            ) from error
+        text = reference if isinstance(reference, str) else json.dumps(reference)
+        yield from (Graded(response, text) for response in responses)
+
+
+def read_group(record: epath.Path, row: int) -> Group:
+    """Reads a group of a recorded dataset, or of one of its shards."""
+    if record.is_dir():
+        groups: Any = Dataset(record)
+    elif record.is_file():
+        groups = ArrayRecordDataSource([str(record)])
+    else:
+        raise UserError(f"--record={record} does not exist; name a recorded dataset or a shard")
+    if not 0 <= row < len(groups):
+        raise UserError(f"--row={row} is not in {record}, which has {len(groups)} groups")
+    return groups[row] if isinstance(groups, Dataset) else decode_groups(groups[row])[0]
+
+
+def open_run(workdir: epath.Path | None) -> tuple[RewardsConfig, str]:
+    """Settings of the verifiers, and the directory of the tokenizer, of a run; without one, the
+    defaults of the configurations, and ""."""
+    if workdir is None:
+        if not SETTINGS.exists():
+            raise UserError(f"{SETTINGS} is missing; name a run with --workdir")
+        defaults = runpy.run_path(str(SETTINGS))["rewards"]()
+        return RewardsConfig.from_dict(defaults.to_dict(), "rewards"), ""
+    config = load_config(workdir)
+    if config is None:
+        raise UserError(f"--workdir={workdir} is no run: it has no config.json")
+    tokenizer = config["model"]["path"] or str(workdir / "model")
+    return RewardsConfig.from_dict(config["rewards"], "rewards"), tokenizer
+
+
+def grade(task: str, rows: Iterable[Graded], config: RewardsConfig) -> Iterator[dict[str, Any]]:
+    """Grades responses, several at a time, in order; those before a bad line, too."""
+    with contextlib.ExitStack() as stack:
+        if task in VERIFIERS:
+            verify, extract = VERIFIERS[task], FINAL_ANSWERS[task]
+        else:
+            verifier = stack.enter_context(contextlib.closing(OPENED[task](config[task])))
+            is_math = isinstance(verifier, MathVerifier)
+            verify, extract = (
+                verifier.verify,
+                verifier.extract if is_math else verifier.final_answer,
+            )
+        threads = stack.enter_context(ThreadPoolExecutor(config.math.processes))
+
+        def judge(row: Graded) -> dict[str, Any]:
+            try:
+                verdict, reason = explain(verify(row.response, row.reference))
+            except UserError as error:  # of the tests
+                verdict, reason = "error", str(error)
+            if row.note:
+                verdict, reason = "wrong", f"{row.note} (else {verdict}: {reason})"
+            return {
+                "verdict": verdict,
+                "extracted": extract(row.response) or None,
+                "reason": reason,
+            }
+
+        pending: deque[Future[dict[str, Any]]] = deque()
+        fault = None
+        try:
+            for row in rows:
+                pending.append(threads.submit(judge, row))
+                while pending and (pending[0].done() or len(pending) == AT_ONCE):
+                    yield pending.popleft().result()
+        except UserError as error:
+            fault = error
+        for future in pending:
+            yield future.result()
+        if fault:
+            raise fault
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "oapl_jax.grade", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", nargs="?", help="JSON lines; standard input by default")
+    parser.add_argument("--verifier", choices=sorted(OPENED), help="by default the record's task")
+    parser.add_argument("--record", type=epath.Path, help="a recorded dataset or one of its shards")
+    parser.add_argument("--row", type=int, default=0, help="a group of the record")
+    parser.add_argument("--workdir", type=epath.Path, help="of a run with the settings to take")
+    parser.add_argument("--tokenizer", help="directory; by default the run's")
+    arguments = parser.parse_args()
+    workdir, record = arguments.workdir, arguments.record
+    if workdir is None and record is not None and (record.parent / "config.json").exists():
+        workdir = record.parent  # RUN/rollouts
+    config, tokenizer = open_run(workdir)
+    with contextlib.ExitStack() as stack:
+        if record is not None:
+            if not (tokenizer := arguments.tokenizer or tokenizer):
+                raise UserError(
+                    f"--record={record} holds token ids; name the tokenizer that sampled them with "
+                    "--tokenizer, or its run with --workdir"
+                )
+            group, decoder = read_group(record, arguments.row), load_tokenizer(tokenizer)
+            task = arguments.verifier or group.prompt.task
+            rows: Iterable[Graded] = [
+                Graded(
+                    response_text(decoder, rollout.tokens),
+                    group.prompt.answer,
+                    "truncated, which gets no reward" if rollout.finish_reason == "length" else "",
+                )
+                for rollout in group.rollouts
+            ]
+        elif arguments.verifier is None:
+            raise UserError("--verifier is missing; add, for example, --verifier=math")
+        else:
+            task, lines, name = arguments.verifier, sys.stdin, "standard input"
+            if arguments.file is not None:
+                name = arguments.file
+                try:
+                    lines = stack.enter_context(open(name, encoding="utf-8-sig"))
+                except OSError as error:
+                    raise UserError(f"{name} can't be read: {error.strerror}") from error
+            rows = read_lines(lines, name)
+        for line in grade(task, rows, config):
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    exit_with_code(main)
