@@ -11,10 +11,11 @@ from dataclasses import replace
 
 import math_verify
 import pytest
-from answers_table import ANSWERS, RESPONSES
+from answers_table import ANSWERS, MATH_VERIFY, RESPONSES
 from processes import MATH
 
 from oapl_jax.rewards.math.extraction import MAX_ANSWER, final_answer
+from oapl_jax.rewards.math.judge.sympy_equal import GENERATED
 from oapl_jax.rewards.math.verifier import (
     MAX_REQUEST_BYTES,
     JudgePool,
@@ -27,10 +28,8 @@ PAIRS = [(rf"It is \boxed{{{said}}}.", wanted, right) for said, wanted, right in
 PAIRS += RESPONSES
 # Right answers that are called wrong; there is no wrong one that is called right.
 MISSES = {
-    (r"It is \boxed{|x| < 3}.", r"(-3, 3)"),  # needs a case distinction
     (r"It is \boxed{50 \text{ cents}}.", r"\$0.50"),  # units are compared, not converted
     (r"It is \boxed{bca}.", "abc"),  # three letters are a word, so that "evil" is not "live"
-    (r"It is \boxed{x \ne 2}.", r"\mathbb{R}\setminus\{2\}"),  # only < and > become sets
     (r"It is \boxed{\operatorname{cis} 60^\circ}.", r"e^{i\pi/3}"),  # cis is not known
     (r"It is \boxed{y=\pm 2\sqrt{x}}.", "y^2=4x"),  # needs a case distinction
 }
@@ -85,6 +84,23 @@ def test_each_reference_can_be_read(answers):
         wanted = sorted({r for _, r, _ in PAIRS})
         verdicts = answers.verify_many([(rf"\boxed{{{said}}}", r) for r in wanted])
         assert [(r, v) for r, v in zip(wanted, verdicts, strict=True) if v.outcome != "wrong"] == []
+
+
+def test_cases_of_math_verify_get_its_verdict_but_for_the_differences(answers):
+    verdicts = answers.verify_many([(case["response"], case["reference"]) for case in MATH_VERIFY])
+    for case, verdict in zip(MATH_VERIFY, verdicts, strict=True):
+        assert (verdict.outcome == "right") == (case["right"] != ("differs" in case)), case
+    assert sum("differs" in case for case in MATH_VERIFY) < 0.1 * len(MATH_VERIFY)
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["print(1)", "__import__('os').getcwd()", "from sympy import *", "x = open('a')"],
+)
+def test_generated_code_holds_no_other_names(call):
+    head = "def hypsum_1_1_Z_Z_R(coeffs, z, prec, wp, epsshift, magnitude_check, **kwargs):\n"
+    assert GENERATED.fullmatch(f"{head}    n = abs(wp)")
+    assert not GENERATED.fullmatch(f"{head}    {call}")
 
 
 # Plain numbers, without a process

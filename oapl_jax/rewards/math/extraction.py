@@ -1,12 +1,15 @@
 r"""Extraction of a response's final answer, in one spelling. Linear in the response's length.
 
 The answer stands in \boxed{...} (the last one), or after "####", "answer is" or "answer:", or the
-response is one short line. Thinking does not count: only the text after `</think>`.
+response is one short line, of which the last formula counts if it begins with a word. Boxes and
+formulas joined by a comma, "and" or "or" are one answer. Thinking does not count: only the text
+after `</think>`.
 """
 
 # ruff: noqa: RUF001  (letters that look like others are this file's business)
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 from oapl_jax.rewards.math.judge.text_answers import number
@@ -16,47 +19,70 @@ MAX_ANSWER = 1_000  # characters of an answer
 MAX_LINE = 200  # characters of a response that is nothing but its answer
 
 BOX = re.compile(
-    r"\\(?:boxed|fbox)\s*(?P<brace>\{)|(?P<escape>\\[\\{}])|(?P<open>\{)|(?P<close>\})"
+    r"\\\\?(?:boxed|fbox)\s*(?P<brace>\{)|(?P<escape>\\[\\{}])|(?P<open>\{)|(?P<close>\})"
 )
 BARE_BOX = re.compile(r"\\boxed\s*([0-9]+(?:\.[0-9]+)?|[A-Za-z])(?![A-Za-z])")
-BETWEEN_BOXES = re.compile(
-    r"[\s$]*(?:\\[()\]\[])?\s*(?:,|;|,?\s*\\?(?:text\{)?\s*(?:and|or)\s*\}?)[\s$]*"
-    r"(?:\\[()\]\[])?\s*"
+FORMULA = re.compile(
+    r"(?<!\\)\$(?P<dollar>[^$\n]+)\$|\\\((?P<round>.+?)\\\)|\\\[(?P<square>.+?)\\\]"
 )
-STATED = re.compile(
-    r"####\s*(?P<hashes>[^\n]+)"
-    r"|\banswer\b(?:[^\n.:=]{0,80}?\b(?:is|are)\b[ \t]*:?|\**[ \t]*[:=]|\**[ \t]*\n)"
-    r"[\s*]*(?P<words>[^\n]+)",
+MAX_GAP = 70  # characters between two boxes that are one answer
+LAYOUT = re.compile(r"\\[()\[\],;:! ]|\\q?quad(?![A-Za-z])|\\(?:text|mathrm)\s*\{|[${}*&~\s]|\\\\")
+# "and", after a few words about the first box and before the name of the second.
+JOINED = re.compile(
+    r"[.,;]?(?:(?: (?!(?:no|not|wait|but|so|then|thus|is|are|was|were|we|gives?|yields?|which)\b)"
+    r"[\w()^]+){0,4},? ?\(?(?:and|or|&)(?: (?:also|maybe|perhaps|possibly|even|else))?)?,?"
+    r"(?: ?=| ?[A-Za-z\\]\w*(?:\([^()]*\))? ?=)?",
     re.IGNORECASE,
 )
+LEAD = re.compile(
+    r"####|\banswer\b(?:[^\n.:=]{0,80}?\b(?:is|are)\b[ \t]*:?"
+    r"(?:[ \t]*\b(?:therefore|thus|hence|simply|just|exactly|indeed|given by|equal to)\b)?"
+    r"|\**[ \t]*[:=]|\**[ \t]*\n|[ \t]*(?=\$|\\[(\[]))[\s*]*",
+    re.IGNORECASE,
+)
+BLOCK = re.compile(r"\s*(?:\$\$(?P<dollars>.+?)\$\$|\\\[(?P<square>.+?)\\\])", re.DOTALL)
+COMMENT = re.compile(
+    r"(?:in)?correct\b|right\b|wrong\b|not\b|as follows|below|above", re.IGNORECASE
+)
+PERIOD = re.compile(r"\.(?=\s|$)")
+# "The largest n is 34": the answer of a sentence is its end.
+STATEMENT = re.compile(
+    r"[A-Za-z]{2,} .*\b(?:is|are|was|equals|equal to)\b\s*:?\s*(?:equal to |exactly )?(?P<end>\S.*)"
+)
+EXPLAINED = re.compile(r"(?<=\$)[,;]? (?=(?!and |or )[a-z]{2,} )")
 FRACTION = re.compile(
     r"(-?) ?(?:\\frac ?\{ ?)?([0-9]{1,40}) ?(?:/|\} ?\{) ?([0-9]{1,40}) ?\}?", re.ASCII
 )
-SENTENCE_END = re.compile(r"\.(?=\s|$)|(?<=\$)[,;]? (?=(?!and |or )[a-z]{2,} )")
 
 # Different spellings of one meaning. Order matters: a command before its prefix.
 SYMBOLS = {
     "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "±": r"\pm ",
     "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "∞": r"\infty ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\neq ", "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ",
-    "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "°": r"^\circ ", "²": "^{2}", "³": "^{3}",
+    "∅": r"\emptyset ", "£": r"\pounds ", "€": r"\euro ", "¥": r"\yen ", "₹": r"\rupee ",
+    "ℝ": r"\mathbb{R}", "°": r"^\circ ", "²": "^{2}", "³": "^{3}",
     "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "％": "%", "，": ",",
     "（": "(", "）": ")", "“": '"', "”": '"', "’": "'", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
 }  # fmt: skip
 COMMANDS = {
     "leq": r"\le ", "leqslant": r"\le ", "geq": r"\ge ", "geqslant": r"\ge ", "ne": r"\neq ",
-    "thickapprox": r"\approx ", "simeq": r"\approx ", "degree": r"^\circ ", "degrees": r"^\circ ",
+    "approxeq": r"\approx ", "doteq": r"\approx ", "thickapprox": r"\approx ",
+    "simeq": r"\approx ", "degree": r"^\circ ", "degrees": r"^\circ ",
     "varnothing": r"\emptyset ", "langle": "(", "rangle": ")", "lt": "<", "gt": ">", "equiv": "=",
 }  # fmt: skip
+WORDS = r"\\text\s*\{([^{}\d]+)\}"
 REWRITES = tuple(
     (re.compile(pattern), by)
     for pattern, by in (
         (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"√\s*([0-9]+|[A-Za-z])", r"\\sqrt{\1}"),
         (r"(?<!\\)\\[\[\]()]", " "),
-        (r"\\\$", r" \\dollar "), (r"\$", " "),
+        (r"\\(?:text|mathrm)\s*\{\s*\\\$\s*\}|\\(?:text|math)dollar(?![A-Za-z])|\\\$",
+         r" \\dollar "),
+        (r"\$", " "),
+        (r"\\(?:text|math)sterling(?![A-Za-z])", r" \\pounds "),
         (r"(?<=[0-9])\\[,!;: ]\s*(?=[0-9]{3})", ""),
-        (r"(?<=[0-9])\{,\}(?=[0-9]{3})", ""),
+        (r"(?<=[0-9])\s*\{\s*,\s*\}\s*(?=[0-9]{3})", ""),
         (r"(?<=[0-9]),(?:\\[!,;:]\s*|\{\})(?=[0-9]{3})", ","),
         (r"(?<!\\)\\[,!;: ~]|~|\\q?quad(?![A-Za-z])", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?", ""),
@@ -67,11 +93,18 @@ REWRITES = tuple(
         (r"\\(?:mathrm|mathbf|mathit|mathsf|boldsymbol|bm|textbf|textit|textrm|textsf|textnormal|mbox"
          r"|emph)(?=\s*\{)", r"\\text"),
         (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
+        # Units in pieces: m/s, kg m, "hours and".
+        (rf"\\frac\s*\{{\s*{WORDS}\s*\}}\s*\{{\s*{WORDS}(\^\d)?\s*\}}", r"\\text{\1/\2}\3"),
+        (rf"{WORDS}(?:\^\{{?(\d)\}}?)?\s*/\s*{WORDS}", r"\\text{\1\2/\3}"),
+        (rf"{WORDS}\s*\\(?:cdot|times)\s*{WORDS}", r"\\text{\1 \2}"),
+        (r"\\text\s*\{([^{}]*\w) (and|or) *\}", r"\\text{\1}\\text{ \2 }"),
         (r"\\(?:rm|bf|it)(?![A-Za-z])", " "),
         (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"\\([A-Za-z]+)", lambda m: COMMANDS.get(m[1]) or m[0]),
         (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
         (r"\\colon(?![A-Za-z])|\{:\}|\\text\s*\{\s*to\s*\}", ":"),
+        (r"\\not\s*=", r"\\neq "),
+        (r"\\text\s*\{\s*d\s*\}(?=\s*[A-Za-z\\^])", "d "),
         (r"\\pmod\s*\{?\s*([0-9A-Za-z]+)\s*\}?|\(\s*(?:\\text\s*\{)?\s*mod\s*\}?\s*([0-9A-Za-z]+)\s*\)",
          lambda m: rf"\pmod{{{m[1] or m[2]}}}"),
         (r"\\%|\\text\s*\{\s*(?:percent|pct)\s*\}|\b(?:percent|pct)\b", "%"),
@@ -105,6 +138,7 @@ def final_answer(response: str, *, thinking_opened: bool) -> str | None:
         found = visible.strip()
         if "\n" in found or len(found) > MAX_LINE:
             return None
+        found = _last_formula(found) or found
     if len(found) > MAX_ANSWER or len(found := tidy(found)) > MAX_ANSWER:
         return None
     return found or None
@@ -125,6 +159,8 @@ def tidy(answer: str) -> str:
         return plain
     for symbol, by in SYMBOLS.items():
         answer = answer.replace(symbol, by)
+    if r"\begin" not in answer:
+        answer = re.sub(r"\\\\(?=[A-Za-z{}])", r"\\", answer)  # escaped twice
     answer = re.sub(r"\\(?:boxed|fbox)(?![A-Za-z])", "", answer)
     for pattern, by in REWRITES:
         answer = pattern.sub(by, answer)
@@ -150,20 +186,39 @@ def _boxed(text: str) -> str | None:
     if not boxes:
         bare = BARE_BOX.findall(text)
         return bare[-1] if bare else None
-    parts = [boxes[-1][2]]
-    for (_, end, content), (start, _, _) in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
-        if start - end > 40 or not BETWEEN_BOXES.fullmatch(text[end:start]):
+    return _join(boxes, text)
+
+
+def _join(found: Sequence[tuple[int, int, str]], text: str) -> str | None:
+    """The last of (start, end, content) and those joined to it, each content once."""
+    parts = [found[-1][2].strip()]
+    for (_, end, content), (start, _, _) in zip(found[-2::-1], found[:0:-1], strict=True):
+        gap = re.sub(r"\s+", " ", LAYOUT.sub(" ", text[end:start])).rstrip()
+        if start - end > MAX_GAP or not JOINED.fullmatch(gap):
             break
-        parts.insert(0, content)
-    return ", ".join(parts) if any(part.strip() for part in parts) else None
+        if content.strip() not in parts:
+            parts.insert(0, content.strip())
+    return ", ".join(parts) if any(parts) else None
+
+
+def _last_formula(line: str) -> str | None:
+    """The last formula of a sentence, and formulas joined to it."""
+    formulas = [(f.start(), f.end(), f[f.lastgroup or 0]) for f in FORMULA.finditer(line)]
+    return _join(formulas, line) if formulas and re.match("[A-Za-z]{2,} ", line) else None
 
 
 def _stated(text: str) -> str | None:
-    """The text after the last "####", "answer is" or "answer:"."""
-    stated = list(STATED.finditer(text))
-    if not stated:
-        return None
-    found = stated[-1]
-    if found["hashes"]:
-        return found["hashes"].strip()
-    return SENTENCE_END.split(found["words"].strip(" *:"), maxsplit=1)[0].strip(" *")
+    """The text after the last "####", "answer is" or "answer:" that is no comment on an answer."""
+    for lead in reversed(list(LEAD.finditer(text))):
+        if COMMENT.match(text, lead.end()):
+            continue
+        if block := BLOCK.match(text, lead.end()):
+            return block[block.lastgroup or 0].strip()
+        line = text[lead.end() :].partition("\n")[0].strip()
+        if lead[0].startswith("#"):
+            return line or None
+        found = PERIOD.split(line.strip(" *:"), maxsplit=1)[0]
+        if statement := STATEMENT.fullmatch(found):
+            found = statement["end"]
+        return EXPLAINED.split(found, maxsplit=1)[0].strip(' *"') or None
+    return None

@@ -36,6 +36,9 @@ WARMUP = (
     (r"\begin{pmatrix} 1 \\ a \end{pmatrix}", r"\begin{pmatrix} 1 \\ b \end{pmatrix}"),
     (r"\log_2 5 + e^{3}", r"\binom{5}{2} \cdot 3!"),
     (r"y = 2x+3", r"2x - y + 3 = 0"),
+    (r"\int_0^1 f(x) dx", r"\int_0^2 f(x) dx"),
+    (r"y = \frac{2}{x}", r"xy = 2"),
+    (r"\sum_{k=0}^{\infty} x^k/k!", r"\sum_{n=1}^{\infty} \frac{1}{n^2}"),
     (r"a_{1} + |x|", r"3 \cdot 10^{-2} + 4i"),
 )  # fmt: skip
 

@@ -5,10 +5,23 @@ compared part by part; values without parts are compared by sympy_equal.py.
 """
 
 import re
+from math import gcd
 from typing import NamedTuple
 
-from oapl_jax.rewards.math.judge.sympy_equal import same_value
-from oapl_jax.rewards.math.judge.text_answers import TEXT, name, split_unit, text_answer
+from oapl_jax.rewards.math.judge.sympy_equal import (
+    Unreadable,
+    is_constant,
+    same_relation,
+    same_value,
+)
+from oapl_jax.rewards.math.judge.text_answers import (
+    Clock,
+    clock,
+    name,
+    quantity,
+    split_unit,
+    text_answer,
+)
 
 MAX_DEPTH = 40  # of brackets
 MAX_PARTS = 200
@@ -16,13 +29,22 @@ OPEN = {"(", "[", "{", r"\{", r"\begin"}
 CLOSE = {")", "]", "}", r"\}", r"\end"}
 TOKEN = re.compile(r"\\(?:[A-Za-z]+|.)|.", re.DOTALL)
 BETWEEN = re.compile(r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
-HAS_PARTS = re.compile(rf"^\s*(?:\d|\\dollar)|,|{BETWEEN.pattern}")  # text that is no word
+# Text that is no word.
+HAS_PARTS = re.compile(rf"^[\s(+-]*(?:\.?\d|\\dollar)|[,\\=^]|{BETWEEN.pattern}")
+STYLED = re.compile(r"\\text\s*(\{.*\})", re.DOTALL)
 OR = re.compile(r"(?<![A-Za-z\\])or(?![A-Za-z])")
 OUTWARD = re.compile(r"([\[\]])([^\[\]]+)([\[\]])")
-MATRIX = re.compile(r"\\begin\{([pbBv]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", re.DOTALL)
-THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?!\d)")
+MATRIX = re.compile(
+    r"\\begin\{([pbBv]?matrix|array)\}(?:\{[lcr| ]*\})?((?:(?!\\end).)*)\\end\{\1\}", re.DOTALL
+)
+SYSTEM = re.compile(r"\\begin\{(cases|aligned|gathered)\}((?:&=|[^&])*)\\end\{\1\}", re.DOTALL)
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
+# Between a unit and the next number, as in "3 hours 20 minutes".
+MEASURES = re.compile(r"(?<=[\d ])(?:(\\text\s*\{[^{}\d]+\}|(?<= )[A-Za-z]{1,}\.?)\s*)(?=\d)")
+BRACKETS = {"(": 1, "[": 1, r"\{": 1, ")": -1, "]": -1, r"\}": -1}
 RELATIONS = {"<": "<", ">": ">", r"\le": "<=", r"\ge": ">="}
+SIGNS = RELATIONS | {"=": "=", r"\neq": "!="}
 MIRRORED = str.maketrans("<>", "><")
 
 
@@ -62,18 +84,22 @@ class Matrix(NamedTuple):
     text: str
 
 
-Form = Text | Value | Named | Parts | Matrix
+Form = Text | Value | Named | Parts | Matrix | Clock
 
 
 def parse_answer(text: str, depth: int = MAX_DEPTH) -> Form:
     """Parses a tidied answer; ValueError if it has too many parts or nests too deeply."""
     if not depth:
         raise ValueError("nested too deeply")
-    text = _bare(text)
+    text = _join_thousands(_bare(text))
     if ends := OUTWARD.fullmatch(text):  # ]0, 1] is (0, 1]
         text = {"]": "(", "[": "["}[ends[1]] + ends[2] + {"[": ")", "]": "]"}[ends[3]]
-    if (inner := TEXT.fullmatch(text)) and HAS_PARTS.search(inner[1]):
-        return parse_answer(inner[1], depth - 1)
+    if (inner := _styled(text)) and HAS_PARTS.search(inner):
+        return parse_answer(inner, depth - 1)
+    if system := SYSTEM.fullmatch(text):
+        return parse_answer(re.sub(r"\\\\|\\cr", ", ", system[2].replace("&=", "=")), depth - 1)
+    if time := clock(text):
+        return time
     if not BETWEEN.search(text) and (said := text_answer(text)):
         return Text(said)
     if (matrix := MATRIX.fullmatch(text)) and matrix[1] != "vmatrix":
@@ -85,13 +111,15 @@ def parse_answer(text: str, depth: int = MAX_DEPTH) -> Form:
         return Parts(r"\cup", r"\cup", _all(parts, depth), text)
     tokens = TOKEN.findall(text)
     if tokens and tokens[0] in OPEN - {"{", r"\begin"} and _closes(tokens) == len(tokens) - 1:
-        inside = "".join(tokens[1:-1])
+        inside = _join_thousands("".join(tokens[1:-1]), in_brackets=True)
         builder = split(inside, r"\mid", "|", ":")
         if tokens[0] == r"\{" and len(builder) == 2 and name(builder[0]):  # {x | x > 0}
             return parse_answer(builder[1], depth - 1)
         parts = split(inside, ",", ";")
         if len(parts) > 1 or tokens[0] == r"\{":
             return Parts(tokens[0], tokens[-1], _flat(_all(parts, depth)), text)
+        if tokens[0] == "(" and tokens[-1] == ")":
+            return parse_answer(inside, depth - 1)
     if PLUS_MINUS.search(text):
         upper, lower = (
             PLUS_MINUS.sub(lambda m, plus=plus: "+" if m[1] == plus else "-", text)
@@ -128,43 +156,98 @@ def _flat(forms: tuple[Form, ...]) -> tuple[Form, ...]:
     return tuple(form for pair in pairs for form in pair)
 
 
+def _join_thousands(text: str, *, in_brackets: bool = False) -> str:
+    """Drops the commas of 12,345 outside of round and square brackets and sets.
+
+    In brackets (100,200) is a pair, but no part of one begins with 0, as in (1,000), and a comma
+    without a blank is none between parts if others have one, as in (1,000, 2,000).
+    """
+    joins = not in_brackets or ", " in text or ";" in text
+    parts, level = [""], 0
+    for token in TOKEN.findall(text):
+        if token in BRACKETS:
+            level += BRACKETS[token]
+            parts.append("")
+        parts[-1] += token.replace(",", "\0") if level else token
+    number = lambda m: m[0].replace(",", "") if joins or ",0" in m[0] else m[0]
+    return "".join(THOUSANDS.sub(number, part) for part in parts).replace("\0", ",")
+
+
+def _styled(text: str) -> str | None:
+    r"""The content of \text{...} around all of a text."""
+    if not (found := STYLED.fullmatch(text)):
+        return None
+    tokens = TOKEN.findall(found[1])
+    return found[1][1:-1] if _closes(tokens) == len(tokens) - 1 else None
+
+
 def _list(text: str, depth: int) -> Form | None:
     """A list without brackets: by commas, semicolons, "and" and "or"; None for no list."""
     either = OR.search(text)
     text = BETWEEN.sub(",", text)
-    if (number := THOUSANDS.match(text)) and len(split(text[number.end() :], ",", ";")) == 1:
-        return parse_answer(text[: number.end()].replace(",", "") + text[number.end() :], depth - 1)
+    if text[:1].isdigit():
+        text = MEASURES.sub(r"\1,", text)
+    groups = [part for part in split(text, ";") if part.strip()]
+    if len(groups) > 1 and any(len(split(group, ",")) > 1 for group in groups):
+        return Parts("", "", tuple(_tuple(_all(split(g, ","), depth), g) for g in groups), text)
     parts = [part for part in split(text, ",", ";") if part.strip()]
     if len(parts) > 1:
         forms = _flat(_all(parts, depth))
         first, inner = forms[0], [f.form for f in forms if isinstance(f, Named)]
-        one_name = len({f.name for f in forms if isinstance(f, Named)}) == 1
-        if either and one_name and len(inner) == len(forms):
+        names = [f.name for f in forms if isinstance(f, Named)]
+        period = len(set(names))
+        if either and period == 1 and len(inner) == len(forms):
             if all(isinstance(form, Parts) for form in inner):  # x < 1 or x > 2
                 return Parts(r"\cup", r"\cup", tuple(inner), text)
         elif isinstance(first, Named) and len(inner) == 1:  # x = 2, 3
-            forms = (first, *(Named(first.name, f, (), f.text) for f in forms[1:]))
+            if r"\neq" in first.text:
+                texts = [rf"{first.name} \neq {form.text}" for form in forms[1:]]
+                forms = (first, *_all(texts, depth))
+            else:
+                forms = (first, *(Named(first.name, f, (), f.text) for f in forms[1:]))
+        elif 1 < period < len(forms) and names == names[:period] * (len(forms) // period):
+            rows = [forms[i : i + period] for i in range(0, len(forms), period)]  # p, q, p, q
+            forms = tuple(_tuple(row, text) for row in rows)
         return Parts("", "", forms, text)
     return None
 
 
+def _tuple(forms: tuple[Form, ...], text: str) -> Form:
+    return forms[0] if len(forms) == 1 else Parts("(", ")", _flat(forms), text)
+
+
 def _relation(text: str, depth: int) -> Form | None:
     r"""An equation with a name, or an inequality as its interval; None for neither."""
-    sides = split(text, r"\approx")
-    if len(sides) == 2 and "=" not in sides[1]:  # the exact side counts
-        return parse_answer(sides[0] if sides[0].strip() else sides[1], depth - 1)
+    exact, *rounded = split(text, r"\approx")
+    if rounded and "=" not in rounded[-1]:
+        if found := name(exact):  # x \approx 3.14
+            form = parse_answer(rounded[0], depth - 1)
+            return Named(found, form, (), f"{exact} = {form.text}")
+        return parse_answer(exact if exact.strip() else rounded[0], depth - 1)
     sides = split(text, "=")
     if len(sides) > 1:
-        if not (found := name(sides[0])) or not all(side.strip() for side in sides):
+        found = name(sides[0]) or quantity(sides[0])
+        if not found or not all(side.strip() for side in sides):
             return Value(text, sides=tuple(sides))
         forms = _all(sides[1:], depth)
+        names, last = found.split(","), forms[-1]
+        is_tuple = sides[0].lstrip().startswith("(")
+        if is_tuple and isinstance(last, Parts) and len(names) == len(last.parts):
+            each = zip(names, last.parts, strict=True)  # (x, y) = (1, 2)
+            parts = tuple(Named(n, f, (), f"{n} = {f.text}") for n, f in each)
+            return Parts(last.left, last.right, parts, text)
         return Named(found, forms[-1], forms[:-1], text)
+    sides = split(text, r"\neq")
+    if len(sides) > 1 and not PLUS_MINUS.search(text):
+        if len(sides) == 2 and (found := name(sides[0])):
+            return Named(found, Value(rf"\mathbb{{R}} \setminus \{{{sides[1]}\}}"), (), text)
+        return Value(text, sides=tuple(sides))
     sides = split(text, r"\in")
     if len(sides) == 2 and (found := name(sides[0])):
         return Named(found, parse_answer(sides[1], depth - 1), (), text)
     sides = split(text, *RELATIONS)
-    signs = [RELATIONS[token] for token in TOKEN.findall(text) if token in RELATIONS]
-    if len(sides) != len(signs) + 1:
+    signs = _signs(text)
+    if not 2 <= len(sides) == len(signs) + 1:
         return None
     if len(sides) == 2 and (found := name(sides[0])):  # x < 2
         sides, signs = [sides[1], sides[0]], [signs[0].translate(MIRRORED)]
@@ -176,9 +259,13 @@ def _relation(text: str, depth: int) -> Form | None:
         if ">" in signs[0]:
             sides, signs = sides[::-1], [sign.translate(MIRRORED) for sign in signs[::-1]]
     else:
-        return None
+        return Value(text, sides=tuple(sides))
     left, right = "[" if "=" in signs[0] else "(", "]" if "=" in signs[1] else ")"
     return Named(found, Parts(left, right, _all([sides[0], sides[2]], depth), text), (), text)
+
+
+def _signs(text: str) -> list[str]:
+    return [SIGNS[token] for token in TOKEN.findall(text) if token in SIGNS]
 
 
 def _bare(text: str) -> str:
@@ -203,14 +290,26 @@ def same_answer(answer: Form, reference: Form) -> bool:
     match answer, reference:
         case Text(), Text():
             return answer.text == reference.text
-        case Named(), Named() if answer.name == reference.name:
+        case Clock(), Clock():
+            return answer.same(reference)
+        case Named(), Named() if _same_name(answer.name, reference.name):
             return all(same_answer(a, reference.form) for a in (*answer.steps, answer.form))
         case (Named(), Named() | Value(sides=(_, *_))) | (Value(sides=(_, *_)), Named()):
-            return same_value(answer.text, reference.text)
+            comparable = _is_relation(answer) and _is_relation(reference)
+            return comparable and _same_relations(answer.text, reference.text)
         case Named(), _:
             return all(same_answer(a, reference) for a in (*answer.steps, answer.form))
         case _, Named():
             return same_answer(answer, reference.form)
+        case Clock(), Value() if not answer.minute:  # 6 pm
+            return same_value(answer.hour, reference.text)
+        case Value(), Clock() if not reference.minute:
+            return same_value(answer.text, reference.hour)
+        case Clock(), _:
+            return answer.is_ratio() and same_answer(_as_ratio(answer), reference)
+        case _, Clock():  # a ratio is given in lowest terms, so 2:30 is none
+            lowest = reference.is_ratio() and gcd(int(reference.hour), int(reference.minute)) == 1
+            return lowest and same_answer(answer, _as_ratio(reference))
         case Value(), Value():
             return _same_values(answer, reference)
         case Parts(), Parts():
@@ -229,21 +328,41 @@ def same_answer(answer: Form, reference: Form) -> bool:
             return answer.text.upper() == reference.text
         case (Text(), _) | (_, Text()):
             return False
+        case (Value(sides=(_, *_)), Parts() | Matrix()) | (
+            Parts() | Matrix(),
+            Value(sides=(_, *_)),
+        ):
+            return _same_relations(answer.text, reference.text)
         case Parts(left=":", parts=(a, b)), Value():
             return same_value(rf"\frac{{{a.text}}}{{{b.text}}}", reference.text)
         case Value(), Parts(left=":", parts=(a, b)):
             return same_value(answer.text, rf"\frac{{{a.text}}}{{{b.text}}}")
+        case Parts(left=""), Value():  # x = 3 or x = 6/2
+            return all(same_answer(part, reference) for part in answer.parts)
         case (Parts(left=""), _) | (_, Parts(left="")):
             return False
     return same_value(answer.text, reference.text)
+
+
+def _same_name(answer: str, reference: str) -> bool:
+    """True for equal names; y is y(x), but f(x) is not f(t)."""
+    names = answer, reference
+    with_arguments = [name for name in names if "(" in name]
+    return answer == reference or (
+        len(with_arguments) == 1 and len({name.partition("(")[0] for name in names}) == 1
+    )
 
 
 def _same_values(answer: Value, reference: Value) -> bool:
     a, r = answer.text, reference.text
     if answer.unit and reference.unit and answer.unit != reference.unit:
         return False
-    if answer.sides and not reference.sides:  # 2 + 3 = 5: every side must be the answer
+    if answer.sides and reference.sides:
+        return _same_relations(a, r)
+    if answer.sides:  # 2 + 3 = 5: every side must be the answer
         return all(same_value(side, r) for side in answer.sides)
+    if reference.sides:
+        return _is_result(a, reference)
     if same_value(a, r):
         return True
     # A percent sign is a unit that may be left out, and it is a factor.
@@ -257,25 +376,92 @@ def _same_values(answer: Value, reference: Value) -> bool:
     return False
 
 
+def _is_result(answer: str, reference: Value) -> bool:
+    """True if an answer is the last side of 2^5 = 4 * 8 = 32, and not its first, the question."""
+    first, last = reference.sides[0], reference.sides[-1]
+    bare = lambda text: re.sub(r"[\s{}]", "", text)
+    if set(_signs(reference.text)) != {"="} or bare(answer) == bare(first) != bare(last):
+        return False
+    return is_constant(first) and is_constant(last) and same_value(answer, last)
+
+
+def _is_relation(form: Named | Value) -> bool:
+    """False for names of sets, matrices and lists, and for x = 1 ± 2."""
+    return isinstance(form, Value) or isinstance(form.form, Value) or "=" not in _signs(form.text)
+
+
+def _same_relations(answer: str, reference: str) -> bool:
+    """True if two equations or inequalities, or chains of them, say the same."""
+    found, expected = _links(answer), _links(reference)
+    if not _signs(answer) or not _signs(reference):  # a set
+        unequal = {"=", "!="}.isdisjoint(_signs(answer) + _signs(reference))
+        return unequal and same_value(answer, reference)
+    return 0 < len(found) == len(expected) and all(map(same_relation, found, expected))
+
+
+def _links(text: str) -> list[tuple[str, str, str]]:
+    """(left, sign, right) of each link of a chain a < b < c, from small to large, and (a, "=", c)
+    of a = b = c; none if it is no chain or b is not c."""
+    sides = split(text, *SIGNS)
+    signs = _signs(text)
+    if len(sides) != len(signs) + 1:
+        return []
+    if set(signs) == {"="}:
+        try:
+            steps = all(same_value(side, sides[-1]) for side in sides[1:-1])
+        except Unreadable:
+            return []
+        return [(sides[0], "=", sides[-1])] if steps else []
+    links = list(zip(sides, signs, sides[1:], strict=False))
+    if not any(">" in sign for sign in signs):
+        return links
+    return [(b, sign.translate(MIRRORED), a) for a, sign, b in links[::-1]]
+
+
+def _as_ratio(time: Clock) -> Parts:
+    return Parts(":", ":", (Value(time.hour), Value(time.minute)), time.text)
+
+
 def _same_parts(answer: Parts, reference: Parts) -> bool:
     a, r = list(answer.parts), list(reference.parts)
     kinds = {parts.left + parts.right for parts in (answer, reference)}
     bare = "" in kinds
-    if len(kinds - {""}) > 1 or len(a) != len(r):
-        return False
-    if bare and not kinds <= {"", "()", r"\{\}"}:
+    if len(kinds - {""}) > 1 or (bare and not kinds <= {"", "()", r"\{\}"}):
         return False  # [1, 2] is no list of 1 and 2
-    # x = 1, y = 2 gives 1, 2 an order; x_1 = 1, x_2 = 2 gives none.
-    letters = lambda parts: {p.name.split("_")[0] for p in parts if isinstance(p, Named)}
+    tuples = all(isinstance(part, Parts) and part.left == "(" for part in r)
+    if reference.left == r"\{" or (tuples and kinds == {""}):
+        return _covers(a, r) and _covers(r, a)  # a set
+    if len(a) != len(r):
+        return False
+    # x = 1, y = 2 gives 1, 2 an order; x_1 = 1, x_2 = 2 gives none, but in a tuple.
+    key = lambda name: name if "()" in kinds else name.split("_")[0]
+    letters = lambda parts: {key(p.name) for p in parts if isinstance(p, Named)}
     named = [len(letters(parts)) > 1 for parts in (a, r)]
-    ordered = not kinds <= {"", r"\{\}", r"\cup\cup"} or named[0] != named[1]
-    if ordered:
+    if all(named) or (not any(named) and kinds <= {"", r"\{\}", r"\cup\cup"}):
+        return _same_in_any_order(a, r)
+    if not any(named):
         return all(map(same_answer, a, r))
-    for part in r:
-        found = next((i for i, other in enumerate(a) if same_answer(other, part)), None)
+    # x = 1, y = 2 is the tuple of its names' alphabetical order, or the list of its own order.
+    names, values = (answer, reference) if named[0] else (reference, answer)
+    as_listed = (names.left, values.left) != ("", "(") and all(map(same_answer, a, r))
+    if as_listed or names.left:
+        return as_listed
+    by_name = lambda parts: sorted(parts, key=lambda part: getattr(part, "name", ""))
+    a, r = (by_name(x) if known else x for x, known in zip((a, r), named, strict=True))
+    return all(map(same_answer, a, r))
+
+
+def _covers(forms: list[Form], others: list[Form]) -> bool:
+    return all(any(same_answer(form, other) for form in forms) for other in others)
+
+
+def _same_in_any_order(answer: list[Form], reference: list[Form]) -> bool:
+    left = list(answer)
+    for part in reference:
+        found = next((i for i, other in enumerate(left) if same_answer(other, part)), None)
         if found is None:
             return False
-        a.pop(found)
+        left.pop(found)
     return True
 
 

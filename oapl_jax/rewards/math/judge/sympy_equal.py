@@ -26,6 +26,14 @@ FUNCTION = re.compile(
     r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln"
     r"|exp|pi|theta|alpha|beta|infinity|infty)(?![a-z])"
 )
+NAME = r"(?:[A-Za-z](?:_\w|_\{\w+\})?|\\(?:alpha|beta|theta|phi|psi|rho|varphi)(?![a-z]))"
+DIFFERENTIAL = r"(?:d|\\partial)\s*(?:\^\s*\{?\s*\d\s*\}?\s*)?"
+# y', y'(0), \frac{dy}{dx}, \frac{\partial^2 f}{\partial x \partial y}: each is an unknown
+DERIVATIVE = re.compile(
+    rf"{NAME}\s*(?:'+|\^\s*\{{?\s*(?:\\prime\s*)+\}}?|\^\s*\{{\(\d\)\}})\s*(?:\([^()]*\))?"
+    rf"|\\frac\s*\{{\s*{DIFFERENTIAL}{NAME}\s*(?:\([^()]*\))?\s*\}}"
+    rf"\s*\{{\s*(?:{DIFFERENTIAL}{NAME}\s*(?:\^\s*\{{?\s*\d\s*\}}?\s*)?)+\}}"
+)
 REWRITES = tuple(
     (re.compile(pattern), by)
     for pattern, by in (
@@ -35,12 +43,6 @@ REWRITES = tuple(
         (r"\\lg(?![A-Za-z])", r"\\log"),
         (r"(\d+|[A-Za-z])!(?=\s*\^)", r"(\1!)"),
         (r"(?<=\d)[eE]([+-]?\d+)(?![\d.])", r" \\cdot 10^{\1}"),
-        # One character without braces is an argument, too.
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*([A-Za-z\d])\s*(?=\{)", r"\\frac{\1}"),
-        (r"(\\frac\s*\{[^{}]*\})\s*([A-Za-z\d])", r"\1{\2}"),
-        (r"\\sqrt\s*([A-Za-z\d])", r"\\sqrt{\1}"),
-        (r"\\sqrt\s*(\\pi)", r"\\sqrt{\1}"),
         (r"\^\s*([+-]\s*\d+)", r"^{\1}"),
         (r"\^\s*\(([^()]*)\)", r"^{(\1)}"),
         (r"(\d+(?:\.\d+)?)\s*\^\\circ", r"(\1 \\cdot \\pi / 180)"),
@@ -49,13 +51,27 @@ REWRITES = tuple(
         (r"(?<![\d.}^_/])(\d+) (\d+)/(\d+)(?![\d.])", r"(\1+\\frac{\2}{\3})"),
     )
 )  # fmt: skip
-# The only text that sympy may turn into code: its own arithmetic of exponents.
+# The only texts that may turn into code, of names that no answer chooses: sympy's arithmetic of
+# exponents, and mpmath's hypergeometric series for the types of its parameters.
 GENERATED = re.compile(
     r"def monomial_[a-z]+\([ABk, ]+\):\n"
     r"(?:[\s(),=+*<>:-]|\b(?:[ABk]|[abr][0-9]+|0|if|else|return|None)\b)+"
+    r"|def hypsum_\d+_\d+_[ZQRC]*_[ZQRC]*_[RC]\([a-z, _*]+\):\n(?:[\s\[\](),.=+*/<>:-]"
+    r"|'(?:maxterms|n|Hypergeometric series converges too slowly. Try increasing maxterms.)'"
+    r"|\b(?:\d+|[AB](?:INT|P|Q|REAL|CRE|CIM)_\d+|[SPZ](?:RE|IM)|_mp[qfc]_|__re|__im|re|im|one|magn?"
+    r"|MAX|HIGH|LOW|MPZ_ONE|MPZ_ZERO|[xy](?:sign|m|e|bc)|[abnz]|wp|mul|div|coeffs|offset|p_mag"
+    r"|magnitude_check|epsshift|prec|kwargs|get|abs|max|xrange|bitcount|from_man_exp|if|elif|else"
+    r"|for|in|and|not|break|raise|return|True|False|ZeroDivisionError|NoConvergence)\b)+"
 )
 REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|\((\d+)\))")
 BASED = re.compile(r"([0-9A-F]+)_\{?(?:\\text\{)?(\d{1,2}|[a-z]+)\}{0,2}")
+
+
+SERIES = (sympy.Sum, sympy.Product, sympy.Integral)
+
+
+ARGUMENTS = {r"\frac": 2, r"\sqrt": 1, "^": 1}
+TOKEN = re.compile(r"\s+|\\(?:[A-Za-z]+|.)|.", re.DOTALL)
 
 
 class Unreadable(Exception):
@@ -83,7 +99,7 @@ class _Reader(_Latex2Sympy):
 
 
 def same_value(answer: str, reference: str) -> bool:
-    """True if two expressions or equations are equal; Unreadable for a bad reference."""
+    """True if two expressions are equal; Unreadable for a bad reference."""
     if answer.replace(" ", "") == reference.replace(" ", ""):
         return True
     a, r = number(answer.strip()), number(reference.strip())
@@ -99,43 +115,139 @@ def same_value(answer: str, reference: str) -> bool:
         found = _parse_latex(answer)
     except Unreadable:
         return False
-    verdict = _compare_numerically(found, expected, decimal="." in answer + reference)
-    if verdict is None:
-        return verify([expected], [found], timeout_seconds=None, raise_on_error=True)
-    return verdict
+    return _same(found, expected, decimal="." in answer + reference)
+
+
+def same_relation(answer: tuple[str, str, str], reference: tuple[str, str, str]) -> bool:
+    """True if two relations (left, one of = != < <=, right) say the same; Unreadable as above.
+
+    One is a multiple of the other; or, of two equations in several unknowns, each unknown has the
+    same real solutions. An equation without unknowns is a statement about its two sides.
+    """
+    expected = [_parse_latex(side) for side in reference[::2]]
+    try:
+        found = [_parse_latex(side) for side in answer[::2]]
+    except Unreadable:
+        return False
+    sign = reference[1]
+    if sign != answer[1]:
+        return False
+    unknowns = set().union(*(side.free_symbols for side in expected))
+    if unknowns != set().union(*(side.free_symbols for side in found)):
+        return False
+    if not unknowns or not all(isinstance(side, sympy.Expr) for side in (*found, *expected)):
+        decimal = "." in "".join(answer + reference)
+        pairs = [found, found[::-1]] if sign in ("=", "!=") else [found]
+        same = functools.partial(_same, decimal=decimal)
+        return any(all(map(same, pair, expected)) for pair in pairs)
+    try:
+        differences = [sides[0] - sides[1] for sides in (found, expected)]
+        ratio = sympy.cancel(differences[0] / differences[1])
+        if ratio.is_number and ratio.is_finite:
+            return bool(ratio.is_positive if "<" in sign else ratio.is_zero is False)
+        return sign == "=" and len(unknowns) > 1 and _same_solutions(differences, unknowns)
+    except MemoryError:
+        raise
+    except Exception:  # sympy can't do it
+        return False
+
+
+def is_constant(text: str) -> bool:
+    """True for an expression without unknowns; Unreadable for no expression."""
+    return not _parse_latex(text).free_symbols
+
+
+def _same_solutions(differences: list[sympy.Expr], unknowns: set[sympy.Symbol]) -> bool:
+    for unknown in unknowns:
+        found, expected = (sympy.solve(difference, unknown) for difference in differences)
+        if not expected or len(found) != len(expected):
+            return False
+        if not all(any(_same(f, e, decimal=False) for f in found) for e in expected):
+            return False
+    return True
+
+
+def _same(found: Any, expected: Any, *, decimal: bool) -> bool:
+    """True if two objects of sympy are equal; what sympy can't compare is not."""
+    try:
+        verdict = _compare_numerically(found, expected, decimal=decimal)
+        if verdict is not None:
+            return verdict
+        if any(isinstance(side, sympy.Basic) and side.has(*SERIES) for side in (found, expected)):
+            found, expected = (_in_closed_form(side) for side in (found, expected))
+            if found == expected or found.has(*SERIES) or expected.has(*SERIES):
+                return found == expected
+        as_sets = dict(allow_set_relation_comp=True)  # |x| < 3 is (-3, 3)
+        return verify([expected], [found], timeout_seconds=None, raise_on_error=True, **as_sets)
+    except MemoryError:
+        raise
+    except Exception:
+        return False
+
+
+def _in_closed_form(value: sympy.Basic) -> sympy.Basic:
+    """A series or an integral in closed form, or with simplified terms and nameless indices."""
+    return sympy.simplify(value.doit()).as_dummy()
 
 
 @functools.lru_cache(maxsize=256)  # the responses to one prompt share its reference
 def _parse_latex(text: str) -> Any:
     text = REPEATING.sub(_repeating, text)
-    text = FUNCTION.sub(r"\\\1 ", text)
+    text = FUNCTION.sub(r"\\\1 ", DERIVATIVE.sub(_unknown, text))
+    tokens = TOKEN.findall(text)[::-1]
+    text = "".join(iter(lambda: _with_braces(tokens), ""))
     for pattern, by in REWRITES:
         text = pattern.sub(by, text)
     try:
-        found = _Reader(is_real=True, config=READING).parse(text)
+        found: Any = _Reader(is_real=True, config=READING).parse(text)
+        if isinstance(found, sympy.MatrixBase) or found.has(*SERIES):  # i may count there
+            return found
+        found = found.replace(_is_of_unknown, _as_unknown)
+        return found.xreplace({sympy.Symbol("i", real=True): sympy.I})
     except MemoryError:
         raise
     except Exception as error:  # the grammar raises Exception itself
         raise Unreadable(text[:80]) from error
-    if not isinstance(found, sympy.Basic | sympy.MatrixBase):
-        raise Unreadable(text[:80])
-    counts = found.has(sympy.Sum, sympy.Product, sympy.Integral)  # i may count there
-    return found if counts else found.xreplace({sympy.Symbol("i", real=True): sympy.I})
+
+
+def _is_of_unknown(value: sympy.Basic) -> bool:
+    return isinstance(value, sympy.Derivative) and not (
+        set(value.variables) <= value.expr.free_symbols
+    )
+
+
+def _as_unknown(value: sympy.Derivative) -> sympy.Symbol:
+    """A derivative of an unknown function, which sympy takes for a constant's."""
+    return sympy.Symbol(f"d({value.expr})/d({value.variables})", real=True)
 
 
 def _compare_numerically(found: Any, expected: Any, *, decimal: bool) -> bool | None:
     """Equality of two expressions as far as numbers decide it; None if they don't."""
-    if isinstance(found, sympy.Eq) and isinstance(expected, sympy.Eq):
-        return _same_equations(found, expected) or None
     if not (isinstance(found, sympy.Expr) and isinstance(expected, sympy.Expr)):
         return None
-    symbols = sorted(found.free_symbols | expected.free_symbols, key=str)
-    rng = random.Random(0)
-    at: dict[Any, Any] = {symbol: sympy.Rational(rng.randint(100, 999), 409) for symbol in symbols}
-    a, r = (side.subs({s: at[s] for s in side.free_symbols}).doit() for side in (found, expected))
+    unknowns = sorted(found.free_symbols | expected.free_symbols, key=str)
+    series = found.atoms(sympy.Sum, sympy.Product) | expected.atoms(sympy.Sum, sympy.Product)
+    bounds = {bound for one in series for limit in one.limits for bound in limit[1:]}
+    counts = {symbol for bound in bounds for symbol in bound.free_symbols}
+    # A series with x converges near 0, and one to n has an integer there.
+    scale, rng = (2003 if series else 409), random.Random(0)
+    verdicts = set()
+    for n in (5, 4, 7) if series and unknowns else (5,):
+        at = {
+            s: n if s in counts else sympy.Rational(rng.randint(100, 999), scale) for s in unknowns
+        }
+        a, r = (side.subs({s: at[s] for s in side.free_symbols}) for side in (found, expected))
+        verdicts.add(_compare_numbers(a.doit(), r.doit(), decimal=decimal and not unknowns))
+    if verdicts == {True}:
+        return True if series or not unknowns else None
+    return False if False in verdicts else None
+
+
+def _compare_numbers(a: Any, r: Any, *, decimal: bool) -> bool | None:
+    if any(side.has(sympy.Sum, sympy.Product) for side in (a, r)):
+        return None  # evalf would compile their terms
     if a.is_Rational and r.is_Rational:
-        right = agree(_fraction(a), _fraction(r), decimal=decimal)
-        return right if not symbols or not right else None
+        return agree(_fraction(a), _fraction(r), decimal=decimal)
     sizes = [abs(side.evalf(15)) for side in (a, r)]
     if not all(size.is_number and size.is_comparable and size.is_finite for size in sizes):
         return None
@@ -143,25 +255,43 @@ def _compare_numerically(found: Any, expected: Any, *, decimal: bool) -> bool | 
     digits = DIGITS + max(0, min(MAX_DIGITS, int(sympy.log(size + 1, 10).evalf(5))))
     a, r = a.evalf(digits), r.evalf(digits)
     difference = abs(a - r)
-    if decimal and not symbols and a.is_real and r.is_real:
+    if decimal and a.is_real and r.is_real:
         return agree(_fraction(a), _fraction(r), decimal=True)
     if difference > DIFFERENT * size:
         return False if size > EQUAL else None
-    return True if not symbols and difference < EQUAL * min(size, 1) else None
-
-
-def _same_equations(found: Any, expected: Any) -> bool:
-    """True if one equation is a multiple of the other, as x + y = 2 and 2x + 2y = 4 are."""
-    sides = (found.lhs, found.rhs, expected.lhs, expected.rhs)
-    if not all(isinstance(side, sympy.Expr) for side in sides):  # a set
-        return False
-    ratio = sympy.cancel((found.lhs - found.rhs) / (expected.lhs - expected.rhs))
-    return bool(ratio.is_number and ratio.is_finite and ratio.is_zero is False)
+    return True if difference < EQUAL * min(size, 1) else None
 
 
 def _fraction(value: sympy.Expr) -> Fraction:
     exact = value if value.is_Rational else sympy.Rational(str(value))
     return Fraction(int(exact.p), int(exact.q))  # type: ignore[attr-defined]
+
+
+def _with_braces(tokens: list[str]) -> str:
+    r"""Takes the last token with its arguments and puts these in braces: \frac\pi2, \sqrt2."""
+    token = tokens.pop() if tokens else ""
+    if token == "{":
+        while tokens and tokens[-1] != "}":
+            token += _with_braces(tokens)
+        return token + (tokens.pop() if tokens else "")
+    if token == r"\sqrt" and tokens and tokens[-1] == "[" and "]" in tokens:
+        while not token.endswith("]"):
+            token += tokens.pop()
+    for _ in range(ARGUMENTS.get(token.partition("[")[0], 0)):
+        while tokens and tokens[-1].isspace():
+            tokens.pop()
+        following = tokens[-1] if tokens else ""
+        if re.match(r"\\(?!circ)[A-Za-z]", following) or (token != "^" and following.isalnum()):
+            token += "{" + _with_braces(tokens) + "}"
+        elif following == "{":
+            token += _with_braces(tokens)
+    return token
+
+
+def _unknown(match: re.Match) -> str:
+    """A derivative of an unknown function as a symbol, whose name spells it in letters."""
+    spelled = re.sub(r"\s|[{}]", "", match[0]).replace(r"^\prime", "'").replace(r"\prime", "'")
+    return f" D_{{{''.join(chr(97 + int(digit, 16)) for digit in spelled.encode().hex())}}} "
 
 
 def _repeating(match: re.Match) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from fractions import Fraction
+from typing import NamedTuple
 
 NUMBER = re.compile(
     r"[+-]? ?(?:[0-9]{1,40}(?:\.[0-9]{1,40})?|[0-9]{1,3}(?:,[0-9]{3}){1,12}(?:\.[0-9]{1,40})?"
@@ -28,23 +29,31 @@ NAME_BREAKS = re.compile(
     r"|\\(?:cdot|times|frac|sqrt|pm|mp|div|sum|int|prod|log|ln|sin|cos|tan)(?![A-Za-z])"
 )
 DERIVATIVE = re.compile(r"\\frac\{d[A-Za-z]\}\{d[A-Za-z]\}")
+TIMES = {"noon": "12:00pm", "midnight": "12:00am"}
+HALF = r"([ap])\.?m\.?"
+TIME = re.compile(
+    rf"(\d{{1,3}})(?::([0-5]\d)(?::([0-5]\d))?(?:o'clock)?(?:{HALF})?|{HALF}|o'clock)"
+)
 # Other spellings of a unit; plurals lose their s before. "" is no unit.
 UNITS = {
     "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "kilometer": "km",
     "kilometre": "km", "meter": "m", "metre": "m", "inch": "in", "inche": "in", "foot": "ft",
     "feet": "ft", "mile": "mi", "yard": "yd", "second": "s", "sec": "s", "minute": "min",
     "hour": "h", "hr": "h", "kilogram": "kg", "gram": "g", "pound": "lb", "ounce": "oz",
-    "liter": "l", "litre": "l", "dollar": "$", r"\dollar": "$", "usd": "$", "euro": "€",
+    "liter": "l", "litre": "l", "dollar": "$", "usd": "$", "euro": "€", "yen": "¥", "rupee": "₹",
     "degree": "°", "deg": "°", r"^\circ": "°", "year": "yr", "mileperhour": "mph",
     "milesperhour": "mph", "kilometersperhour": "km/h", "km/hr": "km/h", "radian": "", "rad": "",
     "unit": "",
 }  # fmt: skip
+UNIT_FUNCTIONS = {"min", "sec"}  # at the end of an answer they have no argument
+CURRENCIES = {r"\dollar": "$", r"\pounds": "£", r"\euro": "€", r"\yen": "¥", r"\rupee": "₹"}
 POWERS = {"squared": "2", "square": "2", "sq": "2", "cubed": "3", "cubic": "3"}
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-POWER = r"\s*\^\s*\{?[23]\}?"
+CURRENCY = "|".join(map(re.escape, CURRENCIES))
+POWER = r"\s*\^\s*\{?-?[123]\}?"
 UNIT = re.compile(
     rf"(?<=[0-9}})!.a-z°])\s*(?:\\text\s*\{{\s*(?P<text>[^{{}}]+)\}}(?P<text_power>{POWER})?"
-    r"|(?P<sign>\^\\circ|\\dollar|€)"
+    rf"|(?P<sign>\^\\circ|{CURRENCY})"
     # Without a blank, 5m is a product.
     r"|(?<=[0-9}) ])(?P<short>cm|mm|km|kg|mg|ft|in|lb|oz|mph|km/h|m/s|ml|min|hr|am|pm"
     r"|(?<= )[msghL])"
@@ -95,20 +104,73 @@ def name(text: str) -> str | None:
     return text.strip("()").replace("{", "").replace("}", "")
 
 
+def quantity(text: str) -> str | None:
+    r"""A left side of "=" that is a product or ratio of names: |AB|, A : B, \frac{a}{b}.
+
+    An equation of a sum or of powers, as x + y = 1, is no value of its left side.
+    """
+    text = re.sub(r"\s+", "", TEXT.sub(r"\1", text))
+    core = re.sub(r"_\{[^{}]*\}|_.|\\(?:cdot|frac|times|overline|text|angle|triangle)", "", text)
+    return text if re.fullmatch(r"(?=.*[A-Za-z])[A-Za-z{}|:/()]+", core) else None
+
+
+class Clock(NamedTuple):
+    """A time of the day or of a clock, as 4:30 p.m.; `half` is "am", "pm" or ""."""
+
+    hour: str
+    minute: str
+    second: str
+    half: str
+    text: str
+
+    def same(self, other: "Clock") -> bool:
+        """True if both say one time; am and pm, and zero minutes, may be left out."""
+        if self.half and other.half:
+            return self.in_seconds() == other.in_seconds()
+        as_written = [tuple(int(x or 0) for x in time[:3]) for time in (self, other)]
+        if as_written[0] == as_written[1]:
+            return True
+        return bool(self.half or other.half) and self.in_seconds() == other.in_seconds()
+
+    def in_seconds(self) -> int:
+        hour = int(self.hour)
+        if self.half:
+            hour = hour % 12 + 12 * (self.half == "pm")
+        return hour * 3600 + int(self.minute or 0) * 60 + int(self.second or 0)
+
+    def is_ratio(self) -> bool:
+        return not (self.half or self.second) and self.minute[:1] not in ("", "0")
+
+
+def clock(text: str) -> Clock | None:
+    """Reads a time; None for anything else. 3:2 and 25:16 are ratios."""
+    plain = re.sub(r"\\text|[\s{}]", "", text).lower()
+    plain = re.sub(r"(?:12(?::00)?)?(noon|midnight)", lambda m: TIMES[m[1]], plain)
+    found = TIME.fullmatch(plain)
+    if not found or (int(found[1]) > 24 and not (found[2] or "").startswith("0")):
+        return None
+    half = found[4] or found[5]
+    return Clock(found[1], found[2] or "", found[3] or "", half + "m" if half else "", text)
+
+
 def split_unit(text: str) -> tuple[str, str, bool]:
     """Splits "5 million cm^2" or "50%" into its number, its unit, and if it is a percentage."""
     text, scale, found_unit = ORDINAL.sub("", text.strip()), 0, ""
-    if money := re.fullmatch(r"(-?)\s*(\\dollar|€)\s*(.*)", text):
+    if money := re.fullmatch(rf"([+-]?)\s*({CURRENCY})\s*(.*)", text):
         text, found_unit = money[1] + money[3], unit(money[2], "")
     while found := UNIT.search(text):
         said = (found["text"] or found["words"] or found["short"] or found["sign"]).lower().split()
         power = found["text_power"] or found["words_power"] or found["short_power"] or ""
-        if not said or said[0] in FUNCTIONS or (found["sign"] and ANGLE_OF.search(text)):
+        if not said or said[0] in FUNCTIONS - UNIT_FUNCTIONS:
+            break
+        if said[0] in UNIT_FUNCTIONS and len(said) > 1 and said[1] in FUNCTIONS:
+            break
+        if found["sign"] and ANGLE_OF.search(text):
             break
         text = text[: found.start()].rstrip()
         while said and said[0] in SCALES:
             scale += SCALES[said.pop(0)]
-        found_unit = unit(" ".join(said), re.sub(r"[^23]", "", power)) + found_unit
+        found_unit = unit(" ".join(said), re.sub(r"[^-123]", "", power)) + found_unit
     percent = text.endswith("%")
     text = text.removesuffix("%").strip()
     return rf"{text} \cdot 10^{{{scale}}}" if scale else text, found_unit, percent
@@ -122,5 +184,6 @@ def unit(said: str, power: str) -> str:
     said = re.sub(r"[\s.]+", "", said)
     if said != r"^\circ" and "^" in said:
         said, _, power = said.partition("^")
+    said = CURRENCIES.get(said, said)
     said = UNITS.get(said, UNITS.get(said.removesuffix("s"), said.removesuffix("s")))
     return said + power if said else ""
