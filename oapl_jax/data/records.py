@@ -5,6 +5,7 @@ synthetic/tasks.py and public/releases.py make records; `Split` reads them by in
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -66,7 +67,9 @@ JSON_FIELDS = ("messages", "metadata")
 def to_row(record: Record) -> dict[str, str]:
     """Fields of a record for TFDS: every field is text, `JSON_FIELDS` are JSON."""
     row = {name: getattr(record, name) for name in FIELDS}
-    return row | {name: json.dumps(row[name], ensure_ascii=False) for name in JSON_FIELDS}
+    # Metadata as a table has it may hold dates, say.
+    encode = functools.partial(json.dumps, ensure_ascii=False, default=str)
+    return row | {name: encode(row[name]) for name in JSON_FIELDS}
 
 
 def position(record_id: str, parts: int) -> int:
@@ -136,7 +139,7 @@ class ProblemsConfig(tfds.core.BuilderConfig):
 class Problems(tfds.core.GeneratorBasedBuilder):
     """Writes the records of a data set by split."""
 
-    VERSION = tfds.core.Version("1.2.0")
+    VERSION = tfds.core.Version("1.3.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(

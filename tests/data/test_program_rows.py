@@ -58,26 +58,29 @@ def answer(record):
         (
             [call([[1, 2], "a"], [3], type="function_call", fn_name="f")] * 2,
             "",
-            ("f", [('[1, 2]\n"a"', "3")] * 2),
+            ("taco", "f", [('[1, 2]\n"a"', "[3]")] * 2),
         ),
-        (
-            columns([[1], [2]], [[[5]], [[6, 7]]], fn_name="f"),
-            "",
-            ("f", [("1", "[5]"), ("2", "[6, 7]")]),
-        ),
-        (columns([[1]], [2]), "f", ("f", [("1", "2")])),
-        # One value that is no list of one: none of them is wrapped.
+        (columns([[1]], [2]), "f", ("taco", "f", [("1", "2")])),
         (
             columns([[1], [2], [3]], [[1], [], "ä\n"], fn_name="f"),
             "",
-            ("f", [("1", "[1]"), ("2", "[]"), ("3", '"ä\\n"')]),
+            ("taco", "f", [("1", "[1]"), ("2", "[]"), ("3", '"ä\\n"')]),
         ),
-        # LiveCodeBench's own lines stay as they are: a list of one is a list of one.
-        ([call('[1]\n"b"', "[3]", testtype="functional")], "g", ("g", [('[1]\n"b"', "[3]")])),
+        (
+            columns([[{"1": 2}]], [[10**5000]], fn_name="f"),
+            "",
+            ("taco", "f", [('{"1": 2}', "[1" + "0" * 5000 + "]")]),
+        ),
+        # LiveCodeBench's own lines stay as they are.
+        (
+            [call('[1]\n"b"', "[3]", testtype="functional")],
+            "g",
+            ("call", "g", [('[1]\n"b"', "[3]")]),
+        ),
     ],
 )
 def test_every_format_of_tests(tests, name, expected):
-    wanted = ("call", *expected) if isinstance(expected, tuple) else ("stdin", "", expected)
+    wanted = expected if isinstance(expected, tuple) else ("stdin", "", expected)
     for given in (tests, json.dumps(tests)):
         found = parse_tests(given, name)
         assert (found.kind, found.name, list(found.tests)) == wanted
@@ -99,6 +102,9 @@ def test_every_format_of_tests(tests, name, expected):
         *((columns(i, ["2"], fn_name="f"), "", "arguments of a call") for i in (["1"], [[]])),
         ([call("x", "1", testtype="functional")], "f", "not JSON"),
         ([call([1], "1", testtype="functional")], "f", "not text"),
+        ([call("9" * 60_000, "1", testtype="functional")], "f", "50,000 digits"),
+        ([call("[" * 10**5, "1", testtype="functional")], "f", "nested"),
+        ('{"fn_name": "f", "inputs": [[%s]], "outputs": [1]}' % ("9" * 60_000), "", "50,000"),
     ],
 )
 def test_unusable_tests_are_dropped_by_reason(tests, name, reason):
@@ -124,11 +130,17 @@ def test_the_longest_tests_keep_their_order(inputs, most, chosen):
 
 @pytest.mark.parametrize(
     ("kind", "name", "tests"),
-    [("stdin", "", (("1\n", "2\n"), ("", "x"))), ("call", "f", (('[1]\n"a"', "null"),))],
+    [
+        ("stdin", "", (("1\n", "2\n"), ("", "x"))),
+        *((kind, "f", (('[1]\n"a"', "null"),)) for kind in ("call", "taco")),
+    ],
 )
 def test_the_tests_of_a_record_are_read(kind, name, tests):
     text = json.dumps({"kind": kind, "name": name, "tests": tests})
     assert parse_problem(text) == Problem(kind, name, tests)
+
+
+NO_JSON = ([["1\n", "1"]], [["1", "x"]], [["9" * 60_000, "1"]], [["1", "[" * 10**5]])
 
 
 @pytest.mark.parametrize(
@@ -142,7 +154,7 @@ def test_the_tests_of_a_record_are_read(kind, name, tests):
                 ("stdin", "f", [["", ""]]),
                 *(("call", name, [["1", "1"]]) for name in ("f()", "")),
                 *(("stdin", "", tests) for tests in ([], "ab", [["1", "1"], ["1"]], [["1", 1]])),
-                *(("call", "f", tests) for tests in ([["1\n", "1"]], [["1", "x"]])),
+                *((kind, "f", tests) for kind in ("call", "taco") for tests in NO_JSON),
             )
         ),
     ],
@@ -228,6 +240,12 @@ def test_the_window_includes_both_days(date, inside):
         livecodebench(row | {"private_test_cases": "unreadable"}, **WINDOW)
     with pytest.raises(UserError, match="8/1/24"):
         livecodebench(row, **WINDOW | {"start": "8/1/24"})
+
+
+@pytest.mark.parametrize("date", [None, "", "soon", 7, float("nan"), "8/1/24"])
+def test_a_row_without_a_date_is_dropped(date):
+    with pytest.raises(InvalidRow):
+        livecodebench(lcb_row(contest_date=date), **WINDOW)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ import hashlib
 import json
 import socket
 import time
+from contextlib import suppress
+from datetime import date, datetime
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +22,9 @@ from oapl_jax.config import PublicDataConfig, ReleaseConfig
 from oapl_jax.data import records, samples
 from oapl_jax.data.prompts import PromptStream, PromptTemplate
 from oapl_jax.data.public import releases, tables
-from oapl_jax.data.public.readers import RELEASES
+from oapl_jax.data.public.readers import RELEASES, choose_reader
 from oapl_jax.data.public.releases import open_set, open_splits, prepare, report_of
-from oapl_jax.data.records import Concatenated, Record, position, user
+from oapl_jax.data.records import Concatenated, Record, position, to_row, user
 from oapl_jax.errors import UserError
 
 ROWS = 6
@@ -122,7 +125,7 @@ def test_every_release_becomes_records_without_downloads(name, opened, no_networ
             name_or_text = tests["name"].replace("_", " ") or record.question[:-1]
             number = int(name_or_text.split()[-1])
             for given, wanted in tests["tests"]:
-                assert int(wanted) == int(given) + number
+                assert int(wanted.strip("[]")) == int(given) + number
         else:
             numbers = [int(w) for w in record.question.replace("$", " ").split() if w.isdigit()]
             assert sum(numbers) == int(record.answer)
@@ -161,17 +164,19 @@ def test_metadata_difficulty_and_final_answers(opened):
 def test_dropped_rows_are_counted_by_reason(table, caplog):
     rows = (("one", 1), ("", "2"), ("three", None), ("  one ", "another answer"), ("four", ["4"]))
     rows += (("five", " "), ("six\ud800", "6"), ("seven", 7.5))
-    found, report = table([{"q": q, "a": a} for q, a in rows], rows=8)
-    assert {(r.question, r.answer) for r in found} == {("one", "1"), ("seven", "7.5")}
-    assert (report.rows, report.kept) == (8, 2)
+    rows += (("eight", float("nan")), ("nine", float("inf")), ("ten", True), ("long", 10**5000))
+    found, report = table([{"q": q, "a": a} for q, a in rows], rows=12)
+    kept = {("one", "1"), ("seven", "7.5"), ("long", "1" + "0" * 5000)}
+    assert {(r.question, r.answer) for r in found} == kept
+    assert (report.rows, report.kept) == (12, 3)
     assert report.dropped == {
         "no problem": 1,
-        "no answer": 2,
+        "no answer": 3,
         "repeats an earlier problem": 1,
-        "a cell is neither text nor a number": 1,
+        "a cell is neither text nor a number": 3,
         "text that is not Unicode": 1,
     }
-    assert report.examples["no answer"] == [2, 5]
+    assert report.examples["no answer"] == [2, 5, 8]
     assert report.rows == report.kept + report.dropped.total()
     assert caplog.messages[-1] == f"mine: {report}"
 
@@ -194,10 +199,53 @@ def test_rejects_another_number_of_rows_and_leaves_nothing(table, tmp_path):
 
 
 def test_rejects_files_without_problems(table):
-    with pytest.raises(UserError, match=r"data\.sets\.mine"):
-        table([{"q": "one", "a": None}])
+    for rows in ([], [{"q": "one", "a": None}]):
+        with pytest.raises(UserError, match=r"data\.sets\.mine.*rows\.jsonl"):
+            table(rows)
     with pytest.raises(UserError, match=r"row 2 of .*rows\.jsonl"):
         table([{"q": "one", "a": 1}, {"q": "two"}])
+
+
+def test_a_row_that_python_cannot_hold_is_dropped_alone(table, tmp_path):
+    good, deep = '{"q": "one", "a": 1}\n', '{"q": "two", "a": ' + "[" * 10**5 + "]" * 10**5 + "}\n"
+    (tmp_path / "deep.jsonl").write_text(deep + good)
+    (record,), report = table([], path=str(tmp_path / "deep.jsonl"))
+    assert (record.question, report.rows, report.kept) == ("one", 2, 1)
+
+
+CALL = '{"fn_name": "f", "inputs": [[INPUT]], "outputs": [[1]]}'
+CELLS = (
+    *(None, True, 1.5, float("nan"), float("inf"), 10**5000, "", " ", "x", "\ud800", b"x"),
+    *([], {}, [1], [[1]], ["x"], [{}], [None], {"a": 1}, {"func_name": [1]}, "[]", "{}", "[1"),
+    *(Decimal("1.5"), Decimal("NaN"), datetime(2024, 8, 10), date(2024, 8, 10), "[" * 10**5),
+    *(CALL, CALL.replace("INPUT", "9" * 60_000), CALL.replace("INPUT", "[" * 5000 + "]" * 5000)),
+    {"inputs": [[date(2024, 8, 10)]], "outputs": [1], "fn_name": "f"},
+    *([{"input": 1, "output": 2, "type": kind}] for kind in ([1], {}, "stdin_stdout")),
+    *([{"input": i, "output": "9" * 60_000, "testtype": "functional"}] for i in ("1", "[1")),
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("deepscaler", samples.aime_2024(3, 1)),
+        ("competition", samples.aime_2024(3, 1) | {"problem_idx": 1, "problem_type": ["A"]}),
+        ("math500", samples.math500(3, 1)),
+        ("gsm8k", samples.gsm8k(3, 1)),
+        *(
+            ("deepcoder", one(3, 1))
+            for one in (samples.primeintellect, samples.taco, samples.lcbv5)
+        ),
+        ("livecodebench", samples.livecodebench(3, 1, month=10)),
+    ],
+)
+def test_no_cell_of_a_row_ends_a_build(kind, row):
+    reader = choose_reader(kind, OPTIONS.get(kind, {}), setting="data.sets.x")
+    to_row(reader.record(row))  # the row itself is a problem
+    for column in (*reader.required, *reader.optional):
+        for cell in CELLS:
+            with suppress(tables.InvalidRow, UnicodeEncodeError):
+                "".join(to_row(reader.record(row | {column: cell})).values()).encode()
 
 
 CHAT = {"messages": "chat", "answer": "label", "difficulty": "grade"}
@@ -236,8 +284,8 @@ def test_a_table_of_programs(table):
     found, report = table(rows, columns=columns, task="code", max_tests=1)
     by_kind = {json.loads(r.answer)["kind"]: r for r in found}
     assert json.loads(by_kind["stdin"].answer)["tests"] == [["22", "3"]]
-    assert json.loads(by_kind["call"].answer)["name"] == "f"
-    assert "def f(x):" in by_kind["call"].question
+    assert json.loads(by_kind["taco"].answer)["name"] == "f"
+    assert "def f(x):" in by_kind["taco"].question
     assert report.dropped == {"no tests": 1}
 
 

@@ -7,7 +7,10 @@ The tests of a problem travel in the `answer` of its record, as JSON:
 
 `stdin`: input and expected output. `call`: one JSON value a line for each argument of the function
 `name`, or of that method of `class Solution`, and the JSON of its expected value: the form of
-LiveCodeBench. Every data set has its own format for tests; `parse_tests` reads them all.
+LiveCodeBench. `taco`: a call by the rules of APPS, for tests that JSON or a list around each value
+has changed: a dictionary whose keys are all integers is passed with integer keys, and an expected
+list of one element may stand for the element. Every data set has its own format for tests;
+`parse_tests` reads them all.
 """
 
 import base64
@@ -22,7 +25,14 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from oapl_jax.data.public.tables import InvalidRow, Row, cell_text, make_record, question_messages
+from oapl_jax.data.public.tables import (
+    InvalidRow,
+    Row,
+    cell_text,
+    make_record,
+    parse_json,
+    question_messages,
+)
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
 
@@ -39,11 +49,11 @@ class Problem:
     tests: tuple[tuple[str, str], ...]
 
     def __post_init__(self) -> None:
-        if self.kind not in ("stdin", "call"):
+        if self.kind not in ("stdin", "call", "taco"):
             raise InvalidRow("tests of an unknown kind")
         if not self.tests:
             raise InvalidRow("no tests")
-        called = self.kind == "call"
+        called = self.kind != "stdin"
         if not (self.name.isidentifier() if called else self.name == ""):
             raise InvalidRow("no name of the function that is called, or one for stdin")
         for test in self.tests:
@@ -67,7 +77,7 @@ class Problem:
 def parse_problem(answer: str) -> Problem:
     """Reads the tests of a record from its `answer`; UserError names a mistake in them."""
     try:
-        record = json.loads(answer)
+        record = parse_json(answer)
         tests = (tuple(test) if isinstance(test, list) else test for test in record["tests"])
         return Problem(**{**record, "tests": tuple(tests)})
     except (InvalidRow, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -118,8 +128,12 @@ def livecodebench(row: Row, *, start: str, end: str, max_tests: int) -> Record:
     Raises:
       UserError: if start or end is no date.
     """
-    day = cell_text(str(row["contest_date"]))[:10]
-    if not _parse_date(start) <= _parse_date(day) <= _parse_date(end):
+    day = str(row["contest_date"]).strip()[:10]
+    try:
+        date = datetime.date.fromisoformat(day)
+    except ValueError as error:
+        raise InvalidRow("no date of the contest") from error
+    if not _option_date(start) <= date <= _option_date(end):
         raise InvalidRow("outside of start and end")
     public = _parse_json(row["public_test_cases"])
     private = _unpack_private_tests(row["private_test_cases"])
@@ -151,7 +165,7 @@ def program_record(
     code = starter_code.rstrip() if isinstance(starter_code, str) else ""
     if code:
         question += f"\n\nStarter code:\n\n```python\n{code}\n```"
-    if problem.kind == "call" and problem.name not in question:
+    if problem.kind != "stdin" and problem.name not in question:
         question += f"\n\nThe solution is a function named `{problem.name}`."
     kept = tuple(problem.tests[i] for i in longest_tests(problem.tests, max_tests))
     answer = _json(dataclasses.asdict(problem) | {"tests": kept})
@@ -184,13 +198,18 @@ def parse_tests(tests: Any, name: str) -> Problem:
             raise InvalidRow("a test without input or output")
         name = next((cell_text(t["fn_name"]) for t in tests if t.get("fn_name")), name)
         pairs = [(test["input"], test["output"]) for test in tests]
-        kinds = {TEST_TYPES.get(test.get("testtype") or test.get("type")) for test in tests}
+        kinds = {TEST_TYPES.get(str(test.get("testtype") or test.get("type"))) for test in tests}
         json_lines = any(test.get("testtype") == "functional" for test in tests)
     if pairs and (len(kinds) != 1 or None in kinds):
         raise InvalidRow("tests of several kinds, or of an unknown one")
     if kinds == {"stdin"}:
         return Problem("stdin", "", tuple((_stream_text(a), _stream_text(b)) for a, b in pairs))
-    return Problem("call", name, tuple(pairs if json_lines else _calls(pairs)))
+    if json_lines:
+        return Problem("call", name, tuple(pairs))
+    if not all(isinstance(arguments, list) and arguments for arguments, _ in pairs):
+        raise InvalidRow("the arguments of a call are not a list, or none")
+    calls = (("\n".join(map(_json, given)), _json(value)) for given, value in pairs)
+    return Problem("taco", name, tuple(calls))
 
 
 def _stream_text(value: Any) -> str:
@@ -200,18 +219,6 @@ def _stream_text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise InvalidRow("a test is not text")
     return str(value)
-
-
-def _calls(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[str, str]]:
-    """taco and primeintellect: lists of arguments; values are unwrapped if all are lists of one
-    element, as in APPS."""
-    if not all(isinstance(arguments, list) and arguments for arguments, _ in pairs):
-        raise InvalidRow("the arguments of a call are not a list, or none")
-    wrapped = all(isinstance(value, list) and len(value) == 1 for _, value in pairs)
-    return [
-        ("\n".join(map(_json, arguments)), _json(value[0] if wrapped else value))
-        for arguments, value in pairs
-    ]
 
 
 def _unpack_private_tests(packed: Any) -> Any:
@@ -247,14 +254,17 @@ def unpickle_text(data: bytes) -> str:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError as error:
+        raise InvalidRow("tests that are not JSON") from error
 
 
 def _parse_json(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return parse_json(value)
     except json.JSONDecodeError as error:
         raise InvalidRow("tests or metadata that are not JSON") from error
 
@@ -264,7 +274,7 @@ def _parse_object(value: Any) -> Mapping[str, Any]:
     return parsed if isinstance(parsed, Mapping) else {}
 
 
-def _parse_date(day: str) -> datetime.date:
+def _option_date(day: str) -> datetime.date:
     try:
         return datetime.date.fromisoformat(day)
     except ValueError as error:

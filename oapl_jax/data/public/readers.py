@@ -33,7 +33,8 @@ def deepscaler(row: Row) -> Record:
 def competition(row: Row) -> Record:
     """AIME, HMMT and BRUMO as MathArena releases them; the optional columns vary."""
     number = next((row[c] for c in ("problem_idx", "id") if row.get(c) is not None), "")
-    metadata = {"number": number, "type": list(row.get("problem_type") or [])}
+    kinds = row.get("problem_type")
+    metadata = {"number": number, "type": kinds if isinstance(kinds, list) else []}
     return _math(row["problem"], row["answer"], metadata=metadata)
 
 

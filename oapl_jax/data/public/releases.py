@@ -45,14 +45,15 @@ class Report:
         if self.dropped[reason] <= 5:
             self.examples.setdefault(reason, []).append(self.rows - 1)
 
-    def check(self, *, setting: str, rows: int) -> None:
+    def check(self, *, setting: str, rows: int, files: Sequence[epath.Path]) -> None:
         if rows and self.rows != rows:
             raise UserError(
                 f"{setting}: the files hold {self.rows} rows, and {setting}.rows is {rows}; obtain "
                 "them again, or set rows to what this release has (0: any)"
             )
         if not self.kept:
-            raise UserError(f"{setting}: no row is a valid problem ({self})")
+            names = ", ".join(map(str, files))
+            raise UserError(f"{setting}: no row of {names} is a valid problem ({self})")
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "dropped": dict(self.dropped)}
@@ -71,6 +72,8 @@ def records(
         for row in tables.read_rows(file, reader.required, reader.optional):
             report.rows += 1
             try:
+                if isinstance(row, tables.InvalidRow):
+                    raise row
                 record = reader.record(row)
                 "".join(to_row(record).values()).encode()
             except tables.InvalidRow as error:
@@ -114,7 +117,7 @@ def prepare(
     def whole() -> Iterator[Record]:
         for record in records(found, reader, release.part, report):
             yield dataclasses.replace(record, source=name)
-        report.check(setting=setting, rows=release.rows)
+        report.check(setting=setting, rows=release.rows, files=found)
 
     builder = prepare_records(
         name,

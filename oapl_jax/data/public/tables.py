@@ -1,14 +1,20 @@
 """Rows of JSON, JSON Lines and Parquet files, local or in a bucket (gs://), and their cells."""
 
+import contextlib
 import gzip
 import hashlib
+import io
 import itertools
 import json
+import math
+import sys
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
@@ -21,6 +27,8 @@ SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz")
 LFS_POINTER = b"version https://git-lfs"
 HASHED = 2**26  # bytes; the fingerprint of a larger file is its size
 PARQUET_ROWS = 64  # read at a time; rows of tests may have megabytes
+MAX_DIGITS = 50_000  # of an integer: LiveCodeBench's limit, above Python's default of 4,300
+sys.set_int_max_str_digits(MAX_DIGITS)
 
 
 class InvalidRow(Exception):
@@ -63,77 +71,141 @@ def find_files(path: str, patterns: Sequence[str], *, setting: str) -> list[epat
     return found
 
 
+@contextlib.contextmanager
+def readable(file: epath.Path) -> Iterator[None]:
+    """Raises a UserError naming the file for one that is damaged or can't be read."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        fault = f"{file} holds bytes that are no text ({error})"
+        raise UserError(f"{fault}; convert it to UTF-8, or obtain it again") from error
+    except (OSError, pa.ArrowException, EOFError, OverflowError, zlib.error) as error:
+        number = getattr(error, "errno", None)  # of the system; the decoders' OSErrors have none
+        fault, reason = "damaged" if number is None else "unreadable", " ".join(str(error).split())
+        raise UserError(f"{file} is {fault} ({reason}); obtain it again") from error
+
+
 def fingerprint(file: epath.Path) -> list[Any]:
     """Name, size and, unless the file is large, SHA-256 of the content."""
-    size = file.stat().length
-    content = hashlib.sha256(file.read_bytes()).hexdigest() if size <= HASHED else ""
+    with readable(file):
+        size = file.stat().length
+        content = hashlib.sha256(file.read_bytes()).hexdigest() if size <= HASHED else ""
     return [file.name, size, content]
 
 
-def read_rows(file: epath.Path, required: Sequence[str], optional: Sequence[str]) -> Iterator[Row]:
+def read_rows(
+    file: epath.Path, required: Sequence[str], optional: Sequence[str]
+) -> Iterator[Row | InvalidRow]:
     """Reads the required and, where present, the optional columns of a file, row by row.
+
+    A line of JSON that Python can't hold is an InvalidRow.
 
     Raises:
       UserError: for a damaged file, or a row without a required column.
     """
     number = 0
-    try:
-        with file.open("rb") as stream:
-            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise UserError(f"{file} is a Git LFS pointer, not data; run git lfs pull there")
-            stream.seek(0)
-            if file.name.endswith(".parquet"):
-                rows = _parquet_rows(stream, required, optional)
-            else:
-                packed = file.name.endswith(".gz")
-                rows = _json_rows(gzip.GzipFile(fileobj=stream) if packed else stream)
-            for number, row in enumerate(rows, 1):
-                if not isinstance(row, dict):
-                    raise UserError(f"row {number} of {file} is not an object of named columns")
-                if missing := [name for name in required if name not in row]:
-                    raise UserError(
-                        f"row {number} of {file} has no column {', '.join(missing)} (has: "
-                        f"{', '.join(row)}); it is another data set, or another release of it"
-                    )
-                yield {name: row[name] for name in (*required, *optional) if name in row}
-    except json.JSONDecodeError as error:
-        fault = f"row {number + 1} of {file} is not JSON ({error})"
-        raise UserError(f"{fault}; obtain it again") from error
-    except (pa.ArrowInvalid, EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is damaged ({error}); obtain it again") from error
+    with readable(file), file.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{file} is a Git LFS pointer, not data; run git lfs pull there")
+        stream.seek(0)
+        if file.name.endswith(".parquet"):
+            rows = _parquet_rows(stream, required, optional)
+        else:
+            packed = file.name.endswith(".gz")
+            rows = _json_rows(gzip.GzipFile(fileobj=stream) if packed else stream, file)
+        for number, row in enumerate(rows, 1):
+            if isinstance(row, InvalidRow):
+                yield row
+                continue
+            if not isinstance(row, dict):
+                raise UserError(f"row {number} of {file} is not an object of named columns")
+            if missing := [name for name in required if name not in row]:
+                raise UserError(
+                    f"row {number} of {file} has no column {', '.join(missing)} (has: "
+                    f"{', '.join(row)}); it is another data set, or another release of it"
+                )
+            yield {name: row[name] for name in (*required, *optional) if name in row}
 
 
 def _parquet_rows(
     stream: Any, required: Sequence[str], optional: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    table = pq.ParquetFile(stream)
+    table = pq.ParquetFile(stream, page_checksum_verification=True)
     names = table.schema_arrow.names
     # If a required one is missing, all of them, so that the error can list them.
     columns = [c for c in names if c in (*required, *optional)] if {*required} <= {*names} else None
+    left = table.metadata.num_rows
     for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
-        yield from batch.to_pylist()
+        yield from map(_decoded, batch.to_pylist())
+        left -= len(batch)
+    if left:
+        raise pa.ArrowInvalid(f"its footer counts {table.metadata.num_rows} rows, {left} too many")
 
 
-def _json_rows(stream: Iterable[bytes]) -> Iterator[Any]:
+def _decoded(cell: Any) -> Any:
+    """Text of the bytes in a Parquet cell: some writers do not mark text as such."""
+    if isinstance(cell, bytes):
+        return cell.decode(errors="surrogateescape")
+    if isinstance(cell, list):
+        return list(map(_decoded, cell))
+    return {k: _decoded(v) for k, v in cell.items()} if isinstance(cell, dict) else cell
+
+
+def _json_rows(stream: Any, file: epath.Path) -> Iterator[Any]:
     """Parses a JSON list, or one object a line; a .json file may hold either."""
-    lines = (line for line in stream if line.strip())
-    first = next(lines, b"")
-    if first.lstrip().startswith(b"["):
-        yield from json.loads(first + b"".join(lines))
-    elif first:
-        yield from map(json.loads, itertools.chain([first], lines))
+    encoding = json.detect_encoding(stream.read(4))  # UTF-8, -16 or -32, with a mark or without
+    stream.seek(0)
+    lines = (line for line in io.TextIOWrapper(stream, encoding) if line.strip())
+    first = next(lines, "")
+    if first.lstrip().startswith("[") or first.strip() == "{":
+        try:
+            whole = parse_json(first + "".join(lines))
+        except (InvalidRow, json.JSONDecodeError) as error:
+            raise UserError(f"{file} is not JSON ({error}); obtain it again") from error
+        yield from whole if isinstance(whole, list) else [whole]
+        return
+    for number, line in enumerate(itertools.chain([first] if first else [], lines), 1):
+        try:
+            yield parse_json(line)
+        except InvalidRow as error:
+            yield error
+        except json.JSONDecodeError as error:
+            fault = f"row {number} of {file} is not JSON ({error})"
+            raise UserError(f"{fault}; obtain it again") from error
 
 
 # Cells
 
 
+def parse_json(text: str) -> Any:
+    """Parses JSON; InvalidRow for a value that Python can't hold, JSONDecodeError for no JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise InvalidRow(f"an integer of more than {MAX_DIGITS:,} digits") from error
+    except RecursionError as error:
+        raise InvalidRow("JSON that is nested too deeply") from error
+
+
 def cell_text(value: Any) -> str:
-    """Text of a cell, stripped; numbers are written out, None is ""; InvalidRow for other types."""
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise InvalidRow("a cell is neither text nor a number")
-    return str(value).strip()
+    """Text of a cell, stripped; numbers are written out; None and NaN, which tables have for a
+    missing value, are ""; InvalidRow for other types."""
+    match value:
+        case None:
+            return ""
+        case str():
+            return value.strip()
+        case float() if math.isnan(value):
+            return ""
+        case float() if math.isfinite(value):
+            return np.format_float_positional(value, trim="0")  # without an exponent
+        case Decimal() if value.is_finite():
+            return f"{value:f}"
+        case int() if not isinstance(value, bool):
+            return str(value)
+    raise InvalidRow("a cell is neither text nor a number")
 
 
 def question_messages(cell: Any) -> Messages:
