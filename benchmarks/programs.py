@@ -33,6 +33,7 @@ CONFIG = CodeRewardConfig(
     max_tests=0,
     thinking_opened=False,
     packages=(),
+    prelude="livecodebench",
     start_seconds=60.0,
     cache_entries=1,
 )

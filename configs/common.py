@@ -215,6 +215,7 @@ def rewards() -> Config:
                 max_tests=0,  # of a problem, the longest ones; 0 for all
                 thinking_opened=False,
                 packages=("numpy",),  # that a program may import beside the standard library
+                prelude="livecodebench",  # "oapl": also np, os, io, and pd with pandas in packages
                 start_seconds=60.0,  # for a sandbox to come up
                 cache_entries=100_000,  # verdicts kept, by content
             ),

@@ -509,6 +509,10 @@ class CodeRewardConfig(Section):
     max_tests: int = setting("longest tests of a problem that are run; 0: all", at_least=0)
     thinking_opened: bool = setting("whether the chat template itself writes <think>")
     packages: tuple[str, ...] = setting("packages that a program may import")
+    prelude: str = setting(
+        "imports before a program: LiveCodeBench's, or also np, pd, os, io as in OAPL's code",
+        choices=("livecodebench", "oapl"),
+    )
     start_seconds: float = setting("deadline for a sandbox to start", above=0)
     cache_entries: int = setting("verdicts kept, by content", at_least=0)
 

@@ -247,6 +247,92 @@ def test_the_shapes_of_deepcoder_and_livecodebench(patient, code, name, tests):
     assert grade(patient, respond(code), problem).reward == 1
 
 
+BIG = 10**5000  # above the 4,300 digits of Python's default
+
+
+def one_test(kind, given, expected):
+    return Problem(kind, "" if kind == "stdin" else "f", ((given, expected),))
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("print(10 ** int(input()))", one_test("stdin", "5000\n", f"{BIG}\n")),
+        ("print(int(input()) + 1)", one_test("stdin", f"{BIG}\n", f"{BIG + 1}\n")),
+        ("def f(x): return x + 1", one_test("call", f"{BIG}", f"{BIG + 1}")),
+        *(
+            (f"print(7)\n{end}\nprint(8)", one_test("stdin", "", "7"))
+            for end in ("quit()", "exit(1)")
+        ),
+        ("def main():\n    print(7)\n    quit(3)\nmain()", one_test("stdin", "", "7")),
+        # JSON has made text of the integer keys of TACO's dictionaries.
+        ("def f(d): return d[1] + d[2]", one_test("taco", '{"1": 2, "2": 3}', "5")),
+        ("def f(x, d): return d[-1][x]", one_test("taco", '"1"\n{"-1": {"1": 3}}', "[3]")),
+        ("def f(d): return d['1']", one_test("taco", '{"1": 2, "a": 3}', "2")),
+        ("def f(d): return {k: v for k, v in d.items()}", one_test("taco", '{"1": 2}', '{"1": 2}')),
+        ("def f(d): return d['1']", one_test("call", '{"1": 2}', "2")),
+    ],
+)
+def test_long_integers_early_ends_and_integer_keys_pass(patient, code, problem):
+    assert grade(patient, respond(code), problem) == CodeVerdict("passed")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "expected", "verdict"),
+    [
+        *(("return x", kind, ("[1]", "[2]"), CodeVerdict("passed")) for kind in ("taco", "call")),
+        ("return x[0]", "taco", ("[1]", "[2]"), CodeVerdict("passed")),
+        ("return x[0]", "call", ("[1]", "[2]"), CodeVerdict("failed", 0)),
+        ("return x if x == [1] else x[0]", "taco", ("[1]", "[2]"), CodeVerdict("failed", 1)),
+        ("return x[0]", "taco", ("[1]", "[2, 2]"), CodeVerdict("failed", 1)),
+        ("return [x]", "taco", ("[1]", "[2]"), CodeVerdict("failed", 0)),
+    ],
+)
+def test_a_list_of_one_may_stand_for_its_element_in_all_tests_of_taco(
+    patient, body, kind, expected, verdict
+):
+    problem = Problem(kind, "f", tuple(zip(("[1]", "[2]"), expected, strict=True)))
+    assert grade(patient, respond(f"def f(x): {body}"), problem) == verdict
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        *(("np.int64(5)", "5"), ("np.float32(0.5)", "0.5"), ("np.bool_(True)", "true")),
+        *((array, "[1, 2]") for array in ("list(np.array([1, 2]))", "np.array([1, 2])")),
+        ("(np.array([[1]]), {'a': [np.uint8(2)]})", '[[[1]], {"a": [2]}]'),
+        ("Counter(np.array([3, 3]))", '{"3": 2}'),
+        *(("np.str_('a')", '"a"'), ("np.array(['a'])", '["a"]')),
+    ],
+)
+def test_values_of_numpy_are_those_of_python(new_verifier, value, expected):
+    made = new_verifier(packages=("numpy",))
+    code = f"import numpy as np\nclass Solution:\n    def f(self, x): return {value}"
+    wrong = one_test("call", "1", '[[1], "7"]')
+    right = one_test("call", "1", expected)
+    assert made.verify_many([(respond(code), right), (respond(code), wrong)]) == [
+        CodeVerdict("passed"),
+        CodeVerdict("failed", 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "prelude", "packages", "outcome"),
+    [
+        ("print(int(np.array([3, 4]).sum()))", "oapl", ("numpy",), "passed"),
+        ("print(int(np.array([3, 4]).sum()))", "oapl", (), "error"),
+        ("print(int(np.array([3, 4]).sum()))", "livecodebench", ("numpy",), "error"),
+        ("print(len(os.sep) + len(io.StringIO('123456').read()))", "oapl", (), "passed"),
+        ("print(len(os.sep) + 6)", "livecodebench", (), "error"),
+        ("print(Counter('aaaaaaa')['a'] if isqrt(4) else List)", "oapl", (), "passed"),
+        ("print(Counter('aaaaaaa')['a'] if isqrt(4) else List)", "livecodebench", (), "passed"),
+    ],
+)
+def test_the_prelude_is_a_choice(new_verifier, code, prelude, packages, outcome):
+    made = new_verifier(prelude=prelude, packages=packages)
+    assert grade(made, respond(code), one_test("stdin", "", "7")).outcome == outcome
+
+
 def test_verdicts_of_many_threads_are_those_of_one(patient):
     wanted = [CodeVerdict("passed"), CodeVerdict("failed", 1), CodeVerdict("error", 0)]
     codes = [SQUARE, "print(int(input()) * 2)", "boom"]
@@ -399,6 +485,13 @@ def test_values_agree_as_in_livecodebench():
         *(("NaN", "NaN"), ("", "null"), ("1 2", "1"), ("[" * 100_000, "1"), ("1" * 5000, "1")),
     )
     assert [pair for pair in (*same, *different) if verifier.same_value(*pair)] == list(same)
+
+
+def test_a_list_of_one_agrees_with_its_element():
+    same = (("1", "[1]"), ("[1]", "[[1]]"), ("null", "[null]"), ("1.0", "[1]"))
+    different = (("[1]", "[1]"), ("1", "1"), ("1", "[1, 2]"), ("1", "[]"), ("", "[1]"), ("1", "x"))
+    different += (("1", '{"1": 1}'), ("[" * 100_000, "[1]"), ("9" * 60_000, "[1]"))
+    assert [pair for pair in (*same, *different) if verifier.same_element(*pair)] == list(same)
 
 
 def test_every_hostile_program_is_in_one_list():

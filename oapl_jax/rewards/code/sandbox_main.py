@@ -15,6 +15,7 @@ not count: it can't daemonise or multiply, so the limits of one process are thos
 """
 
 import atexit
+import builtins
 import contextlib
 import ctypes
 import errno
@@ -39,7 +40,14 @@ MODULES = (
 )
 STARRED = f"{MODULES}, builtins, typing".split(", ")  # later names win
 PRELUDE = "".join(f"from {name} import *\n" for name in STARRED) + f"import {MODULES}\n"
+# The checker of arXiv 2602.19362's released code has these too, and those of its packages.
+OAPL_PRELUDE = f"""{PRELUDE}import io, os
+from os.path import commonprefix
+from re import search as re_search
+"""
+OAPL_PACKAGES = {"numpy": "import numpy as np\n", "pandas": "import pandas as pd\n"}
 RECURSION = 50_000
+DIGITS = 50_000  # of an integer that is read or printed, as in LiveCodeBench
 INODES = 4096  # of the temporary folder; the kernel's memory for names is not in its size
 OPEN_FILES = 64
 STACK_BYTES = 64 << 20  # recursion through C (sort keys, caches) needs more than the usual 8 MB
@@ -87,7 +95,7 @@ class Server:
         self._settings, self._folder = settings, settings["folder"]
         self._in, self._out = os.dup(0), os.dup(1)
         self._prelude: dict = {}
-        exec(PRELUDE, self._prelude)
+        exec(prelude(settings), self._prelude)
 
     def next_test(self) -> tuple[dict, types.CodeType, list, int]:
         """The program and its names, its code, arguments and the descriptor for its result."""
@@ -96,8 +104,10 @@ class Server:
         code = compile(program["code"], "program.py", "exec", dont_inherit=True)
         while True:
             text = self._read()
-            called = program["kind"] == "call"
+            called = program["kind"] != "stdin"
             arguments = [json.loads(line) for line in text.split(b"\n")] if called else []
+            if program["kind"] == "taco":
+                arguments = list(map(integer_keys, arguments))
             result = os.memfd_create("result")
             with open(f"{self._folder}/stdin", "wb") as file:
                 file.write(b"" if called else text)
@@ -163,6 +173,13 @@ class Server:
         return b"".join(parts)
 
 
+def prelude(settings: dict) -> str:
+    """The imports before every program."""
+    if settings["prelude"] == "livecodebench":
+        return PRELUDE
+    return OAPL_PRELUDE + "".join(OAPL_PACKAGES.get(name, "") for name in settings["packages"])
+
+
 def run_test(program: dict, code: types.CodeType, arguments: list, result: int) -> None:
     """Runs a test and ends the process, with code 0 if nothing was raised."""
     module = types.ModuleType(program["names"]["__name__"])
@@ -180,12 +197,33 @@ def run_test(program: dict, code: types.CodeType, arguments: list, result: int) 
             solution: Any = module.__dict__.get("Solution")
             place = solution() if hasattr(solution, program["name"]) else module
             value = getattr(place, program["name"])(*arguments)
+            try:
+                text = json.dumps(value)
+            except TypeError:
+                text = json.dumps(plain(value))
             with open(result, "w", encoding="utf-8") as file:
-                file.write(json.dumps(value))
+                file.write(text)
         finish(module)
     except BaseException:
         os._exit(1)
     os._exit(0)
+
+
+def integer_keys(argument: Any) -> Any:
+    """Undoes JSON's change of a dictionary's integer keys into text, as APPS's checker does."""
+    try:
+        return {int(key): value for key, value in argument.items()}
+    except (AttributeError, ValueError):  # no dictionary, or other keys
+        return argument
+
+
+def plain(value: Any) -> Any:
+    """Python's own types for numpy's, which equal them in LiveCodeBench's checker."""
+    if isinstance(value, dict):
+        return {plain(key): plain(element) for key, element in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(element) for element in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def finish(module: types.ModuleType) -> None:
@@ -289,8 +327,10 @@ def main() -> None:
     # Libraries of linear algebra start a thread for each core of the machine, and die of the limit.
     os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    server = Server(settings)
+    sys.set_int_max_str_digits(DIGITS)
+    builtins.exit = builtins.quit = sys.exit  # as without -S
     sys.path += settings["package_folders"]
+    server = Server(settings)
     if settings["isolated"]:
         limit_temporary(settings["temporary_bytes"])
         drop_privileges(settings["uid"])

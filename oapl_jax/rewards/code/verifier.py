@@ -53,6 +53,20 @@ def same_value(returned: str, expected: str) -> bool:
         return False
 
 
+def same_element(returned: str, expected: str) -> bool:
+    """True if JSON texts hold a list of one element and a value equal to that element, without
+    tolerance: TACO's releases wrap most expected values, and do not say which."""
+    try:
+        wanted = json.loads(expected)
+        return isinstance(wanted, list) and [json.loads(returned)] == wanted
+    except (ValueError, RecursionError):
+        return False
+
+
+# By kind of problem: the readings of an expected output, one of which must hold in every test.
+READINGS = {"stdin": (same_output,), "call": (same_value,), "taco": (same_value, same_element)}
+
+
 def _same_line(line: str, wanted: str) -> bool:
     if line == wanted:
         return True
@@ -153,7 +167,7 @@ class CodeVerifier:
 
     def _run_tests(self, code: str, problem: Problem, chosen: list[int]) -> tuple[CodeVerdict, int]:
         """Runs the chosen tests up to the first that is not passed; how many ran."""
-        agree = {"stdin": same_output, "call": same_value}[problem.kind]
+        readings = list(READINGS[problem.kind])
         with closing(Sandbox(self.bwrap, self._config)) as sandbox:
             for ran, index in enumerate(chosen, 1):
                 given, expected = problem.tests[index]
@@ -169,7 +183,9 @@ class CodeVerifier:
                     return CodeVerdict("timeout", index), ran
                 if status or len(output) >= self._config.output_bytes:
                     return CodeVerdict("error", index), ran
-                if not agree(output.decode(errors="replace"), expected):
+                text = output.decode(errors="replace")
+                readings = [same for same in readings if same(text, expected)]
+                if not readings:
                     return CodeVerdict("failed", index), ran
         return CodeVerdict("passed"), len(chosen)
 
