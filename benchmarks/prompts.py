@@ -33,7 +33,7 @@ class NoTokenizer:
     """Stand-in for a tokenizer, to measure everything else."""
 
     def apply_chat_template(self, chat: Any, **settings: Any) -> list[int]:
-        return [1]
+        return [ord(chat[-1]["content"][0])]
 
 
 def prepare(directory: Path, size: int) -> Callable[[], Sequence[Record]]:

@@ -130,7 +130,7 @@ class Run:
     def prompt_template(self) -> prompts.PromptTemplate:
         names = ("task", "max_prompt_tokens", "instruction")
         settings = {name: self.config.data[name] for name in names}
-        return prompts.PromptTemplate(self.policy.tokenizer, **settings)
+        return prompts.PromptTemplate(self.policy.tokenizer, **settings, now=self.policy.now)
 
     def prompts(self, split: str) -> list[Prompt]:
         """Every prompt of a split, in order."""

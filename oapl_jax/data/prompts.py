@@ -1,21 +1,34 @@
 """Prompts from records: an endless shuffled stream for training, all of a split for evaluation.
 
-Both drop a prompt whose templated tokens exceed the limit, and count it.
+Both drop and count a record whose prompt exceeds the limit or is refused by the chat template.
 """
 
 import dataclasses
+import datetime
 import functools
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from oapl_jax.data.records import Record
-from oapl_jax.errors import UserError
+from oapl_jax.errors import UserError, one_line
+from oapl_jax.model.tokenizer import omits_last, render_chat
 from oapl_jax.structs import Prompt
 
 log = logging.getLogger(__name__)
+
+LOGGED = 5  # reasons of unusable records that are logged
+
+
+class UnusableRecord(UserError):
+    """A record that makes no prompt; `reason` is equal for all records of one fault."""
+
+    def __init__(self, record: Record, reason: str, remedy: str):
+        super().__init__(f"prompt {record.id} is {reason}; {remedy}")
+        self.reason = reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +40,7 @@ class PromptTemplate:
       task: name of the verifier.
       max_prompt_tokens: longer templated prompts are dropped.
       instruction: appended to the last message; "" for none.
+      now: time that the chat template prints; None for the clock's.
     """
 
     tokenizer: Any
@@ -34,9 +48,27 @@ class PromptTemplate:
     task: str
     max_prompt_tokens: int
     instruction: str
+    now: datetime.datetime | None = None
+    # By the roles of a conversation: whether the chat template omits the last message.
+    _omitted: dict[tuple[str, ...], bool] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def prompt(self, record: Record, stream_index: int) -> Prompt | None:
-        """Templates and tokenizes a record; None if it is too long, UserError for another task."""
+        """Makes a prompt of a record; None if it is unusable, UserError for another task."""
+        try:
+            return self.make_prompt(record, stream_index)
+        except UnusableRecord:
+            return None
+
+    def make_prompt(self, record: Record, stream_index: int) -> Prompt:
+        """Templates and tokenizes a record.
+
+        Raises:
+          UnusableRecord: for a prompt that is too long, and for messages that the chat template or
+            the tokenizer refuses, or of which it omits the question.
+          UserError: for a record of another task.
+        """
         if record.task != self.task:
             raise UserError(
                 f"record {record.id} is of task {record.task}, but data.task is {self.task}"
@@ -44,20 +76,22 @@ class PromptTemplate:
         chat = [dict(message) for message in record.messages]
         if self.instruction:
             chat[-1]["content"] += f"\n\n{self.instruction}"
-        tokens = self.tokenizer.apply_chat_template(
-            chat,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,  # transformers 5 returns a BatchEncoding otherwise
-        )
+        roles = tuple(message["role"] for message in chat)
+        try:
+            tokens = render_chat(self.tokenizer, chat, tokenize=True, now=self.now)
+            if roles not in self._omitted:
+                self._omitted[roles] = omits_last(self.tokenizer, roles)
+        except Exception as error:  # a template is a program of the model's and raises anything
+            reason = f"refused by the chat template or the tokenizer ({one_line(error)})"
+            raise UnusableRecord(record, reason, "correct its messages") from error
+        if self._omitted[roles] or not len(tokens):
+            reason = f"without its question: the chat template omits it after roles {roles}"
+            raise UnusableRecord(record, reason, "correct its messages")
         if len(tokens) > self.max_prompt_tokens:
-            return None
+            reason = f"longer than data.max_prompt_tokens ({self.max_prompt_tokens})"
+            raise UnusableRecord(record, reason, "raise it")
         tokens = np.asarray(tokens, np.int32)
         return Prompt(record.id, stream_index, tokens, record.question, record.answer, self.task)
-
-    def too_long(self, prompts: str) -> str:
-        """The message about prompts that exceed the limit."""
-        return f"{prompts} longer than data.max_prompt_tokens ({self.max_prompt_tokens})"
 
 
 class PromptStream(Iterator[Prompt]):
@@ -65,14 +99,14 @@ class PromptStream(Iterator[Prompt]):
 
     Stream index i is position i % size of epoch i // size, the same on all hosts: a prompt is a
     pure function of (seed, stream index). Host h of H takes the indices h, h + H, h + 2H, ..; an
-    index whose prompt is too long is skipped.
+    index whose record is unusable is skipped.
 
     Args:
       source: records with random access.
       host, hosts: index and number of the processes that share the stream.
 
     Raises:
-      UserError: while iterating, for a prompt of another task, or if every prompt is too long.
+      UserError: while iterating, for a prompt of another task, or if every record is unusable.
     """
 
     def __init__(
@@ -91,35 +125,35 @@ class PromptStream(Iterator[Prompt]):
         self._source, self._template = source, template
         self._seed, self._host, self._hosts = seed, host, hosts
         self._round = 0  # of one stream index for each host
-        self.dropped = 0  # prompts of this host that are too long
+        self.dropped = 0  # unusable records of this host
+        self._logged: set[str] = set()  # reasons
 
     def __next__(self) -> Prompt:
+        unusable = None
         for _ in range(len(self._source)):
             index = self._round * self._hosts + self._host
             record = self._record(index)
-            prompt = self._template.prompt(record, index)
-            self._round += 1
-            if prompt is not None:
+            try:
+                prompt = self._template.make_prompt(record, index)
+                self._round += 1
                 return prompt
-            if not self.dropped:
-                message = self._template.too_long(f"prompt {record.id} is")
-                log.warning("%s; such prompts are dropped and counted", message)
+            except UnusableRecord as error:
+                unusable = error
+            self._round += 1
             self.dropped += 1
-        every = f"all {len(self._source)} prompts of the stream are"
-        raise UserError(f"{self._template.too_long(every)}; raise it")
+            if unusable.reason not in self._logged and len(self._logged) < LOGGED:
+                self._logged.add(unusable.reason)
+                log.warning("%s; such prompts are dropped and counted", unusable)
+        size = len(self._source)
+        raise UserError(f"none of the {size} prompts of the stream is usable: {unusable}")
 
     def at(self, stream_index: int) -> Prompt:
         """Returns the prompt of a stream index, of any host, without advancing.
 
         Raises:
-          UserError: if the prompt is of another task or too long.
+          UserError: if the record is of another task or unusable.
         """
-        record = self._record(stream_index)
-        prompt = self._template.prompt(record, stream_index)
-        if prompt is None:
-            found = f"prompt {record.id} (stream index {stream_index}) is"
-            raise UserError(f"{self._template.too_long(found)}; raise it")
-        return prompt
+        return self._template.make_prompt(self._record(stream_index), stream_index)
 
     def state(self) -> dict[str, Any]:
         """JSON-able state for `restore`.
@@ -166,17 +200,22 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def all_prompts(source: Sequence[Record], template: PromptTemplate) -> list[Prompt]:
-    """Makes prompts of all records, in order, without those that are too long.
+    """Makes prompts of all usable records, in order.
 
     Raises:
-      UserError: for a prompt of another task, or if none fits.
+      UserError: for a prompt of another task, or if no record is usable.
     """
-    made = (template.prompt(record, i) for i, record in enumerate(source))
-    prompts = [prompt for prompt in made if prompt is not None]
-    if len(prompts) < len(source):
-        message = template.too_long(f"{len(source) - len(prompts)} of {len(source)} prompts are")
+    prompts, reasons = [], Counter[str]()
+    for i, record in enumerate(source):
+        try:
+            prompts.append(template.make_prompt(record, i))
+        except UnusableRecord as unusable:
+            reasons[unusable.reason] += 1
+    if reasons:
+        parts = [f"{count} {reason}" for reason, count in reasons.most_common(LOGGED)]
+        message = f"{reasons.total()} of {len(source)} prompts can't be used ({'; '.join(parts)})"
         if not prompts:
-            raise UserError(f"{message}; raise it")
+            raise UserError(f"{message}; correct the records, the limit or the chat template")
         log.warning("%s and are dropped", message)
     return prompts
 

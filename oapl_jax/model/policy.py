@@ -1,6 +1,7 @@
 """The policy that a run starts from: decoder sizes, tokenizer, and a checkpoint, if any."""
 
 import dataclasses
+import datetime
 import json
 import os
 from collections.abc import Mapping
@@ -12,7 +13,12 @@ from jax.sharding import Mesh
 from oapl_jax.files import write_atomically
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
-from oapl_jax.model.tokenizer import check_tokenizer, load_tokenizer, make_character_tokenizer
+from oapl_jax.model.tokenizer import (
+    check_tokenizer,
+    load_tokenizer,
+    make_character_tokenizer,
+    template_time,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +26,7 @@ class Policy:
     config: ModelConfig
     tokenizer: Any  # of transformers
     checkpoint: epath.Path | None  # directory with weights; None for a fresh model
+    now: datetime.datetime | None = None  # that the chat template prints; None for no time
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -37,7 +44,8 @@ def open_policy(
     """Opens the Hugging Face checkpoint `path`, or, if that is "", defines a fresh model.
 
     A fresh model has the sizes of `architecture` (config.json without vocabulary and special
-    tokens), a tokenizer of `characters`, and the files of both in `directory`, written once.
+    tokens), a tokenizer of `characters`, and the files of both in `directory`, written once. The
+    time that a chat template prints is recorded there too.
     Raises a UserError if tokenizer and model disagree, or the decoder lacks a feature.
     """
     source = epath.Path(path) if path else directory
@@ -50,4 +58,5 @@ def open_policy(
         write_atomically(directory / "config.json", [json.dumps(config, indent=1).encode()])
     config, tokenizer = hf.load_config(source), load_tokenizer(os.fspath(source))
     check_tokenizer(tokenizer, config, source=path or "model.architecture")
-    return Policy(config, tokenizer, source if path else None)
+    now = template_time(tokenizer, directory / "template_time.json")
+    return Policy(config, tokenizer, source if path else None, now)

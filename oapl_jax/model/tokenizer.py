@@ -1,12 +1,22 @@
-"""Tokenizers: load from local files, make one for the synthetic tasks, check against the model."""
+"""Tokenizers: load from local files, make one for the synthetic tasks, check against the model.
 
+A chat template may print the date (`strftime_now`). The date of a run is recorded, so that its
+prompts are the same on every day.
+"""
+
+import datetime
+import functools
+import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from etils import epath
 
-from oapl_jax.errors import UserError
+from oapl_jax.errors import UserError, one_line
+from oapl_jax.files import read_json, write_atomically
 from oapl_jax.model.config import ModelConfig
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is absent on purpose
@@ -16,7 +26,12 @@ CONTENTS_ONLY = "{% for message in messages %}{{ message['content'] }}{% endfor 
 
 
 def load_tokenizer(directory: str | Path) -> Any:
-    """Loads a local tokenizer; raises a UserError if it lacks chat template or end of sequence."""
+    """Loads a local tokenizer.
+
+    Raises:
+      UserError: for files that are missing or damaged, without an end of sequence, or without a
+        chat template that makes a prompt of a user's message.
+    """
     directory = Path(directory)
     if not (directory / "tokenizer_config.json").is_file():
         raise UserError(
@@ -24,13 +39,90 @@ def load_tokenizer(directory: str | Path) -> Any:
         )
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:  # the libraries name no closed set for damaged files
+        fault = f"the tokenizer in {directory} can't be loaded ({one_line(error)})"
+        raise UserError(f"{fault}; copy its files there again") from error
     for attribute in ("chat_template", "eos_token_id"):
         if getattr(tokenizer, attribute) is None:
             raise UserError(
                 f"the tokenizer in {directory} has no {attribute}; set it in tokenizer_config.json"
             )
+    try:
+        omitted = omits_last(tokenizer, ["user"])
+    except Exception as error:  # a template is a program of the model's and raises anything
+        fault = f"refuses a user's message ({one_line(error)})"
+        raise UserError(f"the chat template of {directory} {fault}; correct it") from error
+    if omitted:
+        raise UserError(
+            f"the chat template of {directory} omits a user's message: all prompts would be equal; "
+            "correct it"
+        )
     return tokenizer
+
+
+def render_chat(
+    tokenizer: Any,
+    chat: Sequence[Mapping[str, str]],
+    *,
+    tokenize: bool,
+    now: datetime.datetime | None = None,
+) -> Any:
+    """Applies the chat template up to the response: text, or token ids.
+
+    `now` is the time that the template prints; None for the clock's.
+    """
+    return tokenizer.apply_chat_template(
+        chat,
+        chat_template=at_time(tokenizer.get_chat_template(), now) if now else None,
+        add_generation_prompt=True,
+        tokenize=tokenize,
+        return_dict=False,  # transformers 5 returns a BatchEncoding otherwise
+    )
+
+
+@functools.lru_cache
+def at_time(template: str, now: datetime.datetime) -> str:
+    """A chat template whose `strftime_now` is that of a fixed time.
+
+    transformers passes data to a template, and no functions; so it gets a macro.
+    """
+    codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcdfHIjmMpSUwWxXyYzZ"]
+    texts = json.dumps({code: now.strftime(code) for code in codes})
+    return (
+        "{%- macro strftime_now(format) -%}{%- set text = namespace(value=format) -%}"
+        f"{{%- for code, value in {texts}.items() -%}}"
+        "{%- set text.value = text.value | replace(code, value) -%}{%- endfor -%}"
+        "{{- text.value -}}{%- endmacro -%}"
+    ) + template
+
+
+def omits_last(tokenizer: Any, roles: Sequence[str]) -> bool:
+    """True if the chat template omits the last message of a conversation of these roles."""
+    earlier = [{"role": role, "content": "0"} for role in roles[:-1]]
+    chats = ([*earlier, {"role": roles[-1], "content": content}] for content in "12")
+    one, other = (render_chat(tokenizer, chat, tokenize=False) for chat in chats)
+    return one == other
+
+
+def template_time(tokenizer: Any, path: epath.Path) -> datetime.datetime | None:
+    """The time that the chat template prints in a run, recorded in `path` at its first start.
+
+    None for a template that prints none; UserError for a damaged file.
+    """
+    if "strftime_now" not in tokenizer.get_chat_template():
+        return None
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        now = datetime.datetime.now().isoformat(timespec="seconds")
+        write_atomically(path, [json.dumps({"time": now}).encode()])
+    remedy = 'write {"time": "2026-01-31"} there, with the date of the run\'s start'
+    recorded = read_json(path, ["time"], remedy=remedy)["time"]
+    try:
+        return datetime.datetime.fromisoformat(recorded)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} holds no time ({recorded!r}); {remedy}") from error
 
 
 def make_character_tokenizer(characters: str, directory: str | Path) -> Any:

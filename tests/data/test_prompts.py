@@ -1,5 +1,8 @@
 """The prompt stream: permutations, hosts, exact resumption, and prompts that are too long."""
 
+import copy
+import dataclasses
+import datetime
 import json
 import logging
 
@@ -9,7 +12,7 @@ import pytest
 from oapl_jax.data.prompts import PromptStream, PromptTemplate, all_prompts, response_text
 from oapl_jax.data.records import Record, user
 from oapl_jax.errors import UserError
-from oapl_jax.model.tokenizer import make_character_tokenizer
+from oapl_jax.model.tokenizer import CONTENTS_ONLY, make_character_tokenizer
 
 SIZE = 7
 
@@ -149,7 +152,75 @@ def test_the_instruction_follows_the_last_message_in_the_tokens_alone(template, 
     assert record.messages[1]["content"] == "2+2="  # the record is unchanged
 
 
-# Prompts that are too long
+# Unusable records
+
+GEMMA = (
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ message['content'] }}{% endfor %}"
+)
+CHATML = (
+    "{% for message in messages %}{% if message['role'] in ('user', 'assistant') %}"
+    "{{ message['content'] }}{% endif %}{% endfor %}"
+)
+
+
+def conversation(roles, number, more=""):
+    messages = tuple({"role": role, "content": f"{number}+1={more}"} for role in roles.split())
+    return Record(f"{roles} {number}{more}", messages, str(number + 1), "chain_sum", {})
+
+
+@pytest.fixture
+def templated(template, tokenizer):
+    """A prompt template with another chat template."""
+
+    def make(chat_template, **changes):
+        other = copy.copy(tokenizer)
+        other.chat_template = chat_template
+        return dataclasses.replace(template(max_prompt_tokens=20), tokenizer=other, **changes)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "roles", "more"),
+    [
+        *(
+            (GEMMA, roles, "")
+            for roles in ("system user", "user user", "assistant", "user assistant user user")
+        ),
+        *((CHATML, roles, "") for roles in ("human", "user tool", "user User")),
+        (CONTENTS_ONLY, "user", "é"),  # not of the tokenizer
+        ("{% if messages[0]['content'] < '20' %}" + CONTENTS_ONLY + "{% endif %}", "user", ""),
+    ],
+)
+def test_records_that_the_chat_template_refuses_are_dropped_and_counted(
+    templated, chat_template, roles, more, caplog
+):
+    good = [conversation("user", n) for n in (10, 11, 12)]
+    if chat_template == GEMMA:
+        good += [conversation("user assistant user", n) for n in (13, 14, 15)]
+    bad = [conversation(roles, n, more) for n in (20, 21)]
+    with caplog.at_level(logging.WARNING):
+        made = all_prompts([*bad, *good], templated(chat_template))
+    assert [prompt.id for prompt in made] == [record.id for record in good]
+    assert len(caplog.records) == 1
+    mixed = PromptStream([*good, *bad], templated(chat_template), seed=0, host=0, hosts=1)
+    assert {prompt.id for prompt in take(mixed, 2 * len(good))} == {r.id for r in good}
+    assert mixed.dropped in (2, 3, 4)  # in one epoch and what it has seen of the next
+    assert len(caplog.records) == 2  # once for each reason and stream
+    for use in (
+        lambda: next(PromptStream(bad, templated(chat_template), seed=0, host=0, hosts=1)),
+        lambda: PromptStream(bad, templated(chat_template), seed=0, host=0, hosts=1).at(0),
+        lambda: all_prompts(bad, templated(chat_template)),
+    ):
+        with pytest.raises(UserError):
+            use()
+
+
+def test_the_chat_template_prints_the_time_of_the_run(templated, tokenizer):
+    dated = "{{ strftime_now('%Y-%m-%d') }}" + CONTENTS_ONLY
+    prompt = templated(dated, now=datetime.datetime(2024, 7, 26)).prompt(source()[0], 0)
+    assert tokenizer.decode(prompt.tokens) == "2024-07-2610+1="
 
 
 def test_long_prompts_are_skipped_counted_and_logged_once(stream, caplog):

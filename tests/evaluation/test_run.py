@@ -3,6 +3,7 @@ process that is killed on the way."""
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -228,6 +229,27 @@ def test_a_directory_is_of_one_version_and_one_way_of_sampling(shop, unbroken):
     (old / "responses.jsonl").write_text("")
     with pytest.raises(UserError, match="older format"):
         shop.run(to / "old", version_dir=str(to / "weights" / "v000003"))
+
+
+def test_the_date_of_a_chat_template_is_the_same_on_the_next_day(shop, tmp_path):
+    shutil.copytree(shop.workdir / "model", tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d%m%y=') }}" + template.read_text())
+
+    def prompts():
+        settings = {**shop.settings, "data.max_prompt_tokens": 30}
+        config = small_arithmetic(settings)
+        with config.unlocked():
+            config.benchmarks = shop.benchmarks
+        run = opened(config, tmp_path)
+        decode = run.policy.tokenizer.decode
+        return [decode(prompt.tokens) for prompt in benchmark_prompts(run, "sums")[0]]
+
+    today = prompts()
+    (recorded,) = (tmp_path / "model").glob("*time*")
+    assert prompts() == today
+    recorded.write_text(json.dumps({"time": "2024-07-26"}))
+    assert [prompt.removeprefix("260724=") for prompt in prompts()] == [p[7:] for p in today]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,25 @@
 """Tokenizers: exact round trips, files that other programs load, checks against the model."""
 
 import contextlib
+import copy
+import datetime
+import json
 
 import pytest
+from etils import epath
 from small_models import small_config
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from oapl_jax.errors import UserError
-from oapl_jax.model.policy import Policy
-from oapl_jax.model.tokenizer import check_tokenizer, load_tokenizer, make_character_tokenizer
+from oapl_jax.model.policy import Policy, open_policy
+from oapl_jax.model.tokenizer import (
+    CONTENTS_ONLY,
+    check_tokenizer,
+    load_tokenizer,
+    make_character_tokenizer,
+    render_chat,
+    template_time,
+)
 
 CHARACTERS = "0123456789+-*/()=<>,.:!?' \n\tabntxé→"
 
@@ -61,6 +72,96 @@ def test_a_missing_or_incomplete_tokenizer_is_named(tmp_path):
         tokenizer.save_pretrained(str(tmp_path / "less"))
         with pytest.raises(UserError, match=f"less has no {attribute}"):
             load_tokenizer(tmp_path / "less")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("left", [0, 0.5])
+def test_a_cut_tokenizer_is_named(tmp_path, file, left):
+    make_character_tokenizer("01", tmp_path)
+    content = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(content[: int(left * len(content))])
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_tokenizer(tmp_path)
+
+
+# Chat templates
+
+
+def save_with_template(directory, template):
+    tokenizer = make_character_tokenizer("0123456789-", directory / "other")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(str(directory / "own"))
+    return directory / "own"
+
+
+GEMMA = (  # the roles of its family
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ message['content'] }}{% endfor %}"
+)
+DATED = "{{ strftime_now('%Y-%m-%d') }}" + CONTENTS_ONLY
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *("{{ raise_exception('never') }}", "{% if %}", "{{ none.of.these }}", "{{ 1 / 0 }}"),
+        *("always the same", "", "{{ strftime_now('%Y') }}", "{{ messages[0]['role'] }}"),
+        {"tool_use": CONTENTS_ONLY, "rag": CONTENTS_ONLY},
+    ],
+)
+def test_a_template_without_a_prompt_for_a_users_message_is_refused(tmp_path, template):
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_tokenizer(save_with_template(tmp_path, template))
+
+
+@pytest.mark.parametrize(
+    "template", [CONTENTS_ONLY, GEMMA, DATED, {"default": CONTENTS_ONLY, "tool_use": "x"}]
+)
+def test_a_template_with_a_prompt_for_a_users_message_is_loaded(tmp_path, template):
+    tokenizer = load_tokenizer(save_with_template(tmp_path, template))
+    prompt = render_chat(tokenizer, [{"role": "user", "content": "12"}], tokenize=False)
+    assert prompt.endswith("12")
+
+
+def test_the_date_of_a_template_is_that_of_the_first_start(tmp_path):
+    source = save_with_template(tmp_path / "model", DATED)
+    (source / "config.json").write_text(json.dumps(model(eos_token_id=1).to_hf(dtype="float32")))
+    start = lambda: open_policy(
+        epath.Path(tmp_path / "run"), path=str(source), architecture={}, characters=""
+    )
+    chat = [{"role": "user", "content": "7"}]
+    first = start()
+    assert abs(first.now - datetime.datetime.now()) < datetime.timedelta(minutes=9)
+    (recorded,) = (tmp_path / "run").iterdir()
+    recorded.write_text(json.dumps({"time": "2024-07-26T23:59:59"}))  # an older start
+    again = start()
+    assert again.now == datetime.datetime(2024, 7, 26, 23, 59, 59)
+    tokens = render_chat(again.tokenizer, chat, tokenize=True, now=again.now)
+    assert again.tokenizer.decode(tokens) == "2024-07-267"
+    for damaged in ("", "{}", '{"time": "soon"}', '{"time": 7}'):
+        recorded.write_text(damaged)
+        with pytest.raises(UserError, match=recorded.name):
+            start()
+
+
+@pytest.mark.parametrize(
+    "written", ["%d %b %Y", "%A, %B %-d", "%H:%M:%S", "%y%j", "%c | %x | %X", "100%", "", "%%"]
+)
+def test_a_fixed_time_is_written_as_by_python(tokenizer, written):
+    now = datetime.datetime(2026, 3, 9, 4, 5, 6)
+    with_time = copy.copy(tokenizer)
+    given = (
+        f"{{% set f = {written!r} %}}{{% if strftime_now is defined %}}{{{{ strftime_now(f) }}}}"
+    )
+    with_time.chat_template = given + "{% endif %}"
+    said = render_chat(with_time, [{"role": "user", "content": ""}], tokenize=False, now=now)
+    assert said == (now.strftime(written) if "%%" not in written else "%%")
+
+
+def test_a_template_without_a_date_records_none(tokenizer, tmp_path):
+    assert template_time(tokenizer, epath.Path(tmp_path / "time.json")) is None
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
