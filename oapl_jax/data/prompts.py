@@ -51,7 +51,7 @@ class PromptTemplate:
     now: datetime.datetime | None = None
     # By the roles of a conversation: whether the chat template omits the last message.
     _omitted: dict[tuple[str, ...], bool] = dataclasses.field(
-        default_factory=dict, repr=False, compare=False
+        default_factory=dict, init=False, repr=False, compare=False
     )
 
     def prompt(self, record: Record, stream_index: int) -> Prompt | None:

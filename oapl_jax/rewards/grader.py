@@ -10,7 +10,7 @@ A right response without the full reward of 1, or a wrong one with it, ends the 
 import dataclasses
 import itertools
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,23 +105,25 @@ class Grader:
             return self._opened[task]
 
 
-def check_rewards(grader: Grader, template: PromptTemplate, records: Iterable[Record]) -> None:
+def check_rewards(grader: Grader, template: PromptTemplate, records: Sequence[Record]) -> None:
     """Grades known responses to the known problems of a task and to its first records that fit.
 
     Where the chat template leaves a prompt inside a thinking part, each response first ends it. A
     right answer in a thinking part that never ends must get no reward, nor one that was cut off.
-    UserError names the first response whose reward is wrong.
+    UserError names the first response whose reward is wrong, or the first record if none is usable.
     """
     tokenizer, task = template.tokenizer, template.task
     unlimited = dataclasses.replace(template, max_prompt_tokens=1 << 30)
     cases: list[Any] = []
     for (question, answer), right, wrong in KNOWN.get(task, ()):
         record = Record("self-check", user(question), answer, task, {})
-        cases.append((unlimited.prompt(record, 0), right, wrong))
+        cases.append((unlimited.make_prompt(record, 0), right, wrong))
     said = [tokenizer.decode(prompt.tokens) for prompt, _, _ in cases]
     opened = any(text.rfind("<think>") > text.rfind("</think>") for text in said)
     fitting = ((prompt, r) for r in records if (prompt := template.prompt(r, 0)))
-    fitting = itertools.islice(fitting, CHECKED)
+    fitting = list(itertools.islice(fitting, CHECKED))
+    if records and not fitting:
+        template.make_prompt(records[0], 0)  # raises the reason
     cases += [(prompt, *known_responses(record)) for prompt, record in fitting]
     for prompt, right, wrong in cases:
         for text, kind, finish_reason in trials(right, wrong, thinks=task in KNOWN, opened=opened):

@@ -99,6 +99,11 @@ def test_the_data_are_checked_too(graders, tokenizer):
     check(graders[False], tokenizer, "math", [*RECORDS["math"], long])  # not among the first
 
 
+def test_data_without_a_usable_record_are_refused(graders, tokenizer):
+    with pytest.raises(UserError, match=r"data\.max_prompt_tokens"):
+        check(graders[False], tokenizer, "math", [Record("g", user("?" * 99), "1", "math", {})])
+
+
 def test_a_tokenizer_that_loses_line_breaks_of_a_program_is_refused(graders, tokenizer):
     """The whole path: graded are decoded token ids."""
     deaf = copy.copy(tokenizer)
