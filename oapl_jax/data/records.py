@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from oapl_jax.errors import UserError
+from oapl_jax.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -90,15 +90,16 @@ def from_bytes(stored: bytes) -> Record:
 class Split(Sequence[Record]):
     """Random access to the records of one split."""
 
-    def __init__(self, stored: Sequence[bytes]):
-        self._stored = stored
+    def __init__(self, stored: Sequence[bytes], directory: epath.PathLike):
+        self._stored, self._directory = stored, directory
 
     def __len__(self) -> int:
         return len(self._stored)
 
     def __getitem__(self, index):
         index = range(len(self))[index]  # raises IndexError at the end; array_record does not
-        return from_bytes(self._stored[index])
+        with _damage_named(self._directory):
+            return from_bytes(self._stored[index])
 
 
 class Concatenated(Sequence[Record]):
@@ -120,12 +121,13 @@ class Concatenated(Sequence[Record]):
 
 
 def load_split(builder: tfds.core.DatasetBuilder, split: str) -> Split:
-    """Opens a split of a prepared builder."""
+    """Opens a split of a prepared builder; UserError names the directory of a damaged one."""
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
-    stored: Any = builder.as_data_source(split=split, deserialize_method=raw)  # pyright: ignore[reportCallIssue]
-    if builder.info.splits[split].num_bytes <= IN_MEMORY:
-        stored = stored.__getitems__(range(len(stored)))
-    return Split(stored)
+    with _damage_named(builder.data_path):
+        stored: Any = builder.as_data_source(split=split, deserialize_method=raw)  # pyright: ignore[reportCallIssue]
+        if builder.info.splits[split].num_bytes <= IN_MEMORY:
+            stored = stored.__getitems__(range(len(stored)))
+    return Split(stored, builder.data_path)
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -178,8 +180,8 @@ def prepare_records(
       metadata: JSON-able, stored with the data set once its records are written.
 
     Raises:
-      UserError: for a directory in a bucket, which array_record can neither write nor read; for a
-        partial data set; and any error of `splits`.
+      UserError: for a directory in a bucket, which array_record can neither write nor read, or one
+        that can't be written; for a partial or damaged data set; and any error of `splits`.
     """
     text = json.dumps(settings, sort_keys=True, default=dict)
     config = ProblemsConfig(
@@ -203,12 +205,26 @@ def prepare_records(
             with _quiet():
                 builder = Problems(data_dir=data_dir, config=config, file_format="array_record")
                 builder.download_and_prepare()
-        except OSError:
+        except (OSError, RuntimeError) as error:  # of TFDS and of array_record
             # Two processes may build at once; the results are equal, and the later rename fails.
             if not complete.exists():
-                raise
+                fault = (
+                    f"{name} can't be written below data.data_dir={data_dir} ({one_line(error)})"
+                )
+                raise UserError(f"{fault}; free space there, or name another directory") from error
             log.info("%s was built by another process meanwhile", directory)
-    return tfds.builder_from_directory(directory)
+    with _damage_named(directory):
+        return tfds.builder_from_directory(directory)
+
+
+@contextlib.contextmanager
+def _damage_named(directory: epath.PathLike) -> Iterator[None]:
+    """Raises a UserError naming the directory of a prepared data set that can't be read."""
+    try:
+        yield
+    except Exception as error:  # TFDS and array_record name no closed set for damaged files
+        fault = f"{directory} is damaged ({one_line(error)})"
+        raise UserError(f"{fault}; delete it, and it is built again") from error
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import socket
 import time
 from contextlib import suppress
@@ -351,6 +352,34 @@ def test_a_data_set_is_built_again_only_if_settings_or_files_change(
     copy.write_bytes(file.read_bytes() + b"more")
     with pytest.raises(UserError, match="damaged"):
         build(path=str(copy), files=())
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize(
+    ("file", "left"),
+    [
+        *(("dataset_info.json", left) for left in (0, 20)),
+        *(("features.json", left) for left in (None, 0, 20)),
+        *(("*.array_record*", left) for left in (None, 0, 5000)),
+    ],
+)
+def test_a_damaged_data_set_is_named(opened, tmp_path, monkeypatch, file, left, in_memory):
+    opened("gsm8k")
+    (found,) = tmp_path.rglob(file)
+    if left is None:
+        found.unlink()
+    else:
+        os.truncate(found, left)
+    monkeypatch.setattr(records, "IN_MEMORY", 2**28 if in_memory else 0)
+    with pytest.raises(UserError, match=str(found.parent)):
+        list(opened("gsm8k"))
+
+
+@pytest.mark.parametrize("data_dir", ["/proc/nowhere", "file", "file/below"])
+def test_a_directory_that_takes_no_data_set_is_named(sets, tmp_path, data_dir):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"data\.data_dir=.*{data_dir}"):
+        open_set("gsm8k", sets, section="data.sets", data_dir=str(tmp_path / data_dir))
 
 
 def test_other_content_of_equal_size_is_another_data_set(table):
