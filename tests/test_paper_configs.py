@@ -301,9 +301,7 @@ def is_right(text, prompt):
     number = re.search(r"add_(\d+)|and (\d+)\.", prompt.text)
     assert number
     n = number[1] or number[2]
-    kind = json.loads(prompt.answer)["kind"]
-    program = {
-        "stdin": rf"print\(int\(input\(\)\) \+ {n}\)",
-        "call": rf"def add_{n}\(x\):\n    return x \+ {n}",
-    }[kind]
+    program = rf"def add_{n}\(x\):\n    return x \+ {n}"
+    if json.loads(prompt.answer)["kind"] == "stdin":
+        program = rf"print\(int\(input\(\)\) \+ {n}\)"
     return bool(re.fullmatch(rf"```python\n{program}\n```<eos>", text))
