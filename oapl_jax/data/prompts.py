@@ -80,12 +80,12 @@ class PromptTemplate:
         try:
             tokens = render_chat(self.tokenizer, chat, tokenize=True, now=self.now)
             if roles not in self._omitted:
-                self._omitted[roles] = omits_last(self.tokenizer, roles)
+                self._omitted[roles] = omits_last(self.tokenizer, chat)
         except Exception as error:  # a template is a program of the model's and raises anything
             reason = f"refused by the chat template or the tokenizer ({one_line(error)})"
             raise UnusableRecord(record, reason, "correct its messages") from error
         if self._omitted[roles] or not len(tokens):
-            reason = f"without its question: the chat template omits it after roles {roles}"
+            reason = f"without its question: the chat template omits the last of {', '.join(roles)}"
             raise UnusableRecord(record, reason, "correct its messages")
         if len(tokens) > self.max_prompt_tokens:
             reason = f"longer than data.max_prompt_tokens ({self.max_prompt_tokens})"

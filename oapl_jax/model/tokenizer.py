@@ -50,7 +50,7 @@ def load_tokenizer(directory: str | Path) -> Any:
                 f"the tokenizer in {directory} has no {attribute}; set it in tokenizer_config.json"
             )
     try:
-        omitted = omits_last(tokenizer, ["user"])
+        omitted = omits_last(tokenizer, [{"role": "user"}])
     except Exception as error:  # a template is a program of the model's and raises anything
         fault = f"refuses a user's message ({one_line(error)})"
         raise UserError(f"the chat template of {directory} {fault}; correct it") from error
@@ -98,10 +98,9 @@ def at_time(template: str, now: datetime.datetime) -> str:
     ) + template
 
 
-def omits_last(tokenizer: Any, roles: Sequence[str]) -> bool:
-    """True if the chat template omits the last message of a conversation of these roles."""
-    earlier = [{"role": role, "content": "0"} for role in roles[:-1]]
-    chats = ([*earlier, {"role": roles[-1], "content": content}] for content in "12")
+def omits_last(tokenizer: Any, chat: Sequence[Mapping[str, str]]) -> bool:
+    """True if the chat template omits the content of the last message."""
+    chats = ([*chat[:-1], {**chat[-1], "content": content}] for content in "12")
     one, other = (render_chat(tokenizer, chat, tokenize=False) for chat in chats)
     return one == other
 
