@@ -146,7 +146,10 @@ def start(to: epath.Path, config: ConfigValues) -> epath.Path:
         typed = Config.from_dict(config.to_dict())
         opened = build.Run(typed, to)
         opened.splits["train"] = Concatenated([opened.splits["train"], solved()])
-        state, _ = train.init_run(opened)
+        begun = train.init_run(opened, StopRequest())
+        if begun is None:
+            raise SystemExit("stopped; the same command begins again")
+        state, _ = begun
         opened.versions.publish(0, state.params)
         opened.close()
     return version

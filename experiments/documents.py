@@ -92,7 +92,10 @@ def start(to: epath.Path, config: ConfigValues) -> epath.Path:
     if not (to / "rates.json").exists():
         typed = Config.from_dict(config.to_dict())
         opened = build.Run(typed, to)
-        state, _ = train.init_run(opened)
+        begun = train.init_run(opened, StopRequest())
+        if begun is None:
+            raise SystemExit("stopped; the same command begins again")
+        state, _ = begun
         opened.versions.publish(0, state.params)
         (to / "rates.json").write_text(json.dumps(rates(opened, 0, state.params)))
         opened.close()

@@ -66,11 +66,13 @@ def warm_up(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | N
     unevaluated = dataclasses.replace(config.evaluation, every=0)
     config = dataclasses.replace(config, evaluation=unevaluated)
     with contextlib.closing(build.Run(config, run.workdir(root))) as opened:
-        state, _ = train.init_run(opened)
-        opened.versions.publish(0, state.params)
+        begun = train.init_run(opened, stop)
+        if begun is None:
+            return None
+        opened.versions.publish(0, begun[0].params)
         if stop.requested:
             return None
-        return {"outcome": "ended", **grade(opened, 0, state.params, run)}
+        return {"outcome": "ended", **grade(opened, 0, begun[0].params, run)}
 
 
 def typed(config: ConfigValues) -> Typed:

@@ -82,7 +82,7 @@ class Run:
 
     def close(self) -> None:
         """Closes the parts that were opened."""
-        for part in ("grader", "versions", "checkpoints"):
+        for part in ("source", "grader", "versions", "checkpoints"):
             if part in self.__dict__:
                 getattr(self, part).close()
 
@@ -97,6 +97,8 @@ class Run:
                 path=config.model.path,
                 architecture=config.model.architecture,
                 characters=task.characters if task else string.printable,
+                # A run that was refused may have left a model of other settings.
+                renew=load_config(self.workdir) is None and not jax.process_index(),
             )
         config.check_lengths(policy.config.max_positions)
         return policy

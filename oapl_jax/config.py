@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -58,9 +59,13 @@ def setting(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    path: bool = False,
     default: Any = dataclasses.MISSING,
 ) -> Any:
-    """Declares a field of a Section: its documentation and the values that it may have."""
+    """Declares a field of a Section: its documentation and the values that it may have.
+
+    `~` at the beginning of a path becomes the home directory.
+    """
     limits = {
         "at least": (at_least, lambda value, limit: value >= limit),
         "above": (above, lambda value, limit: value > limit),
@@ -68,7 +73,7 @@ def setting(
         "below": (below, lambda value, limit: value < limit),
     }
     limits = {name: limit for name, limit in limits.items() if limit[0] is not None}
-    metadata = {"doc": doc, "choices": tuple(choices), "limits": limits}
+    metadata = {"doc": doc, "choices": tuple(choices), "limits": limits, "path": path}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -138,6 +143,9 @@ class Section:
         # In field order: sections that others refer to (rollout) are validated first.
         given = [name for name in fields if name in values]
         typed = {name: _typed(values[name], hints[name], join(name)) for name in given}
+        for name in given:
+            if fields[name].metadata.get("path"):
+                typed[name] = os.path.expanduser(typed[name])
         token = _path.set(path)
         try:
             return cls(**typed)
@@ -178,7 +186,7 @@ class ReleaseConfig(Section):
     """One public release: files in the layout of docs/data.md."""
 
     kind: str = setting("reader of data/public for the rows")
-    path: str = setting("directory of the files, local or gs://")
+    path: str = setting("directory of the files, local or gs://", path=True)
     files: tuple[str, ...] = setting("glob patterns below `path`")
     rows: int = setting("rows that the files must have; 0: any number", at_least=0)
     part: tuple[int, ...] = setting("hundredths [start, end) of the space of all problems")
@@ -190,7 +198,7 @@ class SyntheticDataConfig(Section):
 
     SECTION = "data"
     task: str = setting("verifier of the answers", choices=TASKS)
-    data_dir: str = setting("directory of the prepared data sets")
+    data_dir: str = setting("directory of the prepared data sets", path=True)
     train_size: int = setting("training problems", at_least=1)
     validation_size: int = setting("validation problems", at_least=1)
     test_size: int = setting("test problems", at_least=1)
@@ -209,7 +217,7 @@ class PublicDataConfig(Section):
 
     SECTION = "data"
     task: str = setting("verifier of the answers", choices=TASKS)
-    data_dir: str = setting("directory of the prepared data sets")
+    data_dir: str = setting("directory of the prepared data sets", path=True)
     sets: Mapping[str, ReleaseConfig] = setting("releases by name")
     train: tuple[str, ...] = setting("names of the sets to train on")
     validation: tuple[str, ...] = setting("names of the validation sets")
@@ -226,7 +234,7 @@ class ModelSection(Section):
     """The policy's checkpoint or architecture."""
 
     SECTION = "model"
-    path: str = setting("checkpoint in Hugging Face format; '' for a fresh model")
+    path: str = setting("checkpoint in Hugging Face format; '' for a fresh model", path=True)
     architecture: Mapping[str, Any] = setting("config.json of a fresh model, without vocabulary")
     dtype: str = setting("dtype of activations; parameters are float32", choices=DTYPES)
     remat: str = setting("rematerialization policy of a layer", choices=REMAT)
@@ -352,7 +360,7 @@ class RolloutConfig(Section):
     source: str = setting(
         "sample groups, read a recorded dataset, or both", choices=("live", "dataset", "both")
     )
-    dataset: str = setting("directory of the recorded dataset")
+    dataset: str = setting("directory of the recorded dataset", path=True)
     dataset_share: float = setting("recorded share of source='both'", at_least=0, at_most=1)
     dataset_order: str = setting(
         "endless permutations, or once in order", choices=("shuffled", "recorded")
@@ -399,7 +407,9 @@ class DifficultyWindowConfig(Section):
 class CuratorConfig(Section):
     """The network of the curriculum `actor_curator` (arXiv 2602.20532)."""
 
-    path: str = setting("checkpoint with the policy's vocabulary; '' for a fresh network")
+    path: str = setting(
+        "checkpoint with the policy's vocabulary; '' for a fresh network", path=True
+    )
     architecture: Mapping[str, Any] = setting("config.json of a fresh network")
     dtype: str = setting("dtype of activations", choices=DTYPES)
     remat: str = setting("rematerialization policy of a layer", choices=REMAT)
@@ -439,7 +449,9 @@ class FleetConfig(Section):
 
     SECTION = "fleet"
     servers: tuple[str, ...] = setting("URLs of the servers")
-    servers_file: str = setting("or a file with one URL a line, read again every `poll_every`")
+    servers_file: str = setting(
+        "or a file with one URL a line, read again every `poll_every`", path=True
+    )
     router: str = setting("or the URL of a sglang-router, whose GET /workers is the list")
     poll_every: float = setting("between two reads of servers_file or router", above=0)
     max_in_flight: int = setting("groups in flight over all servers", at_least=1)
@@ -563,7 +575,7 @@ class LanguageModelJudgeConfig(Section):
     """A language model as a judge, on SGLang servers of its own."""
 
     servers: tuple[str, ...] = setting("URLs of servers with fixed weights")
-    tokenizer: str = setting("directory of the judge's tokenizer")
+    tokenizer: str = setting("directory of the judge's tokenizer", path=True)
     chat: Mapping[str, Any] = setting("arguments of its chat template")
     template: str = setting("the question, with {prompt}, {first}, {second}, {question}")
     questions: Mapping[str, Any] = setting("objective -> question")
@@ -590,7 +602,7 @@ class PreferencesConfig(Section):
     )
     beta: float = setting("entropy weight of the adversary", above=0)
     comparators: int = setting("responses of the reference policy to a prompt", at_least=1)
-    dataset: str = setting("recorded dataset of them; '' samples version 0")
+    dataset: str = setting("recorded dataset of them; '' samples version 0", path=True)
     rubric: RubricConfig
     callable: CallableJudgeConfig
     language_model: LanguageModelJudgeConfig
@@ -658,7 +670,9 @@ class Config(Section):
     benchmarks: Mapping[str, ReleaseConfig] = setting("public releases for oapl_jax.evaluate")
     publish_dtype: str = setting("dtype of published weights", choices=DTYPES)
     tensorboard: bool = setting("write TensorBoard events")
-    compile_cache: str = setting("directory of compiled programs, from the workdir; '': none")
+    compile_cache: str = setting(
+        "directory of compiled programs, from the workdir; '': none", path=True
+    )
     releases: str = setting("directory that the releases' paths begin with", default="")
     rounds: str = setting("directory that earlier rounds' paths begin with", default="")
 
@@ -799,9 +813,13 @@ def load_config(workdir: epath.Path) -> dict[str, Any] | None:
     Raises:
       UserError: if the workdir has another format: its checkpoints can't be resumed.
     """
-    if not (workdir / "config.json").exists():
+    path = workdir / "config.json"
+    if not path.exists():
         return None
-    config = json.loads((workdir / "config.json").read_text())
+    try:
+        config = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore a whole copy") from error
     if config.pop("format", None) != FORMAT:
         raise UserError(
             f"{workdir} was written by another version of oapl_jax (workdir format {FORMAT} is "
@@ -810,8 +828,8 @@ def load_config(workdir: epath.Path) -> dict[str, Any] | None:
     return config
 
 
-def save_config(workdir: epath.Path, config: Mapping[str, Any]) -> list[str]:
-    """Writes the configuration that a workdir belongs to, as config.json.
+def changed_settings(workdir: epath.Path, config: Mapping[str, Any]) -> list[str]:
+    """Compares a configuration with the one that a workdir belongs to; [] without one.
 
     Returns:
       A line for each setting that differs from the saved one and may (a longer run, another mesh,
@@ -820,8 +838,10 @@ def save_config(workdir: epath.Path, config: Mapping[str, Any]) -> list[str]:
     Raises:
       UserError: listing the settings that differ and may not; for a workdir of another format.
     """
-    new, saved = flatten(config), load_config(workdir)
-    old = new if saved is None else flatten(saved)
+    saved = load_config(workdir)
+    if saved is None:
+        return []
+    new, old = flatten(config), flatten(saved)
     value = lambda config, key: config.get(key, "absent")
     differing = sorted(key for key in old.keys() | new.keys() if value(old, key) != value(new, key))
     structural = lambda key: any(key == s or key.startswith(s + ".") for s in STRUCTURAL)
@@ -832,10 +852,14 @@ def save_config(workdir: epath.Path, config: Mapping[str, Any]) -> list[str]:
             f"--workdir={workdir} holds a run with other settings "
             f"({'; '.join(map(change, rejected))}); set them back, or give another --workdir"
         )
+    return [change(key) for key in differing]
+
+
+def save_config(workdir: epath.Path, config: Mapping[str, Any]) -> None:
+    """Writes the configuration that a workdir belongs to, as config.json."""
     text = json.dumps({"format": FORMAT, **config}, indent=1, sort_keys=True)
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / "config.json", [text.encode()])
-    return [change(key) for key in differing]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

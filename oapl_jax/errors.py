@@ -1,5 +1,8 @@
 """Exceptions that end a command with a one-line message and an exit code."""
 
+import errno
+import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -44,10 +47,43 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
+# Errors of the operating system -> exit code, and the remedy that follows its sentence.
+SYSTEM_ERRORS = {
+    errno.ENOSPC: (1, "free space there and start again; what was saved stays"),
+    errno.EDQUOT: (1, "raise the quota and start again; what was saved stays"),
+    errno.EACCES: (2, "give this user access, or name another place"),
+    errno.EPERM: (2, "give this user access, or name another place"),
+    errno.EROFS: (2, "name a place that can be written"),
+    errno.ENOTDIR: (2, "a part of it is a file; name another place"),
+    errno.EISDIR: (2, "it is a directory; name a file"),
+    errno.EEXIST: (2, "remove it, or name another place"),
+    errno.ENAMETOOLONG: (2, "choose a shorter name"),
+}
+
+
+def sentence(error: BaseException) -> tuple[int, str] | None:
+    """Exit code and sentence of an error with a known remedy; None for a fault of the program."""
+    if isinstance(error, UserError | RunError):
+        return error.exit_code, str(error)
+    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+        code, remedy = SYSTEM_ERRORS[error.errno]
+        place = os.fsdecode(error.filename) if error.filename else "the output"
+        return code, f"{place}: {error.strerror}; {remedy}"
+    return None
+
+
 def exit_with_code(main: Callable[[], None]) -> None:
-    """Runs a command: an error of this file ends it with its code, as one line."""
+    """Runs a command: an error with a known remedy ends it with its code, as one line."""
     try:
         main()
-    except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:  # as of `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        found = sentence(error)
+        if found is None:
+            raise
+        print(f"error: {found[1]}", file=sys.stderr, flush=True)
+        sys.exit(found[0])

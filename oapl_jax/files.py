@@ -6,6 +6,7 @@ hexadecimal XXH3 digest of 128 bits, as of xxh128sum}.
 
 import ast
 import collections
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -35,8 +36,20 @@ def is_local(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """Makes a local path absolute; epath's own `resolve` takes gs:// for a local name."""
-    return epath.Path(os.path.abspath(path) if is_local(path) else path)
+    """Makes a local path absolute, `~` included; epath's own `resolve` takes gs:// for a local
+    name."""
+    return epath.Path(os.path.abspath(os.path.expanduser(path)) if is_local(path) else path)
+
+
+@contextlib.contextmanager
+def naming(path: epath.PathLike) -> Iterator[None]:
+    """Adds the file's name to an OSError that lacks one, as of a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = os.fspath(path)
+        raise
 
 
 def write_file(path: epath.Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
@@ -44,7 +57,7 @@ def write_file(path: epath.Path, parts: Iterable[bytes | memoryview]) -> dict[st
     digest, size, unsynced, local = xxhash.xxh3_128(), 0, 0, is_local(path)
     syncing: Future[None] = Future()
     syncing.set_result(None)
-    with ThreadPoolExecutor(1) as thread, path.open("wb") as file:
+    with naming(path), ThreadPoolExecutor(1) as thread, path.open("wb") as file:
         for part in parts:
             digest.update(part)
             file.write(part)
@@ -142,12 +155,14 @@ class JsonLines:
         except ValueError as error:
             raise RunError(f"a number for {self.path} is not finite: {line}") from error
         content = text.encode() + b"\n"
-        self._file.write(content)
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(content)
+            self._file.flush()
         self.size += len(content)
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            os.fsync(self._file.fileno())
 
     def truncate(self, size: int) -> None:
         """Drops everything after the first `size` bytes."""

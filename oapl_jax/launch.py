@@ -28,7 +28,7 @@ def read_command_line() -> tuple[Config, epath.Path]:
         print(usage())
         sys.exit()
     try:
-        flags.FLAGS(sys.argv)
+        words = flags.FLAGS(sys.argv)[1:]
         values = CONFIG.value.to_dict() if CONFIG.value is not None else None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         check_overrides(sys.argv[1:])
@@ -36,17 +36,28 @@ def read_command_line() -> tuple[Config, epath.Path]:
         lines = [line for line in str(error.args[0]).splitlines() if line.strip()]
         what = " ".join(lines) if len(lines) <= 2 else lines[-1].strip()
         raise UserError(f"{what} (see the settings in the file that --config names)") from error
+    if words:
+        raise UserError(
+            f"{words[0]!r} is no flag; flags begin with dashes, and settings with --config., such "
+            "as --config.num_steps=3"
+        )
     if values is None:
         raise UserError("--config is missing; add, for example, --config=configs/arithmetic.py")
     config = Config.from_dict(values)
-    if WORKDIR.value is None:
+    if not WORKDIR.value:
         raise UserError("--workdir is missing; add, for example, --workdir=runs/arithmetic")
     if not is_local(WORKDIR.value):
         raise UserError(
             f"--workdir={WORKDIR.value} is in an object store, whose files can't grow as a run's "
             "ledger and metrics do; name a directory (a bucket can be mounted as one)"
         )
-    return config, absolute(WORKDIR.value)
+    workdir = absolute(WORKDIR.value)
+    if found := sorted(set("*?[]\\") & set(os.fspath(workdir))):
+        raise UserError(
+            f"--workdir={workdir} has {' '.join(found)}, which Orbax takes for a pattern; choose "
+            "another name"
+        )
+    return config, workdir
 
 
 def check_overrides(arguments: list[str]) -> None:

@@ -15,6 +15,7 @@ import faulthandler
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from oapl_jax.errors import HostLost, RunError, UserError
+from oapl_jax.errors import HostLost, UserError, sentence
 
 JOIN_DEADLINE = 300  # seconds until all hosts have started
 SILENCE = 40.0  # seconds without a heartbeat after which a host counts as lost
@@ -58,11 +59,23 @@ def initialize(*, pod: bool, coordinator: str, hosts: int, host: int) -> None:
       HostLost: if a host does not join in time.
     """
     if not pod and not coordinator:
+        if (hosts, host) != (1, 0):
+            raise UserError(
+                f"--hosts={hosts} and --host={host} need --coordinator=ADDRESS:PORT of host 0; "
+                "without it each process would be a run of its own"
+            )
         return
-    if pod and coordinator:
-        raise UserError("--pod finds the hosts by itself; leave out --coordinator, or --pod")
+    if pod and (coordinator or (hosts, host) != (1, 0)):
+        raise UserError(
+            "--pod finds the hosts by itself; leave out --coordinator, --hosts and --host, or --pod"
+        )
+    address, _, port = coordinator.rpartition(":")
+    if coordinator and not (address and port.isdigit() and 0 < int(port) < 1 << 16):
+        raise UserError(f"--coordinator={coordinator} must be ADDRESS:PORT of host 0")
     if coordinator and not 0 <= host < hosts:
         raise UserError(f"--host={host} must lie within 0 and --hosts={hosts} - 1")
+    if coordinator and not host:
+        _check_port(int(port))
     # SIGTERM saves and exits: see tracking.progress.StopRequest.
     jax.config.update("jax_enable_preemption_service", False)
     not_joined = HostLost(
@@ -87,6 +100,19 @@ def initialize(*, pod: bool, coordinator: str, hosts: int, host: int) -> None:
     except RuntimeError as error:
         raise not_joined from error
     _start_watchdog()
+
+
+def _check_port(port: int) -> None:
+    """Raises a UserError if another process listens: JAX's coordinator would crash."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"port {port} of --coordinator can't be used on host 0 ({error.strerror}); choose "
+                "another, the same on all hosts"
+            ) from error
 
 
 def barrier(name: str, *, deadline: float) -> None:
@@ -381,8 +407,9 @@ def exit_now(error: Exception) -> NoReturn:
     """
     _exiting.acquire()  # one message; a second thread waits for the end of the process
     _exit_if_stuck()
-    if isinstance(error, UserError | RunError):
-        print(f"error: {error}", file=sys.stderr)
+    found = sentence(error)
+    if found:
+        print(f"error: {found[1]}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     sys.stdout.flush()
@@ -392,7 +419,7 @@ def exit_now(error: Exception) -> NoReturn:
         leaving = threading.Thread(target=_watchdog.leave_with_error, args=(why,), daemon=True)
         leaving.start()  # in a thread, since it hangs without the coordinator
         leaving.join(COORDINATOR_DEADLINE if _watchdog.host else LAST_MESSAGES)
-    os._exit(error.exit_code if isinstance(error, UserError | RunError) else 1)
+    os._exit(found[0] if found else 1)
 
 
 @contextlib.contextmanager

@@ -20,9 +20,9 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from oapl_jax import multihost
+from oapl_jax import lease, multihost
 from oapl_jax.build import Run
-from oapl_jax.config import Config, save_config
+from oapl_jax.config import Config, changed_settings, save_config
 from oapl_jax.data.synthetic.demonstrations import demonstrations
 from oapl_jax.errors import FleetLost, NotFinite, exit_with_code
 from oapl_jax.evaluation import table
@@ -33,39 +33,77 @@ from oapl_jax.learner.train_step import TrainState
 from oapl_jax.structs import Batch, Group
 from oapl_jax.tracking.metrics import CompileClock, MetricsWriter, group_metrics, read_lines
 from oapl_jax.tracking.plots import plot_learning
-from oapl_jax.tracking.progress import Progress, StopRequest, log
+from oapl_jax.tracking.progress import (
+    Progress,
+    StopRequest,
+    keep_running_without_terminal,
+    log,
+)
 
 MAX_SKIPPED = 3  # consecutive steps with a non-finite loss or gradient before a run aborts
 Loop = dict[str, Any]  # JSON values of the loop: test results before, seconds, pinned versions
 
 
-def run(config: Config, workdir: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
+def run(
+    config: Config, workdir: epath.Path, stop: StopRequest, *, restore_step: int | None = None
+) -> dict[str, Any] | None:
     """Trains until `config.num_steps`; returns the results, or None if stopped before.
 
     Raises:
       UserError: for settings or files that do not fit, before any work.
       RunError: for a run that can't continue; what it saved stays.
     """
-    ended = train(Run(config, workdir), stop)
+    ended = train(Run(config, workdir), stop, restore_step=restore_step)
     return None if ended is None else ended[0]
 
 
-def train(run: Run, stop: StopRequest) -> tuple[dict[str, Any], TrainState] | None:
+def train(
+    run: Run, stop: StopRequest, *, restore_step: int | None = None
+) -> tuple[dict[str, Any], TrainState] | None:
     """Trains a run, of which a caller may have replaced parts, and closes it.
 
     Returns the results and the last state, or None if stopped before the end.
     """
-    config, clock = run.config, CompileClock()
-    if not jax.process_index():
-        for change in save_config(run.workdir, config.to_dict()):
-            log(f"changed since this run began: {change}")
-    multihost.barrier("the saved configuration", deadline=config.rollout.deadline)
-    section = functools.partial(multihost.collective_section, deadline=config.rollout.deadline)
-    source = run.source
-    if source.live or config.evaluation.every:
-        run.check_grader()
-    state, loop = resume(run) if run.checkpoints.steps() else init_run(run)
+    clock = CompileClock()
+    with contextlib.ExitStack() as closing, multihost.abort_on_peer_failure():
+        if not jax.process_index():
+            closing.enter_context(lease.hold(run.workdir, log=log, lost=multihost.exit_now))
+        multihost.barrier("the lease", deadline=run.config.rollout.deadline)
+        closing.callback(run.close)
+        begun = begin(run, stop, restore_step)
+        if begun is None:
+            log(f"stopped by {stop.requested} before step 0; the same command begins again")
+            return None
+        return train_from(run, *begun, stop, clock)
 
+
+def begin(run: Run, stop: StopRequest, restore_step: int | None) -> tuple[TrainState, Loop] | None:
+    """Checks settings and files, then resumes or initializes; None if stopped meanwhile.
+
+    The configuration is saved once nothing is left that could refuse it.
+    """
+    config = run.config
+    for change in changed_settings(run.workdir, config.to_dict()):
+        log(f"changed since this run began: {change}")
+    if config.lag.mode != "uniform" and config.lag.steps >= config.num_steps > 0:
+        log(
+            f"lag.steps={config.lag.steps} is no shorter than num_steps={config.num_steps}: "
+            "version 0 serves the whole run"
+        )
+    if run.source.live or config.evaluation.every:
+        run.check_grader()
+    begun = resume(run, restore_step) if run.checkpoints.steps() else init_run(run, stop)
+    if begun is not None and not jax.process_index():
+        save_config(run.workdir, config.to_dict())
+    return begun
+
+
+def train_from(
+    run: Run, state: TrainState, loop: Loop, stop: StopRequest, clock: CompileClock
+) -> tuple[dict[str, Any], TrainState] | None:
+    """The training loop, from a state to `num_steps` or a stop; as `train`."""
+    config, source = run.config, run.source
+    section = functools.partial(multihost.collective_section, deadline=config.rollout.deadline)
     settings: dict[str, Any] = dict(
         temperature=config.rollout.temperature, logp_chunk=config.learner.logp_chunk
     )
@@ -85,11 +123,10 @@ def train(run: Run, stop: StopRequest) -> tuple[dict[str, Any], TrainState] | No
     metrics_file = MetricsWriter(run.workdir, start_step=first, tensorboard=config.tensorboard)
     progress = Progress("train", config.num_steps, first)
 
-    with contextlib.ExitStack() as closing, multihost.abort_on_peer_failure():
-        for part in (run, metrics_file, progress, source):
-            closing.callback(part.close)
+    with contextlib.closing(metrics_file), contextlib.closing(progress):
         if not first:
             save(run, state, loop)
+        stop.waits_for = "the current step"
         for step in range(first, config.num_steps):
             started = time.monotonic()
             publish_and_serve(run, step, state.params, loop)
@@ -138,31 +175,46 @@ def train(run: Run, stop: StopRequest) -> tuple[dict[str, Any], TrainState] | No
     return {"before": loop["before"], "after": after, "seconds": loop["seconds"]}, state
 
 
-def init_run(run: Run) -> tuple[TrainState, Loop]:
-    """State at step 0, from a checkpoint or fresh weights, after the warm-up if there is one."""
+def init_run(run: Run, stop: StopRequest) -> tuple[TrainState, Loop] | None:
+    """State at step 0, from a checkpoint or fresh weights, after the warm-up if there is one.
+
+    Returns None if a stop was requested in the warm-up, of which nothing is saved.
+    """
     config, started = run.config, time.monotonic()
     section = functools.partial(multihost.collective_section, deadline=config.rollout.deadline)
     with section("loading the model"):
         params: Any = run.policy.load_params(run.mesh) if run.policy.checkpoint else config.seed
     if config.warmup.num_steps:
         progress = Progress("warm up", config.warmup.num_steps, 0)
-        with section("the warm-up") as warmup:
+        stop.waits_for = "the current step of the warm-up"
+        with section("the warm-up") as warmup, contextlib.closing(progress):
 
-            def on_step(step: int, line: dict[str, float]) -> None:
+            def on_step(step: int, line: dict[str, float]) -> bool:
                 warmup.progress()
                 progress.step(step, line)
+                return agree_to_stop(stop, f"warm-up step {step}", config.rollout.deadline)
 
             params = warm_up(run, params, on_step)
-        progress.close()
+        if stop.requested:
+            return None
     seconds = {"warmup": time.monotonic() - started, "rl": 0.0}
     with section("the first state"):
         state = train_step.init_state(run.model, run.optimizer, run.mesh, params)
+    stop.waits_for = "the evaluation of step 0 and its checkpoint"
     before = run.evaluate(0, state.params, "test") if config.evaluation.every else {}
     return state, {"before": before, "seconds": seconds, "pins": {}}
 
 
-def warm_up(run: Run, params: Any, on_step: Callable[[int, dict[str, float]], None]) -> Any:
-    """Parameters after the supervised stage on noisy demonstrations."""
+def agree_to_stop(stop: StopRequest, name: str, deadline: float) -> bool:
+    """True if any host was asked to stop; all hosts must call it."""
+    mine = stop.requested.encode()
+    asked = [text.decode() for text in multihost.allgather_bytes(mine, name, deadline=deadline)]
+    stop.requested = next(filter(None, asked), "")
+    return bool(stop.requested)
+
+
+def warm_up(run: Run, params: Any, on_step: Callable[[int, dict[str, float]], bool]) -> Any:
+    """Parameters after the supervised stage on noisy demonstrations; a True of `on_step` ends it."""
     config, warmup = run.config, run.config.warmup
     max_response_tokens = config.rollout.max_response_tokens
     stream = demonstrations(
@@ -184,7 +236,7 @@ def warm_up(run: Run, params: Any, on_step: Callable[[int, dict[str, float]], No
         batch_size=warmup.batch_size,
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_response_tokens=max_response_tokens,
-        log=on_step,
+        on_step=on_step,
     )
 
 
@@ -233,12 +285,13 @@ def check_finite(run: Run, step: int, skipped_in_a_row: int) -> None:
         )
 
 
-def resume(run: Run) -> tuple[TrainState, Loop]:
-    """Restores the newest checkpoint; removes later versions, which are published again."""
-    step, deadline = run.checkpoints.steps()[-1], run.config.rollout.deadline
+def resume(run: Run, restore_step: int | None) -> tuple[TrainState, Loop]:
+    """Restores a checkpoint, the newest by default; removes later ones and later versions."""
+    step, deadline = run.checkpoint_step(restore_step), run.config.rollout.deadline
     with multihost.collective_section(f"the restore of step {step}", deadline=deadline):
         state, loop, host_states = run.checkpoints.restore(step, run.abstract_state)
     run.source.restore(host_states, functools.partial(run.checkpoints.restore_curriculum, step))
+    run.checkpoints.delete_after(step)
     run.versions.keep_only({v for pins in loop["pins"].values() for v in pins if v <= step})
     log(f"resumed from checkpoint step {step} of {run.workdir}")
     return state, loop
@@ -306,14 +359,17 @@ def main() -> None:
     coordinator = flags.DEFINE_string("coordinator", "", "address:port of host 0, without --pod")
     count = flags.DEFINE_integer("hosts", 1, "number of hosts, with --coordinator")
     host = flags.DEFINE_integer("host", 0, "index of this host, with --coordinator")
+    restore_step = flags.DEFINE_integer(
+        "restore_step", None, "checkpoint step to resume from; later ones are removed"
+    )
     config, workdir = read_command_line()
     multihost.initialize(
         pod=pod.value, coordinator=coordinator.value, hosts=count.value, host=host.value
     )
-    workdir.mkdir(parents=True, exist_ok=True)
     use_compile_cache(config.compile_cache, workdir)
+    keep_running_without_terminal()
     with multihost.abort_on_peer_failure():
-        result = run(config, workdir, StopRequest())
+        result = run(config, workdir, StopRequest(), restore_step=restore_step.value)
     if result is None or jax.process_index():
         return
     if install.value is not None:

@@ -39,17 +39,22 @@ class Policy:
 
 
 def open_policy(
-    directory: epath.Path, *, path: str, architecture: Mapping[str, Any], characters: str
+    directory: epath.Path,
+    *,
+    path: str,
+    architecture: Mapping[str, Any],
+    characters: str,
+    renew: bool = False,
 ) -> Policy:
     """Opens the Hugging Face checkpoint `path`, or, if that is "", defines a fresh model.
 
     A fresh model has the sizes of `architecture` (config.json without vocabulary and special
-    tokens), a tokenizer of `characters`, and the files of both in `directory`, written once. The
-    time that a chat template prints is recorded there too.
+    tokens), a tokenizer of `characters`, and the files of both in `directory`, which are written
+    if there are none or `renew` is set. The time that a chat template prints is recorded there too.
     Raises a UserError if tokenizer and model disagree, or the decoder lacks a feature.
     """
     source = epath.Path(path) if path else directory
-    if not path and not (directory / "config.json").exists():
+    if not path and (renew or not (directory / "config.json").exists()):
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer = make_character_tokenizer(characters, os.fspath(directory))
         special = {key: getattr(tokenizer, key) for key in ("eos_token_id", "pad_token_id")}

@@ -1,7 +1,11 @@
 """Progress of a run on the terminal, and stop requests by signals."""
 
+import contextlib
+import io
+import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,14 +51,65 @@ def log(text: str) -> None:
 
 
 class StopRequest:
-    """Records SIGTERM and Ctrl-C, so that the loop saves and exits; a second one exits at once."""
+    """Records SIGTERM, SIGINT and SIGHUP, so that the loop saves and exits.
+
+    A thread acknowledges the first signal at once, even within a compiled step, and ends the
+    process at the second one. Under nohup, SIGHUP stays ignored.
+
+    Attributes:
+      requested: name of the signal; "" before one.
+      waits_for: end of the sentence that acknowledges it, kept up to date by the run.
+    """
 
     def __init__(self):
-        self.requested = ""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        self.requested, self.waits_for = "", "the start"
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written within a C call too
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._listen, args=(reader,), daemon=True, name="signals").start()
 
-    def _note(self, number: int, _: Any) -> None:
-        if self.requested:
-            raise SystemExit(128 + number)
-        self.requested = signal.Signals(number).name
+    def _listen(self, reader: int) -> None:
+        while True:
+            (number,) = os.read(reader, 1)
+            if number not in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                continue
+            name = signal.Signals(number).name
+            if self.requested:
+                tell(f"second signal ({name}): ended at once")
+                os._exit(128 + number)
+            self.requested = name
+            tell(f"{name}: stops after {self.waits_for}; a second one ends the run at once")
+
+
+def tell(text: str) -> None:
+    """Writes a line to stderr past Python's buffers, which the main thread may hold."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
+
+
+class _Terminal(io.FileIO):
+    """A standard stream whose writes succeed after its reader has gone or its disk is full."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            with open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), self.fileno())
+            return len(data)
+
+
+def keep_running_without_terminal() -> None:
+    """Replaces stdout and stderr, so that a run survives its terminal, pipe or log file."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if number:
+            raw = io.BufferedWriter(_Terminal(number, "wb", closefd=False))
+            stream = io.TextIOWrapper(raw, line_buffering=True, errors="backslashreplace")
+            setattr(sys, name, stream)

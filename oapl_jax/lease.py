@@ -1,0 +1,153 @@
+"""Lease on a workdir: one training run at a time, on any file system that its machines share.
+
+The lease is a file that its owner renews. Whoever finds one that is not renewed, or whose process
+on this machine has ended, takes it over. The clocks of two machines may differ, so a foreign lease
+counts as expired only if it has not changed while this process watched it.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from etils import epath
+
+from oapl_jax.errors import RunError, UserError
+from oapl_jax.files import write_atomically
+
+FILE = "lease.json"
+RENEW = 5.0  # seconds between two renewals
+EXPIRE = 30.0  # seconds without a renewal after which a lease may be taken over
+SETTLE = 0.5  # seconds after which two processes that wrote at once see the same owner
+
+
+@dataclasses.dataclass(frozen=True)
+class Lease:
+    """Content of the file: who holds the workdir, and since when.
+
+    Attributes:
+      owner: random name of the process.
+      host, machine: name of the machine, and its boot and process namespace.
+      pid, started: process id and its start (clock ticks since the boot), which tell a process
+        from a later one with the same id.
+      since, renewed: Unix time, seconds.
+    """
+
+    owner: str
+    host: str
+    machine: str
+    pid: int
+    started: str
+    since: float
+    renewed: float
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self.since))
+        return f"process {self.pid} on {self.host} since {since}"
+
+
+@contextlib.contextmanager
+def hold(
+    workdir: epath.Path, *, log: Callable[[str], None], lost: Callable[[Exception], Any]
+) -> Iterator[None]:
+    """Holds the lease on a workdir within the body.
+
+    Args:
+      workdir: of the run; created if it does not exist.
+      log: takes a line that tells of a lease that was taken over.
+      lost: called from a thread with the error if another process takes the lease over.
+
+    Raises:
+      UserError: if another process holds it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    path, now, pid = workdir / FILE, time.time(), os.getpid()
+    mine = Lease(
+        owner=str(uuid.uuid4()),
+        host=platform.node(),
+        machine=_machine(),
+        pid=pid,
+        started=_started(pid),
+        since=now,
+        renewed=now,
+    )
+    other = _read(path)
+    if other:
+        if _held(path, other):
+            raise UserError(
+                f"--workdir={workdir} is in use by {other}; stop that run, or give another "
+                "--workdir"
+            )
+        log(f"took {workdir} over from {other}, which has ended")
+    _write(path, mine)
+    time.sleep(SETTLE)
+    if (found := _read(path)) and found.owner != mine.owner:
+        raise UserError(f"--workdir={workdir} is in use by {found}; give another --workdir")
+    ended = threading.Event()
+    thread = threading.Thread(target=_renew, args=(path, mine, ended, lost), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        if (found := _read(path)) and found.owner == mine.owner:
+            path.unlink()
+
+
+def _renew(
+    path: epath.Path, mine: Lease, ended: threading.Event, lost: Callable[[Exception], Any]
+) -> None:
+    while not ended.wait(RENEW):
+        found = _read(path)
+        if found and found.owner != mine.owner:
+            lost(RunError(f"{path.parent} was taken over by {found}; this process had stalled"))
+            return
+        with contextlib.suppress(OSError):  # a full disk ends the run elsewhere, with a message
+            _write(path, dataclasses.replace(mine, renewed=time.time()))
+
+
+def _held(path: epath.Path, lease: Lease) -> bool:
+    """Whether the owner of a lease is alive; watches a foreign one for up to EXPIRE seconds."""
+    if lease.machine == _machine():
+        return _started(lease.pid) == lease.started
+    give_up = time.monotonic() + EXPIRE
+    while time.monotonic() < give_up:
+        time.sleep(RENEW / 5)
+        found = _read(path)
+        if found is None:
+            return False
+        if found != lease:
+            return True
+    return False
+
+
+def _machine() -> str:
+    boot = epath.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _started(pid: int) -> str:
+    """Start time of a process; "" if there is none."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _read(path: epath.Path) -> Lease | None:
+    try:
+        return Lease(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write(path: epath.Path, lease: Lease) -> None:
+    write_atomically(path, [json.dumps(dataclasses.asdict(lease)).encode()])
