@@ -24,7 +24,7 @@ from oapl_jax.files import write_atomically
 DTYPES = ("float32", "bfloat16")
 TASKS = ("chain_sum", "number_sorting", "countdown", "documents", "math", "code")
 REMAT = ("none", "dots", "attention", "full", "offload")
-FORMAT = 2  # of a workdir: its config.json, checkpoints and ledger
+FORMAT = 3  # of a workdir: its config.json, checkpoints and ledger
 # Settings that saved files depend on; they can't change within a workdir.
 # (After a change of lag.steps, the due version may never have been published.)
 STRUCTURAL = (

@@ -1,6 +1,7 @@
 """Typed settings: every section validates itself, and a mistake names its setting."""
 
 import functools
+import typing
 
 import pytest
 from small_runs import checked
@@ -62,6 +63,7 @@ MISTAKES = [
     ({"buffer.capacity": 9}, "buffer.capacity"),
     ({"buffer.zero_variance": "no"}, "buffer.zero_variance"),
     ({"group_size": 1, "buffer.zero_variance": "drop"}, "buffer.zero_variance"),
+    ({"mesh.fsdp": 0}, "mesh.fsdp"),
     ({"rollout.temperature": 0.0}, "rollout.temperature"),
     ({"rollout.top_p": 1.5}, "rollout.top_p"),
     ({"rollout.deadline": NAN}, "rollout.deadline"),
@@ -131,6 +133,29 @@ def test_an_unknown_key_at_any_depth_is_named_with_the_nearest(path, nearest):
     functools.reduce(dict.__getitem__, path[:-1], values)[path[-1]] = 1
     with pytest.raises(UserError, match=nearest):
         Config.from_dict(values)
+
+
+def test_every_number_has_a_range():
+    def sections(kind):
+        for other in kind.__subclasses__():
+            yield other
+            yield from sections(other)
+
+    for section in sections(settings.Section):
+        for name, hint in typing.get_type_hints(section).items():
+            if hint in (int, float):
+                limits = section.__dataclass_fields__[name].metadata["limits"]
+                assert limits, f"{section.__name__}.{name}"
+
+
+def test_a_home_directory_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    values = arithmetic.get_config().to_dict()
+    values["data"]["data_dir"] = "~/data"
+    values["rollout"] |= {"source": "dataset", "dataset": "~/round1"}
+    config = Config.from_dict(values)
+    assert config.data.data_dir == "/home/someone/data"
+    assert config.rollout.dataset == "/home/someone/round1"
 
 
 def test_a_missing_key_and_a_wrong_type_are_named():

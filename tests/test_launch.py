@@ -12,7 +12,7 @@ from small_runs import opened
 
 from configs import arithmetic
 from oapl_jax import report
-from oapl_jax.config import load_config, save_config
+from oapl_jax.config import changed_settings, load_config, save_config
 from oapl_jax.errors import UserError
 from oapl_jax.files import absolute
 from oapl_jax.launch import read_command_line
@@ -58,6 +58,23 @@ def test_a_missing_flag_is_named(monkeypatch, command, flag):
     monkeypatch.setattr(sys, "argv", ["train", *command])
     with flagsaver.flagsaver(), pytest.raises(UserError, match=flag):
         read_command_line()
+
+
+@pytest.mark.parametrize("workdir", ["", "runs/[a]", "runs/a*", "runs/a\\\\b"])
+def test_a_workdir_that_can_not_be_is_refused(monkeypatch, workdir):
+    with pytest.raises(UserError, match="--workdir"):
+        read(monkeypatch, workdir)
+
+
+def test_a_workdir_at_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert os.fspath(read(monkeypatch, "~/a")) == f"{tmp_path}/a"
+
+
+@pytest.mark.parametrize("word", ["num_steps=3", "+config.num_steps=3", "config.num_steps=3"])
+def test_a_word_without_dashes_is_refused(monkeypatch, tmp_path, word):
+    with pytest.raises(UserError, match=re.escape(word)):
+        read(monkeypatch, tmp_path, word)
 
 
 def test_a_path_in_a_bucket_is_absolute_already():
@@ -111,26 +128,40 @@ def changed(**changes):
 @pytest.fixture
 def saved(tmp_path):
     """A workdir with CONFIG."""
-    assert save_config(epath.Path(tmp_path), CONFIG) == []
+    save_config(epath.Path(tmp_path), CONFIG)
     return epath.Path(tmp_path)
 
 
 def test_the_same_configuration_is_welcome(saved):
     assert load_config(saved) == changed()
-    assert save_config(saved, CONFIG) == []
+    assert changed_settings(saved, CONFIG) == []
     assert [p.name for p in saved.iterdir()] == ["config.json"]
+
+
+def test_a_new_workdir_has_nothing_to_differ_from(tmp_path):
+    assert changed_settings(epath.Path(tmp_path / "new"), CONFIG) == []
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "\0\0", '{"a": '])
+def test_a_damaged_configuration_is_named(saved, content):
+    (saved / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_config(saved)
 
 
 def test_harmless_differences_are_reported_and_saved(saved):
     other = changed(num_steps=200, optim__learning_rate=0.02, mesh__data=8, modelling=2)
-    assert save_config(saved, other) == [
+    assert changed_settings(saved, other) == [
         "mesh.data: 1 -> 8",
         "modelling: 1 -> 2",
         "num_steps: 100 -> 200",
         "optim.learning_rate: 0.01 -> 0.02",
     ]
+    assert load_config(saved) == changed()
+    save_config(saved, other)
     assert load_config(saved) == other
-    assert save_config(saved, other) == []
+    assert changed_settings(saved, other) == []
 
 
 @pytest.mark.parametrize(
@@ -152,7 +183,7 @@ def test_harmless_differences_are_reported_and_saved(saved):
 def test_structural_differences_are_refused(saved, key):
     before = (saved / "config.json").read_text()
     with pytest.raises(UserError, match=re.escape(key.replace("__", ".") + ": ")):
-        save_config(saved, changed(**{key: 77}))
+        changed_settings(saved, changed(**{key: 77}))
     assert (saved / "config.json").read_text() == before
 
 
@@ -166,7 +197,7 @@ def test_all_refused_keys_are_listed_and_no_other(saved):
         num_steps=7,
     )
     with pytest.raises(UserError) as caught:
-        save_config(saved, other)
+        changed_settings(saved, other)
     message = str(caught.value)
     assert str(saved) in message
     assert "another --workdir" in message
@@ -188,7 +219,7 @@ def test_every_command_refuses_a_workdir_of_another_format(tmp_path, monkeypatch
     (workdir / "ledger.jsonl").write_text('{"event": "resume", "position": 0, "held": []}\n')
     monkeypatch.setattr(sys, "argv", ["report", str(workdir)])
     for command in (
-        lambda: save_config(workdir, config.to_dict()),
+        lambda: changed_settings(workdir, config.to_dict()),
         lambda: opened(config, workdir).params_at(None),
         report.main,
     ):

@@ -199,9 +199,24 @@ def test_what_another_host_writes_is_waited_for_until_the_deadline():
     ("flags", "why"),
     [
         (dict(pod=True, coordinator="a:1", hosts=2, host=0), "--coordinator"),
+        (dict(pod=True, coordinator="", hosts=2, host=0), "--hosts"),
         (dict(pod=False, coordinator="a:1", hosts=2, host=2), "--host=2"),
+        (dict(pod=False, coordinator="", hosts=2, host=0), "--coordinator"),
+        (dict(pod=False, coordinator="", hosts=1, host=1), "--coordinator"),
+        (dict(pod=False, coordinator="10.0.0.1", hosts=2, host=1), "--coordinator=10.0.0.1"),
+        (dict(pod=False, coordinator=":1234", hosts=2, host=1), "--coordinator=:1234"),
+        (dict(pod=False, coordinator="a:99999", hosts=2, host=1), "--coordinator=a:99999"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, why):
     with pytest.raises(UserError, match=why):
         multihost.initialize(**flags)
+
+
+def test_a_port_in_use_is_named():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port}"):
+            multihost.initialize(pod=False, coordinator=f"127.0.0.1:{port}", hosts=2, host=0)

@@ -1,7 +1,8 @@
 """Orbax steps of a workdir: checkpoints to resume from, and weights to publish.
 
-Items of a checkpoint: `params`, `probe`, `optimizer`, `loop`, and `curriculum` if that has arrays.
-Weights have `params` and `probe` alone, which the publisher reads. State that belongs to one host
+Items of a checkpoint: `params`, `probe`, `optimizer`, `loop`, `checksums` of the arrays, and
+`curriculum` if that has arrays. Weights have `params` and `probe` alone, which the publisher reads.
+State that belongs to one host
 (buffer, position in the prompts) is a file beside, on disk before the step is finished.
 Restore order: params and optimizer into their shardings (the mesh may differ from the one that
 saved), then the hosts' states, then the curriculum from its host's state and arrays.
@@ -9,19 +10,30 @@ saved), then the hosts' states, then the curriculum from its host's state and ar
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+import xxhash
 from etils import epath
 
-from oapl_jax.errors import RunError, UserError
+from oapl_jax.errors import RunError, UserError, one_line
 from oapl_jax.files import write_file
 from oapl_jax.learner.train_step import TrainState
 
 CHUNK_BYTES = 64 << 20  # of parameters: what the publisher must hold beside a tensor
 _ARRAYS, _JSON = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
+
+
+DIGEST = 16  # bytes before a host's state
+
+
+class _Damaged(Exception):
+    """Files of a step are missing, unreadable, or not what was saved."""
 
 
 class _Steps:
@@ -94,8 +106,8 @@ class Checkpoints(_Steps):
     """Checkpoints of a run below one directory, of which the newest `keep` stay."""
 
     def __init__(self, directory: epath.Path, *, keep: int):
-        arrays = dict(optimizer=_ARRAYS(), curriculum=_ARRAYS())
-        super().__init__(directory, keep=keep, loop=_JSON(), **arrays)
+        items = dict(optimizer=_ARRAYS(), loop=_JSON(), checksums=_JSON(), curriculum=_ARRAYS())
+        super().__init__(directory, keep=keep, **items)
         self._host_states = directory.parent / "host_states"
 
     def save(
@@ -116,51 +128,110 @@ class Checkpoints(_Steps):
         """
         with self._saving():
             self._write_host_state(step, host_state)
+        optimizer = _without_params(state)
+        checksums = {"params": checksum(state.params), "optimizer": checksum(optimizer)}
+        items = {}
+        if curriculum is not None:
+            checksums["curriculum"] = checksum(curriculum)
+            items["curriculum"] = ocp.args.StandardSave(curriculum)
         self._save(
             step,
             state.params,
             probe,
-            optimizer=ocp.args.StandardSave(_without_params(state)),
+            optimizer=ocp.args.StandardSave(optimizer),
             # A copy, since a thread writes it while the caller mutates its own.
             loop=ocp.args.JsonSave(copy.deepcopy(loop)),
-            **({} if curriculum is None else {"curriculum": ocp.args.StandardSave(curriculum)}),
+            checksums=ocp.args.JsonSave(checksums),
+            **items,
         )
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict, list[bytes]]:
         """Reads state, `loop` and the saving hosts' states; `abstract` has shapes and shardings.
 
-        Raises a UserError if the step's arrays have other shapes, or a host's state is missing.
+        Raises:
+          UserError: for a step that is damaged, naming the newest older one that can be read, or
+            that has other shapes.
         """
-        items = self._read(
-            step,
-            params=_restore_params(abstract.params),
-            optimizer=ocp.args.StandardRestore(_without_params(abstract)),
-            loop=ocp.args.JsonRestore(),
+        read = functools.partial(
+            self._read,
+            params=abstract.params,
+            optimizer=_without_params(abstract),
+            loop=None,
+            hosts=None,
         )
-        state = TrainState(params=items.params, **items.optimizer)
-        return state, items.loop, self._read_host_states(step)
+        items = self._or_older(step, read)
+        return (
+            TrainState(params=items["params"], **items["optimizer"]),
+            items["loop"],
+            items["hosts"],
+        )
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """Reads only the parameters of a step; raises as `restore` does."""
-        return self._read(step, params=_restore_params(abstract)).params
+        return self._or_older(step, functools.partial(self._read, params=abstract))["params"]
 
     def restore_curriculum(self, step: int, abstract: Any) -> Any:
         """Reads only the curriculum's arrays of a step; raises as `restore` does."""
-        return self._read(step, curriculum=ocp.args.StandardRestore(abstract)).curriculum
+        return self._or_older(step, functools.partial(self._read, curriculum=abstract))[
+            "curriculum"
+        ]
 
-    def _read(self, step: int, **items: Any) -> Any:
+    def delete_after(self, step: int) -> None:
+        """Deletes all later steps; all hosts must call it."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
+
+    def _or_older(self, step: int, read: Callable[[int], Any]) -> Any:
+        """`read(step)`; the error for a damaged step names the newest older one that is whole."""
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise UserError(
-                f"checkpoint step {step} below {self._directory} does not fit this configuration "
-                f"({str(error).splitlines()[0]}); use the one that saved it, or another --workdir"
-            ) from error
+            return read(step)
+        except _Damaged as error:
+            damage = f"checkpoint step {step} below {self._directory} is damaged ({error})"
+        for older in reversed([other for other in self.steps() if other < step]):
+            with contextlib.suppress(_Damaged):
+                read(older)
+                raise UserError(f"{damage}; --restore_step={older} resumes from the one before it")
+        raise UserError(f"{damage} and no older step is whole; give another --workdir")
+
+    def _read(self, step: int, **abstract: Any) -> dict[str, Any]:
+        """Reads items of a step: arrays as their abstract values say, "loop", and "hosts".
+
+        Raises:
+          UserError: if the step's arrays are not those of `abstract`.
+          _Damaged: if files are missing, unreadable, or differ from what was saved.
+        """
+        arrays = {name: tree for name, tree in abstract.items() if tree is not None}
+        args = {name: _restore(name, tree) for name, tree in arrays.items()}
+        args |= {name: ocp.args.JsonRestore() for name in ("loop", "checksums")}
+        try:
+            self._check_shapes(step, arrays)
+            items = self._manager.restore(step, args=ocp.args.Composite(**args))
+            found = {name: items[name] for name in args}
+            hosts = self._read_host_states(step) if "hosts" in abstract else []
+        except (UserError, _Damaged):
+            raise
+        except Exception as error:  # of Orbax, TensorStore, JSON: whatever a damaged file causes
+            raise _Damaged(one_line(error)) from error
+        for name in arrays:
+            if checksum(found[name]) != found["checksums"].get(name):
+                raise _Damaged(f"{name} differ from what was saved")
+        return {**found, "hosts": hosts}
+
+    def _check_shapes(self, step: int, arrays: Mapping[str, Any]) -> None:
+        for name, tree in arrays.items():
+            saved = self._manager.item_metadata(step)[name]
+            shapes = lambda tree: {
+                jax.tree_util.keystr(path): tuple(leaf.shape)
+                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            }
+            print(shapes(saved), shapes(tree))
 
     def _write_host_state(self, step: int, host_state: bytes) -> None:
         directory, hosts = self._host_states / str(step), f"of{jax.process_count()}"
         directory.mkdir(parents=True, exist_ok=True)
-        write_file(directory / f"host{jax.process_index()}{hosts}", [host_state])
+        digest = xxhash.xxh3_128_digest(host_state)
+        write_file(directory / f"host{jax.process_index()}{hosts}", [digest, host_state])
         if not jax.process_index():
             kept = {str(step), *map(str, self.steps())}
             for other in self._host_states.iterdir():
@@ -175,11 +246,12 @@ class Checkpoints(_Steps):
         counts = {int(path.name.rpartition("of")[2]) for path in directory.glob("host*of*")}
         paths = [directory / f"host{i}of{n}" for n in counts for i in range(n)]
         if len(counts) != 1 or not all(path.exists() for path in paths):
-            raise UserError(
-                f"{directory} lacks a host's state of checkpoint step {step}; put the run's own "
-                "files back, or give another --workdir"
-            )
-        return [path.read_bytes() for path in paths]
+            raise _Damaged(f"{directory} lacks a host's state")
+        states = [path.read_bytes() for path in paths]
+        for path, state in zip(paths, states, strict=True):
+            if xxhash.xxh3_128_digest(state[DIGEST:]) != state[:DIGEST]:
+                raise _Damaged(f"{path} differs from what was saved")
+        return [state[DIGEST:] for state in states]
 
 
 class Weights(_Steps):
@@ -202,9 +274,34 @@ class Weights(_Steps):
         return deleted
 
 
-def _restore_params(abstract: Any) -> ocp.args.PyTreeRestore:
+def _restore(name: str, abstract: Any) -> Any:
+    if name != "params":
+        return ocp.args.StandardRestore(abstract)
     arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
     return ocp.args.PyTreeRestore(abstract, arguments)
+
+
+def checksum(tree: Any) -> list[int]:
+    """Checksums of arrays, in the order of their leaves, the same on every mesh.
+
+    For each array the sum over elements of bits * (odd number of the position), modulo 2^32: any
+    changed bit of an element changes it. The devices compute it, each on its own part.
+    """
+    return [int(value) for value in jax.device_get(_checksums(jax.tree.leaves(tree)))]
+
+
+@jax.jit
+def _checksums(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    def one(array: jax.Array) -> jax.Array:
+        width = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(array, width).astype(jnp.uint32)
+        position = jnp.zeros(array.shape, jnp.uint32)
+        for axis, size in enumerate(array.shape):
+            index = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+            position = position * np.uint32(size) + index
+        return jnp.sum(bits * (position * np.uint32(2654435761) | 1), dtype=jnp.uint32)
+
+    return [one(leaf) for leaf in leaves]
 
 
 def _without_params(state: TrainState) -> dict[str, Any]:
