@@ -16,7 +16,7 @@ from oapl_jax.errors import UserError, exit_with_code, one_line
 from oapl_jax.files import absolute
 from oapl_jax.model import hf
 from oapl_jax.model.tokenizer import check_tokenizer, load_tokenizer
-from oapl_jax.weights import publisher
+from oapl_jax.weights import checkpoint, publisher
 
 STEPS = ("weights", "checkpoints")  # directories of a workdir with Orbax steps
 
@@ -48,8 +48,11 @@ def publish_step(
                 path.copy(epath.Path(local) / path.name)
         tokenizer = load_tokenizer(local)
     check_tokenizer(tokenizer, config, source=os.fspath(model))
+    source = workdir / found[0] / str(step)
+    if found[0] == "checkpoints":
+        checkpoint.check_params(source, publisher.open_params(source))
     return publisher.publish(
-        workdir / found[0] / str(step),
+        source,
         config,
         version=step,
         directory=directory,

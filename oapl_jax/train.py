@@ -214,7 +214,7 @@ def agree_to_stop(stop: StopRequest, name: str, deadline: float) -> bool:
 
 
 def warm_up(run: Run, params: Any, on_step: Callable[[int, dict[str, float]], bool]) -> Any:
-    """Parameters after the supervised stage on noisy demonstrations; a True of `on_step` ends it."""
+    """Parameters after the supervised stage on noisy demonstrations; `on_step`: see sft.warm_up."""
     config, warmup = run.config, run.config.warmup
     max_response_tokens = config.rollout.max_response_tokens
     stream = demonstrations(
@@ -291,7 +291,8 @@ def resume(run: Run, restore_step: int | None) -> tuple[TrainState, Loop]:
     with multihost.collective_section(f"the restore of step {step}", deadline=deadline):
         state, loop, host_states = run.checkpoints.restore(step, run.abstract_state)
     run.source.restore(host_states, functools.partial(run.checkpoints.restore_curriculum, step))
-    run.checkpoints.delete_after(step)
+    if later := run.checkpoints.delete_after(step):
+        log(f"removed the later checkpoint steps {', '.join(map(str, later))}")
     run.versions.keep_only({v for pins in loop["pins"].values() for v in pins if v <= step})
     log(f"resumed from checkpoint step {step} of {run.workdir}")
     return state, loop

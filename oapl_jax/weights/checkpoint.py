@@ -1,9 +1,9 @@
 """Orbax steps of a workdir: checkpoints to resume from, and weights to publish.
 
-Items of a checkpoint: `params`, `probe`, `optimizer`, `loop`, `checksums` of the arrays, and
+Items of a checkpoint: `params`, `probe`, `optimizer`, `loop`, `checksums` of all the others, and
 `curriculum` if that has arrays. Weights have `params` and `probe` alone, which the publisher reads.
-State that belongs to one host
-(buffer, position in the prompts) is a file beside, on disk before the step is finished.
+State that belongs to one host (buffer, position in the prompts) is a file beside, which begins with
+its digest and is on disk before the step is finished.
 Restore order: params and optimizer into their shardings (the mesh may differ from the one that
 saved), then the hosts' states, then the curriculum from its host's state and arrays.
 """
@@ -11,8 +11,10 @@ saved), then the hosts' states, then the curriculum from its host's state and ar
 import contextlib
 import copy
 import functools
+import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +28,13 @@ from oapl_jax.files import write_file
 from oapl_jax.learner.train_step import TrainState
 
 CHUNK_BYTES = 64 << 20  # of parameters: what the publisher must hold beside a tensor
+DIGEST_BYTES = 16  # of the XXH3 before a host's state
+X = TypeVar("X")
 _ARRAYS, _JSON = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
 
 
-DIGEST = 16  # bytes before a host's state
-
-
 class _Damaged(Exception):
-    """Files of a step are missing, unreadable, or not what was saved."""
+    """Files of a step are missing, unreadable, or differ from what was saved."""
 
 
 class _Steps:
@@ -106,7 +107,8 @@ class Checkpoints(_Steps):
     """Checkpoints of a run below one directory, of which the newest `keep` stay."""
 
     def __init__(self, directory: epath.Path, *, keep: int):
-        items = dict(optimizer=_ARRAYS(), loop=_JSON(), checksums=_JSON(), curriculum=_ARRAYS())
+        json_items, array_items = ("loop", "checksums"), ("optimizer", "curriculum")
+        items = {n: _JSON() for n in json_items} | {n: _ARRAYS() for n in array_items}
         super().__init__(directory, keep=keep, **items)
         self._host_states = directory.parent / "host_states"
 
@@ -128,104 +130,113 @@ class Checkpoints(_Steps):
         """
         with self._saving():
             self._write_host_state(step, host_state)
-        optimizer = _without_params(state)
-        checksums = {"params": checksum(state.params), "optimizer": checksum(optimizer)}
-        items = {}
+        arrays = {"optimizer": _without_params(state)}
         if curriculum is not None:
-            checksums["curriculum"] = checksum(curriculum)
-            items["curriculum"] = ocp.args.StandardSave(curriculum)
+            arrays["curriculum"] = curriculum
+        sums = {
+            **{name: digest(document) for name, document in {"loop": loop, "probe": probe}.items()},
+            **checksums({"params": state.params, **arrays}),
+        }
         self._save(
             step,
             state.params,
             probe,
-            optimizer=ocp.args.StandardSave(optimizer),
+            **{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()},
+            checksums=ocp.args.JsonSave(sums),
             # A copy, since a thread writes it while the caller mutates its own.
             loop=ocp.args.JsonSave(copy.deepcopy(loop)),
-            checksums=ocp.args.JsonSave(checksums),
-            **items,
         )
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict, list[bytes]]:
         """Reads state, `loop` and the saving hosts' states; `abstract` has shapes and shardings.
 
         Raises:
-          UserError: for a step that is damaged, naming the newest older one that can be read, or
-            that has other shapes.
+          UserError: for a step that is damaged, naming the newest older one that is whole; for one
+            that has other arrays; for one that does not exist.
         """
-        read = functools.partial(
-            self._read,
-            params=abstract.params,
-            optimizer=_without_params(abstract),
-            loop=None,
-            hosts=None,
-        )
-        items = self._or_older(step, read)
-        return (
-            TrainState(params=items["params"], **items["optimizer"]),
-            items["loop"],
-            items["hosts"],
-        )
+
+        def read(step: int) -> tuple[TrainState, dict, list[bytes]]:
+            hosts = self._read_host_states(step)
+            arrays = {"params": abstract.params, "optimizer": _without_params(abstract)}
+            items = self._read(step, arrays, loop=ocp.args.JsonRestore())
+            return TrainState(params=items["params"], **items["optimizer"]), items["loop"], hosts
+
+        return self._or_older(step, read)
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """Reads only the parameters of a step; raises as `restore` does."""
-        return self._or_older(step, functools.partial(self._read, params=abstract))["params"]
+        return self._or_older(step, lambda step: self._read(step, {"params": abstract})["params"])
 
     def restore_curriculum(self, step: int, abstract: Any) -> Any:
         """Reads only the curriculum's arrays of a step; raises as `restore` does."""
-        return self._or_older(step, functools.partial(self._read, curriculum=abstract))[
-            "curriculum"
-        ]
+        arrays = {"curriculum": abstract}
+        return self._or_older(step, lambda step: self._read(step, arrays)["curriculum"])
 
-    def delete_after(self, step: int) -> None:
-        """Deletes all later steps; all hosts must call it."""
-        for later in self.steps():
-            if later > step:
-                self._manager.delete(later)
+    def delete_after(self, step: int) -> list[int]:
+        """Deletes all later steps and returns them; all hosts must call it."""
+        later = [other for other in self.steps() if other > step]
+        for other in later:
+            self._manager.delete(other)
+        return later
 
-    def _or_older(self, step: int, read: Callable[[int], Any]) -> Any:
+    def _or_older(self, step: int, read: Callable[[int], X]) -> X:
         """`read(step)`; the error for a damaged step names the newest older one that is whole."""
         try:
             return read(step)
         except _Damaged as error:
-            damage = f"checkpoint step {step} below {self._directory} is damaged ({error})"
+            damage = error
+        where = f"checkpoint step {step} below {self._directory}"
+        if not (self._directory / str(step)).exists():
+            have = ", ".join(map(str, self._manager.all_steps(read=True))) or "none"
+            raise UserError(f"{where} does not exist, or was deleted meanwhile (have: {have})")
         for older in reversed([other for other in self.steps() if other < step]):
             with contextlib.suppress(_Damaged):
                 read(older)
-                raise UserError(f"{damage}; --restore_step={older} resumes from the one before it")
-        raise UserError(f"{damage} and no older step is whole; give another --workdir")
+                remedy = f"oapl_jax.train --restore_step={older} resumes from the newest whole one"
+                raise UserError(f"{where} is damaged ({damage}); {remedy}")
+        raise UserError(
+            f"{where} is damaged ({damage}) and no older one is whole; put the run's own files "
+            "back, or give another --workdir"
+        )
 
-    def _read(self, step: int, **abstract: Any) -> dict[str, Any]:
-        """Reads items of a step: arrays as their abstract values say, "loop", and "hosts".
+    def _read(self, step: int, abstract: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+        """Reads the arrays that `abstract` describes, and more items.
 
         Raises:
-          UserError: if the step's arrays are not those of `abstract`.
+          UserError: if the step's arrays have other names, shapes or dtypes.
           _Damaged: if files are missing, unreadable, or differ from what was saved.
         """
-        arrays = {name: tree for name, tree in abstract.items() if tree is not None}
-        args = {name: _restore(name, tree) for name, tree in arrays.items()}
-        args |= {name: ocp.args.JsonRestore() for name in ("loop", "checksums")}
+        args = {name: _restore(name, tree) for name, tree in abstract.items()} | more
         try:
-            self._check_shapes(step, arrays)
-            items = self._manager.restore(step, args=ocp.args.Composite(**args))
-            found = {name: items[name] for name in args}
-            hosts = self._read_host_states(step) if "hosts" in abstract else []
-        except (UserError, _Damaged):
+            saved = self._items(step, checksums=ocp.args.JsonRestore())["checksums"]
+            self._check_fit(step, saved, abstract)
+            items = self._items(step, **args)
+        except UserError:
             raise
-        except Exception as error:  # of Orbax, TensorStore, JSON: whatever a damaged file causes
+        except Exception as error:  # of Orbax, TensorStore or JSON, whatever a damaged file causes
             raise _Damaged(one_line(error)) from error
-        for name in arrays:
-            if checksum(found[name]) != found["checksums"].get(name):
-                raise _Damaged(f"{name} differ from what was saved")
-        return {**found, "hosts": hosts}
+        found = checksums({name: items[name] for name in abstract})
+        found |= {name: digest(items[name]) for name in more}
+        for path, value in found.items():
+            if value != saved.get(path):
+                raise _Damaged(f"{path} differs from what was saved")
+        return items
 
-    def _check_shapes(self, step: int, arrays: Mapping[str, Any]) -> None:
-        for name, tree in arrays.items():
-            saved = self._manager.item_metadata(step)[name]
-            shapes = lambda tree: {
-                jax.tree_util.keystr(path): tuple(leaf.shape)
-                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-            }
-            print(shapes(saved), shapes(tree))
+    def _items(self, step: int, **args: Any) -> dict[str, Any]:
+        items = self._manager.restore(step, args=ocp.args.Composite(**args))
+        return {name: items[name] for name in args}
+
+    def _check_fit(self, step: int, saved: Mapping[str, Any], abstract: Mapping[str, Any]) -> None:
+        here = _shapes(abstract)
+        there = {path: entry[:2] for path, entry in saved.items() if _item(path) in abstract}
+        text = lambda entry: f"{entry[1]}{entry[0]}" if entry else "absent"
+        for path in here.keys() | there.keys():
+            if here.get(path) != there.get(path):
+                raise UserError(
+                    f"checkpoint step {step} below {self._directory} does not fit this "
+                    f"configuration ({path} is {text(there.get(path))} there and "
+                    f"{text(here.get(path))} here); use the one that saved it, or another --workdir"
+                )
 
     def _write_host_state(self, step: int, host_state: bytes) -> None:
         directory, hosts = self._host_states / str(step), f"of{jax.process_count()}"
@@ -249,9 +260,9 @@ class Checkpoints(_Steps):
             raise _Damaged(f"{directory} lacks a host's state")
         states = [path.read_bytes() for path in paths]
         for path, state in zip(paths, states, strict=True):
-            if xxhash.xxh3_128_digest(state[DIGEST:]) != state[:DIGEST]:
+            if xxhash.xxh3_128_digest(state[DIGEST_BYTES:]) != state[:DIGEST_BYTES]:
                 raise _Damaged(f"{path} differs from what was saved")
-        return [state[DIGEST:] for state in states]
+        return [state[DIGEST_BYTES:] for state in states]
 
 
 class Weights(_Steps):
@@ -281,17 +292,73 @@ def _restore(name: str, abstract: Any) -> Any:
     return ocp.args.PyTreeRestore(abstract, arguments)
 
 
-def checksum(tree: Any) -> list[int]:
-    """Checksums of arrays, in the order of their leaves, the same on every mesh.
+def checksums(tree: Any) -> dict[str, list[Any]]:
+    """{path: [shape, dtype, checksum]} of arrays, the same on every mesh.
 
-    For each array the sum over elements of bits * (odd number of the position), modulo 2^32: any
-    changed bit of an element changes it. The devices compute it, each on its own part.
+    The checksum is the sum over elements of bits x an odd number of the position, modulo 2^32: any
+    changed bit of one element changes it. The devices compute it, each on its own part.
     """
-    return [int(value) for value in jax.device_get(_checksums(jax.tree.leaves(tree)))]
+    sums = jax.device_get(_sums(jax.tree.leaves(tree)))
+    return {
+        path: [*entry, int(value)]
+        for (path, entry), value in zip(_shapes(tree).items(), sums, strict=True)
+    }
+
+
+def _shapes(tree: Any) -> dict[str, list[Any]]:
+    """{path: [shape, dtype]}, in the order of the leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves}
+
+
+def digest(document: Any) -> str:
+    """XXH3 (128 bits) of a JSON-able value, the same before and after it was saved."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True).encode())
+
+
+def check_params(step: epath.Path, params: Mapping[str, Any]) -> None:
+    """Reads the parameters of a checkpoint step on the host, and compares them and the probe.
+
+    Args:
+      step: directory of the step.
+      params: path -> array or TensorStore, as of publisher.open_params.
+
+    Raises:
+      UserError: for a step without checksums, or one that differs from what was saved.
+    """
+    try:
+        read = ocp.JsonCheckpointHandler().restore
+        saved = read(step / "checksums")
+        found = {"probe": digest(read(step / "probe"))}
+        for path, array in params.items():
+            total, size = 0, math.prod(array.shape[1:])
+            for row in range(array.shape[0]):
+                bits = np.asarray(array[row]).reshape(-1)
+                position = np.arange(row * size, (row + 1) * size).astype(np.uint32)
+                bits = bits.view(f"uint{8 * bits.itemsize}").astype(np.uint32)
+                total += int(np.sum(bits * _odd(position), dtype=np.uint32))
+            found[f"params/{path}"] = [list(array.shape), array.dtype.name, total % 2**32]
+        damaged = [path for path, value in found.items() if value != saved.get(path)]
+    except Exception as error:  # of Orbax, TensorStore or JSON, whatever a damaged file causes
+        damaged = [one_line(error)]
+    if damaged:
+        raise UserError(
+            f"checkpoint step {step} is damaged ({damaged[0]} differs from what was saved); name "
+            "another step"
+        )
+
+
+def _item(path: str) -> str:
+    return path.partition("/")[0]
+
+
+def _odd(position: Any) -> Any:
+    return position * np.uint32(2654435761) | np.uint32(1)
 
 
 @jax.jit
-def _checksums(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+def _sums(leaves: Sequence[jax.Array]) -> list[jax.Array]:
     def one(array: jax.Array) -> jax.Array:
         width = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
         bits = jax.lax.bitcast_convert_type(array, width).astype(jnp.uint32)
@@ -299,7 +366,7 @@ def _checksums(leaves: Sequence[jax.Array]) -> list[jax.Array]:
         for axis, size in enumerate(array.shape):
             index = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
             position = position * np.uint32(size) + index
-        return jnp.sum(bits * (position * np.uint32(2654435761) | 1), dtype=jnp.uint32)
+        return jnp.sum(bits * _odd(position), dtype=jnp.uint32)
 
     return [one(leaf) for leaf in leaves]
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import re
+import shutil
 import threading
 from typing import Any
 
@@ -21,7 +23,7 @@ from oapl_jax.errors import RunError, UserError
 from oapl_jax.learner import train_step
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.weights import checkpoint
-from oapl_jax.weights.checkpoint import Checkpoints, Weights
+from oapl_jax.weights.checkpoint import Checkpoints, Weights, check_params, checksums
 from oapl_jax.weights.publisher import load_probe, open_params
 
 PROBE = {"tokens": [[3, 1, 2]], "logp": [[-0.5, -1.25]], "dtype": "float32"}
@@ -261,6 +263,104 @@ def test_a_failed_background_save_stops_the_next_call(tmp_path, opened, monkeypa
     assert steps.steps() == []
     if kind == "weights":
         steps.close()
+
+
+def largest(directory):
+    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path):
+    """Flips one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a bit of the parameters": lambda root: flip(largest(root / "checkpoints/3/params")),
+    "a bit of the optimizer": lambda root: flip(largest(root / "checkpoints/3/optimizer")),
+    "a bit of a host's state": lambda root: flip(root / "host_states/3/host0of1"),
+    "cut parameters": lambda root: os.truncate(largest(root / "checkpoints/3/params"), 5000),
+    "no parameters": lambda root: shutil.rmtree(root / "checkpoints/3/params"),
+    "a bit of the loop": lambda root: flip(root / "checkpoints/3/loop/metadata"),
+    "an empty loop": lambda root: os.truncate(root / "checkpoints/3/loop/metadata", 0),
+    "no checksums": lambda root: shutil.rmtree(root / "checkpoints/3/checksums"),
+    "an empty host's state": lambda root: os.truncate(root / "host_states/3/host0of1", 0),
+    "no host's state": lambda root: shutil.rmtree(root / "host_states/3"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_found_and_the_newest_whole_step_is_named(opened, tmp_path, damage):
+    """Step 2 is damaged too."""
+    checkpoints, states = opened(), [random_state(seed=seed) for seed in range(4)]
+    for step in (1, 2, 3):
+        save(checkpoints, step, states[step])
+    checkpoints.wait()
+    DAMAGE[damage](tmp_path)
+    flip(largest(tmp_path / "checkpoints/2/params"))
+    again = opened()
+    with pytest.raises(UserError, match=r"step 3 below .* damaged .*--restore_step=1\b"):
+        again.restore(3, abstract())
+    found, _, _ = again.restore(1, abstract())
+    assert_same(found, states[1])
+    assert again.delete_after(1) == [2, 3]
+    save(again, 2, states[3])
+    again.wait()
+    assert_same(again.restore(2, abstract())[0], states[3])
+
+
+def test_damaged_parameters_are_not_evaluated(opened, tmp_path):
+    save(opened(), 3, random_state())
+    opened()
+    flip(largest(tmp_path / "checkpoints/3/params"))
+    with pytest.raises(UserError, match=r"step 3 below .* damaged"):
+        opened().restore_params(3, abstract().params)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda step: flip(largest(step / "params")),
+        lambda step: flip(step / "probe/metadata"),
+        lambda step: shutil.rmtree(step / "checksums"),
+    ],
+)
+def test_a_damaged_step_is_not_published(opened, tmp_path, damage):
+    save(opened(), 3, random_state())
+    opened()
+    step = epath.Path(tmp_path / "checkpoints/3")
+    check_params(step, open_params(step))
+    damage(tmp_path / "checkpoints/3")
+    with pytest.raises(UserError, match=f"{step} is damaged"):
+        check_params(step, open_params(step))
+
+
+def test_a_step_that_was_deleted_meanwhile_is_not_called_damaged(opened, tmp_path):
+    checkpoints = opened()
+    for step in (1, 2):
+        save(checkpoints, step, random_state())
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / "checkpoints/1")
+    with pytest.raises(UserError, match=r"step 1 below .* deleted .*have: 2\b"):
+        checkpoints.restore_params(1, abstract().params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])
+def test_every_bit_counts_in_a_checksum(dtype):
+    rng = np.random.default_rng(0)
+    width = jnp.dtype(dtype).itemsize
+    content = rng.integers(0, 256, (3, 5, width), np.uint8)
+    of = lambda content: checksums({"x": jnp.asarray(content.view(jnp.dtype(dtype))[..., 0])})
+    whole = of(content)
+    assert whole == of(content.copy())
+    for place in np.ndindex(content.shape):
+        for bit in range(8):
+            changed = content.copy()
+            changed[place] ^= 1 << bit
+            assert of(changed) != whole
+    swapped = content[::-1].copy()
+    assert of(swapped) != whole
 
 
 def test_an_existing_step_is_kept_and_an_older_one_is_an_error(opened):
