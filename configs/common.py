@@ -40,6 +40,7 @@ def fleet() -> Config:
             servers=(),  # URLs: --config.fleet.servers="('http://10.0.0.2:30000',)"
             servers_file="",  # or a file with one URL a line, read again every poll_every
             router="",  # or a sglang-router, whose GET /workers is the list
+            api_key_file="",  # file with the key of servers that were started with --api-key
             poll_every=5.0,  # seconds between two looks at servers_file or router
             max_in_flight=64,  # groups requested at a time, over all servers
             attempts=4,  # of a group that fails; then it is dropped and counted
@@ -175,6 +176,7 @@ def preferences(objective: str) -> Config:
             ),
             language_model=dict(
                 servers=(),  # URLs of SGLang servers with fixed weights
+                api_key_file="",  # file with their key, if they were started with --api-key
                 tokenizer="",  # directory of the judge's own
                 chat=dict(enable_thinking=False),  # for its chat template
                 template=JUDGE_TEMPLATE,

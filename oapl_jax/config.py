@@ -20,6 +20,7 @@ from etils import epath
 
 from oapl_jax.errors import UserError
 from oapl_jax.files import write_atomically
+from oapl_jax.servers import server_url
 
 DTYPES = ("float32", "bfloat16")
 TASKS = ("chain_sum", "number_sorting", "countdown", "documents", "math", "code")
@@ -453,6 +454,9 @@ class FleetConfig(Section):
         "or a file with one URL a line, read again every `poll_every`", path=True
     )
     router: str = setting("or the URL of a sglang-router, whose GET /workers is the list")
+    api_key_file: str = setting(
+        "file with the --api-key of servers and router; '' for none", path=True, default=""
+    )
     poll_every: float = setting("between two reads of servers_file or router", above=0)
     max_in_flight: int = setting("groups in flight over all servers", at_least=1)
     attempts: int = setting("requests of a group before it is dropped and counted", at_least=1)
@@ -476,6 +480,12 @@ class FleetConfig(Section):
     )
 
     def check(self) -> None:
+        for name, urls in (
+            ("servers", self.servers),
+            ("router", (self.router,) * bool(self.router)),
+        ):
+            for url in urls:
+                server_url(url, of=self.full_name(name))
         needed = max(self.start_deadline, self.drain_deadline + self.update_deadline)
         if self.no_server_deadline < needed:
             raise UserError(
@@ -575,6 +585,7 @@ class LanguageModelJudgeConfig(Section):
     """A language model as a judge, on SGLang servers of its own."""
 
     servers: tuple[str, ...] = setting("URLs of servers with fixed weights")
+    api_key_file: str = setting("file with their --api-key; '' for none", path=True, default="")
     tokenizer: str = setting("directory of the judge's tokenizer", path=True)
     chat: Mapping[str, Any] = setting("arguments of its chat template")
     template: str = setting("the question, with {prompt}, {first}, {second}, {question}")
@@ -590,6 +601,10 @@ class LanguageModelJudgeConfig(Section):
     request_deadline: float = setting("seconds for a request", above=0)
     backoff: float = setting("seconds before a failed request is retried; doubles", above=0)
     group_deadline: float = setting("seconds for a group", above=0)
+
+    def check(self) -> None:
+        for url in self.servers:
+            server_url(url, of=self.full_name("servers"))
 
 
 class PreferencesConfig(Section):

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "oapl_jax"
 
 # From the bottom up: a package or top-level module imports from its own layer or from below.
 LAYERS = (
-    ("errors", "structs", "files"),
+    ("errors", "structs", "files", "servers"),
     ("config", "lease", "multihost", "objectives"),
     ("model", "data", "tracking"),
     ("learner", "rewards"),

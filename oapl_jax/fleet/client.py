@@ -30,6 +30,10 @@ class Refused(ServerError):
     """The server works and rejected the request."""
 
 
+class Unauthorized(Refused):
+    """The server needs another API key."""
+
+
 class Aborted(ServerError):
     """The group was ended before its last token."""
 
@@ -152,14 +156,21 @@ class SGLangClient:
       url: without a slash at the end.
       connect_deadline: seconds to open a connection.
       deadline: seconds for a request that has no deadline of its own.
+      api_key: of a server that was started with --api-key; no message has it.
 
     Every method raises ServerError if the request fails or the response is invalid.
     """
 
     def __init__(
-        self, session: aiohttp.ClientSession, url: str, *, connect_deadline: float, deadline: float
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        *,
+        connect_deadline: float,
+        deadline: float,
+        api_key: str = "",
     ):
-        self.url, self._session = url, session
+        self.url, self._session, self._api_key = url, session, api_key
         self._connect_deadline, self._deadline = connect_deadline, deadline
 
     async def generate(
@@ -262,25 +273,40 @@ class SGLangClient:
     ) -> Any:
         """Returns the response's JSON after `parse`, if there is one."""
         status, content = await self._send(route, body, deadline or self._deadline)
-        if status != 200:
-            kind = Refused if 400 <= status < 500 else ServerError
-            raise kind(f"{self.url}{route} returned status {status}: {short(content)}")
         try:
-            return parse and parse(json.loads(content))
-        except MALFORMED as error:
-            message = f"{self.url}{route} returned a malformed response"
-            raise ServerError(f"{message} ({error}): {short(content)}") from error
+            if status in (401, 403):
+                has = "rejects the key of" if self._api_key else "demands a key; name its file in"
+                raise Unauthorized(f"{self.url}{route} {has} api_key_file (status {status})")
+            if status != 200:
+                kind = Refused if 400 <= status < 500 else ServerError
+                raise kind(f"{self.url}{route} returned status {status}: {short(content)}")
+            try:
+                return parse and parse(json.loads(content))
+            except MALFORMED as error:
+                message = f"{self.url}{route} returned a malformed response"
+                raise ServerError(f"{message} ({error}): {short(content)}") from error
+        except ServerError as error:
+            if not self._api_key or self._api_key not in str(error):
+                raise
+            # A response may repeat the key.
+            raise type(error)(str(error).replace(self._api_key, "***")) from None
 
     async def _send(self, route: str, body: Any, total: float) -> tuple[int, bytes]:
         method, url = "GET" if body is None else "POST", self.url + route
         timeout = aiohttp.ClientTimeout(total=total, sock_connect=self._connect_deadline)
+        request: dict[str, Any] = dict(json=body, timeout=timeout, headers=bearer(self._api_key))
         try:
-            async with self._session.request(method, url, json=body, timeout=timeout) as response:
+            async with self._session.request(method, url, **request) as response:
                 return response.status, await response.read()
         except (aiohttp.ClientError, OSError, ValueError) as error:  # TimeoutError is an OSError
             late = isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError)
             reason = f"no response in {total:g} s" if late else f"{type(error).__name__} {error}"
             raise ServerError(f"{url} failed: {reason}") from error
+
+
+def bearer(api_key: str) -> dict[str, str]:
+    """Headers of a request to a server with this key, or with none."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def sampling_params(sampling: Sampling, *, n: int, stop_ids: Sequence[int]) -> dict[str, Any]:

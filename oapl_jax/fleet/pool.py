@@ -7,6 +7,7 @@ to the target version, checked and retried by a task of its own.
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 from collections import Counter
@@ -18,17 +19,22 @@ import numpy as np
 from etils import epath
 
 from oapl_jax.config import FleetConfig
+from oapl_jax.errors import UserError
 from oapl_jax.fleet.admission import Requirements, check_server, dtype_of
 from oapl_jax.fleet.client import (
+    MALFORMED,
     Aborted,
     GroupRequest,
     Mixed,
     Refused,
     ServerError,
     SGLangClient,
+    Unauthorized,
     WrongVersion,
+    bearer,
 )
 from oapl_jax.rollout.sampler import Attempt, Sampled, Sampling
+from oapl_jax.servers import read_server_list, server_url
 from oapl_jax.structs import Prompt, Rollout
 from oapl_jax.weights import publisher
 
@@ -76,7 +82,7 @@ class Server:
         self.version: int | None = None  # loaded and probed; None if unknown
         self.target: int | None = None  # version that is being loaded
         self.refreshing = False  # holds one of the fleet's refresh slots
-        self.not_admitted = False  # refused by check_server, not for a failure
+        self.not_admitted = False  # refused by check_server or for its key, not for a failure
         self.leaving = False  # removed from the list of servers; drains
         self.probe_gap = 0.0  # largest log-prob difference of the last probe, nats
         self.refresh_seconds = 0.0  # of the last refresh
@@ -94,6 +100,13 @@ class Server:
     @property
     def in_flight(self) -> int:
         return len(self._in_flight)
+
+    def describe(self) -> str:
+        """Returns the state and its reason, for a server that must not sample now."""
+        if self.state == READY and self.pool.target_version:
+            target = self.pool.target_version.number
+            return f"{self.url} has version {self.version} and is to load version {target}"
+        return f"{self.url} is {self.state} ({self.reason})"
 
     async def generate(self, prompt: Prompt, *, n: int, sampling: Sampling) -> tuple[Rollout, ...]:
         """Samples one group from the loaded version.
@@ -189,6 +202,7 @@ class Server:
                 await self._step()
             except ServerError as error:
                 refused = isinstance(error, WrongVersion | Refused)
+                self.not_admitted |= isinstance(error, Unauthorized)
                 late = time.monotonic() - self._created > config.start_deadline
                 if refused or self._reached or late:
                     self._fail(REFUSED if refused else LOST, str(error), log=True)
@@ -235,8 +249,12 @@ class Server:
         await self.client.check_health()  # other routes work before a starting server is healthy
         self._checked_at = time.monotonic()
         info = await self.client.info()
-        refusals, warnings = await check_server(self.client, info, self.pool.requirements)
-        self._reached, self._dtype = True, dtype_of(info)
+        self._reached = True
+        try:
+            refusals, warnings = await check_server(self.client, info, self.pool.requirements)
+        except MALFORMED as error:
+            raise ServerError(f"it describes itself wrongly ({type(error).__name__})") from error
+        self._dtype = dtype_of(info)
         for warning in warnings:
             self._warn(warning)
         self.not_admitted, target = bool(refusals), self.pool.target_version
@@ -330,6 +348,7 @@ class Pool:
 
     config: FleetConfig
     requirements: Requirements
+    api_key: str = dataclasses.field(repr=False)  # of servers and router; "" for none
     allow_older: bool  # see Fleet
     log: Callable[[str], None]  # logs one sentence
     spawn: Callable[[Coroutine], asyncio.Task]  # starts a task of the fleet
@@ -340,6 +359,7 @@ class Pool:
         self.target_version: PublishedVersion | None = None  # of all servers
         self.target_since = 0.0  # time
         self.published: dict[int, PublishedVersion] = {}  # versions that a server may hold
+        self.list_fault = ""  # why the list of servers could not be read last; "" if it was
         self._controls: dict[str, asyncio.Task] = {}  # by URL
         self._changed = asyncio.Event()
 
@@ -420,19 +440,23 @@ class Pool:
 
     async def watch(self) -> None:
         connector = aiohttp.TCPConnector(limit=0, force_close=True)  # no stale connections
-        config, logged = self.config, False
+        config, listed = self.config, False
         deadlines = dict(connect_deadline=config.connect_deadline, deadline=config.control_deadline)
+        client = functools.partial(SGLangClient, api_key=self.api_key, **deadlines)
         async with aiohttp.ClientSession(connector=connector) as session:
             while True:
                 try:
-                    urls, logged = await read_servers(config, session), False
-                except (OSError, ValueError, aiohttp.ClientError) as error:
+                    urls = await read_servers(config, session, self.api_key)
+                    listed, self.list_fault = True, ""
+                except (UserError, OSError, aiohttp.ClientError) as error:
+                    if isinstance(error, UserError) and not listed:
+                        raise  # no wait mends it
                     urls = {url for url, server in self.servers.items() if not server.leaving}
-                    if not logged:
-                        logged = True
+                    if not self.list_fault:
                         self.log(f"the list of servers can't be read and stays as it is: {error}")
+                    self.list_fault = f"the list of servers can't be read: {error}"
                 for url in sorted(urls - self.servers.keys()):
-                    server = Server(SGLangClient(session, url, **deadlines), self)
+                    server = Server(client(session, url), self)
                     server.counts["joined"] += 1
                     self.servers[url], self._controls[url] = server, self.spawn(server.control())
                 for url in sorted(self.servers.keys() - urls):
@@ -449,27 +473,44 @@ class Pool:
         self.notify()
 
 
-async def read_servers(config: FleetConfig, session: aiohttp.ClientSession) -> set[str]:
+async def read_servers(
+    config: FleetConfig, session: aiohttp.ClientSession, api_key: str
+) -> set[str]:
     """Reads the URLs of this host's servers.
 
     With several hosts, host i takes every n-th URL, so that no server is refreshed by two hosts.
 
-    Raises OSError, ValueError or aiohttp.ClientError if the list can't be read.
+    Raises:
+      OSError, aiohttp.ClientError: if the list can't be read now.
+      UserError: if it names no servers that can be reached, or its source is no such list.
     """
     if config.router:
-        url = config.router.rstrip("/") + "/workers"
-        async with asyncio.timeout(config.control_deadline):
-            async with session.get(url, raise_for_status=True) as response:
-                content = json.loads(await response.read())
-        try:
-            names = [worker["url"] for worker in content["workers"]]
-        except (LookupError, TypeError) as error:
-            raise ValueError(f"{url} returned no list of workers") from error
+        urls = await _ask_router(config, session, api_key)
     elif config.servers_file:
-        text = await asyncio.to_thread(epath.Path(config.servers_file).read_text)
-        names = [line.partition("#")[0] for line in text.splitlines()]
+        read = functools.partial(read_server_list, of="fleet.servers_file")
+        urls = await asyncio.to_thread(read, config.servers_file)
     else:
-        names = config.servers
-    urls = [name.strip().rstrip("/") for name in names if name.strip()]
-    urls = sorted({url if "://" in url else f"http://{url}" for url in urls})
-    return set(urls[jax.process_index() :: jax.process_count()])
+        urls = [server_url(url, of="fleet.servers") for url in config.servers]
+    return set(sorted(set(urls))[jax.process_index() :: jax.process_count()])
+
+
+async def _ask_router(
+    config: FleetConfig, session: aiohttp.ClientSession, api_key: str
+) -> list[str]:
+    """Returns the workers' URLs; see read_servers."""
+    url = server_url(config.router, of="fleet.router") + "/workers"
+    async with asyncio.timeout(config.control_deadline):
+        async with session.get(url, headers=bearer(api_key)) as response:
+            content = await response.read()
+            if response.status in (401, 403):
+                raise UserError(f"{url} demands another key than that of fleet.api_key_file")
+            if response.status not in (404, 405):
+                response.raise_for_status()
+    try:
+        names = [str(worker["url"]) for worker in json.loads(content)["workers"]]
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{url} returned no list of workers; fleet.router must name a sglang-router, "
+            "and fleet.servers a server"
+        ) from error
+    return [server_url(name, of=url) for name in names]

@@ -6,7 +6,8 @@
 It runs beside the server and has the routes of SGLang that a fleet uses. /update_weights_from_disk
 checks a version's files, drains the requests in flight, restarts the server on the version and
 responds once it is healthy. Meanwhile every other route returns 503. Each response names the
-version that produced it. A server that dies is restarted.
+version that produced it. A server that dies is restarted. With --api_key_file, every route but
+/health* demands the key, as SGLang's --api-key does; the server itself needs none.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import hmac
 import json
 import os
 import shutil
@@ -25,10 +27,12 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 from etils import epath
 
 from oapl_jax.errors import RunError, UserError, exit_with_code
 from oapl_jax.files import checksum
+from oapl_jax.servers import read_api_key
 from oapl_jax.weights.publisher import MANIFEST, check_version, read_manifest
 
 MAX_BACKOFF = 30.0  # seconds
@@ -358,10 +362,25 @@ def first_version(path: str) -> ServedVersion:
     return ServedVersion("default", path, "")
 
 
-async def serve(supervisor: Supervisor, host: str, port: int) -> None:
+def demand_key(api_key: str) -> list[Middleware]:
+    """Middlewares that return 401 to a request without the key; none for the key ""."""
+    expected = f"bearer {api_key}".encode()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        given = f"{scheme.lower()} {key}".encode(errors="surrogateescape")
+        if request.path.startswith("/health") or hmac.compare_digest(given, expected):
+            return await handler(request)
+        return _error(401, "the request needs the key of --api_key_file as its bearer token")
+
+    return [check] if api_key else []
+
+
+async def serve(supervisor: Supervisor, host: str, port: int, api_key: str = "") -> None:
     """Serves until SIGTERM or Ctrl-C; a UserError if the port is taken."""
     async with aiohttp.ClientSession() as session:
-        app = web.Application(client_max_size=MAX_REQUEST_BYTES)
+        app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=demand_key(api_key))
         app.add_routes(Proxy(supervisor, session).routes())
         # A caller that hangs up cancels its request, and so the server's.
         runner = web.AppRunner(
@@ -410,14 +429,19 @@ def main() -> None:
     )
     parser.add_argument("--drain_deadline", type=float, default=300, help="seconds for requests")
     parser.add_argument("--stop_deadline", type=float, default=30, help="seconds after SIGTERM")
+    parser.add_argument("--api_key_file", default="", help="file with the key that callers need")
     parser.add_argument("--restarts", type=int, default=5, help="most restarts of a dead server")
     parser.add_argument("--window", type=float, default=600, help="seconds that --restarts counts")
     parser.add_argument("command", nargs="+", help="starts the server; has {model}, maybe {port}")
     arguments = parser.parse_args()
     check_arguments(arguments)
-    settings = vars(arguments)
+    settings, api_key = vars(arguments), ""
     host, port, model = (settings.pop(name) for name in ("host", "port", "model"))
-    asyncio.run(serve(Supervisor(version=first_version(model), **settings), host, port))
+    if key_file := settings.pop("api_key_file"):
+        api_key, exposed = read_api_key(key_file, of="--api_key_file")
+        if exposed:
+            log(exposed)
+    asyncio.run(serve(Supervisor(version=first_version(model), **settings), host, port, api_key))
 
 
 if __name__ == "__main__":

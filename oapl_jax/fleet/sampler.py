@@ -27,8 +27,9 @@ from oapl_jax.config import FleetConfig
 from oapl_jax.errors import FleetLost, RunError, UserError
 from oapl_jax.files import absolute
 from oapl_jax.fleet.admission import Requirements, sampling_warnings
-from oapl_jax.fleet.pool import DRAINING, READY, REFRESHING, STARTING, Pool, PublishedVersion
+from oapl_jax.fleet.pool import LOST, READY, REFUSED, Pool, PublishedVersion
 from oapl_jax.rollout.sampler import Sampled, Sampling
+from oapl_jax.servers import read_api_key, read_server_list
 from oapl_jax.structs import Prompt
 
 COUNTS = ("prompts", "groups", "dropped", "cancelled")  # prompts: the last three and those waiting
@@ -125,6 +126,9 @@ class Fleet:
         their older one. Otherwise every prompt taken after `refresh` is sampled from the target
         version, and groups of another version in flight have `drain_deadline` to finish.
       log: logs one sentence; called in the event loop's thread.
+
+    Raises:
+      UserError: for a list of servers or an API key that can't be used.
     """
 
     def __init__(
@@ -136,7 +140,14 @@ class Fleet:
         log: Callable[[str], None],
     ):
         self._config, self._requirements, self._log = config, requirements, log
-        for warning in sampling_warnings(requirements.sampling):
+        warnings, api_key = sampling_warnings(requirements.sampling), ""
+        if config.api_key_file:
+            api_key, exposed = read_api_key(config.api_key_file, of="fleet.api_key_file")
+            warnings += [exposed] if exposed else []
+        if config.servers_file:
+            with contextlib.suppress(FileNotFoundError):  # the first server may write it
+                read_server_list(config.servers_file, of="fleet.servers_file")
+        for warning in warnings:
             log(warning)
         self.version = -1
         self._read_version = functools.cache(PublishedVersion.read)
@@ -147,7 +158,7 @@ class Fleet:
         self._closed = False
         self._paused_before, self._paused_since = 0.0, None  # seconds; time
         self._tasks: set[asyncio.Task] = set()  # the event loop's thread only
-        self._pool = Pool(config, requirements, allow_older, log, self._spawn)
+        self._pool = Pool(config, requirements, api_key, allow_older, log, self._spawn)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
@@ -324,8 +335,8 @@ class Fleet:
                 continue
             self._paused_since = self._paused_since or now
             seconds = now - self._paused_since
-            states = "; ".join(f"{s.url} is {s.state} ({s.reason})" for s in servers)
-            states = states or "the list of servers is empty"
+            states = "; ".join(server.describe() for server in servers)
+            states = states or self._pool.list_fault or "the list of servers is empty"
             if servers and not served and all(s.not_admitted for s in servers):
                 self._fail(UserError(f"no server can be used: {states}"))
             elif seconds > deadline:
@@ -336,8 +347,7 @@ class Fleet:
                     )
                 )
             elif not logged and (
-                seconds > deadline / 2
-                or not any(s.state in (STARTING, DRAINING, REFRESHING) for s in servers)
+                seconds > deadline / 2 or all(s.state in (LOST, REFUSED) for s in servers)
             ):
                 logged = True
                 self._log(

@@ -7,6 +7,7 @@ think before it judges is not supported.
 """
 
 import asyncio
+import functools
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ import numpy as np
 
 from oapl_jax.config import LanguageModelJudgeConfig
 from oapl_jax.errors import RunError, UserError
-from oapl_jax.fleet.client import ServerError, SGLangClient
+from oapl_jax.fleet.client import ServerError, SGLangClient, Unauthorized
 from oapl_jax.model.tokenizer import load_tokenizer
 from oapl_jax.preferences.judges import Response
+from oapl_jax.servers import read_api_key, server_url
 from oapl_jax.structs import Prompt
+from oapl_jax.tracking.progress import log
 
 FIELDS = ("prompt", "first", "second", "question")  # of a template
 
@@ -40,6 +43,12 @@ class LanguageModelJudge:
 
     def __init__(self, config: LanguageModelJudgeConfig):
         self._config, self._tokenizer = config, load_tokenizer(config.tokenizer)
+        self._api_key = ""
+        if config.api_key_file:
+            of = "preferences.language_model.api_key_file"
+            self._api_key, exposed = read_api_key(config.api_key_file, of=of)
+            if exposed:
+                log(exposed)
         verdicts = config.verdicts
         ids = {v: self._tokenizer.encode(v, add_special_tokens=False) for v in verdicts}
         fields = [f"{{{field}}}" for field in FIELDS]
@@ -66,6 +75,7 @@ class LanguageModelJudge:
 
         Raises:
           RunError: if no server answered any of the questions.
+          UserError: if they demand another API key.
         """
         shape = (2, len(self.objectives), len(responses), len(comparators))
         rows = {at: self._question(at, prompt, responses, comparators) for at in np.ndindex(shape)}
@@ -123,8 +133,11 @@ class LanguageModelJudge:
             deadlines = dict(
                 connect_deadline=config.connect_deadline, deadline=config.request_deadline
             )
-            urls = [url.rstrip("/") for url in config.servers]
-            servers = [SGLangClient(session, url, **deadlines) for url in urls]
+            client = functools.partial(SGLangClient, session, api_key=self._api_key, **deadlines)
+            urls = [
+                server_url(url, of="preferences.language_model.servers") for url in config.servers
+            ]
+            servers = [client(url) for url in urls]
 
             async def ask(part: np.ndarray, turn: int) -> None:
                 try:
@@ -137,7 +150,8 @@ class LanguageModelJudge:
 
             await asyncio.gather(*(ask(part, turn) for turn, part in enumerate(parts)))
         if len(failures) == len(parts):
-            raise RunError(
+            kind = UserError if isinstance(failures[-1], Unauthorized) else RunError
+            raise kind(
                 "no judge answered within preferences.language_model.group_deadline="
                 f"{config.group_deadline:g} seconds: {failures[-1]}"
             )
@@ -154,6 +168,8 @@ class LanguageModelJudge:
                 ends = [[*row, verdict] for row in rows for verdict in self._verdict_ids]
                 logp, _ = await server.score(ends)
                 break
+            except Unauthorized:
+                raise  # no retry mends it
             except ServerError:
                 pause = self._config.backoff * 2 ** min(failures, 6)
                 failures += 1

@@ -145,8 +145,8 @@ def start_process(tmp_path, stack):
 def start_server(tmp_path, stack):
     """Starts a server that ends with the test; see launch_server."""
 
-    def start(model, port: int | None = None, *, wait: bool = True) -> Process:
-        server = launch_server(model, tmp_path / f"server{time.monotonic()}.log", port)
+    def start(model, port: int | None = None, *, wait: bool = True, **flags) -> Process:
+        server = launch_server(model, tmp_path / f"server{time.monotonic()}.log", port, **flags)
         stack.callback(server.kill)
         if wait:
             server.wait_ready()

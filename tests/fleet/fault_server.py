@@ -11,6 +11,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from aiohttp import web
@@ -112,9 +113,10 @@ class FaultServer:
         self.requests: list[dict] = []
         self.updates: list[tuple[float, float]] = []  # begin and end of each, seconds
         self.forced_sampling: dict = {}
-        self.information: dict = {"dtype": "float32", "skip_tokenizer_init": True}
+        self.information: Any = {"dtype": "float32", "skip_tokenizer_init": True}
         self.max_model_len = CONTEXT
         self.workers: list[str] = []  # of a router
+        self.api_key = ""  # that every route but /health demands, as of SGLang's --api-key
         self.model_path = directory / "base"
         if not self.model_path.exists():
             self.model_path.mkdir(parents=True)
@@ -151,7 +153,7 @@ class FaultServer:
         self._idle.set()
         self.running, self._busy_until = 0, 0.0
         self._transports: set = set()
-        app = web.Application()
+        app = web.Application(middlewares=[self._check_key])
         models = lambda: {"data": [{"max_model_len": self.max_model_len}]}
         gets = {
             "/health": self._answer("health", dict),
@@ -177,6 +179,13 @@ class FaultServer:
         for transport in self._transports:
             transport.abort()
         await self._runner.cleanup()
+
+    @web.middleware
+    async def _check_key(self, request: web.Request, handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "")
+        if self.api_key and request.path != "/health" and given != f"Bearer {self.api_key}":
+            return web.json_response({"error": "Unauthorized", "given": given}, status=401)
+        return await handler(request)
 
     async def _fault(self, request: web.Request, call: str) -> str:
         """The fault that is due, after those that any call can have."""

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from fault_server import FAULTS, STOP, VOCAB, FaultServer, publish_toy
+from fault_server import CONTEXT, FAULTS, STOP, VOCAB, FaultServer, publish_toy
 from fleets import PATIENCE, SAMPLING, SETTINGS, N, Taken, always, once, prompt, prompts, wait_until
 
 from oapl_jax.config import FleetConfig
@@ -204,6 +204,137 @@ def test_a_router_is_a_list_of_servers(make_fleet, toy_servers):
     wait_until(lambda: set(fleet.servers()) == {made[0].url})
 
 
+@pytest.mark.parametrize("content", ["127.0.0.1:9\n", '["http://127.0.0.1:9"]', "\ufeff# mine"])
+def test_a_list_of_servers_that_can_not_work_is_refused_at_once(make_fleet, tmp_path, content):
+    listed = tmp_path / "servers.txt"
+    listed.write_text(content)
+    with pytest.raises(UserError, match=r"line 1 of .*servers\.txt"):
+        make_fleet(0, servers_file=str(listed))
+
+
+def test_a_first_list_of_servers_that_can_not_work_ends_the_run(make_fleet, tmp_path):
+    listed = tmp_path / "servers.txt"
+    fleet, _ = make_fleet(0, servers_file=str(listed))
+    fleet.publish(0)
+    taker = fleet.take(prompts(1))
+    wait_until(lambda: fleet.has_logged(str(listed)), "the missing list in the log")
+    listed.write_text("http://127.0.0.1:9, http://127.0.0.1:9\n")
+    with pytest.raises(UserError, match=r"line 1 of .*servers\.txt"):
+        taker.result()
+
+
+def test_a_list_of_servers_that_is_damaged_during_a_run_stays_as_it_was(make_fleet, tmp_path):
+    listed = tmp_path / "servers.txt"
+    fleet, (server,) = make_fleet(1, servers=(), servers_file=str(listed))
+    listed.write_text(f"{server.url}\n")
+    fleet.publish(0)
+    wait_until(lambda: fleet.states() == {"ready"})
+    listed.write_text("127.0.0.1:9\n")
+    wait_until(lambda: fleet.has_logged("127.0.0.1:9"), "the damaged line in the log")
+    assert fleet.sample(5).servers == {server.url}
+
+
+def test_a_list_of_servers_that_is_missing_is_named_at_the_end(make_fleet, tmp_path):
+    deadlines = dict(start_deadline=0.2, drain_deadline=0.1, update_deadline=0.1)
+    listed = str(tmp_path / "servers.txt")
+    fleet, _ = make_fleet(0, servers_file=listed, no_server_deadline=0.3, **deadlines)
+    fleet.publish(0)
+    with pytest.raises(FleetLost, match=listed):
+        fleet.take(prompts(1)).result()
+
+
+@pytest.mark.parametrize("workers", [["127.0.0.1:9"], ["grpc://127.0.0.1:9"], None])
+def test_a_router_that_names_no_servers_ends_the_run(make_fleet, toy_servers, workers):
+    (router,) = toy_servers(1)
+    router.workers = workers or []
+    url = router.url if workers else f"{router.url}/other"  # which has no route /workers
+    fleet, _ = make_fleet(0, router=url)
+    fleet.publish(0)
+    with pytest.raises(UserError, match=workers[0] if workers else r"fleet\.router"):
+        fleet.take(prompts(1)).result()
+
+
+def test_a_router_that_starts_late(make_fleet, toy_servers):
+    (router,) = toy_servers(1)
+    router.plan = always("workers", "503")
+    fleet, (server,) = make_fleet(1, servers=(), router=router.url)
+    router.workers = [server.url]
+    fleet.publish(0)
+    taker = fleet.take(prompts(3))
+    wait_until(lambda: fleet.has_logged("503"))
+    router.plan = lambda call: ""
+    taker.right(3)
+
+
+SECRET = "sk-1234567890"
+
+
+def write_key(path, key):
+    path.touch(0o600)
+    path.write_text(key)
+    return str(path)
+
+
+def test_an_api_key_is_sent_and_never_shown(make_fleet, toy_servers, tmp_path):
+    demand = lambda server: setattr(server, "api_key", SECRET)
+    (router,) = toy_servers(1)
+    demand(router)
+    key_file = write_key(tmp_path / "key", SECRET)
+    fleet, made = make_fleet(
+        2, prepare=demand, servers=(), router=router.url, api_key_file=key_file
+    )
+    router.workers = [server.url for server in made]
+    fleet.publish(0)
+    wait_until(lambda: len(fleet.servers()) == 2)
+    fleet.wait_ready(0)
+    assert fleet.sample(20).servers == set(router.workers)
+    fleet.publish(1)
+    assert fleet.sample(20).versions == {1}
+    for server in made:
+        server.api_key = "another"  # and its response repeats the one that it got
+    fleet.publish(2)
+    wait_until(lambda: fleet.states() == {"refused"})
+    assert all("api_key_file" in server["reason"] for server in fleet.servers().values())
+    made[0].api_key, made[0].information = SECRET, [SECRET]  # a malformed response repeats it
+    wait_until(lambda: "***" in fleet.of(made[0], "reason"), "a reason without the key")
+    shown = [*fleet.logged, repr(fleet.servers())]
+    assert not [text for text in shown if SECRET in text]
+
+
+@pytest.mark.parametrize("given", ["", "another"])
+def test_servers_that_demand_another_api_key_are_an_error(make_fleet, tmp_path, given):
+    settings = dict(api_key_file=write_key(tmp_path / "key", given)) if given else {}
+    demand = lambda server: setattr(server, "api_key", SECRET)
+    fleet, made = make_fleet(2, prepare=demand, **settings)
+    fleet.publish(0)
+    with pytest.raises(UserError, match="api_key_file") as caught:
+        fleet.take(prompts(1)).result()
+    assert all(server.url in str(caught.value) for server in made)
+    assert not any(server.loads for server in made)
+
+
+def test_an_api_key_that_other_users_can_read_is_logged(make_fleet, tmp_path):
+    path = write_key(tmp_path / "key", SECRET)
+    assert not make_fleet(1, api_key_file=path)[0].has_logged(path)
+    (tmp_path / "key").chmod(0o644)
+    assert make_fleet(1, api_key_file=path)[0].has_logged(path)
+    with pytest.raises(UserError, match=r"fleet\.api_key_file"):
+        make_fleet(1, api_key_file=str(tmp_path / "missing"))
+
+
+def test_a_server_that_is_to_load_a_version_is_not_called_unready(ready_fleet):
+    fleet, (server,) = ready_fleet(1, control_deadline=3.0, no_server_deadline=60.0)
+    server.plan = always("health", "hang")
+    wait_until(lambda: server.faults["health", "hang"], "a health check that hangs")
+    fleet.publish(1)
+    taker = fleet.take(prompts(3))
+    time.sleep(1.0)  # for the watch
+    assert fleet.of(server, "state") == "ready"
+    assert not fleet.has_logged("no server is ready")
+    server.plan = lambda call: ""
+    assert taker.right(3).versions == {1}
+
+
 def test_the_no_server_timeout_ends_the_run(ready_fleet):
     deadlines = dict(start_deadline=0.5, drain_deadline=0.1, update_deadline=0.4)
     fleet, made = ready_fleet(2, no_server_deadline=0.6, **deadlines)
@@ -267,7 +398,7 @@ def test_a_server_that_starts_late(make_fleet, fault):
 
 
 def test_a_server_that_never_starts_is_lost(make_fleet):
-    fleet, _ = make_fleet(0, servers=("127.0.0.1:9",), start_deadline=0.1)
+    fleet, _ = make_fleet(0, servers=("http://127.0.0.1:9",), start_deadline=0.1)
     fleet.publish(0)
     wait_until(lambda: fleet.states() == {"lost"})
     assert fleet.has_logged("127.0.0.1:9")
@@ -317,6 +448,16 @@ def test_sampling_that_the_learner_cannot_reproduce_is_logged(make_fleet):
     odd = Sampling(temperature=1.0, top_p=0.95, top_k=7, max_response_tokens=6)
     fleet, _ = make_fleet(1, sampling=odd)
     assert fleet.has_logged("rollout.top_p=0.95")
+
+
+@pytest.mark.parametrize("length", ["long", [4096], {}])
+def test_a_server_that_describes_itself_wrongly_is_refused(make_fleet, length):
+    lengths = [length, CONTEXT]
+    set_length = lambda server: setattr(server, "max_model_len", lengths.pop(0))
+    fleet, (server, good) = make_fleet(2, prepare=set_length)
+    fleet.publish(0)
+    wait_until(lambda: fleet.of(server, "state") == "lost")
+    assert fleet.sample(5).servers == {good.url}
 
 
 def test_one_refused_server_loads_nothing_and_the_other_samples(make_fleet):

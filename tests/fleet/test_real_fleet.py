@@ -18,6 +18,7 @@ from small_runs import opened
 from configs import arithmetic, common
 from oapl_jax import build
 from oapl_jax.config import LanguageModelJudgeConfig
+from oapl_jax.errors import UserError
 from oapl_jax.evaluate import benchmark_prompts, evaluate_benchmarks
 from oapl_jax.evaluation import pass_curve
 from oapl_jax.preferences import Response
@@ -33,6 +34,7 @@ DEADLINE = 600.0  # seconds of a run
 PROBLEMS = [("1+1=", "2"), ("9-8=", "1"), ("3+4-1=", "6"), ("8-5=", "3"), ("2+2+2=", "6")]
 SAMPLES, VERSION = 8, 2  # of the evaluation
 SUM_CLOSE = 2e-3  # nats between two sums of log-probs of a response
+API_KEY = "sk-1234567890"
 GREEDY = 1e-5  # a temperature at which sampling is greedy
 VERDICTS = {"1": 1.0, "0": 0.25}
 
@@ -102,10 +104,20 @@ def test_a_refresh_under_load_mixes_no_group(
 
 
 def test_a_killed_server_comes_back(make_fleet, servers, published, start_server, tmp_path):
-    """By the ledger no group is lost or duplicated; requests of the victim are retried."""
-    port, steady = find_port(), servers.servers[0]
-    victim = start_server(published.path(1), port)
-    fleet = make_fleet([steady.url, victim.url], version=3)
+    """By the ledger no group is lost or duplicated; requests of the victim are retried.
+
+    The victim demands an API key.
+    """
+    port, steady, key_file = find_port(), servers.servers[0], tmp_path / "key"
+    victim = start_server(published.path(1), port, api_key=API_KEY)
+    assert victim.call("/model_info")[0] == 401
+    without = make_fleet([victim.url])
+    without.refresh(1, published.path(1))
+    with pytest.raises(UserError, match="api_key_file"):
+        without.take(map(prompt, range(1))).result()
+    key_file.touch(0o600)
+    key_file.write_text(API_KEY)
+    fleet = make_fleet([steady.url, victim.url], version=3, api_key_file=str(key_file))
     run = Run(fleet, epath.Path(tmp_path), published.policy.tokenizer, capacity=16)
     run.worker.start()
     run.train_until(
@@ -116,9 +128,9 @@ def test_a_killed_server_comes_back(make_fleet, servers, published, start_server
     before = [fleet.of(server, "sampled") for server in (victim, steady)]
     run.train_until(lambda: fleet.of(steady, "sampled") > before[1] + 3, "other work")
     # Without training, sampling stops soon: on two cores a server starts slowly beside a busy one.
-    back = start_server(published.path(1), port, wait=False)
+    start_server(published.path(1), port, wait=False, api_key=API_KEY)
     wait_until(lambda: fleet.of(victim, "state") == "ready", "the return", fleet.patience)
-    assert back.ask("/model_info")["weight_version"] == "3"
+    assert fleet.of(victim, "version") == 3
     run.train_until(lambda: fleet.of(victim, "sampled") > before[0] + 3, "new work")
     found = run.finish()
 
@@ -133,6 +145,7 @@ def test_a_killed_server_comes_back(make_fleet, servers, published, start_server
         after = rows[row.reissued_as]
         assert after.state in ("trained", "held", "reissued")
     assert fleet.has_logged(f"{victim.url} is ready")
+    assert not any(API_KEY in text for text in [*fleet.logged, repr(fleet.servers())])
 
 
 def test_a_response_of_two_versions_is_retried(make_fleet, servers, published):

@@ -18,6 +18,7 @@ from server_processes import find_port, sglang_program
 
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.fleet import restart_proxy
+from oapl_jax.fleet.client import bearer
 from oapl_jax.fleet.restart_proxy import INFO_ROUTES, Supervisor, first_version
 from oapl_jax.structs import Prompt
 from oapl_jax.weights.publisher import COMMITTED, MANIFEST
@@ -39,13 +40,14 @@ class Caller:
     """Client of the proxy that `task` serves."""
 
     def __init__(self, session, port, task):
-        self.task = task
+        self.task, self.key = task, ""
         self._session, self._url = session, f"http://127.0.0.1:{port}"
 
     async def __call__(self, path, body=None):
         """Returns status and content of a GET, or of a POST of `body`."""
         method = "GET" if body is None else "POST"
-        async with self._session.request(method, self._url + path, json=body) as response:
+        where = dict(url=self._url + path, headers=bearer(self.key))
+        async with self._session.request(method, json=body, **where) as response:
             is_json = response.content_type == "application/json"
             return response.status, await (response.json() if is_json else response.text())
 
@@ -94,11 +96,11 @@ def new_supervisor(model, **changed):
 
 
 @contextlib.asynccontextmanager
-async def supervise(model, port=None, **changed):
+async def supervise(model, port=None, api_key="", **changed):
     """Serves a proxy with a stub server of a model directory; yields its caller."""
     port = port or find_port()
     supervisor = new_supervisor(model, **{"server_port": find_port(), **changed})
-    task = asyncio.ensure_future(restart_proxy.serve(supervisor, "127.0.0.1", port))
+    task = asyncio.ensure_future(restart_proxy.serve(supervisor, "127.0.0.1", port, api_key))
     try:
         async with aiohttp.ClientSession() as session, asyncio.timeout(3 * PATIENCE):
             call = Caller(session, port, task)
@@ -115,6 +117,20 @@ def alive(pid):
         state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         return state not in "ZX"
     return False
+
+
+async def test_a_key_is_demanded_of_every_route_but_health(versions):
+    async with supervise(versions(1), api_key="sk-1") as call:
+        for call.key in ("", "sk-2", "sk-1x"):
+            assert (await call("/health"))[0] == 200
+            for path in ("/model_info", "/v1/models", "/nowhere"):
+                assert (await call(path))[0] == 401
+            assert (await call.generate())[0] == 401
+            assert (await call.update(versions(2), "2"))[0] == 401
+        call.key = "sk-1"
+        assert (await call.generate())[0] == 200
+        assert (await call.update(versions(2), "2"))[0] == 200
+        assert (await call.version())[0] == "2"
 
 
 async def test_responses_are_forwarded_with_their_version(versions):

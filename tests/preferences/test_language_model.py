@@ -21,7 +21,7 @@ class JudgeServer(HTTPServer):
 
     def __init__(self, tokenizer):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.tokenizer, self.calls, self.fails = tokenizer, 0, 0
+        self.tokenizer, self.calls, self.fails, self.api_key = tokenizer, 0, 0, ""
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -32,6 +32,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.calls += 1
+        key = self.server.api_key
+        if key and self.headers["Authorization"] != f"Bearer {key}":
+            self.send_error(401, "on order")
+            return
         if self.server.fails:
             self.server.fails -= 1
             self.send_error(500, "on order")
@@ -141,6 +145,25 @@ def test_a_group_without_any_answer_ends_the_run_at_its_deadline(judge_tokenizer
     with pytest.raises(RunError, match="group_deadline"):
         judge.compare(PROMPT, responses("a"), responses("ab"))
     assert judge.metrics()["questions/failed"] == 4
+
+
+def test_judges_that_demand_an_api_key(judge_tokenizer, judge_servers, tmp_path):
+    key_file = tmp_path / "key"
+    for server in judge_servers:
+        server.api_key = "sk-1"
+    mine = responses("abc", "a")
+    for key in (None, "sk-2", "sk-1"):
+        if key:
+            key_file.write_text(key)
+        path = str(key_file) if key else ""
+        judge = language_model(judge_tokenizer, judge_servers, api_key_file=path)
+        if key == "sk-1":
+            assert np.isfinite(judge.compare(PROMPT, mine, mine)).all()
+        else:
+            with pytest.raises(UserError, match="api_key_file"):
+                judge.compare(PROMPT, mine, mine)
+    with pytest.raises(UserError, match=r"language_model\.api_key_file"):
+        language_model(judge_tokenizer, judge_servers, api_key_file=str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the server scripts: address, and entry in the servers file.
 
-# Prints the address in the private network; SGLang has no authentication.
+# Prints the address in the private network; without --api-key, SGLang asks for no login.
 address() { hostname -I | cut -d ' ' -f 1; }
 
 # Adds a URL to the servers file, atomically by a rename.
