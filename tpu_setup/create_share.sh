@@ -13,9 +13,10 @@
 set -euo pipefail
 here=$(dirname "$0")
 . "$here/flags.sh"
+. "$here/cloud.sh"
 
-run gcloud filestore instances create "$name" --project="$project" --zone="$zone" --quiet \
+cloud gcloud filestore instances create "$name" --project="$project" --zone="$zone" --quiet \
   --tier=ZONAL --file-share=name=oapl,capacity="$capacity" --network=name="$network"
-run gcloud filestore instances describe "$name" --project="$project" --zone="$zone" \
+cloud gcloud filestore instances describe "$name" --project="$project" --zone="$zone" \
   --format="value(networks[0].ipAddresses[0])"
 say "pass it to the other scripts as --share=ADDRESS:/oapl"

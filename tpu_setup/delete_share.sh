@@ -10,5 +10,6 @@
 set -euo pipefail
 here=$(dirname "$0")
 . "$here/flags.sh"
+. "$here/cloud.sh"
 
-run gcloud filestore instances delete "$name" --project="$project" --zone="$zone" --quiet
+cloud gcloud filestore instances delete "$name" --project="$project" --zone="$zone" --quiet

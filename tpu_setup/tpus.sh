@@ -1,7 +1,9 @@
 # shellcheck shell=bash
-# Sourced by the scripts for queued resources: calls of gcloud.
+# Sourced by the scripts for queued resources: calls of gcloud, see cloud.sh.
 
-tpus() { run gcloud compute tpus "$@" --project="$project" --zone="$zone" --quiet; }
+. "$here/cloud.sh"
+
+tpus() { cloud gcloud compute tpus "$@" --project="$project" --zone="$zone" --quiet; }
 
 # on_workers all|0 COMMAND: exits with 0 if every worker does.
 on_workers() { tpus tpu-vm ssh "$name" --worker="$1" --command="$2"; }

@@ -27,7 +27,8 @@
 # --dry-run                  print the commands, do nothing
 # -- ...                     train.sh or serve.sh, with its flags but --project, --zone and --name
 #
-# Exit codes: 0 the job is done, 2 an invalid flag or setting, 1 any other failure.
+# Exit codes: 0 the job is done; 2 an invalid flag or setting, or a refusal that no wait mends
+# (quota, permission, login, zone, a name that is taken); 1 any other failure.
 set -euo pipefail
 here=$(dirname "$0")
 . "$here/flags.sh"
@@ -48,7 +49,7 @@ end() {
   say "${*:2}"
   if [[ $delete_at_end ]]; then
     "${delete[@]}" || say "the slice may still be billed: delete it by hand"
-  else
+  elif [[ ${state-unknown} ]]; then # a request exists, or may
     say "the slice is billed until you run: $(quoted "${delete[@]}")"
   fi
   exit "$1"
@@ -65,11 +66,29 @@ wait_for() {
   sleep "$poll"
 }
 
-# try WHAT COMMAND...: returns 0, or 1 after a wait, for a retry at the next poll.
+# try WHAT COMMAND...: returns 0, or 1 after a wait, for a retry at the next poll; ends the watch
+# after a refusal.
 try() {
-  "${@:2}" && return
-  wait_for "$1" "$service_deadline" "It failed; see above."
+  local code=0
+  "${@:2}" || code=$?
+  case $code in
+    0) return ;;
+    2) end 2 "the $1 was refused; no wait mends that" ;;
+    *) wait_for "$1" "$service_deadline" "It failed; see above." ;;
+  esac
   return 1
+}
+
+# Commands that print an answer, for `try`.
+see_request() { state=$(queue_state); }
+see_jobs() { jobs=$(job_states); }
+
+# Like create.sh, but accepts that the request exists: an answer may have been lost.
+request() {
+  local code=0
+  "${create[@]}" || code=$?
+  ((code != 2)) || [[ ! $(queue_state) ]] || code=0
+  return "$code"
 }
 
 if [[ $dry_run ]]; then
@@ -89,10 +108,7 @@ trap 'say "stopped watching; the slice and its job keep running and are billed";
 restarted=0 requests=0 begun='' started=0
 while true; do
   ((SECONDS < deadline)) || end 1 "not done after $deadline s"
-  if ! state=$(queue_state); then
-    wait_for "answer of gcloud" "$service_deadline"
-    continue
-  fi
+  try "answer of gcloud" see_request || continue
   case $state in
     ACTIVE) requests=0 ;;
     SUSPENDED | FAILED)
@@ -106,7 +122,7 @@ while true; do
       ;;
     "")
       ((requests < 3)) || end 1 "$requests requests in a row ended without a slice"
-      try "request" "${create[@]}" && requests=$((requests + 1))
+      try "request" request && requests=$((requests + 1))
       continue
       ;;
     *)
@@ -115,10 +131,7 @@ while true; do
       ;;
   esac
 
-  if ! jobs=$(job_states); then
-    wait_for "connection to every worker" "$service_deadline"
-    continue
-  fi
+  try "connection to every worker" see_jobs || continue
   states=$(awk '{print $2}' <<<"$jobs" | sort -u | xargs)
   [[ $begun || $states == *running* ]] || states=absent # ignores jobs that ended before
   case $states in

@@ -31,9 +31,13 @@ class Checkout:
         return done.stdout.strip()
 
     def play(self, fail: dict[str, int], **story) -> None:
-        """Writes the story of the fake programs; `fail` counts failures, by command."""
+        """Writes the story of the fake programs; `fail` counts failures, by command.
+
+        A failure prints `says`, a line by default.
+        """
         fail = {name.replace("_", " "): times for name, times in fail.items()}
-        (self.folder / "story.json").write_text(json.dumps(dict(story, fail=fail)))
+        story = {"says": "ERROR: on order", **story, "fail": fail}
+        (self.folder / "story.json").write_text(json.dumps(story))
 
     def all_calls(self) -> list[list[str]]:
         return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]

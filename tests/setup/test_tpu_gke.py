@@ -11,7 +11,7 @@ from fake_checkout import Checkout, program
 DONE, NO_WORKLOAD, NOT_YET, FAILED = 0, 1, 124, 125
 
 # Plays story.json: `looks`, the exit codes of the polls in turn, and `fail`, the number of failures
-# of another command.
+# of another command, and `says`, the message of a failure.
 XPK = """
 import json, os, pathlib, sys
 cloud = pathlib.Path(os.environ["FAKE_CLOUD"])
@@ -23,6 +23,8 @@ left = story["fail"].get(name, 0)
 story["fail"][name] = left - 1
 code = 7 if left > 0 else story["looks"].pop(0) if name == "workload list" else 0
 (cloud / "story.json").write_text(json.dumps(story))
+if left > 0:
+    print(story["says"], file=sys.stderr if name == "kubectl" else sys.stdout)
 if name == "kubectl":
     print(story["reason"], end="")
 sys.exit(code)
@@ -35,9 +37,17 @@ class Cluster(Checkout):
         for name in ("xpk", "kubectl"):
             program(folder / "bin" / name, f"#!{sys.executable} -SE\n{XPK}")
 
-    def watch(self, looks, *more: str, code=0, reason="ReachedMaxRestarts", **fail: int) -> str:
+    def watch(
+        self,
+        looks,
+        *more: str,
+        code=0,
+        reason="ReachedMaxRestarts",
+        says="ERROR: on order",
+        **fail: int,
+    ) -> str:
         """Runs the watch, checks its exit code, and returns its messages."""
-        self.play(fail, looks=looks, reason=reason)
+        self.play(fail, looks=looks, reason=reason, says=says)
         flags = ["--project=p", "--zone=z", "--cluster=c", "--workload=w", "--topology=v6e:8x8"]
         flags += ["--config=configs/arithmetic.py", "--workdir=/mnt/oapl/run", "--poll=0", *more]
         done = subprocess.run(
@@ -93,6 +103,44 @@ def test_failing_calls_are_retried_until_their_deadline(cluster):
         fail = {failing: 10**6}
         message = cluster.watch([looks] * 1000, "--service-deadline=1", code=1, **fail)
         assert "after 1 s" in message
+
+
+TAKEN = "[XPK] w already exists, XPK will not create the workload. Please pick a new workload name"
+GET = "[XPK] b'ERROR: (gcloud.container.clusters.get-credentials) ResponseError: "
+REFUSALS = {
+    "permission": GET + 'code=403, message=Required "container.clusters.get" permission(s).\'',
+    "quota": GET + 'code=403, message=Insufficient regional quota to satisfy request: "CPUS".\'',
+    "login": GET + "You do not currently have an active account selected.'",
+    "image": 'denied: Permission "artifactregistry.repositories.uploadArtifacts" denied',
+    "name taken": TAKEN,
+}
+FORBIDDEN = 'Error from server (Forbidden): jobsets "w" is forbidden: User "me" cannot get resource'
+
+
+@pytest.mark.parametrize("says", REFUSALS.values(), ids=REFUSALS)
+def test_a_refusal_that_no_wait_mends_ends_the_watch(cluster, says):
+    refused = dict(workload_create=10**6, says=f"Layer already exists\n{says}")
+    cluster.watch([NO_WORKLOAD, NO_WORKLOAD], "--delete-cluster-at-end", code=2, **refused)
+    assert cluster.verbs() == [LOOK, CREATE, LOOK, "cluster delete"]
+
+
+def test_more_refusals_end_the_watch(cluster):
+    cluster.watch([FAILED], code=2, kubectl=10**6, says=FORBIDDEN)
+    cluster.watch([FAILED], code=2, workload_delete=10**6, says=REFUSALS["permission"])
+    cluster.watch([DONE], code=2, workload_list=10**6, says=REFUSALS["permission"])
+    (cluster.folder / "bin/xpk").unlink()
+    assert "xpk" in cluster.watch([], code=2)
+
+
+def test_an_error_that_a_wait_mends_is_retried(cluster):
+    said = "Layer already exists\nERROR: (gcloud) Quota exceeded for limit 'Requests per minute'"
+    cluster.watch([NO_WORKLOAD] * 3 + [DONE], workload_create=2, says=said)
+    assert cluster.verbs().count(CREATE) == 3
+
+
+def test_a_workload_whose_answer_was_lost_is_watched(cluster):
+    cluster.watch([NO_WORKLOAD, NOT_YET, DONE], workload_create=1, says=TAKEN)
+    assert cluster.verbs() == [LOOK, CREATE, LOOK, LOOK]
 
 
 def test_the_watch_has_a_deadline(cluster):

@@ -14,7 +14,7 @@ from oapl_jax.planning.hardware import SLICES
 
 SETUP = ROOT / "tpu_setup"
 SCRIPTS = sorted(SETUP.glob("*.sh")) + sorted(SETUP.glob("*/*.sh"))
-SOURCED = ("flags.sh", "slices.sh", "tpus.sh", "fleet.sh")
+SOURCED = ("flags.sh", "slices.sh", "tpus.sh", "cloud.sh", "fleet.sh")
 
 # Documented flags in use; those that end with "=" take a value. Sources: `--help` of the Google
 # Cloud SDK 528.0.0 (cloud.google.com/sdk/gcloud/reference has the same) and of xpk 1.16.0.

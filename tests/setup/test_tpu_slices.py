@@ -18,7 +18,7 @@ from fake_checkout import ROOT, Checkout, program
 
 # Plays story.json: `lives`, the states of each request, one a poll, the last for good, and
 # "ACTIVE*" until every worker's job has logged a line; `fail`, the number of failures of a
-# command, by its name or by "ssh" and the worker's number.
+# command, by its name or by "ssh" and the worker's number; `says`, gcloud's message of a failure.
 GCLOUD = """
 import json, os, pathlib, shutil, signal, subprocess, sys
 cloud = pathlib.Path(os.environ["FAKE_CLOUD"])
@@ -61,7 +61,7 @@ def on(home, command):
 
 verb = words[3]
 if fails(verb):
-    sys.exit(f"ERROR: {verb} was refused")
+    sys.exit(story["says"])
 if verb == "create":
     write(request, story["lives"].pop(0))
     write(cloud / "story.json", story)
@@ -129,8 +129,16 @@ class Cloud(Checkout):
         program(folder / "python", f'#!/bin/bash\n{there} exec {sys.executable} -S "$@"\n')
         program(folder / "bin/gcloud", f"#!{sys.executable} -SE\n{GCLOUD}")
 
-    def tell(self, *lives: str, trainer: str = "finish()", workers: int = 2, **fail: int) -> None:
-        self.play(fail, lives=[life.split() for life in lives], workers=workers)
+    def tell(
+        self,
+        *lives: str,
+        trainer: str = "finish()",
+        workers: int = 2,
+        says: str = "ERROR: on order",
+        **fail: int,
+    ) -> None:
+        story = dict(lives=[life.split() for life in lives], workers=workers, says=says)
+        self.play(fail, **story)
         (self.folder / "package/oapl_jax").mkdir(parents=True, exist_ok=True)
         (self.folder / "package/oapl_jax/train.py").write_text(TRAINER + trainer)
 
@@ -214,6 +222,60 @@ def cloud(tmp_path):
     cloud.end()
 
 
+CREATE = "ERROR: (gcloud.compute.tpus.queued-resources.create)"
+LOCATION = "//tpu.googleapis.com/projects/p/locations/us-east5-a"
+# Messages of gcloud, as users report them.
+REFUSALS = {
+    "quota": f"{CREATE} RESOURCE_EXHAUSTED: Quota limit 'TPUV6EPreemptiblePerProjectPerZoneForTPUA"
+    "PI' has been exceeded. Limit: 0 in zone us-east5-a.",
+    "quota, as JSON": f"""{CREATE} {{
+  "code": 8,
+  "message": "Quota 'TPUV4sPreemptiblePodPerProjectPerRegionForTPUAPI' exhausted. Limit 20800"
+}}""",
+    "permission": f"{CREATE} PERMISSION_DENIED: Permission 'tpu.nodes.create' denied on resource "
+    f"'{LOCATION}' (or it may not exist). This command is authenticated as me@example.com.",
+    "project": f"{CREATE} User [me@example.com] does not have permission to access projects "
+    "instance [p] (or it may not exist): Permission denied on resource project p.",
+    "API": f"{CREATE} PERMISSION_DENIED: Cloud TPU API has not been used in project 1 before or it "
+    "is disabled. Enable it by visiting https://console.developers.google.com then retry.",
+    "billing": f"{CREATE} FAILED_PRECONDITION: This API method requires billing to be enabled.",
+    "zone": f"{CREATE} PERMISSION_DENIED: Permission denied on 'locations/us-east5-z' (or it may "
+    "not exist). This command is authenticated as me@example.com.",
+    "zone without TPUs": f"{CREATE} INVALID_ARGUMENT: Cloud TPU received a bad request. The "
+    'requested zone "asia-northeast1-a" is not supported. [EID: 0x1994f24467802754]',
+    "zone without such chips": f"{CREATE} INVALID_ARGUMENT: Cloud TPU received a bad request. The "
+    'requested accelerator configuration for accelerator type, "v6e-1", could not be found in the '
+    'zonal accelerator configurations for "asia-east1-a".',
+    "chips without spot": f"""{CREATE} {{
+  "code": 3,
+  "message": "FLEX_START provisioning model is not supported for accelerator type v6e-1"
+}}""",
+    "name taken": f"{CREATE} ALREADY_EXISTS: Resource 'projects/p/locations/us-east5-a/queuedResour"
+    "ces/learner' already exists",
+    "network": f"{CREATE} NOT_FOUND: The resource 'projects/p/global/networks/n' was not found",
+    "login": f"{CREATE} You do not currently have an active account selected.\n"
+    "Please run:\n  $ gcloud auth login",
+    "login expired": f"{CREATE} There was a problem refreshing your current auth tokens: "
+    "('invalid_grant: Bad Request', {'error': 'invalid_grant'})",
+    "flag": f"{CREATE} unrecognized arguments: --spott",
+}
+TRANSIENT = {
+    "rate": f"{CREATE} RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Requests' and limit "
+    "'Requests per minute' of service 'tpu.googleapis.com'",
+    "capacity": f"""{CREATE} {{
+  "code": 8,
+  "message": "There is no more capacity in the zone us-east5-a; you can try in another zone"
+}}""",
+    "service": f"{CREATE} UNAVAILABLE: The service is currently unavailable.",
+    "internal": f"{CREATE} INTERNAL: an internal error has occurred",
+    "network": "ERROR: gcloud crashed (TransportError): HTTPSConnectionPool(host='oauth2.googleapis"
+    ".com', port=443): Max retries exceeded with url: /token (Caused by NameResolutionError)",
+    "tokens": f"{CREATE} There was a problem refreshing your current auth tokens: "
+    "HTTPSConnectionPool: Read timed out. Please run: $ gcloud auth login",
+    "nothing": "",
+}
+
+
 ONE_LIFE = ["create", "scp", "ssh", "ssh"]  # request, source, install, start
 
 
@@ -266,6 +328,39 @@ def test_a_failing_call_is_retried_until_its_deadline(cloud, what):
     cloud.tell("ACTIVE", **{what: ALWAYS})
     assert "after 1 s" in cloud.watch("--service-deadline=1", "--delete-at-end", code=1)
     assert cloud.calls()[-1] == "delete"
+
+
+@pytest.mark.parametrize("says", REFUSALS.values(), ids=REFUSALS)
+def test_a_refusal_that_no_wait_mends_ends_the_watch(cloud, says):
+    for verb in ("create", "list"):
+        cloud.tell("ACTIVE", says=says, **{verb: ALWAYS})
+        before = len(cloud.calls(verb)) if (cloud.folder / "calls").exists() else 0
+        assert says.splitlines()[-1] in cloud.watch(code=2)
+        assert len(cloud.calls(verb)) == before + 1
+    cloud.run("create.sh", "--topology=v6e:4x4", code=0)
+    cloud.tell("ACTIVE", says=says, create=1)
+    cloud.run("create.sh", "--topology=v6e:4x4", code=2)
+
+
+@pytest.mark.parametrize("says", TRANSIENT.values(), ids=TRANSIENT)
+def test_an_error_that_a_wait_mends_is_retried(cloud, says):
+    cloud.tell("ACTIVE", says=says, create=2)
+    cloud.watch()
+    assert cloud.calls("create") == ["create"] * 3
+
+
+def test_a_request_whose_answer_was_lost_is_watched(cloud):
+    cloud.tell("ACTIVE")
+    cloud.run("create.sh", "--topology=v6e:4x4")
+    cloud.tell("ACTIVE", says=REFUSALS["name taken"], create=ALWAYS, list=1)
+    cloud.watch("--service-deadline=30")
+    assert cloud.calls("create") == ["create"]
+
+
+def test_a_missing_program_ends_the_watch(cloud):
+    (cloud.folder / "bin/gcloud").unlink()
+    cloud.tell("ACTIVE")
+    assert "gcloud" in cloud.watch(code=2)
 
 
 def test_requests_without_a_slice_end_the_watch(cloud):

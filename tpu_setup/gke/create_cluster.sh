@@ -16,6 +16,7 @@
 set -euo pipefail
 here=$(dirname "$0")
 . "$here/../flags.sh"
+. "$here/../cloud.sh"
 . "$here/../slices.sh"
 
 find_slice
@@ -24,8 +25,8 @@ find_slice
 capacity=--on-demand
 [[ ! $spot ]] || capacity=--spot
 [[ ! $reservation ]] || capacity=--reservation=$reservation
-run xpk cluster create --project="$project" --zone="$zone" --cluster="$cluster" \
+cloud xpk cluster create --project="$project" --zone="$zone" --cluster="$cluster" \
   --tpu-type="$accelerator" --num-slices=1 "$capacity" --enable-gcpfilestore-csi-driver
-run xpk storage attach oapl --project="$project" --zone="$zone" --cluster="$cluster" \
+cloud xpk storage attach oapl --project="$project" --zone="$zone" --cluster="$cluster" \
   --type=gcpfilestore --instance="$share" --vol=oapl --mount-point=/mnt/oapl \
   --readonly=false --auto-mount=true

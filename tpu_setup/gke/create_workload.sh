@@ -22,6 +22,7 @@
 set -euo pipefail
 here=$(dirname "$0")
 . "$here/../flags.sh"
+. "$here/../cloud.sh"
 . "$here/../slices.sh"
 
 find_slice
@@ -33,7 +34,7 @@ run tar -xf "$source.tar" -C "${source%/*}"
 
 # No restart fixes exit code 2, an invalid setting. The container's shell signals the command's
 # process; `exec` makes that the run's.
-run xpk workload create --project="$project" --zone="$zone" --cluster="$cluster" \
+cloud xpk workload create --project="$project" --zone="$zone" --cluster="$cluster" \
   --workload="$workload" --tpu-type="$accelerator" --num-slices=1 \
   --base-docker-image="$image" --script-dir="$source" \
   --max-restarts="$max_restarts" --restart-on-exit-codes=1,3,4,75 \

@@ -10,5 +10,6 @@
 set -euo pipefail
 here=$(dirname "$0")
 . "$here/../flags.sh"
+. "$here/../cloud.sh"
 
-run xpk cluster delete --project="$project" --zone="$zone" --cluster="$cluster" --force --quiet
+cloud xpk cluster delete --project="$project" --zone="$zone" --cluster="$cluster" --force --quiet

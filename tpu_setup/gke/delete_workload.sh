@@ -12,6 +12,7 @@
 set -euo pipefail
 here=$(dirname "$0")
 . "$here/../flags.sh"
+. "$here/../cloud.sh"
 
-run xpk workload delete --project="$project" --zone="$zone" --cluster="$cluster" \
+cloud xpk workload delete --project="$project" --zone="$zone" --cluster="$cluster" \
   --workload="$workload" --force --quiet

@@ -23,10 +23,12 @@
 # --dry-run                 print the commands, do nothing
 # -- ...                    further flags of oapl_jax.train
 #
-# Exit codes: 0 the run is done, 2 an invalid flag, 1 any other failure.
+# Exit codes: 0 the run is done; 2 an invalid flag, or a refusal that no wait mends (quota,
+# permission, login, zone, a name that is taken); 1 any other failure.
 set -euo pipefail
 here=$(dirname "$0")
 . "$here/../flags.sh"
+. "$here/../cloud.sh"
 
 find_commit
 where=(--project="$project" --zone="$zone" --cluster="$cluster")
@@ -37,9 +39,10 @@ create=("$here/create_workload.sh" "${where[@]}" --workload="$workload" --topolo
 delete=("$here/delete_workload.sh" "${where[@]}" --workload="$workload" "${dry[@]}")
 delete_cluster=("$here/delete_cluster.sh" "${where[@]}" "${dry[@]}")
 # Exit codes of xpk: 0 completed, 124 not finished within --timeout, 125 failed, else unknown.
-finish=(run xpk workload list "${where[@]}" --wait-for-job-completion="$workload" --timeout="$poll")
+finish=(cloud xpk workload list "${where[@]}" --wait-for-job-completion="$workload"
+  --timeout="$poll")
 # Reason of a failure: ReachedMaxRestarts, or an exit code that a restart can't fix.
-reason=(run kubectl get jobset "$workload"
+reason=(cloud kubectl get jobset "$workload"
   --output='jsonpath={.status.conditions[?(@.type=="Failed")].reason}')
 
 end() {
@@ -52,9 +55,11 @@ end() {
   exit "$1"
 }
 
-# Sleeps until the next poll; ends the watch if xpk has failed for too long.
+# retry WHAT CODE: sleeps until the next poll; ends the watch after a refusal, or if xpk has failed
+# for too long.
 failing_since=''
 retry() {
+  (($2 != 2)) || end 2 "the $1 was refused; no wait mends that"
   failing_since=${failing_since:-$SECONDS}
   say "$(date +%H:%M:%S) waiting for the $1, at most $service_deadline s"
   ((SECONDS - failing_since < service_deadline)) ||
@@ -69,6 +74,15 @@ if [[ $dry_run ]]; then
   exit
 fi
 
+# Creates the workload, and accepts that it exists: an answer may have been lost.
+request() {
+  local code=0 found=0
+  "${create[@]}" -- "${rest[@]}" || code=$?
+  ((code == 2)) || return "$code"
+  "${finish[@]}" || found=$?
+  ((found == 0 || found == 124 || found == 125)) || return 2
+}
+
 # Checks all flags before any wait.
 "${create[@]}" --dry-run -- "${rest[@]}" >/dev/null
 trap 'say "stopped watching; the cluster keeps running and is billed"; exit 130' INT TERM
@@ -78,21 +92,22 @@ while true; do
   code=0
   "${finish[@]}" || code=$?
   case $code in
+    2) retry "answer of xpk" 2 ;;
     0) end 0 "the run is done" ;;
     124)
       failing_since=''
       say "$(date +%H:%M:%S) waiting for the end of the run, at most $deadline s"
       ;;
     125)
-      why=$("${reason[@]}") || { retry "answer of kubectl" && continue; }
+      why=$("${reason[@]}") || { retry "answer of kubectl" $? && continue; }
       [[ $why == ReachedMaxRestarts ]] ||
         end 1 "the run failed ($why); a restart can't fix this, see its log"
       ((renewed < renewals)) || end 1 "the workload used up its restarts $((renewals + 1)) times"
       say "the workload used up its $max_restarts restarts: recreating it"
-      if "${delete[@]}"; then ((++renewed)); else retry "deletion of the workload"; fi
+      if "${delete[@]}"; then ((++renewed)); else retry "deletion of the workload" $?; fi
       ;;
     *)
-      if "${create[@]}" -- "${rest[@]}"; then failing_since=''; else retry "workload"; fi
+      if request; then failing_since=''; else retry "workload" $?; fi
       ;;
   esac
 done
