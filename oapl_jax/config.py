@@ -5,6 +5,7 @@ by `--config.a.b=`. `Config.from_dict` turns it into sections before anything is
 takes its own section; only launch.py, build.py and the commands see the whole `Config`.
 """
 
+import ctypes
 import dataclasses
 import difflib
 import json
@@ -26,6 +27,7 @@ DTYPES = ("float32", "bfloat16")
 TASKS = ("chain_sum", "number_sorting", "countdown", "documents", "math", "code")
 REMAT = ("none", "dots", "attention", "full", "offload")
 FORMAT = 3  # of a workdir: its config.json, checkpoints and ledger
+MAX_SEED = (1 << 32) - 3  # JAX takes seeds modulo 2^32, and evaluation and judges take the next two
 # Settings that saved files depend on; they can't change within a workdir.
 # (After a change of lag.steps, the due version may never have been published.)
 STRUCTURAL = (
@@ -65,7 +67,8 @@ def setting(
 ) -> Any:
     """Declares a field of a Section: its documentation and the values that it may have.
 
-    `~` at the beginning of a path becomes the home directory.
+    The limits hold for each number of a tuple or mapping. `~` at the beginning of a path becomes
+    the home directory.
     """
     limits = {
         "at least": (at_least, lambda value, limit: value >= limit),
@@ -100,10 +103,12 @@ class Section:
             if choices and value not in choices:
                 raise UserError(f"{name}={value!r} is not one of {', '.join(choices)}")
             limits = field.metadata.get("limits", {})
-            finite = not isinstance(value, float) or math.isfinite(value)
-            if not finite or not all(fits(value, limit) for limit, fits in limits.values()):
-                range_ = " and ".join(f"{word} {limit:g}" for word, (limit, _) in limits.items())
-                raise UserError(f"{name}={value} must be {range_ or 'a finite number'}")
+            fits = lambda x, limits=limits: all(fit(x, limit) for limit, fit in limits.values())
+            # The devices compute in float32, in which 0.99999999 is 1 and 1e-50 is 0.
+            found = numbers(value) if limits else []
+            if not all(math.isfinite(x) and fits(x) for x in found):
+                range_ = " and ".join(f"{word} {x:.12g}" for word, (x, _) in limits.items())
+                raise UserError(f"{name}={value} must be {range_}, in float32 too")
         self.check()
 
     def keys(self) -> list[str]:
@@ -154,6 +159,14 @@ class Section:
             _path.reset(token)
 
 
+def numbers(value: Any) -> list[int | float]:
+    """The numbers of a value, tuple or mapping; a float also as float32."""
+    items = value.values() if isinstance(value, Mapping) else value
+    items = items if isinstance(value, tuple | Mapping) else (value,)
+    found = [x for x in items if isinstance(x, int | float)]
+    return found + [ctypes.c_float(x).value for x in found if isinstance(x, float)]
+
+
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """The known names that resemble a misspelt one, as the end of a sentence."""
     found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
@@ -190,7 +203,9 @@ class ReleaseConfig(Section):
     path: str = setting("directory of the files, local or gs://", path=True)
     files: tuple[str, ...] = setting("glob patterns below `path`")
     rows: int = setting("rows that the files must have; 0: any number", at_least=0)
-    part: tuple[int, ...] = setting("hundredths [start, end) of the space of all problems")
+    part: tuple[int, ...] = setting(
+        "hundredths [start, end) of the space of all problems", at_least=0, at_most=100
+    )
     options: Mapping[str, Any] = setting("further arguments of the reader")
 
 
@@ -203,7 +218,7 @@ class SyntheticDataConfig(Section):
     train_size: int = setting("training problems", at_least=1)
     validation_size: int = setting("validation problems", at_least=1)
     test_size: int = setting("test problems", at_least=1)
-    seed: int = setting("seed of the generator", at_least=0)
+    seed: int = setting("seed of the generator", at_least=0, at_most=MAX_SEED)
     generator: Mapping[str, Any] = setting("settings of the task's generator")
     max_prompt_tokens: int = setting("longer prompts are dropped and counted", at_least=1)
     instruction: str = setting("text below each question")
@@ -590,7 +605,9 @@ class LanguageModelJudgeConfig(Section):
     chat: Mapping[str, Any] = setting("arguments of its chat template")
     template: str = setting("the question, with {prompt}, {first}, {second}, {question}")
     questions: Mapping[str, Any] = setting("objective -> question")
-    verdicts: Mapping[str, float] = setting("token -> score of the first response")
+    verdicts: Mapping[str, float] = setting(
+        "token -> score of the first response", at_least=0, at_most=1
+    )
     min_verdict_mass: float = setting(
         "probability of all verdicts below which there is no score", at_least=0, at_most=1
     )
@@ -639,7 +656,7 @@ class EvaluationConfig(Section):
     SECTION = "evaluation"
     every: int = setting("gradient steps between two evaluations; 0: never", at_least=0)
     n: int = setting("samples of a prompt", at_least=1)
-    ks: tuple[int, ...] = setting("k of pass@k, each at most n")
+    ks: tuple[int, ...] = setting("k of pass@k, each at most n", at_least=1)
     resamples: int = setting("bootstrap resamples", at_least=1)
     max_response_tokens: int = setting("longer responses to benchmarks are truncated", at_least=1)
 
@@ -662,8 +679,8 @@ class CheckpointConfig(Section):
 class Config(Section):
     """The whole configuration of a run."""
 
-    seed: int = setting("seed of everything random", at_least=0)
-    num_steps: int = setting("gradient steps", at_least=0)
+    seed: int = setting("seed of everything random", at_least=0, at_most=MAX_SEED)
+    num_steps: int = setting("gradient steps", at_least=0, below=1 << 31)
     group_size: int = setting("rollouts of a prompt", at_least=1)
     groups_per_step: int = setting("groups of a gradient step", at_least=1)
     data: SyntheticDataConfig | PublicDataConfig

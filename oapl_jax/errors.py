@@ -35,7 +35,7 @@ class HostLost(RunError):
 
 
 class NotFinite(RunError):
-    """Loss or gradient was not finite in too many steps in a row."""
+    """Weights are not finite, or loss, gradient or update were not in too many steps in a row."""
 
 
 class NoReward(RunError):

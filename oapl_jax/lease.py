@@ -19,7 +19,6 @@ from typing import Any
 from etils import epath
 
 from oapl_jax.errors import RunError, UserError
-from oapl_jax.files import write_atomically
 
 FILE = "lease.json"
 RENEW = 5.0  # seconds between two renewals
@@ -77,18 +76,23 @@ def hold(
         since=now,
         renewed=now,
     )
-    other = _read(path)
-    if other:
-        if _held(path, other):
-            raise UserError(
-                f"--workdir={workdir} is in use by {other}; stop that run, or give another "
-                "--workdir"
-            )
-        log(f"took {workdir} over from {other}, which has ended")
-    _write(path, mine)
+    if path.exists():
+        other = _read(path)
+        if _held(path, log):
+            raise _in_use(workdir, _read(path))
+        if _read(path) != other:  # another process has just taken it over
+            raise _in_use(workdir, _read(path))
+        log(f"took {workdir} over from {other or 'a process'}, which has ended")
+        _write(path, mine)
+    else:
+        try:
+            with open(path, "x") as file:  # of two processes that start at once, one succeeds
+                file.write(_encode(mine))
+        except FileExistsError as error:
+            raise _in_use(workdir, _read(path)) from error
     time.sleep(SETTLE)
     if (found := _read(path)) and found.owner != mine.owner:
-        raise UserError(f"--workdir={workdir} is in use by {found}; give another --workdir")
+        raise _in_use(workdir, found)
     ended = threading.Event()
     thread = threading.Thread(target=_renew, args=(path, mine, ended, lost), daemon=True)
     thread.start()
@@ -99,6 +103,13 @@ def hold(
         thread.join()
         if (found := _read(path)) and found.owner == mine.owner:
             path.unlink()
+
+
+def _in_use(workdir: epath.Path, by: Lease | None) -> UserError:
+    return UserError(
+        f"--workdir={workdir} is in use by {by or 'another process'}; stop that run, or give "
+        "another --workdir"
+    )
 
 
 def _renew(
@@ -113,18 +124,18 @@ def _renew(
             _write(path, dataclasses.replace(mine, renewed=time.time()))
 
 
-def _held(path: epath.Path, lease: Lease) -> bool:
-    """Whether the owner of a lease is alive; watches a foreign one for up to EXPIRE seconds."""
-    if lease.machine == _machine():
-        return _started(lease.pid) == lease.started
+def _held(path: epath.Path, log: Callable[[str], None]) -> bool:
+    """True if the owner of a lease is alive; watches that of another machine for EXPIRE seconds."""
+    first = _read(path)
+    if first and first.machine == _machine():
+        return _started(first.pid) == first.started
+    log(f"waiting up to {EXPIRE:g} seconds for a sign of {first or 'the owner'} of {path}")
     give_up = time.monotonic() + EXPIRE
     while time.monotonic() < give_up:
         time.sleep(RENEW / 5)
         found = _read(path)
-        if found is None:
-            return False
-        if found != lease:
-            return True
+        if found != first:
+            return found is not None
     return False
 
 
@@ -143,6 +154,7 @@ def _started(pid: int) -> str:
 
 
 def _read(path: epath.Path) -> Lease | None:
+    """The lease of a file; None if there is none, or no whole one."""
     try:
         return Lease(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
@@ -150,4 +162,14 @@ def _read(path: epath.Path) -> Lease | None:
 
 
 def _write(path: epath.Path, lease: Lease) -> None:
-    write_atomically(path, [json.dumps(dataclasses.asdict(lease)).encode()])
+    """Replaces the file at once; each owner has a temporary file of its own."""
+    temporary = path.parent / f"{path.name}.{lease.owner}"
+    try:
+        temporary.write_text(_encode(lease))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _encode(lease: Lease) -> str:
+    return json.dumps(dataclasses.asdict(lease))

@@ -70,9 +70,11 @@ def main() -> None:
     choices = list(hf.EXPORT_DTYPES)
     dtype = flags.DEFINE_enum("dtype", None, choices, "default: publish_dtype", flag_values=values)
     try:
-        values(sys.argv)
+        words = values(sys.argv)[1:]
     except flags.Error as error:
         raise UserError(f"{one_line(error)} (--from, --step, --to, --dtype)") from error
+    if words:
+        raise UserError(f"{words[0]!r} is no flag; flags begin with dashes")
     missing = [f"--{flag.name}" for flag in (source, step, to) if flag.value is None]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; name the run, its step and a directory")

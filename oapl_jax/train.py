@@ -40,7 +40,7 @@ from oapl_jax.tracking.progress import (
     log,
 )
 
-MAX_SKIPPED = 3  # consecutive steps with a non-finite loss or gradient before a run aborts
+MAX_SKIPPED = 3  # consecutive steps with a non-finite loss, gradient or update before an abort
 Loop = dict[str, Any]  # JSON values of the loop: test results before, seconds, pinned versions
 
 
@@ -161,7 +161,7 @@ def train_from(
                 result = run.evaluate(done, state.params, "validation")
                 values |= {f"eval/{k}": v for k, v in result.items() if not isinstance(v, tuple)}
             progress.step(done, metrics_file.write(done, values))
-            check_finite(run, done, int(metrics["skipped_in_a_row"]))
+            check_finite(run, done, metrics, "optim")
             if due(config.checkpoint.every):
                 save(run, state, loop)
             run.checkpoints.check()
@@ -189,9 +189,10 @@ def init_run(run: Run, stop: StopRequest) -> tuple[TrainState, Loop] | None:
         stop.waits_for = "the current step of the warm-up"
         with section("the warm-up") as warmup, contextlib.closing(progress):
 
-            def on_step(step: int, line: dict[str, float]) -> bool:
+            def on_step(step: int, metrics: dict[str, Any]) -> bool:
                 warmup.progress()
-                progress.step(step, line)
+                progress.step(step, {"loss": metrics["loss"]})
+                check_finite(run, step, metrics, "warmup.optim")
                 return agree_to_stop(stop, f"warm-up step {step}", config.rollout.deadline)
 
             params = warm_up(run, params, on_step)
@@ -213,7 +214,7 @@ def agree_to_stop(stop: StopRequest, name: str, deadline: float) -> bool:
     return bool(stop.requested)
 
 
-def warm_up(run: Run, params: Any, on_step: Callable[[int, dict[str, float]], bool]) -> Any:
+def warm_up(run: Run, params: Any, on_step: Callable[[int, dict[str, Any]], bool]) -> Any:
     """Parameters after the supervised stage on noisy demonstrations; `on_step`: see sft.warm_up."""
     config, warmup = run.config, run.config.warmup
     max_response_tokens = config.rollout.max_response_tokens
@@ -275,13 +276,14 @@ def needs_reference_logp(config: Config) -> bool:
     return config.objective.denominator == "reference" or config.objective.kl_weight > 0
 
 
-def check_finite(run: Run, step: int, skipped_in_a_row: int) -> None:
-    """Raises NotFinite after MAX_SKIPPED consecutive skipped steps."""
-    if skipped_in_a_row == MAX_SKIPPED:
+def check_finite(run: Run, step: int, metrics: dict[str, Any], optim: str) -> None:
+    """Raises NotFinite after MAX_SKIPPED consecutive skipped steps, naming the section `optim`."""
+    if metrics["skipped_in_a_row"] == MAX_SKIPPED:
+        saved = run.checkpoints.steps()
+        again = f"resumes from checkpoint step {saved[-1]}" if saved else "begins again"
         raise NotFinite(
-            f"loss or gradient was not finite in {MAX_SKIPPED} steps up to {step}; lower "
-            f"optim.learning_rate ({run.config.optim.learning_rate}) or look at the rewards; the "
-            f"same command resumes from checkpoint step {run.checkpoints.steps()[-1]}"
+            f"loss, gradient or update was not finite in {MAX_SKIPPED} steps up to {step}; lower "
+            f"{optim}.learning_rate or look at the rewards; the same command {again}"
         )
 
 

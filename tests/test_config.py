@@ -12,7 +12,7 @@ from oapl_jax.config import Config
 from oapl_jax.curriculum import CURRICULA
 from oapl_jax.errors import UserError
 from oapl_jax.model.transformer import REMAT_POLICIES
-from oapl_jax.objectives import OBJECTIVES
+from oapl_jax.objectives import OBJECTIVES, constants
 from oapl_jax.objectives.aggregation import AGGREGATIONS
 from oapl_jax.preferences import JUDGES
 from oapl_jax.rewards.tasks import VERIFIERS
@@ -22,7 +22,9 @@ RECORDED = {"rollout.source": "dataset", "rollout.dataset": "x"}
 # Overrides of the default configuration, and the setting that the error names.
 MISTAKES = [
     ({"seed": -1}, "seed"),
+    ({"seed": 2**32}, "seed"),
     ({"num_steps": -5}, "num_steps"),
+    ({"num_steps": 2**31}, "num_steps"),
     ({"group_size": 0}, "group_size"),
     ({"learner.micro_batches": 0}, "learner.micro_batches"),
     ({"learner.rows_multiple": 12}, "learner.rows_multiple"),
@@ -46,6 +48,7 @@ MISTAKES = [
     ({"objective.denominator": "ours"}, "objective.denominator"),
     ({"objective.beta1": 0.0}, "objective.beta1"),
     ({"objective.beta2": NAN}, "objective.beta2"),
+    ({"objective.beta2": float("inf")}, "objective.beta2"),
     ({"objective.kl_weight": -1.0}, "objective.kl_weight"),
     ({"objective.constant_length": 0}, "objective.constant_length"),
     ({"optim.learning_rate": NAN}, "optim.learning_rate"),
@@ -53,6 +56,11 @@ MISTAKES = [
     ({"optim.b1": 1.0}, "optim.b1"),
     ({"optim.b2": 1.0}, "optim.b2"),
     ({"optim.eps": -1.0}, "optim.eps"),
+    # 1, 0 and infinity in float32.
+    ({"optim.b2": 0.999999999}, "optim.b2"),
+    ({"optim.eps": 1e-60}, "optim.eps"),
+    ({"optim.learning_rate": 1e200}, "optim.learning_rate"),
+    ({"rollout.temperature": 1e-50}, "rollout.temperature"),
     ({"optim.weight_decay": NAN}, "optim.weight_decay"),
     ({"warmup.batch_size": 0}, "warmup.batch_size"),
     ({"warmup.optim.mu_dtype": "float16"}, "warmup.optim.mu_dtype"),
@@ -143,9 +151,21 @@ def test_every_number_has_a_range():
 
     for section in sections(settings.Section):
         for name, hint in typing.get_type_hints(section).items():
-            if hint in (int, float):
+            if {int, float} & {hint, *typing.get_args(hint)}:
                 limits = section.__dataclass_fields__[name].metadata["limits"]
-                assert limits, f"{section.__name__}.{name}"
+                assert {"at least", "above"} & limits.keys(), f"{section.__name__}.{name}"
+
+
+def test_every_constant_of_an_objective_has_a_range():
+    for name, objective in OBJECTIVES.items():
+        for function in (objective.advantage, objective.loss):
+            for constant, annotation in constants(function).items():
+                if constant == "group_size" or annotation is bool:
+                    continue
+                (allowed,) = annotation.__metadata__
+                assert NAN not in allowed, f"{name}.{constant}"
+                assert float("inf") not in allowed, f"{name}.{constant}"
+                assert True not in allowed, f"{name}.{constant}"
 
 
 def test_a_home_directory_is_expanded(monkeypatch):

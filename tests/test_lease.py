@@ -1,5 +1,6 @@
 """One training run at a time on a workdir."""
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -15,25 +16,33 @@ from oapl_jax import lease
 from oapl_jax.errors import RunError, UserError
 
 OWNER = """
-import sys, time
+import os, sys, time
 from etils import epath
 from oapl_jax import lease
-with lease.hold(epath.Path(sys.argv[1]), log=print, lost=print):
+with lease.hold(epath.Path(sys.argv[1]), log=print, lost=lambda error: os._exit(1)):
     print("held", flush=True)
     time.sleep(600)
 """
 
 
+@contextlib.contextmanager
+def owning(workdir, *, wait=True):
+    """Another process that holds the workdir, and is killed at the end."""
+    command = [sys.executable, "-c", OWNER, str(workdir)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        assert not wait or process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.fixture
 def owner(tmp_path):
-    """Another process that holds the workdir."""
-    command = [sys.executable, "-c", OWNER, str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.communicate()
+    with owning(tmp_path) as process:
+        yield process
 
 
 @pytest.fixture
@@ -95,7 +104,32 @@ def test_a_lease_of_another_machine_counts_while_it_is_renewed(quick, tmp_path):
         thread.join()
     lines = []
     with hold(tmp_path, lines):
-        assert len(lines) == 1
+        assert "tpu-7" in lines[-1]
+
+
+def test_a_lease_that_can_not_be_read_is_taken_over_with_a_line(quick, tmp_path):
+    """As of a machine whose disk was full when it crashed."""
+    (tmp_path / lease.FILE).touch()
+    lines = []
+    with hold(tmp_path, lines):
+        assert lines
+        assert json.loads((tmp_path / lease.FILE).read_text())["host"]
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_of_processes_that_start_at_once_one_goes_on(tmp_path, stale):
+    """Also where they find the lease of a process that has ended."""
+    if stale:
+        with owning(tmp_path):
+            pass
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(owning(tmp_path, wait=False)) for _ in range(4)]
+        give_up = time.monotonic() + 60
+        alive = lambda: [process for process in processes if process.poll() is None]
+        while len(alive()) > 1 and time.monotonic() < give_up:
+            time.sleep(0.1)
+        (one,) = alive()
+        assert json.loads((tmp_path / lease.FILE).read_text())["pid"] == one.pid
 
 
 def test_a_process_whose_lease_was_taken_over_is_told(quick, tmp_path):

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from oapl_jax.learner.train_step import TrainState, state_shardings
+from oapl_jax.learner.train_step import TrainState, finite_update, state_shardings
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives.advantages import advantage
 from oapl_jax.objectives.ratios import bounded_exp
@@ -109,8 +109,8 @@ def make_step(
     """Compiles (state, tokens[C, P], segments[C, P], log_p[C], utility[C], count) -> (state,
     metrics): one gradient step on the surrogate.
 
-    Activations of `rows` prompts at a time are kept for the backward pass. If loss or gradient is
-    not finite, only the counts change.
+    Activations of `rows` prompts at a time are kept for the backward pass. If loss, gradient or
+    update is not finite, only the counts change.
     """
 
     def step(state: TrainState, tokens, segments, log_p, utility, count):
@@ -123,11 +123,10 @@ def make_step(
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
             grad_norm = optax.tree.norm(grads)
-            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            new = optax.apply_updates(state.params, updates), opt_state
+            *new, finite = finite_update(optimizer, grads, state.opt_state, state.params, scale=1.0)
+            finite &= jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             params, opt_state = jax.tree.map(
-                lambda x, old: jnp.where(finite, x, old), new, (state.params, state.opt_state)
+                lambda x, old: jnp.where(finite, x, old), new, [state.params, state.opt_state]
             )
             bad = 1 - finite.astype(jnp.int32)
             in_a_row = (state.skipped_in_a_row + 1) * bad

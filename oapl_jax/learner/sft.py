@@ -27,7 +27,7 @@ def warm_up(
     batch_size: int,
     max_prompt_tokens: int,
     max_response_tokens: int,
-    on_step: Callable[[int, dict[str, float]], bool],
+    on_step: Callable[[int, dict[str, Any]], bool],
 ) -> Any:
     """Trains parameters by maximum likelihood, averaged over tokens; returns them sharded.
 
@@ -35,7 +35,7 @@ def warm_up(
       demonstrations: groups of one rollout each, the demonstrated response, with reward 1.
       params: initial parameters, or the seed of fresh ones.
       batch_size: demonstrations a step.
-      on_step: called with the step and its loss (nats a token); True ends the stage.
+      on_step: called with the step and its metrics (loss: nats a token); True ends the stage.
     """
     objective = bind("sft", {})
     state = train_step.init_state(model, optimizer, mesh, params)
@@ -62,6 +62,6 @@ def warm_up(
             max_response_tokens=max_response_tokens,
         )
         state, metrics = step_fn(state, to_mesh(batch, shardings))
-        if on_step(step + 1, {"loss": float(jax.device_get(metrics["loss"]))}):
+        if on_step(step + 1, jax.device_get(metrics)):
             break
     return state.params

@@ -31,7 +31,7 @@ class TrainState:
     step: Leaf  # int32[], gradient steps tried, skipped ones included
     params: Any  # float32 masters
     opt_state: Any
-    skipped: Leaf  # int32[], steps whose loss or gradient was not finite
+    skipped: Leaf  # int32[], steps whose loss, gradient or update was not finite
     skipped_in_a_row: Leaf  # int32[]
 
 
@@ -174,6 +174,25 @@ def drift(logp: jax.Array, entropy: jax.Array, batch: Batch) -> dict[str, jax.Ar
     }
 
 
+def finite_update(
+    optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any, *, scale: Any
+) -> tuple[Any, Any, jax.Array]:
+    """Updates parameters and optimizer state; bool[], True if all of them are finite.
+
+    The update is computed twice, once for the check alone, since a donated state can be replaced in
+    place only when it is known whether the update is taken. The barrier keeps the two apart.
+    """
+
+    def update(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, jax.tree.map(lambda u: u * scale, updates)), opt_state
+
+    given = (grads, opt_state, params)
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(update(*given))]
+    finite, given = jax.lax.optimization_barrier((jnp.all(jnp.stack(finite)), given))
+    return *update(*given), finite
+
+
 def make_train_step(
     model: Transformer,
     objective: Objective,
@@ -189,8 +208,8 @@ def make_train_step(
     """Compiles one gradient step; it donates the old state's buffers to the new state.
 
     The gradient is the sum over micro-batches of sum_i weight_i L_i, so a split batch gives the
-    whole batch's gradient. If the loss, the gradient norm or the scale by `ess_power` is not
-    finite, the step changes only its counts.
+    whole batch's gradient. If the loss, the gradient norm, the scale by `ess_power`, or a parameter
+    or moment after the update is not finite, the step changes only its counts.
 
     Args (`temperature` and `logp_chunk` are those of `token_logp`):
       kl_weight: of KL(pi || pi_ref), which is added to the loss of each sequence; 0 adds nothing.
@@ -223,12 +242,10 @@ def make_train_step(
             grad_norm = optax.tree.norm(grads)
             ess = effective_share(per_sequence.pop("log_weight"))
             scale = ess**ess_power
-            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(scale)
-
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            updates = jax.tree.map(lambda u: u * scale, updates)
-            params = optax.apply_updates(state.params, updates)
-
+            params, opt_state, finite = finite_update(
+                optimizer, grads, state.opt_state, state.params, scale=scale
+            )
+            finite &= jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             if_finite = functools.partial(jax.tree.map, lambda x, old: jnp.where(finite, x, old))
             bad = 1 - finite.astype(jnp.int32)
             new = TrainState(

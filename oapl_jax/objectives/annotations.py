@@ -1,5 +1,6 @@
 """Types of the objectives' arguments: arrays with their shapes, constants with their ranges."""
 
+import ctypes
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -13,19 +14,24 @@ Losses = tuple[PerResponse, dict[str, PerResponse]]  # and metrics
 
 @dataclass(frozen=True)
 class Range:
-    """The allowed values of a number."""
+    """The allowed values of a number, which must be finite."""
 
     above: float = -math.inf
     at_least: float = -math.inf
     at_most: float = math.inf
 
     def __contains__(self, value: Any) -> bool:
-        number = isinstance(value, int | float)
-        return number and self.above < value and self.at_least <= value <= self.at_most
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        single = ctypes.c_float(value).value  # of the devices: 1e-50 is 0 there
+        return math.isfinite(single) and all(
+            self.above < x and self.at_least <= x <= self.at_most for x in (value, single)
+        )
 
     def __str__(self) -> str:
         bounds = ((name.replace("_", " "), bound) for name, bound in vars(self).items())
-        return " and ".join(f"{name} {bound:g}" for name, bound in bounds if math.isfinite(bound))
+        finite = [f"{name} {bound:g}" for name, bound in bounds if math.isfinite(bound)]
+        return f"{' and '.join(finite) or 'a finite number'}, in float32 too"
 
 
 class OneOf(tuple[str, ...]):
@@ -35,6 +41,7 @@ class OneOf(tuple[str, ...]):
         return f"one of {', '.join(self)}"
 
 
+Finite = Annotated[float, Range()]
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(at_least=0)]
 AtLeastOne = Annotated[float, Range(at_least=1)]

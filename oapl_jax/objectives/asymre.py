@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from oapl_jax.objectives import advantages
-from oapl_jax.objectives.annotations import Losses, PerResponse, PerToken
+from oapl_jax.objectives.annotations import Finite, Losses, PerResponse, PerToken
 from oapl_jax.objectives.ratios import log_ratio, masked_logp
 
 
-def advantage(reward: Float[Array, " G"], *, delta_v: float) -> Float[Array, " G"]:
+def advantage(reward: Float[Array, " G"], *, delta_v: Finite) -> Float[Array, " G"]:
     """A_i = r_i - V,  V = mean r + delta_v.
 
     Args:

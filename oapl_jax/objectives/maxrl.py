@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from oapl_jax.errors import UserError
 from oapl_jax.objectives.advantages import maxrl
-from oapl_jax.objectives.annotations import OneOf, Range
+from oapl_jax.objectives.annotations import Finite, OneOf, Range
 
 ESTIMATORS = OneOf(("baseline", "success", "centred", "truncated"))
 
@@ -24,7 +24,7 @@ def advantage(
     *,
     estimator: Annotated[str, ESTIMATORS],
     order: Annotated[int, Range(at_least=1)],
-    verified_reward: float,
+    verified_reward: Finite,
 ) -> Float[Array, " G"]:
     """A_i such that mean_i A_i grad log pi(y_i) estimates grad J^(T), for N = G responses.
 

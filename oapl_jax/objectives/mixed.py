@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from oapl_jax.objectives import advantages
-from oapl_jax.objectives.annotations import NonNegative
+from oapl_jax.objectives.annotations import Finite, NonNegative
 
 
 def advantage(
@@ -19,7 +19,7 @@ def advantage(
     estimator: advantages.Estimator,
     reinforcement_weight: NonNegative,
     likelihood_weight: NonNegative,
-    verified_reward: float,
+    verified_reward: Finite,
 ) -> Float[Array, " G"]:
     """A_i = reinforcement_weight A'_i + likelihood_weight 1[r_i >= verified_reward].
 

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 import xxhash
 from etils import epath
 
-from oapl_jax.errors import RunError, UserError, one_line
+from oapl_jax.errors import NotFinite, RunError, UserError, one_line
 from oapl_jax.files import write_file
 from oapl_jax.learner.train_step import TrainState
 
@@ -126,8 +126,9 @@ class Checkpoints(_Steps):
 
         `loop` has JSON-able values, the same on all hosts; `host_state` is of this host alone; the
         probe is that of publisher.read_probe. Raises a RunError if this or the previous save
-        failed: the run must not go on without checkpoints.
+        failed: the run must not go on without checkpoints; NotFinite for such parameters.
         """
+        check_finite(state.params, f"step {step}")
         with self._saving():
             self._write_host_state(step, host_state)
         arrays = {"optimizer": _without_params(state)}
@@ -274,6 +275,7 @@ class Weights(_Steps):
 
     def save(self, step: int, params: Any, probe: dict[str, Any]) -> None:
         """As `Checkpoints.save`."""
+        check_finite(params, f"step {step}")
         self._save(step, params, probe)
 
     def keep_only(self, steps: set[int]) -> list[int]:
@@ -310,6 +312,22 @@ def _shapes(tree: Any) -> dict[str, list[Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {name(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves}
+
+
+def check_finite(params: Any, name: str) -> None:
+    """Raises NotFinite, naming the first parameter with an infinite or NaN element."""
+    finite = jax.device_get(_finite(jax.tree.leaves(params)))
+    for path, is_finite in zip(_shapes(params), finite, strict=True):
+        if not is_finite:
+            raise NotFinite(
+                f"parameter {path} of {name} is not finite, so the weights are neither saved nor "
+                "published; the same command resumes from the newest checkpoint"
+            )
+
+
+@jax.jit
+def _finite(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
 
 
 def digest(document: Any) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from oapl_jax.config import LearnerConfig
+from oapl_jax.errors import NotFinite
 from oapl_jax.learner import packing, train_step
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import bind
@@ -50,7 +51,8 @@ def make_probe(
 ) -> Callable[[Any], dict[str, Any]]:
     """Compiles params -> {"tokens": [[id]], "logp": [[float]]}, a JSON-able probe.
 
-    `logp` is at temperature 1, and has no element for a row's first token.
+    `logp` is at temperature 1, and has no element for a row's first token. Raises NotFinite if it
+    is not finite.
     """
     batch, tokens = probe_batch(model.config.vocab_size, layout)
     settings: Any = dict(temperature=1.0, logp_chunk=layout.logp_chunk)
@@ -59,6 +61,11 @@ def make_probe(
 
     def probe(params: Any) -> dict[str, Any]:
         logp = np.asarray(jax.device_get(logp_step(params, placed)))
+        if not np.all(np.isfinite(logp)):
+            raise NotFinite(
+                "the policy's log-probs are not finite, so its weights are neither saved nor "
+                "published; lower optim.learning_rate, or start from an earlier checkpoint step"
+            )
         return {"tokens": tokens.tolist(), "logp": logp.astype(float).tolist()}
 
     return probe

@@ -464,6 +464,35 @@ def test_the_compiler_never_replicates_what_it_can_not_reshard():
     assert "Involuntary full rematerialization" in in_one_stride
 
 
+@pytest.mark.parametrize("what", ["parameter", "moment"])
+def test_an_update_that_is_not_finite_is_not_taken(what):
+    """Loss and gradient are finite; the second step's update is infinite in one element."""
+
+    def update(grads, count, params=None):
+        infinite = jnp.where(count >= 1, jnp.inf, 0.0)
+        if what == "moment":
+            return grads, count + 1 + infinite
+        return grads | {
+            "final_norm": {"scale": grads["final_norm"]["scale"].at[0].add(infinite)}
+        }, count + 1
+
+    optimizer = optax.GradientTransformation(lambda params: jnp.zeros(()), update)
+    scoring: dict[str, Any] = dict(temperature=TEMPERATURE, logp_chunk=5)
+    choices = dict(kl_weight=0.0, ess_power=0.0, to_reference=False)
+    mesh = small_mesh()
+    step = train_step.make_train_step(MODEL, OAPL, optimizer, mesh, **scoring, **choices)
+    state = train_step.init_state(MODEL, optimizer, mesh, parameters())
+    batch = to_mesh(batch_of(), train_step.batch_shardings(mesh))
+    state, metrics = step(state, batch)
+    assert metrics["skipped"] == 0
+    old = jax.device_get(state)
+    new, metrics = jax.device_get(step(state, batch))
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["grad_norm"])
+    assert metrics["skipped_in_a_row"] == 1
+    assert_untouched(new, old)
+
+
 def test_fresh_parameters_do_not_depend_on_the_mesh():
     fresh = lambda *sizes: train_step.init_state(MODEL, OPTIMIZER, small_mesh(*sizes), 3)
     one, many = jax.device_get((fresh(), fresh(2, 2, 1, 2)))

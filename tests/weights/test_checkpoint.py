@@ -19,7 +19,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 from small_models import assert_same, small_config, small_mesh
 
-from oapl_jax.errors import RunError, UserError
+from oapl_jax.errors import NotFinite, RunError, UserError
 from oapl_jax.learner import train_step
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.weights import checkpoint
@@ -219,6 +219,26 @@ def test_keep_only_deletes_the_other_steps(tmp_path):
 
 
 # Failures
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, opened, value):
+    checkpoints, weights = opened(keep=1), Weights(epath.Path(tmp_path / "weights"))
+    save(checkpoints, 1, random_state())
+    state = random_state()
+    kernel = state.params["layers"]["q"]["kernel"]
+    state.params["layers"]["q"]["kernel"] = kernel.at[1, 2, 3].set(value)
+    for act in (
+        lambda: save(checkpoints, 2, state),
+        lambda: weights.save(2, state.params, PROBE),
+    ):
+        with pytest.raises(NotFinite, match="layers/q/kernel"):
+            act()
+    checkpoints.wait()
+    assert checkpoints.steps() == [1]
+    assert weights.steps() == []
+    assert {path.name for path in (tmp_path / "host_states").iterdir()} == {"1"}
+    weights.close()
 
 
 def test_a_full_disk_is_an_error_and_older_steps_stay(tmp_path, opened):

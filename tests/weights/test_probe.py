@@ -4,13 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import GOLDEN, forward, golden_model
+from small_models import GOLDEN, forward, golden_model, small_mesh
 
 from oapl_jax.config import LearnerConfig
+from oapl_jax.errors import NotFinite
 from oapl_jax.model import hf
 from oapl_jax.model.sharding import make_mesh
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.weights.probe import make_probe
+
+
+def test_a_policy_whose_log_probs_are_not_finite_has_no_probe():
+    config, params = golden_model("qwen3_tied")
+    layout = LearnerConfig(micro_batches=1, row_length=48, rows_multiple=1, logp_chunk=8)
+    probe = make_probe(Transformer(config, jnp.dtype("float32"), "none"), small_mesh(), layout)
+    huge = {"scale": np.full_like(params["final_norm"]["scale"], 1e38)}
+    with pytest.raises(NotFinite):
+        probe(params | {"final_norm": huge})
 
 
 @pytest.mark.parametrize("row_length", [48, 16])
