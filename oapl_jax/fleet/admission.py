@@ -7,7 +7,6 @@ log-probs.
 
 import asyncio
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from etils import epath
 from oapl_jax.config import ProbeTolerance
 from oapl_jax.errors import UserError
 from oapl_jax.fleet.client import GroupRequest, Refused, SGLangClient, sampling_params
+from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Prompt
@@ -120,17 +120,15 @@ def compare_info(info: Mapping[str, Any], requirements: Requirements) -> Finding
 
 
 def compare_files(info: Mapping[str, Any], requirements: Requirements) -> Findings:
-    """Compares the config.json that the server was started with.
+    """Compares the config.json and generation_config.json that the server was started with.
 
     No route reports a model's architecture, and an update loads our tensors into the server's.
     """
-    path = epath.Path(str(info.get("model_path"))) / "config.json"
-    generation = path.parent / "generation_config.json"
+    directory = epath.Path(str(info.get("model_path")))
     try:
-        defaults = json.loads(generation.read_text()) if generation.exists() else {}
-        found = ModelConfig.from_hf(json.loads(path.read_text()), source=f"{path}")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return [], [f"its architecture is unknown: {path} can't be read here"]
+        found = hf.read_config(directory)
+    except (OSError, ValueError) as error:
+        return [], [f"its architecture is unknown: {directory} can't be read here ({error})"]
     except UserError as error:
         return [str(error)], []
     ours, theirs = (dataclasses.asdict(c) for c in (requirements.model_config, found))
@@ -139,12 +137,12 @@ def compare_files(info: Mapping[str, Any], requirements: Requirements) -> Findin
         for name, value in ours.items()
         if name not in NOT_COMPARED and theirs[name] != value
     ]
-    eos = defaults.get("eos_token_id")
-    ends = {*found.eos_token_ids, *(eos if isinstance(eos, list) else [eos])} - {None}
-    if not ends <= set(requirements.stop_ids):
+    if more := {*found.eos_token_ids} - {*requirements.stop_ids}:
         refusals.append(
-            f"it ends responses at tokens {sorted(ends)}, this run only at "
-            f"{sorted(requirements.stop_ids)}; start it from the run's own model directory"
+            f"it also ends responses at tokens {sorted(more)}, which eos_token_id of its "
+            f"{hf.CONFIG} or {hf.GENERATION} in {directory} lists, but not that of this run's "
+            f"model, which ends them at {sorted(requirements.stop_ids)}; start it from a published "
+            "version, or add the tokens to the model's generation_config.json"
         )
     return refusals, []
 

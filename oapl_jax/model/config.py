@@ -1,14 +1,27 @@
-"""Decoder configuration, read from and written to a checkpoint's config.json."""
+"""Decoder configuration, read from and written to a checkpoint's config.json.
+
+Keys mean what they mean to transformers. An unknown key is refused by name, since a model that
+needs it has other logits than this decoder.
+"""
 
 import dataclasses
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from oapl_jax.errors import UserError
 
 ARCHITECTURES = {name.lower(): f"{name}ForCausalLM" for name in ("Qwen3", "Qwen2", "Llama")}
-FULL = {"full_attention"}  # layer types that the decoder has
-ROPE_TYPES = ("default", "llama3", "yarn")
+ORIGINAL = "original_max_position_embeddings"
+# Rope type -> numbers that it needs beside the base, and settings that it may have.
+ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), ()),
+    "yarn": (
+        ("factor", ORIGINAL),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
 # Field -> key of config.json, where both have the same value.
 KEYS = {
     "model_type": "model_type",
@@ -19,6 +32,48 @@ KEYS = {
     "num_heads": "num_attention_heads",
     "max_positions": "max_position_embeddings",
     "rms_norm_eps": "rms_norm_eps",
+}
+SWITCHES = ("attention_bias", "tie_word_embeddings")
+# Features that the decoder lacks: false, 0 or empty.
+LACKING = (
+    *("add_cross_attention", "is_encoder_decoder", "mlp_bias", "num_experts", "num_local_experts"),
+    *("per_layer_config", "pruned_heads", "quantization_config", "rope_interleaved", "use_mrope"),
+    "use_sliding_window",
+)
+# Keys that change no logits, as all that end in _token_id: names, training, outputs, ...
+IGNORED = (
+    *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path"),
+    *("_flash_attn_2_enabled", "architectures", "attention_dropout", "attn_implementation"),
+    *("chunk_size_feed_forward", "dtype", "finetuning_task", "gradient_checkpointing", "id2label"),
+    *("initializer_range", "is_decoder", "is_llama_config", "label2id", "max_sequence_length"),
+    *("max_window_layers", "model_max_length", "name_or_path", "num_labels", "output_attentions"),
+    *("output_hidden_states", "prefix", "pretraining_tp", "problem_type", "return_dict"),
+    *("sliding_window", "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder"),
+    *("tokenizer_class", "torch_dtype", "torchscript", "transformers.js_config"),
+    *("transformers_version", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache"),
+    "use_return_dict",
+    # ... and the defaults of sampling that transformers 4 wrote there.
+    *("assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids"),
+    *("begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping"),
+    *("encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "epsilon_cutoff"),
+    *("eta_cutoff", "exponential_decay_length_penalty", "length_penalty", "max_length"),
+    *("max_new_tokens", "min_length", "no_repeat_ngram_size", "num_assistant_tokens"),
+    *("num_assistant_tokens_schedule", "num_beam_groups", "num_beams", "num_return_sequences"),
+    *("output_scores", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate"),
+    *("suppress_tokens", "target_lookbehind", "temperature", "top_k", "top_p", "typical_p"),
+)
+KNOWN = {
+    *(
+        *KEYS.values(),
+        *SWITCHES,
+        *LACKING,
+        *IGNORED,
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+    ),
+    *("layer_types", "partial_rotary_factor", "rope_parameters", "rope_scaling", "rope_theta"),
+    ORIGINAL,
 }
 
 
@@ -50,30 +105,35 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, source: str) -> "ModelConfig":
-        """Reads a config.json; a UserError names `source` and each feature the decoder lacks."""
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-        _check_supported(config, rope, source)
-        fields = {field: config[key] for field, key in KEYS.items()}
-        model_type, heads = fields["model_type"], fields["num_heads"]
-        bias = config.get("attention_bias", False)
-        eos = config.get("eos_token_id")
-        eos_ids = eos if isinstance(eos, list | tuple) else () if eos is None else (eos,)
-        rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-        if rope["rope_type"] != "default":
-            rope.setdefault("original_max_position_embeddings", fields["max_positions"])
-        default_dim = 128 if model_type == "qwen3" else fields["hidden_size"] // heads
+        """Reads a config.json.
+
+        Raises:
+          UserError: naming `source` and the keys, for features that the decoder lacks, unknown
+            keys, and values that are missing or impossible.
+        """
+        _check_features(config, source)
+        config = {**dict.fromkeys(SWITCHES, False), **config}
+        _check_values(config, source)
+        model_type, heads = config["model_type"], config["num_attention_heads"]
+        default_dim = 128 if model_type == "qwen3" else config["hidden_size"] // heads
+        kv_heads = _given(config, "num_key_value_heads", heads)
+        head_dim, bias = _given(config, "head_dim", default_dim), config["attention_bias"]
+        if heads % kv_heads or head_dim % 2 or not head_dim:
+            raise UserError(
+                f"{source} has num_attention_heads={heads}, num_key_value_heads={kv_heads} and "
+                f"head_dim={head_dim}; the first must be a multiple of the second, the last of 2"
+            )
         return cls(
-            **fields,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or default_dim,
-            rope=tuple(sorted(rope.items())),
-            tie_embeddings=config.get("tie_word_embeddings", False),
+            **{field: config[key] for field, key in KEYS.items()},
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            rope=tuple(sorted(_read_rope(config, source).items())),
+            tie_embeddings=config["tie_word_embeddings"],
             qk_norm=model_type == "qwen3",
             qkv_bias=model_type == "qwen2" or bias,
             output_bias=model_type != "qwen2" and bias,
             bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=tuple(eos_ids),
+            eos_token_ids=read_stop_ids(config, source=source),
             pad_token_id=config.get("pad_token_id"),
         )
 
@@ -102,23 +162,125 @@ class ModelConfig:
         return config
 
 
-def _check_supported(config: Mapping[str, Any], rope: Mapping[str, Any], source: str) -> None:
-    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
-    experts = config.get("num_experts") or config.get("num_local_experts")
-    sliding = config.get("use_sliding_window") or {*(config.get("layer_types") or ())} - FULL
-    checks = {
-        f"model_type={config.get('model_type')!r}": config.get("model_type") not in ARCHITECTURES,
-        "mixture of experts (num_experts)": bool(experts),
-        "sliding-window attention (use_sliding_window, layer_types)": bool(sliding),
-        f"rope_type={rope['rope_type']!r}": rope["rope_type"] not in ROPE_TYPES,
-        "partial_rotary_factor": partial != 1,
-        f"hidden_act={config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
-        "mlp_bias": bool(config.get("mlp_bias")),
-        "quantization_config": bool(config.get("quantization_config")),
-    }
-    lacking = [name for name, found in checks.items() if found]
+def read_stop_ids(config: Mapping[str, Any], *, source: str) -> tuple[int, ...]:
+    """Reads eos_token_id of a config.json or generation_config.json: an id, a list or null.
+
+    Raises:
+      UserError: naming `source`, for anything else.
+    """
+    given = config.get("eos_token_id")
+    ids = given if isinstance(given, list | tuple) else () if given is None else (given,)
+    if not all(_is_integer(i) and i >= 0 for i in ids):
+        raise UserError(f"{source} has eos_token_id={given!r}; name a token id, or a list of them")
+    return tuple(dict.fromkeys(ids))
+
+
+def _given(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    return default if config.get(key) is None else config[key]
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value <= sys.float_info.max
+
+
+def _listed(config: Mapping[str, Any], keys: Iterable[str]) -> str:
+    return ", ".join(f"{key}={config.get(key)!r:.60}" for key in sorted(keys))
+
+
+def _check_features(config: Mapping[str, Any], source: str) -> None:
+    """Raises a UserError for a model that the decoder can't compute, and for unknown keys."""
+    lacking = [key for key in LACKING if config.get(key)]
+    lacking += ["hidden_act"] * (_given(config, "hidden_act", "silu") not in ("silu", "swish"))
+    types = _given(config, "layer_types", [])
+    full = isinstance(types, list | tuple) and all(kind == "full_attention" for kind in types)
+    lacking += ["layer_types"] * (not full)
+    if config.get("model_type") not in tuple(ARCHITECTURES):
+        lacking = ["model_type"]  # keys mean what they mean to that model
     if lacking:
         raise UserError(
-            f"{source} needs {', '.join(lacking)}, which the decoder lacks; it supports "
+            f"{source} needs {_listed(config, lacking)}, which the decoder lacks; it supports "
             f"{', '.join(ARCHITECTURES)} with full attention and rope types {', '.join(ROPE_TYPES)}"
         )
+    given = {key for key, value in config.items() if value is not None}
+    unknown = [key for key in given - KNOWN if not key.endswith("_token_id")]
+    if unknown:
+        raise UserError(
+            f"{source} has unknown keys, {_listed(config, unknown)}; delete those that change "
+            "neither weights nor logits: the decoder can't compute a model that needs the others"
+        )
+
+
+def _check_values(config: Mapping[str, Any], source: str) -> None:
+    """Raises a UserError for missing and impossible values."""
+    positive = lambda value: _is_integer(value) and 0 < value < 2**31
+    kinds = {
+        "a positive integer": (positive, {*KEYS.values()} - {"model_type", "rms_norm_eps"}),
+        "a positive integer or null": (
+            lambda value: value is None or positive(value),
+            {"num_key_value_heads", "head_dim"},
+        ),
+        "a positive number": (_is_positive, {"rms_norm_eps"}),
+        "true or false": (lambda value: isinstance(value, bool), {*SWITCHES}),
+        "a token id or null": (
+            lambda value: value is None or _is_integer(value),
+            {"bos_token_id", "pad_token_id"},
+        ),
+    }
+    for kind, (valid, keys) in kinds.items():
+        if wrong := [key for key in keys if not valid(config.get(key))]:
+            raise UserError(f"{source} has {_listed(config, wrong)}; each must be {kind}")
+
+
+def _read_rope(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Reads the rotary settings in the order of transformers.
+
+    `rope_scaling` replaces `rope_parameters`, `rope_type` goes before `type`, and
+    original_max_position_embeddings of the top level before that of the settings.
+    """
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    given, other = (config.get(key) or {} for key in (name, "rope_parameters"))
+    if not isinstance(given, Mapping) or not isinstance(other, Mapping):
+        raise UserError(f"{source} has {_listed(config, [name])}; write an object or null")
+    rope = {"rope_theta": config.get("rope_theta", 10000.0), **given}
+    kind = rope.setdefault("rope_type", rope.get("type", "default"))
+    rope.pop("type", None)
+    partial = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if kind not in tuple(ROPE_TYPES) or partial not in (None, 1):
+        raise UserError(
+            f"{source} needs rope_type={kind!r} with partial_rotary_factor={partial!r}, which the "
+            f"decoder lacks; it supports {', '.join(ROPE_TYPES)}, without a partial factor"
+        )
+    if other.get("rope_theta", rope["rope_theta"]) != rope["rope_theta"]:
+        raise UserError(
+            f"{source} has {_listed(other, ['rope_theta'])} in rope_parameters, which rope_scaling "
+            f"replaces by settings with {_listed(rope, ['rope_theta'])}; keep one of the two"
+        )
+    needed, optional = ROPE_TYPES[kind]
+    if ORIGINAL in needed:
+        length = rope.get(ORIGINAL, config["max_position_embeddings"])
+        rope[ORIGINAL] = config.get(ORIGINAL, length)
+    needed = ("rope_theta", *needed)
+    rope = {k: v for k, v in rope.items() if v is not None or k in (*needed, "truncate")}
+    if unknown := rope.keys() - {"rope_type", *needed, *optional}:
+        raise UserError(
+            f"{source} has {_listed(rope, unknown)} in {name}, unknown to rope_type={kind!r}; "
+            "write one set of settings for all layers, without these"
+        )
+    numbers = {*needed, *rope} - {"rope_type", "truncate"}
+    wrong = [key for key in numbers if not _is_positive(rope.get(key))]
+    wrong += ["truncate"] * (not isinstance(rope.get("truncate", True), bool))
+    if not wrong and rope["rope_theta"] <= 1:
+        wrong = ["rope_theta"]
+    if not wrong and kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        wrong = ["high_freq_factor", "low_freq_factor"]
+    if wrong:
+        raise UserError(
+            f"{source} has {_listed(rope, wrong)} in {name}; rope_type={kind!r} needs positive "
+            "numbers, rope_theta above 1, and high_freq_factor above low_freq_factor"
+        )
+    return rope

@@ -21,12 +21,15 @@ from safetensors import SafetensorError, safe_open
 
 from oapl_jax.errors import UserError, one_line
 from oapl_jax.files import prefetch, write_file
-from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.config import ModelConfig, read_stop_ids
 from oapl_jax.model.sharding import parameter_shardings
 from oapl_jax.model.transformer import Transformer
 
+CONFIG, GENERATION = "config.json", "generation_config.json"
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 IMPORT_DTYPES = ("F32", "BF16", "F16")
+INV_FREQ = "rotary_emb.inv_freq"  # in the names of tensors of old checkpoints that are not weights
 EXPORT_DTYPES = {"float32": ("F32", np.float32), "bfloat16": ("BF16", ml_dtypes.bfloat16)}
 READ_AHEAD = 64 << 20  # bytes of tensors read while others are written
 STRIP = 32  # rows converted at a time
@@ -91,13 +94,43 @@ def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def load_config(directory: epath.PathLike) -> ModelConfig:
-    """Reads config.json; raises a UserError if it can't, or if the decoder lacks a feature."""
-    path = epath.Path(directory) / "config.json"
+    """Reads config.json, and stop ids of generation_config.json; see `read_config`.
+
+    Raises:
+      UserError: also for files that can't be read.
+    """
     try:
-        return ModelConfig.from_hf(json.loads(path.read_text()), source=str(path))
-    except (OSError, ValueError, KeyError, AttributeError) as error:  # no file, JSON, key, object
+        return read_config(directory)
+    except (OSError, ValueError) as error:
         remedy = "name the directory of a decoder's checkpoint"
-        raise UserError(f"{path} can't be read ({one_line(error)}); {remedy}") from error
+        raise UserError(f"{directory} can't be read ({one_line(error)}); {remedy}") from error
+
+
+def read_config(directory: epath.PathLike) -> ModelConfig:
+    """Reads config.json, and further stop ids of generation_config.json if there is one.
+
+    Raises:
+      OSError, ValueError: for a file that is missing or no JSON object.
+      UserError: for a model that the decoder can't compute, or values that are impossible.
+    """
+    path, generation = (epath.Path(directory) / name for name in (CONFIG, GENERATION))
+    config = ModelConfig.from_hf(_read_object(path), source=str(path))
+    if not generation.exists():
+        return config
+    more = read_stop_ids(_read_object(generation), source=str(generation))
+    return dataclasses.replace(
+        config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more)))
+    )
+
+
+def _read_object(path: epath.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
 
 
 def load_params(directory: epath.PathLike, config: ModelConfig, *, mesh: Mesh | None = None) -> Any:
@@ -105,8 +138,9 @@ def load_params(directory: epath.PathLike, config: ModelConfig, *, mesh: Mesh | 
 
     Host memory beyond the result: the local parts of one (stacked) parameter, and one tensor.
     `directory` is on a mounted disk; without a mesh, the parameters go to the default device.
+    Frequencies (INV_FREQ) and, with tied embeddings, a copy in `lm_head.weight` are ignored.
     Raises a UserError that lists every tensor that is unknown, missing, misplaced, of a wrong
-    shape or dtype. With tied embeddings a copy in `lm_head.weight` is accepted.
+    shape or dtype, or that names the first one that is not finite.
     """
     tensors, shapes = tensors_of(config), parameter_shapes(config)
     shardings = dict.fromkeys(shapes, jnp.zeros(()).sharding)
@@ -117,7 +151,7 @@ def load_params(directory: epath.PathLike, config: ModelConfig, *, mesh: Mesh | 
         slices = _open(epath.Path(directory), tensors, stack)
         for path, leaf in shapes.items():
             of_path = [tensor for tensor in tensors if tensor.path == path]
-            read = functools.partial(_read, of_path, slices, leaf.shape)
+            read = functools.partial(_read, directory, of_path, slices, leaf.shape)
             params[path] = jax.make_array_from_callback(leaf.shape, shardings[path], read)
             # Transfers are asynchronous: without this, all parameters could pile up on the host.
             params[path].block_until_ready()
@@ -129,6 +163,7 @@ def save_params(
 ) -> dict[str, dict[str, Any]]:
     """Writes a checkpoint that transformers and SGLang load: safetensors first, config.json last.
 
+    generation_config.json, where both read the ids that end a response, has those of config.json.
     Tensors are read while others are written. Host memory beyond the parameters: the larger of two
     of the largest tensor and READ_AHEAD, and the buffers of a few block reads. Returns file name ->
     manifest entry; all files are on disk.
@@ -169,7 +204,8 @@ def save_params(
         file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         written[file] = _write(directory / file, shard, flat, dtype)
         weight_map |= {tensor.name: file for tensor in shard}
-    documents = {"config.json": config.to_hf(dtype=dtype)}
+    document = config.to_hf(dtype=dtype)
+    documents = {GENERATION: {key: document[key] for key in SPECIAL_TOKENS}, CONFIG: document}
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         documents = {INDEX: index, **documents}
@@ -180,7 +216,11 @@ def save_params(
 
 
 def _read(
-    tensors: Sequence[Tensor], slices: Mapping[str, Any], shape: tuple[int, ...], index: Any
+    directory: epath.PathLike,
+    tensors: Sequence[Tensor],
+    slices: Mapping[str, Any],
+    shape: tuple[int, ...],
+    index: Any,
 ) -> np.ndarray:
     """Reads the part `index` of a parameter, tensor by tensor."""
     part = np.empty([len(range(n)[i]) for n, i in zip(shape, index, strict=True)], np.float32)
@@ -190,7 +230,25 @@ def _read(
     for tensor, target in zip(tensors, targets, strict=True):
         block = slices[tensor.name][index[::-1] if tensor.transposed else index]
         target[...] = block.T if tensor.transposed else block
+        # NaN passes through both; np.isfinite would need another array of this size.
+        if not np.isfinite((target.min(), target.max())).all():
+            raise UserError(
+                f"tensor {tensor.name} in {directory} has values that are NaN or infinite; restore "
+                "a whole copy, or start from other weights"
+            )
     return part
+
+
+def _is_copy(head: Any, embedding: Any) -> bool:
+    """True for a head that equals the embedding, or was rounded from it or before it."""
+    if not {head.get_dtype(), embedding.get_dtype()} <= {*IMPORT_DTYPES, "F64"}:
+        return False
+    one, other = head[:], embedding[:]
+    with np.errstate(over="ignore"):
+        return any(
+            np.array_equal(one.astype(dtype, copy=False), other.astype(dtype, copy=False))
+            for dtype in {one.dtype, other.dtype}
+        )
 
 
 def _open(
@@ -205,14 +263,15 @@ def _open(
         except (OSError, SafetensorError) as error:
             raise UserError(f"{directory / file} can't be read as safetensors: {error}") from error
         for name in opened.keys():  # noqa: SIM118 (it is no mapping)
-            slices[name] = opened.get_slice(name)
-            places.setdefault(name, []).append(file)
+            if INV_FREQ not in name:
+                slices[name] = opened.get_slice(name)
+                places.setdefault(name, []).append(file)
 
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     head, embedding = (slices.get(TABLE[path]) for path in ("head", "embed/embedding"))
     tied = TABLE["head"] not in shapes
-    if tied and head and embedding and np.array_equal(head[:], embedding[:]):
-        del slices[TABLE["head"]]  # a copy of the embedding
+    if tied and head and embedding and _is_copy(head, embedding):
+        del slices[TABLE["head"]]
     indexed = places | weight_map if weight_map else {}
     misplaced = [name for name in indexed if weight_map.get(name) not in places.get(name, ())]
     shaped, typed = [], []
@@ -248,6 +307,7 @@ def _files(directory: epath.Path) -> tuple[list[str], dict[str, str]]:
         weight_map = dict(json.loads(index.read_text())["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} has no readable weight_map ({error!r})") from error
+    weight_map = {name: file for name, file in weight_map.items() if INV_FREQ not in name}
     return sorted(set(weight_map.values())), weight_map
 
 

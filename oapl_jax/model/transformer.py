@@ -106,7 +106,7 @@ def _yarn(plain: np.ndarray, rope: Mapping) -> tuple[np.ndarray, float]:
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = np.clip((np.arange(len(plain)) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    ramp = np.clip((np.arange(len(plain)) - low) / (high - low or 1e-3), 0.0, 1.0)
     scale = lambda m: 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
     attention_factor = rope.get("attention_factor")
     if attention_factor is None:

@@ -6,13 +6,18 @@ import json
 
 import aiohttp
 import pytest
+from etils import epath
 from fault_server import MODEL, STOP, VOCAB
 from fleets import always
+from small_models import random_params
 
 from oapl_jax.config import ProbeTolerance
 from oapl_jax.fleet import admission
 from oapl_jax.fleet.admission import Requirements
 from oapl_jax.fleet.client import SGLangClient
+from oapl_jax.model import hf
+from oapl_jax.model.policy import open_policy
+from oapl_jax.model.tokenizer import make_character_tokenizer
 from oapl_jax.rollout.sampler import Sampling
 
 
@@ -91,8 +96,12 @@ def test_the_context_has_room_for_prompts_with_short_responses():
         ({"rope_parameters": {"rope_theta": 5.0}}, None, "rope="),
         ({"tie_word_embeddings": True}, None, "tie_embeddings=True"),
         ({"model_type": "gpt2"}, None, "gpt2"),
-        ({"eos_token_id": [STOP, 5]}, None, "[1, 5]"),
-        ({}, {"eos_token_id": 6}, "[1, 6]"),
+        ({"eos_token_id": [STOP, 5]}, None, "[5]"),
+        ({}, {"eos_token_id": 6}, "[6]"),
+        ({"eos_token_id": 7}, {"eos_token_id": [6, 8]}, "[6, 7, 8]"),
+        ({"eos_token_id": None}, {"eos_token_id": None}, None),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, None, "rope="),
+        ({"logit_scale": 2.0}, None, "logit_scale"),
     ],
 )
 def test_compare_files(tmp_path, changes, generation, refused):
@@ -105,13 +114,47 @@ def test_compare_files(tmp_path, changes, generation, refused):
     assert refused in refusals[0] if refused else not refusals
 
 
+@pytest.mark.parametrize("file", [hf.CONFIG, hf.GENERATION])
 @pytest.mark.parametrize("content", [None, "", "{", "[]"])
-def test_unreadable_files_are_a_warning(tmp_path, content):
-    if content is not None:
-        (tmp_path / "config.json").write_text(content)
-    refusals, (warning,) = admission.compare_files({"model_path": str(tmp_path)}, REQUIREMENTS)
+def test_unreadable_files_are_a_warning(tmp_path, content, file):
+    files = {hf.CONFIG: json.dumps(MODEL.to_hf(dtype="float32")), hf.GENERATION: "{}"}
+    for name, text in {**files, file: content}.items():
+        if text is not None:
+            (tmp_path / name).write_text(text)
+    refusals, warnings = admission.compare_files({"model_path": str(tmp_path)}, REQUIREMENTS)
     assert not refusals
-    assert f"{tmp_path}/config.json" in warning
+    expected = [] if (file, content) == (hf.GENERATION, None) else [f"{tmp_path}/{file}"]
+    assert len(warnings) == len(expected)
+    assert all(path in warning for path, warning in zip(expected, warnings, strict=True))
+
+
+@pytest.mark.parametrize("where", ["model", "version"])
+def test_a_server_started_from_the_runs_own_model_is_admitted(tmp_path, where):
+    """Its generation_config.json lists more stop ids than its config.json, as Llama 3's."""
+    model = tmp_path / "model"
+    content = MODEL.to_hf(dtype="float32") | {"vocab_size": 64, "eos_token_id": 1}
+    tokenizer = make_character_tokenizer("0123456789", model)
+    (model / hf.CONFIG).write_text(json.dumps(content))
+    (model / hf.GENERATION).write_text(json.dumps({"eos_token_id": [1, 5, 9]}))
+    start = lambda path: open_policy(
+        epath.Path(tmp_path / "run"), path=str(path), architecture={}, characters=""
+    )
+    policy = start(model)
+    version = tmp_path / "version"
+    settings = dict(dtype="float32", max_shard_bytes=1 << 30)
+    hf.save_params(random_params(policy.config, 0), policy.config, version, **settings)
+    own = dict(model_config=policy.config, tokenizer=tokenizer, stop_ids=policy.stop_ids)
+    requirements = dataclasses.replace(REQUIREMENTS, **own)
+    server = {"model_path": str(tmp_path / where)}
+    assert policy.stop_ids == (1, 5, 9)
+    assert admission.compare_files(server, requirements) == ([], [])
+    # Of another run, whose model does not list them.
+    (model / hf.GENERATION).unlink()
+    fewer = dataclasses.replace(requirements, stop_ids=start(model).stop_ids)
+    refusals, _ = admission.compare_files({"model_path": str(version)}, fewer)
+    assert [("[5, 9]" in refusal, str(version) in refusal) for refusal in refusals] == [
+        (True, True)
+    ]
 
 
 @pytest.fixture

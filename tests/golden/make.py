@@ -3,16 +3,22 @@
     python tests/golden/make.py            writes them
     python tests/golden/make.py --check    compares transformers, the committed files and oapl_jax
 
+edits.json has other spellings of rope settings, for the config.json of some of the checkpoints, and
+edits.npz transformers' logits for these.
+
 Needs torch, hence a separate environment (requirements/parity.txt, `make parity`); the tests read
 the committed files and need only the package. The check compares both directions: our logits from
 transformers' checkpoint, and transformers' logits from our export.
 """
 
 import argparse
+import json
 import pathlib
+import shutil
 import sys
 import tempfile
 import zlib
+from typing import Any
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]  (not in the package's environment)
@@ -24,6 +30,7 @@ sys.path[:0] = map(str, HERE.parents[:2])  # checks the package without installi
 from small_models import forward  # noqa: E402
 
 from oapl_jax.model import hf  # noqa: E402
+from oapl_jax.model.config import ModelConfig  # noqa: E402
 
 TOLERANCE = 1e-4  # on a logit, float32
 BATCH, LENGTH = 2, 48
@@ -65,6 +72,7 @@ CASES = {
     "llama_yarn": dict(head_dim=16, rope_parameters=YARN_MSCALE),
 }
 SHARDED = "llama"  # saved in several files
+EDITS = json.loads((HERE / "edits.json").read_text())
 
 
 def build(name: str) -> torch.nn.Module:
@@ -138,6 +146,31 @@ def check(name: str) -> dict[str, float]:
     return result
 
 
+def edited_logits(name: str) -> np.ndarray:
+    """Logits of transformers for the first row of tokens, by an edited config.json."""
+    checkpoint, tokens, config = edited(name)
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.copytree(checkpoint, directory, dirs_exist_ok=True)
+        (pathlib.Path(directory) / "config.json").write_text(json.dumps(config))
+        return torch_logits(reload(directory), tokens)
+
+
+def edited(name: str) -> tuple[pathlib.Path, np.ndarray, dict]:
+    checkpoint = HERE / EDITS[name]["checkpoint"]
+    config = json.loads((checkpoint / "config.json").read_text()) | EDITS[name]["edit"]
+    return checkpoint, np.load(checkpoint / "golden.npz")["tokens"][:1], config
+
+
+def check_edited(name: str) -> dict[str, float]:
+    """As `check`, for an edited config.json."""
+    checkpoint, tokens, content = edited(name)
+    expected = np.load(HERE / "edits.npz")[name]
+    config = ModelConfig.from_hf(content, source=name)
+    found = forward(config, hf.load_params(checkpoint, config), tokens)
+    results = {"committed": edited_logits(name), "oapl_jax": np.asarray(found)}
+    return {what: float(np.abs(logits - expected).max()) for what, logits in results.items()}
+
+
 def reload(directory: pathlib.Path | str) -> torch.nn.Module:
     """Loads a checkpoint in its own dtype; raises unless names and shapes fit exactly."""
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -159,6 +192,8 @@ def main() -> int:
             make(name)
             logit = np.load(HERE / name / "golden.npz")["logits"]
             print(f"{name:14} logits {logit.min():.2f} to {logit.max():.2f}, std {logit.std():.2f}")
+        edits: dict[str, Any] = {name: edited_logits(name) for name in EDITS}
+        np.savez_compressed(HERE / "edits.npz", **edits)
         return 0
     failed = []
     for i, name in enumerate(CASES):
@@ -168,7 +203,13 @@ def main() -> int:
             print(" ".join([f"{'':14}", *(f"{what:>19}" for what in result)]))
         print(" ".join([f"{name:14}", *(f"{value:19.1e}" for value in result.values())]))
         failed += [f"{name}: {what}" for what, value in result.items() if not value <= TOLERANCE]
-    print(f"\n{len(CASES)} checkpoints, {len(failed)} mismatches", *failed, sep="\n  ")
+    print()
+    for name in EDITS:
+        result = check_edited(name)
+        print(f"{name:40}", *(f"{what} {value:.1e}" for what, value in result.items()), sep="  ")
+        failed += [f"{name}: {what}" for what, value in result.items() if not value <= TOLERANCE]
+    count = f"{len(CASES)} checkpoints, {len(EDITS)} edits"
+    print(f"\n{count}, {len(failed)} mismatches", *failed, sep="\n  ")
     return 1 if failed else 0
 
 

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from small_models import GOLDEN, assert_same, forward, golden_model, random_params, small_config
+from small_models import GOLDEN, assert_same, forward, golden_model, random_params
 
 from oapl_jax.errors import UserError
 from oapl_jax.files import file_entry
@@ -33,6 +33,7 @@ from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import ROWS, make_mesh, parameter_shardings
 
 LLAMAS = ["llama", "llama_bias", "llama_llama3", "llama_tied", "llama_yarn"]
+EDITS = json.loads((GOLDEN / "edits.json").read_text())
 NAMES = [*LLAMAS, "qwen2", "qwen2_tied", "qwen3", "qwen3_tied", "qwen3_yarn"]
 
 
@@ -75,6 +76,19 @@ def test_logits_equal_those_of_transformers(name):
     np.testing.assert_allclose(compiled(config, params, tokens), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", EDITS)
+def test_logits_of_an_edited_config_equal_those_of_transformers(name):
+    checkpoint, edit = EDITS[name]["checkpoint"], EDITS[name]["edit"]
+    content = json.loads((GOLDEN / checkpoint / "config.json").read_text()) | edit
+    before, params = golden_model(checkpoint)
+    config = ModelConfig.from_hf(content, source=name)
+    tokens = golden(checkpoint)[0][:1]
+    with np.load(GOLDEN / "edits.npz") as file:
+        expected = file[name]
+    np.testing.assert_allclose(compiled(config, params, tokens), expected, atol=1e-4, rtol=0)
+    assert np.abs(compiled(before, params, tokens) - expected).max() > 0.1
+
+
 @pytest.mark.parametrize("name", ["llama_llama3", "llama_yarn", "qwen3_yarn"])
 def test_rope_scaling_changes_the_logits(name):
     config, params = golden_model(name)
@@ -101,12 +115,22 @@ def test_the_table_covers_the_files_and_export_and_import_are_bit_equal(name, tm
     found = sorted((tensor.name, tensor.shape) for tensor in hf.tensors_of(config))
     assert found == sorted((k, v.shape) for k, v in stored.items())
     save(params, config, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {hf.CONFIG, hf.GENERATION, hf.SINGLE}
     assert hf.load_config(tmp_path) == config
     assert_same(hf.load_params(tmp_path, config), params)
     assert_same(tensors_on_disk(tmp_path), stored)
     with safe_open(tmp_path / "model.safetensors", framework="numpy") as opened:
         assert opened.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize(("ids", "written"), [((), None), ((2,), 2), ((2, 5), [2, 5])])
+def test_stop_ids_are_exported_in_both_files(ids, written, tmp_path):
+    config, params = golden_model("qwen3")
+    config = dataclasses.replace(config, eos_token_ids=ids)
+    save(params, config, tmp_path)
+    for name in (hf.CONFIG, hf.GENERATION):
+        assert json.loads((tmp_path / name).read_text())["eos_token_id"] == written
+    assert hf.load_config(tmp_path) == config
 
 
 def test_small_shards_hold_the_same_tensors(tmp_path):
@@ -159,6 +183,37 @@ def test_float16_files_load(copy):
     directory = copy("qwen2")
     damage(directory, lambda t: t.update({k: v.astype(np.float16) for k, v in t.items()}))
     expected = jax.tree.map(lambda x: x.astype(jnp.float16).astype(jnp.float32), params)
+    assert_same(hf.load_params(directory, config), expected)
+
+
+def test_a_head_of_more_digits_than_the_tied_embedding_is_a_copy(copy):
+    """As after training in float32, of which the embedding alone was rounded."""
+    directory = copy("qwen3_tied")
+    config, _ = golden_model("qwen3_tied")
+
+    def change(tensors):
+        exact = tensors["model.embed_tokens.weight"].astype(np.float64)
+        tensors["model.embed_tokens.weight"] = exact.astype(ml_dtypes.bfloat16)
+        tensors["lm_head.weight"] = exact
+
+    damage(directory, change)
+    rounded = hf.load_params(directory, config)["embed"]["embedding"]
+    exact = golden_model("qwen3_tied")[1]["embed"]["embedding"]
+    assert_same(rounded, exact.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # llama is in several files
+def test_stored_rotary_frequencies_are_ignored(copy, name):
+    directory = copy(name)
+    file = max(path.name for path in directory.glob("*.safetensors"))
+    names = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(2)]
+    stored = dict.fromkeys([*names, "model.rotary_emb.inv_freq"], np.ones(4, np.float64))
+    damage(directory, lambda tensors: tensors.update(stored), file)
+    if (index := directory / hf.INDEX).exists():
+        content = json.loads(index.read_text())
+        content["weight_map"] |= {"model.rotary_emb.inv_freq": "lost.safetensors"}
+        index.write_text(json.dumps(content))
+    config, expected = golden_model(name)
     assert_same(hf.load_params(directory, config), expected)
 
 
@@ -289,6 +344,11 @@ def test_a_stored_head_must_equal_the_embedding_it_is_tied_to(copy):
     config, expected = golden_model("qwen3_tied")
     assert_same(hf.load_params(directory, config), expected)
 
+    for narrow in (np.float16, ml_dtypes.bfloat16):
+        rounded = embedding.astype(narrow)
+        damage(directory, lambda tensors, x=rounded: tensors.update({"lm_head.weight": x}))
+        assert_same(hf.load_params(directory, config), expected)
+
     other = embedding.copy()
     other[-1, -1] += 1
     damage(directory, lambda tensors: tensors.update({"lm_head.weight": other}))
@@ -298,34 +358,25 @@ def test_a_stored_head_must_equal_the_embedding_it_is_tied_to(copy):
     )
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"model_type": "qwen3_moe"}, "model_type='qwen3_moe'"),
-        ({"num_experts": 8}, "num_experts"),
-        ({"num_local_experts": 8}, "num_experts"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "rope_type='dynamic'"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope'"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-    ],
+    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"]
 )
-def test_unsupported_features_are_named(change, named):
-    config = json.loads((GOLDEN / "qwen3" / "config.json").read_text()) | change
-    with pytest.raises(UserError, match=rf"here .*{re.escape(named)}"):
-        ModelConfig.from_hf(config, source="here")
+def test_a_tensor_with_a_value_that_is_not_finite_is_named(copy, name, dtype, value):
+    directory = copy("qwen3")
 
+    def change(tensors):
+        tensors[name] = tensors[name].astype(dtype)
+        tensors[name][-1, -1] = value
 
-@pytest.mark.parametrize("content", [None, "{", "[1]", '{"model_type": "llama"}'])
-def test_an_unreadable_config_is_named(content, tmp_path):
-    if content is not None:
-        (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=r"config\.json"):
-        hf.load_config(tmp_path)
+    damage(directory, change)
+    message = refused(directory)
+    assert name in message
+    assert str(directory) in message
+    mesh = make_mesh(data=2, fsdp=2, context=1, tensor=2)
+    with pytest.raises(UserError, match=re.escape(name)):
+        hf.load_params(directory, golden_model("qwen3")[0], mesh=mesh)
 
 
 def test_an_invalid_export_writes_nothing(tmp_path):
@@ -342,30 +393,6 @@ def test_an_invalid_export_writes_nothing(tmp_path):
     save(params, config, tmp_path / "out")
     with pytest.raises(UserError, match="out"):
         save(params, config, tmp_path / "out")
-
-
-# config.json
-
-
-def test_older_spellings_of_a_config_are_read():
-    """Checkpoints from before transformers 5 have rope_theta and rope_scaling side by side."""
-    new = json.loads((GOLDEN / "llama_llama3" / "config.json").read_text())
-    old = {k: v for k, v in new.items() if k != "rope_parameters"}
-    rope = dict(new["rope_parameters"])
-    old |= {"rope_theta": rope.pop("rope_theta")}
-    old["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
-    read = functools.partial(ModelConfig.from_hf, source="config.json")
-    exported = read(new).to_hf(dtype="float32")
-    assert read(old) == read(new) == read(exported)
-    del exported["rope_parameters"]  # an old reader sees only this
-    assert read(exported) == read(new)
-
-
-@pytest.mark.parametrize(("model_type", "head_dim"), [("qwen2", 8), ("qwen3", 128)])
-def test_defaults_are_those_of_transformers(model_type, head_dim):
-    config = small_config(model_type, head_dim=None, num_key_value_heads=None)
-    assert (config.tie_embeddings, config.head_dim, config.num_kv_heads) == (False, head_dim, 4)
-    assert dict(config.rope) == {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def test_each_device_reads_only_its_part(monkeypatch):

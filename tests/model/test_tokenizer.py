@@ -178,6 +178,27 @@ def test_tokenizer_and_model_must_agree(tokenizer, changes, error):
         check_tokenizer(tokenizer, model(**changes), source="here")
 
 
+@pytest.mark.parametrize(
+    ("of_model", "of_generation", "stop_ids"),
+    [(1, [1, 5], (1, 5)), (5, [1, 7], (1, 5, 7)), ([1, 5], None, (1, 5)), (None, 1, (1,))],
+)
+def test_a_policy_stops_at_the_ids_of_all_three_files(
+    tokenizer, tmp_path, of_model, of_generation, stop_ids
+):
+    source = tmp_path / "model"
+    tokenizer.save_pretrained(str(source))
+    content = {**model().to_hf(dtype="float32"), "eos_token_id": of_model}
+    (source / "config.json").write_text(json.dumps(content))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": of_generation}))
+    run = epath.Path(tmp_path / "run")
+    opened = open_policy(run, path=str(source), architecture={}, characters="")
+    assert opened.stop_ids == stop_ids
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    if of_model in (None, 5):
+        with pytest.raises(UserError, match="eos_token_id"):
+            open_policy(run, path=str(source), architecture={}, characters="")
+
+
 def test_stop_ids_are_those_of_model_and_tokenizer(tokenizer):
     assert Policy(model(eos_token_id=[9, 1]), tokenizer, None).stop_ids == (1, 9)
     assert Policy(model(eos_token_id=5), tokenizer, None).stop_ids == (1, 5)

@@ -107,7 +107,7 @@ def test_a_published_version_is_whole_and_loads_bit_equal(tmp_path):
     assert (manifest["version"], manifest["dtype"]) == (16, "float32")
     assert (manifest["parent"], manifest["config_hash"]) == ("weights/16", "c0ffee")
     probe, marks = publisher.PROBE, {publisher.MANIFEST, COMMITTED}
-    assert set(manifest["files"]) == {"config.json", "model.safetensors", probe, "tokenizer.json"}
+    assert set(manifest["files"]) == {hf.CONFIG, hf.GENERATION, hf.SINGLE, probe, "tokenizer.json"}
     assert {p.name for p in path.iterdir()} == marks | manifest["files"].keys()
     assert all(entry == file_entry(path / name) for name, entry in manifest["files"].items())
 
@@ -277,7 +277,7 @@ def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path):
     assert_holds(write(directory, 8, seed=0, config=LARGE), 0, LARGE)
 
 
-@pytest.mark.parametrize("sync", range(9))
+@pytest.mark.parametrize("sync", range(10))
 def test_a_failed_fsync_leaves_a_version_complete_or_absent(tmp_path, monkeypatch, sync):
     directory = epath.Path(tmp_path / "versions")
     write(directory, 0)
@@ -295,7 +295,7 @@ def test_a_failed_fsync_leaves_a_version_complete_or_absent(tmp_path, monkeypatc
         write(directory, 8)
     monkeypatch.undo()
     found = published_versions(directory)
-    assert found == ([0] if sync < 6 else [0, 8])  # the last three come after the commit
+    assert found == ([0] if sync < 7 else [0, 8])  # the last three come after the commit
     assert len(list(directory.iterdir())) == len(found)
     for version in found:
         assert_holds(version_path(directory, version), version)
