@@ -167,9 +167,15 @@ def numbers(value: Any) -> list[int | float]:
     return found + [ctypes.c_float(x).value for x in found if isinstance(x, float)]
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """The known names that resemble a misspelt one, as the end of a sentence."""
+def nearest(name: str, known: typing.Iterable[str], elsewhere: typing.Iterable[str] = ()) -> str:
+    """The known names that resemble a misspelt one, as the end of a sentence.
+
+    `elsewhere` has full names of other sections, of which the last part is compared.
+    """
     found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    last = lambda path: path.rpartition(".")[2]
+    ends = difflib.get_close_matches(name, {last(path) for path in elsewhere}, n=3, cutoff=0.8)
+    found += [path for path in elsewhere if last(path) in ends and path not in found][:3]
     return f"; did you mean {' or '.join(found)}?" if found else f" (known: {', '.join(known)})"
 
 
@@ -852,6 +858,8 @@ def load_config(workdir: epath.Path) -> dict[str, Any] | None:
         config = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); restore a whole copy") from error
+    if "num_steps" not in config:
+        raise UserError(f"{path} is not of a run of oapl_jax; give another --workdir")
     if config.pop("format", None) != FORMAT:
         raise UserError(
             f"{workdir} was written by another version of oapl_jax (workdir format {FORMAT} is "

@@ -42,15 +42,23 @@ class NoReward(RunError):
     """All rewards were 0 in too many consecutive groups; the message shows the last responses."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An exception's class and the first line of its message."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def reason(error: BaseException) -> str:
+    """`one_line`, or the words of the operating system if a library has put them into a longer
+    message, as TensorStore does on a full disk."""
+    words = (os.strerror(number) for number in SYSTEM_ERRORS)
+    return next((text for text in words if text in str(error)), one_line(error))
 
 
 # Errors of the operating system -> exit code, and the remedy that follows its sentence.
 SYSTEM_ERRORS = {
     errno.ENOSPC: (1, "free space there and start again; what was saved stays"),
     errno.EDQUOT: (1, "raise the quota and start again; what was saved stays"),
+    errno.EFBIG: (1, "raise the limit (ulimit -f) and start again; what was saved stays"),
     errno.EACCES: (2, "give this user access, or name another place"),
     errno.EPERM: (2, "give this user access, or name another place"),
     errno.EROFS: (2, "name a place that can be written"),

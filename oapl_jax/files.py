@@ -129,7 +129,8 @@ def check_files(
 class JsonLines:
     """An append-only local file of JSON objects, one a line, that survives a kill.
 
-    Opening removes a last line that a kill has cut; `exclusive` locks the file until `close`.
+    Opening removes last lines that a kill has cut or a crash of the machine has left as NUL bytes;
+    `exclusive` locks the file until `close`.
     `append` flushes each line to the operating system; `sync` brings them to the disk. `size` is
     in bytes. Raises a UserError for an object store, or if another process has locked the file.
     """
@@ -179,7 +180,13 @@ class JsonLines:
         if not self._file.seek(0, os.SEEK_END):
             return 0
         with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.rfind(b"\n") + 1
+            end = content.rfind(b"\n") + 1
+            while end:
+                start = content.rfind(b"\n", 0, end - 1) + 1
+                if content.find(b"\0", start, end) < 0:
+                    break
+                end = start
+            return end
 
 
 def read_json_lines(path: epath.Path) -> Iterator[dict[str, Any]]:

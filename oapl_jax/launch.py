@@ -9,7 +9,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from oapl_jax.config import Config, nearest
+from oapl_jax.config import Config, flatten, nearest
 from oapl_jax.errors import UserError
 from oapl_jax.files import absolute, is_local
 
@@ -78,7 +78,8 @@ def check_overrides(arguments: list[str]) -> None:
             if not isinstance(section, ConfigDict) or part not in section:
                 known = section.keys() if isinstance(section, ConfigDict) else ()
                 path = ".".join(parts[: depth + 1])
-                raise UserError(f"--config.{path} is not a setting{nearest(part, known)}")
+                close = nearest(part, known, flatten(whole.to_dict()))
+                raise UserError(f"--config.{path} is not a setting{close}")
             section = section.get_oneway_ref(part).get() if part in section else None
 
 

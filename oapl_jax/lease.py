@@ -140,6 +140,8 @@ def _held(path: epath.Path, log: Callable[[str], None]) -> bool:
 
 
 def _machine() -> str:
+    if not os.path.exists("/proc/self/ns/pid"):  # not Linux: every lease is watched
+        return str(uuid.uuid4())
     boot = epath.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 

@@ -38,6 +38,7 @@ from oapl_jax.tracking.progress import (
     StopRequest,
     keep_running_without_terminal,
     log,
+    log_libraries_to,
 )
 
 MAX_SKIPPED = 3  # consecutive steps with a non-finite loss, gradient or update before an abort
@@ -82,18 +83,19 @@ def begin(run: Run, stop: StopRequest, restore_step: int | None) -> tuple[TrainS
 
     The configuration is saved once nothing is left that could refuse it.
     """
-    config = run.config
-    for change in changed_settings(run.workdir, config.to_dict()):
+    config, host0 = run.config, not jax.process_index()
+    for change in changed_settings(run.workdir, config.to_dict()) if host0 else ():
         log(f"changed since this run began: {change}")
-    if config.lag.mode != "uniform" and config.lag.steps >= config.num_steps > 0:
+    if host0 and config.lag.mode != "uniform" and config.lag.steps >= config.num_steps > 0:
         log(
             f"lag.steps={config.lag.steps} is no shorter than num_steps={config.num_steps}: "
             "version 0 serves the whole run"
         )
     if run.source.live or config.evaluation.every:
         run.check_grader()
-    begun = resume(run, restore_step) if run.checkpoints.steps() else init_run(run, stop)
-    if begun is not None and not jax.process_index():
+    resumes = run.checkpoints.steps() or restore_step is not None
+    begun = resume(run, restore_step) if resumes else init_run(run, stop)
+    if begun is not None and host0:
         save_config(run.workdir, config.to_dict())
     return begun
 
@@ -371,6 +373,7 @@ def main() -> None:
     )
     use_compile_cache(config.compile_cache, workdir)
     keep_running_without_terminal()
+    log_libraries_to(workdir / multihost.per_host_path("log.txt"))
     with multihost.abort_on_peer_failure():
         result = run(config, workdir, StopRequest(), restore_step=restore_step.value)
     if result is None or jax.process_index():

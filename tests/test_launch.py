@@ -40,6 +40,10 @@ def test_a_workdir_in_a_bucket_is_refused_and_no_local_name(monkeypatch):
     ("words", "named"),
     [
         (["--config.num_step=1"], "num_steps"),
+        (["--config.total_steps=9"], "num_steps"),
+        (["--config.rewards.math.second=9"], "seconds"),
+        (["--config.learning_rate=1e-3"], r"optim\.learning_rate"),
+        (["--config.optim.group_size=9"], "group_size"),
         (["--config.num_steps=many"], "num_steps"),
         (["--config=configs/arithmetic.py:task=sums"], r"task=chain_sum\|"),
         (["--config=configs/nothing.py"], r"configs/nothing\.py"),
@@ -143,7 +147,7 @@ def test_a_new_workdir_has_nothing_to_differ_from(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "\0\0", '{"a": '])
+@pytest.mark.parametrize("content", ["", "[1]", "\0\0", '{"a": ', '{"model_type": "qwen3"}'])
 def test_a_damaged_configuration_is_named(saved, content):
     (saved / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json"):

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from etils import epath
+from small_runs import small_arithmetic, typed
 
-from oapl_jax import lease
+from oapl_jax import lease, train
 from oapl_jax.errors import RunError, UserError
 
 OWNER = """
@@ -61,6 +63,13 @@ def test_a_workdir_in_use_is_refused_and_named(owner, tmp_path):
         hold(tmp_path).__enter__()
     assert owner.poll() is None
     assert json.loads((tmp_path / lease.FILE).read_text())["pid"] == owner.pid
+
+
+def test_a_run_does_not_begin_beside_another(owner, tmp_path):
+    config = typed(small_arithmetic({}))
+    with pytest.raises(UserError, match=f"process {owner.pid}"):
+        train.run(config, epath.Path(tmp_path), SimpleNamespace(requested=""))
+    assert [path.name for path in tmp_path.iterdir()] == [lease.FILE]
 
 
 def test_the_lease_of_a_killed_process_is_taken_over_with_a_line(owner, tmp_path):

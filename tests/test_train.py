@@ -136,7 +136,7 @@ def test_killed_at_random_points_it_ends_in_the_same_bits(runs, unbroken, tmp_pa
         np.testing.assert_array_equal(parameters[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_leaves(runs, unbroken, tmp_path, number):
     workdir = tmp_path / "stopped"
     process = runs.start(runs.command(workdir))
@@ -153,6 +153,23 @@ def test_a_signal_saves_and_leaves(runs, unbroken, tmp_path, number):
     output = runs.run(workdir)
     assert f"step {done}" in output
     assert [timeless(x) for x in metrics(workdir)] == [timeless(x) for x in metrics(unbroken[0])]
+
+
+def test_a_stop_in_the_warm_up_is_acknowledged_and_acts_after_its_step(runs, tmp_path):
+    settings = {"warmup.num_steps": 10**6, "evaluation.every": 0}
+    process = runs.start(runs.command(tmp_path, **settings))
+    assert process.stdout is not None
+    line = ""
+    while "warm up" not in line and process.poll() is None:
+        line = process.stdout.readline()
+        if (tmp_path / "model" / "config.json").exists():
+            break
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "SIGINT" in output
+    assert not (tmp_path / "config.json").exists()
+    assert not (tmp_path / "lease.json").exists()
 
 
 def metrics_started(workdir: Path) -> bool:
@@ -298,6 +315,8 @@ def test_a_mistake_names_its_setting_before_any_step(runs, tmp_path, settings, s
     with pytest.raises(UserError, match=setting):
         train.run(typed(config), epath.Path(tmp_path), SimpleNamespace(requested=""))
     assert not (tmp_path / "metrics.jsonl").exists()
+    assert not (tmp_path / "config.json").exists()
+    assert not (tmp_path / "lease.json").exists()
 
 
 def test_a_workdir_of_another_structure_is_refused(runs, copy):
@@ -328,6 +347,20 @@ def test_a_damaged_version_is_refused(runs, copy, damage):
     assert "v000008" in output
     assert "Traceback" not in output
     assert (copy / "checkpoints" / "9").exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_an_older_one_resumes_on_request(runs, unbroken, copy):
+    state = copy / "host_states" / "12" / "host0of1"
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(content)
+    output = runs.run(copy, code=2)
+    assert "step 12" in output
+    assert "--restore_step=9" in output
+    assert "Traceback" not in output
+    output = runs.run(copy, "--restore_step=9")
+    assert "step 12" in output or "steps 12" in output  # removed, with a line
+    assert [timeless(x) for x in metrics(copy)] == [timeless(x) for x in metrics(unbroken[0])]
 
 
 def test_three_non_finite_steps_end_the_run_and_keep_the_checkpoint(runs, tmp_path):

@@ -1,8 +1,8 @@
 """Metrics of a run: metrics.jsonl, and TensorBoard if enabled; drops non-finite values."""
 
-import json
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from oapl_jax import multihost
-from oapl_jax.files import JsonLines, read_json_lines
+from oapl_jax.files import JsonLines, naming, read_json_lines
 from oapl_jax.structs import Group
 
 
@@ -26,18 +26,15 @@ class MetricsWriter:
     def __init__(self, workdir: epath.Path, *, start_step: int, tensorboard: bool):
         path = workdir / multihost.per_host_path("metrics.jsonl")
         self._lines, kept = JsonLines(path, exclusive=False), 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            if json.loads(line)["step"] > start_step:
-                break
-            kept += len(line)
+        with path.open("rb") as file:
+            for text, line in zip(file, self._lines, strict=False):
+                if line["step"] > start_step:
+                    break
+                kept += len(text)
         self._lines.truncate(kept)
         self._events = None
         if tensorboard and not jax.process_index():
-            from tensorboardX import SummaryWriter  # imports Google's cloud clients
-
-            self._events = SummaryWriter(
-                os.fspath(workdir / "tensorboard"), purge_step=start_step + 1
-            )
+            self._events = _Events(workdir / "tensorboard", purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Writes and returns the finite values; drops others, such as the mean of an empty set."""
@@ -47,14 +44,44 @@ class MetricsWriter:
         line: dict[str, Any] = {"step": step, **numbers, **tables}
         self._lines.append(line)
         if self._events:
-            for key, value in numbers.items():
-                self._events.add_scalar(key, value, step)
+            self._events.write(step, numbers)
         return line
 
     def close(self) -> None:
         self._lines.close()
         if self._events:
             self._events.close()
+
+
+class _Events:
+    """Event file of TensorBoard, written at once: SummaryWriter's thread dies of a full disk, after
+    which its caller waits forever."""
+
+    def __init__(self, directory: epath.Path, *, purge_step: int):
+        # Here, since it imports Google's cloud clients.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        self._directory, self._event, self._scalar = directory, event_pb2.Event, scalar  # pyright: ignore[reportAttributeAccessIssue]
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = EventsWriter(os.fspath(directory / "events"))
+        start = event_pb2.SessionLog(status="START")  # pyright: ignore[reportAttributeAccessIssue]
+        self._append(step=purge_step, session_log=start)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        for key, value in numbers.items():
+            self._append(step=step, summary=self._scalar(key, value))
+        with naming(self._directory):
+            self._file.flush()
+
+    def close(self) -> None:
+        with naming(self._directory):
+            self._file.close()
+
+    def _append(self, **fields: Any) -> None:
+        with naming(self._directory):
+            self._file.write_event(self._event(wall_time=time.time(), **fields))
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import tqdm
+from etils import epath
 
 SHOWN = {
     "reward": "reward",
@@ -88,6 +90,21 @@ def tell(text: str) -> None:
     """Writes a line to stderr past Python's buffers, which the main thread may hold."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
+
+
+def log_libraries_to(path: epath.PathLike) -> None:
+    """Sends log records and warnings of libraries to a file: Orbax's on a full disk are hundreds of
+    lines. The terminal keeps those of this package."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], force=True)  # some library has added its own
+    logging.getLogger("oapl_jax").addHandler(logging.StreamHandler())
+    logging.captureWarnings(True)
+    logging.raiseExceptions = False  # the log's own disk may be full
+    sys.unraisablehook = lambda args: logging.getLogger("unraisable").error(
+        "ignored in %r", args.object, exc_info=args.exc_value
+    )
 
 
 class _Terminal(io.FileIO):

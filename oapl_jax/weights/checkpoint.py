@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 import xxhash
 from etils import epath
 
-from oapl_jax.errors import NotFinite, RunError, UserError, one_line
+from oapl_jax.errors import NotFinite, RunError, UserError, one_line, reason
 from oapl_jax.files import write_file
 from oapl_jax.learner.train_step import TrainState
 
@@ -97,9 +97,9 @@ class _Steps:
         except Exception as error:
             kept = ", ".join(map(str, self.steps())) or "none"
             raise RunError(
-                f"a checkpoint could not be saved below {self._directory} ({type(error).__name__}: "
-                f"{error}); free space or mend the directory, then start again: it resumes from "
-                f"the newest finished step (have: {kept})"
+                f"a checkpoint could not be saved below {self._directory} ({reason(error)}); free "
+                "space or mend the directory, then start again: it resumes from the newest "
+                f"finished step (have: {kept})"
             ) from error
 
 

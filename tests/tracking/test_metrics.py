@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from disks import no_file_larger_than
 from etils import epath
 from small_runs import metrics as lines
 from tensorboardX.proto import event_pb2
 
+from oapl_jax.errors import UserError, sentence
 from oapl_jax.structs import Group, Prompt, Rollout
 from oapl_jax.tracking.metrics import CompileClock, MetricsWriter, group_metrics, read_lines
 
@@ -64,6 +66,31 @@ def test_a_line_that_a_kill_has_cut_is_removed(workdir, cut):
     assert [line["step"] for line in read_lines(path)] == [1, 2]
     write(workdir, [3, 4], start_step=3)  # even if the checkpoint is newer
     assert steps(workdir) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 4096, b"\0" * 512 + b'{"step":4}\n', b"\0\n\0\0\n"])
+def test_nul_bytes_that_a_crash_has_left_are_removed(workdir, tail):
+    write(workdir, [1, 2, 3])
+    with (workdir / "metrics.jsonl").open("ab") as file:
+        file.write(tail)
+    write(workdir, [4], start_step=3)
+    assert steps(workdir) == [1, 2, 3, 4]
+
+
+def test_a_damaged_line_before_others_is_named(workdir):
+    write(workdir, [1, 2, 3])
+    path = workdir / "metrics.jsonl"
+    path.write_text(path.read_text().replace('{"step":2', '{step":2'))
+    with pytest.raises(UserError, match=r"line 2 of .*metrics\.jsonl"):
+        open_writer(workdir, start_step=3)
+
+
+def test_a_full_disk_ends_with_the_files_name(workdir):
+    with no_file_larger_than(2000), pytest.raises(OSError, match="large") as caught:
+        write(workdir, range(1, 2000), tensorboard=True)
+    code, text = sentence(caught.value) or (0, "")
+    assert code == 1
+    assert str(workdir) in text
 
 
 def test_a_line_is_there_at_once_without_values_that_are_not_finite(workdir):

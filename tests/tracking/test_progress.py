@@ -50,7 +50,7 @@ def test_a_signal_is_acknowledged_at_once_and_the_second_ends(number):
         assert "the current step" in said
         assert process.poll() is None
         process.send_signal(number)
-        assert process.wait(timeout=10) == 128 + number
+        assert process.wait(timeout=60) == 128 + number
     finally:
         process.kill()
         process.communicate()
@@ -71,6 +71,23 @@ def test_nohup_keeps_its_meaning():
     finally:
         process.kill()
         process.communicate()
+
+
+def test_libraries_log_to_a_file_and_the_package_to_the_terminal(tmp_path):
+    code = """
+import logging, sys, warnings
+from oapl_jax.tracking.progress import log, log_libraries_to
+log_libraries_to(sys.argv[1])
+logging.getLogger("orbax").error("of a library")
+logging.getLogger("oapl_jax.data").warning("of the package")
+warnings.warn("a warning")
+log("a line")
+"""
+    path = tmp_path / "run" / "log.txt"
+    process = start(code, path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.communicate() == ("a line\n", "of the package\n")
+    content = path.read_text()
+    assert all(part in content for part in ("of a library", "of the package", "a warning"))
 
 
 @pytest.mark.parametrize("ends", ["pipe", "full", "closed"])
