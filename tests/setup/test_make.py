@@ -41,46 +41,62 @@ def test_commands_of_a_target_exist(target):
     lines = commands(target)
     assert lines
     for line in lines:
-        for module in re.findall(r"-m ((?:oapl_jax|experiments)\.[\w.]+)", line):
-            assert importlib.util.find_spec(module), line
-        for path in re.findall(
+        paths = re.findall(
             r"(?<![\w/])((?:benchmarks|tests|experiments|configs|requirements)/[\w/.$-]+)", line
-        ):
+        )
+        for path in paths:
             assert "$" in path or (ROOT / path).exists(), line
+        modules = re.findall(r"-m ((?:oapl_jax|experiments)\.[\w.]+)", line)
+        for module in modules:
+            assert importlib.util.find_spec(module), line
+        scripts = [ROOT / path for path in paths if re.search(r"^(?!configs).*\.py$", path)]
+        scripts += [ROOT.joinpath(*module.split(".")).with_suffix(".py") for module in modules]
+        if scripts := [script for script in scripts if script.exists()]:
+            text = "".join(file.read_text() for file in (*scripts, ROOT / "oapl_jax/launch.py"))
+            for flag in re.findall(r" --([a-z_]+)", line):
+                assert re.search(rf"""["'](--)?{flag}["']""", text), (flag, line)
+
+
+def local_files(name: str) -> list[pathlib.Path]:
+    """The files of this repository behind "package.module.name"; [] for a third party's."""
+    parts = name.split(".")
+    places = [root.joinpath(*parts[:n]) for root in (ROOT, ROOT / "tests") for n in range(1, 9)]
+    files = [file for p in places for file in (p.with_suffix(".py"), p / "__init__.py")]
+    return [file for file in files if file.exists()]
 
 
 def third_party(path: pathlib.Path) -> set[str]:
-    """Top-level packages that a file of this repository imports, directly or through others."""
+    """Top-level packages that a file of this repository imports, directly or through others.
+
+    Imports inside functions count in the file itself alone: others need not be called.
+    """
     seen, found, todo = set(), set(), [path]
     while todo:
         file = todo.pop()
         if file in seen:
             continue
         seen.add(file)
-        for node in ast.walk(ast.parse(file.read_text())):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree) if file == path else tree.body:
             names = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             for name in names:
-                parts = name.split(".")
-                if parts[0] not in ("oapl_jax", "experiments", "configs"):
-                    found.add(parts[0])
-                    continue
-                for end in range(1, len(parts) + 1):
-                    module = ROOT.joinpath(*parts[:end])
-                    todo += [
-                        f for f in (module.with_suffix(".py"), module / "__init__.py") if f.exists()
-                    ]
+                files = local_files(name)
+                todo += files
+                found |= set() if files else {name.partition(".")[0]}
     return found - sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("script", ["tests/golden/make.py"])
+@pytest.mark.parametrize("script", ["tests/golden/make.py", "experiments/smollm2.py"])
 def test_the_environment_for_parity_has_what_its_scripts_import(script):
     text = (ROOT / "requirements/parity.txt").read_text()
     pinned = {name.lower().replace("_", "-") for name in re.findall(r"^([\w-]+)==", text, re.M)}
     owners = importlib.metadata.packages_distributions() | {"torch": ["torch"]}
-    for package in third_party(ROOT / script):
+    imported = third_party(ROOT / script)
+    assert imported >= {"numpy", "transformers"}
+    for package in imported:
         names = {name.lower().replace("_", "-") for name in owners[package]}
         assert names & pinned, f"{script} imports {package} of {names}"
