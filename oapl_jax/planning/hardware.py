@@ -110,7 +110,8 @@ def open_slice(name: str) -> Slice:
         raise UserError(f"--topology={name} is no slice; for example one of {offered}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "the TPU compiler is missing (no TPU is needed): pip install 'oapl_jax[tpu]'"
+            "the TPU compiler is missing (no TPU is needed): in the checkout, "
+            ".venv/bin/pip install --constraint=requirements/dev.lock --editable '.[tpu]'"
         )
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
