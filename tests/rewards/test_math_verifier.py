@@ -26,13 +26,6 @@ from oapl_jax.rewards.math.verifier import (
 
 PAIRS = [(rf"It is \boxed{{{said}}}.", wanted, right) for said, wanted, right in ANSWERS]
 PAIRS += RESPONSES
-# Right answers that are called wrong; there is no wrong one that is called right.
-MISSES = {
-    (r"It is \boxed{50 \text{ cents}}.", r"\$0.50"),  # units are compared, not converted
-    (r"It is \boxed{bca}.", "abc"),  # three letters are a word, so that "evil" is not "live"
-    (r"It is \boxed{\operatorname{cis} 60^\circ}.", r"e^{i\pi/3}"),  # cis is not known
-    (r"It is \boxed{y=\pm 2\sqrt{x}}.", "y^2=4x"),  # needs a case distinction
-}
 LATE = (r"9^{9^{9^{9}}}", r"(10^{9})!", r"\sum_{n=1}^{10^{9}} n^{n}", "1e999999999")
 # What is nested so deeply that reading it, or what sympy makes of it, may never end.
 DEEP = (
@@ -61,21 +54,18 @@ def answers():
 # The table
 
 
-def test_the_table_is_judged_right_but_for_the_misses(answers):
+def test_the_table_is_judged_right(answers):
     verdicts = answers.verify_many([(response, wanted) for response, wanted, _ in PAIRS])
     judged = list(zip(PAIRS, verdicts, strict=True))
     assert {v.outcome for v in verdicts} == {"right", "wrong"}  # none is late, none an error
-    assert {(a, r) for (a, r, _), v in judged if v.outcome == "right"} == {
-        (a, r) for a, r, right in PAIRS if right and (a, r) not in MISSES
-    }
-    assert len(MISSES) <= 0.01 * len(PAIRS)
+    paid = {(a, r) for (a, r, _), v in judged if v.outcome == "right"}
+    assert paid == {(a, r) for a, r, right in PAIRS if right}
 
 
 def test_the_table_is_large_and_has_both_kinds():
     assert len(PAIRS) >= 200
     assert len({(a, r) for a, r, _ in PAIRS}) == len(PAIRS)
     assert sum(not right for _, _, right in PAIRS) >= 100
-    assert not MISSES - {(a, r) for a, r, right in PAIRS if right}
 
 
 def test_each_reference_can_be_read(answers):

@@ -27,11 +27,13 @@ FORMULA = re.compile(
 )
 MAX_GAP = 70  # characters between two boxes that are one answer
 LAYOUT = re.compile(r"\\[()\[\],;:! ]|\\q?quad(?![A-Za-z])|\\(?:text|mathrm)\s*\{|[${}*&~\s]|\\\\")
-# "and", after a few words about the first box and before the name of the second.
+# "and", after a few words about the first box and before the name of the second; or an alternative.
 JOINED = re.compile(
     r"[.,;]?(?:(?: (?!(?:no|not|wait|but|so|then|thus|is|are|was|were|we|gives?|yields?|which)\b)"
-    r"[\w()^]+){0,4},? ?\(?(?:and|or|&)(?: (?:also|maybe|perhaps|possibly|even|else))?)?,?"
-    r"(?: ?=| ?[A-Za-z\\]\w*(?:\([^()]*\))? ?=)?",
+    r"[\w()^]+){0,4},? ?\(?(?:and|or|&)(?: (?:also|maybe|perhaps|possibly|even|else))?"
+    r"| ?\(?/| \(?(?:else|vs\.?|versus|perhaps|maybe|possibly|alternatively|otherwise|instead)"
+    r"|(?: \(?but)?(?: (?:it|that|this|the answer))? (?:can|could|might|may)(?: also| instead)? be"
+    r")?,?(?: ?=| ?[A-Za-z\\]\w*(?:\([^()]*\))? ?=)?",
     re.IGNORECASE,
 )
 LEAD = re.compile(
@@ -60,6 +62,7 @@ SYMBOLS = {
     "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "∞": r"\infty ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\neq ", "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ",
     "∅": r"\emptyset ", "£": r"\pounds ", "€": r"\euro ", "¥": r"\yen ", "₹": r"\rupee ",
+    "¢": " cents",
     "ℝ": r"\mathbb{R}", "°": r"^\circ ", "²": "^{2}", "³": "^{3}",
     "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "％": "%", "，": ",",
     "（": "(", "）": ")", "“": '"', "”": '"', "’": "'", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
@@ -70,6 +73,15 @@ COMMANDS = {
     "simeq": r"\approx ", "degree": r"^\circ ", "degrees": r"^\circ ",
     "varnothing": r"\emptyset ", "langle": "(", "rangle": ")", "lt": "<", "gt": ">", "equiv": "=",
 }  # fmt: skip
+# Codes of currencies before an amount.
+CODES = {
+    "Rs": r"\rupee ",
+    "INR": r"\rupee ",
+    "USD": r"\dollar ",
+    "EUR": r"\euro ",
+    "GBP": r"\pounds ",
+}
+CODE = "|".join(CODES)
 WORDS = r"\\text\s*\{([^{}\d]+)\}"
 REWRITES = tuple(
     (re.compile(pattern), by)
@@ -91,8 +103,16 @@ REWRITES = tuple(
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\(?:mathbf|boldsymbol|bm)\s*\{\s*([A-Za-z])\s*\}", r" \1 "),
         (r"\\(?:mathrm|mathbf|mathit|mathsf|boldsymbol|bm|textbf|textit|textrm|textsf|textnormal|mbox"
-         r"|emph)(?=\s*\{)", r"\\text"),
+         r"|emph|underline)(?=\s*\{)", r"\\text"),
         (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
+        (rf"(?:\\text\s*\{{\s*({CODE})\.?\s*\}}|(?<![A-Za-z\\])({CODE})(?![A-Za-z]))\.?\s*(?=\d)",
+         lambda m: CODES[m[1] or m[2]]),
+        (r"(?:\\text\s*\{\s*US\s*\}|(?<![A-Za-z\\])US)\s*(?=\\dollar)", ""),
+        (r"(?<=\d)\s*/-(?!\s*\w)", ""),  # behind rupees
+        (r"(?<=\\rupee )\s*\d{1,2}(?:,\d\d)+,\d{3}(?![\d,])", lambda m: m[0].replace(",", "")),
+        (r"\\(?:text|math)?cents?(?:sign)?(?![A-Za-z])", " cents "),
+        (r"\\cis(?![A-Za-z])|(?:\\operatorname\*?|\\text)\s*\{\s*cis\s*\}|(?<![A-Za-z\\])cis(?![a-z])",
+         r"\\cis "),
         # Units in pieces: m/s, kg m, "hours and".
         (rf"\\frac\s*\{{\s*{WORDS}\s*\}}\s*\{{\s*{WORDS}(\^\d)?\s*\}}", r"\\text{\1/\2}\3"),
         (rf"{WORDS}(?:\^\{{?(\d)\}}?)?\s*/\s*{WORDS}", r"\\text{\1\2/\3}"),
@@ -105,6 +125,15 @@ REWRITES = tuple(
         (r"\\colon(?![A-Za-z])|\{:\}|\\text\s*\{\s*to\s*\}", ":"),
         (r"\\not\s*=", r"\\neq "),
         (r"\\text\s*\{\s*d\s*\}(?=\s*[A-Za-z\\^])", "d "),
+        # Derivatives: y^{\prime}, \dot{y}, dy/dx.
+        (r"\^\s*(?:\{\s*((?:\\prime\s*)+)\}|(\\prime)(?![A-Za-z]))",
+         lambda m: "'" * (m[1] or m[2]).count("prime")),
+        (r"\\dot\s*(?:\{\s*([A-Za-z]|\\[a-z]+)\s*\}|([A-Za-z])(?![A-Za-z]))",
+         lambda m: rf"\frac{{d{m[1] or m[2]}}}{{dt}}"),
+        (r"\\ddot\s*(?:\{\s*([A-Za-z]|\\[a-z]+)\s*\}|([A-Za-z])(?![A-Za-z]))",
+         lambda m: rf"\frac{{d^2{m[1] or m[2]}}}{{dt^2}}"),
+        (r"(?<![A-Za-z\\])d(\^\{?\d\}?)? ?([A-Za-z]) ?/ ?d ?([A-Za-z])(\^\{?\d\}?)?(?![A-Za-z])",
+         lambda m: rf"\frac{{d{m[1] or ''}{m[2]}}}{{d{m[3]}{m[4] or ''}}}"),
         (r"\\pmod\s*\{?\s*([0-9A-Za-z]+)\s*\}?|\(\s*(?:\\text\s*\{)?\s*mod\s*\}?\s*([0-9A-Za-z]+)\s*\)",
          lambda m: rf"\pmod{{{m[1] or m[2]}}}"),
         (r"\\%|\\text\s*\{\s*(?:percent|pct)\s*\}|\b(?:percent|pct)\b", "%"),
@@ -194,6 +223,7 @@ def _join(found: Sequence[tuple[int, int, str]], text: str) -> str | None:
     parts = [found[-1][2].strip()]
     for (_, end, content), (start, _, _) in zip(found[-2::-1], found[:0:-1], strict=True):
         gap = re.sub(r"\s+", " ", LAYOUT.sub(" ", text[end:start])).rstrip()
+        gap = re.sub(r"^ (?=[.,;])", "", gap)
         if start - end > MAX_GAP or not JOINED.fullmatch(gap):
             break
         if content.strip() not in parts:

@@ -8,12 +8,12 @@ import sys
 
 from oapl_jax.rewards.math.judge.answers import parse_answer, same_answer
 from oapl_jax.rewards.math.judge.supervisor import supervise
-from oapl_jax.rewards.math.judge.sympy_equal import GENERATED, Unreadable
+from oapl_jax.rewards.math.judge.sympy_equal import GENERATED, Unreadable, with_same_derivatives
 
 
 def judge_pair(pair: list[str]) -> list[str]:
     """["right" | "wrong" | "error", why] of a tidied answer and reference."""
-    answer, reference = pair
+    answer, reference = with_same_derivatives(*pair)
     try:
         expected = parse_answer(reference)
     except ValueError as error:

@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 from oapl_jax.rewards.math.judge.sympy_equal import (
     Unreadable,
+    count_unknowns,
     is_constant,
     same_relation,
     same_value,
 )
 from oapl_jax.rewards.math.judge.text_answers import (
+    HUNDREDTHS,
     Clock,
     clock,
     name,
@@ -42,14 +44,23 @@ THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
 # Between a unit and the next number, as in "3 hours 20 minutes".
 MEASURES = re.compile(r"(?<=[\d ])(?:(\\text\s*\{[^{}\d]+\}|(?<= )[A-Za-z]{1,}\.?)\s*)(?=\d)")
+LETTERS = re.compile(r"[a-z](?: ?[a-z]){2,}")
 BRACKETS = {"(": 1, "[": 1, r"\{": 1, ")": -1, "]": -1, r"\}": -1}
 RELATIONS = {"<": "<", ">": ">", r"\le": "<=", r"\ge": ">="}
+# Relations whose sides are compared one by one; the second of a pair is the first from the right.
+SYMBOLIC = {
+    r"\subset": "", r"\subseteq": "", r"\supset": r"\subset", r"\supseteq": r"\subseteq",
+    r"\mid": "", r"\nmid": "", r"\parallel": "", r"\perp": "", r"\cong": "", r"\sim": "",
+    r"\to": "", r"\rightarrow": r"", r"\mapsto": "", r"\implies": "", r"\Rightarrow": "",
+    r"\iff": "", r"\Leftrightarrow": "", r"\notin": "", r"\propto": "",
+}  # fmt: skip
 SIGNS = RELATIONS | {"=": "=", r"\neq": "!="}
 MIRRORED = str.maketrans("<>", "><")
 
 
 class Text(NamedTuple):
     text: str
+    letters: bool = False  # bare small letters, which may be a product
 
 
 class Value(NamedTuple):
@@ -101,7 +112,7 @@ def parse_answer(text: str, depth: int = MAX_DEPTH) -> Form:
     if time := clock(text):
         return time
     if not BETWEEN.search(text) and (said := text_answer(text)):
-        return Text(said)
+        return Text(said, letters=bool(LETTERS.fullmatch(text)))
     if (matrix := MATRIX.fullmatch(text)) and matrix[1] != "vmatrix":
         rows = [row for row in re.split(r"\\\\(?:\[[^]]*\])?|\\cr", matrix[2]) if row.strip()]
         return Matrix(tuple(_all(split(row, "&"), depth) for row in rows), text)
@@ -245,6 +256,12 @@ def _relation(text: str, depth: int) -> Form | None:
     sides = split(text, r"\in")
     if len(sides) == 2 and (found := name(sides[0])):
         return Named(found, parse_answer(sides[1], depth - 1), (), text)
+    sides = split(text, *SYMBOLIC)
+    if len(sides) == 2 and all(side.strip() for side in sides):
+        sign = next(sign for sign in SYMBOLIC if len(split(text, sign)) == 2)
+        sides = sides[::-1] if SYMBOLIC[sign] else sides
+        sign = SYMBOLIC[sign] or sign
+        return Parts(sign, sign, _all(sides, depth), text)
     sides = split(text, *RELATIONS)
     signs = _signs(text)
     if not 2 <= len(sides) == len(signs) + 1:
@@ -289,11 +306,21 @@ def _closes(tokens: list[str]) -> int:
 def same_answer(answer: Form, reference: Form) -> bool:
     match answer, reference:
         case Text(), Text():
-            return answer.text == reference.text
+            return answer.text == reference.text or _same_product(answer, reference)
+        case (Parts(left=sign), other) | (other, Parts(left=sign)) if (
+            sign in SYMBOLIC and not isinstance(other, Parts | Named)
+        ):
+            return False
         case Clock(), Clock():
             return answer.same(reference)
         case Named(), Named() if _same_name(answer.name, reference.name):
             return all(same_answer(a, reference.form) for a in (*answer.steps, answer.form))
+        case Named() | Parts(left=""), Value(sides=(_, *_)) if equation := _product(answer):
+            return _same_relations(equation, reference.text)
+        case Value(sides=(_, *_)), Named() | Parts(left="") if equation := _product(reference):
+            # x^2 = 4 is no solution for x.
+            several = sum(map(count_unknowns, answer.sides)) > 1
+            return several and _same_relations(answer.text, equation)
         case (Named(), Named() | Value(sides=(_, *_))) | (Value(sides=(_, *_)), Named()):
             comparable = _is_relation(answer) and _is_relation(reference)
             return comparable and _same_relations(answer.text, reference.text)
@@ -324,6 +351,10 @@ def same_answer(answer: Form, reference: Form) -> bool:
         case (Matrix(), Parts(left="(")) | (Parts(left="("), Matrix()):
             a, r = _vector(answer), _vector(reference)
             return len(a) == len(r) and all(map(same_answer, a, r))
+        case Text(letters=True), Value(unit="", sides=()):  # abc is a product beside a product
+            return same_value(" ".join(answer.text), reference.text)
+        case Value(unit="", sides=()), Text(letters=True):
+            return same_value(answer.text, " ".join(reference.text))
         case Value(), Text():
             return answer.text.upper() == reference.text
         case (Text(), _) | (_, Text()):
@@ -344,8 +375,32 @@ def same_answer(answer: Form, reference: Form) -> bool:
     return same_value(answer.text, reference.text)
 
 
+def _same_product(answer: Text, reference: Text) -> bool:
+    """True for bca and abc: of two words with the same letters none is in alphabetical order."""
+    letters = sorted(reference.text)
+    ordered = "".join(letters) in (answer.text, reference.text) and len({*letters}) == len(letters)
+    both = answer.letters and reference.letters
+    return both and ordered and sorted(answer.text) == letters
+
+
+def _product(form: Named | Parts) -> str:
+    r"""The equation (y - a)(y - b) = 0 for y = \pm a or y = a, y = b; "" for other forms."""
+    solved = form.parts if isinstance(form, Parts) else (form,)
+    if not all(isinstance(f, Named) and not f.steps and "=" in _signs(f.text) for f in solved):
+        return ""
+    if len({f.name for f in solved}) > 1:
+        return ""
+    pairs = [f.form.parts if isinstance(f.form, Parts) else (f.form,) for f in solved]
+    values = [value for of_one in pairs for value in of_one]
+    if len(values) < 2 or not all(isinstance(v, Value) and not v.sides for v in values):
+        return ""
+    return "".join(rf"({solved[0].name} - ({value.text}))" for value in values) + " = 0"
+
+
 def _same_name(answer: str, reference: str) -> bool:
     """True for equal names; y is y(x), but f(x) is not f(t)."""
+    if any("'" in name and re.search(r"\([^A-Za-z]", name) for name in (answer, reference)):
+        return answer == reference  # y'(0) is no y'
     names = answer, reference
     with_arguments = [name for name in names if "(" in name]
     return answer == reference or (
@@ -356,7 +411,14 @@ def _same_name(answer: str, reference: str) -> bool:
 def _same_values(answer: Value, reference: Value) -> bool:
     a, r = answer.text, reference.text
     if answer.unit and reference.unit and answer.unit != reference.unit:
-        return False
+        units = (answer.unit, reference.unit)
+        if not any(
+            small in HUNDREDTHS and large in HUNDREDTHS[small]
+            for small, large in (units, units[::-1])
+        ):
+            return False
+        in_large = lambda v: rf"\frac{{{v.text}}}{{100}}" if v.unit in HUNDREDTHS else v.text
+        return same_value(in_large(answer), in_large(reference))
     if answer.sides and reference.sides:
         return _same_relations(a, r)
     if answer.sides:  # 2 + 3 = 5: every side must be the answer

@@ -23,7 +23,7 @@ FUNCTIONS = {
     "sqrt", "max", "min", "gcd", "lcm", "mod", "frac", "pi", "theta", "alpha", "beta", "inf",
     "infinity",
 }  # fmt: skip
-ANGLE_OF = re.compile(r"sin|cos|tan|cot|sec|csc")
+ANGLE_OF = re.compile(r"cis|sin|cos|tan|cot|sec|csc")
 NAME_BREAKS = re.compile(
     r"[+*/<>&|!:-]|\^(?!\{?-1)"
     r"|\\(?:cdot|times|frac|sqrt|pm|mp|div|sum|int|prod|log|ln|sin|cos|tan)(?![A-Za-z])"
@@ -43,9 +43,10 @@ UNITS = {
     "liter": "l", "litre": "l", "dollar": "$", "usd": "$", "euro": "€", "yen": "¥", "rupee": "₹",
     "degree": "°", "deg": "°", r"^\circ": "°", "year": "yr", "mileperhour": "mph",
     "milesperhour": "mph", "kilometersperhour": "km/h", "km/hr": "km/h", "radian": "", "rad": "",
-    "unit": "",
+    "unit": "", "cent": "¢", "pence": "p", "paisa": "paise",
 }  # fmt: skip
 UNIT_FUNCTIONS = {"min", "sec"}  # at the end of an answer they have no argument
+HUNDREDTHS = {"¢": "$€", "p": "£", "paise": "₹"}  # of these
 CURRENCIES = {r"\dollar": "$", r"\pounds": "£", r"\euro": "€", r"\yen": "¥", r"\rupee": "₹"}
 POWERS = {"squared": "2", "square": "2", "sq": "2", "cubed": "3", "cubic": "3"}
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
