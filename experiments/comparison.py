@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from experiments import lag, objectives
 from experiments.objectives import Arm, Plan, Values, warm_up
-from experiments.run import RESULTS, Line, Results, Run, listed
+from experiments.sweep import RESULTS, Line, Point, Results, listed
 from experiments.table import (
     LEVELS,
     Cell,
@@ -80,8 +80,8 @@ def surfaces(results: Results, plan: Plan) -> list[tuple[lag.Table, Rows]]:
 
 def lines_of(results: Results, plan: Plan) -> list[Line]:
     """Lines of this plan's runs in the order of the file, which may hold others."""
-    runs: list[Run] = listed(lambda add, r, _: objectives.sweep_plan(add, r, plan), results, False)
-    runs += listed(lambda add, _, __: lag.sweep_plan(add, plan), results, False)
+    runs: list[Point] = listed(lambda add: objectives.sweep_plan(add, plan), results, "cpu")
+    runs += listed(lambda add: lag.sweep_plan(add, plan), results, "cpu")
     keys = {line["key"] for line in map(results.line, runs) if line}
     return [line for line in results.lines.values() if line["key"] in keys]
 

@@ -1,4 +1,4 @@
-"""Execution of one run in a worker process: warm-up, recording or training, then grading."""
+"""Execution of one point in a worker process: warm-up, recording or training, then grading."""
 
 import contextlib
 import dataclasses
@@ -17,49 +17,51 @@ import optax
 from etils import epath
 
 from configs.common import Config as ConfigValues
-from experiments.run import Run
+from experiments.manifest import data_checksums, lag_histogram
+from experiments.sweep import Line, Point
 from oapl_jax import build, train
 from oapl_jax.config import Config as Typed
 from oapl_jax.errors import NotFinite
+from oapl_jax.evaluate import evaluate_benchmarks
 from oapl_jax.files import write_atomically
 from oapl_jax.record import record_dataset
 from oapl_jax.rollout.dataset import Dataset
 from oapl_jax.tracking.metrics import read_lines
-from oapl_jax.tracking.progress import Progress, StopRequest
+from oapl_jax.tracking.progress import Progress, StopRequest, log
 
-OUTCOME = "outcome.json"
-# Grading of a run's last policy: samples a problem, and the k of pass@k.
-GRADES = {"validation": dict(n=16, ks=(1, 8)), "test": dict(n=64, ks=(1, 8, 64))}
 STRIDE = 8  # gradient steps between two points of a curve
 
 
-def execute(run: Run, root: epath.Path, stop: StopRequest) -> None:
+def execute(run: Point, root: epath.Path, stop: StopRequest) -> None:
     """Executes a run to its end or until a stop is requested; resumes an earlier try.
 
-    Writes log.txt and, at the end, outcome.json: "ended" with the metrics, or "failed" with the
-    reason if loss or gradient were not finite. Any other error is raised and leaves no outcome.
+    Writes log.txt and, at the end, the outcome file: "ended" with the metrics, or "failed" with the
+    reason if loss or gradient were not finite; the lags and checksums are for the manifest. Any
+    other error is raised and leaves no outcome.
     """
     workdir = run.workdir(root)
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "log.txt").open("a") as log, contextlib.ExitStack() as closing:
+    with (workdir / "log.txt").open("a") as file, contextlib.ExitStack() as closing:
         closing.callback(sys.stdout.flush)
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
         # A worker of a launcher that was killed may still be saving.
-        fcntl.flock(log, fcntl.LOCK_EX)
-        closing.callback(fcntl.flock, log, fcntl.LOCK_UN)
-        if (workdir / OUTCOME).exists():
+        fcntl.flock(file, fcntl.LOCK_EX)
+        closing.callback(fcntl.flock, file, fcntl.LOCK_UN)
+        if run.outcome(root).exists():
             return
         started = time.process_time()
         outcome = {"warm_up": warm_up, "generate": generate, "train": trained}[run.kind](
             run, root, stop
         )
         if outcome is not None:
+            outcome["lags"] = lag_histogram(read_lines(workdir / "metrics.jsonl"))
+            outcome["data"] = data_checksums(run.resolve(root).data.data_dir)
             outcome["core_seconds"] = round(time.process_time() - started, 1)
-            write_atomically(workdir / OUTCOME, [json.dumps(outcome).encode()])
+            write_atomically(run.outcome(root), [json.dumps(outcome).encode()])
 
 
-def warm_up(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
+def warm_up(run: Point, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
     """Runs and grades the supervised stage; a stopped one restarts from step 0."""
     config = typed(run.resolve(root))
     # Graded once, below.
@@ -79,7 +81,7 @@ def typed(config: ConfigValues) -> Typed:
     return Typed.from_dict(config.to_dict())
 
 
-def generate(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
+def generate(run: Point, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
     """Records one group for each of the first `run.prompts` training prompts, from version 0."""
     assert run.start is not None
     config, rollouts = typed(run.resolve(root)), run.workdir(root) / "rollouts"
@@ -91,7 +93,7 @@ def generate(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | 
             step=None,
             version_dir=config.model.path,
             split="train",
-            limit=run.prompts,
+            limit=run.prompts or None,
             groups_per_shard=256,
             progress=lambda done: progress.step(done, {}),
         )
@@ -101,7 +103,7 @@ def generate(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | 
     return {"outcome": "ended", "shards": [shard["xxh128"] for shard in shards.values()]}
 
 
-def trained(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
+def trained(run: Point, root: epath.Path, stop: StopRequest) -> dict[str, Any] | None:
     """Trains, and grades the last policy on `run.split`; a run that is not finite has metrics up to
     its last step and no grade."""
     config, workdir = typed(run.resolve(root)), run.workdir(root)
@@ -116,19 +118,62 @@ def trained(run: Run, root: epath.Path, stop: StopRequest) -> dict[str, Any] | N
     if ended is None:
         return None
     with contextlib.closing(build.Run(config, workdir)) as opened:
+        if run.publish:
+            opened.versions.publish(config.num_steps, ended[1].params)
         graded = grade(opened, config.num_steps, ended[1].params, run)
     metrics = summary(read_lines(workdir / "metrics.jsonl"), config, run)
     return {"outcome": "ended", **graded, **metrics}
 
 
-def grade(opened: build.Run, step: int, params: Any, run: Run) -> dict[str, Any]:
-    evaluation = dataclasses.replace(opened.config.evaluation, **GRADES[run.split])
+def grade(opened: build.Run, step: int, params: Any, run: Point) -> dict[str, Any]:
+    """Results of a policy on the point's split, or on its benchmarks."""
+    if run.benchmarks:
+        for at in run.at_steps or (step,):
+            directory = opened.workdir / "evaluation"
+            n = run.samples or opened.config.evaluation.n
+            evaluate_benchmarks(
+                opened, run.benchmarks, directory, step=at, version_dir=None, n=n, log=log
+            )
+        return benchmark_results(opened.workdir)
+    evaluation = dataclasses.replace(opened.config.evaluation, **run.grading)
     opened.config = dataclasses.replace(opened.config, evaluation=evaluation)
     graded = opened.evaluate(step, params, run.split)
     return {run.split: {k: v for k, v in graded.items() if not isinstance(v, tuple)}}
 
 
-def summary(lines: list[dict[str, Any]], config: Typed, run: Run) -> dict[str, Any]:
+def benchmark_results(workdir: epath.Path) -> dict[str, Any]:
+    """pass@k by benchmark of the last version that oapl_jax.evaluate graded, and by step."""
+    found: dict[str, Any] = {}
+    for path in sorted((workdir / "evaluation").glob("v*/*/result.json")):
+        values = json.loads(path.read_text())["pass@k"]["value"]
+        measured = {f"pass@{k}": value for k, value in enumerate(values, 1)}
+        step = str(int(path.parent.parent.name[1:]))
+        found.setdefault("benchmarks", {}).setdefault(step, {})[path.parent.name] = measured
+    return found
+
+
+def collect(run: Point, root: epath.Path) -> Line | None:
+    """The outcome of a point that oapl_jax.train ran elsewhere, from the files of its workdir.
+
+    None unless it has trained to its end. Grades are those that oapl_jax.evaluate wrote.
+    """
+    workdir = run.workdir(root)
+    if not (workdir / "result.json").exists():
+        return None
+    config, lines = typed(run.resolve(root)), read_lines(workdir / "metrics.jsonl")
+    after = json.loads((workdir / "result.json").read_text())["after"]
+    graded = {run.split: {k: v for k, v in after.items() if not isinstance(v, list)}}
+    return {
+        "outcome": "ended",
+        **(graded if after else {}),
+        **benchmark_results(workdir),
+        **summary(lines, config, run),
+        "lags": lag_histogram(lines),
+        "data": data_checksums(config.data.data_dir),
+    }
+
+
+def summary(lines: list[dict[str, Any]], config: Typed, run: Point) -> dict[str, Any]:
     """Summarises metrics.jsonl, which omits values that are not finite; {} without a step.
 
     Returns:
@@ -137,6 +182,7 @@ def summary(lines: list[dict[str, Any]], config: Typed, run: Run) -> dict[str, A
       "drift": KL(pi_lag || pi) in nats a token before the last step of a window, mean over windows
         (0 at lag 1, where each step starts at pi_lag), if a window was completed;
       "progress": step, generations, pass@1 and entropy of each validation;
+      "validation": pass@k of each validation, by k, if it has more than pass@1;
       "curve": kl, entropy and reward of every STRIDE-th step.
     """
     if not lines:
@@ -152,13 +198,18 @@ def summary(lines: list[dict[str, Any]], config: Typed, run: Run) -> dict[str, A
         groups = line["buffer/added"] if not run.stream else line["recorded/taken"]
         return int(min(groups * config.group_size, recorded or np.inf))
 
+    graded = [line for line in lines if "eval/pass@1" in line]
+    validation = {
+        f"pass@{k}": [line[f"eval/pass@{k}"] for line in graded]
+        for k in config.evaluation.ks
+        if graded
+    }
     return {
         "generations": generations(lines[-1]),
         "skipped": int(lines[-1]["skipped"]),
         "progress": [
             [line["step"], generations(line), line["eval/pass@1"], line["eval/entropy"]]
-            for line in lines
-            if "eval/pass@1" in line
+            for line in graded
         ],
         "curve": {
             key: [
@@ -167,7 +218,9 @@ def summary(lines: list[dict[str, Any]], config: Typed, run: Run) -> dict[str, A
             ]
             for key in ("kl", "entropy", "reward")
         },
-    } | ({"drift": float(np.mean(drift))} if drift and len(drift) == len(ends) else {})
+        **({"drift": float(np.mean(drift))} if drift and len(drift) == len(ends) else {}),
+        **({"validation": validation} if len(validation) > 1 else {}),
+    }
 
 
 def resetting(

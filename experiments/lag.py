@@ -1,7 +1,8 @@
 """The limits of robustness to lag and learning rate: OAPL and six other objectives, live.
 
 Claim: at a lag of 128 OAPL survives a learning rate at which the others collapse.
-Command: python -m experiments.launch lag --root=runs/comparison --jobs=2
+Command: python -m experiments.launch --experiment=experiments/lag.py --to=local \
+        --root=runs/comparison --clean
     python -m experiments.comparison --root=runs/comparison --to=docs
 Hardware: 2 CPU cores, 4 GB of memory.
 Hours: 2.6 of a core, for 420 runs beside those of objectives.py.
@@ -27,8 +28,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import inf
 
+from experiments import paper
 from experiments.objectives import FULL, QUICK, Arm, Plan, Values, train
-from experiments.run import Add, Results, Run
+from experiments.sweep import Add, Cells, Point
 
 METHODS: dict[str, tuple[str, Values]] = {
     "oapl, beta2 0.05": ("oapl", {"objective.beta2": 0.05}),
@@ -50,7 +52,6 @@ METHODS: dict[str, tuple[str, Values]] = {
 }
 LAGS = (128, 8, 1)  # in the order of execution
 THREE = ("oapl, beta2 0.2", "grpo", "grpo_is")
-Cells = dict[str, dict[str, list[Run]]]  # by row and column
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Table:
     title: str
     lag: float
     rows: str  # header of the first column
-    cells: Cells
+    cells: dict[str, dict[str, list[Point]]]  # by row and column
     num_steps: int
 
 
@@ -70,7 +71,7 @@ def tables(plan: Plan) -> Iterator[Table]:
     rates = (1e-3,) if quick else (3e-4, 1e-3, 3e-3, 1e-2)
     steps: int = plan.common["num_steps"]
 
-    def cell(name: str, lag: int, rate: float, **changes) -> list[Run]:
+    def cell(name: str, lag: int, rate: float, **changes) -> list[Point]:
         method, constants = METHODS[name]
         forget_every = changes.pop("forget_every", 0)
         values = {"optim.learning_rate": rate, **constants}
@@ -140,9 +141,25 @@ def sweep_plan(add: Add, plan: Plan) -> None:
     for table in tables(plan):
         cells = [cell for row in table.cells.values() for cell in row.values()]
         for runs in zip(*cells, strict=True):
-            for run in runs:
-                add(run)
+            add(*runs)
 
 
-def sweep(add: Add, results: Results, quick: bool) -> None:
-    sweep_plan(add, QUICK if quick else FULL)
+def sweep(add: Add) -> None:
+    if add.form == "paper":
+        add(*paper.runs({"objective": ("oapl",), "lag.steps": (1, 10, 50, 100, 400)}))
+        add(*paper.runs({"objective": ("grpo_is",)}))
+    else:
+        sweep_plan(add, QUICK if add.form == "quick" else FULL)
+
+
+def cells(add: Add) -> Cells:
+    """OAPL and GRPO + IS at the middle learning rate, by lag."""
+    if add.form == "paper":
+        return paper.cells(add)
+    found = {}
+    for table in tables(QUICK if add.form == "quick" else FULL):
+        if table.lag < inf:
+            for name in THREE:
+                if name in table.cells:
+                    found[f"{name}, lag {table.lag}"] = table.cells[name]["0.001"]
+    return found

@@ -1,230 +1,375 @@
-"""Runs a sweep on this machine: some runs at a time, resumable, stopped by Ctrl-C or SIGTERM.
+"""Launches the missing points of a sweep: on this machine, on TPU slices, or on a cluster.
 
-    python -m experiments.launch objectives --root=runs/comparison --jobs=2 [--quick]
+    python -m experiments.launch --experiment=experiments/lag.py --to=print
+    python -m experiments.launch --experiment=experiments/lag.py --to=local --jobs=2
+    python -m experiments.launch --experiment=experiments/lag.py --to=queued --slices=4 \\
+        --root=/mnt/oapl/sweeps -- --project=P --zone=us-east5-a --topology=v6e:8x8 --spot \\
+        --share=10.1.2.3:/oapl
+    python -m experiments.launch --experiment=experiments/lag.py --to=xpk --root=/mnt/oapl/sweeps \\
+        -- --project=P --zone=us-east5-a --cluster=sweep --topology=v6e:8x8
 
-An experiment is a module whose `sweep(add, results, quick)` adds runs. The root directory holds
-results.jsonl (one line for each finished run), runs/ (unfinished runs, and those that others start
-from), and the compile cache and data that all runs share. The same command resumes after any
-interruption. On another machine results.jsonl is enough: runs that others start from are executed
-again and must give the same result.
+An experiment is a file with `sweep(add)`, see experiments/sweep.py. The root directory holds
+results.jsonl (one line for each finished point), manifests/ (one file for each point), runs/ (the
+workdirs), and the compile cache and data that all points share. Ctrl-C saves; the same command does
+what is missing. For `queued` and `xpk` the root is on the share, which this machine mounts too; the
+words after `--` are flags of tpu_setup/watch.sh and tpu_setup/gke/watch.sh.
 """
 
 import argparse
-import contextlib
-import importlib
 import json
-import multiprocessing
 import os
 import signal
-import threading
+import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import Connection
-from pathlib import Path
+from typing import Any, Protocol
 
-import jax
+import tqdm
 from etils import epath
 
-import oapl_jax
-from experiments.execute import OUTCOME, execute
-from experiments.run import RESULTS, Line, Results, Run, Sweep, listed
-from oapl_jax.errors import RunError, UserError, exit_with_code
-from oapl_jax.files import JsonLines, code_digest
-from oapl_jax.tracking.progress import StopRequest, log
+from experiments.execute import collect
+from experiments.manifest import Manifests, checkout
+from experiments.sweep import (
+    FORMS,
+    RESULTS,
+    Line,
+    Point,
+    Results,
+    Sweep,
+    listed,
+    load_experiment,
+    shell,
+)
+from oapl_jax.errors import RunError, UserError, exit_with_code, one_line
+from oapl_jax.files import JsonLines
+from oapl_jax.tracking.progress import log
 
-RUN_DEADLINE = 3600.0  # seconds in which one of the active runs must end; most take a minute
-SAVE_DEADLINE = 120.0  # seconds for a worker to save and exit after a stop
-CLEAR_EVERY = 20  # runs of a worker between two clearings of its compiled programs
+TARGETS = ("print", "local", "queued", "xpk")
+POINT_DEADLINE = 3600.0  # seconds in which one of the active points must end on this machine
+LOOK = 2.0  # seconds between two looks at the progress of the points
+TAIL = 1 << 16  # bytes at the end of a metrics.jsonl that hold its last line
+
+
+class Backend(Protocol):
+    """Executes points elsewhere than in the launcher's thread, `at_once` at a time."""
+
+    at_once: int
+
+    def submit(self, point: Point) -> Future[float]: ...
+
+    def ready(self, point: Point) -> bool:
+        """True if what a finished point left for others is there."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Launcher:
-    """Executes the missing runs of a sweep in worker processes.
-
-    A worker is forked from a server that has imported everything, so that a later edit of the code
-    affects no active sweep. It executes run after run and keeps the traced programs between them.
+    """Executes the missing points of a sweep with a backend, and moves their results into one file.
 
     Attributes:
-      broken: reasons of runs that raised, for a fault that is not their policy's. They have no
+      broken: reasons of points that raised, for a fault that is not their policy's. They have no
         line, and the next command tries them again.
+      stale: points of another configuration or code, with what changed. `stale_points` says
+        whether they are left alone ("show"), executed again ("redo") or taken as they are ("keep").
     """
 
-    def __init__(self, root: epath.Path, *, jobs: int):
-        self.broken: dict[Run, str] = {}
-        self._root, self._jobs = root, jobs
+    def __init__(self, root: epath.Path, *, stale_points: str = "show", clean: bool = False):
+        self.broken: dict[Point, str] = {}
+        self.stale: dict[Point, str] = {}
+        self._root, self._choice, self._cleans = root, stale_points, clean
         self._file = JsonLines(root / RESULTS, exclusive=True)
-        self._results = Results(root)
-        self._running: dict[Future[float], Run] = {}
-        here = map(Path(__file__).with_name, ("run.py", "execute.py"))
-        package = sorted(Path(oapl_jax.__file__).parent.rglob("*.py"))
-        self._code = code_digest([*package, *here])[:12]
+        keep = stale_points == "keep"
+        self._code = checkout()["code"]
+        self._results = Results(root, any_defaults=keep, code="" if keep else self._code)
+        self._manifests = Manifests(root)
+        self._running: dict[Future[float], Point] = {}
+        self._repeated: set[Point] = set()
 
-    def run(self, sweep: Sweep, quick: bool) -> None:
+    def run(self, sweep: Sweep, form: str, backend: Backend) -> None:
         """Returns when nothing is left to do.
 
         Raises:
-          RunError: if a worker dies or hangs, or a run that is repeated for others gives another
+          RunError: if a worker dies or hangs, or a point that is repeated for others gives another
             result than before.
-          KeyboardInterrupt: after the workers have saved.
+          KeyboardInterrupt: after the points have saved.
         """
-        for run in listed(sweep, self._results, quick):  # left by a stop between append and rmtree
-            if self._results.line(run) and not run.kept:
-                run.workdir(self._root).rmtree(missing_ok=True)
-        processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload(["experiments.execute", "configs.arithmetic"])
-        reader, writer = processes.Pipe(duplex=False)  # EOF, also by a crash, stops the workers
-        pool = ProcessPoolExecutor(self._jobs, processes, open_worker, (reader,))
+        for point in listed(sweep, self._results, form):  # left by a stop before the rmtree
+            if self._results.line(point) and not point.kept:
+                self._clean(point)
+        display = Display(self._root)
         try:
             while True:
-                for run in self._ready(sweep, quick):
-                    self._running[pool.submit(work, run, self._root)] = run
-                    if len(self._running) == self._jobs:
+                points = listed(sweep, self._results, form)
+                for point in self._ready(points, backend):
+                    self._manifests.begin(point, fresh=bool(self._changed(point)))
+                    self._running[backend.submit(point)] = point
+                    if len(self._running) == backend.at_once:
                         break
                 if not self._running:
                     return
-                done, _ = wait(self._running, RUN_DEADLINE, FIRST_COMPLETED)
-                if not done:
-                    names = ", ".join(run.key for run in self._running.values())
-                    raise RunError(f"no run ended within {RUN_DEADLINE:.0f} s of {names}")
-                for future in done:
+                for future in self._wait(display, points):
                     self._end(self._running.pop(future), future)
         finally:
-            writer.close()
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
-                worker.join(SAVE_DEADLINE)
-                worker.kill()
+            display.close()
+            backend.close()
 
-    def _ready(self, sweep: Sweep, quick: bool) -> Iterator[Run]:
-        """Missing runs that can start now, or the run that they wait for."""
-        for run in listed(sweep, self._results, quick):
-            if self._results.line(run) is None:
-                first = self._first(run)
-                if first not in self._running.values() and first not in self.broken:
+    def _ready(self, points: Sequence[Point], backend: Backend) -> Iterator[Point]:
+        """Missing points that can start now, or the points that they wait for."""
+        busy = lambda point: point.trained in [p.trained for p in self._running.values()]
+        active = lambda point: busy(point) or point in self.broken
+        for point in points:
+            if self._results.line(point) is None and not active(point):
+                first = self._first(point, backend)
+                if not active(first) and not self._is_stale(first):
                     yield first
 
-    def _first(self, run: Run) -> Run:
-        for other in run.needs:
-            if not (other.workdir(self._root) / OUTCOME).exists():
-                return self._first(other)
-        return run
+    def _first(self, point: Point, backend: Backend) -> Point:
+        for other in point.needs:
+            if not backend.ready(other) or self._results.stale(other):
+                return self._first(other, backend)
+        return point
 
-    def _end(self, run: Run, future: Future[float]) -> None:
-        """Moves the result of a run into the results file."""
-        workdir, error = run.workdir(self._root), future.exception()
+    def _is_stale(self, point: Point) -> bool:
+        """Notes a stale point that is left alone; False if it may run."""
+        changed = self._changed(point)
+        if changed:
+            self.stale[point] = changed
+        return bool(changed) and self._choice == "show"
+
+    def _changed(self, point: Point) -> str:
+        """What makes a point stale; "" if nothing does, or stale points are kept."""
+        if self._choice == "keep":
+            return ""
+        state = self._manifests.state(point, self._results)
+        return state.removeprefix("stale: ") if state.startswith("stale") else ""
+
+    def _wait(self, display: "Display", points: Sequence[Point]) -> set[Future[float]]:
+        """Waits until a point ends; shows the progress of all meanwhile."""
+        since = time.monotonic()
+        while True:
+            ended = sum(self._results.line(point) is not None for point in points)
+            display.show(list(self._running.values()), ended, len(points))
+            done, _ = wait(self._running, LOOK, FIRST_COMPLETED)
+            if done:
+                return done
+            if display.moved:
+                since = time.monotonic()
+            if time.monotonic() - since > POINT_DEADLINE:
+                names = ", ".join(point.key for point in self._running.values())
+                raise RunError(f"no step within {POINT_DEADLINE:.0f} s of {names}")
+
+    def _end(self, point: Point, future: Future[float]) -> None:
+        """Moves the result of a point into the results file."""
+        workdir, error = point.workdir(self._root), future.exception()
         if isinstance(error, BrokenProcessPool):
             raise RunError(
                 f"a worker process died (out of memory?); see log.txt in {workdir}; the same "
                 "command resumes"
             ) from error
         line: Line = {"outcome": "broken", "reason": f"{error!r}; see {workdir / 'log.txt'}"}
+        if isinstance(error, RunError | UserError):
+            line["reason"] = one_line(error)
+        measured: dict[str, Any] = {}
         if error is None:
-            line = json.loads((workdir / OUTCOME).read_text())
+            line = self._outcome(point)
+            measured = {name: line.pop(name) for name in ("data", "lags") if name in line}
             line |= {"seconds": round(future.result(), 1), "code": self._code}
-        known = self._results.line(run)
+        known = self._results.line(point)
         if known is not None and found(known) != found(line):
             if error is None:
                 workdir.rmtree()
             raise RunError(
-                f"run {run.key}, repeated because its directory is not below {self._root}, gave "
-                f"another result than in results.jsonl ({line.get('reason', 'another machine?')}); "
-                "runs that start from it can't be compared with the old ones: give another --root"
+                f"point {point.key}, repeated because its directory is not below {self._root}, "
+                "gave another result than in results.jsonl "
+                f"({line.get('reason', 'another machine?')}); "
+                "points that start from it can't be compared with the old ones: give another --root"
             )
-        if error is not None or (run.kept and line["outcome"] != "ended"):
-            self.broken[run] = line["reason"]
+        if error is not None or (point.kept and line["outcome"] != "ended"):
+            self.broken[point] = line["reason"]
         elif known is None:
-            line = {"key": run.key, "settings": run.settings, **line}
+            line = {"key": point.key, "settings": point.settings, **line}
             self._file.append(line)
             self._file.sync()
             self._results.take(line)
-        if error is None and not (run.kept and line["outcome"] == "ended"):
-            workdir.rmtree()
-        log(f"{len(self._results.lines)} runs ended; {describe(run, line)}")
+        reason = {"reason": line["reason"]} if "reason" in line else {}
+        self._manifests.end(point, line["outcome"], **measured, **reason)
+        if error is None and not (point.kept and line["outcome"] == "ended"):
+            self._clean(point)
+        log(f"{len(self._results.lines)} points ended; {describe(point, line)}")
+
+    def _outcome(self, point: Point) -> Line:
+        path = point.outcome(self._root)
+        found = json.loads(path.read_text()) if path.exists() else collect(point, self._root)
+        return found or {"outcome": "broken", "reason": f"no result in {path.parent}"}
+
+    def _clean(self, point: Point) -> None:
+        """Removes a workdir that no other point reads."""
+        if self._cleans:
+            point.workdir(self._root).rmtree(missing_ok=True)
+
+
+class Display:
+    """One line for all points on a terminal; elsewhere nothing but the lines of ended points.
+
+    Attributes:
+      moved: True if a step ended between the last two looks.
+    """
+
+    def __init__(self, root: epath.Path):
+        self.moved = True
+        self._root, self._bar, self._last = root, None, ""
+        if sys.stderr.isatty():
+            self._bar = tqdm.tqdm(desc="points", file=sys.stderr, dynamic_ncols=True)
+
+    def show(self, running: Sequence[Point], ended: int, total: int) -> None:
+        steps = [f"{point.name} {step_of(point, self._root)}" for point in running]
+        text = ", ".join(steps[:4]) + (f" and {len(steps) - 4} more" if len(steps) > 4 else "")
+        self.moved, self._last = text != self._last, text
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(ended - self._bar.n)
+            self._bar.refresh()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def step_of(point: Point, root: epath.Path) -> str:
+    """The last step in a point's metrics, of all its steps."""
+    path = point.workdir(root) / "metrics.jsonl"
+    if not path.exists():
+        return "starts"
+    with open(path, "rb") as file:
+        file.seek(max(os.path.getsize(path) - TAIL, 0))
+        lines = file.read().splitlines(keepends=True)
+    whole = [line for line in lines[-2:] if line.endswith(b"\n")]
+    return f"{json.loads(whole[-1])['step']}/{point.resolve(root).num_steps}" if whole else "starts"
 
 
 def found(line: Mapping) -> str:
-    """The result of a run without its cost."""
-    ignored = ("key", "settings", "seconds", "core_seconds", "code")
+    """The result of a point without its cost."""
+    ignored = ("key", "settings", "seconds", "core_seconds", "code", "data", "lags")
     return json.dumps({k: v for k, v in line.items() if k not in ignored}, sort_keys=True)
 
 
-def describe(run: Run, line: Line) -> str:
-    name = f"{run.kind} {run.objective} seed {run.seed}"
+def describe(point: Point, line: Line) -> str:
     if line["outcome"] != "ended":
-        return f"{name} {line['outcome']}: {line['reason']}"
-    graded = f": {run.split} pass@1 {line[run.split]['pass@1']:.3f}" if run.split in line else ""
-    return f"{name}{graded} ({line['seconds']:.0f} s)"
+        return f"{point.name} {line['outcome']}: {line['reason']}"
+    graded = line.get(point.split, {})
+    shown = f": {point.split} pass@1 {graded['pass@1']:.3f}" if "pass@1" in graded else ""
+    return f"{point.name}{shown} ({line['seconds']:.0f} s)"
 
 
-# In a worker process.
+def print_points(points: Sequence[Point], root: epath.Path, results: Results) -> None:
+    """Prints the state of each point and the commands that execute it."""
+    manifests = Manifests(root)
+    for number, point in enumerate(points, 1):
+        print(f"# {number} of {len(points)}: {point.name}, {manifests.state(point, results)}")
+        if point.forget_every:
+            print(f"# forget_every={point.forget_every} is no setting: --to=local alone has it")
+        for command in point.commands(root):
+            print(shell(command))
 
 
-class Worker:
-    """State of a worker process, made by `open_worker`."""
-
-    stop: StopRequest
-    busy = threading.Lock()
-    runs = 0
-
-
-def open_worker(pipe: Connection) -> None:
-    Worker.stop = StopRequest()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the launcher says when
-    threading.Thread(target=exit_with_launcher, args=(pipe,), daemon=True).start()
-
-
-def exit_with_launcher(pipe: Connection) -> None:
-    """Stops the active run when the launcher closes the pipe or dies; then exits with it."""
-    with contextlib.suppress(EOFError, OSError):
-        pipe.recv()
-    os.kill(os.getpid(), signal.SIGTERM)  # noted by the StopRequest: the run saves
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    with Worker.busy:
-        os._exit(0)
-
-
-def work(run: Run, root: epath.Path) -> float:
-    """Executes a run and returns its seconds."""
-    started = time.monotonic()
-    with Worker.busy:
-        Worker.runs += 1
-        if Worker.runs % CLEAR_EVERY == 0:
-            jax.clear_caches()
-        execute(run, root, Worker.stop)
-    return time.monotonic() - started
+def dry_run(commands: Sequence[Sequence[str]]) -> None:
+    """Prints the commands that a script of tpu_setup/ would run for each point."""
+    for command in commands:
+        print(f"# {shell(command)}", flush=True)
+        done = subprocess.run([command[0], "--dry-run", *command[1:]], check=False)
+        if done.returncode:
+            raise UserError(f"{command[0]} refuses these flags; see its message above")
 
 
 def main() -> None:
+    words = sys.argv[1:]
+    own, cloud = words, []
+    if "--" in words:
+        own, cloud = words[: words.index("--")], words[words.index("--") + 1 :]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("experiment", help="a module of experiments/ with a sweep: objectives, lag")
-    parser.add_argument("--root", default="runs/comparison", help="of results and unfinished runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    parser.add_argument("--quick", action="store_true", help="a sweep of minutes, as a test")
-    given = parser.parse_args()
-    if given.jobs < 1:
-        raise UserError(f"--jobs={given.jobs} runs nothing; give at least 1")
-    sweep = importlib.import_module(f"experiments.{given.experiment}").sweep
-    root = epath.Path(given.root).resolve()
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.fspath(root / "cache")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    # Two runs of one thread each do more than one run of two threads.
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    parser.add_argument("--experiment", required=True, help="a file with sweep(add)")
+    parser.add_argument("--to", choices=TARGETS, default="print", help="where the points run")
+    parser.add_argument("--form", choices=FORMS, help="its own scale, two CPU cores, or minutes")
+    parser.add_argument("--root", default="runs/sweeps", help="of results, manifests and workdirs")
+    parser.add_argument("--jobs", type=int, default=2, help="local: points at a time, a core each")
+    parser.add_argument("--slices", type=int, default=1, help="queued: slices at a time")
+    parser.add_argument(
+        "--stale",
+        choices=("show", "redo", "keep"),
+        default="show",
+        help="points of other code or configuration: leave them, run them again, take them",
+    )
+    parser.add_argument("--clean", action="store_true", help="remove workdirs of ended points")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, do nothing")
+    given = parser.parse_args(own)
+    for name in ("jobs", "slices"):
+        if getattr(given, name) < 1:
+            raise UserError(f"--{name}={getattr(given, name)} runs nothing; give at least 1")
+    if cloud and given.to not in ("queued", "xpk"):
+        raise UserError(f"words after -- are for --to=queued and --to=xpk, not --to={given.to}")
+    sweep = load_experiment(given.experiment).sweep
+    form = given.form or ("cpu" if given.to == "local" else "paper")
+    root = epath.Path(given.root)
+    if given.to in ("queued", "xpk") and not root.is_absolute():
+        raise UserError(f"--root={given.root} is not absolute; name a directory on the share")
+    root = root.resolve()
+    results = Results(root, code=checkout()["code"])
+    points = listed(sweep, results, form)
+    if not points:
+        raise UserError(f"--experiment={given.experiment} has no points with --form={form}")
+    if given.to == "print" or (given.to == "local" and given.dry_run):
+        print_points(points, root, results)
+        return
+    backend = open_backend(given, root, cloud)
+    if given.dry_run:
+        dry_run([backend.command(point) for point in points if point.kind == "train"])
+        return
+    launch(sweep, form, root, backend, stale_points=given.stale, clean=given.clean)
+
+
+def open_backend(given: argparse.Namespace, root: epath.Path, flags: Sequence[str]) -> Any:
+    from experiments import cloud, local
+
+    if given.to == "local":
+        return local.Workers(root, jobs=given.jobs)
+    if given.to == "queued":
+        return cloud.Slices(root, flags, at_once=given.slices)
+    return cloud.Cluster(root, flags)
+
+
+def launch(
+    sweep: Sweep, form: str, root: epath.Path, backend: Any, *, stale_points: str, clean: bool
+) -> None:
+    """Runs a sweep to its end, or until Ctrl-C or SIGTERM.
+
+    Raises:
+      RunError: if points broke, or are stale and were left alone.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    launcher = Launcher(root, stale_points=stale_points, clean=clean)
     try:
-        launcher = Launcher(root, jobs=given.jobs)
-        launcher.run(sweep, given.quick)
+        launcher.run(sweep, form, backend)
     except KeyboardInterrupt:
-        log("stopped; the same command resumes")
+        log("stopped; the same command goes on")
         raise SystemExit(130) from None
+    if hasattr(backend, "delete"):
+        backend.delete()
     if launcher.broken:
         reason = next(iter(launcher.broken.values()))
         raise RunError(
-            f"{len(launcher.broken)} runs broke, the first with {reason}; the same command tries "
+            f"{len(launcher.broken)} points broke, the first with {reason}; the same command tries "
             "them again"
+        )
+    if launcher.stale and stale_points == "show":
+        raise RunError(
+            f"{len(launcher.stale)} points are stale, the first because its "
+            f"{next(iter(launcher.stale.values()))} changed; --stale=redo runs them again, "
+            "--stale=keep takes them as they are"
         )
 
 

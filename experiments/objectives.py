@@ -1,7 +1,8 @@
 """Every objective at equal lag, sampled live and on the same recorded rollouts.
 
 Claim: none in advance; docs/comparison.md states the rules by which the numbers are read.
-Command: python -m experiments.launch objectives --root=runs/comparison --jobs=2
+Command: python -m experiments.launch --experiment=experiments/objectives.py --to=local \
+        --root=runs/comparison --clean
     python -m experiments.comparison --root=runs/comparison --to=docs
 Hardware: 2 CPU cores, 4 GB of memory.
 Hours: 5 of a core, for 1,233 runs.
@@ -30,7 +31,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from configs.objectives import FROM_EQUAL_REWARDS
-from experiments.run import Add, Results, Run, make_run
+from experiments import paper
+from experiments.sweep import Add, Cells, Point, Results, point
 from experiments.table import score
 
 Values = Mapping[str, Any]
@@ -102,7 +104,7 @@ ALL_GROUPS = ("oapl, all groups", *FROM_EQUAL_REWARDS)
 class Plan:
     """The size of a comparison; values are overrides of the config."""
 
-    config: str  # see Run.config
+    config: str  # see Point.config
     core: tuple[str, ...]  # methods that are run in all arms before the others
     rest: tuple[str, ...]  # the other methods; they have the first two replays
     lags: tuple[int, ...]  # of live arms and replays, in the order of execution
@@ -192,33 +194,25 @@ def tuned(plan: Plan, arm: Arm) -> Arm:
     return Arm("live", [*larger, plan.tuned_lags[-1]][0])
 
 
-def warm_up(plan: Plan, seed: int) -> Run:
-    overrides = {**plan.data, **plan.warmup}
-    return make_run(
-        "warm_up", plan.config, objective="oapl", seed=seed, overrides=overrides, split="test"
-    )
+def warm_up(plan: Plan, seed: int) -> Point:
+    values = {"objective": "oapl", "seed": seed, **plan.data, **plan.warmup}
+    return point(plan.config, values, kind="warm_up")
 
 
-def stream(plan: Plan, arm: Arm, seed: int) -> Run | None:
+def stream(plan: Plan, arm: Arm, seed: int) -> Point | None:
     """The run that records the rollouts of an arm; None for a live arm."""
     if arm.source == "live":
         return None
-    shared = dict(seed=seed, split="validation", start=warm_up(plan, seed))
+    shared: Any = dict(seed=seed, split="validation", start=warm_up(plan, seed))
     if arm.source == "offline":
-        return make_run(
-            "generate",
-            plan.config,
-            objective="oapl",
-            overrides=plan.data,
-            prompts=plan.prompts,
-            **shared,
-        )
+        values = {"objective": "oapl", **plan.data}
+        return point(plan.config, values, kind="generate", prompts=plan.prompts, **shared)
     recording = {"lag.steps": arm.lag, "rollout.record": True, "evaluation.every": 0}
-    overrides = {**plan.data, **plan.common, **recording}
-    return make_run("train", plan.config, objective=arm.source, overrides=overrides, **shared)
+    values = {"objective": arm.source, **plan.data, **plan.common, **recording}
+    return point(plan.config, values, **shared)
 
 
-def train(plan: Plan, arm: Arm, method: str, values: Values, seed: int, split: str) -> Run:
+def train(plan: Plan, arm: Arm, method: str, values: Values, seed: int, split: str) -> Point:
     """A trial (`split` "validation") or a compared run ("test").
 
     Args:
@@ -227,22 +221,16 @@ def train(plan: Plan, arm: Arm, method: str, values: Values, seed: int, split: s
     """
     num_steps = plan.common["num_steps"]
     overrides = {
+        "objective": method.partition(",")[0],
+        "seed": seed,
         **plan.data,
         **plan.common,
         **values,
         "lag.steps": arm.lag or num_steps,
         "evaluation.every": max(num_steps // 8, 1) if split == "test" else 0,
     }
-    return make_run(
-        "train",
-        plan.config,
-        objective=method.partition(",")[0],
-        seed=seed,
-        overrides=overrides,
-        split=split,
-        start=warm_up(plan, seed),
-        stream=stream(plan, arm, seed),
-    )
+    start, recorded = warm_up(plan, seed), stream(plan, arm, seed)
+    return point(plan.config, overrides, split=split, start=start, stream=recorded)
 
 
 def candidates(plan: Plan, method: str) -> list[Values]:
@@ -256,7 +244,7 @@ def candidates(plan: Plan, method: str) -> list[Values]:
     return tried[: plan.trials]
 
 
-def trial(plan: Plan, arm: Arm, method: str, values: Values, seed: int) -> Run:
+def trial(plan: Plan, arm: Arm, method: str, values: Values, seed: int) -> Point:
     return train(plan, tuned(plan, arm), method, values, seed, "validation")
 
 
@@ -276,12 +264,12 @@ def choose(results: Results, plan: Plan, arm: Arm, method: str) -> Values | None
     return tried[scores.index(max(scores))]
 
 
-def compared(plan: Plan, arm: Arm, method: str, values: Values) -> list[Run]:
+def compared(plan: Plan, arm: Arm, method: str, values: Values) -> list[Point]:
     """The runs of a method that are graded on the test split."""
     return [train(plan, arm, method, values, seed, "test") for seed in plan.seeds]
 
 
-def sweep_plan(add: Add, results: Results, plan: Plan) -> None:
+def sweep_plan(add: Add, plan: Plan) -> None:
     """Adds arm by arm the trials, then the runs of the choices. Seeds are the outer loop, so that
     two workers do not compile the same program at the same time."""
     for arm, methods in arms(plan):
@@ -289,11 +277,26 @@ def sweep_plan(add: Add, results: Results, plan: Plan) -> None:
             for method in methods:
                 for values in candidates(plan, method):
                     add(trial(plan, arm, method, values, seed))
-        chosen = {method: choose(results, plan, arm, method) for method in methods}
+        chosen = {method: choose(add.results, plan, arm, method) for method in methods}
         for runs in zip(*(compared(plan, arm, m, v) for m, v in chosen.items() if v), strict=True):
-            for run in runs:
-                add(run)
+            add(*runs)
 
 
-def sweep(add: Add, results: Results, quick: bool) -> None:
-    sweep_plan(add, results, QUICK if quick else FULL)
+def sweep(add: Add) -> None:
+    if add.form == "paper":
+        add(paper.base(), *paper.runs({"objective": ("oapl", "grpo_is")}, at_steps=paper.STEPS))
+    else:
+        sweep_plan(add, QUICK if add.form == "quick" else FULL)
+
+
+def cells(add: Add) -> Cells:
+    """The policies of the paper's first figure, of their best trial: base, OAPL, GRPO + IS."""
+    if add.form == "paper":
+        return paper.cells(add)
+    plan = QUICK if add.form == "quick" else FULL
+    found = {"base": [warm_up(plan, seed) for seed in plan.seeds]}
+    for arm in [Arm("live", lag) for lag in sorted(plan.lags)]:
+        for method in ("oapl", "grpo_is"):
+            if chosen := choose(add.results, plan, arm, method):
+                found[f"{method}, lag {arm.lag}"] = compared(plan, arm, method, chosen)
+    return found

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from scipy import stats
 
-from experiments.run import Line, Results, Run
+from experiments.sweep import Line, Point, Results
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -63,7 +63,7 @@ class Cell:
         return [bool(_at_level(line, LEVELS[measure])) for line in self.lines]
 
 
-def cell_of(results: Results, runs: Sequence[Run]) -> Cell | None:
+def cell_of(results: Results, runs: Sequence[Point]) -> Cell | None:
     """Returns None unless there are runs and all have ended."""
     lines = [results.line(run) for run in runs]
     starts = [results.line(run.start) for run in runs if run.start]

@@ -1,0 +1,106 @@
+"""Points at the scale of arXiv 2602.19362, and what they cost by `oapl_jax.plan`.
+
+The hours are a lower bound: docs/plan_table.json has the roofline of a step whose responses all
+have their greatest length. The fleet has to generate as fast as the learner takes; how many servers
+that needs was not measured. Prices are the on-demand list prices of US regions, dollars per chip
+and hour, as https://cloud.google.com/tpu/pricing states them (v5e 1.20, v5p 4.20, Trillium 2.70;
+they change: give today's with --price).
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from experiments.sweep import Add, Cells, Point, Values, point
+
+SHARE = "/mnt/oapl"
+BENCHMARKS = ("aime25", "hmmt25_feb", "hmmt25_nov", "brumo25")
+STEPS = tuple(range(100, 1001, 100))  # whose checkpoints are graded
+SEEDS = 1  # the paper's runs have one
+MATHS: Values = {
+    "releases": f"{SHARE}/releases",
+    "model.path": f"{SHARE}/models/Qwen3-4B-Thinking-2507",
+    "fleet.servers_file": f"{SHARE}/servers.txt",
+    "checkpoint.keep": 20,  # for pass@k against steps
+}
+CODE: Values = {"releases": f"{SHARE}/releases", "fleet.servers_file": f"{SHARE}/servers.txt"}
+SLICE = "v6e:8x8"
+PRICES = {"v5e": 1.20, "v5p": 4.20, "v6e": 2.70}
+PRICE_SOURCE = "https://cloud.google.com/tpu/pricing"
+PLANNED = {
+    "competition_math": "qwen3-4b-thinking-2507",
+    "code_contests": "r1-distill-qwen-14b",
+}
+TABLE = Path(__file__).parent.parent / "docs/plan_table.json"
+
+
+def runs(
+    *grids: Any, seeds: int = SEEDS, samples: int = 10, at_steps: Sequence[int] = ()
+) -> list[Point]:
+    """Maths runs, graded on the paper's benchmarks."""
+    rows = Add.product(*grids, Add.seeds(seeds))
+    grading: dict[str, Any] = dict(benchmarks=BENCHMARKS, samples=samples, at_steps=at_steps)
+    return [point("competition_math", {**MATHS, **row}, **grading) for row in rows]
+
+
+def base(samples: int = 10) -> Point:
+    """The base model, imported by a run without a step."""
+    values = {**MATHS, "objective": "oapl", "num_steps": 0, "rollout.sampler": "local"}
+    return point("competition_math", values, benchmarks=BENCHMARKS, samples=samples)
+
+
+def cells(add: Add) -> Cells:
+    """Cells of a table: points that differ in their seed alone, named by what varies."""
+    rows: dict[str, list[Point]] = {}
+    for each in add.points:
+        if each.kind == "train":
+            rows.setdefault(name_of(each, add.points), []).append(each)
+    return rows
+
+
+def name_of(point: Point, others: Iterable[Point]) -> str:
+    """The settings of a point in which the others differ, its seed aside."""
+    of = lambda p: {"objective": p.objective, "config": p.config, **dict(p.overrides)}
+    mine, all_of = of(point), [of(other) for other in others if other.kind == "train"]
+    varied = [k for k in mine if any(o.get(k, mine[k]) != mine[k] or k not in o for o in all_of)]
+    return ", ".join(f"{key.rpartition('.')[2]} {mine[key]}" for key in varied) or point.objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of the training of all points, one after the other, on one slice."""
+
+    topology: str
+    points: int
+    hours: float
+    dollars: float
+    fleet: float  # generated tokens/s that keep the learner busy
+
+    def __str__(self) -> str:
+        fleet = f", a fleet of {self.fleet:,.0f} generated tokens/s" if self.fleet else ""
+        return (
+            f"{self.points} points, {self.topology}{fleet}: at least {self.hours:.1f} h, "
+            f"${self.dollars:,.0f}"
+        )
+
+
+def cost(points: Iterable[Point], topology: str = SLICE, price: float | None = None) -> Cost:
+    """Cost by the plan's table; raises a KeyError for a slice that it does not have."""
+    table = json.loads(TABLE.read_text())
+    generation, _, shape = topology.partition(":")
+    seconds, fleet, count = 0.0, 0.0, 0
+    for trained in {each.trained for each in points if each.kind == "train"}:
+        module = trained.config.partition(":")[0]
+        line = table[f"{module} {PLANNED[module]} {topology}"]
+        num_steps = trained.resolve(epath.Path("/")).num_steps
+        seconds += num_steps * line["roofline"]["seconds"] / line["fleet"]["learning"]
+        fleet = max(fleet, line["fleet"]["tokens_per_second"])
+        count += 1
+    chips = math.prod(map(int, shape.split("x")))
+    hourly = chips * (PRICES[generation] if price is None else price)
+    return Cost(topology, count, seconds / 3600, seconds / 3600 * hourly, fleet)

@@ -1,0 +1,36 @@
+"""pass@k for k of 1 to 256: base model, GRPO with importance sampling, OAPL.
+
+Claim: OAPL's gain over GRPO + IS grows with k.
+Command: python -m experiments.launch --experiment=experiments/pass_at_k.py --to=local
+Hardware: 2 CPU cores, 4 GB of memory. At paper scale a v6e:8x8 slice and a fleet of servers.
+Hours: 0.3 of a core, beside the runs of steps.py.
+Expected: the gap grows with k, up to 256 (arXiv 2602.19362).
+Measured: docs/experiments/pass_at_k.md
+
+The policies are those of experiments/steps.py: its workdirs are used, and nothing trains again.
+"""
+
+import dataclasses
+
+from experiments import paper, steps
+from experiments.sweep import Add, Cells
+
+MEASURES = ("pass@1", "pass@4", "pass@16", "pass@64", "pass@256")
+SAMPLES = 256
+
+
+def sweep(add: Add) -> None:
+    for points in cells(add).values():
+        add(*points)
+
+
+def cells(add: Add) -> Cells:
+    if add.form == "paper":
+        trained = paper.runs({"objective": ("oapl", "grpo_is")}, samples=SAMPLES)
+        add(paper.base(SAMPLES), *trained)
+        return paper.cells(add)
+    samples = 16 if add.form == "quick" else SAMPLES
+    found = steps.cells(add)
+    starts = [start for point in found["oapl"] if (start := point.start)]
+    more = lambda points: [dataclasses.replace(point, samples=samples) for point in points]
+    return {"base": more(starts)} | {name: more(points) for name, points in found.items()}

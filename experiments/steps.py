@@ -1,0 +1,39 @@
+"""pass@k against training step, of the runs of the first figure.
+
+Claim: OAPL's pass@k rises with the steps for every k, above that of GRPO with importance sampling.
+Command: python -m experiments.launch --experiment=experiments/steps.py --to=local
+Hardware: 2 CPU cores, 4 GB of memory. At paper scale a v6e:8x8 slice and a fleet of servers.
+Hours: 0.3 of a core.
+Expected: OAPL above GRPO + IS at the same step on all four contests (arXiv 2602.19362).
+Measured: docs/experiments/steps.md
+
+At paper scale these are the runs of experiments/objectives.py, whose checkpoints are graded every
+100 steps. The CPU form validates every 32 steps with 16 responses to a problem.
+"""
+
+from experiments import paper, small
+from experiments.sweep import Add, Cells
+
+CURVES = ("pass@1", "pass@4", "pass@16")
+
+
+def sweep(add: Add) -> None:
+    for points in cells(add).values():
+        add(*points)
+
+
+def cells(add: Add) -> Cells:
+    if add.form == "paper":
+        add(*paper.runs({"objective": ("oapl", "grpo_is")}, at_steps=paper.STEPS))
+        return paper.cells(add)
+    quick = add.form == "quick"
+    every = {"evaluation.every": 8 if quick else 32}
+    validated = {**every, "evaluation.n": 4 if quick else 16, "evaluation.ks": (1, 4, 16)}
+    if quick:
+        validated["evaluation.ks"] = (1, 4)
+    return {
+        name: [
+            small.run(add, {**values, **validated, **seed}) for seed in add.seeds(1 if quick else 3)
+        ]
+        for name, values in (("oapl", small.OAPL), ("grpo_is", small.IS))
+    }
