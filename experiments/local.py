@@ -76,7 +76,8 @@ def exit_with_launcher(pipe: Connection) -> None:
     """Stops the active point when the launcher closes the pipe or dies; then exits with it."""
     with contextlib.suppress(EOFError, OSError):
         pipe.recv()
-    os.kill(os.getpid(), signal.SIGTERM)  # noted by the StopRequest: the run saves
+    if not Worker.stop.requested:  # a signal to the whole group has reached this process already
+        os.kill(os.getpid(), signal.SIGTERM)  # noted by the StopRequest: the run saves
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
