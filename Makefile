@@ -52,8 +52,8 @@ sglang: .venv-sglang/done
 
 # The comparison of objectives, hours; interrupted, it goes on.
 comparison: .venv/run
-	$(CPU) $(BIN)/python -m experiments.launch objectives --root=runs/comparison --jobs=2
-	$(CPU) $(BIN)/python -m experiments.launch lag --root=runs/comparison --jobs=2
+	for name in objectives lag; do $(CPU) $(BIN)/python -m experiments.launch --to=local --clean \
+	  --experiment=experiments/$$name.py --root=runs/comparison || exit 1; done
 	$(CPU) $(BIN)/python -m experiments.comparison --root=runs/comparison --to=docs
 
 # Other people's learners and samplers, for benchmarks/peers/ (3 GB; it runs SGLang too).

