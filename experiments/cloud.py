@@ -7,9 +7,11 @@ used up. Both retry calls that fail, up to a deadline. Only training needs a sli
 has to be recorded, published or graded first is left to the commands that `--to=print` shows.
 """
 
+import math
 import os
 import queue
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -18,18 +20,20 @@ from pathlib import Path
 
 from etils import epath
 
-from experiments.execute import collect
 from experiments.sweep import Point, shell
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.tracking.progress import log
 
 SCRIPTS = Path(__file__).parent.parent / "tpu_setup"
 WORKLOADS = 1000  # at once; Kueue has the queue
+LONGEST_PREFIX = 40 - 17  # a workload's name has 40 characters, of which a key takes 17
 WHERE = ("--project", "--zone")  # flags that every script takes
 
 
 class Slices:
     """A slice for each of `at_once` points; a slice goes on to the next point."""
+
+    deadline = math.inf  # a request may wait for days; the script has its own deadlines
 
     def __init__(
         self, root: epath.Path, flags: Sequence[str], *, at_once: int, scripts: Path = SCRIPTS
@@ -63,7 +67,7 @@ class Slices:
         return self._threads.submit(watch)
 
     def ready(self, point: Point) -> bool:
-        return collect(point, self._root) is not None
+        return left(point, self._root)
 
     def close(self) -> None:
         self._threads.close()
@@ -80,18 +84,20 @@ class Slices:
 class Cluster:
     """A workload for each point, all at once, on a cluster whose Kueue queues them."""
 
-    at_once = WORKLOADS
+    at_once, deadline = WORKLOADS, math.inf
 
     def __init__(self, root: epath.Path, flags: Sequence[str], *, scripts: Path = SCRIPTS):
         check_flags(flags, (*WHERE, "--cluster", "--topology"), "gke/watch.sh")
         self._root, self._scripts = root, scripts
         self._prefix = value_of(flags, "--workload") or "sweep"
+        if len(self._prefix) > LONGEST_PREFIX:
+            raise UserError(f"--workload={self._prefix} is longer than {LONGEST_PREFIX} characters")
         self._flags = [flag for flag in flags if not flag.startswith("--workload=")]
         self._threads = Watchers(WORKLOADS)
 
     def command(self, point: Point) -> list[str]:
         config, workdir, *overrides = train_flags(point, self._root)
-        workload = f"--workload={self._prefix}-{point.key}"  # at most 40 characters
+        workload = f"--workload={self._prefix}-{point.key}"
         words = [*self._flags, workload, config, workdir, "--", *overrides]
         return [os.fspath(self._scripts / "gke/watch.sh"), *words]
 
@@ -99,7 +105,7 @@ class Cluster:
         return self._threads.submit(lambda: self._threads.watch(self.command(point), point.key))
 
     def ready(self, point: Point) -> bool:
-        return collect(point, self._root) is not None
+        return left(point, self._root)
 
     def close(self) -> None:
         self._threads.close()
@@ -140,7 +146,7 @@ class Watchers:
 
     def close(self) -> None:
         for process in list(self._active):
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)  # its sleep too
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -150,6 +156,11 @@ def train_flags(point: Point, root: epath.Path) -> list[str]:
         commands = "; ".join(shell(command) for command in point.commands(root))
         raise UserError(f"{point.name} needs no slice; run it first: {commands}")
     return point.flags(root)
+
+
+def left(point: Point, root: epath.Path) -> bool:
+    """True if a point has left the weights or rollouts from which others start."""
+    return point.weights(root).exists() or (point.workdir(root) / "rollouts").exists()
 
 
 def check_flags(flags: Sequence[str], needed: Sequence[str], script: str) -> None:

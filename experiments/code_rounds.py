@@ -15,6 +15,8 @@ The path of programs itself, with the sandbox, is the small form in experiments/
 scale the rounds are `configs/code_contests.py`, and the baseline is a published model.
 """
 
+from typing import Any
+
 from experiments import paper, small
 from experiments.sweep import Add, Cells, Point, Values, point
 
@@ -30,13 +32,10 @@ def sweep(add: Add) -> None:
 
 def cells(add: Add) -> Cells:
     if add.form == "paper":
-        grading = dict(benchmarks=CODE, samples=20)
-        of = lambda name, **changes: point(
-            f"code_contests:round={name}", {"objective": "oapl", **paper.CODE, **changes}, **grading
-        )
-        found = {"base": [of("0")], "round 1": [of("1")], "round 2": [of("2")]}
-        add(*(each for points in found.values() for each in points))
-        return found
+        base = code(0, kind="warm_up")
+        one = code(1, start=base, stream=code(1, kind="generate", start=base), publish=True)
+        two = code(2, start=one, stream=code(2, kind="generate", start=one))
+        return {"base": [base], "round 1": [one], "round 2": [two]}
     quick = add.form == "quick"
     first, second, step = (32, 16, 8) if quick else (512, 96, 8)  # problems; groups of a step
     seeds = 1 if quick else 3
@@ -50,6 +49,13 @@ def cells(add: Add) -> Cells:
         for name, each in zip(found, (base, one, two, small.run(add, online)), strict=True):
             found[name].append(each)
     return found
+
+
+def code(number: int, *, kind: str = "train", **fields: Any) -> Point:
+    """A part of a round of configs/code_contests.py: base model, recorded set or training."""
+    grading = dict(benchmarks=CODE, samples=20) if kind != "generate" else {}
+    values = {"objective": "oapl", **paper.CODE}
+    return point(f"code_contests:round={number}", values, kind=kind, **fields, **grading)
 
 
 def record(add: Add, seed: int, start: Point, prompts: int) -> Point:

@@ -18,7 +18,7 @@ from etils import epath
 
 from configs.common import Config as ConfigValues
 from experiments.manifest import data_checksums, lag_histogram
-from experiments.sweep import Line, Point
+from experiments.sweep import Line, Point, benchmark_results
 from oapl_jax import build, train
 from oapl_jax.config import Config as Typed
 from oapl_jax.errors import NotFinite
@@ -135,21 +135,12 @@ def grade(opened: build.Run, step: int, params: Any, run: Point) -> dict[str, An
                 opened, run.benchmarks, directory, step=at, version_dir=None, n=n, log=log
             )
         return benchmark_results(opened.workdir)
+    if not run.split:
+        return {}
     evaluation = dataclasses.replace(opened.config.evaluation, **run.grading)
     opened.config = dataclasses.replace(opened.config, evaluation=evaluation)
     graded = opened.evaluate(step, params, run.split)
     return {run.split: {k: v for k, v in graded.items() if not isinstance(v, tuple)}}
-
-
-def benchmark_results(workdir: epath.Path) -> dict[str, Any]:
-    """pass@k by benchmark of the last version that oapl_jax.evaluate graded, and by step."""
-    found: dict[str, Any] = {}
-    for path in sorted((workdir / "evaluation").glob("v*/*/result.json")):
-        values = json.loads(path.read_text())["pass@k"]["value"]
-        measured = {f"pass@{k}": value for k, value in enumerate(values, 1)}
-        step = str(int(path.parent.parent.name[1:]))
-        found.setdefault("benchmarks", {}).setdefault(step, {})[path.parent.name] = measured
-    return found
 
 
 def collect(run: Point, root: epath.Path) -> Line | None:
@@ -162,10 +153,10 @@ def collect(run: Point, root: epath.Path) -> Line | None:
         return None
     config, lines = typed(run.resolve(root)), read_lines(workdir / "metrics.jsonl")
     after = json.loads((workdir / "result.json").read_text())["after"]
-    graded = {run.split: {k: v for k, v in after.items() if not isinstance(v, list)}}
+    graded = {k: v for k, v in after.items() if not isinstance(v, list)}
     return {
         "outcome": "ended",
-        **(graded if after else {}),
+        **({"test": graded} if graded else {}),
         **benchmark_results(workdir),
         **summary(lines, config, run),
         "lags": lag_histogram(lines),

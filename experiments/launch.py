@@ -48,7 +48,6 @@ from oapl_jax.files import JsonLines
 from oapl_jax.tracking.progress import log
 
 TARGETS = ("print", "local", "queued", "xpk")
-POINT_DEADLINE = 3600.0  # seconds in which one of the active points must end on this machine
 LOOK = 2.0  # seconds between two looks at the progress of the points
 TAIL = 1 << 16  # bytes at the end of a metrics.jsonl that hold its last line
 
@@ -57,6 +56,7 @@ class Backend(Protocol):
     """Executes points elsewhere than in the launcher's thread, `at_once` at a time."""
 
     at_once: int
+    deadline: float  # seconds in which one of the active points must make a step
 
     def submit(self, point: Point) -> Future[float]: ...
 
@@ -87,7 +87,6 @@ class Launcher:
         self._results = Results(root, any_defaults=keep, code="" if keep else self._code)
         self._manifests = Manifests(root)
         self._running: dict[Future[float], Point] = {}
-        self._repeated: set[Point] = set()
 
     def run(self, sweep: Sweep, form: str, backend: Backend) -> None:
         """Returns when nothing is left to do; a launcher runs once.
@@ -111,8 +110,8 @@ class Launcher:
                         break
                 if not self._running:
                     return
-                for future in self._wait(display, points):
-                    self._end(self._running.pop(future), future)
+                for future in self._wait(display, points, backend.deadline):
+                    self._end(self._running.pop(future), future, backend)
         finally:
             display.close()
             backend.close()
@@ -148,7 +147,9 @@ class Launcher:
         state = self._manifests.state(point, self._results)
         return state.removeprefix("stale: ") if state.startswith("stale") else ""
 
-    def _wait(self, display: "Display", points: Sequence[Point]) -> set[Future[float]]:
+    def _wait(
+        self, display: "Display", points: Sequence[Point], deadline: float
+    ) -> set[Future[float]]:
         """Waits until a point ends; shows the progress of all meanwhile."""
         since = time.monotonic()
         while True:
@@ -159,11 +160,11 @@ class Launcher:
                 return done
             if display.moved:
                 since = time.monotonic()
-            if time.monotonic() - since > POINT_DEADLINE:
+            if time.monotonic() - since > deadline:
                 names = ", ".join(point.key for point in self._running.values())
-                raise RunError(f"no step within {POINT_DEADLINE:.0f} s of {names}")
+                raise RunError(f"no step within {deadline:.0f} s of {names}")
 
-    def _end(self, point: Point, future: Future[float]) -> None:
+    def _end(self, point: Point, future: Future[float], backend: Backend) -> None:
         """Moves the result of a point into the results file."""
         workdir, error = point.workdir(self._root), future.exception()
         if isinstance(error, BrokenProcessPool):
@@ -189,7 +190,9 @@ class Launcher:
                 f"({line.get('reason', 'another machine?')}); "
                 "points that start from it can't be compared with the old ones: give another --root"
             )
-        if error is not None or (point.kept and line["outcome"] != "ended"):
+        if point.kept and line["outcome"] == "ended" and not backend.ready(point):
+            line = {"outcome": "broken", "reason": f"{workdir} has nothing that others start from"}
+        if line["outcome"] == "broken" or (point.kept and line["outcome"] != "ended"):
             self.broken[point] = line["reason"]
         elif known is None:
             line = {"key": point.key, "settings": point.settings, **line}

@@ -21,11 +21,14 @@ from experiments.sweep import Point
 from oapl_jax.tracking.progress import StopRequest
 
 SAVE_DEADLINE = 120.0  # seconds for a worker to save and exit after a stop
+STEP_DEADLINE = 3600.0  # seconds in which one of the active points must make a step
 CLEAR_EVERY = 20  # points of a worker between two clearings of its compiled programs
 
 
 class Workers:
     """Executes points in `jobs` processes; `close` stops them after they have saved."""
+
+    deadline = STEP_DEADLINE
 
     def __init__(self, root: epath.Path, *, jobs: int):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = os.fspath(root / "cache")

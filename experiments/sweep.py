@@ -318,6 +318,17 @@ class Results:
         return {**settings, "overrides": overrides, **others}
 
 
+def benchmark_results(workdir: epath.Path) -> dict[str, Any]:
+    """pass@k by step and benchmark, as oapl_jax.evaluate wrote them; {} without any."""
+    found: dict[str, Any] = {}
+    for path in sorted((workdir / "evaluation").glob("v*/*/result.json")):
+        values = json.loads(path.read_text())["pass@k"]["value"]
+        measured = {f"pass@{k}": value for k, value in enumerate(values, 1)}
+        step = str(int(path.parent.parent.name[1:]))
+        found.setdefault("benchmarks", {}).setdefault(step, {})[path.parent.name] = measured
+    return found
+
+
 class Add:
     """Collects the points of a sweep, each once and after those it needs.
 
