@@ -73,8 +73,9 @@ def test_a_sweep_that_can_not_be_is_refused(make):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_point_of_every_experiment_applies_to_its_locked_config(name, form):
+def test_every_point_of_every_experiment_applies_to_its_locked_config(name, form, monkeypatch):
     """Seeds aside; a point's flags, read as oapl_jax.train reads them, give its configuration."""
+    monkeypatch.chdir(ROOT)
     module = load_experiment(str(ROOT / f"experiments/{name}.py"))
     points = listed(module.sweep, no_results(), form)
     assert points
