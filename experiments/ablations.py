@@ -8,7 +8,7 @@ Hardware: 2 CPU cores, 4 GB of memory. At paper scale a v6e:8x8 slice and a flee
 Hours: 0.15 of a core.
 Expected: no published number of ours. AReaL's table (AIME24): naive PPO 42.0 at lag 0 and 23.3 at
     lag 4; decoupled PPO 42.2 at lag 4, 38.7 at 16.
-Measured: docs/experiments/ablations.md
+Measured: not run; the CPU form has 40 points.
 
 The same recorded rollouts under every objective at equal lag, and objectives by lag with five
 seeds, are the replays and the live arms of docs/comparison.md.
