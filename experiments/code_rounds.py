@@ -6,8 +6,9 @@ Hardware: 2 CPU cores, 4 GB of memory. At paper scale a v6e:8x8 slice, and serve
 Hours: 0.1 of a core.
 Expected: level with DeepCoder on LiveCodeBench v5 with about 200 thousand responses against 650
     thousand (arXiv 2602.19362).
-Measured: the claim fails on sums (commit 03d5d01, 2026-11-30): pass@1 .240 before, .416 after round 1, .519 after
-    round 2 with 4,864 responses, and .752 for online GRPO with 14,592; docs/experiments/code_rounds.md
+Measured: the claim fails on sums (commit 03d5d01, 2026-11-30): pass@1 .240 before, .416 after round
+    1, .519 after round 2 with 4,864 responses, and .752 for online GRPO with 14,592;
+    docs/experiments/code_rounds.md
 
 Round 1 records 8 responses of the base policy to each problem and passes over them once; round 2
 records the result on a sixth of the problems and passes over them four times. The CPU form replaces

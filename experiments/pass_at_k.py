@@ -6,7 +6,8 @@ Hardware: 2 CPU cores, 4 GB of memory. At paper scale a v6e:8x8 slice and a flee
 Hours: 0.3 of a core, beside the runs of steps.py.
 Expected: the gap grows with k, up to 256 (arXiv 2602.19362).
 Measured: OAPL minus GRPO + IS is .11 at k = 1, .15 at 4, .11 at 16, .07 at 64 and .03 at 256, where
-    the base model is at 1 (commit 03d5d01, 2026-11-30): no growth with k; docs/experiments/pass_at_k.md
+    the base model is at 1 (commit 03d5d01, 2026-11-30): no growth with k;
+    docs/experiments/pass_at_k.md
 
 The policies are those of experiments/steps.py: its workdirs are used, and nothing trains again.
 """

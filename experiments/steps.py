@@ -6,7 +6,8 @@ Hardware: 2 CPU cores, 4 GB of memory. At paper scale a v6e:8x8 slice and a flee
 Hours: 0.3 of a core.
 Expected: OAPL above GRPO + IS at the same step on all four contests (arXiv 2602.19362).
 Measured: at step 256 pass@1 is .771 for OAPL and .659 for GRPO + IS, of three seeds, with an
-    interval of the difference that includes 0 (commit 03d5d01, 2026-11-30); docs/experiments/steps.md
+    interval of the difference that includes 0 (commit 03d5d01, 2026-11-30);
+    docs/experiments/steps.md
 
 At paper scale these are the runs of experiments/objectives.py, whose checkpoints are graded every
 100 steps. The CPU form validates every 32 steps with 16 responses to a problem.
