@@ -246,7 +246,7 @@ def _read_rope(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     given, other = (config.get(key) or {} for key in (name, "rope_parameters"))
     if not isinstance(given, Mapping) or not isinstance(other, Mapping):
         raise UserError(f"{source} has {_listed(config, [name])}; write an object or null")
-    rope = {"rope_theta": config.get("rope_theta", 10000.0), **given}
+    rope: dict[str, Any] = {"rope_theta": config.get("rope_theta", 10000.0), **given}
     kind = rope.setdefault("rope_type", rope.get("type", "default"))
     rope.pop("type", None)
     partial = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
