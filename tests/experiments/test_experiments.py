@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from small_runs import checked
+from small_runs import QUICK_COMPILATION, checked
 
 from configs import arithmetic
 from configs.objectives import OBJECTIVES
@@ -417,7 +417,7 @@ def test_a_run_that_breaks_is_named_and_tried_again(tmp_path, monkeypatch):
 def start(root: Path, module: str = "objectives") -> subprocess.Popen:
     # With the default SIGINT, which background jobs of a shell ignore.
     command = ["env", "--default-signal=INT", sys.executable, "-m", "experiments.launch", module]
-    environment = {**os.environ, "XLA_FLAGS": ""}  # one device
+    environment = {**os.environ, **QUICK_COMPILATION, "XLA_FLAGS": ""}  # one device
     return subprocess.Popen([*command, "--quick", f"--root={root}"], cwd=ROOT, env=environment)
 
 
