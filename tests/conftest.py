@@ -40,7 +40,7 @@ def kept_programs() -> Iterator[None]:
 
 
 # Files whose programs run for longer than they compile.
-OPTIMIZED = ("test_cyclic_games", "test_documents_run", "test_curriculum_run", "test_record")
+OPTIMIZED = ("test_cyclic_games", "test_documents_run", "test_curriculum_run")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -116,8 +116,8 @@ def cached_programs() -> dict[str, str]:
     """The environment of a process on as many devices as here, with the same compiled programs."""
     return {
         **os.environ,
+        **QUICK_COMPILATION,
         "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_PROGRAMS"],
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
 
