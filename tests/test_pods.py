@@ -17,6 +17,7 @@ from oapl_jax.rollout.ledger import FILE, LedgerReport
 
 # Where all rewards are equal gradients are rounding noise, and a small eps would make steps of it.
 SETTINGS = {"mesh.data": 2, "mesh.fsdp": 4, "learner.rows_multiple": 8, "optim.eps": 1e-3}
+SETTINGS |= {"data.validation_size": 8, "data.test_size": 8}  # one size: fewer programs
 # For runs of which only the training is compared: sampling for evaluations has seeds of its own.
 ONLY_RL = {"evaluation.every": 0}
 PER_STEP = 4  # groups, so that what each host samples at a time is its part of a step

@@ -285,7 +285,8 @@ def test_an_invalid_setting_ends_the_watch(cloud):
     mistake = "error: lag.steps=0 must be at least 1"
     cloud.tell("ACTIVE", trainer=f"print('{mistake}', file=sys.stderr)\nsys.exit(2)")
     assert mistake in cloud.watch(code=2)
-    assert len(cloud.starts()) == 2
+    started = [line.split()[0] for line in cloud.starts()]  # one worker may be stopped before
+    assert started in (["0"], ["1"], ["0", "1"])
 
 
 @pytest.mark.parametrize("code", [1, 3, 20])
