@@ -57,7 +57,7 @@ def abstract_state(
     model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Shapes, dtypes and shardings: moments as their parameters, the rest replicated."""
-    params = abstract_params(model)
+    params = abstract_params(model)  # pyright: ignore  (flax gives modules a hash)
     state = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), params)
     sharded, replicated = parameter_shardings(params, mesh), NamedSharding(mesh, P())
     of_param, of_other = (lambda _, sharding: sharding), (lambda _: replicated)
