@@ -20,8 +20,8 @@ SMALL = {
     "group_size": 4,
     "groups_per_step": 4,
     "data.train_size": 200,
-    "data.validation_size": 6,  # as many prompts as are sampled at a time: fewer programs
-    "data.test_size": 12,
+    "data.validation_size": 8,
+    "data.test_size": 16,
     "model.architecture.hidden_size": 32,
     "model.architecture.intermediate_size": 32,
     "warmup.num_steps": 6,

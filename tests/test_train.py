@@ -230,15 +230,16 @@ def test_a_reference_policy_is_version_0_to_the_end(runs, warmed_up, tmp_path, n
     settings = {"config": f":objective={name}", "lag.steps": 2, **warmed_up}
     settings |= {"learner.micro_batches": 2, "group_size": 8, "rollout.max_sequences": 48}
     settings |= {"objective.kl_weight": 0.1} if name == "grpo" else {}
-    runs.run(tmp_path, **settings, num_steps=5)
-    runs.run(tmp_path, **settings, num_steps=8)
+    settings |= {"optim.learning_rate": 2e-3}  # far enough from the start after two steps
+    runs.run(tmp_path, **settings, num_steps=6)
+    runs.run(tmp_path, **settings)
     assert (tmp_path / "versions" / "v000000" / "COMMITTED").exists()
     lines = metrics(tmp_path)
     assert sum(line["reward"] for line in lines) > 0
     # The spread of log-ratios, nats: the objective compares with the reference.
     distance = [line["reference_kl" if name == "grpo" else "log_ratio/wrong_std"] for line in lines]
     assert distance[0] < (1e-6 if name == "grpo" else 1e-3)
-    assert min(distance[2:]) > (1e-5 if name == "grpo" else 4e-3)
+    assert min(distance[2:]) > (1e-5 if name == "grpo" else 1e-2)
     # The drift is from pi_lag, to which the learner is back at every second step.
     drift = [line["kl"] for line in lines]
     assert 10 * max(drift[::2]) < min(drift[1::2])

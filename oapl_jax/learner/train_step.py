@@ -57,7 +57,7 @@ def abstract_state(
     model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Shapes, dtypes and shardings: moments as their parameters, the rest replicated."""
-    params = abstract_params(model)  # pyright: ignore  (flax gives modules a hash)
+    params = abstract_params(model)  # pyright: ignore[reportArgumentType]
     state = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), params)
     sharded, replicated = parameter_shardings(params, mesh), NamedSharding(mesh, P())
     of_param, of_other = (lambda _, sharding: sharding), (lambda _: replicated)
@@ -141,7 +141,7 @@ def sum_micro_batches(function: Callable[[Any], Any], batch: Batch) -> Any:
     most = batch.tokens.shape[0]
     if most == 1:
         return function(0)
-    function = jax.jit(function, inline=True)  # traced once
+    function = jax.jit(function, inline=True)  # which eval_shape and the loop trace once
     start = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, jnp.int32(0)))
     add = lambda m, total: jax.tree.map(jnp.add, total, function(m))
     with jax.named_scope(f"at_most_{most}"):  # the bound is data, see model/logprobs.py

@@ -293,8 +293,7 @@ def train(workdir: Path, *overrides: str) -> tuple[dict, list[dict]]:
     """Results of the default job, and the lines of its metrics."""
     command = [sys.executable, "-m", "oapl_jax.train", "--config=configs/arithmetic.py"]
     command += [f"--workdir={workdir}", f"--config.data.data_dir={workdir.parent / 'data'}"]
-    command += ["--config.evaluation.every=1000", "--config.checkpoint.every=1000"]
-    command += ["--config.data.test_size=256", "--config.data.validation_size=32", *overrides]
+    command += ["--config.evaluation.every=1000", "--config.checkpoint.every=1000", *overrides]
     environment = {**os.environ, "XLA_FLAGS": ""}  # one device
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=DEADLINE)
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
