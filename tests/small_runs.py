@@ -33,7 +33,7 @@ SMALL = {
     "rollout.max_sequences": 24,
     "evaluation.every": 5,
     "evaluation.n": 4,
-    "evaluation.ks": "(1, 4)",
+    "evaluation.ks": (1, 4),
     "checkpoint.every": 3,
 }
 IN_PROCESS = {  # on the eight devices of this process
@@ -48,6 +48,10 @@ IN_PROCESS = {  # on the eight devices of this process
     "lag.steps": 4,
     "rollout.prompts_per_call": 4,
     "tensorboard": False,
+}
+QUICK_COMPILATION = {  # environment of processes that compile for longer than their programs run
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 TIMES = ("seconds", "per_second", "latency", "compile/")  # what may differ between two equal runs
 
@@ -75,7 +79,7 @@ class Runs:
     def environment(self, devices: int) -> dict[str, str]:
         return {
             **os.environ,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            **QUICK_COMPILATION,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         }
 
@@ -112,8 +116,8 @@ def cached_programs() -> dict[str, str]:
     """The environment of a process on as many devices as here, with the same compiled programs."""
     return {
         **os.environ,
+        **QUICK_COMPILATION,
         "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_PROGRAMS"],
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
 

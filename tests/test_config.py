@@ -105,6 +105,23 @@ def test_a_mistake_names_its_setting(changes, setting):
         checked(config)
 
 
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({"groups_per_step": 5}, "groups_per_step"),
+        ({"rollout.record": True}, "rollout.record"),
+        ({"curriculum.name": "learnability"}, "curriculum.name"),
+    ],
+)
+def test_a_setting_that_does_not_fit_two_hosts_is_named(changes, setting):
+    config = arithmetic.get_config()
+    config.update_from_flattened_dict(changes)
+    mesh = dict(data=8, fsdp=1, context=1, tensor=1)
+    layout = Config.from_dict(config.to_dict())
+    with pytest.raises(UserError, match=setting.replace(".", r"\.")):
+        layout.check_layout(mesh=mesh, hosts=2)
+
+
 # Two rows a micro-batch, one sequence a row, four sequences a group.
 WHOLE_GROUPS = {
     "group_size": 4,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
-from small_runs import checked
+from small_runs import QUICK_COMPILATION, checked
 
 from configs import documents, objectives
 from experiments.documents import FAULTS, OBJECTIVES, Fall, table
@@ -65,8 +65,8 @@ def test_a_round_is_a_supervised_stage_followed_by_rl(tmp_path):
         environment = {
             **os.environ,
             "XLA_FLAGS": "",  # one device
+            **QUICK_COMPILATION,
             "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_PROGRAMS"],
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         command = [sys.executable, "-m", f"oapl_jax.{module}", *flags]
         subprocess.run(command, cwd=ROOT, env=environment, timeout=300, check=True)

@@ -88,12 +88,7 @@ def runs(tmp_path_factory):
 def alone(runs, tmp_path_factory):
     """The run of one process with all eight devices."""
     workdir = tmp_path_factory.mktemp("alone")
-    runs.run(
-        workdir,
-        devices=8,
-        **{k.replace(".", "__"): v for k, v in SETTINGS.items()}
-        | {"rollout__prompts_per_call": PER_STEP},
-    )
+    runs.run(workdir, devices=8, **SETTINGS, **{"rollout.prompts_per_call": PER_STEP})
     return workdir
 
 

@@ -19,6 +19,7 @@ from small_runs import ROOT, Runs, metrics, small_arithmetic, timeless, typed
 
 from oapl_jax import train
 from oapl_jax.errors import UserError
+from oapl_jax.publish import publish_step
 
 # For tests that read neither the warm-up nor evaluations.
 ONLY_RL = {"evaluation.every": 0, "warmup.num_steps": 0}
@@ -104,29 +105,24 @@ def test_a_run_leaves_what_it_promises(unbroken):
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [9, 12]
 
 
+def lines_written(workdir: Path) -> int:
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 def test_killed_at_random_points_it_ends_in_the_same_bits(runs, unbroken, tmp_path):
     """SIGKILL three times, at moments that a seed draws from the unbroken run's own length."""
     moments = random.Random(20)
     workdir = tmp_path / "killed"
-    kills = 0
-    while kills < 3:
+    for _ in range(3):
+        wanted = moments.randint(1, 3) + lines_written(workdir)
         process = runs.start(runs.command(workdir))
-        wanted = moments.randint(1, 3) + len(
-            metrics(workdir) if (workdir / "metrics.jsonl").exists() else []
-        )
-        while process.poll() is None:
-            path = workdir / "metrics.jsonl"
-            if path.exists() and path.read_text().count("\n") >= wanted:
-                time.sleep(
-                    moments.random() * 0.2
-                )  # anywhere: in sampling, the step, a save, a publication
-                process.kill()
-                kills += 1
-                break
+        while lines_written(workdir) < wanted:
+            assert process.poll() is None, "the run ended before it was killed three times"
             time.sleep(0.005)
+        time.sleep(moments.random() * 0.2)  # in sampling, the step, a save, a publication
+        process.kill()
         process.communicate()
-        if process.returncode == 0:
-            pytest.fail("the run ended before it was killed three times")
     runs.run(workdir)
     expected, found = metrics(unbroken[0]), metrics(workdir)
     assert [timeless(line) for line in found] == [timeless(line) for line in expected]
@@ -136,22 +132,23 @@ def test_killed_at_random_points_it_ends_in_the_same_bits(runs, unbroken, tmp_pa
         np.testing.assert_array_equal(parameters[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_and_leaves(runs, unbroken, tmp_path, number):
+def test_a_signal_saves_and_leaves(runs, unbroken, tmp_path):
     workdir = tmp_path / "stopped"
-    process = runs.start(runs.command(workdir))
-    while not (workdir / "metrics.jsonl").exists() or not metrics_started(workdir):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert number.name in output
-    done = metrics(workdir)[-1]["step"]
-    assert done < 12
-    assert str(done) in {p.name for p in (workdir / "checkpoints").iterdir()}
-    output = runs.run(workdir)
-    assert f"step {done}" in output
+    done = 0
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        process = runs.start(runs.command(workdir))
+        while lines_written(workdir) <= done:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        assert number.name in output
+        assert not done or f"step {done}" in output
+        done = metrics(workdir)[-1]["step"]
+        assert done < 12
+        assert str(done) in {p.name for p in (workdir / "checkpoints").iterdir()}
+    assert f"step {done}" in runs.run(workdir)
     assert [timeless(x) for x in metrics(workdir)] == [timeless(x) for x in metrics(unbroken[0])]
 
 
@@ -167,10 +164,6 @@ def test_a_stop_in_the_warm_up_is_acknowledged_and_acts_after_its_step(runs, tmp
     assert "SIGINT" in output
     assert not (tmp_path / "config.json").exists()
     assert not (tmp_path / "lease.json").exists()
-
-
-def metrics_started(workdir: Path) -> bool:
-    return "\n" in (workdir / "metrics.jsonl").read_text()
 
 
 def test_restores_on_another_mesh(runs, copy):
@@ -214,20 +207,20 @@ def test_lag_modes_are_measured(runs, tmp_path, mode, buffer):
         assert len({line["lag/mean"] for line in lines}) > 2
 
 
-def test_the_learners_denominator_is_the_samplers(runs, tmp_path):
-    settings = {
-        "num_steps": 4,  # one window: the rollouts are the same
-        "data.generator.min_terms": 2,  # easy enough for rewards after a short warm-up
-        "data.generator.max_terms": 2,
-        "data.train_size": 50,
-        "data.validation_size": 4,
-        "data.test_size": 4,
-        "warmup.num_steps": 60,
-        "group_size": 8,
-        "rollout.max_sequences": 48,
-        "optim.eps": 1e-3,  # or Adam blows differences of rounding up to steps of full size
-        "evaluation.every": 0,
-    }
+@pytest.fixture(scope="module")
+def warmed_up(runs, tmp_path_factory):
+    """Settings of a run from a policy that solves some of the easiest problems."""
+    workdir = tmp_path_factory.mktemp("warmed_up")
+    easiest = {f"data.generator.{bound}_terms": 2 for bound in ("min", "max")}
+    easiest |= {"data.train_size": 50, "data.validation_size": 4, "data.test_size": 4}
+    runs.run(workdir, **easiest, num_steps=0, evaluation__every=0, warmup__num_steps=100)
+    policy = publish_step(epath.Path(workdir), 0, epath.Path(workdir / "policy"), dtype=None)
+    return {**easiest, **ONLY_RL, "model.path": policy, "seed": 1}
+
+
+def test_the_learners_denominator_is_the_samplers(runs, warmed_up, tmp_path):
+    # One window: the rollouts are the same. A small eps would make Adam's steps of rounding errors.
+    settings = {**warmed_up, "num_steps": 4, "optim.eps": 1e-3}
     runs.run(tmp_path / "sampler", **settings)
     runs.run(tmp_path / "learner", **settings, **{"objective.denominator": "learner"})
     theirs, mine = metrics(tmp_path / "sampler"), metrics(tmp_path / "learner")
@@ -246,12 +239,12 @@ def test_grpo_runs_by_its_name_alone(runs, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tba", "grpo"])
-def test_a_reference_policy_is_version_0_to_the_end(runs, tmp_path, name):
+def test_a_reference_policy_is_version_0_to_the_end(runs, warmed_up, tmp_path, name):
     """As a denominator or by a KL; over a resume; and it is the policy of the start itself."""
-    settings = {"config": f":objective={name}", "lag.steps": 2, "learner.micro_batches": 2}
-    settings |= {"evaluation.every": 0}
-    settings |= {"warmup.num_steps": 60, "group_size": 8, "rollout.max_sequences": 48}
+    settings = {"config": f":objective={name}", "lag.steps": 2, **warmed_up}
+    settings |= {"learner.micro_batches": 2, "group_size": 8, "rollout.max_sequences": 48}
     settings |= {"objective.kl_weight": 0.1} if name == "grpo" else {}
+    settings |= {"optim.learning_rate": 2e-3}  # far enough from the start after two steps
     runs.run(tmp_path, **settings, num_steps=6)
     runs.run(tmp_path, **settings)
     assert (tmp_path / "versions" / "v000000" / "COMMITTED").exists()

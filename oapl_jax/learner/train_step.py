@@ -47,11 +47,17 @@ def init_params(model: Transformer, key: jax.Array) -> Any:
     return model.init(key, blank, blank, blank)["params"]
 
 
+@functools.cache
+def abstract_params(model: Transformer) -> Any:
+    """Shapes and dtypes of fresh parameters."""
+    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+
+
 def abstract_state(
     model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Shapes, dtypes and shardings: moments as their parameters, the rest replicated."""
-    params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    params = abstract_params(model)  # pyright: ignore[reportArgumentType]
     state = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), params)
     sharded, replicated = parameter_shardings(params, mesh), NamedSharding(mesh, P())
     of_param, of_other = (lambda _, sharding: sharding), (lambda _: replicated)
@@ -135,7 +141,8 @@ def sum_micro_batches(function: Callable[[Any], Any], batch: Batch) -> Any:
     most = batch.tokens.shape[0]
     if most == 1:
         return function(0)
-    start = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, 0))
+    function = jax.jit(function, inline=True)  # which eval_shape and the loop trace once
+    start = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, jnp.int32(0)))
     add = lambda m, total: jax.tree.map(jnp.add, total, function(m))
     with jax.named_scope(f"at_most_{most}"):  # the bound is data, see model/logprobs.py
         return jax.lax.fori_loop(0, micro_batches_used(batch), add, start)

@@ -5,6 +5,7 @@ processes import this module, so it needs the standard library only. A frame is 
 content (4 bytes, big-endian) and the content. Deadlines are times of the monotonic clock.
 """
 
+import abc
 import os
 import select
 import signal
@@ -35,7 +36,7 @@ def read_frame(file: BinaryIO) -> bytes | None:
     return file.read(struct.unpack(">I", header)[0]) if len(header) == 4 else None
 
 
-class WorkerProcess:
+class WorkerProcess(abc.ABC):
     """A child process that reads requests from one pipe and writes replies to another.
 
     Methods raise Late at their deadline, and Ended if the worker reads or writes no more. The
@@ -81,8 +82,9 @@ class WorkerProcess:
             self._exit_code = self._kill()
         return self._exit_code
 
+    @abc.abstractmethod
     def _kill(self) -> int:
-        raise NotImplementedError
+        """Ends the worker, which has not been waited for; its exit code."""
 
     def _wait(self, descriptor: int, event: int, deadline: float) -> None:
         poll = select.poll()

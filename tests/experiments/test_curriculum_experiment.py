@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
+from small_runs import QUICK_COMPILATION
 
 from experiments import curriculum
 from experiments.curriculum import Outcome, steps_to
@@ -86,9 +87,8 @@ def test_the_quick_form_ends_and_is_not_run_twice(tmp_path):
     command += ["--seeds", "0", "--others", "actor_curator"]
 
     def run():
-        environment = {**os.environ, "XLA_FLAGS": ""}  # one device
+        environment = {**os.environ, **QUICK_COMPILATION, "XLA_FLAGS": ""}  # one device
         environment["JAX_COMPILATION_CACHE_DIR"] = os.environ["TEST_PROGRAMS"]
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         done = subprocess.run(
             command, cwd=ROOT, env=environment, timeout=300, stdout=subprocess.PIPE, text=True
         )

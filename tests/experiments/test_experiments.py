@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from small_runs import checked
+from small_runs import QUICK_COMPILATION, checked
 
 from configs import arithmetic
 from configs.objectives import OBJECTIVES
@@ -414,7 +414,7 @@ def start(root: Path, module: str = "objectives") -> subprocess.Popen:
     # With the default SIGINT, which background jobs of a shell ignore.
     command = ["env", "--default-signal=INT", sys.executable, "-m", "experiments.launch"]
     flags = ["--to=local", "--form=quick", "--clean", f"--root={root}"]
-    environment = {**os.environ, "XLA_FLAGS": ""}  # one device
+    environment = {**os.environ, **QUICK_COMPILATION, "XLA_FLAGS": ""}  # one device
     command += [f"--experiment=experiments/{module}.py", *flags]
     return subprocess.Popen(command, cwd=ROOT, env=environment)
 

@@ -555,6 +555,7 @@ def test_a_new_target_resets_the_backoff_of_a_refused_server(ready_fleet):
     bad.plan = lambda this: ""
     fleet.publish(2)
     fleet.wait_ready(2)
+    assert fleet.versions() == {2}
 
 
 def test_servers_sample_between_versions_that_come_faster_than_they_load(ready_fleet):

@@ -1,19 +1,19 @@
 """A run without servers: it pauses, saves, ends with exit code 3, and resumes later."""
 
-import json
 import shutil
-import sys
 
 import pytest
+from etils import epath
 from server_processes import find_port
 from small_runs import Runs, checked
 
 from configs import arithmetic
 from oapl_jax.errors import UserError
+from oapl_jax.rollout.ledger import FILE, LedgerReport
 
 # A checkpoint of step 2 holds the groups of step 3, since 6 prompts are sampled at a time.
 SETTINGS = dict(lag__steps=8, checkpoint__every=100, tensorboard=False)
-SETTINGS |= dict(evaluation__every=50, evaluation__n=1, evaluation__ks="(1,)")
+SETTINGS |= dict(evaluation__every=0, warmup__num_steps=0)
 SETTINGS |= dict(rollout__deadline=60.0, fleet__no_server_deadline=2.0)
 SETTINGS |= {f"fleet__{name}_deadline": 1.0 for name in ("start", "drain", "update")}
 
@@ -45,8 +45,7 @@ def test_a_run_without_servers_saves_and_ends_with_code_3(train, begun, tmp_path
     assert {path.name for path in (workdir / "checkpoints").iterdir()} >= {"3"}
 
     assert "resumed from checkpoint step 3" in train(workdir, num_steps=6)
-    report = Runs(tmp_path).start([sys.executable, "-m", "oapl_jax.report", str(workdir), "--json"])
-    balance = json.loads(report.communicate(timeout=60)[0])["balance"]
+    balance = LedgerReport(epath.Path(workdir / FILE)).summary()["balance"]
     assert balance["trained"] == 6 * 4 * 4  # steps, groups, responses
     assert balance["rewound"] > 0  # requested while there was no server
     assert balance["failed"] == balance["reissued"] == 0

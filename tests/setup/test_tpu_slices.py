@@ -379,7 +379,8 @@ def test_a_wait_for_capacity_and_its_bill_have_a_deadline(cloud, flag):
 
 def test_an_invalid_setting_ends_the_watch(cloud):
     mistake = "error: lag.steps=0 must be at least 1"
-    cloud.tell("ACTIVE", trainer=f"print('{mistake}', file=sys.stderr)\nsys.exit(2)")
+    both = "while len((cloud / 'starts').read_text().splitlines()) < 2:\n    time.sleep(0.01)\n"
+    cloud.tell("ACTIVE", trainer=f"{both}print('{mistake}', file=sys.stderr)\nsys.exit(2)")
     assert mistake in cloud.watch(code=2)
     assert len(cloud.starts()) == 2
 
