@@ -14,13 +14,10 @@ The same recorded rollouts under every objective at equal lag, and objectives by
 seeds, are the replays and the live arms of docs/comparison.md.
 """
 
-from typing import Any
-
 from experiments import paper, small
-from experiments.sweep import Add, Cells, Values
+from experiments.sweep import Add, Values
 
 MEASURES = ("pass@1", "pass@8", "entropy", "drift")
-AGAINST = "oapl"
 VARIANTS: dict[str, Values] = {
     "oapl": {},
     "denominator of the learner": {"objective.denominator": "learner"},
@@ -29,35 +26,33 @@ VARIANTS: dict[str, Values] = {
     "equal groups dropped": {"buffer.zero_variance": "drop"},
 }
 LAGS = (1, 4, 16, 64)  # AReaL's are 0, 1, 2, 4, 8 and 16
+AGAINST = {
+    **dict.fromkeys([*VARIANTS, "groups of 4", "groups of 16"], "oapl"),
+    **{f"oapl, lag {lag}": f"decoupled, lag {lag}" for lag in LAGS},
+    **{f"naive, lag {lag}": f"decoupled, lag {lag}" for lag in LAGS},
+}
 
 
 def sweep(add: Add) -> None:
-    for points in cells(add).values():
-        add(*points)
-
-
-def cells(add: Add) -> Cells:
     if add.form == "paper":
-        for values in VARIANTS.values():
-            add(*paper.runs([{"objective": "oapl", **values}]))
-        sizes = {"group_size": (4, 16), "groups_per_step": (64, 16)}  # 256 responses a step
-        add(*paper.runs({"objective": ("oapl",)}, add.zip(sizes)))
-        methods = [{"objective": name} for name in ("grpo", "grpo_is", "oapl")]
-        window = {"lag.mode": ("window",), "buffer.mode": ("clear_on_sync",)}
-        add(*paper.runs(methods, window, {"lag.steps": LAGS}))
-        return paper.cells(add)
+        for name, values in variants(responses=256).items():
+            add(*paper.runs([{**small.OAPL, **values}]), row=name)
+        return
     quick = add.form == "quick"
-    variants: dict[str, Any] = dict(VARIANTS)
-    for group, groups in ((4, 16), (16, 4)):
-        changes = {"group_size": group, "groups_per_step": groups, "rollout.prompts_per_call": 4}
-        variants[f"groups of {group}"] = changes
+    rows = variants(responses=64, **{"rollout.prompts_per_call": 4})
+    for seed in add.seeds(1 if quick else 2):
+        for name in list(rows)[: 3 if quick else None]:
+            add(small.run(add, {**small.OAPL, **rows[name], **seed}), row=name)
+
+
+def variants(*, responses: int, **of_groups: int) -> dict[str, Values]:
+    """Overrides by row; `responses` of a step, and overrides for another size of groups."""
+    found: dict[str, Values] = dict(VARIANTS)
+    for size in (4, 16):
+        sizes = {"group_size": size, "groups_per_step": responses // size}
+        found[f"groups of {size}"] = {**sizes, **of_groups}
+    window = {"lag.mode": "window", "buffer.mode": "clear_on_sync"}
     for lag in LAGS:
-        for name, of in (("naive", {"objective": "grpo"}), ("decoupled", small.IS), ("oapl", {})):
-            variants[f"{name}, lag {lag}"] = {**of, "lag.steps": lag}
-    if quick:
-        variants = {name: VARIANTS[name] for name in list(VARIANTS)[:3]}
-    seeds = add.seeds(1 if quick else 2)
-    return {
-        name: [small.run(add, {**small.OAPL, **values, **seed}) for seed in seeds]
-        for name, values in variants.items()
-    }
+        for name, method in (("naive", "grpo"), ("decoupled", "grpo_is"), ("oapl", "oapl")):
+            found[f"{name}, lag {lag}"] = {"objective": method, **window, "lag.steps": lag}
+    return found

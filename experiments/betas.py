@@ -13,7 +13,7 @@ than that of thousands: the CPU form has 0.02, 0.2 and 2 for beta2 where the pap
 """
 
 from experiments import paper, small
-from experiments.sweep import Add, Cells
+from experiments.sweep import Add
 
 MEAN = 1e6
 BETA1 = (0.5, 1.0, 2.0, MEAN)
@@ -22,23 +22,16 @@ AGAINST = "beta1 1.0, beta2 0.2"
 
 
 def sweep(add: Add) -> None:
-    for points in cells(add).values():
-        add(*points)
-
-
-def cells(add: Add) -> Cells:
     if add.form == "paper":
         grid = {"objective.beta1": BETA1, "objective.beta2": (1e-4, 1e-3, 1e-2)}
         add(*paper.runs({"objective": ("oapl",)}, grid))
-        return paper.cells(add)
+        return
     beta1, beta2, seeds = BETA1, (0.02, 0.2, 2.0), 2
     if add.form == "quick":
         beta1, beta2, seeds = (1.0, MEAN), (0.2,), 1
-    found: Cells = {}
-    for values in add.product({"objective.beta1": beta1, "objective.beta2": beta2}):
-        one, two = values["objective.beta1"], values["objective.beta2"]
-        name = f"beta1 {'mean' if one == MEAN else one}, beta2 {two}"
-        found[name] = [
-            small.run(add, {**small.OAPL, **values, **seed}) for seed in add.seeds(seeds)
-        ]
-    return found
+    grid = {"objective.beta1": beta1, "objective.beta2": beta2}
+    for seed in add.seeds(seeds):
+        for values in add.product(grid):
+            one, two = values["objective.beta1"], values["objective.beta2"]
+            run = small.run(add, {**small.OAPL, **values, **seed})
+            add(run, row=f"beta1 {'mean' if one == MEAN else one}, beta2 {two}")

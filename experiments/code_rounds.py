@@ -20,37 +20,33 @@ scale the rounds are `configs/code_contests.py`, and the baseline is a published
 from typing import Any
 
 from experiments import paper, small
-from experiments.sweep import Add, Cells, Point, Values, point
+from experiments.sweep import Add, Point, Values, point
 
 MEASURES = ("pass@1", "pass@8", "generations", "entropy")
 AGAINST = "online GRPO"
+ROWS = ("base", "round 1", "round 2", "online GRPO")
 CODE = ("livecodebench",)
 
 
 def sweep(add: Add) -> None:
-    for points in cells(add).values():
-        add(*points)
-
-
-def cells(add: Add) -> Cells:
     if add.form == "paper":
         base = code(0, kind="warm_up")
         one = code(1, start=base, stream=code(1, kind="generate", start=base), publish=True)
         two = code(2, start=one, stream=code(2, kind="generate", start=one))
-        return {"base": [base], "round 1": [one], "round 2": [two]}
+        for name, run in zip(ROWS, (base, one, two), strict=False):
+            add(run, row=name)
+        return
     quick = add.form == "quick"
     first, second, step = (32, 16, 8) if quick else (512, 96, 8)  # problems; groups of a step
-    seeds = 1 if quick else 3
-    found = {"base": [], "round 1": [], "round 2": [], "online GRPO": []}
-    for seed in range(seeds):
+    num_steps = 3 * (first + second) // step
+    for seed in range(1 if quick else 3):
         base = small.base(add, seed)
         one = trained(add, seed, record(add, seed, base, first), first // step, publish=True)
         two = trained(add, seed, record(add, seed, one, second), 4 * second // step)
         online: Values = {"objective": "grpo", "seed": seed, "lag.steps": 1}
-        online = {**online, "num_steps": 3 * (first + second) // step}
-        for name, each in zip(found, (base, one, two, small.run(add, online)), strict=True):
-            found[name].append(each)
-    return found
+        online = {**online, "num_steps": num_steps, "evaluation.every": num_steps // 6}
+        for name, run in zip(ROWS, (base, one, two, small.run(add, online)), strict=True):
+            add(run, row=name)
 
 
 def code(number: int, *, kind: str = "train", **fields: Any) -> Point:

@@ -30,7 +30,7 @@ from math import inf
 
 from experiments import paper
 from experiments.objectives import FULL, QUICK, Arm, Plan, Values, train
-from experiments.sweep import Add, Cells, Point
+from experiments.sweep import Add, Point
 
 METHODS: dict[str, tuple[str, Values]] = {
     "oapl, beta2 0.05": ("oapl", {"objective.beta2": 0.05}),
@@ -145,21 +145,14 @@ def sweep_plan(add: Add, plan: Plan) -> None:
 
 
 def sweep(add: Add) -> None:
+    """Rows: three methods at the middle learning rate, by lag."""
     if add.form == "paper":
         add(*paper.runs({"objective": ("oapl",), "lag.steps": (1, 10, 50, 100, 400)}))
         add(*paper.runs({"objective": ("grpo_is",)}))
-    else:
-        sweep_plan(add, QUICK if add.form == "quick" else FULL)
-
-
-def cells(add: Add) -> Cells:
-    """OAPL and GRPO + IS at the middle learning rate, by lag."""
-    if add.form == "paper":
-        return paper.cells(add)
-    found = {}
-    for table in tables(QUICK if add.form == "quick" else FULL):
-        if table.lag < inf:
-            for name in THREE:
-                if name in table.cells:
-                    found[f"{name}, lag {table.lag}"] = table.cells[name]["0.001"]
-    return found
+        return
+    plan = QUICK if add.form == "quick" else FULL
+    sweep_plan(add, plan)
+    for table in tables(plan):
+        for name in THREE if table.lag < inf else ():
+            if name in table.cells:
+                add(*table.cells[name]["0.001"], row=f"{name}, lag {table.lag}")

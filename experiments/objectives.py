@@ -32,7 +32,7 @@ from typing import Any
 
 from configs.objectives import FROM_EQUAL_REWARDS
 from experiments import paper
-from experiments.sweep import Add, Cells, Point, Results, point
+from experiments.sweep import Add, Point, Results, point
 from experiments.table import score
 
 Values = Mapping[str, Any]
@@ -283,20 +283,18 @@ def sweep_plan(add: Add, plan: Plan) -> None:
 
 
 def sweep(add: Add) -> None:
+    """Rows: the policies of the paper's first figure, of their best trial."""
     if add.form == "paper":
-        add(paper.base(), *paper.runs({"objective": ("oapl", "grpo_is")}, at_steps=paper.STEPS))
-    else:
-        sweep_plan(add, QUICK if add.form == "quick" else FULL)
-
-
-def cells(add: Add) -> Cells:
-    """The policies of the paper's first figure, of their best trial: base, OAPL, GRPO + IS."""
-    if add.form == "paper":
-        return paper.cells(add)
+        add(paper.base(), row="base")
+        for run in paper.runs({"objective": ("oapl", "grpo_is")}):
+            add(run, row=run.objective)
+        return
     plan = QUICK if add.form == "quick" else FULL
-    found = {"base": [warm_up(plan, seed) for seed in plan.seeds]}
-    for arm in [Arm("live", lag) for lag in sorted(plan.lags)]:
+    sweep_plan(add, plan)
+    for lag in sorted(plan.lags):
         for method in ("oapl", "grpo_is"):
-            if chosen := choose(add.results, plan, arm, method):
-                found[f"{method}, lag {arm.lag}"] = compared(plan, arm, method, chosen)
-    return found
+            arm = Arm("live", lag)
+            if method in METHODS and (chosen := choose(add.results, plan, arm, method)):
+                if "base" not in add.rows:
+                    add(*(warm_up(plan, seed) for seed in plan.seeds), row="base")
+                add(*compared(plan, arm, method, chosen), row=f"{method}, lag {lag}")

@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from experiments.sweep import Add, Cells, Point, Values, grouped, point
+from experiments.sweep import Add, Point, Values, point
 
 SHARE = "/mnt/oapl"
 BENCHMARKS = ("aime25", "hmmt25_feb", "hmmt25_nov", "brumo25")
@@ -45,17 +45,22 @@ def runs(
     """Maths runs, graded on the paper's benchmarks."""
     rows = Add.product(*grids, Add.seeds(seeds))
     grading: dict[str, Any] = dict(benchmarks=BENCHMARKS, samples=samples, at_steps=at_steps)
-    return [point("competition_math", {**MATHS, **row}, **grading) for row in rows]
+    return [
+        without_defaults(point("competition_math", {**MATHS, **row}, **grading)) for row in rows
+    ]
+
+
+def without_defaults(run: Point) -> Point:
+    """Drops overrides that change nothing, so that figures share the default's run."""
+    default = dataclasses.replace(run, overrides=()).flat_config
+    changes = tuple((key, value) for key, value in run.overrides if default.get(key) != value)
+    return dataclasses.replace(run, overrides=changes)
 
 
 def base(samples: int = 10) -> Point:
     """The base model, imported by a run without a step."""
     values = {**MATHS, "objective": "oapl", "num_steps": 0, "rollout.sampler": "local"}
     return point("competition_math", values, benchmarks=BENCHMARKS, samples=samples)
-
-
-def cells(add: Add) -> Cells:
-    return grouped(add.points)
 
 
 @dataclasses.dataclass(frozen=True)

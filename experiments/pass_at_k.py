@@ -14,25 +14,22 @@ The policies are those of experiments/steps.py: its workdirs are used, and nothi
 
 import dataclasses
 
-from experiments import paper, steps
-from experiments.sweep import Add, Cells
+from experiments import paper, small, steps
+from experiments.sweep import Add
 
 MEASURES = ("pass@1", "pass@4", "pass@16", "pass@64", "pass@256")
 SAMPLES = 256
 
 
 def sweep(add: Add) -> None:
-    for points in cells(add).values():
-        add(*points)
-
-
-def cells(add: Add) -> Cells:
     if add.form == "paper":
         trained = paper.runs({"objective": ("oapl", "grpo_is")}, samples=SAMPLES)
-        add(paper.base(SAMPLES), *trained)
-        return paper.cells(add)
-    samples = 16 if add.form == "quick" else SAMPLES
-    found = steps.cells(add)
-    starts = [start for point in found["oapl"] if (start := point.start)]
-    more = lambda points: [dataclasses.replace(point, samples=samples) for point in points]
-    return {"base": more(starts)} | {name: more(points) for name, points in found.items()}
+        add(paper.base(SAMPLES), row="base")
+        for run in trained:
+            add(run, row=run.objective)
+        return
+    quick = add.form == "quick"
+    for seed in add.seeds(1 if quick else 3):
+        runs = {"base": small.base(add, seed["seed"]), **steps.trained(add, seed)}
+        for name, run in runs.items():
+            add(dataclasses.replace(run, samples=16 if quick else SAMPLES), row=name)

@@ -14,28 +14,29 @@ At paper scale these are the runs of experiments/objectives.py, whose checkpoint
 """
 
 from experiments import paper, small
-from experiments.sweep import Add, Cells
+from experiments.sweep import Add, Point, Values
 
 CURVES = ("pass@1", "pass@4", "pass@16")
 
 
 def sweep(add: Add) -> None:
-    for points in cells(add).values():
-        add(*points)
-
-
-def cells(add: Add) -> Cells:
     if add.form == "paper":
         add(*paper.runs({"objective": ("oapl", "grpo_is")}, at_steps=paper.STEPS))
-        return paper.cells(add)
+        return
+    for seed in add.seeds(1 if add.form == "quick" else 3):
+        for name, run in trained(add, seed).items():
+            add(run, row=name)
+
+
+def trained(add: Add, seed: Values) -> dict[str, Point]:
+    """The runs of a seed, validated at eight steps."""
     quick = add.form == "quick"
-    every = {"evaluation.every": 8 if quick else 32}
-    validated = {**every, "evaluation.n": 4 if quick else 16, "evaluation.ks": (1, 4, 16)}
-    if quick:
-        validated["evaluation.ks"] = (1, 4)
+    validated = {
+        "evaluation.every": 8 if quick else 32,
+        "evaluation.n": 4 if quick else 16,
+        "evaluation.ks": (1, 4) if quick else (1, 4, 16),
+    }
+    methods = {"oapl": small.OAPL, "grpo_is": small.IS, "grpo_is, sequences": small.IS_SEQUENCES}
     return {
-        name: [
-            small.run(add, {**values, **validated, **seed}) for seed in add.seeds(1 if quick else 3)
-        ]
-        for name, values in (("oapl", small.OAPL), ("grpo_is", small.IS))
+        name: small.run(add, {**values, **validated, **seed}) for name, values in methods.items()
     }

@@ -6,10 +6,12 @@ overrides:
     def sweep(add):
         grid = {"objective": ("oapl", "grpo"), "lag.steps": (8, 32)}
         for values in add.product(grid, add.seeds(3)):
-            add(point("arithmetic:chain_sum", values))
+            add(point("arithmetic:chain_sum", values), row=values["objective"])
 
-A point may start from another point's weights (the warm-up that all points of a seed share) and may
-train on rollouts that another point recorded. Two points with equal settings are the same point.
+`row` names a row of the table (experiments/table.py); without any, rows are named by the settings
+that vary. A point may start from another point's weights (the warm-up that all points of a seed
+share) and may train on rollouts that another point recorded. Two points with equal settings are the
+same point.
 """
 
 import dataclasses
@@ -20,6 +22,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import runpy
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -58,6 +61,7 @@ GRADES = {"validation": dict(n=16, ks=(1, 8)), "test": dict(n=64, ks=(1, 8, 64))
 Line = dict[str, Any]  # of the results file
 Values: TypeAlias = Mapping[str, Any]  # overrides by config key; also "objective" and "seed"
 Grid: TypeAlias = "Mapping[str, Iterable[Any]] | Sequence[Values]"
+Rows: TypeAlias = "dict[str, list[Point]]"  # of a table: a point a seed, by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +197,19 @@ class Point:
             config = get_config(arguments) if arguments else get_config()
         config.update_from_flattened_dict(self.values(root))
         return config
+
+    @property
+    def flat_config(self) -> dict[str, Any]:
+        """The resolved config's values by dotted key."""
+
+        def walk(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+            for name, value in values.items():
+                if isinstance(value, Mapping):
+                    yield from walk(value, f"{prefix}{name}.")
+                else:
+                    yield f"{prefix}{name}", value
+
+        return dict(walk(self.resolve(epath.Path("/")).to_dict(), ""))
 
     @property
     def config_file(self) -> tuple[str, str]:
@@ -336,16 +353,21 @@ class Add:
       form: one of FORMS.
       results: of the points that have ended; points may depend on them, such as the best trial's.
       points: in the order of execution.
+      rows: of the table: points by name, one a seed.
     """
 
     def __init__(self, results: Results, form: str):
         self.results, self.form = results, form
         self.points: dict[Point, None] = {}
+        self.rows: Rows = {}
 
-    def __call__(self, *points: Point) -> None:
+    def __call__(self, *points: Point, row: str = "") -> None:
+        """Adds points, which are also a row of the table if it has a name."""
         for each in points:
             self(*each.needs)
             self.points[each] = None
+        if row:
+            self.rows.setdefault(row, []).extend(points)
 
     @staticmethod
     def product(*grids: Grid) -> list[Values]:
@@ -396,7 +418,11 @@ def _merged(parts: Iterable[Values]) -> Values:
 
 
 Sweep = Callable[[Add], None]  # adds points, most urgent first
-Cells = dict[str, list[Point]]  # of a table: a point a seed, by name
+
+
+def rows_of(add: Add) -> Rows:
+    """The rows that the sweep named, or all points that train, see `grouped`."""
+    return add.rows or grouped(add.points)
 
 
 def listed(sweep: Sweep, results: Results, form: str) -> list[Point]:
@@ -406,21 +432,32 @@ def listed(sweep: Sweep, results: Results, form: str) -> list[Point]:
     return list(add.points)
 
 
-def grouped(points: Iterable[Point]) -> Cells:
-    """Points that train, in cells that differ in the seed alone, named by what varies."""
-    trained = [point for point in points if point.kind == "train"]
-    of = lambda point: {
-        "config": point.config,
-        "objective": point.objective,
-        **{key: str(value) for key, value in point.overrides},
-    }
-    settings = [of(point) for point in trained]
-    varied = {key for mine in settings for key in mine if len({s.get(key) for s in settings}) > 1}
-    rows: Cells = {}
-    for point, mine in zip(trained, settings, strict=True):
-        name = ", ".join(f"{key.rpartition('.')[2]} {mine[key]}" for key in mine if key in varied)
+def grouped(points: Iterable[Point]) -> Rows:
+    """Points that train, in rows that differ in the seed alone, named by what varies."""
+    settings = {point: _described(point) for point in points if point.kind == "train"}
+    keys = dict.fromkeys(key for mine in settings.values() for key in mine)
+    for point, mine in settings.items():
+        config = point.flat_config
+        settings[point] = {key: mine.get(key, str(config.get(key, ""))) for key in keys}
+    varied = [key for key in keys if len({mine[key] for mine in settings.values()}) > 1]
+    short = lambda key: re.sub(r"\w+\.", "", key).removeprefix("objective")
+    rows: Rows = {}
+    for point, mine in settings.items():
+        name = ", ".join(f"{short(key)} {mine[key]}".strip() for key in varied if mine[key])
         rows.setdefault(name or point.objective, []).append(point)
     return rows
+
+
+def _described(point: Point) -> dict[str, str]:
+    """Settings by name, all but the seed; those of `start` and `stream` behind their name."""
+    skipped = ("seed", "overrides", "publish", *STARTS)
+    own = {f.name: getattr(point, f.name) for f in dataclasses.fields(point)}
+    found = {name: str(value or "") for name, value in own.items() if name not in skipped}
+    found |= {key: str(value) for key, value in point.overrides}
+    for name in STARTS:
+        if other := own[name]:
+            found |= {f"{name}'s {key}": value for key, value in _described(other).items()}
+    return found
 
 
 def load_experiment(path: str) -> Any:
