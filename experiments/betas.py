@@ -17,21 +17,34 @@ from experiments.sweep import Add
 
 MEAN = 1e6
 BETA1 = (0.5, 1.0, 2.0, MEAN)
+BETA2 = {"paper": (1e-4, 1e-3, 1e-2), "cpu": (0.02, 0.2, 2.0), "quick": (0.2,)}
 MEASURES = ("pass@1", "pass@8", "entropy", "drift")
-AGAINST = "beta1 1.0, beta2 0.2"
+
+
+def name(beta1: float, beta2: float) -> str:
+    return f"beta1 {'mean' if beta1 == MEAN else beta1}, beta2 {beta2}"
+
+
+# V^ against the mean, and the whole grid against the middle of it.
+AGAINST = [(name(1.0, beta2), name(MEAN, beta2)) for of in BETA2.values() for beta2 in of]
+AGAINST = list(dict.fromkeys(AGAINST)) + [
+    (name(beta1, beta2), name(1.0, BETA2[form][1]))
+    for form in ("paper", "cpu")
+    for beta1 in BETA1
+    for beta2 in BETA2[form]
+    if (beta1, beta2) != (1.0, BETA2[form][1])
+]
 
 
 def sweep(add: Add) -> None:
-    if add.form == "paper":
-        grid = {"objective.beta1": BETA1, "objective.beta2": (1e-4, 1e-3, 1e-2)}
-        add(*paper.runs({"objective": ("oapl",)}, grid))
-        return
-    beta1, beta2, seeds = BETA1, (0.02, 0.2, 2.0), 2
-    if add.form == "quick":
-        beta1, beta2, seeds = (1.0, MEAN), (0.2,), 1
-    grid = {"objective.beta1": beta1, "objective.beta2": beta2}
-    for seed in add.seeds(seeds):
+    quick = add.form == "quick"
+    beta1 = (1.0, MEAN) if quick else BETA1
+    grid = {"objective.beta1": beta1, "objective.beta2": BETA2[add.form]}
+    for seed in add.seeds({"paper": 1, "cpu": 2, "quick": 1}[add.form]):
         for values in add.product(grid):
-            one, two = values["objective.beta1"], values["objective.beta2"]
-            run = small.run(add, {**small.OAPL, **values, **seed})
-            add(run, row=f"beta1 {'mean' if one == MEAN else one}, beta2 {two}")
+            settings = {**small.OAPL, **values}
+            if add.form == "paper":
+                run = paper.runs([settings])[0]
+            else:
+                run = small.run(add, {**settings, **seed})
+            add(run, row=name(values["objective.beta1"], values["objective.beta2"]))

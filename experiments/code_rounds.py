@@ -23,7 +23,9 @@ from experiments import paper, small
 from experiments.sweep import Add, Point, Values, point
 
 MEASURES = ("pass@1", "pass@8", "generations", "entropy")
-AGAINST = "online GRPO"
+KS = (1, 5, 10, 20)
+CURVES = ("generations",)
+AGAINST = (("round 1", "base"), ("round 2", "round 1"), ("round 2", "online GRPO"))
 ROWS = ("base", "round 1", "round 2", "online GRPO")
 CODE = ("livecodebench",)
 

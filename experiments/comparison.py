@@ -21,10 +21,10 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from experiments import lag, objectives
+from experiments.measures import LEVELS, score
 from experiments.objectives import Arm, Plan, Values, warm_up
 from experiments.sweep import RESULTS, Line, Point, Results, listed
 from experiments.table import (
-    LEVELS,
     Cell,
     bracketed,
     cell_of,
@@ -32,7 +32,6 @@ from experiments.table import (
     finish,
     markdown,
     save,
-    score,
     verdict,
     whiskers,
 )

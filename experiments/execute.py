@@ -18,6 +18,7 @@ from etils import epath
 
 from configs.common import Config as ConfigValues
 from experiments.manifest import data_checksums, lag_histogram
+from experiments.measures import STRIDE
 from experiments.sweep import Line, Point, benchmark_results
 from oapl_jax import build, train
 from oapl_jax.config import Config as Typed
@@ -28,8 +29,6 @@ from oapl_jax.record import record_dataset
 from oapl_jax.rollout.dataset import Dataset
 from oapl_jax.tracking.metrics import read_lines
 from oapl_jax.tracking.progress import Progress, StopRequest, log
-
-STRIDE = 8  # gradient steps between two points of a curve
 
 
 def execute(run: Point, root: epath.Path, stop: StopRequest) -> None:

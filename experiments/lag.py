@@ -52,6 +52,14 @@ METHODS: dict[str, tuple[str, Values]] = {
 }
 LAGS = (128, 8, 1)  # in the order of execution
 THREE = ("oapl, beta2 0.2", "grpo", "grpo_is")
+AGAINST = [
+    *(
+        (f"oapl, beta2 0.2, lag {lag}", f"{other}, lag {lag}")
+        for lag in LAGS
+        for other in THREE[1:]
+    ),
+    *((f"oapl, steps {lag}", "grpo_is, steps 1") for lag in (1, 10, 50, 100, 400)),  # at its scale
+]
 
 
 @dataclass(frozen=True)

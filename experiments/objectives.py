@@ -32,8 +32,8 @@ from typing import Any
 
 from configs.objectives import FROM_EQUAL_REWARDS
 from experiments import paper
+from experiments.measures import score
 from experiments.sweep import Add, Point, Results, point
-from experiments.table import score
 
 Values = Mapping[str, Any]
 
@@ -160,6 +160,10 @@ QUICK = dataclasses.replace(
     warmup={"warmup.num_steps": 150, "warmup.demonstrations": 1000},
     common={**COMMON, "num_steps": 16, "checkpoint.every": 4},
 )
+
+
+AGAINST = [(f"oapl, lag {lag}", f"grpo_is, lag {lag}") for lag in sorted(FULL.lags)]
+AGAINST += [("oapl", "grpo_is"), ("oapl", "base"), ("grpo_is", "base")]  # at the paper's scale
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 The hours are a lower bound: docs/plan_table.json has the roofline of a step whose responses all
 have their greatest length. The fleet has to generate as fast as the learner takes; how many servers
-that needs was not measured. Prices are the on-demand list prices of US regions, dollars per chip
-and hour, as https://cloud.google.com/tpu/pricing states them (v5e 1.20, v5p 4.20, Trillium 2.70;
-they change: give today's with --price).
+that needs was not measured, and it is not in the cost. `--topology` and `--price` of
+`experiments.launch` and `experiments.readme` give another slice, and today's price of its chips.
 """
 
+import argparse
 import dataclasses
 import json
 import math
@@ -17,6 +17,7 @@ from typing import Any
 from etils import epath
 
 from experiments.sweep import Add, Point, Values, point
+from oapl_jax.errors import UserError
 
 SHARE = "/mnt/oapl"
 BENCHMARKS = ("aime25", "hmmt25_feb", "hmmt25_nov", "brumo25")
@@ -29,9 +30,13 @@ MATHS: Values = {
     "checkpoint.keep": 20,  # for pass@k against steps
 }
 CODE: Values = {"releases": f"{SHARE}/releases", "fleet.servers_file": f"{SHARE}/servers.txt"}
-SLICE = "v6e:8x8"
-PRICES = {"v5e": 1.20, "v5p": 4.20, "v6e": 2.70}
-PRICE_SOURCE = "https://cloud.google.com/tpu/pricing"
+TOPOLOGY = "v5e:8x8"
+# Dollars a chip and hour, on demand. Those of other chips have to be given.
+PRICES = {"v5e": 1.20, "v5p": 4.20}
+PRICE_SOURCE = (
+    "list prices as of February 2025, from cloud.google.com/tpu/pricing as quoted in 'How to Scale "
+    "Your Model', part 8, 'Serving LLaMA 3 on TPUs' (jax-ml.github.io/scaling-book)"
+)
 PLANNED = {
     "competition_math": "qwen3-4b-thinking-2507",
     "code_contests": "r1-distill-qwen-14b",
@@ -81,14 +86,23 @@ class Cost:
         )
 
 
-def cost(points: Iterable[Point], topology: str = SLICE, price: float | None = None) -> Cost:
-    """Cost by the plan's table; raises a KeyError for a slice that it does not have."""
+def cost(points: Iterable[Point], topology: str = TOPOLOGY, price: float | None = None) -> Cost:
+    """Cost by the plan's table.
+
+    Raises a UserError for a slice that the table does not have, or a chip without a price.
+    """
     table = json.loads(TABLE.read_text())
     generation, _, shape = topology.partition(":")
+    if price is None and generation not in PRICES:
+        raise UserError(
+            f"--topology={topology} has no list price here; give --price, of a chip-hour"
+        )
     seconds, fleet, count = 0.0, 0.0, 0
     for trained in {each.trained for each in points if each.kind == "train"}:
         module = trained.config.partition(":")[0]
-        line = table[f"{module} {PLANNED[module]} {topology}"]
+        line = table.get(f"{module} {PLANNED[module]} {topology}", {})
+        if not line.get("fits"):
+            raise UserError(f"--topology={topology} does not fit {module}; see docs/plan.md")
         num_steps = trained.resolve(epath.Path("/")).num_steps
         seconds += num_steps * line["roofline"]["seconds"] / line["fleet"]["learning"]
         fleet = max(fleet, line["fleet"]["tokens_per_second"])
@@ -96,3 +110,16 @@ def cost(points: Iterable[Point], topology: str = SLICE, price: float | None = N
     chips = math.prod(map(int, shape.split("x")))
     hourly = chips * (PRICES[generation] if price is None else price)
     return Cost(topology, count, seconds / 3600, seconds / 3600 * hourly, fleet)
+
+
+def costs(points: Iterable[Point], topology: str, price: float | None) -> list[Cost]:
+    """Costs of the points at the paper's scale, a configuration each."""
+    of: dict[str, list[Point]] = {}
+    for each in points:
+        of.setdefault(each.config.partition(":")[0], []).append(each)
+    return [cost(of[module], topology, price) for module in of if module in PLANNED]
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--topology", default=TOPOLOGY, help="slice whose hours and cost are shown")
+    parser.add_argument("--price", type=float, help="dollars a chip-hour, for its list price")

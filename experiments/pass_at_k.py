@@ -18,7 +18,10 @@ from experiments import paper, small, steps
 from experiments.sweep import Add
 
 MEASURES = ("pass@1", "pass@4", "pass@16", "pass@64", "pass@256")
+KS = (1, 4, 16, 64, 256)
 SAMPLES = 256
+AGAINST = steps.AGAINST
+CURVES = ()
 
 
 def sweep(add: Add) -> None:

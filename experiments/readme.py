@@ -49,7 +49,7 @@ def measured(name: str, results: Path) -> str:
     rows = list(found["rows"].items())
     shown = [f"{row} {number(values['measures'])}" for row, values in rows[:SHOWN]]
     more = f"; {len(rows) - SHOWN} more rows" if len(rows) > SHOWN else ""
-    missing = f"; {len(found['problems'])} points missing" if found["problems"] else ""
+    missing = f"; {len(found['missing'])} points missing" if found["missing"] else ""
     link = f"[table](../docs/experiments/{name}.md)"
     return f"pass@1 {'; '.join(shown)}{more}{missing} ({link})"
 
@@ -60,26 +60,23 @@ def number(measures: Mapping[str, Any]) -> str:
     return bracketed((mean, low, high))
 
 
-def table(results: Path) -> str:
+def table(results: Path, topology: str, price: float | None) -> str:
     rows = []
     for name in FIGURES:
         of, sweep = card(name), load_experiment(str(HERE / f"{name}.py")).sweep
         points = listed(sweep, Results(epath.Path("/nowhere")), "paper")
-        costs = []
-        for module in dict.fromkeys(point.config.partition(":")[0] for point in points):
-            mine = [point for point in points if point.config.partition(":")[0] == module]
-            costs.append(str(paper.cost(mine)))
         rows.append(
             [
                 f"`{name}.py`: {of['title']}",
                 f"`{LAUNCH.format(name)} --to=print`",
-                "; ".join(costs),
+                "; ".join(map(str, paper.costs(points, topology, price))),
                 of["Expected"],
                 measured(name, results),
             ]
         )
     head = ("figure", "command", "at paper scale", "expected", "measured, on two CPU cores")
-    return markdown(head, rows)
+    price_of = f"${price:.2f} a chip-hour, as given" if price else paper.PRICE_SOURCE
+    return f"{markdown(head, rows)}\n\nHours and dollars are lower bounds; prices: {price_of}."
 
 
 def plots(results: Path) -> str:
@@ -91,8 +88,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--results", type=Path, default=HERE.parent / "docs/experiments")
     parser.add_argument("--to", type=Path, default=HERE / "README.md")
+    paper.add_flags(parser)
     given = parser.parse_args()
-    parts = {"figures": table(given.results), "plots": plots(given.results)}
+    figures = table(given.results, given.topology, given.price)
+    parts = {"figures": figures, "plots": plots(given.results)}
     given.to.write_text(fill(given.to.read_text(), parts))
     log(f"{given.to}")
 

@@ -13,13 +13,14 @@ as any others. The sampler is the multivariate TPE with the constant liar, for b
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments.sweep import Add, Point, Values
-from experiments.table import score
+from experiments.measures import LEVELS, score
+from experiments.sweep import Add, Line, Point, Values
 from oapl_jax.errors import UserError
 
 
@@ -54,10 +55,13 @@ def search(
       make: the points of a trial, such as two seeds; their mean is its value.
       space: a Range, or a sequence of choices, for each config key.
       trials: number of all trials; `batch` are proposed at a time.
-      measure: see table.score. A failed point has its worst value.
+      measure: see measures.score. A trial with a failed point has the worst value, infinite except
+        for pass@k, where a failed point counts as 0.
 
     Returns:
       The values of the best trial once all have ended, of equals the first; None before.
+
+    Raises a UserError if points that ended have no such measure.
     """
     try:
         import optuna
@@ -85,8 +89,21 @@ def search(
         if not all(line for *_, lines in asked for line in lines):
             return None
         for trial, values, lines in asked:
-            value = float(np.mean([score(line, measure) for line in lines if line]))
+            value = value_of(
+                [line for line in lines if line], measure, worst=-math.inf if maximize else math.inf
+            )
             study.tell(trial, value)
             tried.append((value, values))
     best = max if maximize else min
     return best(tried, key=lambda pair: pair[0])[1]
+
+
+def value_of(lines: Sequence[Line], measure: str, *, worst: float) -> float:
+    """The mean of a trial's points."""
+    failed = any(line["outcome"] != "ended" for line in lines)
+    if failed and ("pass@" not in measure or measure in LEVELS):
+        return worst
+    value = float(np.mean([score(line, measure) for line in lines]))
+    if math.isnan(value):
+        raise UserError(f"add.search(measure={measure!r}) is no measure of these points")
+    return value

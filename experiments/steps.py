@@ -16,7 +16,8 @@ At paper scale these are the runs of experiments/objectives.py, whose checkpoint
 from experiments import paper, small
 from experiments.sweep import Add, Point, Values
 
-CURVES = ("pass@1", "pass@4", "pass@16")
+CURVES = ("pass@1", "pass@4", "pass@16", "pass@5", "pass@10")  # those that are measured
+AGAINST = (("oapl", "grpo_is"), ("oapl", "grpo_is, sequences"))
 
 
 def sweep(add: Add) -> None:

@@ -2,9 +2,10 @@
 
     python -m experiments.table experiments/betas.py --root=runs/sweeps [--to=docs/experiments]
 
-Writes NAME.md, NAME.json and NAME.png, and prints the first. An experiment file may name its rows
-(`cells(add)`), its columns (`MEASURES`), and the row that others are compared with (`AGAINST`).
-Points that have not ended, failed, or are stale are named below the table and are in no mean.
+Writes NAME.md, NAME.json and NAME.png, and prints the first. An experiment file may name its
+columns (`MEASURES`; of benchmarks the `KS` of pass@k), the row that others are compared with, or
+pairs of rows (`AGAINST`), and its curves (`CURVES`). Points that have not ended or are stale are
+named below the table and are in no mean.
 
 A seed is the unit of every interval. Runs of one seed share the initial policy, the order of the
 prompts and, on a recorded stream, every group, so methods are compared by the differences of their
@@ -25,6 +26,7 @@ from etils import epath
 from scipy import stats
 
 from experiments.manifest import Manifests, checkout
+from experiments.measures import LEVELS, Curve, at_level, by_generations, by_step, score
 from experiments.sweep import (
     FORMS,
     Add,
@@ -32,8 +34,8 @@ from experiments.sweep import (
     Point,
     Results,
     benchmark_results,
-    grouped,
     load_experiment,
+    rows_of,
 )
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.files import write_atomically
@@ -44,8 +46,6 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Measures: generations until pass@1 on the validation split is this high.
-LEVELS = {"to pass@1 0.5": 0.5, "to pass@1 0.8": 0.8}
 Spread = tuple[float, float, float]  # mean, and the ends of its interval
 
 
@@ -82,7 +82,16 @@ class Cell:
 
     def reached(self, measure: str) -> list[bool]:
         """True for each run that reached a level."""
-        return [bool(_at_level(line, LEVELS[measure])) for line in self.lines]
+        return [bool(at_level(line, LEVELS[measure])) for line in self.lines]
+
+    @property
+    def seeds(self) -> set[int]:
+        return {line["settings"]["seed"] for line in self.lines}
+
+    def at(self, seeds: Sequence[int]) -> "Cell":
+        """The runs of these seeds, in their order."""
+        of = {line["settings"]["seed"]: line for line in self.lines}
+        return Cell([of[seed] for seed in seeds], [])
 
 
 def cell_of(results: Results, runs: Sequence[Point]) -> Cell | None:
@@ -93,48 +102,24 @@ def cell_of(results: Results, runs: Sequence[Point]) -> Cell | None:
     return there if runs and len(there.lines) == len(there.starts) == len(runs) else None
 
 
-def score(line: Line, measure: str) -> float:
-    """A measure of a run or of its last policy.
-
-    A failed run has a pass@k of 0, the generations and the drift of its steps, and nan otherwise.
-    The generations to a level are counted up to the first evaluation that reaches it; a run that
-    ends below it counts all of its own, a lower bound, and a run that fails below it has nan.
-    """
-    if measure in LEVELS:
-        never = line["generations"] if line["outcome"] == "ended" else math.nan
-        return float([*_at_level(line, LEVELS[measure]), never][0])
-    if line["outcome"] != "ended":
-        return 0.0 if measure.startswith("pass@") else float(line.get(measure, math.nan))
-    benchmark, _, k = measure.rpartition(" ")
-    if benchmark:  # of the last step that was graded
-        graded = line.get("benchmarks", {})
-        last = graded[max(graded, key=int)] if graded else {}
-        return float(last.get(benchmark, {}).get(k, math.nan))
-    of_policy = line.get(line["settings"]["split"], {})
-    return float(of_policy.get(measure, line.get(measure, math.nan)))
-
-
-def _at_level(line: Line, level: float) -> list[int]:
-    """Generations at each evaluation that is at the level."""
-    return [made for _, made, pass_at_1, _ in line.get("progress", []) if pass_at_1 >= level]
-
-
 def spread(values: Sequence[float]) -> Spread:
     """Mean and 95 % interval of Student's t (a bootstrap of three to five seeds is too narrow); the
-    ends are nan for one value."""
-    mean, n = float(np.mean(values)), len(values)
-    if n == 1:
+    ends are nan for one value, and all is nan without any."""
+    mean, n = float(np.mean(values)) if values else math.nan, len(values)
+    if n < 2:
         return mean, math.nan, math.nan
     reach = float(stats.t.ppf(0.975, n - 1) * stats.sem(values))
     return mean, mean - reach, mean + reach
 
 
 def difference(ours: Cell, theirs: Cell, measure: str) -> Spread:
-    """Mean and interval of ours - theirs, seed by seed.
+    """Mean and interval of ours - theirs over the seeds that both have; nan without any.
 
     If one run of a seed did not reach a level, the difference is the least possible; if neither
     did, it is nan.
     """
+    both = sorted(ours.seeds & theirs.seeds)
+    ours, theirs = ours.at(both), theirs.at(both)
     apart = np.subtract(ours.of(measure), theirs.of(measure))
     if measure in LEVELS:
         either = np.logical_or(ours.reached(measure), theirs.reached(measure))
@@ -194,6 +179,8 @@ def save(figure: Figure, path: epath.Path) -> None:
 # The table of an experiment
 
 MEASURES = ("pass@1", "pass@8", "entropy", "generations")
+KS = (1, 5, 10)  # of a benchmark's pass@k
+CURVES = ("pass@1", "entropy")
 SOURCES = ("code", "commit", "versions", "started", "ended", "restarts")  # of a manifest
 
 
@@ -202,30 +189,36 @@ class Table:
     """Cells of an experiment whose points have ended, and the states of the others.
 
     Attributes:
+      benchmarks: on which the points are graded; none, if on a split.
+      pairs: of rows that are compared.
       cells: a line a seed, by row.
       states: number of points by state, by row; "ended" too.
-      problems: rows and points that are not in the means, with their state.
+      failed: points that failed, which count in the means as measures.score says.
+      missing: points that are not in the means, with their state.
       sources: of the manifests: commits, dates and restarts.
     """
 
     name: str
     form: str
+    benchmarks: tuple[str, ...]
     measures: tuple[str, ...]
-    against: str
+    pairs: tuple[tuple[str, str], ...]
     cells: dict[str, Cell]
     states: dict[str, dict[str, int]]
-    problems: list[str]
+    failed: list[str]
+    missing: list[str]
     sources: list[dict[str, Any]]
 
-    def minus(self, name: str, measure: str) -> Spread | None:
-        """Difference to the row `against`, over the seeds that both have."""
-        if name == self.against or self.against not in self.cells or name not in self.cells:
-            return None
-        seeded = lambda cell: {line["settings"]["seed"]: line for line in cell.lines}
-        ours, theirs = seeded(self.cells[name]), seeded(self.cells[self.against])
-        both = sorted(ours.keys() & theirs.keys())
-        apart = [score(ours[s], measure) - score(theirs[s], measure) for s in both]
-        return spread(apart) if apart else None
+    @property
+    def differences(self) -> dict[str, dict[str, Spread]]:
+        """By pair and measure; of pairs whose rows are both there."""
+        return {
+            f"{one} - {other}": {
+                m: difference(self.cells[one], self.cells[other], m) for m in self.measures
+            }
+            for one, other in self.pairs
+            if {one, other} <= self.cells.keys()
+        }
 
     def markdown(self) -> str:
         """Means, differences, then everything that is not in them."""
@@ -236,18 +229,18 @@ class Table:
             values = [bracketed(cell.spread(m), form(m)) for m in shown]
             rows.append([name, f"{len(cell.lines)}", *values])
         parts = [markdown([f"{self.name}, {self.form}", "seeds", *shown], rows)]
-        rows = []
-        for name in self.cells:
-            apart = [self.minus(name, measure) for measure in shown]
-            if any(apart):
-                cells = zip(shown, apart, strict=True)
-                rows.append(
-                    [name, *(bracketed(a, form(m), bold=True) if a else "" for m, a in cells)]
-                )
+        rows = [
+            [pair, *(bracketed(of[m], form(m), bold=True) for m in shown)]
+            for pair, of in self.differences.items()
+        ]
         if rows:
-            parts.append(markdown([f"minus {self.against}, seed by seed", *shown], rows))
-        if self.problems:
-            parts.append("Not in the means:\n\n" + "\n".join(f"- {p}" for p in self.problems))
+            parts.append(markdown(["difference, seed by seed", *shown], rows))
+        for title, points in (
+            ("Failed; counted as in experiments/measures.py", self.failed),
+            ("Not in the means", self.missing),
+        ):
+            if points:
+                parts.append(f"{title}:\n\n" + "\n".join(f"- {point}" for point in points))
         if self.sources:
             parts.append(provenance(self.sources))
         return "\n\n".join(parts) + "\n"
@@ -258,20 +251,22 @@ class Table:
     def json(self) -> dict[str, Any]:
         """The same as numbers; an end of an interval that is not known is null."""
         number = lambda value: None if math.isnan(value) else value
-        numbers = lambda values: [number(value) for value in values] if values else None
-        rows = {}
-        for name, cell in self.cells.items():
-            of = {m: numbers(cell.spread(m)) for m in self.measures}
-            minus = {m: numbers(self.minus(name, m)) for m in self.measures}
-            seeds = [line["settings"]["seed"] for line in cell.lines]
-            rows[name] = {"seeds": seeds, "measures": of, "minus": minus}
+        numbers = lambda of: {m: [number(value) for value in of[m]] for m in self.measures}
+        rows = {
+            name: {
+                "seeds": [line["settings"]["seed"] for line in cell.lines],
+                "measures": numbers({m: cell.spread(m) for m in self.measures}),
+            }
+            for name, cell in self.cells.items()
+        }
         return {
             "experiment": self.name,
             "form": self.form,
-            "against": self.against,
             "rows": rows,
+            "differences": {pair: numbers(of) for pair, of in self.differences.items()},
             "states": self.states,
-            "problems": self.problems,
+            "failed": self.failed,
+            "missing": self.missing,
             "sources": self.sources,
         }
 
@@ -294,88 +289,138 @@ def table_of(module: Any, root: epath.Path, form: str, *, keep_stale: bool) -> T
     results, manifests = Results(root, any_defaults=keep_stale, code=code), Manifests(root)
     add = Add(results, form)
     module.sweep(add)
-    rows = module.cells(add) if hasattr(module, "cells") else grouped(add.points)
-    cells, states, problems, sources = {}, {}, [], []
+    rows = rows_of(add)
+    cells, states, failed, missing, sources = {}, {}, [], [], []
     for name, points in rows.items():
         lines, starts = [], []
         for point in points:
-            state, line = manifests.state(point, results), results.line(point)
-            states.setdefault(name, {}).setdefault(state, 0)
-            states[name][state] += 1
+            state, line = manifests.state(point, results), line_of(point, results, root)
             if line is not None:
-                if point.benchmarks:  # graded after the training ended, perhaps
-                    line = {**line, **benchmark_results(point.workdir(root))}
-                    if "benchmarks" not in line:
-                        state = "trained, not graded"
                 lines.append(line)
                 starts += [first] if point.start and (first := results.line(point.start)) else []
-            if state != "ended":
-                problems.append(f"{name}, seed {point.seed}: {state}{because(line)}")
+                if point.benchmarks and "benchmarks" not in line:
+                    state = "trained, not graded"
+            states.setdefault(name, {}).setdefault(state, 0)
+            states[name][state] += 1
+            named = f"{name}, seed {point.seed}: {state}"
+            if line is not None and state == "failed":
+                failed.append(f"{named} ({line['reason']})")
+            elif state != "ended":
+                missing.append(named)
             if manifest := manifests.read(point):
                 sources.append({"key": point.key} | {k: manifest[k] for k in SOURCES})
         if lines:
             cells[name] = Cell(lines, starts)
-    measures = getattr(module, "MEASURES", MEASURES)
-    if benchmarks := next((p.benchmarks for points in rows.values() for p in points), ()):
-        measures = tuple(f"{name} pass@{k}" for name in benchmarks for k in (1, 5, 10))
+    measures: tuple[str, ...] = getattr(module, "MEASURES", MEASURES)
+    benchmarks = next((p.benchmarks for points in rows.values() for p in points), ())
+    if benchmarks:
+        ks = getattr(module, "KS", KS)
+        others = [measure for measure in measures if not measure.startswith("pass@")]
+        measures = (*(f"{name} pass@{k}" for name in benchmarks for k in ks), *others)
     against = getattr(module, "AGAINST", next(iter(rows), ""))
-    name = Path(module.__file__).stem
-    return Table(name, form, measures, against, cells, states, problems, sources)
+    if isinstance(against, str):
+        against = [(row, against) for row in rows if row != against]
+    name, pairs = Path(module.__file__).stem, tuple(against)
+    return Table(name, form, benchmarks, measures, pairs, cells, states, failed, missing, sources)
 
 
-def because(line: Line | None) -> str:
-    """The reason of a failed point, which counts in the means as table.score says."""
-    return f" ({line['reason']}; counted as in experiments/table.py)" if line else ""
+def line_of(point: Point, results: Results, root: epath.Path) -> Line | None:
+    """A point's line, with the generations of the runs that it started from, and with grades of
+    benchmarks that came after its end."""
+    line = results.line(point)
+    if line is None:
+        return None
+    before, start = 0, point.start
+    while start is not None:
+        before += (results.line(start) or {}).get("generations", 0)
+        start = start.start
+    return {**line, "generations_before": before, **benchmark_results(point.workdir(root))}
+
+
+Panel = tuple[str, str]  # "bars", "k", "steps" or "generations"; and a measure or a benchmark
+
+
+def panels(table: Table, curves: Sequence[str]) -> list[Panel]:
+    """The first measure by row, pass@k by k, and the curves, as far as they are measured."""
+    lines = [line for cell in table.cells.values() for line in cell.lines]
+    found = [("bars", table.measures[0])]
+    for name in table.benchmarks or ("",):
+        if len(ks_of(table, name)) > 2:
+            found.append(("k", name))
+    for kind in curves:
+        names = table.benchmarks if kind.startswith("pass@") else ()
+        found += [("steps", f"{name} {kind}".strip()) for name in names or ("",)]
+    measured = lambda panel: panel[0] != "steps" or any(by_step(x, panel[1])[0] for x in lines)
+    found = [panel for panel in found if measured(panel)]
+    if "generations" in curves:
+        found.append(("generations", table.measures[0]))
+    return found
+
+
+def ks_of(table: Table, benchmark: str) -> dict[int, str]:
+    """The measures of pass@k by k, of a benchmark or of the split."""
+    split = {measure: measure.rpartition(" ") for measure in table.measures}
+    return {
+        int(k.removeprefix("pass@")): measure
+        for measure, (name, _, k) in split.items()
+        if name == benchmark and k.startswith("pass@")
+    }
 
 
 def draw(table: Table, curves: Sequence[str]) -> Figure:
-    """The first measure by row, pass@k by k, and the curves over the steps, as far as measured."""
-    graded = {name: cell.lines for name, cell in table.cells.items() if cell.lines}
-    ks = [m for m in table.measures if m.startswith("pass@")]
-    moving = {
-        name: [line for line in lines if line.get("progress")] for name, lines in graded.items()
-    }
-    moving = {name: lines for name, lines in moving.items() if lines}
-    panels = ["bars", *(["k"] if len(ks) > 2 else []), *(curves if moving else ())]
-    size = (5.5 * len(panels), max(3.6, 0.3 * len(graded) + 1.2))
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
-    for panel, kind in zip(axes[0], panels, strict=True):
-        for i, name in enumerate(graded):
-            color = f"C{i % 10}"
+    """Draws the panels in rows of four."""
+    drawn, graded = panels(table, curves), table.cells
+    across = min(len(drawn), 4)
+    down = math.ceil(len(drawn) / across)
+    size = (5.5 * across, down * max(3.6, 0.3 * len(graded) + 1.2))
+    figure, axes = plt.subplots(down, across, figsize=size, squeeze=False)
+    for unused in axes.flat[len(drawn) :]:
+        unused.remove()
+    for axis, (kind, of) in zip(axes.flat, drawn, strict=False):
+        for i, (name, cell) in enumerate(graded.items()):
+            style: dict[str, Any] = dict(color=f"C{i % 10}", label=name)
             if kind == "bars":
-                mean, low, high = table.cells[name].spread(table.measures[0])
+                mean, low, high = cell.spread(of)
                 ends = [mean if math.isnan(end) else end for end in (low, high)]
-                panel.plot(ends, [i, i], color=color)
-                panel.plot(mean, i, "o", color=color)
+                axis.plot(ends, [i, i], color=style["color"])
+                axis.plot(mean, i, "o", color=style["color"])
             elif kind == "k":
-                points = {int(m.partition("@")[2]): table.cells[name].spread(m) for m in ks}
-                whiskers(panel, points, name, color=color)
-            elif name in moving:
-                x, values = curve_of(moving[name], kind)
-                panel.plot(x, values.mean(0), color=color, label=name, marker=".")
-                panel.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.15)
-        if kind == "bars":
-            panel.set_yticks(range(len(graded)), list(graded))
-            panel.invert_yaxis()
-            panel.set_xlabel(f"{table.measures[0]}, mean and 95 % interval")
-        elif kind == "k":
-            panel.set_xscale("log", base=2)
-            panel.set(xlabel="k", ylabel="pass@k")
-        else:
-            panel.set(xlabel="gradient step", ylabel=f"{kind}, validation split; bands: the seeds")
-        if kind != "bars":
-            panel.legend(fontsize=8)
+                whiskers(axis, {k: cell.spread(m) for k, m in ks_of(table, of).items()}, **style)
+            elif kind == "steps":
+                band(axis, [by_step(line, of) for line in cell.lines], **style)
+            else:
+                generations = np.nan_to_num(cell.mean("generations"))
+                whiskers(axis, {float(generations): cell.spread(of)}, **style)
+                band(axis, [by_generations(line) for line in cell.lines], color=style["color"])
+        label(axis, kind, of, list(graded))
     return finish(figure)
 
 
-def curve_of(lines: Sequence[Line], kind: str) -> tuple[list[int], np.ndarray]:
-    """Steps, and the values of each run at them."""
-    column = {"pass@1": 2, "entropy": 3}
-    shortest = min(len(line["progress"]) for line in lines)
-    steps = [p[0] for p in lines[0]["progress"][:shortest]]
-    if kind in column:
-        return steps, np.array([[p[column[kind]] for p in x["progress"][:shortest]] for x in lines])
-    return steps, np.array([line["validation"][kind][:shortest] for line in lines])
+def band(axis: Axes, curves: Sequence[Curve], **style: Any) -> None:
+    """Plots the mean of the runs that have a curve, and a band from the lowest to the highest."""
+    curves = [curve for curve in curves if curve[0]]
+    if curves:
+        shortest = min(len(x) for x, _ in curves)
+        x = np.mean([x[:shortest] for x, _ in curves], 0)
+        y = np.array([y[:shortest] for _, y in curves])
+        axis.plot(x, y.mean(0), marker=".", **style)
+        axis.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.15)
+
+
+def label(axis: Axes, kind: str, of: str, rows: Sequence[str]) -> None:
+    if kind == "bars":
+        axis.set_yticks(range(len(rows)), list(rows))
+        axis.invert_yaxis()
+        axis.set_xlabel(f"{of}, mean and 95 % interval")
+        return
+    if kind == "k":
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="k", ylabel=f"{of} pass@k".strip())
+    elif kind == "steps":
+        axis.set(xlabel="gradient step", ylabel=f"{of}; bands: the seeds")
+    else:
+        axis.set(xlabel="training generations", ylabel=of)
+    axis.legend(fontsize=8)
 
 
 def main() -> None:
@@ -399,7 +444,7 @@ def main() -> None:
     write_atomically(to / f"{table.name}.md", [text.encode()])
     content = json.dumps(table.json(), indent=1)
     write_atomically(to / f"{table.name}.json", [f"{content}\n".encode()])
-    save(draw(table, getattr(module, "CURVES", ("pass@1", "entropy"))), to / f"{table.name}.png")
+    save(draw(table, getattr(module, "CURVES", CURVES)), to / f"{table.name}.png")
     log(f"{text}\n{to / table.name}.md, .json, .png")
 
 
