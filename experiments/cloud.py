@@ -3,164 +3,286 @@
 `tpu_setup/watch.sh` requests a slice, installs, trains, and after a preemption makes a new request,
 on which the run resumes from its checkpoint. `tpu_setup/gke/watch.sh` creates one workload for a
 point, which Kueue queues until the cluster has room, and creates it again when its restarts are
-used up. Both retry calls that fail, up to a deadline. Only training needs a slice: a point that
-has to be recorded, published or graded first is left to the commands that `--to=print` shows.
+used up. Both retry calls that fail, up to a deadline. Only training needs a slice: the launcher's
+machine publishes, records and grades, one point at a time, by the commands that `--to=print` shows.
 """
 
+import contextlib
+import json
 import math
 import os
-import queue
 import re
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import IO, Any
 
 from etils import epath
 
-from experiments.sweep import Point, shell
+from experiments.execute import collect
+from experiments.manifest import checkout
+from experiments.sweep import Command, Point, shell
 from oapl_jax.errors import RunError, UserError
+from oapl_jax.files import write_atomically
 from oapl_jax.tracking.progress import log
 
 SCRIPTS = Path(__file__).parent.parent / "tpu_setup"
+RENTED = "slices.json"  # names of slices that exist, with the key of the point that each trains
 WORKLOADS = 1000  # at once; Kueue has the queue
 LONGEST_PREFIX = 40 - 17  # a workload's name has 40 characters, of which a key takes 17
 WHERE = ("--project", "--zone")  # flags that every script takes
+REFUSED = 2  # exit code of a script that started no job, or whose job has ended
 
 
-class Slices:
-    """A slice for each of `at_once` points; a slice goes on to the next point."""
+class Cloud:
+    """Executes points; `train` is a script's, which a subclass knows, and all else is done here."""
 
-    deadline = math.inf  # a request may wait for days; the script has its own deadlines
+    deadline = math.inf  # a request may wait for days; the scripts have their own deadlines
 
-    def __init__(
-        self, root: epath.Path, flags: Sequence[str], *, at_once: int, scripts: Path = SCRIPTS
-    ):
+    def __init__(self, root: epath.Path, flags: Sequence[str], *, at_once: int, scripts: Path):
         self.at_once, self._root, self._flags, self._scripts = at_once, root, list(flags), scripts
-        check_flags(flags, WHERE, "watch.sh")
-        prefix = value_of(flags, "--name") or "sweep"
-        self._flags = [flag for flag in flags if not flag.startswith("--name=")]
-        self._names = [f"{prefix}-{i}" for i in range(at_once)]
-        self._free: queue.SimpleQueue[str] = queue.SimpleQueue()
-        for name in self._names:
-            self._free.put(name)
-        self._used: set[str] = set()
-        self._threads = Watchers(at_once)
-
-    def command(self, point: Point, name: str = "") -> list[str]:
-        config, workdir, *overrides = train_flags(point, self._root)
-        train = [os.fspath(self._scripts / "train.sh"), config, workdir, "--", *overrides]
-        name = f"--name={name or self._names[0]}"
-        return [os.fspath(self._scripts / "watch.sh"), *self._flags, name, "--", *train]
-
-    def submit(self, point: Point) -> Future[float]:
-        def watch() -> float:
-            name = self._free.get()
-            self._used.add(name)
-            try:
-                return self._threads.watch(self.command(point, name), point.key)
-            finally:
-                self._free.put(name)
-
-        return self._threads.submit(watch)
-
-    def ready(self, point: Point) -> bool:
-        return left(point, self._root)
-
-    def close(self) -> None:
-        self._threads.close()
-
-    def delete(self) -> None:
-        """Deletes the slices, which ends their billing."""
-        where = [flag for flag in self._flags if flag.partition("=")[0] in WHERE]
-        for name in sorted(self._used):
-            command = [os.fspath(self._scripts / "delete.sh"), *where, f"--name={name}"]
-            if subprocess.run(command, check=False).returncode:
-                raise RunError(f"slice {name} may still be billed; run: {shell(command)}")
-
-
-class Cluster:
-    """A workload for each point, all at once, on a cluster whose Kueue queues them."""
-
-    at_once, deadline = WORKLOADS, math.inf
-
-    def __init__(self, root: epath.Path, flags: Sequence[str], *, scripts: Path = SCRIPTS):
-        check_flags(flags, (*WHERE, "--cluster", "--topology"), "gke/watch.sh")
-        self._root, self._scripts = root, scripts
-        self._prefix = value_of(flags, "--workload") or "sweep"
-        if len(self._prefix) > LONGEST_PREFIX:
-            raise UserError(f"--workload={self._prefix} is longer than {LONGEST_PREFIX} characters")
-        self._flags = [flag for flag in flags if not flag.startswith("--workload=")]
-        self._threads = Watchers(WORKLOADS)
-
-    def command(self, point: Point) -> list[str]:
-        config, workdir, *overrides = train_flags(point, self._root)
-        workload = f"--workload={self._prefix}-{point.key}"
-        words = [*self._flags, workload, config, workdir, "--", *overrides]
-        return [os.fspath(self._scripts / "gke/watch.sh"), *words]
-
-    def submit(self, point: Point) -> Future[float]:
-        return self._threads.submit(lambda: self._threads.watch(self.command(point), point.key))
-
-    def ready(self, point: Point) -> bool:
-        return left(point, self._root)
-
-    def close(self) -> None:
-        self._threads.close()
-
-    def delete(self) -> None:
-        """The cluster stays: it is not the sweep's."""
-
-
-class Watchers:
-    """Threads that each wait for a script; `close` ends the scripts, and the runs go on."""
-
-    def __init__(self, at_once: int):
         self._pool = ThreadPoolExecutor(at_once)
         self._active: set[subprocess.Popen[bytes]] = set()
+        self._closed = False
+        self._changed = threading.Condition()  # of all that the threads share
+        self._here = threading.Lock()
 
-    def submit(self, watch) -> Future[float]:
-        return self._pool.submit(watch)
+    def script(self, point: Point, flags: Sequence[str]) -> list[str]:
+        """The script that trains a point and waits for its end; `flags` are oapl_jax.train's."""
+        raise NotImplementedError
 
-    def watch(self, command: Sequence[str], name: str) -> float:
-        """Runs a script to its end, in a process group of its own; returns its seconds.
+    def holds(self, point: Point) -> bool:
+        """True if an earlier launch left a slice that trains the point."""
+        return False
 
-        Its messages are logged behind the name. Raises a RunError with the last one unless it ends
-        with code 0.
+    def submit(self, point: Point, *, again: bool) -> Future[float]:
+        return self._pool.submit(self._execute, point, again)
+
+    def close(self) -> None:
+        """Ends the scripts; what they started goes on."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            for process in self._active:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)  # its sleep too
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def delete(self) -> None:
+        """Ends the billing of what the sweep rented."""
+
+    @property
+    def billed(self) -> str:
+        """Names of what stays rented when the launcher stops."""
+        return ""
+
+    def _execute(self, point: Point, again: bool) -> float:
+        started, graded = time.monotonic(), {}
+        if point.forget_every:
+            raise UserError(f"forget_every={point.forget_every} is no setting; use --to=local")
+        workdir = point.workdir(self._root)
+        workdir.mkdir(parents=True, exist_ok=True)
+        for command in point.commands(self._root):
+            if command.made is not None and command.made.exists():
+                self._release(point)  # it may have trained to its end after a Ctrl-C
+            elif command.name == "train":
+                self._train(point, command.flags, again)
+            else:
+                graded = self._run_here(point, command)
+        outcome = json.dumps(collect(point, self._root, graded))
+        write_atomically(point.outcome(self._root), [outcome.encode()])
+        return time.monotonic() - started
+
+    def _train(self, point: Point, flags: Sequence[str], again: bool) -> None:
+        raise NotImplementedError
+
+    def _release(self, point: Point) -> None:
+        """Frees what a point holds that has been trained."""
+
+    def _run_here(self, point: Point, command: Command) -> dict[str, Any]:
+        """Returns the grades of the split that oapl_jax.evaluate prints as its last line."""
+        path = point.workdir(self._root) / f"{command.name}.txt"
+        with self._here, path.open("wb") as output:
+            self._check(*self._run([sys.executable, *command.words[1:]], point, output))
+        split = command.name == "evaluate" and not point.benchmarks
+        return json.loads(path.read_text().splitlines()[-1]) if split else {}
+
+    def _run(
+        self, command: Sequence[str], point: Point, output: IO[bytes] | None = None
+    ) -> tuple[Sequence[str], int, str]:
+        """Runs a command in a process group of its own; logs its messages behind the point's key.
+
+        Returns it, its exit code and its last message.
         """
-        started = time.monotonic()
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
-        self._active.add(process)
+        with self._changed:
+            if self._closed:
+                raise RunError("the launcher stops")
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.PIPE, start_new_session=True
+            )
+            self._active.add(process)
         last = ""
         assert process.stderr is not None
         for line in process.stderr:
             last = line.decode(errors="replace").strip() or last
-            log(f"{name}: {last}")
+            log(f"{point.key}: {last}")
         code = process.wait()
-        self._active.discard(process)
+        with self._changed:
+            self._active.discard(process)
+        return command, code, last
+
+    @staticmethod
+    def _check(command: Sequence[str], code: int, last: str) -> None:
         if code:
-            raise RunError(f"{Path(command[0]).name} ended with code {code}: {last}")
-        return time.monotonic() - started
-
-    def close(self) -> None:
-        for process in list(self._active):
-            os.killpg(process.pid, signal.SIGTERM)  # its sleep too
-        self._pool.shutdown(wait=True, cancel_futures=True)
+            raise RunError(f"{shell(command)} ended with code {code}: {last}")
 
 
-def train_flags(point: Point, root: epath.Path) -> list[str]:
-    """--config, --workdir and overrides; raises a UserError for a point that trains nothing."""
-    if point.kind != "train":
-        commands = "; ".join(shell(command) for command in point.commands(root))
-        raise UserError(f"{point.name} needs no slice; run it first: {commands}")
-    return point.flags(root)
+class Slices(Cloud):
+    """A slice for each of `slices` points; a slice goes on to the next point.
+
+    ROOT/slices.json has the slices that exist: after Ctrl-C a point finds its slice again, and
+    `delete` deletes those of earlier launches too. A slice that still trains a point that is gone
+    from the sweep, or is to be trained anew, is deleted before another takes its name.
+    """
+
+    def __init__(
+        self, root: epath.Path, flags: Sequence[str], *, slices: int, scripts: Path = SCRIPTS
+    ):
+        check_flags(flags, WHERE, "watch.sh")
+        prefix = value_of(flags, "--name") or "sweep"
+        flags = [flag for flag in flags if not flag.startswith("--name=")]
+        # One point more is graded or waits, so that no slice does.
+        super().__init__(root, flags, at_once=slices + 1, scripts=scripts)
+        self._names = [f"{prefix}-{i}" for i in range(slices)]
+        self._busy: set[str] = set()
+        path = root / RENTED
+        self._rented: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+
+    def script(self, point: Point, flags: Sequence[str], name: str = "") -> list[str]:
+        config, workdir, *overrides = flags
+        train = [os.fspath(self._scripts / "train.sh"), config, workdir, "--", *overrides]
+        name = f"--name={name or self._names[0]}"
+        return [os.fspath(self._scripts / "watch.sh"), *self._flags, name, "--", *train]
+
+    def holds(self, point: Point) -> bool:
+        return point.trained.key in self._rented.values()
+
+    def submit(self, point: Point, *, again: bool) -> Future[float]:
+        with self._changed:
+            self._busy |= {name for name in self._names if self._trains(name, point)}
+        return super().submit(point, again=again)
+
+    def _trains(self, name: str, point: Point) -> bool:
+        return self._rented.get(name) == point.trained.key
+
+    def _train(self, point: Point, flags: Sequence[str], again: bool) -> None:
+        name = self._take(point)
+        if self._rented.get(name) and (again or not self._trains(name, point)):
+            self._run(self._deletion(name), point)  # if it fails, so will the start of the job
+        self._note(name, point.trained.key)
+        command, code, last = self._run(self.script(point, flags, name), point)
+        if not self._closed:
+            self._release(point, "" if code in (0, REFUSED) else "failed")
+        self._check(command, code, last)
+
+    def _take(self, point: Point) -> str:
+        """The slice that trains the point already, or waits for one without a job, or any other."""
+        with self._changed:
+            mine = [name for name in self._names if self._trains(name, point)]
+            while not mine and self._busy >= set(self._names):
+                if self._closed:
+                    raise RunError("the launcher stops")
+                self._changed.wait()
+            free = [name for name in self._names if name not in self._busy]
+            name = [*mine, *sorted(free, key=lambda name: bool(self._rented.get(name)))][0]
+            self._busy.add(name)
+            return name
+
+    def _release(self, point: Point, key: str = "") -> None:
+        """Frees the point's slice for another; a key that is no point's has it deleted before."""
+        for name in [name for name in self._names if self._trains(name, point)]:
+            self._note(name, key)
+            with self._changed:
+                self._busy.discard(name)
+                self._changed.notify_all()
+
+    def _note(self, name: str, key: str | None) -> None:
+        """Notes the point of a slice; None: the slice is gone."""
+        with self._changed:
+            self._rented |= {name: key or ""}
+            if key is None:
+                del self._rented[name]
+            write_atomically(self._root / RENTED, [json.dumps(self._rented).encode()])
+
+    def _deletion(self, name: str) -> list[str]:
+        where = [flag for flag in self._flags if flag.partition("=")[0] in WHERE]
+        return [os.fspath(self._scripts / "delete.sh"), *where, f"--name={name}"]
+
+    @property
+    def billed(self) -> str:
+        return ", ".join(sorted(self._rented))
+
+    def delete(self) -> None:
+        """Deletes the slices; raises a RunError that names those that it could not delete."""
+        for name in sorted(self._rented):
+            if not subprocess.run(self._deletion(name), check=False).returncode:
+                self._note(name, None)
+        if self._rented:
+            left = "; ".join(shell(self._deletion(name)) for name in sorted(self._rented))
+            raise RunError(f"slices may still be billed; run: {left}")
 
 
-def left(point: Point, root: epath.Path) -> bool:
-    """True if a point has left the weights or rollouts from which others start."""
-    return point.weights(root).exists() or (point.workdir(root) / "rollouts").exists()
+class Cluster(Cloud):
+    """A workload for each point, all at once, on a cluster whose Kueue queues them.
+
+    The cluster is not the sweep's, and stays.
+    """
+
+    def __init__(self, root: epath.Path, flags: Sequence[str], *, scripts: Path = SCRIPTS):
+        check_flags(flags, (*WHERE, "--cluster", "--topology"), "gke/watch.sh")
+        self._prefix = value_of(flags, "--workload") or "sweep"
+        if len(self._prefix) > LONGEST_PREFIX:
+            raise UserError(f"--workload={self._prefix} is longer than {LONGEST_PREFIX} characters")
+        flags = [flag for flag in flags if not flag.startswith("--workload=")]
+        super().__init__(root, flags, at_once=WORKLOADS, scripts=scripts)
+
+    def script(self, point: Point, flags: Sequence[str]) -> list[str]:
+        config, workdir, *overrides = flags
+        words = [*self._flags, self._workload(point), config, workdir, "--", *overrides]
+        return [os.fspath(self._scripts / "gke/watch.sh"), *words]
+
+    def _workload(self, point: Point) -> str:
+        return f"--workload={self._prefix}-{point.trained.key}"
+
+    def _train(self, point: Point, flags: Sequence[str], again: bool) -> None:
+        if again:  # a workload of that name has ended, or trains with other code
+            where = (*WHERE, "--cluster")
+            flags_of = [flag for flag in self._flags if flag.partition("=")[0] in where]
+            script = os.fspath(self._scripts / "gke/delete_workload.sh")
+            self._run([script, *flags_of, self._workload(point)], point)
+        self._check(*self._run(self.script(point, flags), point))
+
+
+def at_this_commit(flags: Sequence[str], *, dry_run: bool) -> list[str]:
+    """Adds --commit, so that all points have the code of their manifests.
+
+    Raises a UserError for a checkout with uncommitted changes, or another --commit.
+    """
+    now = checkout()
+    if value_of(flags, "--commit") not in ("", "HEAD", now["commit"]):
+        raise UserError("--commit is not this checkout's, which manifests name; check that one out")
+    if now["uncommitted"] and not dry_run:
+        raise UserError(
+            "--to=queued and --to=xpk install a commit, and this checkout has uncommitted changes; "
+            "commit them, or stash them"
+        )
+    flags = [flag for flag in flags if not flag.startswith("--commit=")]
+    return [*flags, *([f"--commit={now['commit']}"] if now["commit"] else [])]
 
 
 def check_flags(flags: Sequence[str], needed: Sequence[str], script: str) -> None:

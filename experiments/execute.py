@@ -142,20 +142,22 @@ def grade(opened: build.Run, step: int, params: Any, run: Point) -> dict[str, An
     return {run.split: {k: v for k, v in graded.items() if not isinstance(v, tuple)}}
 
 
-def collect(run: Point, root: epath.Path) -> Line | None:
-    """The outcome of a point that oapl_jax.train ran elsewhere, from the files of its workdir.
+def collect(run: Point, root: epath.Path, graded: Mapping[str, Any]) -> Line:
+    """The outcome of a point that the commands of oapl_jax executed, from the files of its workdir.
 
-    None unless it has trained to its end. Grades are those that oapl_jax.evaluate wrote.
+    Args:
+      graded: what oapl_jax.evaluate printed of the point's split, if it has one.
     """
     workdir = run.workdir(root)
-    if not (workdir / "result.json").exists():
-        return None
     config, lines = typed(run.resolve(root)), read_lines(workdir / "metrics.jsonl")
-    after = json.loads((workdir / "result.json").read_text())["after"]
-    graded = {k: v for k, v in after.items() if not isinstance(v, list)}
+    found: Line = {"outcome": "ended"}
+    if run.kind == "generate":
+        shards = Dataset(workdir / "rollouts").manifest["shards"]
+        found["shards"] = [shard["xxh128"] for shard in shards.values()]
+    elif graded:
+        found[run.split] = {k: v for k, v in graded.items() if not isinstance(v, list)}
     return {
-        "outcome": "ended",
-        **({"test": graded} if graded else {}),
+        **found,
         **benchmark_results(workdir),
         **summary(lines, config, run),
         "lags": lag_histogram(lines),

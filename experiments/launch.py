@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import tqdm
 from etils import epath
 
-from experiments.execute import collect
+from experiments import paper
 from experiments.manifest import Manifests, checkout
 from experiments.sweep import (
     FORMS,
@@ -58,13 +58,19 @@ class Backend(Protocol):
     at_once: int
     deadline: float  # seconds in which one of the active points must make a step
 
-    def submit(self, point: Point) -> Future[float]: ...
+    def submit(self, point: Point, *, again: bool) -> Future[float]:
+        """Executes a point; `again`: nothing that an earlier try started may go on."""
+        ...
 
-    def ready(self, point: Point) -> bool:
-        """True if what a finished point left for others is there."""
+    def holds(self, point: Point) -> bool:
+        """True if an earlier launch left the point running; it then goes first."""
         ...
 
     def close(self) -> None: ...
+
+    def delete(self) -> None:
+        """Ends the billing of what the sweep rented."""
+        ...
 
 
 class Launcher:
@@ -103,34 +109,37 @@ class Launcher:
         try:
             while True:
                 points = listed(sweep, self._results, form)
-                for point in self._ready(points, backend):
-                    self._manifests.begin(point, fresh=bool(self._changed(point)))
-                    self._running[backend.submit(point)] = point
+                for point in self._ready(sorted(points, key=lambda p: not backend.holds(p))):
+                    fresh = bool(self._changed(point))
+                    again = fresh or self._manifests.outcome(point) in ("broken", "ended")
+                    self._manifests.begin(point, fresh=fresh)
+                    self._running[backend.submit(point, again=again)] = point
                     if len(self._running) == backend.at_once:
                         break
                 if not self._running:
                     return
                 for future in self._wait(display, points, backend.deadline):
-                    self._end(self._running.pop(future), future, backend)
+                    self._end(self._running.pop(future), future)
         finally:
             display.close()
             backend.close()
             self._file.close()
 
-    def _ready(self, points: Sequence[Point], backend: Backend) -> Iterator[Point]:
+    def _ready(self, points: Sequence[Point]) -> Iterator[Point]:
         """Missing points that can start now, or the points that they wait for."""
         busy = lambda point: point.trained in [p.trained for p in self._running.values()]
         active = lambda point: busy(point) or point in self.broken
         for point in points:
             if self._results.line(point) is None and not active(point):
-                first = self._first(point, backend)
+                first = self._first(point)
                 if not active(first) and not self._is_stale(first):
                     yield first
 
-    def _first(self, point: Point, backend: Backend) -> Point:
+    def _first(self, point: Point) -> Point:
+        """The point, or one that it needs and whose workdir is not below this root."""
         for other in point.needs:
-            if not backend.ready(other) or self._results.stale(other):
-                return self._first(other, backend)
+            if not other.outcome(self._root).exists() or self._results.stale(other):
+                return self._first(other)
         return point
 
     def _is_stale(self, point: Point) -> bool:
@@ -164,7 +173,7 @@ class Launcher:
                 names = ", ".join(point.key for point in self._running.values())
                 raise RunError(f"no step within {deadline:.0f} s of {names}")
 
-    def _end(self, point: Point, future: Future[float], backend: Backend) -> None:
+    def _end(self, point: Point, future: Future[float]) -> None:
         """Moves the result of a point into the results file."""
         workdir, error = point.workdir(self._root), future.exception()
         if isinstance(error, BrokenProcessPool):
@@ -190,8 +199,6 @@ class Launcher:
                 f"({line.get('reason', 'another machine?')}); "
                 "points that start from it can't be compared with the old ones: give another --root"
             )
-        if point.kept and line["outcome"] == "ended" and not backend.ready(point):
-            line = {"outcome": "broken", "reason": f"{workdir} has nothing that others start from"}
         if line["outcome"] == "broken" or (point.kept and line["outcome"] != "ended"):
             self.broken[point] = line["reason"]
         elif known is None:
@@ -207,8 +214,9 @@ class Launcher:
 
     def _outcome(self, point: Point) -> Line:
         path = point.outcome(self._root)
-        found = json.loads(path.read_text()) if path.exists() else collect(point, self._root)
-        return found or {"outcome": "broken", "reason": f"no result in {path.parent}"}
+        if not path.exists():
+            return {"outcome": "broken", "reason": f"no result in {path.parent}"}
+        return json.loads(path.read_text())
 
     def _clean(self, point: Point) -> None:
         """Removes a workdir that no other point reads."""
@@ -278,16 +286,22 @@ def print_points(points: Sequence[Point], root: epath.Path, results: Results) ->
         if point.forget_every:
             print(f"# forget_every={point.forget_every} is no setting: --to=local alone has it")
         for command in point.commands(root):
-            print(shell(command))
+            print(shell(command.words))
 
 
-def dry_run(commands: Sequence[Sequence[str]]) -> None:
-    """Prints the commands that a script of tpu_setup/ would run for each point."""
-    for command in commands:
-        print(f"# {shell(command)}", flush=True)
-        done = subprocess.run([command[0], "--dry-run", *command[1:]], check=False)
-        if done.returncode:
-            raise UserError(f"{command[0]} refuses these flags; see its message above")
+def dry_run(points: Sequence[Point], root: epath.Path, backend: Any) -> None:
+    """Prints the commands of each point, and those that a script of tpu_setup/ would run."""
+    for number, point in enumerate(points, 1):
+        print(f"# {number} of {len(points)}: {point.name}")
+        for command in point.commands(root):
+            if command.name != "train":
+                print(f"# on this machine\n{shell(command.words)}")
+                continue
+            script, *flags = backend.script(point, command.flags)
+            print(f"# {shell([script, *flags])}", flush=True)
+            done = subprocess.run([script, "--dry-run", *flags], check=False)
+            if done.returncode:
+                raise UserError(f"{script} refuses these flags; see its message above")
 
 
 def main() -> None:
@@ -310,6 +324,7 @@ def main() -> None:
     )
     parser.add_argument("--clean", action="store_true", help="remove workdirs of ended points")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, do nothing")
+    paper.add_flags(parser)
     given = parser.parse_args(own)
     for name in ("jobs", "slices"):
         if getattr(given, name) < 1:
@@ -328,10 +343,12 @@ def main() -> None:
         raise UserError(f"--experiment={given.experiment} has no points with --form={form}")
     if given.to == "print" or (given.to == "local" and given.dry_run):
         print_points(points, root, results)
+        for cost in paper.costs(points, given.topology, given.price) if form == "paper" else ():
+            print(f"# training alone: {cost}")
         return
     backend = open_backend(given, root, cloud)
     if given.dry_run:
-        dry_run([backend.command(point) for point in points if point.kind == "train"])
+        dry_run(points, root, backend)
         return
     launch(sweep, form, root, backend, stale_points=given.stale, clean=given.clean)
 
@@ -341,8 +358,9 @@ def open_backend(given: argparse.Namespace, root: epath.Path, flags: Sequence[st
 
     if given.to == "local":
         return local.Workers(root, jobs=given.jobs)
+    flags = cloud.at_this_commit(flags, dry_run=given.dry_run)
     if given.to == "queued":
-        return cloud.Slices(root, flags, at_once=given.slices)
+        return cloud.Slices(root, flags, slices=given.slices)
     return cloud.Cluster(root, flags)
 
 
@@ -352,29 +370,38 @@ def launch(
     """Runs a sweep to its end, or until Ctrl-C or SIGTERM.
 
     Raises:
-      RunError: if points broke, or are stale and were left alone.
+      RunError: if points broke, or are stale and were left alone, or slices were not deleted.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     launcher = Launcher(root, stale_points=stale_points, clean=clean)
     try:
         launcher.run(sweep, form, backend)
     except KeyboardInterrupt:
-        log("stopped; the same command goes on")
+        billed = f"; {backend.billed} keep running and are billed" if backend.billed else ""
+        log(f"stopped; the same command goes on{billed}")
         raise SystemExit(130) from None
-    if hasattr(backend, "delete"):
+    except Exception:
         backend.delete()
+        raise
+    problems = []
     if launcher.broken:
         reason = next(iter(launcher.broken.values()))
-        raise RunError(
+        problems.append(
             f"{len(launcher.broken)} points broke, the first with {reason}; the same command tries "
             "them again"
         )
     if launcher.stale and stale_points == "show":
-        raise RunError(
+        problems.append(
             f"{len(launcher.stale)} points are stale, the first because its "
             f"{next(iter(launcher.stale.values()))} changed; --stale=redo runs them again, "
             "--stale=keep takes them as they are"
         )
+    try:
+        backend.delete()
+    except RunError as error:
+        problems.append(str(error))
+    if problems:
+        raise RunError("; ".join(problems))
 
 
 if __name__ == "__main__":

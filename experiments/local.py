@@ -28,7 +28,7 @@ CLEAR_EVERY = 20  # points of a worker between two clearings of its compiled pro
 class Workers:
     """Executes points in `jobs` processes; `close` stops them after they have saved."""
 
-    deadline = STEP_DEADLINE
+    deadline, billed = STEP_DEADLINE, ""
 
     def __init__(self, root: epath.Path, *, jobs: int):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = os.fspath(root / "cache")
@@ -43,12 +43,14 @@ class Workers:
         reader, self._writer = processes.Pipe(duplex=False)  # EOF, also by a crash, stops them
         self._pool = ProcessPoolExecutor(jobs, processes, open_worker, (reader,))
 
-    def submit(self, point: Point) -> Future[float]:
-        return self._pool.submit(work, point, self._root)
+    def submit(self, point: Point, *, again: bool) -> Future[float]:
+        return self._pool.submit(work, point, self._root)  # a worker's lock ends earlier tries
 
-    def ready(self, point: Point) -> bool:
-        """True if the workdir of a finished point, which others read, is on this machine."""
-        return point.outcome(self._root).exists()
+    def holds(self, point: Point) -> bool:
+        return False
+
+    def delete(self) -> None:
+        """Nothing is rented."""
 
     def close(self) -> None:
         self._writer.close()

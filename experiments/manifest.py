@@ -79,16 +79,23 @@ class Manifests:
         path = self._path(point)
         return json.loads(path.read_text()) if path.exists() else None
 
+    def outcome(self, point: Point) -> str:
+        """The outcome in the manifest, of today's code or another; "" without one."""
+        return (self.read(point) or {"outcome": ""})["outcome"]
+
     def begin(self, point: Point, *, fresh: bool) -> None:
         """Writes the manifest of a point that starts, or counts its restart.
 
-        `fresh` removes what another configuration or code left in its workdir.
+        `fresh` removes what another configuration or code left in its workdir. A workdir that
+        another point has filled by today's code, with the same training and another grading, stays.
         """
         found = self.read(point)
         workdir = os.fspath(point.workdir(self._root))
         if fresh:
-            for old in {workdir, found["workdir"] if found else workdir}:
-                epath.Path(old).rmtree(missing_ok=True)
+            point.outcome(self._root).unlink(missing_ok=True)
+            old = {workdir, found["workdir"] if found else workdir}
+            for directory in old - self._current_workdirs(point):
+                epath.Path(directory).rmtree(missing_ok=True)
             found = None
         config = point.resolve(self._root).to_dict()
         manifest = {
@@ -123,6 +130,12 @@ class Manifests:
             return "missing"
         changed = self._changed(point, found)
         return f"stale: {changed}" if changed else found["outcome"]
+
+    def _current_workdirs(self, point: Point) -> set[str]:
+        """Workdirs of other points that started under today's code."""
+        paths = set((self._root / "manifests").glob("*.json")) - {self._path(point)}
+        found = [json.loads(path.read_text()) for path in paths]
+        return {manifest["workdir"] for manifest in found if manifest["code"] == self._now["code"]}
 
     def _changed(self, point: Point, found: Manifest) -> str:
         if found["key"] != point.key:

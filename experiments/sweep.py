@@ -230,38 +230,60 @@ class Point:
             *(f"--config.{name}={value}" for name, value in values.items()),
         ]
 
-    def commands(self, root: epath.Path) -> list[list[str]]:
-        """The commands that do the same as the launcher: train, publish or record, then grade."""
-        run = lambda name, *words: ["python", "-m", f"oapl_jax.{name}", *words]
-        workdir = os.fspath(self.workdir(root))
-        publish = lambda step: run(
-            "publish", f"--from={workdir}", f"--step={step}", f"--to={workdir}/{PUBLISHED}"
-        )
+    def commands(self, root: epath.Path) -> list["Command"]:
+        """The commands that do the same as the launcher: train, publish or record, then grade.
+
+        Only training needs the devices of the configuration's mesh. The others run on any machine.
+        """
+        workdir = self.workdir(root)
         if self.kind == "generate":
             assert self.start is not None
             version = os.fspath(self.start.weights(root))
-            words = (f"--version_dir={version}", f"--to={workdir}/rollouts")
-            limit = (f"--prompts={self.prompts}",) if self.prompts else ()
-            return [run("record", *self.flags(root), *words, *limit)]
-        if self.kind == "warm_up":
-            found = [run("train", *self.flags(root, num_steps=0, evaluation__every=0)), publish(0)]
-        else:
-            found = [run("train", *self.flags(root))]
-            if self.publish:
-                found.append(publish(self.resolve(root).num_steps))
-        return [*found, *self.grading_commands(root)]
+            words = [f"--version_dir={version}", f"--to={os.fspath(workdir / 'rollouts')}"]
+            words += [f"--prompts={self.prompts}"] if self.prompts else []
+            return [Command("record", [*self._flags_here(root), *words])]
+        changes = dict(num_steps=0, evaluation__every=0) if self.kind == "warm_up" else {}
+        found = [Command("train", self.flags(root, **changes), workdir / "result.json")]
+        if self.kind == "warm_up" or self.publish:
+            weights = self.weights(root)
+            to = f"--to={os.fspath(weights.parent)}"
+            words = [f"--from={os.fspath(workdir)}", f"--step={int(weights.name[1:])}", to]
+            found.append(Command("publish", words, weights / "COMMITTED"))
+        return [*found, *self._grading_commands(root)]
 
-    def grading_commands(self, root: epath.Path) -> list[list[str]]:
-        evaluate = ["python", "-m", "oapl_jax.evaluate"]
+    def _grading_commands(self, root: epath.Path) -> list["Command"]:
         if self.benchmarks:
-            words = [f"--benchmark={','.join(self.benchmarks)}"]
+            words = [*self._flags_here(root), f"--benchmark={','.join(self.benchmarks)}"]
             words += [f"--n={self.samples}"] if self.samples else []
             steps = [[f"--step={step}"] for step in self.at_steps] or [[]]
-            return [[*evaluate, *self.flags(root), *words, *step] for step in steps]
+            return [Command("evaluate", [*words, *step]) for step in steps]
         if not self.split:
             return []
         grading = {f"evaluation__{name}": value for name, value in self.grading.items()}
-        return [[*evaluate, *self.flags(root, **grading), f"--split={self.split}"]]
+        words = [*self._flags_here(root, **grading), f"--split={self.split}"]
+        return [Command("evaluate", words)]
+
+    def _flags_here(self, root: epath.Path, **changes: Any) -> list[str]:
+        """Flags for another machine than the learner's: its mesh has as many devices as it has."""
+        mesh = {"mesh__fsdp": -1} if self.flat_config["mesh.fsdp"] > 1 else {}
+        return self.flags(root, **mesh, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command of oapl_jax.
+
+    Attributes:
+      made: a file that exists once the command has ended; None if it may run again.
+    """
+
+    name: str
+    flags: list[str]
+    made: epath.Path | None = None
+
+    @property
+    def words(self) -> list[str]:
+        return ["python", "-m", f"oapl_jax.{self.name}", *self.flags]
 
 
 def shell(command: Sequence[str]) -> str:
