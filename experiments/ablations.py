@@ -4,7 +4,9 @@ Claim: none in advance. Denominator of the sampler or of the learner; buffer cle
     sync; groups with equal rewards dropped or kept; group size at equal numbers of responses; and
     AReaL's table of staleness with OAPL in it.
 Command: python -m experiments.launch --experiment=experiments/ablations.py --to=local
-Hardware: 2 CPU cores, 4 GB of memory. At paper scale a v6e:8x8 slice and a fleet of servers.
+Hardware: 2 CPU cores, 4 GB of memory.
+Scale: `--to=queued` or `--to=xpk`: 18 points, v5e:8x8, a fleet of 202,423 generated tokens/s: at
+    least 105.3 h, $8,088; the price's source is in experiments/paper.py.
 Hours: 0.15 of a core.
 Expected: no published number of ours. AReaL's table (AIME24): naive PPO 42.0 at lag 0 and 23.3 at
     lag 4; decoupled PPO 42.2 at lag 4, 38.7 at 16.

@@ -2,7 +2,9 @@
 
 Claim: OAPL needs no fine tuning of beta1 and beta2, and V^ is at least as good as the mean.
 Command: python -m experiments.launch --experiment=experiments/betas.py --to=local
-Hardware: 2 CPU cores, 4 GB of memory. At paper scale a v6e:8x8 slice and a fleet of servers.
+Hardware: 2 CPU cores, 4 GB of memory.
+Scale: `--to=queued` or `--to=xpk`: 12 points, v5e:8x8, a fleet of 202,423 generated tokens/s: at
+    least 70.2 h, $5,392; the price's source is in experiments/paper.py.
 Hours: 0.15 of a core.
 Expected: beta1 = 1 and beta2 = 1e-3 for maths and code (arXiv 2602.19362); the grid is ours.
 Measured: not run to its end; the CPU form has 26 points.

@@ -2,7 +2,9 @@
 
 Claim: two rounds reach the pass@1 of online GRPO with a third of its generations.
 Command: python -m experiments.launch --experiment=experiments/code_rounds.py --to=local
-Hardware: 2 CPU cores, 4 GB of memory. At paper scale a v6e:8x8 slice, and servers to record.
+Hardware: 2 CPU cores, 4 GB of memory.
+Scale: `--to=queued` or `--to=xpk`: 2 points, v5e:8x8: at least 26.5 h, $2,039; the price's source
+    is in experiments/paper.py.
 Hours: 0.1 of a core.
 Expected: level with DeepCoder on LiveCodeBench v5 with about 200 thousand responses against 650
     thousand (arXiv 2602.19362).

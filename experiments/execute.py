@@ -26,7 +26,7 @@ from oapl_jax.errors import NotFinite
 from oapl_jax.evaluate import evaluate_benchmarks
 from oapl_jax.files import write_atomically
 from oapl_jax.record import record_dataset
-from oapl_jax.rollout.dataset import Dataset
+from oapl_jax.rollout.dataset import Dataset, read_manifest
 from oapl_jax.tracking.metrics import read_lines
 from oapl_jax.tracking.progress import Progress, StopRequest, log
 
@@ -152,7 +152,7 @@ def collect(run: Point, root: epath.Path, graded: Mapping[str, Any]) -> Line:
     config, lines = typed(run.resolve(root)), read_lines(workdir / "metrics.jsonl")
     found: Line = {"outcome": "ended"}
     if run.kind == "generate":
-        shards = Dataset(workdir / "rollouts").manifest["shards"]
+        shards = read_manifest(workdir / "rollouts")["shards"]
         found["shards"] = [shard["xxh128"] for shard in shards.values()]
     elif graded:
         found[run.split] = {k: v for k, v in graded.items() if not isinstance(v, list)}

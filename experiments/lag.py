@@ -5,6 +5,8 @@ Command: python -m experiments.launch --experiment=experiments/lag.py --to=local
         --root=runs/comparison --clean
     python -m experiments.comparison --root=runs/comparison --to=docs
 Hardware: 2 CPU cores, 4 GB of memory.
+Scale: `--to=queued` or `--to=xpk`: 6 points, v5e:8x8, a fleet of 202,423 generated tokens/s: at
+    least 35.1 h, $2,696; the price's source is in experiments/paper.py.
 Hours: 2.6 of a core, for 420 runs beside those of objectives.py.
 Expected: arXiv 2602.19362 has OAPL stable at lags where GRPO with importance sampling is not.
 Measured: docs/comparison.md. At three times the usual rate OAPL loses no run of three at lag 128,

@@ -3,16 +3,17 @@
     python -m experiments.launch --experiment=experiments/lag.py --to=print
     python -m experiments.launch --experiment=experiments/lag.py --to=local --jobs=2
     python -m experiments.launch --experiment=experiments/lag.py --to=queued --slices=4 \\
-        --root=/mnt/oapl/sweeps -- --project=P --zone=us-east5-a --topology=v6e:8x8 --spot \\
+        --root=/mnt/oapl/sweeps -- --project=P --zone=us-east5-a --topology=v5e:8x8 --spot \\
         --share=10.1.2.3:/oapl
     python -m experiments.launch --experiment=experiments/lag.py --to=xpk --root=/mnt/oapl/sweeps \\
-        -- --project=P --zone=us-east5-a --cluster=sweep --topology=v6e:8x8
+        -- --project=P --zone=us-east5-a --cluster=sweep --topology=v5e:8x8
 
 An experiment is a file with `sweep(add)`, see experiments/sweep.py. The root directory holds
 results.jsonl (one line for each finished point), manifests/ (one file for each point), runs/ (the
 workdirs), and the compile cache and data that all points share. Ctrl-C saves; the same command does
-what is missing. For `queued` and `xpk` the root is on the share, which this machine mounts too; the
-words after `--` are flags of tpu_setup/watch.sh and tpu_setup/gke/watch.sh.
+what is missing. For `queued` and `xpk` the root is on the share, which this machine mounts too; it
+publishes, records and grades what the slices have trained. The words after `--` are flags of
+tpu_setup/watch.sh and tpu_setup/gke/watch.sh.
 """
 
 import argparse

@@ -5,6 +5,8 @@ Command: python -m experiments.launch --experiment=experiments/objectives.py --t
         --root=runs/comparison --clean
     python -m experiments.comparison --root=runs/comparison --to=docs
 Hardware: 2 CPU cores, 4 GB of memory.
+Scale: `--to=queued` or `--to=xpk`: 3 points, v5e:8x8, a fleet of 202,423 generated tokens/s: at
+    least 11.7 h, $899; the price's source is in experiments/paper.py.
 Hours: 5 of a core, for 1,233 runs.
 Expected: arXiv 2602.19362 finds OAPL above GRPO with importance sampling, on long answers.
 Measured: docs/comparison.md; at lag 128 and offline OAPL is above GRPO and below truncated

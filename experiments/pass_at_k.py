@@ -2,7 +2,9 @@
 
 Claim: OAPL's gain over GRPO + IS grows with k.
 Command: python -m experiments.launch --experiment=experiments/pass_at_k.py --to=local
-Hardware: 2 CPU cores, 4 GB of memory. At paper scale a v6e:8x8 slice and a fleet of servers.
+Hardware: 2 CPU cores, 4 GB of memory.
+Scale: `--to=queued` or `--to=xpk`: 3 points, v5e:8x8, a fleet of 202,423 generated tokens/s: at
+    least 11.7 h, $899; the price's source is in experiments/paper.py.
 Hours: 0.3 of a core, beside the runs of steps.py.
 Expected: the gap grows with k, up to 256 (arXiv 2602.19362).
 Measured: OAPL minus GRPO + IS is .11 at k = 1, .15 at 4, .11 at 16, .07 at 64 and .03 at 256, where

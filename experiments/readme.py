@@ -33,7 +33,7 @@ def card(name: str) -> dict[str, str]:
     """The fields of a file's docstring by name, and its first line under "title"."""
     text = ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text())) or ""
     head, *fields = re.split(
-        r"^(Claim|Command|Hardware|Hours|Expected|Measured):", text, flags=re.M
+        r"^(Claim|Command|Hardware|Scale|Hours|Expected|Measured):", text, flags=re.M
     )
     body = lambda value: " ".join(value.partition("\n\n")[0].split())
     found = dict(zip(fields[::2], map(body, fields[1::2]), strict=True))

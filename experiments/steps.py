@@ -2,7 +2,9 @@
 
 Claim: OAPL's pass@k rises with the steps for every k, above that of GRPO with importance sampling.
 Command: python -m experiments.launch --experiment=experiments/steps.py --to=local
-Hardware: 2 CPU cores, 4 GB of memory. At paper scale a v6e:8x8 slice and a fleet of servers.
+Hardware: 2 CPU cores, 4 GB of memory.
+Scale: `--to=queued` or `--to=xpk`: 2 points, v5e:8x8, a fleet of 202,423 generated tokens/s: at
+    least 11.7 h, $899; the price's source is in experiments/paper.py.
 Hours: 0.3 of a core.
 Expected: OAPL above GRPO + IS at the same step on all four contests (arXiv 2602.19362).
 Measured: at step 256 pass@1 is .771 for OAPL and .659 for GRPO + IS, of three seeds, with an

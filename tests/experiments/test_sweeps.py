@@ -11,9 +11,19 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from experiments import launch, manifest, paper, sweep, table
+from experiments import launch, manifest, measures, paper, readme, sweep, table
 from experiments.search import Range
-from experiments.sweep import FORMS, RESULTS, Add, Results, grouped, listed, load_experiment, point
+from experiments.sweep import (
+    FORMS,
+    RESULTS,
+    Add,
+    Results,
+    grouped,
+    listed,
+    load_experiment,
+    point,
+    rows_of,
+)
 from oapl_jax.config import Config
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.files import JsonLines
@@ -21,7 +31,7 @@ from oapl_jax.files import JsonLines
 ROOT = Path(__file__).parents[2]
 FIGURES = ("objectives", "steps", "lag", "pass_at_k", "code_rounds", "betas", "ablations")
 HAVE = {"objectives", "lag"}  # their forms on CPU have a test of their own
-CARD = ("Claim:", "Command:", "Hardware:", "Hours:", "Expected:", "Measured:")
+CARD = ("Claim", "Command", "Hardware", "Scale", "Hours", "Expected", "Measured")
 
 
 def no_results():
@@ -85,8 +95,11 @@ def test_every_point_of_every_experiment_applies_to_its_locked_config(name, form
         return
     add, root = Add(no_results(), form), epath.Path("/root")
     module.sweep(add)
-    rows = module.cells(add)
-    assert {p for cell in rows.values() for p in cell} <= set(add.points) or name in HAVE
+    rows = rows_of(add)
+    against = getattr(module, "AGAINST", ())
+    assert any(set(pair) <= rows.keys() for pair in against) or name in HAVE
+    seeds = [[p.seed for p in row] for row in rows.values()]
+    assert all(row == seeds[0] for row in seeds)  # differences are paired
     for each in {(p.kind, p.config, p.objective, p.overrides): p for p in points}.values():
         config = each.resolve(root)
         Config.from_dict(config.to_dict())
@@ -102,8 +115,12 @@ def test_every_point_of_every_experiment_applies_to_its_locked_config(name, form
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_experiment_has_a_card(name):
-    card = load_experiment(str(ROOT / f"experiments/{name}.py")).__doc__
-    assert [line for line in CARD if line not in card] == []
+    """Its cost is that of the plan and the list price."""
+    card = readme.card(name)
+    assert [field for field in CARD if not card.get(field)] == []
+    module = load_experiment(str(ROOT / f"experiments/{name}.py"))
+    points = listed(module.sweep, no_results(), "paper")
+    assert all(str(cost) in card["Scale"] for cost in paper.costs(points, paper.TOPOLOGY, None))
 
 
 def test_the_figures_have_the_papers_values():
@@ -111,13 +128,13 @@ def test_the_figures_have_the_papers_values():
         n: listed(load_experiment(str(ROOT / f"experiments/{n}.py")).sweep, no_results(), "paper")
         for n in FIGURES
     }
-    of = lambda name, key: {dict(p.overrides).get(key) for p in points[name]} - {None}
+    of = lambda name, key: {p.flat_config[key] for p in points[name] if p.objective == "oapl"}
     assert of("lag", "lag.steps") == {1, 10, 50, 100, 400}
     assert of("betas", "objective.beta1") == {0.5, 1.0, 2.0, 1e6}
     assert of("betas", "objective.beta2") == {1e-4, 1e-3, 1e-2}
     assert {p.samples for p in points["pass_at_k"]} == {256}
-    assert of("ablations", "objective.denominator") == {"learner"}
-    assert of("ablations", "group_size") == {4, 16}
+    assert of("ablations", "objective.denominator") == {"behavior", "learner"}
+    assert of("ablations", "group_size") == {4, 8, 16}
     rounds = [(p.kind, p.config[-1]) for p in points["code_rounds"]]
     assert rounds == [
         ("warm_up", "0"),
@@ -125,6 +142,8 @@ def test_the_figures_have_the_papers_values():
     ]
     shared = {p.trained for n in ("objectives", "steps", "pass_at_k") for p in points[n]}
     assert len(shared) == 3  # base, OAPL and GRPO + IS are trained once
+    assert len(shared & {p.trained for p in points["lag"]}) == 2
+    assert len({p.trained for p in points["betas"]} - shared) == 11
 
 
 def test_the_cost_is_that_of_the_planned_step():
@@ -134,6 +153,10 @@ def test_the_cost_is_that_of_the_planned_step():
     found = paper.cost([*runs, *runs], "v5e:8x8", price=2.0)
     assert (found.points, found.hours) == (2, pytest.approx(hours))
     assert found.dollars == pytest.approx(hours * 64 * 2)
+    assert paper.cost(runs, "v5p:4x4x4").dollars > 0
+    for topology in ("v6e:8x8", "v5e:3x3"):  # no list price here; no such slice
+        with pytest.raises(UserError):
+            paper.cost(runs, topology)
 
 
 # The launcher, with points that end at once
@@ -150,10 +173,11 @@ class Instant:
 
     def __init__(self, root, results=None, at_once=2):
         self.root, self.results, self.at_once = root, results or {}, at_once
-        self.started, self.most, self.closed = [], 0, False
+        self.started, self.held, self.closed = [], (), False
 
-    def submit(self, each):
+    def submit(self, each, *, again):
         self.started.append(each)
+        self.again = [*getattr(self, "again", []), again]
         future: Future = Future()
         found = self.results.get(each.seed, 0.5)
         if isinstance(found, BaseException):
@@ -167,8 +191,8 @@ class Instant:
         future.set_result(1.0)
         return future
 
-    def ready(self, each):
-        return each.outcome(self.root).exists()
+    def holds(self, each):
+        return each.seed in self.held
 
     def close(self):
         self.closed = True
@@ -282,6 +306,40 @@ def test_a_point_of_other_code_or_configuration_is_stale(root, monkeypatch, chan
     sweep.key_of.cache_clear()
 
 
+def test_a_fresh_grading_keeps_the_training_that_another_point_has_done(root, monkeypatch):
+    """Both are stale; the first is trained anew, and the second only graded anew."""
+    one = run_of()
+    two = sweep.dataclasses.replace(one, samples=256)
+    launched(root, [one, two])
+    change_code(monkeypatch)
+    launched(root, [one], stale_points="redo")
+    workdir = one.workdir(root)
+    (workdir / "checkpoint").touch()
+    (two.outcome(root)).write_text("{}")
+    assert launched(root, [two], stale_points="redo")[0] == [0]
+    assert (workdir / "checkpoint").exists()
+    assert json.loads(two.outcome(root).read_text())["outcome"] == "ended"
+    assert states(root, [one, two]) == ["ended", "ended"]
+
+
+def test_a_broken_point_and_a_stale_one_are_begun_again(root, monkeypatch):
+    """What an earlier try started must not go on; an unfinished point does."""
+    points = [run_of(seed) for seed in range(3)]
+    launched(root, points[:2], {0: RuntimeError("killed")})
+    manifest.Manifests(root).begin(points[2], fresh=False)
+    change_code(monkeypatch)
+    backend = Instant(root)
+    backend.held = (2,)
+    launcher = launch.Launcher(root, stale_points="redo")
+    launcher.run(lambda add: add(*points), "cpu", backend)
+    assert [each.seed for each in backend.started] == [2, 0, 1]  # a held point goes first
+    assert backend.again == [True] * 3
+    manifest.Manifests(root).begin(run_of(3), fresh=False)
+    backend = Instant(root)
+    launch.Launcher(root).run(lambda add: add(run_of(3), run_of(4)), "cpu", backend)
+    assert backend.again == [False, False]
+
+
 def test_points_that_share_a_workdir_are_not_run_at_once(root):
     one = run_of()
     two = sweep.dataclasses.replace(one, samples=256)
@@ -289,8 +347,8 @@ def test_points_that_share_a_workdir_are_not_run_at_once(root):
     assert one.outcome(root) != two.outcome(root)
     backend, active = Instant(root), []
 
-    def submit(each):
-        ended = Instant.submit(backend, each)
+    def submit(each, *, again):
+        ended = Instant.submit(backend, each, again=again)
         future: Future = Future()
         assert each.trained not in active
         active.append(each.trained)
@@ -323,12 +381,17 @@ def test_the_table_names_what_is_not_in_its_means(root):
         "steps 16": {"ended": 1, "broken": 1, "missing": 1},
     }
     assert found.cells["steps 8"].of("pass@1") == [0.2, 0.4, 0.0]  # a failed run counts as 0
-    assert found.minus("steps 16", "pass@1")[0] == pytest.approx(0.1)  # of seed 0, which both have
-    assert len(found.problems) == 3
-    assert all(problem.partition(":")[0] in found.markdown() for problem in found.problems)
+    pair = "steps 16 - steps 8"
+    assert found.differences[pair]["pass@1"][0] == pytest.approx(0.1)  # of seed 0, which both have
+    assert [named.partition(":")[0] for named in found.failed] == ["steps 8, seed 2"]
+    assert [named.partition(":")[0] for named in found.missing] == [
+        "steps 16, seed 1",
+        "steps 16, seed 2",
+    ]
+    assert all(named in found.markdown() for named in (*found.failed, *found.missing))
     parsed = json.loads(json.dumps(found.json(), allow_nan=False))
     assert parsed["rows"]["steps 8"]["measures"]["pass@1"][0] == pytest.approx(0.2)
-    assert parsed["rows"]["steps 16"]["minus"]["pass@1"] == [pytest.approx(0.1), None, None]
+    assert parsed["differences"][pair]["pass@1"] == [pytest.approx(0.1), None, None]
     table.save(table.draw(found, ("pass@1",)), root / "figure.png")
 
 
@@ -343,12 +406,100 @@ def test_stale_points_are_in_no_mean(root, monkeypatch):
     assert kept.cells["oapl"].of("pass@1") == [0.2, 0.4]
 
 
-def test_rows_are_named_by_what_varies():
-    points = [run_of(s, **{"lag.steps": lag}) for lag in (8, 16) for s in (0, 1)]
-    assert {name: len(rows) for name, rows in grouped(points).items()} == {
-        "steps 8": 2,
-        "steps 16": 2,
+def starting_from(seed, **changes):
+    start = point("arithmetic:chain_sum", {"objective": "oapl", "seed": seed}, kind="warm_up")
+    return sweep.dataclasses.replace(run_of(seed), **{"start": start, **changes})
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (
+            lambda seed: [run_of(seed, **{"lag.steps": lag}) for lag in (8, 16)],
+            ["steps 8", "steps 16"],
+        ),
+        (  # a default beside its override
+            lambda seed: [run_of(seed), run_of(seed, **{"lag.steps": 8})],
+            ["steps 16", "steps 8"],
+        ),
+        (
+            lambda seed: [starting_from(seed, forget_every=8), starting_from(seed)],
+            ["forget_every 8", "oapl"],
+        ),
+        (
+            lambda seed: [
+                starting_from(
+                    seed, start=sweep.dataclasses.replace(starting_from(seed).start, prompts=n)
+                )
+                for n in (4, 5)
+            ],
+            ["start's prompts 4", "start's prompts 5"],
+        ),
+        (
+            lambda seed: [run_of(seed), starting_from(seed, start=None, at_steps=(1, 2))],
+            ["oapl", "at_steps (1, 2)"],
+        ),
+    ],
+)
+def test_rows_are_named_by_what_varies(make, names):
+    """A row has the points that differ in the seed alone, also of the points they start from."""
+    points = [each for seed in (0, 1) for each in make(seed)]
+    found = grouped(points)
+    assert list(found) == names
+    assert [[each.seed for each in row] for row in found.values()] == [[0, 1]] * len(names)
+
+
+def graded_line(each, **more):
+    line = {"key": each.key, "settings": each.settings, "code": "", "outcome": "ended"}
+    return {**line, "generations": 100, **more}
+
+
+def test_figures_of_graded_checkpoints_and_of_generations(root):
+    """As at the paper's scale: no validation, and benchmarks graded at several checkpoints."""
+    one = point("arithmetic", {"objective": "oapl"}, benchmarks=("aime", "hmmt"), at_steps=(8, 16))
+    two = sweep.dataclasses.replace(one, start=sweep.dataclasses.replace(one, publish=True))
+    graded = {
+        name: {"8": {"pass@1": 0.1, "pass@4": 0.3}, "16": {"pass@1": 0.2, "pass@4": 0.5}}
+        for name in ("aime", "hmmt")
     }
+    of_step = {step: {name: graded[name][step] for name in graded} for step in ("8", "16")}
+    curve = {"entropy": [0.5, None, 0.3]}
+    file = JsonLines(root / RESULTS, exclusive=False)
+    for each in (one, two.start, two):
+        file.append(graded_line(each, benchmarks=of_step, curve=curve))
+    module = Module([])
+    module.sweep = lambda add: (add(one, row="one"), add(two, row="two"))
+    module.KS, module.AGAINST = (1, 4), (("two", "one"),)
+    found = table.table_of(module, root, "paper", keep_stale=True)
+    assert found.measures[:4] == ("aime pass@1", "aime pass@4", "hmmt pass@1", "hmmt pass@4")
+    (line,) = found.cells["two"].lines
+    assert measures.by_step(line, "hmmt pass@4") == ([8, 16], [0.3, 0.5])
+    assert measures.by_step(line, "entropy") == ([8, 24], [0.5, 0.3])
+    assert measures.score(line, "hmmt pass@4") == 0.5  # of the last step
+    assert measures.score(line, "generations") == 200  # with those of the run before
+    assert found.differences["two - one"]["aime pass@1"][0] == 0
+    drawn = table.panels(found, ("pass@1", "pass@16", "entropy", "generations"))
+    assert drawn == [
+        ("bars", "aime pass@1"),
+        *(("steps", f"{name} pass@1") for name in ("aime", "hmmt")),
+        ("steps", "entropy"),
+        ("generations", "aime pass@1"),
+    ]
+    table.save(table.draw(found, ("pass@1", "entropy", "generations")), root / "figure.png")
+
+
+def test_a_curve_that_no_run_has_is_left_out(root):
+    """Some forms of a figure validate fewer k."""
+    each = run_of()
+    progress = [[8, 100, 0.1, 0.5], [16, 200, 0.3, 0.4]]
+    line = graded_line(
+        each, progress=progress, validation={"pass@1": [0.1, 0.3], "pass@4": [0.2, 0.4]}
+    )
+    JsonLines(root / RESULTS, exclusive=False).append(line)
+    found = table.table_of(Module([each]), root, "quick", keep_stale=True)
+    drawn = table.panels(found, ("pass@1", "pass@4", "pass@16"))
+    assert drawn[1:] == [("steps", "pass@1"), ("steps", "pass@4")]
+    assert measures.by_generations(line) == ([100, 200], [0.1, 0.3])
 
 
 # Search
@@ -388,6 +539,31 @@ def test_a_search_is_a_function_of_its_results(root):
     assert dict(best.overrides)["optim.learning_rate"] == found["best"]["optim.learning_rate"]
 
 
+@pytest.mark.parametrize("maximize", [True, False])
+def test_a_failed_trial_is_the_worst_of_a_search(root, maximize):
+    """Of entropy too, which a failed point does not have."""
+    found, results = {}, Results(root)
+    search = searching(root, found, measure="entropy", maximize=maximize)
+    while not found or found["best"] is None:
+        for number, each in enumerate(listed(search, results, "cpu")):
+            line = {"key": each.key, "settings": each.settings, "code": ""}
+            ended = {"outcome": "ended", "test": {"entropy": float(number)}}
+            failed = {"outcome": "failed", "reason": "not finite"}
+            results.take(line | (failed if number in (0, 11) else ended))
+    points = listed(search, results, "cpu")
+    best = points[10 if maximize else 1]
+    assert dict(best.overrides)["optim.learning_rate"] == found["best"]["optim.learning_rate"]
+
+
+def test_a_search_for_what_is_not_measured_is_refused(root):
+    results = Results(root)
+    search = searching(root, {}, measure="pass@3")
+    for each in listed(search, results, "cpu"):
+        results.take(graded_line(each, test={"pass@1": 0.5}))
+    with pytest.raises(UserError):
+        listed(search, results, "cpu")
+
+
 def test_a_locked_root_is_refused(root):
     file = JsonLines(root / RESULTS, exclusive=True)
     with pytest.raises(UserError):
@@ -399,7 +575,7 @@ def test_a_hanging_point_ends_the_launch(root, monkeypatch):
     monkeypatch.setattr(launch, "LOOK", 0.01)
     backend = Instant(root)
     backend.deadline = 0.1
-    backend.submit = lambda each: Future()
+    backend.submit = lambda each, *, again: Future()
     launcher = launch.Launcher(root)
     with pytest.raises(RunError):
         launcher.run(lambda add: add(run_of()), "cpu", backend)
