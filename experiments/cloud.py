@@ -36,6 +36,7 @@ RENTED = "slices.json"  # names of slices that exist, with the key of the point 
 WORKLOADS = 1000  # at once; Kueue has the queue
 LONGEST_PREFIX = 40 - 17  # a workload's name has 40 characters, of which a key takes 17
 WHERE = ("--project", "--zone")  # flags that every script takes
+SHARE_SECONDS = 90.0  # until a file of another machine is seen on the share
 REFUSED = 2  # exit code of a script that started no job, or whose job has ended
 
 
@@ -90,10 +91,13 @@ class Cloud:
         for command in point.commands(self._root):
             if command.made is not None and command.made.exists():
                 self._release(point)  # it may have trained to its end after a Ctrl-C
-            elif command.name == "train":
+                continue
+            if command.name == "train":
                 self._train(point, command.flags, again)
             else:
                 graded = self._run_here(point, command)
+            if command.made is not None and not appears(command.made):
+                raise RunError(f"oapl_jax.{command.name} ended without {command.made}")
         outcome = json.dumps(collect(point, self._root, graded))
         write_atomically(point.outcome(self._root), [outcome.encode()])
         return time.monotonic() - started
@@ -266,6 +270,16 @@ class Cluster(Cloud):
             script = os.fspath(self._scripts / "gke/delete_workload.sh")
             self._run([script, *flags_of, self._workload(point)], point)
         self._check(*self._run(self.script(point, flags), point))
+
+
+def appears(path: epath.Path) -> bool:
+    """True if a file is there, or soon: a network file system shows others' files late."""
+    deadline = time.monotonic() + SHARE_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1)
+    return True
 
 
 def at_this_commit(flags: Sequence[str], *, dry_run: bool) -> list[str]:

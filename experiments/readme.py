@@ -50,8 +50,9 @@ def measured(name: str, results: Path) -> str:
     shown = [f"{row} {number(values['measures'])}" for row, values in rows[:SHOWN]]
     more = f"; {len(rows) - SHOWN} more rows" if len(rows) > SHOWN else ""
     missing = f"; {len(found['missing'])} points missing" if found["missing"] else ""
+    apart = [f"; {pair}: {number(of)}" for pair, of in found["differences"].items()][:1]
     link = f"[table](../docs/experiments/{name}.md)"
-    return f"pass@1 {'; '.join(shown)}{more}{missing} ({link})"
+    return f"pass@1 {'; '.join(shown)}{more}{''.join(apart)}{missing} ({link})"
 
 
 def number(measures: Mapping[str, Any]) -> str:
@@ -68,7 +69,7 @@ def table(results: Path, topology: str, price: float | None) -> str:
         rows.append(
             [
                 f"`{name}.py`: {of['title']}",
-                f"`{LAUNCH.format(name)} --to=print`",
+                f"`{LAUNCH.format(name)}`",
                 "; ".join(map(str, paper.costs(points, topology, price))),
                 of["Expected"],
                 measured(name, results),
@@ -76,12 +77,21 @@ def table(results: Path, topology: str, price: float | None) -> str:
         )
     head = ("figure", "command", "at paper scale", "expected", "measured, on two CPU cores")
     price_of = f"${price:.2f} a chip-hour, as given" if price else paper.PRICE_SOURCE
-    return f"{markdown(head, rows)}\n\nHours and dollars are lower bounds; prices: {price_of}."
+    return (
+        f"{markdown(head, rows)}\n\n`--to=print` shows the exact commands, `--to=queued` and `--to=xpk` "
+        "run them at the paper's scale, `--to=local` runs the form for two CPU cores. Hours and "
+        f"dollars are lower bounds; prices: {price_of}."
+    )
 
 
 def plots(results: Path) -> str:
     there = [name for name in FIGURES if (results / f"{name}.png").exists()]
     return "\n\n".join(f"![{name}](../docs/experiments/{name}.png)" for name in there)
+
+
+def parts(results: Path, topology: str, price: float | None) -> dict[str, str]:
+    """Texts of the page's marks."""
+    return {"figures": table(results, topology, price), "plots": plots(results)}
 
 
 def main() -> None:
@@ -90,9 +100,8 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=HERE / "README.md")
     paper.add_flags(parser)
     given = parser.parse_args()
-    figures = table(given.results, given.topology, given.price)
-    parts = {"figures": figures, "plots": plots(given.results)}
-    given.to.write_text(fill(given.to.read_text(), parts))
+    found = parts(given.results, given.topology, given.price)
+    given.to.write_text(fill(given.to.read_text(), found))
     log(f"{given.to}")
 
 

@@ -12,6 +12,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from experiments import launch, manifest, measures, paper, readme, sweep, table
+from experiments.comparison import fill
 from experiments.search import Range
 from experiments.sweep import (
     FORMS,
@@ -157,6 +158,29 @@ def test_the_cost_is_that_of_the_planned_step():
     for topology in ("v6e:8x8", "v5e:3x3"):  # no list price here; no such slice
         with pytest.raises(UserError):
             paper.cost(runs, topology)
+
+
+# Published results
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_published_tables_are_those_of_the_published_results(name):
+    published = ROOT / "docs/experiments"
+    root = ROOT / "docs/comparison" if name in HAVE else published
+    module = load_experiment(str(ROOT / f"experiments/{name}.py"))
+    found = table.table_of(module, epath.Path(root), "cpu", keep_stale=True)
+    assert found.missing == []
+    expected = json.loads((published / f"{name}.json").read_text())
+    for part in ("rows", "differences", "failed"):
+        assert json.loads(json.dumps(found.json()[part])) == expected[part]
+    text = found.markdown().rstrip("\n")
+    assert (published / f"{name}.md").read_text().startswith(text)
+
+
+def test_the_readme_is_what_its_command_writes():
+    page = (ROOT / "experiments/README.md").read_text()
+    parts = readme.parts(ROOT / "docs/experiments", paper.TOPOLOGY, None)
+    assert fill(page, parts) == page
 
 
 # The launcher, with points that end at once

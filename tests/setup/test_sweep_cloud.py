@@ -9,7 +9,7 @@ import time
 import pytest
 from etils import epath
 from fake_checkout import ROOT, program
-from test_tpu_gke import CREATE, DONE, FAILED, NO_WORKLOAD, NOT_YET, Cluster
+from test_tpu_gke import CREATE, DELETE, DONE, FAILED, NO_WORKLOAD, NOT_YET, REFUSALS, Cluster
 from test_tpu_slices import ALWAYS, Cloud
 
 from experiments import cloud as clouds
@@ -108,22 +108,20 @@ def test_an_invalid_setting_breaks_its_point_alone(cloud):
     assert states(root, points(0, 1)) == ["broken", "ended"]
 
 
-STUB = """#!/bin/bash
-echo "+$*" >>"{log}"
-sleep 0.3
+LEAVES_A_RESULT = """
 for word; do
   [[ $word == --workdir=* ]] || continue
-  mkdir -p "${{word#*=}}"
-  echo '{{"after": {{}}}}' >"${{word#*=}}/result.json"
+  mkdir -p "${word#*=}"
+  echo '{"after": {}}' >"${word#*=}/result.json"
 done
-echo - >>"{log}"
 """
+STUB = '#!/bin/bash\necho "+$*" >>"{log}"\nsleep 0.3\n{result}echo - >>"{log}"\n'
 
 
 def test_no_more_slices_than_allowed(tmp_path):
     log, root = tmp_path / "log", epath.Path(tmp_path / "sweep")
     for name in ("watch.sh", "delete.sh"):
-        program(tmp_path / "scripts" / name, STUB.format(log=log))
+        program(tmp_path / "scripts" / name, STUB.format(log=log, result=LEAVES_A_RESULT))
     backend = clouds.Slices(root, [*SLICE, "--name=s"], slices=2, scripts=tmp_path / "scripts")
     launch.launch(
         lambda add: add(*points(*range(5))),
@@ -165,7 +163,7 @@ def stubs(tmp_path, monkeypatch):
     log.touch()
     for name in ("watch.sh", "delete.sh", "gke/watch.sh", "gke/delete_workload.sh"):
         (tmp_path / "scripts" / name).parent.mkdir(exist_ok=True, parents=True)
-        program(tmp_path / "scripts" / name, STUB.format(log=log))
+        program(tmp_path / "scripts" / name, STUB.format(log=log, result=LEAVES_A_RESULT))
     program(tmp_path / "here", HERE.format(log=log, manifest=json.dumps(RECORDED)))
     monkeypatch.setattr(clouds.sys, "executable", os.fspath(tmp_path / "here"))
     return log
@@ -304,24 +302,54 @@ def test_uncommitted_changes_are_not_launched(monkeypatch):
         clouds.at_this_commit([], dry_run=False)
 
 
-def test_a_cluster_has_one_workload_a_point(tmp_path, monkeypatch):
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A cluster on which a workload that is done leaves a result."""
     cluster = Cluster(tmp_path)
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
-    cluster.play(
-        {}, looks=[NO_WORKLOAD, NOT_YET, FAILED, NO_WORKLOAD, DONE], reason="ReachedMaxRestarts"
-    )
-    root = epath.Path(tmp_path / "sweep")
-    (each,) = points(0)
-    each.workdir(root).mkdir(parents=True)
-    (each.workdir(root) / "result.json").write_text('{"after": {}}')
-    scripts = tmp_path / "checkout/tpu_setup"
-    backend = clouds.Cluster(root, CLUSTER, scripts=scripts)
+    watch = cluster.checkout / "tpu_setup/gke/watch.sh"
+    watch.rename(watch.with_name("watching.sh"))
+    program(watch, f'#!/bin/bash\nset -e\n"${{0%/*}}/watching.sh" "$@"\n{LEAVES_A_RESULT}')
+    return cluster
+
+
+def on_cluster(cluster, root, each):
+    """Launches a point, of which the stand-in's story is all but the result."""
+    each.workdir(root).mkdir(parents=True, exist_ok=True)
+    backend = clouds.Cluster(root, CLUSTER, scripts=cluster.checkout / "tpu_setup")
     launch.launch(lambda add: add(each), "paper", root, backend, stale_points="show", clean=False)
+
+
+@pytest.mark.parametrize(
+    ("looks", "fail", "created"),
+    [
+        ([NO_WORKLOAD, NOT_YET, FAILED, NO_WORKLOAD, DONE], {}, 2),  # preempted too often
+        ([NO_WORKLOAD, NO_WORKLOAD, DONE], {"workload_create": 1}, 2),  # no network
+        ([NOT_YET, DONE], {"workload_list": 1}, 1),
+    ],
+)
+def test_a_point_survives_what_happens_on_a_cluster(cluster, looks, fail, created):
+    root, (each,) = epath.Path(cluster.folder / "sweep"), points(0)
+    cluster.play(fail, looks=looks, reason="ReachedMaxRestarts")
+    on_cluster(cluster, root, each)
     assert states(root, [each]) == ["ended"]
-    assert cluster.verbs().count(CREATE) == 2
-    create = next(words for words in cluster.all_calls() if words[:2] == CREATE.split())
-    assert f"--workload=sweep-{each.key}" in create
+    creations = [words for words in cluster.all_calls() if words[:2] == CREATE.split()]
+    assert len(creations) == created
+    assert all(f"--workload=sweep-{each.key}" in words for words in creations)
+
+
+def test_a_refused_workload_is_broken_and_tried_again(cluster):
+    root, (each,) = epath.Path(cluster.folder / "sweep"), points(0)
+    says = REFUSALS["quota"]
+    cluster.play({"workload_create": ALWAYS}, looks=[NO_WORKLOAD] * 9, reason="", says=says)
+    with pytest.raises(RunError):
+        on_cluster(cluster, root, each)
+    assert states(root, [each]) == ["broken"]
+    cluster.play({}, looks=[NO_WORKLOAD, DONE], reason="")
+    on_cluster(cluster, root, each)
+    assert states(root, [each]) == ["ended"]
+    assert DELETE in cluster.verbs()  # a workload's name can be used once
 
 
 @pytest.mark.parametrize("to", ["queued", "xpk"])
