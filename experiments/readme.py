@@ -78,9 +78,9 @@ def table(results: Path, topology: str, price: float | None) -> str:
     head = ("figure", "command", "at paper scale", "expected", "measured, on two CPU cores")
     price_of = f"${price:.2f} a chip-hour, as given" if price else paper.PRICE_SOURCE
     return (
-        f"{markdown(head, rows)}\n\n`--to=print` shows the exact commands, `--to=queued` and `--to=xpk` "
-        "run them at the paper's scale, `--to=local` runs the form for two CPU cores. Hours and "
-        f"dollars are lower bounds; prices: {price_of}."
+        f"{markdown(head, rows)}\n\n`--to=print` shows the exact commands, `--to=queued` and "
+        "`--to=xpk` run them at the paper's scale, `--to=local` runs the form for two CPU cores. "
+        f"Hours and dollars are lower bounds; prices: {price_of}."
     )
 
 
