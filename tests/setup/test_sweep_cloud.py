@@ -289,7 +289,8 @@ def test_a_stop_ends_the_scripts_at_once(tmp_path):
         backend.close()
         assert time.monotonic() - started < 30
         assert all(future.cancelled() or future.exception() for future in waiting)
-    assert json.loads((root / clouds.RENTED).read_text()) == {"sweep-0": points(0)[0].key}
+    (key,) = json.loads((root / clouds.RENTED).read_text()).values()
+    assert key in [each.key for each in points(0, 1)]
 
 
 def test_uncommitted_changes_are_not_launched(monkeypatch):
