@@ -64,6 +64,10 @@ class Run:
       config: of the run.
       workdir: holds everything that the run writes.
 
+    Attributes:
+      leased: True in the training run that holds the lease on the workdir; others, such as an
+        evaluation beside it, replace no file of a model.
+
     Raises:
       UserError: at once for sizes that fit neither devices nor hosts, and for constants of the
         objective; by a part, for files that do not fit.
@@ -71,6 +75,7 @@ class Run:
 
     def __init__(self, config: Config, workdir: epath.Path):
         self.config, self.workdir = config, workdir
+        self.leased = False
         self.mesh = make_mesh(**config.mesh)
         config.check_layout(mesh=self.mesh.shape, hosts=jax.process_count())
         self.objective = bind(
@@ -98,7 +103,7 @@ class Run:
                 architecture=config.model.architecture,
                 characters=task.characters if task else string.printable,
                 # A run that was refused may have left a model of other settings.
-                renew=load_config(self.workdir) is None and not jax.process_index(),
+                renew=self.leased and load_config(self.workdir) is None,
             )
         config.check_lengths(policy.config.max_positions)
         return policy
@@ -163,8 +168,9 @@ class Run:
         steps = self.checkpoints.steps()
         if not steps or (step is not None and step not in steps):
             have, asked = ", ".join(map(str, steps)) or "none", "" if step is None else step
+            remedy = "name one of them" if steps else "train first, without naming a step"
             raise UserError(
-                f"{self.workdir} has no checkpoint step {asked} (have: {have}); train first"
+                f"{self.workdir} has no checkpoint step {asked} (have: {have}); {remedy}"
             )
         return steps[-1] if step is None else step
 

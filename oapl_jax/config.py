@@ -11,9 +11,10 @@ import difflib
 import json
 import math
 import os
+import reprlib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, ClassVar, Self
 
@@ -21,7 +22,6 @@ from etils import epath
 
 from oapl_jax.errors import UserError
 from oapl_jax.files import write_atomically
-from oapl_jax.servers import server_url
 
 DTYPES = ("float32", "bfloat16")
 TASKS = ("chain_sum", "number_sorting", "countdown", "documents", "math", "code")
@@ -101,14 +101,14 @@ class Section:
             value, name = getattr(self, field.name), self.full_name(field.name)
             choices = field.metadata.get("choices", ())
             if choices and value not in choices:
-                raise UserError(f"{name}={value!r} is not one of {', '.join(choices)}")
+                raise UserError(f"{name}={_shown(value)} is not one of {', '.join(choices)}")
             limits = field.metadata.get("limits", {})
             fits = lambda x, limits=limits: all(fit(x, limit) for limit, fit in limits.values())
-            # The devices compute in float32, in which 0.99999999 is 1 and 1e-50 is 0.
-            found = numbers(value) if limits else []
-            if not all(math.isfinite(x) and fits(x) for x in found):
+            if not all(_is_finite(x) and fits(x) for x in numbers(value)):
                 range_ = " and ".join(f"{word} {x:.12g}" for word, (x, _) in limits.items())
-                raise UserError(f"{name}={value} must be {range_}, in float32 too")
+                raise UserError(
+                    f"{name}={_shown(value)} must be {range_ or 'finite'}, in float32 and int64 too"
+                )
         self.check()
 
     def keys(self) -> list[str]:
@@ -159,12 +159,31 @@ class Section:
             _path.reset(token)
 
 
-def numbers(value: Any) -> list[int | float]:
-    """The numbers of a value, tuple or mapping; a float also as float32."""
-    items = value.values() if isinstance(value, Mapping) else value
-    items = items if isinstance(value, tuple | Mapping) else (value,)
-    found = [x for x in items if isinstance(x, int | float)]
-    return found + [ctypes.c_float(x).value for x in found if isinstance(x, float)]
+def numbers(value: Any) -> Iterator[int | float]:
+    """Yields the numbers of a value, also of nested tuples, lists and mappings.
+
+    A float comes as float32 too: the devices compute in it, and 0.99999999 is 1 and 1e-50 is 0.
+    """
+    if isinstance(value, int | float):
+        yield value
+    if isinstance(value, float):
+        yield ctypes.c_float(value).value
+    if isinstance(value, tuple | list | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from numbers(item)
+
+
+def _is_finite(number: int | float) -> bool:
+    """False for NaN, infinity, and an integer that int64 can't hold."""
+    return math.isfinite(number) if isinstance(number, float) else abs(number) < 1 << 63
+
+
+def _shown(value: Any) -> str:
+    """An abbreviated `repr`; Python refuses that of an integer of more than 4,300 digits."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return "..."
 
 
 def nearest(name: str, known: typing.Iterable[str], elsewhere: typing.Iterable[str] = ()) -> str:
@@ -187,7 +206,7 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
         return hint.from_dict(value, path)
     if isinstance(hint, type) and issubclass(hint, Section):
         if not isinstance(value, Mapping):
-            raise UserError(f"{path}={value!r} must be a section of settings")
+            raise UserError(f"{path}={_shown(value)} must be a section of settings")
         return hint.from_dict(value, path)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_typed(item, arguments[0], path) for item in value)
@@ -196,10 +215,10 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
     if hint is Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if _is_finite(value) else value  # which is out of range
     if isinstance(hint, type) and type(value) is hint:
         return value
-    raise UserError(f"{path}={value!r} must be of type {getattr(hint, '__name__', hint)}")
+    raise UserError(f"{path}={_shown(value)} must be of type {getattr(hint, '__name__', hint)}")
 
 
 class ReleaseConfig(Section):
@@ -501,12 +520,6 @@ class FleetConfig(Section):
     )
 
     def check(self) -> None:
-        for name, urls in (
-            ("servers", self.servers),
-            ("router", (self.router,) * bool(self.router)),
-        ):
-            for url in urls:
-                server_url(url, of=self.full_name(name))
         needed = max(self.start_deadline, self.drain_deadline + self.update_deadline)
         if self.no_server_deadline < needed:
             raise UserError(
@@ -624,10 +637,6 @@ class LanguageModelJudgeConfig(Section):
     request_deadline: float = setting("seconds for a request", above=0)
     backoff: float = setting("seconds before a failed request is retried; doubles", above=0)
     group_deadline: float = setting("seconds for a group", above=0)
-
-    def check(self) -> None:
-        for url in self.servers:
-            server_url(url, of=self.full_name("servers"))
 
 
 class PreferencesConfig(Section):
@@ -846,13 +855,19 @@ class Config(Section):
 
 
 def load_config(workdir: epath.Path) -> dict[str, Any] | None:
-    """Reads the configuration that a workdir belongs to; None if it has no config.json.
+    """Reads the configuration that a workdir belongs to; None if it holds no run yet.
 
     Raises:
-      UserError: if the workdir has another format: its checkpoints can't be resumed.
+      UserError: if config.json is damaged, missing beside checkpoints, or of another format: the
+        checkpoints can't be resumed.
     """
-    path = workdir / "config.json"
+    path, checkpoints = workdir / "config.json", workdir / "checkpoints"
     if not path.exists():
+        if checkpoints.exists() and any(step.name.isdigit() for step in checkpoints.iterdir()):
+            raise UserError(
+                f"{workdir} has checkpoints and no config.json, so their settings are unknown; put "
+                "it back, or give another --workdir"
+            )
         return None
     try:
         config = dict(json.loads(path.read_text()))

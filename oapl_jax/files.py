@@ -12,6 +12,7 @@ import hashlib
 import json
 import mmap
 import os
+import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -75,13 +76,19 @@ def write_file(path: epath.Path, parts: Iterable[bytes | memoryview]) -> dict[st
 
 
 def write_atomically(path: epath.PathLike, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Replaces a file: readers, even after a crash, see the old content or the new, not a part."""
+    """Replaces a file: readers, even after a crash, see the old content or the new, not a part.
+
+    Of several processes that write at once, the last one's content stays.
+    """
     path = epath.Path(path)
     if not is_local(path):  # an object appears when its upload is complete
         return write_file(path, parts)
-    temporary = path.parent / f"{path.name}.tmp"
-    entry = write_file(temporary, parts)
-    temporary.replace(path)
+    temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        entry = write_file(temporary, parts)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     fsync(path.parent)
     return entry
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_flags
 from oapl_jax.config import Config, flatten, nearest
 from oapl_jax.errors import UserError
 from oapl_jax.files import absolute, is_local
+from oapl_jax.fleet.addresses import server_url
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; a run in it is resumed")
@@ -22,7 +23,7 @@ def read_command_line() -> tuple[Config, epath.Path]:
 
     Raises:
       UserError: for an unknown flag, key, choice or file, a value of the wrong type or outside its
-        range, or a workdir in an object store.
+        range, a malformed address of a server, or a workdir in an object store.
     """
     if "--help" in sys.argv:
         print(usage())
@@ -44,6 +45,7 @@ def read_command_line() -> tuple[Config, epath.Path]:
     if values is None:
         raise UserError("--config is missing; add, for example, --config=configs/arithmetic.py")
     config = Config.from_dict(values)
+    check_servers(config)
     if not WORKDIR.value:
         raise UserError("--workdir is missing; add, for example, --workdir=runs/arithmetic")
     if not is_local(WORKDIR.value):
@@ -58,6 +60,18 @@ def read_command_line() -> tuple[Config, epath.Path]:
             "another name"
         )
     return config, workdir
+
+
+def check_servers(config: Config) -> None:
+    """Raises a UserError for a server's address that no request can go to."""
+    fleet, judge = config.fleet, config.preferences.language_model
+    for name, urls in {
+        "fleet.servers": fleet.servers,
+        "fleet.router": [fleet.router] if fleet.router else [],
+        "preferences.language_model.servers": judge.servers,
+    }.items():
+        for url in urls:
+            server_url(url, of=name)
 
 
 def check_overrides(arguments: list[str]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from oapl_jax import lease, multihost
+from oapl_jax import multihost
 from oapl_jax.build import Run
 from oapl_jax.config import Config, changed_settings, save_config
 from oapl_jax.data.synthetic.demonstrations import demonstrations
@@ -40,6 +40,7 @@ from oapl_jax.tracking.progress import (
     log,
     log_libraries_to,
 )
+from oapl_jax.weights import lease
 
 MAX_SKIPPED = 3  # consecutive steps with a non-finite loss, gradient or update before an abort
 Loop = dict[str, Any]  # JSON values of the loop: test results before, seconds, pinned versions
@@ -69,6 +70,7 @@ def train(
     with contextlib.ExitStack() as closing, multihost.abort_on_peer_failure():
         if not jax.process_index():
             closing.enter_context(lease.hold(run.workdir, log=log, lost=multihost.exit_now))
+            run.leased = True
         multihost.barrier("the lease", deadline=run.config.rollout.deadline)
         closing.callback(run.close)
         begun = begin(run, stop, restore_step)
@@ -84,6 +86,8 @@ def begin(run: Run, stop: StopRequest, restore_step: int | None) -> tuple[TrainS
     The configuration is saved once nothing is left that could refuse it.
     """
     config, host0 = run.config, not jax.process_index()
+    if restore_step is not None:
+        run.checkpoint_step(restore_step)
     for change in changed_settings(run.workdir, config.to_dict()) if host0 else ():
         log(f"changed since this run began: {change}")
     if host0 and config.lag.mode != "uniform" and config.lag.steps >= config.num_steps > 0:

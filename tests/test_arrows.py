@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "oapl_jax"
 
 # From the bottom up: a package or top-level module imports from its own layer or from below.
 LAYERS = (
-    ("errors", "structs", "files", "servers"),
-    ("config", "lease", "multihost", "objectives"),
+    ("errors", "structs", "files"),
+    ("config", "multihost", "objectives"),
     ("model", "data", "tracking"),
     ("learner", "rewards"),
     ("weights", "curriculum"),

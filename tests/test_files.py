@@ -37,6 +37,18 @@ def test_a_failed_write_keeps_the_old_content(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"old"
     files.write_atomically(tmp_path / "file", [b"new"])
     assert (tmp_path / "file").read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_of_two_processes_that_write_at_once_the_last_stays(tmp_path):
+    def parts():
+        yield b"mine"
+        files.write_atomically(tmp_path / "file", [b"the other's"])
+        assert (tmp_path / "file").read_bytes() == b"the other's"
+        yield b", whole"
+
+    files.write_atomically(tmp_path / "file", parts())
+    assert (tmp_path / "file").read_bytes() == b"mine, whole"
 
 
 def test_fsync_starts_before_the_last_part_is_written(tmp_path, monkeypatch):

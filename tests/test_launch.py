@@ -1,8 +1,11 @@
 """The command line: help, and where a run may live."""
 
+import errno
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -13,7 +16,7 @@ from small_runs import opened
 from configs import arithmetic
 from oapl_jax import report
 from oapl_jax.config import changed_settings, load_config, save_config
-from oapl_jax.errors import UserError
+from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.files import absolute
 from oapl_jax.launch import read_command_line
 
@@ -62,6 +65,65 @@ def test_a_missing_flag_is_named(monkeypatch, command, flag):
     monkeypatch.setattr(sys, "argv", ["train", *command])
     with flagsaver.flagsaver(), pytest.raises(UserError, match=flag):
         read_command_line()
+
+
+@pytest.mark.parametrize("sampler", ["local", "fleet"])
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("fleet.servers", "('http://10.0.0.2:30000', '10.0.0.3:30000')"),
+        ("fleet.router", "10.0.0.3:30000"),
+        ("preferences.language_model.servers", "('10.0.0.3:30000',)"),
+    ],
+)
+def test_a_malformed_address_is_named_with_its_setting(
+    monkeypatch, tmp_path, sampler, setting, value
+):
+    words = (f"--config.{setting}={value}", f"--config.rollout.sampler={sampler}")
+    with pytest.raises(UserError, match=rf"{setting} .*10\.0\.0\.3:30000"):
+        read(monkeypatch, tmp_path, *words)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        *((errno.ENOSPC, 1), (errno.EMFILE, 1), (errno.EIO, 1), (errno.ESTALE, 1)),
+        *((errno.ENOENT, 2), (errno.EACCES, 2), (errno.ELOOP, 2), (errno.ENOTDIR, 2)),
+    ],
+)
+def test_an_error_of_the_operating_system_is_one_sentence_with_the_file(capsys, number, code):
+    def command():
+        raise OSError(number, os.strerror(number), "/runs/a")
+
+    with pytest.raises(SystemExit) as end:
+        exit_with_code(command)
+    assert end.value.code == code
+    said = capsys.readouterr().err
+    assert said.startswith("error: /runs/a")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "record"])
+def test_an_interrupt_before_the_run_is_one_line(tmp_path, command):
+    config = tmp_path / "slow.py"
+    config.write_text("import time\nprint('loading', flush=True)\ntime.sleep(600)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"oapl_jax.{command}", f"--config={config}", "--workdir=x"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGINT
+    assert "Ctrl-C" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("workdir", ["", "runs/[a]", "runs/a*", "runs/a\\\\b"])
@@ -152,6 +214,17 @@ def test_a_damaged_configuration_is_named(saved, content):
     (saved / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json"):
         load_config(saved)
+
+
+def test_checkpoints_without_their_configuration_are_refused(saved):
+    (saved / "checkpoints" / "3").mkdir(parents=True)
+    assert changed_settings(saved, CONFIG) == []
+    (saved / "config.json").unlink()
+    for read_workdir in (load_config, lambda workdir: changed_settings(workdir, CONFIG)):
+        with pytest.raises(UserError, match=r"config\.json"):
+            read_workdir(saved)
+    (saved / "checkpoints" / "3").rename(saved / "checkpoints" / "3.orbax-checkpoint-tmp")
+    assert load_config(saved) is None  # never finished
 
 
 def test_harmless_differences_are_reported_and_saved(saved):

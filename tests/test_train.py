@@ -309,6 +309,15 @@ def test_a_mistake_names_its_setting_before_any_step(runs, tmp_path, settings, s
     assert not (tmp_path / "lease.json").exists()
 
 
+@pytest.mark.parametrize("step", [0, 3, -1])
+def test_a_step_to_restore_that_does_not_exist_is_named_before_any_work(tmp_path, step):
+    stop = SimpleNamespace(requested="")
+    with pytest.raises(UserError, match=f"step {step} "):
+        train.run(typed(small_arithmetic({})), epath.Path(tmp_path), stop, restore_step=step)
+    assert not (tmp_path / "model").exists()
+    assert not (tmp_path / "config.json").exists()
+
+
 def test_a_workdir_of_another_structure_is_refused(runs, copy):
     saved = (copy / "config.json").read_text()
     output = runs.run(copy, code=2, group_size=2, model__architecture__hidden_size=64)

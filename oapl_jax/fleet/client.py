@@ -5,6 +5,7 @@ each request once and knows no other server; pool.py retries.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import math
@@ -286,10 +287,11 @@ class SGLangClient:
                 message = f"{self.url}{route} returned a malformed response"
                 raise ServerError(f"{message} ({error}): {short(content)}") from error
         except ServerError as error:
-            if not self._api_key or self._api_key not in str(error):
+            key = self._api_key
+            if not key or key not in str(error) or key not in _text(content):
                 raise
-            # A response may repeat the key.
-            raise type(error)(str(error).replace(self._api_key, "***")) from None
+            message = f"{self.url}{route} returned status {status} and a response with the API key"
+            raise type(error)(message) from None
 
     async def _send(self, route: str, body: Any, total: float) -> tuple[int, bytes]:
         method, url = "GET" if body is None else "POST", self.url + route
@@ -302,6 +304,14 @@ class SGLangClient:
             late = isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError)
             reason = f"no response in {total:g} s" if late else f"{type(error).__name__} {error}"
             raise ServerError(f"{url} failed: {reason}") from error
+
+
+def _text(content: bytes) -> str:
+    """A response as it came and, since JSON may escape any character, as it is parsed."""
+    text = content.decode(errors="replace")
+    with contextlib.suppress(*MALFORMED):
+        text += json.dumps(json.loads(text))
+    return text
 
 
 def bearer(api_key: str) -> dict[str, str]:

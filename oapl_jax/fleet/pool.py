@@ -20,6 +20,7 @@ from etils import epath
 
 from oapl_jax.config import FleetConfig
 from oapl_jax.errors import UserError
+from oapl_jax.fleet.addresses import read_server_list, server_url
 from oapl_jax.fleet.admission import Requirements, check_server, dtype_of
 from oapl_jax.fleet.client import (
     MALFORMED,
@@ -34,7 +35,6 @@ from oapl_jax.fleet.client import (
     bearer,
 )
 from oapl_jax.rollout.sampler import Attempt, Sampled, Sampling
-from oapl_jax.servers import read_server_list, server_url
 from oapl_jax.structs import Prompt, Rollout
 from oapl_jax.weights import publisher
 

@@ -32,7 +32,7 @@ from etils import epath
 
 from oapl_jax.errors import RunError, UserError, exit_with_code
 from oapl_jax.files import checksum
-from oapl_jax.servers import read_api_key
+from oapl_jax.fleet.addresses import read_api_key
 from oapl_jax.weights.publisher import MANIFEST, check_version, read_manifest
 
 MAX_BACKOFF = 30.0  # seconds

@@ -26,10 +26,10 @@ from etils import epath
 from oapl_jax.config import FleetConfig
 from oapl_jax.errors import FleetLost, RunError, UserError
 from oapl_jax.files import absolute
+from oapl_jax.fleet.addresses import read_api_key, read_server_list
 from oapl_jax.fleet.admission import Requirements, sampling_warnings
 from oapl_jax.fleet.pool import LOST, READY, REFUSED, Pool, PublishedVersion
 from oapl_jax.rollout.sampler import Sampled, Sampling
-from oapl_jax.servers import read_api_key, read_server_list
 from oapl_jax.structs import Prompt
 
 COUNTS = ("prompts", "groups", "dropped", "cancelled")  # prompts: the last three and those waiting

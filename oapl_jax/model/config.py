@@ -40,41 +40,29 @@ LACKING = (
     *("per_layer_config", "pruned_heads", "quantization_config", "rope_interleaved", "use_mrope"),
     "use_sliding_window",
 )
-# Keys that change no logits, as all that end in _token_id: names, training, outputs, ...
-IGNORED = (
-    *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path"),
-    *("_flash_attn_2_enabled", "architectures", "attention_dropout", "attn_implementation"),
-    *("chunk_size_feed_forward", "dtype", "finetuning_task", "gradient_checkpointing", "id2label"),
-    *("initializer_range", "is_decoder", "is_llama_config", "label2id", "max_sequence_length"),
-    *("max_window_layers", "model_max_length", "name_or_path", "num_labels", "output_attentions"),
-    *("output_hidden_states", "prefix", "pretraining_tp", "problem_type", "return_dict"),
-    *("sliding_window", "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder"),
-    *("tokenizer_class", "torch_dtype", "torchscript", "transformers.js_config"),
-    *("transformers_version", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache"),
-    "use_return_dict",
-    # ... and the defaults of sampling that transformers 4 wrote there.
-    *("assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids"),
-    *("begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping"),
-    *("encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "epsilon_cutoff"),
-    *("eta_cutoff", "exponential_decay_length_penalty", "length_penalty", "max_length"),
-    *("max_new_tokens", "min_length", "no_repeat_ngram_size", "num_assistant_tokens"),
-    *("num_assistant_tokens_schedule", "num_beam_groups", "num_beams", "num_return_sequences"),
-    *("output_scores", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate"),
-    *("suppress_tokens", "target_lookbehind", "temperature", "top_k", "top_p", "typical_p"),
+# Keys that are read or, beside all that end in _token_id, change no logits.
+KNOWN = frozenset((*KEYS.values(), *SWITCHES, *LACKING)) | frozenset(
+    f"""
+    num_key_value_heads head_dim hidden_act layer_types
+    partial_rotary_factor rope_parameters rope_scaling rope_theta {ORIGINAL}
+    _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
+    _name_or_path architectures attention_dropout attn_implementation chunk_size_feed_forward dtype
+    finetuning_task gradient_checkpointing id2label initializer_range is_decoder is_llama_config
+    label2id max_sequence_length max_window_layers model_max_length name_or_path num_labels
+    output_attentions output_hidden_states prefix pretraining_tp problem_type return_dict
+    sliding_window task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class
+    torch_dtype torchscript transformers.js_config transformers_version unsloth_fixed
+    unsloth_version use_bfloat16 use_cache use_return_dict
+
+    assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens
+    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty
+    length_penalty max_length max_new_tokens min_length no_repeat_ngram_size num_assistant_tokens
+    num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences output_scores
+    remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens
+    target_lookbehind temperature top_k top_p typical_p
+    """.split()  # the last paragraph: defaults of sampling, written by transformers 4
 )
-KNOWN = {
-    *(
-        *KEYS.values(),
-        *SWITCHES,
-        *LACKING,
-        *IGNORED,
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-    ),
-    *("layer_types", "partial_rotary_factor", "rope_parameters", "rope_scaling", "rope_theta"),
-    ORIGINAL,
-}
 
 
 @dataclasses.dataclass(frozen=True)

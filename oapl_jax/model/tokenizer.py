@@ -94,14 +94,16 @@ def at_time(template: str, now: datetime.datetime) -> str:
         "{%- macro strftime_now(format) -%}{%- set text = namespace(value=format) -%}"
         f"{{%- for code, value in {texts}.items() -%}}"
         "{%- set text.value = text.value | replace(code, value) -%}{%- endfor -%}"
-        "{{- text.value -}}{%- endmacro -%}"
+        # A newline after a block is dropped; without one, the template's own first one would be.
+        "{{- text.value -}}{%- endmacro %}\n"
     ) + template
 
 
 def omits_last(tokenizer: Any, chat: Sequence[Mapping[str, str]]) -> bool:
-    """True if the chat template omits the content of the last message."""
+    """True if the chat template omits the content of the last message, at one and the same time."""
+    now = datetime.datetime.now()
     chats = ([*chat[:-1], {**chat[-1], "content": content}] for content in "12")
-    one, other = (render_chat(tokenizer, chat, tokenize=False) for chat in chats)
+    one, other = (render_chat(tokenizer, chat, tokenize=False, now=now) for chat in chats)
     return one == other
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -22,6 +23,8 @@ class Range:
 
     def __contains__(self, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        if not abs(value) <= sys.float_info.max:  # an integer may be larger than any float
             return False
         single = ctypes.c_float(value).value  # of the devices: 1e-50 is 0 there
         return math.isfinite(single) and all(

@@ -17,10 +17,10 @@ import numpy as np
 
 from oapl_jax.config import LanguageModelJudgeConfig
 from oapl_jax.errors import RunError, UserError
+from oapl_jax.fleet.addresses import read_api_key, server_url
 from oapl_jax.fleet.client import ServerError, SGLangClient, Unauthorized
 from oapl_jax.model.tokenizer import load_tokenizer
 from oapl_jax.preferences.judges import Response
-from oapl_jax.servers import read_api_key, server_url
 from oapl_jax.structs import Prompt
 from oapl_jax.tracking.progress import log
 

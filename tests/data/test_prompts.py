@@ -189,6 +189,7 @@ def templated(template, tokenizer):
             for roles in ("system user", "user user", "assistant", "user assistant user user")
         ),
         *((CHATML, roles, "") for roles in ("human", "user tool", "user User")),
+        ("{{ strftime_now('%f') }}" + CHATML, "user tool", ""),  # another text at each moment
         (CONTENTS_ONLY, "user", "é"),  # not of the tokenizer
         ("{% if messages[0]['content'] < '20' %}" + CONTENTS_ONLY + "{% endif %}", "user", ""),
     ],

@@ -153,9 +153,10 @@ def server(toy_servers):
 
 
 @contextlib.asynccontextmanager
-async def connect(server, *, deadline=5.0):
+async def connect(server, *, deadline=5.0, api_key=""):
     async with aiohttp.ClientSession() as session:
-        yield SGLangClient(session, server.url, connect_deadline=5.0, deadline=deadline)
+        deadlines = dict(connect_deadline=5.0, deadline=deadline)
+        yield SGLangClient(session, server.url, **deadlines, api_key=api_key)
 
 
 def request(version):
@@ -194,3 +195,23 @@ async def test_flush_cache_is_retried_until_the_server_is_idle(server):
     async with connect(server, deadline=0.2) as client:
         with pytest.raises(Refused):
             await client.flush_cache()
+
+
+@pytest.mark.parametrize("key", ["status", "info", "sk-1/2", "e"])
+async def test_a_response_that_repeats_the_api_key_is_not_shown(server, key):
+    async with connect(server, api_key=key) as client:
+        server.information = [f"{key}; the key is {key}!"]
+        with pytest.raises(ServerError) as caught:
+            await client.info()
+        assert "the key is" not in str(caught.value)
+        assert f"{server.url}/server_info" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["status", "info", "malformed"])
+async def test_a_message_that_has_the_api_key_as_a_word_stays_whole(server, key):
+    async with connect(server, api_key=key) as client:
+        server.information = ["7"]
+        with pytest.raises(ServerError) as caught:
+            await client.info()
+    assert f"{server.url}/server_info returned a malformed response" in str(caught.value)
+    assert '["7"]' in str(caught.value)

@@ -107,6 +107,7 @@ DATED = "{{ strftime_now('%Y-%m-%d') }}" + CONTENTS_ONLY
     [
         *("{{ raise_exception('never') }}", "{% if %}", "{{ none.of.these }}", "{{ 1 / 0 }}"),
         *("always the same", "", "{{ strftime_now('%Y') }}", "{{ messages[0]['role'] }}"),
+        "{{ strftime_now('%H:%M:%S.%f') }}",  # differs from one moment to the next
         {"tool_use": CONTENTS_ONLY, "rag": CONTENTS_ONLY},
     ],
 )
@@ -157,6 +158,18 @@ def test_a_fixed_time_is_written_as_by_python(tokenizer, written):
     with_time.chat_template = given + "{% endif %}"
     said = render_chat(with_time, [{"role": "user", "content": ""}], tokenize=False, now=now)
     assert said == (now.strftime(written) if "%%" not in written else "%%")
+
+
+@pytest.mark.parametrize(
+    "beginning", ["", "\n", "\n\n", " ", "  {% if true %}", "\n  {% if true %}", "{{ '' }}\n"]
+)
+def test_a_fixed_time_changes_nothing_else(tokenizer, beginning):
+    dated = copy.copy(tokenizer)
+    dated.chat_template = beginning + "{% if true %}\n1{% endif %}{{ strftime_now('%%') }}"
+    dated.chat_template += "{% endif %}" * beginning.count("{% if")
+    chat, now = [{"role": "user", "content": ""}], datetime.datetime(2026, 3, 9)
+    said = [render_chat(dated, chat, tokenize=False, now=time) for time in (None, now)]
+    assert said[0].replace("%", "%%") == said[1]
 
 
 def test_a_template_without_a_date_records_none(tokenizer, tmp_path):

@@ -2,7 +2,9 @@
 
 The lease is a file that its owner renews. Whoever finds one that is not renewed, or whose process
 on this machine has ended, takes it over. The clocks of two machines may differ, so a foreign lease
-counts as expired only if it has not changed while this process watched it.
+counts as expired only if it has not changed while this process watched it. The file system decides
+between processes that start at once, by exclusive creation; on a mounted bucket that lets both
+pass, the one whose lease was overwritten ends at its next renewal.
 """
 
 import contextlib
@@ -19,11 +21,11 @@ from typing import Any
 from etils import epath
 
 from oapl_jax.errors import RunError, UserError
+from oapl_jax.files import naming
 
 FILE = "lease.json"
 RENEW = 5.0  # seconds between two renewals
 EXPIRE = 30.0  # seconds without a renewal after which a lease may be taken over
-SETTLE = 0.5  # seconds after which two processes that wrote at once see the same owner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,23 +78,7 @@ def hold(
         since=now,
         renewed=now,
     )
-    if path.exists():
-        other = _read(path)
-        if _held(path, log):
-            raise _in_use(workdir, _read(path))
-        if _read(path) != other:  # another process has just taken it over
-            raise _in_use(workdir, _read(path))
-        log(f"took {workdir} over from {other or 'a process'}, which has ended")
-        _write(path, mine)
-    else:
-        try:
-            with open(path, "x") as file:  # of two processes that start at once, one succeeds
-                file.write(_encode(mine))
-        except FileExistsError as error:
-            raise _in_use(workdir, _read(path)) from error
-    time.sleep(SETTLE)
-    if (found := _read(path)) and found.owner != mine.owner:
-        raise _in_use(workdir, found)
+    _acquire(path, mine, log)
     ended = threading.Event()
     thread = threading.Thread(target=_renew, args=(path, mine, ended, lost), daemon=True)
     thread.start()
@@ -105,11 +91,39 @@ def hold(
             path.unlink()
 
 
-def _in_use(workdir: epath.Path, by: Lease | None) -> UserError:
+def _in_use(path: epath.Path, by: Lease | None) -> UserError:
     return UserError(
-        f"--workdir={workdir} is in use by {by or 'another process'}; stop that run, or give "
+        f"--workdir={path.parent} is in use by {by or 'another process'}; stop that run, or give "
         "another --workdir"
     )
+
+
+def _acquire(path: epath.Path, mine: Lease, log: Callable[[str], None]) -> None:
+    """Creates the file, or replaces that of an owner who has ended.
+
+    Raises:
+      UserError: if the owner lives, or another process has just succeeded it.
+    """
+    with contextlib.suppress(FileExistsError), naming(path):
+        with open(path, "x") as file:  # of several processes that start at once, one succeeds
+            file.write(_encode(mine))
+        return
+    found, alive = _watch(path, log)
+    if not path.exists():  # released meanwhile
+        _acquire(path, mine, log)
+        return
+    if alive:
+        raise _in_use(path, found)
+    # One process at a time may succeed an owner; a successor may be killed and have successors.
+    claim = path.parent / f"{path.name}.{found.owner if found else 'unreadable'}"
+    _acquire(claim, mine, log)
+    try:
+        if (later := _read(path)) != found:
+            raise _in_use(path, later)
+        _write(path, mine)
+    finally:
+        claim.unlink()
+    log(f"took {path} over from {found or 'a process'}, which has ended")
 
 
 def _renew(
@@ -124,19 +138,21 @@ def _renew(
             _write(path, dataclasses.replace(mine, renewed=time.time()))
 
 
-def _held(path: epath.Path, log: Callable[[str], None]) -> bool:
-    """True if the owner of a lease is alive; watches that of another machine for EXPIRE seconds."""
+def _watch(path: epath.Path, log: Callable[[str], None]) -> tuple[Lease | None, bool]:
+    """The lease of a file, and True if its owner is alive.
+
+    The owner on another machine is alive if it renews its lease within EXPIRE seconds.
+    """
     first = _read(path)
     if first and first.machine == _machine():
-        return _started(first.pid) == first.started
+        return first, _started(first.pid) == first.started
     log(f"waiting up to {EXPIRE:g} seconds for a sign of {first or 'the owner'} of {path}")
     give_up = time.monotonic() + EXPIRE
-    while time.monotonic() < give_up:
+    while time.monotonic() < give_up and path.exists():
         time.sleep(RENEW / 5)
-        found = _read(path)
-        if found != first:
-            return found is not None
-    return False
+        if (found := _read(path)) != first:
+            return found, found is not None
+    return first, False
 
 
 def _machine() -> str:
@@ -165,7 +181,7 @@ def _read(path: epath.Path) -> Lease | None:
 
 def _write(path: epath.Path, lease: Lease) -> None:
     """Replaces the file at once; each owner has a temporary file of its own."""
-    temporary = path.parent / f"{path.name}.{lease.owner}"
+    temporary = path.parent / f"{path.name}.{lease.owner}.tmp"
     try:
         temporary.write_text(_encode(lease))
         temporary.replace(path)

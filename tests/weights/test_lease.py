@@ -12,15 +12,17 @@ from types import SimpleNamespace
 
 import pytest
 from etils import epath
-from small_runs import small_arithmetic, typed
+from small_runs import opened, small_arithmetic, typed
 
-from oapl_jax import lease, train
+from oapl_jax import train
+from oapl_jax.config import save_config
 from oapl_jax.errors import RunError, UserError
+from oapl_jax.weights import lease
 
 OWNER = """
 import os, sys, time
 from etils import epath
-from oapl_jax import lease
+from oapl_jax.weights import lease
 with lease.hold(epath.Path(sys.argv[1]), log=print, lost=lambda error: os._exit(1)):
     print("held", flush=True)
     time.sleep(600)
@@ -125,6 +127,20 @@ def test_a_lease_that_can_not_be_read_is_taken_over_with_a_line(quick, tmp_path)
         assert json.loads((tmp_path / lease.FILE).read_text())["host"]
 
 
+def test_the_run_with_the_lease_alone_replaces_a_model(tmp_path):
+    """Of a workdir without config.json, whose model may be that of a refused run."""
+    small, wide = (small_arithmetic({"model.architecture.hidden_size": n}) for n in (32, 64))
+    assert opened(small, tmp_path).policy.config.hidden_size == 32
+    assert opened(wide, tmp_path).policy.config.hidden_size == 32  # as of an evaluation beside it
+    run = opened(wide, tmp_path)
+    run.leased = True
+    assert run.policy.config.hidden_size == 64
+    save_config(epath.Path(tmp_path), run.config.to_dict())
+    run = opened(small, tmp_path)
+    run.leased = True
+    assert run.policy.config.hidden_size == 64
+
+
 @pytest.mark.parametrize("stale", [False, True])
 def test_of_processes_that_start_at_once_one_goes_on(tmp_path, stale):
     """Also where they find the lease of a process that has ended."""
@@ -139,6 +155,29 @@ def test_of_processes_that_start_at_once_one_goes_on(tmp_path, stale):
             time.sleep(0.1)
         (one,) = alive()
         assert json.loads((tmp_path / lease.FILE).read_text())["pid"] == one.pid
+
+
+def test_a_successor_that_was_killed_has_a_successor(tmp_path):
+    """A takeover is a lease of its own, on the succession of one owner."""
+    ended = [
+        lease.Lease(str(i), "here", lease._machine(), 2**22 + i, "1", 0.0, 0.0) for i in (1, 2)
+    ]
+    for name, of in zip((lease.FILE, f"{lease.FILE}.1"), ended, strict=True):
+        (tmp_path / name).write_text(json.dumps(dataclasses.asdict(of)))
+    with hold(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [lease.FILE]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lease_that_is_released_meanwhile_is_free(quick, tmp_path):
+    foreign(tmp_path)
+    timer = threading.Timer(0.2, (tmp_path / lease.FILE).unlink)
+    timer.start()
+    lines = []
+    with hold(tmp_path, lines):
+        timer.join()
+        assert json.loads((tmp_path / lease.FILE).read_text())["host"] != "tpu-7"
+    assert len(lines) == 1  # that it waited; none was taken over
 
 
 def test_a_process_whose_lease_was_taken_over_is_told(quick, tmp_path):

@@ -2,10 +2,8 @@
 
 import pytest
 
-from configs import arithmetic
-from oapl_jax.config import Config
 from oapl_jax.errors import UserError
-from oapl_jax.servers import read_api_key, read_server_list, server_url
+from oapl_jax.fleet.addresses import read_api_key, read_server_list, server_url
 
 VALID = {
     "http://10.0.0.2:30000": "http://10.0.0.2:30000",
@@ -59,27 +57,6 @@ def test_a_password_in_an_address_is_refused_and_not_shown(entry):
     with pytest.raises(UserError) as caught:
         server_url("http://a:1?api_key=secret", of="fleet.servers")
     assert "secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize("sampler", ["local", "fleet"])
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("fleet.servers", ("http://10.0.0.2:30000", "10.0.0.3:30000")),
-        ("fleet.router", "10.0.0.3:30000"),
-        ("preferences.language_model.servers", ("10.0.0.3:30000",)),
-    ],
-)
-def test_a_configuration_names_the_setting_and_the_address(setting, value, sampler):
-    config = arithmetic.get_config().to_dict()
-    *path, last = setting.split(".")
-    section = config
-    for name in path:
-        section = section[name]
-    section[last] = value
-    config["rollout"]["sampler"] = sampler
-    with pytest.raises(UserError, match=rf"{setting} .*10\.0\.0\.3:30000"):
-        Config.from_dict(config)
 
 
 def test_a_server_list(tmp_path):
