@@ -23,7 +23,7 @@ from oapl_jax.data.public import releases
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.evaluation import compare, report, table
 from oapl_jax.evaluation.benchmark import Grades, Samples, grader_identity, measure
-from oapl_jax.files import absolute, write_atomically
+from oapl_jax.files import flag_directory, write_atomically
 from oapl_jax.launch import read_command_line, use_compile_cache
 from oapl_jax.record import version_to_sample
 from oapl_jax.rollout.dataset import Dataset, DatasetWriter, fill, identity, stored
@@ -59,7 +59,7 @@ def main() -> None:
         directory, results = evaluate_benchmarks(
             run,
             benchmarks.value,
-            absolute(to.value) if to.value else workdir / "evaluation",
+            workdir / "evaluation" if to.value is None else flag_directory("to", to.value),
             step=step.value,
             version_dir=version_dir.value,
             n=config.evaluation.n if n.value is None else n.value,

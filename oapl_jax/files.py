@@ -42,6 +42,19 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return epath.Path(os.path.abspath(os.path.expanduser(path)) if is_local(path) else path)
 
 
+def flag_directory(flag: str, value: str) -> epath.Path:
+    """The absolute path that a flag gives; UserError for none, or one that Orbax can't use."""
+    if not value:
+        raise UserError(f"--{flag} is empty; give a directory, such as --{flag}=runs/a")
+    path = absolute(value)
+    if found := sorted(set("*?[]\\") & set(os.fspath(path))):
+        raise UserError(
+            f"--{flag}={path} has {' '.join(found)}, which Orbax takes for a pattern; choose "
+            "another name"
+        )
+    return path
+
+
 @contextlib.contextmanager
 def naming(path: epath.PathLike) -> Iterator[None]:
     """Adds the file's name to an OSError that lacks one, as of a write to a full disk."""

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, config_flags
 
 from oapl_jax.config import Config, flatten, nearest
 from oapl_jax.errors import UserError
-from oapl_jax.files import absolute, is_local
+from oapl_jax.files import absolute, flag_directory, is_local
 from oapl_jax.fleet.addresses import server_url
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
@@ -53,13 +53,7 @@ def read_command_line() -> tuple[Config, epath.Path]:
             f"--workdir={WORKDIR.value} is in an object store, whose files can't grow as a run's "
             "ledger and metrics do; name a directory (a bucket can be mounted as one)"
         )
-    workdir = absolute(WORKDIR.value)
-    if found := sorted(set("*?[]\\") & set(os.fspath(workdir))):
-        raise UserError(
-            f"--workdir={workdir} has {' '.join(found)}, which Orbax takes for a pattern; choose "
-            "another name"
-        )
-    return config, workdir
+    return config, flag_directory("workdir", WORKDIR.value)
 
 
 def check_servers(config: Config) -> None:

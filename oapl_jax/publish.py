@@ -13,7 +13,7 @@ from etils import epath
 
 from oapl_jax.config import load_config
 from oapl_jax.errors import UserError, exit_with_code, one_line
-from oapl_jax.files import absolute
+from oapl_jax.files import flag_directory
 from oapl_jax.model import hf
 from oapl_jax.model.tokenizer import check_tokenizer, load_tokenizer
 from oapl_jax.weights import checkpoint, publisher
@@ -78,7 +78,8 @@ def main() -> None:
     missing = [f"--{flag.name}" for flag in (source, step, to) if flag.value is None]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; name the run, its step and a directory")
-    print(publish_step(absolute(source.value), step.value, absolute(to.value), dtype=dtype.value))
+    workdir, directory = (flag_directory(flag.name, flag.value) for flag in (source, to))
+    print(publish_step(workdir, step.value, directory, dtype=dtype.value))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from etils import epath
 
 from oapl_jax.build import Run
 from oapl_jax.errors import UserError, exit_with_code
-from oapl_jax.files import absolute, checksum
+from oapl_jax.files import absolute, checksum, flag_directory
 from oapl_jax.launch import read_command_line, use_compile_cache
 from oapl_jax.rollout.dataset import DatasetWriter, fill
 from oapl_jax.rollout.ledger import ZeroRewardGuard
@@ -118,7 +118,7 @@ def main() -> None:
         raise UserError("--to is missing; add, for example, --to=runs/round1")
     if step.value is not None and version_dir.value is not None:
         raise UserError("--step and --version_dir both name a version; give one of them")
-    directory = absolute(to.value)
+    directory = flag_directory("to", to.value)
     use_compile_cache(config.compile_cache, workdir)
     with contextlib.closing(Run(config, workdir)) as run:
         record_dataset(

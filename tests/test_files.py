@@ -40,6 +40,16 @@ def test_a_failed_write_keeps_the_old_content(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_directory_of_a_flag(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert files.flag_directory("to", "a/../b") == files.flag_directory("to", "~/b")
+    assert os.fspath(files.flag_directory("to", "gs://a/b")) == "gs://a/b"
+    for value in ("", "a*", "[a]", "a?", "~/a\\b"):
+        with pytest.raises(UserError, match="--to"):
+            files.flag_directory("to", value)
+
+
 def test_of_two_processes_that_write_at_once_the_last_stays(tmp_path):
     def parts():
         yield b"mine"

@@ -76,12 +76,10 @@ def test_a_missing_flag_is_named(monkeypatch, command, flag):
         ("preferences.language_model.servers", "('10.0.0.3:30000',)"),
     ],
 )
-def test_a_malformed_address_is_named_with_its_setting(
-    monkeypatch, tmp_path, sampler, setting, value
-):
+def test_a_malformed_address_is_named_with_its_setting(monkeypatch, sampler, setting, value):
     words = (f"--config.{setting}={value}", f"--config.rollout.sampler={sampler}")
     with pytest.raises(UserError, match=rf"{setting} .*10\.0\.0\.3:30000"):
-        read(monkeypatch, tmp_path, *words)
+        read(monkeypatch, "x", *words)
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,8 @@ def warmed_up(runs, tmp_path_factory):
 def test_the_learners_denominator_is_the_samplers(runs, warmed_up, tmp_path):
     # One window: the rollouts are the same. A small eps would make Adam's steps of rounding errors.
     settings = {**warmed_up, "num_steps": 4, "optim.eps": 1e-3}
-    runs.run(tmp_path / "sampler", **settings)
+    # No version follows before the end, which a line says.
+    assert "lag.steps=4" in runs.run(tmp_path / "sampler", **settings)
     runs.run(tmp_path / "learner", **settings, **{"objective.denominator": "learner"})
     theirs, mine = metrics(tmp_path / "sampler"), metrics(tmp_path / "learner")
     assert sum(line["reward"] for line in theirs) > 0

@@ -7,6 +7,7 @@ sign-flip test (estimators.py). Results that were not sampled alike are refused.
 """
 
 import argparse
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +19,7 @@ from oapl_jax.errors import UserError
 from oapl_jax.evaluation import report
 from oapl_jax.evaluation.benchmark import FORMAT
 from oapl_jax.evaluation.estimators import intervals, pass_curve, sign_flip_test
-from oapl_jax.files import read_json
+from oapl_jax.files import flag_directory, read_json
 from oapl_jax.rollout.dataset import differences
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_response_tokens")
@@ -126,7 +127,8 @@ def table(compared: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser("oapl_jax.evaluate", description="Compares two results")
     parser.add_argument("--compare", required=True, help="A.json,B.json; the difference is B - A")
-    parser.add_argument("--to", type=epath.Path, help="directory for comparison.json and .png")
+    to = functools.partial(flag_directory, "to")
+    parser.add_argument("--to", type=to, help="directory for comparison.json and .png")
     parser.add_argument("--resamples", type=int, default=20_000, help="of bootstrap and test")
     parser.add_argument("--seed", type=int, default=0, help="of both")
     arguments = parser.parse_args()

@@ -159,11 +159,9 @@ def test_of_processes_that_start_at_once_one_goes_on(tmp_path, stale):
 
 def test_a_successor_that_was_killed_has_a_successor(tmp_path):
     """A takeover is a lease of its own, on the succession of one owner."""
-    ended = [
-        lease.Lease(str(i), "here", lease._machine(), 2**22 + i, "1", 0.0, 0.0) for i in (1, 2)
-    ]
-    for name, of in zip((lease.FILE, f"{lease.FILE}.1"), ended, strict=True):
-        (tmp_path / name).write_text(json.dumps(dataclasses.asdict(of)))
+    with owning(tmp_path):
+        content = (tmp_path / lease.FILE).read_text()
+    (tmp_path / f"{lease.FILE}.{json.loads(content)['owner']}").write_text(content)
     with hold(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [lease.FILE]
     assert not list(tmp_path.iterdir())

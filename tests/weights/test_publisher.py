@@ -356,6 +356,9 @@ def test_mistakes_on_the_command_line_are_one_sentence(workdir, tmp_path, monkey
         ([source, to, "--step=8", "--steps=9"], "'steps'"),
         ([f"--from={tmp_path}/none", to, "--step=8"], "no config.json"),
         ([f"--from={tmp_path}/empty", to, "--step=8"], "no config.json"),
+        ([source, "--to=", "--step=8"], "--to"),
+        (["--from=", to, "--step=8"], "--from"),
+        ([source, f"--to={tmp_path}/[a]", "--step=8"], "--to"),
         ([source, to, "--step=9"], "have weights: 8; checkpoints: none"),
         ([source, f"--to={tmp_path}/there", "--step=8"], "v000008 exists already"),
     ):
