@@ -103,12 +103,12 @@ class Section:
             if choices and value not in choices:
                 raise UserError(f"{name}={_shown(value)} is not one of {', '.join(choices)}")
             limits = field.metadata.get("limits", {})
-            fits = lambda x, limits=limits: all(fit(x, limit) for limit, fit in limits.values())
-            if not all(_is_finite(x) and fits(x) for x in numbers(value)):
-                range_ = " and ".join(f"{word} {x:.12g}" for word, (x, _) in limits.items())
-                raise UserError(
-                    f"{name}={_shown(value)} must be {range_ or 'finite'}, in float32 and int64 too"
-                )
+            for path, x in numbers(value, name):
+                if not _is_finite(x) or not all(fit(x, limit) for limit, fit in limits.values()):
+                    range_ = " and ".join(f"{word} {x:.12g}" for word, (x, _) in limits.items())
+                    raise UserError(
+                        f"{path}={_shown(x)} must be {range_ or 'finite'}, in float32 and int64 too"
+                    )
         self.check()
 
     def keys(self) -> list[str]:
@@ -159,18 +159,21 @@ class Section:
             _path.reset(token)
 
 
-def numbers(value: Any) -> Iterator[int | float]:
-    """Yields the numbers of a value, also of nested tuples, lists and mappings.
+def numbers(value: Any, name: str) -> Iterator[tuple[str, int | float]]:
+    """Yields the numbers of a value with their full names, also of nested tuples and mappings.
 
     A float comes as float32 too: the devices compute in it, and 0.99999999 is 1 and 1e-50 is 0.
     """
     if isinstance(value, int | float):
-        yield value
+        yield name, value
     if isinstance(value, float):
-        yield ctypes.c_float(value).value
-    if isinstance(value, tuple | list | Mapping):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from numbers(item)
+        yield name, ctypes.c_float(value).value
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from numbers(item, f"{name}.{key}")
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from numbers(item, name)
 
 
 def _is_finite(number: int | float) -> bool:
@@ -335,6 +338,9 @@ class ObjectiveConfig(Section):
     kl_weight: float = setting("weight of KL(pi || pi_ref) added to the loss", at_least=0)
     ess_power: float = setting("updates are scaled by (ESS / B)^ess_power", at_least=0)
     constants: Mapping[str, Any] = setting("constants of the objectives, by their papers' names")
+
+    def full_name(self, field: str) -> str:
+        return super().full_name(field).removesuffix(".constants")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], path: str = "") -> Self:

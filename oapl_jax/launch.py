@@ -31,7 +31,15 @@ def read_command_line() -> tuple[Config, epath.Path]:
     try:
         words = flags.FLAGS(sys.argv)[1:]
         values = CONFIG.value.to_dict() if CONFIG.value is not None else None
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        OSError,
+        OverflowError,
+        TypeError,
+        ValueError,
+    ) as error:
         check_overrides(sys.argv[1:])
         # The libraries put tracebacks into their messages; the cause is in the last line.
         lines = [line for line in str(error.args[0]).splitlines() if line.strip()]

@@ -70,7 +70,7 @@ def initialize(*, pod: bool, coordinator: str, hosts: int, host: int) -> None:
             "--pod finds the hosts by itself; leave out --coordinator, --hosts and --host, or --pod"
         )
     address, _, port = coordinator.rpartition(":")
-    if coordinator and not (address and port.isdigit() and 0 < int(port) < 1 << 16):
+    if coordinator and not (address and port.isdecimal() and 0 < int(port) < 1 << 16):
         raise UserError(f"--coordinator={coordinator} must be ADDRESS:PORT of host 0")
     if coordinator and not 0 <= host < hosts:
         raise UserError(f"--host={host} must lie within 0 and --hosts={hosts} - 1")

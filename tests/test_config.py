@@ -12,7 +12,7 @@ from oapl_jax.config import Config
 from oapl_jax.curriculum import CURRICULA
 from oapl_jax.errors import UserError
 from oapl_jax.model.transformer import REMAT_POLICIES
-from oapl_jax.objectives import OBJECTIVES, constants
+from oapl_jax.objectives import OBJECTIVES, bind, constants
 from oapl_jax.objectives.aggregation import AGGREGATIONS
 from oapl_jax.preferences import JUDGES
 from oapl_jax.rewards.tasks import VERIFIERS
@@ -51,12 +51,12 @@ MISTAKES = [
     ({"objective.beta1": 0.0}, "objective.beta1"),
     ({"objective.beta2": NAN}, "objective.beta2"),
     ({"objective.beta2": float("inf")}, "objective.beta2"),
-    *(({"objective.beta2": x}, "objective") for x in (10**400, 10**5000)),
+    ({"objective.beta2": 10**39}, "objective.beta2"),
     ({"objective.kl_weight": -1.0}, "objective.kl_weight"),
     ({"objective.constant_length": 0}, "objective.constant_length"),
     ({"optim.learning_rate": NAN}, "optim.learning_rate"),
     ({"optim.learning_rate": 0.0}, "optim.learning_rate"),
-    *(({"optim.learning_rate": 10**n}, "optim.learning_rate") for n in (39, 400, 5000)),
+    ({"optim.learning_rate": 10**39}, "optim.learning_rate"),
     ({"optim.b1": 1.0}, "optim.b1"),
     ({"optim.b2": 1.0}, "optim.b2"),
     ({"optim.eps": -1.0}, "optim.eps"),
@@ -91,9 +91,12 @@ MISTAKES = [
     ),
     ({"model.remat": "some"}, "model.remat"),
     # Sections of a package's own names: every number is finite.
-    ({"model.architecture.rms_norm_eps": NAN}, "model.architecture"),
-    ({"data.generator.max_terms": 10**400}, "data.generator"),
-    ({"preferences.rubric.objectives": {"short": {"length": NAN}}}, "preferences.rubric"),
+    ({"model.architecture.rms_norm_eps": NAN}, "model.architecture.rms_norm_eps"),
+    ({"data.generator.max_terms": 10**400}, "data.generator.max_terms"),
+    (
+        {"preferences.rubric.objectives": {"short": {"length": NAN}}},
+        "preferences.rubric.objectives.short.length",
+    ),
     ({"model.dtype": "float16"}, "model.dtype"),
     ({"curriculum.name": "hard"}, "curriculum.name"),
     ({"curriculum.curator.remat": "all"}, "curriculum.curator.remat"),
@@ -105,7 +108,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "setting"), MISTAKES, ids=[str(m[0]) for m in MISTAKES])
+@pytest.mark.parametrize(("changes", "setting"), MISTAKES, ids=[f"{m[0]!s:.60}" for m in MISTAKES])
 def test_a_mistake_names_its_setting(changes, setting):
     config = arithmetic.get_config()
     config.update_from_flattened_dict(changes)
@@ -155,6 +158,18 @@ def test_a_mistake_of_an_objective_names_its_setting(objective, changes, setting
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=setting):
         checked(config)
+
+
+@pytest.mark.parametrize("digits", [400, 5000, 60_000])
+@pytest.mark.parametrize("setting", ["optim.learning_rate", "objective.beta2", "lag.mode"])
+def test_an_integer_that_no_float_holds_names_its_setting(setting, digits):
+    values = arithmetic.get_config().to_dict()
+    section, name = setting.split(".")
+    values[section][name] = 10**digits
+    with pytest.raises(UserError, match=setting.replace(".", r"\.")):
+        Config.from_dict(values)
+    with pytest.raises(UserError, match=r"objective\.beta2"):
+        bind("oapl", {"beta1": 1.0, "beta2": 10**400})
 
 
 @pytest.mark.parametrize(

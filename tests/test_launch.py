@@ -48,6 +48,8 @@ def test_a_workdir_in_a_bucket_is_refused_and_no_local_name(monkeypatch):
         (["--config.learning_rate=1e-3"], r"optim\.learning_rate"),
         (["--config.optim.group_size=9"], "group_size"),
         (["--config.num_steps=many"], "num_steps"),
+        (["--config.num_steps=1" + "0" * 400], "num_steps"),
+        (["--config.optim.learning_rate=1" + "0" * 400], r"learning_rate"),
         (["--config=configs/arithmetic.py:task=sums"], r"task=chain_sum\|"),
         (["--config=configs/nothing.py"], r"configs/nothing\.py"),
     ],

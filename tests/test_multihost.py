@@ -17,7 +17,7 @@ from oapl_jax.errors import HostLost, UserError
 
 ROOT = Path(__file__).parent.parent
 TALK = """
-import os, sys, time
+import os, pathlib, sys, tempfile, time
 import jax
 from jax.experimental import multihost_utils
 from oapl_jax import multihost
@@ -38,6 +38,12 @@ def exchange():
         programs.append(clock.programs)
     assert programs == [1, 1, 1, 2, 2, 2, 2], programs  # of what goes first, and of a block
     assert multihost.allgather_set({host, 7}, "numbers", deadline=30.0) == {0, 1, 7}
+    file = pathlib.Path(tempfile.gettempdir(), f"written by host 0 of {coordinator}")
+    with multihost.host0_first("a file", deadline=30.0):
+        assert file.exists() == bool(host)
+        file.touch()
+    multihost.barrier("the file", deadline=30.0)
+    file.unlink(missing_ok=True)
     assert multihost.per_host_path("a.jsonl") == ("a.jsonl", "a.host1.jsonl")[host]
 
 def main():
@@ -204,6 +210,7 @@ def test_what_another_host_writes_is_waited_for_until_the_deadline():
         (dict(pod=False, coordinator="", hosts=2, host=0), "--coordinator"),
         (dict(pod=False, coordinator="", hosts=1, host=1), "--coordinator"),
         (dict(pod=False, coordinator="10.0.0.1", hosts=2, host=1), "--coordinator=10.0.0.1"),
+        (dict(pod=False, coordinator="a:²", hosts=2, host=1), "--coordinator=a:²"),
         (dict(pod=False, coordinator=":1234", hosts=2, host=1), "--coordinator=:1234"),
         (dict(pod=False, coordinator="a:99999", hosts=2, host=1), "--coordinator=a:99999"),
     ],
