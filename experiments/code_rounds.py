@@ -55,7 +55,7 @@ def sweep(add: Add) -> None:
 
 def code(number: int, *, kind: str = "train", **fields: Any) -> Point:
     """A part of a round of configs/code_contests.py: base model, recorded set or training."""
-    grading = dict(benchmarks=CODE, samples=20) if kind != "generate" else {}
+    grading: dict[str, Any] = dict(benchmarks=CODE, samples=20) if kind != "generate" else {}
     values = {"objective": "oapl", **paper.CODE}
     return point(f"code_contests:round={number}", values, kind=kind, **fields, **grading)
 
@@ -64,8 +64,8 @@ def record(add: Add, seed: int, start: Point, prompts: int) -> Point:
     """A recorded dataset of the first prompts of the training split."""
     data, *_ = small.settings(add)
     values = {**small.OAPL, "seed": seed, **data}
-    fields = dict(kind="generate", split="validation", start=start, prompts=prompts)
-    return point(small.CONFIG, values, **fields)
+    fields: dict[str, Any] = dict(kind="generate", split="validation", start=start)
+    return point(small.CONFIG, values, prompts=prompts, **fields)
 
 
 def trained(add: Add, seed: int, stream: Point, num_steps: int, **fields: bool) -> Point:

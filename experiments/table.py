@@ -150,7 +150,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 
-def whiskers(panel: Axes, points: Mapping[float, Spread], label: str, **style: Any) -> None:
+def whiskers(panel: Axes, points: Mapping[float, Spread], label: str = "", **style: Any) -> None:
     """Plots means with their intervals at positions x."""
     if points:
         mean, low, high = np.array(list(points.values())).T
@@ -368,7 +368,7 @@ def ks_of(table: Table, benchmark: str) -> dict[int, str]:
 
 
 def draw(table: Table, curves: Sequence[str]) -> Figure:
-    """Draws the panels in rows of four."""
+    """Draws the panels in rows of four; the first has the names of all colors."""
     drawn, graded = panels(table, curves), table.cells
     across = min(len(drawn), 4)
     down = math.ceil(len(drawn) / across)
@@ -376,35 +376,38 @@ def draw(table: Table, curves: Sequence[str]) -> Figure:
     figure, axes = plt.subplots(down, across, figsize=size, squeeze=False)
     for unused in axes.flat[len(drawn) :]:
         unused.remove()
+    colors = plt.get_cmap("tab10" if len(graded) <= 10 else "tab20")
     for axis, (kind, of) in zip(axes.flat, drawn, strict=False):
-        for i, (name, cell) in enumerate(graded.items()):
-            style: dict[str, Any] = dict(color=f"C{i % 10}", label=name)
+        for i, cell in enumerate(graded.values()):
+            color = colors(i)
             if kind == "bars":
                 mean, low, high = cell.spread(of)
                 ends = [mean if math.isnan(end) else end for end in (low, high)]
-                axis.plot(ends, [i, i], color=style["color"])
-                axis.plot(mean, i, "o", color=style["color"])
+                axis.plot(ends, [i, i], color=color)
+                axis.plot(mean, i, "o", color=color)
             elif kind == "k":
-                whiskers(axis, {k: cell.spread(m) for k, m in ks_of(table, of).items()}, **style)
+                whiskers(
+                    axis, {k: cell.spread(m) for k, m in ks_of(table, of).items()}, color=color
+                )
             elif kind == "steps":
-                band(axis, [by_step(line, of) for line in cell.lines], **style)
+                band(axis, [by_step(line, of) for line in cell.lines], color)
             else:
                 generations = np.nan_to_num(cell.mean("generations"))
-                whiskers(axis, {float(generations): cell.spread(of)}, **style)
-                band(axis, [by_generations(line) for line in cell.lines], color=style["color"])
+                whiskers(axis, {float(generations): cell.spread(of)}, color=color)
+                band(axis, [by_generations(line) for line in cell.lines], color)
         label(axis, kind, of, list(graded))
     return finish(figure)
 
 
-def band(axis: Axes, curves: Sequence[Curve], **style: Any) -> None:
+def band(axis: Axes, curves: Sequence[Curve], color: Any) -> None:
     """Plots the mean of the runs that have a curve, and a band from the lowest to the highest."""
     curves = [curve for curve in curves if curve[0]]
     if curves:
         shortest = min(len(x) for x, _ in curves)
         x = np.mean([x[:shortest] for x, _ in curves], 0)
         y = np.array([y[:shortest] for _, y in curves])
-        axis.plot(x, y.mean(0), marker=".", **style)
-        axis.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.15)
+        axis.plot(x, y.mean(0), marker=".", color=color)
+        axis.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15)
 
 
 def label(axis: Axes, kind: str, of: str, rows: Sequence[str]) -> None:
@@ -420,7 +423,6 @@ def label(axis: Axes, kind: str, of: str, rows: Sequence[str]) -> None:
         axis.set(xlabel="gradient step", ylabel=f"{of}; bands: the seeds")
     else:
         axis.set(xlabel="training generations", ylabel=of)
-    axis.legend(fontsize=8)
 
 
 def main() -> None:
