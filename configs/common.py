@@ -70,7 +70,8 @@ def recorded() -> dict[str, Any]:
         dataset_share=0.5,  # of the groups of a step, for source="both"
         dataset_order="shuffled",  # endless; "recorded": in the order of the dataset, once
         dataset_version=0,  # in this run, which starts from these weights; -1: as recorded
-        record=False,  # whether live groups are written to rollouts/ in the workdir
+        record=False,  # whether all live groups are written to rollouts/ in the workdir
+        keep=0.1,  # or a share of them, for oapl_jax.report: about three of a step's 32
         groups_per_shard=1024,  # of record; a shard also ends with each checkpoint
     )
 

@@ -3,6 +3,7 @@
 Each part gets its own section of the configuration and nothing else.
 """
 
+import functools
 import string
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -43,6 +44,7 @@ from oapl_jax.rewards.grader import Grader, check_rewards
 from oapl_jax.rollout import dataset
 from oapl_jax.rollout.buffer import Buffer, GroupStore
 from oapl_jax.rollout.dataset import RecordedStream
+from oapl_jax.rollout.kept import KeptNotes
 from oapl_jax.rollout.ledger import FILE, Ledger, ZeroRewardGuard
 from oapl_jax.rollout.local_sampler import LocalSampler
 from oapl_jax.rollout.sampler import Sampler, Sampling
@@ -53,6 +55,8 @@ from oapl_jax.tracking.progress import log
 from oapl_jax.weights import checkpoint, probe, publisher
 from oapl_jax.weights.lag import LagPolicy
 from oapl_jax.weights.versions import Versions
+
+KEPT_SECONDS = 60.0  # between two shards of kept groups, so that a report can follow a run
 
 
 class Run:
@@ -274,10 +278,11 @@ class Run:
         ledger = Ledger(self.workdir / multihost.per_host_path(FILE))
         decode = self.policy.tokenizer.decode
         guard = ZeroRewardGuard(limit=rollout.max_zero_reward_groups, decode=decode)
-        writer = self._open_writer() if rollout.record else None
+        writer = self._open_writer()
+        notes = self._notes if writer else None
 
         def on_group(group: Group) -> None:
-            if writer:
+            if writer and notes and notes.keeps(group.prompt):
                 writer.add(group)
             guard.note(group)
 
@@ -299,7 +304,7 @@ class Run:
         worker = Worker(
             store,
             sampler,
-            preferences.reward if preferences else self._verify,
+            preferences.reward if preferences else functools.partial(self._verify, notes),
             group_size=config.group_size,
             sampling=self.sampling,
             prompts_per_call=rollout.prompts_per_call,
@@ -313,6 +318,7 @@ class Run:
             ledger=ledger,
             guard=guard,
             writer=writer,
+            notes=notes,
             workdir=self.workdir,
             sampled=(config.groups_per_step - recorded_groups) // jax.process_count(),
             recorded=recorded_groups if host0 else 0,
@@ -322,9 +328,17 @@ class Run:
             more_metrics=[self.grader.metrics, *([preferences.metrics] if preferences else [])],
         )
 
-    def _verify(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> np.ndarray:
-        """float32[n], the verifier's rewards."""
-        return np.array([self.grader.reward(prompt, rollout) for rollout in rollouts], np.float32)
+    def _verify(
+        self, notes: KeptNotes | None, prompt: Prompt, rollouts: Sequence[Rollout]
+    ) -> np.ndarray:
+        """float32[n], the verifier's rewards; notes its verdicts of a group that is kept."""
+        if notes is None or not notes.keeps(prompt):
+            rewards = [self.grader.reward(prompt, rollout) for rollout in rollouts]
+        else:
+            grades = [self.grader.grade(prompt, rollout) for rollout in rollouts]
+            notes.graded(prompt, grades)
+            rewards = [grade.reward for grade in grades]
+        return np.array(rewards, np.float32)
 
     def _open_curriculum(self) -> Curriculum:
         config, section = self.config, self.config.curriculum
@@ -392,18 +406,34 @@ class Run:
             ledger=ledger,
         )
 
-    def _open_writer(self) -> dataset.DatasetWriter:
-        writer = dataset.DatasetWriter(
-            self.workdir / "rollouts",
-            self.about({"by": "train"}),
-            groups_per_shard=self.config.rollout.groups_per_shard,
-            weights_digest=lambda version: checksum(
-                self.versions.path(version) / publisher.MANIFEST
-            ),
-        )
+    def _open_writer(self) -> dataset.DatasetWriter | None:
+        """The dataset of sampled groups that this host records or keeps; None if it has none."""
+        rollout = self.config.rollout
+        if rollout.source == "dataset" or not rollout.kept_share or jax.process_index():
+            return None
+        try:
+            writer = dataset.DatasetWriter(
+                self.workdir / "rollouts",
+                self.about({"by": "train"}),
+                groups_per_shard=rollout.groups_per_shard,
+                seconds_per_shard=float("inf") if rollout.record else KEPT_SECONDS,
+                weights_digest=lambda version: checksum(
+                    self.versions.path(version) / publisher.MANIFEST
+                ),
+            )
+        except UserError as error:  # sampling has changed: a run goes on without them
+            if rollout.record:
+                raise
+            log(f"no groups are kept (rollout.keep): {error}")
+            return None
         if not self.checkpoints.steps():
             writer.keep(0)  # shards of a run that was killed before its first checkpoint
         return writer
+
+    @cached_property
+    def _notes(self) -> KeptNotes:
+        share, hosts = self.config.rollout.kept_share, jax.process_count()
+        return KeptNotes(self.workdir / "rollouts", share=share, hosts=hosts)
 
     def about(self, made: Mapping[str, Any]) -> dict[str, Any]:
         """Task, model and sampling of the run, for the manifest of a recorded dataset."""

@@ -413,7 +413,10 @@ class RolloutConfig(Section):
         "endless permutations, or once in order", choices=("shuffled", "recorded")
     )
     dataset_version: int = setting("version of the groups in this run; -1: recorded", at_least=-1)
-    record: bool = setting("write sampled groups to rollouts/ in the workdir")
+    record: bool = setting("write all sampled groups to rollouts/ in the workdir")
+    keep: float = setting(
+        "or this share of them, for the report; 0: none", at_least=0, at_most=1, default=0.0
+    )
     groups_per_shard: int = setting("groups of a recorded shard", at_least=1)
 
     def check(self) -> None:
@@ -422,6 +425,11 @@ class RolloutConfig(Section):
                 f"rollout.source={self.source!r} and rollout.dataset={self.dataset!r} do not fit: "
                 "name a dataset made by oapl_jax.record for 'dataset' or 'both', none for 'live'"
             )
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the sampled groups that is written to rollouts/."""
+        return 1.0 if self.record else self.keep
 
     def recorded_groups(self, groups_per_step: int) -> int:
         """Groups of a gradient step that are read from the dataset; the others are sampled."""

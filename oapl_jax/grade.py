@@ -32,24 +32,15 @@ from oapl_jax.config import RewardsConfig, load_config
 from oapl_jax.data.prompts import response_text
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.model.tokenizer import load_tokenizer
-from oapl_jax.rewards.code.verifier import CodeVerdict
-from oapl_jax.rewards.documents.verifier import DocumentVerdict
 from oapl_jax.rewards.grader import OPENED
-from oapl_jax.rewards.math.verifier import MathVerdict, MathVerifier
+from oapl_jax.rewards.math.verifier import MathVerifier
 from oapl_jax.rewards.tasks import FINAL_ANSWERS, VERIFIERS
+from oapl_jax.rewards.verdicts import TRUNCATED, explain
 from oapl_jax.rollout.dataset import Dataset
 from oapl_jax.structs import Group, decode_groups
 
 AT_ONCE = 256  # responses read ahead of the first verdict that is not printed
 SETTINGS = Path(__file__).parents[1] / "configs" / "common.py"
-CODE = {"passed": "right", "failed": "wrong", "no_code": "wrong"}
-REASONS = {
-    "passed": "every test passed",
-    "failed": "a wrong output",
-    "timeout": "the deadline of the test passed",
-    "error": "the program raised, was killed or exceeded a limit",
-    "no_code": "no fenced block of code",
-}
 
 
 class Graded(NamedTuple):
@@ -58,23 +49,6 @@ class Graded(NamedTuple):
     response: str
     reference: str
     note: str = ""
-
-
-def explain(verdict: MathVerdict | CodeVerdict | DocumentVerdict | float) -> tuple[str, str]:
-    """The verdict as right, wrong, error or timeout, and the reason."""
-    match verdict:
-        case MathVerdict():
-            return verdict.outcome, verdict.reason
-        case CodeVerdict():
-            at = "" if verdict.test is None else f"test {verdict.test}: "
-            reason = at + REASONS.get(verdict.outcome, verdict.outcome)
-            return CODE.get(verdict.outcome, verdict.outcome), reason
-        case DocumentVerdict():
-            terms = ", ".join(f"{name} {value:.3g}" for name, value in verdict.terms.items())
-            faults = f"; {', '.join(verdict.faults)}" if verdict.faults else ""
-            right = "right" if verdict.reward == 1 else "wrong"
-            return right, f"reward {verdict.reward:.3g}: {terms}{faults}"
-    return ("right" if verdict == 1 else "wrong"), f"reward {verdict:g}"
 
 
 def read_lines(lines: Iterable[str], name: str) -> Iterator[Graded]:
@@ -194,7 +168,7 @@ def main() -> None:
                 Graded(
                     response_text(decoder, rollout.tokens),
                     group.prompt.answer,
-                    "truncated, which gets no reward" if rollout.finish_reason == "length" else "",
+                    TRUNCATED if rollout.finish_reason == "length" else "",
                 )
                 for rollout in group.rollouts
             ]

@@ -31,7 +31,14 @@ from oapl_jax.learner import packing, sft, train_step
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.learner.train_step import TrainState
 from oapl_jax.structs import Batch, Group
-from oapl_jax.tracking.metrics import CompileClock, MetricsWriter, group_metrics, read_lines
+from oapl_jax.tracking.metrics import (
+    CompileClock,
+    MetricsWriter,
+    StepClock,
+    group_metrics,
+    read_lines,
+    residuals_by_lag,
+)
 from oapl_jax.tracking.plots import plot_learning
 from oapl_jax.tracking.progress import (
     Progress,
@@ -121,6 +128,7 @@ def train_from(
         kl_weight=config.objective.kl_weight,
         ess_power=config.objective.ess_power,
         to_reference=config.objective.denominator == "reference",
+        return_logp=source.live and config.rollout.kept_share > 0,
         **settings,
     )
     logp_fn = train_step.make_logp_step(run.model, run.mesh, **settings)
@@ -133,9 +141,11 @@ def train_from(
         if not first:
             save(run, state, loop)
         stop.waits_for = "the current step"
+        spent = StepClock()
         for step in range(first, config.num_steps):
             started = time.monotonic()
             publish_and_serve(run, step, state.params, loop)
+            spent("publish")
             try:
                 groups, waited = source.collect(step, stop)
             except FleetLost:
@@ -143,14 +153,21 @@ def train_from(
                 raise
             if not groups:
                 break
+            spent("groups")
             batch = packing.to_mesh(build_batch(run, groups, step), shardings)
+            spent("pack")
             with section(f"gradient step {step + 1}"):
                 batch = recompute_logps(run, logp_fn, batch, step)
+                spent("recompute")
                 learning = time.monotonic()
                 state, metrics = step_fn(state, batch)
                 metrics = jax.device_get(metrics)
             learned = time.monotonic() - learning
+            spent("learn")
             source.store.trained(groups, functools.partial(logp_fn, state.params, batch))
+            responses = metrics.pop("responses")
+            source.note(groups, step, responses)
+            spent("curriculum")
             loop["seconds"]["rl"] += time.monotonic() - started
 
             done = step + 1
@@ -166,11 +183,16 @@ def train_from(
             if due(config.evaluation.every):
                 result = run.evaluate(done, state.params, "validation")
                 values |= {f"eval/{k}": v for k, v in result.items() if not isinstance(v, tuple)}
+            if "residual" in responses:
+                values |= residuals_by_lag(groups, step, responses["residual"])
+            spent("evaluate")
+            values |= spent.take()
             progress.step(done, metrics_file.write(done, values))
             check_finite(run, done, metrics, "optim")
             if due(config.checkpoint.every):
                 save(run, state, loop)
             run.checkpoints.check()
+            spent("checkpoint")  # counts in the next step's line
         source.stop()
         step = int(state.step)
         if step < config.num_steps:

@@ -167,6 +167,17 @@ def summarize(loss: jax.Array, metrics: dict[str, jax.Array], batch: Batch) -> d
     return out
 
 
+def response_values(per_sequence: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The per-sequence [S] metrics that the run report shows of single responses.
+
+    `log_ratio` is to the objective's anchor, or else to the policy that sampled; regressions have
+    `residual` and `target` too.
+    """
+    names = {"residual": "residual", "target_log_ratio": "target"}
+    found = {name: per_sequence[key] for key, name in names.items() if key in per_sequence}
+    return {"log_ratio": per_sequence.get("log_ratio", per_sequence["log_weight"]), **found}
+
+
 def drift(logp: jax.Array, entropy: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """Per-sequence [S] metrics: KL(pi_lag || pi) a token, entropy a token, log of the weight.
 
@@ -211,11 +222,13 @@ def make_train_step(
     kl_weight: float,
     ess_power: float,
     to_reference: bool,
+    return_logp: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles one gradient step; it donates the old state's buffers to the new state.
 
-    The gradient is the sum over micro-batches of sum_i weight_i L_i, so a split batch gives the
-    whole batch's gradient. If the loss, the gradient norm, the scale by `ess_power`, or a parameter
+    The metrics are scalars but "responses", the arrays of `response_values`. The gradient is the
+    sum over micro-batches of sum_i weight_i L_i, so a split batch gives the whole batch's gradient.
+    If the loss, the gradient norm, the scale by `ess_power`, or a parameter
     or moment after the update is not finite, the step changes only its counts.
 
     Args (`temperature` and `logp_chunk` are those of `token_logp`):
@@ -223,6 +236,7 @@ def make_train_step(
       ess_power: the update is multiplied by (ESS / B)^ess_power (objectives/ratios.py).
       to_reference: replaces the behavior policy by the reference policy in the objective. KL and
         ESS remain those of the behavior policy: the drift.
+      return_logp: adds to "responses" the log-probs [S, C] before the update, on every host.
     """
 
     def micro_batch_loss(params: Any, batch: Batch, m: Any):
@@ -238,15 +252,18 @@ def make_train_step(
             losses, metrics = losses + kl_weight * kl, {**metrics, "reference_kl": kl}
         per_sequence = {**drift(logp, entropy, batch), **metrics}
         keep_mine = lambda x: jnp.where(mine, x, 0)
-        return jnp.sum(keep_mine(batch.weight * losses)), jax.tree.map(keep_mine, per_sequence)
+        per_token = {"logp": jnp.where(mine[:, None], logp, 0)} if return_logp else {}
+        sums = jax.tree.map(keep_mine, per_sequence), per_token
+        return jnp.sum(keep_mine(batch.weight * losses)), sums
 
     def train_step(state: TrainState, batch: Batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             gradient = jax.value_and_grad(micro_batch_loss, has_aux=True)
-            (loss, per_sequence), grads = sum_micro_batches(
+            (loss, (per_sequence, per_token)), grads = sum_micro_batches(
                 functools.partial(gradient, state.params, batch), batch
             )
             grad_norm = optax.tree.norm(grads)
+            responses = response_values(per_sequence) | per_token
             ess = effective_share(per_sequence.pop("log_weight"))
             scale = ess**ess_power
             params, opt_state, finite = finite_update(
@@ -269,6 +286,7 @@ def make_train_step(
                 "padding": padding(batch),
                 "skipped": new.skipped,
                 "skipped_in_a_row": new.skipped_in_a_row,
+                "responses": responses,
             }
         return new, metrics
 

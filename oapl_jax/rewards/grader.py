@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,10 +21,11 @@ from oapl_jax.data.records import Record, user
 from oapl_jax.data.synthetic.demonstrations import solution
 from oapl_jax.data.synthetic.tasks import TASKS
 from oapl_jax.errors import UserError
-from oapl_jax.rewards.code.verifier import CodeVerifier
-from oapl_jax.rewards.documents.verifier import DocumentVerifier
-from oapl_jax.rewards.math.verifier import MathVerifier
+from oapl_jax.rewards.code.verifier import CodeVerdict, CodeVerifier
+from oapl_jax.rewards.documents.verifier import DocumentVerdict, DocumentVerifier
+from oapl_jax.rewards.math.verifier import MathVerdict, MathVerifier
 from oapl_jax.rewards.tasks import FINAL_ANSWERS, VERIFIERS
+from oapl_jax.rewards.verdicts import TRUNCATED, explain
 from oapl_jax.structs import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -58,6 +59,15 @@ KNOWN: dict[str, Sequence[tuple[tuple[str, str], Sequence[str], Sequence[str]]]]
 NEVER = {"math": (r"\boxed{\text{no answer}}",), "code": ("```python\nraise ValueError\n```",)}
 
 
+class Grade(NamedTuple):
+    """The reward of a response, and how its verifier came to it; see rewards/verdicts.py."""
+
+    reward: float
+    extracted: str  # the final answer; "" if there is none
+    verdict: str
+    reason: str
+
+
 class Grader:
     """Decodes responses and asks the task's verifier, which its first prompt opens; thread-safe.
 
@@ -74,10 +84,17 @@ class Grader:
     def reward(self, prompt: Prompt, rollout: Rollout) -> float:
         if rollout.finish_reason == "length":
             return 0.0
-        text = response_text(self._tokenizer, rollout.tokens)
-        if prompt.task in VERIFIERS:
-            return VERIFIERS[prompt.task](text, prompt.answer)
-        return self._verifier(prompt.task).verify(text, prompt.answer).reward
+        verdict = self._verdict(prompt, rollout)
+        return verdict if isinstance(verdict, float) else verdict.reward
+
+    def grade(self, prompt: Prompt, rollout: Rollout) -> Grade:
+        """The reward, as `reward` gives it, with the final answer, the verdict and its reason."""
+        extracted = self.final_answer(prompt, rollout)
+        if rollout.finish_reason == "length":
+            return Grade(0.0, extracted, "wrong", TRUNCATED)
+        verdict = self._verdict(prompt, rollout)
+        reward = verdict if isinstance(verdict, float) else verdict.reward
+        return Grade(reward, extracted, *explain(verdict))
 
     def final_answer(self, prompt: Prompt, rollout: Rollout) -> str:
         """The final answer of a response for a vote; of code its program, of documents all text."""
@@ -97,6 +114,14 @@ class Grader:
     def close(self) -> None:
         for verifier in self._opened.values():
             verifier.close()
+
+    def _verdict(
+        self, prompt: Prompt, rollout: Rollout
+    ) -> MathVerdict | CodeVerdict | DocumentVerdict | float:
+        text = response_text(self._tokenizer, rollout.tokens)
+        if prompt.task in VERIFIERS:
+            return VERIFIERS[prompt.task](text, prompt.answer)
+        return self._verifier(prompt.task).verify(text, prompt.answer)
 
     def _verifier(self, task: str) -> MathVerifier | CodeVerifier | DocumentVerifier:
         with self._lock:

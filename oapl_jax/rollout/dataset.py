@@ -187,13 +187,17 @@ class DatasetWriter:
 class Dataset(Sequence[Group]):
     """Reads a dataset: its groups in the order in which they were written, by index.
 
+    Args:
+      checksums: False compares the sizes of shards alone, for a look at a few groups; those read
+        are still checked by array_record's own hashes.
+
     Raises a UserError if the manifest or a shard is missing or damaged, or there is no shard.
     """
 
-    def __init__(self, directory: epath.Path):
+    def __init__(self, directory: epath.Path, *, checksums: bool = True):
         self.directory, self.manifest = directory, read_manifest(directory)
         shards = dict(sorted(self.manifest["shards"].items(), key=lambda item: _index(item[0])))
-        files.check_files(directory, shards, remedy=REMEDY)
+        files.check_files(directory, shards, remedy=REMEDY, checksums=checksums)
         if not shards:
             raise UserError(f"{directory} holds no rollouts yet; {REMEDY}")
         paths = [os.fspath(directory / name) for name in shards]
@@ -205,7 +209,10 @@ class Dataset(Sequence[Group]):
     def __getitem__(self, index: int) -> Group:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not 0 <= index < len(self):
             raise IndexError(f"group {index} of {len(self)}")
-        (group,) = decode_groups(self._records[index])
+        try:
+            (group,) = decode_groups(self._records[index])
+        except RuntimeError as error:  # of array_record
+            raise UserError(f"{self.directory} is damaged ({error}); {REMEDY}") from error
         return group
 
     @property

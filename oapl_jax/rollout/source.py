@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from flax import serialization
 
@@ -14,6 +15,7 @@ from oapl_jax import multihost
 from oapl_jax.errors import FleetLost, RunError
 from oapl_jax.rollout.buffer import GroupStore
 from oapl_jax.rollout.dataset import DatasetWriter
+from oapl_jax.rollout.kept import KeptNotes
 from oapl_jax.rollout.ledger import FILE, Ledger, ZeroRewardGuard
 from oapl_jax.rollout.sampler import Sampler
 from oapl_jax.rollout.worker import Worker
@@ -30,7 +32,8 @@ class GroupSource:
     sampler: Sampler
     ledger: Ledger
     guard: ZeroRewardGuard
-    writer: DatasetWriter | None  # records sampled groups, if the run records
+    writer: DatasetWriter | None  # records sampled groups, if the run records or keeps any
+    notes: KeptNotes | None  # of these groups
     workdir: epath.Path  # of the run, which holds a ledger for each host
     sampled: int  # groups of a gradient step that this host samples
     recorded: int  # groups of a gradient step that this host reads
@@ -122,6 +125,11 @@ class GroupSource:
         every = [group for content in gathered for group in decode_groups(content)]
         return sorted(every, key=lambda group: group.prompt.stream_index)
 
+    def note(self, groups: Sequence[Group], step: int, responses: Mapping[str, np.ndarray]) -> None:
+        """Notes what a gradient step computed of the groups that are kept; see `KeptNotes`."""
+        if self.notes:
+            self.notes.trained(groups, step, responses)
+
     def metrics(self) -> dict[str, float]:
         """Sampling since the last call, and ends of all groups so far."""
         sources = [self.store.take_metrics, self.sampler.metrics, self.store.counts]
@@ -149,7 +157,7 @@ class GroupSource:
             ledger.close()
         self.store.restore(state, read)
         self.guard.count = state["zero_reward_groups"]
-        if self.writer:
+        if self.writer and state["shards"] is not None:  # None: saved while no group was kept
             self.writer.keep(state["shards"])
 
     def stop(self) -> None:
@@ -159,8 +167,9 @@ class GroupSource:
     def close(self) -> None:
         self.stop()
         self.ledger.close()
-        if self.writer:
-            self.writer.close()
+        for part in (self.writer, self.notes):
+            if part:
+                part.close()
 
 
 def reshard(saved: Sequence[dict[str, Any]], *, host: int, hosts: int) -> dict[str, Any]:

@@ -112,8 +112,46 @@ def group_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
         "zero_variance": np.mean([g.zero_variance for g in groups]),
         "length": np.mean([len(r.tokens) for r in rollouts]),
         "truncated": np.mean([r.finish_reason == "length" for r in rollouts]),
+        "right_and_stopped": np.mean(
+            [
+                reward >= 1 and r.finish_reason == "stop"
+                for g in groups
+                for reward, r in zip(g.reward, g.rollouts, strict=True)
+            ]
+        ),
         "lag/mean": sum(lag * count for lag, count in lags.items()) / len(rollouts),
         "lag/max": max(lags),
         "lag/histogram": {str(lag): lags[lag] for lag in sorted(lags)},
         "versions": len({g.policy_version for g in groups}),
     }
+
+
+def residuals_by_lag(groups: Sequence[Group], step: int, residual: np.ndarray) -> dict[str, Any]:
+    """Mean and root mean square of float[S] residuals, by the lag of their responses."""
+    lags = np.array([step - r.policy_version for g in groups for r in g.rollouts])
+    of = {str(lag): residual[lags == lag].astype(np.float64) for lag in np.unique(lags)}
+    of = {lag: values for lag, values in of.items() if np.all(np.isfinite(values))}
+    return {
+        "residual/by_lag": {lag: float(np.mean(values)) for lag, values in of.items()},
+        "residual/rms_by_lag": {
+            lag: float(np.sqrt(np.mean(values**2))) for lag, values in of.items()
+        },
+    }
+
+
+class StepClock:
+    """Seconds of a step's parts: each call adds the time since the call before to a part."""
+
+    def __init__(self):
+        self._seconds: Counter[str] = Counter()
+        self._last = time.monotonic()
+
+    def __call__(self, part: str) -> None:
+        now = time.monotonic()
+        self._seconds[part] += now - self._last
+        self._last = now
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last call as metrics "seconds/PART"."""
+        taken, self._seconds = self._seconds, Counter()
+        return {f"seconds/{part}": seconds for part, seconds in taken.items()}

@@ -124,6 +124,7 @@ def compiled(sizes=ONE, objective=OAPL, kl_weight=0.0, ess_power=0.0, to_referen
     mesh = small_mesh(*sizes)
     scoring: dict[str, Any] = dict(temperature=TEMPERATURE, logp_chunk=5)  # of 24 tokens of a row
     choices = dict(kl_weight=kl_weight, ess_power=ess_power, to_reference=to_reference)
+    choices["return_logp"] = True
     shardings = train_step.batch_shardings(mesh)
     first = train_step.init_state(MODEL, OPTIMIZER, mesh, parameters())
     return types.SimpleNamespace(
@@ -136,9 +137,11 @@ def compiled(sizes=ONE, objective=OAPL, kl_weight=0.0, ess_power=0.0, to_referen
 
 
 def one_step(batch, **choices):
-    """(state, metrics) on the host after a step from the first state."""
+    """(state, scalar metrics) on the host after a step from the first state."""
     run = compiled(**choices)
-    return jax.device_get(run.step(run.start(), run.put(batch)))
+    state, metrics = jax.device_get(run.step(run.start(), run.put(batch)))
+    del metrics["responses"]
+    return state, metrics
 
 
 @functools.cache
@@ -153,7 +156,8 @@ def assert_same_step(found, expected, atol=1e-6):
     jax.tree.map(functools.partial(close, atol=atol, rtol=1e-7), state, expected_state)
     assert metrics.keys() == expected_metrics.keys()
     for key in metrics.keys() - {"padding"}:  # it is of the layout
-        close(metrics[key], expected_metrics[key], rtol=1e-4, atol=1e-5, err_msg=key)
+        equal = functools.partial(close, rtol=1e-4, atol=1e-5, err_msg=key)
+        jax.tree.map(equal, metrics[key], expected_metrics[key])
 
 
 @jax.jit
@@ -258,6 +262,31 @@ def test_metrics_equal_those_computed_sequence_by_sequence():
     assert metrics.keys() == {*expected, "grad_norm"}
     for key, value in expected.items():
         close(metrics[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+def test_the_responses_have_the_values_of_which_the_metrics_are_means():
+    """In the order of the batch, whatever micro-batch computed them; log-probs before the step."""
+    run, batch = compiled(), batch_of(step=9)
+    state = run.start()
+    _, metrics = jax.device_get(run.step(state, run.put(batch)))
+    responses = metrics["responses"]
+    close(responses["logp"], plain_logps()[0], rtol=1e-7, atol=1e-5)
+    log_ratio = np.sum((plain_logps()[0] - batch.behavior_logp) * batch.mask, axis=-1)
+    close(responses["log_ratio"], log_ratio, rtol=1e-4, atol=1e-5)
+    close(responses["target"], oapl_advantages() / BETA2, rtol=1e-4, atol=1e-6)
+    residual = BETA2 * log_ratio - oapl_advantages()
+    close(responses["residual"], residual, rtol=1e-4, atol=1e-5)
+
+
+def test_log_probs_leave_the_step_on_request_only():
+    run, batch = compiled(), batch_of()
+    choices = dict(kl_weight=0.0, ess_power=0.0, to_reference=False)
+    scoring = dict(temperature=TEMPERATURE, logp_chunk=5)
+    step = train_step.make_train_step(MODEL, OAPL, OPTIMIZER, run.mesh, **scoring, **choices)
+    shapes = jax.eval_shape(step, run.start(), run.put(batch))[1]["responses"]
+    assert {name: value.shape for name, value in shapes.items()} == dict.fromkeys(
+        ("log_ratio", "residual", "target"), batch.mask.shape[:1]
+    )
 
 
 def test_metrics_of_an_empty_set_are_not_a_number_rather_than_zero():

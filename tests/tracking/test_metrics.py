@@ -15,7 +15,14 @@ from tensorboardX.proto import event_pb2
 
 from oapl_jax.errors import UserError, sentence
 from oapl_jax.structs import Group, Prompt, Rollout
-from oapl_jax.tracking.metrics import CompileClock, MetricsWriter, group_metrics, read_lines
+from oapl_jax.tracking.metrics import (
+    CompileClock,
+    MetricsWriter,
+    StepClock,
+    group_metrics,
+    read_lines,
+    residuals_by_lag,
+)
 
 
 @pytest.fixture
@@ -143,6 +150,7 @@ def test_group_metrics_are_those_worked_out_by_hand(workdir):
         "zero_variance": pytest.approx(2 / 4),
         "length": pytest.approx(26 / 8),
         "truncated": pytest.approx(3 / 8),
+        "right_and_stopped": pytest.approx(3 / 8),
         "lag/mean": pytest.approx((4 * 4 + 2 * 8 + 2 * 0) / 8),
         "lag/max": 8,
         "lag/histogram": {"0": 2, "4": 4, "8": 2},
@@ -150,6 +158,32 @@ def test_group_metrics_are_those_worked_out_by_hand(workdir):
     }
     assert list(metrics["lag/histogram"]) == ["0", "4", "8"]
     assert open_writer(workdir).write(21, metrics)["lag/histogram"] == {"0": 2, "4": 4, "8": 2}
+
+
+def test_a_right_response_that_was_cut_off_is_not_counted_as_right():
+    groups = [make_group([1.0, 1.0, 0.5, 0.0], 4, [1] * 4, ["stop", "length", "stop", "stop"])]
+    assert group_metrics(groups, step=4)["right_and_stopped"] == 0.25
+
+
+def test_residuals_by_lag_are_those_worked_out_by_hand():
+    groups = [make_group([1.0, 0.0], v, [1, 1], ["stop"] * 2) for v in (16, 20, 16, 12)]
+    residual = np.array([1, 3, 0.5, -0.5, -1, 5, np.nan, 1], np.float32)
+    assert residuals_by_lag(groups, 20, residual) == {
+        "residual/by_lag": {"0": 0.0, "4": 2.0},
+        "residual/rms_by_lag": {"0": 0.5, "4": 3.0},
+    }
+
+
+def test_the_step_clock_sums_the_parts_until_they_are_taken(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 3.5, 10.0, 11.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    spent = StepClock()
+    for part in ("publish", "learn", "publish"):
+        spent(part)
+    assert spent.take() == {"seconds/publish": 1.5, "seconds/learn": 2.0}
+    spent("checkpoint")
+    spent("publish")
+    assert spent.take() == {"seconds/checkpoint": 6.5, "seconds/publish": 1.0}
 
 
 def test_the_clock_counts_each_compiled_program_once():
