@@ -12,6 +12,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["oapl_jax*", "configs*", "experiments*"]),
+    package_data={"oapl_jax.tracking": ["assets/*"]},  # the page of the run report
     install_requires=[
         "aiohttp",  # the fleet of servers, and the restart proxy
         "array_record>=0.8",

@@ -15,11 +15,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from etils import epath
+from made_runs import header_of
 from small_runs import ROOT, Runs, metrics, small_arithmetic, timeless, typed
 
 from oapl_jax import train
 from oapl_jax.errors import UserError
 from oapl_jax.publish import publish_step
+from oapl_jax.report import open_runs, report_data
+from oapl_jax.rollout.dataset import Dataset
+from oapl_jax.rollout.kept import read_notes, token_gaps
+from oapl_jax.structs import encode_groups
 
 # For tests that read neither the warm-up nor evaluations.
 ONLY_RL = {"evaluation.every": 0, "warmup.num_steps": 0}
@@ -105,6 +110,30 @@ def test_a_run_leaves_what_it_promises(unbroken):
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [9, 12]
 
 
+def test_a_default_run_keeps_groups_for_the_report(unbroken):
+    """One in ten prompts, with verdicts, and the learner's log-probs at the step of the group."""
+    workdir = epath.Path(unbroken[0])
+    kept = list(Dataset(workdir / "rollouts"))
+    assert [group.prompt.stream_index for group in kept] == [0, 10, 20, 30, 40]
+    notes = read_notes(workdir / "rollouts", range(50))
+    for group in kept:
+        note = notes[group.prompt.stream_index]
+        assert note["reward"] == group.reward.tolist()
+        verdicts = [verdict for _, verdict, _ in note["grades"]]
+        assert [verdict == "right" for verdict in verdicts] == (group.reward == 1).tolist()
+        gap = token_gaps(note)
+        assert len(gap) == sum(len(rollout.tokens) for rollout in group.rollouts)
+        lag = note["step"] - group.policy_version
+        assert (np.abs(gap).max() < 1e-3) == (lag == 0)
+
+
+def test_the_report_of_a_run_has_every_figure(unbroken):
+    data = report_data(open_runs([epath.Path(unbroken[0])], 0), 0, 10**6, "")
+    figures = header_of(data)["figures"]
+    assert len(figures) == 19
+    assert all(figure["data"] for figure in figures)
+
+
 def lines_written(workdir: Path) -> int:
     path = workdir / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
@@ -130,6 +159,8 @@ def test_killed_at_random_points_it_ends_in_the_same_bits(runs, unbroken, tmp_pa
     assert parameters.keys() == reference.keys()
     for name, value in reference.items():
         np.testing.assert_array_equal(parameters[name], value, err_msg=name)
+    kept = [list(Dataset(epath.Path(w) / "rollouts")) for w in (unbroken[0], workdir)]
+    assert encode_groups(kept[0]) == encode_groups(kept[1])
 
 
 def test_a_signal_saves_and_leaves(runs, unbroken, tmp_path):
