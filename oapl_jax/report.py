@@ -194,7 +194,7 @@ def _ledger_tables(run: Opened) -> dict[str, Any]:
     parts = [{"head": ["state", "rollouts", "share"], "rows": balance}]
     for kind, rows in (("sampled", summary["bias"]), ("server", summary["servers"])):
         if rows:
-            columns = list(next(iter(rows.values())))
+            columns = [name.replace("_", " ") for name in next(iter(rows.values()))]
             body = [[name, *of.values()] for name, of in rows.items()]
             parts.append({"head": [kind, *columns], "rows": body})
     sentence = "; ".join(summary["faults"][:FAULTS]) or f"{requested} rollouts requested"

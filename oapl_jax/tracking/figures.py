@@ -17,6 +17,9 @@ POINTS = 400  # of a curve; longer runs are averaged over spans of steps
 LONGEST = 1000  # steps of a curve that is not averaged, the last ones
 SYNCS = 100  # that are marked
 SCATTERED = 4000  # responses of a scatter plot and series
+PARTS = (  # of a step, in their order; train.py
+    *("publish", "groups", "pack", "recompute", "learn", "curriculum", "evaluate", "checkpoint"),
+)
 DASHES = ("solid", "dash", "dot", "dashdot")
 COLORS = 8
 Figure = dict[str, Any]
@@ -60,7 +63,7 @@ def make_figures(runs: Sequence[RunLog]) -> list[Figure]:
         "Learning": [
             curves(
                 "Reward",
-                "reward, share",
+                "mean over responses",
                 {"rollout/reward": "reward", "right_and_stopped": "right and stopped"},
                 "Mean reward of the sampled responses; share of the trained ones that are right "
                 "and ended by themselves.",
@@ -82,11 +85,6 @@ def make_figures(runs: Sequence[RunLog]) -> list[Figure]:
                 "Before clipping.",
                 yaxis={"type": "log"},
             ),
-        ],
-        "Lag": [
-            _lag_histogram(groups),
-            _sawtooth(groups),
-            _kl_by_lag(groups),
             curves(
                 "Effective sample size",
                 "share of the batch",
@@ -94,6 +92,11 @@ def make_figures(runs: Sequence[RunLog]) -> list[Figure]:
                 "With the weights π / π_lag of whole responses.",
                 yaxis=unit,
             ),
+        ],
+        "Lag": [
+            _lag_histogram(groups),
+            _sawtooth(groups),
+            _kl_by_lag(groups),
         ],
         "Fit of the objective": [
             curves(
@@ -227,7 +230,7 @@ def _band(x: Any, low: Any, high: Any, color: str) -> list[Figure]:
     """A filled band; no trace without points."""
     around = np.concatenate([x, x[::-1]]), np.concatenate([high, low[::-1]])
     look = {"fill": "toself", "fillcolor": f"{color}/0.2", "hoverinfo": "skip"}
-    trace = _line(*around, color, "", markers=False) | look | {"line": {"width": 0}}
+    trace = _line(*around, color, "", markers=False) | look | {"line": {"color": color, "width": 0}}
     return [trace] if len(x) else []
 
 
@@ -355,13 +358,8 @@ def _fitted(groups: Groups) -> Figure:
 def _parts_of_a_step(runs: Sequence[RunLog]) -> Figure:
     """Mean seconds of each part; the first steps, which compile, count too."""
     runs = [run for run in runs if run.lines]
-    keys = {key: None for line in _lines_of(runs) for key in line if key.startswith("seconds/")}
-    seconds = {
-        key.partition("/")[2]: [
-            sum(line.get(key, 0.0) for line in run.lines) / len(run.lines) for run in runs
-        ]
-        for key in sorted(keys)
-    }
+    mean = lambda run, key: sum(line.get(key, 0.0) for line in run.lines) / len(run.lines)
+    seconds = {part: [mean(run, f"seconds/{part}") for run in runs] for part in PARTS}
     note = (
         "Mean over all steps, compiling included. groups: waiting for them, or sampling without "
         "overlap; recompute: log-probs of another policy than the sampler's."

@@ -100,7 +100,7 @@ function draw() {
     autosize: true, margin: {l: 48, r: 10, t: 8, b: 36}, showlegend: true,
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: {color: color("text"), size: 12, family: getComputedStyle(document.body).fontFamily},
-    legend: {orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: {size: 11}},
+    legend: {orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: {size: 11}, traceorder: "normal"},
     hoverlabel: {bgcolor: color("back"), bordercolor: color("line"), font: {color: color("text")}},
     xaxis: axis, yaxis: axis,
   };
@@ -133,13 +133,11 @@ function frames(figures) {
 function table(head, body) {
   const isNumber = (cell) => typeof cell === "number";
   const show = (cell) => cell === null || cell === undefined ? "" : isNumber(cell) ? number(cell) : cell;
-  const kind = (cell) => isNumber(cell) ? {class: "number"} : {};
   const numeric = head.map((_, i) => body.length && body.every((row) => isNumber(row[i])));
+  const line = (name, cells) => element("tr", {}, ...cells.map((cell, i) =>
+    element(name, numeric[i] ? {class: "number"} : {}, show(cell))));
   return element("div", {class: "scroll"}, element("table", {},
-    element("thead", {}, element("tr", {}, ...head.map((cell, i) =>
-      element("th", numeric[i] ? {class: "number"} : {}, cell)))),
-    element("tbody", {}, ...body.map((row) => element("tr", {}, ...row.map((cell) =>
-      element("td", kind(cell), show(cell))))))));
+    element("thead", {}, line("th", head)), element("tbody", {}, ...body.map((row) => line("td", row)))));
 }
 
 const number = (value) => Number.isInteger(value) ? value.toLocaleString("en-US")
@@ -152,7 +150,7 @@ function tables() {
   byId("ledger-tables").replaceChildren(...data.ledgers.map((ledger) => element("div", {class: "box"},
     element("h3", {}, ledger.title),
     element("p", {class: ledger.balanced ? "note" : "fault"}, ledger.sentence),
-    ...ledger.tables.map((part) => table(part.head, part.rows)))));
+    element("div", {class: "row"}, ...ledger.tables.map((part) => table(part.head, part.rows))))));
   byId("differences").replaceChildren(data.differences.rows.length
     ? table(data.differences.head, data.differences.rows) : element("p", {class: "note"}, data.differences.none));
   byId("kept-note").textContent = data.kept_note;
@@ -202,6 +200,8 @@ const COLUMNS = [
   ["response", text],
 ];
 
+const colored = (name, item) => name === "verdict" ? {"data-verdict": item} : {};
+
 function list() {
   const pages = Math.max(1, Math.ceil(shown.length / PAGE)), page = first / PAGE + 1;
   byId("where").textContent = `${number(shown.length)} of ${number(rows.length)} responses, page ` +
@@ -216,7 +216,7 @@ function list() {
     const line = element("tr", {tabindex: "0", "data-key": row.key, class: row.key === chosen ? "chosen" : ""},
       ...columns.map(([name, get]) => {
         const cell = get(row) ?? "";
-        return element("td", {class: NUMBERS.has(name) ? "number" : name},
+        return element("td", {class: NUMBERS.has(name) ? "number" : "text", ...colored(name, cell)},
           typeof cell === "string" ? cell.slice(0, 200) : number(cell));
       }));
     const look = () => { open(row); byId("group").scrollIntoView({block: "nearest"}); };
@@ -249,7 +249,8 @@ function open(row) {
   const group = row.group, place = byId("group");
   const members = Array.from({length: group.size}, (_, i) => rows[group.first + i]);
   const pair = (name, item) => item === null || item === undefined || item === "" ? []
-    : [element("dt", {}, name), element("dd", {}, typeof item === "number" ? number(item) : item)];
+    : [element("dt", {}, name), element("dd", colored(name, item),
+      typeof item === "number" ? number(item) : item)];
   place.replaceChildren(
     element("div", {class: "box"},
       element("h3", {}, `${group.run}: prompt ${group.prompt}, version ${group.version}, ` +
