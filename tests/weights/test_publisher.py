@@ -21,6 +21,7 @@ from unittest import mock
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 from bucket import emulated
@@ -35,7 +36,7 @@ from oapl_jax.model import hf
 from oapl_jax.model.policy import open_policy
 from oapl_jax.model.sharding import make_mesh, parameter_shardings
 from oapl_jax.publish import main
-from oapl_jax.weights import publisher
+from oapl_jax.weights import checkpoint, publisher
 from oapl_jax.weights.checkpoint import Weights
 from oapl_jax.weights.publisher import COMMITTED, check_version, published_versions, version_path
 
@@ -311,7 +312,8 @@ def workdir(tmp_path):
     sizes = SMALL.to_hf(dtype="float32")
     policy = open_policy(workdir / "model", path="", architecture=sizes, characters="0123456789+=")
     save(workdir, 8, random_params(policy.config, 8))
-    save_config(workdir, {"model": {"path": ""}, "publish_dtype": "bfloat16", "ks": (1, 2)})
+    saved = {"model": {"path": ""}, "publish_dtype": "bfloat16", "num_steps": 9, "ks": (1, 2)}
+    save_config(workdir, saved)
     return workdir
 
 
@@ -331,11 +333,16 @@ def test_the_command_publishes_a_step(workdir, tmp_path, monkeypatch, capsys):
     rounded = lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32)
     expected = jax.tree.map(rounded, random_params(config, 8))
     assert_same(hf.load_params(path, config), expected)
-    saved = {"publish_dtype": "bfloat16", "ks": [1, 2], "model": {"path": ""}}
+    saved = {"publish_dtype": "bfloat16", "num_steps": 9, "ks": [1, 2], "model": {"path": ""}}
     assert manifest["config_hash"] == publisher.config_hash(saved)
     assert manifest["config_hash"] != publisher.config_hash({**saved, "ks": [1, 3]})
 
-    (workdir / "weights").rename(workdir / "checkpoints")
+    (workdir / "weights").rename(workdir / "checkpoints")  # of which steps have checksums
+    params = {"params": random_params(config, 8)}
+    sums = {"probe": checkpoint.digest(SAID), **checkpoint.checksums(params)}
+    path = workdir / "checkpoints" / "8" / "checksums"
+    path.mkdir()
+    ocp.JsonCheckpointHandler().save(path, args=ocp.args.JsonSave(sums))
     monkeypatch.chdir(tmp_path)
     command(monkeypatch, "--from=run", "--step=8", "--dtype=float32", "--to=b")
     path = epath.Path(tmp_path / "b" / "v000008")
