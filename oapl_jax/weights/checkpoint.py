@@ -348,7 +348,7 @@ def check_params(step: epath.Path, params: Mapping[str, Any]) -> None:
     try:
         read = ocp.JsonCheckpointHandler().restore
         saved = read(step / "checksums")
-        found = {"probe": digest(read(step / "probe"))}
+        found: dict[str, Any] = {"probe": digest(read(step / "probe"))}
         for path, array in params.items():
             total, size = 0, math.prod(array.shape[1:])
             for row in range(array.shape[0]):
