@@ -160,12 +160,14 @@ class Slices(Cloud):
         check_flags(flags, WHERE, "watch.sh")
         prefix = value_of(flags, "--name") or "sweep"
         flags = [flag for flag in flags if not flag.startswith("--name=")]
-        # One point more is graded or waits, so that no slice does.
-        super().__init__(root, flags, at_once=slices + 1, scripts=scripts)
-        self._names = [f"{prefix}-{i}" for i in range(slices)]
-        self._busy: set[str] = set()
         path = root / RENTED
         self._rented: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        training = [name for name, key in self._rented.items() if key]
+        names = dict.fromkeys([*training, *(f"{prefix}-{i}" for i in range(slices))])
+        self._names = list(names)[: max(slices, len(training))]
+        self._busy: set[str] = set()
+        # One point more is graded or waits, so that no slice does.
+        super().__init__(root, flags, at_once=len(self._names) + 1, scripts=scripts)
 
     def script(self, point: Point, flags: Sequence[str], name: str = "") -> list[str]:
         config, workdir, *overrides = flags

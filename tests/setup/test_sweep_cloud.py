@@ -229,6 +229,20 @@ def test_a_point_finds_its_slice_again(tmp_path, monkeypatch):
     assert json.loads((root / clouds.RENTED).read_text()) == {}
 
 
+def test_a_point_finds_its_slice_under_another_name(tmp_path, monkeypatch):
+    """A launch with fewer slices, or another prefix, goes on with those that train."""
+    log, root = stubs(tmp_path, monkeypatch), epath.Path(tmp_path / "sweep")
+    of = points(0, 1)
+    root.mkdir()
+    for each in of:
+        manifest.Manifests(root).begin(each, fresh=False)
+    rented = {f"old-{each.seed}": each.key for each in of}
+    (root / clouds.RENTED).write_text(json.dumps(rented))
+    backend = clouds.Slices(root, SLICE, slices=1, scripts=tmp_path / "scripts")
+    launch.launch(lambda add: add(*of), "paper", root, backend, stale_points="show", clean=False)
+    assert names(log) == {each.key: f"old-{each.seed}" for each in of}
+
+
 def test_a_slice_whose_training_ended_meanwhile_is_free(tmp_path, monkeypatch):
     log, root = stubs(tmp_path, monkeypatch), epath.Path(tmp_path / "sweep")
     of = points(0, 1)
