@@ -295,11 +295,11 @@ def table_of(module: Any, root: epath.Path, form: str, *, keep_stale: bool) -> T
         lines, starts = [], []
         for point in points:
             state, line = manifests.state(point, results), line_of(point, results, root)
+            if line and state == "ended" and point.benchmarks and "benchmarks" not in line:
+                state, line = "trained, not graded", None
             if line is not None:
                 lines.append(line)
                 starts += [first] if point.start and (first := results.line(point.start)) else []
-                if point.benchmarks and "benchmarks" not in line:
-                    state = "trained, not graded"
             states.setdefault(name, {}).setdefault(state, 0)
             states[name][state] += 1
             named = f"{name}, seed {point.seed}: {state}"

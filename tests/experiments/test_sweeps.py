@@ -491,10 +491,13 @@ def test_figures_of_graded_checkpoints_and_of_generations(root):
     file = JsonLines(root / RESULTS, exclusive=False)
     for each in (one, two.start, two):
         file.append(graded_line(each, benchmarks=of_step, curve=curve))
+    ungraded = sweep.dataclasses.replace(two, seed=1)
+    file.append(graded_line(ungraded))
     module = Module([])
-    module.sweep = lambda add: (add(one, row="one"), add(two, row="two"))
+    module.sweep = lambda add: (add(one, row="one"), add(two, ungraded, row="two"))
     module.KS, module.AGAINST = (1, 4), (("two", "one"),)
     found = table.table_of(module, root, "paper", keep_stale=True)
+    assert [named.partition(":")[0] for named in found.missing] == ["two, seed 1"]
     assert found.measures[:4] == ("aime pass@1", "aime pass@4", "hmmt pass@1", "hmmt pass@4")
     (line,) = found.cells["two"].lines
     assert measures.by_step(line, "hmmt pass@4") == ([8, 16], [0.3, 0.5])
