@@ -197,9 +197,17 @@ def preferences(objective: str) -> Config:
 
 
 def rewards() -> Config:
-    """Verifiers with processes of their own; each opens for the first prompt of its task."""
+    """A reward function, or verifiers with processes of their own; each opens for the first prompt
+    of its task."""
     return ConfigDict(
         dict(
+            # "my_module:reward", in the place of the task's verifier: docs/own-task.md
+            function="",
+            function_pool=dict(
+                processes=2,
+                seconds=10.0,  # a call; after them its process is killed
+                memory_bytes=4 << 30,  # of a process, beyond its imports
+            ),
             math=dict(
                 processes=2,
                 seconds=5.0,  # an answer; after them its process is killed

@@ -18,7 +18,7 @@ from oapl_jax.config import PublicDataConfig, ReleaseConfig
 from oapl_jax.data import overlap
 from oapl_jax.data.public import releases
 from oapl_jax.data.records import Concatenated, load_split
-from oapl_jax.data.synthetic import tasks
+from oapl_jax.data.splits import open_splits
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.launch import read_command_line
 
@@ -65,7 +65,7 @@ def main() -> None:
     if isinstance(config.data, PublicDataConfig):
         result = audit_releases(config.data, config.benchmarks, against.value)
     else:
-        splits = tasks.open_splits(config.data)
+        splits = open_splits(config.data)
         evaluation = Concatenated([splits["validation"], splits["test"]])
         result = overlap.find_overlap(splits["train"], evaluation)
     print(f"\n{overlap.format_table(result)}")

@@ -16,11 +16,11 @@ import optax
 from etils import epath
 
 from oapl_jax import multihost
-from oapl_jax.config import Config, PublicDataConfig, load_config
+from oapl_jax.config import Config, FileDataConfig, load_config
 from oapl_jax.curriculum import CURRICULA, Curriculum
-from oapl_jax.data import prompts
-from oapl_jax.data.public import releases
+from oapl_jax.data import prompts, question_files
 from oapl_jax.data.records import Record
+from oapl_jax.data.splits import open_splits
 from oapl_jax.data.synthetic import tasks
 from oapl_jax.errors import UserError
 from oapl_jax.evaluation import evaluate
@@ -40,6 +40,7 @@ from oapl_jax.preferences import (
     RecordedComparators,
     SampledComparators,
 )
+from oapl_jax.rewards.function.verifier import find_function
 from oapl_jax.rewards.grader import Grader, check_rewards
 from oapl_jax.rollout import dataset
 from oapl_jax.rollout.buffer import Buffer, GroupStore
@@ -73,8 +74,9 @@ class Run:
         evaluation beside it, replace no file of a model.
 
     Raises:
-      UserError: at once for sizes that fit neither devices nor hosts, and for constants of the
-        objective; by a part, for files that do not fit.
+      UserError: at once for sizes that fit neither devices nor hosts, for constants of the
+        objective, and for a reward function that can't be imported; by a part, for files that do
+        not fit.
     """
 
     def __init__(self, config: Config, workdir: epath.Path):
@@ -82,6 +84,8 @@ class Run:
         self.leased = False
         self.mesh = make_mesh(**config.mesh)
         config.check_layout(mesh=self.mesh.shape, hosts=jax.process_count())
+        if config.rewards.function:
+            find_function(config.rewards.function)
         self.objective = bind(
             config.objective.name, config.objective.constants, group_size=config.group_size
         )
@@ -99,18 +103,26 @@ class Run:
 
     @cached_property
     def policy(self) -> Policy:
-        config, task = self.config, tasks.TASKS.get(self.config.data.task)
+        config, characters = self.config, "" if self.config.model.path else self._characters()
         with multihost.host0_first("the model", deadline=config.rollout.deadline):
             policy = open_policy(
                 self.workdir / "model",
                 path=config.model.path,
                 architecture=config.model.architecture,
-                characters=task.characters if task else string.printable,
+                characters=characters,
                 # A run that was refused may have left a model of other settings.
                 renew=self.leased and load_config(self.workdir) is None,
             )
         config.check_lengths(policy.config.max_positions)
         return policy
+
+    def _characters(self) -> str:
+        """The vocabulary of a fresh model."""
+        data = self.config.data
+        if isinstance(data, FileDataConfig):
+            return question_files.characters(self.splits, data.instruction)
+        task = tasks.TASKS.get(data.task)
+        return task.characters if task else string.printable
 
     @cached_property
     def model(self) -> Transformer:
@@ -131,21 +143,23 @@ class Run:
     @cached_property
     def splits(self) -> dict[str, Sequence[Record]]:
         """The records of train, validation and test."""
-        data = self.config.data
         with multihost.host0_first("the data", deadline=self.config.rollout.deadline):
-            if isinstance(data, PublicDataConfig):
-                return releases.open_splits(data)
-            return dict(tasks.open_splits(data))
+            return open_splits(self.config.data)
 
     @property
     def prompt_template(self) -> prompts.PromptTemplate:
         names = ("task", "max_prompt_tokens", "instruction")
         settings = {name: self.config.data[name] for name in names}
+        settings["keep_metadata"] = bool(self.config.rewards.function)
         return prompts.PromptTemplate(self.policy.tokenizer, **settings, now=self.policy.now)
 
     def prompts(self, split: str) -> list[Prompt]:
         """Every prompt of a split, in order."""
         return prompts.all_prompts(self.splits[split], self.prompt_template)
+
+    def response_text(self, tokens: np.ndarray) -> str:
+        """A response as reward functions and people read it."""
+        return prompts.response_text(self.policy.tokenizer, tokens)
 
     @cached_property
     def grader(self) -> Grader:
@@ -246,6 +260,7 @@ class Run:
         section, deadline = self.config.evaluation, self.config.rollout.deadline
         # Other random numbers than those of training.
         sampler = self.open_local_sampler(seed=self.config.seed + 1)
+        grader = self.grader.apart()
 
         def evaluate_split(step: int, params: Any, split: str) -> dict[str, Any]:
             with multihost.collective_section(f"the gathering of step {step}", deadline=deadline):
@@ -253,13 +268,14 @@ class Run:
             return evaluate(
                 sampler,
                 self.prompts(split),
-                self.grader.reward,
-                self.grader.final_answer,
+                grader.reward,
+                grader.final_answer,
                 n=section.n,
                 ks=section.ks,
                 sampling=self.sampling,
                 resamples=section.resamples,
                 seed=self.config.seed,
+                part_means=grader.part_means,
             )
 
         return evaluate_split
@@ -325,7 +341,11 @@ class Run:
             fresh=rollout.prompts_per_call if config.buffer.mode == "replay" else 0,
             overlap=rollout.overlap,
             deadline=rollout.deadline,
-            more_metrics=[self.grader.metrics, *([preferences.metrics] if preferences else [])],
+            more_metrics=[
+                self.grader.metrics,
+                self.grader.part_means,
+                *([preferences.metrics] if preferences else []),
+            ],
         )
 
     def _verify(
@@ -388,7 +408,7 @@ class Run:
             judge,
             comparators,
             beta=section.beta,
-            text=lambda rollout: prompts.response_text(self.policy.tokenizer, rollout.tokens),
+            text=lambda rollout: self.response_text(rollout.tokens),
             verify=self.grader.reward,
         )
 
@@ -420,6 +440,7 @@ class Run:
                 weights_digest=lambda version: checksum(
                     self.versions.path(version) / publisher.MANIFEST
                 ),
+                decode=self.response_text,
             )
         except UserError as error:  # sampling has changed: a run goes on without them
             if rollout.record:

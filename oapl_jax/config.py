@@ -25,6 +25,7 @@ from oapl_jax.files import write_atomically
 
 DTYPES = ("float32", "bfloat16")
 TASKS = ("chain_sum", "number_sorting", "countdown", "documents", "math", "code")
+FUNCTION = "function"  # task of records that only a reward function can judge
 REMAT = ("none", "dots", "attention", "full", "offload")
 FORMAT = 3  # of a workdir: its config.json, checkpoints and ledger
 MAX_SEED = (1 << 32) - 3  # JAX takes seeds modulo 2^32, and evaluation and judges take the next two
@@ -271,7 +272,57 @@ class PublicDataConfig(Section):
 
     @classmethod
     def accepts(cls, values: Mapping[str, Any]) -> bool:
-        return "sets" in values
+        return "sets" in values and not FileDataConfig.accepts(values)
+
+
+class FileSetsConfig(Section):
+    """Files of questions: JSON Lines, JSON or Parquet."""
+
+    SECTION = "data.sets"
+    train: str = setting("file of the training questions", path=True)
+    validation: str = setting("file of the validation split; '': drawn from `train`", path=True)
+    test: str = setting("file of the test split; '': drawn from `train`", path=True)
+
+    def check(self) -> None:
+        if not self.train:
+            raise UserError(
+                f"{self.full_name('train')} names no file; add, for example, "
+                "--config.data.sets.train=questions.jsonl"
+            )
+
+
+class FileColumnsConfig(Section):
+    """Columns of the files; a reward function sees all columns, these and others."""
+
+    SECTION = "data.columns"
+    problem: str = setting("column of the question: text, or a list of messages")
+    answer: str = setting("column of the reference answer; of programs, their tests")
+
+
+class FileDataConfig(Section):
+    """Questions in files of one's own; section `data` of configs/own_task.py."""
+
+    SECTION = "data"
+    task: str = setting(
+        "'function': rewards.function judges; or the verifier of the answers",
+        choices=(FUNCTION, "math", "code"),
+    )
+    data_dir: str = setting("directory of the prepared data sets", path=True)
+    sets: FileSetsConfig
+    columns: FileColumnsConfig
+    validation_share: float = setting(
+        "of the training questions, drawn for validation if no file is named", above=0, below=1
+    )
+    test_share: float = setting("likewise for the test split", above=0, below=1)
+    most_drawn: int = setting("questions drawn for a split at most", at_least=1)
+    seed: int = setting("seed of the drawn splits", at_least=0, at_most=MAX_SEED)
+    max_prompt_tokens: int = setting("longer prompts are dropped and counted", at_least=1)
+    instruction: str = setting("text below each question")
+
+    @classmethod
+    def accepts(cls, values: Mapping[str, Any]) -> bool:
+        sets = values.get("sets")
+        return isinstance(sets, Mapping) and isinstance(sets.get("train"), str)
 
 
 class ModelSection(Section):
@@ -316,7 +367,9 @@ class WarmupConfig(Section):
     num_steps: int = setting("gradient steps; 0 skips the stage", at_least=0)
     noise: float = setting("probability that a demonstrated step is wrong", at_least=0, at_most=1)
     batch_size: int = setting("demonstrations of a gradient step", at_least=1)
-    demonstrations: int = setting("distinct demonstrations", at_least=1)
+    demonstrations: int = setting(
+        "distinct demonstrations; 0: of all training problems with a solution", at_least=0
+    )
     optim: OptimizerConfig
 
 
@@ -607,10 +660,22 @@ class DocumentRewardConfig(Section):
     max_characters: int = setting("longer responses get no reward", at_least=1)
 
 
+class FunctionPoolConfig(Section):
+    """Processes that call `rewards.function`."""
+
+    processes: int = setting("calls at a time; see also rollout.reward_threads", at_least=1)
+    seconds: float = setting("deadline of a call; then its process is killed", above=0)
+    memory_bytes: int = setting("memory of a process beyond its imports", at_least=1)
+
+
 class RewardsConfig(Section):
-    """Verifiers; each opens for the first prompt of its task."""
+    """A reward function, or verifiers, each of which opens for the first prompt of its task."""
 
     SECTION = "rewards"
+    function: str = setting(
+        "Python function that gives the rewards, 'my_module:reward'; '': the task's verifier"
+    )
+    function_pool: FunctionPoolConfig
     math: MathRewardConfig
     code: CodeRewardConfig
     documents: DocumentRewardConfig
@@ -712,7 +777,7 @@ class Config(Section):
     num_steps: int = setting("gradient steps", at_least=0, below=1 << 31)
     group_size: int = setting("rollouts of a prompt", at_least=1)
     groups_per_step: int = setting("groups of a gradient step", at_least=1)
-    data: SyntheticDataConfig | PublicDataConfig
+    data: SyntheticDataConfig | PublicDataConfig | FileDataConfig
     model: ModelSection
     mesh: MeshConfig
     warmup: WarmupConfig
@@ -780,6 +845,12 @@ class Config(Section):
                 "objective.denominator='learner' needs the weights of every version, and a run has "
                 "none of a recorded dataset's; set rollout.dataset_version=0 or "
                 "objective.denominator='behavior'"
+            )
+        if self.data.task == FUNCTION and not self.rewards.function:
+            raise UserError(
+                "data.task='function' needs rewards.function; name yours with "
+                "--config.rewards.function=my_module:reward, or a verifier with "
+                "--config.data.task=math"
             )
         if rollout.sampler == "fleet":
             self.check_fleet()

@@ -1,6 +1,7 @@
-"""Evaluates a checkpoint on a split or on benchmarks, or compares two results.
+"""Evaluates a checkpoint on a split or on benchmarks, shows responses, or compares two results.
 
 python -m oapl_jax.evaluate --config=configs/arithmetic.py --workdir=runs/arithmetic [--step=N]
+    [--split=train|validation|test] [--show=20 [--wrong]]
 python -m oapl_jax.evaluate --config=... --workdir=... [--step=N | --version_dir=DIR]
     --benchmark=aime25,hmmt25_feb --n=256 [--to=DIR]
 python -m oapl_jax.evaluate --compare=A/result.json,B/result.json [--to=DIR]
@@ -11,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -23,14 +25,17 @@ from oapl_jax.data.public import releases
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.evaluation import compare, report, table
 from oapl_jax.evaluation.benchmark import Grades, Samples, grader_identity, measure
+from oapl_jax.evaluation.shown import grade_responses
 from oapl_jax.files import flag_directory, write_atomically
 from oapl_jax.launch import read_command_line, use_compile_cache
+from oapl_jax.model.sharding import gathered
 from oapl_jax.record import version_to_sample
 from oapl_jax.rollout.dataset import Dataset, DatasetWriter, fill, identity, stored
 from oapl_jax.structs import Prompt
 from oapl_jax.tracking.progress import log
 from oapl_jax.weights import publisher
 
+LEAST_AT_ONCE = 16  # prompts sampled at a time for --show
 GROUPS_PER_SHARD, SECONDS_PER_SHARD = 64, 60.0  # responses that a kill loses at most
 
 
@@ -43,9 +48,11 @@ def main() -> None:
     split = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "which prompts")
     benchmarks = flags.DEFINE_list("benchmark", [], "instead of a split; of config.benchmarks")
     n = flags.DEFINE_integer("n", None, "samples of a problem; evaluation.n by default", 1)
+    show = flags.DEFINE_integer("show", None, "responses to show, instead of an evaluation", 1)
+    wrong = flags.DEFINE_bool("wrong", False, "show those that are not right")
     to = flags.DEFINE_string("to", None, "directory for benchmarks; evaluation/ in the workdir")
     config, workdir = read_command_line()
-    names = ("step", "version_dir", "split", "n", "to")
+    names = ("step", "version_dir", "split", "n", "to", "show", "wrong")
     check_flags(benchmarks.value, {name for name in names if flags.FLAGS[name].present})
     if not benchmarks.value and not (workdir / "checkpoints").exists():
         raise UserError(f"--workdir={workdir} holds no checkpoints; train there first")
@@ -53,6 +60,9 @@ def main() -> None:
     with contextlib.closing(Run(config, workdir)) as run:
         if not benchmarks.value:
             found, params = run.params_at(step.value)
+            if show.value:
+                show_responses(run, found, params, split.value, show.value, wrong=wrong.value)
+                return
             result = run.evaluate(found, params, split.value)
             print(table({str(found): result}), json.dumps(result), sep="\n")
             return
@@ -75,10 +85,38 @@ def check_flags(benchmarks: Sequence[str], given: Collection[str]) -> None:
     if not benchmarks:
         for name in sorted({"version_dir", "n", "to"} & set(given)):
             raise UserError(f"--{name} is for benchmarks; name some with --benchmark")
+        if "wrong" in given and "show" not in given:
+            raise UserError("--wrong chooses what --show shows; add, for example, --show=20")
+    elif {"show", "wrong"} & set(given):
+        raise UserError(
+            "--show is for a split; of a benchmark, read grades.jsonl, which has the responses, "
+            "verdicts and reasons"
+        )
     elif "split" in given:
         raise UserError("--split and --benchmark both name problems; give one of them")
     elif {"step", "version_dir"} <= set(given):
         raise UserError("--step and --version_dir both name a version; give one of them")
+
+
+def show_responses(
+    run: Run, step: int, params: Any, split: str, count: int, *, wrong: bool
+) -> None:
+    """Prints graded responses to the first prompts of a split, or those that are not right."""
+    # The random numbers of evaluations.
+    sampler = run.open_local_sampler(seed=run.config.seed + 1)
+    sampler.set_params(step, gathered(params))
+    prompts, grader = run.prompts(split), run.grader
+    shown, seen, at_once = 0, Counter[str](), max(count, LEAST_AT_ONCE)
+    for graded in grade_responses(sampler, prompts, grader.grade, run.sampling, at_once=at_once):
+        seen[graded.grade.verdict] += 1
+        if not wrong or graded.grade.verdict != "right":
+            shown += 1
+            log(f"[{shown}] step {step}, {split}, prompt {graded.prompt.id}")
+            log(graded.format(run.response_text(graded.rollout.tokens)))
+        if shown == count:
+            break
+    verdicts = ", ".join(f"{number} {verdict}" for verdict, number in seen.most_common())
+    log(f"{shown} responses shown of {seen.total()} sampled ({verdicts}), one a prompt")
 
 
 def evaluate_benchmarks(
@@ -168,6 +206,7 @@ def sample(
         groups_per_shard=GROUPS_PER_SHARD,
         seconds_per_shard=SECONDS_PER_SHARD,
         weights_digest=lambda version: about["weights"],
+        decode=run.response_text,
     )
     with contextlib.closing(writer):
         if stored(writer.samples, len(prompts), n).all():
@@ -210,8 +249,8 @@ def grade(
             grades.fill(
                 dataset,
                 lambda prompt, rollouts: (
-                    [grader.reward(prompt, rollout) for rollout in rollouts],
-                    [grader.final_answer(prompt, rollout) for rollout in rollouts],
+                    [run.response_text(rollout.tokens) for rollout in rollouts],
+                    [grader.grade(prompt, rollout) for rollout in rollouts],
                 ),
                 grader.metrics,
                 threads=run.config.rollout.reward_threads,

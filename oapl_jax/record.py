@@ -85,7 +85,11 @@ def record_dataset(
     most, decode = config.rollout.max_zero_reward_groups, run.policy.tokenizer.decode
     guard = ZeroRewardGuard(limit=most, decode=decode)
     writer = DatasetWriter(
-        to, about, groups_per_shard=groups_per_shard, weights_digest=lambda version: weights
+        to,
+        about,
+        groups_per_shard=groups_per_shard,
+        weights_digest=lambda version: weights,
+        decode=run.response_text,
     )
     with contextlib.closing(writer):
         sampler = run.open_sampler(seed=config.seed, allow_older=False)

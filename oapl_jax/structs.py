@@ -5,7 +5,7 @@ learner's compiled step takes.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -28,6 +28,7 @@ class Prompt:
       text: the question as a person reads it.
       answer: what the reward function compares with.
       task: name of the verifier.
+      metadata: JSON of the record's other columns, for a reward function; "" for verifiers.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Prompt:
     text: str
     answer: str
     task: str
+    metadata: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,9 @@ class Group:
         return bool(np.all(self.reward == self.reward[0]))
 
 
-def encode_groups(groups: Sequence[Group]) -> bytes:
+def encode_groups(
+    groups: Sequence[Group], decode: Callable[[np.ndarray], str] | None = None
+) -> bytes:
     """Serializes groups: the one format of recorded datasets, checkpoints and the hosts' exchange.
 
     A msgpack map, with arrays as flax.serialization writes them. "groups" is a list of maps:
@@ -105,8 +109,12 @@ def encode_groups(groups: Sequence[Group]) -> bytes:
         behavior_logp     float32[sum of lengths]
         finish_reasons    list of n strings
         reward            float32[n]
+        texts             list of n strings, the responses as `decode` gives them, for people;
+                          absent without `decode`
     """
-    return serialization.msgpack_serialize({"groups": [_group_to_map(group) for group in groups]})
+    return serialization.msgpack_serialize(
+        {"groups": [_group_to_map(group, decode) for group in groups]}
+    )
 
 
 def decode_groups(content: bytes) -> list[Group]:
@@ -115,8 +123,9 @@ def decode_groups(content: bytes) -> list[Group]:
     return [_group_from_map(fields) for fields in state["groups"]]
 
 
-def _group_to_map(group: Group) -> dict[str, Any]:
+def _group_to_map(group: Group, decode: Callable[[np.ndarray], str] | None) -> dict[str, Any]:
     rollouts = group.rollouts
+    texts = {"texts": [decode(rollout.tokens) for rollout in rollouts]} if decode else {}
     return {
         "prompt": {**vars(group.prompt), "tokens": np.asarray(group.prompt.tokens, np.int32)},
         "policy_version": group.policy_version,
@@ -125,6 +134,7 @@ def _group_to_map(group: Group) -> dict[str, Any]:
         "behavior_logp": np.concatenate([r.behavior_logp for r in rollouts]).astype(np.float32),
         "finish_reasons": [r.finish_reason for r in rollouts],
         "reward": np.asarray(group.reward, np.float32),
+        **texts,
     }
 
 

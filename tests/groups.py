@@ -44,7 +44,8 @@ def assert_same_groups(found, expected):
 
 
 def make_prompts(count):
-    return [Prompt(f"id{i}", 7 * i, np.zeros(1, np.int32), "", f"{i}", "t") for i in range(count)]
+    none = np.zeros(1, np.int32)
+    return [Prompt(f"id{i}", 7 * i, none, f"What is {i}?", f"{i}", "t") for i in range(count)]
 
 
 class Killed(Exception):

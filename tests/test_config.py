@@ -6,7 +6,7 @@ import typing
 import pytest
 from small_runs import checked
 
-from configs import arithmetic, code_contests, competition_math, documents, smollm2
+from configs import arithmetic, code_contests, competition_math, documents, own_task, smollm2
 from oapl_jax import config as settings
 from oapl_jax.config import Config
 from oapl_jax.curriculum import CURRICULA
@@ -114,6 +114,41 @@ def test_a_mistake_names_its_setting(changes, setting):
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=setting.replace(".", r"\.")):
         checked(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({}, "data.sets.train"),
+        ({"data.sets.train": "a.jsonl"}, "rewards.function"),
+        ({"data.sets.train": "a.jsonl", "rewards.function": "no_module:reward"}, "no_module"),
+        ({"data.sets.train": "a.jsonl", "data.task": "chain_sum"}, "data.task"),
+        ({"data.sets.train": "a.jsonl", "data.validation_share": 1.0}, "data.validation_share"),
+    ],
+)
+def test_a_mistake_of_a_task_of_one_s_own_names_its_setting(changes, setting):
+    config = own_task.get_config()
+    config.mesh.update(fsdp=1, data=8)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=setting.replace(".", r"\.")):
+        checked(config)
+
+
+def test_a_file_of_one_s_own_needs_no_other_setting():
+    for choice in ("", "pretrained", "objective=grpo"):
+        config = own_task.get_config(choice)
+        changes = {
+            "mesh.fsdp": 1,
+            "mesh.data": 8,
+            "learner.rows_multiple": 8,
+            "data.sets.train": "a.jsonl",
+            "data.task": "math",
+            "data.max_prompt_tokens": 1000,
+        }
+        config.update_from_flattened_dict(changes)
+        typed = checked(config)
+        assert isinstance(typed.data, settings.FileDataConfig)
+        assert typed.learner.row_length == 1000 + typed.rollout.max_response_tokens
 
 
 @pytest.mark.parametrize(

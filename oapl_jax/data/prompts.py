@@ -6,6 +6,7 @@ Both drop and count a record whose prompt exceeds the limit or is refused by the
 import dataclasses
 import datetime
 import functools
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ class PromptTemplate:
       task: name of the verifier.
       max_prompt_tokens: longer templated prompts are dropped.
       instruction: appended to the last message; "" for none.
+      keep_metadata: whether prompts carry the metadata of their records, for a reward function.
       now: time that the chat template prints; None for the clock's.
     """
 
@@ -48,6 +50,7 @@ class PromptTemplate:
     task: str
     max_prompt_tokens: int
     instruction: str
+    keep_metadata: bool = False
     now: datetime.datetime | None = None
     # By the roles of a conversation: whether the chat template omits the last message.
     _omitted: dict[tuple[str, ...], bool] = dataclasses.field(
@@ -91,7 +94,10 @@ class PromptTemplate:
             reason = f"longer than data.max_prompt_tokens ({self.max_prompt_tokens})"
             raise UnusableRecord(record, reason, "raise it")
         tokens = np.asarray(tokens, np.int32)
-        return Prompt(record.id, stream_index, tokens, record.question, record.answer, self.task)
+        # As JSON: an integer of a table may exceed what msgpack holds.
+        metadata = json.dumps(record.metadata) if self.keep_metadata else ""
+        of_record = (record.question, record.answer, self.task, metadata)
+        return Prompt(record.id, stream_index, tokens, *of_record)
 
 
 class PromptStream(Iterator[Prompt]):

@@ -120,6 +120,19 @@ class Concatenated(Sequence[Record]):
         raise AssertionError("unreachable: the range is as long as the parts")
 
 
+class Subset(Sequence[Record]):
+    """The records of a split at given positions."""
+
+    def __init__(self, whole: Sequence[Record], positions: Sequence[int]):
+        self._whole, self._positions = whole, positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index):
+        return self._whole[self._positions[index]]
+
+
 def load_split(builder: tfds.core.DatasetBuilder, split: str) -> Split:
     """Opens a split of a prepared builder; UserError names the directory of a damaged one."""
     raw = tfds.decode.DeserializeMethod.RAW_BYTES

@@ -21,11 +21,13 @@ from oapl_jax.data.public import programs
 from oapl_jax.errors import UserError
 from oapl_jax.evaluation.estimators import intervals, maj_at_n, pass_curve
 from oapl_jax.files import JsonLines, code_digest
+from oapl_jax.rewards.function.verifier import source_files
+from oapl_jax.rewards.grader import Grade
 from oapl_jax.rollout.dataset import Dataset
 from oapl_jax.structs import Prompt, Rollout
 
 FORMAT = "oapl_jax evaluation 1"
-GRADES_FORMAT = "oapl_jax grades 2"
+GRADES_FORMAT = "oapl_jax grades 3"
 # Libraries that decide rewards.
 LIBRARIES = ("latex2sympy2_extended", "math-verify", "pylatexenc", "rapidfuzz", "sympy")
 # Settings of the verifiers that decide speed and not rewards.
@@ -35,25 +37,29 @@ SPEED = {
     "documents": (),
 }
 
-# (prompt, responses) -> their rewards, and their final answers.
-Judge = Callable[[Prompt, Sequence[Rollout]], tuple[Sequence[float], Sequence[str]]]
+# (prompt, responses) -> their texts, and their grades.
+Judge = Callable[[Prompt, Sequence[Rollout]], tuple[Sequence[str], Sequence[Grade]]]
 
 
 def grader_identity(prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Identifies the grader, JSON-able: reference answers; code, libraries and settings of rewards.
 
-    All prompts are of one task; `settings` has those of the verifiers by task.
+    All prompts are of one task; `settings` has those of the verifiers by task, and "function" for
+    a reward function, whose module is part of the code.
     """
-    task = prompts[0].task
+    task, function = prompts[0].task, settings.get("function", "")
     own = settings[task] if task in SPEED else {}  # the synthetic tasks have none
     code = [Path(programs.__file__), *Path(rewards.__file__).parent.rglob("*.py")]
-    answers = json.dumps(sorted([p.id, p.task, p.answer] for p in prompts))
+    if function:
+        own = {"function": function}
+        code += source_files(function)
+    answers = json.dumps(sorted([p.id, p.task, p.answer, p.metadata] for p in prompts))
     about = {
         "format": GRADES_FORMAT,
         "answers": hashlib.sha256(answers.encode()).hexdigest(),
         "grader": code_digest(sorted(code)),
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
-        "settings": {k: v for k, v in own.items() if k not in SPEED[task]},
+        "settings": {k: v for k, v in own.items() if k not in SPEED.get(task, ())},
     }
     return json.loads(json.dumps(about))
 
@@ -84,7 +90,10 @@ class Grades:
         prompt, start    id of the problem, and index of the group's first response
         logp             log-probability of each response, by which new responses in the same place
                          are noticed
-        reward, answer   of each response
+        question         text of the problem
+        response         text of each response, without special tokens
+        reward, answer, verdict, reason
+                         of each response, see rewards.grader.Grade
         verdicts         the verifier's counts since the line before, or since grading began
         seconds          wall-clock, likewise
 
@@ -146,15 +155,20 @@ class Grades:
             nonlocal last, before
             while len(grading) > most:
                 row, start, future = grading.popleft()
-                reward, answer = future.result()
+                texts, graded = future.result()
                 now, after = time.monotonic(), Counter(counts())
-                logp = self._logp[row, start : start + len(reward)].tolist()
+                logp = self._logp[row, start : start + len(graded)].tolist()
+                graded = graded[: len(logp)]
                 line = {
                     "prompt": self._prompts[row].id,
+                    "question": self._prompts[row].text,
                     "start": start,
+                    "response": list(texts[: len(logp)]),
+                    "reward": [float(grade.reward) for grade in graded],
+                    "answer": [grade.extracted for grade in graded],
+                    "verdict": [grade.verdict for grade in graded],
+                    "reason": [grade.reason for grade in graded],
                     "logp": logp,
-                    "reward": [float(r) for r in reward[: len(logp)]],
-                    "answer": list(answer[: len(logp)]),
                     "verdicts": dict(after - before),
                     "seconds": round(now - last, 3),
                 }

@@ -22,30 +22,34 @@ def evaluate(
     sampling: Sampling,
     resamples: int,
     seed: int,
+    part_means: Callable[[], dict[str, float]] = dict,
 ) -> dict[str, Any]:
     """Samples n responses (and a greedy one) to each prompt and grades them.
 
     Args:
-      reward: a response is right if its reward is 1.
+      reward: a response is right if its reward is at least 1.
       final_answer: of a response, for the vote of maj@n.
       ks: of pass@k, each at most n; the bootstrap has `resamples`.
+      part_means: means of the rewards' named parts since its last call.
 
     Returns:
-      "pass@k" and its interval "pass@k/interval" for each k, "avg@n", "maj@n", "greedy", "length"
-      (mean tokens), "truncated" (share), "entropy" (nats a token, -log-prob averaged over samples),
-      "version", "prompts" and "samples".
+      "pass@k" and its interval "pass@k/interval" for each k, "avg@n", "maj@n", "greedy", "reward"
+      (mean) and "part/NAME" of its parts, "length" (mean tokens), "truncated" (share), "entropy"
+      (nats a token, -log-prob averaged over samples), "version", "prompts" and "samples".
     """
     sampled = in_order(sampler, prompts, n=n, sampling=sampling)
     greedily = Sampling(0.0, 1.0, 0, sampling.max_response_tokens)
     greedy = in_order(sampler, prompts, n=1, sampling=greedily)
 
-    right = [[float(reward(p, r) >= 1) for r in rs] for p, rs in zip(prompts, sampled, strict=True)]
+    greedy_right = [reward(p, rs[0]) >= 1 for p, rs in zip(prompts, greedy, strict=True)]
+    part_means()  # of the greedy responses
+    rewards = [[reward(p, r) for r in rs] for p, rs in zip(prompts, sampled, strict=True)]
+    right = [[float(value >= 1) for value in values] for values in rewards]
     answers = [[final_answer(p, r) for r in rs] for p, rs in zip(prompts, sampled, strict=True)]
     majority = list(map(maj_at_n, answers, right))
     rollouts = [r for rs in sampled for r in rs]
     tokens = sum(len(r.tokens) for r in rollouts)
     logp = float(sum(r.behavior_logp.sum(dtype=np.float64) for r in rollouts))
-    greedy_right = [reward(p, rs[0]) >= 1 for p, rs in zip(prompts, greedy, strict=True)]
     result: dict[str, Any] = {}
     curves = np.array([pass_curve(n, int(sum(correct))) for correct in right])
     for k in ks:
@@ -56,6 +60,8 @@ def evaluate(
         f"avg@{n}": float(np.mean(right)),
         f"maj@{n}": float(np.mean(majority)),
         "greedy": float(np.mean(greedy_right)),
+        "reward": float(np.mean(rewards)),
+        **part_means(),
         "length": tokens / len(rollouts),
         "truncated": float(np.mean([r.finish_reason == "length" for r in rollouts])),
         "entropy": -logp / tokens,

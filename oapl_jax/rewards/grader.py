@@ -7,6 +7,7 @@ The self-check grades known responses on the path of every response, before any 
 A right response without the full reward of 1, or a wrong one with it, ends the run.
 """
 
+import copy
 import dataclasses
 import itertools
 import threading
@@ -21,11 +22,12 @@ from oapl_jax.data.records import Record, user
 from oapl_jax.data.synthetic.demonstrations import solution
 from oapl_jax.data.synthetic.tasks import TASKS
 from oapl_jax.errors import UserError
-from oapl_jax.rewards.code.verifier import CodeVerdict, CodeVerifier
-from oapl_jax.rewards.documents.verifier import DocumentVerdict, DocumentVerifier
-from oapl_jax.rewards.math.verifier import MathVerdict, MathVerifier
+from oapl_jax.rewards.code.verifier import CodeVerifier
+from oapl_jax.rewards.documents.verifier import DocumentVerifier
+from oapl_jax.rewards.function.verifier import FunctionVerifier, PartMeans
+from oapl_jax.rewards.math.verifier import MathVerifier
 from oapl_jax.rewards.tasks import FINAL_ANSWERS, VERIFIERS
-from oapl_jax.rewards.verdicts import TRUNCATED, explain
+from oapl_jax.rewards.verdicts import TRUNCATED, Verdict, explain
 from oapl_jax.structs import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -69,17 +71,32 @@ class Grade(NamedTuple):
 
 
 class Grader:
-    """Decodes responses and asks the task's verifier, which its first prompt opens; thread-safe.
+    """Decodes responses and asks the reward function of the configuration, or the task's verifier,
+    which its first prompt opens; thread-safe.
 
-    Rewards are within 0 and 1, and 1 is a right response; only documents have others between.
+    Rewards of verifiers are within 0 and 1, and 1 is a right response; only documents have others
+    between. A reward function may give any number, and from 1 on a response is right.
     A response that was cut off gets 0 and is trained as a negative: there is no overlong masking
     (the code released with arXiv 2602.19362).
+
+    Attributes:
+      function: the reward function; None without one.
+      parts: means of the named parts of its rewards.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: RewardsConfig):
         self._tokenizer, self._config = tokenizer, config
         self._opened: dict[str, MathVerifier | CodeVerifier | DocumentVerifier] = {}
         self._lock = threading.Lock()
+        self.function, self.parts = None, PartMeans()
+        if config.function:
+            self.function = FunctionVerifier(config.function, config.function_pool)
+
+    def apart(self) -> "Grader":
+        """This grader with means of parts of its own, for evaluations beside training."""
+        other = copy.copy(self)
+        other.parts = PartMeans()
+        return other
 
     def reward(self, prompt: Prompt, rollout: Rollout) -> float:
         if rollout.finish_reason == "length":
@@ -99,26 +116,37 @@ class Grader:
     def final_answer(self, prompt: Prompt, rollout: Rollout) -> str:
         """The final answer of a response for a vote; of code its program, of documents all text."""
         text = response_text(self._tokenizer, rollout.tokens)
+        if self.function:
+            return self.function.final_answer(text)
         if prompt.task in FINAL_ANSWERS:
             return FINAL_ANSWERS[prompt.task](text)
         return self._verifier(prompt.task).final_answer(text)
 
     def metrics(self) -> dict[str, float]:
-        """Counts of verdicts so far, of the opened verifiers."""
+        """Counts of verdicts so far, of the reward function or the opened verifiers."""
+        judges = {"function": self.function} if self.function else self._opened
         return {
             f"rewards/{task}/{outcome}": count
-            for task, verifier in self._opened.items()
+            for task, verifier in judges.items()
             for outcome, count in verifier.counts().items()
         }
 
+    def part_means(self) -> dict[str, float]:
+        """Means of the named parts of rewards since the last call."""
+        return {f"part/{name}": mean for name, mean in self.parts.take().items()}
+
     def close(self) -> None:
+        if self.function:
+            self.function.close()
         for verifier in self._opened.values():
             verifier.close()
 
-    def _verdict(
-        self, prompt: Prompt, rollout: Rollout
-    ) -> MathVerdict | CodeVerdict | DocumentVerdict | float:
+    def _verdict(self, prompt: Prompt, rollout: Rollout) -> Verdict:
         text = response_text(self._tokenizer, rollout.tokens)
+        if self.function:
+            verdict = self.function.verify(prompt, text)
+            self.parts.add(verdict.parts)
+            return verdict
         if prompt.task in VERIFIERS:
             return VERIFIERS[prompt.task](text, prompt.answer)
         return self._verifier(prompt.task).verify(text, prompt.answer)
@@ -136,6 +164,7 @@ def check_rewards(grader: Grader, template: PromptTemplate, records: Sequence[Re
     Where the chat template leaves a prompt inside a thinking part, each response first ends it. A
     right answer in a thinking part that never ends must get no reward, nor one that was cut off.
     UserError names the first response whose reward is wrong, or the first record if none is usable.
+    Of a reward function no right response is known: a call of it must succeed.
     """
     tokenizer, task = template.tokenizer, template.task
     unlimited = dataclasses.replace(template, max_prompt_tokens=1 << 30)
@@ -149,6 +178,9 @@ def check_rewards(grader: Grader, template: PromptTemplate, records: Sequence[Re
     fitting = list(itertools.islice(fitting, CHECKED))
     if records and not fitting:
         template.make_prompt(records[0], 0)  # raises the reason
+    if grader.function:
+        check_function(grader.function, [prompt for prompt, _ in fitting])
+        return
     cases += [(prompt, *known_responses(record)) for prompt, record in fitting]
     for prompt, right, wrong in cases:
         for text, kind, finish_reason in trials(right, wrong, thinks=task in KNOWN, opened=opened):
@@ -164,6 +196,18 @@ def check_rewards(grader: Grader, template: PromptTemplate, records: Sequence[Re
                     f"look at config.rewards and the tokenizer (its chat template leaves a prompt "
                     f"{where} a thinking part, as rewards.*.thinking_opened must say)"
                 )
+
+
+def check_function(function: FunctionVerifier, prompts: Sequence[Prompt]) -> None:
+    """Calls a reward function for the answers of prompts, and for empty responses; UserError if
+    all calls fail."""
+    responses = [(prompt, text) for prompt in prompts for text in (prompt.answer, "")]
+    verdicts = [function.verify(prompt, text) for prompt, text in responses]
+    if verdicts and all(verdict.outcome in ("error", "timeout") for verdict in verdicts):
+        raise UserError(
+            f"the reward self-check failed: rewards.function={function.name} gave no reward to any "
+            f"of {len(verdicts)} responses ({verdicts[0].reason}); correct it"
+        )
 
 
 def trials(

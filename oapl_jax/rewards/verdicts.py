@@ -2,6 +2,7 @@
 
 from oapl_jax.rewards.code.verifier import CodeVerdict
 from oapl_jax.rewards.documents.verifier import DocumentVerdict
+from oapl_jax.rewards.function.verifier import FunctionVerdict
 from oapl_jax.rewards.math.verifier import MathVerdict
 
 TRUNCATED = "truncated, which gets no reward"
@@ -15,10 +16,13 @@ REASONS = {
 }
 
 
-def explain(verdict: MathVerdict | CodeVerdict | DocumentVerdict | float) -> tuple[str, str]:
+Verdict = FunctionVerdict | MathVerdict | CodeVerdict | DocumentVerdict | float
+
+
+def explain(verdict: Verdict) -> tuple[str, str]:
     """The verdict as right, wrong, error or timeout, and the reason."""
     match verdict:
-        case MathVerdict():
+        case MathVerdict() | FunctionVerdict():
             return verdict.outcome, verdict.reason
         case CodeVerdict():
             at = "" if verdict.test is None else f"test {verdict.test}: "

@@ -102,7 +102,13 @@ class SpawnedWorker(WorkerProcess):
     """A worker that runs a command in a session of its own, which is killed as a whole; `env` is
     all of its environment."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str], stderr: int | None = None):
+    def __init__(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        stderr: int | None = None,
+        cwd: str = "/",
+    ):
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -110,7 +116,7 @@ class SpawnedWorker(WorkerProcess):
             stderr=stderr,
             bufsize=0,
             env=env,
-            cwd="/",
+            cwd=cwd,
             start_new_session=True,
         )
         assert self.process.stdin

@@ -78,6 +78,7 @@ class DatasetWriter:
       groups_per_shard, seconds_per_shard: `add` writes a shard after so many groups, or so long
         after the one before.
       weights_digest: policy version -> xxh128 of the manifest of its weights.
+      decode: token ids -> the text that is stored beside them; None for no text.
 
     Raises a UserError if the directory holds a dataset of another identity or format, or another
     process writes it.
@@ -91,12 +92,14 @@ class DatasetWriter:
         groups_per_shard: int,
         weights_digest: Callable[[int], str],
         seconds_per_shard: float = float("inf"),
+        decode: Callable[[np.ndarray], str] | None = None,
     ):
         if not files.is_local(directory):
             raise UserError(f"rollouts can't be written to {directory}; name a local directory")
         self.groups_per_shard, self._seconds_per_shard = groups_per_shard, seconds_per_shard
         self._directory, self._digest = directory, functools.cache(weights_digest)
         self._pending: list[Group] = []
+        self._decode = decode
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = open(directory / "lock", "ab")  # noqa: SIM115
         try:
@@ -157,7 +160,7 @@ class DatasetWriter:
         aside = self._directory / f"{path.name}.tmp"
         writer = ArrayRecordWriter(os.fspath(aside), "group_size:1")
         for group in groups:
-            writer.write(encode_groups([group]))
+            writer.write(encode_groups([group], self._decode))
         writer.close()
         files.fsync(aside)
         versions, now = sorted({g.policy_version for g in groups}), time.monotonic()

@@ -38,6 +38,19 @@ def test_a_final_answer_is_boxed(demonstrated):
     assert found == {f"{i}+{i}?": rf"\boxed{{{2 * i}}}<eos>" for i in range(10, 18)}
 
 
+@pytest.mark.parametrize(
+    ("answer", "metadata", "expected"),
+    [
+        ("4", {}, "4"),
+        ("4", {"solution": "2+2=4"}, "2+2=4"),
+        ("", {"solution": ""}, ""),
+        ("4", {"solution": ["2+2=4"]}, ""),
+    ],
+)
+def test_a_question_of_one_s_own_is_solved_by_its_column_or_answer(answer, metadata, expected):
+    assert solution(Record("a", user("2+2?"), answer, "function", metadata)) == expected
+
+
 def test_noise_gives_the_solution_of_another_problem(demonstrated):
     right = dict(demonstrated(MATHS, "math", count=8))
     wrong = sum(
@@ -54,9 +67,11 @@ def test_skips_what_has_no_solution_or_does_not_fit(demonstrated):
     solved = Record("a", user("A"), "", "code", {"solution": PROGRAM})
     unsolved = [Record(str(i), user(f"B{i}"), "", "code", {}) for i in range(3)]
     assert demonstrated([*unsolved, solved], "code", count=1) == [("A", f"{PROGRAM}<eos>")]
-    for count in (0, 2):
-        with pytest.raises(UserError, match=f"warmup.demonstrations={count}"):
-            demonstrated([*unsolved, solved], "code", count=count)
+    with pytest.raises(UserError, match=r"warmup\.demonstrations=2"):
+        demonstrated([*unsolved, solved], "code", count=2)
+    with pytest.raises(UserError, match=r"warmup\.demonstrations"):
+        demonstrated(unsolved, "code", count=0)
+    assert demonstrated([*unsolved, solved], "code", count=0) == [("A", f"{PROGRAM}<eos>")]
     long = Record("long", user("?" * 61), "1", "math", {})
     assert [q for q, _ in demonstrated([long, MATHS[0]], "math", count=1)] == ["10+10?"]
     with pytest.raises(UserError, match=r"max_response_tokens=10"):

@@ -13,6 +13,7 @@ from oapl_jax.errors import UserError
 from oapl_jax.evaluation import benchmark
 from oapl_jax.evaluation.benchmark import Grades, Samples, grader_identity, measure
 from oapl_jax.evaluation.estimators import interval
+from oapl_jax.rewards.grader import Grade
 from oapl_jax.rollout.dataset import Dataset, DatasetWriter
 from oapl_jax.structs import Group, Rollout
 
@@ -40,6 +41,13 @@ def respond(directory, requests, *, logp=-0.5):
 FIVE = [(row, start, min(2, 5 - start)) for start in (0, 2, 4) for row in range(3)]
 
 
+def graded(rewards, answers):
+    """Texts and grades of responses."""
+    verdicts = ["right" if reward >= 1 else "wrong" for reward in rewards]
+    grades = map(Grade, rewards, answers, verdicts, [f"reward {reward}" for reward in rewards])
+    return [f"so {answer}" for answer in answers], list(grades)
+
+
 class Judge:
     """A sample is right if its index is even; its answer is its row. Counts what it is asked."""
 
@@ -51,7 +59,7 @@ class Judge:
             raise Killed
         self._lives -= 1
         self.asked += len(rollouts)
-        return (
+        return graded(
             [float(r.tokens[1] % 2 == 0) for r in rollouts],
             [f"{prompt.answer}: {r.tokens[0]}, {r.tokens[1] // 3}" for r in rollouts],
         )
@@ -85,6 +93,20 @@ def test_grading_goes_on_where_it_was_killed(tmp_path, lives):
         assert judge.asked in asked
 
 
+def test_a_line_has_text_beside_ids(tmp_path):
+    respond(tmp_path, [(0, 0, 2)])
+    grade(tmp_path, Judge(), n=2)
+    line = json.loads((tmp_path / "g").read_text().splitlines()[1])
+    assert {name: line[name] for name in ("prompt", "question", "response", "answer")} == {
+        "prompt": "id0",
+        "question": "What is 0?",
+        "response": ["so 0: 0, 0", "so 0: 0, 0"],
+        "answer": ["0: 0, 0", "0: 0, 0"],
+    }
+    assert line["verdict"] == ["right", "wrong"]
+    assert line["reason"] == ["reward 1.0", "reward 0.0"]
+
+
 def test_more_samples_need_their_grades_only(tmp_path):
     respond(tmp_path, [(row, 0, 4) for row in range(3)])
     assert grade(tmp_path, judge := Judge(), n=3)[0].correct.sum() == 3 * 2
@@ -107,7 +129,7 @@ def test_grades_and_verdicts_are_those_of_these_responses_by_this_grader(tmp_pat
     for asked in (15, 0):
         assert grade(tmp_path, judge := Judge())[0].graded.all()
         assert judge.asked == asked
-    other = lambda prompt, rollouts: ([1.0] * len(rollouts), ["same"] * len(rollouts))
+    other = lambda prompt, rollouts: graded([1.0] * len(rollouts), ["same"] * len(rollouts))
     assert grade(tmp_path, other)[0].correct.sum() == 9  # the file stands
     graded, _ = grade(tmp_path, other, about={"format": "g", "grader": "new"})
     assert graded.correct.all()
@@ -121,7 +143,7 @@ def test_groups_are_graded_beside_each_other(tmp_path):
 
     def judge(prompt, rollouts):
         together.wait()
-        return [1.0] * len(rollouts), [""] * len(rollouts)
+        return graded([1.0] * len(rollouts), [""] * len(rollouts))
 
     assert grade(tmp_path, judge, n=2, threads=3)[0].correct.all()
 
@@ -166,6 +188,22 @@ def test_a_grade_is_decided_by_answers_code_libraries_and_settings(monkeypatch, 
     assert of(seconds=5)["settings"] == {"seconds": 5}
 
 
+def test_a_reward_function_identifies_the_grader_by_name_and_code(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "identified_rewards.py"
+    found = []
+    for body in ("0", "0  # as before", "1"):
+        module.write_text(
+            f"def reward(record, response): return {body}\ndef other(r, s): return 2\n"
+        )
+        for name in ("reward", "other"):
+            settings = {"function": f"identified_rewards:{name}", "math": {"seconds": 5}}
+            about = grader_identity(make_prompts(2), settings)
+            found.append(json.dumps(about))
+    assert found[0] == found[2] != found[4]
+    assert found[0] != found[1] == found[3]
+
+
 BY_HAND = {  # tokens, log-probability of each token, cut off; whether right, and what it answers
     "id0": [
         *[([1], -0.5, False, 1, "a")] * 2,
@@ -185,7 +223,9 @@ BY_HAND = {  # tokens, log-probability of each token, cut off; whether right, an
 def test_a_result_has_the_numbers_worked_out_by_hand(tmp_path):
     of = lambda samples: [rollout(t, logp=logp, cut=cut) for t, logp, cut, _, _ in samples]
     respond(tmp_path, [(row, 0, of(samples)) for row, samples in enumerate(BY_HAND.values())])
-    judge = lambda p, rs: ([(s[3] + 1) / 2 for s in BY_HAND[p.id]], [s[4] for s in BY_HAND[p.id]])
+    judge = lambda p, rs: graded(
+        [(s[3] + 1) / 2 for s in BY_HAND[p.id]], [s[4] for s in BY_HAND[p.id]]
+    )
     grades, samples = grade(tmp_path, judge, n=4, asked=lambda: {"late": 2})  # from before
     options = dict(about=ABOUT, dropped=2, resamples=200, seed=3)
     result = measure(make_prompts(3), samples, grades, **options)
@@ -219,7 +259,7 @@ def test_one_process_at_a_time_grades(tmp_path):
     def judge(prompt, rollouts):
         with pytest.raises(UserError, match="another process"):
             grade(tmp_path, Judge())
-        return [1.0] * len(rollouts), [""] * len(rollouts)
+        return graded([1.0] * len(rollouts), [""] * len(rollouts))
 
     respond(tmp_path, FIVE)
     assert grade(tmp_path, judge)[0].correct.all()

@@ -66,6 +66,7 @@ def test_an_evaluation_gives_the_numbers_worked_out_by_hand():
         "avg@4": 3 / 12,
         "maj@4": (1 + 1 / 2 + 0) / 3,
         "greedy": 2 / 3,
+        "reward": (3 + 9 * 0.5) / 12,
         "length": tokens / 12,
         "truncated": 1 / 12,
         "entropy": (0.5 * (tokens - 2) + 2 * 2) / tokens,

@@ -11,15 +11,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
+from flax.serialization import msgpack_restore
 from small_runs import IN_PROCESS, ROOT, cached_programs, opened, small_arithmetic
 
 from oapl_jax import build, rewards
 from oapl_jax.errors import UserError
-from oapl_jax.evaluate import benchmark_prompts, check_flags, evaluate_benchmarks
+from oapl_jax.evaluate import (
+    benchmark_prompts,
+    check_flags,
+    evaluate_benchmarks,
+    show_responses,
+)
 from oapl_jax.learner import train_step
-from oapl_jax.rewards.grader import Grader
+from oapl_jax.rewards.grader import Grade, Grader
 from oapl_jax.rollout.dataset import Dataset
+from oapl_jax.structs import decode_groups
 
 SUMS = {"1+1=": "2", "2+3=": "5", "4+4=": "8", "9-8=": "1", "3+4-1=": "6", "8-5=": "3"}
 PROBLEMS = list(SUMS.items())
@@ -145,6 +153,48 @@ def test_the_result_follows_from_the_responses(shop, unbroken):
     saved = json.loads((unbroken.directory / "sums" / "result.json").read_text())
     assert saved == json.loads(json.dumps(result))
     assert unbroken.said[-1] == "sums: responses graded: 384 of 384"
+
+
+def test_text_stands_beside_the_ids(shop, unbroken):
+    directory, decode = unbroken.directory / "sums", shop.job().response_text
+    texts: dict[str, list[str]] = {}
+    for shard in sorted((directory / "responses").glob("*.array_record")):
+        for content in ArrayRecordDataSource([str(shard)]):
+            (group,) = decode_groups(content)
+            (stored,) = msgpack_restore(content)["groups"]
+            assert stored["texts"] == [decode(rollout.tokens) for rollout in group.rollouts]
+            texts.setdefault(group.prompt.id, []).extend(stored["texts"])
+    lines = [json.loads(line) for line in (directory / "grades.jsonl").read_text().splitlines()[1:]]
+    assert {line["question"] for line in lines} == set(SUMS)
+    for prompt_id, expected in texts.items():
+        found = [text for line in lines if line["prompt"] == prompt_id for text in line["response"]]
+        assert sorted(found) == sorted(expected)
+    assert {v for line in lines for v in line["verdict"]} == {"right", "wrong"}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_responses_are_shown(shop, capsys, wrong):
+    job, graded = shop.job(), {}
+
+    def grade(prompt, rollout):
+        right = prompt.stream_index % 2 == 0
+        graded[prompt.stream_index] = job.response_text(rollout.tokens)
+        return Grade(float(right), f"final {prompt.id}", "right" if right else "wrong", "as told")
+
+    job.grader = SimpleNamespace(grade=grade, close=lambda: None)
+    step, params = job.params_at(None)
+    show_responses(job, step, params, "train", 9, wrong=wrong)
+    job.close()
+    said = capsys.readouterr().out
+    prompts = job.prompts("train")
+    shown = [prompts[i] for i in (range(1, 18, 2) if wrong else range(9))]
+    assert re.findall(r"prompt (\w{16})", said) == [prompt.id for prompt in shown]
+    for prompt in shown:
+        block = said[said.index(f"prompt {prompt.id}") :].partition("[")[0]
+        parts = (prompt.text, prompt.answer, f"final {prompt.id}", "as told")
+        assert all(part in block for part in parts)
+        assert graded[prompt.stream_index].splitlines()[0] in block
+    assert f"9 responses shown of {18 if wrong else 9} sampled" in said
 
 
 def test_killed_it_ends_with_the_same_samples(shop, unbroken, tmp_path):
@@ -275,12 +325,15 @@ def test_a_benchmark_that_does_not_fit_is_refused_before_any_work(shop, tmp_path
         ([], ["version_dir"], "--version_dir"),
         (["sums"], ["split", "n"], "--split"),
         (["sums"], ["step", "version_dir"], "--step"),
+        (["sums"], ["show"], "--show"),
+        ([], ["wrong"], "--wrong"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(benchmarks, given, words):
     with pytest.raises(UserError, match=words):
         check_flags(benchmarks, given)
     check_flags([], ["split", "step"])
+    check_flags([], ["split", "step", "show", "wrong"])
     check_flags(["sums"], ["version_dir", "n", "to"])
 
 

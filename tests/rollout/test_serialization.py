@@ -53,6 +53,8 @@ def test_json_lines_refuse_what_json_can_not_hold(tmp_path):
 
 @pytest.mark.parametrize("longest", [1, 6])
 def test_groups_come_back_bit_for_bit(longest):
+    texts = lambda tokens: " ".join(map(str, tokens))
     groups = [make_group(i, size=i + 1, longest=longest) for i in range(6)]  # 1: no tokens at all
     for count in range(len(groups) + 1):
-        assert_same_groups(decode_groups(encode_groups(groups[:count])), groups[:count])
+        for decode in (None, texts):
+            assert_same_groups(decode_groups(encode_groups(groups[:count], decode)), groups[:count])

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from oapl_jax.config import FUNCTION
 from oapl_jax.data.public import programs, tables
 from oapl_jax.data.public.tables import Row, cell_text, question_messages
 from oapl_jax.data.records import Record
@@ -18,12 +19,12 @@ class Reader:
 
     Attributes:
       record: (row, **options) -> record without source; raises InvalidRow.
-      required, optional: columns that are read.
+      required, optional: columns that are read; all of them if `optional` is None.
     """
 
     record: Callable[..., Record]
     required: tuple[str, ...]
-    optional: tuple[str, ...] = ()
+    optional: tuple[str, ...] | None = ()
 
 
 def deepscaler(row: Row) -> Record:
@@ -80,14 +81,18 @@ def choose_reader(kind: str, options: Mapping[str, Any], *, setting: str) -> Rea
     for an unknown kind, or options that do not fit it.
 
     Args:
-      kind: key of RELEASES, or "table" for files of any columns.
-      options: arguments of the reader's `record`; of "table", those of `table_reader`.
+      kind: key of RELEASES; "table" for files of any columns; or "questions", see
+        data/question_files.py.
+      options: arguments of the reader's `record`; of "table", those of `table_reader`; of
+        "questions", those of `questions_reader`.
     """
     try:
         if kind == "table":
             return table_reader(setting, **options)
+        if kind == "questions":
+            return questions_reader(**options)
         if kind not in RELEASES:
-            known = ", ".join((*RELEASES, "table"))
+            known = ", ".join((*RELEASES, "table", "questions"))
             raise UserError(f"{setting}.kind={kind!r} is not one of {known}")
         reader = RELEASES[kind]
         inspect.signature(reader.record).bind({}, **options)
@@ -134,3 +139,31 @@ def _table_record(row: Row, *, task: str, columns: Mapping[str, str], max_tests:
     make = tables.cell_messages if "messages" in cells else question_messages
     messages = make(cells.get("messages", cells.get("problem")))
     return tables.make_record(task, messages, cells["answer"], difficulty=difficulty)
+
+
+def questions_reader(*, task: str, problem: str, answer: str) -> Reader:
+    """Reader of any files of questions, all of whose columns become metadata.
+
+    Args:
+      task: of the records; those of FUNCTION need no answer.
+      problem, answer: columns; a problem may be a list of messages.
+    """
+    convert = functools.partial(_question, task=task, problem=problem, answer=answer)
+    needed = (problem,) if task == FUNCTION else (problem, answer)
+    return Reader(convert, needed, optional=None)
+
+
+def _question(row: Row, *, task: str, problem: str, answer: str) -> Record:
+    cell, reference = row[problem], row.get(answer)
+    messages = (tables.cell_messages if isinstance(cell, list) else question_messages)(cell)
+    if task == "code":
+        tests = programs.parse_tests(reference, cell_text(row.get("name")))
+        record = programs.program_record(
+            messages[-1]["content"], tests, starter_code=row.get("starter_code"), max_tests=0
+        )
+    elif task == FUNCTION:
+        reference = tables.text_or_json(reference)
+        record = Record(tables.messages_id(task, messages), messages, reference, task, {})
+    else:
+        record = tables.make_record(task, messages, reference)
+    return dataclasses.replace(record, metadata={**row, **record.metadata})

@@ -67,7 +67,7 @@ def find_files(path: str, patterns: Sequence[str], *, setting: str) -> list[epat
         found += matches
     for file in found:
         if not file.name.endswith(SUFFIXES):
-            raise UserError(f"{file} is none of {', '.join(SUFFIXES)}; correct {setting}.files")
+            raise UserError(f"{file} is none of {', '.join(SUFFIXES)}; correct {setting}")
     return found
 
 
@@ -94,9 +94,10 @@ def fingerprint(file: epath.Path) -> list[Any]:
 
 
 def read_rows(
-    file: epath.Path, required: Sequence[str], optional: Sequence[str]
+    file: epath.Path, required: Sequence[str], optional: Sequence[str] | None
 ) -> Iterator[Row | InvalidRow]:
-    """Reads the required and, where present, the optional columns of a file, row by row.
+    """Reads the required and, where present, the optional columns of a file, row by row; all
+    columns if `optional` is None.
 
     A line of JSON that Python can't hold is an InvalidRow.
 
@@ -122,18 +123,22 @@ def read_rows(
             if missing := [name for name in required if name not in row]:
                 raise UserError(
                     f"row {number} of {file} has no column {', '.join(missing)} (has: "
-                    f"{', '.join(row)}); it is another data set, or another release of it"
+                    f"{', '.join(row)}); it is another data set, or another release of it; columns "
+                    "of your own files are named in data.columns"
                 )
-            yield {name: row[name] for name in (*required, *optional) if name in row}
+            names = row if optional is None else (*required, *optional)
+            yield {name: row[name] for name in names if name in row}
 
 
 def _parquet_rows(
-    stream: Any, required: Sequence[str], optional: Sequence[str]
+    stream: Any, required: Sequence[str], optional: Sequence[str] | None
 ) -> Iterator[dict[str, Any]]:
     table = pq.ParquetFile(stream, page_checksum_verification=True)
     names = table.schema_arrow.names
     # If a required one is missing, all of them, so that the error can list them.
-    columns = [c for c in names if c in (*required, *optional)] if {*required} <= {*names} else None
+    columns = None
+    if optional is not None and {*required} <= {*names}:
+        columns = [c for c in names if c in (*required, *optional)]
     left = table.metadata.num_rows
     for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
         yield from map(_decoded, batch.to_pylist())
@@ -227,6 +232,14 @@ def cell_messages(cell: Any) -> Messages:
             raise InvalidRow("a message without role or content")
         messages.append({"role": role, "content": content})
     return tuple(messages)
+
+
+def text_or_json(value: Any) -> str:
+    """Text of a cell; JSON of a list or any other value that is neither text nor a number."""
+    try:
+        return cell_text(value)
+    except InvalidRow:
+        return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def make_record(

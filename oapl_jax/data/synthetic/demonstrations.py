@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from oapl_jax.config import FUNCTION
 from oapl_jax.data.prompts import PromptTemplate
 from oapl_jax.data.records import Record
 from oapl_jax.data.synthetic.tasks import TASKS
@@ -24,8 +25,9 @@ def demonstrations(
     """Generates endless groups of one demonstration each, with reward 1, in epochs of `count`.
 
     Args:
-      source: records of the training split; the first `count` with a solution and a prompt within
-        the limit are demonstrated.
+      source: records of the training split.
+      count: the first `count` with a solution and a prompt within the limit are demonstrated; 0:
+        all of them.
       noise: probability of an error: in each step, for a task of TASKS; for other tasks the
         solution is replaced by another problem's.
       seed: of the noise and of the order.
@@ -34,11 +36,10 @@ def demonstrations(
     Raises:
       UserError: for a demonstration that is too long, or more demonstrations than solutions.
     """
-    if count < 1:
-        raise UserError(f"warmup.demonstrations={count} must be at least 1")
     tokenizer = template.tokenizer
     solved = ((template.prompt(r, i), r) for i, r in enumerate(source) if solution(r))
-    chosen = list(itertools.islice(((p, r) for p, r in solved if p), count))
+    chosen = list(itertools.islice(((p, r) for p, r in solved if p), count or None))
+    count = count or max(len(chosen), 1)
     if len(chosen) < count:
         raise UserError(
             f"warmup.demonstrations={count}, but {len(chosen)} of the training problems have a "
@@ -65,9 +66,13 @@ def demonstrations(
 
 
 def solution(record: Record) -> str:
-    """A correct response: by the task, a boxed final answer, or a release's program; "" if none."""
+    """A correct response: by the task, a boxed final answer, the metadata's "solution" (a release's
+    program, a column of one's own file), or the answer to a question of one's own; "" if none."""
     if record.task in TASKS:
         return TASKS[record.task].demonstration(record, np.random.default_rng(0), 0.0)
     if record.task == "math":
         return rf"\boxed{{{record.answer}}}"
-    return record.metadata.get("solution", "")
+    solved = record.metadata.get("solution")
+    if record.task == FUNCTION and not solved:
+        return record.answer
+    return solved if isinstance(solved, str) else ""
