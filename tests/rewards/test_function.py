@@ -91,6 +91,7 @@ def test_a_reward_is_a_number_or_the_sum_of_named_parts(opened, value, reward, p
         *((value, "TypeError") for value in ("None", "'1'", "b'1'", "[1]", "1j", "{}")),
         ("{'a': None}", "TypeError"),
         *((value, "ValueError") for value in ("float('nan')", "float('inf')", "1e300")),
+        ("{'a': 3e38, 'b': 3e38}", "ValueError"),
         ("record['none']", "KeyError"),
         ("sys.exit()", "SystemExit"),
         ("1 +", "SyntaxError"),

@@ -104,7 +104,9 @@ def read_rows(
     Raises:
       UserError: for a damaged file, or a row without a required column.
     """
-    number = 0
+    number, remedy = 0, "it is another data set, or another release of it"
+    if optional is None:
+        remedy = "name its columns, for example with --config.data.columns.problem=prompt"
     with readable(file), file.open("rb") as stream:
         if stream.read(len(LFS_POINTER)) == LFS_POINTER:
             raise UserError(f"{file} is a Git LFS pointer, not data; run git lfs pull there")
@@ -123,8 +125,7 @@ def read_rows(
             if missing := [name for name in required if name not in row]:
                 raise UserError(
                     f"row {number} of {file} has no column {', '.join(missing)} (has: "
-                    f"{', '.join(row)}); it is another data set, or another release of it; columns "
-                    "of your own files are named in data.columns"
+                    f"{', '.join(row)}); {remedy}"
                 )
             names = row if optional is None else (*required, *optional)
             yield {name: row[name] for name in names if name in row}

@@ -161,13 +161,15 @@ class FunctionVerifier:
         with self._lock:
             self._counts.update([TIMEOUT] if late else ["error", f"error/{kind}"])
             new = (kind, where) not in self._shown and len(self._shown) < SHOWN_KINDS
-            self._shown.add((kind, where))
+            if new:
+                self._shown.add((kind, where))
         if new:
             count = f"rewards/function/{TIMEOUT if late else f'error/{kind}'}"
             log.warning(
-                "rewards.function=%s failed for prompt %s: %s; the response gets reward 0, as all "
-                "that fail so, which are counted in %s", self.name, prompt.id, what, count
-            )  # fmt: skip
+                "rewards.function=%s failed for prompt %s: %s; such responses get reward 0 and are "
+                "counted in %s (shown once)",
+                *(self.name, prompt.id, what, count),
+            )
             if reply["traceback"]:
                 tracebacks.warning("rewards.function=%s:\n%s", self.name, reply["traceback"])
         return FunctionVerdict("timeout" if late else "error", 0.0, {}, what)

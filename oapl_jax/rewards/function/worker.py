@@ -48,7 +48,9 @@ def call(
         parts = value if isinstance(value, Mapping) else {"": value}
         if not parts:
             raise TypeError("a reward function returned a dict without parts")
-        return {"parts": {str(name): number(part) for name, part in parts.items()}}
+        numbers = {str(name): number(part) for name, part in parts.items()}
+        number(math.fsum(numbers.values()))
+        return {"parts": numbers}
     except (Exception, SystemExit) as error:
         return failure(error)
 
