@@ -310,7 +310,7 @@ def test_rejects_a_map_of_columns(columns, table):
         ({"kind": "deepcoder"}, "options .*max_tests"),
         ({"kind": "table"}, "options"),
         ({"part": (50, 50)}, "part"),
-        ({"part": (0, 101)}, "part"),
+        ({"part": (60, 50)}, "part"),
         ({"files": ("*.csv",)}, "files"),
         ({"path": "/nowhere"}, "path"),
     ],

@@ -41,7 +41,7 @@ def respond(directory, requests, *, logp=-0.5):
 FIVE = [(row, start, min(2, 5 - start)) for start in (0, 2, 4) for row in range(3)]
 
 
-def graded(rewards, answers):
+def as_graded(rewards, answers):
     """Texts and grades of responses."""
     verdicts = ["right" if reward >= 1 else "wrong" for reward in rewards]
     grades = map(Grade, rewards, answers, verdicts, [f"reward {reward}" for reward in rewards])
@@ -59,7 +59,7 @@ class Judge:
             raise Killed
         self._lives -= 1
         self.asked += len(rollouts)
-        return graded(
+        return as_graded(
             [float(r.tokens[1] % 2 == 0) for r in rollouts],
             [f"{prompt.answer}: {r.tokens[0]}, {r.tokens[1] // 3}" for r in rollouts],
         )
@@ -129,7 +129,7 @@ def test_grades_and_verdicts_are_those_of_these_responses_by_this_grader(tmp_pat
     for asked in (15, 0):
         assert grade(tmp_path, judge := Judge())[0].graded.all()
         assert judge.asked == asked
-    other = lambda prompt, rollouts: graded([1.0] * len(rollouts), ["same"] * len(rollouts))
+    other = lambda prompt, rollouts: as_graded([1.0] * len(rollouts), ["same"] * len(rollouts))
     assert grade(tmp_path, other)[0].correct.sum() == 9  # the file stands
     graded, _ = grade(tmp_path, other, about={"format": "g", "grader": "new"})
     assert graded.correct.all()
@@ -143,7 +143,7 @@ def test_groups_are_graded_beside_each_other(tmp_path):
 
     def judge(prompt, rollouts):
         together.wait()
-        return graded([1.0] * len(rollouts), [""] * len(rollouts))
+        return as_graded([1.0] * len(rollouts), [""] * len(rollouts))
 
     assert grade(tmp_path, judge, n=2, threads=3)[0].correct.all()
 
@@ -223,7 +223,7 @@ BY_HAND = {  # tokens, log-probability of each token, cut off; whether right, an
 def test_a_result_has_the_numbers_worked_out_by_hand(tmp_path):
     of = lambda samples: [rollout(t, logp=logp, cut=cut) for t, logp, cut, _, _ in samples]
     respond(tmp_path, [(row, 0, of(samples)) for row, samples in enumerate(BY_HAND.values())])
-    judge = lambda p, rs: graded(
+    judge = lambda p, rs: as_graded(
         [(s[3] + 1) / 2 for s in BY_HAND[p.id]], [s[4] for s in BY_HAND[p.id]]
     )
     grades, samples = grade(tmp_path, judge, n=4, asked=lambda: {"late": 2})  # from before
@@ -259,7 +259,7 @@ def test_one_process_at_a_time_grades(tmp_path):
     def judge(prompt, rollouts):
         with pytest.raises(UserError, match="another process"):
             grade(tmp_path, Judge())
-        return graded([1.0] * len(rollouts), [""] * len(rollouts))
+        return as_graded([1.0] * len(rollouts), [""] * len(rollouts))
 
     respond(tmp_path, FIVE)
     assert grade(tmp_path, judge)[0].correct.all()

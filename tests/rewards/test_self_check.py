@@ -88,7 +88,7 @@ def test_a_reward_that_errs_is_refused(tokenizer, task, reward, response, kind):
         return reward(text, rollout.finish_reason)
 
     with pytest.raises(UserError, match=f"{re.escape(response)}.* {kind}"):
-        check(SimpleNamespace(reward=grade), tokenizer, task)
+        check(SimpleNamespace(reward=grade, function=None), tokenizer, task)
 
 
 def test_the_data_are_checked_too(graders, tokenizer):

@@ -67,7 +67,8 @@ def find_files(path: str, patterns: Sequence[str], *, setting: str) -> list[epat
         found += matches
     for file in found:
         if not file.name.endswith(SUFFIXES):
-            raise UserError(f"{file} is none of {', '.join(SUFFIXES)}; correct {setting}")
+            named = setting + ".files" * bool(patterns)
+            raise UserError(f"{file} is none of {', '.join(SUFFIXES)}; correct {named}")
     return found
 
 
