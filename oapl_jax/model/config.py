@@ -5,11 +5,14 @@ needs it has other logits than this decoder.
 """
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from oapl_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 ARCHITECTURES = {name.lower(): f"{name}ForCausalLM" for name in ("Qwen3", "Qwen2", "Llama")}
 ORIGINAL = "original_max_position_embeddings"
@@ -244,9 +247,11 @@ def _read_rope(config: Mapping[str, Any], source: str) -> dict[str, Any]:
             f"decoder lacks; it supports {', '.join(ROPE_TYPES)}, without a partial factor"
         )
     if other.get("rope_theta", rope["rope_theta"]) != rope["rope_theta"]:
-        raise UserError(
-            f"{source} has {_listed(other, ['rope_theta'])} in rope_parameters, which rope_scaling "
-            f"replaces by settings with {_listed(rope, ['rope_theta'])}; keep one of the two"
+        log.warning(
+            "%s has %s in rope_parameters, which rope_scaling replaces by settings with %s, as in "
+            "transformers; write the base into rope_scaling if that is not meant",
+            source,
+            *(_listed(settings, ["rope_theta"]) for settings in (other, rope)),
         )
     needed, optional = ROPE_TYPES[kind]
     if ORIGINAL in needed:

@@ -115,14 +115,14 @@ def test_incomplete_unknown_and_nested_rope_settings_are_named(key, settings, na
         read(config(**{key: settings}))
 
 
-def test_a_base_that_rope_scaling_would_replace_is_named():
+def test_a_base_that_rope_scaling_replaces_is_logged(caplog):
     beside = dict(rope_parameters={**DEFAULT, "rope_theta": 5e6}, rope_scaling=YARN)
-    with pytest.raises(UserError, match=r"rope_theta=5000000\.0"):
-        read(config(**beside))
-    assert (
-        read(config(**beside, rope_theta=5e6)).rope
-        == read(config(rope_parameters={**YARN, "rope_theta": 5e6})).rope
-    )
+    assert dict(read(config(**beside)).rope) == {**YARN, "rope_theta": 10000.0}
+    (record,) = caplog.records
+    assert "rope_theta=5000000.0" in record.getMessage()
+    assert "rope_theta=10000.0" in record.getMessage()
+    assert dict(read(config(**beside, rope_theta=5e6)).rope) == {**YARN, "rope_theta": 5e6}
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,10 @@ def test_a_base_that_rope_scaling_would_replace_is_named():
         ({"rope_parameters": {}, "rope_scaling": {}, "rope_theta": 100.0}, DEFAULT),
         ({"rope_parameters": DEFAULT, "original_max_position_embeddings": 9}, DEFAULT),
         ({"rope_scaling": YARN, "rope_theta": 9.0}, {**YARN, "rope_theta": 9.0}),
+        (
+            {"rope_parameters": DEFAULT, "rope_scaling": {**YARN, "type": "default"}},
+            {**YARN, "rope_theta": 10000.0},
+        ),
         (
             {"rope_scaling": {**YARN, "beta_fast": None, "rope_theta": 9.0}, "rope_theta": 8.0},
             {**YARN, "rope_theta": 9.0},
