@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 CPU := JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2
 
-.PHONY: run test test-quick lint format lock sglang parity golden run-smollm2 comparison peers benchmark benchmark-peers clean
+.PHONY: run test test-quick test-pythons lint docs format lock sglang parity golden run-smollm2 comparison peers benchmark benchmark-peers clean
 
 run: .venv/run
 	$(CPU) $(BIN)/python -m oapl_jax.train --config=configs/arithmetic.py --workdir=runs/arithmetic \
@@ -16,11 +16,31 @@ test: .venv/dev .venv-sglang/done
 test-quick: .venv/dev
 	$(CPU) $(BIN)/python -m pytest tests --numprocesses=2 --dist=loadfile -m "not slow" --durations=10
 
+# The quick tests on the other interpreters that this machine has, each in an environment of its own.
+interpreter = $(firstword $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python) $(shell command -v python$(1)))
+VERSIONS := $(foreach version,3.12 3.13,$(if $(call interpreter,$(version)),$(version)))
+test-pythons: $(VERSIONS:%=.venv-%/done)
+	@for version in $(VERSIONS); do echo "Python $$version"; $(CPU) .venv-$$version/bin/python -m pytest tests \
+	  --numprocesses=2 --dist=loadfile -m "not slow" || exit 1; done
+
+.venv-3.%/done: requirements/build.lock requirements/run.lock requirements/dev.lock
+	@echo "installing into $(@D)"
+	@$(call interpreter,$(@D:.venv-%=%)) -m venv $(@D)
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check -r requirements/build.lock -r requirements/dev.lock
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/shellcheck tpu_setup/*.sh tpu_setup/*/*.sh
+
+# The site, in docs/_build/html; a warning is an error. External links are listed, not followed.
+docs: .venv/dev
+	$(CPU) $(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --jobs=2 docs docs/_build/html
+	@grep -rhoE "https?://[^] \"<>)\`|]+" docs/*.md *.md experiments/README.md | sort -u > docs/_build/links.txt
+	@echo "docs/_build/html/index.html; external links, not followed: docs/_build/links.txt"
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .
@@ -105,4 +125,4 @@ run-smollm2: .venv/run .venv-parity/done
 	  --workdir=runs/smollm2 --step=$$step --benchmark=gsm8k_test || exit 1; done
 
 clean:
-	rm -rf .venv .venv-parity .venv-sglang .venv-tunix .venv-trl *.egg-info
+	rm -rf .venv .venv-* docs/_build docs/_api *.egg-info

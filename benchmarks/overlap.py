@@ -82,7 +82,7 @@ def seconds_a_step(steps: int, generate: float) -> float:
     with config.unlocked():
         config.num_steps, config.warmup.num_steps = steps, 0
         config.evaluation.every, config.checkpoint.every = 0, 10 * steps
-        config.rollout.overlap, config.tensorboard = True, False
+        config.rollout.overlap, config.tracking.tensorboard = True, False
         config.rollout.max_zero_reward_groups = 0  # random tokens are never right
         config.buffer.mode, config.buffer.zero_variance = "keep_with_anchor", "keep"
     latency = generate * IN_FLIGHT / config.groups_per_step

@@ -162,6 +162,6 @@ def get_config(arg: str | None = None) -> common.Config:
     )
     config.benchmarks = dict()  # name -> a data set, as in data.sets of real data (docs/data.md)
     config.checkpoint = dict(every=100, keep=2)
-    config.tensorboard = True
+    config.tracking = common.tracking()
     config.compile_cache = "../programs"  # from the workdir, for all runs beside it; "": none
     return config.lock()

@@ -147,7 +147,7 @@ def get_config(arg: str | None = None) -> common.Config:
         max_response_tokens=65536,
     )
     config.checkpoint = dict(every=50, keep=2)
-    config.tensorboard = True
+    config.tracking = common.tracking()
     config.compile_cache = "../programs"  # from the workdir, for all runs beside it; "": none
 
     small = choice["size"] == "smoke"

@@ -62,6 +62,17 @@ def fleet() -> Config:
     )
 
 
+def tracking() -> Config:
+    """Trackers of metrics beside metrics.jsonl."""
+    return ConfigDict(
+        dict(
+            tensorboard=True,
+            wandb="off",  # "online" or "offline": pip install --editable '.[wandb]'
+            project="oapl_jax",  # of Weights & Biases
+        )
+    )
+
+
 def recorded() -> dict[str, Any]:
     """Groups from a recorded dataset in place of sampled ones, or beside them; and recording."""
     return dict(

@@ -130,7 +130,7 @@ def get_config(arg: str | None = None) -> common.Config:
         max_response_tokens=common.reference(config.rollout, "max_response_tokens"),  # [I]
     )
     config.checkpoint = dict(every=50, keep=2)
-    config.tensorboard = True
+    config.tracking = common.tracking()
     config.compile_cache = "../programs"  # from the workdir, for all runs beside it; "": none
 
     if choice["objective"] == "grpo_is":  # GRPO + importance sampling, asynchronous

@@ -132,7 +132,7 @@ def get_config(name: str, seed: int, **changes: Any) -> Any:
     config.optim.learning_rate = 5e-4
     config.evaluation.update(every=2, n=8, ks=(1,))
     config.checkpoint.every = 20
-    config.tensorboard = False
+    config.tracking.tensorboard = False
     config.curriculum.name = name
     config.curriculum.curator.update(dormant=0, warmup=2, passes=2)
     config.update_from_flattened_dict(changes)

@@ -65,7 +65,7 @@ def get_config(name: str, seed: int, **changes: Any) -> Any:
     config.seed = seed
     config.evaluation.every = 0  # only rates are measured
     config.checkpoint.every = config.num_steps
-    config.tensorboard = False
+    config.tracking.tensorboard = False
     config.update_from_flattened_dict(changes)
     return config
 

@@ -166,7 +166,7 @@ class Point:
     def values(self, root: epath.Path) -> dict[str, Any]:
         """All overrides: those of the settings that are points, then its own."""
         data_dir = os.fspath(root / "data")
-        values = {"seed": self.seed, "data.data_dir": data_dir, "tensorboard": False}
+        values = {"seed": self.seed, "data.data_dir": data_dir, "tracking.tensorboard": False}
         if self.start:
             values |= {
                 "warmup.num_steps": 0,

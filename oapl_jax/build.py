@@ -208,7 +208,7 @@ class Run:
             self.mesh,
             lambda params: {**make_probe(params), "dtype": dtype},
             dtype=self.config.publish_dtype,
-            config_hash=publisher.config_hash(self.config.to_dict()),
+            config=self.config.to_dict(),
             deadline=self.config.rollout.deadline,
         )
 

@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import os
+import re
 import reprlib
 import types
 import typing
@@ -770,6 +771,18 @@ class CheckpointConfig(Section):
     keep: int = setting("newest checkpoints to keep", at_least=1)
 
 
+class TrackingConfig(Section):
+    """Trackers that get the metrics of each step, beside metrics.jsonl."""
+
+    SECTION = "tracking"
+    tensorboard: bool = setting("write event files to tensorboard/ in the workdir")
+    wandb: str = setting(
+        "Weights & Biases: upload, write files for `wandb sync`, or neither",
+        choices=("online", "offline", "off"),
+    )
+    project: str = setting("project of Weights & Biases")
+
+
 class Config(Section):
     """The whole configuration of a run."""
 
@@ -793,9 +806,9 @@ class Config(Section):
     learner: LearnerConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig
+    tracking: TrackingConfig
     benchmarks: Mapping[str, ReleaseConfig] = setting("public releases for oapl_jax.evaluate")
     publish_dtype: str = setting("dtype of published weights", choices=DTYPES)
-    tensorboard: bool = setting("write TensorBoard events")
     compile_cache: str = setting(
         "directory of compiled programs, from the workdir; '': none", path=True
     )
@@ -937,6 +950,46 @@ class Config(Section):
                     f"data.max_prompt_tokens={prompt} + rollout.max_response_tokens={response} is "
                     f"{prompt + response} tokens, more than {name} ({limit}); lower one"
                 )
+
+
+class Setting(typing.NamedTuple):
+    """A field of a section, as documented."""
+
+    name: str  # in full, as in --config.NAME
+    type: str
+    values: str  # allowed ones; "" for all of the type
+    doc: str
+
+
+def sections(kind: type[Section] = Config, path: str = "") -> list[tuple[str, type[Section]]]:
+    """(path, class) of a section and of all below it.
+
+    Alternatives have the same path. NAME in a path stands for any name.
+    """
+    found = [(path, kind)]
+    for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
+        hint = typing.get_type_hints(kind)[field.name]
+        named = ".NAME" if typing.get_origin(hint) is Mapping else ""
+        for part in (hint, *typing.get_args(hint)):
+            if isinstance(part, type) and issubclass(part, Section):
+                found += sections(part, f"{path}.{field.name}{named}".removeprefix("."))
+    return found
+
+
+def settings_of(kind: type[Section], path: str) -> list[Setting]:
+    """The fields of a section that are no sections themselves."""
+    found, hints = [], typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
+        if "doc" not in field.metadata or (kind is ObjectiveConfig and field.name == "constants"):
+            continue
+        hint, metadata = hints[field.name], field.metadata
+        limits = " and ".join(f"{word} {x:.12g}" for word, (x, _) in metadata["limits"].items())
+        name = f"{path}.{field.name}".removeprefix(".")
+        type_ = hint.__name__ if isinstance(hint, type) else str(hint)
+        type_ = re.sub(r"\b(typing|collections\.abc|oapl_jax\.config)\.", "", type_)
+        values = ", ".join(metadata["choices"]) or limits
+        found.append(Setting(name, type_, values, metadata["doc"]))
+    return found
 
 
 def load_config(workdir: epath.Path) -> dict[str, Any] | None:

@@ -1,19 +1,27 @@
 """Launch of the commands: command line and compile cache."""
 
+import importlib.metadata
 import os
+import platform
 import runpy
 import sys
+from typing import Any
 
 import jax
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from oapl_jax.config import Config, flatten, nearest
+from oapl_jax import __version__
+from oapl_jax.config import Config, flatten, nearest, sections, settings_of
 from oapl_jax.errors import UserError
 from oapl_jax.files import absolute, flag_directory, is_local
 from oapl_jax.fleet.addresses import server_url
 
+PACKAGES = (
+    *("jax", "jaxlib", "libtpu", "numpy", "flax", "optax", "orbax-checkpoint", "tensorstore"),
+    *("transformers", "tokenizers", "math-verify", "sympy"),
+)
 CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; a run in it is resumed")
 
@@ -99,18 +107,66 @@ def check_overrides(arguments: list[str]) -> None:
             section = section.get_oneway_ref(part).get() if part in section else None
 
 
+def origins(config: Config) -> dict[str, tuple[Any, str]]:
+    """Setting -> its value, and where that comes from.
+
+    The place is the command line, the file of --config (with its argument, if that has chosen the
+    value), another setting that this one follows, or the default of oapl_jax/config.py.
+    """
+    flag = flags.FLAGS["config"]
+    overridden, name = flag.override_values, flag.config_filename
+    file, _, argument = name.partition(":")
+    get_config = runpy.run_path(file)["get_config"]
+    as_given = flatten((get_config(argument) if argument else get_config()).to_dict())
+    plain = flatten(get_config().to_dict()) if argument else as_given
+
+    def origin(setting: str, value: Any) -> str:
+        if any(setting == key or setting.startswith(f"{key}.") for key in overridden):
+            return "the command line"
+        if setting not in as_given:
+            return "the default in oapl_jax/config.py"
+        given = as_given[setting]
+        if value not in (given, os.path.expanduser(given) if isinstance(given, str) else given):
+            return "a setting of the command line, which it follows"
+        return name if plain.get(setting) != given else file
+
+    values = flatten(config.to_dict())
+    values = {key.replace("objective.constants.", "objective."): v for key, v in values.items()}
+    return {setting: (value, origin(setting, value)) for setting, value in values.items()}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of this package, of Python, and of the packages that decide a run's numbers."""
+    there = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
+    found = {name: importlib.metadata.version(name) for name in PACKAGES if name in there}
+    return {"oapl_jax": __version__, "python": platform.python_version(), **found}
+
+
+def one_sentence(section: type) -> str:
+    """The first sentence of a section's docstring."""
+    return (section.__doc__ or "").strip().splitlines()[0].partition(". ")[0].rstrip(".")
+
+
 def usage() -> str:
-    """Docstring of the command, and its own flags."""
+    """Docstring of the command, its flags, those of every command, and the settings by section."""
     modules = flags.FLAGS.flags_by_module_dict()
-    mine = [
-        f for name in modules if name.startswith(("oapl_jax", sys.argv[0])) for f in modules[name]
-    ]
-    lines = [
-        f"  --{flag.name}: {flag.help}" + (f" [{flag.default}]" if flag.default is not None else "")
-        for flag in sorted(mine, key=lambda flag: flag.name)
-    ]
-    overrides = "  --config.NAME=VALUE: a setting of that file, such as --config.lag.steps=8"
-    return "\n".join([sys.modules["__main__"].__doc__ or "", *lines, overrides])
+    groups = {
+        "Flags of this command": [f for m in modules if m == sys.argv[0] for f in modules[m]],
+        "Flags of every command": [CONFIG, WORKDIR],
+    }
+    lines = [sys.modules["__main__"].__doc__ or ""]
+    for title, of_group in groups.items():
+        lines += [title] if of_group else []
+        for flag in sorted(of_group, key=lambda flag: flag.name):
+            default = f" [{flag.default}]" if flag.default is not None else ""
+            lines.append(f"  --{flag.name}: {getattr(flag, 'help', '')}{default}")
+    lines.append("\nSettings: --config.NAME=VALUE, such as --config.lag.steps=8 (docs/config.md)")
+    for path, section in sections():
+        lines.append(f"\n{path or 'the whole run'}: {one_sentence(section)}")
+        for setting in settings_of(section, path):
+            allowed = f" [{setting.values}]" if setting.values else ""
+            lines.append(f"  {setting.name} ({setting.type}): {setting.doc}{allowed}")
+    return "\n".join(lines)
 
 
 def use_compile_cache(directory: str, workdir: epath.Path) -> None:

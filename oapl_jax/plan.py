@@ -19,23 +19,24 @@ from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 
-from oapl_jax.config import Config
+from oapl_jax.config import Config, changed_settings
 from oapl_jax.data.synthetic.tasks import TASKS
 from oapl_jax.errors import RunError, UserError, exit_with_code
 from oapl_jax.launch import read_command_line
 from oapl_jax.learner.optimizer import make_optimizer
-from oapl_jax.model import hf
+from oapl_jax.model import hf, sharding
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.policy import open_policy
 from oapl_jax.model.published import published, published_name
 from oapl_jax.model.transformer import REMAT_POLICIES, Transformer
 from oapl_jax.objectives import bind
-from oapl_jax.planning.estimate import estimate
+from oapl_jax.planning.estimate import estimate, host_memory
 from oapl_jax.planning.hardware import PAGES, Slice, make_mesh, open_slice
 from oapl_jax.planning.layouts import Layout, kept_plan, layouts_of, meshes, plan_digest, sweep
 from oapl_jax.planning.programs import RunPrograms
 from oapl_jax.tracking.progress import log
-from oapl_jax.weights.publisher import config_hash
+from oapl_jax.weights.lag import LagPolicy
+from oapl_jax.weights.publisher import config_hash, finished_steps
 
 Plan = dict[str, Any]
 Planner = Callable[[Config], Plan]
@@ -258,6 +259,109 @@ def size(count: float) -> str:
     units = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
     unit = next((name for name, value in units.items() if count >= value / 10), "B")
     return f"{count / units.get(unit, 1):.2f} {unit}"
+
+
+# The dry run of oapl_jax.train, on this machine's devices
+
+
+def dry_run(config: Config, workdir: epath.Path, *, restore_step: int | None) -> str:
+    """What a run would be: steps, sizes, memory, files. Writes nothing.
+
+    Raises:
+      UserError: as the run would, for settings that fit neither devices nor the workdir.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        sizes, from_checkpoint = model_sizes(config, None, epath.Path(scratch))
+    mesh = sharding.make_mesh(**config.mesh)
+    config.check_layout(mesh=mesh.shape, hosts=jax.process_count())
+    changed = changed_settings(workdir, config.to_dict())
+    run = programs_of(config, sizes, mesh, from_checkpoint=from_checkpoint)
+    directory = workdir / "checkpoints"
+    saved = finished_steps(directory) if directory.exists() else []
+    if restore_step is not None and restore_step not in saved:
+        raise UserError(f"--restore_step={restore_step} is not in {workdir} (have: {saved})")
+    first = restore_step if restore_step is not None else (saved or [0])[-1]
+    return "\n".join(
+        [
+            *(f"changed since this run began: {change}" for change in changed),
+            *("", "Steps", *_steps(config, first, resumes=bool(saved))),
+            *("", "Sizes", *_sizes(run)),
+            *("", "Memory", *_memory(run)),
+            *("", "Would be written", *_files(config, workdir, run)),
+        ]
+    )
+
+
+def _steps(config: Config, first: int, *, resumes: bool) -> list[str]:
+    """Counts of a run from step `first` on."""
+    lag, last = LagPolicy(**config.lag, seed=config.seed), config.num_steps
+    done = range(first + 1, last + 1)
+    due = lambda every: sum(step % every == 0 or step == last for step in done) if every else 0
+    live = config.rollout.source != "dataset"
+    published = sum(lag.publishes(step) for step in range(first, last)) if live else 1
+    warm_up = config.warmup.num_steps if not resumes else 0
+    groups = config.groups_per_step * (last - first)
+    lags = f"{config.lag.mode} {config.lag.steps}"
+    return [
+        f"  {'resumes at' if resumes else 'begins at'} step {first}, ends after step {last}"
+        + (f"; {warm_up} steps of the warm-up before" if warm_up else ""),
+        f"  {groups} groups of {config.group_size} trained on, lag {lags}, {published} versions",
+        f"  {due(config.evaluation.every)} evaluations, "
+        f"{due(config.checkpoint.every) + (not resumes)} checkpoints",
+    ]
+
+
+def _sizes(run: RunPrograms) -> list[str]:
+    batch, mesh = run.longest.tokens.shape, {k: v for k, v in run.mesh.shape.items() if v > 1}
+    devices, hosts = run.mesh.devices, jax.process_count()
+    shape = " x ".join(f"{axis} {count}" for axis, count in mesh.items()) or "1"
+    return [
+        f"  {hf.parameter_count(run.model.config):,} parameters of a {run.model.config.model_type}",
+        f"  {run.sequences} sequences a step of at most {run.max_prompt_tokens} + "
+        f"{run.rollout.max_response_tokens} tokens: at most {batch[0]} micro-batches of "
+        f"{batch[1]} rows of {batch[2]} tokens",
+        f"  {devices.size} devices ({devices.flat[0].device_kind}) of {hosts} hosts, mesh {shape}",
+    ]
+
+
+def _memory(run: RunPrograms) -> list[str]:
+    """Bytes on a device, the train step as compiled for it, and on a host."""
+    program = run.gradient_step()
+    figures = program.trace().lower().compile().memory_analysis()
+    kinds = {**program.hbm, "temporaries of the train step": figures.temp_size_in_bytes}
+    host = host_memory(run, len(run.mesh.local_devices))
+    line = lambda kinds: ", ".join(f"{kind} {size(used)}" for kind, used in kinds.items())
+    limits = run.mesh.devices.flat[0].memory_stats() or {}
+    have = f" of {size(limits['bytes_limit'])}" if "bytes_limit" in limits else ""
+    return [
+        f"  a device: {size(sum(kinds.values()))}{have}: {line(kinds)}",
+        f"  a host, beside that: {size(sum(host.values()))}: {line(host)}",
+        *(f"  not estimated: {part}" for part in run.not_planned),
+    ]
+
+
+def _files(config: Config, workdir: epath.Path, run: RunPrograms) -> list[str]:
+    count, tracking = hf.parameter_count(run.model.config), config.tracking
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.state))
+    version = count * jnp.dtype(config.publish_dtype).itemsize
+    data, cache = os.path.abspath(config.data.data_dir), config.compile_cache
+    written = {
+        "config.json, lease.json, log.txt, result.json, learning.png": True,
+        "model/": not config.model.path,
+        "metrics.jsonl, ledger.jsonl": True,
+        "tensorboard/": tracking.tensorboard,
+        f"wandb/ ({tracking.wandb}, project {tracking.project})": tracking.wandb != "off",
+        f"checkpoints/: the newest {config.checkpoint.keep}, {size(state)} each": True,
+        "host_states/": True,
+        f"versions/ of {size(version)} and weights/ of {size(4 * count)} each": True,
+        "rollouts/": config.rollout.record,
+    }
+    return [
+        f"  in {workdir}:",
+        *(f"    {name}" for name, there in written.items() if there),
+        f"  {data}: the data sets, unless they are prepared",
+        *([f"  {os.path.abspath(workdir / cache)}: compiled programs"] if cache else []),
+    ]
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from oapl_jax import multihost
 from oapl_jax.build import Run
 from oapl_jax.config import Config, changed_settings, save_config
 from oapl_jax.data.synthetic.demonstrations import demonstrations
-from oapl_jax.errors import FleetLost, NotFinite, exit_with_code
+from oapl_jax.errors import FleetLost, NotFinite, UserError, exit_with_code
 from oapl_jax.evaluation import table
-from oapl_jax.launch import read_command_line, use_compile_cache
+from oapl_jax.launch import origins, package_versions, read_command_line, use_compile_cache
 from oapl_jax.learner import packing, sft, train_step
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.learner.train_step import TrainState
@@ -43,11 +43,14 @@ from oapl_jax.tracking.plots import plot_learning
 from oapl_jax.tracking.progress import (
     Progress,
     StopRequest,
+    command_again,
     keep_running_without_terminal,
     log,
     log_libraries_to,
 )
+from oapl_jax.tracking.trackers import check_trackers, trackers
 from oapl_jax.weights import lease
+from oapl_jax.weights.publisher import finished_steps
 
 MAX_SKIPPED = 3  # consecutive steps with a non-finite loss, gradient or update before an abort
 Loop = dict[str, Any]  # JSON values of the loop: test results before, seconds, pinned versions
@@ -82,7 +85,6 @@ def train(
         closing.callback(run.close)
         begun = begin(run, stop, restore_step)
         if begun is None:
-            log(f"stopped by {stop.requested} before step 0; the same command begins again")
             return None
         return train_from(run, *begun, stop, clock)
 
@@ -95,6 +97,7 @@ def begin(run: Run, stop: StopRequest, restore_step: int | None) -> tuple[TrainS
     config, host0 = run.config, not jax.process_index()
     if restore_step is not None:
         run.checkpoint_step(restore_step)
+    check_trackers(config.tracking)
     for change in changed_settings(run.workdir, config.to_dict()) if host0 else ():
         log(f"changed since this run began: {change}")
     if host0 and config.lag.mode != "uniform" and config.lag.steps >= config.num_steps > 0:
@@ -134,7 +137,8 @@ def train_from(
     logp_fn = train_step.make_logp_step(run.model, run.mesh, **settings)
     shardings = train_step.batch_shardings(run.mesh)
     first = int(state.step)
-    metrics_file = MetricsWriter(run.workdir, start_step=first, tensorboard=config.tensorboard)
+    opened = trackers(config.tracking, run.workdir, start_step=first, config=config.to_dict())
+    metrics_file = MetricsWriter(opened)
     progress = Progress("train", config.num_steps, first)
 
     with contextlib.closing(metrics_file), contextlib.closing(progress):
@@ -197,7 +201,6 @@ def train_from(
         step = int(state.step)
         if step < config.num_steps:
             save_and_stop(run, state, loop)
-            log(f"stopped by {stop.requested} at step {step}; the same command resumes")
             return None
         after = run.evaluate(step, state.params, "test") if config.evaluation.every else {}
     return {"before": loop["before"], "after": after, "seconds": loop["seconds"]}, state
@@ -213,7 +216,8 @@ def init_run(run: Run, stop: StopRequest) -> tuple[TrainState, Loop] | None:
     with section("loading the model"):
         params: Any = run.policy.load_params(run.mesh) if run.policy.checkpoint else config.seed
     if config.warmup.num_steps:
-        progress = Progress("warm up", config.warmup.num_steps, 0)
+        shown = {"loss": "loss {:.3f}"}
+        progress = Progress("warm up", config.warmup.num_steps, 0, shown)
         stop.waits_for = "the current step of the warm-up"
         with section("the warm-up") as warmup, contextlib.closing(progress):
 
@@ -370,6 +374,39 @@ def publish_and_serve(run: Run, step: int, params: Any, loop: Loop) -> None:
     run.source.serve(due, run.versions.path(due))
 
 
+def summary(workdir: epath.Path, ended: str) -> str:
+    """One line for a stopped or failed run: what is saved, what is lost, the command that goes on.
+
+    `ended` says why it ended.
+    """
+    directory = workdir / "checkpoints"
+    saved = finished_steps(directory) if directory.exists() else []
+    lines = read_lines(workdir / multihost.per_host_path("metrics.jsonl"))
+    reached = lines[-1]["step"] if lines else 0
+    kept = f"saved: step {saved[-1]} in {directory}" if saved else "saved: nothing"
+    first = saved[-1] + 1 if saved else 1
+    lost = f"steps {first} to {reached}" if reached >= first else "no finished step"
+    lost += "" if saved else ", and the warm-up"
+    return (
+        f"{ended}; {kept}; lost: {lost}; groups in flight are sampled again; "
+        f"{'resume' if saved else 'begin again'}: {command_again()}"
+    )
+
+
+def dry_run(config: Config, workdir: epath.Path, *, restore_step: int | None) -> str:
+    """The settings with their origins, the packages, and the run as `plan.dry_run` describes it."""
+    from oapl_jax import plan  # here, since no run needs it
+
+    jax.config.update("jax_enable_compilation_cache", False)  # nothing is written
+    check_trackers(config.tracking)
+    described = plan.dry_run(config, workdir, restore_step=restore_step)
+    settings = [
+        f"  {name} = {value!r}  ({place})" for name, (value, place) in origins(config).items()
+    ]
+    packages = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    return "\n".join(["Settings", *settings, described, "", f"Packages\n  {packages}"])
+
+
 def report(config: Config, workdir: epath.Path, result: dict[str, Any]) -> None:
     """Writes result.json and learning.png, and prints the table if the run evaluates."""
     (workdir / "result.json").write_text(json.dumps(result, indent=1))
@@ -393,15 +430,28 @@ def main() -> None:
     restore_step = flags.DEFINE_integer(
         "restore_step", None, "checkpoint step to resume from; later ones are removed"
     )
+    dry = flags.DEFINE_bool("dry-run", False, "print what the run would be, and write nothing")
     config, workdir = read_command_line()
     multihost.initialize(
         pod=pod.value, coordinator=coordinator.value, hosts=count.value, host=host.value
     )
+    if dry.value:
+        print(dry_run(config, workdir, restore_step=restore_step.value))
+        return
     use_compile_cache(config.compile_cache, workdir)
     keep_running_without_terminal()
     log_libraries_to(workdir / multihost.per_host_path("log.txt"))
+    stop = StopRequest()
     with multihost.abort_on_peer_failure():
-        result = run(config, workdir, StopRequest(), restore_step=restore_step.value)
+        try:
+            result = run(config, workdir, stop, restore_step=restore_step.value)
+        except UserError:  # a mistake: nothing has begun
+            raise
+        except Exception as error:
+            log(summary(workdir, f"failed ({type(error).__name__})"))
+            raise
+    if result is None:
+        log(summary(workdir, f"stopped by {stop.requested}"))
     if result is None or jax.process_index():
         return
     if install.value is not None:

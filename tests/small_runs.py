@@ -47,7 +47,7 @@ IN_PROCESS = {  # on the eight devices of this process
     "mesh.fsdp": 1,
     "lag.steps": 4,
     "rollout.prompts_per_call": 4,
-    "tensorboard": False,
+    "tracking.tensorboard": False,
 }
 QUICK_COMPILATION = {  # environment of processes that compile for longer than their programs run
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",

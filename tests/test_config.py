@@ -101,6 +101,7 @@ MISTAKES = [
     ({"curriculum.name": "hard"}, "curriculum.name"),
     ({"curriculum.curator.remat": "all"}, "curriculum.curator.remat"),
     ({"preferences.judge": "anyone"}, "preferences.judge"),
+    ({"tracking.wandb": "on"}, "tracking.wandb"),
     ({"evaluation.n": 2}, "evaluation.n"),
     ({"evaluation.resamples": 0}, "evaluation.resamples"),
     ({"data.task": "sudoku"}, "data.task"),
@@ -258,8 +259,9 @@ def test_a_missing_key_and_a_wrong_type_are_named():
     del values["fleet"]["attempts"]
     with pytest.raises(UserError, match=r"fleet\.attempts"):
         Config.from_dict(values)
-    values = arithmetic.get_config().to_dict() | {"tensorboard": 1}
-    with pytest.raises(UserError, match="tensorboard"):
+    values = arithmetic.get_config().to_dict()
+    values["tracking"]["tensorboard"] = 1
+    with pytest.raises(UserError, match=r"tracking\.tensorboard"):
         Config.from_dict(values)
 
 

@@ -34,7 +34,7 @@ TINY = {
     "evaluation.every": 0,
     "checkpoint.every": 2,
     "num_steps": 2,
-    "tensorboard": False,
+    "tracking.tensorboard": False,
 }
 
 

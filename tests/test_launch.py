@@ -15,10 +15,10 @@ from small_runs import opened
 
 from configs import arithmetic
 from oapl_jax import report
-from oapl_jax.config import changed_settings, load_config, save_config
+from oapl_jax.config import changed_settings, load_config, save_config, sections, settings_of
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.files import absolute
-from oapl_jax.launch import read_command_line
+from oapl_jax.launch import origins, read_command_line
 
 
 def read(monkeypatch, workdir, *words):
@@ -156,6 +156,38 @@ def test_help_names_the_flags_and_ends(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "--workdir" in said
     assert "--config.NAME=VALUE" in said
+    groups = [line.partition(":")[0] for line in said.splitlines() if line[:1].isalpha()]
+    for path, section in sections():
+        assert not settings_of(section, path) or (path or "the whole run") in groups
+        for setting in settings_of(section, path):
+            assert f"  {setting.name} (" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "setting", "value", "place"),
+    [
+        (["--config.lag.steps=8"], "lag.steps", 8, "the command line"),
+        ([], "lag.steps", 16, "configs/arithmetic.py"),
+        (["--config=configs/arithmetic.py:objective=grpo"], "objective.name", "grpo", "grpo"),
+        (
+            ["--config=configs/arithmetic.py:objective=grpo"],
+            "seed",
+            0,
+            "configs/arithmetic.py",
+        ),
+        (["--config.rollout.max_response_tokens=9"], "evaluation.max_response_tokens", 9, "follow"),
+        (["--config.evaluation.ks=(1,2)"], "evaluation.ks", [1, 2], "the command line"),
+        (["--config.objective.gspo.clip_low=0.1"], "objective.gspo.clip_low", 0.1, "command line"),
+        ([], "releases", "", "oapl_jax/config.py"),
+    ],
+)
+def test_the_origin_of_a_value(monkeypatch, tmp_path, words, setting, value, place):
+    command = ["train", "--config=configs/arithmetic.py", f"--workdir={tmp_path}", *words]
+    monkeypatch.setattr(sys, "argv", command)
+    with flagsaver.flagsaver():
+        found = origins(read_command_line()[0])
+    assert found[setting][0] == value
+    assert place in found[setting][1]
 
 
 # The workdir's configuration

@@ -184,7 +184,7 @@ class Shop:
         if "rounds" in config:
             places["rounds"] = str(self.root)
         settings = {name.replace("__", "."): value for name, value in settings.items()}
-        config.update_from_flattened_dict({**places, "tensorboard": False, **settings})
+        config.update_from_flattened_dict({**places, "tracking.tensorboard": False, **settings})
         return config
 
     def train(self, name, make, arg, **settings):

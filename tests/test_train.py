@@ -4,6 +4,7 @@ mistakes."""
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -176,11 +178,45 @@ def test_a_signal_saves_and_leaves(runs, unbroken, tmp_path):
         assert process.returncode == 0, output
         assert number.name in output
         assert not done or f"step {done}" in output
+        (last,) = [line for line in output.splitlines() if "saved:" in line]
         done = metrics(workdir)[-1]["step"]
         assert done < 12
+        assert f"saved: step {done} in {workdir}" in last
+        assert "lost: no finished step" in last
+        assert "-m oapl_jax.train --config=configs/arithmetic.py" in last.partition("resume:")[2]
+        assert f"--workdir={workdir}" in last
         assert str(done) in {p.name for p in (workdir / "checkpoints").iterdir()}
     assert f"step {done}" in runs.run(workdir)
     assert [timeless(x) for x in metrics(workdir)] == [timeless(x) for x in metrics(unbroken[0])]
+
+
+def test_a_dry_run_describes_the_run_and_writes_nothing(runs, unbroken, tmp_path):
+    workdir, settings = tmp_path / "new", {"data.data_dir": str(tmp_path / "data")}
+    command = [*runs.command(workdir, **settings), "--dry-run"]
+    output, _ = (process := runs.start(command)).communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert not list(tmp_path.iterdir())
+    for shown in (
+        "lag.steps = 4  (the command line)",
+        "lag.mode = 'window'  (configs/arithmetic.py)",
+        "begins at step 0, ends after step 12; 6 steps of the warm-up",
+        "48 groups of 4 trained on, lag window 4, 3 versions",
+        "3 evaluations, 5 checkpoints",
+        "16 sequences a step",
+        "temporaries of the train step",
+        f"jax {jax.__version__}",
+        f"in {workdir}:",
+        str(tmp_path / "data"),
+    ):
+        assert shown in output
+    parameters = re.search(r"([\d,]+) parameters", output)
+    assert parameters
+    saved = final_parameters(runs, unbroken[0]).items()
+    learned = sum(array.size for name, array in saved if name.startswith("[0]"))
+    assert int(parameters[1].replace(",", "")) == learned
+    finished = runs.run(unbroken[0], "--dry-run")
+    assert "resumes at step 12, ends after step 12" in finished
+    assert "0 groups" in finished
 
 
 def test_a_stop_in_the_warm_up_is_acknowledged_and_acts_after_its_step(runs, tmp_path):
@@ -193,6 +229,8 @@ def test_a_stop_in_the_warm_up_is_acknowledged_and_acts_after_its_step(runs, tmp
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert "SIGINT" in output
+    assert "saved: nothing" in output
+    assert "begin again: " in output
     assert not (tmp_path / "config.json").exists()
     assert not (tmp_path / "lease.json").exists()
 
@@ -399,5 +437,7 @@ def test_three_non_finite_steps_end_the_run_and_keep_the_checkpoint(runs, tmp_pa
     output = runs.run(tmp_path, code=1, **mistake, **ONLY_RL)
     assert "optim.learning_rate" in output
     assert "Traceback" not in output
+    assert "failed (NotFinite); saved: step 0 in" in output
+    assert "lost: steps 1 to 3" in output
     assert (tmp_path / "checkpoints" / "0").exists()
     assert metrics(tmp_path)[-1]["skipped_in_a_row"] == 3

@@ -84,6 +84,11 @@ def tensors_of(config: ModelConfig) -> list[Tensor]:
     return tensors
 
 
+def parameter_count(config: ModelConfig) -> int:
+    """Numbers in a model's checkpoint."""
+    return sum(math.prod(tensor.shape) for tensor in tensors_of(config))
+
+
 @functools.cache
 def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape of every parameter, from the initializer."""

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from oapl_jax.model import hf
-from oapl_jax.model.config import ModelConfig
 from oapl_jax.planning import programs
 from oapl_jax.planning.hardware import Chip, Slice, axis_bandwidth
 from oapl_jax.planning.hlo import Module, collective_bytes, traffic
@@ -44,7 +43,7 @@ def estimate(
     ram["offloaded"] = float(where.chips_per_host * max(p["offloaded"] for p in compiled))
     ram |= {"total": sum(ram.values()), "ram": where.host_ram}
     chip_fits = all(program["fits"] for program in compiled)
-    count = parameters(run.model.config)
+    count = hf.parameter_count(run.model.config)
     if times:
         dtype_bytes = jnp.dtype(run.publish_dtype).itemsize
         publish = publish_seconds(count, dtype_bytes, where.hosts, storage)
@@ -173,10 +172,6 @@ def host_memory(run: RunPrograms, chips_per_host: int) -> dict[str, float]:
         "buffer": float(run.buffer.capacity * group),
         "batch": 2.0 * sum(leaf.nbytes for leaf in jax.tree.leaves(run.longest)),
     }
-
-
-def parameters(config: ModelConfig) -> int:
-    return sum(math.prod(tensor.shape) for tensor in hf.tensors_of(config))
 
 
 def publish_seconds(count: int, dtype_bytes: int, hosts: int, storage: float) -> float:

@@ -1,92 +1,89 @@
-"""Metrics of a run: metrics.jsonl, and TensorBoard if enabled; drops non-finite values."""
+"""Metrics of a run: written to all trackers, without values that are not finite."""
 
+import json
 import math
 import os
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from etils import epath
 
-from oapl_jax import multihost
-from oapl_jax.files import JsonLines, naming, read_json_lines
+from oapl_jax.errors import one_line
+from oapl_jax.files import read_json_lines
 from oapl_jax.structs import Group
+from oapl_jax.tracking.progress import log
+from oapl_jax.tracking.trackers import FILE, Tracker
+
+X = TypeVar("X")
 
 
 class MetricsWriter:
-    """Appends one JSON object a step to workdir/metrics.jsonl, on host 1 to metrics.host1.jsonl.
+    """Writes the metrics of each step to all trackers.
 
-    Lines after the `start_step` of a resumed run are removed, since those steps are computed again:
-    the file holds each step once. With `tensorboard`, workdir/tensorboard gets event files.
+    An error of a tracker ends no run: it is counted as `tracking/failed`, and a line names the
+    first one of each tracker. A tracker that does not open gets nothing; others are tried again at
+    each step. Only metrics.jsonl must open, since a run resumes from it.
+
+    Args:
+      trackers: name -> constructor, as of `trackers.trackers`.
     """
 
-    def __init__(self, workdir: epath.Path, *, start_step: int, tensorboard: bool):
-        path = workdir / multihost.per_host_path("metrics.jsonl")
-        self._lines, kept = JsonLines(path, exclusive=False), 0
-        with path.open("rb") as file:
-            for text, line in zip(file, self._lines, strict=False):
-                if line["step"] > start_step:
-                    break
-                kept += len(text)
-        self._lines.truncate(kept)
-        self._events = None
-        if tensorboard and not jax.process_index():
-            self._events = _Events(workdir / "tensorboard", purge_step=start_step + 1)
+    def __init__(self, trackers: Mapping[str, Callable[[], Tracker]]):
+        self.failed: Counter[str] = Counter()  # writes, by the tracker's name
+        self._trackers: dict[str, Tracker | None] = {}
+        for name, make in trackers.items():
+            self._trackers[name] = make() if name == FILE else self._guarded(name, make)
 
     def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Writes and returns the finite values; drops others, such as the mean of an empty set."""
         tables = {key: value for key, value in values.items() if isinstance(value, dict)}
         numbers = {key: float(values[key]) for key in values.keys() - tables.keys()}
+        if failed := self.failed.total():
+            numbers["tracking/failed"] = float(failed)
         numbers = {key: numbers[key] for key in sorted(numbers) if math.isfinite(numbers[key])}
-        line: dict[str, Any] = {"step": step, **numbers, **tables}
-        self._lines.append(line)
-        if self._events:
-            self._events.write(step, numbers)
-        return line
+        line = {**numbers, **tables}
+        for name, tracker in self._trackers.items():
+            if tracker is None:
+                self.failed[name] += 1
+            else:
+                self._guarded(name, lambda tracker=tracker: tracker.write(step, line))
+        return {"step": step, **line}
 
     def close(self) -> None:
-        self._lines.close()
-        if self._events:
-            self._events.close()
+        for name, tracker in self._trackers.items():
+            if tracker is not None:
+                self._guarded(name, tracker.close)
+        for name, count in self.failed.items():
+            log(f"{name}: {count} writes failed")
 
-
-class _Events:
-    """Event file of TensorBoard, written at once: SummaryWriter's thread dies of a full disk, after
-    which its caller waits forever."""
-
-    def __init__(self, directory: epath.Path, *, purge_step: int):
-        # Here, since it imports Google's cloud clients.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
-        from tensorboardX.summary import scalar
-
-        self._directory, self._event, self._scalar = directory, event_pb2.Event, scalar  # pyright: ignore[reportAttributeAccessIssue]
-        directory.mkdir(parents=True, exist_ok=True)
-        self._file = EventsWriter(os.fspath(directory / "events"))
-        start = event_pb2.SessionLog(status="START")  # pyright: ignore[reportAttributeAccessIssue]
-        self._append(step=purge_step, session_log=start)
-
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        for key, value in numbers.items():
-            self._append(step=step, summary=self._scalar(key, value))
-        with naming(self._directory):
-            self._file.flush()
-
-    def close(self) -> None:
-        with naming(self._directory):
-            self._file.close()
-
-    def _append(self, **fields: Any) -> None:
-        with naming(self._directory):
-            self._file.write_event(self._event(wall_time=time.time(), **fields))
+    def _guarded(self, name: str, call: Callable[[], X]) -> X | None:
+        """Calls a tracker, and counts an error; the first one is logged."""
+        try:
+            return call()
+        except Exception as error:
+            if not self.failed[name]:
+                log(f"{name} failed, and the run goes on without it: {one_line(error)}")
+            self.failed[name] += 1
+            return None
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
     """The complete lines of a metrics.jsonl; none if there is no file."""
     return list(read_json_lines(path)) if path.exists() else []
+
+
+def read_last_lines(path: epath.Path, size: int = 1 << 20) -> list[dict[str, Any]]:
+    """The complete lines within the last `size` bytes of a metrics.jsonl; none without a file."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        start = max(file.seek(0, os.SEEK_END) - size, 0)
+        file.seek(start)
+        lines = file.read().split(b"\n")
+    return [json.loads(line) for line in lines[start > 0 : -1]]
 
 
 class CompileClock:

@@ -4,46 +4,84 @@ import contextlib
 import io
 import logging
 import os
+import re
+import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import tqdm
 from etils import epath
 
+# Metric -> its form in a line.
 SHOWN = {
-    "reward": "reward",
-    "eval/pass@1": "pass@1",
-    "loss": "loss",
-    "lag/mean": "lag",
-    "entropy": "entropy",
+    "reward": "reward {:.3f}",
+    "eval/pass@1": "pass@1 {:.3f}",
+    "lag/mean": "lag {:.1f}",
+    "learner/tokens_per_second": "{:,.0f} tokens/s",
 }
 
 
 class Progress:
-    """Progress bar on a terminal; elsewhere a plain line at every twentieth of the steps."""
+    """One live line on a terminal; elsewhere a plain line at every twentieth of the steps.
 
-    def __init__(self, what: str, num_steps: int, start: int):
-        self._what, self._num_steps = what, num_steps
+    A line has the step, the latest value of each metric of `shown`, and the time left at the pace
+    of this process, without its first step, which compiles.
+    """
+
+    def __init__(
+        self, what: str, num_steps: int, start: int, shown: Mapping[str, str] | None = None
+    ):
+        self._what, self._num_steps, self._shown = what, num_steps, shown or SHOWN
         self._every = max(num_steps // 20, 1)
+        self._latest: dict[str, str] = {}
+        self._first: tuple[int, float] | None = None  # step, and the time when it was done
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm.tqdm(total=num_steps, initial=start, desc=what, file=sys.stderr)
+            self._bar = tqdm.tqdm(
+                total=num_steps,
+                initial=start,
+                desc=f"{what} {start}/{num_steps}",
+                bar_format="{desc} {bar}",  # a bar of the remaining width; cut to one line
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
 
     def step(self, step: int, line: Mapping[str, Any]) -> None:
-        values = {name: f"{line[key]:.3f}" for key, name in SHOWN.items() if key in line}
+        new = {key: form.format(line[key]) for key, form in self._shown.items() if key in line}
+        self._latest |= new
+        values = [self._latest[key] for key in self._shown if key in self._latest]
+        text = "  ".join([f"{self._what} {step}/{self._num_steps}", *values, *self._left(step)])
         if self._bar is not None:
-            self._bar.set_postfix(values, refresh=False)
+            self._bar.set_description_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
         elif step % self._every == 0 or step == self._num_steps:
-            shown = "  ".join(f"{name} {value}" for name, value in values.items())
-            print(f"{self._what} {step}/{self._num_steps}  {shown}", flush=True)
+            print(text, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+    def _left(self, step: int) -> list[str]:
+        """The time left, once there is a pace."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = step, now
+        first, started = self._first
+        if step == first or step == self._num_steps:
+            return []
+        seconds = (now - started) / (step - first) * (self._num_steps - step)
+        return [f"{tqdm.tqdm.format_interval(seconds)} left"]
+
+
+def command_again() -> str:
+    """The command line of this process, which resumes its run; without `--restore_step`, that
+    would go back again."""
+    text = shlex.join([os.path.basename(sys.orig_argv[0]), *sys.orig_argv[1:]])
+    return re.sub(r" --?restore_step(=| )\S+", "", text)
 
 
 def log(text: str) -> None:

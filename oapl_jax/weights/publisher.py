@@ -1,9 +1,10 @@
 """Publisher: Orbax steps -> immutable version directories that samplers load.
 
 A version `v000016` is a Hugging Face checkpoint (safetensors, config.json, tokenizer files), a
-probe (probe.json) and a manifest with the size and checksum of each file. It is written to a
-temporary directory, flushed, renamed, and committed by a marker last: readers see a whole version
-or none. One process at a time may write below a directory, any number may read.
+model card (README.md), a probe (probe.json) and a manifest with the size and checksum of each
+file. It is written to a temporary directory, flushed, renamed, and committed by a marker last:
+readers see a whole version or none. One process at a time may write below a directory, any number
+may read.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from oapl_jax.files import check_files, fsync, is_local, read_json, write_file
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 
-MANIFEST, COMMITTED, PROBE = "manifest.json", "COMMITTED", "probe.json"
+MANIFEST, COMMITTED, PROBE, CARD = "manifest.json", "COMMITTED", "probe.json", "README.md"
 MANIFEST_FIELDS = ("version", "parent", "config_hash", "dtype", "files")
 PROBE_FIELDS = ("tokens", "logp", "dtype")
 MAX_SHARD_BYTES = 5 * 10**9
@@ -54,6 +55,7 @@ def publish(
     tokenizer: Any,
     dtype: str,
     config_hash: str,
+    card: str = "",
 ) -> epath.Path:
     """Writes a version, unless it is committed already; returns its directory.
 
@@ -65,6 +67,7 @@ def publish(
       tokenizer: of transformers; its files are published with the weights.
       dtype: of the tensors in the files, a key of hf.EXPORT_DTYPES.
       config_hash: of the run's configuration, for the manifest.
+      card: Markdown of the version's README.md; "" for none.
 
     Raises a UserError if the step is missing, unfinished, or of another model, and a RunError if
     the disk fails; the version is then whole or absent, and other versions are unchanged.
@@ -86,6 +89,8 @@ def publish(
             tokenizer.save_pretrained(local)
             for path in sorted(epath.Path(local).iterdir()):
                 files[path.name] = write_file(temporary / path.name, [path.read_bytes()])
+        if card:
+            files[CARD] = write_file(temporary / CARD, [card.encode()])
         files[PROBE] = write_file(temporary / PROBE, [json.dumps(probe).encode()])
         parent = f"{source.parent.name}/{source.name}"
         manifest = dict(version=version, parent=parent, config_hash=config_hash, dtype=dtype)

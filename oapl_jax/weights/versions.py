@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,39 @@ from jax.sharding import Mesh
 from oapl_jax import multihost
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
+from oapl_jax.tracking.metrics import read_last_lines
 from oapl_jax.weights import publisher
+from oapl_jax.weights.card import model_card
 from oapl_jax.weights.checkpoint import Weights
+
+
+def publish_with_card(
+    source: epath.Path,
+    model: ModelConfig,
+    config: Mapping[str, Any],
+    lines: Sequence[Mapping[str, Any]],
+    *,
+    version: int,
+    directory: epath.Path,
+    tokenizer: Any,
+    dtype: str,
+) -> epath.Path:
+    """Publishes a finished Orbax step with a model card; see `publisher.publish`.
+
+    Args:
+      config: of the run, as saved in its workdir.
+      lines: of its metrics.jsonl, for the card.
+    """
+    described: Any = dict(version=version, dtype=dtype, config_hash=publisher.config_hash(config))
+    parent = f"{source.parent.name}/{source.name}"
+    return publisher.publish(
+        source,
+        model,
+        directory=directory,
+        tokenizer=tokenizer,
+        card=model_card(config, lines, model, parent=parent, **described),
+        **described,
+    )
 
 
 class Versions:
@@ -34,13 +65,13 @@ class Versions:
         probe: Callable[[Any], dict[str, Any]],
         *,
         dtype: str,
-        config_hash: str,
+        config: Mapping[str, Any],
         deadline: float,
     ):
         self.directory, self.probe = workdir / "versions", probe
         self._weights = Weights(workdir / "weights")
         self._model, self._mesh, self._deadline = model, mesh, deadline
-        self._settings: Any = dict(tokenizer=tokenizer, dtype=dtype, config_hash=config_hash)
+        self._tokenizer, self._dtype, self._config = tokenizer, dtype, config
 
     def path(self, version: int) -> epath.Path:
         return publisher.version_path(self.directory, version)
@@ -66,8 +97,15 @@ class Versions:
 
     def publish_step(self, source: epath.Path, version: int, directory: epath.Path) -> epath.Path:
         """Publishes a finished Orbax step below any directory; returns the version's."""
-        return publisher.publish(
-            source, self._model, version=version, directory=directory, **self._settings
+        return publish_with_card(
+            source,
+            self._model,
+            self._config,
+            read_last_lines(self.directory.parent / "metrics.jsonl"),
+            version=version,
+            directory=directory,
+            tokenizer=self._tokenizer,
+            dtype=self._dtype,
         )
 
     def keep_only(self, versions: set[int]) -> None:

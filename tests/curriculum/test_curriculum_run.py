@@ -40,7 +40,7 @@ SETTINGS = {
     "rollout.record": True,
     "evaluation.every": 0,
     "checkpoint.keep": STEPS,
-    "tensorboard": False,
+    "tracking.tensorboard": False,
     "curriculum.name": "actor_curator",
     "curriculum.candidates": CANDIDATES,
     "curriculum.curator.architecture.num_hidden_layers": 1,

@@ -76,7 +76,7 @@ def test_a_small_model_goes_the_way_of_the_real_one(model, tmp_path):
             "warmup.demonstrations": 8,
             "rollout.record": True,
             "buffer.zero_variance": "keep",
-            "tensorboard": False,
+            "tracking.tensorboard": False,
         }
     )
     workdir = epath.Path(tmp_path / "run")

@@ -12,7 +12,7 @@ from oapl_jax.errors import UserError
 from oapl_jax.rollout.ledger import FILE, LedgerReport
 
 # A checkpoint of step 2 holds the groups of step 3, since 6 prompts are sampled at a time.
-SETTINGS = dict(lag__steps=8, checkpoint__every=100, tensorboard=False)
+SETTINGS = dict(lag__steps=8, checkpoint__every=100, tracking__tensorboard=False)
 SETTINGS |= dict(evaluation__every=0, warmup__num_steps=0)
 SETTINGS |= dict(rollout__deadline=60.0, fleet__no_server_deadline=2.0)
 SETTINGS |= {f"fleet__{name}_deadline": 1.0 for name in ("start", "drain", "update")}

@@ -13,11 +13,11 @@ from small_runs import typed
 
 from configs import arithmetic, code_contests, competition_math
 from oapl_jax.errors import RunError, UserError
+from oapl_jax.model.hf import parameter_count
 from oapl_jax.model.published import PUBLISHED, published
 from oapl_jax.model.sharding import make_mesh
 from oapl_jax.plan import model_sizes, plan_run, programs_of, verdict
 from oapl_jax.planning import estimate
-from oapl_jax.planning.estimate import parameters
 from oapl_jax.planning.hardware import CHIPS, SLICES, Slice, open_slice
 from oapl_jax.planning.programs import program_flops, step_flops
 
@@ -28,8 +28,8 @@ SIZES |= {"qwen3-4b-thinking-2507": 4.022, "r1-distill-qwen-14b": 14.770}
 SIZES |= {"llama-3-8b": 8.030, "llama-3.1-8b": 8.030}
 
 
-def test_published_sizes_make_the_published_number_of_parameters():
-    assert {name: round(parameters(published(name)) / 1e9, 3) for name in PUBLISHED} == SIZES
+def test_published_sizes_make_the_published_number_of_parameter_count():
+    assert {name: round(parameter_count(published(name)) / 1e9, 3) for name in PUBLISHED} == SIZES
 
 
 def test_the_roofline_is_arithmetic_in_float64():
@@ -120,14 +120,14 @@ def test_the_longest_batch_has_the_most_rows_and_a_host_a_copy_of_each_chips_par
     assert run.longest.segments.any(-1).all()
     assert run.batch.tokens.sharding.shard_shape((16, 8, 64)) == (16, 1, 64)
     memory = estimate.host_memory(run, 4)
-    state = 3 * 4 * parameters(run.model.config) / 8  # over 8 chips
+    state = 3 * 4 * parameter_count(run.model.config) / 8  # over 8 chips
     assert 4 * state <= memory["copy of the state for a checkpoint"] < 4 * 1.2 * state
     assert memory["buffer"] == 128 * (8 * 8 * 16 + 4 * 12)
 
 
 def test_copies_of_the_parameters_beside_a_program_are_counted(config):
     run = run_of(config)
-    count = 4 * parameters(run.model.config)
+    count = 4 * parameter_count(run.model.config)
     assert dict(run.gradient_step().beside) == {}
     assert [p.name for p in run.programs()] == ["train step", "initialisation", "probe"]
     config.objective.kl_weight = 0.1

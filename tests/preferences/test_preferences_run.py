@@ -53,7 +53,7 @@ def run(tmp_path_factory):
         "learner.rows_multiple": 32,
         "evaluation.every": 0,
         "checkpoint.every": 32,
-        "tensorboard": False,
+        "tracking.tensorboard": False,
     }
     Runs(directory).run(directory, config=":objective=prosper", **settings)
     return directory

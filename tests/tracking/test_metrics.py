@@ -13,16 +13,19 @@ from etils import epath
 from small_runs import metrics as lines
 from tensorboardX.proto import event_pb2
 
-from oapl_jax.errors import UserError, sentence
+from oapl_jax.config import TrackingConfig
+from oapl_jax.errors import UserError
 from oapl_jax.structs import Group, Prompt, Rollout
 from oapl_jax.tracking.metrics import (
     CompileClock,
     MetricsWriter,
     StepClock,
     group_metrics,
+    read_last_lines,
     read_lines,
     residuals_by_lag,
 )
+from oapl_jax.tracking.trackers import FILE, trackers
 
 
 @pytest.fixture
@@ -31,7 +34,8 @@ def workdir(tmp_path):
 
 
 def open_writer(workdir, start_step=0, tensorboard=False):
-    return MetricsWriter(workdir, start_step=start_step, tensorboard=tensorboard)
+    section = TrackingConfig(tensorboard=tensorboard, wandb="off", project="")
+    return MetricsWriter(trackers(section, workdir, start_step=start_step, config={}))
 
 
 def write(workdir, steps, start_step=0, tensorboard=False, **values):
@@ -92,12 +96,71 @@ def test_a_damaged_line_before_others_is_named(workdir):
         open_writer(workdir, start_step=3)
 
 
-def test_a_full_disk_ends_with_the_files_name(workdir):
-    with no_file_larger_than(2000), pytest.raises(OSError, match="large") as caught:
-        write(workdir, range(1, 2000), tensorboard=True)
-    code, text = sentence(caught.value) or (0, "")
-    assert code == 1
-    assert str(workdir) in text
+def test_a_full_disk_ends_no_run_and_loses_only_what_does_not_fit(workdir, capsys):
+    writer = open_writer(workdir, tensorboard=True)
+    with no_file_larger_than(2000):
+        for step in range(1, 200):
+            writer.write(step, {"loss": 1.0})
+    lost = dict(writer.failed)
+    writer.write(200, {"loss": 1.0})  # there is room again
+    writer.close()
+    assert lost[FILE] > 50
+    assert lost["TensorBoard"] > 50
+    assert writer.failed == lost
+    assert steps(workdir)[-1] == 200
+    assert steps(workdir) == sorted(set(steps(workdir)))
+    said = capsys.readouterr().out
+    assert said.count("the run goes on") == 2
+    assert f"{lost[FILE]} writes" in said
+
+
+class Failing:
+    """A tracker that fails at the steps given."""
+
+    def __init__(self, *steps):
+        self.steps, self.got, self.closed = steps, [], False
+
+    def write(self, step, line):
+        if step in self.steps:
+            raise ConnectionError("no network")
+        self.got.append((step, line.get("tracking/failed", 0)))
+
+    def close(self):
+        raise RuntimeError("nothing is sent")
+
+
+def test_a_tracker_that_fails_is_counted_and_tried_again():
+    failing, whole = Failing(2, 3), Failing()
+    writer = MetricsWriter({"first": lambda: failing, "second": lambda: whole})
+    for step in range(1, 6):
+        writer.write(step, {"loss": 1.0})
+    assert failing.got == [(1, 0), (4, 2), (5, 2)]
+    assert whole.got == [(1, 0), (2, 0), (3, 1), (4, 2), (5, 2)]
+    assert writer.failed == {"first": 2}
+    writer.close()
+    assert writer.failed == {"first": 3, "second": 1}
+
+
+def test_a_tracker_that_does_not_open_counts_each_line(workdir):
+    def refuse():
+        raise OSError("no such place")
+
+    writer = MetricsWriter({"first": refuse})
+    lines_written = [writer.write(step, {"loss": 1.0}) for step in (1, 2)]
+    assert [line["tracking/failed"] for line in lines_written] == [1.0, 2.0]
+    writer.close()
+    (workdir / "tensorboard").write_text("a file in the directory's place")
+    write(workdir, [1, 2], tensorboard=True)
+    assert steps(workdir) == [1, 2]
+
+
+def test_the_last_lines_of_a_long_file(workdir):
+    write(workdir, range(1, 50))
+    path = workdir / "metrics.jsonl"
+    assert read_last_lines(path) == read_lines(path)
+    assert read_last_lines(path, size=100) == read_lines(path)[-len(read_last_lines(path, 100)) :]
+    assert 0 < len(read_last_lines(path, size=100)) < 5
+    assert read_last_lines(workdir / "none") == []
 
 
 def test_a_line_is_there_at_once_without_values_that_are_not_finite(workdir):
@@ -200,8 +263,11 @@ def test_the_clock_counts_each_compiled_program_once():
 KILLED = """
 import os, sys
 from etils import epath
+from oapl_jax.config import TrackingConfig
 from oapl_jax.tracking.metrics import MetricsWriter
-writer = MetricsWriter(epath.Path(sys.argv[1]), start_step=0, tensorboard=True)
+from oapl_jax.tracking.trackers import trackers
+section = TrackingConfig(tensorboard=True, wandb="off", project="")
+writer = MetricsWriter(trackers(section, epath.Path(sys.argv[1]), start_step=0, config={}))
 for step in range(1, 4):
     writer.write(step, {"loss": 1.0})
 os._exit(9)

@@ -1,11 +1,20 @@
-"""Signals, and standard streams that go away."""
+"""Lines of progress, signals, and standard streams that go away."""
 
+import contextlib
+import fcntl
+import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
+
+from oapl_jax.tracking.progress import command_again
 
 # A C call of many seconds, within which Python's own signal handlers don't run.
 STOPPED = """
@@ -35,6 +44,63 @@ with open(sys.argv[1], "w") as file:
 def start(code, *arguments, **streams):
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, **streams)
+
+
+# Five steps, of which the second has an evaluation.
+STEPS = """
+import time
+from oapl_jax.tracking.progress import Progress
+progress = Progress("train", 5, 0)
+for step in range(1, 6):
+    line = {"reward": step / 10, "lag/mean": 3.0, "learner/tokens_per_second": 12345.6, "loss": 9.0}
+    progress.step(step, line | ({"eval/pass@1": 0.5} if step == 2 else {}))
+    time.sleep(0.3)
+progress.close()
+"""
+VALUES = r"train 4/5  reward 0\.400  pass@1 0\.500  lag 3\.0  12,346 tokens/s  00:0\d left"
+
+
+def test_redirected_there_are_plain_lines():
+    process = start(STEPS, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = process.communicate(timeout=60)
+    lines = out.splitlines()
+    assert err == ""
+    assert [line.split()[1] for line in lines] == [f"{step}/5" for step in range(1, 6)]
+    assert re.fullmatch(VALUES, lines[3])
+    assert "pass@1" not in lines[0]
+    assert all("left" not in lines[i] for i in (0, 4))
+
+
+def test_on_a_terminal_there_is_one_live_line():
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 90, 0, 0))
+    process = start(STEPS, stdout=writer, stderr=writer)
+    os.close(writer)
+    said = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while part := os.read(reader, 4096):
+            said += part
+    os.close(reader)
+    assert process.wait(timeout=60) == 0
+    shown = said.decode().replace("\r\n", "\n")
+    assert shown.count("\n") == 1  # at the end
+    frames = [frame for frame in shown.strip().split("\r") if frame.strip()]
+    assert len(frames) >= 5
+    assert any(re.match(VALUES, frame) for frame in frames)
+    assert all(len(frame) <= 90 for frame in frames)
+
+
+def test_the_command_that_goes_on_is_the_command_without_the_step_to_go_back_to(monkeypatch):
+    command = [
+        "/usr/bin/python",
+        "-m",
+        "oapl_jax.train",
+        "--workdir=runs/my run",
+        "--restore_step=3",
+    ]
+    monkeypatch.setattr(sys, "orig_argv", [*command, "--config=c.py", "--restore_step", "4"])
+    expected = "python -m oapl_jax.train '--workdir=runs/my run' --config=c.py"
+    assert command_again() == expected
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -336,6 +336,7 @@ def test_the_command_publishes_a_step(workdir, tmp_path, monkeypatch, capsys):
     saved = {"publish_dtype": "bfloat16", "num_steps": 9, "ks": [1, 2], "model": {"path": ""}}
     assert manifest["config_hash"] == publisher.config_hash(saved)
     assert manifest["config_hash"] != publisher.config_hash({**saved, "ks": [1, 3]})
+    assert publisher.CARD in manifest["files"]
 
     (workdir / "weights").rename(workdir / "checkpoints")  # of which steps have checksums
     params = {"params": random_params(config, 8)}

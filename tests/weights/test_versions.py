@@ -35,7 +35,7 @@ class Host:
             *(nothing, nothing, nothing),
             lambda params: {},
             dtype="float32",
-            config_hash="",
+            config={},
             deadline=deadline,
         )
 

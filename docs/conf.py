@@ -1,0 +1,46 @@
+"""Sphinx: MyST pages, the book theme, API pages from docstrings. `make docs` builds the site."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from oapl_jax import __version__
+
+project, author, release = "oapl_jax", "the authors of oapl_jax", __version__
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build"]
+templates_path = ["_templates"]
+autosummary_generate = True
+autodoc_typehints = "none"
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+html_theme = "sphinx_book_theme"
+html_title = "oapl_jax"
+linkcheck_ignore = [r"https?://.*"]  # listed by `make docs`, fetched by nobody
+
+PAGES = {path.stem for path in Path(__file__).parent.glob("*.md")}
+
+
+def link_pages(app: Any, name: str, source: list[str]) -> None:
+    """Makes a link of each page that the text names, so that Sphinx checks it; titles of tables."""
+    if name.startswith("experiments/"):
+        source[0] = f"# {name.removeprefix('experiments/')}\n\n{source[0]}"
+    link = lambda match: f"[{match[1]}]({match[1]}.md)" if match[1] in PAGES else match[0]
+    blocks = re.split(
+        r"(^```.*?^```$|^    .*?$|`[^`\n]*`|\[[^\]]*\]\([^)]*\))", source[0], flags=re.M | re.S
+    )
+    source[0] = "".join(
+        block if index % 2 else re.sub(r"(?<![\w/.])docs/([\w-]+)\.md", link, block)
+        for index, block in enumerate(blocks)
+    )
+
+
+def setup(app: Any) -> None:
+    app.connect("source-read", link_pages)
