@@ -74,7 +74,8 @@ def constant_rows() -> dict[str, tuple[str, list[str]]]:
                 full = ".".join(filter(None, ("objective", *places, constant)))
                 allowed = getattr(annotation, "__metadata__", ("",))[0]
                 text = str(allowed).removesuffix(", in float32 too")
-                rows.setdefault(full, (text, []))[1].append(name)
+                users = rows.setdefault(full, (text, []))[1]
+                users += [name] if name not in users else []
     return rows
 
 

@@ -152,14 +152,14 @@ def usage() -> str:
     modules = flags.FLAGS.flags_by_module_dict()
     groups = {
         "Flags of this command": [f for m in modules if m == sys.argv[0] for f in modules[m]],
-        "Flags of every command": [CONFIG, WORKDIR],
+        "Flags of every command": [flags.FLAGS[name] for name in ("config", "workdir")],
     }
     lines = [sys.modules["__main__"].__doc__ or ""]
     for title, of_group in groups.items():
         lines += [title] if of_group else []
         for flag in sorted(of_group, key=lambda flag: flag.name):
             default = f" [{flag.default}]" if flag.default is not None else ""
-            lines.append(f"  --{flag.name}: {getattr(flag, 'help', '')}{default}")
+            lines.append(f"  --{flag.name}: {flag.help}{default}")
     lines.append("\nSettings: --config.NAME=VALUE, such as --config.lag.steps=8 (docs/config.md)")
     for path, section in sections():
         lines.append(f"\n{path or 'the whole run'}: {one_sentence(section)}")

@@ -81,9 +81,9 @@ def push_to_hub(path: epath.Path, name: str) -> str:
     publisher.check_version(path)
     try:
         hub = huggingface_hub.HfApi()
-        hub.create_repo(name, private=True, exist_ok=True)
+        repository = hub.create_repo(name, private=True, exist_ok=True)
         commit = hub.upload_folder(
-            repo_id=name,
+            repo_id=repository.repo_id,
             folder_path=os.fspath(path),
             commit_message=f"step {int(path.name[1:])}",
             delete_patterns=["*.safetensors", "*.json"],

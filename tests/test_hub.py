@@ -31,6 +31,7 @@ class Hub:
         self.private: dict[str, bool] = {}
         self.large: dict[str, bytes] = {}  # by SHA-256
         self.commits: list[str] = []
+        self.cards: list[str] = []
         self.refuse = 0  # status of every answer, if not 0
         hub = self
 
@@ -71,8 +72,12 @@ class Hub:
             name = f"{asked['organization']}/{asked['name']}"
             if name in self.models:
                 return {"error": "exists", "url": f"{self.url}/{name}"}, 409
-            self.models[name], self.private[name] = {}, asked["private"]
+            private = asked.get("private") or asked.get("visibility") == "private"
+            self.models[name], self.private[name] = {}, private
             return ({"url": f"{self.url}/{name}"},)
+        if path == "/api/validate-yaml":
+            self.cards.append(json.loads(content)["content"])
+            return ({"errors": [], "warnings": []},)
         name = next(name for name in self.models if f"/{name}" in path)
         rest = path.partition(f"/{name}")[2]
         if rest.startswith("/preupload/"):
@@ -167,9 +172,9 @@ def test_a_version_is_pushed_whole_as_one_commit_and_again(hub, run, tmp_path):
     assert out.splitlines()[1].startswith(f"{hub.url}/me/sums/commit/")
     assert hub.private == {"me/sums": True}
     assert hub.commits == ["step 8"]
+    assert hub.cards[0].startswith("---\nlibrary_name")
     files = hub.models["me/sums"]
     assert files == {path.name: path.read_bytes() for path in version.iterdir()}
-    assert files["README.md"].startswith(b"---\nlibrary_name")
     for name, content in files.items():
         (tmp_path / "downloaded").mkdir(exist_ok=True)
         (tmp_path / "downloaded" / name).write_bytes(content)

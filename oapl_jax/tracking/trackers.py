@@ -111,6 +111,7 @@ class WeightsAndBiases:
                 save_code=False,
                 silent=True,
                 init_timeout=WANDB_DEADLINE,
+                finish_timeout=WANDB_DEADLINE,
             ),
         )
 

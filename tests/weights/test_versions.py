@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import pytest
 from etils import epath
+from small_models import small_config
 
 from oapl_jax import multihost
 from oapl_jax.errors import HostLost
@@ -32,7 +33,7 @@ class Host:
         nothing: Any = None
         self.versions = versions.Versions(
             epath.Path(tmp_path),
-            *(nothing, nothing, nothing),
+            *(small_config(), nothing, nothing),
             lambda params: {},
             dtype="float32",
             config={},
