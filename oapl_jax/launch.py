@@ -12,7 +12,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from oapl_jax import __version__
+import oapl_jax
 from oapl_jax.config import Config, flatten, nearest, sections, settings_of
 from oapl_jax.errors import UserError
 from oapl_jax.files import absolute, flag_directory, is_local
@@ -139,7 +139,7 @@ def package_versions() -> dict[str, str]:
     """Versions of this package, of Python, and of the packages that decide a run's numbers."""
     there = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
     found = {name: importlib.metadata.version(name) for name in PACKAGES if name in there}
-    return {"oapl_jax": __version__, "python": platform.python_version(), **found}
+    return {"oapl_jax": oapl_jax.__version__, "python": platform.python_version(), **found}
 
 
 def one_sentence(section: type) -> str:

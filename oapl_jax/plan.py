@@ -354,7 +354,7 @@ def _files(config: Config, workdir: epath.Path, run: RunPrograms) -> list[str]:
         f"checkpoints/: the newest {config.checkpoint.keep}, {size(state)} each": True,
         "host_states/": True,
         f"versions/ of {size(version)} and weights/ of {size(4 * count)} each": True,
-        "rollouts/": config.rollout.record,
+        "rollouts/": config.rollout.kept_share > 0 and config.rollout.source != "dataset",
     }
     return [
         f"  in {workdir}:",

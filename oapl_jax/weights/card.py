@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from oapl_jax import __version__
+import oapl_jax
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 
@@ -78,7 +78,7 @@ def model_card(
         dtype=dtype,
         model_type=model.model_type,
         parameters=hf.parameter_count(model),
-        release=__version__,
+        release=oapl_jax.__version__,
         task=section("data").get("task", "?"),
         objective=section("objective").get("name", "?"),
         denominator=section("objective").get("denominator", "?"),
