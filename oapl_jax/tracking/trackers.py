@@ -90,7 +90,7 @@ class WeightsAndBiases:
     Neither the terminal's output nor the repository's address is sent.
     """
 
-    def __init__(self, workdir: epath.Path, *, mode: str, project: str, config: Mapping[str, Any]):
+    def __init__(self, workdir: epath.Path, *, mode: Any, project: str, config: Mapping[str, Any]):
         import wandb  # an extra
 
         path = workdir / "wandb" / "run_id"
