@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 CPU := JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2
 
-.PHONY: run test test-quick test-pythons lint docs format lock sglang parity golden run-smollm2 comparison peers benchmark benchmark-peers clean
+.PHONY: run test test-quick test-pythons lint docs format lock sglang parity golden run-smollm2 comparison peers soak benchmark benchmark-peers clean
 
 run: .venv/run
 	$(CPU) $(BIN)/python -m oapl_jax.train --config=configs/arithmetic.py --workdir=runs/arithmetic \
@@ -69,6 +69,11 @@ sglang: .venv-sglang/done
 	@$(PYTHON) -m venv .venv-sglang
 	@.venv-sglang/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt
 	@touch $@
+
+# A run on a fleet under random faults, then what must hold; MINUTES=5 is the short form.
+MINUTES ?= 60
+soak: .venv/dev .venv-sglang/done
+	PYTHONPATH=.:tests:tests/fleet $(CPU) $(BIN)/python tests/soak/soak.py --minutes=$(MINUTES)
 
 # The comparison of objectives, hours; interrupted, it goes on.
 comparison: .venv/run

@@ -143,7 +143,15 @@ def check_files(
     remedy: str,
     checksums: bool = True,
 ) -> None:
-    """Raises a UserError, ending with `remedy`, for a file without its manifest entry's values.
+    """Raises a UserError, ending with `remedy`, for the first of `damaged_files`."""
+    for name in damaged_files(directory, files, checksums=checksums):
+        raise UserError(f"{directory / name} is missing or damaged; {remedy}")
+
+
+def damaged_files(
+    directory: epath.Path, files: Mapping[str, Mapping[str, Any]], *, checksums: bool = True
+) -> Iterator[str]:
+    """Yields the names of files that lack the values of their manifest entries.
 
     Without `checksums` sizes alone are compared.
     """
@@ -151,7 +159,7 @@ def check_files(
     for name, entry in files.items():
         path = directory / name
         if not path.exists() or not values(path).items() <= entry.items():
-            raise UserError(f"{path} is missing or damaged; {remedy}")
+            yield name
 
 
 class JsonLines:
@@ -195,14 +203,16 @@ class JsonLines:
 
     def truncate(self, size: int) -> None:
         """Drops everything after the first `size` bytes."""
-        self._file.truncate(size)
+        with naming(self.path):
+            self._file.truncate(size)
         self.size = size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return read_json_lines(self.path)
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self.path):  # it writes what a full disk has refused
+            self._file.close()
 
     def _end_of_last_line(self) -> int:
         if not self._file.seek(0, os.SEEK_END):

@@ -328,6 +328,8 @@ def resume(run: Run, restore_step: int | None) -> tuple[TrainState, Loop]:
     if later := run.checkpoints.delete_after(step):
         log(f"removed the later checkpoint steps {', '.join(map(str, later))}")
     run.versions.keep_only({v for pins in loop["pins"].values() for v in pins if v <= step})
+    for version, names in run.versions.repair().items():
+        log(f"version {version} was damaged: restored {', '.join(names)} from its Orbax step")
     log(f"resumed from checkpoint step {step} of {run.workdir}")
     return state, loop
 

@@ -410,12 +410,27 @@ def test_a_damaged_version_is_refused(runs, copy, damage):
     elif damage == "half-written":
         (version / "COMMITTED").unlink()
     else:
-        weights = version / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
+        corrupt(version)
+        shutil.rmtree(copy / "weights" / "8")
     output = runs.run(copy, code=2)
     assert "v000008" in output
     assert "Traceback" not in output
     assert (copy / "checkpoints" / "9").exists()
+
+
+def test_a_corrupted_version_is_restored_from_its_orbax_step(runs, unbroken, copy):
+    shutil.rmtree(copy / "checkpoints" / "12")
+    corrupt(copy / "versions" / "v000008")
+    output = runs.run(copy)
+    assert "version 8 " in output
+    assert "model.safetensors" in output
+    assert [timeless(x) for x in metrics(copy)] == [timeless(x) for x in metrics(unbroken[0])]
+    assert {path.name for path in (copy / "versions").iterdir()} == {"v000008"}
+
+
+def corrupt(version):
+    weights = version / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
 
 
 def test_a_damaged_checkpoint_is_named_and_an_older_one_resumes_on_request(runs, unbroken, copy):

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -20,7 +20,7 @@ import tensorstore as ts
 from etils import epath
 
 from oapl_jax.errors import RunError, UserError, one_line
-from oapl_jax.files import check_files, fsync, is_local, read_json, write_file
+from oapl_jax.files import check_files, damaged_files, fsync, is_local, read_json, write_file
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 
@@ -124,6 +124,28 @@ def check_version(path: epath.Path) -> None:
     if not (path / COMMITTED).exists():
         raise UserError(f"version directory {path} is incomplete (no {COMMITTED}); {REMEDY}")
     check_files(path, read_manifest(path)["files"], remedy=REMEDY)
+
+
+def repair(path: epath.Path, publish_below: Callable[[epath.Path], Any]) -> list[str]:
+    """Replaces the damaged files of a committed version; returns their names.
+
+    `publish_below` publishes the version once more, below another directory. Raises a UserError if
+    it can't, or makes files that differ from the manifest; the version then stays damaged.
+    """
+    files = read_manifest(path)["files"]
+    damaged = list(damaged_files(path, files))
+    if damaged:
+        aside = path.parent / f"{path.name}.repair"  # after a kill, `collect` removes it
+        aside.mkdir(exist_ok=True)
+        try:
+            publish_below(aside)
+            check_files(aside / path.name, {n: files[n] for n in damaged}, remedy=REMEDY)
+            for name in damaged:
+                (aside / path.name / name).replace(path / name)
+            fsync(path)
+        finally:
+            aside.rmtree()
+    return damaged
 
 
 def read_manifest(path: epath.Path) -> dict[str, Any]:

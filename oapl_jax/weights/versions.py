@@ -1,5 +1,6 @@
 """Versions of a run: the learner's parameters become version directories, and come back."""
 
+import contextlib
 import functools
 import json
 import os
@@ -11,6 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from oapl_jax import multihost
+from oapl_jax.errors import UserError
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.tracking.metrics import read_last_lines
@@ -107,6 +109,22 @@ class Versions:
             tokenizer=self._tokenizer,
             dtype=self._dtype,
         )
+
+    def repair(self) -> dict[int, list[str]]:
+        """Restores damaged files of versions from the Orbax steps behind them.
+
+        A version that can't be restored stays as it is: whoever is to load it refuses it.
+
+        Returns:
+          version -> names of the restored files, on host 0; {} on the others, which wait for it.
+        """
+        restored, published = {}, self._published
+        with multihost.host0_first("the check of versions", deadline=self._deadline):
+            for version in () if jax.process_index() else published:
+                again = functools.partial(self.publish_step, self._weights.path(version), version)
+                with contextlib.suppress(UserError):
+                    restored[version] = publisher.repair(self.path(version), again)
+        return {version: names for version, names in restored.items() if names}
 
     def keep_only(self, versions: set[int]) -> None:
         """Deletes all other versions and the Orbax steps behind them."""

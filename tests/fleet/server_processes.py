@@ -1,4 +1,4 @@
-"""Server processes of the tests: SGLang, its router, the restart proxy."""
+"""Processes of the tests: SGLang, its router, the restart proxy; and those of the soak test."""
 
 import contextlib
 import os
@@ -7,9 +7,9 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from typing import Any
 
-import pytest
 import requests
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -19,28 +19,50 @@ PROCESSES: list["Process"] = []  # running, for the logs of a failed test
 
 
 class Process:
-    """A server in a process group of its own, which ends with the test run; `call` talks to it."""
+    """A process in a group of its own, which ends with the test run; `call` talks to a server.
 
-    def __init__(self, name: str, command: list[str], port: int, log: pathlib.Path):
+    `environment` is added to that of the tests, without JAX's part.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        port: int,
+        log: pathlib.Path,
+        *,
+        host: str = "127.0.0.1",
+        environment: Mapping[str, str] = {},
+    ):
         self.name, self.port, self.log = name, port, log
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{host}:{port}"
         ours, guard = ("XLA_FLAGS", "JAX_PLATFORMS"), ["setpriv", "--pdeathsig=KILL"]
-        env = {k: v for k, v in os.environ.items() if k not in ours}
+        env = {k: v for k, v in os.environ.items() if k not in ours} | dict(environment)
         with log.open("ab") as file:
             where: Any = dict(cwd=ROOT, env=env, stdout=file, stderr=file, process_group=0)
             self._process = subprocess.Popen([*guard, *command], **where)
         PROCESSES.append(self)
 
+    @property
+    def group(self) -> int:
+        """Process id of its leader."""
+        return self._process.pid
+
+    @property
+    def code(self) -> int | None:
+        """Exit code, negative for a signal; None while it runs."""
+        return self._process.poll()
+
     def wait_ready(self, path: str = "/health") -> None:
         deadline = time.monotonic() + READY_DEADLINE
         while time.monotonic() < deadline:
-            if (code := self._process.poll()) is not None:
-                pytest.fail(f"{self.name} ended with code {code} before it was ready")
+            if self.code is not None:
+                raise AssertionError(f"{self.name} ended with code {self.code}; see {self.log}")
             with contextlib.suppress(OSError):
                 if self.call(path)[0] == 200:
                     return
             time.sleep(0.5)
-        pytest.fail(f"{self.name} was not ready in {READY_DEADLINE:.0f} seconds")
+        raise AssertionError(f"{self.name} was not ready in {READY_DEADLINE:.0f} seconds")
 
     def wait_exit(self, deadline: float) -> int:
         return self._process.wait(deadline)
@@ -80,7 +102,7 @@ def find_port() -> int:
 def sglang_program(name: str) -> list[str]:
     """Returns the command of a program of cpu_setup/ in SGLang's environment."""
     if not (ROOT / ".venv-sglang/done").exists():
-        pytest.fail("SGLang is not installed (.venv-sglang); run make sglang")
+        raise AssertionError("SGLang is not installed (.venv-sglang); run make sglang")
     return [str(ROOT / ".venv-sglang/bin/python"), "-u", f"cpu_setup/{name}"]
 
 

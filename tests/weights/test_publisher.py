@@ -233,6 +233,41 @@ def test_a_damaged_version_is_an_error_that_names_it(tmp_path, damage, what):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("damage", "names"),
+    [
+        (lambda path: None, []),
+        (flip_a_bit, ["model.safetensors"]),
+        (substitute("config.json", "32", "33"), ["config.json"]),
+        (lambda path: (path / "tokenizer.json").unlink(), ["tokenizer.json"]),
+    ],
+)
+def test_damaged_files_are_restored_from_the_step_that_made_them(tmp_path, damage, names):
+    path = write(tmp_path, 16)
+    damage(path)
+    kept = {n: v for n, v in files_below(tmp_path).items() if n.partition("/")[2] not in names}
+    assert publisher.repair(path, lambda below: write(below, 16)) == names
+    assert_holds(path, 16)
+    assert files_below(tmp_path).items() >= kept.items()
+    assert [p.name for p in path.parent.iterdir()] == ["v000016"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "seed", "what"),
+    [
+        (flip_a_bit, 17, "model.safetensors"),  # weights of another run
+        (lambda path: (path / publisher.MANIFEST).write_text("{}"), 16, publisher.MANIFEST),
+    ],
+)
+def test_a_version_that_can_not_be_restored_stays_as_it_is(tmp_path, damage, seed, what):
+    path = write(tmp_path, 16)
+    damage(path)
+    before = files_below(tmp_path)
+    with pytest.raises(UserError, match=what):
+        publisher.repair(path, lambda below: write(below, 16, seed))
+    assert files_below(tmp_path) == before
+
+
 # Collection
 
 
