@@ -53,16 +53,16 @@ class Process:
         """Exit code, negative for a signal; None while it runs."""
         return self._process.poll()
 
-    def wait_ready(self, path: str = "/health") -> None:
-        deadline = time.monotonic() + READY_DEADLINE
-        while time.monotonic() < deadline:
+    def wait_ready(self, path: str = "/health", *, deadline: float = READY_DEADLINE) -> None:
+        until = time.monotonic() + deadline
+        while time.monotonic() < until:
             if self.code is not None:
                 raise AssertionError(f"{self.name} ended with code {self.code}; see {self.log}")
             with contextlib.suppress(OSError):
                 if self.call(path)[0] == 200:
                     return
             time.sleep(0.5)
-        raise AssertionError(f"{self.name} was not ready in {READY_DEADLINE:.0f} seconds")
+        raise AssertionError(f"{self.name} was not ready in {deadline:.0f} seconds")
 
     def wait_exit(self, deadline: float) -> int:
         return self._process.wait(deadline)

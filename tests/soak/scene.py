@@ -28,7 +28,7 @@ from oapl_jax.files import checksum
 from oapl_jax.weights.publisher import MANIFEST, published_versions, version_path
 
 PORT, ROUTER_PORT = 30000, 31000  # servers listen on the network of their machine alone
-DEADLINE = 600.0  # seconds of each wait: a start, the return of all servers, a gradient step
+DEADLINE = 900.0  # seconds of each wait: a start, the return of all servers, a gradient step
 TICK = 0.5  # seconds between two looks at the parts
 # Ends of our commands, see Part.
 OURS = {0: ".", 1: "No space left on device.*free space", 3: "no server was ready"}
@@ -87,7 +87,7 @@ class Scene:
         for part in fleet:
             part.keep()
         for part in self.servers:
-            part.process.wait_ready()
+            part.process.wait_ready(deadline=DEADLINE)
         self._progress = time.monotonic()
         self.wait(self.all_ready, "the trainer", [self.trainer, *fleet])
 
