@@ -422,10 +422,10 @@ def test_a_corrupted_version_is_restored_from_its_orbax_step(runs, unbroken, cop
     shutil.rmtree(copy / "checkpoints" / "12")
     corrupt(copy / "versions" / "v000008")
     output = runs.run(copy)
-    assert "version 8 " in output
+    assert "version 8 was damaged" in output
     assert "model.safetensors" in output
     assert [timeless(x) for x in metrics(copy)] == [timeless(x) for x in metrics(unbroken[0])]
-    assert {path.name for path in (copy / "versions").iterdir()} == {"v000008"}
+    assert not list((copy / "versions").glob("*.*"))
 
 
 def corrupt(version):

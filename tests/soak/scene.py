@@ -22,7 +22,7 @@ from levels import Levels
 from parts import Part
 from places import Clock, Disk, Network
 from server_processes import Process, sglang_program
-from small_runs import metrics, timeless
+from small_runs import QUICK_COMPILATION, metrics, timeless
 
 from oapl_jax.files import checksum
 from oapl_jax.weights.publisher import MANIFEST, published_versions, version_path
@@ -227,8 +227,8 @@ class Scene:
         command = [sys.executable, "-m", f"oapl_jax.{module}", f"--workdir={workdir}"]
         command += [f"--config=tests/soak/config.py:{run}", *more]
         command += [f"--config.{name}={value}" for name, value in settings.items()]
-        programs = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        return Process(log.stem, command, 0, log, environment=programs | self.clock.environment)
+        environment = {**QUICK_COMPILATION, "JAX_PLATFORMS": "cpu", **self.clock.environment}
+        return Process(log.stem, command, 0, log, environment=environment)
 
     def _start_server(self, index: int, log: pathlib.Path) -> Process:
         machine = self.machines[index]
