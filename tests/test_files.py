@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import xxhash
+from disks import no_file_larger_than
 from etils import epath
 
 from oapl_jax import files
@@ -38,6 +39,17 @@ def test_a_failed_write_keeps_the_old_content(tmp_path):
     files.write_atomically(tmp_path / "file", [b"new"])
     assert (tmp_path / "file").read_bytes() == b"new"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_names_the_file_at_the_close_too(tmp_path):
+    """The close writes what the buffer still holds."""
+    path = epath.Path(tmp_path / "ledger.jsonl")
+    lines = files.JsonLines(path, exclusive=False)
+    with no_file_larger_than(10):
+        for write in (lambda: lines.append({"event": "request"}), lines.close):
+            with pytest.raises(OSError, match="File too large") as caught:
+                write()
+            assert caught.value.filename == str(path)
 
 
 def test_a_directory_of_a_flag(monkeypatch, tmp_path):

@@ -31,6 +31,7 @@ from oapl_jax.fleet.admission import Requirements, sampling_warnings
 from oapl_jax.fleet.pool import LOST, READY, REFUSED, Pool, PublishedVersion
 from oapl_jax.rollout.sampler import Sampled, Sampling
 from oapl_jax.structs import Prompt
+from oapl_jax.weights.publisher import check_version
 
 COUNTS = ("prompts", "groups", "dropped", "cancelled")  # prompts: the last three and those waiting
 THREAD_DEADLINE = 30.0  # seconds for the event loop to start, and to end
@@ -350,7 +351,21 @@ class Fleet:
                 seconds > deadline / 2 or all(s.state in (LOST, REFUSED) for s in servers)
             ):
                 logged = True
+                if damage := await self._target_damage():
+                    self._fail(FleetLost(damage))
+                    return
                 self._log(
                     f"no server is ready: training pauses, for {deadline - seconds:.0f} s at most "
                     f"(fleet.no_server_deadline); {states}"
                 )
+
+    async def _target_damage(self) -> str:
+        """A sentence if files of the target version were damaged after its check, or ""."""
+        target = self._pool.target_version
+        try:
+            if target:
+                await asyncio.to_thread(check_version, epath.Path(target.path))
+        except UserError as error:
+            fault = str(error).partition(";")[0]
+            return f"no server is ready, and {fault}; oapl_jax.train restores it when it resumes"
+        return ""

@@ -622,6 +622,17 @@ def test_a_damaged_version_reaches_no_server(ready_fleet):
         fleet.refresh(9, version_path(fleet.directory, 9))
 
 
+def test_a_version_that_is_damaged_later_ends_a_run_without_other_servers(ready_fleet):
+    """A restarted server loads it again and holds other weights, as the real one."""
+    fleet, (server,) = ready_fleet(1)
+    server.kill()
+    (version_path(fleet.directory, 0) / "model.safetensors").write_text('{"version": 2}')
+    server.plan = always("update", "stale")
+    server.start()
+    with pytest.raises(FleetLost, match=r"v000000/model\.safetensors"):
+        fleet.take(prompts(1)).result()
+
+
 def test_a_return_to_an_older_version(ready_fleet):
     fleet, (server,) = ready_fleet(1)
     publish_toy(fleet.directory, 1)
