@@ -85,9 +85,10 @@ def command_again() -> str:
 
 
 def log(text: str) -> None:
-    """Prints a line without breaking the bar."""
-    tqdm.tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    """Prints a line without breaking the bar; does nothing if stdout was closed at the start."""
+    if sys.stdout:
+        tqdm.tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
 class StopRequest:

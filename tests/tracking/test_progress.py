@@ -156,6 +156,17 @@ log("a line")
     assert all(part in content for part in ("of a library", "of the package", "a warning"))
 
 
+def test_a_command_without_stdout_ends_well():
+    code = """
+from oapl_jax.errors import exit_with_code
+from oapl_jax.tracking.progress import log
+exit_with_code(lambda: log("a line"))
+"""
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("ends", ["pipe", "full", "closed"])
 def test_a_run_outlives_its_terminal(tmp_path, ends):
     done = tmp_path / "done"
