@@ -17,6 +17,7 @@ from flax.serialization import msgpack_restore
 from small_runs import IN_PROCESS, ROOT, cached_programs, opened, small_arithmetic
 
 from oapl_jax import build, rewards
+from oapl_jax.config import save_config
 from oapl_jax.errors import UserError
 from oapl_jax.evaluate import (
     benchmark_prompts,
@@ -69,6 +70,7 @@ class Shop:
         (root / "config.py").write_text(content)
         job = self.job()
         state = train_step.init_state(job.model, job.optimizer, job.mesh, 0)
+        save_config(job.workdir, job.config.to_dict())
         job.checkpoints.save(3, state, {}, b"", probe=job.versions.probe(state.params))
         job.close()
 
