@@ -99,7 +99,10 @@ class Runs:
         names = {name.replace("__", "."): value for name, value in settings.items()}
         command = [*self.command(workdir, module, config, **names), *extra]
         process = self.start(command, devices)
-        output, _ = process.communicate(timeout=300)
+        try:
+            output, _ = process.communicate(timeout=300)
+        finally:
+            process.kill()
         assert process.returncode == code, output
         return output
 

@@ -222,11 +222,14 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(runs, unbroken, tmp_path
 def test_a_stop_in_the_warm_up_is_acknowledged_and_acts_after_its_step(runs, tmp_path):
     settings = {"warmup.num_steps": 10**6, "evaluation.every": 0}
     process = runs.start(runs.command(tmp_path, **settings))
-    while not (tmp_path / "model" / "config.json").exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    try:
+        while not (tmp_path / "model" / "config.json").exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
     assert process.returncode == 0, output
     assert "SIGINT" in output
     assert "saved: nothing" in output
