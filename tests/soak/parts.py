@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
@@ -17,6 +18,7 @@ class Part:
       name: of the part and of its logs, LOGS/NAME.1.log and so on, one a start.
       start: starts the process with this log.
       ends: exit code -> pattern of its last line, for each end that is no fault.
+      pause: seconds between an end and the next start.
       ours: whether a traceback in the log is a fault of this package.
       on_end: called after an end of its own.
     """
@@ -28,6 +30,7 @@ class Part:
         start: Callable[[pathlib.Path], Process],
         ends: Mapping[int, str],
         *,
+        pause: float = 1.0,
         ours: bool = True,
         on_end: Callable[[int], None] = lambda code: None,
     ):
@@ -37,12 +40,17 @@ class Part:
         self.faults: list[str] = []  # ends that should not be
         self._logs, self._start, self._ends = logs, start, ends
         self._ours, self._on_end = ours, on_end
+        self._pause, self._next_start = pause, 0.0
 
     def keep(self) -> None:
-        """Starts the process unless it runs."""
-        if self.process is not None and self.process.code is None:
+        """Starts the process unless it runs, or has just ended."""
+        if self.process is not None:
+            if self.process.code is None:
+                return
+            self._note_end()
+            self._next_start = time.monotonic() + self._pause
+        if time.monotonic() < self._next_start:
             return
-        self._note_end()
         self.starts += 1
         self.process = self._start(self._logs / f"{self.name}.{self.starts}.log")
 

@@ -64,9 +64,8 @@ class Scene:
         second = {2: "is in use by"}  # that began while the first was down
         self.trainer = part("trainer", self.start_trainer, ends=OURS | second)
         self.round = part("round", self._start_round, ends=OURS, on_end=self._end_round)
-        self.evaluation = part(
-            "evaluation", self._start_evaluation, ends=OURS | GONE, on_end=self._end_evaluation
-        )
+        evaluate = dict(ends=OURS | GONE, pause=15.0, on_end=self._end_evaluation)
+        self.evaluation = part("evaluation", self._start_evaluation, **evaluate)
         self.router = part("router", self._start_router, ends={}, ours=False)
         starts = (functools.partial(self._start_server, i) for i in (0, 1))
         self.servers = [part(f"server{i}", s, ends={}, ours=False) for i, s in enumerate(starts)]
@@ -110,6 +109,18 @@ class Scene:
     def all_ready(self) -> bool:
         """True if both servers were ready at the trainer's last gradient step."""
         return self.last_step().get("fleet/ready") == len(self.servers)
+
+    def wait_for_step(self) -> None:
+        """Returns after the trainer's next gradient step, wherever it resumes."""
+        lowest = 1 << 31
+
+        def stepped() -> bool:
+            nonlocal lowest
+            step = self.last_step().get("step", -1)
+            lowest = min(lowest, step)
+            return step > lowest
+
+        self.wait(stepped, "a gradient step")
 
     def last_step(self) -> dict[str, Any]:
         """Metrics of the trainer's last gradient step; {} before the first."""

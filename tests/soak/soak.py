@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import checks
 from faults import FAULTS
@@ -68,10 +69,13 @@ def main() -> None:
     sys.exit(not all(row.holds for row in rows))
 
 
-def disturb(scene: Scene, seconds: float, log) -> Counter[str]:
-    """Commits faults one after the other, each kind once before any comes again."""
+def disturb(scene: Scene, seconds: float, log: Callable[[str], None]) -> Counter[str]:
+    """Commits faults one after the other, each kind once before any comes again, and at least once.
+
+    The next one comes soon, or, every second time, after the trainer has made a step.
+    """
     until, happened, left = time.monotonic() + seconds, Counter(), []
-    while time.monotonic() < until:
+    while time.monotonic() < until or len(happened) < len(FAULTS):
         left = left or scene.random.sample(sorted(FAULTS), len(FAULTS))
         name = left.pop()
         log(name)
@@ -79,6 +83,8 @@ def disturb(scene: Scene, seconds: float, log) -> Counter[str]:
         for wait in FAULTS[name](scene):
             scene.watch(wait)
         scene.watch(scene.random.uniform(*PAUSE))
+        if scene.random.random() < 0.5:
+            scene.wait_for_step()
     return happened
 
 
