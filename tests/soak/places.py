@@ -53,7 +53,7 @@ class Disk:
         run("mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(path))
 
     def fill(self) -> None:
-        self._resize(shutil.disk_usage(self.path).used)
+        self._resize(max(shutil.disk_usage(self.path).used, 1))  # 0 would mean no limit
 
     def free(self) -> None:
         self._resize(DISK_BYTES)

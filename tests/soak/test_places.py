@@ -1,0 +1,95 @@
+"""The ground of the soak test, in namespaces of its own: disk, network, clock, processes."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import json, os, pathlib, socket, subprocess, sys, time
+import places
+
+places.enter_namespaces()
+directory = pathlib.Path(sys.argv[1])
+found = {}
+
+disk = places.Disk(directory / "disk")
+def writes():
+    try:
+        (disk.path / "file").write_bytes(bytes(1 << 20))
+        return True
+    except OSError:
+        return False
+found["disk"] = [writes()]
+for change in (disk.fill, disk.free):
+    (disk.path / "file").unlink()
+    change()
+    found["disk"].append(writes())
+
+network = places.Network(1)
+listen = "import socket; s = socket.create_server((%r, 80)); s.accept(); input()" % network.address
+server = subprocess.Popen(network.command(sys.executable, "-c", listen), stdin=subprocess.PIPE)
+def connects():
+    try:
+        socket.create_connection((network.address, 80), timeout=1).close()
+        return True
+    except OSError:
+        return False
+while not connects():
+    assert server.poll() is None
+found["network"] = []
+for change in (network.cut, network.mend):
+    change()
+    found["network"].append(connects())
+
+clock = places.Clock(directory)
+code = "import time; a = time.time(); input(); print(time.time() - a, time.monotonic())"
+environment = {**os.environ, **clock.environment}
+pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+reader = subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes)
+time.sleep(0.5)
+clock.set(-86400)
+jump, monotonic = map(float, reader.communicate("\\n")[0].split())
+found["clock"] = [jump, monotonic - time.monotonic()]
+
+found["processes"] = [list(places.running()) == [server.pid]]
+server.kill()
+server.wait()
+found["processes"].append(not places.running())
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ground")
+    (directory / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, directory / "script.py", directory],
+        env={"PATH": "/usr/sbin:/usr/bin:/bin", "PYTHONPATH": str(pathlib.Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_disk_is_full_until_it_is_freed(found):
+    assert found["disk"] == [True, False, True]
+
+
+def test_a_machine_is_unreachable_until_its_cable_is_mended(found):
+    assert found["network"] == [False, True]
+
+
+def test_the_wall_clock_jumps_in_a_running_process_and_the_monotonic_one_does_not(found):
+    jump, monotonic = found["clock"]
+    assert jump == pytest.approx(-86400, abs=10)
+    assert abs(monotonic) < 10
+
+
+def test_processes_of_the_namespace_are_found(found):
+    assert found["processes"] == [True, True]
