@@ -30,15 +30,15 @@ from etils import epath
 
 from oapl_jax.config import RewardsConfig, load_config
 from oapl_jax.data.prompts import response_text
-from oapl_jax.errors import UserError, exit_with_code
+from oapl_jax.errors import UserError, exit_with_code, one_line
 from oapl_jax.model.tokenizer import load_tokenizer
 from oapl_jax.rewards.grader import OPENED
-from oapl_jax.rewards.math.verifier import MathVerifier
 from oapl_jax.rewards.tasks import FINAL_ANSWERS, VERIFIERS
 from oapl_jax.rewards.verdicts import TRUNCATED, explain
 from oapl_jax.rollout.dataset import Dataset
 from oapl_jax.structs import Group, decode_groups
 
+RECORD_DEPTH = 5  # of RUN/evaluation/v000300/aime25/responses/SHARD
 AT_ONCE = 256  # responses read ahead of the first verdict that is not printed
 SETTINGS = Path(__file__).parents[1] / "configs" / "common.py"
 
@@ -51,36 +51,46 @@ class Graded(NamedTuple):
     note: str = ""
 
 
-def read_lines(lines: Iterable[str], name: str) -> Iterator[Graded]:
-    """Reads JSON lines; raises a UserError that names the line which is none."""
+def read_lines(lines: Iterable[bytes], name: str) -> Iterator[Graded]:
+    """Reads JSON lines in UTF-8; raises a UserError that names the first invalid line."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8-sig"))
             reference = row["reference"] if "reference" in row else row["tests"]
             responses = row["responses"] if "responses" in row else [row["response"]]
+            if not isinstance(reference, str):
+                if not isinstance(reference, dict | int | float) or isinstance(reference, bool):
+                    raise TypeError("the reference is neither text nor a number nor tests")
+                reference = json.dumps(reference, allow_nan=False)
+            if not isinstance(responses, list):
+                raise TypeError("responses is no list")
             if not all(isinstance(response, str) for response in responses):
                 raise TypeError("a response is no text")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f'{name}, line {number}: not {{"response": text, "reference": answer}} ({error})'
             ) from error
-        text = reference if isinstance(reference, str) else json.dumps(reference)
-        yield from (Graded(response, text) for response in responses)
+        yield from (Graded(response, reference) for response in responses)
 
 
 def read_group(record: epath.Path, row: int) -> Group:
     """Reads a group of a recorded dataset, or of one of its shards."""
-    if record.is_dir():
-        groups: Any = Dataset(record)
-    elif record.is_file():
-        groups = ArrayRecordDataSource([str(record)])
-    else:
+    if not record.exists():
         raise UserError(f"--record={record} does not exist; name a recorded dataset or a shard")
-    if not 0 <= row < len(groups):
-        raise UserError(f"--row={row} is not in {record}, which has {len(groups)} groups")
-    return groups[row] if isinstance(groups, Dataset) else decode_groups(groups[row])[0]
+    try:
+        groups: Any = Dataset(record) if record.is_dir() else ArrayRecordDataSource([str(record)])
+        if not 0 <= row < len(groups):
+            raise UserError(f"--row={row} is not in {record}, which has {len(groups)} groups")
+        found = groups[row]
+        return found if isinstance(found, Group) else decode_groups(found)[0]
+    except UserError:
+        raise
+    except Exception as error:  # array_record and msgpack have no class of errors
+        raise UserError(
+            f"--record={record} is no whole shard ({one_line(error)}); copy it again"
+        ) from error
 
 
 def open_run(workdir: epath.Path | None) -> tuple[RewardsConfig, str]:
@@ -105,11 +115,7 @@ def grade(task: str, rows: Iterable[Graded], config: RewardsConfig) -> Iterator[
             verify, extract = VERIFIERS[task], FINAL_ANSWERS[task]
         else:
             verifier = stack.enter_context(contextlib.closing(OPENED[task](config[task])))
-            is_math = isinstance(verifier, MathVerifier)
-            verify, extract = (
-                verifier.verify,
-                verifier.extract if is_math else verifier.final_answer,
-            )
+            verify, extract = verifier.verify, verifier.extract
         threads = stack.enter_context(ThreadPoolExecutor(config.math.processes))
 
         def judge(row: Graded) -> dict[str, Any]:
@@ -147,13 +153,18 @@ def main() -> None:
     parser.add_argument("file", nargs="?", help="JSON lines; standard input by default")
     parser.add_argument("--verifier", choices=sorted(OPENED), help="by default the record's task")
     parser.add_argument("--record", type=epath.Path, help="a recorded dataset or one of its shards")
-    parser.add_argument("--row", type=int, default=0, help="a group of the record")
+    parser.add_argument("--row", type=int, help="a group of the record; 0 by default")
     parser.add_argument("--workdir", type=epath.Path, help="of a run with the settings to take")
     parser.add_argument("--tokenizer", help="directory; by default the run's")
     arguments = parser.parse_args()
     workdir, record = arguments.workdir, arguments.record
-    if workdir is None and record is not None and (record.parent / "config.json").exists():
-        workdir = record.parent  # RUN/rollouts
+    if record is None and arguments.row is not None:
+        raise UserError(f"--row={arguments.row} is of no record; name one with --record")
+    if record is not None and arguments.file is not None:
+        raise UserError(f"--record={record} and {arguments.file} are both given; name one of them")
+    if workdir is None and record is not None:
+        around = record.parents[:RECORD_DEPTH]
+        workdir = next((place for place in around if (place / "config.json").exists()), None)
     config, tokenizer = open_run(workdir)
     with contextlib.ExitStack() as stack:
         if record is not None:
@@ -162,7 +173,7 @@ def main() -> None:
                     f"--record={record} holds token ids; name the tokenizer that sampled them with "
                     "--tokenizer, or its run with --workdir"
                 )
-            group, decoder = read_group(record, arguments.row), load_tokenizer(tokenizer)
+            group, decoder = read_group(record, arguments.row or 0), load_tokenizer(tokenizer)
             task = arguments.verifier or group.prompt.task
             rows: Iterable[Graded] = [
                 Graded(
@@ -175,11 +186,11 @@ def main() -> None:
         elif arguments.verifier is None:
             raise UserError("--verifier is missing; add, for example, --verifier=math")
         else:
-            task, lines, name = arguments.verifier, sys.stdin, "standard input"
+            task, lines, name = arguments.verifier, sys.stdin.buffer, "standard input"
             if arguments.file is not None:
                 name = arguments.file
                 try:
-                    lines = stack.enter_context(open(name, encoding="utf-8-sig"))
+                    lines = stack.enter_context(open(name, "rb"))
                 except OSError as error:
                     raise UserError(f"{name} can't be read: {error.strerror}") from error
             rows = read_lines(lines, name)

@@ -26,7 +26,7 @@ def command(monkeypatch, capsys):
 
     def run(*arguments, lines=()):
         text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
         monkeypatch.setattr(sys, "argv", ["grade", *map(str, arguments)])
         code = 0
         try:
@@ -106,12 +106,23 @@ def test_a_document_is_right_at_full_reward(command):
         '{"response": "5"}',
         '{"reference": "5"}',
         '{"response": 5, "reference": "5"}',
+        '{"responses": "5", "reference": "5"}',
+        '{"responses": {"5": "5"}, "reference": "5"}',
+        *(
+            f'{{"response": "5", "reference": {value}}}'
+            for value in ("null", "true", "NaN", "1e999", "[5]", "9" * 60_000, "[" * 99_999)
+        ),
+        b'{"response": "\xff", "reference": "5"}',
+        b'{"response": "5", "refer\0ence": "5"}',
+        b"\0",
+        '{"response": "5", "reference": "5"}'.encode("utf-16"),
     ],
 )
 def test_a_bad_line_is_named_after_those_before_it_are_graded(command, tmp_path, bad):
     file = tmp_path / "answers.jsonl"
-    good = json.dumps({"response": r"\boxed{5}", "reference": "5"})
-    file.write_text(f"\ufeff{good}\n{bad}\n{good}\n", encoding="utf-8")
+    good = json.dumps({"response": r"\boxed{5}", "reference": "5"}).encode()
+    bad = bad.encode() if isinstance(bad, str) else bad
+    file.write_bytes(b"\n".join((b"\xef\xbb\xbf" + good, bad, good)))
     code, graded, error = command("--verifier=math", file)
     assert code == 2
     assert verdicts(graded) == [("right", "5")]
@@ -125,6 +136,9 @@ def test_what_is_missing_is_named(command, tmp_path):
         (["--verifier=math", f"--workdir={tmp_path}"], "--workdir"),
         ([f"--record={tmp_path / 'none'}", "--tokenizer=x"], "--record"),
         ([f"--record={tmp_path / 'none'}"], "--tokenizer"),
+        (["--verifier=math", "--row=1"], "--record"),
+        (["--verifier=math", tmp_path], str(tmp_path)),
+        ([tmp_path / "some.jsonl", f"--record={tmp_path / 'none'}"], "--record"),
     ):
         code, graded, error = command(*arguments)
         assert (code, graded) == (2, [])
@@ -173,8 +187,20 @@ def test_recorded_rollouts_are_graded_by_the_verifier_of_their_task(command, run
             assert code == 0
             assert verdicts(graded) == [("right", "1/2"), ("wrong", "2"), ("wrong", "1/2")]
             assert "truncated" in graded[2]["reason"]
-    code, graded, _ = command(f"--record={run / 'rollouts'}", "--row=1")  # of the run around it
-    assert (code, verdicts(graded)) == (0, [("right", "7"), ("wrong", "3")])
+        code, graded, _ = command(f"--record={record}", "--row=1")  # of the run around it
+        assert (code, verdicts(graded)) == (0, [("right", "7"), ("wrong", "3")])
     code, _, error = command(f"--record={run / 'rollouts'}", "--row=2")
     assert code == 2
     assert "--row" in error
+
+
+def test_a_damaged_shard_is_named(command, run):
+    (shard,) = (run / "rollouts").glob("groups-*")
+    whole = shard.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes(byte ^ 255 for byte in whole[middle:])
+    for content in (whole[:middle], flipped, b"", b"no record"):
+        shard.write_bytes(content)
+        code, graded, error = command(f"--record={shard}")
+        assert (code, graded) == (2, [])
+        assert shard.name in error

@@ -112,8 +112,12 @@ class CodeVerifier:
         running = [self._pool.submit(self._verify, *pair) for pair in pairs]
         return [future.result() for future in running]
 
+    def extract(self, response: str) -> str | None:
+        """The program of a response."""
+        return extract_code(response, thinking_opened=self._config.thinking_opened)
+
     def final_answer(self, response: str) -> str:
-        return extract_code(response, thinking_opened=self._config.thinking_opened) or ""
+        return self.extract(response) or ""
 
     def counts(self) -> dict[str, int]:
         """Verdicts by outcome; of these `cached`; `tests` run; tests `dropped` by max_tests."""
@@ -137,7 +141,7 @@ class CodeVerifier:
         return None
 
     def _verify(self, response: str, problem: Problem) -> CodeVerdict:
-        code = extract_code(response, thinking_opened=self._config.thinking_opened)
+        code = self.extract(response)
         if code is None:
             return self._count(CodeVerdict("no_code"))
         room = {"temporary_bytes": FOLDER_BYTES, "output_bytes": 1}

@@ -1,9 +1,9 @@
 r"""Extraction of a response's final answer, in one spelling. Linear in the response's length.
 
 The answer stands in \boxed{...} (the last one), or after "####", "answer is" or "answer:", or the
-response is one short line, of which the last formula counts if it begins with a word. Boxes and
-formulas joined by a comma, "and" or "or" are one answer. Thinking does not count: only the text
-after `</think>`.
+response is one short line: the answer itself, or a sentence that states it as its last formula, as
+"So $x = 5$." A sentence that denies or doubts has none. Boxes and formulas joined by a comma, "and"
+or "or" are one answer. Thinking does not count: only the text after `</think>`.
 """
 
 # ruff: noqa: RUF001  (letters that look like others are this file's business)
@@ -11,6 +11,7 @@ after `</think>`.
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 from oapl_jax.rewards.math.judge.text_answers import number
 
@@ -27,13 +28,16 @@ FORMULA = re.compile(
 )
 MAX_GAP = 70  # characters between two boxes that are one answer
 LAYOUT = re.compile(r"\\[()\[\],;:! ]|\\q?quad(?![A-Za-z])|\\(?:text|mathrm)\s*\{|[${}*&~\s]|\\\\")
-# "and", after a few words about the first box and before the name of the second; or an alternative.
+# Punctuation alone; "and", after a few words about the first box and before the name of the second;
+# an alternative; a condition of the first.
 JOINED = re.compile(
     r"[.,;]?(?:(?: (?!(?:no|not|wait|but|so|then|thus|is|are|was|were|we|gives?|yields?|which)\b)"
-    r"[\w()^]+){0,4},? ?\(?(?:and|or|&)(?: (?:also|maybe|perhaps|possibly|even|else))?"
-    r"| ?\(?/| \(?(?:else|vs\.?|versus|perhaps|maybe|possibly|alternatively|otherwise|instead)"
+    r"[\w()^]+){0,4},?[ (-]*(?:and|or|&|\\(?:lor|vee|land|wedge)(?![A-Za-z]))"
+    r"(?: (?:also|maybe|perhaps|possibly|even|else))?"
+    r"| \(?(?:else|vs\.?|versus|perhaps|maybe|possibly|alternatively|otherwise|instead)"
     r"|(?: \(?but)?(?: (?:it|that|this|the answer))? (?:can|could|might|may)(?: also| instead)? be"
-    r")?,?(?: ?=| ?[A-Za-z\\]\w*(?:\([^()]*\))? ?=)?",
+    r"| \(?(?:if|when|for|unless)\b[^.]*(?:[,;)]| and| or)"
+    r")?[^\w\\>]*(?: ?[A-Za-z\\]\w*(?:\([^()]*\))? ?=)?",
     re.IGNORECASE,
 )
 LEAD = re.compile(
@@ -46,12 +50,47 @@ BLOCK = re.compile(r"\s*(?:\$\$(?P<dollars>.+?)\$\$|\\\[(?P<square>.+?)\\\])", r
 COMMENT = re.compile(
     r"(?:in)?correct\b|right\b|wrong\b|not\b|as follows|below|above", re.IGNORECASE
 )
+NEGATION = r"(?:(?:not|no|never|neither|nor|hardly|cannot)\b|\w+n['’]t\b)"
+WRONG = r"(?:wrong|incorrect|false|mistaken|impossible)"
+# "I don't think that the", "if my", "a wrong": before "answer is".
+DENIED = re.compile(
+    rf"(?:\b{NEGATION}(?: (?:think|believe|say|claim|know|sure|certain|convinced|true|the case))*"
+    rf"(?: that| if| whether)?|\b{WRONG}|\b(?:if|whether|unless|suppose|assume|imagine)(?: that)?"
+    r"|(?<!no )(?<!without )\bdoubt(?: that| if| whether)?)"
+    r"(?: (?:the|my|our|this|your|an?|its|one|final|correct|right|true|possible))* ?$",
+    re.IGNORECASE,
+)
+# "is wrong", "can't be right": behind a formula.
+REJECTED = re.compile(
+    r"[,;]?(?: (?:which|that|is|are|was|were|would|must|can|could|seems|looks|be))*(?: \w+ly)? "
+    rf"(?:{WRONG}|{NEGATION} (?:be )?(?:\w+ly )?(?:right|correct|true|possible|the answer))",
+    re.IGNORECASE,
+)
+# The words before and behind the formula of a response that is one line.
+STATES = re.compile(
+    r"(?:.*\b(?:is|are|be|has|have|get|find|obtain|conclude|equals?|gives?|yields?|that|to|takes?"
+    r"|therefore|thus|hence|so|say|think|believe)|.*:|answer),? ?(?:=|exactly|only|about)? ?",
+    re.IGNORECASE,
+)
+BEHIND = re.compile(
+    r"(?: (?:is|are) (?:the|our|my) (?:\w+ ){0,2}(?:answers?|solutions?|results?)"
+    r"| (?P<unit>[A-Za-z]+(?: [A-Za-z]+)?))?[.!]?"
+)
+UNCERTAIN = re.compile(
+    rf"\b{NEGATION}|\b{WRONG}\b|\b(?:if|whether|unless|suppose|assume|doubt|than|guess|except|too"
+    r"|maybe|perhaps|might|could|may)\b|\?",
+    re.IGNORECASE,
+)
 PERIOD = re.compile(r"\.(?=\s|$)")
 # "The largest n is 34": the answer of a sentence is its end.
 STATEMENT = re.compile(
-    r"[A-Za-z]{2,} .*\b(?:is|are|was|equals|equal to)\b\s*:?\s*(?:equal to |exactly )?(?P<end>\S.*)"
+    r"[A-Za-z]{2,} .*\b(?:is|are|was|equals|equal to|has|have|had|needs?|costs?|takes?|gets?|makes?"
+    r"|earns?|pays?|spends?)\b\s*:?\s*(?:equal to |exactly )?(?P<end>\S.*)"
 )
-EXPLAINED = re.compile(r"(?<=\$)[,;]? (?=(?!and |or )[a-z]{2,} )")
+EXPLAINED = re.compile(
+    r"(?<=\$)[,;]? (?=(?!and |or )[a-z]{2,} )|(?<=[\w)}%$])[,;]? (?=(?:since|because|given"
+    r"|which|as (?:desired|required|needed|expected|claimed|above))\b)"
+)
 FRACTION = re.compile(
     r"(-?) ?(?:\\frac ?\{ ?)?([0-9]{1,40}) ?(?:/|\} ?\{) ?([0-9]{1,40}) ?\}?", re.ASCII
 )
@@ -72,6 +111,8 @@ COMMANDS = {
     "approxeq": r"\approx ", "doteq": r"\approx ", "thickapprox": r"\approx ",
     "simeq": r"\approx ", "degree": r"^\circ ", "degrees": r"^\circ ",
     "varnothing": r"\emptyset ", "langle": "(", "rangle": ")", "lt": "<", "gt": ">", "equiv": "=",
+    "rightarrow": r"\to ", "longrightarrow": r"\to ", "Rightarrow": r"\implies ",
+    "Leftrightarrow": r"\iff ", "leftrightarrow": r"\iff ",
 }  # fmt: skip
 # Codes of currencies before an amount.
 CODES = {
@@ -145,6 +186,14 @@ REWRITES = tuple(
 )  # fmt: skip
 
 
+class Found(NamedTuple):
+    """A box or a formula, from `start` to `end` of a text."""
+
+    start: int
+    end: int
+    content: str
+
+
 def after_thinking(response: str, *, thinking_opened: bool) -> str | None:
     """The text after the thinking part; None if that part never ends.
 
@@ -201,7 +250,7 @@ def tidy(answer: str) -> str:
 
 def _boxed(text: str) -> str | None:
     r"""Content of the last complete \boxed{}, and boxes joined to it by a comma, "and" or "or"."""
-    boxes: list[tuple[int, int, str]] = []
+    boxes: list[Found] = []
     opened: list[tuple[int, int] | None] = []
     for token in BOX.finditer(text):
         if token["brace"]:
@@ -209,38 +258,53 @@ def _boxed(text: str) -> str | None:
         elif token["open"]:
             opened.append(None)
         elif token["close"] and opened and (box := opened.pop()):
-            while boxes and boxes[-1][0] > box[0]:  # inside this one
+            while boxes and boxes[-1].start > box[0]:  # inside this one
                 boxes.pop()
-            boxes.append((box[0], token.end(), text[box[1] : token.start()]))
+            boxes.append(Found(box[0], token.end(), text[box[1] : token.start()]))
     if not boxes:
         bare = BARE_BOX.findall(text)
         return bare[-1] if bare else None
-    return _join(boxes, text)
+    return _as_list(_joined(boxes, text))
 
 
-def _join(found: Sequence[tuple[int, int, str]], text: str) -> str | None:
-    """The last of (start, end, content) and those joined to it, each content once."""
-    parts = [found[-1][2].strip()]
-    for (_, end, content), (start, _, _) in zip(found[-2::-1], found[:0:-1], strict=True):
-        gap = re.sub(r"\s+", " ", LAYOUT.sub(" ", text[end:start])).rstrip()
-        gap = re.sub(r"^ (?=[.,;])", "", gap)
-        if start - end > MAX_GAP or not JOINED.fullmatch(gap):
-            break
-        if content.strip() not in parts:
-            parts.insert(0, content.strip())
+def _joined(found: Sequence[Found], text: str) -> Sequence[Found]:
+    """The last of some boxes or formulas, and those before that are joined to it."""
+    first = len(found) - 1
+    while first and _is_gap(text[found[first - 1].end : found[first].start]):
+        first -= 1
+    return found[first:]
+
+
+def _is_gap(text: str) -> bool:
+    """True for text between two boxes that are one answer."""
+    gap = re.sub(r"\s+", " ", LAYOUT.sub(" ", text[: MAX_GAP + 1])).rstrip()
+    return len(text) <= MAX_GAP and bool(JOINED.fullmatch(re.sub(r"^ (?=[.,;])", "", gap)))
+
+
+def _as_list(found: Sequence[Found]) -> str | None:
+    """Contents of boxes or formulas, each once; None if all are empty."""
+    parts = dict.fromkeys(one.content.strip() for one in found)
     return ", ".join(parts) if any(parts) else None
 
 
 def _last_formula(line: str) -> str | None:
-    """The last formula of a sentence, and formulas joined to it."""
-    formulas = [(f.start(), f.end(), f[f.lastgroup or 0]) for f in FORMULA.finditer(line)]
-    return _join(formulas, line) if formulas and re.match("[A-Za-z]{2,} ", line) else None
+    """The last formula of a sentence that states it, and formulas joined to it."""
+    formulas = [Found(f.start(), f.end(), f[f.lastgroup or 0]) for f in FORMULA.finditer(line)]
+    if not formulas or UNCERTAIN.search(FORMULA.sub(" ", line)):
+        return None
+    found = _joined(formulas, line)
+    behind = BEHIND.fullmatch(line, found[-1].end)
+    if not behind or not STATES.fullmatch(line, 0, found[0].start):
+        return None
+    answer, unit = _as_list(found), behind["unit"]
+    return rf"{answer} \text{{ {unit}}}" if unit else answer
 
 
 def _stated(text: str) -> str | None:
     """The text after the last "####", "answer is" or "answer:" that is no comment on an answer."""
     for lead in reversed(list(LEAD.finditer(text))):
-        if COMMENT.match(text, lead.end()):
+        clause = re.split(r"[.,;:!?\n]", text[max(0, lead.start() - MAX_GAP) : lead.start()])[-1]
+        if COMMENT.match(text, lead.end()) or DENIED.search(clause):
             continue
         if block := BLOCK.match(text, lead.end()):
             return block[block.lastgroup or 0].strip()
@@ -250,5 +314,8 @@ def _stated(text: str) -> str | None:
         found = PERIOD.split(line.strip(" *:"), maxsplit=1)[0]
         if statement := STATEMENT.fullmatch(found):
             found = statement["end"]
-        return EXPLAINED.split(found, maxsplit=1)[0].strip(' *"') or None
+        answer = EXPLAINED.split(found, maxsplit=1)[0]
+        if REJECTED.match(found, len(answer)):
+            continue
+        return answer.strip(' *"') or None
     return None

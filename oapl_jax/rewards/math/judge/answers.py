@@ -47,13 +47,13 @@ MEASURES = re.compile(r"(?<=[\d ])(?:(\\text\s*\{[^{}\d]+\}|(?<= )[A-Za-z]{1,}\.
 LETTERS = re.compile(r"[a-z](?: ?[a-z]){2,}")
 BRACKETS = {"(": 1, "[": 1, r"\{": 1, ")": -1, "]": -1, r"\}": -1}
 RELATIONS = {"<": "<", ">": ">", r"\le": "<=", r"\ge": ">="}
-# Relations whose sides are compared one by one; the second of a pair is the first from the right.
+# Relations whose sides are compared one by one.
 SYMBOLIC = {
-    r"\subset": "", r"\subseteq": "", r"\supset": r"\subset", r"\supseteq": r"\subseteq",
-    r"\mid": "", r"\nmid": "", r"\parallel": "", r"\perp": "", r"\cong": "", r"\sim": "",
-    r"\to": "", r"\rightarrow": r"", r"\mapsto": "", r"\implies": "", r"\Rightarrow": "",
-    r"\iff": "", r"\Leftrightarrow": "", r"\notin": "", r"\propto": "",
+    r"\subset", r"\subseteq", r"\supset", r"\supseteq", r"\mid", r"\nmid", r"\parallel", r"\perp",
+    r"\cong", r"\sim", r"\to", r"\mapsto", r"\implies", r"\iff", r"\notin", r"\propto",
 }  # fmt: skip
+MIRROR = {r"\supset": r"\subset", r"\supseteq": r"\subseteq"}
+SYMMETRIC = {r"\parallel", r"\perp", r"\cong", r"\sim", r"\iff"}
 SIGNS = RELATIONS | {"=": "=", r"\neq": "!="}
 MIRRORED = str.maketrans("<>", "><")
 
@@ -259,8 +259,8 @@ def _relation(text: str, depth: int) -> Form | None:
     sides = split(text, *SYMBOLIC)
     if len(sides) == 2 and all(side.strip() for side in sides):
         sign = next(sign for sign in SYMBOLIC if len(split(text, sign)) == 2)
-        sides = sides[::-1] if SYMBOLIC[sign] else sides
-        sign = SYMBOLIC[sign] or sign
+        if sign in MIRROR:
+            sides, sign = sides[::-1], MIRROR[sign]
         return Parts(sign, sign, _all(sides, depth), text)
     sides = split(text, *RELATIONS)
     signs = _signs(text)
@@ -490,6 +490,8 @@ def _same_parts(answer: Parts, reference: Parts) -> bool:
     bare = "" in kinds
     if len(kinds - {""}) > 1 or (bare and not kinds <= {"", "()", r"\{\}"}):
         return False  # [1, 2] is no list of 1 and 2
+    if answer.left in SYMMETRIC:
+        return _same_in_any_order(a, r)
     tuples = all(isinstance(part, Parts) and part.left == "(" for part in r)
     if reference.left == r"\{" or (tuples and kinds == {""}):
         return _covers(a, r) and _covers(r, a)  # a set
