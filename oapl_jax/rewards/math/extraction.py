@@ -34,6 +34,7 @@ JOINED = re.compile(
     r"[.,;]?(?:(?: (?!(?:no|not|wait|but|so|then|thus|is|are|was|were|we|gives?|yields?|which)\b)"
     r"[\w()^]+){0,4},?[ (-]*(?:and|or|&|\\(?:lor|vee|land|wedge)(?![A-Za-z]))"
     r"(?: (?:also|maybe|perhaps|possibly|even|else))?"
+    r"| (?:(?:al)?though|but|yet)"
     r"| \(?(?:else|vs\.?|versus|perhaps|maybe|possibly|alternatively|otherwise|instead)"
     r"|(?: \(?but)?(?: (?:it|that|this|the answer))? (?:can|could|might|may)(?: also| instead)? be"
     r"| \(?(?:if|when|for|unless)\b[^.]*(?:[,;)]| and| or)"
@@ -102,7 +103,7 @@ SYMBOLS = {
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\neq ", "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ",
     "∅": r"\emptyset ", "£": r"\pounds ", "€": r"\euro ", "¥": r"\yen ", "₹": r"\rupee ",
     "¢": " cents",
-    "ℝ": r"\mathbb{R}", "°": r"^\circ ", "²": "^{2}", "³": "^{3}",
+    "ℝ": r"\mathbb{R}", "°": r"^\circ ", "²": "^{2}", "³": "^{3}", "…": r"\dots ",
     "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "％": "%", "，": ",",
     "（": "(", "）": ")", "“": '"', "”": '"', "’": "'", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
 }  # fmt: skip
@@ -112,7 +113,8 @@ COMMANDS = {
     "simeq": r"\approx ", "degree": r"^\circ ", "degrees": r"^\circ ",
     "varnothing": r"\emptyset ", "langle": "(", "rangle": ")", "lt": "<", "gt": ">", "equiv": "=",
     "rightarrow": r"\to ", "longrightarrow": r"\to ", "Rightarrow": r"\implies ",
-    "Leftrightarrow": r"\iff ", "leftrightarrow": r"\iff ",
+    "Leftrightarrow": r"\iff ", "leftrightarrow": r"\iff ", "ldots": r"\dots ",
+    "cdots": r"\dots ", "dotsc": r"\dots ", "dotsb": r"\dots ",
 }  # fmt: skip
 # Codes of currencies before an amount.
 CODES = {
@@ -133,6 +135,10 @@ REWRITES = tuple(
         (r"\\(?:text|mathrm)\s*\{\s*\\\$\s*\}|\\(?:text|math)dollar(?![A-Za-z])|\\\$",
          r" \\dollar "),
         (r"\$", " "),
+        (r"\.{3,}", r"\\dots "),
+        (r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}"),
+        (r"^\\sim(?=[\s\d-])|\\text\s*\{\s*(?:approximately|approx\.?|about|roughly)\s*\}"
+         r"|(?<![A-Za-z\\])(?:approximately|approx\.?|about|roughly)(?![A-Za-z])", r"\\approx "),
         (r"\\(?:text|math)sterling(?![A-Za-z])", r" \\pounds "),
         (r"(?<=[0-9])\\[,!;: ]\s*(?=[0-9]{3})", ""),
         (r"(?<=[0-9])\s*\{\s*,\s*\}\s*(?=[0-9]{3})", ""),
@@ -145,6 +151,7 @@ REWRITES = tuple(
         (r"\\(?:mathbf|boldsymbol|bm)\s*\{\s*([A-Za-z])\s*\}", r" \1 "),
         (r"\\(?:mathrm|mathbf|mathit|mathsf|boldsymbol|bm|textbf|textit|textrm|textsf|textnormal|mbox"
          r"|emph|underline)(?=\s*\{)", r"\\text"),
+        (r"\\text\s*\{\s*([+-]?\d[\d,]*(?:\.\d+)?)\s*\}", r" \1 "),
         (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
         (rf"(?:\\text\s*\{{\s*({CODE})\.?\s*\}}|(?<![A-Za-z\\])({CODE})(?![A-Za-z]))\.?\s*(?=\d)",
          lambda m: CODES[m[1] or m[2]]),
@@ -163,7 +170,8 @@ REWRITES = tuple(
         (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"\\([A-Za-z]+)", lambda m: COMMANDS.get(m[1]) or m[0]),
         (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
-        (r"\\colon(?![A-Za-z])|\{:\}|\\text\s*\{\s*to\s*\}", ":"),
+        (r"\\colon(?![A-Za-z])|\\text\s*\{\s*(?:to|:)\s*\}|\{:\}", ":"),
+        (r"^([^{}]*)\\choose(?![A-Za-z])([^{}]*)$", r"\\binom{\1}{\2}"),
         (r"\\not\s*=", r"\\neq "),
         (r"\\text\s*\{\s*d\s*\}(?=\s*[A-Za-z\\^])", "d "),
         # Derivatives: y^{\prime}, \dot{y}, dy/dx.
@@ -177,11 +185,12 @@ REWRITES = tuple(
          lambda m: rf"\frac{{d{m[1] or ''}{m[2]}}}{{d{m[3]}{m[4] or ''}}}"),
         (r"\\pmod\s*\{?\s*([0-9A-Za-z]+)\s*\}?|\(\s*(?:\\text\s*\{)?\s*mod\s*\}?\s*([0-9A-Za-z]+)\s*\)",
          lambda m: rf"\pmod{{{m[1] or m[2]}}}"),
-        (r"\\%|\\text\s*\{\s*(?:percent|pct)\s*\}|\b(?:percent|pct)\b", "%"),
+        (r"\\%|\\text\s*\{\s*(?:percent(?:age)?|pct)\s*\}|\b(?:percent(?:age)?|pct)\b", "%"),
         (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\neq "),
         (r"\*\*(?=[0-9({-])", "^"),
         (r"^[*_]+|[*_]+$", ""),
         (r"\s+", " "),
+        (r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?!\d)", lambda m: m[0].replace(" ", "")),
     )
 )  # fmt: skip
 

@@ -12,11 +12,13 @@ from oapl_jax.rewards.math.judge.sympy_equal import (
     Unreadable,
     count_unknowns,
     is_constant,
+    is_rounding,
     same_relation,
     same_value,
 )
 from oapl_jax.rewards.math.judge.text_answers import (
     HUNDREDTHS,
+    REALS,
     Clock,
     clock,
     name,
@@ -54,6 +56,7 @@ SYMBOLIC = {
 }  # fmt: skip
 MIRROR = {r"\supset": r"\subset", r"\supseteq": r"\subseteq"}
 SYMMETRIC = {r"\parallel", r"\perp", r"\cong", r"\sim", r"\iff"}
+CONSTANTS = {r"\pi", "e"}
 SIGNS = RELATIONS | {"=": "=", r"\neq": "!="}
 MIRRORED = str.maketrans("<>", "><")
 
@@ -90,12 +93,20 @@ class Parts(NamedTuple):
     text: str
 
 
+class Rounded(NamedTuple):
+    r"""An exact value and its decimal, as in \sqrt{2} \approx 1.41."""
+
+    exact: "Form"
+    decimal: "Form"
+    text: str
+
+
 class Matrix(NamedTuple):
     rows: tuple[tuple["Form", ...], ...]
     text: str
 
 
-Form = Text | Value | Named | Parts | Matrix | Clock
+Form = Text | Value | Named | Parts | Rounded | Matrix | Clock
 
 
 def parse_answer(text: str, depth: int = MAX_DEPTH) -> Form:
@@ -112,6 +123,8 @@ def parse_answer(text: str, depth: int = MAX_DEPTH) -> Form:
     if time := clock(text):
         return time
     if not BETWEEN.search(text) and (said := text_answer(text)):
+        if said in REALS:
+            return Value(r"\mathbb{R}")
         return Text(said, letters=bool(LETTERS.fullmatch(text)))
     if (matrix := MATRIX.fullmatch(text)) and matrix[1] != "vmatrix":
         rows = [row for row in re.split(r"\\\\(?:\[[^]]*\])?|\\cr", matrix[2]) if row.strip()]
@@ -120,6 +133,8 @@ def parse_answer(text: str, depth: int = MAX_DEPTH) -> Form:
         return form
     if len(parts := split(text, r"\cup")) > 1:
         return Parts(r"\cup", r"\cup", _all(parts, depth), text)
+    if len(parts := split(text, r"\cap")) > 1 and all(map(name, parts)):
+        return Parts(r"\cap", r"\cap", _all(parts, depth), text)
     tokens = TOKEN.findall(text)
     if tokens and tokens[0] in OPEN - {"{", r"\begin"} and _closes(tokens) == len(tokens) - 1:
         inside = _join_thousands("".join(tokens[1:-1]), in_brackets=True)
@@ -209,7 +224,7 @@ def _list(text: str, depth: int) -> Form | None:
         period = len(set(names))
         if either and period == 1 and len(inner) == len(forms):
             if all(isinstance(form, Parts) for form in inner):  # x < 1 or x > 2
-                return Parts(r"\cup", r"\cup", tuple(inner), text)
+                return Parts(r"\cup", r"\cup", tuple(inner), r"\cup".join(f.text for f in inner))
         elif isinstance(first, Named) and len(inner) == 1:  # x = 2, 3
             if r"\neq" in first.text:
                 texts = [rf"{first.name} \neq {form.text}" for form in forms[1:]]
@@ -231,10 +246,15 @@ def _relation(text: str, depth: int) -> Form | None:
     r"""An equation with a name, or an inequality as its interval; None for neither."""
     exact, *rounded = split(text, r"\approx")
     if rounded and "=" not in rounded[-1]:
-        if found := name(exact):  # x \approx 3.14
-            form = parse_answer(rounded[0], depth - 1)
-            return Named(found, form, (), f"{exact} = {form.text}")
-        return parse_answer(exact if exact.strip() else rounded[0], depth - 1)
+        decimal = parse_answer(rounded[-1], depth - 1)
+        if not exact.strip():
+            return decimal
+        if "=" not in exact and exact.strip() not in CONSTANTS and (found := name(exact)):
+            return Named(found, decimal, (), f"{exact} = {decimal.text}")  # x \approx 3.14
+        form = parse_answer(exact, depth - 1)
+        if isinstance(form, Named):
+            return form._replace(form=Rounded(form.form, decimal, form.form.text))
+        return Rounded(form, decimal, form.text)
     sides = split(text, "=")
     if len(sides) > 1:
         found = name(sides[0]) or quantity(sides[0])
@@ -278,7 +298,8 @@ def _relation(text: str, depth: int) -> Form | None:
     else:
         return Value(text, sides=tuple(sides))
     left, right = "[" if "=" in signs[0] else "(", "]" if "=" in signs[1] else ")"
-    return Named(found, Parts(left, right, _all([sides[0], sides[2]], depth), text), (), text)
+    interval = f"{left}{sides[0]}, {sides[2]}{right}"
+    return Named(found, Parts(left, right, _all([sides[0], sides[2]], depth), interval), (), text)
 
 
 def _signs(text: str) -> list[str]:
@@ -323,11 +344,21 @@ def same_answer(answer: Form, reference: Form) -> bool:
             return several and _same_relations(answer.text, equation)
         case (Named(), Named() | Value(sides=(_, *_))) | (Value(sides=(_, *_)), Named()):
             comparable = _is_relation(answer) and _is_relation(reference)
-            return comparable and _same_relations(answer.text, reference.text)
+            if comparable and _same_relations(answer.text, reference.text):
+                return True
+            return _same_interval(answer, reference)
         case Named(), _:
             return all(same_answer(a, reference) for a in (*answer.steps, answer.form))
         case _, Named():
             return same_answer(answer, reference.form)
+        case Rounded(), Rounded():
+            return same_answer(answer.exact, reference.exact)
+        case Rounded(), _:
+            decimal = _is_rounding(answer) and same_answer(answer.decimal, reference)
+            return same_answer(answer.exact, reference) or decimal
+        case _, Rounded():
+            decimal = _is_rounding(reference) and same_answer(answer, reference.decimal)
+            return same_answer(answer, reference.exact) or decimal
         case Clock(), Value() if not answer.minute:  # 6 pm
             return same_value(answer.hour, reference.text)
         case Value(), Clock() if not reference.minute:
@@ -419,6 +450,8 @@ def _same_values(answer: Value, reference: Value) -> bool:
             return False
         in_large = lambda v: rf"\frac{{{v.text}}}{{100}}" if v.unit in HUNDREDTHS else v.text
         return same_value(in_large(answer), in_large(reference))
+    if (answer.percent and reference.unit) or (reference.percent and answer.unit):
+        return answer.percent == reference.percent and same_value(a, r)  # a percent is a unit
     if answer.sides and reference.sides:
         return _same_relations(a, r)
     if answer.sides:  # 2 + 3 = 5: every side must be the answer
@@ -450,6 +483,20 @@ def _is_result(answer: str, reference: Value) -> bool:
 def _is_relation(form: Named | Value) -> bool:
     """False for names of sets, matrices and lists, and for x = 1 ± 2."""
     return isinstance(form, Value) or isinstance(form.form, Value) or "=" not in _signs(form.text)
+
+
+def _same_interval(answer: Form, reference: Form) -> bool:
+    """True for -3 < x < 3 and |x| < 3, of one unknown."""
+    inside = [f.name for f in (answer, reference) if isinstance(f, Named)]
+    texts = [f.form.text if isinstance(f, Named) else f.text for f in (answer, reference)]
+    unknowns = set(re.findall(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", " ".join(texts)))
+    return unknowns == {*inside} and _same_relations(*texts)
+
+
+def _is_rounding(pair: Rounded) -> bool:
+    exact, decimal = pair.exact, pair.decimal
+    values = isinstance(exact, Value) and isinstance(decimal, Value)
+    return values and not exact.sides and is_rounding(exact.text, decimal.text)
 
 
 def _same_relations(answer: str, reference: str) -> bool:

@@ -34,6 +34,11 @@ DERIVATIVE = re.compile(
     rf"|\\frac\s*\{{\s*{DIFFERENTIAL}{NAME}\s*(?:\([^()]*\))?\s*\}}"
     rf"\s*\{{\s*(?:{DIFFERENTIAL}{NAME}\s*(?:\^\s*\{{?\s*\d\s*\}}?\s*)?)+\}}"
 )
+# \angle ABC, P(A | B), 1 + 2 + \dots + n: no products of letters
+NAMED = re.compile(
+    r"\\(?:angle|triangle|measuredangle|overrightarrow|widehat|square|odot)\s*\{?\s*[A-Z]{2,4}'*\s*\}?"
+    r"|(?:(?<![A-Za-z\\])P|\\Pr)\s*\([^()|]*(?:\||\\mid)[^()]*\)|\\dots(?![A-Za-z])"
+)
 PRIMED = re.compile(rf"(?P<of>{NAME})\s*(?P<order>'+)(?:\(\s*(?P<by>[A-Za-z])\s*\))?")
 LEIBNIZ = re.compile(
     rf"\\frac\s*\{{\s*d\s*(?:\^\s*\{{?\s*(?P<order>\d)\s*\}}?\s*)?(?P<of>{NAME})"
@@ -46,6 +51,7 @@ REWRITES = tuple(
         (r"\\text\s*\{\s*([A-Za-z])\s*\}", r" \1 "),
         (r"(?<![A-Za-z0-9])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\infinity", r"\\infty"),
+        (r"\\(max|min|gcd|lcm)\s*\\\{([^{}]*)\\\}", r"\\\1(\2)"),
         (r"\\lg(?![A-Za-z])", r"\\log"),
         (r"(\d+|[A-Za-z])!(?=\s*\^)", r"(\1!)"),
         (r"(?<=\d)[eE]([+-]?\d+)(?![\d.])", r" \\cdot 10^{\1}"),
@@ -71,6 +77,8 @@ GENERATED = re.compile(
 )
 # cis x is cos x + i sin x; its argument ends with a bracket, or at a sign.
 CIS = re.compile(r"\\cis\s*(\((?:[^()]|\([^()]*\))*\)|(?:\{[^{}]*\}|[^-+=(){},])+)")
+BLANK = re.compile(r"(?<!\d) +| +(?!\d)")
+DIGITS_APART = re.compile(r"(?<![\d.^_])\d[\d.]*\s+\d")
 REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|\((\d+)\))")
 BASED = re.compile(r"([0-9A-F]+)_\{?(?:\\text\{)?(\d{1,2}|[a-z]+)\}{0,2}")
 
@@ -123,7 +131,7 @@ def with_same_derivatives(answer: str, reference: str) -> tuple[str, str]:
 
 def same_value(answer: str, reference: str) -> bool:
     """True if two expressions are equal; Unreadable for a bad reference."""
-    if answer.replace(" ", "") == reference.replace(" ", ""):
+    if BLANK.sub("", answer) == BLANK.sub("", reference):
         return True
     a, r = number(answer.strip()), number(reference.strip())
     if a is not None and r is not None:
@@ -183,6 +191,18 @@ def is_constant(text: str) -> bool:
     return not _parse_latex(text).free_symbols
 
 
+def is_rounding(exact: str, decimal: str) -> bool:
+    """True for a constant and its value, rounded to the last digit of `decimal`."""
+    rounded, value = number(decimal.strip()), _parse_latex(exact)
+    if rounded is None or not isinstance(value, sympy.Expr):
+        return False
+    value = value.evalf(DIGITS)
+    if not (value.is_number and value.is_real and value.is_finite):
+        return False
+    digits = len(decimal.strip().partition(".")[2])
+    return abs(_fraction(value) - rounded) < Fraction(1, 2 * 10**digits)
+
+
 def count_unknowns(text: str) -> int:
     """The number of unknowns of an expression; Unreadable for no expression."""
     return len(_parse_latex(text).free_symbols)
@@ -224,21 +244,35 @@ def _in_closed_form(value: sympy.Basic) -> sympy.Basic:
 @functools.lru_cache(maxsize=256)  # the responses to one prompt share its reference
 def _parse_latex(text: str) -> Any:
     text = CIS.sub(r"e^{i \\cdot (\1)}", REPEATING.sub(_repeating, text))
-    text = FUNCTION.sub(r"\\\1 ", DERIVATIVE.sub(_unknown, text))
+    text = FUNCTION.sub(r"\\\1 ", DERIVATIVE.sub(_unknown, NAMED.sub(_unknown, text)))
     tokens = TOKEN.findall(text)[::-1]
     text = "".join(iter(lambda: _with_braces(tokens), ""))
     for pattern, by in REWRITES:
         text = pattern.sub(by, text)
+    if DIGITS_APART.search(text):
+        raise Unreadable(text[:80])
     try:
         found: Any = _Reader(is_real=True, config=READING).parse(text)
-        if isinstance(found, sympy.MatrixBase) or found.has(*SERIES):  # i may count there
+        if isinstance(found, sympy.MatrixBase):
             return found
+        if found.has(*SERIES):  # i may count there
+            return found.replace(lambda value: isinstance(value, SERIES), _with_terms)
         found = found.replace(_is_of_unknown, _as_unknown)
         return found.xreplace({sympy.Symbol("i", real=True): sympy.I})
     except MemoryError:
         raise
     except Exception as error:  # the grammar raises Exception itself
         raise Unreadable(text[:80]) from error
+
+
+def _with_terms(series: Any) -> Any:
+    """Makes a_{n-1} a function of the index n of a series."""
+    terms, indices = {}, {str(limit[0]) for limit in series.limits}
+    for symbol in series.function.free_symbols:
+        name, _, index = symbol.name.partition("_")
+        if indices & {*re.findall(r"[A-Za-z]+", index)}:
+            terms[symbol] = sympy.Function(name)(_parse_latex(index.strip("{}")))
+    return series.xreplace(terms)
 
 
 def _is_of_unknown(value: sympy.Basic) -> bool:
@@ -267,9 +301,8 @@ def _compare_numerically(found: Any, expected: Any, *, decimal: bool) -> bool | 
     verdicts = set()
     for n in (5, 4, 7) if decisive and unknowns else (5,):
         signed = scale if series or n != 4 else -scale
-        at = {
-            s: n if s in counts else sympy.Rational(rng.randint(100, 999), signed) for s in unknowns
-        }
+        at = {s: sympy.Rational(rng.randint(100, 999), signed) for s in unknowns}
+        at |= {s: n + 2 * i for i, s in enumerate(sorted(counts, key=str))}
         a, r = (side.subs({s: at[s] for s in side.free_symbols}) for side in (found, expected))
         verdicts.add(_compare_numbers(a.doit(), r.doit(), decimal=decimal and not unknowns))
     if verdicts == {True}:
@@ -323,8 +356,12 @@ def _with_braces(tokens: list[str]) -> str:
 
 
 def _unknown(match: re.Match) -> str:
-    """A derivative of an unknown function as a symbol, whose name spells it in letters."""
+    """A derivative of an unknown function, or a name, as a symbol that spells it in letters."""
     spelled = re.sub(r"\s|[{}]", "", match[0]).replace(r"^\prime", "'").replace(r"\prime", "'")
+    spelled = re.sub(r"\^\((\d)\)", lambda m: "'" * int(m[1]), spelled)
+    if spelled.startswith(r"\angle"):  # ABC is CBA
+        corners = spelled.removeprefix(r"\angle")
+        spelled = r"\angle" + min(corners, corners[::-1])
     return f" D_{{{''.join(chr(97 + int(digit, 16)) for digit in spelled.encode().hex())}}} "
 
 

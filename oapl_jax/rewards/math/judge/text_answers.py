@@ -12,12 +12,17 @@ NUMBER = re.compile(
 # A decimal stands for a value to six places (as in math-verify), and to six digits if it is small.
 ABSOLUTE, RELATIVE = Fraction(5, 10**7), Fraction(2, 10**6)
 TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+ARTICLE = re.compile(r"^\s*(?:[Aa]n?|[Tt]he)\s+(?=[A-Za-z]{3})")
 EMPTY = {
     "nosolution", "nosolutions", "norealsolution", "norealsolutions", "nosolutionexists", "none",
     "nosuchnumbers", "emptyset", "theemptyset", r"\emptyset", r"\{\}",
 }  # fmt: skip
 # A, (a), B., C) 12: a letter without capitals may be a variable, unless it is in brackets.
 CHOICE = re.compile(r"(?i:option|choice)?(?:\(?([A-HJ])(?:[).](?:[\\$A-Za-z0-9].*)?)?|\(([a-h])\))")
+REALS = {
+    "allrealnumbers", "allreals", "allrealvalues", "anyrealnumber", "everyrealnumber",
+    "realnumbers", "setofallrealnumbers", "setofrealnumbers",
+}  # fmt: skip
 FUNCTIONS = {
     "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "log", "ln", "exp",
     "sqrt", "max", "min", "gcd", "lcm", "mod", "frac", "pi", "theta", "alpha", "beta", "inf",
@@ -25,10 +30,16 @@ FUNCTIONS = {
 }  # fmt: skip
 ANGLE_OF = re.compile(r"cis|sin|cos|tan|cot|sec|csc")
 NAME_BREAKS = re.compile(
-    r"[+*/<>&|!:-]|\^(?!\{?-1)"
+    r"[+*/<>&|!:-]|\^(?!\{?(?:-1|T|\\top)(?![A-Za-z0-9]))"
     r"|\\(?:cdot|times|frac|sqrt|pm|mp|div|sum|int|prod|log|ln|sin|cos|tan)(?![A-Za-z])"
 )
+# "Let x", "not x": no name.
+DENIED = re.compile(
+    r"n['\u2019]t\b|\b(?:no|[Nn](?:ot|ever|either)|[Ff]alse|[Ww]rong|[Ii]ncorrect|[Ii]f|[Uu]nless|[Ll]et"
+    r"|[Ss]uppose|[Aa]ssume|than)\b"
+)
 DERIVATIVE = re.compile(r"\\frac\{d[A-Za-z]\}\{d[A-Za-z]\}")
+HALVES = {"inthemorning": "am", "intheafternoon": "pm", "intheevening": "pm"}
 TIMES = {"noon": "12:00pm", "midnight": "12:00am"}
 HALF = r"([ap])\.?m\.?"
 TIME = re.compile(
@@ -41,10 +52,20 @@ UNITS = {
     "feet": "ft", "mile": "mi", "yard": "yd", "second": "s", "sec": "s", "minute": "min",
     "hour": "h", "hr": "h", "kilogram": "kg", "gram": "g", "pound": "lb", "ounce": "oz",
     "liter": "l", "litre": "l", "dollar": "$", "usd": "$", "euro": "€", "yen": "¥", "rupee": "₹",
-    "degree": "°", "deg": "°", r"^\circ": "°", "year": "yr", "mileperhour": "mph",
-    "milesperhour": "mph", "kilometersperhour": "km/h", "km/hr": "km/h", "radian": "", "rad": "",
+    "degree": "°", "deg": "°", r"^\circ": "°", "year": "yr", "mph": "mi/h",
+    "kph": "km/h", "kmh": "km/h", "milliliter": "ml", "millilitre": "ml", "milligram": "mg",
+    "radian": "", "rad": "",
     "unit": "", "cent": "¢", "pence": "p", "paisa": "paise",
 }  # fmt: skip
+NO_UNITS = {
+    "or",
+    "nor",
+    "not",
+    "but",
+    "if",
+    "unless",
+    "when",
+}  # first words of what changes a number
 UNIT_FUNCTIONS = {"min", "sec"}  # at the end of an answer they have no argument
 HUNDREDTHS = {"¢": "$€", "p": "£", "paise": "₹"}  # of these
 CURRENCIES = {r"\dollar": "$", r"\pounds": "£", r"\euro": "€", r"\yen": "¥", r"\rupee": "₹"}
@@ -80,7 +101,8 @@ def agree(answer: Fraction, reference: Fraction, *, decimal: bool) -> bool:
 
 def text_answer(text: str) -> str | None:
     """One spelling of words without mathematics; None if there is mathematics."""
-    inner = re.sub(r"\s+", "", TEXT.sub(r" \1 ", text))
+    words = ARTICLE.sub("", TEXT.sub(r" \1 ", text))
+    inner = re.sub(r"\s+", "", words)
     if inner.lower() in EMPTY:
         return "∅"
     if choice := CHOICE.fullmatch(re.sub(r"[\s*]", "", TEXT.sub(r"\1", text))):
@@ -96,6 +118,8 @@ def text_answer(text: str) -> str | None:
 
 def name(text: str) -> str | None:
     r"""A left side of "=": x, f(x), a_1, \frac{dy}{dx}, \text{area}, (x, y); else None."""
+    if DENIED.search(text):
+        return None
     text = re.sub(r"\s+", "", TEXT.sub(r"\1", text))
     if DERIVATIVE.fullmatch(text):
         return text
@@ -110,6 +134,8 @@ def quantity(text: str) -> str | None:
 
     An equation of a sum or of powers, as x + y = 1, is no value of its left side.
     """
+    if DENIED.search(text):
+        return None
     text = re.sub(r"\s+", "", TEXT.sub(r"\1", text))
     core = re.sub(r"_\{[^{}]*\}|_.|\\(?:cdot|frac|times|overline|text|angle|triangle)", "", text)
     return text if re.fullmatch(r"(?=.*[A-Za-z])[A-Za-z{}|:/()]+", core) else None
@@ -145,7 +171,8 @@ class Clock(NamedTuple):
 
 def clock(text: str) -> Clock | None:
     """Reads a time; None for anything else. 3:2 and 25:16 are ratios."""
-    plain = re.sub(r"\\text|[\s{}]", "", text).lower()
+    plain = re.sub(r"\\text|[\s{}]", "", text).lower().removeprefix("at")
+    plain = re.sub("|".join(HALVES), lambda m: HALVES[m[0]], plain)
     plain = re.sub(r"(?:12(?::00)?)?(noon|midnight)", lambda m: TIMES[m[1]], plain)
     found = TIME.fullmatch(plain)
     if not found or (int(found[1]) > 24 and not (found[2] or "").startswith("0")):
@@ -162,7 +189,7 @@ def split_unit(text: str) -> tuple[str, str, bool]:
     while found := UNIT.search(text):
         said = (found["text"] or found["words"] or found["short"] or found["sign"]).lower().split()
         power = found["text_power"] or found["words_power"] or found["short_power"] or ""
-        if not said or said[0] in FUNCTIONS - UNIT_FUNCTIONS:
+        if not said or said[0] in NO_UNITS | FUNCTIONS - UNIT_FUNCTIONS:
             break
         if said[0] in UNIT_FUNCTIONS and len(said) > 1 and said[1] in FUNCTIONS:
             break
@@ -178,13 +205,19 @@ def split_unit(text: str) -> tuple[str, str, bool]:
 
 
 def unit(said: str, power: str) -> str:
-    """One spelling of a unit."""
+    """One spelling of a unit, or of a quotient of units."""
     for word, by in POWERS.items():
         said, count = re.subn(rf"\b{word}\b\.?", "", said)
         power = by if count else power
-    said = re.sub(r"[\s.]+", "", said)
+    words = re.sub(r"\s*(?:/|\bper\b)\s*", "/", said).split()
+    if power.startswith("-") and len(words) > 1:  # m s^{-1}
+        words, power = ["".join(words[:-1]) + "/" + words[-1]], power.removeprefix("-")
+        power = "" if power == "1" else power
+    said = re.sub(r"\.+", "", "".join(words))
     if said != r"^\circ" and "^" in said:
         said, _, power = said.partition("^")
-    said = CURRENCIES.get(said, said)
-    said = UNITS.get(said, UNITS.get(said.removesuffix("s"), said.removesuffix("s")))
+    parts = (CURRENCIES.get(part, part) for part in said.split("/"))
+    said = "/".join(
+        UNITS.get(p, UNITS.get(p.removesuffix("s"), p.removesuffix("s"))) for p in parts
+    )
     return said + power if said else ""
