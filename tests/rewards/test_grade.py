@@ -174,7 +174,9 @@ def run(tmp_path):
     writer.add(group(0, "math", "0.5", responses))
     writer.add(group(1, "chain_sum", "7", [("3,7", "stop"), ("7,3", "stop")]))
     writer.close()
-    config = ConfigDict({"model": {"path": ""}, "rewards": common.rewards()}).to_dict()
+    config = ConfigDict(
+        {"num_steps": 1, "model": {"path": ""}, "rewards": common.rewards()}
+    ).to_dict()
     save_config(epath.Path(tmp_path / "run"), config)
     return tmp_path / "run"
 
@@ -183,8 +185,8 @@ def test_recorded_rollouts_are_graded_by_the_verifier_of_their_task(command, run
     (shard,) = (run / "rollouts").glob("groups-*")
     for record in (run / "rollouts", shard):
         for arguments in ([f"--workdir={run}"], [f"--tokenizer={run / 'model'}"]):
-            code, graded, _ = command(f"--record={record}", "--row=0", *arguments)
-            assert code == 0
+            code, graded, error = command(f"--record={record}", "--row=0", *arguments)
+            assert (code, error) == (0, "")
             assert verdicts(graded) == [("right", "1/2"), ("wrong", "2"), ("wrong", "1/2")]
             assert "truncated" in graded[2]["reason"]
         code, graded, _ = command(f"--record={record}", "--row=1")  # of the run around it

@@ -70,7 +70,7 @@ def test_the_table_is_large_and_has_both_kinds():
 
 def test_each_reference_can_be_read(answers):
     """Whatever the answer looks like, no reference is called unreadable."""
-    for said in (r"x^{17}y", r"[17, 18)", r"z = 17, 18", r"\text{never}", "?", "17:?", "x = ?"):
+    for said in (r"x^{17}y", r"[17, 18)", "x = 17:?"):
         wanted = sorted({r for _, r, _ in PAIRS})
         verdicts = answers.verify_many([(rf"\boxed{{{said}}}", r) for r in wanted])
         assert [(r, v) for r, v in zip(wanted, verdicts, strict=True) if v.outcome != "wrong"] == []

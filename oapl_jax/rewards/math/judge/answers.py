@@ -344,7 +344,8 @@ def same_answer(answer: Form, reference: Form) -> bool:
             return several and _same_relations(answer.text, equation)
         case (Named(), Named() | Value(sides=(_, *_))) | (Value(sides=(_, *_)), Named()):
             comparable = _is_relation(answer) and _is_relation(reference)
-            if comparable and _same_relations(answer.text, reference.text):
+            signs = _signs(answer.text) and _signs(reference.text)
+            if comparable and signs and _same_relations(answer.text, reference.text):
                 return True
             return _same_interval(answer, reference)
         case Named(), _:
@@ -548,7 +549,7 @@ def _same_parts(answer: Parts, reference: Parts) -> bool:
     key = lambda name: name if "()" in kinds else name.split("_")[0]
     letters = lambda parts: {key(p.name) for p in parts if isinstance(p, Named)}
     named = [len(letters(parts)) > 1 for parts in (a, r)]
-    if all(named) or (not any(named) and kinds <= {"", r"\{\}", r"\cup\cup"}):
+    if all(named) or (not any(named) and kinds <= {"", r"\{\}", r"\cup\cup", r"\cap\cap"}):
         return _same_in_any_order(a, r)
     if not any(named):
         return all(map(same_answer, a, r))

@@ -60,7 +60,8 @@ REWRITES = tuple(
         (r"(\d+(?:\.\d+)?)\s*\^\\circ", r"(\1 \\cdot \\pi / 180)"),
         # 2 1/2 and 2\frac{1}{2} are sums; a sign in front holds for both.
         (r"(?<![\d.}^_])(\d+)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}", r"(\1+\\frac{\2}{\3})"),
-        (r"(?<![\d.}^_/])(\d+) (\d+)/(\d+)(?![\d.])", r"(\1+\\frac{\2}{\3})"),
+        (r"(?<![\d.}^_/])(\d+) (\d+)/(\d+)(?![\d.])",
+         lambda m: rf"({m[1]}+\frac{{{m[2]}}}{{{m[3]}}})" if int(m[2]) < int(m[3]) else m[0]),
     )
 )  # fmt: skip
 # The only texts that may turn into code, of names that no answer chooses: sympy's arithmetic of
@@ -271,7 +272,8 @@ def _with_terms(series: Any) -> Any:
     for symbol in series.function.free_symbols:
         name, _, index = symbol.name.partition("_")
         if indices & {*re.findall(r"[A-Za-z]+", index)}:
-            terms[symbol] = sympy.Function(name)(_parse_latex(index.strip("{}")))
+            place = _parse_latex(index.strip("{}")).xreplace({sympy.I: sympy.Symbol("i", real=True)})
+            terms[symbol] = sympy.Function(name)(place)
     return series.xreplace(terms)
 
 
@@ -358,6 +360,7 @@ def _with_braces(tokens: list[str]) -> str:
 def _unknown(match: re.Match) -> str:
     """A derivative of an unknown function, or a name, as a symbol that spells it in letters."""
     spelled = re.sub(r"\s|[{}]", "", match[0]).replace(r"^\prime", "'").replace(r"\prime", "'")
+    spelled = spelled.replace(r"\mid", "|")
     spelled = re.sub(r"\^\((\d)\)", lambda m: "'" * int(m[1]), spelled)
     if spelled.startswith(r"\angle"):  # ABC is CBA
         corners = spelled.removeprefix(r"\angle")

@@ -74,7 +74,7 @@ SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 1
 CURRENCY = "|".join(map(re.escape, CURRENCIES))
 POWER = r"\s*\^\s*\{?-?[123]\}?"
 UNIT = re.compile(
-    rf"(?<=[0-9}})!.a-z°])\s*(?:\\text\s*\{{\s*(?P<text>[^{{}}]+)\}}(?P<text_power>{POWER})?"
+    rf"(?<=[0-9}})!.a-z°%])\s*(?:\\text\s*\{{\s*(?P<text>[^{{}}]+)\}}(?P<text_power>{POWER})?"
     rf"|(?P<sign>\^\\circ|{CURRENCY})"
     # Without a blank, 5m is a product.
     r"|(?<=[0-9}) ])(?P<short>cm|mm|km|kg|mg|ft|in|lb|oz|mph|km/h|m/s|ml|min|hr|am|pm"
