@@ -272,7 +272,9 @@ def _with_terms(series: Any) -> Any:
     for symbol in series.function.free_symbols:
         name, _, index = symbol.name.partition("_")
         if indices & {*re.findall(r"[A-Za-z]+", index)}:
-            place = _parse_latex(index.strip("{}")).xreplace({sympy.I: sympy.Symbol("i", real=True)})
+            place = _parse_latex(index.strip("{}")).xreplace(
+                {sympy.I: sympy.Symbol("i", real=True)}
+            )
             terms[symbol] = sympy.Function(name)(place)
     return series.xreplace(terms)
 
