@@ -417,10 +417,9 @@ def _same_product(answer: Text, reference: Text) -> bool:
 
 def _product(form: Named | Parts) -> str:
     r"""The equation (y - a)(y - b) = 0 for y = \pm a or y = a, y = b; "" for other forms."""
-    solved = form.parts if isinstance(form, Parts) else (form,)
-    if not all(isinstance(f, Named) and not f.steps and "=" in _signs(f.text) for f in solved):
-        return ""
-    if len({f.name for f in solved}) > 1:
+    parts = form.parts if isinstance(form, Parts) else (form,)
+    solved = [f for f in parts if isinstance(f, Named) and not f.steps and "=" in _signs(f.text)]
+    if len(solved) < len(parts) or len({f.name for f in solved}) > 1:
         return ""
     pairs = [f.form.parts if isinstance(f.form, Parts) else (f.form,) for f in solved]
     values = [value for of_one in pairs for value in of_one]
@@ -495,9 +494,10 @@ def _same_interval(answer: Form, reference: Form) -> bool:
 
 
 def _is_rounding(pair: Rounded) -> bool:
-    exact, decimal = pair.exact, pair.decimal
-    values = isinstance(exact, Value) and isinstance(decimal, Value)
-    return values and not exact.sides and is_rounding(exact.text, decimal.text)
+    match pair:
+        case Rounded(exact=Value(sides=()) as exact, decimal=Value() as decimal):
+            return is_rounding(exact.text, decimal.text)
+    return False
 
 
 def _same_relations(answer: str, reference: str) -> bool:
