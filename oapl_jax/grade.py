@@ -28,15 +28,16 @@ from typing import Any, NamedTuple
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
-from oapl_jax.config import RewardsConfig, load_config
+from oapl_jax.config import FUNCTION, RewardsConfig, load_config
 from oapl_jax.data.prompts import response_text
 from oapl_jax.errors import UserError, exit_with_code, one_line
 from oapl_jax.model.tokenizer import load_tokenizer
+from oapl_jax.rewards.function.verifier import FunctionVerifier
 from oapl_jax.rewards.grader import OPENED
 from oapl_jax.rewards.tasks import FINAL_ANSWERS, VERIFIERS
 from oapl_jax.rewards.verdicts import TRUNCATED, explain
 from oapl_jax.rollout.dataset import Dataset
-from oapl_jax.structs import Group, decode_groups
+from oapl_jax.structs import Group, Prompt, decode_groups
 
 RECORD_DEPTH = 5  # of RUN/evaluation/v000300/aime25/responses/SHARD
 AT_ONCE = 256  # responses read ahead of the first verdict that is not printed
@@ -49,6 +50,7 @@ class Graded(NamedTuple):
     response: str
     reference: str
     note: str = ""
+    prompt: Prompt | None = None  # of a recorded response
 
 
 def read_lines(lines: Iterable[bytes], name: str) -> Iterator[Graded]:
@@ -111,16 +113,23 @@ def open_run(workdir: epath.Path | None) -> tuple[RewardsConfig, str]:
 def grade(task: str, rows: Iterable[Graded], config: RewardsConfig) -> Iterator[dict[str, Any]]:
     """Grades responses, several at a time, in order; those before a bad line, too."""
     with contextlib.ExitStack() as stack:
-        if task in VERIFIERS:
-            verify, extract = VERIFIERS[task], FINAL_ANSWERS[task]
+        opened = lambda verifier: stack.enter_context(contextlib.closing(verifier))
+        if task == FUNCTION:
+            function = opened(FunctionVerifier(config.function, config.function_pool))
+            verify = lambda row: function.verify(row.prompt, row.response)
+            extract = function.final_answer
+        elif task in VERIFIERS:
+            verify = lambda row: VERIFIERS[task](row.response, row.reference)
+            extract = FINAL_ANSWERS[task]
         else:
-            verifier = stack.enter_context(contextlib.closing(OPENED[task](config[task])))
-            verify, extract = verifier.verify, verifier.extract
+            verifier = opened(OPENED[task](config[task]))
+            verify = lambda row: verifier.verify(row.response, row.reference)
+            extract = verifier.extract
         threads = stack.enter_context(ThreadPoolExecutor(config.math.processes))
 
         def judge(row: Graded) -> dict[str, Any]:
             try:
-                verdict, reason = explain(verify(row.response, row.reference))
+                verdict, reason = explain(verify(row))
             except UserError as error:  # of the tests
                 verdict, reason = "error", str(error)
             if row.note:
@@ -174,12 +183,18 @@ def main() -> None:
                     "--tokenizer, or its run with --workdir"
                 )
             group, decoder = read_group(record, arguments.row or 0), load_tokenizer(tokenizer)
-            task = arguments.verifier or group.prompt.task
+            task = arguments.verifier or (FUNCTION if config.function else group.prompt.task)
+            if task == FUNCTION and not config.function:
+                raise UserError(
+                    f"--record={record} was judged by a reward function; name its run with "
+                    "--workdir, or a verifier with --verifier"
+                )
             rows: Iterable[Graded] = [
                 Graded(
                     response_text(decoder, rollout.tokens),
                     group.prompt.answer,
                     TRUNCATED if rollout.finish_reason == "length" else "",
+                    group.prompt,
                 )
                 for rollout in group.rollouts
             ]

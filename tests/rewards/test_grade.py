@@ -206,3 +206,20 @@ def test_a_damaged_shard_is_named(command, run):
         code, graded, error = command(f"--record={shard}")
         assert (code, graded) == (2, [])
         assert shard.name in error
+
+
+def test_rollouts_of_a_run_with_a_reward_function_are_judged_by_it(
+    command, run, tmp_path, monkeypatch
+):
+    code = "def reward(record, response): return float('2' in response)"
+    (tmp_path / "my_rewards.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    record, place = run / "rollouts", run / "config.json"
+    config = json.loads(place.read_text())
+    config["rewards"]["function"] = "my_rewards:reward"
+    place.write_text(json.dumps(config))
+    code, graded, error = command(f"--record={record}")
+    assert (code, error) == (0, "")
+    assert [line["verdict"] for line in graded] == ["right", "right", "wrong"]
+    assert command(f"--record={record}", "--verifier=math")[1][1]["verdict"] == "wrong"
