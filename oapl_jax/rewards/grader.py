@@ -102,7 +102,7 @@ class Grader:
         if rollout.finish_reason == "length":
             return 0.0
         verdict = self._verdict(prompt, rollout)
-        return verdict if isinstance(verdict, float) else verdict.reward
+        return verdict if isinstance(verdict, float | int) else verdict.reward
 
     def grade(self, prompt: Prompt, rollout: Rollout) -> Grade:
         """The reward, as `reward` gives it, with the final answer, the verdict and its reason."""
@@ -110,7 +110,7 @@ class Grader:
         if rollout.finish_reason == "length":
             return Grade(0.0, extracted, "wrong", TRUNCATED)
         verdict = self._verdict(prompt, rollout)
-        reward = verdict if isinstance(verdict, float) else verdict.reward
+        reward = verdict if isinstance(verdict, float | int) else verdict.reward
         return Grade(reward, extracted, *explain(verdict))
 
     def final_answer(self, prompt: Prompt, rollout: Rollout) -> str:

@@ -97,8 +97,10 @@ class _Columns:
             self.tokens.append(np.array(indices, np.int32))
             self.logp.append(_thousandths(rollout.behavior_logp))
         tokens, gap = sum(len(rollout.tokens) for rollout in group.rollouts), token_gaps(note)
-        known = gap is not None and len(gap) == tokens
-        self.gap.append(_thousandths(gap) if known else np.full(tokens, UNKNOWN, np.int16))
+        if gap is None or len(gap) != tokens:
+            self.gap.append(np.full(tokens, UNKNOWN, np.int16))
+        else:
+            self.gap.append(_thousandths(gap))
 
 
 def _group_row(run: KeptRun, group: Group) -> dict[str, Any]:

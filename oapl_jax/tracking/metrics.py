@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -141,7 +141,7 @@ class StepClock:
     """Seconds of a step's parts: each call adds the time since the call before to a part."""
 
     def __init__(self):
-        self._seconds: Counter[str] = Counter()
+        self._seconds = defaultdict[str, float](float)
         self._last = time.monotonic()
 
     def __call__(self, part: str) -> None:
@@ -151,5 +151,5 @@ class StepClock:
 
     def take(self) -> dict[str, float]:
         """The seconds since the last call as metrics "seconds/PART"."""
-        taken, self._seconds = self._seconds, Counter()
+        taken, self._seconds = self._seconds, defaultdict(float)
         return {f"seconds/{part}": seconds for part, seconds in taken.items()}
