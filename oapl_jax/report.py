@@ -36,7 +36,7 @@ from oapl_jax.tracking.live import make_server
 from oapl_jax.tracking.metrics import read_lines
 from oapl_jax.tracking.page import pack, page
 
-MAX_TOKENS = 2_000_000  # of the viewer: a page of some 10 MB
+MAX_TOKENS = 3_000_000  # of the viewer: a page of some 20 MB
 SEEDS = ("seed", "data.seed")
 PATHS = {"model.path", "rollout.dataset"}
 FAULTS = 5  # of a ledger, in the sentence of an error
@@ -197,7 +197,7 @@ def _ledger_tables(run: Opened) -> dict[str, Any]:
             columns = [name.replace("_", " ") for name in next(iter(rows.values()))]
             body = [[name, *of.values()] for name, of in rows.items()]
             parts.append({"head": [kind, *columns], "rows": body})
-    sentence = "; ".join(summary["faults"][:FAULTS]) or f"{requested} rollouts requested"
+    sentence = "; ".join(summary["faults"][:FAULTS]) or f"{requested:,} rollouts requested"
     balanced = summary["balanced"]
     return {
         "title": run.name,

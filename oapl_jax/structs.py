@@ -94,6 +94,12 @@ class Group:
         """True if all rewards are equal, so that every advantage is zero."""
         return bool(np.all(self.reward == self.reward[0]))
 
+    @property
+    def right_and_stopped(self) -> int:
+        """The number of responses that were rewarded with 1 or more and not cut off."""
+        stopped = [rollout.finish_reason == "stop" for rollout in self.rollouts]
+        return int(np.sum((self.reward >= 1) & stopped))
+
 
 def encode_groups(
     groups: Sequence[Group], decode: Callable[[np.ndarray], str] | None = None

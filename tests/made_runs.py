@@ -97,7 +97,7 @@ def make_line(step, rng):
     return {
         "step": step + 1,
         "rollout/reward": 0.2 + 0.6 * learned + noise(0.02),
-        "right_and_stopped": 0.15 + 0.6 * learned + noise(0.02),
+        "rollout/right_and_stopped": 0.15 + 0.6 * learned + noise(0.02),
         **({"eval/pass@1": 0.2 + 0.6 * learned, "eval/pass@8": 0.6} if step % 5 == 4 else {}),
         "lag/mean": float(lag),
         "lag/histogram": {str(lag): 2 * SIZE},

@@ -281,6 +281,7 @@ class GroupStore:
         self._totals["rollouts"] += len(group.rollouts)
         self._totals["tokens"] += sum(len(r.tokens) for r in group.rollouts)
         self._totals["truncated"] += sum(r.finish_reason == "length" for r in group.rollouts)
+        self._totals["right_and_stopped"] += group.right_and_stopped
         self._totals["zero_variance"] += group.zero_variance
         self._totals["reward"] += float(group.reward.sum())
         self._totals["latency"] += seconds
@@ -315,6 +316,7 @@ class GroupStore:
             "rollout/reward": total["reward"] / total["rollouts"],
             "rollout/length": total["tokens"] / total["rollouts"],
             "rollout/truncated": total["truncated"] / total["rollouts"],
+            "rollout/right_and_stopped": total["right_and_stopped"] / total["rollouts"],
             "rollout/zero_variance": total["zero_variance"] / total["groups"],
             "rollout/tokens_per_second": total["tokens"] / total["seconds"],
             "rollout/seconds": total["seconds"],

@@ -95,12 +95,10 @@ class _Columns:
             texts = run.texts.spell(rollout.tokens.tolist())
             indices = [self._strings.setdefault(text, len(self._strings)) for text in texts]
             self.tokens.append(np.array(indices, np.int32))
-            self.logp.append(_thousandths(rollout.behavior_logp))
+            self.logp.append(rollout.behavior_logp)
         tokens, gap = sum(len(rollout.tokens) for rollout in group.rollouts), token_gaps(note)
-        if gap is None or len(gap) != tokens:
-            self.gap.append(np.full(tokens, UNKNOWN, np.int16))
-        else:
-            self.gap.append(_thousandths(gap))
+        known = gap is not None and len(gap) == tokens
+        self.gap.append(gap if known else np.full(tokens, np.nan))
 
 
 def _group_row(run: KeptRun, group: Group) -> dict[str, Any]:
@@ -174,11 +172,11 @@ def viewer_columns(
             "responses": sum(group["size"] for group in columns.groups),
         },
     }
-    end_to_end = lambda arrays, dtype: np.concatenate(arrays or [np.empty(0)]).astype(dtype)
+    end_to_end = lambda arrays: np.concatenate(arrays or [np.empty(0)])
     return header, {
-        "tokens": end_to_end(columns.tokens, np.int32),
-        "logp": end_to_end(columns.logp, np.int16),
-        "gap": end_to_end(columns.gap, np.int16),
+        "tokens": end_to_end(columns.tokens).astype(np.int32),
+        "logp": _thousandths(end_to_end(columns.logp)),
+        "gap": _thousandths(end_to_end(columns.gap)),
     }
 
 
@@ -198,5 +196,7 @@ def _sample(dataset: Dataset, max_tokens: int) -> Sequence[int]:
 
 
 def _thousandths(nats: np.ndarray) -> np.ndarray:
+    """int16, UNKNOWN for nan."""
     limit = -UNKNOWN - 1
-    return np.clip(np.nan_to_num(np.round(nats * NATS)), -limit, limit).astype(np.int16)
+    rounded = np.clip(np.round(nats * NATS), -limit, limit)
+    return np.where(np.isnan(rounded), UNKNOWN, rounded).astype(np.int16)

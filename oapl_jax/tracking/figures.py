@@ -64,9 +64,8 @@ def make_figures(runs: Sequence[RunLog]) -> list[Figure]:
             curves(
                 "Reward",
                 "mean over responses",
-                {"rollout/reward": "reward", "right_and_stopped": "right and stopped"},
-                "Mean reward of the sampled responses; share of the trained ones that are right "
-                "and ended by themselves.",
+                {"rollout/reward": "reward", "rollout/right_and_stopped": "right and stopped"},
+                "Of the sampled responses; right and stopped: rewarded with 1 and not cut off.",
                 yaxis={"rangemode": "tozero"},
             ),
             curves(
@@ -248,7 +247,7 @@ def _stacked(title: str, of_part: Mapping[str, Sequence[float]], names: Any, x: 
         for i, (part, values) in enumerate(parts.items())
     ]
     axis = {"automargin": True, "type": "category"}
-    return _figure(title, data, x, "", note, barmode="stack", yaxis=axis)
+    return _figure(title, data, x, "", note, barmode="stack", bargap=0.5, yaxis=axis)
 
 
 def _lines_of(runs: Sequence[RunLog]) -> Iterator[Mapping[str, Any]]:
@@ -361,8 +360,8 @@ def _parts_of_a_step(runs: Sequence[RunLog]) -> Figure:
     mean = lambda run, key: sum(line.get(key, 0.0) for line in run.lines) / len(run.lines)
     seconds = {part: [mean(run, f"seconds/{part}") for run in runs] for part in PARTS}
     note = (
-        "Mean over all steps, compiling included. groups: waiting for them, or sampling without "
-        "overlap; recompute: log-probs of another policy than the sampler's."
+        "Mean over all steps, compiling included. groups: sampling, or waiting for the sampler; "
+        "recompute: log-probs of another policy."
     )
     names = [run.name for run in runs]
     return _stacked("Where a step's time goes", seconds, names, "seconds a step", note)

@@ -110,13 +110,7 @@ def group_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
         "zero_variance": np.mean([g.zero_variance for g in groups]),
         "length": np.mean([len(r.tokens) for r in rollouts]),
         "truncated": np.mean([r.finish_reason == "length" for r in rollouts]),
-        "right_and_stopped": np.mean(
-            [
-                reward >= 1 and r.finish_reason == "stop"
-                for g in groups
-                for reward, r in zip(g.reward, g.rollouts, strict=True)
-            ]
-        ),
+        "right_and_stopped": sum(g.right_and_stopped for g in groups) / len(rollouts),
         "lag/mean": sum(lag * count for lag, count in lags.items()) / len(rollouts),
         "lag/max": max(lags),
         "lag/histogram": {str(lag): lags[lag] for lag in sorted(lags)},

@@ -176,6 +176,7 @@ def test_produce_adds_rewarded_groups_of_one_version_and_measures_them(make):
     assert metrics["rollout/groups"] == 2 * PER_CALL
     assert metrics["rollout/reward"] == pytest.approx(1 / 3)
     assert metrics["rollout/truncated"] == pytest.approx(1 / 3)
+    assert metrics["rollout/right_and_stopped"] == pytest.approx(1 / 3)
     assert metrics["rollout/length"] == pytest.approx((3 + 2 + 3) / 3)
     for name in ("zero_variance", "waiting_seconds", "failed"):
         assert metrics[f"rollout/{name}"] == 0

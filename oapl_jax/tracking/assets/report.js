@@ -5,7 +5,8 @@ const PAGE = 50;          // responses of a page of the list
 const SCALE = 1000;       // thousandths of a nat
 const UNKNOWN = -32768;   // a gap that no step has computed
 const FULL = 1;           // nats of gap at which a color is full
-const EVERY = 5000;       // milliseconds between two looks at a live run
+const EVERY = 5000;       // milliseconds between two looks at a live run, or as long as one took, REST times
+const REST = 4;
 const RANGES = ["step", "reward", "version", "length"];
 const CHOICES = ["run", "finish", "verdict", "state"];
 const NUMBERS = new Set(RANGES);
@@ -296,6 +297,7 @@ function problem(sentence) {
 }
 
 async function follow() {
+  const asked = performance.now();
   try {
     const reply = await fetch(`data?stamp=${data ? encodeURIComponent(data.stamp) : ""}`);
     if (reply.status === 200) show(await unpack(await reply.arrayBuffer()));
@@ -303,7 +305,7 @@ async function follow() {
   } catch (error) {
     problem(`the server of this page does not answer (${error.message}); the page shows what it had`);
   }
-  setTimeout(follow, EVERY);
+  setTimeout(follow, Math.max(EVERY, REST * (performance.now() - asked)));
 }
 
 async function start() {
