@@ -39,6 +39,7 @@ from oapl_jax.tracking.page import pack, page
 MAX_TOKENS = 3_000_000  # of the viewer: a page of some 20 MB
 SEEDS = ("seed", "data.seed")
 PATHS = {"model.path", "rollout.dataset"}
+LABEL = 24  # characters of a setting's value in a legend
 FAULTS = 5  # of a ledger, in the sentence of an error
 RUN_KEYS = {  # of the last line that has them, in the table of runs
     "step": "step",
@@ -108,13 +109,15 @@ def series_of(runs: Sequence[Opened]) -> list[str]:
         alike = len({os.path.basename(path) for path in paths}) == 1
         if alike and [of_seed[seed] for seed in seeds] == paths:
             del differences[name]
-    short = lambda name: f"{name.rpartition('.')[2]}=" if len(differences) > 1 else ""
-    describe = lambda i: ", ".join(f"{short(k)}{values[i]}" for k, values in differences.items())
-    labels = [describe(i) for i in range(len(runs))]
-    if not differences or max(map(len, labels)) > 60:  # too long for a legend: a run's name
-        first = {label: run.name for label, run in reversed(list(zip(labels, runs, strict=True)))}
-        labels = [first[label] for label in labels]
-    return labels
+    values = {name: list(map(str, of)) for name, of in differences.items()}
+    whole = list(zip(*values.values(), strict=True)) if values else [()] * len(runs)
+    for name, of in sorted(values.items(), key=lambda item: item[0] != "objective.name"):
+        if len(set(of)) == len(set(whole)):  # this setting alone tells the series apart
+            short = "" if name == "objective.name" else f"{name.rpartition('.')[2]}="
+            if max(map(len, of)) <= LABEL:
+                return [f"{short}{value}" for value in of]
+    first = {key: run.name for key, run in reversed(list(zip(whole, runs, strict=True)))}
+    return [first[key] for key in whole]
 
 
 def report_data(runs: Sequence[Opened], host: int, max_tokens: int, stamp: str) -> bytes:

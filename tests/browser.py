@@ -79,9 +79,9 @@ class Browser:
         """Types into an input or chooses in a select, by its id; waits until the list follows."""
         self.evaluate(
             f"(() => {{ const e = document.getElementById({element!r}); e.value = {value!r};"
-            " e.dispatchEvent(new Event('input', {bubbles: true})); })()"
+            " e.dispatchEvent(new Event('input', {bubbles: true}));"
+            " return new Promise(done => setTimeout(done, 200)); })()"  # behind the page's own wait
         )
-        time.sleep(0.4)  # the page waits for more keys
 
     def prefer(self, theme: str) -> None:
         """The color scheme, light or dark, that the machine asks for."""

@@ -91,7 +91,7 @@ def test_workdirs_that_make_no_report(runs, monkeypatch, tmp_path, named):
 def test_runs_that_differ_in_their_seeds_alone_are_one_series(runs):
     opened = report.open_runs(runs, 0)
     series = report.series_of(opened)
-    assert series[0] == series[1] != series[2]
+    assert series == ["absent", "absent", "grpo"]
     assert report.differing(opened) == {
         "objective.name": ["absent", "absent", "grpo"],
         "seed": [0, 1, 0],
@@ -111,6 +111,29 @@ def test_seeds_that_start_from_versions_of_their_own_are_one_series(tmp_path, st
         for seed, start in starts.items()
     ]
     assert len(set(report.series_of(report.open_runs(runs, 0)))) == series
+
+
+@pytest.mark.parametrize(
+    ("configs", "labels"),
+    [
+        # The objective's name tells them apart, whatever else goes with it.
+        ([("oapl", 4, {}), ("grpo", 8, {})], ["oapl", "grpo"]),
+        ([("oapl", 4, {}), ("oapl", 8, {})], ["steps=4", "steps=8"]),
+        # Two settings together: the runs' own names.
+        ([("oapl", 4, {}), ("oapl", 8, {}), ("grpo", 4, {})], ["0", "1", "2"]),
+        ([("oapl", 4, {"data": {"task": "x" * 99}}), ("oapl", 4, {})], ["0", "1"]),
+    ],
+)
+def test_a_series_has_the_shortest_label_that_tells_it_apart(tmp_path, configs, labels):
+    runs = [
+        make_run(
+            tmp_path / f"{i}",
+            steps=1,
+            config={"objective": {"name": name}, "lag": {"steps": lag}, **more},
+        )
+        for i, (name, lag, more) in enumerate(configs)
+    ]
+    assert report.series_of(report.open_runs(runs, 0)) == labels
 
 
 def test_two_starts_of_one_seed_are_two_series(tmp_path):

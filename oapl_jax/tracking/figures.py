@@ -59,6 +59,8 @@ def make_figures(runs: Sequence[RunLog]) -> list[Figure]:
         {key for run in runs for line in run.lines for key in line if key.startswith("eval/pass@")},
         key=lambda key: int(key.partition("@")[2]),
     )
+    if len(groups) > 1:
+        passes = list(dict.fromkeys([*passes[:1], *passes[-1:]]))  # the smallest and the largest k
     sections = {
         "Learning": [
             curves(

@@ -60,6 +60,14 @@ def test_only_series_of_several_runs_have_a_band():
     assert curves == ["s", "t"]
 
 
+def test_curves_of_several_series_have_the_smallest_and_the_largest_k():
+    line = {f"eval/pass@{k}": 0.5 for k in (1, 2, 16, 4)}
+    name = lambda runs: [trace["name"] for trace in figure(runs, "pass@k")["data"]]
+    one, other = make_log("a", [line]), make_log("b", [line], series="t")
+    assert name([one]) == ["pass@1", "pass@2", "pass@4", "pass@16"]
+    assert name([one, other]) == ["s, pass@1", "s, pass@16", "t, pass@1", "t, pass@16"]
+
+
 def test_lags_and_residuals_are_summed_over_all_steps():
     of = lambda counts, mean, rms: {
         "lag/histogram": counts,

@@ -5,8 +5,7 @@ const PAGE = 50;          // responses of a page of the list
 const SCALE = 1000;       // thousandths of a nat
 const UNKNOWN = -32768;   // a gap that no step has computed
 const FULL = 1;           // nats of gap at which a color is full
-const EVERY = 5000;       // milliseconds between two looks at a live run, or as long as one took, REST times
-const REST = 4;
+const EVERY = 5000;       // milliseconds between two looks at a live run, or as many as one took
 const RANGES = ["step", "reward", "version", "length"];
 const CHOICES = ["run", "finish", "verdict", "state"];
 const NUMBERS = new Set(RANGES);
@@ -107,8 +106,13 @@ function draw() {
   };
   const figures = data.figures.filter((figure) => figure.data.length);
   const plots = frames(figures);
-  figures.forEach((figure, i) => Plotly.react(plots[i], themed(figure.data),
-    merged(base, themed(figure.layout)), {responsive: true, displaylogo: false, displayModeBar: false}));
+  figures.forEach((figure, i) => {
+    const names = figure.data.filter((trace) => trace.showlegend).map((trace) => trace.name);
+    const columns = names.some((name) => name.length > 20) ? 1 : 2;
+    plots[i].style.height = `${255 + 20 * Math.ceil(names.length / columns)}px`;  // the legend grows
+    Plotly.react(plots[i], themed(figure.data), merged(base, themed(figure.layout)),
+      {responsive: true, displaylogo: false, displayModeBar: false});
+  });
   const empty = data.figures.filter((figure) => !figure.data.length).map((figure) => figure.title);
   byId("empty").textContent = empty.length ? `Without data so far: ${empty.join("; ")}.` : "";
 }
@@ -305,7 +309,7 @@ async function follow() {
   } catch (error) {
     problem(`the server of this page does not answer (${error.message}); the page shows what it had`);
   }
-  setTimeout(follow, Math.max(EVERY, REST * (performance.now() - asked)));
+  setTimeout(follow, Math.max(EVERY, performance.now() - asked));
 }
 
 async function start() {
