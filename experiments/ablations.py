@@ -12,8 +12,9 @@ Expected: no published number of ours. AReaL's table (AIME24): naive PPO 42.0 at
     lag 4; decoupled PPO 42.2 at lag 4, 38.7 at 16.
 Measured: not run; the CPU form has 40 points.
 
-The same recorded rollouts under every objective at equal lag, and objectives by lag with five
-seeds, are the replays and the live arms of docs/comparison.md.
+Runs of the comparison are not repeated: the CPU form of AReaL's table is docs/experiments/lag.md
+(naive is grpo, decoupled is grpo_is; lags 1, 8 and 128), and the same recorded rollouts under every
+objective at equal lag are the replays of docs/comparison.md.
 """
 
 from experiments import paper, small
@@ -37,7 +38,7 @@ AGAINST += [
 
 def sweep(add: Add) -> None:
     if add.form == "paper":
-        for name, values in variants(responses=256).items():
+        for name, values in (variants(responses=256) | staleness()).items():
             add(*paper.runs([{**small.OAPL, **values}]), row=name)
         return
     quick = add.form == "quick"
@@ -53,8 +54,15 @@ def variants(*, responses: int, **of_groups: int) -> dict[str, Values]:
     for size in (4, 16):
         sizes = {"group_size": size, "groups_per_step": responses // size}
         found[f"groups of {size}"] = {**sizes, **of_groups}
-    window = {"lag.mode": "window", "buffer.mode": "clear_on_sync"}
-    for lag in LAGS:
-        for name, method in (("naive", "grpo"), ("decoupled", "grpo_is"), ("oapl", "oapl")):
-            found[f"{name}, lag {lag}"] = {"objective": method, **window, "lag.steps": lag}
     return found
+
+
+def staleness() -> dict[str, Values]:
+    """AReaL's table: naive and decoupled policy gradients, and OAPL, by lag."""
+    window = {"lag.mode": "window", "buffer.mode": "clear_on_sync"}
+    methods = {"naive": "grpo", "decoupled": "grpo_is", "oapl": "oapl"}
+    return {
+        f"{name}, lag {lag}": {"objective": method, **window, "lag.steps": lag}
+        for lag in LAGS
+        for name, method in methods.items()
+    }
