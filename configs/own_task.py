@@ -19,7 +19,7 @@ def get_config(arg: str | None = None) -> common.Config:
     )
     pretrained = choice["start"] == "pretrained"
     config: common.Config = arithmetic.get_config(f"objective={choice['objective']}").unlock()
-    config.num_steps = 200
+    config.num_steps = 100
     config.data = dict(
         task="function",  # rewards.function judges; or a verifier of the answers: "math", "code"
         data_dir="runs/data",
@@ -39,8 +39,8 @@ def get_config(arg: str | None = None) -> common.Config:
     config.learner.row_length = together
     config.objective.constant_length = response
     config.evaluation.max_response_tokens = response
-    config.evaluation.every = 20
-    config.checkpoint.every = 100
+    config.evaluation.every = 10
+    config.checkpoint.every = 50
     if pretrained:
         config.model.update(path="/data/models/NAME", dtype="bfloat16", remat="full")
         config.publish_dtype = "bfloat16"
@@ -53,5 +53,5 @@ def get_config(arg: str | None = None) -> common.Config:
         objectives.set_anchor(config.objective, 1e-2)
     else:
         config.model.architecture.max_position_embeddings = together
-        config.warmup.update(num_steps=300, noise=0.0, demonstrations=0)
+        config.warmup.update(num_steps=100, noise=0.0, demonstrations=0)
     return config.lock()
