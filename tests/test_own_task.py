@@ -15,10 +15,9 @@ REDUCED = {
     "num_steps": 2,
     "groups_per_step": 4,
     "group_size": 4,
-    "model.architecture.hidden_size": 32,
-    "model.architecture.intermediate_size": 32,
-    "warmup.num_steps": 2,
-    "warmup.batch_size": 8,
+    "warmup.num_steps": 25,  # then most responses end
+    "warmup.batch_size": 32,
+    "buffer.zero_variance": "keep",
     "rollout.prompts_per_call": 4,
     "data.most_drawn": 8,
     "evaluation.every": 2,
@@ -66,7 +65,7 @@ def ran(tmp_path_factory):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         outputs.append(done.stdout)
@@ -84,7 +83,7 @@ def test_its_run_rewards_by_the_function_and_evaluates(ran):
     directory, _ = ran
     lines = [json.loads(x) for x in (directory / "runs/own/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
-    assert lines[-1]["rewards/function/returned"] > 0
+    assert lines[-1]["rewards/function/returned"] > 10  # four of them in the self-check
     assert lines[-1]["rewards/function/error"] == lines[-1]["rewards/function/timeout"] == 0
     assert {"eval/pass@1", "eval/reward"} <= lines[-1].keys()
     assert (directory / "runs/own/learning.png").stat().st_size > 0
