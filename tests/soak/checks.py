@@ -1,6 +1,7 @@
 """Properties that must hold after a soak: rows of a table, with the figures found."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -24,10 +25,6 @@ VERSIONS, GROUPS = 20, 8  # versions whose log-probs are computed again; groups 
 LENGTH = 32  # tokens of the longest prompt and response, and more
 END_DEADLINE = 30.0  # seconds for processes to end after the last one that was waited for
 RISE = 32.0, 4.0  # MB and handles that a third of the undisturbed time may add
-KNOWN = {  # in the workdir of a run that was stopped
-    *("checkpoints", "config.json", "host_states", "ledger.jsonl", "log.txt", "metrics.jsonl"),
-    *("model", "rollouts", "tensorboard", "versions", "weights"),
-}
 
 
 class Row(NamedTuple):
@@ -124,17 +121,17 @@ def levels(scene: Scene, since: float) -> Iterator[Row]:
 
 
 def tidy(scene: Scene) -> Row:
-    """The stopped run has left no temporary file, and as many checkpoints as it keeps."""
+    """The stopped run has left the files of an unbroken one, and as many checkpoints as it keeps."""
     workdir = scene.workdir
-    strange = {path.name for path in workdir.iterdir()} - KNOWN
-    strange |= {
-        path.name for path in workdir.rglob("*") if path.name.endswith((".tmp", ".writing"))
-    }
+    strange = {path.name for path in workdir.iterdir()}
+    strange -= {path.name for path in scene.unbroken.iterdir()}
+    temporary = re.compile(r"[.](tmp|writing|repair)$|orbax-checkpoint-tmp")
+    strange |= {path.name for path in workdir.rglob("*") if temporary.search(path.name)}
     steps = {path.name for path in (workdir / "checkpoints").iterdir()}
     states = {path.name for path in (workdir / "host_states").iterdir()}
     kept = f"{len(steps)} checkpoints, {len(scene.versions())} versions"
     found = f"{kept}; left over: {', '.join(sorted(strange)) or 'nothing'}"
-    return Row("workdir tidy", found, not strange and steps == states and len(steps) == 3)
+    return Row("workdir tidy", found, not strange and steps == states and len(steps) <= 3)
 
 
 def nothing_runs() -> Row:
