@@ -121,7 +121,7 @@ def levels(scene: Scene, since: float) -> Iterator[Row]:
 
 
 def tidy(scene: Scene) -> Row:
-    """The stopped run has left the files of an unbroken one, and as many checkpoints as it keeps."""
+    """The stopped run leaves the files of an unbroken one, and the checkpoints that it keeps."""
     workdir = scene.workdir
     strange = {path.name for path in workdir.iterdir()}
     strange -= {path.name for path in scene.unbroken.iterdir()}
