@@ -15,10 +15,12 @@ Fault = Callable[[Scene], Iterator[float]]
 
 
 def kill(find: Callable[[Scene], Any]) -> Fault:
-    """SIGKILL of one part."""
+    """SIGKILL of one part, as soon as it runs."""
 
     def fault(scene: Scene) -> Iterator[float]:
-        find(scene).kill()
+        part = find(scene)
+        scene.wait(lambda: part.process is not None, f"a start of the {part.name}")
+        part.kill()
         yield 0.0
 
     return fault
@@ -69,7 +71,7 @@ def flip_bit(path: pathlib.Path, random: Any) -> None:
 
 def start_second_trainer(scene: Scene) -> Iterator[float]:
     """A second trainer on the workdir must end and name the first one."""
-    scene.wait((scene.workdir / "lease.json").exists, "a trainer that holds the workdir")
+    scene.wait(scene.trainer_holds_workdir, "a trainer that holds the workdir")
     first, number = scene.trainer.process, scene.counts["second trainers"]
     scene.counts["second trainers"] += 1
     second, waited = scene.start_trainer(scene.logs / f"second.{number}.log"), 0.0

@@ -110,6 +110,12 @@ class Scene:
         """True if both servers were ready at the trainer's last gradient step."""
         return self.last_step().get("fleet/ready") == len(self.servers)
 
+    def trainer_holds_workdir(self) -> bool:
+        """True if the lease names the trainer's process."""
+        process, lease = self.trainer.process, self.workdir / "lease.json"
+        holder = json.loads(lease.read_text())["pid"] if lease.exists() else None
+        return process is not None and process.group == holder
+
     def wait_for_step(self) -> None:
         """Returns after the trainer's next gradient step, wherever it resumes."""
         lowest = 1 << 31

@@ -44,6 +44,7 @@ def main() -> None:
         scene.start()
         log("both servers sample")
         happened = disturb(scene, 60 * given.minutes * (1 - CALM), log)
+        scene.wait_for_step()
         scene.wait(scene.all_ready, "the return of both servers")
         log("calm")
         since = time.monotonic()
