@@ -12,7 +12,6 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
 ]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -23,7 +22,8 @@ autodoc_typehints = "none"
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 html_theme = "sphinx_book_theme"
 html_title = "oapl_jax"
-linkcheck_ignore = [r"https?://.*"]  # listed by `make docs`, fetched by nobody
+suppress_warnings = ["ref.python"]  # `id` is a field of several classes
+SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:")
 
 PAGES = {path.stem for path in Path(__file__).parent.glob("*.md")}
 
@@ -42,5 +42,27 @@ def link_pages(app: Any, name: str, source: list[str]) -> None:
     )
 
 
+def plain_text(
+    _app: Any, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]
+) -> None:
+    """Makes reStructuredText of a docstring in plain text.
+
+    Signs of mark-up are escaped, and indented lines outside of the sections become literal blocks.
+    """
+    made: list[str] = []
+    kept = literal = False
+    for line in lines:
+        if line.strip() and not line.startswith(" "):
+            if literal:
+                made.append("")
+            kept, literal = line in SECTIONS or line.startswith("- "), False
+        elif line.strip() and not kept and not literal:
+            made += ["", "::", ""]
+            literal = True
+        made.append(line if literal else re.sub(r"([*|\\]|``)", r"\\\1", line))
+    lines[:] = made
+
+
 def setup(app: Any) -> None:
     app.connect("source-read", link_pages)
+    app.connect("autodoc-process-docstring", plain_text, priority=400)  # before napoleon

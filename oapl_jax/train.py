@@ -385,13 +385,13 @@ def summary(workdir: epath.Path, ended: str) -> str:
     saved = finished_steps(directory) if directory.exists() else []
     lines = read_lines(workdir / multihost.per_host_path("metrics.jsonl"))
     reached = lines[-1]["step"] if lines else 0
-    kept = f"saved: step {saved[-1]} in {directory}" if saved else "saved: nothing"
-    first = saved[-1] + 1 if saved else 1
-    lost = f"steps {first} to {reached}" if reached >= first else "no finished step"
-    lost += "" if saved else ", and the warm-up"
+    if not saved:
+        lost = "the warm-up" + (f" and steps 1 to {reached}" if reached else "")
+        return f"{ended}; saved: nothing; lost: {lost}; begin again: {command_again()}"
+    lost = f"steps {saved[-1] + 1} to {reached}" if reached > saved[-1] else "no finished step"
     return (
-        f"{ended}; {kept}; lost: {lost}; groups in flight are sampled again; "
-        f"{'resume' if saved else 'begin again'}: {command_again()}"
+        f"{ended}; saved: step {saved[-1]} in {directory}; lost: {lost}, and groups in flight, "
+        f"which are sampled again; resume: {command_again()}"
     )
 
 
