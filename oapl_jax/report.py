@@ -147,7 +147,7 @@ def report_data(runs: Sequence[Opened], host: int, max_tokens: int, stamp: str) 
         "about": f"{len(runs)} run{'s' * (len(runs) > 1)}: {', '.join(run.name for run in runs)}",
         "curves_note": (
             "Means over the runs that differ in their seeds alone; bands are 95 % intervals "
-            "(Student's t)."
+            "(Student's t), of two runs their range."
             if several
             else "One run a series, without intervals: name runs of several seeds to get them."
         ),

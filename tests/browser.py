@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-SECONDS = 60.0  # for a browser to start, and for each answer
+SECONDS = 120.0  # for a browser to start, and for each answer
 OPTIONS = (
     *("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
     *("--disable-background-networking", "--hide-scrollbars", "--window-size=1400,1000"),

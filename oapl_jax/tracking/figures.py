@@ -1,8 +1,8 @@
 """Figures of the run report, as Plotly's JSON: {"data": traces, "layout": layout}.
 
 Runs that differ in their seeds alone are one series: its curve is the mean over seeds, with the
-95 % interval of Student's t. Colors are names ("c0", "c1/0.2" with opacity) that the page replaces
-by those of its light or dark theme.
+95 % interval of Student's t, or with the range of two runs. Colors are names ("c0", "c1/0.2" with
+opacity) that the page replaces by those of its light or dark theme.
 """
 
 import dataclasses
@@ -150,7 +150,7 @@ def make_figures(runs: Sequence[RunLog]) -> list[Figure]:
 def curve(
     runs: Sequence[RunLog], value: Callable[[Mapping[str, Any]], float | None]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, means over the runs and half-widths of their 95 % intervals (nan for a single run).
+    """Steps, means over the runs and half-widths of their intervals (nan for a single run).
 
     Each run is averaged over equal spans of steps, so that at most POINTS are left; a span counts
     the runs that have a value in it.
@@ -171,9 +171,12 @@ def curve(
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of Student's t for a mean; nan for one value."""
-    if len(values) < 2:
-        return float("nan")
+    """Half of the 95 % interval of Student's t for a mean; nan for one value.
+
+    Of two values half of their range: Student's factor for them, 12.7, would hide every curve.
+    """
+    if len(values) < 3:
+        return (max(values) - min(values)) / 2 if len(values) == 2 else float("nan")
     from scipy import stats  # slow to import
 
     return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
@@ -199,7 +202,10 @@ def _curves(
             continue
         color, dash, name = _style(i, j, series, label if len(keys) > 1 else "", len(groups))
         known = np.isfinite(reach)
-        data += _band(steps[known], (means - reach)[known], (means + reach)[known], color)
+        low = means - reach
+        if layout.get("yaxis", {}).get("type") == "log":
+            low = np.maximum(low, means / 10)  # an interval may reach below 0
+        data += _band(steps[known], low[known], (means + reach)[known], color)
         data.append(_line(steps, means, color, name, dash=dash, markers=len(steps) < 30))
     return _figure(title, data, "gradient step", y, note, **layout)
 
