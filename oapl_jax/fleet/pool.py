@@ -499,13 +499,17 @@ async def _ask_router(
 ) -> list[str]:
     """Returns the workers' URLs; see read_servers."""
     url = server_url(config.router, of="fleet.router") + "/workers"
-    async with asyncio.timeout(config.control_deadline):
-        async with session.get(url, headers=bearer(api_key)) as response:
+    timeout = aiohttp.ClientTimeout(total=config.control_deadline)
+    try:
+        async with session.get(url, headers=bearer(api_key), timeout=timeout) as response:
             content = await response.read()
             if response.status in (401, 403):
                 raise UserError(f"{url} demands another key than that of fleet.api_key_file")
             if response.status not in (404, 405):
                 response.raise_for_status()
+    except TimeoutError as error:  # it has no message
+        late = f"{url} failed: no response in {config.control_deadline:g} s"
+        raise TimeoutError(late) from error
     try:
         names = [str(worker["url"]) for worker in json.loads(content)["workers"]]
     except (LookupError, TypeError, ValueError) as error:

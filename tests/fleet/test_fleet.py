@@ -234,6 +234,13 @@ def test_a_list_of_servers_that_is_damaged_during_a_run_stays_as_it_was(make_fle
     assert fleet.sample(5).servers == {server.url}
 
 
+def test_a_router_that_does_not_answer_is_named(make_fleet, toy_servers):
+    (router,) = toy_servers(1)
+    router.plan = always("workers", "hang")
+    fleet, _ = make_fleet(0, router=router.url, control_deadline=0.2)
+    wait_until(lambda: fleet.has_logged(f"{router.url}/workers"), "the router's name in the log")
+
+
 def test_a_list_of_servers_that_is_missing_is_named_at_the_end(make_fleet, tmp_path):
     deadlines = dict(start_deadline=0.2, drain_deadline=0.1, update_deadline=0.1)
     listed = str(tmp_path / "servers.txt")
