@@ -1,10 +1,10 @@
 """Lease on a workdir: one training run at a time, on any file system that its machines share.
 
-The lease is a file that its owner renews. Whoever finds one that is not renewed, or whose process
-on this machine has ended, takes it over. The clocks of two machines may differ, so a foreign lease
-counts as expired only if it has not changed while this process watched it. The file system decides
-between processes that start at once, by exclusive creation; on a mounted bucket that lets both
-pass, the one whose lease was overwritten ends at its next renewal.
+The lease is a file that its owner renews. A new run takes over a lease that is not renewed, or
+whose process on this machine has ended. The clocks of two machines may differ, so the lease of
+another machine counts as expired only if it has not changed while this process watched it. The file
+system decides between processes that start at once, by exclusive creation; on a mounted bucket that
+lets both pass, the one whose lease was overwritten ends at its next renewal.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ EXPIRE = 30.0  # seconds without a renewal after which a lease may be taken over
 
 @dataclasses.dataclass(frozen=True)
 class Lease:
-    """Content of the file: who holds the workdir, and since when.
+    """Content of the file: owner of the workdir and time of its start.
 
     Attributes:
       owner: random name of the process.
