@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 CPU := JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2
 
-.PHONY: run test test-quick test-pythons lint docs format lock sglang parity golden run-smollm2 comparison peers soak benchmark benchmark-peers clean
+.PHONY: run test test-quick test-pythons test-jax lint docs format lock sglang parity golden run-smollm2 comparison peers soak benchmark benchmark-peers clean
 
 run: .venv/run
 	$(CPU) $(BIN)/python -m oapl_jax.train --config=configs/arithmetic.py --workdir=runs/arithmetic \
@@ -22,6 +22,18 @@ VERSIONS := $(foreach version,3.12 3.13,$(if $(call interpreter,$(version)),$(ve
 test-pythons: $(VERSIONS:%=.venv-%/done)
 	@for version in $(VERSIONS); do echo "Python $$version"; $(CPU) .venv-$$version/bin/python -m pytest tests \
 	  --numprocesses=2 --dist=loadfile -m "not slow" || exit 1; done
+
+# The quick tests with the newest jax in place of the locked one.
+test-jax: .venv-jax/done
+	$(CPU) .venv-jax/bin/python -m pytest tests --numprocesses=2 --dist=loadfile -m "not slow"
+
+.venv-jax/done: requirements/build.lock requirements/run.lock requirements/dev.lock
+	@echo "installing into $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check -r requirements/build.lock -r requirements/dev.lock
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check --upgrade jax
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
 
 .venv-3.%/done: requirements/build.lock requirements/run.lock requirements/dev.lock
 	@echo "installing into $(@D)"

@@ -113,7 +113,7 @@ def origins(config: Config) -> dict[str, tuple[Any, str]]:
     The place is the command line, the file of --config (with its argument, if that has chosen the
     value), another setting that this one follows, or the default of oapl_jax/config.py.
     """
-    flag = flags.FLAGS["config"]
+    flag: Any = flags.FLAGS["config"]
     overridden, name = flag.override_values, flag.config_filename
     file, _, argument = name.partition(":")
     get_config = runpy.run_path(file)["get_config"]

@@ -12,7 +12,10 @@ from typing import Any
 import huggingface_hub
 from absl import flags
 from etils import epath
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from oapl_jax.config import load_config
 from oapl_jax.errors import RunError, UserError, exit_with_code, one_line
