@@ -63,6 +63,7 @@ def plain_text(
     lines[:] = made
 
 
-def setup(app: Any) -> None:
+def setup(app: Any) -> dict[str, bool]:
     app.connect("source-read", link_pages)
     app.connect("autodoc-process-docstring", plain_text, priority=400)  # before napoleon
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
