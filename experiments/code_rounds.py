@@ -8,9 +8,9 @@ Scale: `--to=queued` or `--to=xpk`: 2 points, v5e:8x8: at least 26.5 h, $2,039; 
 Hours: 0.1 of a core.
 Expected: level with DeepCoder on LiveCodeBench v5 with about 200 thousand responses against 650
     thousand (arXiv 2602.19362).
-Measured: the claim fails on sums (commit 03d5d01, 2026-11-30): pass@1 .240 before, .416 after round
-    1, .519 after round 2 with 4,864 responses, and .752 for online GRPO with 14,592;
-    docs/experiments/code_rounds.md
+Measured: the claim fails on sums (2026-11-30, three seeds): pass@1 .240 before, .416 after round 1,
+    .519 after round 2 with 4,864 responses, and .752 for online GRPO with 14,592; round 2 minus
+    online GRPO is -.233 [-.368, -.098]; docs/experiments/code_rounds.md
 
 Round 1 records 8 responses of the base policy to each problem and passes over them once; round 2
 records the result on a sixth of the problems and passes over them four times. The CPU form replaces
@@ -42,13 +42,12 @@ def sweep(add: Add) -> None:
         return
     quick = add.form == "quick"
     first, second, step = (32, 16, 8) if quick else (512, 96, 8)  # problems; groups of a step
-    num_steps = 3 * (first + second) // step
     for seed in range(1 if quick else 3):
         base = small.base(add, seed)
         one = trained(add, seed, record(add, seed, base, first), first // step, publish=True)
         two = trained(add, seed, record(add, seed, one, second), 4 * second // step)
         online: Values = {"objective": "grpo", "seed": seed, "lag.steps": 1}
-        online = {**online, "num_steps": num_steps, "evaluation.every": num_steps // 6}
+        online = {**online, "num_steps": 3 * (first + second) // step}
         for name, run in zip(ROWS, (base, one, two, small.run(add, online)), strict=True):
             add(run, row=name)
 

@@ -5,11 +5,11 @@ Command: python -m experiments.launch --experiment=experiments/pass_at_k.py --to
 Hardware: 2 CPU cores, 4 GB of memory.
 Scale: `--to=queued` or `--to=xpk`: 3 points, v5e:8x8, a fleet of 202,423 generated tokens/s: at
     least 11.7 h, $899; the price's source is in experiments/paper.py.
-Hours: 0.3 of a core, beside the runs of steps.py.
+Hours: 0.05 of a core, beside the runs of steps.py.
 Expected: the gap grows with k, up to 256 (arXiv 2602.19362).
-Measured: OAPL minus GRPO + IS is .11 at k = 1, .15 at 4, .11 at 16, .07 at 64 and .03 at 256, where
-    the base model is at 1 (commit 03d5d01, 2026-11-30): no growth with k;
-    docs/experiments/pass_at_k.md
+Measured: OAPL minus GRPO + IS, seed by seed, is .11 at k = 1, .15 at 4, .11 at 16, .07 at 64 and
+    .03 at 256, where the base model is at 1; all intervals include 0 (2026-11-30): no growth with
+    k; docs/experiments/pass_at_k.md
 
 The policies are those of experiments/steps.py: its workdirs are used, and nothing trains again.
 """
