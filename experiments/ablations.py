@@ -10,9 +10,9 @@ Scale: `--to=queued` or `--to=xpk`: 19 points, v5e:8x8, a fleet of 202,423 gener
 Hours: 0.1 of a core.
 Expected: no published number of ours. AReaL's table (AIME24): naive PPO 42.0 at lag 0 and 23.3 at
     lag 4; decoupled PPO 42.2 at lag 4, 38.7 at 16.
-Measured: one seed (commit 0f31955, 2026-11-30): pass@1 .819; the learner's denominator differs in
-    the seventh digit of the entropy; a kept buffer has the same bits, because without overlap nothing is left at a
-    sync; equal groups kept .833, dropped .866; groups of 4 .848, of 16 .758;
+Measured: one seed (commit 0f31955, 2026-11-30): pass@1 .819, and the same with the learner's
+    denominator; a kept buffer has the same bits, because without overlap nothing is left at a sync;
+    equal groups kept .833, dropped .866; groups of 4 .848, of 16 .758;
     docs/experiments/ablations.md
 
 Runs of the comparison are not repeated: the CPU form of AReaL's table is docs/experiments/lag.md

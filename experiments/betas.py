@@ -8,8 +8,8 @@ Scale: `--to=queued` or `--to=xpk`: 12 points, v5e:8x8, a fleet of 202,423 gener
 Hours: 0.1 of a core.
 Expected: beta1 = 1 and beta2 = 1e-3 for maths and code (arXiv 2602.19362); the grid is ours.
 Measured: one seed (commit 0f31955, 2026-11-30): beta2 decides, and 0.2 is best for every beta1,
-    with pass@1 .82 to .86; 2.0 has .43 to .48, and 0.02 has .08 to .80, rising with beta1. V^ at
-    beta1 1 is below the mean by .29, .05 and .02 at beta2 0.02, 0.2 and 2;
+    with pass@1 .819 to .864; 2.0 has .435 to .475, and 0.02 has .079 to .798, rising with beta1. V^
+    at beta1 1 is below the mean by .285, .045 and .020 at beta2 0.02, 0.2 and 2;
     docs/experiments/betas.md
 
 A beta1 of 1e6 is the mean of the rewards. The anchor of an answer of ten tokens has to be stronger
