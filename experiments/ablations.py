@@ -5,8 +5,8 @@ Claim: none in advance. Denominator of the sampler or of the learner; buffer cle
     AReaL's table of staleness with OAPL in it.
 Command: python -m experiments.launch --experiment=experiments/ablations.py --to=local
 Hardware: 2 CPU cores, 4 GB of memory.
-Scale: `--to=queued` or `--to=xpk`: 19 points, v5e:8x8, a fleet of 202,423 generated tokens/s: at
-    least 111.2 h, $8,537; the price's source is in experiments/paper.py.
+Scale: `--to=queued` or `--to=xpk`: 18 points, v5e:8x8, a fleet of 202,423 generated tokens/s: at
+    least 105.3 h, $8,088; the price's source is in experiments/paper.py.
 Hours: 0.1 of a core.
 Expected: no published number of ours. AReaL's table (AIME24): naive PPO 42.0 at lag 0 and 23.3 at
     lag 4; decoupled PPO 42.2 at lag 4, 38.7 at 16.
@@ -28,7 +28,6 @@ VARIANTS: dict[str, Values] = {
     "oapl": {},
     "denominator of the learner": {"objective.denominator": "learner"},
     "buffer kept at a sync": {"buffer.mode": "keep_with_anchor", "buffer.max_age": 64},
-    "groups replayed twice": {"buffer.mode": "replay", "buffer.max_age": 64, "buffer.max_reuse": 2},
     "equal groups kept": {"buffer.zero_variance": "keep"},
     "equal groups dropped": {"buffer.zero_variance": "drop"},
 }

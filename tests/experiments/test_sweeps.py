@@ -12,6 +12,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from experiments import launch, manifest, measures, paper, readme, sweep, table
+from experiments.comparison import fill
 from experiments.search import Range
 from experiments.sweep import (
     FORMS,
@@ -31,7 +32,6 @@ from oapl_jax.files import JsonLines
 ROOT = Path(__file__).parents[2]
 FIGURES = ("objectives", "steps", "lag", "pass_at_k", "code_rounds", "betas", "ablations")
 HAVE = {"objectives", "lag"}  # their forms on CPU have a test of their own
-PUBLISHED = ("objectives", "lag")
 CARD = ("Claim", "Command", "Hardware", "Scale", "Hours", "Expected", "Measured")
 
 
@@ -163,7 +163,7 @@ def test_the_cost_is_that_of_the_planned_step():
 # Published results
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", FIGURES)
 def test_published_tables_are_those_of_the_published_results(name):
     published = ROOT / "docs/experiments"
     root = ROOT / "docs/comparison" if name in HAVE else published
@@ -175,6 +175,12 @@ def test_published_tables_are_those_of_the_published_results(name):
         assert json.loads(json.dumps(found.json()[part])) == expected[part]
     text = found.markdown().rstrip("\n")
     assert (published / f"{name}.md").read_text().startswith(text)
+
+
+def test_the_readme_is_what_its_command_writes():
+    page = (ROOT / "experiments/README.md").read_text()
+    parts = readme.parts(ROOT / "docs/experiments", paper.TOPOLOGY, None)
+    assert fill(page, parts) == page
 
 
 # The launcher, with points that end at once
