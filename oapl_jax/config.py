@@ -399,6 +399,8 @@ class ObjectiveConfig(Section):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], path: str = "") -> Self:
         own = {field.name for field in dataclasses.fields(cls)} - {"constants"}  # pyright: ignore
+        saved = values.get("constants", {})  # of a configuration that was saved
+        values = {k: v for k, v in {**values, **saved}.items() if k != "constants"}
         common = {name: value for name, value in values.items() if name in own}
         constants = {name: value for name, value in values.items() if name not in own}
         for name in constants:  # a common setting, misspelt? `bind` knows the constants alone

@@ -1,10 +1,12 @@
 """Evaluates a checkpoint on a split or on benchmarks, shows responses, or compares two results.
 
-python -m oapl_jax.evaluate --config=configs/arithmetic.py --workdir=runs/arithmetic [--step=N]
-    [--split=train|validation|test] [--show=20 [--wrong]]
+python -m oapl_jax.evaluate --workdir=runs/arithmetic [--step=N] [--split=train|validation|test]
+    [--show=20 [--wrong]]
 python -m oapl_jax.evaluate --config=... --workdir=... [--step=N | --version_dir=DIR]
     --benchmark=aime25,hmmt25_feb --n=256 [--to=DIR]
 python -m oapl_jax.evaluate --compare=A/result.json,B/result.json [--to=DIR]
+
+Without --config the settings are those of the run in the workdir.
 """
 
 import contextlib
@@ -51,7 +53,7 @@ def main() -> None:
     show = flags.DEFINE_integer("show", None, "responses to show, instead of an evaluation", 1)
     wrong = flags.DEFINE_bool("wrong", False, "show those that are not right")
     to = flags.DEFINE_string("to", None, "directory for benchmarks; evaluation/ in the workdir")
-    config, workdir = read_command_line()
+    config, workdir = read_command_line(or_saved=True)
     names = ("step", "version_dir", "split", "n", "to", "show", "wrong")
     check_flags(benchmarks.value, {name for name in names if flags.FLAGS[name].present})
     if not benchmarks.value and not (workdir / "checkpoints").exists():

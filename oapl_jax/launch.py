@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 import oapl_jax
-from oapl_jax.config import Config, flatten, nearest, sections, settings_of
+from oapl_jax.config import Config, flatten, load_config, nearest, sections, settings_of
 from oapl_jax.errors import UserError
 from oapl_jax.files import absolute, flag_directory, is_local
 from oapl_jax.fleet.addresses import server_url
@@ -26,8 +26,11 @@ CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of config
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; a run in it is resumed")
 
 
-def read_command_line() -> tuple[Config, epath.Path]:
+def read_command_line(*, or_saved: bool = False) -> tuple[Config, epath.Path]:
     """The configuration with its overrides, and the workdir; `--help` prints and exits.
+
+    Args:
+      or_saved: without --config, take the configuration of the run in the workdir.
 
     Raises:
       UserError: for an unknown flag, key, choice or file, a value of the wrong type or outside its
@@ -58,6 +61,8 @@ def read_command_line() -> tuple[Config, epath.Path]:
             f"{words[0]!r} is no flag; flags begin with dashes, and settings with --config., such "
             "as --config.num_steps=3"
         )
+    if values is None and or_saved and WORKDIR.value:
+        values = load_config(flag_directory("workdir", WORKDIR.value))
     if values is None:
         raise UserError("--config is missing; add, for example, --config=configs/arithmetic.py")
     config = Config.from_dict(values)

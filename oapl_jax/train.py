@@ -30,6 +30,7 @@ from oapl_jax.launch import origins, package_versions, read_command_line, use_co
 from oapl_jax.learner import packing, sft, train_step
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.learner.train_step import TrainState
+from oapl_jax.rewards.function.verifier import find_function
 from oapl_jax.structs import Batch, Group
 from oapl_jax.tracking.metrics import (
     CompileClock,
@@ -401,6 +402,8 @@ def dry_run(config: Config, workdir: epath.Path, *, restore_step: int | None) ->
 
     jax.config.update("jax_enable_compilation_cache", False)  # nothing is written
     check_trackers(config.tracking)
+    if config.rewards.function:
+        find_function(config.rewards.function)
     described = plan.dry_run(config, workdir, restore_step=restore_step)
     settings = [
         f"  {name} = {value!r}  ({place})" for name, (value, place) in origins(config).items()

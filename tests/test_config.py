@@ -284,6 +284,8 @@ def test_every_file_is_typed_and_saved_whole(make):
         own = name.removeprefix("objective.")
         kept = saved[name] if name in saved else saved[f"objective.constants.{own}"]
         assert kept == value, name
+    again = Config.from_dict(typed.to_dict())
+    assert again.to_dict() == typed.to_dict()
 
 
 def test_choices_are_those_of_the_packages():

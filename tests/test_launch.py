@@ -15,7 +15,14 @@ from small_runs import opened
 
 from configs import arithmetic
 from oapl_jax import report
-from oapl_jax.config import changed_settings, load_config, save_config, sections, settings_of
+from oapl_jax.config import (
+    Config,
+    changed_settings,
+    load_config,
+    save_config,
+    sections,
+    settings_of,
+)
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.files import absolute
 from oapl_jax.launch import origins, read_command_line
@@ -26,6 +33,18 @@ def read(monkeypatch, workdir, *words):
     monkeypatch.setattr(sys, "argv", command)
     with flagsaver.flagsaver():
         return read_command_line()[1]
+
+
+def test_the_settings_of_a_run_stand_in_for_a_configuration_where_they_may(monkeypatch, tmp_path):
+    config = arithmetic.get_config("objective=grpo")
+    config.lag.steps = 7
+    saved = Config.from_dict(config.to_dict()).to_dict()
+    save_config(epath.Path(tmp_path), saved)
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"--workdir={tmp_path}"])
+    with flagsaver.flagsaver():
+        assert read_command_line(or_saved=True)[0].to_dict() == saved
+        with pytest.raises(UserError, match="--config"):
+            read_command_line()
 
 
 def test_a_workdir_is_the_same_from_any_directory(monkeypatch, tmp_path):

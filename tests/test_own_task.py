@@ -56,7 +56,7 @@ def ran(tmp_path_factory):
     }
     outputs = []
     for command in commands():
-        if "oapl_jax" in command:
+        if "--config" in command:
             command = " ".join([command, *map(repr, reduced), cache])
         done = subprocess.run(
             command,
