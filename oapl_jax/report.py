@@ -66,7 +66,7 @@ class Opened:
     workdir: epath.Path
     settings: Mapping[str, Any]
     ledger: LedgerReport
-    summary: Mapping[str, Any]
+    summary: dict[str, Any]
 
 
 def open_runs(workdirs: Sequence[epath.Path], host: int) -> list[Opened]:

@@ -97,8 +97,9 @@ class _Columns:
             self.tokens.append(np.array(indices, np.int32))
             self.logp.append(rollout.behavior_logp)
         tokens, gap = sum(len(rollout.tokens) for rollout in group.rollouts), token_gaps(note)
-        known = gap is not None and len(gap) == tokens
-        self.gap.append(gap if known else np.full(tokens, np.nan))
+        if gap is None or len(gap) != tokens:
+            gap = np.full(tokens, np.nan)
+        self.gap.append(gap)
 
 
 def _group_row(run: KeptRun, group: Group) -> dict[str, Any]:
