@@ -328,9 +328,9 @@ def same_answer(answer: Form, reference: Form) -> bool:
     match answer, reference:
         case Text(), Text():
             return answer.text == reference.text or _same_product(answer, reference)
-        case (Parts(left=sign), other) | (other, Parts(left=sign)) if (
-            sign in SYMBOLIC and not isinstance(other, Parts | Named)
-        ):
+        case (Parts(left=sign), other) | (other, Parts(left=sign)) if sign in SYMBOLIC | {
+            r"\cap"
+        } and not isinstance(other, Parts | Named):
             return False
         case Clock(), Clock():
             return answer.same(reference)
@@ -348,6 +348,11 @@ def same_answer(answer: Form, reference: Form) -> bool:
             if comparable and signs and _same_relations(answer.text, reference.text):
                 return True
             return _same_interval(answer, reference)
+        case (Named(form=Parts()) as interval, Parts() as other) | (
+            Parts() as other,
+            Named(form=Parts()) as interval,
+        ) if "=" not in _signs(interval.text) and any(isinstance(p, Named) for p in other.parts):
+            return False  # 2 < x < 3 is not x = 2, y = 3
         case Named(), _:
             return all(same_answer(a, reference) for a in (*answer.steps, answer.form))
         case _, Named():
