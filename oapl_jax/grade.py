@@ -200,15 +200,15 @@ def main() -> None:
             ]
         elif arguments.verifier is None:
             raise UserError("--verifier is missing; add, for example, --verifier=math")
+        elif arguments.file is None and sys.stdin is None:
+            raise UserError("standard input is closed; name a file of JSON lines")
         else:
-            task, lines, name = arguments.verifier, sys.stdin.buffer, "standard input"
-            if arguments.file is not None:
-                name = arguments.file
-                try:
-                    lines = stack.enter_context(open(name, "rb"))
-                except OSError as error:
-                    raise UserError(f"{name} can't be read: {error.strerror}") from error
-            rows = read_lines(lines, name)
+            task, name = arguments.verifier, arguments.file or "standard input"
+            try:
+                lines = open(name, "rb") if arguments.file else sys.stdin.buffer  # noqa: SIM115
+            except OSError as error:
+                raise UserError(f"{name} can't be read: {error.strerror}") from error
+            rows = read_lines(stack.enter_context(lines), name)
         for line in grade(task, rows, config):
             print(json.dumps(line), flush=True)
 

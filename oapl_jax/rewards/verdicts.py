@@ -29,7 +29,7 @@ def explain(verdict: Verdict) -> tuple[str, str]:
             reason = at + REASONS.get(verdict.outcome, verdict.outcome)
             return CODE.get(verdict.outcome, verdict.outcome), reason
         case DocumentVerdict():
-            terms = ", ".join(f"{name} {value:.3g}" for name, value in verdict.terms.items())
+            terms = ", ".join(f"{name} {value + 0:.3g}" for name, value in verdict.terms.items())
             faults = f"; {', '.join(verdict.faults)}" if verdict.faults else ""
             right = "right" if verdict.reward == 1 else "wrong"
             return right, f"reward {verdict.reward:.3g}: {terms}{faults}"

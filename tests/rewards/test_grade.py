@@ -63,6 +63,7 @@ def test_each_response_of_a_line_is_graded(command):
     ]
     assert all(line.keys() == {"verdict", "extracted", "reason"} for line in graded)
     assert all(line["reason"] for line in graded)
+    assert "8:00" in graded[1]["reason"]
 
 
 def test_programs_are_run_on_the_tests_of_a_record(command):
@@ -143,6 +144,13 @@ def test_what_is_missing_is_named(command, tmp_path):
         code, graded, error = command(*arguments)
         assert (code, graded) == (2, [])
         assert name in error
+
+
+def test_a_closed_standard_input_is_named(command, monkeypatch):
+    monkeypatch.setattr(io, "TextIOWrapper", lambda _: None)
+    code, graded, error = command("--verifier=math")
+    assert (code, graded) == (2, [])
+    assert "standard input" in error
 
 
 @pytest.fixture

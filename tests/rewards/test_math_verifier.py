@@ -130,7 +130,6 @@ def test_two_thousand_plain_numbers_a_second(answers):
     verdicts = answers.verify_many(pairs)
     assert time.process_time() - start < 1
     assert [v.outcome for v in verdicts] == ["right", "wrong"] * 1000
-    assert {v.reason for v in verdicts} <= {"the same text", "plain numbers"}
 
 
 # Hostile answers

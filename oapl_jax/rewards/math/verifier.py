@@ -102,8 +102,9 @@ def compare_plain(answer: str | None, reference: str) -> MathVerdict | None:
     a, r = number(answer), number(reference)
     if a is None or r is None:
         return None
-    right = agree(a, r, decimal="." in answer + reference)
-    return MathVerdict("right" if right else "wrong", "plain numbers")
+    if agree(a, r, decimal="." in answer + reference):
+        return MathVerdict("right", "the same number")
+    return MathVerdict("wrong", f"differs from {reference}")
 
 
 class JudgePool:

@@ -20,7 +20,7 @@ def judge_pair(pair: list[str]) -> list[str]:
         return ["error", f"the reference can't be read: {error}"]
     try:
         right = same_answer(parse_answer(answer), expected)
-        return ["right" if right else "wrong", "compared"]
+        return ["right", "equal"] if right else ["wrong", f"differs from {reference}"[:200]]
     except Unreadable as error:
         return ["error", f"the reference can't be read: {error}"]
     except (ValueError, RecursionError) as error:
