@@ -328,9 +328,9 @@ def same_answer(answer: Form, reference: Form) -> bool:
     match answer, reference:
         case Text(), Text():
             return answer.text == reference.text or _same_product(answer, reference)
-        case (Parts(left=sign), other) | (other, Parts(left=sign)) if sign in SYMBOLIC | {
-            r"\cap"
-        } and not isinstance(other, Parts | Named):
+        case (Parts() as form, other) | (other, Parts() as form) if _is_symbolic(form) and (
+            not isinstance(other, Parts | Named)
+        ):
             return False
         case Clock(), Clock():
             return answer.same(reference)
@@ -410,6 +410,12 @@ def same_answer(answer: Form, reference: Form) -> bool:
         case (Parts(left=""), _) | (_, Parts(left="")):
             return False
     return same_value(answer.text, reference.text)
+
+
+def _is_symbolic(form: Parts) -> bool:
+    """True for relations, and for unions and intersections of names."""
+    sets = form.left in (r"\cup", r"\cap") and all(name(part.text) for part in form.parts)
+    return form.left in SYMBOLIC or sets
 
 
 def _same_product(answer: Text, reference: Text) -> bool:
