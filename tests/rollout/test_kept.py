@@ -8,6 +8,7 @@ from etils import epath
 from groups import make_group
 from made_runs import make_run
 
+from oapl_jax.errors import UserError
 from oapl_jax.model.tokenizer import load_tokenizer
 from oapl_jax.rewards.grader import Grade
 from oapl_jax.rollout.dataset import Dataset
@@ -125,3 +126,30 @@ def test_beyond_its_tokens_the_viewer_has_an_even_sample_and_counts_all(tmp_path
     indices = [group["index"] for group in header["groups"]]
     assert (indices[0], indices[-1]) == (0, 99)
     assert max(np.diff(indices)) <= 5
+
+
+def test_a_character_of_several_tokens_stands_at_the_first_of_them():
+    class Bytes:
+        """A tokenizer whose tokens are bytes."""
+
+        eos_token_id = 0
+
+        def decode(self, tokens, clean_up_tokenization_spaces):
+            return bytes(tokens).decode(errors="replace")
+
+    texts, tokens = TokenTexts(Bytes()), list("a≤b∑∞".encode())
+    spelled = texts.spell(tokens)
+    assert spelled[:5] == ["a", "≤", "", "", "b"]
+    assert "".join(spelled) == "a≤b∑∞"
+    assert texts.spell(tokens[1:3]) == ["\N{REPLACEMENT CHARACTER}", ""]  # cut off
+
+
+def test_a_damaged_group_is_named(tmp_path):
+    workdir = make_run(tmp_path / "a", steps=2, length=400)
+    (shard,) = (workdir / "rollouts").glob("groups-*")
+    content = bytearray(shard.read_bytes())
+    content[200:240] = bytes(40)
+    shard.write_bytes(content)
+    run = KeptRun(name="a", directory=workdir / "rollouts", texts=TokenTexts(None), ends={})
+    with pytest.raises(UserError, match="rollouts"):
+        viewer_columns([run], max_tokens=10**6)
