@@ -66,7 +66,7 @@ def search(
     try:
         import optuna
     except ImportError as error:
-        raise UserError("add.search needs Optuna: pip install '.[search]'") from error
+        raise UserError("add.search needs Optuna: pip install --editable '.[search]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(
         seed=seed, n_startup_trials=2 * batch, multivariate=True, constant_liar=True
