@@ -185,18 +185,18 @@ def test_responses_are_shown(shop, capsys, wrong):
 
     job.grader = SimpleNamespace(grade=grade, close=lambda: None)
     step, params = job.params_at(None)
-    show_responses(job, step, params, "train", 9, wrong=wrong)
+    show_responses(job, step, params, "train", 4, wrong=wrong)
     job.close()
     said = capsys.readouterr().out
     prompts = job.prompts("train")
-    shown = [prompts[i] for i in (range(1, 18, 2) if wrong else range(9))]
+    shown = [prompts[i] for i in (range(1, 8, 2) if wrong else range(4))]
     assert re.findall(r"prompt (\w{16})", said) == [prompt.id for prompt in shown]
     for prompt in shown:
         block = said[said.index(f"prompt {prompt.id}") :].partition("[")[0]
         parts = (prompt.text, prompt.answer, f"final {prompt.id}", "as told")
         assert all(part in block for part in parts)
         assert graded[prompt.stream_index].splitlines()[0] in block
-    assert f"9 responses shown of {18 if wrong else 9} sampled" in said
+    assert f"4 responses shown of {8 if wrong else 4} sampled" in said
 
 
 def test_killed_it_ends_with_the_same_samples(shop, unbroken, tmp_path):
@@ -235,7 +235,7 @@ def test_a_changed_grader_regrades_without_sampling(shop, unbroken, monkeypatch,
     assert again.said == []  # not even graded
     with monkeypatch.context() as changed:
         changed.setattr(rewards, "__file__", str(tmp_path / "__init__.py"))
-        changed.setattr(Grader, "reward", lambda self, prompt, rollout: 1.0)
+        changed.setattr(Grader, "grade", lambda *_: Grade(1.0, "", "right", "as told"))
         changed.setattr(build.Run, "check_grader", lambda run: None)
         again = shop.run(unbroken.directory.parent)
     assert again.results["sums"]["avg@n"]["value"] == 1
