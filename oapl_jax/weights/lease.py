@@ -183,7 +183,8 @@ def _write(path: epath.Path, lease: Lease) -> None:
     """Replaces the file at once; each owner has a temporary file of its own."""
     temporary = path.parent / f"{path.name}.{lease.owner}.tmp"
     try:
-        temporary.write_text(_encode(lease))
+        with naming(path):
+            temporary.write_text(_encode(lease))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

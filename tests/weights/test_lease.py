@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import signal
 import subprocess
@@ -86,6 +87,19 @@ def test_the_lease_of_a_killed_process_is_taken_over_with_a_line(owner, tmp_path
         pass
     assert len(lines) == 1
     assert not (tmp_path / lease.FILE).exists()
+
+
+def test_a_full_disk_at_a_takeover_names_the_lease(owner, tmp_path, monkeypatch):
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+
+    def write_text(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", write_text)
+    with pytest.raises(OSError, match="No space left") as caught:
+        hold(tmp_path).__enter__()
+    assert caught.value.filename == str(tmp_path / lease.FILE)
 
 
 def foreign(tmp_path, **changes):
