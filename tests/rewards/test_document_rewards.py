@@ -409,7 +409,7 @@ def test_the_self_check_passes_these_rewards_and_refuses_lenient_ones(made, tmp_
     template = PromptTemplate(tokenizer, task="documents", max_prompt_tokens=32, instruction="")
     check_rewards(Grader(tokenizer, REWARDS), template, made)
     with pytest.raises(UserError, match="is wrong"):
-        check_rewards(SimpleNamespace(reward=lambda *_: 1.0), template, made)
+        check_rewards(SimpleNamespace(function=None, reward=lambda *_: 1.0), template, made)
     short = replace(REWARDS, documents=replace(CONFIG, max_characters=5))
     with pytest.raises(UserError, match="is right"):
         check_rewards(Grader(tokenizer, short), template, made)
