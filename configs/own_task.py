@@ -34,8 +34,8 @@ def get_config(arg: str | None = None) -> common.Config:
         instruction="",  # below each question
     )
     config.rollout.max_response_tokens = 512 if pretrained else 24
-    response = config.rollout.get_oneway_ref("max_response_tokens")
-    together = config.data.get_oneway_ref("max_prompt_tokens") + response
+    response = common.reference(config.rollout, "max_response_tokens")
+    together = common.reference(config.data, "max_prompt_tokens") + response
     config.learner.row_length = together
     config.objective.constant_length = response
     config.evaluation.max_response_tokens = response

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,11 +218,9 @@ def rollout(text, finish_reason="stop"):
 def graders(written):
     made = []
 
-    def grader(text, tokenizer=None):
+    def grader(text, tokenizer: Any = Text()):  # noqa: B008
         name = f"{written(text)}:reward"
-        made.append(
-            Grader(tokenizer or Text(), replace(REWARDS, function=name, function_pool=POOL))
-        )
+        made.append(Grader(tokenizer, replace(REWARDS, function=name, function_pool=POOL)))
         return made[-1]
 
     yield grader
