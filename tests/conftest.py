@@ -1,6 +1,7 @@
 """Eight devices on any machine, so that meshes are tested everywhere; set before jax starts.
 And what the processes that share the tests have in common."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -16,6 +17,7 @@ os.environ["XLA_FLAGS"] = (
 
 def pytest_configure(config: pytest.Config) -> None:
     """One folder for the compiled programs of all runs of these tests: many are the same."""
+    gc.set_threshold(100_000, 50, 100)  # as in a command
     if "TEST_PROGRAMS" not in os.environ:  # else a process of the one that has made it
         folder = tempfile.TemporaryDirectory(prefix="programs")
         config.add_cleanup(folder.cleanup)
