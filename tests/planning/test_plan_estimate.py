@@ -214,7 +214,7 @@ def test_sizes_come_from_a_name_a_checkpoint_or_the_configuration(config, tmp_pa
     hidden = lambda name: (sizes_of(name)[0].hidden_size, sizes_of(name)[1])
     assert hidden(None) == (64, False)
     assert hidden("qwen3-0.6b") == (1024, True)
-    config.model.path = "tests/golden/qwen3"
+    config.model.path = str(Path(__file__).parents[1] / "golden/qwen3")
     assert sizes_of(None)[1]
     config.model.path = "/no/such/place"
     with pytest.raises(UserError, match="--model="):
