@@ -1,7 +1,6 @@
 """The comparison of objectives: sweeps, statistics, launcher, page, and an interrupted command."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from small_runs import QUICK_COMPILATION, checked
+from small_runs import checked, quick_compilation
 
 from configs import arithmetic
 from configs.objectives import OBJECTIVES
@@ -417,7 +416,7 @@ def test_a_run_that_breaks_is_named_and_tried_again(tmp_path, monkeypatch):
 def start(root: Path, module: str = "objectives") -> subprocess.Popen:
     # With the default SIGINT, which background jobs of a shell ignore.
     command = ["env", "--default-signal=INT", sys.executable, "-m", "experiments.launch", module]
-    environment = {**os.environ, **QUICK_COMPILATION, "XLA_FLAGS": ""}  # one device
+    environment = quick_compilation()
     return subprocess.Popen([*command, "--quick", f"--root={root}"], cwd=ROOT, env=environment)
 
 
