@@ -217,7 +217,7 @@ def trials(results: Results, plan: Plan, arm: Arm, names: Iterable[str]) -> str:
     found: dict[str, dict[str, list[float]]] = {f"`{name}`": {} for name in names}
     for name in names:
         for values in objectives.candidates(plan, name):
-            runs = [objectives.trial(plan, arm, name, values, s) for s in objectives.TUNING_SEEDS]
+            runs = [objectives.trial(plan, arm, name, values, s) for s in plan.tuning_seeds]
             if all(lines := [results.line(run) for run in runs]):
                 scores = [score(line, "pass@1") for line in lines if line]
                 rate, row = f"{values['optim.learning_rate']:g}", found[f"`{name}`"]

@@ -97,7 +97,6 @@ METHODS: dict[str, tuple[Values, ...]] = {
 CORE = ("oapl", "oapl, all groups", "grpo", "grpo_is", "gspo", "cispo", "vespo", "sft")
 # The same range for all; a method with fewer constants gets more rates within it.
 RATES = {1: (3e-4, 5e-4, 8e-4, 1.2e-3, 1.9e-3, 3e-3), 2: (3e-4, 1e-3, 3e-3)}
-TUNING_SEEDS = (100, 101)
 # These learn from groups with equal rewards too.
 ALL_GROUPS = ("oapl, all groups", *FROM_EQUAL_REWARDS)
 
@@ -111,6 +110,7 @@ class Plan:
     rest: tuple[str, ...]  # the other methods; they have the first two replays
     lags: tuple[int, ...]  # of live arms and replays, in the order of execution
     tuned_lags: tuple[int, ...]  # of the trials, rising
+    tuning_seeds: tuple[int, ...]  # of the trials
     seeds: tuple[int, ...]  # of the runs that are graded on the test split
     trials: int  # number for each method
     recorder: str  # objective of the recorded live runs
@@ -141,6 +141,7 @@ FULL = Plan(
     rest=tuple(name for name in METHODS if name not in CORE),
     lags=(128, 8, 32, 1),
     tuned_lags=(8, 128),
+    tuning_seeds=(100, 101),
     seeds=(0, 1, 2, 3, 4),
     trials=6,
     recorder="oapl",
@@ -155,6 +156,7 @@ QUICK = dataclasses.replace(
     rest=(),
     lags=(8,),
     tuned_lags=(8,),
+    tuning_seeds=(0,),
     seeds=(0,),
     trials=1,
     prompts=64,
@@ -261,7 +263,7 @@ def choose(results: Results, plan: Plan, arm: Arm, method: str) -> Values | None
     """
     tried = candidates(plan, method)
     lines = [
-        [results.line(trial(plan, arm, method, values, seed)) for seed in TUNING_SEEDS]
+        [results.line(trial(plan, arm, method, values, seed)) for seed in plan.tuning_seeds]
         for values in tried
     ]
     if any(line is None for of_one in lines for line in of_one):
@@ -279,7 +281,7 @@ def sweep_plan(add: Add, plan: Plan) -> None:
     """Adds arm by arm the trials, then the runs of the choices. Seeds are the outer loop, so that
     two workers do not compile the same program at the same time."""
     for arm, methods in arms(plan):
-        for seed in TUNING_SEEDS:
+        for seed in plan.tuning_seeds:
             for method in methods:
                 for values in candidates(plan, method):
                     add(trial(plan, arm, method, values, seed))

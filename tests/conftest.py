@@ -1,6 +1,7 @@
 """Eight devices on any machine, so that meshes are tested everywhere; set before jax starts.
 And what the processes that share the tests have in common."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -9,13 +10,16 @@ from collections.abc import Iterator
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Most programs are compiled for longer than they run: without XLA's newest emitters, half as long.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1 --xla_force_host_platform_device_count=8"
 )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """One folder for the compiled programs of all runs of these tests: many are the same."""
+    gc.set_threshold(100_000, 50, 100)  # as in a command
     if "TEST_PROGRAMS" not in os.environ:  # else a process of the one that has made it
         folder = tempfile.TemporaryDirectory(prefix="programs")
         config.add_cleanup(folder.cleanup)

@@ -49,7 +49,7 @@ IN_PROCESS = {  # on the eight devices of this process
     "rollout.prompts_per_call": 4,
     "tracking.tensorboard": False,
 }
-QUICK_COMPILATION = {  # environment of processes that compile for longer than their programs run
+QUICK_COMPILATION = {  # environment of a process that compiles for longer than its programs run
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
@@ -77,11 +77,7 @@ class Runs:
         ]
 
     def environment(self, devices: int) -> dict[str, str]:
-        return {
-            **os.environ,
-            **QUICK_COMPILATION,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
+        return quick_compilation(devices)
 
     def start(self, command: list[str], devices: int = 1) -> subprocess.Popen:
         return subprocess.Popen(
@@ -115,13 +111,15 @@ def small_arithmetic(settings: Mapping, choice: str | None = None, **more) -> Co
     return config
 
 
-def cached_programs() -> dict[str, str]:
-    """The environment of a process on as many devices as here, with the same compiled programs."""
-    return {
-        **os.environ,
-        **QUICK_COMPILATION,
-        "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_PROGRAMS"],
-    }
+def quick_compilation(devices: int = 1) -> dict[str, str]:
+    """The environment of a process that compiles as this one does."""
+    flags = os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}")
+    return {**os.environ, **QUICK_COMPILATION, "XLA_FLAGS": flags}
+
+
+def cached_programs(devices: int = 8) -> dict[str, str]:
+    """`quick_compilation`, with the same compiled programs."""
+    return {**quick_compilation(devices), "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_PROGRAMS"]}
 
 
 def metrics(workdir: Path) -> list[dict]:

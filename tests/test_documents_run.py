@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
-from small_runs import QUICK_COMPILATION, checked
+from small_runs import cached_programs, checked
 
 from configs import documents, objectives
 from experiments.documents import FAULTS, OBJECTIVES, Fall, table
@@ -62,14 +62,8 @@ def test_a_round_is_a_supervised_stage_followed_by_rl(tmp_path):
     """Runs the commands of docs/documents.md for two steps."""
 
     def run(module, *flags):
-        environment = {
-            **os.environ,
-            "XLA_FLAGS": "",  # one device
-            **QUICK_COMPILATION,
-            "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_PROGRAMS"],
-        }
         command = [sys.executable, "-m", f"oapl_jax.{module}", *flags]
-        subprocess.run(command, cwd=ROOT, env=environment, timeout=300, check=True)
+        subprocess.run(command, cwd=ROOT, env=cached_programs(1), timeout=300, check=True)
 
     def train(name, number, **changes):
         places = {"rounds": tmp_path, "data.data_dir": tmp_path / "data"}

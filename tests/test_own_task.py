@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_runs import QUICK_COMPILATION, ROOT
+from small_runs import ROOT, quick_compilation
 
 PAGE = (ROOT / "docs" / "own-task.md").read_text()
 REDUCED = {
@@ -48,9 +48,7 @@ def ran(tmp_path_factory):
     reduced = [f"--config.{name}={value}" for name, value in REDUCED.items()]
     cache = f"--config.compile_cache={os.environ['TEST_PROGRAMS']}"
     environment = {
-        **os.environ,
-        **QUICK_COMPILATION,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        **quick_compilation(),
         "PYTHONPATH": str(ROOT),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }

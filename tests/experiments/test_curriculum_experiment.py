@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
-from small_runs import QUICK_COMPILATION
+from small_runs import quick_compilation
 
 from experiments import curriculum
 from experiments.curriculum import Outcome, steps_to
@@ -87,7 +87,7 @@ def test_the_quick_form_ends_and_is_not_run_twice(tmp_path):
     command += ["--seeds", "0", "--others", "actor_curator"]
 
     def run():
-        environment = {**os.environ, **QUICK_COMPILATION, "XLA_FLAGS": ""}  # one device
+        environment = quick_compilation()
         environment["JAX_COMPILATION_CACHE_DIR"] = os.environ["TEST_PROGRAMS"]
         done = subprocess.run(
             command, cwd=ROOT, env=environment, timeout=300, stdout=subprocess.PIPE, text=True

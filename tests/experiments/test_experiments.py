@@ -1,7 +1,6 @@
 """The comparison of objectives: points, statistics, launcher, page, and an interrupted command."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from small_runs import QUICK_COMPILATION, checked
+from small_runs import checked, quick_compilation
 
 from configs import arithmetic
 from configs.objectives import OBJECTIVES
@@ -53,10 +52,10 @@ def test_no_two_methods_are_the_same():
 
 
 def test_no_choice_uses_the_test_split():
-    assert not set(objectives.TUNING_SEEDS) & set(FULL.seeds)
+    assert not set(FULL.tuning_seeds) & set(FULL.seeds)
     values = objectives.candidates(FULL, "grpo")[0]
     for arm, _ in arms(FULL):
-        for seed in objectives.TUNING_SEEDS:
+        for seed in FULL.tuning_seeds:
             trial = objectives.trial(FULL, arm, "grpo", values, seed)
             assert trial.split == "validation"
             assert dict(trial.overrides)["evaluation.every"] == 0  # train would grade both splits
@@ -205,7 +204,7 @@ def an_arm(arm, scores, **more):
     for name, values in scores.items():
         tried = objectives.candidates(FULL, name)
         for i, v in enumerate(tried):
-            for seed in objectives.TUNING_SEEDS:
+            for seed in FULL.tuning_seeds:
                 trial = objectives.trial(FULL, arm, name, v, seed)
                 yield line_of(trial, {0: None, 1: 0.8}.get(i, 0.3))
         runs = objectives.compared(FULL, arm, name, tried[1])
@@ -224,7 +223,7 @@ def test_the_trial_with_the_best_mean_of_its_seeds_is_chosen():
     lines = [
         line_of(objectives.trial(FULL, arm, "grpo", v, seed), value)
         for v, values in zip(objectives.candidates(FULL, "grpo"), scores, strict=True)
-        for seed, value in zip(objectives.TUNING_SEEDS, values, strict=True)
+        for seed, value in zip(FULL.tuning_seeds, values, strict=True)
     ]
     some, every = results_of(lines[:-1]), results_of(lines)
     assert objectives.choose(some, FULL, arm, "grpo") is None  # not before all have ended
@@ -414,9 +413,8 @@ def start(root: Path, module: str = "objectives") -> subprocess.Popen:
     # With the default SIGINT, which background jobs of a shell ignore.
     command = ["env", "--default-signal=INT", sys.executable, "-m", "experiments.launch"]
     flags = ["--to=local", "--form=quick", "--clean", f"--root={root}"]
-    environment = {**os.environ, **QUICK_COMPILATION, "XLA_FLAGS": ""}  # one device
     command += [f"--experiment=experiments/{module}.py", *flags]
-    return subprocess.Popen(command, cwd=ROOT, env=environment)
+    return subprocess.Popen(command, cwd=ROOT, env=quick_compilation())
 
 
 def interrupt(root: Path, number: int, lines: int) -> int:

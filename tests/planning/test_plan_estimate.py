@@ -99,7 +99,8 @@ def test_flops_of_a_loop_without_a_known_trip_count_are_an_error():
 
 
 @pytest.fixture
-def config():
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a fresh model's tokenizer is written
     config = arithmetic.get_config().unlock()
     config.rollout.sampler = "fleet"
     config.evaluation.every = 0
@@ -108,7 +109,7 @@ def config():
 
 
 def run_of(config):
-    sizes, from_checkpoint = model_sizes(typed(config), None, epath.Path("nowhere"))
+    sizes, from_checkpoint = model_sizes(typed(config), None, epath.Path("model"))
     mesh = make_mesh(**config.mesh)
     return programs_of(typed(config), sizes, mesh, from_checkpoint=from_checkpoint)
 
@@ -213,7 +214,7 @@ def test_sizes_come_from_a_name_a_checkpoint_or_the_configuration(config, tmp_pa
     hidden = lambda name: (sizes_of(name)[0].hidden_size, sizes_of(name)[1])
     assert hidden(None) == (64, False)
     assert hidden("qwen3-0.6b") == (1024, True)
-    config.model.path = "tests/golden/qwen3"
+    config.model.path = str(Path(__file__).parents[1] / "golden/qwen3")
     assert sizes_of(None)[1]
     config.model.path = "/no/such/place"
     with pytest.raises(UserError, match="--model="):
