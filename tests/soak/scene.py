@@ -32,7 +32,7 @@ DEADLINE = 900.0  # seconds of each wait: a start, the return of all servers, a 
 TICK = 0.5  # seconds between two looks at the parts
 # Ends of our commands, see Part.
 OURS = {0: ".", 1: "No space left on device.*free space", 3: "no server was ready"}
-GONE = {2: "no checkpoint step|does not exist, or was deleted meanwhile"}  # of an evaluation
+GONE = {2: "no checkpoint step|no finished Orbax step|deleted meanwhile"}  # of an evaluation
 
 
 class Scene:
