@@ -141,7 +141,7 @@ def evaluate_benchmarks(
         result = grade(run, prompts, responses, about, n=n, dropped=dropped, log=log)
         results[name] = result
         write_atomically(directory / name / "result.json", [json.dumps(result).encode()])
-    (directory / "results.md").write_text(report.markdown(results))
+    write_atomically(directory / "results.md", [report.markdown(results).encode()])
     panels = {name: {"": result} for name, result in results.items()}
     report.plot(panels, directory / "pass_at_k.png", title=f"Version {version}")
     return directory, results

@@ -26,6 +26,7 @@ from oapl_jax.config import Config, save_config
 from oapl_jax.data.synthetic.demonstrations import demonstrations
 from oapl_jax.errors import FleetLost, NotFinite, exit_with_code
 from oapl_jax.evaluation import table
+from oapl_jax.files import write_atomically
 from oapl_jax.launch import read_command_line, use_compile_cache
 from oapl_jax.learner import packing, sft, train_step
 from oapl_jax.learner.optimizer import make_optimizer
@@ -288,7 +289,7 @@ def publish_and_serve(run: Run, step: int, params: Any, loop: Loop) -> None:
 
 def report(config: Config, workdir: epath.Path, result: dict[str, Any]) -> None:
     """Writes result.json and learning.png, and prints the table if the run evaluates."""
-    (workdir / "result.json").write_text(json.dumps(result, indent=1))
+    write_atomically(workdir / "result.json", [json.dumps(result, indent=1).encode()])
     lines = read_lines(workdir / "metrics.jsonl")
     before, after = result["before"], result["after"]
     title = f"{config.data.task}: {config.objective.name}, lag {config.lag.mode} {config.lag.steps}"

@@ -27,20 +27,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Starts training processes that share a data set."""
+    from small_runs import Runs  # once the environment above is set
+
+    return Runs(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
 def kept_programs() -> Iterator[None]:
     """Keeps there too what a file's tests compile in this process."""
     import jax  # once the environment above is set
 
-    cache = {
-        "jax_compilation_cache_dir": os.environ["TEST_PROGRAMS"],
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in cache}
-    for name, value in cache.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_compilation_cache_dir", os.environ["TEST_PROGRAMS"])
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_compilation_cache_dir", None)
 
 
 # Files whose programs run for longer than they compile.
