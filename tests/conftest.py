@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most programs are compiled for longer than they run: without XLA's newest emitters, half as long.
+# Most programs are compiled for longer than they run: without XLA's fusion emitters, half as long.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1 --xla_force_host_platform_device_count=8"

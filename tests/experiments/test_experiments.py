@@ -417,9 +417,8 @@ def test_a_run_that_breaks_is_named_and_tried_again(tmp_path, monkeypatch):
 def start(root: Path, module: str = "objectives", **where) -> subprocess.Popen:
     # With the default SIGINT, which background jobs of a shell ignore.
     command = ["env", "--default-signal=INT", sys.executable, "-m", "experiments.launch", module]
-    environment = quick_compilation()
     command += ["--quick", f"--root={root}"]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **where)
+    return subprocess.Popen(command, cwd=ROOT, env=quick_compilation(), **where)
 
 
 def interrupt(root: Path, number: int, lines: int) -> int:
@@ -439,9 +438,10 @@ def children(process: int) -> list[int]:
 
 def kill_a_worker(root: Path) -> str:
     """Starts the command and kills a process of its runs; returns the error."""
-    launcher = start(root, stderr=subprocess.PIPE, text=True)
+    launcher, started = start(root, stderr=subprocess.PIPE, text=True), time.monotonic()
     while not (workers := [p for child in children(launcher.pid) for p in children(child)]):
         assert launcher.poll() is None
+        assert time.monotonic() - started < SECONDS
         time.sleep(0.1)
     os.kill(workers[0], signal.SIGKILL)
     error = launcher.communicate(timeout=SECONDS)[1]

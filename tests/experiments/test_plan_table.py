@@ -91,12 +91,12 @@ def test_rows_of_the_page():
     sizes = ["v5e:8x8", FITS["layout"], "9.00 GiB of 15.75 GiB", "2, 1, 0.5, 0"]
     assert cells("v5e:8x8", FITS) == [*sizes, "1,000,000", "50%", "900,000"]
     recorded = {"fleet": FITS["fleet"] | {"tokens_per_second": 0.0}}
-    assert "900,000" not in cells("v5e:8x8", FITS | recorded)
-    assert "3 arrays" in cells("v5e:8x8", FITS | {"replicated": 3})[1]
-    name, layout, memory, *_ = cells("v5e:2x2", NOT)
-    assert name == "v5e:2x2"
-    assert NOT["layout"] in layout
-    assert "99.00" in memory
+    *_, mfu, asked = cells("v5e:8x8", FITS | recorded)
+    assert (mfu, asked.replace(",", "").replace(" ", "").isalpha()) == ("50%", True)
+    assert "3 arrays" in cells("v5e:8x8", FITS | {"replicated": 3})[1].removeprefix(FITS["layout"])
+    name, layout, memory, *rest = cells("v5e:2x2", NOT)
+    assert (name, memory, set(rest)) == ("v5e:2x2", NOT["because"], {""})
+    assert layout.removesuffix(NOT["layout"]) not in ("", layout)
 
 
 def test_nothing_is_resharded_by_replication_on_any_slice_that_the_page_has():
