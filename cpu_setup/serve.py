@@ -1,4 +1,4 @@
-"""An unmodified SGLang server on a CPU, for tests of the fleet, in an environment of its own.
+"""SGLang's server on a CPU, with stubs for its GPU packages, in an environment of its own.
 
 Its processes are forked, not spawned, so that SGLang is imported once: a start takes a third of the
 CPU time.

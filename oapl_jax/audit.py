@@ -20,6 +20,7 @@ from oapl_jax.data.public import releases
 from oapl_jax.data.records import Concatenated, load_split
 from oapl_jax.data.splits import open_splits
 from oapl_jax.errors import UserError, exit_with_code
+from oapl_jax.files import write_atomically
 from oapl_jax.launch import read_command_line
 
 
@@ -70,7 +71,8 @@ def main() -> None:
         result = overlap.find_overlap(splits["train"], evaluation)
     print(f"\n{overlap.format_table(result)}")
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "audit.json").write_text(json.dumps(result, indent=1, ensure_ascii=False))
+    content = json.dumps(result, indent=1, ensure_ascii=False).encode()
+    write_atomically(workdir / "audit.json", [content])
     print(f"details: {workdir / 'audit.json'}")
     if any(part["found"] for part in result["evaluation"].values()):
         sys.exit(1)

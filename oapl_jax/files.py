@@ -271,7 +271,7 @@ def prefetch(
 ) -> Generator[Y, None, None]:
     """Yields `make(item)` in order, while threads make the next ones.
 
-    `budget` bounds the summed cost of results made ahead; a dearer result is made alone.
+    `budget` bounds the summed cost of results made ahead; a result that costs more is made alone.
     """
     pending: collections.deque[tuple[int, Future[Y]]] = collections.deque()
     spent = 0

@@ -30,6 +30,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; a run in i
 def read_command_line(*, or_saved: bool = False) -> tuple[Config, epath.Path]:
     """The configuration with its overrides, and the workdir; `--help` prints and exits.
 
+    Sets Python's garbage collector, for programs that trace.
+
     Args:
       or_saved: without --config, take the configuration of the run in the workdir.
 
@@ -37,8 +39,8 @@ def read_command_line(*, or_saved: bool = False) -> tuple[Config, epath.Path]:
       UserError: for an unknown flag, key, choice or file, a value of the wrong type or outside its
         range, a malformed address of a server, or a workdir in an object store.
     """
-    # Tracing makes a million objects that stay. With Python's default thresholds the collector
-    # walks them again and again: a seventh of the time to the first step.
+    # Tracing makes many objects that stay. With Python's default thresholds the collector walks
+    # them again and again: a seventh of the processor time of a short run.
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
     if "--help" in sys.argv:

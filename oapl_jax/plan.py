@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from oapl_jax.config import Config, changed_settings
 from oapl_jax.data.synthetic.tasks import TASKS
 from oapl_jax.errors import RunError, UserError, exit_with_code
+from oapl_jax.files import write_atomically
 from oapl_jax.launch import read_command_line
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.model import hf, sharding
@@ -70,7 +71,7 @@ def main() -> None:
         plan = plan_of(config)
     log(report(plan))
     path = workdir / f"{name}.json"
-    path.write_text(json.dumps(plan, indent=1) + "\n")
+    write_atomically(path, [f"{json.dumps(plan, indent=1)}\n".encode()])
     log(f"\n{path}")
 
 

@@ -26,6 +26,7 @@ from oapl_jax.config import Config, changed_settings, save_config
 from oapl_jax.data.synthetic.demonstrations import demonstrations
 from oapl_jax.errors import FleetLost, NotFinite, UserError, exit_with_code
 from oapl_jax.evaluation import table
+from oapl_jax.files import write_atomically
 from oapl_jax.launch import origins, package_versions, read_command_line, use_compile_cache
 from oapl_jax.learner import packing, sft, train_step
 from oapl_jax.learner.optimizer import make_optimizer
@@ -414,7 +415,7 @@ def dry_run(config: Config, workdir: epath.Path, *, restore_step: int | None) ->
 
 def report(config: Config, workdir: epath.Path, result: dict[str, Any]) -> None:
     """Writes result.json and learning.png, and prints the table if the run evaluates."""
-    (workdir / "result.json").write_text(json.dumps(result, indent=1))
+    write_atomically(workdir / "result.json", [json.dumps(result, indent=1).encode()])
     lines = read_lines(workdir / "metrics.jsonl")
     before, after = result["before"], result["after"]
     title = f"{config.data.task}: {config.objective.name}, lag {config.lag.mode} {config.lag.steps}"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most programs are compiled for longer than they run: without XLA's newest emitters, half as long.
+# Most programs are compiled for longer than they run: without XLA's fusion emitters, half as long.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1 --xla_force_host_platform_device_count=8"
@@ -27,20 +27,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Starts training processes that share a data set."""
+    from small_runs import Runs  # once the environment above is set
+
+    return Runs(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
 def kept_programs() -> Iterator[None]:
     """Keeps there too what a file's tests compile in this process."""
     import jax  # once the environment above is set
 
-    cache = {
-        "jax_compilation_cache_dir": os.environ["TEST_PROGRAMS"],
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in cache}
-    for name, value in cache.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_compilation_cache_dir", os.environ["TEST_PROGRAMS"])
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_compilation_cache_dir", None)
 
 
 # Files whose programs run for longer than they compile.

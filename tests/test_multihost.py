@@ -142,7 +142,7 @@ def test_a_host_that_comes_late_is_named(talks):
     assert_lost(second, f"host 0 .*{waited}")
 
 
-def test_a_host_that_hangs_before_a_step_is_named_by_who_is_in_it(talks):
+def test_a_host_that_hangs_before_a_step_is_named_by_the_waiting_host(talks):
     first, second = talks["hangs"]
     waited = r"rollout\.deadline.* gradient step 3: host 1"
     assert_lost(first, waited)

@@ -80,11 +80,6 @@ class Pod:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return Runs(tmp_path_factory.mktemp("shared"))
-
-
-@pytest.fixture(scope="module")
 def alone(runs, tmp_path_factory):
     """The run of one process with all eight devices."""
     workdir = tmp_path_factory.mktemp("alone")

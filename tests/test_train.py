@@ -33,11 +33,6 @@ ONLY_RL = {"evaluation.every": 0, "warmup.num_steps": 0}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return Runs(tmp_path_factory.mktemp("shared"))
-
-
-@pytest.fixture(scope="module")
 def unbroken(runs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("unbroken")
     output = runs.run(workdir)
@@ -76,7 +71,7 @@ def test_programs_are_kept_and_none_is_new_after_the_first_evaluation(runs, unbr
     assert kept >= {"jit_train_step", "jit_logp_step", "jit_decode"}
 
 
-def test_a_run_leaves_what_it_promises(unbroken):
+def test_a_run_writes_metrics_results_and_a_picture(unbroken):
     workdir, output = unbroken
     lines = metrics(workdir)
     assert [line["step"] for line in lines] == list(range(1, 13))

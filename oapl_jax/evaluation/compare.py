@@ -19,7 +19,7 @@ from oapl_jax.errors import UserError
 from oapl_jax.evaluation import report
 from oapl_jax.evaluation.benchmark import FORMAT
 from oapl_jax.evaluation.estimators import intervals, pass_curve, sign_flip_test
-from oapl_jax.files import flag_directory, read_json
+from oapl_jax.files import flag_directory, read_json, write_atomically
 from oapl_jax.rollout.dataset import differences
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_response_tokens")
@@ -140,7 +140,7 @@ def main() -> None:
     print(table(compared))
     if arguments.to:
         arguments.to.mkdir(parents=True, exist_ok=True)
-        (arguments.to / "comparison.json").write_text(json.dumps(compared))
+        write_atomically(arguments.to / "comparison.json", [json.dumps(compared).encode()])
         before, after = compared["versions"]
         panel = {f"A: version {before}": a, f"B: version {after}": b}
         report.plot({compared["benchmark"]: panel}, arguments.to / "comparison.png")

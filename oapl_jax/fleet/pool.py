@@ -223,7 +223,7 @@ class Server:
             self.wake.clear()
 
     async def _step(self) -> None:
-        """Does whatever is due: admission, a refresh or a health check."""
+        """Runs the admission, refresh or health check that is due."""
         pool = self.pool
         if self._target_since != pool.target_since:  # forget earlier refusals
             self._target_since = pool.target_since

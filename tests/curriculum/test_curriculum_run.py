@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 from flax import serialization
 from small_models import assert_same
-from small_runs import Runs, metrics, timeless
+from small_runs import metrics, timeless
 
 from oapl_jax.curriculum.curator import utility
 from oapl_jax.model import hf
@@ -53,11 +53,6 @@ SETTINGS = {
     "curriculum.curator.optim.learning_rate": 1e-2,
 }
 CONFIG = ":objective=grpo"
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return Runs(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The experiment on curricula: bank, claim, and the quick form of its command."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
-from small_runs import quick_compilation
+from small_runs import cached_programs
 
 from experiments import curriculum
 from experiments.curriculum import Outcome, steps_to
@@ -87,10 +86,13 @@ def test_the_quick_form_ends_and_is_not_run_twice(tmp_path):
     command += ["--seeds", "0", "--others", "actor_curator"]
 
     def run():
-        environment = quick_compilation()
-        environment["JAX_COMPILATION_CACHE_DIR"] = os.environ["TEST_PROGRAMS"]
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, timeout=300, stdout=subprocess.PIPE, text=True
+            command,
+            cwd=ROOT,
+            env=cached_programs(1),
+            timeout=300,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert done.returncode == 0, done.stdout
         return done.stdout

@@ -1,6 +1,7 @@
 """The comparison of objectives: points, statistics, launcher, page, and an interrupted command."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -409,12 +410,12 @@ def test_a_run_that_breaks_is_named_and_tried_again(tmp_path, monkeypatch):
 # The commands
 
 
-def start(root: Path, module: str = "objectives") -> subprocess.Popen:
+def start(root: Path, module: str = "objectives", **where) -> subprocess.Popen:
     # With the default SIGINT, which background jobs of a shell ignore.
     command = ["env", "--default-signal=INT", sys.executable, "-m", "experiments.launch"]
     flags = ["--to=local", "--form=quick", "--clean", f"--root={root}"]
     command += [f"--experiment=experiments/{module}.py", *flags]
-    return subprocess.Popen(command, cwd=ROOT, env=quick_compilation())
+    return subprocess.Popen(command, cwd=ROOT, env=quick_compilation(), **where)
 
 
 def interrupt(root: Path, number: int, lines: int) -> int:
@@ -428,7 +429,25 @@ def interrupt(root: Path, number: int, lines: int) -> int:
     return process.wait(timeout=SECONDS)
 
 
+def children(process: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def kill_a_worker(root: Path) -> str:
+    """Starts the command and kills a process of its runs; returns the error."""
+    launcher, started = start(root, stderr=subprocess.PIPE, text=True), time.monotonic()
+    while not (workers := [p for child in children(launcher.pid) for p in children(child)]):
+        assert launcher.poll() is None
+        assert time.monotonic() - started < SECONDS
+        time.sleep(0.1)
+    os.kill(workers[0], signal.SIGKILL)
+    error = launcher.communicate(timeout=SECONDS)[1]
+    assert launcher.returncode == 1
+    return error
+
+
 def test_the_quick_comparison_resumes_after_interruptions(tmp_path):
+    assert str(tmp_path / "runs") in kill_a_worker(tmp_path)
     assert interrupt(tmp_path, signal.SIGKILL, lines=1) == -signal.SIGKILL
     first = (tmp_path / RESULTS).read_text()
     assert interrupt(tmp_path, signal.SIGINT, lines=6) == 130

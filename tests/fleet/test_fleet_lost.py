@@ -5,7 +5,7 @@ import shutil
 import pytest
 from etils import epath
 from server_processes import find_port
-from small_runs import Runs, checked
+from small_runs import checked
 
 from configs import arithmetic
 from oapl_jax.errors import UserError
@@ -19,9 +19,8 @@ SETTINGS |= {f"fleet__{name}_deadline": 1.0 for name in ("start", "drain", "upda
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory):
+def train(runs):
     """Trains in a process; returns its output."""
-    runs = Runs(tmp_path_factory.mktemp("shared"))
     return lambda workdir, **settings: runs.run(workdir, **{**SETTINGS, **settings})
 
 

@@ -93,7 +93,7 @@ def test_a_function_is_called_and_its_value_comes_out_alone():
             assert (status, json.loads(output)) == (0, [[first, sorted(second)], {"x": None}])
 
 
-def test_exit_codes_and_signals_are_told():
+def test_exit_codes_and_signals_are_returned():
     code = "import os\nx = input()\nif x == 'kill': os.kill(os.getpid(), 9)\nos._exit(int(x))"
     assert run(code, "3", "kill", "0") == [(3, b""), (-9, b""), (0, b"")]
     assert run("1 / 0", "")[0][0] == 1
@@ -164,7 +164,7 @@ def test_every_call_of_the_filter_is_refused():
     ]
 
 
-def test_from_outside_it_is_nobody_with_nothing():
+def test_the_program_has_no_user_groups_or_capabilities():
     wait_until(lambda: not marked())  # programs that other tests ended
     with closing(Sandbox(BWRAP, CODE)) as box:
         box.load_program(kind="stdin", name="", code=HEAD + "time.sleep(500)")

@@ -122,7 +122,7 @@ def test_attempts_that_came_to_nothing_are_rows_that_name_their_successors(write
     assert "0.1.2.0" not in rows
 
 
-def test_a_resumed_run_is_told_as_its_checkpoint_knows_it(writer):
+def test_the_report_of_a_resumed_run_starts_from_its_checkpoint(writer):
     writer.request(0, 1, 2, 3)
     for draw in (0, 1, 2):
         writer.sampled(draw)
