@@ -81,6 +81,7 @@ def get_config(arg: str | None = None) -> common.Config:
         # What a layer keeps for its backward pass, see docs/architecture.md: "none" keeps all, then
         # ever less HBM with "dots", "attention", "full" and "offload".
         remat="none",
+        lora=common.lora(),
     )
     config.mesh = dict(data=1, fsdp=-1, context=1, tensor=1)
 

@@ -77,6 +77,7 @@ def get_config(arg: str | None = None) -> common.Config:
         architecture=dict(),  # of a fresh model
         dtype="bfloat16",  # of activations; parameters and optimizer are float32
         remat="full",  # or none, dots, attention, offload: docs/architecture.md
+        lora=common.lora(),
     )
     config.mesh = dict(data=1, fsdp=64, context=1, tensor=1)
 

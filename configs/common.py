@@ -62,6 +62,19 @@ def fleet() -> Config:
     )
 
 
+def lora() -> dict[str, Any]:
+    """Adapters, trained in the place of all weights if their rank is not 0: docs/lora.md."""
+    return dict(
+        rank=0,
+        alpha=32.0,
+        targets=(
+            *("q_proj", "k_proj", "v_proj", "o_proj"),
+            *("gate_proj", "up_proj", "down_proj"),
+        ),
+        merged=False,  # publish merged weights too, for servers that take no adapters
+    )
+
+
 def tracking() -> Config:
     """Trackers of metrics beside metrics.jsonl."""
     return ConfigDict(
@@ -302,6 +315,7 @@ def smoke(config: Config) -> None:
         ),
         dtype="float32",
         remat="none",
+        lora=lora(),
     )
     config.mesh.fsdp = -1
     config.publish_dtype = "float32"

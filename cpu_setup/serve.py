@@ -35,6 +35,7 @@ CPU_FLAGS = [
     "--max-running-requests=32",
     "--max-total-tokens=16384",
     "--enable-metrics",
+    "--lora-backend=torch_native",
 ]
 
 
@@ -60,6 +61,21 @@ sys.modules["sgl_kernel"] = Absent("sgl_kernel")  # has no CPU wheel
 vision = torch.library.Library("torchvision", "DEF")
 for operator in ("nms", "qnms"):
     vision.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def unpinned(make):
+    """A factory of tensors that ignores `pin_memory`, as only an accelerator has pinned memory."""
+
+    def made(*args, pin_memory=False, **kwargs):
+        return make(*args, **kwargs)
+
+    return made
+
+
+if "--enable-lora" in sys.argv:  # SGLang pins the sizes of adapters without asking for a GPU
+    for factory in ("tensor", "empty", "zeros", "arange"):
+        setattr(torch, factory, unpinned(getattr(torch, factory)))
+    torch.Tensor.pin_memory = lambda self, *_: self
 
 if __name__ == "__main__":
     import gc

@@ -4,6 +4,7 @@ Each part gets its own section of the configuration and nothing else.
 """
 
 import functools
+import os
 import string
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -24,12 +25,13 @@ from oapl_jax.data.splits import open_splits
 from oapl_jax.data.synthetic import tasks
 from oapl_jax.errors import UserError
 from oapl_jax.evaluation import evaluate
-from oapl_jax.files import checksum
+from oapl_jax.files import absolute, checksum
 from oapl_jax.fleet.admission import Requirements
 from oapl_jax.fleet.sampler import Fleet
 from oapl_jax.learner import train_step
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.learner.packing import check_whole_groups
+from oapl_jax.model import hf, lora
 from oapl_jax.model.policy import Policy, open_policy
 from oapl_jax.model.sharding import gathered, make_mesh
 from oapl_jax.model.transformer import Transformer
@@ -127,7 +129,55 @@ class Run:
     @cached_property
     def model(self) -> Transformer:
         section = self.config.model
-        return Transformer(self.policy.config, jnp.dtype(section.dtype), section.remat)
+        adapters = lora.open_lora(section.lora)
+        return Transformer(self.policy.config, jnp.dtype(section.dtype), section.remat, adapters)
+
+    @cached_property
+    def frozen(self) -> Any:
+        """Weights under the adapters, in bfloat16 on the mesh; {} if all weights are trained."""
+        if not self.model.lora:
+            return {}
+        return self.policy.load_params(self.mesh, dtype=lora.FROZEN_DTYPE)
+
+    @cached_property
+    def frozen_digest(self) -> str:
+        """Of the frozen weights, which no checkpoint has; "" if all weights are trained."""
+        return checkpoint.digest(checkpoint.checksums(self.frozen)) if self.frozen else ""
+
+    def whole(self, params: Any) -> Any:
+        """Parameters of the model: those that are trained, and the frozen ones, without a copy."""
+        return lora.join(self.frozen, params) if self.frozen else params
+
+    def merged(self, params: Any) -> Any:
+        """Parameters as a sampler takes them: adapters are merged, in the dtype of activations."""
+        return self._merge(self.whole(params)) if self.model.lora else params
+
+    @cached_property
+    def _merge(self) -> Callable[[Any], Any]:
+        assert self.model.lora
+        placed = train_step.abstract_frozen(self.model, self.mesh)
+        return jax.jit(
+            functools.partial(lora.merge, lora=self.model.lora, dtype=self.model.dtype),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, placed),
+        )
+
+    def start_params(self) -> Any:
+        """Parameters to train from: the checkpoint's, fresh adapters over it, or a seed."""
+        if self.policy.checkpoint is None:
+            return self.config.seed
+        if not self.model.lora:
+            return self.policy.load_params(self.mesh)
+        parts = self.model, self.optimizer, self.mesh
+        return train_step.init_state(*parts, self.config.seed).params
+
+    @property
+    def adapters(self) -> hf.Adapters | None:
+        """The adapters as they are published; None if all weights are trained."""
+        section = self.config.model
+        if not self.model.lora:
+            return None
+        base = os.fspath(absolute(section.path))
+        return hf.Adapters(self.model.lora, base, section.lora.merged)
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -206,10 +256,12 @@ class Run:
             self.policy.config,
             self.policy.tokenizer,
             self.mesh,
-            lambda params: {**make_probe(params), "dtype": dtype},
+            lambda params: {**make_probe(self.whole(params)), "dtype": dtype},
             dtype=self.config.publish_dtype,
             config=self.config.to_dict(),
             deadline=self.config.rollout.deadline,
+            adapters=self.adapters,
+            whole=self.whole,
         )
 
     @cached_property
@@ -251,6 +303,7 @@ class Run:
             max_prompt_tokens=self.config.data.max_prompt_tokens,
             dtype=self.config.publish_dtype,
             probe_tolerance=self.config.fleet.probe_tolerance,
+            adapters=None if self.config.model.lora.merged else self.model.lora,
         )
         return Fleet(self.config.fleet, requirements, allow_older=allow_older, log=log)
 
@@ -264,7 +317,7 @@ class Run:
 
         def evaluate_split(step: int, params: Any, split: str) -> dict[str, Any]:
             with multihost.collective_section(f"the gathering of step {step}", deadline=deadline):
-                sampler.set_params(step, gathered(params))
+                sampler.set_params(step, gathered(self.merged(params)))
             return evaluate(
                 sampler,
                 self.prompts(split),

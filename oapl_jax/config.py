@@ -27,6 +27,10 @@ from oapl_jax.files import write_atomically
 DTYPES = ("float32", "bfloat16")
 TASKS = ("chain_sum", "number_sorting", "countdown", "documents", "math", "code")
 FUNCTION = "function"  # task of records that only a reward function can judge
+LORA_TARGETS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+)
 REMAT = ("none", "dots", "attention", "full", "offload")
 FORMAT = 3  # of a workdir: its config.json, checkpoints and ledger
 MAX_SEED = (1 << 32) - 3  # JAX takes seeds modulo 2^32, and evaluation and judges take the next two
@@ -326,6 +330,24 @@ class FileDataConfig(Section):
         return isinstance(sets, Mapping) and isinstance(sets.get("train"), str)
 
 
+class LoraConfig(Section):
+    """Adapters (arXiv 2106.09685), trained in the place of all weights: docs/lora.md."""
+
+    SECTION = "model.lora"
+    rank: int = setting("of the adapters; 0 trains all weights", at_least=0)
+    alpha: float = setting("the adapters' product is multiplied by alpha / rank", above=0)
+    targets: tuple[str, ...] = setting("projections with an adapter, by peft's names")
+    merged: bool = setting("publish merged weights too, for servers that take no adapters")
+
+    def check(self) -> None:
+        unknown = [name for name in self.targets if name not in LORA_TARGETS]
+        if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
+            raise UserError(
+                f"{self.full_name('targets')}={list(self.targets)} must be distinct projections, "
+                f"one or more of {', '.join(LORA_TARGETS)}"
+            )
+
+
 class ModelSection(Section):
     """The policy's checkpoint or architecture."""
 
@@ -334,6 +356,14 @@ class ModelSection(Section):
     architecture: Mapping[str, Any] = setting("config.json of a fresh model, without vocabulary")
     dtype: str = setting("dtype of activations; parameters are float32", choices=DTYPES)
     remat: str = setting("rematerialization policy of a layer", choices=REMAT)
+    lora: LoraConfig
+
+    def check(self) -> None:
+        if self.lora.rank and not self.path:
+            raise UserError(
+                f"model.lora.rank={self.lora.rank} trains adapters of a pretrained model; name its "
+                "checkpoint in model.path, or set model.lora.rank=0"
+            )
 
 
 class MeshConfig(Section):

@@ -106,7 +106,7 @@ def show_responses(
     """Prints graded responses to the first prompts of a split, or those that are not right."""
     # The random numbers of evaluations.
     sampler = run.open_local_sampler(seed=run.config.seed + 1)
-    sampler.set_params(step, gathered(params))
+    sampler.set_params(step, gathered(run.merged(params)))
     prompts, grader = run.prompts(split), run.grader
     shown, seen, at_once = 0, Counter[str](), max(count, LEAST_AT_ONCE)
     for graded in grade_responses(sampler, prompts, grader.grade, run.sampling, at_once=at_once):

@@ -27,6 +27,7 @@ from oapl_jax.launch import read_command_line
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.model import hf, sharding
 from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.lora import open_lora
 from oapl_jax.model.policy import open_policy
 from oapl_jax.model.published import published, published_name
 from oapl_jax.model.transformer import REMAT_POLICIES, Transformer
@@ -122,7 +123,12 @@ def programs_of(
     names = (*sections, "group_size", "groups_per_step", "publish_dtype")
     return RunPrograms(
         **{name: config[name] for name in names},
-        model=Transformer(sizes, jnp.dtype(config.model.dtype), config.model.remat),
+        model=Transformer(
+            sizes,
+            jnp.dtype(config.model.dtype),
+            config.model.remat,
+            open_lora(config.model.lora),
+        ),
         mesh=mesh,
         from_checkpoint=from_checkpoint,
         loss=bind(objective.name, objective.constants, group_size=config.group_size),
@@ -344,7 +350,10 @@ def _memory(run: RunPrograms) -> list[str]:
 def _files(config: Config, workdir: epath.Path, run: RunPrograms) -> list[str]:
     count, tracking = hf.parameter_count(run.model.config), config.tracking
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.state))
-    version = count * jnp.dtype(config.publish_dtype).itemsize
+    trained = hf.parameter_count(run.model.config, run.model.lora)
+    version = jnp.dtype(config.publish_dtype).itemsize * count
+    if run.frozen:  # adapters are published in float32
+        version = 4 * trained + version * config.model.lora.merged
     data, cache = os.path.abspath(config.data.data_dir), config.compile_cache
     written = {
         "config.json, lease.json, log.txt, result.json, learning.png": True,
@@ -354,7 +363,7 @@ def _files(config: Config, workdir: epath.Path, run: RunPrograms) -> list[str]:
         f"wandb/ ({tracking.wandb}, project {tracking.project})": tracking.wandb != "off",
         f"checkpoints/: the newest {config.checkpoint.keep}, {size(state)} each": True,
         "host_states/": True,
-        f"versions/ of {size(version)} and weights/ of {size(4 * count)} each": True,
+        f"versions/ of {size(version)} and weights/ of {size(4 * trained)} each": True,
         "rollouts/": config.rollout.kept_share > 0 and config.rollout.source != "dataset",
     }
     return [

@@ -1,7 +1,7 @@
 """Publishes a checkpoint step of a finished or running training run as a version.
 
 python -m oapl_jax.publish --from=WORKDIR --step=N --to=DIR [--dtype=bfloat16]
-    [--push-to-hub=USER/NAME]
+    [--merged] [--push-to-hub=USER/NAME]
 """
 
 import os
@@ -17,10 +17,11 @@ from huggingface_hub.errors import (
     HTTPError,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from oapl_jax.config import load_config
+from oapl_jax.config import LoraConfig, load_config
 from oapl_jax.errors import RunError, UserError, exit_with_code, one_line
-from oapl_jax.files import flag_directory, is_local
+from oapl_jax.files import absolute, flag_directory, is_local
 from oapl_jax.model import hf
+from oapl_jax.model.lora import open_lora
 from oapl_jax.model.tokenizer import check_tokenizer, load_tokenizer
 from oapl_jax.tracking.metrics import read_lines
 from oapl_jax.weights import checkpoint, publisher
@@ -30,12 +31,18 @@ STEPS = ("weights", "checkpoints")  # directories of a workdir with Orbax steps
 
 
 def publish_step(
-    workdir: epath.Path, step: int, directory: epath.Path, *, dtype: str | None
+    workdir: epath.Path,
+    step: int,
+    directory: epath.Path,
+    *,
+    dtype: str | None,
+    merged: bool = False,
 ) -> epath.Path:
     """Publishes an Orbax step of a run below the `directory` of versions; returns the version's.
 
-    Model and tokenizer are the run's own, and so is the dtype unless another is given. Raises a
-    UserError if there is no such run or step.
+    Model and tokenizer are the run's own, and so is the dtype unless another is given. `merged`
+    adds LoRA adapters to their base. Raises a UserError if there is no such run or step, or the
+    run has no adapters to merge.
     """
     saved = load_config(workdir)
     if saved is None:
@@ -46,6 +53,12 @@ def publish_step(
         have = "; ".join(f"{name}: {', '.join(map(str, s)) or 'none'}" for name, s in steps.items())
         raise UserError(f"--step={step} is not in {workdir} (have {have}); choose one of those")
     model = epath.Path(saved["model"]["path"]) if saved["model"]["path"] else workdir / "model"
+    section = LoraConfig.from_dict(saved["model"]["lora"], "model.lora")
+    adapters, lora = None, open_lora(section)
+    if lora:
+        adapters = hf.Adapters(lora, os.fspath(absolute(model)), merged or section.merged)
+    elif merged:
+        raise UserError(f"--merged: {workdir} trains all weights and no adapters; leave it out")
     config = hf.load_config(model)
     with tempfile.TemporaryDirectory() as local:  # transformers reads local directories only
         for path in model.iterdir():
@@ -65,6 +78,7 @@ def publish_step(
         directory=directory,
         tokenizer=tokenizer,
         dtype=dtype or saved["publish_dtype"],
+        adapters=adapters,
     )
 
 
@@ -113,13 +127,14 @@ def main() -> None:
     hub: Any = flags.DEFINE_string(
         "push-to-hub", None, "model on the Hugging Face Hub, as USER/NAME", flag_values=values
     )
+    merged = flags.DEFINE_bool("merged", False, "merge LoRA adapters", flag_values=values)
     choices = list(hf.EXPORT_DTYPES)
     dtype = flags.DEFINE_enum("dtype", None, choices, "default: publish_dtype", flag_values=values)
     try:
         words = values(sys.argv)[1:]
     except flags.Error as error:
         raise UserError(
-            f"{one_line(error)} (--from, --step, --to, --dtype, --push-to-hub)"
+            f"{one_line(error)} (--from, --step, --to, --dtype, --merged, --push-to-hub)"
         ) from error
     if words:
         raise UserError(f"{words[0]!r} is no flag; flags begin with dashes")
@@ -132,7 +147,8 @@ def main() -> None:
     if exists and not hub.value:
         raise UserError(f"{path} exists already; delete it, or give another directory --to")
     if not exists:
-        publish_step(workdir, step.value, directory, dtype=dtype.value)
+        how: Any = dict(dtype=dtype.value, merged=merged.value)
+        publish_step(workdir, step.value, directory, **how)
     print(path)
     if hub.value:
         print(push_to_hub(path, hub.value))

@@ -51,7 +51,7 @@ def _as_step(run: Run, to: epath.Path) -> epath.Path:
     """Saves the weights of another program's checkpoint as an Orbax step for the publisher."""
     weights = Weights(to / "start")
     if not weights.steps():
-        params = run.policy.load_params(run.mesh)
+        params = run.start_params()
         weights.save(0, params, run.versions.probe(params))
     weights.close()
     return weights.path(0)

@@ -137,6 +137,7 @@ def train_from(
         **settings,
     )
     logp_fn = train_step.make_logp_step(run.model, run.mesh, **settings)
+    frozen = [run.frozen] if run.frozen else []  # the step donates all of the state
     shardings = train_step.batch_shardings(run.mesh)
     first = int(state.step)
     opened = trackers(config.tracking, run.workdir, start_step=first, config=config.to_dict())
@@ -166,11 +167,12 @@ def train_from(
                 batch = recompute_logps(run, logp_fn, batch, step)
                 spent("recompute")
                 learning = time.monotonic()
-                state, metrics = step_fn(state, batch)
+                state, metrics = step_fn(state, batch, *frozen)
                 metrics = jax.device_get(metrics)
             learned = time.monotonic() - learning
             spent("learn")
-            source.store.trained(groups, functools.partial(logp_fn, state.params, batch))
+            logp_now = functools.partial(logp_fn, run.whole(state.params), batch)
+            source.store.trained(groups, logp_now)
             responses = metrics.pop("responses")
             source.note(groups, step, responses)
             spent("curriculum")
@@ -216,7 +218,7 @@ def init_run(run: Run, stop: StopRequest) -> tuple[TrainState, Loop] | None:
     config, started = run.config, time.monotonic()
     section = functools.partial(multihost.collective_section, deadline=config.rollout.deadline)
     with section("loading the model"):
-        params: Any = run.policy.load_params(run.mesh) if run.policy.checkpoint else config.seed
+        params: Any = run.start_params()
     if config.warmup.num_steps:
         shown = {"loss": "loss {:.3f}"}
         progress = Progress("warm up", config.warmup.num_steps, 0, shown)
@@ -237,7 +239,7 @@ def init_run(run: Run, stop: StopRequest) -> tuple[TrainState, Loop] | None:
         state = train_step.init_state(run.model, run.optimizer, run.mesh, params)
     stop.waits_for = "the evaluation of step 0 and its checkpoint"
     before = run.evaluate(0, state.params, "test") if config.evaluation.every else {}
-    return state, {"before": before, "seconds": seconds, "pins": {}}
+    return state, {"before": before, "seconds": seconds, "pins": {}, "frozen": run.frozen_digest}
 
 
 def agree_to_stop(stop: StopRequest, name: str, deadline: float) -> bool:
@@ -272,6 +274,7 @@ def warm_up(run: Run, params: Any, on_step: Callable[[int, dict[str, Any]], bool
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_response_tokens=max_response_tokens,
         on_step=on_step,
+        frozen=run.frozen,
     )
 
 
@@ -326,6 +329,11 @@ def resume(run: Run, restore_step: int | None) -> tuple[TrainState, Loop]:
     step, deadline = run.checkpoint_step(restore_step), run.config.rollout.deadline
     with multihost.collective_section(f"the restore of step {step}", deadline=deadline):
         state, loop, host_states = run.checkpoints.restore(step, run.abstract_state)
+    if loop.get("frozen", "") != run.frozen_digest:
+        raise UserError(
+            f"model.path={run.config.model.path} has other weights than when this run began, and "
+            f"the adapters of {run.workdir} fit no others; put them back, or give another --workdir"
+        )
     run.source.restore(host_states, functools.partial(run.checkpoints.restore_curriculum, step))
     if later := run.checkpoints.delete_after(step):
         log(f"removed the later checkpoint steps {', '.join(map(str, later))}")

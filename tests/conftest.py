@@ -72,8 +72,8 @@ SLOW = (
     *("test_attention", "test_code_verifier", "test_curriculum", "test_curriculum_experiment"),
     *("test_curriculum_run", "test_cyclic_games", "test_fleet_faults"),
     *("test_fleet_lost", "test_hub", "test_multihost", "test_plan", "test_plan_estimate"),
-    *("test_own_task", "test_preferences_run", "test_publisher"),
-    *("test_real_server", "test_remat", "test_run", "test_sample_tokens"),
+    *("test_lora_run", "test_lora_step", "test_own_task", "test_preferences_run", "test_publisher"),
+    *("test_real_adapters", "test_real_server", "test_remat", "test_run", "test_sample_tokens"),
     *("test_smollm2", "test_tpu_slices", "test_train_step"),
 )
 

@@ -71,15 +71,29 @@ def golden_model(name: str) -> tuple[ModelConfig, Any]:
 
 
 def forward(
-    config, params, tokens, positions=None, segments=None, *, dtype=jnp.float32, remat="none"
+    config,
+    params,
+    tokens,
+    positions=None,
+    segments=None,
+    *,
+    dtype=jnp.float32,
+    remat="none",
+    lora=None,
 ) -> jax.Array:
     """float32[B, T, V]; without segments, each row is one sequence."""
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = jnp.ones_like(tokens) if segments is None else segments
-    model = Transformer(config, dtype, remat)
+    model = Transformer(config, dtype, remat, lora)
     hidden: Any = model.apply({"params": params}, tokens, positions, segments)
     return logits(hidden, head(params, config))
+
+
+def next_token_loss(config, params, tokens, **how) -> jax.Array:
+    """Mean of -log P(next token), as torch's cross_entropy."""
+    logp = jax.nn.log_softmax(forward(config, params, tokens, **how)[:, :-1], axis=-1)
+    return -jnp.mean(jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1))
 
 
 def assert_same(found: Any, expected: Any) -> None:

@@ -18,6 +18,7 @@ from oapl_jax.errors import UserError
 from oapl_jax.fleet.client import GroupRequest, Refused, SGLangClient, sampling_params
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.lora import Lora
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Prompt
 
@@ -40,6 +41,7 @@ class Requirements:
     max_prompt_tokens: int
     dtype: str  # of published versions
     probe_tolerance: ProbeTolerance  # nats by which log-probs may differ
+    adapters: Lora | None = None  # if versions are LoRA adapters over the server's weights
 
     def tolerance(self, *dtypes: str) -> float:
         """Returns the tolerance for log-probs computed in these dtypes: the coarsest decides."""
@@ -69,7 +71,9 @@ async def check_server(
     refusals, warnings = compare_info(info, requirements)
     of_files = await asyncio.to_thread(compare_files, info, requirements)
     refusals, warnings = refusals + of_files[0], warnings + of_files[1]
-    if not await client.can_update():
+    if requirements.adapters:
+        refusals += compare_adapters(info, requirements.adapters)
+    elif not await client.can_update():
         refusals.append(
             "it has no route /update_weights_from_disk; start it under oapl_jax.fleet.restart_proxy"
         )
@@ -117,6 +121,19 @@ def compare_info(info: Mapping[str, Any], requirements: Requirements) -> Finding
     if info.get("json_model_override_args") not in (None, "", "{}"):
         warnings.append(f"its model is changed by {info['json_model_override_args']}")
     return refusals, warnings
+
+
+def compare_adapters(info: Mapping[str, Any], lora: Lora) -> list[str]:
+    """Compares the adapters that a server takes with those of the run."""
+    flags = f"--enable-lora --max-lora-rank={lora.rank} --lora-target-modules "
+    remedy = f"start it with {flags}{' '.join(lora.targets)}, or set model.lora.merged=True"
+    if not info.get("enable_lora"):
+        return [f"it takes no LoRA adapters; {remedy}"]
+    rank, targets = info.get("max_lora_rank") or lora.rank, info.get("lora_target_modules") or ()
+    missing = {*lora.targets} - {*targets} if targets and "all" not in targets else set()
+    if rank < lora.rank or missing:
+        return [f"its max_lora_rank is {rank}, its lora_target_modules {sorted(targets)}; {remedy}"]
+    return []
 
 
 def compare_files(info: Mapping[str, Any], requirements: Requirements) -> Findings:

@@ -58,6 +58,7 @@ class GroupRequest:
     vocab_size: int  # of the learner's model
     # Required of each response, and the rollouts' policy version; None accepts any version (-1).
     version: int | None
+    adapter: str = ""  # name of the LoRA adapter that is the version; "": the server's weights are
     # Treatment of responses that began with `version` and ended with another: "reissue" raises
     # Mixed; "keep" stamps them with `version`, the older one. The log-probs of a kept response are
     # those of the policies that sampled its tokens.
@@ -72,6 +73,7 @@ class GroupRequest:
             "return_logprob": True,
             "extra_key": key,
             "stream": False,
+            **({"lora_path": self.adapter} if self.adapter else {}),
         }
 
     def read(self, content: Any) -> tuple[tuple[Rollout, ...], bool]:
@@ -89,7 +91,9 @@ class GroupRequest:
         if len(responses) != self.n:
             raise ServerError(f"{len(responses)} responses instead of {self.n}")
         rollouts, spanned = zip(*map(self._read_response, responses), strict=True)
-        versions, expected = sorted({v for spans in spanned for v in spans}), str(self.version)
+        versions = sorted({v for spans in spanned for v in spans})
+        # A server reports the weights under an adapter, and an adapter's name never changes hands.
+        expected = spanned[0][0] if self.adapter else str(self.version)
         mixed = self.version is not None and versions != [expected]
         if mixed and any(spans[0] != expected for spans in spanned):
             raise WrongVersion(f"reports version {', '.join(versions)} instead of {expected}")
@@ -181,8 +185,10 @@ class SGLangClient:
         body = request.body()
         return await self._call("/generate", body, deadline=deadline, parse=request.read)
 
-    async def score(self, rows: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], set[str]]:
-        """Scores rows of tokens at temperature 1.
+    async def score(
+        self, rows: Sequence[Sequence[int]], *, adapter: str = ""
+    ) -> tuple[list[np.ndarray], set[str]]:
+        """Scores rows of tokens at temperature 1, with an adapter if one is named.
 
         Returns:
           log-probs float32[T - 1] of each row's tokens after the first, and the versions that the
@@ -194,6 +200,7 @@ class SGLangClient:
             "return_logprob": True,
             "logprob_start_len": 0,
             "stream": False,
+            **({"lora_path": adapter} if adapter else {}),
         }
 
         def parse(content: Any) -> tuple[list[np.ndarray], set[str]]:
@@ -248,6 +255,21 @@ class SGLangClient:
         reported = await self.version()
         if reported != str(version):
             raise WrongVersion(f"{self.url} loaded version {version} and reports {reported}")
+
+    async def load_adapter(self, name: str, path: str, *, deadline: float) -> None:
+        """Loads an adapter beside others, while requests are in flight; none of them waits.
+
+        Raises:
+          Refused: if the server rejects it.
+        """
+        models = await self._call("/v1/models", parse=lambda c: {str(m["id"]) for m in c["data"]})
+        if name not in models:
+            body = {"lora_name": name, "lora_path": path}
+            await self._call("/load_lora_adapter", body, deadline=deadline)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Unloads an adapter, once its requests in flight have ended."""
+        await self._call("/unload_lora_adapter", {"lora_name": name})
 
     async def flush_cache(self) -> None:
         """Empties the prefix cache; retried while the server is still busy."""

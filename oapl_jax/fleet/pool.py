@@ -34,6 +34,7 @@ from oapl_jax.fleet.client import (
     WrongVersion,
     bearer,
 )
+from oapl_jax.model import hf
 from oapl_jax.rollout.sampler import Attempt, Sampled, Sampling
 from oapl_jax.structs import Prompt, Rollout
 from oapl_jax.weights import publisher
@@ -59,6 +60,7 @@ class PublishedVersion:
     tokens: list[list[int]]  # rows of the probe
     logp: np.ndarray  # float64[all]: log-probs at temperature 1 of the rows' tokens after the first
     dtype: str  # of the learner's computation
+    adapter: str = ""  # unique name of LoRA adapters; "" for a version of all weights
 
     @classmethod
     def read(cls, number: int, path: str) -> "PublishedVersion":
@@ -66,7 +68,9 @@ class PublishedVersion:
         publisher.check_version(epath.Path(path))
         probe = publisher.read_probe(epath.Path(path))
         logp = np.array([value for row in probe["logp"] for value in row], np.float64)
-        return cls(number, path, probe["tokens"], logp, probe["dtype"])
+        adapter = publisher.read_manifest(epath.Path(path))["files"].get(hf.ADAPTER)
+        name = f"v{number:06d}-{adapter['xxh128'][:12]}" if adapter else ""
+        return cls(number, path, probe["tokens"], logp, probe["dtype"], name)
 
 
 class Server:
@@ -81,6 +85,7 @@ class Server:
         self.state, self.reason = STARTING, "no response yet"  # the reason why it is not ready
         self.version: int | None = None  # loaded and probed; None if unknown
         self.target: int | None = None  # version that is being loaded
+        self.adapter = ""  # name of the loaded version's, if it is one
         self.refreshing = False  # holds one of the fleet's refresh slots
         self.not_admitted = False  # refused by check_server or for its key, not for a failure
         self.leaving = False  # removed from the list of servers; drains
@@ -89,6 +94,8 @@ class Server:
         self.wake = asyncio.Event()  # makes `control` act at once
         self._retry_at = 0.0  # time of the next try, if not ready
         self._in_flight: dict[asyncio.Task, str] = {}  # request -> why it was aborted, if it was
+        self._sampling: dict[asyncio.Task, int | None] = {}  # request -> version
+        self._adapters: dict[int, str] = {}  # loaded, by version
         self._failures = self._refused_updates = 0  # in a row
         self._logged_failure = ""  # state that was logged last
         self._warned: set[str] = set()
@@ -100,6 +107,11 @@ class Server:
     @property
     def in_flight(self) -> int:
         return len(self._in_flight)
+
+    def versions(self) -> set[int]:
+        """Versions that are loaded, being loaded, or sampled from by requests in flight."""
+        held = (self.version, self.target, *list(self._sampling.values()))
+        return {version for version in held if version is not None}
 
     def describe(self) -> str:
         """Returns the state and its reason, for a server that must not sample now."""
@@ -123,16 +135,18 @@ class Server:
             stop_ids=requirements.stop_ids,
             vocab_size=requirements.model_config.vocab_size,
             version=self.version,
+            adapter=self.adapter,
             mixed_versions=config.mixed_versions,
         )
         sampling_task = self.client.generate(request, deadline=config.request_deadline)
         task = asyncio.create_task(sampling_task)  # `abort` cancels the request, not its caller
-        self._in_flight[task] = ""
+        self._in_flight[task], self._sampling[task] = "", self.version
         try:
             await asyncio.wait({task})
         finally:
             task.cancel()
             aborted = self._in_flight.pop(task)
+            del self._sampling[task]
         if aborted:
             self.counts[aborted] += 1
             kind = Aborted if aborted == "aborted" else ServerError
@@ -263,11 +277,21 @@ class Server:
         elif target is None:
             self._enter(STARTING, "waits for the first version")
             self._retry_at = time.monotonic() + self.pool.config.health_every
-        elif self.version == target.number and await self.client.version() == str(target.number):
+        elif (
+            not target.adapter
+            and self.version == target.number
+            and await self.client.version() == str(target.number)
+        ):
             await self._probe(target)
             self._enter(READY)
         else:
             await self._refresh()
+
+    async def _holds(self, target: PublishedVersion) -> bool:
+        """True if the server has the target's weights as before; adapters are always looked for."""
+        if target.adapter or self.version != target.number:
+            return False
+        return await self.client.version() == str(target.number)
 
     async def _refresh(self) -> None:
         """Drains the server, loads the target version and probes it, in a refresh slot.
@@ -276,19 +300,58 @@ class Server:
         versions that come faster than servers load them must leave time to sample.
         """
         pool, started = self.pool, time.monotonic()
+        assert pool.target_version
+        if pool.target_version.adapter:
+            await self._load_adapter(pool.target_version)
+            return
         if not pool.allow_older:  # it samples nothing before it has the target version
             await self._drain_for_refresh(pool.target_since)
         async with pool.refresh_slot(self):
             try:
                 if pool.allow_older:
                     await self._drain_for_refresh(time.monotonic())
-                assert pool.target_version
                 await self._load(pool.target_version)
             finally:
                 self.target = None
         now = time.monotonic()
         self.refresh_seconds = now - started
         self._update_at = max(self._update_at, now + self.refresh_seconds)
+
+    async def _load_adapter(self, target: PublishedVersion) -> None:
+        """Loads and probes adapters beside those of requests in flight, of which none is drained.
+
+        Adapters of older versions without requests are unloaded.
+        """
+        pool, started = self.pool, time.monotonic()
+        self.target = target.number
+        try:
+            for version in self._adapters.keys() - self.versions():
+                with contextlib.suppress(Refused):  # restarted, it has none
+                    await self.client.unload_adapter(self._adapters[version])
+                del self._adapters[version]
+            deadline = pool.config.update_deadline
+            await self.client.load_adapter(target.adapter, target.path, deadline=deadline)
+            self._adapters[target.number] = target.adapter
+            await self._probe(target)
+        except Refused as error:
+            self.counts["refresh_refused"] += 1
+            if self.state != READY or not pool.allow_older:
+                raise
+            self._postpone_update(error)
+            return
+        finally:
+            self.target = None
+        self.version, self.adapter = target.number, target.adapter
+        self.counts["refreshed"] += 1
+        self.refresh_seconds = time.monotonic() - started
+        self._enter(READY)
+
+    def _postpone_update(self, refusal: Refused) -> None:
+        """Samples from the older version for a while, longer after each refusal."""
+        self._refused_updates += 1
+        backoff = self.pool.config.backoff_after(self._refused_updates)
+        self._update_at = time.monotonic() + backoff
+        self._warn(f"it continues with version {self.version}: {refusal}")
 
     async def _drain_for_refresh(self, since: float) -> None:
         until = since + self.pool.config.drain_deadline
@@ -320,17 +383,14 @@ class Server:
         if refusal is None:
             self.counts["refreshed"] += 1
         else:
-            self._refused_updates += 1
-            backoff = pool.config.backoff_after(self._refused_updates)
-            self._update_at = time.monotonic() + backoff
-            self._warn(f"it continues with version {self.version}: {refusal}")
+            self._postpone_update(refusal)
         self._enter(READY)
 
     async def _probe(self, version: PublishedVersion) -> None:
         """Raises WrongVersion if name or log-probs of the version's probe are not the learner's."""
         requirements = self.pool.requirements
-        rows, held = await self.client.score(version.tokens)
-        if held != {str(version.number)}:
+        rows, held = await self.client.score(version.tokens, adapter=version.adapter)
+        if not version.adapter and held != {str(version.number)}:
             raise WrongVersion(f"it holds version {', '.join(held)} instead of {version.number}")
         self.probe_gap = float(np.abs(np.concatenate(rows) - version.logp).max())
         limit = requirements.tolerance(self._dtype, requirements.dtype, version.dtype)
@@ -366,7 +426,7 @@ class Pool:
     def versions(self) -> set[int]:
         """Versions that servers hold or load, and the target version. Any thread."""
         target, servers = self.target_version, list(self.servers.values())
-        held = {v for s in servers for v in (s.version, s.target) if v is not None}
+        held = {version for server in servers for version in server.versions()}
         return held | ({target.number} if target else set())
 
     def set_target(self, version: PublishedVersion) -> None:

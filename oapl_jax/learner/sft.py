@@ -28,6 +28,7 @@ def warm_up(
     max_prompt_tokens: int,
     max_response_tokens: int,
     on_step: Callable[[int, dict[str, Any]], bool],
+    frozen: Any = None,
 ) -> Any:
     """Trains parameters by maximum likelihood, averaged over tokens; returns them sharded.
 
@@ -36,6 +37,7 @@ def warm_up(
       params: initial parameters, or the seed of fresh ones.
       batch_size: demonstrations a step.
       on_step: called with the step and its metrics (loss: nats a token); True ends the stage.
+      frozen: weights under the adapters of a model with LoRA.
     """
     objective = bind("sft", {})
     state = train_step.init_state(model, optimizer, mesh, params)
@@ -61,7 +63,7 @@ def warm_up(
             max_prompt_tokens=max_prompt_tokens,
             max_response_tokens=max_response_tokens,
         )
-        state, metrics = step_fn(state, to_mesh(batch, shardings))
+        state, metrics = step_fn(state, to_mesh(batch, shardings), *([frozen] if frozen else []))
         if on_step(step + 1, jax.device_get(metrics)):
             break
     return state.params

@@ -18,6 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from oapl_jax.model import lora
 from oapl_jax.model.logprobs import token_logp
 from oapl_jax.model.sharding import ROWS, parameter_shardings
 from oapl_jax.model.transformer import Transformer, head
@@ -29,7 +30,7 @@ from oapl_jax.structs import Batch, Leaf
 @flax.struct.dataclass
 class TrainState:
     step: Leaf  # int32[], gradient steps tried, skipped ones included
-    params: Any  # float32 masters
+    params: Any  # float32 masters; of a model with LoRA the adapters alone
     opt_state: Any
     skipped: Leaf  # int32[], steps whose loss, gradient or update was not finite
     skipped_in_a_row: Leaf  # int32[]
@@ -42,15 +43,29 @@ def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainStat
 
 
 def init_params(model: Transformer, key: jax.Array) -> Any:
-    """Fresh float32 parameters; call it under jit (un-jitted initialisation takes many seconds)."""
+    """Fresh float32 parameters to train: of a model with LoRA the adapters alone.
+
+    Call it under jit (un-jitted initialisation takes many seconds).
+    """
     blank = jnp.zeros((1, 2), jnp.int32)
-    return model.init(key, blank, blank, blank)["params"]
+    params = model.init(key, blank, blank, blank)["params"]
+    return lora.adapters_of(params) if model.lora else params
 
 
 @functools.cache
 def abstract_params(model: Transformer) -> Any:
     """Shapes and dtypes of fresh parameters."""
     return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+
+
+def abstract_frozen(model: Transformer, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of the weights under a model's adapters; {} without LoRA."""
+    if not model.lora:
+        return {}
+    plain: Any = Transformer(model.config, model.dtype, model.remat)
+    params = abstract_params(plain)
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, lora.FROZEN_DTYPE, sharding=s)
+    return jax.tree.map(place, params, parameter_shardings(params, mesh))
 
 
 def abstract_state(
@@ -225,8 +240,10 @@ def make_train_step(
     ess_power: float,
     to_reference: bool,
     return_logp: bool = False,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Compiles one gradient step; it donates the old state's buffers to the new state.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Compiles one gradient step, of (state, batch) or, with LoRA, (state, batch, frozen weights).
+
+    It donates the old state's buffers to the new state, and never the frozen weights.
 
     The metrics are scalars but "responses", the arrays of `response_values`. The gradient is the
     sum over micro-batches of sum_i weight_i L_i, so a split batch gives the whole batch's gradient.
@@ -241,9 +258,14 @@ def make_train_step(
       return_logp: adds to "responses" the log-probs [S, C] before the update, on every host.
     """
 
-    def micro_batch_loss(params: Any, batch: Batch, m: Any):
+    def micro_batch_loss(params: Any, frozen: Any, batch: Batch, m: Any):
         logp, entropy, mine = response_logp(
-            params, batch, m, model=model, temperature=temperature, chunk=logp_chunk
+            lora.join(frozen, params),
+            batch,
+            m,
+            model=model,
+            temperature=temperature,
+            chunk=logp_chunk,
         )
         anchor = batch.reference_logp if to_reference else batch.behavior_logp
         # Sequences outside this micro-batch get ratio 1 and are masked out below.
@@ -258,11 +280,11 @@ def make_train_step(
         sums = jax.tree.map(keep_mine, per_sequence), per_token
         return jnp.sum(keep_mine(batch.weight * losses)), sums
 
-    def train_step(state: TrainState, batch: Batch):
+    def train_step(state: TrainState, batch: Batch, frozen: Any = None):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             gradient = jax.value_and_grad(micro_batch_loss, has_aux=True)
             (loss, (per_sequence, per_token)), grads = sum_micro_batches(
-                functools.partial(gradient, state.params, batch), batch
+                functools.partial(gradient, state.params, frozen, batch), batch
             )
             grad_norm = optax.tree.norm(grads)
             responses = response_values(per_sequence) | per_token
@@ -293,9 +315,10 @@ def make_train_step(
         return new, metrics
 
     shardings = state_shardings(model, optimizer, mesh)
+    frozen = jax.tree.map(lambda leaf: leaf.sharding, abstract_frozen(model, mesh))
     return jax.jit(
         train_step,
-        in_shardings=(shardings, batch_shardings(mesh)),
+        in_shardings=(shardings, batch_shardings(mesh), *([frozen] if frozen else [])),
         out_shardings=(shardings, NamedSharding(mesh, P())),
         donate_argnums=0,
     )

@@ -1,4 +1,7 @@
-"""Hugging Face checkpoints: streaming import and export through one table of tensor names."""
+"""Hugging Face checkpoints: streaming import and export through one table of tensor names.
+
+A directory of adapters in PEFT format names its base, and reads as the base with them merged.
+"""
 
 import contextlib
 import dataclasses
@@ -7,7 +10,7 @@ import itertools
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,15 +22,27 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
+from oapl_jax.config import LORA_TARGETS
 from oapl_jax.errors import UserError, one_line
-from oapl_jax.files import prefetch, write_file
+from oapl_jax.files import fsync, prefetch, read_json, write_file
+from oapl_jax.model import lora as adapters
 from oapl_jax.model.config import ModelConfig, read_stop_ids
+from oapl_jax.model.lora import Lora
 from oapl_jax.model.sharding import parameter_shardings
 from oapl_jax.model.transformer import Transformer
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MERGED_BELOW = "adapter"  # directory of the adapters beside merged weights
+ADAPTER_FIELDS = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
+# Variants of adapters that another forward pass needs: false, null or empty.
+ADAPTER_LACKING = (
+    *("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "rank_pattern"),
+    *("alpha_pattern", "layers_to_transform", "layer_replication", "trainable_token_indices"),
+    *("lora_bias", "target_parameters", "use_qalora", "use_bdlora", "alora_invocation_tokens"),
+)
 IMPORT_DTYPES = ("F32", "BF16", "F16")
 INV_FREQ = "rotary_emb.inv_freq"  # in the names of tensors of old checkpoints that are not weights
 EXPORT_DTYPES = {"float32": ("F32", np.float32), "bfloat16": ("BF16", ml_dtypes.bfloat16)}
@@ -69,33 +84,45 @@ class Tensor:
     transposed: bool
 
 
-def tensors_of(config: ModelConfig) -> list[Tensor]:
-    """Tensors of a model's checkpoint; raises a KeyError for a parameter that TABLE lacks."""
+def tensor_name(path: str) -> str:
+    """Name of a parameter's tensor; raises a KeyError for a parameter that TABLE lacks."""
+    if path.endswith(adapters.ADAPTERS):
+        module, _, name = path.rpartition("/")
+        linear = tensor_name(f"{module}/kernel").removesuffix("weight")
+        return f"base_model.model.{linear}lora_{name[-1].upper()}.weight"
+    if path not in TABLE:
+        raise KeyError(f"no row names parameter {path!r}; add one to TABLE")
+    return TABLE[path]
+
+
+def tensors_of(config: ModelConfig, lora: Lora | None = None) -> list[Tensor]:
+    """Tensors of a model's checkpoint, or of its adapters; raises as `tensor_name`."""
     tensors = []
-    for path, leaf in parameter_shapes(config).items():
-        if path not in TABLE:
-            raise KeyError(f"no row names parameter {path!r}; add one to TABLE")
-        stacked = "{layer}" in TABLE[path]
-        transposed = path == "head" or path.endswith("/kernel")
+    for path, leaf in parameter_shapes(config, lora).items():
+        name = tensor_name(path)
+        stacked = "{layer}" in name
+        transposed = path == "head" or path.endswith(("/kernel", *adapters.ADAPTERS))
         shape = leaf.shape[1:] if stacked else leaf.shape
         shape = shape[::-1] if transposed else shape
         for layer in range(config.num_layers) if stacked else (None,):
-            tensors.append(Tensor(TABLE[path].format(layer=layer), shape, path, layer, transposed))
+            tensors.append(Tensor(name.format(layer=layer), shape, path, layer, transposed))
     return tensors
 
 
-def parameter_count(config: ModelConfig) -> int:
-    """Numbers in a model's checkpoint."""
-    return sum(math.prod(tensor.shape) for tensor in tensors_of(config))
+def parameter_count(config: ModelConfig, lora: Lora | None = None) -> int:
+    """Numbers in a model's checkpoint, or in its adapters."""
+    return sum(math.prod(tensor.shape) for tensor in tensors_of(config, lora))
 
 
 @functools.cache
-def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path -> shape of every parameter, from the initializer."""
-    model = Transformer(config, jnp.float32, "none")
+def parameter_shapes(
+    config: ModelConfig, lora: Lora | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape of every parameter, or of every adapter, from the initializer."""
+    model = Transformer(config, jnp.float32, "none", lora)
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), token, token, token)
-    return _flatten(variables["params"])
+    params = jax.eval_shape(model.init, jax.random.key(0), token, token, token)["params"]
+    return _flatten(adapters.adapters_of(params) if lora else params)
 
 
 def load_config(directory: epath.PathLike) -> ModelConfig:
@@ -138,29 +165,99 @@ def _read_object(path: epath.Path) -> dict[str, Any]:
     return content
 
 
-def load_params(directory: epath.PathLike, config: ModelConfig, *, mesh: Mesh | None = None) -> Any:
-    """Reads safetensors into a tree of float32 parameters; each device reads only its own part.
+def load_params(
+    directory: epath.PathLike,
+    config: ModelConfig,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+) -> Any:
+    """Reads safetensors into a tree of parameters; each device reads only its own part.
 
     Host memory beyond the result: the local parts of one (stacked) parameter, and one tensor.
     `directory` is on a mounted disk; without a mesh, the parameters go to the default device.
-    Frequencies (INV_FREQ) and, with tied embeddings, a copy in `lm_head.weight` are ignored.
+    Adapters are merged into their base. Frequencies (INV_FREQ) and, with tied embeddings, a copy in
+    `lm_head.weight` are ignored.
     Raises a UserError that lists every tensor that is unknown, missing, misplaced, of a wrong
     shape or dtype, or that names the first one that is not finite.
     """
-    tensors, shapes = tensors_of(config), parameter_shapes(config)
+    shapes = parameter_shapes(config)
+    with contextlib.ExitStack() as stack:
+        stored = open_stored(epath.Path(directory), config, stack)
+        return _place(stored, shapes, mesh, dtype)
+
+
+def _place(stored: Mapping[str, "Stored"], shapes: Any, mesh: Mesh | None, dtype: str) -> Any:
     shardings = dict.fromkeys(shapes, jnp.zeros(()).sharding)
     if mesh is not None:
         shardings = _flatten(parameter_shardings(unflatten_dict(shapes, sep="/"), mesh))
     params = {}
-    with contextlib.ExitStack() as stack:
-        slices = _open(epath.Path(directory), tensors, stack)
-        for path, leaf in shapes.items():
-            of_path = [tensor for tensor in tensors if tensor.path == path]
-            read = functools.partial(_read, directory, of_path, slices, leaf.shape)
-            params[path] = jax.make_array_from_callback(leaf.shape, shardings[path], read)
-            # Transfers are asynchronous: without this, all parameters could pile up on the host.
-            params[path].block_until_ready()
+    for path, leaf in shapes.items():
+        read = lambda index, of=stored[path]: of[index].astype(jnp.dtype(dtype), copy=False)
+        params[path] = jax.make_array_from_callback(leaf.shape, shardings[path], read)
+        # Transfers are asynchronous: without this, all parameters could pile up on the host.
+        params[path].block_until_ready()
     return unflatten_dict(params, sep="/")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A parameter in files, read where it is indexed, as float32."""
+
+    shape: tuple[int, ...]
+    read: Callable[[tuple[slice, ...]], np.ndarray]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Reads the part at slices, or a layer at an integer."""
+        if isinstance(index, int):
+            return self.read((slice(index, index + 1), *[slice(None)] * (len(self.shape) - 1)))[0]
+        return self.read(index)
+
+
+def open_stored(
+    directory: epath.Path, config: ModelConfig, stack: contextlib.ExitStack
+) -> dict[str, Stored]:
+    """Opens the parameters of a checkpoint, or of adapters merged into their base, on `stack`."""
+    if (directory / ADAPTER_CONFIG).exists():
+        lora, base = read_adapter_config(directory)
+        trained = _open_tensors(directory, config, lora, stack)
+        return merge_stored(open_stored(base, config, stack), trained, lora)
+    return _open_tensors(directory, config, None, stack)
+
+
+def merge_stored(
+    base: Mapping[str, Stored], trained: Mapping[str, Any], lora: Lora
+) -> dict[str, Stored]:
+    """Adds adapters to a base, which is rounded as the learner holds it."""
+
+    def merged(path: str, leaf: Stored) -> Stored:
+        names = [path.replace("kernel", name) for name in adapters.ADAPTERS]
+        a, b = (trained.get(name) for name in names)
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            part = leaf[index].astype(ml_dtypes.bfloat16).astype(np.float32)
+            if a is not None and b is not None:
+                rows, columns = index[1:]
+                for layer, target in zip(range(leaf.shape[0])[index[0]], part, strict=True):
+                    left, right = (np.asarray(x[layer], np.float32) for x in (a, b))
+                    target += lora.scale * (left[rows] @ right[:, columns])
+            return part
+
+        return Stored(leaf.shape, read)
+
+    return {path: merged(path, leaf) for path, leaf in base.items()}
+
+
+def _open_tensors(
+    directory: epath.Path, config: ModelConfig, lora: Lora | None, stack: contextlib.ExitStack
+) -> dict[str, Stored]:
+    tensors, stored = tensors_of(config, lora), {}
+    slices = _open(directory, tensors, stack)
+    for path, leaf in parameter_shapes(config, lora).items():
+        of_path = [tensor for tensor in tensors if tensor.path == path]
+        read = functools.partial(_read, directory, of_path, slices, leaf.shape)
+        stored[path] = Stored(leaf.shape, read)
+    return stored
 
 
 def save_params(
@@ -184,16 +281,7 @@ def save_params(
     directory = epath.Path(directory)
     if directory.exists() and any(directory.glob("*.safetensors*")):
         raise UserError(f"{directory} already holds safetensors; export to a directory of its own")
-    flat = _flatten(params)
-    given = {path: tuple(np.shape(leaf)) for path, leaf in flat.items()}
-    expected = {path: leaf.shape for path, leaf in parameter_shapes(config).items()}
-    wrong = [p for p in sorted(given | expected) if given.get(p) != expected.get(p)]
-    if wrong:
-        differences = ", ".join(f"{p} {given.get(p)} instead of {expected.get(p)}" for p in wrong)
-        raise ValueError(f"not the parameters of this {config.model_type}: {differences}")
-    if any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flat.values()):
-        raise ValueError("some parameters lie on other hosts; gather them before the export")
-
+    flat = _check(params, config, None)
     shards: list[list[Tensor]] = []
     left, total = 0, 0
     for tensor in tensors_of(config):
@@ -218,6 +306,121 @@ def save_params(
         text = json.dumps(document, indent=2) + "\n"
         written[file] = write_file(directory / file, [text.encode()])
     return written
+
+
+def save_adapters(
+    params: Any,
+    config: ModelConfig,
+    lora: Lora,
+    directory: epath.PathLike,
+    *,
+    base: str,
+) -> dict[str, dict[str, Any]]:
+    """Writes adapters in PEFT format, float32; as `save_params`.
+
+    `base` is the directory of the frozen weights, which readers merge them into.
+    """
+    directory, flat = epath.Path(directory), _check(params, config, lora)
+    directory.mkdir(parents=True, exist_ok=True)
+    written = {ADAPTER: _write(directory / ADAPTER, tensors_of(config, lora), flat, "float32")}
+    document = dict(
+        peft_type="LORA",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets),
+        lora_dropout=0.0,
+        bias="none",
+        inference_mode=True,
+    )
+    text = json.dumps(document, indent=2) + "\n"
+    written[ADAPTER_CONFIG] = write_file(directory / ADAPTER_CONFIG, [text.encode()])
+    return written
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Adapters of a run, as they are published."""
+
+    lora: Lora
+    base: str  # directory of the frozen weights
+    merged: bool  # publish merged weights, and the adapters in a directory below
+
+    def save(
+        self,
+        params: Any,
+        config: ModelConfig,
+        directory: epath.Path,
+        *,
+        dtype: str,
+        max_shard_bytes: int,
+    ) -> dict[str, dict[str, Any]]:
+        """As `save_params`, which tensors of the base pass one by one."""
+        below = directory / MERGED_BELOW if self.merged else directory
+        written = save_adapters(params, config, self.lora, below, base=self.base)
+        if not self.merged:
+            return written
+        fsync(below)
+        with contextlib.ExitStack() as stack:
+            base = open_stored(epath.Path(self.base), config, stack)
+            whole = merge_stored(base, _flatten(params), self.lora)
+            limits: Any = dict(dtype=dtype, max_shard_bytes=max_shard_bytes)
+            files = save_params(whole, config, directory, **limits)
+        return files | {f"{MERGED_BELOW}/{name}": entry for name, entry in written.items()}
+
+    def load(self, directory: epath.Path, config: ModelConfig, *, mesh: Mesh) -> Any:
+        """Reads the adapters of a published version."""
+        below = directory / MERGED_BELOW
+        return load_adapters(below if below.exists() else directory, config, self.lora, mesh=mesh)
+
+
+def load_adapters(
+    directory: epath.PathLike, config: ModelConfig, lora: Lora, *, mesh: Mesh | None = None
+) -> Any:
+    """Reads adapters in PEFT format into a tree of float32 parameters; raises as `load_params`."""
+    with contextlib.ExitStack() as stack:
+        stored = _open_tensors(epath.Path(directory), config, lora, stack)
+        return _place(stored, parameter_shapes(config, lora), mesh, "float32")
+
+
+def read_adapter_config(directory: epath.Path) -> tuple[Lora, epath.Path]:
+    """Reads adapter_config.json: sizes of the adapters, and the directory of their base.
+
+    Raises:
+      UserError: for a file that is damaged, or adapters of another kind.
+    """
+    path = directory / ADAPTER_CONFIG
+    read_json(path, ADAPTER_FIELDS, remedy="restore a whole copy of the adapters")
+    found = _read_object(path)
+    lacking = [key for key in ADAPTER_LACKING if found.get(key)]
+    lacking += ["peft_type"] * (found.get("peft_type") != "LORA")
+    lacking += ["bias"] * (found.get("bias", "none") != "none")
+    targets = found["target_modules"]
+    if not isinstance(targets, list) or not {*targets} <= {*LORA_TARGETS}:
+        lacking.append("target_modules")
+    if lacking:
+        named = ", ".join(f"{key}={found.get(key)!r:.60}" for key in lacking)
+        raise UserError(
+            f"{path} has {named}, which the decoder lacks; it supports LoRA without bias, one rank "
+            f"for all of {', '.join(LORA_TARGETS)}"
+        )
+    base = epath.Path(found["base_model_name_or_path"])
+    return Lora(found["r"], float(found["lora_alpha"]), tuple(targets)), base
+
+
+def _check(params: Any, config: ModelConfig, lora: Lora | None) -> dict[str, Any]:
+    """Path -> array; raises a ValueError unless they are all of the model's, on this host."""
+    flat = _flatten(params)
+    given = {path: tuple(np.shape(leaf)) for path, leaf in flat.items()}
+    expected = {path: leaf.shape for path, leaf in parameter_shapes(config, lora).items()}
+    wrong = [p for p in sorted(given | expected) if given.get(p) != expected.get(p)]
+    if wrong:
+        differences = ", ".join(f"{p} {given.get(p)} instead of {expected.get(p)}" for p in wrong)
+        raise ValueError(f"not the parameters of this {config.model_type}: {differences}")
+    if any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flat.values()):
+        raise ValueError("some parameters lie on other hosts; gather them before the export")
+    return flat
 
 
 def _read(
@@ -302,6 +505,8 @@ def _open(
 
 def _files(directory: epath.Path) -> tuple[list[str], dict[str, str]]:
     """The checkpoint's files, and the index's tensor -> file (empty without an index)."""
+    if (directory / ADAPTER_CONFIG).exists():
+        return [ADAPTER], {}
     single, index = directory / SINGLE, directory / INDEX
     if single.exists() == index.exists():
         held = "both" if index.exists() else "none"

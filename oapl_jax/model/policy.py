@@ -33,9 +33,9 @@ class Policy:
         """Tokens that end a response, ascending: those of the model and of the tokenizer."""
         return tuple(sorted({*self.config.eos_token_ids, self.tokenizer.eos_token_id}))
 
-    def load_params(self, mesh: Mesh) -> Any:
+    def load_params(self, mesh: Mesh, *, dtype: str = "float32") -> Any:
         assert self.checkpoint is not None
-        return hf.load_params(self.checkpoint, self.config, mesh=mesh)
+        return hf.load_params(self.checkpoint, self.config, mesh=mesh, dtype=dtype)
 
 
 def open_policy(

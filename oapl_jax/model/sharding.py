@@ -28,6 +28,10 @@ PARAMETER_RULES = (
     (r"layers/(o|down)/kernel", P(None, "tensor", "fsdp")),
     (r"layers/(q|k|v)/bias", P(None, "tensor")),
     (r"layers/o/bias", P(None, None)),
+    (r"layers/(q|k|v|gate|up)/lora_a", P(None, "fsdp", None)),
+    (r"layers/(q|k|v|gate|up)/lora_b", P(None, None, "tensor")),
+    (r"layers/(o|down)/lora_a", P(None, "tensor", None)),
+    (r"layers/(o|down)/lora_b", P(None, None, "fsdp")),
     (r"layers/\w+_norm/scale", P(None, None)),
     (r"final_norm/scale", P(None)),
     (r"score", P(None)),  # the head of a curator (curriculum/curator.py)

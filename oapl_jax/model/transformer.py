@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from oapl_jax.model.attention import attention, masked_attention
 from oapl_jax.model.blockwise_attention import ATTENTION, visible
 from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.lora import Lora, Projection
 from oapl_jax.model.sharding import constrain_activations, constrain_embedded, platform
 
 PRODUCT = "product"  # checkpoint name of `cpu_product`, which policies don't recognize as a dot
@@ -152,6 +153,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     dtype: jnp.dtype
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, carry, layer, cos, sin, visibility):
@@ -159,7 +161,8 @@ class Block(nn.Module):
         x = checkpoint_name(x, LAYER)
         c = self.config
         dense = functools.partial(
-            nn.Dense,
+            Projection,
+            lora=self.lora,
             dtype=self.dtype,
             param_dtype=jnp.float32,
             dot_general=cpu_product if platform() == "cpu" else None,
@@ -198,11 +201,12 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder, with float32 parameters."""
+    """The decoder, with float32 parameters, and adapters beside them if `lora` is set."""
 
     config: ModelConfig
     dtype: jnp.dtype  # of activations and matrix products
     remat: str  # a name in REMAT_POLICIES
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(
@@ -246,7 +250,7 @@ class Transformer(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
         )
-        (x, cache), _ = layers(c, self.dtype, name="layers")(
+        (x, cache), _ = layers(c, self.dtype, self.lora, name="layers")(
             (x, cache), jnp.arange(c.num_layers), cos, sin, visibility
         )
         x = RMSNorm(c.rms_norm_eps, name="final_norm")(x)

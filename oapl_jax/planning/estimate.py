@@ -46,7 +46,8 @@ def estimate(
     count = hf.parameter_count(run.model.config)
     if times:
         dtype_bytes = jnp.dtype(run.publish_dtype).itemsize
-        publish = publish_seconds(count, dtype_bytes, where.hosts, storage)
+        published = hf.parameter_count(run.model.config, run.model.lora)
+        publish = publish_seconds(published, dtype_bytes, where.hosts, storage)
         demand = fleet_demand(run, times["roofline"]["seconds"], publish)
         times |= {"publish_seconds": publish, "storage": storage, "fleet": demand}
     return {
@@ -105,7 +106,8 @@ def step_times(run: RunPrograms, where: Slice, traced: Any, module: Module) -> d
     bandwidth = {axes: axis_bandwidth(where, run.mesh, axes.split("+")) for axes in received}
     flops, (hbm_bytes, host_bytes) = programs.program_flops(traced), traffic(module)
     lengths = run.max_prompt_tokens, run.rollout.max_response_tokens
-    formula = programs.step_flops(run.model.config, run.sequences, *lengths)
+    frozen = bool(run.frozen)
+    formula = programs.step_flops(run.model.config, run.sequences, *lengths, frozen=frozen)
     bound = roofline(
         where.chip,
         len(where.devices),

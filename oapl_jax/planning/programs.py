@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from oapl_jax import config as sections
 from oapl_jax.errors import RunError
 from oapl_jax.learner import packing, train_step
+from oapl_jax.model import lora
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import Objective
@@ -88,6 +89,11 @@ class RunPrograms:
         return train_step.abstract_state(self.model, self.optimizer, self.mesh)
 
     @functools.cached_property
+    def frozen(self) -> Any:
+        """Shapes and shardings of the weights under the adapters; {} without LoRA."""
+        return train_step.abstract_frozen(self.model, self.mesh)
+
+    @functools.cached_property
     def longest(self) -> Batch:
         """A batch on the host in which every prompt and response has its greatest length.
 
@@ -124,10 +130,13 @@ class RunPrograms:
         """Bytes on a chip that a run keeps in HBM between its programs, by kind."""
         objective, params = self.objective, self.state.params
         kinds = {"parameters": per_chip(params), "optimizer": per_chip(self.optimizer_state)}
+        if self.frozen:
+            kinds["frozen parameters"] = per_chip(self.frozen)
         if objective.denominator == "reference" or objective.kl_weight > 0:
             kinds["reference parameters"] = kinds["parameters"]
         if copies := self.embedded_samplers:
-            whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+            kept = self.frozen or params  # adapters are merged
+            whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
             kinds["embedded samplers"] = copies * whole
         return kinds
 
@@ -151,15 +160,19 @@ class RunPrograms:
             logp_chunk=self.learner.logp_chunk,
         )
         arguments = {"parameters": self.state.params, "optimizer": self.optimizer_state}
-        arguments |= {"batch": self.batch}
-        trace = lambda: step.trace(self.state, self.batch)
+        arguments |= {"batch": self.batch} | self._frozen_argument
+        trace = lambda: step.trace(self.state, self.batch, *self._frozen_argument.values())
         return Program("train step", trace, arguments, self._beside(arguments))
 
+    @property
+    def _frozen_argument(self) -> dict[str, Any]:
+        return {"frozen parameters": self.frozen} if self.frozen else {}
+
     def initialization(self) -> Program:
-        fresh = not self.from_checkpoint
+        fresh = not self.from_checkpoint or bool(self.frozen)
         given = jax.eval_shape(jax.random.key, 0) if fresh else self.state.params
         init: Any = train_step.make_init(self.model, self.optimizer, self.mesh, fresh=fresh)
-        arguments = {} if fresh else {"parameters": given}
+        arguments = self._frozen_argument if fresh else {"parameters": given}
         return Program("initialisation", lambda: init.trace(given), arguments, {})
 
     def recomputation(self) -> list[Program]:
@@ -168,6 +181,7 @@ class RunPrograms:
         lagged = self.objective.denominator == "learner"
         if not lagged and not beside.pop("reference parameters", 0):
             return []
+        beside.pop("frozen parameters", 0)
         arguments = {"lagged parameters": self.state.params, "batch": self.batch}
         temperature = self.rollout.temperature
         return [self._logp_step("recomputed log-probs", arguments, beside, temperature)]
@@ -176,14 +190,17 @@ class RunPrograms:
         """Log-probs that are published with each version."""
         few, _ = probe.probe_batch(self.model.config.vocab_size, self.learner)
         arguments = {"parameters": self.state.params, "batch": self._placed(few)}
-        return self._logp_step("probe", arguments, self._beside(arguments), 1.0)
+        beside = self._beside(arguments | self._frozen_argument)
+        return self._logp_step("probe", arguments, beside, 1.0)
 
     def _logp_step(
         self, name: str, arguments: dict[str, Any], beside: dict[str, int], temperature: float
     ) -> Program:
         settings: Any = dict(temperature=temperature, logp_chunk=self.learner.logp_chunk)
         step: Any = train_step.make_logp_step(self.model, self.mesh, **settings)
-        return Program(name, lambda: step.trace(*arguments.values()), arguments, beside)
+        params, batch = arguments.values()
+        trace = lambda: step.trace(lora.join(self.frozen, params), batch)
+        return Program(name, trace, arguments | self._frozen_argument, beside)
 
 
 def per_chip(tree: Any) -> int:
@@ -202,10 +219,13 @@ CAUSAL = 0.5  # share of the attention kernel's blocks that a causal row does no
 AT_MOST = re.compile(r"at_most_(\d+)\)*$")
 
 
-def step_flops(config: ModelConfig, sequences: int, prompt: int, response: int) -> float:
+def step_flops(
+    config: ModelConfig, sequences: int, prompt: int, response: int, *, frozen: bool = False
+) -> float:
     """FLOPs of a gradient step by formula: three forward passes, with logits of responses only.
 
-    A token attends to half of its sequence on average.
+    A token attends to half of its sequence on average. Of frozen weights no gradient is needed: two
+    forward passes, and the adapters' own FLOPs are left out.
     """
     length = prompt + response
     heads = config.num_heads * config.head_dim
@@ -214,7 +234,8 @@ def step_flops(config: ModelConfig, sequences: int, prompt: int, response: int) 
     attention = 2 * heads * (length / 2)
     head = config.hidden_size * config.vocab_size
     tokens, logits = sequences * length, sequences * response
-    return 3 * 2.0 * (config.num_layers * (layer + attention) * tokens + head * logits)
+    passes = 2 if frozen else 3
+    return passes * 2.0 * (config.num_layers * (layer + attention) * tokens + head * logits)
 
 
 def program_flops(traced: Any) -> dict[str, float]:

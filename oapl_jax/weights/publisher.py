@@ -56,6 +56,7 @@ def publish(
     dtype: str,
     config_hash: str,
     card: str = "",
+    adapters: hf.Adapters | None = None,
 ) -> epath.Path:
     """Writes a version, unless it is committed already; returns its directory.
 
@@ -68,6 +69,7 @@ def publish(
       dtype: of the tensors in the files, a key of hf.EXPORT_DTYPES.
       config_hash: of the run's configuration, for the manifest.
       card: Markdown of the version's README.md; "" for none.
+      adapters: of a step that holds adapters alone.
 
     Raises a UserError if the step is missing, unfinished, or of another model, and a RunError if
     the disk fails; the version is then whole or absent, and other versions are unchanged.
@@ -82,9 +84,8 @@ def publish(
     params, probe = open_params(source), load_probe(source)
     try:
         temporary.mkdir(parents=True)
-        files = hf.save_params(
-            params, config, temporary, dtype=dtype, max_shard_bytes=MAX_SHARD_BYTES
-        )
+        save = adapters.save if adapters else hf.save_params
+        files = save(params, config, temporary, dtype=dtype, max_shard_bytes=MAX_SHARD_BYTES)
         with tempfile.TemporaryDirectory() as local:
             tokenizer.save_pretrained(local)
             for path in sorted(epath.Path(local).iterdir()):

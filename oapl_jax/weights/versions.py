@@ -31,6 +31,7 @@ def publish_with_card(
     directory: epath.Path,
     tokenizer: Any,
     dtype: str,
+    adapters: hf.Adapters | None = None,
 ) -> epath.Path:
     """Publishes a finished Orbax step with a model card; see `publisher.publish`.
 
@@ -45,6 +46,7 @@ def publish_with_card(
         model,
         directory=directory,
         tokenizer=tokenizer,
+        adapters=adapters,
         card=model_card(config, lines, model, parent=parent, **described),
         **described,
     )
@@ -55,7 +57,8 @@ class Versions:
 
     Versions lie in `versions/` of the workdir, the Orbax steps behind them in `weights/`. `probe`
     maps parameters to the probe that is published with them; hosts wait for each other for
-    `deadline` seconds.
+    `deadline` seconds. With `adapters`, parameters are adapters alone, and `whole` adds the
+    learner's own frozen weights to those of a version.
     """
 
     def __init__(
@@ -69,11 +72,14 @@ class Versions:
         dtype: str,
         config: Mapping[str, Any],
         deadline: float,
+        adapters: hf.Adapters | None = None,
+        whole: Callable[[Any], Any] = lambda params: params,
     ):
         self.directory, self.probe = workdir / "versions", probe
         self._weights = Weights(workdir / "weights")
         self._model, self._mesh, self._deadline = model, mesh, deadline
         self._tokenizer, self._dtype, self._config = tokenizer, dtype, config
+        self._adapters, self._whole = adapters, whole
 
     def path(self, version: int) -> epath.Path:
         return publisher.version_path(self.directory, version)
@@ -108,6 +114,7 @@ class Versions:
             directory=directory,
             tokenizer=self._tokenizer,
             dtype=self._dtype,
+            adapters=self._adapters,
         )
 
     def repair(self) -> dict[int, list[str]]:
@@ -133,8 +140,11 @@ class Versions:
         self._weights.keep_only(versions)
 
     def load(self, version: int) -> Any:
-        """Parameters of a published version, on the mesh."""
+        """Parameters of a published version, on the mesh; adapters share the frozen weights."""
         publisher.check_version(self.path(version))
+        if self._adapters:
+            adapters = self._adapters.load(self.path(version), self._model, mesh=self._mesh)
+            return self._whole(adapters)
         return hf.load_params(self.path(version), self._model, mesh=self._mesh)
 
     @functools.cached_property

@@ -34,7 +34,7 @@ ERRORS = {
     "500": web.HTTPInternalServerError,
     "503": web.HTTPServiceUnavailable,
 }
-CONTROL = ("health", "info", "update", "flush", "abort")
+CONTROL = ("health", "info", "update", "flush", "abort", "adapter")
 # Faults of /generate. All but "delay" must never pass as a group.
 FAULTS = (
     *("delay", "500", "503", "400", "reset", "cut", "truncated", "html", "empty", "hang"),
@@ -78,7 +78,9 @@ def stamps(*spans: tuple[str, int]) -> dict:
     return {"weight_version": spans[-1][0], "weight_versions": versions}
 
 
-def publish_toy(directory: epath.Path, version: int, *, off: float = 0.0) -> epath.Path:
+def publish_toy(
+    directory: epath.Path, version: int, *, off: float = 0.0, weights: str = "model.safetensors"
+) -> epath.Path:
     """Writes a version directory of the toy policy, whose probe is off by so many nats."""
     path = version_path(directory, version)
     path.mkdir(parents=True)
@@ -88,7 +90,7 @@ def publish_toy(directory: epath.Path, version: int, *, off: float = 0.0) -> epa
     contents = {
         "config.json": MODEL.to_hf(dtype="float32"),
         "probe.json": {"tokens": rows, "logp": logp, "dtype": "float32"},
-        "model.safetensors": {"version": version},
+        weights: {"version": version},
     }
     for name, content in contents.items():
         (path / name).write_text(json.dumps(content))
@@ -111,6 +113,8 @@ class FaultServer:
         self.loads: list[int] = []  # versions that it was told to load
         self.running = self.most_running = 0
         self.requests: list[dict] = []
+        self.adapters: dict[str, int] = {}  # version by name
+        self.together: list[set[int]] = []  # versions of the adapters of running requests
         self.updates: list[tuple[float, float]] = []  # begin and end of each, seconds
         self.forced_sampling: dict = {}
         self.information: Any = {"dtype": "float32", "skip_tokenizer_init": True}
@@ -148,13 +152,16 @@ class FaultServer:
 
     async def _start(self) -> None:
         self.held, self.says = -1, "default"
+        self.adapters.clear()
+        self._sampling: Counter[str] = Counter()  # requests by adapter
         self._aborting = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self.running, self._busy_until = 0, 0.0
         self._transports: set = set()
         app = web.Application(middlewares=[self._check_key])
-        models = lambda: {"data": [{"max_model_len": self.max_model_len}]}
+        base = {"id": "base", "max_model_len": self.max_model_len}
+        models = lambda: {"data": [base, *({"id": name} for name in self.adapters)]}
         gets = {
             "/health": self._answer("health", dict),
             "/model_info": self._model_info,
@@ -164,6 +171,8 @@ class FaultServer:
         }
         posts = dict(generate=self._generate, update_weights_from_disk=self._update)
         posts |= dict(flush_cache=self._flush, abort_request=self._abort, tokenize=self._tokenize)
+        posts |= dict(load_lora_adapter=self._load_adapter)
+        posts |= dict(unload_lora_adapter=self._unload_adapter)
         app.add_routes(web.get(path, route) for path, route in gets.items())
         app.add_routes(web.post(f"/{path}", route) for path, route in posts.items())
         self._runner = web.AppRunner(
@@ -214,7 +223,11 @@ class FaultServer:
             await self._kill()  # as the real one
         if len(body["input_ids"]) + settings["max_new_tokens"] > self.max_model_len:
             raise web.HTTPBadRequest(text="too long")
-        held, says = self.held, self.says
+        name = body.get("lora_path", "")
+        held, says = self._held_by(name), self.says
+        self._sampling[name] += 1
+        running = {self.adapters[n] for n, count in self._sampling.items() if n and count}
+        self.together.append(running)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         self._idle.clear()
@@ -226,6 +239,7 @@ class FaultServer:
             raise
         finally:
             self.running -= 1
+            self._sampling[name] -= 1
             if not self.running:
                 self._idle.set()
         answers = [self._sample(body, held, says) for _ in range(settings["n"])]
@@ -304,7 +318,7 @@ class FaultServer:
 
     async def _score(self, request: web.Request, body: dict) -> web.Response:
         fault = await self._fault(request, "score")
-        logp = toy_logp(self.held)
+        logp = toy_logp(self._held_by(body.get("lora_path", "")))
         answers = []
         for row in body["input_ids"]:
             named = [token if token < VOCAB - 1 else 0 for token in row]  # as the real one
@@ -360,6 +374,31 @@ class FaultServer:
         finally:
             self.updates.append((begin, self._loop.time()))
         return web.json_response({"success": True, "message": "done"})
+
+    def _held_by(self, name: str) -> int:
+        if name and name not in self.adapters:
+            raise web.HTTPBadRequest(text="an adapter that has never been loaded")
+        return self.adapters[name] if name else self.held
+
+    async def _load_adapter(self, request: web.Request) -> web.Response:
+        """Waits for no request, as the real one."""
+        body, fault = await request.json(), await self._fault(request, "adapter")
+        if fault == "refuse" or body["lora_name"] in self.adapters:
+            return web.json_response({"success": False, "error_message": "injected"}, status=400)
+        manifest = json.loads((epath.Path(body["lora_path"]) / MANIFEST).read_text())
+        self.adapters[body["lora_name"]] = manifest["version"]
+        self.loads.append(manifest["version"])
+        return web.json_response({"success": True})
+
+    async def _unload_adapter(self, request: web.Request) -> web.Response:
+        """Waits for the adapter's requests, as the real one."""
+        name = (await request.json())["lora_name"]
+        if name not in self.adapters:
+            return web.json_response({"success": False, "error_message": "absent"}, status=400)
+        while self._sampling[name]:
+            await asyncio.sleep(0.01)
+        del self.adapters[name]
+        return web.json_response({"success": True})
 
     async def _flush(self, request: web.Request) -> web.Response:
         fault = await self._fault(request, "flush")

@@ -13,6 +13,7 @@ from configs import common
 from oapl_jax.config import FleetConfig
 from oapl_jax.fleet.admission import Requirements
 from oapl_jax.fleet.sampler import Fleet
+from oapl_jax.model import hf
 from oapl_jax.rollout.ledger import LedgerReport
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.rollout.worker import Worker
@@ -86,20 +87,27 @@ class LoggingFleet(Fleet):
 class ToyFleet(LoggingFleet):
     """A fleet of fault servers, whose versions are below `directory`."""
 
-    def __init__(self, directory, *, allow_older=False, sampling=SAMPLING, **settings):
-        self.directory, settings = directory, SETTINGS | settings
+    def __init__(
+        self, directory, *, allow_older=False, sampling=SAMPLING, adapters=None, **settings
+    ):
+        self.directory, settings, self._adapters = directory, SETTINGS | settings, adapters
         model = dict(model_config=MODEL, tokenizer=None, stop_ids=(STOP,), max_prompt_tokens=8)
+        model |= dict(adapters=adapters)
         super().__init__(settings, allow_older=allow_older, sampling=sampling, **model)
 
     def publish(self, version, **changes):
         """Publishes a version and makes it the target."""
-        self.refresh(version, publish_toy(self.directory, version, **changes))
+        weights = hf.ADAPTER if self._adapters else "model.safetensors"
+        self.refresh(version, publish_toy(self.directory, version, weights=weights, **changes))
 
 
-def open_real_fleet(published, urls=(), *, allow_older=False, patience=180.0, **settings):
+def open_real_fleet(
+    published, urls=(), *, allow_older=False, patience=180.0, adapters=None, **settings
+):
     settings = {**REAL_SETTINGS, "servers": tuple(urls), **settings}
     policy, how = published.policy, dict(sampling=REAL_SAMPLING, patience=patience)
     how |= dict(model_config=policy.config, tokenizer=policy.tokenizer, stop_ids=policy.stop_ids)
+    how |= dict(adapters=adapters)
     return LoggingFleet(settings, allow_older=allow_older, max_prompt_tokens=12, **how)
 
 

@@ -3,8 +3,9 @@
     python tests/golden/make.py            writes them
     python tests/golden/make.py --check    compares transformers, the committed files and oapl_jax
 
-edits.json has other spellings of rope settings, for the config.json of some of the checkpoints, and
-edits.npz transformers' logits for these.
+adapters/ has LoRA adapters over some of the checkpoints, rounded to bfloat16, with the logits and
+gradients of peft. edits.json has other spellings of rope settings, for the config.json of some of
+the checkpoints, and edits.npz transformers' logits for these.
 
 Needs torch, hence a separate environment (requirements/parity.txt, `make parity`); the tests read
 the committed files and need only the package. The check compares both directions: our logits from
@@ -20,19 +21,25 @@ import tempfile
 import zlib
 from typing import Any
 
+import jax
 import numpy as np
+import peft  # pyright: ignore[reportMissingImports]
 import torch  # pyright: ignore[reportMissingImports]  (not in the package's environment)
 import transformers
+from etils import epath
+from flax.traverse_util import flatten_dict
 
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = map(str, HERE.parents[:2])  # checks the package without installing it
 
-from small_models import forward  # noqa: E402
+from small_models import forward, next_token_loss  # noqa: E402
 
 from oapl_jax.model import hf  # noqa: E402
 from oapl_jax.model.config import ModelConfig  # noqa: E402
+from oapl_jax.model.lora import Lora, join  # noqa: E402
 
 TOLERANCE = 1e-4  # on a logit, float32
+ADAPTER_TOLERANCE = 1e-5  # on logits x (over 1 + |x|) and gradients with adapters, float32
 BATCH, LENGTH = 2, 48
 
 VOCABULARY = 64
@@ -72,6 +79,12 @@ CASES = {
     "llama_yarn": dict(head_dim=16, rope_parameters=YARN_MSCALE),
 }
 SHARDED = "llama"  # saved in several files
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Checkpoint -> adapters over it.
+ADAPTERS = {
+    "qwen3": dict(r=4, lora_alpha=6, target_modules=ALL),
+    "llama_bias": dict(r=3, lora_alpha=8, target_modules=["q_proj", "down_proj"]),
+}
 EDITS = json.loads((HERE / "edits.json").read_text())
 
 
@@ -146,6 +159,86 @@ def check(name: str) -> dict[str, float]:
     return result
 
 
+def adapted(name: str) -> torch.nn.Module:
+    """peft's float32 model: a checkpoint in bfloat16 under adapters that all have an effect."""
+    base = reload(HERE / name)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.copy_(parameter.bfloat16().float())
+    config = peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **ADAPTERS[name])
+    model = peft.get_peft_model(base, config).eval()
+    rng = np.random.default_rng(zlib.crc32(name.encode()) + 2)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "lora_" in path:
+                draw = rng.normal(size=parameter.shape) * (0.4 / parameter.shape[-1] ** 0.5)
+                parameter.copy_(torch.from_numpy(draw.astype(np.float32)))
+    return model
+
+
+def adapter_figures(model: torch.nn.Module, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Logits, and the gradient of the next tokens' mean loss on each adapter."""
+    logits = model(ids := torch.from_numpy(tokens).long()).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    gradients = {
+        path.replace(".default", ""): parameter.grad.numpy()
+        for path, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    return {"logits": logits.detach().numpy(), **gradients}
+
+
+def make_adapters(name: str) -> None:
+    directory, model = HERE / "adapters" / name, adapted(name)
+    model.save_pretrained(directory)
+    (directory / "README.md").unlink(missing_ok=True)
+    path = directory / hf.ADAPTER_CONFIG
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": name}
+    config["target_modules"].sort()  # a set of peft
+    path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    figures: Any = adapter_figures(model, tokens_of(name))
+    np.savez_compressed(directory / "golden.npz", **figures)
+
+
+def check_adapters(name: str) -> dict[str, float]:
+    """As `check`, for adapters; peft reads ours, and ours merged equal peft's."""
+    directory, tokens = HERE / "adapters" / name, tokens_of(name)
+    golden = np.load(directory / "golden.npz")
+    lora, _ = hf.read_adapter_config(directory)
+    config = hf.load_config(HERE / name)
+    frozen = hf.load_params(HERE / name, config, dtype="bfloat16")
+    params = hf.load_adapters(directory, config, lora)
+    logits, gradients = adapter_figures_of(config, lora, frozen, params, tokens)
+    expected = golden["logits"]
+    difference = lambda found: float((np.abs(found - expected) / (1 + np.abs(expected))).max())
+    differences = [difference(logits)]
+    for tensor in hf.tensors_of(config, lora):
+        gradient = gradients[tensor.path][tensor.layer]
+        differences.append(float(np.abs(gradient - golden[tensor.name].T).max()))
+    with tempfile.TemporaryDirectory() as export:
+        base = str(HERE / name)
+        hf.Adapters(lora, base, merged=True).save(
+            params, config, epath.Path(export), dtype="float32", max_shard_bytes=1 << 30
+        )
+        merged = torch_logits(reload(export), tokens)
+        below = pathlib.Path(export) / hf.MERGED_BELOW
+        model = peft.PeftModel.from_pretrained(adapted(name).unload(), below).eval()
+        read = torch_logits(model, tokens)
+    live = adapter_figures(adapted(name), tokens)["logits"]
+    found = {"live": live, "export to peft": read, "merged": merged}
+    return {"oapl_jax": max(differences)} | {k: difference(v) for k, v in found.items()}
+
+
+def adapter_figures_of(
+    config: ModelConfig, lora: Lora, frozen: Any, params: Any, tokens: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Our logits, and gradients by path."""
+    logits = forward(config, join(frozen, params), tokens, lora=lora)
+    loss = lambda params: next_token_loss(config, join(frozen, params), tokens, lora=lora)
+    gradients = flatten_dict(jax.grad(loss)(params), sep="/")
+    return np.asarray(logits), {path: np.asarray(x) for path, x in gradients.items()}
+
+
 def edited_logits(name: str) -> np.ndarray:
     """Logits of transformers for the first row of tokens, by an edited config.json."""
     checkpoint, tokens, config = edited(name)
@@ -192,6 +285,8 @@ def main() -> int:
             make(name)
             logit = np.load(HERE / name / "golden.npz")["logits"]
             print(f"{name:14} logits {logit.min():.2f} to {logit.max():.2f}, std {logit.std():.2f}")
+        for name in ADAPTERS:
+            make_adapters(name)
         edits: dict[str, Any] = {name: edited_logits(name) for name in EDITS}
         np.savez_compressed(HERE / "edits.npz", **edits)
         return 0
@@ -208,7 +303,13 @@ def main() -> int:
         result = check_edited(name)
         print(f"{name:40}", *(f"{what} {value:.1e}" for what, value in result.items()), sep="  ")
         failed += [f"{name}: {what}" for what, value in result.items() if not value <= TOLERANCE]
-    count = f"{len(CASES)} checkpoints, {len(EDITS)} edits"
+    for name in ADAPTERS:
+        result = check_adapters(name)
+        named = (f"{what} {value:.1e}" for what, value in result.items())
+        print(f"{f'adapters over {name}':40}", *named, sep="  ")
+        wrong = [what for what, value in result.items() if not value <= ADAPTER_TOLERANCE]
+        failed += [f"adapters over {name}: {what}" for what in wrong]
+    count = f"{len(CASES)} checkpoints, {len(EDITS)} edits, {len(ADAPTERS)} adapters"
     print(f"\n{count}, {len(failed)} mismatches", *failed, sep="\n  ")
     return 1 if failed else 0
 

@@ -11,8 +11,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from small_models import small_config, small_mesh
 
+from oapl_jax.config import LORA_TARGETS
 from oapl_jax.errors import UserError
 from oapl_jax.model import hf, sharding
+from oapl_jax.model.lora import Lora
 
 INTO_HEADS, OUT_OF_HEADS = P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")
 ALWAYS = {
@@ -33,7 +35,9 @@ def shapes_of(model_type, tied, bias):
 def test_every_parameter_matches_one_rule_and_every_rule_is_used():
     used = set()
     paths = {path for variant in VARIANTS for path in shapes_of(*variant)}
-    for path in paths | {"score"}:  # a curator's head
+    lora = Lora(2, 4.0, LORA_TARGETS)
+    paths |= {*hf.parameter_shapes(small_config(), lora)} | {"score"}  # a curator's head
+    for path in paths:
         matching = [rule for rule, _ in sharding.PARAMETER_RULES if re.fullmatch(rule, path)]
         assert len(matching) == 1, path
         used |= {*matching}
