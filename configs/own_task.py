@@ -48,8 +48,8 @@ def get_config(arg: str | None = None) -> common.Config:
         config.optim.update(learning_rate=1e-6, warmup_steps=0, final_fraction=1.0)
         config.groups_per_step = config.rollout.prompts_per_call = 16
         config.rollout.update(prompt_multiple=64, max_sequences=64)
-        config.buffer.capacity = 64
-        config.learner.update(rows_multiple=1, logp_chunk=512)
+        config.buffer.capacity = 0  # as rows_multiple, what fits the sampler and the devices
+        config.learner.update(rows_multiple=0, logp_chunk=512)
         objectives.set_anchor(config.objective, 1e-2)
     else:
         config.model.architecture.max_position_embeddings = together

@@ -82,10 +82,11 @@ class Run:
     """
 
     def __init__(self, config: Config, workdir: epath.Path):
-        self.config, self.workdir = config, workdir
-        self.leased = False
         self.mesh = make_mesh(**config.mesh)
         config.check_layout(mesh=self.mesh.shape, hosts=jax.process_count())
+        self.config, self.workdir = config.derived(self.mesh.shape), workdir
+        self.leased = False
+        config = self.config
         if config.rewards.function:
             find_function(config.rewards.function)
         self.objective = bind(

@@ -464,7 +464,7 @@ class BufferConfig(Section):
     )
     max_age: int = setting("lag above which a group expires (not clear_on_sync)", at_least=0)
     max_reuse: int = setting("gradient steps that may use a group (replay)", at_least=1)
-    capacity: int = setting("groups held", at_least=1)
+    capacity: int = setting("groups held; 0: the fewest that the sampler needs", at_least=0)
     zero_variance: str = setting(
         "groups with equal rewards are kept, dropped, or kept with a weight",
         choices=("keep", "drop", "weight"),
@@ -773,7 +773,9 @@ class LearnerConfig(Section):
     SECTION = "learner"
     micro_batches: int = setting("most micro-batches of a gradient step", at_least=1)
     row_length: int = setting("tokens of a packed row", at_least=1)
-    rows_multiple: int = setting("rows of a micro-batch are a multiple of it", at_least=1)
+    rows_multiple: int = setting(
+        "rows of a micro-batch are a multiple of it; 0: of mesh.data x mesh.fsdp", at_least=0
+    )
     logp_chunk: int = setting("positions whose logits exist at a time", at_least=1)
 
 
@@ -852,6 +854,30 @@ class Config(Section):
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @property
+    def _in_flight(self) -> tuple[int, str]:
+        """Groups that the sampler takes at a time, and the setting that says so."""
+        if self.rollout.sampler == "fleet":
+            return self.fleet.max_in_flight, "fleet.max_in_flight"
+        return self.rollout.max_sequences // self.group_size, "rollout.max_sequences"
+
+    @property
+    def least_capacity(self) -> int:
+        """Groups of the smallest buffer: with overlap it holds those that a sampler takes too."""
+        at_once, _ = self._in_flight
+        return self.groups_per_step + max(self.rollout.prompts_per_call, at_once, 1)
+
+    def derived(self, mesh: Mapping[str, int]) -> Self:
+        """Replaces sizes that are 0 by those that follow from a mesh and the other settings."""
+        rows, capacity = self.learner.rows_multiple, self.buffer.capacity
+        return dataclasses.replace(
+            self,
+            learner=dataclasses.replace(
+                self.learner, rows_multiple=rows or mesh["data"] * mesh["fsdp"]
+            ),
+            buffer=dataclasses.replace(self.buffer, capacity=capacity or self.least_capacity),
+        )
+
+    @property
     def compares(self) -> bool:
         """True if a judge rewards the sampled groups."""
         return self.preferences.judge != "none" and self.rollout.source != "dataset"
@@ -863,16 +889,12 @@ class Config(Section):
                 "group_size=1 makes the rewards of a group equal, and buffer.zero_variance='drop' "
                 "drops such groups; raise group_size or set buffer.zero_variance='keep'"
             )
-        in_flight, name = {
-            "local": (rollout.max_sequences // self.group_size, "rollout.max_sequences"),
-            "fleet": (self.fleet.max_in_flight, "fleet.max_in_flight"),
-        }[rollout.sampler]
-        # With overlap, the groups that a sampler takes at a time must fit into the buffer.
-        needed = self.groups_per_step + max(rollout.prompts_per_call, in_flight, 1)
-        if rollout.source != "dataset" and buffer.capacity < needed:
+        _, name = self._in_flight
+        needed = self.least_capacity
+        if rollout.source != "dataset" and 0 < buffer.capacity < needed:
             raise UserError(
                 f"buffer.capacity={buffer.capacity} is too small for groups_per_step + "
-                f"rollout.prompts_per_call or the groups of {name}; raise it to {needed}"
+                f"rollout.prompts_per_call or the groups of {name}; raise it to {needed}, or set 0"
             )
         recorded = rollout.recorded_groups(self.groups_per_step)
         if rollout.source == "both" and not 0 < recorded < self.groups_per_step:
@@ -946,12 +968,13 @@ class Config(Section):
             if value % devices:
                 raise UserError(
                     f"{name}={value} can't be divided over mesh.data x mesh.fsdp = {devices} "
-                    f"devices; choose a multiple of {devices}"
+                    f"devices; set it to {value + -value % devices}"
                 )
         if learner.row_length % mesh["context"]:
             raise UserError(
                 f"learner.row_length={learner.row_length} can't be divided over mesh.context="
-                f"{mesh['context']}; choose a multiple, on TPU of {128 * mesh['context']}"
+                f"{mesh['context']}; raise it to "
+                f"{learner.row_length + -learner.row_length % (128 * mesh['context'])}"
             )
         sampled = self.groups_per_step - self.rollout.recorded_groups(self.groups_per_step)
         if sampled % hosts:

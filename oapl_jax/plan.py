@@ -105,6 +105,7 @@ def plan_run(
     """Checks a configuration for a slice as a run does, and estimates it."""
     mesh = make_mesh(where, **config.mesh)
     config.check_layout(mesh=mesh.shape, hosts=where.hosts)
+    config = config.derived(mesh.shape)
     run = programs_of(config, sizes, mesh, from_checkpoint=from_checkpoint)
     return estimate(run, where, storage=storage, log=log)
 
@@ -281,6 +282,7 @@ def dry_run(config: Config, workdir: epath.Path, *, restore_step: int | None) ->
         sizes, from_checkpoint = model_sizes(config, None, epath.Path(scratch))
     mesh = sharding.make_mesh(**config.mesh)
     config.check_layout(mesh=mesh.shape, hosts=jax.process_count())
+    config = config.derived(mesh.shape)
     changed = changed_settings(workdir, config.to_dict())
     run = programs_of(config, sizes, mesh, from_checkpoint=from_checkpoint)
     directory = workdir / "checkpoints"

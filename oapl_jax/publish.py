@@ -21,7 +21,7 @@ from oapl_jax.config import LoraConfig, load_config
 from oapl_jax.errors import RunError, UserError, exit_with_code, one_line
 from oapl_jax.files import absolute, flag_directory, is_local
 from oapl_jax.model import hf
-from oapl_jax.model.lora import open_lora
+from oapl_jax.model.lora import Lora
 from oapl_jax.model.tokenizer import check_tokenizer, load_tokenizer
 from oapl_jax.tracking.metrics import read_lines
 from oapl_jax.weights import checkpoint, publisher
@@ -53,10 +53,11 @@ def publish_step(
         have = "; ".join(f"{name}: {', '.join(map(str, s)) or 'none'}" for name, s in steps.items())
         raise UserError(f"--step={step} is not in {workdir} (have {have}); choose one of those")
     model = epath.Path(saved["model"]["path"]) if saved["model"]["path"] else workdir / "model"
-    section = LoraConfig.from_dict(saved["model"]["lora"], "model.lora")
-    adapters, lora = None, open_lora(section)
-    if lora:
-        adapters = hf.Adapters(lora, os.fspath(absolute(model)), merged or section.merged)
+    adapters, section = None, saved["model"].get("lora", {})
+    if section.get("rank"):
+        section = LoraConfig.from_dict(section, "model.lora")
+        base = os.fspath(absolute(model))
+        adapters = hf.Adapters(Lora.of(section), base, merged or section.merged)
     elif merged:
         raise UserError(f"--merged: {workdir} trains all weights and no adapters; leave it out")
     config = hf.load_config(model)

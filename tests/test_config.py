@@ -6,11 +6,12 @@ import typing
 import pytest
 from small_runs import checked
 
-from configs import arithmetic, code_contests, competition_math, documents, own_task, smollm2
+from configs import arithmetic, code_contests, competition_math, documents, gsm8k, own_task, smollm2
 from oapl_jax import config as settings
 from oapl_jax.config import Config
 from oapl_jax.curriculum import CURRICULA
 from oapl_jax.errors import UserError
+from oapl_jax.model.sharding import AXES
 from oapl_jax.model.transformer import REMAT_POLICIES
 from oapl_jax.objectives import OBJECTIVES, bind, constants
 from oapl_jax.objectives.aggregation import AGGREGATIONS
@@ -167,6 +168,48 @@ def test_a_setting_that_does_not_fit_two_hosts_is_named(changes, setting):
     layout = Config.from_dict(config.to_dict())
     with pytest.raises(UserError, match=setting.replace(".", r"\.")):
         layout.check_layout(mesh=mesh, hosts=2)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "rows", "capacity"),
+    [
+        ((1, 1, 1, 1), {}, 1, 64),
+        ((1, 8, 1, 1), {}, 8, 64),
+        ((2, 2, 1, 2), {}, 4, 64),
+        ((1, 8, 1, 1), {"rollout.max_sequences": 512}, 8, 96),
+        ((1, 8, 1, 1), {"rollout.prompts_per_call": 100}, 8, 132),
+        ((1, 8, 1, 1), {"rollout.sampler": "fleet", "fleet.max_in_flight": 50}, 8, 82),
+        ((1, 8, 1, 1), {"learner.rows_multiple": 16, "buffer.capacity": 70}, 16, 70),
+    ],
+)
+def test_sizes_that_follow_from_the_devices_are_derived(mesh, changes, rows, capacity):
+    config = gsm8k.get_config()
+    config.update_from_flattened_dict(changes)
+    shape, given = dict(zip(AXES, mesh, strict=True)), Config.from_dict(config.to_dict())
+    given.check_layout(mesh=shape, hosts=1)
+    derived = given.derived(shape)
+    assert (derived.learner.rows_multiple, derived.buffer.capacity) == (rows, capacity)
+    derived.check_layout(mesh=shape, hosts=1)
+    assert derived.derived(dict.fromkeys(AXES, 2)) == derived
+
+
+@pytest.mark.parametrize(
+    ("changes", "mesh", "proposed"),
+    [
+        ({"learner.rows_multiple": 12}, (1, 8, 1, 1), {"learner.rows_multiple": 16}),
+        ({"buffer.capacity": 40}, (1, 1, 1, 1), {"buffer.capacity": 64}),
+        ({"learner.row_length": 770}, (1, 2, 4, 1), {"learner.row_length": 1024}),
+    ],
+)
+def test_a_refusal_proposes_a_value_that_fits(changes, mesh, proposed):
+    config, shape = gsm8k.get_config(), dict(zip(AXES, mesh, strict=True))
+    check = lambda: Config.from_dict(config.to_dict()).check_layout(mesh=shape, hosts=1)
+    config.update_from_flattened_dict(changes)
+    ((setting, value),) = proposed.items()
+    with pytest.raises(UserError, match=rf"{setting}\b.*\b{value}\b"):
+        check()
+    config.update_from_flattened_dict(proposed)
+    check()
 
 
 # Two rows a micro-batch, one sequence a row, four sequences a group.

@@ -101,6 +101,7 @@ def test_checkpoints_and_versions_have_adapters_alone(done, settings, model):
     assert not {hf.SINGLE, hf.CONFIG} & files
     lora, base = hf.read_adapter_config(version)
     assert (lora, base) == (run.model.lora, epath.Path(model))
+    assert "library_name: peft" in (version / "README.md").read_text()
 
 
 def test_the_sampler_has_the_policy_of_the_learner(done):
@@ -156,6 +157,7 @@ def test_merged_weights_are_published_on_request(step, done, settings, tmp_path)
     path = publish_step(done, step, epath.Path(tmp_path / "versions"), **how)
     check_version(path)
     assert hf.load_config(path) == run.policy.config
+    assert "library_name: transformers" in (path / "README.md").read_text()
     _, params = run.params_at(step)
     close = functools.partial(np.testing.assert_allclose, atol=1e-6)
     found = hf.load_params(path, run.policy.config)

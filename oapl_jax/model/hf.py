@@ -114,11 +114,15 @@ def parameter_count(config: ModelConfig, lora: Lora | None = None) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors_of(config, lora))
 
 
-@functools.cache
 def parameter_shapes(
     config: ModelConfig, lora: Lora | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape of every parameter, or of every adapter, from the initializer."""
+    return _shapes(config, lora)
+
+
+@functools.cache
+def _shapes(config: ModelConfig, lora: Lora | None) -> dict[str, jax.ShapeDtypeStruct]:
     model = Transformer(config, jnp.float32, "none", lora)
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), token, token, token)["params"]

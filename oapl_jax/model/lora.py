@@ -28,6 +28,10 @@ class Lora:
     alpha: float
     targets: tuple[str, ...]
 
+    @classmethod
+    def of(cls, section: LoraConfig) -> "Lora":
+        return cls(section.rank, section.alpha, section.targets)
+
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
@@ -35,7 +39,7 @@ class Lora:
 
 def open_lora(section: LoraConfig) -> Lora | None:
     """Adapters of a configuration; None if all weights are trained."""
-    return Lora(section.rank, section.alpha, section.targets) if section.rank else None
+    return Lora.of(section) if section.rank else None
 
 
 class Projection(nn.Dense):

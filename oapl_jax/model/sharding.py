@@ -50,7 +50,12 @@ def make_mesh(
         sizes[sizes.index(-1)] = max(count // rest, 1) if rest > 0 else 0
     if min(sizes) < 1 or math.prod(sizes) != count:
         product = " x ".join(f"mesh.{axis}={given[axis]}" for axis in AXES)
-        raise UserError(f"{product} does not make {count} devices; choose sizes that do")
+        others = math.prod(size for axis, size in given.items() if axis != "fsdp")
+        fits = others > 0 and count % others == 0
+        remedy = (
+            f"mesh.fsdp={count // others}" if fits else f"mesh.fsdp={count} and the others to 1"
+        )
+        raise UserError(f"{product} does not make {count} devices; set {remedy}")
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -70,9 +75,10 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
         spec = parameter_spec(name)
         for size, axis in zip(leaf.shape, spec, strict=True):
             if axis is not None and size % mesh.shape[axis]:
+                fits = math.gcd(size, mesh.shape[axis])
                 raise UserError(
                     f"mesh.{axis}={mesh.shape[axis]} does not divide an axis of {name} with shape "
-                    f"{tuple(leaf.shape)}; choose a divisor of {size}"
+                    f"{tuple(leaf.shape)}; set mesh.{axis}={fits}, and mesh.data to the rest"
                 )
         return NamedSharding(mesh, spec)
 

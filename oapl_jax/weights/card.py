@@ -13,9 +13,12 @@ SHOWN = ("reward", "lag/mean", "kl", "entropy", "length", "truncated", "loss")
 # Addresses and files of this installation, which a card that may become public leaves out.
 PRIVATE = ("servers", "servers_file", "router", "api_key_file")
 
+WHOLE = "in {dtype}. `transformers` and SGLang load this directory as a checkpoint"
+ADAPTERS = "of LoRA adapters alone: `peft` and SGLang load this directory over the initial policy"
+
 CARD = """\
 ---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 tags: [oapl_jax, reinforcement-learning, off-policy]
 ---
@@ -23,7 +26,7 @@ tags: [oapl_jax, reinforcement-learning, off-policy]
 # {task}, {objective}, step {version}
 
 A {model_type} of {parameters:,} parameters after {version} gradient steps of off-policy
-reinforcement learning, in {dtype}. `transformers` and SGLang load this directory as a checkpoint.
+reinforcement learning, {form}.
 
 | lineage | |
 |---|---|
@@ -57,6 +60,7 @@ def model_card(
     parent: str,
     config_hash: str,
     dtype: str,
+    adapters: bool = False,
 ) -> str:
     """Markdown with the front matter of the Hugging Face Hub.
 
@@ -66,6 +70,7 @@ def model_card(
       model: sizes of the published decoder.
       version: gradient steps taken.
       parent: the Orbax step that is published, from the workdir.
+      adapters: True for a version that has LoRA adapters and no other weights.
     """
     metrics = latest(lines, version).items()
     rows = [f"| {name} | {value:.4g} | {step} |" for name, (step, value) in metrics]
@@ -75,7 +80,8 @@ def model_card(
         version=version,
         parent=parent,
         config_hash=config_hash,
-        dtype=dtype,
+        library="peft" if adapters else "transformers",
+        form=ADAPTERS if adapters else WHOLE.format(dtype=dtype),
         model_type=model.model_type,
         parameters=hf.parameter_count(model),
         release=oapl_jax.__version__,

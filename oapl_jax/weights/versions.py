@@ -41,13 +41,14 @@ def publish_with_card(
     """
     described: Any = dict(version=version, dtype=dtype, config_hash=publisher.config_hash(config))
     parent = f"{source.parent.name}/{source.name}"
+    alone = adapters is not None and not adapters.merged
     return publisher.publish(
         source,
         model,
         directory=directory,
         tokenizer=tokenizer,
         adapters=adapters,
-        card=model_card(config, lines, model, parent=parent, **described),
+        card=model_card(config, lines, model, parent=parent, adapters=alone, **described),
         **described,
     )
 

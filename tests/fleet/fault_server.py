@@ -160,8 +160,8 @@ class FaultServer:
         self.running, self._busy_until = 0, 0.0
         self._transports: set = set()
         app = web.Application(middlewares=[self._check_key])
-        base = {"id": "base", "max_model_len": self.max_model_len}
-        models = lambda: {"data": [base, *({"id": name} for name in self.adapters)]}
+        base = lambda: {"id": "base", "max_model_len": self.max_model_len}
+        models = lambda: {"data": [base(), *({"id": name} for name in self.adapters)]}
         gets = {
             "/health": self._answer("health", dict),
             "/model_info": self._model_info,

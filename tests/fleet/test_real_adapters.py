@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import Published
 from flax.traverse_util import unflatten_dict
-from fleets import CLOSE, assert_published, open_real_fleet, prompts, wait_until
+from fleets import CLOSE, assert_published, open_real_fleet, wait_until
 from server_processes import Process, find_port, sglang_program
 from small_models import small_mesh
 
@@ -18,6 +18,7 @@ from oapl_jax.config import LORA_TARGETS, LearnerConfig
 from oapl_jax.model import hf
 from oapl_jax.model.lora import Lora, join, merge
 from oapl_jax.model.transformer import Transformer
+from oapl_jax.structs import Prompt
 from oapl_jax.weights.checkpoint import Weights
 from oapl_jax.weights.probe import make_probe
 from oapl_jax.weights.publisher import publish, read_manifest
@@ -83,6 +84,11 @@ def server(base, tmp_path_factory):
         server.kill()
 
 
+def prompt(index):
+    tokens = np.array(PROMPT[: 2 + index % 5], np.int32)
+    return Prompt(f"p{index}", index, tokens, "", "", "chain_sum")
+
+
 def name_of(adapted, version):
     checksum = read_manifest(adapted.path(version))["files"][hf.ADAPTER]["xxh128"]
     return f"v{version:06d}-{checksum[:12]}"
@@ -100,8 +106,8 @@ def test_a_refresh_drains_nothing(server, adapted):
     try:
         fleet.refresh(1, adapted.path(1))
         fleet.wait_ready(1)
-        taker = fleet.take(prompts(16))
-        wait_until(lambda: len(taker.taken) >= 2, "two groups", 120)
+        taker = fleet.take(map(prompt, range(16)))
+        wait_until(lambda: taker.error or len(taker.taken) >= 2, "two groups", 120)
         fleet.refresh(2, adapted.path(2))
         taken = taker.result()
     finally:

@@ -62,6 +62,7 @@ def test_flops_by_formula_equal_a_step_counted_by_hand():
     # One prompt token without logits, and 7 response tokens; each sees 4 on average.
     products = 8 * weights - 2560 * 151936 + 36 * 8 * 2 * 4096 * 4
     assert step_flops(config, 1, 1, 7) == 6 * products
+    assert step_flops(config, 1, 1, 7, frozen=True) == 4 * products
 
 
 def test_flops_of_a_program_are_counted_through_loops_and_remat():
@@ -138,6 +139,23 @@ def test_copies_of_the_parameters_beside_a_program_are_counted(config):
     assert beside["embedded samplers"] == 2 * count
     assert count / 8 <= beside["reference parameters"] < count / 7
     assert "recomputed log-probs" in [p.name for p in run_of(config).programs()]
+
+
+def test_adapters_and_the_frozen_weights_are_counted_apart(config):
+    config.model.path = "/data/models/Qwen3-0.6B"
+    config.model.lora.rank = 16
+    config.objective.kl_weight = 0.1
+    config.mesh.update(data=8, fsdp=1)
+    run = run_of(config)
+    whole, adapters = (parameter_count(run.model.config, of) for of in (None, run.model.lora))
+    assert adapters == 28 * 16 * (2 * (1024 + 2048) + 2 * (1024 + 1024) + 3 * (1024 + 3072))
+    assert run.kept["frozen parameters"] == 2 * whole
+    assert run.kept["parameters"] == run.kept["reference parameters"] == 4 * adapters
+    assert 8 * adapters <= run.kept["optimizer"] < 8 * adapters + 100
+    for program in run.programs():
+        assert program.hbm["frozen parameters"] == 2 * whole, program.name
+    memory = estimate.host_memory(run, 4)
+    assert memory["copy of the weights to publish"] == 4 * 4 * adapters
 
 
 def test_a_fleet_keeps_up_with_the_steps_between_two_publications(config):
