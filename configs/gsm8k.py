@@ -56,7 +56,7 @@ def get_config(arg: str | None = None) -> common.Config:
     config.optim.update(learning_rate=1e-6, warmup_steps=0, final_fraction=1.0)
     config.lag.steps = 8
     config.buffer.update(capacity=0, zero_variance="drop")
-    config.evaluation.update(every=20, n=4, ks=(1, 4), max_response_tokens=response)
+    config.evaluation.update(every=20, n=4, ks=(1, 4))
     config.checkpoint.update(every=20, keep=2)
     if choice["train"] == "lora":
         config.model.lora.rank = 16

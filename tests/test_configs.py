@@ -19,6 +19,7 @@ CHOICES = {
     "code_contests": ["", "round=2", "smoke", "smoke,round=0", "smoke,round=2,objective=grpo"],
     "documents": ["", "round=1", "round=2,objective=grpo"],
     "competition_math": ["", "smoke", "grpo_is", "smoke,objective=grpo_is"],
+    "own_task": ["", "start=pretrained", "objective=grpo"],
     "gsm8k": ["", "lora", "train=lora,objective=grpo"],
     "smollm2": [""],
 }
