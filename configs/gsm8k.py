@@ -17,13 +17,15 @@ def get_config(arg: str | None = None) -> common.Config:
     config: common.Config = arithmetic.get_config(f"objective={choice['objective']}").unlock()
     config.releases = "/data/releases"
     root = config.get_oneway_ref("releases")
-    gsm8k = lambda split, rows: common.release(
-        root, "gsm8k", "openai/gsm8k", f"main/{split}-*.parquet", rows=rows
+    train, validation, test = (
+        common.release(root, "gsm8k", "openai/gsm8k", f"main/{split}-*.parquet", rows=rows)
+        for split, rows in (("train", 7473), ("train", 7473), ("test", 1319))
     )
+    train.part, validation.part = (4, 100), (0, 4)
     config.data = dict(
         task="math",
         data_dir="runs/data",
-        sets=dict(train=gsm8k("train", 7473), validation=gsm8k("train", 7473)),
+        sets=dict(train=train, validation=validation, test=test),
         train=("train",),
         validation=("validation",),
         test=("test",),
@@ -31,10 +33,7 @@ def get_config(arg: str | None = None) -> common.Config:
         # The last word is Qwen3's: no thinking before the answer.
         instruction="Reason step by step, and put the final answer within \\boxed{}. /no_think",
     )
-    config.data.sets.test = gsm8k("test", 1319)
-    config.data.sets.train.part = (4, 100)
-    config.data.sets.validation.part = (0, 4)
-    config.benchmarks.gsm8k_test = gsm8k("test", 1319)
+    config.benchmarks.gsm8k_test = test
     config.model.update(path="/data/models/Qwen3-0.6B", dtype="bfloat16", remat="full")
     config.publish_dtype = "bfloat16"
     config.warmup.num_steps = 0

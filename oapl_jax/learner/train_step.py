@@ -135,6 +135,7 @@ def response_logp(
         wanted.reshape(tokens.shape),
         temperature=temperature,
         chunk=chunk,
+        frozen_head=model.lora is not None,
     )
     unpack = lambda x: x.reshape(-1).at[before].get(mode="fill", fill_value=0.0)
     return unpack(logp), unpack(entropy), jnp.any(inside, axis=-1)

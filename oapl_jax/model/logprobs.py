@@ -24,18 +24,21 @@ def token_logp(
     *,
     temperature: float,
     chunk: int,
+    frozen_head: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """log softmax(logits / temperature)[target] and the entropy of that softmax, in float32.
 
     Only positions in `mask` are computed, the others are 0: in each device's part of a row they
     are sorted to the front, and the loop over chunks ends behind them. A chunk's logits are
     recomputed for the backward pass, so the largest temporary is [B, chunk, V]. The entropy carries
-    no gradient. `temperature` is the sampler's: both sides of a ratio need the same.
+    no gradient, and neither does a `frozen_head`. `temperature` is the sampler's: both sides of a
+    ratio need the same.
     """
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else mesh.shape["context"]
     most = jnp.max(jnp.sum(mask.reshape(-1, mask.shape[1] // parts), axis=-1))
-    of_rows = functools.partial(_of_rows, temperature=temperature, chunk=chunk)
+    settings: Any = dict(temperature=temperature, chunk=chunk, frozen_head=frozen_head)
+    of_rows = functools.partial(_of_rows, **settings)
     if mesh.empty or mesh.size == 1:  # an all-gather would be a copy
         return of_rows(hidden, head_matrix, targets, mask, most)
 
@@ -57,7 +60,7 @@ def token_logp(
     )(hidden, head_matrix, targets, mask, most)
 
 
-def _of_rows(hidden, head_matrix, targets, mask, most, *, temperature, chunk):
+def _of_rows(hidden, head_matrix, targets, mask, most, *, temperature, chunk, frozen_head):
     length = mask.shape[1]
     order = jnp.argsort(~mask, axis=1, stable=True)
     fill = lambda x: jnp.pad(x, ((0, 0), (0, -length % chunk), *[(0, 0)] * (x.ndim - 2)))
@@ -68,19 +71,21 @@ def _of_rows(hidden, head_matrix, targets, mask, most, *, temperature, chunk):
         -(-most // chunk),
         temperature,
         chunk,
+        frozen_head,
     )
     back = jnp.argsort(order, axis=1)
     spread = lambda x: jnp.where(mask, jnp.take_along_axis(x, back, axis=1), 0.0)
     return jax.tree.map(spread, found)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _of_chunks(*arguments):
     """Log-probs and entropies of the first `num_chunks` chunks of positions, then 0."""
     return _forward(*arguments)[0]
 
 
-def _forward(hidden, head_matrix, targets, num_chunks, temperature, chunk):
+def _forward(hidden, head_matrix, targets, num_chunks, temperature, chunk, frozen_head):
+    del frozen_head
     narrow = head_matrix.astype(hidden.dtype)
 
     def visit(i, written):
@@ -97,12 +102,12 @@ def _forward(hidden, head_matrix, targets, num_chunks, temperature, chunk):
     return (logp, entropy), (hidden, narrow, targets, num_chunks, normaliser)
 
 
-def _backward(temperature, chunk, kept, d_out):
+def _backward(temperature, chunk, frozen_head, kept, d_out):
     hidden, narrow, targets, num_chunks, normaliser = kept
     d_logp = d_out[0] / temperature
 
     def visit(i, written):
-        d_hidden, d_matrix = written
+        d_hidden, *d_matrix = written
         states, seed = _chunk(hidden, i, chunk), _chunk(d_logp, i, chunk)[..., None]
         scaled = logits(states, narrow) / temperature
         probs = jnp.exp(scaled - _chunk(normaliser, i, chunk)[..., None])
@@ -110,12 +115,13 @@ def _backward(temperature, chunk, kept, d_out):
         d_logits = ((target - probs) * seed).astype(hidden.dtype)
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         d_states = product("btv,dv->btd", d_logits, narrow).astype(hidden.dtype)
-        d_matrix += product("btd,btv->dv", states, d_logits)
-        return _write(d_hidden, i, d_states), d_matrix
+        d_matrix = [x + product("btd,btv->dv", states, d_logits) for x in d_matrix]
+        return _write(d_hidden, i, d_states), *d_matrix
 
-    start = jnp.zeros_like(hidden), jnp.zeros(narrow.shape, jnp.float32)
-    d_hidden, d_matrix = _loop(targets.shape[1] // chunk, num_chunks, visit, start)
-    return d_hidden, d_matrix, None, None
+    blank = () if frozen_head else (jnp.zeros(narrow.shape, jnp.float32),)
+    start = jnp.zeros_like(hidden), *blank
+    d_hidden, *d_matrix = _loop(targets.shape[1] // chunk, num_chunks, visit, start)
+    return d_hidden, *(d_matrix or [None]), None, None
 
 
 _of_chunks.defvjp(_forward, _backward)

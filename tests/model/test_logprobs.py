@@ -117,3 +117,19 @@ def test_temporaries_are_a_tenth_of_those_of_the_whole_vocabulary():
     whole = temporaries(lambda hidden, head, targets: plain(hidden, head, targets, 0.7)[0].sum())
     assert whole > 8 * 1024 * 32000 * 4  # the naive form does hold [B, T, V]
     assert temporaries(chunked) <= whole / 10
+
+
+def test_a_frozen_head_has_no_gradient_and_the_states_have_theirs():
+    rng = np.random.default_rng(7)
+    hidden, head = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 8, 4), (4, 9)))
+    targets, everywhere = rng.integers(0, 9, (2, 8)), np.ones((2, 8), bool)
+
+    def total(hidden, head, frozen_head):
+        settings = dict(temperature=0.7, chunk=3, frozen_head=frozen_head)
+        return token_logp(hidden, head, targets, everywhere, **settings)[0].sum()
+
+    gradient = jax.grad(total, argnums=(0, 1))
+    (d_hidden, d_head), (d_frozen, nothing) = (gradient(hidden, head, f) for f in (False, True))
+    np.testing.assert_array_equal(d_frozen, d_hidden)
+    assert np.abs(d_head).max() > 0.1
+    np.testing.assert_array_equal(nothing, 0.0)
