@@ -260,13 +260,9 @@ def make_train_step(
     """
 
     def micro_batch_loss(params: Any, frozen: Any, batch: Batch, m: Any):
+        whole = lora.join(frozen, params) if frozen else params
         logp, entropy, mine = response_logp(
-            lora.join(frozen, params),
-            batch,
-            m,
-            model=model,
-            temperature=temperature,
-            chunk=logp_chunk,
+            whole, batch, m, model=model, temperature=temperature, chunk=logp_chunk
         )
         anchor = batch.reference_logp if to_reference else batch.behavior_logp
         # Sequences outside this micro-batch get ratio 1 and are masked out below.
