@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from oapl_jax.model import lora
 from oapl_jax.model.logprobs import token_logp
-from oapl_jax.model.sharding import ROWS, parameter_shardings
+from oapl_jax.model.sharding import ROWS, parameter_shardings, serving_dtype
 from oapl_jax.model.transformer import Transformer, head
 from oapl_jax.objectives import Objective
 from oapl_jax.objectives.ratios import effective_share, reference_kl
@@ -64,8 +64,12 @@ def abstract_frozen(model: Transformer, mesh: Mesh) -> Any:
         return {}
     plain: Any = Transformer(model.config, model.dtype, model.remat)
     params = abstract_params(plain)
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, lora.FROZEN_DTYPE, sharding=s)
-    return jax.tree.map(place, params, parameter_shardings(params, mesh))
+
+    def place(path: Any, leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        dtype = serving_dtype(path[-1].key, lora.FROZEN_DTYPE)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, params, parameter_shardings(params, mesh))
 
 
 def abstract_state(

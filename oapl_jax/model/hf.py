@@ -28,7 +28,7 @@ from oapl_jax.files import fsync, prefetch, read_json, write_file
 from oapl_jax.model import lora as adapters
 from oapl_jax.model.config import ModelConfig, read_stop_ids
 from oapl_jax.model.lora import Lora
-from oapl_jax.model.sharding import parameter_shardings
+from oapl_jax.model.sharding import parameter_shardings, serving_dtype
 from oapl_jax.model.transformer import Transformer
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -179,6 +179,7 @@ def load_params(
     """Reads safetensors into a tree of parameters; each device reads only its own part.
 
     Host memory beyond the result: the local parts of one (stacked) parameter, and one tensor.
+    They are float32, or for weights that are not trained in `dtype` (see `serving_dtype`).
     `directory` is on a mounted disk; without a mesh, the parameters go to the default device.
     Adapters are merged into their base. Frequencies (INV_FREQ) and, with tied embeddings, a copy in
     `lm_head.weight` are ignored.
@@ -197,7 +198,8 @@ def _place(stored: Mapping[str, "Stored"], shapes: Any, mesh: Mesh | None, dtype
         shardings = _flatten(parameter_shardings(unflatten_dict(shapes, sep="/"), mesh))
     params = {}
     for path, leaf in shapes.items():
-        read = lambda index, of=stored[path]: of[index].astype(jnp.dtype(dtype), copy=False)
+        served = serving_dtype(path, dtype)
+        read = lambda index, of=stored[path], to=served: of[index].astype(to, copy=False)
         params[path] = jax.make_array_from_callback(leaf.shape, shardings[path], read)
         # Transfers are asynchronous: without this, all parameters could pile up on the host.
         params[path].block_until_ready()
@@ -239,7 +241,7 @@ def merge_stored(
         a, b = (trained.get(name) for name in names)
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
-            part = leaf[index].astype(ml_dtypes.bfloat16).astype(np.float32)
+            part = leaf[index].astype(serving_dtype(path, adapters.FROZEN_DTYPE)).astype(np.float32)
             if a is not None and b is not None:
                 rows, columns = index[1:]
                 for layer, target in zip(range(leaf.shape[0])[index[0]], part, strict=True):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -83,6 +84,11 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, params)
+
+
+def serving_dtype(path: str, dtype: Any) -> Any:
+    """dtype of a parameter that is read and not trained, in `dtype`: norms stay in float32."""
+    return jnp.dtype(jnp.float32 if path.endswith("scale") else dtype)
 
 
 def gathered(params: Any) -> Any:

@@ -160,11 +160,12 @@ def check(name: str) -> dict[str, float]:
 
 
 def adapted(name: str) -> torch.nn.Module:
-    """peft's float32 model: a checkpoint in bfloat16 under adapters that all have an effect."""
+    """peft's float32 model: a checkpoint in bfloat16, but for norms, under random adapters."""
     base = reload(HERE / name)
     with torch.no_grad():
-        for parameter in base.parameters():
-            parameter.copy_(parameter.bfloat16().float())
+        for path, parameter in base.named_parameters():
+            if "norm" not in path:
+                parameter.copy_(parameter.bfloat16().float())
     config = peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **ADAPTERS[name])
     model = peft.get_peft_model(base, config).eval()
     rng = np.random.default_rng(zlib.crc32(name.encode()) + 2)

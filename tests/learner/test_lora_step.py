@@ -16,7 +16,7 @@ from oapl_jax.config import LearnerConfig
 from oapl_jax.learner import packing, train_step
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.model.lora import Lora, join, merge
-from oapl_jax.model.sharding import parameter_shardings
+from oapl_jax.model.sharding import parameter_shardings, serving_dtype
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import bind
 from oapl_jax.weights.checkpoint import Checkpoints, checksums
@@ -42,8 +42,9 @@ def frozen_on(mesh):
     """Small weights with norms about one, in bfloat16."""
     scale = lambda path, x: 0.2 * x + (path[-1].key == "scale")
     params = jax.tree_util.tree_map_with_path(scale, random_params(CONFIG, 0))
-    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    return jax.device_put(narrow, parameter_shardings(params, mesh))
+    narrow = lambda path, x: x.astype(serving_dtype(path[-1].key, "bfloat16"))
+    params = jax.tree_util.tree_map_with_path(narrow, params)
+    return jax.device_put(params, parameter_shardings(params, mesh))
 
 
 def make_step(mesh):
