@@ -296,6 +296,7 @@ class Run:
         if self.config.rollout.sampler == "local":
             return self.open_local_sampler(seed=seed)
         self.config.fleet.check_source()
+        self.config.fleet.check_versions(self.workdir)
         requirements = Requirements(
             model_config=self.policy.config,
             tokenizer=self.policy.tokenizer,

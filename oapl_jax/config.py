@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Self
 from etils import epath
 
 from oapl_jax.errors import UserError
-from oapl_jax.files import write_atomically
+from oapl_jax.files import is_local, write_atomically
 
 DTYPES = ("float32", "bfloat16")
 TASKS = ("chain_sum", "number_sorting", "countdown", "documents", "math", "code")
@@ -597,6 +597,12 @@ class FleetConfig(Section):
     api_key_file: str = setting(
         "file with the --api-key of servers and router; '' for none", path=True, default=""
     )
+    fetch_port: int = setting(
+        "port of oapl_jax.fleet.fetch on each server's machine; 0: servers read the workdir",
+        at_least=0,
+        at_most=65535,
+        default=0,
+    )
     poll_every: float = setting("between two reads of servers_file or router", above=0)
     max_in_flight: int = setting("groups in flight over all servers", at_least=1)
     attempts: int = setting("requests of a group before it is dropped and counted", at_least=1)
@@ -635,6 +641,14 @@ class FleetConfig(Section):
             raise UserError(
                 f"fleet names its servers by {' and '.join(named) or 'nothing'}; set exactly one "
                 "of fleet.servers, fleet.servers_file and fleet.router"
+            )
+
+    def check_versions(self, directory: epath.PathLike) -> None:
+        """Rejects versions in a bucket without a fetcher: servers load from disks alone."""
+        if not is_local(directory) and not self.fetch_port:
+            raise UserError(
+                f"the servers can't load versions from {directory}; start oapl_jax.fleet.fetch "
+                "beside each and set fleet.fetch_port (docs/serving.md)"
             )
 
     def backoff_after(self, failures: int) -> float:

@@ -1,10 +1,13 @@
-"""Crash-safe files, local or in an object store: atomic write, JSON lines, checksums, manifests.
+"""Crash-safe files, local or in an object store: atomic write, logs, checksums, manifests.
+
+A log is append-only: a growing file on a disk, numbered segments in an object store.
 
 A manifest is a JSON file with an entry for each file beside it: {"bytes": size, "xxh128":
 hexadecimal XXH3 digest of 128 bits, as of xxh128sum}.
 """
 
 import ast
+import bisect
 import collections
 import contextlib
 import fcntl
@@ -12,19 +15,26 @@ import hashlib
 import json
 import mmap
 import os
+import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import fsspec
 import xxhash
 from etils import epath
 
-from oapl_jax.errors import RunError, UserError
+from oapl_jax.errors import RunError, UserError, one_line
 
 READERS = 4
 SYNC_EVERY = 64 << 20  # bytes written before the next fsync starts
+PART_BYTES = 16 << 20  # of a file that is copied or read in parts
+UPLOAD_EVERY = 5.0  # seconds between two uploads of a log's last segment
+SEGMENT_BYTES = 4 << 20  # at which the next segment begins
+OFFSET_DIGITS = 15  # in the name of a segment
 
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 X = TypeVar("X")
@@ -53,6 +63,20 @@ def flag_directory(flag: str, value: str) -> epath.Path:
             "another name"
         )
     return path
+
+
+def check_reachable(path: epath.Path, *, of: str) -> None:
+    """Raises a UserError, naming the setting `of`, for a bucket that can't be read."""
+    if is_local(path):
+        return
+    try:
+        store, key = fsspec.url_to_fs(os.fspath(path))
+        store.ls(key.partition("/")[0])
+    except Exception as error:  # the libraries of stores name no closed set
+        raise UserError(
+            f"{of}={path} can't be reached ({one_line(error)}); install the extra gcs (pip install "
+            "--editable '.[gcs]'), log in to the cloud, and name a bucket that exists"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -104,6 +128,19 @@ def write_atomically(path: epath.PathLike, parts: Iterable[bytes | memoryview]) 
         temporary.unlink(missing_ok=True)
     fsync(path.parent)
     return entry
+
+
+def create(path: epath.PathLike, content: bytes) -> None:
+    """Writes a file that must not exist; of several processes that do so at once, one succeeds.
+
+    Raises FileExistsError for the others.
+    """
+    if is_local(path):
+        with naming(path), open(path, "xb") as file:
+            file.write(content)
+    else:
+        store, key = fsspec.url_to_fs(os.fspath(path))
+        store.pipe_file(key, content, mode="create")
 
 
 def fsync(path: epath.PathLike) -> None:
@@ -162,19 +199,97 @@ def damaged_files(
             yield name
 
 
-class JsonLines:
-    """An append-only local file of JSON objects, one a line, that survives a kill.
+def read_parts(path: epath.Path) -> Iterator[bytes]:
+    """Yields the content of a file in parts; those of an object are read several at a time."""
+    size = path.stat().length
+    if is_local(path):
+        with path.open("rb") as file:
+            while part := file.read(PART_BYTES):
+                yield part
+        return
+    store, key = fsspec.url_to_fs(os.fspath(path))
+    yield from prefetch(
+        lambda start: store.cat_file(key, start=start, end=min(start + PART_BYTES, size)),
+        range(0, size, PART_BYTES),
+        cost=lambda _: PART_BYTES,
+        budget=READERS * PART_BYTES,
+    )
+
+
+def fetch(
+    directory: epath.Path,
+    files: Mapping[str, Mapping[str, Any]],
+    to: epath.Path,
+    *,
+    remedy: str,
+) -> None:
+    """Copies files into the directory `to`, flushed to its disk, by their manifest entries.
+
+    Raises a UserError, ending with `remedy`, for one that is missing or differs from its entry.
+    """
+    for name, entry in files.items():
+        path = directory / name
+        found = write_file(to / name, read_parts(path)) if path.exists() else {}
+        if not found or not found.items() <= entry.items():
+            raise UserError(f"{path} is missing or damaged; {remedy}")
+
+
+@contextlib.contextmanager
+def made_locally(path: epath.Path) -> Iterator[epath.Path]:
+    """Yields a local place for a file that the body writes; then it appears at `path`, whole."""
+    with tempfile.TemporaryDirectory() as temporary:
+        local = is_local(path)
+        aside = path.parent / f"{path.name}.tmp" if local else epath.Path(temporary) / path.name
+        yield aside
+        if local:
+            fsync(aside)
+            aside.replace(path)
+        else:
+            write_file(path, read_parts(aside))
+
+
+@contextlib.contextmanager
+def written_locally(directory: epath.Path) -> Iterator[epath.Path]:
+    """Yields the directory, or, if it is in a bucket, a local one whose files are uploaded at the
+    end of the body."""
+    if is_local(directory):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield epath.Path(temporary)
+        for path in sorted(epath.Path(temporary).iterdir()):
+            write_file(directory / path.name, read_parts(path))
+
+
+@contextlib.contextmanager
+def local_copy(directory: epath.Path, names: Iterable[str] | None = None) -> Iterator[epath.Path]:
+    """The directory itself if it is local, else one with copies of its files, within the body.
+
+    `names` chooses the files of the copy; None for all but weights.
+    """
+    if is_local(directory):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = epath.Path(temporary)
+        if names is None:
+            found = list(directory.iterdir()) if directory.exists() else []
+            names = [p.name for p in found if p.suffix != ".safetensors" and not p.is_dir()]
+        for name in names:
+            write_file(copy / name, read_parts(directory / name))
+        yield copy
+
+
+class GrowingFile:
+    """An append-only local file, which other processes may read meanwhile.
 
     Opening removes last lines that a kill has cut or a crash of the machine has left as NUL bytes;
-    `exclusive` locks the file until `close`.
-    `append` flushes each line to the operating system; `sync` brings them to the disk. `size` is
-    in bytes. Raises a UserError for an object store, or if another process has locked the file.
+    `exclusive` locks the file until `close`. `append` hands bytes to the operating system, so that
+    a kill loses none; `sync` brings them to the disk. `size` is in bytes.
     """
 
-    def __init__(self, path: epath.Path, *, exclusive: bool):
-        if not is_local(path):
-            raise UserError(f"{path} can't be appended to; name a local directory")
-        self.path = path
+    def __init__(self, path: epath.Path, *, exclusive: bool = False):
+        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+b")  # noqa: SIM115
         try:
@@ -185,33 +300,24 @@ class JsonLines:
             self._file.close()
             raise
 
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Writes one line; raises a RunError for a number that is not finite."""
-        try:
-            text = encode_json(line)
-        except ValueError as error:
-            raise RunError(f"a number for {self.path} is not finite: {line}") from error
-        content = text.encode() + b"\n"
-        with naming(self.path):
+    def append(self, content: bytes) -> None:
+        with naming(self._path):
             self._file.write(content)
             self._file.flush()
         self.size += len(content)
 
     def sync(self) -> None:
-        with naming(self.path):
+        with naming(self._path):
             os.fsync(self._file.fileno())
 
     def truncate(self, size: int) -> None:
         """Drops everything after the first `size` bytes."""
-        with naming(self.path):
+        with naming(self._path):
             self._file.truncate(size)
         self.size = size
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return read_json_lines(self.path)
-
     def close(self) -> None:
-        with naming(self.path):  # it writes what a full disk has refused
+        with naming(self._path):  # it writes what a full disk has refused
             self._file.close()
 
     def _end_of_last_line(self) -> int:
@@ -227,19 +333,201 @@ class JsonLines:
             return end
 
 
+class Segments:
+    """Append-only bytes in an object store, whose objects can't grow: numbered segments.
+
+    A segment's name is `prefix` and the offset of its first byte, so that a missing one shows. A
+    thread uploads the last segment as a whole, every `UPLOAD_EVERY` seconds if it has grown: a kill
+    loses the appends since then. `sync` uploads it and begins another one, so that nothing that a
+    checkpoint knows of is written again. An upload that failed is repeated; `sync` raises a
+    RunError for it. One process at a time may write.
+
+    Args:
+      directory: of the segments; a file of this name, as of a run moved from a disk, becomes the
+        first one.
+      prefix: of their names, if they share the directory with other files.
+    """
+
+    def __init__(self, directory: epath.Path, prefix: str = ""):
+        self._directory, self._prefix = directory, prefix
+        if not prefix and directory.exists() and not directory.is_dir():
+            self._path(0).write_bytes(directory.read_bytes())
+            directory.unlink()
+        self.size = self._start = _end_of_segments(directory, prefix)
+        self._last, self._uploaded = b"", 0  # the last segment, and its length in the store
+        self._changing, self._uploading = threading.Lock(), threading.Lock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._upload_often, daemon=True, name="segments")
+        self._thread.start()
+
+    def append(self, content: bytes) -> None:
+        with self._changing:
+            self._last += content
+            self.size += len(content)
+            full = len(self._last) >= SEGMENT_BYTES
+        if full:
+            self.sync()
+
+    def sync(self) -> None:
+        try:
+            self._upload(begin_another=True)
+        except Exception as error:  # the libraries of stores name no closed set
+            raise RunError(
+                f"{self._path(self._start)} can't be written ({one_line(error)}); see the "
+                "store and its credentials, then start again: what was saved stays"
+            ) from error
+
+    def truncate(self, size: int) -> None:
+        """Drops everything after the first `size` bytes."""
+        self.sync()
+        with self._uploading, self._changing:
+            while self._start > size:  # from the end: a kill leaves no gap
+                start = _segments(self._directory, self._prefix)[-1]
+                if start >= size:
+                    self._path(start).unlink()
+                else:
+                    content = self._path(start).read_bytes()[: size - start]
+                    self._path(start).write_bytes(content)
+                self.size = self._start = max(start, size)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        self.sync()
+
+    def _path(self, start: int) -> epath.Path:
+        return self._directory / f"{self._prefix}{start:0{OFFSET_DIGITS}d}"
+
+    def _upload_often(self) -> None:
+        while not self._closed.wait(UPLOAD_EVERY):
+            with contextlib.suppress(Exception):  # the next upload, or `sync`, tries again
+                self._upload(begin_another=False)
+
+    def _upload(self, *, begin_another: bool) -> None:
+        with self._uploading:  # in order: an older state must not replace a newer one
+            with self._changing:
+                content = self._last
+            if len(content) > self._uploaded:
+                self._path(self._start).write_bytes(content)
+                self._uploaded = len(content)
+            if begin_another:
+                with self._changing:
+                    self._start += len(content)
+                    self._last, self._uploaded = self._last[len(content) :], 0
+
+
+def _segments(directory: epath.Path, prefix: str = "") -> list[int]:
+    """Offsets of the segments below a directory, ascending."""
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    offsets = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return sorted(int(text) for text in offsets if len(text) == OFFSET_DIGITS and text.isdigit())
+
+
+def _end_of_segments(directory: epath.Path, prefix: str = "") -> int:
+    starts = _segments(directory, prefix)
+    last = directory / f"{prefix}{starts[-1]:0{OFFSET_DIGITS}d}" if starts else None
+    return starts[-1] + last.stat().length if last else 0
+
+
+def open_log(path: epath.Path, *, exclusive: bool = False) -> GrowingFile | Segments:
+    """Opens append-only bytes: a growing file on a disk, segments below `path` in a bucket.
+
+    A directory of segments that was copied from a bucket to a disk goes on as one.
+    """
+    if is_local(path) and not path.is_dir():
+        return GrowingFile(path, exclusive=exclusive)
+    return Segments(path)
+
+
+def read_log(path: epath.Path, *, last: int | None = None) -> Iterator[bytes]:
+    """Yields the content of a log in parts: all, or from a line among the `last` bytes on.
+
+    Raises a UserError if a segment is missing.
+    """
+    if not path.is_dir() and (is_local(path) or path.exists()):
+        with path.open("rb") as file:
+            if last is not None and (start := file.seek(0, os.SEEK_END) - last) > 0:
+                file.seek(start - 1)
+                file.readline()
+            elif last is not None:
+                file.seek(0)
+            while part := file.read(PART_BYTES):
+                yield part
+        return
+    starts = _segments(path)
+    end = _end_of_segments(path)
+    first = bisect.bisect_right(starts, end - last) - 1 if last is not None else 0
+    starts = starts[max(first, 0) :]
+    name = lambda start: path / f"{start:0{OFFSET_DIGITS}d}"
+    contents = prefetch(
+        lambda start: name(start).read_bytes(),
+        starts,
+        cost=lambda _: SEGMENT_BYTES,
+        budget=READERS * SEGMENT_BYTES,
+    )
+    at = starts[0] if last is not None and starts else 0
+    for start, content in zip(starts, contents, strict=True):
+        if start != at:
+            raise UserError(f"{name(at)} is missing, a segment of {path}; restore a whole copy")
+        at += len(content)
+        yield content
+
+
+def log_state(path: epath.Path) -> str:
+    """Changes whenever a log does; "-" for none."""
+    if not path.exists():
+        return "-"
+    if path.is_dir():
+        return str(_end_of_segments(path))
+    stat = path.stat()
+    return f"{stat.length}.{stat.mtime}"
+
+
+class JsonLines:
+    """A log of JSON objects, one a line, that survives a kill; see `GrowingFile` and `Segments`.
+
+    `size` is in bytes. Raises a UserError if another process has locked the file.
+    """
+
+    def __init__(self, path: epath.Path, *, exclusive: bool):
+        self.path, self._log = path, open_log(path, exclusive=exclusive)
+        self.sync, self.truncate, self.close = self._log.sync, self._log.truncate, self._log.close
+
+    @property
+    def size(self) -> int:
+        return self._log.size
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Writes one line; raises a RunError for a number that is not finite."""
+        try:
+            text = encode_json(line)
+        except ValueError as error:
+            raise RunError(f"a number for {self.path} is not finite: {line}") from error
+        self._log.append(text.encode() + b"\n")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return read_json_lines(self.path)
+
+
+def whole_lines(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Yields the lines of parts, but a last one that a kill has cut or that is being written."""
+    rest = b""
+    for part in parts:
+        lines = (rest + part).splitlines(keepends=True)
+        rest = b"" if not lines or lines[-1].endswith(b"\n") else lines.pop()
+        yield from lines
+
+
 def read_json_lines(path: epath.Path) -> Iterator[dict[str, Any]]:
-    """Yields the whole lines of a file; raises a UserError for one that is no JSON object."""
-    with open(path, "rb") as file:
-        for number, text in enumerate(file, 1):
-            if not text.endswith(b"\n"):
-                return  # cut by a kill, or being written now
-            try:
-                line = json.loads(text)
-            except ValueError:
-                line = None
-            if not isinstance(line, dict):
-                raise UserError(f"line {number} of {path} is damaged; restore a whole copy")
-            yield line
+    """Yields the whole lines of a log; raises a UserError for one that is no JSON object."""
+    for number, text in enumerate(whole_lines(read_log(path)), 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict):
+            raise UserError(f"line {number} of {path} is damaged; restore a whole copy")
+        yield line
 
 
 def lock(descriptor: int, path: epath.Path) -> None:

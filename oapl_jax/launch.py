@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 import oapl_jax
 from oapl_jax.config import Config, flatten, load_config, nearest, sections, settings_of
 from oapl_jax.errors import UserError
-from oapl_jax.files import absolute, flag_directory, is_local
+from oapl_jax.files import absolute, check_reachable, flag_directory, is_local
 from oapl_jax.fleet.addresses import server_url
 
 PACKAGES = (
@@ -37,7 +37,7 @@ def read_command_line(*, or_saved: bool = False) -> tuple[Config, epath.Path]:
 
     Raises:
       UserError: for an unknown flag, key, choice or file, a value of the wrong type or outside its
-        range, a malformed address of a server, or a workdir in an object store.
+        range, a malformed address of a server, or a workdir that can't be reached.
     """
     # Tracing makes many objects that stay. With Python's default thresholds the collector walks
     # them again and again: a seventh of the processor time of a short run.
@@ -76,12 +76,9 @@ def read_command_line(*, or_saved: bool = False) -> tuple[Config, epath.Path]:
     check_servers(config)
     if not WORKDIR.value:
         raise UserError("--workdir is missing; add, for example, --workdir=runs/arithmetic")
-    if not is_local(WORKDIR.value):
-        raise UserError(
-            f"--workdir={WORKDIR.value} is in an object store, whose files can't grow as a run's "
-            "ledger and metrics do; name a directory (a bucket can be mounted as one)"
-        )
-    return config, flag_directory("workdir", WORKDIR.value)
+    workdir = flag_directory("workdir", WORKDIR.value)
+    check_reachable(workdir, of="--workdir")
+    return config, workdir
 
 
 def check_servers(config: Config) -> None:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from oapl_jax.config import Config, changed_settings
 from oapl_jax.data.synthetic.tasks import TASKS
 from oapl_jax.errors import RunError, UserError, exit_with_code
-from oapl_jax.files import write_atomically
+from oapl_jax.files import absolute, write_atomically
 from oapl_jax.launch import read_command_line
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.model import hf, sharding
@@ -372,7 +372,7 @@ def _files(config: Config, workdir: epath.Path, run: RunPrograms) -> list[str]:
         f"  in {workdir}:",
         *(f"    {name}" for name, there in written.items() if there),
         f"  {data}: the data sets, unless they are prepared",
-        *([f"  {os.path.abspath(workdir / cache)}: compiled programs"] if cache else []),
+        *([f"  {absolute(workdir / cache)}: compiled programs"] if cache else []),
     ]
 
 

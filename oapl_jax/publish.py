@@ -6,7 +6,6 @@ python -m oapl_jax.publish --from=WORKDIR --step=N --to=DIR [--dtype=bfloat16]
 
 import os
 import sys
-import tempfile
 from typing import Any
 
 import huggingface_hub
@@ -61,11 +60,7 @@ def publish_step(
     elif merged:
         raise UserError(f"--merged: {workdir} trains all weights and no adapters; leave it out")
     config = hf.load_config(model)
-    with tempfile.TemporaryDirectory() as local:  # transformers reads local directories only
-        for path in model.iterdir():
-            if not path.name.endswith(".safetensors"):
-                path.copy(epath.Path(local) / path.name)
-        tokenizer = load_tokenizer(local)
+    tokenizer = load_tokenizer(model)
     check_tokenizer(tokenizer, config, source=os.fspath(model))
     source = workdir / found[0] / str(step)
     if found[0] == "checkpoints":
@@ -74,7 +69,7 @@ def publish_step(
         source,
         config,
         saved,
-        read_lines(workdir / "metrics.jsonl") if is_local(workdir) else [],
+        read_lines(workdir / "metrics.jsonl"),
         version=step,
         directory=directory,
         tokenizer=tokenizer,

@@ -81,7 +81,8 @@ def open_runs(workdirs: Sequence[epath.Path], host: int) -> list[Opened]:
 
 def short_names(workdirs: Sequence[epath.Path]) -> list[str]:
     """The paths without the directories that all of them share."""
-    paths = [os.path.abspath(os.path.expanduser(workdir)) for workdir in workdirs]
+    # gs://bucket/run as /bucket/run, so that runs on disks and in buckets share a root.
+    paths = [f"/{os.fspath(files.absolute(path)).split('://')[-1].strip('/')}" for path in workdirs]
     if len(set(paths)) < len(paths):
         raise UserError("a workdir is named twice; name each run once")
     shared = os.path.commonpath([os.path.dirname(path) for path in paths])
@@ -227,9 +228,7 @@ def stamp_of(workdirs: Sequence[epath.Path], host: int) -> str:
     """Changes when a file that the report reads does."""
     names = [multihost.per_host_path(name, host) for name in ("metrics.jsonl", FILE)]
     names += [f"rollouts/{MANIFEST}", f"rollouts/{NOTES}", "config.json"]
-    paths = [workdir / name for workdir in workdirs for name in names]
-    found = [path.stat() if path.exists() else None for path in paths]
-    return " ".join(f"{stat.length}.{stat.mtime}" if stat else "-" for stat in found)
+    return " ".join(files.log_state(workdir / name) for workdir in workdirs for name in names)
 
 
 def print_ledgers(runs: Sequence[Opened], *, as_json: bool) -> None:

@@ -146,7 +146,7 @@ def train_from(
 
     with contextlib.closing(metrics_file), contextlib.closing(progress):
         if not first:
-            save(run, state, loop)
+            save(run, state, loop, metrics_file)
         stop.waits_for = "the current step"
         spent = StepClock()
         for step in range(first, config.num_steps):
@@ -156,7 +156,7 @@ def train_from(
             try:
                 groups, waited = source.collect(step, stop)
             except FleetLost:
-                save_and_stop(run, state, loop)
+                save_and_stop(run, state, loop, metrics_file)
                 raise
             if not groups:
                 break
@@ -198,13 +198,13 @@ def train_from(
             progress.step(done, metrics_file.write(done, values))
             check_finite(run, done, metrics, "optim")
             if due(config.checkpoint.every):
-                save(run, state, loop)
+                save(run, state, loop, metrics_file)
             run.checkpoints.check()
             spent("checkpoint")  # counts in the next step's line
         source.stop()
         step = int(state.step)
         if step < config.num_steps:
-            save_and_stop(run, state, loop)
+            save_and_stop(run, state, loop, metrics_file)
             return None
         after = run.evaluate(step, state.params, "test") if config.evaluation.every else {}
     return {"before": loop["before"], "after": after, "seconds": loop["seconds"]}, state
@@ -344,8 +344,11 @@ def resume(run: Run, restore_step: int | None) -> tuple[TrainState, Loop]:
     return state, loop
 
 
-def save(run: Run, state: TrainState, loop: Loop) -> None:
-    """Starts to save everything that moves, and pins the versions that the checkpoint needs."""
+def save(run: Run, state: TrainState, loop: Loop, metrics: MetricsWriter) -> None:
+    """Starts to save everything that moves, and pins the versions that the checkpoint needs.
+
+    Metrics, ledger and recorded groups are on the disk or in the bucket before.
+    """
     step, deadline = int(state.step), run.config.rollout.deadline
     held = run.source.held_versions(f"the pins of step {step}")
     kept = [str(s) for s in run.checkpoints.steps()]
@@ -354,15 +357,16 @@ def save(run: Run, state: TrainState, loop: Loop) -> None:
     curriculum = run.source.store.curriculum_arrays()
     with multihost.collective_section(f"the checkpoint of step {step}", deadline=deadline):
         probe = run.versions.probe(state.params)
+        metrics.sync()
         snapshot = run.source.snapshot()
         run.checkpoints.save(step, state, loop, snapshot, probe=probe, curriculum=curriculum)
 
 
-def save_and_stop(run: Run, state: TrainState, loop: Loop) -> None:
+def save_and_stop(run: Run, state: TrainState, loop: Loop, metrics: MetricsWriter) -> None:
     """Stops sampling and saves; returns when the checkpoint is on disk."""
     run.source.stop()
     run.checkpoints.wait()
-    save(run, state, loop)
+    save(run, state, loop, metrics)
     run.checkpoints.wait()
 
 

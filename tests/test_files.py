@@ -1,16 +1,20 @@
-"""Crash-safe files: atomic write, fsync while writing, checksums, manifests, prefetch."""
+"""Crash-safe files: atomic write, fsync while writing, logs, checksums, manifests, prefetch."""
 
+import itertools
 import os
+import random
 import threading
 
 import numpy as np
 import pytest
 import xxhash
+from bucket import emulated
 from disks import no_file_larger_than
 from etils import epath
+from stores import wait_until
 
 from oapl_jax import files
-from oapl_jax.errors import UserError, one_line
+from oapl_jax.errors import RunError, UserError, one_line
 
 
 @pytest.mark.parametrize("write", [files.write_file, files.write_atomically])
@@ -173,3 +177,154 @@ def test_a_code_digest_ignores_comments_docstrings_and_layout(tmp_path):
     plain = digest("def f(x):\n    return x + 1\n")
     assert digest('"""A."""\n\ndef f(x):  # b\n    "C."\n    return (\n  x + 1)\n') == plain
     assert digest("def f(x):\n    return x + 2\n") != plain
+
+
+# Logs: growing files on a disk, segments in a bucket
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with emulated("logs") as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def place(request, bucket, tmp_path, numbers=itertools.count()):  # noqa: B008
+    """The path of a new log, on a disk or in a bucket."""
+    return epath.Path(tmp_path) / "log" if request.param == "disk" else bucket / f"{next(numbers)}"
+
+
+on_disk_and_in_bucket = pytest.mark.parametrize("place", ["disk", "bucket"], indirect=True)
+
+
+def read(path):
+    return b"".join(files.read_log(path))
+
+
+@on_disk_and_in_bucket
+def test_a_log_grows_is_cut_and_goes_on(place, monkeypatch):
+    monkeypatch.setattr(files, "SEGMENT_BYTES", 12)
+    written, rng = b"", random.Random(3)
+    for _ in range(6):  # each by a process of its own
+        log = files.open_log(place)
+        assert log.size == len(written)
+        for _ in range(rng.randint(1, 5)):
+            line = b"x" * rng.randint(0, 9) + b"\n"
+            log.append(line)
+            written += line
+            if rng.random() < 0.5:
+                log.sync()
+                assert read(place) == written
+        if rng.random() < 0.7:
+            kept = rng.choice([0, len(written), written.index(b"\n") + 1, written.rindex(b"\n")])
+            kept = written.rfind(b"\n", 0, kept) + 1
+            log.truncate(kept)
+            written = written[:kept]
+        log.close()
+        assert read(place) == written
+    assert (files.log_state(place) == "-") == (place.exists() is False)
+
+
+@on_disk_and_in_bucket
+def test_the_end_of_a_log_is_read_from_a_line_on(place):
+    log, lines = files.open_log(place), [b"%05d\n" % i for i in range(40)]
+    for line in lines:
+        log.append(line)
+        if line.endswith(b"3\n"):
+            log.sync()
+    log.close()
+    for last in (0, 1, 6, 7, 50, 200, 1000):
+        found = b"".join(files.read_log(place, last=last))
+        assert b"".join(lines).endswith(found)
+        assert found[:6] in {b"", *lines}
+        assert len(found) >= min(last - 5, 240)
+
+
+def test_a_log_of_a_bucket_is_uploaded_meanwhile_and_synced_parts_stay(bucket, monkeypatch):
+    monkeypatch.setattr(files, "UPLOAD_EVERY", 0.02)
+    path = bucket / "meanwhile"
+    log = files.open_log(path)
+    log.append(b"1\n")
+    wait_until(lambda: read(path) == b"1\n")  # without a sync: a kill now loses nothing
+    log.append(b"2\n")
+    wait_until(lambda: read(path) == b"1\n2\n")
+    log.sync()
+    log.append(b"3\n")
+    wait_until(lambda: read(path) == b"1\n2\n3\n")
+    assert [p.read_bytes() for p in sorted(path.iterdir())] == [b"1\n2\n", b"3\n"]
+    log.close()
+
+
+def test_a_store_that_fails_for_a_while_loses_no_line(bucket, monkeypatch):
+    path, write = bucket / "failing", type(bucket).write_bytes
+    log = files.open_log(path)
+    log.append(b"1\n")
+
+    def fail(path, content):
+        raise ConnectionError("away")
+
+    monkeypatch.setattr(type(bucket), "write_bytes", fail)
+    with pytest.raises(RunError, match="failing"):
+        log.sync()
+    monkeypatch.setattr(type(bucket), "write_bytes", write)
+    log.append(b"2\n")
+    log.close()
+    assert read(path) == b"1\n2\n"
+
+
+def test_a_missing_segment_is_an_error(bucket):
+    path = bucket / "gap"
+    log = files.open_log(path)
+    for line in (b"1\n", b"2\n", b"3\n"):
+        log.append(line)
+        log.sync()
+    log.close()
+    sorted(path.iterdir())[1].unlink()
+    with pytest.raises(UserError, match="gap"):
+        read(path)
+
+
+def test_a_log_moves_between_disk_and_bucket(bucket, tmp_path):
+    there, here = bucket / "moved", epath.Path(tmp_path) / "moved"
+    here.write_bytes(b"1\n")
+    there.write_bytes(here.read_bytes())  # as gcloud storage cp does
+    log = files.open_log(there)
+    log.append(b"2\n")
+    log.close()
+    assert read(there) == b"1\n2\n"
+    here.unlink()
+    here.mkdir()
+    for path in there.iterdir():
+        (here / path.name).write_bytes(path.read_bytes())
+    assert read(here) == b"1\n2\n"
+    log = files.open_log(here)
+    log.append(b"3\n")
+    log.close()
+    assert read(here) == b"1\n2\n3\n"
+
+
+def test_one_process_creates_a_file(bucket, tmp_path):
+    for path in (bucket / "mine", epath.Path(tmp_path / "mine")):
+        files.create(path, b"first")
+        with pytest.raises(FileExistsError):
+            files.create(path, b"second")
+        assert path.read_bytes() == b"first"
+
+
+def test_files_of_a_bucket_are_fetched_by_their_checksums(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PART_BYTES", 100)
+    content, there, to = random.Random(0).randbytes(1234), bucket / "fetched", epath.Path(tmp_path)
+    entries = {"a": files.write_file(there / "a", [content])}
+    files.fetch(there, entries, to, remedy="again")
+    assert (to / "a").read_bytes() == content
+    with files.local_copy(there) as copy:
+        assert (copy / "a").read_bytes() == content
+    for damage in ({"a": {**entries["a"], "xxh128": "0"}}, {"b": entries["a"]}):
+        with pytest.raises(UserError, match="again"):
+            files.fetch(there, damage, to, remedy="again")
+
+
+def test_a_bucket_that_is_missing_is_named(bucket):
+    files.check_reachable(bucket / "any", of="--workdir")
+    with pytest.raises(UserError, match="--workdir=gs://nobody/run"):
+        files.check_reachable(epath.Path("gs://nobody/run"), of="--workdir")

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from absl.testing import flagsaver
+from bucket import emulated
 from etils import epath
 from small_runs import opened
 
@@ -53,9 +54,11 @@ def test_a_workdir_is_the_same_from_any_directory(monkeypatch, tmp_path):
     assert os.fspath(read(monkeypatch, tmp_path)) == os.fspath(tmp_path)
 
 
-def test_a_workdir_in_a_bucket_is_refused_and_no_local_name(monkeypatch):
-    with pytest.raises(UserError, match=r"--workdir=gs://fleet/run"):
-        read(monkeypatch, "gs://fleet/run")
+def test_a_workdir_in_a_bucket_is_no_local_name(monkeypatch):
+    with emulated("fleet"):
+        assert os.fspath(read(monkeypatch, "gs://fleet/run")) == "gs://fleet/run"
+        with pytest.raises(UserError, match=r"--workdir=gs://nobody/run"):
+            read(monkeypatch, "gs://nobody/run")
 
 
 @pytest.mark.parametrize(

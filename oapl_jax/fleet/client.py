@@ -12,6 +12,7 @@ import math
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import numpy as np
@@ -271,6 +272,17 @@ class SGLangClient:
         """Unloads an adapter, once its requests in flight have ended."""
         await self._call("/unload_lora_adapter", {"lora_name": name})
 
+    async def fetch(self, path: str, *, port: int, deadline: float) -> str:
+        """Makes the fetcher on the server's machine (fleet/fetch.py) copy a version to its disk.
+
+        Returns the copy's directory.
+        """
+        host = urlsplit(self.url)._replace(scheme="http", path="").geturl()
+        host = host.removesuffix(f":{urlsplit(self.url).port}")
+        parse = lambda content: str(content["path"])
+        body, at = {"path": path}, f"{host}:{port}"
+        return await self._call("/fetch", body, deadline=deadline, parse=parse, url=at)
+
     async def flush_cache(self) -> None:
         """Empties the prefix cache; retried while the server is still busy."""
         until = asyncio.get_running_loop().time() + self._deadline
@@ -293,30 +305,32 @@ class SGLangClient:
         *,
         deadline: float | None = None,
         parse: Callable[[Any], Any] | None = None,
+        url: str = "",
     ) -> Any:
-        """Returns the response's JSON after `parse`, if there is one."""
-        status, content = await self._send(route, body, deadline or self._deadline)
+        """Returns the response's JSON after `parse`, if there is one; `url` is another server's."""
+        url = url or self.url
+        status, content = await self._send(route, body, deadline or self._deadline, url)
         try:
             if status in (401, 403):
                 has = "rejects the key of" if self._api_key else "demands a key; name its file in"
-                raise Unauthorized(f"{self.url}{route} {has} api_key_file (status {status})")
+                raise Unauthorized(f"{url}{route} {has} api_key_file (status {status})")
             if status != 200:
                 kind = Refused if 400 <= status < 500 else ServerError
-                raise kind(f"{self.url}{route} returned status {status}: {short(content)}")
+                raise kind(f"{url}{route} returned status {status}: {short(content)}")
             try:
                 return parse and parse(json.loads(content))
             except MALFORMED as error:
-                message = f"{self.url}{route} returned a malformed response"
+                message = f"{url}{route} returned a malformed response"
                 raise ServerError(f"{message} ({error}): {short(content)}") from error
         except ServerError as error:
             key = self._api_key
             if not key or key not in str(error) or key not in _text(content):
                 raise
-            message = f"{self.url}{route} returned status {status} and a response with the API key"
+            message = f"{url}{route} returned status {status} and a response with the API key"
             raise type(error)(message) from None
 
-    async def _send(self, route: str, body: Any, total: float) -> tuple[int, bytes]:
-        method, url = "GET" if body is None else "POST", self.url + route
+    async def _send(self, route: str, body: Any, total: float, url: str = "") -> tuple[int, bytes]:
+        method, url = "GET" if body is None else "POST", (url or self.url) + route
         timeout = aiohttp.ClientTimeout(total=total, sock_connect=self._connect_deadline)
         request: dict[str, Any] = dict(json=body, timeout=timeout, headers=bearer(self._api_key))
         try:

@@ -56,7 +56,7 @@ class PublishedVersion:
     """A published version and its probe."""
 
     number: int  # the learner's step
-    path: str  # of the directory, for learner and servers alike
+    path: str  # of the directory, for the learner, and for servers without a fetcher
     tokens: list[list[int]]  # rows of the probe
     logp: np.ndarray  # float64[all]: log-probs at temperature 1 of the rows' tokens after the first
     dtype: str  # of the learner's computation
@@ -368,7 +368,10 @@ class Server:
         await self.client.flush_cache()
         try:
             deadline = pool.config.update_deadline
-            await self.client.update(target.path, target.number, deadline=deadline)
+            path, port = target.path, pool.config.fetch_port
+            if port:
+                path = await self.client.fetch(path, port=port, deadline=deadline)
+            await self.client.update(path, target.number, deadline=deadline)
         except Refused as error:
             held = await self.client.version()
             if held != str(target.number):  # else it refused after it had loaded the weights

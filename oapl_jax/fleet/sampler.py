@@ -173,8 +173,10 @@ class Fleet:
     def refresh(self, version: int, path: epath.Path) -> None:
         """See Sampler. Checks the version's files, once, and makes it the servers' target.
 
-        The servers read the same path: it must be on a disk or in a bucket that all can read.
+        The servers read the same path, on a disk that all can read, or a copy that the fetcher
+        beside each makes (`fleet.fetch_port`), as of a version in a bucket.
         """
+        self._config.check_versions(path)
         published = self._read_version(version, os.fspath(absolute(path)))
         self.version = version
         self._call_in_loop(self._pool.set_target, published)

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from oapl_jax.config import LORA_TARGETS
 from oapl_jax.errors import UserError, one_line
-from oapl_jax.files import fsync, prefetch, read_json, write_file
+from oapl_jax.files import fsync, local_copy, prefetch, read_json, write_file
 from oapl_jax.model import lora as adapters
 from oapl_jax.model.config import ModelConfig, read_stop_ids
 from oapl_jax.model.lora import Lora
@@ -180,9 +180,9 @@ def load_params(
 
     Host memory beyond the result: the local parts of one (stacked) parameter, and one tensor.
     They are float32, or for weights that are not trained in `dtype` (see `serving_dtype`).
-    `directory` is on a mounted disk; without a mesh, the parameters go to the default device.
-    Adapters are merged into their base. Frequencies (INV_FREQ) and, with tied embeddings, a copy in
-    `lm_head.weight` are ignored.
+    The files of a bucket are copied to a local disk first; without a mesh, the parameters go to the
+    default device. Adapters are merged into their base. Frequencies (INV_FREQ) and, with tied
+    embeddings, a copy in `lm_head.weight` are ignored.
     Raises a UserError that lists every tensor that is unknown, missing, misplaced, of a wrong
     shape or dtype, or that names the first one that is not finite.
     """
@@ -471,9 +471,10 @@ def _open(
     """Opens the files on `stack` and checks all tensors; returns name -> safetensors slice."""
     files, weight_map = _files(directory)
     slices, places = {}, {}
+    local = stack.enter_context(local_copy(directory, files))  # safetensors reads no bucket
     for file in files:
         try:
-            opened = stack.enter_context(safe_open(directory / file, framework="numpy"))
+            opened = stack.enter_context(safe_open(local / file, framework="numpy"))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{directory / file} can't be read as safetensors: {error}") from error
         for name in opened.keys():  # noqa: SIM118 (it is no mapping)

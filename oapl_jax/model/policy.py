@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,12 +55,12 @@ def open_policy(
     source = epath.Path(path) if path else directory
     if not path and (renew or not (directory / "config.json").exists()):
         directory.mkdir(parents=True, exist_ok=True)
-        tokenizer = make_character_tokenizer(characters, os.fspath(directory))
+        tokenizer = make_character_tokenizer(characters, directory)
         special = {key: getattr(tokenizer, key) for key in ("eos_token_id", "pad_token_id")}
         sizes = {**architecture, "vocab_size": len(tokenizer), **special}
         config = ModelConfig.from_hf(sizes, source="model.architecture").to_hf(dtype="float32")
         write_atomically(directory / "config.json", [json.dumps(config, indent=1).encode()])
-    config, tokenizer = hf.load_config(source), load_tokenizer(os.fspath(source))
+    config, tokenizer = hf.load_config(source), load_tokenizer(source)
     check_tokenizer(tokenizer, config, source=path or "model.architecture")
     now = template_time(tokenizer, directory / "template_time.json")
     return Policy(config, tokenizer, source if path else None, now)

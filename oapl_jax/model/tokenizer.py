@@ -9,14 +9,13 @@ import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import tokenizers
 from etils import epath
 
 from oapl_jax.errors import UserError, one_line
-from oapl_jax.files import read_json, write_atomically
+from oapl_jax.files import local_copy, read_json, write_atomically, written_locally
 from oapl_jax.model.config import ModelConfig
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is absent on purpose
@@ -25,22 +24,23 @@ PAD, EOS = "<pad>", "<eos>"
 CONTENTS_ONLY = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def load_tokenizer(directory: str | Path) -> Any:
-    """Loads a local tokenizer.
+def load_tokenizer(directory: epath.PathLike) -> Any:
+    """Loads a tokenizer from a directory; transformers gets a local copy of one in a bucket.
 
     Raises:
       UserError: for files that are missing or damaged, without an end of sequence, or without a
         chat template that makes a prompt of a user's message.
     """
-    directory = Path(directory)
-    if not (directory / "tokenizer_config.json").is_file():
+    directory = epath.Path(directory)
+    if not (directory / "tokenizer_config.json").exists():
         raise UserError(
             f"no tokenizer in {directory}: tokenizer_config.json is missing; copy its files there"
         )
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        with local_copy(directory) as local:
+            tokenizer = AutoTokenizer.from_pretrained(os.fspath(local), local_files_only=True)
     except Exception as error:  # the libraries name no closed set for damaged files
         fault = f"the tokenizer in {directory} can't be loaded ({one_line(error)})"
         raise UserError(f"{fault}; copy its files there again") from error
@@ -126,7 +126,7 @@ def template_time(tokenizer: Any, path: epath.Path) -> datetime.datetime | None:
         raise UserError(f"{path} holds no time ({recorded!r}); {remedy}") from error
 
 
-def make_character_tokenizer(characters: str, directory: str | Path) -> Any:
+def make_character_tokenizer(characters: str, directory: epath.PathLike) -> Any:
     """Saves a tokenizer with one token per character, and loads it; other characters raise.
 
     Ids: 0 <pad>, 1 <eos>, then the characters in order. The chat template concatenates contents.
@@ -137,13 +137,15 @@ def make_character_tokenizer(characters: str, directory: str | Path) -> Any:
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     model.decoder = tokenizers.decoders.Fuse()  # the default decoder puts spaces between tokens
-    PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=model,
         pad_token=PAD,
         eos_token=EOS,
         clean_up_tokenization_spaces=False,
         chat_template=CONTENTS_ONLY,
-    ).save_pretrained(str(directory))
+    )
+    with written_locally(epath.Path(directory)) as local:
+        tokenizer.save_pretrained(os.fspath(local))
     return load_tokenizer(directory)
 
 

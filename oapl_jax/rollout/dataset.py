@@ -11,15 +11,17 @@ structs.encode_groups). `manifest.json` has:
                       of rollouts] of each record; longest prompt and response, in tokens;
                       wall-clock seconds since the shard before
 
-A shard is written to a temporary file, synced, renamed, and then named in the manifest, which is
-replaced atomically: a kill leaves each shard whole or absent. A file that the manifest does not
-name does not count.
+A shard is written to a temporary file, synced, renamed (in a bucket: uploaded), and then named in
+the manifest, which is replaced atomically: a kill leaves each shard whole or absent. A file that
+the manifest does not name does not count.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -71,7 +73,7 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], keys: Iterab
 
 
 class DatasetWriter:
-    """Appends shards to a dataset on a local disk; one process at a time.
+    """Appends shards to a dataset; one process at a time, which a lock holds on a local disk alone.
 
     Args:
       about: see `identity`; must be that of the shards that the directory holds.
@@ -94,16 +96,16 @@ class DatasetWriter:
         seconds_per_shard: float = float("inf"),
         decode: Callable[[np.ndarray], str] | None = None,
     ):
-        if not files.is_local(directory):
-            raise UserError(f"rollouts can't be written to {directory}; name a local directory")
         self.groups_per_shard, self._seconds_per_shard = groups_per_shard, seconds_per_shard
         self._directory, self._digest = directory, functools.cache(weights_digest)
         self._pending: list[Group] = []
         self._decode = decode
         directory.mkdir(parents=True, exist_ok=True)
-        self._lock = open(directory / "lock", "ab")  # noqa: SIM115
+        self._closing = contextlib.ExitStack()
         try:
-            files.lock(self._lock.fileno(), directory)
+            if files.is_local(directory):
+                lock = self._closing.enter_context(open(directory / "lock", "ab"))  # noqa: SIM115
+                files.lock(lock.fileno(), directory)
             about = json.loads(json.dumps(about))  # as the manifest gives it back: tuples are lists
             self._manifest = {"format": FORMAT, "about": about, "weights": {}, "shards": {}}
             if (directory / MANIFEST).exists():
@@ -153,27 +155,26 @@ class DatasetWriter:
         self._remove_strays()
 
     def close(self) -> None:
-        self._lock.close()
+        self._closing.close()
 
     def _write_shard(self, groups: Sequence[Group]) -> None:
         path = self._directory / f"groups-{len(self._manifest['shards']):05d}.array_record"
-        aside = self._directory / f"{path.name}.tmp"
-        writer = ArrayRecordWriter(os.fspath(aside), "group_size:1")
-        for group in groups:
-            writer.write(encode_groups([group], self._decode))
-        writer.close()
-        files.fsync(aside)
+        with files.made_locally(path) as aside:
+            writer = ArrayRecordWriter(os.fspath(aside), "group_size:1")
+            for group in groups:
+                writer.write(encode_groups([group], self._decode))
+            writer.close()
+            entry = files.file_entry(aside)
         versions, now = sorted({g.policy_version for g in groups}), time.monotonic()
         self._manifest["weights"] |= {str(v): self._digest(v) for v in versions}
         self._manifest["shards"][path.name] = {
-            **files.file_entry(aside),
+            **entry,
             "versions": versions,
             "samples": [[g.prompt.stream_index, len(g.rollouts)] for g in groups],
             "longest_prompt": max(len(g.prompt.tokens) for g in groups),
             "longest_response": max(len(r.tokens) for g in groups for r in g.rollouts),
             "seconds": round(now - self._started, 3),
         }
-        aside.rename(path)
         self._save_manifest()
         self._started = now
 
@@ -190,6 +191,8 @@ class DatasetWriter:
 class Dataset(Sequence[Group]):
     """Reads a dataset: its groups in the order in which they were written, by index.
 
+    The shards of a dataset in a bucket are fetched to a temporary directory first.
+
     Args:
       checksums: False compares the sizes of shards alone, for a look at a few groups; those read
         are still checked by array_record's own hashes.
@@ -200,10 +203,16 @@ class Dataset(Sequence[Group]):
     def __init__(self, directory: epath.Path, *, checksums: bool = True):
         self.directory, self.manifest = directory, read_manifest(directory)
         shards = dict(sorted(self.manifest["shards"].items(), key=lambda item: _index(item[0])))
-        files.check_files(directory, shards, remedy=REMEDY, checksums=checksums)
         if not shards:
             raise UserError(f"{directory} holds no rollouts yet; {REMEDY}")
-        paths = [os.fspath(directory / name) for name in shards]
+        place = directory
+        if files.is_local(directory):
+            files.check_files(directory, shards, remedy=REMEDY, checksums=checksums)
+        else:
+            self._copy = tempfile.TemporaryDirectory()  # removed with this object
+            place = epath.Path(self._copy.name)
+            files.fetch(directory, shards, place, remedy=REMEDY)
+        paths = [os.fspath(place / name) for name in shards]
         self._records = ArrayRecordDataSource(paths, {"max_parallelism": "0"})
 
     def __len__(self) -> int:

@@ -86,6 +86,11 @@ class KeptNotes:
             values |= {"reward": np.asarray(group.reward, np.float64).tolist()}
             self._append(group.prompt, step=step, **values, gap=base64.b64encode(gap).decode())
 
+    def sync(self) -> None:
+        """Brings the notes to the disk or bucket, for a checkpoint."""
+        with self._lock:
+            self._lines.sync()
+
     def close(self) -> None:
         self._lines.close()
 

@@ -1,9 +1,9 @@
 """The ledger: an event for every rollout that was requested, and the report of a run's events.
 
-`WORKDIR/ledger.jsonl` only grows. A group is requested; it is sampled, with its lengths, rewards
-and its failed attempts; it ends: trained, expired, zero_variance or failed. A resumed run appends
-the position in the file that its checkpoint knows, and the report gives the groups that were
-requested since then the state "rewound".
+`WORKDIR/ledger.jsonl` is a log (files.py): it only grows. A group is requested; it is sampled, with
+its lengths, rewards and its failed attempts; it ends: trained, expired, zero_variance or failed. A
+resumed run appends the position in the file that its checkpoint knows, and the report gives the
+groups that were requested since then the state "rewound".
 
 The report replays the events into an in-memory SQLite table with one row a rollout and queries it:
 the balance of rollouts, the bias of dropping groups, the throughput of each server.
@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from oapl_jax.errors import NoReward, UserError
-from oapl_jax.files import JsonLines
+from oapl_jax.files import JsonLines, read_log, whole_lines
 from oapl_jax.rollout.sampler import Sampled
 from oapl_jax.structs import Group, Prompt
 
@@ -63,9 +63,10 @@ FROM rollouts LEFT JOIN busy USING (server) WHERE server IS NOT NULL GROUP BY se
 
 
 class Ledger:
-    """Appends events; each is handed to the operating system at once, so that a kill loses none.
+    """Appends events; on a disk a kill loses none, in a bucket those of the last seconds.
 
-    A last line that a kill has cut is removed. The caller holds a lock.
+    The run that resumes would have rewound these. A last line that a kill has cut is removed. The
+    caller holds a lock.
     """
 
     def __init__(self, path: epath.Path):
@@ -97,7 +98,7 @@ class Ledger:
         self._write("end", group.prompt, end=end, step=step)
 
     def position(self) -> int:
-        """Syncs the file; returns its size, which belongs into a checkpoint."""
+        """Syncs the log; returns its size, which belongs into a checkpoint."""
         self._lines.sync()
         return self._lines.size
 
@@ -168,9 +169,7 @@ class LedgerReport:
         self.requested, self.faults, self._incarnation, at = 0, [], 0, 0
         self._db = sqlite3.connect(":memory:", isolation_level=None)
         self._db.executescript(ROLLOUTS)
-        for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break  # cut by a kill, or being written now
+        for line in whole_lines(read_log(path)):
             try:
                 self._replay(json.loads(line), at)
             except (ValueError, LookupError, TypeError) as error:

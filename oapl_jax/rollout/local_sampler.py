@@ -20,7 +20,7 @@ from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.transformer import Transformer, empty_cache, head, logits
 from oapl_jax.rollout.sampler import Sampled, Sampling
 from oapl_jax.structs import Prompt, Rollout
-from oapl_jax.weights.publisher import check_version
+from oapl_jax.weights.publisher import checked_version
 
 BLOCK = 128  # tokens of the vocabulary that are first sampled as one
 
@@ -53,8 +53,8 @@ class LocalSampler:
         self.version = -1
 
     def refresh(self, version: int, path: epath.Path) -> None:
-        check_version(path)
-        self.set_params(version, hf.load_params(path, self._model.config))
+        with checked_version(path) as directory:
+            self.set_params(version, hf.load_params(directory, self._model.config))
 
     def set_params(self, version: int, params: Any) -> None:
         """Takes parameters from memory: the learner's own, to be evaluated."""

@@ -136,7 +136,9 @@ class GroupSource:
         return {k: v for of in (*sources, *self.more_metrics) for k, v in of().items()}
 
     def snapshot(self) -> bytes:
-        """This host's state for a checkpoint."""
+        """This host's state for a checkpoint; the logs that it refers to are synced."""
+        if self.notes:
+            self.notes.sync()
         state = self.store.snapshot(self.writer.flush if self.writer else lambda: None)
         state["zero_reward_groups"], groups = self.guard.count, state["buffer"].pop("groups")
         return serialization.msgpack_serialize({"state": json.dumps(state), "groups": groups})

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from oapl_jax.errors import one_line
-from oapl_jax.files import read_json_lines
+from oapl_jax.files import read_json_lines, read_log, whole_lines
 from oapl_jax.structs import Group
 from oapl_jax.tracking.progress import log
 from oapl_jax.tracking.trackers import FILE, Tracker
@@ -53,6 +52,15 @@ class MetricsWriter:
                 self._guarded(name, lambda tracker=tracker: tracker.write(step, line))
         return {"step": step, **line}
 
+    def sync(self) -> None:
+        """Brings everything written to the disk or bucket, for a checkpoint.
+
+        Raises a RunError or an OSError for metrics.jsonl alone.
+        """
+        for name, tracker in self._trackers.items():
+            if tracker is not None:
+                tracker.sync() if name == FILE else self._guarded(name, tracker.sync)
+
     def close(self) -> None:
         for name, tracker in self._trackers.items():
             if tracker is not None:
@@ -77,14 +85,9 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def read_last_lines(path: epath.Path, size: int = 1 << 20) -> list[dict[str, Any]]:
-    """The complete lines within the last `size` bytes of a metrics.jsonl; none without a file."""
-    if not path.exists():
-        return []
-    with path.open("rb") as file:
-        start = max(file.seek(0, os.SEEK_END) - size, 0)
-        file.seek(start)
-        lines = file.read().split(b"\n")
-    return [json.loads(line) for line in lines[start > 0 : -1]]
+    """The complete lines within about the last `size` bytes of a metrics.jsonl; none without it."""
+    parts = read_log(path, last=size) if path.exists() else ()
+    return [json.loads(line) for line in whole_lines(parts)]
 
 
 class CompileClock:

@@ -16,6 +16,8 @@ from typing import Any
 import tqdm
 from etils import epath
 
+from oapl_jax.files import open_log
+
 # Metric -> its form in a line.
 SHOWN = {
     "reward": "reward {:.3f}",
@@ -131,11 +133,31 @@ def tell(text: str) -> None:
         os.write(2, f"\n{text}\n".encode())
 
 
+class _LogHandler(logging.Handler):
+    """Appends records to a log of files.py, opened at the first one."""
+
+    def __init__(self, path: epath.Path):
+        super().__init__()
+        self._path, self._log = path, None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._log = self._log or open_log(self._path)
+            self._log.append(self.format(record).encode(errors="replace") + b"\n")
+        except Exception:
+            self.handleError(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):  # the process ends
+            if self._log:
+                self._log.close()
+        super().close()
+
+
 def log_libraries_to(path: epath.PathLike) -> None:
-    """Sends log records and warnings of libraries to a file: Orbax's on a full disk are hundreds of
+    """Sends log records and warnings of libraries to a log: Orbax's on a full disk are hundreds of
     lines. The terminal keeps those of this package."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    handler = logging.FileHandler(path, delay=True)
+    handler = _LogHandler(epath.Path(path))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], force=True)  # some library has added its own
     logging.getLogger("oapl_jax").addHandler(logging.StreamHandler())

@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import platform
+import struct
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -12,7 +15,15 @@ from etils import epath
 from oapl_jax import multihost
 from oapl_jax.config import TrackingConfig
 from oapl_jax.errors import UserError
-from oapl_jax.files import JsonLines, naming, write_atomically
+from oapl_jax.files import (
+    GrowingFile,
+    JsonLines,
+    Segments,
+    is_local,
+    read_log,
+    whole_lines,
+    write_atomically,
+)
 
 WANDB_DEADLINE = 60.0  # seconds to open or to finish a run of Weights & Biases
 FILE = "metrics.jsonl"
@@ -23,6 +34,10 @@ class Tracker(Protocol):
 
     def write(self, step: int, line: Mapping[str, Any]) -> None:
         """Writes finite numbers, and tables (name -> number), of a step."""
+        ...
+
+    def sync(self) -> None:
+        """Brings everything written to its place, before a checkpoint that knows of it."""
         ...
 
     def close(self) -> None: ...
@@ -38,50 +53,61 @@ class JsonLinesTracker:
     def __init__(self, workdir: epath.Path, *, start_step: int):
         path = workdir / multihost.per_host_path(FILE)
         self._lines, kept = JsonLines(path, exclusive=False), 0
-        with path.open("rb") as file:
-            for text, line in zip(file, self._lines, strict=False):
-                if line["step"] > start_step:
-                    break
-                kept += len(text)
+        for text, line in zip(whole_lines(read_log(path)), self._lines, strict=True):
+            if line["step"] > start_step:
+                break
+            kept += len(text)
         self._lines.truncate(kept)
 
     def write(self, step: int, line: Mapping[str, Any]) -> None:
         self._lines.append({"step": step, **line})
+
+    def sync(self) -> None:
+        self._lines.sync()
 
     def close(self) -> None:
         self._lines.close()
 
 
 class TensorBoard:
-    """Event file of TensorBoard, written at once: SummaryWriter's thread dies of a full disk, after
-    which its caller waits forever. A viewer drops the steps from `purge_step` on, which a resumed
-    run computes again."""
+    """Event file of TensorBoard, in a bucket numbered files that TensorBoard reads one after the
+    other. It is written at once: SummaryWriter's thread dies of a full disk, after which its caller
+    waits forever. A viewer drops the steps from `purge_step` on, which a resumed run computes
+    again."""
 
     def __init__(self, directory: epath.Path, *, purge_step: int):
         # Here, since it imports Google's cloud clients.
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
+        from tensorboardX.record_writer import masked_crc32c
         from tensorboardX.summary import scalar
 
-        self._directory, self._event, self._scalar = directory, event_pb2.Event, scalar  # pyright: ignore[reportAttributeAccessIssue]
+        self._event, self._scalar, self._checksum = event_pb2.Event, scalar, masked_crc32c  # pyright: ignore[reportAttributeAccessIssue]
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = EventsWriter(os.fspath(directory / "events"))
+        name = f"events.out.tfevents.{time.time_ns() // 1000}.{platform.node()}"
+        if is_local(directory):
+            self._log: GrowingFile | Segments = GrowingFile(directory / name)
+        else:
+            self._log = Segments(directory, prefix=f"{name}.")
+        self._append(file_version="brain.Event:2")
         start = event_pb2.SessionLog(status="START")  # pyright: ignore[reportAttributeAccessIssue]
         self._append(step=purge_step, session_log=start)
 
     def write(self, step: int, line: Mapping[str, Any]) -> None:
         for key, value in numbers(line).items():
             self._append(step=step, summary=self._scalar(key, value))
-        with naming(self._directory):
-            self._file.flush()
+
+    def sync(self) -> None:
+        self._log.sync()
 
     def close(self) -> None:
-        with naming(self._directory):
-            self._file.close()
+        self._log.close()
 
     def _append(self, **fields: Any) -> None:
-        with naming(self._directory):
-            self._file.write_event(self._event(wall_time=time.time(), **fields))
+        """Writes an event as a record of TFRecord: length, its checksum, event, its checksum."""
+        event = self._event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("<Q", len(event))
+        sums = [struct.pack("<I", self._checksum(part)) for part in (length, event)]
+        self._log.append(length + sums[0] + event + sums[1])
 
 
 class WeightsAndBiases:
@@ -103,7 +129,7 @@ class WeightsAndBiases:
             mode=mode,
             project=project,
             name=workdir.name,
-            dir=os.fspath(workdir),
+            dir=os.fspath(workdir) if is_local(workdir) else tempfile.mkdtemp(prefix="wandb-"),
             config=dict(config),
             settings=wandb.Settings(
                 console="off",
@@ -117,6 +143,9 @@ class WeightsAndBiases:
 
     def write(self, step: int, line: Mapping[str, Any]) -> None:
         self._run.log(numbers(line), step=step)
+
+    def sync(self) -> None:
+        pass  # its own process uploads
 
     def close(self) -> None:
         self._run.finish()

@@ -1,10 +1,10 @@
-"""Lease on a workdir: one training run at a time, on any file system that its machines share.
+"""Lease on a directory: one process at a time, on a file system or bucket that machines share.
 
 The lease is a file that its owner renews. A new run takes over a lease that is not renewed, or
 whose process on this machine has ended. The clocks of two machines may differ, so the lease of
 another machine counts as expired only if it has not changed while this process watched it. The file
-system decides between processes that start at once, by exclusive creation; on a mounted bucket that
-lets both pass, the one whose lease was overwritten ends at its next renewal.
+system or object store decides between processes that start at once, by exclusive creation; on a
+mounted bucket that lets both pass, the one whose lease was overwritten ends at its next renewal.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import Any
 from etils import epath
 
 from oapl_jax.errors import RunError, UserError
-from oapl_jax.files import naming
+from oapl_jax.files import create, is_local, naming
 
 FILE = "lease.json"
 RENEW = 5.0  # seconds between two renewals
@@ -104,11 +104,12 @@ def _acquire(path: epath.Path, mine: Lease, log: Callable[[str], None]) -> None:
     Raises:
       UserError: if the owner lives, or another process has just succeeded it.
     """
-    with contextlib.suppress(FileExistsError), naming(path):
-        with open(path, "x") as file:  # of several processes that start at once, one succeeds
-            file.write(_encode(mine))
+    with contextlib.suppress(FileExistsError):
+        create(path, _encode(mine).encode())
         return
     found, alive = _watch(path, log)
+    if found and found.owner == mine.owner:  # a store's client has repeated its request
+        return
     if not path.exists():  # released meanwhile
         _acquire(path, mine, log)
         return
@@ -134,7 +135,8 @@ def _renew(
         if found and found.owner != mine.owner:
             lost(RunError(f"{path.parent} was taken over by {found}; this process had stalled"))
             return
-        with contextlib.suppress(OSError):  # a full disk ends the run elsewhere, with a message
+        # A full disk or an unreachable store ends the run elsewhere, with a message.
+        with contextlib.suppress(Exception):
             _write(path, dataclasses.replace(mine, renewed=time.time()))
 
 
@@ -175,12 +177,15 @@ def _read(path: epath.Path) -> Lease | None:
     """The lease of a file; None if there is none, or no whole one."""
     try:
         return Lease(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+    except Exception:  # the libraries of stores name no closed set
         return None
 
 
 def _write(path: epath.Path, lease: Lease) -> None:
     """Replaces the file at once; each owner has a temporary file of its own."""
+    if not is_local(path):
+        path.write_text(_encode(lease))
+        return
     temporary = path.parent / f"{path.name}.{lease.owner}.tmp"
     try:
         with naming(path):

@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -20,13 +21,24 @@ import tensorstore as ts
 from etils import epath
 
 from oapl_jax.errors import RunError, UserError, one_line
-from oapl_jax.files import check_files, damaged_files, fsync, is_local, read_json, write_file
+from oapl_jax.files import (
+    check_files,
+    checksum,
+    damaged_files,
+    fetch,
+    fsync,
+    is_local,
+    read_json,
+    read_parts,
+    write_file,
+)
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 
 MANIFEST, COMMITTED, PROBE, CARD = "manifest.json", "COMMITTED", "probe.json", "README.md"
 MANIFEST_FIELDS = ("version", "parent", "config_hash", "dtype", "files")
 PROBE_FIELDS = ("tokens", "logp", "dtype")
+FETCHING = ".fetching"  # ends the name of a copy that is being made or deleted
 MAX_SHARD_BYTES = 5 * 10**9
 REMEDY = "publish it again, or start from another checkpoint step"
 
@@ -119,12 +131,74 @@ def publish(
 
 
 def check_version(path: epath.Path) -> None:
-    """Raises a UserError unless a version is committed and all files have their checksums."""
+    """Raises a UserError unless a version is committed and all files have their checksums.
+
+    Of a version in a bucket the sizes are compared: a reader compares its copy (`fetch_version`).
+    """
     if not path.exists():
         raise UserError(f"version directory {path} is missing; {REMEDY}")
     if not (path / COMMITTED).exists():
         raise UserError(f"version directory {path} is incomplete (no {COMMITTED}); {REMEDY}")
-    check_files(path, read_manifest(path)["files"], remedy=REMEDY)
+    files = read_manifest(path)["files"]
+    check_files(path, files, remedy=REMEDY, checksums=is_local(path))
+
+
+def fetch_version(path: epath.Path, to: epath.Path) -> epath.Path:
+    """Copies a committed version below the local directory `to`; returns the copy's directory.
+
+    Its name has the checksum of the manifest: a killed run may publish a step again, with other
+    weights. Each file is compared with its manifest entry; the copy appears whole, by a rename, and
+    one that is there is not made again. Raises a UserError for a version that is incomplete,
+    damaged, or changes meanwhile.
+    """
+    if not (path / COMMITTED).exists():
+        raise UserError(f"version directory {path} is missing or incomplete; {REMEDY}")
+    manifest, mark = read_manifest(path), checksum(path / MANIFEST)
+    copy = to / f"{path.name}-{mark[:12]}"
+    if not copy.exists():
+        to.mkdir(parents=True, exist_ok=True)
+        aside = to / f"{copy.name}.{uuid.uuid4().hex}{FETCHING}"
+        aside.mkdir()
+        try:
+            fetch(path, manifest["files"], aside, remedy=REMEDY)
+            about = {MANIFEST: {"bytes": (path / MANIFEST).stat().length, "xxh128": mark}}
+            fetch(path, about, aside, remedy=REMEDY)
+            write_file(aside / COMMITTED, [])
+            fsync(aside)
+            with contextlib.suppress(FileExistsError, OSError):  # another process was faster
+                aside.rename(copy)
+            fsync(to)
+        finally:
+            if aside.exists():
+                aside.rmtree()
+    os.utime(copy)  # the last use, for `collect_fetched`
+    return copy
+
+
+@contextlib.contextmanager
+def checked_version(path: epath.Path) -> Iterator[epath.Path]:
+    """Yields the directory of a version whose files have their checksums, or raises a UserError.
+
+    Of a version in a bucket it is a local copy, within the body.
+    """
+    if is_local(path):
+        check_version(path)
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as local:
+        yield fetch_version(path, epath.Path(local))
+
+
+def collect_fetched(to: epath.Path, *, keep: int) -> list[str]:
+    """Deletes all but the `keep` last used copies of `fetch_version`; returns their names."""
+    copies = [path for path in to.glob("v[0-9]*-*") if not path.name.endswith(FETCHING)]
+    copies.sort(key=lambda path: os.stat(path).st_mtime_ns)
+    deleted = copies[: max(len(copies) - keep, 0)]
+    for path in deleted:
+        aside = to / f"{path.name}.{uuid.uuid4().hex}{FETCHING}"
+        path.rename(aside)  # whole or absent after a kill too
+        aside.rmtree()
+    return [path.name for path in deleted]
 
 
 def repair(path: epath.Path, publish_below: Callable[[epath.Path], Any]) -> list[str]:
@@ -142,10 +216,14 @@ def repair(path: epath.Path, publish_below: Callable[[epath.Path], Any]) -> list
             publish_below(aside)
             check_files(aside / path.name, {n: files[n] for n in damaged}, remedy=REMEDY)
             for name in damaged:
-                (aside / path.name / name).replace(path / name)
+                if is_local(path):
+                    (aside / path.name / name).replace(path / name)
+                else:  # an object appears when its upload is complete
+                    write_file(path / name, read_parts(aside / path.name / name))
             fsync(path)
         finally:
-            aside.rmtree()
+            if aside.exists():  # a bucket has no empty directories
+                aside.rmtree()
     return damaged
 
 

@@ -142,11 +142,10 @@ class Versions:
 
     def load(self, version: int) -> Any:
         """Parameters of a published version, on the mesh; adapters share the frozen weights."""
-        publisher.check_version(self.path(version))
-        if self._adapters:
-            adapters = self._adapters.load(self.path(version), self._model, mesh=self._mesh)
-            return self._whole(adapters)
-        return hf.load_params(self.path(version), self._model, mesh=self._mesh)
+        with publisher.checked_version(self.path(version)) as path:
+            if self._adapters:
+                return self._whole(self._adapters.load(path, self._model, mesh=self._mesh))
+            return hf.load_params(path, self._model, mesh=self._mesh)
 
     @functools.cached_property
     def reference(self) -> Any:

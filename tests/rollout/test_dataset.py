@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import xxhash
 from array_record.python.array_record_module import ArrayRecordReader
+from bucket import emulated
 from etils import epath
 from groups import (
     SAMPLING,
@@ -28,7 +29,7 @@ from oapl_jax.rollout import dataset
 from oapl_jax.rollout.dataset import MANIFEST, Dataset, DatasetWriter, RecordedStream
 from oapl_jax.rollout.ledger import FILE, Ledger, LedgerReport
 from oapl_jax.rollout.sampler import Sampling
-from oapl_jax.structs import Group, decode_groups
+from oapl_jax.structs import Group, decode_groups, encode_groups
 
 
 def tokenizer(*tokens):
@@ -163,8 +164,22 @@ def test_a_dataset_has_one_writer_on_a_local_disk(tmp_path):
         write(tmp_path)
     first.close()
     write(tmp_path)
-    with pytest.raises(UserError, match="gs://bucket/set"):
-        write("gs://bucket/set")
+
+
+def test_a_dataset_in_a_bucket_is_that_on_a_disk(tmp_path):
+    groups = [make_group(i) for i in range(6)]
+    write(tmp_path, groups)
+    with emulated("sets") as bucket:
+        there = bucket / "set"
+        write(there, groups)
+        write(there, [])  # another process; no stray is left and none is missing
+        assert encode_groups(list(Dataset(there))) == encode_groups(list(Dataset(tmp_path)))
+        names = [path.name for path in tmp_path.iterdir() if path.name != "lock"]
+        assert sorted(path.name for path in there.iterdir()) == sorted(names)
+        shard = there / "groups-00001.array_record"
+        shard.write_bytes(b"?" + shard.read_bytes()[1:])
+        with pytest.raises(UserError, match="groups-00001"):
+            Dataset(there)
 
 
 def test_a_damaged_shard_is_refused_before_any_group_is_read(tmp_path):

@@ -47,8 +47,6 @@ def test_json_lines_refuse_what_json_can_not_hold(tmp_path):
         lines.path.write_bytes(b"{}\n" + content)
         with pytest.raises(UserError, match="line 2"):
             list(read_json_lines(lines.path))
-    with pytest.raises(UserError):
-        JsonLines(epath.Path("gs://bucket/a.jsonl"), exclusive=False)
 
 
 @pytest.mark.parametrize("longest", [1, 6])

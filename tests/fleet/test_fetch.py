@@ -1,0 +1,145 @@
+"""Fetcher of versions: checksums, collection, and a fleet whose versions are in a bucket."""
+
+import json
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+from bucket import emulated
+from etils import epath
+from fault_server import publish_toy
+from fleets import ToyFleet, wait_until
+from server_processes import find_port
+
+from oapl_jax.errors import UserError
+from oapl_jax.fleet import fetch
+from oapl_jax.weights.publisher import (
+    check_version,
+    collect_fetched,
+    fetch_version,
+    read_manifest,
+    version_path,
+)
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with emulated("versions") as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def versions(bucket, request):
+    return bucket / f"{abs(hash(request.node.name))}"
+
+
+@pytest.fixture
+def start_fetcher(versions, tmp_path, stack):
+    """Starts a fetcher; returns its port."""
+
+    def start(*flags):
+        port = find_port()
+        command = [sys.executable, "-m", "oapl_jax.fleet.fetch", f"--from={versions}"]
+        command += [f"--to={tmp_path}/copies", f"--port={port}", *flags]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        stack.callback(process.kill)
+        assert str(port) in process.stdout.readline()
+        return port
+
+    return start
+
+
+def ask(port, body, **headers):
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/fetch", json.dumps(body).encode(), headers
+    )
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_a_version_is_fetched_once_and_whole(versions, tmp_path):
+    to, path = epath.Path(tmp_path / "copies"), publish_toy(versions, 5)
+    copy = fetch_version(path, to)
+    check_version(copy)
+    assert read_manifest(copy) == read_manifest(path)
+    assert {p.name for p in copy.iterdir()} == {p.name for p in path.iterdir()}
+    (copy / "kept").write_text("it is not made again")
+    assert fetch_version(path, to) == copy
+    assert (copy / "kept").exists()
+    path.rmtree()
+    again = fetch_version(publish_toy(versions, 5, off=1.0), to)  # by a run that was killed
+    assert again != copy
+    check_version(again)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "changed", "uncommitted", "no manifest"])
+def test_a_damaged_version_is_refused_and_leaves_nothing(versions, tmp_path, damage):
+    path, to = publish_toy(versions, 7), epath.Path(tmp_path / "copies")
+    name = {"uncommitted": "COMMITTED", "no manifest": "manifest.json"}.get(damage, "probe.json")
+    content = (path / name).read_bytes()
+    if damage in ("short", "changed"):
+        (path / name).write_bytes(content[:-1] + (b"?" if damage == "changed" else b""))
+    else:
+        (path / name).unlink()
+    with pytest.raises(UserError, match="v000007"):
+        fetch_version(path, to)
+    assert not to.exists() or not list(to.iterdir())
+
+
+def test_the_last_used_copies_stay(versions, tmp_path):
+    to = epath.Path(tmp_path / "copies")
+    copies = [fetch_version(publish_toy(versions, version), to) for version in range(4)]
+    fetch_version(version_path(versions, 0), to)
+    assert collect_fetched(to, keep=2) == [copies[1].name, copies[2].name]
+    assert sorted(to.iterdir()) == [copies[0], copies[3]]
+
+
+def test_the_service_fetches_what_is_below_its_root_alone(versions, start_fetcher, tmp_path):
+    (tmp_path / "key").write_text("word")
+    (tmp_path / "key").chmod(0o600)
+    port, key = start_fetcher("--keep=2", f"--api_key_file={tmp_path}/key"), "Bearer word"
+    for version in range(4):
+        path = publish_toy(versions, version)
+        status, answer = ask(port, {"path": str(path)}, Authorization=key)
+        assert status == 200
+        check_version(epath.Path(answer["path"]))
+    assert len(list((tmp_path / "copies").iterdir())) == 2
+    assert ask(port, {"path": str(path)})[0] == 401
+    for body in ({"path": "/etc"}, {"path": f"{versions}/../v000001"}, {}, []):
+        assert ask(port, body, Authorization=key)[0] == 400
+
+
+def test_one_version_is_fetched_by_a_command(versions, tmp_path, monkeypatch, capsys):
+    publish_toy(versions, 3)
+    flags = [f"--from={versions}", f"--to={tmp_path}", "--version=3"]
+    monkeypatch.setattr(sys, "argv", ["fetch", *flags])
+    fetch.main()
+    check_version(epath.Path(capsys.readouterr().out.strip()))
+
+
+def test_servers_load_fetched_copies(versions, start_fetcher, toy_servers, tmp_path, stack):
+    made = toy_servers(2)
+    servers = tuple(server.url for server in made)
+    fleet = ToyFleet(versions, servers=servers, fetch_port=start_fetcher())
+    stack.callback(fleet.close)
+    for version in (4, 8):
+        fleet.publish(version)
+        wait_until(lambda: all(server.loads[-1:] == [version] for server in made))  # noqa: B023
+        assert fleet.sample(10).versions == {version}
+    damaged = publish_toy(versions, 12)
+    (damaged / "model.safetensors").write_text(json.dumps({"version": 99}))
+    fleet.refresh(12, damaged)
+    wait_until(lambda: all("v000012" in s["reason"] for s in fleet.servers().values()))
+    assert all(server.loads == [4, 8] for server in made)
+
+
+def test_versions_in_a_bucket_need_a_fetcher(versions, toy_servers, stack):
+    fleet = ToyFleet(versions, servers=tuple(server.url for server in toy_servers(1)))
+    stack.callback(fleet.close)
+    with pytest.raises(UserError, match=r"fleet\.fetch_port"):
+        fleet.publish(4)

@@ -1,0 +1,151 @@
+"""Runs whose workdir is a bucket: killed at random, they end in the same bits as on a disk."""
+
+import json
+import random
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from bucket import emulated
+from etils import epath
+from small_runs import opened, small_arithmetic, timeless
+
+from oapl_jax import report
+from oapl_jax.publish import publish_step
+from oapl_jax.rollout.dataset import Dataset
+from oapl_jax.rollout.kept import read_notes
+from oapl_jax.rollout.ledger import LedgerReport
+from oapl_jax.structs import encode_groups
+from oapl_jax.tracking.metrics import read_lines
+from oapl_jax.weights import lease
+from oapl_jax.weights.publisher import check_version, published_versions, version_path
+
+SETTINGS = {
+    "num_steps": 6,
+    "evaluation.every": 0,
+    "warmup.num_steps": 0,
+    "checkpoint.every": 2,
+    "lag.steps": 3,
+    "rollout.keep": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with emulated("runs") as bucket:
+        yield bucket
+
+
+@pytest.fixture(scope="module")
+def on_disk(runs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("on_disk")
+    runs.run(workdir, **SETTINGS)
+    return epath.Path(workdir)
+
+
+@pytest.fixture(scope="module")
+def killed(runs, bucket):
+    """A run in a bucket that was killed twice, and went on."""
+    workdir, rng = bucket / "killed", random.Random(17)
+    for step in (rng.randint(1, 2), rng.randint(3, 4)):
+        process = runs.start(runs.command(workdir, **SETTINGS))
+        for line in process.stdout:
+            if line.startswith(f"train {step}/"):
+                break
+        else:
+            pytest.fail("the run ended before it was killed")
+        time.sleep(rng.random() * 0.3)  # in sampling, the step, an upload, a save, a publication
+        process.kill()
+        process.communicate()
+    runs.run(workdir, **SETTINGS)
+    return workdir
+
+
+def arrays(workdir):
+    """Parameters and optimizer of the newest checkpoint, read by Orbax without any of our code."""
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        restore = ocp.args.StandardRestore()
+        found = manager.restore(
+            manager.latest_step(), args=ocp.args.Composite(params=restore, optimizer=restore)
+        )
+    return jax.tree.map(np.asarray, (found.params, found.optimizer))
+
+
+def test_a_killed_run_ends_in_the_bits_of_one_on_a_disk(on_disk, killed):
+    mine, theirs = (read_lines(workdir / "metrics.jsonl") for workdir in (killed, on_disk))
+    assert list(map(timeless, mine)) == list(map(timeless, theirs))
+    jax.tree.map(np.testing.assert_array_equal, arrays(killed), arrays(on_disk))
+    mine, theirs = (list(Dataset(workdir / "rollouts")) for workdir in (killed, on_disk))
+    assert encode_groups(mine) == encode_groups(theirs)
+    indices = [group.prompt.stream_index for group in mine]
+    notes = [read_notes(workdir / "rollouts", indices) for workdir in (killed, on_disk)]
+    assert notes[0] == notes[1]
+    assert published_versions(killed / "versions") == published_versions(on_disk / "versions")
+
+
+def test_the_ledger_of_a_killed_run_balances(on_disk, killed):
+    mine, theirs = (
+        LedgerReport(workdir / "ledger.jsonl").summary() for workdir in (killed, on_disk)
+    )
+    assert mine["balanced"]
+    for state in ("trained", "expired", "held"):
+        assert mine["balance"][state] == theirs["balance"][state]
+
+
+def test_tensorboard_reads_it(killed):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(killed / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("reward")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_report_is_written_beside_it(killed, on_disk, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report", str(killed), str(on_disk), "--json"])
+    report.main()
+    summaries = json.loads(capsys.readouterr().out)
+    assert [summary["balanced"] for summary in summaries.values()] == [True, True]
+    monkeypatch.setattr(sys, "argv", ["report", str(killed)])
+    report.main()
+    assert "</html>" in (killed / "report.html").read_text()
+
+
+def test_a_step_is_published_to_the_bucket(killed):
+    path = publish_step(killed, 4, killed / "published", dtype="bfloat16")
+    assert path == version_path(killed / "published", 4)
+    check_version(path)
+    assert "reward" in (path / "README.md").read_text()
+
+
+def test_a_workdir_in_a_bucket_is_evaluated_and_recorded(runs, killed):
+    result = json.loads(runs.run(killed, module="evaluate", **SETTINGS).splitlines()[-1])
+    assert result["version"] == 6
+    to = killed / "recorded"
+    runs.run(killed, f"--to={to}", "--prompts=6", module="record", **SETTINGS)
+    assert len(Dataset(to)) == 6
+    assert Dataset(to).versions == [6]
+
+
+def test_it_has_one_owner(killed, monkeypatch):
+    monkeypatch.setattr(lease, "RENEW", 0.1)
+    said = dict(log=lambda text: None, lost=lambda error: None)
+    with lease.hold(killed, **said):
+        time.sleep(0.3)
+        with pytest.raises(Exception, match="in use"):
+            lease.hold(killed, **said).__enter__()
+    with lease.hold(killed, **said):
+        assert (killed / lease.FILE).exists()
+    assert not (killed / lease.FILE).exists()
+
+
+def test_a_damaged_version_of_a_bucket_is_restored(killed):
+    run = opened(small_arithmetic({"num_steps": 6}), killed)
+    version = published_versions(killed / "versions")[-1]
+    weights = version_path(killed / "versions", version) / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    assert run.versions.repair()[version] == ["model.safetensors"]
+    assert weights.read_bytes() == content
