@@ -21,6 +21,7 @@ from typing import Any
 from absl import flags
 from etils import epath
 
+from oapl_jax import multihost
 from oapl_jax.build import Run
 from oapl_jax.data.prompts import all_prompts
 from oapl_jax.data.public import releases
@@ -35,7 +36,7 @@ from oapl_jax.record import version_to_sample
 from oapl_jax.rollout.dataset import Dataset, DatasetWriter, fill, identity, stored
 from oapl_jax.structs import Prompt
 from oapl_jax.tracking.progress import log
-from oapl_jax.weights import publisher
+from oapl_jax.weights import lease, publisher
 
 LEAST_AT_ONCE = 16  # prompts sampled at a time for --show
 GROUPS_PER_SHARD, SECONDS_PER_SHARD = 64, 60.0  # responses that a kill loses at most
@@ -68,15 +69,17 @@ def main() -> None:
             result = run.evaluate(found, params, split.value)
             print(table({str(found): result}), json.dumps(result), sep="\n")
             return
-        directory, results = evaluate_benchmarks(
-            run,
-            benchmarks.value,
-            workdir / "evaluation" if to.value is None else flag_directory("to", to.value),
-            step=step.value,
-            version_dir=version_dir.value,
-            n=config.evaluation.n if n.value is None else n.value,
-            log=log,
-        )
+        place = workdir / "evaluation" if to.value is None else flag_directory("to", to.value)
+        with lease.hold_bucket(place, log=log, lost=multihost.exit_now):
+            directory, results = evaluate_benchmarks(
+                run,
+                benchmarks.value,
+                place,
+                step=step.value,
+                version_dir=version_dir.value,
+                n=config.evaluation.n if n.value is None else n.value,
+                log=log,
+            )
         log((directory / "results.md").read_text())
         for name in results:
             log(f"{name}: {directory / name / 'result.json'}")

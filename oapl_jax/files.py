@@ -229,6 +229,7 @@ def fetch(
     """
     for name, entry in files.items():
         path = directory / name
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
         found = write_file(to / name, read_parts(path)) if path.exists() else {}
         if not found or not found.items() <= entry.items():
             raise UserError(f"{path} is missing or damaged; {remedy}")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from absl import flags
 from etils import epath
 
+from oapl_jax import multihost
 from oapl_jax.build import Run
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.files import absolute, checksum, flag_directory
@@ -22,7 +23,7 @@ from oapl_jax.launch import read_command_line, use_compile_cache
 from oapl_jax.rollout.dataset import DatasetWriter, fill
 from oapl_jax.rollout.ledger import ZeroRewardGuard
 from oapl_jax.tracking.progress import log
-from oapl_jax.weights import publisher
+from oapl_jax.weights import lease, publisher
 from oapl_jax.weights.checkpoint import Weights
 
 
@@ -124,7 +125,10 @@ def main() -> None:
         raise UserError("--step and --version_dir both name a version; give one of them")
     directory = flag_directory("to", to.value)
     use_compile_cache(config.compile_cache, workdir)
-    with contextlib.closing(Run(config, workdir)) as run:
+    with (
+        lease.hold_bucket(directory, log=log, lost=multihost.exit_now),
+        contextlib.closing(Run(config, workdir)) as run,
+    ):
         record_dataset(
             run,
             directory,

@@ -4,8 +4,8 @@
 # command resumes the watch after Ctrl-C. A run needs no other command; keep this one in tmux.
 #
 #   tpu_setup/watch.sh --project=P --zone=us-east5-a --name=learner --topology=v6e:8x8 --spot \
-#     --share=10.1.2.3:/oapl --delete-at-end -- \
-#     tpu_setup/train.sh --config=configs/competition_math.py --workdir=/mnt/oapl/run
+#     --delete-at-end -- \
+#     tpu_setup/train.sh --config=configs/competition_math.py --workdir=gs://BUCKET/run
 #
 # --project=                 project that is billed
 # --zone=                    zone with such chips
@@ -15,7 +15,7 @@
 # --reserved                 ...
 # --network=default          ...
 # --subnetwork=''            ...
-# --share=                   as for install.sh
+# --share=''                 as for install.sh
 # --commit=HEAD              as for install.sh, also of the slices that follow
 # --delete-at-end            delete the slice when the watch ends, except by Ctrl-C
 # --restarts=5               restarts in a row of a failed job, see --calm
@@ -41,7 +41,7 @@ create=("$here/create.sh" "${slice[@]}" --topology="$topology" ${spot:+--spot}
   ${reserved:+--reserved} --network="$network" ${subnetwork:+--subnetwork="$subnetwork"}
   --queue-deadline="$queue_deadline")
 delete=("$here/delete.sh" "${slice[@]}")
-install=("$here/install.sh" "${slice[@]}" --share="$share" --commit="$commit")
+install=("$here/install.sh" "${slice[@]}" ${share:+--share="$share"} --commit="$commit")
 start=("${rest[0]}" "${slice[@]}" "${rest[@]:1}")
 stop=(on_workers all "oapl_jax/tpu_setup/on_worker/job.sh stop")
 

@@ -330,7 +330,8 @@ class Server:
                     await self.client.unload_adapter(self._adapters[version])
                 del self._adapters[version]
             deadline = pool.config.update_deadline
-            await self.client.load_adapter(target.adapter, target.path, deadline=deadline)
+            path = await self._path_of(target)
+            await self.client.load_adapter(target.adapter, path, deadline=deadline)
             self._adapters[target.number] = target.adapter
             await self._probe(target)
         except Refused as error:
@@ -345,6 +346,13 @@ class Server:
         self.counts["refreshed"] += 1
         self.refresh_seconds = time.monotonic() - started
         self._enter(READY)
+
+    async def _path_of(self, version: PublishedVersion) -> str:
+        """The version's directory as the server reads it: a copy, if a fetcher runs beside it."""
+        port, deadline = self.pool.config.fetch_port, self.pool.config.update_deadline
+        if not port:
+            return version.path
+        return await self.client.fetch(version.path, port=port, deadline=deadline)
 
     def _postpone_update(self, refusal: Refused) -> None:
         """Samples from the older version for a while, longer after each refusal."""
@@ -368,9 +376,7 @@ class Server:
         await self.client.flush_cache()
         try:
             deadline = pool.config.update_deadline
-            path, port = target.path, pool.config.fetch_port
-            if port:
-                path = await self.client.fetch(path, port=port, deadline=deadline)
+            path = await self._path_of(target)
             await self.client.update(path, target.number, deadline=deadline)
         except Refused as error:
             held = await self.client.version()

@@ -91,6 +91,13 @@ def hold(
             path.unlink()
 
 
+def hold_bucket(
+    directory: epath.Path, *, log: Callable[[str], None], lost: Callable[[Exception], Any]
+) -> contextlib.AbstractContextManager[None]:
+    """`hold` of a directory in a bucket; files on a disk have locks of their own."""
+    return contextlib.nullcontext() if is_local(directory) else hold(directory, log=log, lost=lost)
+
+
 def _in_use(path: epath.Path, by: Lease | None) -> UserError:
     return UserError(
         f"--workdir={path.parent} is in use by {by or 'another process'}; stop that run, or give "

@@ -4,7 +4,7 @@
 #
 #   tpu_setup/gke/create_workload.sh --project=P --zone=us-east5-a --cluster=learner \
 #     --workload=run-1 --topology=v6e:8x8 --config=configs/competition_math.py \
-#     --workdir=/mnt/oapl/run-1 -- --config.lag.steps=50
+#     --workdir=gs://BUCKET/run-1 -- --config.lag.steps=50
 #
 # --project=           project that is billed
 # --zone=              zone of the cluster
@@ -12,7 +12,7 @@
 # --workload=          name for the run
 # --topology=          topology of the cluster
 # --config=            a file of configs/
-# --workdir=           workdir of the run, on the share: /mnt/oapl/...
+# --workdir=           workdir of the run: gs://BUCKET/... or on the share, /mnt/oapl/...
 # --commit=HEAD        commit of this checkout
 # --max-restarts=100   restarts by Kubernetes; a preemption costs one
 # --libtpu=''          LIBTPU_INIT_ARGS, flags of the TPU compiler as one word
@@ -26,7 +26,8 @@ here=$(dirname "$0")
 . "$here/../slices.sh"
 
 find_slice
-[[ $workdir == /* ]] || refuse "--workdir=$workdir is not absolute; name one in /mnt/oapl"
+[[ $workdir == /* || $workdir == gs://* ]] ||
+  refuse "--workdir=$workdir is not absolute; name one in a bucket (gs://) or in /mnt/oapl"
 find_commit
 source=${TMPDIR:-/tmp}/oapl_jax-$commit
 run git -C "$root" archive --prefix="${source##*/}/" --output="$source.tar" "$commit"

@@ -3,7 +3,7 @@
 # restarts are used up; the run resumes. The same command resumes the watch after Ctrl-C.
 #
 #   tpu_setup/gke/watch.sh --project=P --zone=us-east5-a --cluster=learner --workload=run-1 \
-#     --topology=v6e:8x8 --config=configs/competition_math.py --workdir=/mnt/oapl/run-1
+#     --topology=v6e:8x8 --config=configs/competition_math.py --workdir=gs://BUCKET/run-1
 #
 # --project=                project that is billed
 # --zone=                   zone of the cluster

@@ -4,6 +4,7 @@
 # --model=          a checkpoint or a published version
 # --chips=          chips of this machine, to split the model over
 # --port=           port for requests of the run
+# --versions=''     versions/ of a run in a bucket, to be fetched from there
 # --servers-file=   list of URLs that the server adds itself to
 # --sglang-jax=     branch, tag or commit of sglang-jax
 # -- ...            further flags of sgl_jax.launch_server
@@ -18,6 +19,8 @@ python3 -m uv venv --quiet --allow-existing --python=3.12 ~/sglang-jax
 python3 -m uv pip install --quiet --python="$HOME/sglang-jax" \
   "sglang-jax[tpu] @ git+$source#subdirectory=python"
 
+bring "$model"
+fetch_beside "$versions" $((port + 200))
 enter "$servers_file" "http://$(address):$port"
 # The server has the chips, so the proxy runs on the CPU. The compile cache shortens restarts.
 exec env JAX_PLATFORMS=cpu .venv/bin/python -m oapl_jax.fleet.restart_proxy \

@@ -8,17 +8,31 @@ import pathlib
 import runpy
 import sys
 import time
+from typing import Any
 
 LOOKS, EVERY = 45, 2.0  # polls, seconds; NFS may show a new file to other machines after a minute
 
 
-def written(file: pathlib.Path) -> int | None:
-    return file.stat().st_mtime_ns if file.exists() else None
+def place(path: str) -> Any:
+    """The path of a file, on the share or in a bucket."""
+    if "://" not in path:
+        return pathlib.Path(path)
+    from etils import epath  # here: with a share, no package is needed
+
+    return epath.Path(path)
+
+
+def written(file: Any) -> int | None:
+    """Changes when the file does."""
+    if not file.exists():
+        return None
+    stat = file.stat()
+    return getattr(stat, "st_mtime_ns", None) or stat.mtime
 
 
 if __name__ == "__main__":
     (workdir,) = [word.partition("=")[2] for word in sys.argv if word.startswith("--workdir=")]
-    result = pathlib.Path(workdir) / "result.json"
+    result = place(workdir) / "result.json"
     before = written(result)
     runpy.run_module("oapl_jax.train", run_name="__main__", alter_sys=True)
     for _ in range(LOOKS):

@@ -2,7 +2,7 @@
 # On a worker or in a container: runs the training together with the other workers.
 #
 # --config=    a file of configs/
-# --workdir=   workdir of the run, on the share
+# --workdir=   workdir of the run, in a bucket or on the share
 # --libtpu=''  flags of the TPU compiler
 # -- ...       further flags of oapl_jax.train
 #
@@ -11,9 +11,9 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../flags.sh"
 
-mkdir -p "$workdir"
-[[ $(df --output=target "$workdir" | tail -n 1) != / ]] ||
-  refuse "--workdir=$workdir is on the slice's disk, which is deleted with it; mount a share there"
+[[ $workdir == gs://* ]] || mkdir -p "$workdir"
+[[ $workdir == gs://* || $(df --output=target "$workdir" | tail -n 1) != / ]] ||
+  refuse "--workdir=$workdir is on the slice's disk, which is deleted with it; name a bucket (gs://)"
 
 # Explicit, so that a missing TPU is an error instead of a run on the CPU.
 export JAX_PLATFORMS=tpu,cpu
