@@ -134,7 +134,14 @@ def test_servers_load_fetched_copies(versions, start_fetcher, toy_servers, tmp_p
     damaged = publish_toy(versions, 12)
     (damaged / "model.safetensors").write_text(json.dumps({"version": 99}))
     fleet.refresh(12, damaged)
-    wait_until(lambda: all("v000012" in s["reason"] for s in fleet.servers().values()))
+    refused = set()
+
+    def each_has_refused():
+        states = fleet.servers().items()
+        refused.update(url for url, state in states if "v000012" in state["reason"])
+        return refused == {*servers}
+
+    wait_until(each_has_refused)
     assert all(server.loads == [4, 8] for server in made)
 
 
