@@ -378,7 +378,8 @@ class Adapters:
     def load(self, directory: epath.Path, config: ModelConfig, *, mesh: Mesh) -> Any:
         """Reads the adapters of a published version."""
         below = directory / MERGED_BELOW
-        return load_adapters(below if below.exists() else directory, config, self.lora, mesh=mesh)
+        found = below if (below / ADAPTER_CONFIG).exists() else directory
+        return load_adapters(found, config, self.lora, mesh=mesh)
 
 
 def load_adapters(

@@ -127,3 +127,26 @@ def test_activations_are_sharded_on_a_mesh_only():
         found = jax.jit(sharding.constrain_activations)(placed)
     np.testing.assert_array_equal(found, x)
     assert found.sharding.shard_shape(x.shape) == (2, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "proposed"),
+    [
+        ((1, 64, 1, 1), (1, 8, 1, 1)),
+        ((2, 8, 1, 2), (2, 2, 1, 2)),
+        ((1, 1, 1, 1), (1, 8, 1, 1)),
+        ((3, 1, 1, 1), (1, 8, 1, 1)),
+        ((-1, -1, 1, 1), (1, 8, 1, 1)),
+    ],
+)
+def test_a_refused_mesh_proposes_one_that_fits(sizes, proposed):
+    with pytest.raises(UserError, match=rf"\bmesh\.fsdp={proposed[1]}\b"):
+        sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+    sharding.make_mesh(**dict(zip(sharding.AXES, proposed, strict=True)))
+
+
+def test_a_mesh_that_can_not_divide_a_model_proposes_the_largest_size_that_does():
+    params = hf.parameter_shapes(small_config(hidden_size=36))
+    with pytest.raises(UserError, match=r"\bmesh\.fsdp=4\b"):
+        sharding.parameter_shardings(params, small_mesh(fsdp=8))
+    sharding.parameter_shardings(params, small_mesh(data=2, fsdp=4))
