@@ -107,7 +107,7 @@ benchmark-peers: .venv/run .venv-sglang/done $(PEERS)
 	$(CPU) $(BIN)/python benchmarks/peers/run.py
 
 # Ratios within one run; each file says what of. benchmarks/fleet.py needs `make sglang` too.
-BENCHMARKS := throughput attention lengths packing overlap publishing ledger prompts answers programs
+BENCHMARKS := throughput attention lengths long_tail packing overlap publishing ledger prompts answers programs
 benchmark: .venv/run
 	@for name in $(BENCHMARKS); do echo "$$name"; $(CPU) $(BIN)/python benchmarks/$$name.py || exit 1; done
 

@@ -126,11 +126,14 @@ def measure(name: str, rounds: int) -> dict[str, float | str]:
     )
     sampler = LocalSampler(
         config,
+        mesh,
         dtype="float32",
         stop_ids=(config.vocab_size,),  # no token: every response has its full length
         seed=0,
         max_sequences=GROUPS * GROUP_SIZE,
+        max_prompt_tokens=prompt_length,
         prompt_multiple=8,
+        tokens_per_round=16,
     )
     sampler.set_params(0, jax.tree.map(jnp.copy, state.params))
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=length)

@@ -143,6 +143,7 @@ def get_config(arg: str | None = None) -> common.Config:
         deadline=1800.0,  # seconds either side waits for the other, a fleet's pauses included
         max_sequences=256,
         prompt_multiple=4,
+        **common.embedded(),
         **common.recorded(),
     )
     config.curriculum = common.curriculum()

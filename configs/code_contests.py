@@ -123,6 +123,7 @@ def get_config(arg: str | None = None) -> common.Config:
         deadline=7200.0,
         max_sequences=256,
         prompt_multiple=64,
+        **common.embedded(),
         **common.recorded(),
     )
     config.rollout.update(source="dataset", dataset=rounds + f"/set{number}")

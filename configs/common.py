@@ -75,6 +75,18 @@ def lora() -> dict[str, Any]:
     )
 
 
+def embedded() -> dict[str, Any]:
+    """Devices of the embedded sampler, in the section `rollout`."""
+    return dict(
+        tokens_per_round=16,  # decoded between two exchanges with the host
+        # Chips of each host for the sampler alone, beside the learner's, with overlap=True; 0: it
+        # shares the learner's.
+        devices=0,
+        # More `tensor` for a model that is too large for a chip; it must divide the key heads.
+        mesh=dict(data=-1, fsdp=1, tensor=1),
+    )
+
+
 def tracking() -> Config:
     """Trackers of metrics beside metrics.jsonl."""
     return ConfigDict(

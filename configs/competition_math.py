@@ -107,6 +107,7 @@ def get_config(arg: str | None = None) -> common.Config:
         deadline=7200.0,
         max_sequences=256,
         prompt_multiple=64,
+        **common.embedded(),
         **common.recorded(),
     )
     config.curriculum = common.curriculum()

@@ -29,7 +29,6 @@ from oapl_jax.config import Config
 from oapl_jax.data.prompts import response_text
 from oapl_jax.evaluation import in_order
 from oapl_jax.files import absolute
-from oapl_jax.model.sharding import gathered
 from oapl_jax.rewards.documents.verifier import DocumentVerifier
 from oapl_jax.tracking.progress import StopRequest, log
 from oapl_jax.weights import publisher
@@ -73,7 +72,7 @@ def get_config(name: str, seed: int, **changes: Any) -> Any:
 def rates(opened: build.Run, step: int, params: Any) -> dict[str, float]:
     """Shares of responses to the test split that are right, and that have each fault."""
     sampler = opened.open_local_sampler(seed=opened.config.seed + 1)
-    sampler.set_params(step, gathered(params))
+    sampler.set_params(step, params)
     prompts = opened.prompts("test")
     sampled = in_order(sampler, prompts, n=SAMPLES, sampling=opened.sampling)
     verifier = DocumentVerifier(opened.config.rewards.documents)

@@ -68,21 +68,26 @@ def compare(model: Path) -> None:
 
     from oapl_jax.model import hf
     from oapl_jax.model.policy import open_policy
+    from oapl_jax.model.sharding import make_mesh
     from oapl_jax.rollout.local_sampler import LocalSampler
     from oapl_jax.rollout.sampler import Sampling
     from oapl_jax.structs import Prompt
 
     policy = open_policy(epath.Path(model), path=str(model), architecture={}, characters="")
+    expected = json.loads((model / "answers.json").read_text())
+    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
     sampler = LocalSampler(
         policy.config,
+        mesh,
         dtype="float32",
         stop_ids=policy.stop_ids,
         seed=0,
         max_sequences=len(QUESTIONS),
+        max_prompt_tokens=max(len(answer["prompt"]) for answer in expected),
         prompt_multiple=16,
+        tokens_per_round=16,
     )
-    sampler.set_params(0, hf.load_params(model, policy.config))
-    expected = json.loads((model / "answers.json").read_text())
+    sampler.set_params(0, hf.load_params(model, policy.config, mesh=mesh))
     prompts = []
     for i, answer in enumerate(expected):
         tokens = policy.tokenizer.apply_chat_template(

@@ -33,7 +33,7 @@ from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.learner.packing import check_whole_groups
 from oapl_jax.model import hf, lora
 from oapl_jax.model.policy import Policy, open_policy
-from oapl_jax.model.sharding import gathered, make_mesh
+from oapl_jax.model.sharding import make_mesh, split_devices
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import bind
 from oapl_jax.preferences import (
@@ -82,7 +82,15 @@ class Run:
     """
 
     def __init__(self, config: Config, workdir: epath.Path):
-        self.mesh = make_mesh(**config.mesh)
+        learner, sampler = split_devices(
+            jax.devices(), config.rollout.devices, host=jax.process_index()
+        )
+        self.mesh = make_mesh(**config.mesh, devices=learner)
+        self._sampler_mesh = make_mesh(
+            **config.rollout.mesh, devices=sampler, setting="rollout.mesh"
+        )
+        # Of the sampler's devices, which may be the learner's.
+        self._turns = multihost.Turns() if config.rollout.devices else multihost.turns
         config.check_layout(mesh=self.mesh.shape, hosts=jax.process_count())
         self.config, self.workdir = config.derived(self.mesh.shape), workdir
         self.leased = False
@@ -277,13 +285,16 @@ class Run:
         return Sampling(**{name: self.config.rollout[name] for name in names})
 
     def open_local_sampler(self, *, seed: int) -> LocalSampler:
+        names = ("max_sequences", "prompt_multiple", "tokens_per_round")
         return LocalSampler(
             self.policy.config,
+            self._sampler_mesh,
             dtype=self.config.model.dtype,
             stop_ids=self.policy.stop_ids,
             seed=seed,
-            max_sequences=self.config.rollout.max_sequences,
-            prompt_multiple=self.config.rollout.prompt_multiple,
+            max_prompt_tokens=self.config.data.max_prompt_tokens,
+            **{name: self.config.rollout[name] for name in names},
+            turns=self._turns if self._sampler_mesh.size > 1 else None,
         )
 
     def open_sampler(self, *, seed: int, allow_older: bool) -> Sampler:
@@ -318,9 +329,9 @@ class Run:
         grader = self.grader.apart()
 
         def evaluate_split(step: int, params: Any, split: str) -> dict[str, Any]:
-            with multihost.collective_section(f"the gathering of step {step}", deadline=deadline):
-                sampler.set_params(step, gathered(self.merged(params)))
-            return evaluate(
+            with multihost.collective_section(f"the weights of step {step}", deadline=deadline):
+                sampler.set_params(step, self.merged(params))
+            results = evaluate(
                 sampler,
                 self.prompts(split),
                 grader.reward,
@@ -332,6 +343,8 @@ class Run:
                 seed=self.config.seed,
                 part_means=grader.part_means,
             )
+            sampler.drop_params()
+            return results
 
         return evaluate_split
 

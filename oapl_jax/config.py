@@ -472,6 +472,15 @@ class BufferConfig(Section):
     zero_variance_weight: float = setting("weight of zero_variance='weight'", at_least=0)
 
 
+class SamplerMeshConfig(Section):
+    """Sizes of the embedded sampler's mesh on each host; -1 takes the remaining devices."""
+
+    SECTION = "rollout.mesh"
+    data: int = setting("rows, parameters replicated: the fastest", at_least=-1)
+    fsdp: int = setting("rows, parameters sharded and gathered for each token", at_least=-1)
+    tensor: int = setting("heads of parameters and KV cache, and the feed-forward", at_least=-1)
+
+
 class RolloutConfig(Section):
     """Sampling, recorded datasets, and recording."""
 
@@ -488,8 +497,19 @@ class RolloutConfig(Section):
         "consecutive groups without reward that abort the run; 0: never", at_least=0
     )
     deadline: float = setting("seconds that learner and sampler wait for each other", above=0)
-    max_sequences: int = setting("responses decoded at a time (local)", at_least=1)
-    prompt_multiple: int = setting("prompts are padded to a multiple (local)", at_least=1)
+    max_sequences: int = setting(
+        "slots, responses decoded at a time on each host (local)", at_least=1
+    )
+    prompt_multiple: int = setting(
+        "prompts are padded to it, or two, four, ... times as much (local)", at_least=1
+    )
+    tokens_per_round: int = setting(
+        "tokens decoded between two exchanges with the host (local)", at_least=1
+    )
+    devices: int = setting(
+        "of each host, for the embedded sampler alone; 0: shared with the learner", at_least=0
+    )
+    mesh: SamplerMeshConfig
     source: str = setting(
         "sample groups, read a recorded dataset, or both", choices=("live", "dataset", "both")
     )

@@ -31,7 +31,6 @@ from oapl_jax.evaluation.benchmark import Grades, Samples, grader_identity, meas
 from oapl_jax.evaluation.shown import grade_responses
 from oapl_jax.files import flag_directory, write_atomically
 from oapl_jax.launch import read_command_line, use_compile_cache
-from oapl_jax.model.sharding import gathered
 from oapl_jax.record import version_to_sample
 from oapl_jax.rollout.dataset import Dataset, DatasetWriter, fill, identity, stored
 from oapl_jax.structs import Prompt
@@ -109,7 +108,7 @@ def show_responses(
     """Prints graded responses to the first prompts of a split, or those that are not right."""
     # The random numbers of evaluations.
     sampler = run.open_local_sampler(seed=run.config.seed + 1)
-    sampler.set_params(step, gathered(run.merged(params)))
+    sampler.set_params(step, run.merged(params))
     prompts, grader = run.prompts(split), run.grader
     shown, seen, at_once = 0, Counter[str](), max(count, LEAST_AT_ONCE)
     for graded in grade_responses(sampler, prompts, grader.grade, run.sampling, at_once=at_once):

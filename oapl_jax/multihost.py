@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -228,6 +229,38 @@ class Section:
         self.since = time.monotonic()
 
 
+class Turns:
+    """A reentrant lock that threads get in the order in which they ask for it."""
+
+    def __init__(self):
+        self._changed = threading.Condition()
+        self._threads: deque[int] = deque()  # the first one has the lock
+        self._depth = 0
+
+    @property
+    def waiting(self) -> int:
+        """Threads that wait for it."""
+        return max(len(self._threads) - 1, 0)
+
+    def __enter__(self) -> None:
+        me = threading.get_ident()
+        with self._changed:
+            if not self._threads or self._threads[0] != me:
+                self._threads.append(me)
+                self._changed.wait_for(lambda: self._threads[0] == me)
+            self._depth += 1
+
+    def __exit__(self, *_: Any) -> None:
+        with self._changed:
+            self._depth -= 1
+            if not self._depth:
+                self._threads.popleft()
+                self._changed.notify_all()
+
+
+# Of the learner's devices. Programs with collectives that two threads start on the same devices
+# could deadlock: each may hold some devices and wait for the others.
+turns = Turns()
 _sections: list[Section] = []  # of the main thread, innermost last
 _entered = 0  # sections, so far
 _exiting = threading.Lock()  # never released
@@ -240,14 +273,16 @@ def collective_section(name: str, *, deadline: float) -> Iterator[Section]:
 
     If one host does not take part, the collectives of the others hang forever. A host that stays
     in the section for `deadline` seconds (rollout.deadline) without progress exits and names the
-    hosts that have not entered it.
+    hosts that have not entered it. The section has `turns`, so a sampler that shares the learner's
+    devices waits.
     """
     global _entered
     section = Section(name, deadline)
     _sections.append(section)
     _entered += 1
     try:
-        yield section
+        with turns:
+            yield section
     finally:
         _sections.remove(section)
 

@@ -135,7 +135,7 @@ def programs_of(
         loss=bind(objective.name, objective.constants, group_size=config.group_size),
         optimizer=make_optimizer(**config.optim, num_steps=config.num_steps),
         max_prompt_tokens=config.data.max_prompt_tokens,
-        embedded_samplers=embedded + (config.evaluation.every > 0),
+        samples_here=embedded and not config.rollout.devices,
         not_planned=tuple(part for part, there in not_planned.items() if there),
     )
 
@@ -280,7 +280,9 @@ def dry_run(config: Config, workdir: epath.Path, *, restore_step: int | None) ->
     """
     with tempfile.TemporaryDirectory() as scratch:
         sizes, from_checkpoint = model_sizes(config, None, epath.Path(scratch))
-    mesh = sharding.make_mesh(**config.mesh)
+    devices, host = jax.devices(), jax.process_index()
+    learner, _ = sharding.split_devices(devices, config.rollout.devices, host=host)
+    mesh = sharding.make_mesh(**config.mesh, devices=learner)
     config.check_layout(mesh=mesh.shape, hosts=jax.process_count())
     config = config.derived(mesh.shape)
     changed = changed_settings(workdir, config.to_dict())

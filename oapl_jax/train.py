@@ -138,6 +138,11 @@ def train_from(
     )
     logp_fn = train_step.make_logp_step(run.model, run.mesh, **settings)
     frozen = [run.frozen] if run.frozen else []  # the step donates all of the state
+
+    def logp_after(params: Any, batch: Batch, step: int) -> np.ndarray:
+        with section(f"log-probs after gradient step {step + 1}"):
+            return jax.device_get(logp_fn(run.whole(params), batch))
+
     shardings = train_step.batch_shardings(run.mesh)
     first = int(state.step)
     opened = trackers(config.tracking, run.workdir, start_step=first, config=config.to_dict())
@@ -171,8 +176,7 @@ def train_from(
                 metrics = jax.device_get(metrics)
             learned = time.monotonic() - learning
             spent("learn")
-            logp_now = functools.partial(logp_fn, run.whole(state.params), batch)
-            source.store.trained(groups, logp_now)
+            source.store.trained(groups, functools.partial(logp_after, state.params, batch, step))
             responses = metrics.pop("responses")
             source.note(groups, step, responses)
             spent("curriculum")
@@ -355,10 +359,11 @@ def save(run: Run, state: TrainState, loop: Loop, metrics: MetricsWriter) -> Non
     loop["pins"] = {s: versions for s, versions in loop["pins"].items() if s in kept}
     loop["pins"][str(step)] = sorted(needed_versions(run, step) | held)
     curriculum = run.source.store.curriculum_arrays()
+    # Before the section: a thread that scores prompts waits for it with the store's lock.
+    snapshot = run.source.snapshot()
     with multihost.collective_section(f"the checkpoint of step {step}", deadline=deadline):
         probe = run.versions.probe(state.params)
         metrics.sync()
-        snapshot = run.source.snapshot()
         run.checkpoints.save(step, state, loop, snapshot, probe=probe, curriculum=curriculum)
 
 

@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -227,3 +229,40 @@ def test_a_port_in_use_is_named():
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port}"):
             multihost.initialize(pod=False, coordinator=f"127.0.0.1:{port}", hosts=2, host=0)
+
+
+def test_turns_come_in_the_order_in_which_they_are_asked_for():
+    """With a lock, a thread that takes it again and again could starve the others."""
+    turns, order, threads = multihost.Turns(), [], []
+
+    def take(name):
+        with turns, turns:
+            order.append(name)
+
+    with turns:
+        for waiting, name in enumerate("abc"):
+            threads.append(threading.Thread(target=take, args=name))
+            threads[-1].start()
+            while turns.waiting == waiting:
+                time.sleep(0.001)
+        assert order == []
+    with turns:  # asked for last
+        order.append("d")
+    for thread in threads:
+        thread.join()
+    assert order == ["a", "b", "c", "d"]
+
+
+def test_a_collective_section_has_the_turn_of_the_devices():
+    taken = threading.Event()
+
+    def sample():
+        with multihost.turns:
+            taken.set()
+
+    with multihost.collective_section("gradient step 1", deadline=30.0):
+        thread = threading.Thread(target=sample)
+        thread.start()
+        assert not taken.wait(0.1)
+    thread.join()
+    assert taken.is_set()

@@ -252,9 +252,17 @@ def test_restores_on_another_mesh(runs, copy):
     assert json.loads((copy / "result.json").read_text())["before"] == before["before"]
 
 
-def test_overlap_samples_beside_the_learner(runs, tmp_path):
+@pytest.mark.parametrize(
+    ("devices", "meshes"),
+    [
+        (1, {}),
+        (8, dict(rollout__devices=4)),  # side by side
+        (8, dict(rollout__mesh__tensor=2)),  # in turns, on the same devices
+    ],
+)
+def test_overlap_samples_beside_the_learner(runs, tmp_path, devices, meshes):
     settings = dict(rollout__overlap=True, buffer__capacity=16, num_steps=16)
-    runs.run(tmp_path, **settings, **ONLY_RL)
+    runs.run(tmp_path, devices=devices, **settings, **meshes, **ONLY_RL)
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, 17))
     assert all(0 <= line["lag/mean"] < 4 for line in lines)

@@ -135,15 +135,19 @@ def learn(path: str, steps: int, check: bool) -> None:
 
 def sample(path: str, steps: int, rollouts: str) -> None:
     config = hf.load_config(path)
+    mesh = make_mesh(data=1, fsdp=-1, tensor=1)
     sampler = LocalSampler(
         config,
+        mesh,
         dtype="float32",
         stop_ids=(config.vocab_size,),  # no token: every response has its full length
         seed=0,
         max_sequences=work.SEQUENCES,
+        max_prompt_tokens=work.PROMPT,
         prompt_multiple=8,
+        tokens_per_round=16,
     )
-    sampler.set_params(0, hf.load_params(path, config))
+    sampler.set_params(0, hf.load_params(path, config, mesh=mesh))
     prompts = [
         Prompt(str(i), i, tokens, "", "", "")
         for i, tokens in enumerate(work.make_rollouts().prompts[:: work.GROUP_SIZE])

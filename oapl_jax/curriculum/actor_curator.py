@@ -1,7 +1,7 @@
 """Actor-curator (arXiv 2602.20532): a network learns which prompts improve the policy most."""
 
+import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,15 +11,15 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from oapl_jax import multihost
 from oapl_jax.config import CuratorConfig
-from oapl_jax.curriculum.curator import Curator, make_step, pad_prompts, score, utility
+from oapl_jax.curriculum.curator import Curator, make_score, make_step, pad_prompts, utility
 from oapl_jax.curriculum.stream import PromptScorer
 from oapl_jax.errors import UserError
 from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.learner.train_step import TrainState, init_state
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
-from oapl_jax.model.sharding import gathered
 from oapl_jax.structs import Group, Prompt
 
 
@@ -102,19 +102,12 @@ class ActorCurator(PromptScorer):
             temperature=curator.temperature,
             clip=curator.clip,
         )
-        self._score = jax.jit(functools.partial(score, model=model, rows=curator.rows))
+        self._score = make_score(model, mesh, rows=curator.rows)
+        # The worker's thread scores while the learner computes.
+        self._turns = multihost.turns if mesh.size > 1 else contextlib.nullcontext()
         self._learner_steps, self._steps = 0, 0
         self._rounds: list[Round] = []  # with awaited groups
         self._latest: dict[str, float] = {}  # metrics of the latest training
-        self._gather()
-
-    def _gather(self) -> None:
-        """Copies the parameters to one device, for scoring.
-
-        The worker's thread scores while the learner computes; two programs with collectives,
-        started by two threads, could deadlock.
-        """
-        self._scoring = gathered(self._curator.params)
 
     @property
     def awake(self) -> bool:
@@ -128,7 +121,8 @@ class ActorCurator(PromptScorer):
         if self._learner_steps < self._config.dormant + self._config.warmup:
             return np.zeros(len(prompts))
         tokens, segments = pad_prompts(prompts, width=self._width, rows=self._config.rows)
-        logits = jax.device_get(self._score(self._scoring, tokens, segments))
+        with self._turns:
+            logits = jax.device_get(self._score(self._curator.params, tokens, segments))
         return logits[: len(prompts)] / self._config.temperature
 
     def picked(self, candidates: Sequence[Prompt], log_p: np.ndarray, chosen: np.ndarray) -> None:
@@ -162,11 +156,11 @@ class ActorCurator(PromptScorer):
         log_p = np.pad(round_.log_p.astype(np.float32), missing, constant_values=-np.inf)
         batch = tokens, segments, log_p, np.pad(value, missing), round_.count
         metrics = {}
-        for _ in range(self._config.passes):
-            self._curator, metrics = self._step(self._curator, *batch)
+        with self._turns:
+            for _ in range(self._config.passes):
+                self._curator, metrics = self._step(self._curator, *batch)
+            metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
         self._steps += self._config.passes
-        self._gather()
-        metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
         metrics |= {"utility": float(np.sum(value)) / round_.count, "steps": self._steps}
         self._latest = {f"curriculum/{name}": x for name, x in metrics.items()}
 
@@ -195,4 +189,3 @@ class ActorCurator(PromptScorer):
         self._rounds = [Round.restored(round_, at) for round_ in state["rounds"]]
         self._latest = dict(state["latest"])
         self._curator = TrainState(**read(self.arrays()))
-        self._gather()

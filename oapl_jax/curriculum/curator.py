@@ -152,6 +152,16 @@ def score(
     return jax.lax.map(one, portions).reshape(-1)
 
 
+def make_score(model: Curator, mesh: Mesh, *, rows: int) -> Callable[..., jax.Array]:
+    """Compiled `score` of parameters on the learner's mesh."""
+
+    def on_mesh(params, tokens, segments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return score(params, tokens, segments, model=model, rows=rows)
+
+    return jax.jit(on_mesh, out_shardings=NamedSharding(mesh, P()))
+
+
 def pad_prompts(
     prompts: Sequence[Prompt], *, width: int, rows: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -7,11 +7,12 @@ along `data` and `context`.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -39,25 +40,70 @@ PARAMETER_RULES = (
 )
 
 
-def make_mesh(
-    *, data: int, fsdp: int, context: int, tensor: int, devices: Sequence[Any] | None = None
-) -> Mesh:
-    """Makes a mesh over `devices` (default: all); one size may be -1 and takes the rest."""
-    given = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
-    sizes = [given[axis] for axis in AXES]
-    count = jax.device_count() if devices is None else len(devices)
+def mesh_sizes(given: Mapping[str, int], count: int, *, setting: str) -> dict[str, int]:
+    """Sizes of AXES that make `count` devices; see `make_mesh`."""
+    sizes = [given.get(axis, 1) for axis in AXES]
     if sizes.count(-1) == 1:
         rest = -math.prod(sizes)
         sizes[sizes.index(-1)] = max(count // rest, 1) if rest > 0 else 0
     if min(sizes) < 1 or math.prod(sizes) != count:
-        product = " x ".join(f"mesh.{axis}={given[axis]}" for axis in AXES)
-        others = math.prod(size for axis, size in given.items() if axis != "fsdp")
+        product = " x ".join(f"{setting}.{axis}={size}" for axis, size in given.items())
+        rest = "data" if setting == "rollout.mesh" else "fsdp"
+        others = math.prod(size for axis, size in given.items() if axis != rest)
         fits = others > 0 and count % others == 0
         remedy = (
-            f"mesh.fsdp={count // others}" if fits else f"mesh.fsdp={count} and the others to 1"
+            f"{setting}.{rest}={count // others}"
+            if fits
+            else f"{setting}.{rest}={count} and the others to 1"
         )
         raise UserError(f"{product} does not make {count} devices; set {remedy}")
-    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    return dict(zip(AXES, sizes, strict=True))
+
+
+def make_mesh(
+    *,
+    data: int,
+    fsdp: int,
+    context: int | None = None,
+    tensor: int,
+    devices: Sequence[Any] | None = None,
+    setting: str = "mesh",
+) -> Mesh:
+    """Makes a mesh over `devices` (default: all); one size may be -1 and takes the rest.
+
+    `setting` is the section that has the sizes, for errors.
+    """
+    count = jax.device_count() if devices is None else len(devices)
+    given = dict(data=data, fsdp=fsdp, tensor=tensor)
+    given |= {} if context is None else dict(context=context)
+    sizes = tuple(mesh_sizes(given, count, setting=setting).values())
+    types = (AxisType.Auto,) * len(AXES)
+    if devices is not None and set(devices) < set(jax.devices()):
+        # jax.make_mesh refuses parts of a TPU that are no rectangle: in the devices' own order.
+        return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=types)
+    return jax.make_mesh(sizes, AXES, types, devices=devices)
+
+
+def split_devices(
+    devices: Sequence[Any], sampler: int, *, host: int
+) -> tuple[list[Any], list[Any]]:
+    """Devices of the learner, on all hosts, and of one host's sampler.
+
+    Args:
+      devices: of all hosts.
+      sampler: devices of each host, its last ones, that its sampler has for itself; 0: the two
+        share all of them.
+    """
+    of_hosts: dict[int, list[Any]] = {}
+    for device in devices:
+        of_hosts.setdefault(device.process_index, []).append(device)
+    if sampler >= min(map(len, of_hosts.values())):
+        raise UserError(
+            f"rollout.devices={sampler} leaves the learner none of a host's {len(of_hosts[host])} "
+            "devices; lower it, or set 0 to share them"
+        )
+    learner = [d for of_host in of_hosts.values() for d in of_host[: len(of_host) - sampler]]
+    return learner, of_hosts[host][-sampler:]  # [-0:] has all
 
 
 def parameter_spec(path: str) -> P:
@@ -68,8 +114,11 @@ def parameter_spec(path: str) -> P:
     raise KeyError(f"no sharding rule matches parameter {path!r}; add one to PARAMETER_RULES")
 
 
-def parameter_shardings(params: Any, mesh: Mesh) -> Any:
-    """NamedShardings for a tree of parameters (or shapes); a UserError if an axis can't divide."""
+def parameter_shardings(params: Any, mesh: Mesh, *, setting: str = "mesh") -> Any:
+    """NamedShardings for a tree of parameters (or shapes); a UserError if an axis can't divide.
+
+    `setting` is the section that has the mesh's sizes, for errors.
+    """
 
     def place(path, leaf):
         name = "/".join(entry.key for entry in path)
@@ -78,8 +127,9 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
             if axis is not None and size % mesh.shape[axis]:
                 fits = math.gcd(size, mesh.shape[axis])
                 raise UserError(
-                    f"mesh.{axis}={mesh.shape[axis]} does not divide an axis of {name} with shape "
-                    f"{tuple(leaf.shape)}; set mesh.{axis}={fits}, and mesh.data to the rest"
+                    f"{setting}.{axis}={mesh.shape[axis]} does not divide an axis of {name} with "
+                    f"shape {tuple(leaf.shape)}; set {setting}.{axis}={fits}, and {setting}.data "
+                    "to the rest"
                 )
         return NamedSharding(mesh, spec)
 
@@ -91,27 +141,31 @@ def serving_dtype(path: str, dtype: Any) -> Any:
     return jnp.dtype(jnp.float32 if path.endswith("scale") else dtype)
 
 
-def gathered(params: Any) -> Any:
-    """All-gathers parameters of any mesh to one device of this host; all hosts must call it."""
-    here = jax.local_devices()[0]
-    if jax.process_count() == 1:
-        return jax.device_put(params, here)
+def to_local_mesh(params: Any, mesh: Mesh, dtype: Any) -> Any:
+    """Copies parameters of any mesh to one of this host's devices, for a sampler in `dtype`.
 
-    def one(leaf: Any) -> jax.Array:
-        replicated = NamedSharding(leaf.sharding.mesh, P())
-        return jax.device_put(jax.device_put(leaf, replicated).addressable_data(0), here)
+    All hosts must call it; on several hosts each parameter in turn is replicated first. A parameter
+    that is already as it should be is not copied.
+    """
 
-    return jax.tree.map(one, params)
+    def one(path: Any, leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+        leaf = jnp.asarray(leaf).astype(serving_dtype(path[-1].key, dtype))
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, sharding)
+        replicated = jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, P()))  # pyright: ignore
+        return jax.device_put(replicated.addressable_data(0), sharding).block_until_ready()
+
+    return jax.tree_util.tree_map_with_path(one, params, parameter_shardings(params, mesh))
 
 
 def constrain_embedded(x: jax.Array) -> jax.Array:
     """Keeps looked-up [B, T, D] embeddings sharded as their table: else they'd be replicated."""
-    return _constrain(x, P("data", "context", "fsdp"))
+    return constrain(x, P("data", "context", "fsdp"))
 
 
 def constrain_activations(x: jax.Array) -> jax.Array:
     """Keeps [B, T, D] activations sharded by row and position: weights move, tokens never."""
-    return _constrain(x, P(*ROWS, "context", None))
+    return constrain(x, P(*ROWS, "context", None))
 
 
 def platform() -> str:
@@ -120,7 +174,8 @@ def platform() -> str:
     return "cpu" if mesh.empty else mesh.abstract_device.platform
 
 
-def _constrain(x: jax.Array, spec: P) -> jax.Array:
-    if jax.sharding.get_abstract_mesh().empty:  # a sampler on one device
+def constrain(x: jax.Array, spec: P) -> jax.Array:
+    """Shards `x` over the mesh's axes; outside a mesh it stays as it is."""
+    if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec)

@@ -47,7 +47,7 @@ REMAT_POLICIES = {
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of earlier tokens; all rows of a batch are filled up to the same slot."""
+    """Keys and values of earlier tokens; all rows of a batch are filled at the same slot."""
 
     # Heads before slots saves a CPU a transpose of the cache for every token.
     key: jax.Array  # [layers, B, kv_heads, S, head_dim]
@@ -148,7 +148,7 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
     """One layer, scanned over all layers; the cache is in the carry, so it is updated in place.
 
-    `visibility` is the segments of packed rows, or the mask of a cache's slots.
+    `visibility` is the segments of rows that are whole, or the mask of a cache's slots.
     """
 
     config: ModelConfig
@@ -178,15 +178,16 @@ class Block(nn.Module):
             query = RMSNorm(c.rms_norm_eps, name="q_norm")(query)
             key = RMSNorm(c.rms_norm_eps, name="k_norm")(key)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if cache is None:
-            mixed = attention(query, key, value, visibility)
-        else:
-            by_head = lambda x: x.swapaxes(-3, -2)
+        by_head = lambda x: x.swapaxes(-3, -2)
+        if cache is not None:
             at = (layer, 0, 0, cache.slot, 0)
             cache = cache.replace(
                 key=jax.lax.dynamic_update_slice(cache.key, by_head(key[None]), at),
                 value=jax.lax.dynamic_update_slice(cache.value, by_head(value[None]), at),
             )
+        if visibility.ndim == 2:
+            mixed = attention(query, key, value, visibility)
+        else:
             key = jax.lax.dynamic_index_in_dim(cache.key, layer, keepdims=False)
             value = jax.lax.dynamic_index_in_dim(cache.value, layer, keepdims=False)
             mixed = masked_attention(query, by_head(key), by_head(value), visibility)
@@ -217,7 +218,8 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
     ):
         """Maps token ids to [B, T, D] hidden states after the last norm; with a cache of earlier
-        tokens, fills T more slots and returns (states, cache).
+        tokens, fills T more slots and returns (states, cache). T tokens that fill a whole cache
+        attend to each other as without one.
 
         Positions count from 0 in each segment; tokens see only their own segment, 0 is padding.
         """
@@ -237,7 +239,10 @@ class Transformer(nn.Module):
             filled = jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.slot))
             cache = dataclasses.replace(cache, segments=filled)
             key_slots = jnp.arange(cache.segments.shape[1], dtype=jnp.int32)
-            visibility = visible(segments, cache.segments, cache.slot + slots, key_slots)
+            if len(slots) == 1:  # the newest token of its row: slots may be filled in any order
+                visibility = segments[:, :, None] == cache.segments[:, None]
+            elif len(slots) < len(key_slots):
+                visibility = visible(segments, cache.segments, cache.slot + slots, key_slots)
         cos, sin = angles(positions, dict(c.rope), c.head_dim)
 
         block = Block

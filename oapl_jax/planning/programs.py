@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from oapl_jax import config as sections
 from oapl_jax.errors import RunError
 from oapl_jax.learner import packing, train_step
-from oapl_jax.model import lora
+from oapl_jax.model import lora, sharding
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import Objective
@@ -76,7 +76,7 @@ class RunPrograms:
     lag: sections.LagConfig
     learner: sections.LearnerConfig
     publish_dtype: str
-    embedded_samplers: int  # each holds all parameters on a host's first chip
+    samples_here: bool  # the embedded sampler holds a version on the learner's chips
     not_planned: tuple[str, ...]  # parts of the run that need HBM beside the planned programs
 
     @property
@@ -134,10 +134,24 @@ class RunPrograms:
             kinds["frozen parameters"] = per_chip(self.frozen)
         if objective.denominator == "reference" or objective.kl_weight > 0:
             kinds["reference parameters"] = kinds["parameters"]
-        if copies := self.embedded_samplers:
-            kept = self.frozen or params  # adapters are merged
-            whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
-            kinds["embedded samplers"] = copies * whole
+        if self.samples_here:
+            kinds |= self._sampler()
+        return kinds
+
+    def _sampler(self) -> dict[str, int]:
+        """Bytes on a chip of the embedded sampler: its version, and with overlap its KV cache."""
+        config, itemsize = self.model.config, np.dtype(self.model.dtype).itemsize
+        host = self.mesh.devices.flat[0].process_index
+        chips = sum(device.process_index == host for device in self.mesh.devices.flat)
+        mesh = sharding.mesh_sizes(dict(**self.rollout.mesh), chips, setting="rollout.mesh")
+        kept = self.frozen or self.state.params  # adapters are merged
+        count = sum(x.size for x in jax.tree.leaves(kept))
+        parts = mesh["fsdp"] * mesh["tensor"]
+        kinds = {"embedded sampler": count * itemsize // parts}
+        if self.rollout.overlap:
+            places = self.max_prompt_tokens + self.rollout.max_response_tokens
+            place = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+            kinds["KV cache"] = self.rollout.max_sequences * places * place // chips
         return kinds
 
     def _beside(self, arguments: Mapping[str, Any]) -> dict[str, int]:

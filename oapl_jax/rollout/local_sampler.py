@@ -1,261 +1,360 @@
-"""The embedded sampler: batched decoding with a KV cache in one compiled program.
+"""The embedded sampler: continuous batching over this host's devices.
 
-It has its own parameters, read from published versions, so its lag is as real as a fleet's.
+It has its own parameters, read from published versions, so its lag is as real as a fleet's. A fixed
+number of slots is decoded together; a finished response frees its slot for the next one.
 """
 
-import functools
+import contextlib
+import dataclasses
 import itertools
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
 
+from oapl_jax.errors import UserError
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
-from oapl_jax.model.transformer import Transformer, empty_cache, head, logits
+from oapl_jax.model.sharding import parameter_shardings, to_local_mesh
+from oapl_jax.model.transformer import Transformer
+from oapl_jax.rollout.decoding import Prefilled, Slots, decode, empty_slots, place, prefill
 from oapl_jax.rollout.sampler import Sampled, Sampling
 from oapl_jax.structs import Prompt, Rollout
 from oapl_jax.weights.publisher import checked_version
 
-BLOCK = 128  # tokens of the vocabulary that are first sampled as one
+GRACE = 0.02  # seconds: prompts that come as fast as this are begun together
+PREFILL = 8192  # tokens of padded prompts that are computed at a time, at most
+EARLY = 8  # a round of decoding ends early when one in so many slots can take another response
+
+
+@dataclasses.dataclass(eq=False)
+class _Group:
+    """The responses to one prompt, sampled from one version."""
+
+    prompt: Prompt
+    version: int
+    params: Any
+    started: float
+    tokens: list[list[np.ndarray]]  # of each response, by rounds of decoding
+    logp: list[list[np.ndarray]]
+    reasons: list[str]  # finish reason of each response; "" before its end
+
+    def sampled(self) -> Sampled:
+        rollouts = tuple(
+            Rollout(np.concatenate(tokens), np.concatenate(logp), self.version, reason)
+            for tokens, logp, reason in zip(self.tokens, self.logp, self.reasons, strict=True)
+        )
+        return Sampled(self.prompt, rollouts, "local", time.monotonic() - self.started)
 
 
 class LocalSampler:
-    """A Sampler on this process's first device.
+    """A Sampler on devices of this host. It yields groups in the order of their prompts, so that
+    they depend neither on the number of slots nor on time.
 
     Args:
       config: sizes of the model; published versions must have the same.
+      mesh: this host's devices; rows are split over `data` and `fsdp`, heads over `tensor`.
+      dtype: of the parameters, of the KV cache and of the computation.
       seed: with a prompt's stream index and the sample's index it names the random numbers of a
-        rollout, which depend neither on its batch nor on earlier samples.
-      max_sequences: rollouts decoded at a time.
-      prompt_multiple: prompts are padded to a multiple, so that few shapes are compiled.
+        rollout, which depend neither on its neighbours nor on earlier samples.
+      max_sequences: slots, rounded up to a multiple of the devices.
+      max_prompt_tokens: of a prompt; the KV cache has room for it beside the longest response.
+      prompt_multiple: prompts are padded to this or two, four, ... times as much, so that few
+        shapes are compiled.
+      tokens_per_round: tokens decoded between two exchanges with the host.
+      turns: held while programs run, if other threads run programs with collectives on these
+        devices: two of them could deadlock.
+
+    Raises a UserError if the mesh can't divide the model.
     """
 
     def __init__(
         self,
         config: ModelConfig,
+        mesh: Mesh,
         *,
         dtype: str,
         stop_ids: Sequence[int],
         seed: int,
         max_sequences: int,
+        max_prompt_tokens: int,
         prompt_multiple: int,
+        tokens_per_round: int,
+        turns: AbstractContextManager[Any] | None = None,
     ):
+        check_divides(config, mesh)
         self._model = Transformer(config, jnp.dtype(dtype), remat="none")
-        self._stop_ids, self._key = tuple(sorted(stop_ids)), jax.random.key(seed)
-        self._max_sequences, self._prompt_multiple = max_sequences, prompt_multiple
-        self._params: Any = None
-        self.version = -1
+        self._mesh, self._turns = mesh, turns or contextlib.nullcontext()
+        self._stop_ids, self._seed = tuple(sorted(stop_ids)), jax.random.key(seed)
+        self._max_sequences, self._tokens_per_round = max_sequences, tokens_per_round
+        self._widths = [prompt_multiple]  # of prompts, as compiled
+        while self._widths[-1] < max_prompt_tokens:
+            self._widths.append(2 * self._widths[-1])
+        self._widths[-1] = max_prompt_tokens + -max_prompt_tokens % prompt_multiple
+        self._policy: tuple[int, Any] = (-1, None)  # replaced as one, for another thread
+        self._groups: deque[_Group] = deque()  # in order, until they are yielded
+        self._closed = False
+
+    @property
+    def version(self) -> int:
+        return self._policy[0]
 
     def refresh(self, version: int, path: epath.Path) -> None:
+        settings: Any = dict(mesh=self._mesh, dtype=self._model.dtype.name)
         with checked_version(path) as directory:
-            self.set_params(version, hf.load_params(directory, self._model.config))
+            self._policy = version, hf.load_params(directory, self._model.config, **settings)
 
     def set_params(self, version: int, params: Any) -> None:
-        """Takes parameters from memory: the learner's own, to be evaluated."""
-        self._params = jax.device_put(params, jax.local_devices()[0])
-        self.version = version
+        """Takes parameters from memory, on any mesh: the learner's own, to be evaluated.
+
+        They are not copied if they are as the sampler needs them. All hosts of a run must call it.
+        """
+        self._policy = version, to_local_mesh(params, self._mesh, self._model.dtype)
+
+    def drop_params(self) -> None:
+        """Frees the parameters; it samples again after `set_params` or `refresh`."""
+        self._policy = -1, None
+        self._groups.clear()
 
     def versions(self) -> set[int]:
-        return {self.version}
+        return {self.version, *(group.version for group in list(self._groups))}
 
     def metrics(self) -> dict[str, float]:
         return {}
 
     def close(self) -> None:
-        """Does nothing: each batch of prompts is decoded synchronously, so none is in flight."""
+        """Ends `generate` before its next round."""
+        self._closed = True
 
     def generate(
         self, prompts: Iterable[Prompt], *, n: int, sampling: Sampling
     ) -> Iterator[Sampled]:
-        """See Sampler. Prompts are taken in portions of max_sequences // n, the last one filled up;
-        fewer prompts than that make one portion, filled up to a power of two.
-        """
-        prompts, portion = iter(prompts), max(self._max_sequences // n, 1)
-        taken = list(itertools.islice(prompts, portion))
-        portion = min(portion, 1 << max(len(taken) - 1, 0).bit_length())
-        while taken:
-            started = time.monotonic()
-            groups = self._generate(taken, portion, n, sampling)
-            seconds = time.monotonic() - started
-            for prompt, rollouts in zip(taken, groups, strict=True):
-                yield Sampled(prompt, tuple(rollouts), "local", seconds)
-            taken = list(itertools.islice(prompts, portion))
+        """See Sampler. A sequence of few or short prompts gets no larger cache than it needs."""
+        feed = _Feed(prompts, lambda: self._policy)
+        slots, width = self._max_sequences, self._widths[-1]
+        if isinstance(prompts, Sized):
+            slots = min(slots, 1 << max(len(prompts) * n - 1, 0).bit_length())
+            width = self._width(max((len(prompt.tokens) for prompt in prompts), default=0))
+        self._groups.clear()
+        batch = _Batch(self, slots, width, n, sampling)
+        try:
+            while not self._closed:
+                while batch.has_room() and (item := feed.take(wait=not batch.busy)):
+                    prompt, (version, params) = item
+                    tokens, logp = ([[] for _ in range(n)] for _ in range(2))
+                    now = time.monotonic()
+                    group = _Group(prompt, version, params, now, tokens, logp, [""] * n)
+                    self._groups.append(group)
+                    batch.add(group)
+                if not batch.busy:
+                    return
+                with self._turns, jax.set_mesh(self._mesh):
+                    batch.admit()
+                    batch.decode()
+                while self._groups and all(self._groups[0].reasons):
+                    yield self._groups[0].sampled()
+                    self._groups.popleft()
+        finally:
+            feed.close()
 
-    def _generate(
-        self, prompts: Sequence[Prompt], portion: int, n: int, sampling: Sampling
-    ) -> list[list[Rollout]]:
-        longest = max(len(p.tokens) for p in prompts)
-        width = longest + -longest % self._prompt_multiple
-        filled = [*prompts, *[prompts[0]] * (portion - len(prompts))]
-        tokens, segments = np.zeros((2, portion, width), np.int32)
-        for row, prompt in enumerate(filled):
-            tokens[row, width - len(prompt.tokens) :] = prompt.tokens
-            segments[row, width - len(prompt.tokens) :] = 1
-        stream_indices = np.repeat([p.stream_index for p in filled], n)
-        out_tokens, out_logp, lengths, stopped = jax.device_get(
-            decode(
-                self._params,
-                tokens,
-                segments,
-                _row_keys(self._key, stream_indices, np.tile(np.arange(n), portion)),
-                np.float32(sampling.temperature) if sampling.temperature else None,
-                np.float32(sampling.top_p) if sampling.top_p < 1 else None,
-                model=self._model,
-                n=n,
-                top_k=sampling.top_k,
-                max_tokens=sampling.max_response_tokens,
-                stop_ids=self._stop_ids,
-            )
+    def _width(self, length: int) -> int:
+        """The compiled width of a prompt's bucket."""
+        return next(width for width in self._widths if width >= length)
+
+
+def check_divides(config: ModelConfig, mesh: Mesh) -> None:
+    """Raises a UserError if the sampler's mesh can't divide the model's parameters and KV cache."""
+    shapes = unflatten_dict(hf.parameter_shapes(config), sep="/")
+    parameter_shardings(shapes, mesh, setting="rollout.mesh")
+    if config.num_kv_heads % mesh.shape["tensor"]:
+        raise UserError(
+            f"rollout.mesh.tensor={mesh.shape['tensor']} does not divide the model's "
+            f"{config.num_kv_heads} key heads; lower it, and raise rollout.mesh.data"
         )
 
-        def rollout(row: int) -> Rollout:
-            tokens, logp = (of[row, : lengths[row]].copy() for of in (out_tokens, out_logp))
-            return Rollout(tokens, logp, self.version, "stop" if stopped[row] else "length")
 
-        return [[rollout(i * n + j) for j in range(n)] for i in range(len(prompts))]
+class _Batch:
+    """The slots of one `generate`, and the responses that wait for one.
 
-
-@jax.jit
-def _row_keys(key: jax.Array, stream_indices: jax.Array, samples: jax.Array) -> jax.Array:
-    fold = lambda index, sample: jax.random.fold_in(jax.random.fold_in(key, index), sample)
-    return jax.vmap(fold)(stream_indices, samples)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "n", "top_k", "max_tokens", "stop_ids"))
-def decode(
-    params,
-    tokens,
-    segments,
-    keys,
-    temperature,
-    top_p,
-    *,
-    model: Transformer,
-    n: int,
-    top_k: int,
-    max_tokens: int,
-    stop_ids: tuple[int, ...],
-):
-    """Samples n responses to each of B left-padded prompts until all have stopped.
-
-    Args:
-      tokens, segments: int32[B, P]; segments are 1 on prompt tokens and 0 on padding.
-      keys: one random key for each of the B * n rows.
-      temperature, top_p: float32[]; None is greedy, and no top-p.
-
-    Returns:
-      tokens int32[B * n, max_tokens], their log-probs float32 of the same shape, lengths
-      int32[B * n] (stop token included) and bool[B * n], whether a stop token was drawn.
+    All active slots have the parameters of the first of them: a response of other ones waits, and
+    those after it, until all slots are free.
     """
-    (batch, width), rows = tokens.shape, len(tokens) * n
-    matrix = head(params, model.config).astype(model.dtype)
-    lengths = jnp.sum(segments, axis=1)
-    positions = jnp.maximum(jnp.arange(width)[None] - (width - lengths)[:, None], 0)
-    cache = empty_cache(model.config, batch, width + max_tokens, model.dtype)
-    apply: Any = functools.partial(model.apply, {"params": params})
-    hidden, cache = apply(tokens, positions, segments, cache)
-    cache = cache.replace(  # the n samples of a prompt share its prefill
-        key=jnp.repeat(cache.key, n, axis=1),
-        value=jnp.repeat(cache.value, n, axis=1),
-        segments=jnp.repeat(cache.segments, n, axis=0),
-    )
-    starts = jnp.repeat(lengths, n)
-    stops = jnp.asarray(stop_ids, jnp.int32)
 
-    def next_token(t, hidden):
-        scores = logits(hidden, matrix)
-        if temperature is None:
-            return greedy_tokens(scores)
-        scores = scores / temperature
-        row_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
-        if top_p is None and not top_k:
-            return sample_tokens(row_keys, scores)
-        # Log-probs are over the whole vocabulary: top-p and top-k are not renormalised.
-        logp = jax.nn.log_softmax(scores, axis=-1)
-        chosen, _ = sample_tokens(row_keys, mask_top_k_top_p(logp, top_p, top_k))
-        return chosen, jnp.take_along_axis(logp, chosen[:, None], axis=-1)[:, 0]
+    def __init__(self, sampler: LocalSampler, slots: int, width: int, n: int, sampling: Sampling):
+        self._sampler, self._n, self._sampling = sampler, n, sampling
+        self._places = width + sampling.max_response_tokens
+        rows = self._over_devices(slots)
+        self._waiting: deque[tuple[_Group, int]] = deque()
+        self._rows: list[tuple[_Group, int] | None] = [None] * rows
+        self._counts = np.zeros(rows, int)
+        self._params: Any = None
+        self._slots: Slots | None = None
+        self._kept: tuple[_Group, Prefilled, int] | None = None  # of responses that still wait
 
-    def unfinished(state):
-        t, _, _, done, _, _, _ = state
-        return (t < max_tokens) & ~jnp.all(done)
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting) or any(self._rows)
 
-    def one_token(state):
-        t, hidden, cache, done, lengths, out_tokens, out_logp = state
-        chosen, logp = next_token(t, hidden)
-        column = chosen[:, None].astype(jnp.int32)
-        out_tokens = jax.lax.dynamic_update_slice(out_tokens, column, (0, t))
-        out_logp = jax.lax.dynamic_update_slice(out_logp, logp[:, None], (0, t))
-        lengths = lengths + ~done
-        done = done | jnp.any(chosen[:, None] == stops, axis=1)
-        ones = jnp.ones((rows, 1), jnp.int32)
-        hidden, cache = apply(chosen[:, None], (starts + t)[:, None], ones, cache)
-        return t + 1, hidden[:, 0], cache, done, lengths, out_tokens, out_logp
+    def has_room(self) -> bool:
+        """True if a slot is free, or no response waits for the next one to be."""
+        return len(self._waiting) < max(self._rows.count(None), 1)
 
-    state = (
-        0,
-        jnp.repeat(hidden[:, -1], n, axis=0),
-        cache,
-        jnp.zeros(rows, bool),
-        jnp.zeros(rows, jnp.int32),
-        jnp.zeros((rows, max_tokens), jnp.int32),
-        jnp.zeros((rows, max_tokens), jnp.float32),
-    )
-    _, _, _, done, lengths, out_tokens, out_logp = jax.lax.while_loop(unfinished, one_token, state)
-    return out_tokens, out_logp, lengths, done
+    def add(self, group: _Group) -> None:
+        self._waiting.extend((group, sample) for sample in range(len(group.reasons)))
+
+    def admit(self) -> None:
+        """Gives free slots to responses that wait, in their order."""
+        if self._waiting and not any(self._rows):
+            self._params, self._kept = self._waiting[0][0].params, None
+            self._slots = self._slots or self._empty_slots()
+        free = deque(row for row, response in enumerate(self._rows) if response is None)
+        newcomers: dict[_Group, list[int]] = {}  # their rows
+        while free and self._waiting and self._waiting[0][0].params is self._params:
+            row = free.popleft()
+            self._rows[row], self._counts[row] = self._waiting.popleft(), 0
+            newcomers.setdefault(self._rows[row][0], []).append(row)
+        if self._kept and (rows := newcomers.pop(self._kept[0], None)):
+            self._place(self._kept[1], dict.fromkeys(rows, self._kept[2]))
+        width_of = lambda group: self._sampler._width(len(group.prompt.tokens))
+        for width, of_width in itertools.groupby(sorted(newcomers, key=width_of), width_of):
+            groups = list(of_width)
+            while groups:
+                count = self._portion(len(groups), width)
+                begun, groups = groups[:count], groups[count:]
+                prefilled = self._prefill(begun, count, width)
+                self._place(prefilled, {r: i for i, g in enumerate(begun) for r in newcomers[g]})
+                if self._waiting and (group := self._waiting[0][0]) in begun:
+                    self._kept = group, prefilled, begun.index(group)
+
+    def decode(self) -> None:
+        """Samples a round of tokens, and ends the responses that it finishes."""
+        sampler, sampling, rows = self._sampler, self._sampling, len(self._rows)
+        assert self._slots is not None
+        early = rows - self._rows.count(None) - -(-rows // EARLY)
+        self._slots, *out = decode(
+            self._params,
+            self._slots,
+            np.int32(max(early, 0) if self._waiting else 0),
+            np.float32(sampling.temperature) if sampling.temperature else None,
+            np.float32(sampling.top_p) if sampling.top_p < 1 else None,
+            model=sampler._model,
+            top_k=sampling.top_k,
+            stop_ids=sampler._stop_ids,
+            steps=min(sampler._tokens_per_round, sampling.max_response_tokens),
+        )
+        of_rows = jax.device_get((*out, self._slots.counts, self._slots.active))
+        for row, (tokens, logp, count, active) in enumerate(zip(*of_rows, strict=True)):
+            if response := self._rows[row]:
+                (group, sample), drawn = response, count - self._counts[row]
+                group.tokens[sample].append(tokens[:drawn].copy())
+                group.logp[sample].append(logp[:drawn].copy())
+                self._counts[row] = count
+                if not active:
+                    stopped = int(tokens[drawn - 1]) in sampler._stop_ids
+                    group.reasons[sample] = "stop" if stopped else "length"
+                    self._rows[row] = None
+
+    def _empty_slots(self) -> Slots:
+        model = self._sampler._model
+        return empty_slots(model.config, len(self._rows), self._places, model.dtype)
+
+    def _portion(self, prompts: int, width: int) -> int:
+        """Prompts of the next prefill, one of two compiled numbers for each width: enough for the
+        slots that a round ends early for, or as many prompts as that is slots."""
+        early = -(-len(self._rows) // EARLY)
+        few = self._over_devices(-(-early // self._n))
+        many = self._over_devices(min(-(-len(self._rows) // self._n), early, PREFILL // width))
+        return max(few, many) if prompts > few else few
+
+    def _prefill(self, groups: Sequence[_Group], count: int, width: int) -> Prefilled:
+        tokens, segments = np.zeros((2, count, width), np.int32)
+        for row, group in enumerate(groups):
+            prompt = group.prompt.tokens
+            tokens[row, width - len(prompt) :] = prompt
+            segments[row, width - len(prompt) :] = 1
+        return prefill(self._params, tokens, segments, model=self._sampler._model)
+
+    def _place(self, prefilled: Prefilled, source: dict[int, int]) -> None:
+        """Begins the responses of the rows in `source` from their rows of `prefilled`."""
+        sources, indices, samples = np.full((3, len(self._rows)), -1, np.int32)
+        limits = np.full(len(self._rows), self._sampling.max_response_tokens, np.int32)
+        for row, of in source.items():
+            group, sample = self._rows[row] or (None, 0)
+            assert group
+            sources[row], indices[row], samples[row] = of, group.prompt.stream_index, sample
+        seed = self._sampler._seed
+        self._slots = place(self._slots, prefilled, sources, indices, samples, limits, seed)
+
+    def _over_devices(self, rows: int) -> int:
+        return rows + -rows % self._sampler._mesh.size
 
 
-def sample_tokens(
-    keys: PRNGKeyArray, scores: Float[Array, "N V"]
-) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
-    """Samples a token of softmax(scores) for each row; returns it and its log-prob, in float32.
+class _Feed:
+    """Prompts, each with the policy to sample it from, pulled when there is room for them.
 
-    Two stages, P(token) = P(block) P(token | block), give an exact sample: random numbers, the
-    dearest part, are needed for V / BLOCK + BLOCK entries instead of V.
-
-    `keys` are one for each row; a score of -inf masks a token.
+    A pull may block until groups in flight are done, so an iterator is pulled in a thread.
     """
-    rows, size = scores.shape
-    if size <= BLOCK:
-        logp = jax.nn.log_softmax(scores, axis=-1)
-        chosen = jax.vmap(jax.random.categorical)(keys, logp)
-        return chosen, jnp.take_along_axis(logp, chosen[:, None], axis=-1)[:, 0]
-    of_block, inside = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    padded = jnp.pad(scores, ((0, 0), (0, -size % BLOCK)), constant_values=-jnp.inf)
-    blocks = padded.reshape(rows, -1, BLOCK)
-    largest = jnp.max(scores, axis=-1)
-    shares = jnp.log(jnp.sum(jnp.exp(blocks - largest[:, None, None]), axis=-1))
-    normaliser = largest + jax.nn.logsumexp(shares, axis=-1)
-    block = jax.vmap(jax.random.categorical)(of_block, shares)
-    its_scores = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    inside_block = jax.vmap(jax.random.categorical)(inside, its_scores)
-    score = jnp.take_along_axis(its_scores, inside_block[:, None], axis=-1)[:, 0]
-    return block * BLOCK + inside_block, score - normaliser
 
+    def __init__(self, prompts: Iterable[Prompt], policy: Callable[[], tuple[int, Any]]):
+        self._prompts, self._policy = iter(prompts), policy
+        self._pulled: deque[tuple[Prompt, tuple[int, Any]]] = deque()
+        self._wanted = self._ended = self._slow = False
+        self._failure: BaseException | None = None
+        self._changed = threading.Condition()
+        self._threaded = not isinstance(prompts, Sized)
+        if self._threaded:
+            threading.Thread(target=self._run, name="prompts", daemon=True).start()
 
-def greedy_tokens(scores: Float[Array, "N V"]) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
-    """Takes the likeliest token of each row; returns it and its log-prob."""
-    chosen = jnp.argmax(scores, axis=-1)
-    score = jnp.take_along_axis(scores, chosen[:, None], axis=-1)[:, 0]
-    return chosen, score - jax.nn.logsumexp(scores, axis=-1)
+    def take(self, *, wait: bool) -> tuple[Prompt, tuple[int, Any]] | None:
+        """The next prompt; None at the end, or if none is there soon enough and `wait` is false.
 
+        Once none has come within GRACE, the next one is not waited for either. The owner of the
+        prompts ends a pull that blocks.
+        """
+        if not self._threaded:
+            prompt = next(self._prompts, None)
+            return prompt and (prompt, self._policy())
+        with self._changed:
+            self._wanted = True
+            self._changed.notify_all()
+            grace = 0.0 if self._slow else GRACE
+            ready = lambda: self._pulled or self._ended
+            self._slow = not self._changed.wait_for(ready, None if wait else grace)
+            if self._pulled:
+                return self._pulled.popleft()
+            if self._failure:
+                raise self._failure
+            return None
 
-def mask_top_k_top_p(logp: jax.Array, top_p: jax.Array | None, top_k: int) -> jax.Array:
-    """Sets normalised log-probs [N, V] outside top-k and then top-p to -inf.
+    def close(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
 
-    top_p, if any, keeps the smallest set that reaches it; the likeliest token always stays.
-    """
-    if top_k:
-        least = jax.lax.top_k(logp, min(top_k, logp.shape[-1]))[0][:, -1:]
-        logp = jax.nn.log_softmax(jnp.where(logp >= least, logp, -jnp.inf), axis=-1)
-    if top_p is not None:
-        ordered = -jnp.sort(-logp, axis=-1)
-        before = jnp.cumsum(jnp.exp(ordered), axis=-1) - jnp.exp(ordered)
-        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logp = jnp.where(logp >= least, logp, -jnp.inf)
-    return logp
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._ended or self._wanted)
+                    if self._ended:
+                        return
+                prompt = next(self._prompts, None)
+                with self._changed:
+                    if prompt is None:
+                        return
+                    self._pulled.append((prompt, self._policy()))
+                    self._wanted = False
+                    self._changed.notify_all()
+        except BaseException as failure:
+            self._failure = failure
+        finally:
+            self.close()

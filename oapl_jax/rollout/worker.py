@@ -5,7 +5,7 @@ It runs in turns with the learner (`produce`, deterministic) or beside it in a t
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
@@ -43,7 +43,8 @@ class Worker:
     def produce(self) -> None:
         """Samples and commits `prompts_per_call` groups."""
         self._refresh()
-        self._sample(self.store.reserve() for _ in range(self.prompts_per_call))
+        # All at once: the embedded sampler takes no more slots than they need.
+        self._sample([self.store.reserve() for _ in range(self.prompts_per_call)])
         self.check()
 
     def start(self) -> None:
@@ -100,7 +101,7 @@ class Worker:
                 self._refresh()
                 yield self.store.reserve()
 
-    def _sample(self, prompts: Iterator[Prompt]) -> None:
+    def _sample(self, prompts: Iterable[Prompt]) -> None:
         """Samples the prompts; returns when all groups are committed."""
         groups = self.sampler.generate(prompts, n=self.group_size, sampling=self.sampling)
         for sampled in groups:

@@ -3,13 +3,14 @@
 import functools
 import itertools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from small_models import small_config, small_mesh
+from small_models import golden_model, small_config, small_mesh
 
 from oapl_jax.config import LORA_TARGETS
 from oapl_jax.errors import UserError
@@ -150,3 +151,38 @@ def test_a_mesh_that_can_not_divide_a_model_proposes_the_largest_size_that_does(
     with pytest.raises(UserError, match=r"\bmesh\.fsdp=4\b"):
         sharding.parameter_shardings(params, small_mesh(fsdp=8))
     sharding.parameter_shardings(params, small_mesh(data=2, fsdp=4))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "learner", "own"),
+    [
+        (0, [0, 1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7]),
+        (1, [0, 1, 2, 4, 5, 6], [7]),
+        (3, [0, 4], [5, 6, 7]),
+    ],
+)
+def test_the_last_devices_of_each_host_are_its_samplers(sampler, learner, own):
+    devices = [SimpleNamespace(id=i, process_index=i // 4) for i in range(8)]
+    of_learner, of_sampler = sharding.split_devices(devices, sampler, host=1)
+    assert [d.id for d in of_learner] == learner
+    assert [d.id for d in of_sampler] == own
+
+
+def test_a_sampler_that_leaves_the_learner_no_device_is_refused():
+    with pytest.raises(UserError, match=r"rollout\.devices=8"):
+        sharding.split_devices(jax.devices(), 8, host=0)
+
+
+def test_parameters_move_to_a_local_mesh_in_the_samplers_dtype():
+    _, params = golden_model("qwen3_tied")
+    learner, sampler = small_mesh(fsdp=4, tensor=2), small_mesh(data=2, tensor=2)
+    placed = jax.device_put(params, sharding.parameter_shardings(params, learner))
+    moved = sharding.to_local_mesh(placed, sampler, "bfloat16")
+
+    def compare(path, mine, theirs):
+        assert mine.dtype == (jnp.float32 if path[-1].key == "scale" else jnp.bfloat16)
+        np.testing.assert_array_equal(mine, np.asarray(theirs).astype(mine.dtype))
+
+    jax.tree_util.tree_map_with_path(compare, moved, params)
+    shardings = jax.tree.map(lambda x: x.sharding, moved)
+    assert shardings == sharding.parameter_shardings(params, sampler)

@@ -136,9 +136,18 @@ def test_copies_of_the_parameters_beside_a_program_are_counted(config):
     config.rollout.sampler = "local"
     config.evaluation.every = 10
     beside = run_of(config).gradient_step().beside
-    assert beside["embedded samplers"] == 2 * count
+    assert beside["embedded sampler"] == count
+    assert "KV cache" not in beside  # between rounds of sampling it is free
     assert count / 8 <= beside["reference parameters"] < count / 7
     assert "recomputed log-probs" in [p.name for p in run_of(config).programs()]
+    config.rollout.overlap = True
+    config.rollout.mesh.update(data=4, tensor=2)
+    beside = run_of(config).gradient_step().beside
+    assert beside["embedded sampler"] == count / 2
+    # 256 slots of 28 places; keys and values of two layers, two heads of 16, in float32.
+    assert beside["KV cache"] == 256 * 28 * (2 * 2 * 2 * 16 * 4) / 8
+    config.rollout.devices = 4
+    assert "KV cache" not in run_of(config).gradient_step().beside
 
 
 def test_adapters_and_the_frozen_weights_are_counted_apart(config):

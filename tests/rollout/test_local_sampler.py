@@ -6,7 +6,6 @@ are far from flat.
 
 import itertools
 import re
-from typing import Any
 from unittest import mock
 
 import jax
@@ -21,11 +20,15 @@ from small_models import forward, golden_model, small_mesh
 from oapl_jax.config import LearnerConfig
 from oapl_jax.errors import UserError
 from oapl_jax.learner import packing, train_step
+from oapl_jax.model.sharding import make_mesh
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import bind
-from oapl_jax.rollout.local_sampler import LocalSampler, decode, mask_top_k_top_p
+from oapl_jax.rollout import decoding
+from oapl_jax.rollout.local_sampler import LocalSampler
 from oapl_jax.rollout.sampler import Sampling
+from oapl_jax.rollout.token_sampling import mask_top_k_top_p
 from oapl_jax.structs import Group, Prompt
+from oapl_jax.tracking.metrics import CompileClock
 from oapl_jax.weights import publisher
 from oapl_jax.weights.checkpoint import Weights
 
@@ -38,7 +41,9 @@ VERSION = 7
 def new_sampler(name=NAME, **settings):
     config, params = golden_model(name)
     defaults = dict(dtype="float32", stop_ids=(), seed=0, max_sequences=16, prompt_multiple=4)
-    sampler = LocalSampler(config, **{**defaults, **settings})
+    defaults |= dict(max_prompt_tokens=9, tokens_per_round=3)
+    mesh = settings.pop("mesh", small_mesh())
+    sampler = LocalSampler(config, mesh, **{**defaults, **settings})
     sampler.set_params(VERSION, params)
     return sampler
 
@@ -81,12 +86,16 @@ def plain_logits(sequences, width=24):
 
 
 @pytest.mark.parametrize(
-    ("name", "temperature", "top_p", "top_k"),
-    [("qwen3_tied", 0.7, 1.0, 0), ("llama_bias", 1.0, 0.8, 12)],
+    ("name", "temperature", "top_p", "top_k", "mesh"),
+    [
+        ("qwen3_tied", 0.7, 1.0, 0, {}),
+        ("llama_bias", 1.0, 0.8, 12, {}),
+        ("qwen3_tied", 0.7, 1.0, 0, dict(data=2, fsdp=2, tensor=2)),
+    ],
 )
-def test_log_probs_are_those_of_the_learners_packed_rows(name, temperature, top_p, top_k):
+def test_log_probs_are_those_of_the_learners_packed_rows(name, temperature, top_p, top_k, mesh):
     """Over the whole vocabulary, whatever top-k and top-p leave to draw from."""
-    sampler = new_sampler(name, stop_ids=STOPS)
+    sampler = new_sampler(name, stop_ids=STOPS, mesh=small_mesh(**mesh))
     prompts = prompts_of()
     sampled = generate(sampler, prompts, n=4, sampling=sampling(temperature, top_p, top_k))
     groups = [
@@ -218,41 +227,110 @@ def test_a_stop_token_ends_a_response_and_belongs_to_it():
         first = next((i for i, token in enumerate(whole.tokens) if token in STOPS), None)
         length = 8 if first is None else first + 1
         assert cut.tokens.tolist() == whole.tokens[:length].tolist()
-        np.testing.assert_allclose(cut.behavior_logp, whole.behavior_logp[:length], atol=1e-6)
+        np.testing.assert_allclose(cut.behavior_logp, whole.behavior_logp[:length], rtol=2e-6)
         assert cut.finish_reason == ("length" if first is None else "stop")
         assert whole.finish_reason == "length"
         seen.add((cut.finish_reason, length))
     assert seen >= {("length", 8), ("stop", 8), ("stop", 1), ("stop", 4)}
 
 
-def test_the_program_ends_with_the_last_response(monkeypatch):
-    """What the loop never wrote is still zero; a log-prob that it wrote is below."""
-    decoded = []
+def spy_on(monkeypatch, program):
+    """Arguments and results of each call of one of the sampler's programs."""
+    calls = []
+    called = getattr(decoding, program)
 
     def spy(*arguments, **options):
-        decoded.append(decode(*arguments, **options))
-        return decoded[-1]
+        result = called(*arguments, **options)
+        of_decode = jax.device_get(result[1:]) if program == "decode" else None
+        calls.append((arguments, options, of_decode))
+        return result
 
-    monkeypatch.setattr("oapl_jax.rollout.local_sampler.decode", spy)
+    monkeypatch.setattr(f"oapl_jax.rollout.local_sampler.{program}", spy)
+    return calls
+
+
+def test_a_round_ends_with_the_last_response(monkeypatch):
+    """What the loop never wrote is still zero; a log-prob that it wrote is below."""
+    decoded = spy_on(monkeypatch, "decode")
     long = sampling(max_response_tokens=4096)  # would take half a minute
-    generate(new_sampler(stop_ids=STOPS), prompts_of(4), n=3, sampling=long)
-    _, out_logp, lengths, stopped = jax.device_get(decoded[0])
-    assert stopped.all()
-    assert lengths.min() < lengths.max() < 200
-    np.testing.assert_array_equal(np.flatnonzero(out_logp.any(axis=0)), np.arange(lengths.max()))
+    sampler = new_sampler(stop_ids=STOPS, tokens_per_round=4096)
+    ((*rollouts,),) = generate(sampler, prompts_of(4), n=3, sampling=long)
+    lengths = [len(rollout.tokens) for rollout in rollouts]
+    assert {rollout.finish_reason for rollout in rollouts} == {"stop"}
+    assert min(lengths) < max(lengths) < 200
+    ((_, _, (_, out_logp)),) = decoded
+    np.testing.assert_array_equal(np.flatnonzero(out_logp.any(axis=0)), np.arange(max(lengths)))
 
 
-def test_a_rollout_is_the_same_in_any_batch():
-    a, b, c, d = prompts_of()
-    sampler = new_sampler(stop_ids=STOPS)
-    together = tokens_of(generate(sampler, [a, b, c, d], n=4, sampling=sampling()))
-    assert tokens_of(generate(sampler, [a, b, c, d], n=4, sampling=sampling())) == together
-    # In another place, less padded, beside others, and fewer of them:
-    fewer = tokens_of(generate(sampler, [c, a], n=2, sampling=sampling()))
-    assert fewer == [together[2][:2], together[0][:2]]
-    # In portions of one prompt, more padded, from another sampler:
-    alone = new_sampler(stop_ids=STOPS, max_sequences=1, prompt_multiple=16)
-    assert tokens_of(generate(alone, [a, b, c, d], n=4, sampling=sampling())) == together
+def test_a_response_that_ends_frees_its_slot_for_the_next_one(monkeypatch):
+    """With 8 slots and 64 responses, of which the longest has 40 tokens, as with one batch of 8
+    after another: fewer tokens are decoded, and no slot is empty for longer than a round."""
+    decoded = spy_on(monkeypatch, "decode")
+    sampler = new_sampler(stop_ids=STOPS, max_sequences=8, tokens_per_round=4)
+    prompts = prompts_of(*[3, 9, 1, 6] * 4)
+    sampled = generate(sampler, prompts, n=4, sampling=sampling(max_response_tokens=40))
+    lengths = np.array([len(r.tokens) for rollouts in sampled for r in rollouts])
+    steps = sum(int((logp != 0).any(axis=0).sum()) for _, _, (_, logp) in decoded)
+    batches = lengths.reshape(-1, 8).max(axis=1).sum()
+    assert lengths.max() > 2 * lengths.mean()
+    assert lengths.sum() / 8 <= steps < 0.75 * batches
+
+
+@pytest.fixture(scope="module")
+def expected():
+    prompts = prompts_of(*[3, 9, 1, 6] * 4)
+    sampler = new_sampler(stop_ids=STOPS, max_sequences=64)
+    return prompts, generate(sampler, prompts, n=4, sampling=sampling())
+
+
+@pytest.mark.parametrize(
+    ("slots", "mesh", "settings"),
+    [
+        (1, {}, {}),
+        (7, {}, dict(tokens_per_round=1)),
+        (64, {}, dict(prompt_multiple=16, tokens_per_round=8)),
+        (1, dict(data=8), {}),
+        (7, dict(data=2, fsdp=2, tensor=2), {}),
+        (64, dict(data=4, tensor=2), dict(max_prompt_tokens=16)),
+    ],
+)
+def test_a_rollout_is_the_same_in_any_slot_and_on_any_mesh(expected, slots, mesh, settings):
+    prompts, rollouts = expected
+    mesh = small_mesh(**mesh)
+    sampler = new_sampler(stop_ids=STOPS, max_sequences=slots, mesh=mesh, **settings)
+    found = generate(sampler, prompts, n=4, sampling=sampling())
+    assert tokens_of(found) == tokens_of(rollouts)
+    for mine, theirs in zip(itertools.chain(*found), itertools.chain(*rollouts), strict=True):
+        np.testing.assert_allclose(mine.behavior_logp, theirs.behavior_logp, atol=1e-5)
+        assert mine.finish_reason == theirs.finish_reason
+    # Beside others, and fewer of them:
+    fewer = generate(sampler, [prompts[2], prompts[0]], n=2, sampling=sampling())
+    assert tokens_of(fewer) == [tokens_of(rollouts)[i][:2] for i in (2, 0)]
+
+
+def test_weights_and_cache_lie_where_the_mesh_has_them(monkeypatch):
+    decoded = spy_on(monkeypatch, "decode")
+    devices = jax.devices()[4:]
+    mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=devices)
+    sampler = new_sampler(dtype="bfloat16", mesh=mesh)
+    generate(sampler, prompts_of(), n=4, sampling=sampling())
+    (params, slots, *_), _, _ = decoded[0]
+    assert {d for x in jax.tree.leaves((params, slots)) for d in x.sharding.device_set} == {
+        *devices
+    }
+    query, (norm,) = params["layers"]["q"]["kernel"], params["final_norm"].values()
+    assert (query.dtype, norm.dtype, slots.cache.key.dtype) == ("bfloat16", "float32", "bfloat16")
+    part = lambda x: [a / b for a, b in zip(x.shape, x.sharding.shard_shape(x.shape), strict=True)]
+    assert part(query) == [1, 2, 2]
+    assert part(slots.cache.key) == [1, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "setting"), [(dict(tensor=4), "rollout.mesh.tensor=4"), (dict(fsdp=3), "fsdp=3")]
+)
+def test_a_mesh_that_can_not_divide_the_model_is_refused(mesh, setting):
+    with pytest.raises(UserError, match=re.escape(setting)):
+        new_sampler(mesh=small_mesh(**mesh))
 
 
 def test_stream_indices_samples_and_seeds_have_random_numbers_of_their_own():
@@ -264,24 +342,14 @@ def test_stream_indices_samples_and_seeds_have_random_numbers_of_their_own():
     assert len(set(responses)) == len(responses) == 32
 
 
-@pytest.mark.parametrize(("prompts", "rows"), [(1, 1), (3, 4), (5, 8), (9, 8), (20, 8)])
+@pytest.mark.parametrize(("prompts", "rows"), [(1, 4), (3, 16), (5, 32), (9, 35), (20, 35)])
 def test_no_more_rows_are_decoded_than_a_power_of_two_needs(monkeypatch, prompts, rows):
-    """Portions hold max_sequences // n prompts; fewer prompts are not filled up to that many."""
-    seen = []
-
-    def spy(params, tokens, segments, keys, *rest, n, max_tokens, **options):
-        seen.append(len(tokens))
-        assert tokens.shape[1] == segments.shape[1] == 4  # a multiple of prompt_multiple
-        assert len(keys) == len(tokens) * n
-        shape = (len(keys), max_tokens)
-        return np.zeros(shape, int), np.zeros(shape), np.ones(len(keys), int), np.ones(len(keys))
-
-    monkeypatch.setattr("oapl_jax.rollout.local_sampler.decode", spy)
-    sampled = generate(
-        new_sampler(max_sequences=35), prompts_of(*[3] * prompts), n=4, sampling=sampling()
-    )
-    assert [len(rollouts) for rollouts in sampled] == [4] * prompts
-    assert seen == [rows] * -(-prompts // rows)
+    """Of a sequence of prompts; an iterator gets all slots."""
+    decoded = spy_on(monkeypatch, "decode")
+    sampler, short = new_sampler(max_sequences=35), sampling(max_response_tokens=1)
+    sampled = list(sampler.generate(prompts_of(*[3] * prompts), n=4, sampling=short))
+    assert [len(of_prompt.rollouts) for of_prompt in sampled] == [4] * prompts
+    assert {len(tokens) for _, _, (tokens, _) in decoded} == {rows}
 
 
 def publish(directory, version, name=NAME, scale=1.0):
@@ -312,8 +380,8 @@ def test_refresh_takes_the_weights_of_a_published_version(tmp_path):
     assert [a[:2] for a in again] == [h[:2] for h in held]  # to the last bit
 
 
-def test_endless_prompts_are_taken_in_portions_and_may_refresh(tmp_path):
-    """A portion is of one version, the one that is held when its last prompt has been taken."""
+def test_endless_prompts_are_taken_as_there_is_room_and_may_refresh(tmp_path):
+    """A group is of one version, the one that is held when its prompt has been taken."""
     sampler, taken = new_sampler(max_sequences=8), []
     path = publish(tmp_path, 20, scale=0.5)
 
@@ -327,10 +395,30 @@ def test_endless_prompts_are_taken_in_portions_and_may_refresh(tmp_path):
     stream = sampler.generate(prompts(), n=4, sampling=sampling())
     versions = []
     for done, sampled in enumerate(itertools.islice(stream, 6), 1):
-        assert len(taken) == done + done % 2  # two prompts at a time
+        assert len(taken) <= done + 2  # two in slots, and one that waits
         assert sampled.prompt.stream_index == done - 1
         versions += {r.policy_version for r in sampled.rollouts}
-    assert (versions, sampler.versions()) == ([VERSION, VERSION, 20, 20, 20, 20], {20})
+    assert (versions, sampler.versions()) == ([VERSION] * 3 + [20] * 3, {20})
+
+
+def test_close_ends_generate():
+    sampler = new_sampler(max_sequences=4)
+    endless = (make_prompt(draw, 3) for draw in itertools.count())
+    found = []
+    for sampled in sampler.generate(endless, n=4, sampling=sampling()):
+        found.append(sampled.prompt.stream_index)
+        if len(found) == 3:
+            sampler.close()
+    assert found == [0, 1, 2]
+
+
+def test_a_failure_of_the_prompts_is_raised():
+    def prompts():
+        yield make_prompt(0, 3)
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        list(new_sampler().generate(prompts(), n=4, sampling=sampling()))
 
 
 # tests/weights has the damages.
@@ -348,15 +436,24 @@ def test_a_version_that_can_not_serve_is_refused_and_the_old_one_serves_on(
     assert (sampler.version, greedy(sampler)) == (VERSION, held)
 
 
-def test_few_programs_are_compiled():
-    """One for all lengths within a multiple of the width and for all temperatures."""
-    sampler = new_sampler(stop_ids=STOPS[:-1])  # a set of its own, so a program of its own
-    programs: Any = decode
-    before, short = programs._cache_size(), dict(max_response_tokens=4)
-    for lengths in [(5, 8, 6), (7, 5, 5, 8), (8, 6, 7), (1, 7, 1, 2)]:
-        generate(sampler, prompts_of(*lengths), n=2, sampling=sampling(**short))
-    for temperature in (0.5, 1.5):
-        generate(sampler, prompts_of(5, 5, 5), n=2, sampling=sampling(temperature, **short))
-    assert programs._cache_size() - before == 1
-    generate(sampler, prompts_of(5, 9, 5), n=2, sampling=sampling(**short))
-    assert programs._cache_size() - before == 2
+@pytest.mark.parametrize("mesh", [{}, dict(data=2, fsdp=2, tensor=2)])
+def test_nothing_is_compiled_after_the_first_round(mesh):
+    """Whatever lengths, temperatures, seeds and weights follow."""
+    settings = dict(mesh=small_mesh(**mesh), stop_ids=STOPS, prompt_multiple=16)
+    sampler, clock = new_sampler(**settings), CompileClock()
+    draw = np.random.default_rng(0).integers(1, 10, (3, 24))
+    generate(sampler, prompts_of(*draw[0]), n=2, sampling=sampling())
+    compiled = clock.programs
+    assert 0 < compiled < 40
+    generate(sampler, prompts_of(*draw[1]), n=2, sampling=sampling(temperature=0.5))
+    again = new_sampler(seed=1, **settings)
+    generate(again, prompts_of(*draw[2]), n=2, sampling=sampling(temperature=1.5))
+    assert clock.programs == compiled
+
+
+def test_prompts_are_computed_at_the_width_of_their_bucket(monkeypatch):
+    prefilled = spy_on(monkeypatch, "prefill")
+    sampler = new_sampler(prompt_multiple=2, max_prompt_tokens=11)
+    generate(sampler, prompts_of(1, 2, 3, 4, 5, 8, 9, 11), n=2, sampling=sampling())
+    shapes = {tokens.shape[1]: int(np.sum(segments)) for (_, tokens, segments), _, _ in prefilled}
+    assert shapes == {2: 1 + 2, 4: 3 + 4, 8: 5 + 8, 12: 9 + 11}

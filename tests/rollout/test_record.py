@@ -47,7 +47,7 @@ DATA = {"data.train_size": 96, "data.generator.min_terms": 2, "data.generator.ma
 WARMUP = {"warmup.num_steps": 40, "warmup.batch_size": 32, "warmup.demonstrations": 96}
 EVALUATION = {"evaluation.every": 100, "evaluation.n": 2, "evaluation.ks": (1,)}
 STEPS = {"num_steps": 5, "checkpoint.every": 2, "checkpoint.keep": 9}
-SIX_PROMPTS = {"rollout.max_sequences": 24}  # a portion
+SIX_PROMPTS = {"rollout.max_sequences": 24}  # at a time
 SMALL = DATA | WARMUP | EVALUATION | STEPS | SIX_PROMPTS
 
 
@@ -122,6 +122,15 @@ def contents(directory):
     ]
 
 
+def assert_same_but_for_rounding(directory, expected):
+    """A response that is decoded in another slot or round has log-probs with other last bits."""
+    for mine, theirs in zip(contents(directory), contents(expected), strict=True):
+        assert mine[:3] == theirs[:3]
+        for (tokens, logp, version), other in zip(mine[3], theirs[3], strict=True):
+            assert (tokens, version) == (other[0], other[2])
+            np.testing.assert_allclose(logp, other[1], atol=1e-5)
+
+
 def balance(workdir):
     summary = LedgerReport(epath.Path(workdir / FILE)).summary()
     assert summary["balanced"], summary["faults"]
@@ -149,7 +158,6 @@ def test_a_set_has_each_prompt_of_the_split_once_with_exactly_n(round1):
 
 
 def test_killed_it_ends_with_the_same_set(jobs, trained, round1, tmp_path):
-    """A shard is two portions, so that a new start takes the portions of the unbroken run."""
     command = (f"--workdir={trained}", f"--to={tmp_path}", "--step=0", "--groups_per_shard=12")
     jobs.process(KILLED_BETWEEN_SHARD_AND_MANIFEST, *command, code=-9)
     assert len(json.loads((tmp_path / MANIFEST).read_text())["shards"]) == 2
@@ -158,7 +166,7 @@ def test_killed_it_ends_with_the_same_set(jobs, trained, round1, tmp_path):
     assert [line for line in output.splitlines() if "groups in" in line] == [
         f"{done} groups in {tmp_path}" for done in range(36, 97, 12)
     ]
-    assert contents(tmp_path) == contents(round1)
+    assert_same_but_for_rounding(tmp_path, round1)
     assert jobs.record(trained, tmp_path, step=0) == []
 
 

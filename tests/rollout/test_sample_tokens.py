@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 from scipy.special import log_softmax, softmax
 
-from oapl_jax.rollout.local_sampler import BLOCK, greedy_tokens, sample_tokens
+from oapl_jax.rollout.token_sampling import BLOCK, greedy_tokens, sample_tokens
 
 DRAWS, ROWS = 200_000, 2_000  # ROWS at a time
 REJECT = 1e-4  # chance that a right sampler fails; keys are fixed, so it does always or never
