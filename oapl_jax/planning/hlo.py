@@ -516,8 +516,14 @@ def _read(source: Instruction) -> int:
             total += user.bytes
         elif user.opcode == "dynamic-update-slice" and user.operands[0] is source:
             continue  # the rest stays where it is
+        elif user.opcode == "tuple" or _continues(user):
+            continue  # passed on as it is; a collective is counted at its start
         elif user.opcode == "bitcast":
             total += _read(user)
+        elif user.opcode == "fusion":
+            inside = user.callee("calls")
+            places = [place for place, operand in enumerate(user.operands) if operand is source]
+            total += sum(_read(inside.parameter(place)) for place in places)
         else:
             return source.bytes
     return min(total, source.bytes)
@@ -529,7 +535,7 @@ def _written(result: Instruction) -> int:
         return _written(result.operands[0])
     if result.opcode == "dynamic-update-slice":
         return result.operands[1].bytes
-    return 0 if result.opcode == "parameter" else result.bytes
+    return 0 if result.opcode == "parameter" or _continues(result) else result.bytes
 
 
 def saved_bytes(module: Module) -> int:

@@ -168,3 +168,38 @@ def test_an_unknown_form_is_an_error_that_names_it(old, new, named):
     figures = lambda module: (hlo.collective_bytes(module, MESH), hlo.traffic(module))
     with pytest.raises(RunError, match=named):
         figures(hlo.Module(LOOPS.replace(old, new)))
+
+
+NESTED = """HloModule jit_f
+
+%slice (stack: f32[8,4], at: s32[]) -> f32[1,4] {
+  %stack = f32[8,4]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %cut = f32[1,4]{1,0} dynamic-slice(%stack, %at, %zero), dynamic_slice_sizes={1,4}
+}
+
+%double (weights: f32[8,4], layer: s32[]) -> f32[1,4] {
+  %weights = f32[8,4]{1,0} parameter(0)
+  %layer = s32[] parameter(1)
+  %one = f32[1,4]{1,0} fusion(%weights, %layer), kind=kLoop, calls=%slice
+  ROOT %sum = f32[1,4]{1,0} add(%one, %one)
+}
+
+ENTRY %main (x: f32[8,4], i: s32[]) -> f32[1,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %out = f32[1,4]{1,0} fusion(%x, %i), kind=kLoop, calls=%double
+}
+"""
+
+
+def test_a_fusion_within_a_fusion_reads_the_slice_that_it_takes():
+    """The index, one layer read and one written; not the eight layers."""
+    assert hlo.traffic(hlo.Module(NESTED)) == (4 + 16 + 16, 0)
+
+
+def test_a_later_step_of_a_collective_moves_nothing_that_it_passes_on():
+    one = "".join(line for line in CHAIN.splitlines(keepends=True) if "%two" not in line)
+    assert one != CHAIN
+    assert hlo.traffic(hlo.Module(CHAIN)) == hlo.traffic(hlo.Module(one))
