@@ -47,7 +47,8 @@ def mesh_sizes(given: Mapping[str, int], count: int, *, setting: str) -> dict[st
         rest = -math.prod(sizes)
         sizes[sizes.index(-1)] = max(count // rest, 1) if rest > 0 else 0
     if min(sizes) < 1 or math.prod(sizes) != count:
-        product = " x ".join(f"{setting}.{axis}={size}" for axis, size in given.items())
+        named = [axis for axis in AXES if axis in given]
+        product = " x ".join(f"{setting}.{axis}={given[axis]}" for axis in named)
         rest = "data" if setting == "rollout.mesh" else "fsdp"
         others = math.prod(size for axis, size in given.items() if axis != rest)
         fits = others > 0 and count % others == 0
