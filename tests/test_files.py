@@ -328,3 +328,64 @@ def test_a_bucket_that_is_missing_is_named(bucket):
     files.check_reachable(bucket / "any", of="--workdir")
     with pytest.raises(UserError, match="--workdir=gs://nobody/run"):
         files.check_reachable(epath.Path("gs://nobody/run"), of="--workdir")
+
+
+def test_a_kill_at_any_write_to_a_bucket_keeps_what_was_synced(bucket, monkeypatch):
+    monkeypatch.setattr(files, "UPLOAD_EVERY", 1e6)
+    left = 0
+
+    def dies_at_the_end(method):
+        original = getattr(type(bucket), method)
+
+        def call(path, *arguments):
+            nonlocal left
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+            return original(path, *arguments)
+
+        return call
+
+    def use(path, kept):
+        log = files.open_log(path)
+        for line in (b"a\n", b"bb\n"):
+            log.append(line)
+        log.sync()
+        kept.append(b"a\nbb\n")
+        for line in (b"ccc\n", b"dddd\n"):
+            log.append(line)
+            log.sync()
+            kept.append(kept[-1] + line)
+        kept.append(b"a\n")
+        log.truncate(2)
+        log.append(b"e\n")
+        log.sync()
+        kept.append(b"a\ne\n")
+
+    for writes in itertools.count():
+        path, kept, killed = bucket / f"killed{writes}", [b""], False
+        with monkeypatch.context() as patch:
+            for method in ("write_bytes", "unlink"):
+                patch.setattr(type(bucket), method, dies_at_the_end(method))
+            left = writes
+            try:
+                use(path, kept)
+            except KeyboardInterrupt:
+                killed = True
+        content = read(path)
+        assert content.startswith(kept[-1])
+        assert content in (
+            b"",
+            b"a\n",
+            b"a\nbb\n",
+            b"a\nbb\nccc\n",
+            b"a\nbb\nccc\ndddd\n",
+            b"a\ne\n",
+        )
+        again = files.open_log(path)
+        again.append(b"f\n")
+        again.close()
+        assert read(path) == content + b"f\n"
+        if not killed:
+            break
+    assert writes == 7  # three segments, two deleted, one cut, one more
