@@ -454,6 +454,5 @@ def test_three_non_finite_steps_end_the_run_and_keep_the_checkpoint(runs, tmp_pa
     assert "optim.learning_rate" in output
     assert "Traceback" not in output
     assert "failed (NotFinite); saved: step 0 in" in output
-    assert "lost: steps 1 to 3" in output
-    assert (tmp_path / "checkpoints" / "0").exists()
+    assert [path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")] == ["0"]
     assert metrics(tmp_path)[-1]["skipped_in_a_row"] == 3
