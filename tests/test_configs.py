@@ -20,6 +20,7 @@ CHOICES = {
     "documents": ["", "round=1", "round=2,objective=grpo"],
     "competition_math": ["", "smoke", "grpo_is", "smoke,objective=grpo_is"],
     "smollm2": [""],
+    "own_task": ["", "start=pretrained", "objective=grpo"],
 }
 # Scripts of users rely on these names.
 PUBLIC = (

@@ -203,14 +203,17 @@ class Checkpoints(_Steps):
     def _read(self, step: int, abstract: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         """Reads the arrays that `abstract` describes, and more items.
 
+        Floats of another width than wanted (Adam's moments) are converted.
+
         Raises:
-          UserError: if the step's arrays have other names, shapes or dtypes.
+          UserError: if the step's arrays have other names, shapes or kinds of numbers.
           _Damaged: if files are missing, unreadable, or differ from what was saved.
         """
-        args = {name: _restore(name, tree) for name, tree in abstract.items()} | more
         try:
             saved = self._items(step, checksums=ocp.args.JsonRestore())["checksums"]
             self._check_fit(step, saved, abstract)
+            stored = _with_dtypes(abstract, saved)
+            args = {name: _restore(name, tree) for name, tree in stored.items()} | more
             items = self._items(step, **args)
         except UserError:
             raise
@@ -221,7 +224,10 @@ class Checkpoints(_Steps):
         for path, value in found.items():
             if value != saved.get(path):
                 raise _Damaged(f"{path} differs from what was saved")
-        return items
+        arrays = {name: items[name] for name in abstract}
+        return items | jax.tree.map(
+            lambda x, wanted: x.astype(wanted.dtype), arrays, dict(abstract)
+        )
 
     def _items(self, step: int, **args: Any) -> dict[str, Any]:
         items = self._manager.restore(step, args=ocp.args.Composite(**args))
@@ -232,7 +238,7 @@ class Checkpoints(_Steps):
         there = {path: entry[:2] for path, entry in saved.items() if _item(path) in abstract}
         text = lambda entry: f"{entry[1]}{entry[0]}" if entry else "absent"
         for path in here.keys() | there.keys():
-            if here.get(path) != there.get(path):
+            if _kind(here.get(path)) != _kind(there.get(path)):
                 raise UserError(
                     f"checkpoint step {step} below {self._directory} does not fit this "
                     f"configuration ({path} is {text(there.get(path))} there and "
@@ -312,6 +318,26 @@ def _shapes(tree: Any) -> dict[str, list[Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {name(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves}
+
+
+def _kind(entry: Sequence[Any] | None) -> list[Any]:
+    """Shape and dtype of an entry of `_shapes`, one kind for all floats."""
+    if entry is None:
+        return []
+    shape, dtype = entry
+    return [shape, "float" if jnp.issubdtype(dtype, jnp.floating) else dtype]
+
+
+def _with_dtypes(abstract: Any, saved: Mapping[str, Any]) -> Any:
+    """`abstract` with the dtypes of the entries of `checksums`."""
+    leaves, tree = jax.tree.flatten(abstract)
+    dtypes = [saved[path][1] for path in _shapes(abstract)]
+    return tree.unflatten(
+        [
+            jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+            for leaf, dtype in zip(leaves, dtypes, strict=True)
+        ]
+    )
 
 
 def check_finite(params: Any, name: str) -> None:
