@@ -64,12 +64,14 @@ def setting(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    infinite: bool = False,
     path: bool = False,
     default: Any = dataclasses.MISSING,
 ) -> Any:
     """Declares a field of a Section: its documentation and the values that it may have.
 
-    The limits hold for each number of a tuple or mapping. `~` at the beginning of a path becomes
+    The limits hold for each number of a tuple or mapping, which must be finite or, if `infinite`,
+    may be infinity. `~` at the beginning of a path becomes
     the home directory.
     """
     limits = {
@@ -79,7 +81,8 @@ def setting(
         "below": (below, lambda value, limit: value < limit),
     }
     limits = {name: limit for name, limit in limits.items() if limit[0] is not None}
-    metadata = {"doc": doc, "choices": tuple(choices), "limits": limits, "path": path}
+    metadata = {"doc": doc, "choices": tuple(choices), "limits": limits}
+    metadata |= {"infinite": infinite, "path": path}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -106,6 +109,8 @@ class Section:
                 raise UserError(f"{name}={_shown(value)} is not one of {', '.join(choices)}")
             limits = field.metadata.get("limits", {})
             for path, x in numbers(value, name):
+                if x == math.inf and field.metadata.get("infinite"):
+                    continue
                 if not _is_finite(x) or not all(fit(x, limit) for limit, fit in limits.values()):
                     range_ = " and ".join(f"{word} {x:.12g}" for word, (x, _) in limits.items())
                     raise UserError(
@@ -391,7 +396,9 @@ class ObjectiveConfig(Section):
     constant_length: int = setting("divisor of aggregation='constant', tokens", above=0)
     kl_weight: float = setting("weight of KL(pi || pi_ref) added to the loss", at_least=0)
     ess_power: float = setting("updates are scaled by (ESS / B)^ess_power", at_least=0)
-    constants: Mapping[str, Any] = setting("constants of the objectives, by their papers' names")
+    constants: Mapping[str, Any] = setting(
+        "constants of the objectives, by their papers' names", infinite=True
+    )
 
     def full_name(self, field: str) -> str:
         return super().full_name(field).removesuffix(".constants")

@@ -232,6 +232,9 @@ def test_every_number_has_a_range():
                 assert {"at least", "above"} & limits.keys(), f"{section.__name__}.{name}"
 
 
+UNBOUNDED = "clip_low", "clip_high", "dual_clip", "correction_cap", "cap"  # infinity: off
+
+
 def test_every_constant_of_an_objective_has_a_range():
     for name, objective in OBJECTIVES.items():
         for function in (objective.advantage, objective.loss):
@@ -240,8 +243,15 @@ def test_every_constant_of_an_objective_has_a_range():
                     continue
                 (allowed,) = annotation.__metadata__
                 assert NAN not in allowed, f"{name}.{constant}"
-                assert float("inf") not in allowed, f"{name}.{constant}"
+                assert (float("inf") in allowed) == (constant in UNBOUNDED), f"{name}.{constant}"
                 assert True not in allowed, f"{name}.{constant}"
+
+
+def test_a_clip_may_be_infinite():
+    values = arithmetic.get_config("objective=gspo").to_dict()
+    values["objective"]["gspo"]["clip_high"] = float("inf")
+    config = Config.from_dict(values)
+    assert bind("gspo", config.objective.constants, group_size=4).loss.keywords["clip_high"] > 1e38
 
 
 def test_a_home_directory_is_expanded(monkeypatch):
