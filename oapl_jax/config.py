@@ -30,6 +30,8 @@ FUNCTION = "function"  # task of records that only a reward function can judge
 REMAT = ("none", "dots", "attention", "full", "offload")
 FORMAT = 3  # of a workdir: its config.json, checkpoints and ledger
 MAX_SEED = (1 << 32) - 3  # JAX takes seeds modulo 2^32, and evaluation and judges take the next two
+MAX_SECONDS = 1e6  # of a wait: 12 days. The kernel's timers overflow at 25
+MAX_PROCESSES = 1024  # and threads
 # Settings that saved files depend on; they can't change within a workdir.
 # (After a change of lag.steps, the due version may never have been published.)
 STRUCTURAL = (
@@ -108,13 +110,18 @@ class Section:
             if choices and value not in choices:
                 raise UserError(f"{name}={_shown(value)} is not one of {', '.join(choices)}")
             limits = field.metadata.get("limits", {})
+            # A count meets int32 on the devices; a limit of its own or a package says otherwise.
+            wide = isinstance(value, Mapping) or "at most" in limits
+            bits = 64 if wide or field.name.endswith("_bytes") else 32
             for path, x in numbers(value, name):
                 if x == math.inf and field.metadata.get("infinite"):
                     continue
-                if not _is_finite(x) or not all(fit(x, limit) for limit, fit in limits.values()):
+                fits = _is_finite(x, bits) and all(fit(x, limit) for limit, fit in limits.values())
+                if not fits:
                     range_ = " and ".join(f"{word} {x:.12g}" for word, (x, _) in limits.items())
                     raise UserError(
-                        f"{path}={_shown(x)} must be {range_ or 'finite'}, in float32 and int64 too"
+                        f"{path}={_shown(x)} must be {range_ or 'finite'}, in float32 and "
+                        f"int{bits} too"
                     )
         self.check()
 
@@ -183,9 +190,9 @@ def numbers(value: Any, name: str) -> Iterator[tuple[str, int | float]]:
             yield from numbers(item, name)
 
 
-def _is_finite(number: int | float) -> bool:
-    """False for NaN, infinity, and an integer that int64 can't hold."""
-    return math.isfinite(number) if isinstance(number, float) else abs(number) < 1 << 63
+def _is_finite(number: int | float, bits: int = 64) -> bool:
+    """False for NaN, infinity, and an integer that a signed one of `bits` can't hold."""
+    return math.isfinite(number) if isinstance(number, float) else abs(number) < 1 << bits - 1
 
 
 def _shown(value: Any) -> str:
@@ -204,7 +211,7 @@ def nearest(name: str, known: typing.Iterable[str], elsewhere: typing.Iterable[s
     found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     last = lambda path: path.rpartition(".")[2]
     ends = difflib.get_close_matches(name, {last(path) for path in elsewhere}, n=3, cutoff=0.8)
-    found += [path for path in elsewhere if last(path) in ends and path not in found][:3]
+    found += [path for path in elsewhere if last(path) in ends and last(path) not in found][:3]
     return f"; did you mean {' or '.join(found)}?" if found else f" (known: {', '.join(known)})"
 
 
@@ -460,11 +467,13 @@ class RolloutConfig(Section):
     top_k: int = setting("most likely tokens to sample from; 0 switches it off", at_least=0)
     max_response_tokens: int = setting("longer responses are truncated", at_least=1)
     prompts_per_call: int = setting("prompts sampled at a time without overlap", at_least=1)
-    reward_threads: int = setting("groups rewarded at a time", at_least=1)
+    reward_threads: int = setting("groups rewarded at a time", at_least=1, at_most=MAX_PROCESSES)
     max_zero_reward_groups: int = setting(
         "consecutive groups without reward that abort the run; 0: never", at_least=0
     )
-    deadline: float = setting("seconds that learner and sampler wait for each other", above=0)
+    deadline: float = setting(
+        "seconds that learner and sampler wait for each other", above=0, at_most=MAX_SECONDS
+    )
     max_sequences: int = setting("responses decoded at a time (local)", at_least=1)
     prompt_multiple: int = setting("prompts are padded to a multiple (local)", at_least=1)
     source: str = setting(
@@ -574,19 +583,33 @@ class FleetConfig(Section):
     api_key_file: str = setting(
         "file with the --api-key of servers and router; '' for none", path=True, default=""
     )
-    poll_every: float = setting("between two reads of servers_file or router", above=0)
+    poll_every: float = setting(
+        "between two reads of servers_file or router", above=0, at_most=MAX_SECONDS
+    )
     max_in_flight: int = setting("groups in flight over all servers", at_least=1)
     attempts: int = setting("requests of a group before it is dropped and counted", at_least=1)
-    backoff: float = setting("before a failed server is retried; doubles each time", above=0)
-    backoff_limit: float = setting("largest backoff", above=0)
-    health_every: float = setting("between two health checks of a server", above=0)
-    connect_deadline: float = setting("to open a connection", above=0)
-    control_deadline: float = setting("of a control call: health, admission, probe", above=0)
-    request_deadline: float = setting("for the rollouts of one group", above=0)
-    drain_deadline: float = setting("for groups in flight before a refresh; 0: abort", at_least=0)
-    update_deadline: float = setting("for a server to load a version", above=0)
-    start_deadline: float = setting("for a server to answer for the first time", above=0)
-    no_server_deadline: float = setting("without a ready server before the run ends", above=0)
+    backoff: float = setting(
+        "before a failed server is retried; doubles each time", above=0, at_most=MAX_SECONDS
+    )
+    backoff_limit: float = setting("largest backoff", above=0, at_most=MAX_SECONDS)
+    health_every: float = setting(
+        "between two health checks of a server", above=0, at_most=MAX_SECONDS
+    )
+    connect_deadline: float = setting("to open a connection", above=0, at_most=MAX_SECONDS)
+    control_deadline: float = setting(
+        "of a control call: health, admission, probe", above=0, at_most=MAX_SECONDS
+    )
+    request_deadline: float = setting("for the rollouts of one group", above=0, at_most=MAX_SECONDS)
+    drain_deadline: float = setting(
+        "for groups in flight before a refresh; 0: abort", at_least=0, at_most=MAX_SECONDS
+    )
+    update_deadline: float = setting("for a server to load a version", above=0, at_most=MAX_SECONDS)
+    start_deadline: float = setting(
+        "for a server to answer for the first time", above=0, at_most=MAX_SECONDS
+    )
+    no_server_deadline: float = setting(
+        "without a ready server before the run ends", above=0, at_most=MAX_SECONDS
+    )
     refresh_fraction: float = setting(
         "of the servers refreshed at a time, at least one", above=0, at_most=1
     )
@@ -622,8 +645,10 @@ class FleetConfig(Section):
 class MathRewardConfig(Section):
     """Judge processes of mathematical answers."""
 
-    processes: int = setting("answers judged at a time", at_least=1)
-    seconds: float = setting("deadline of an answer; then its process is killed", above=0)
+    processes: int = setting("answers judged at a time", at_least=1, at_most=MAX_PROCESSES)
+    seconds: float = setting(
+        "deadline of an answer; then its process is killed", above=0, at_most=MAX_SECONDS
+    )
     recycle_after: int = setting("answers of a process before it is replaced", at_least=1)
     memory_bytes: int = setting("memory limit of a process", at_least=1)
     thinking_opened: bool = setting("whether the chat template itself writes <think>")
@@ -633,10 +658,12 @@ class CodeRewardConfig(Section):
     """The sandbox of programs."""
 
     allow_unsafe: bool = setting("run programs on a machine that can't isolate them")
-    parallel: int = setting("programs at a time; at most one a core", at_least=1)
-    seconds_per_test: float = setting("deadline of a test", above=0)
+    parallel: int = setting(
+        "programs at a time; at most one a core", at_least=1, at_most=MAX_PROCESSES
+    )
+    seconds_per_test: float = setting("deadline of a test", above=0, at_most=MAX_SECONDS)
     memory_bytes: int = setting("memory limit of a program", at_least=1)
-    processes: int = setting("threads of a program", at_least=1)
+    processes: int = setting("threads of a program", at_least=1, at_most=MAX_PROCESSES)
     output_bytes: int = setting("output limit of a test", at_least=1)
     temporary_bytes: int = setting("size of a program's temporary files", at_least=1)
     max_tests: int = setting("longest tests of a problem that are run; 0: all", at_least=0)
@@ -646,7 +673,7 @@ class CodeRewardConfig(Section):
         "imports before a program: LiveCodeBench's, or also np, pd, os, io as in OAPL's code",
         choices=("livecodebench", "oapl"),
     )
-    start_seconds: float = setting("deadline for a sandbox to start", above=0)
+    start_seconds: float = setting("deadline for a sandbox to start", above=0, at_most=MAX_SECONDS)
     cache_entries: int = setting("verdicts kept, by content", at_least=0)
 
 
@@ -673,8 +700,12 @@ class DocumentRewardConfig(Section):
 class FunctionPoolConfig(Section):
     """Processes that call `rewards.function`."""
 
-    processes: int = setting("calls at a time; see also rollout.reward_threads", at_least=1)
-    seconds: float = setting("deadline of a call; then its process is killed", above=0)
+    processes: int = setting(
+        "calls at a time; see also rollout.reward_threads", at_least=1, at_most=MAX_PROCESSES
+    )
+    seconds: float = setting(
+        "deadline of a call; then its process is killed", above=0, at_most=MAX_SECONDS
+    )
     memory_bytes: int = setting("memory of a process beyond its imports", at_least=1)
 
 
@@ -722,10 +753,12 @@ class LanguageModelJudgeConfig(Section):
     max_prompt_tokens: int = setting("longer questions are not asked", at_least=1)
     questions_per_request: int = setting("questions of a request", at_least=1)
     max_in_flight: int = setting("requests in flight for a group", at_least=1)
-    connect_deadline: float = setting("seconds to open a connection", above=0)
-    request_deadline: float = setting("seconds for a request", above=0)
-    backoff: float = setting("seconds before a failed request is retried; doubles", above=0)
-    group_deadline: float = setting("seconds for a group", above=0)
+    connect_deadline: float = setting("seconds to open a connection", above=0, at_most=MAX_SECONDS)
+    request_deadline: float = setting("seconds for a request", above=0, at_most=MAX_SECONDS)
+    backoff: float = setting(
+        "seconds before a failed request is retried; doubles", above=0, at_most=MAX_SECONDS
+    )
+    group_deadline: float = setting("seconds for a group", above=0, at_most=MAX_SECONDS)
 
 
 class PreferencesConfig(Section):

@@ -114,7 +114,11 @@ def check_overrides(arguments: list[str]) -> None:
             if not isinstance(section, ConfigDict) or part not in section:
                 known = section.keys() if isinstance(section, ConfigDict) else ()
                 path = ".".join(parts[: depth + 1])
-                close = nearest(part, known, flatten(whole.to_dict()))
+                close = (
+                    nearest(part, known, flatten(whole.to_dict()))
+                    if known
+                    else f"; {'.'.join(parts[:depth])} has no parts"
+                )
                 raise UserError(f"--config.{path} is not a setting{close}")
             section = section.get_oneway_ref(part).get() if part in section else None
 

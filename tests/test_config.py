@@ -1,6 +1,7 @@
 """Typed settings: every section validates itself, and a mistake names its setting."""
 
 import functools
+import re
 import typing
 
 import pytest
@@ -230,6 +231,29 @@ def test_every_number_has_a_range():
             if {int, float} & {hint, *typing.get_args(hint)}:
                 limits = section.__dataclass_fields__[name].metadata["limits"]
                 assert {"at least", "above"} & limits.keys(), f"{section.__name__}.{name}"
+
+
+VALUES = settings.flatten(arithmetic.get_config().to_dict())
+WAITS = [name for name in VALUES if re.search("deadline|seconds|backoff|_every$", name)]
+MANY = [name for name in VALUES if re.search("processes|parallel|reward_threads", name)]
+OF_A_PACKAGE = "seed|_bytes$|architecture|generator|objectives|maxrl"
+COUNTS = [
+    name
+    for name, value in VALUES.items()
+    if type(value) is int and not re.search(OF_A_PACKAGE, name)
+]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [*((name, 2e6) for name in WAITS), *((name, 2000) for name in MANY)]
+    + [(name, 2**31) for name in COUNTS],
+)
+def test_waits_processes_and_counts_have_an_upper_limit(setting, value):
+    config = arithmetic.get_config()
+    config.update_from_flattened_dict({setting: value})
+    with pytest.raises(UserError, match=setting.replace(".", r"\.")):
+        checked(config)
 
 
 UNBOUNDED = "clip_low", "clip_high", "dual_clip", "correction_cap", "cap"  # infinity: off
