@@ -156,7 +156,7 @@ class Section:
         fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore
         join = lambda name: f"{path}.{name}" if path else name
         for name in values.keys() - fields.keys():
-            raise UserError(f"{join(name)} is not a setting{nearest(name, fields)}")
+            raise UserError(f"{join(name)} is not a setting{nearest(name, fields, section=path)}")
         required = {n for n, field in fields.items() if field.default is dataclasses.MISSING}
         for name in sorted(required - values.keys()):
             raise UserError(f"{join(name)} is missing; add it to the file that --config names")
@@ -203,12 +203,20 @@ def _shown(value: Any) -> str:
         return "..."
 
 
-def nearest(name: str, known: typing.Iterable[str], elsewhere: typing.Iterable[str] = ()) -> str:
+def nearest(
+    name: str,
+    known: typing.Iterable[str],
+    elsewhere: typing.Iterable[str] = (),
+    *,
+    section: str = "",
+) -> str:
     """The known names that resemble a misspelt one, as the end of a sentence.
 
-    `elsewhere` has full names of other sections, of which the last part is compared.
+    `elsewhere` has full names of all sections, of which the last part is compared; `known` are
+    those of `section`.
     """
-    found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    found = [f"{section}.{other}" if section else other for other in close]
     last = lambda path: path.rpartition(".")[2]
     ends = difflib.get_close_matches(name, {last(path) for path in elsewhere}, n=3, cutoff=0.8)
     found += [path for path in elsewhere if last(path) in ends and last(path) not in found][:3]
@@ -419,7 +427,7 @@ class ObjectiveConfig(Section):
         constants = {name: value for name, value in values.items() if name not in own}
         for name in constants:  # a common setting, misspelt? `bind` knows the constants alone
             if difflib.get_close_matches(name, own, n=1, cutoff=0.8):
-                raise UserError(f"{path}.{name} is not a setting{nearest(name, own)}")
+                raise UserError(f"{path}.{name} is not a setting{nearest(name, own, section=path)}")
         return super().from_dict({**common, "constants": constants}, path)
 
 

@@ -113,13 +113,13 @@ def check_overrides(arguments: list[str]) -> None:
         for depth, part in enumerate(parts):
             if not isinstance(section, ConfigDict) or part not in section:
                 known = section.keys() if isinstance(section, ConfigDict) else ()
-                path = ".".join(parts[: depth + 1])
+                above, every = ".".join(parts[:depth]), flatten(whole.to_dict())
                 close = (
-                    nearest(part, known, flatten(whole.to_dict()))
+                    nearest(part, known, every, section=above)
                     if known
-                    else f"; {'.'.join(parts[:depth])} has no parts"
+                    else f"; {above} has no parts"
                 )
-                raise UserError(f"--config.{path} is not a setting{close}")
+                raise UserError(f"--config.{'.'.join(parts[: depth + 1])} is not a setting{close}")
             section = section.get_oneway_ref(part).get() if part in section else None
 
 

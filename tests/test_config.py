@@ -211,7 +211,11 @@ def test_an_integer_that_no_float_holds_names_its_setting(setting, digits):
 
 @pytest.mark.parametrize(
     ("path", "nearest"),
-    [(("total_steps",), "num_steps"), (("lag", "step"), "steps"), (("optim", "lr"), "optim.lr")],
+    [
+        (("total_steps",), "num_steps"),
+        (("lag", "step"), r"lag\.steps\?"),
+        (("optim", "lr"), "optim.lr"),
+    ],
 )
 def test_an_unknown_key_at_any_depth_is_named_with_the_nearest(path, nearest):
     values = arithmetic.get_config().to_dict()

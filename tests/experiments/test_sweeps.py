@@ -22,6 +22,7 @@ from experiments.sweep import (
     grouped,
     listed,
     load_experiment,
+    named,
     point,
     rows_of,
 )
@@ -188,6 +189,35 @@ def test_the_readme_is_what_its_command_writes():
 
 def run_of(seed=0, **changes):
     return point("arithmetic:chain_sum", {"objective": "oapl", "seed": seed, **changes})
+
+
+def sweep_of_rows(add):
+    add(run_of(0), run_of(1), row="plain")
+    add(run_of(2, **{"lag.steps": 8}))
+
+
+def sweep_without_rows(add):
+    for values in add.product({"lag.steps": (1, 8)}, add.seeds(2)):
+        add(run_of(**values))
+
+
+def sweep_with_a_long_row(add):
+    add(run_of(0), row="a" * 200)
+
+
+@pytest.mark.parametrize(
+    ("of", "names"),
+    [
+        (sweep_of_rows, ["plain, seed 0", "plain, seed 1", "train oapl seed 2"]),
+        (
+            sweep_without_rows,
+            ["steps 1, seed 0", "steps 1, seed 1", "steps 8, seed 0", "steps 8, seed 1"],
+        ),
+        (sweep_with_a_long_row, ["train oapl seed 0"]),
+    ],
+)
+def test_points_are_named_by_their_row(of, names):
+    assert list(named(of, no_results(), "cpu").values()) == names
 
 
 class Instant:
