@@ -218,7 +218,7 @@ class Checkpoints(_Steps):
         except UserError:
             raise
         except Exception as error:  # of Orbax, TensorStore or JSON, whatever a damaged file causes
-            raise _Damaged(one_line(error)) from error
+            raise _Damaged(one_line(error).partition(". See full ")[0]) from error  # of TensorStore
         found = checksums({name: items[name] for name in abstract})
         found |= {name: digest(items[name]) for name in more}
         for path, value in found.items():
