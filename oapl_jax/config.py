@@ -219,7 +219,7 @@ def nearest(
     found = [f"{section}.{other}" if section else other for other in close]
     last = lambda path: path.rpartition(".")[2]
     ends = difflib.get_close_matches(name, {last(path) for path in elsewhere}, n=3, cutoff=0.8)
-    found += [path for path in elsewhere if last(path) in ends and last(path) not in found][:3]
+    found += [path for path in elsewhere if last(path) in ends and last(path) not in close][:3]
     return f"; did you mean {' or '.join(found)}?" if found else f" (known: {', '.join(known)})"
 
 

@@ -224,6 +224,13 @@ def test_an_unknown_key_at_any_depth_is_named_with_the_nearest(path, nearest):
         Config.from_dict(values)
 
 
+def test_a_misspelt_key_names_each_setting_once():
+    known, elsewhere = ["top_p", "temperature"], ["a.temperature", "rollout.temperature"]
+    sentence = settings.nearest("temprature", known, elsewhere, section="rollout")
+    assert sentence.count("temperature") == 1
+    assert "rollout.temperature" in sentence
+
+
 def test_every_number_has_a_range():
     def sections(kind):
         for other in kind.__subclasses__():
