@@ -1,6 +1,7 @@
 """Sweeps: combinators, every point of every experiment, manifests, stale points, table, search."""
 
 import json
+import re
 import sys
 import threading
 from concurrent.futures import Future
@@ -120,6 +121,7 @@ def test_every_experiment_has_a_card(name):
     """Its cost is that of the plan and the list price."""
     card = readme.card(name)
     assert [field for field in CARD if not card.get(field)] == []
+    assert re.search(r"commits? [0-9a-f]{7}\b.*\b\d{4}-\d\d-\d\d\b", card["Measured"])
     module = load_experiment(str(ROOT / f"experiments/{name}.py"))
     points = listed(module.sweep, no_results(), "paper")
     assert all(str(cost) in card["Scale"] for cost in paper.costs(points, paper.TOPOLOGY, None))
