@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import textwrap
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -184,6 +185,17 @@ def test_the_readme_is_what_its_command_writes():
     page = (ROOT / "experiments/README.md").read_text()
     parts = readme.parts(ROOT / "docs/experiments", paper.TOPOLOGY, None)
     assert fill(page, parts) == page
+
+
+def test_the_sweep_of_the_page_has_six_points_that_apply(tmp_path):
+    page = (ROOT / "experiments/README.md").read_text()
+    (text,) = re.findall(r"`my_sweep\.py`:\n\n((?: {4}.*\n|\n)+)", page)
+    (tmp_path / "my_sweep.py").write_text(textwrap.dedent(text))
+    points = named(load_experiment(str(tmp_path / "my_sweep.py")).sweep, no_results(), "cpu")
+    names = [f"{method}, seed {seed}" for method in ("oapl", "grpo") for seed in range(3)]
+    assert list(points.values()) == names
+    for each in points:
+        Config.from_dict(each.resolve(epath.Path("/root")).to_dict())
 
 
 # The launcher, with points that end at once
