@@ -22,9 +22,12 @@ test-quick: .venv/dev
 	$(CPU) $(BIN)/python -m pytest tests --numprocesses=2 --dist=loadfile -m "not slow" --durations=10
 
 # The quick tests on the other interpreters that this machine has, each in an environment of its own.
-interpreter = $(firstword $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python) $(shell command -v python$(1)))
-VERSIONS := $(foreach version,3.12 3.13,$(if $(call interpreter,$(version)),$(version)))
+# A shim of pyenv may stand for no interpreter, and Debian's has ensurepip in a package of its own.
+interpreter = $(firstword $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python) \
+  $(shell python$(1) -c "import ensurepip, sys; print(sys.executable)" 2>/dev/null))
+VERSIONS := $(strip $(foreach version,3.12 3.13,$(if $(call interpreter,$(version)),$(version))))
 test-pythons: $(VERSIONS:%=.venv-%/done)
+	@$(if $(VERSIONS),,echo "this machine has neither Python 3.12 nor 3.13: no tests")
 	@for version in $(VERSIONS); do echo "Python $$version"; $(CPU) .venv-$$version/bin/python -m pytest tests \
 	  --numprocesses=2 --dist=loadfile -m "not slow" || exit 1; done
 
