@@ -174,7 +174,8 @@ class Run:
     @cached_property
     def checkpoints(self) -> checkpoint.Checkpoints:
         directory = self.workdir / "checkpoints"
-        return checkpoint.Checkpoints(directory, keep=self.config.checkpoint.keep)
+        deadline, keep = self.config.rollout.deadline, self.config.checkpoint.keep
+        return checkpoint.Checkpoints(directory, deadline=deadline, keep=keep)
 
     def checkpoint_step(self, step: int | None) -> int:
         """The checkpoint step asked for, or the newest.

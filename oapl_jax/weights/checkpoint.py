@@ -13,6 +13,7 @@ import copy
 import functools
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ import orbax.checkpoint as ocp
 import xxhash
 from etils import epath
 
+from oapl_jax import multihost
 from oapl_jax.errors import NotFinite, RunError, UserError, one_line, reason
 from oapl_jax.files import write_file
 from oapl_jax.learner.train_step import TrainState
@@ -40,7 +42,9 @@ class _Damaged(Exception):
 class _Steps:
     """Orbax steps below one directory, saved in the background; `keep` bounds their number."""
 
-    def __init__(self, directory: epath.Path, *, keep: int | None = None, **items: Any):
+    def __init__(
+        self, directory: epath.Path, *, deadline: float, keep: int | None = None, **items: Any
+    ):
         # Compression would take a tenth off random-looking floats and slow the publisher.
         params = ocp.PyTreeCheckpointHandler(use_compression=False)
         options = ocp.CheckpointManagerOptions(
@@ -52,7 +56,7 @@ class _Steps:
         )
         handlers = {"params": params, "probe": _JSON(), **items}
         self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
-        self._directory = directory
+        self._directory, self._deadline = directory, deadline
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -91,7 +95,18 @@ class _Steps:
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """Raises a RunError with the remedy for any error of a save."""
+        """Raises a RunError with the remedy for any error of a save.
+
+        Ends the process after `deadline` seconds: a thread of a save can't be ended alone, and
+        TensorStore opens an array again and again until a clock that was set back is where it was.
+        """
+        late = RunError(
+            f"a save below {self._directory} has not ended within {self._deadline:g} s "
+            "(rollout.deadline); the same command resumes from the newest finished step"
+        )
+        timer = threading.Timer(self._deadline, multihost.exit_now, [late])
+        timer.daemon = True
+        timer.start()
         try:
             yield
         except Exception as error:
@@ -101,15 +116,17 @@ class _Steps:
                 "space or mend the directory, then start again: it resumes from the newest "
                 f"finished step (have: {kept})"
             ) from error
+        finally:
+            timer.cancel()
 
 
 class Checkpoints(_Steps):
     """Checkpoints of a run below one directory, of which the newest `keep` stay."""
 
-    def __init__(self, directory: epath.Path, *, keep: int):
+    def __init__(self, directory: epath.Path, *, deadline: float, keep: int):
         json_items, array_items = ("loop", "checksums"), ("optimizer", "curriculum")
         items = {n: _JSON() for n in json_items} | {n: _ARRAYS() for n in array_items}
-        super().__init__(directory, keep=keep, **items)
+        super().__init__(directory, deadline=deadline, keep=keep, **items)
         self._host_states = directory.parent / "host_states"
 
     def save(

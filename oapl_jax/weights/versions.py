@@ -71,7 +71,7 @@ class Versions:
         deadline: float,
     ):
         self.directory, self.probe = workdir / "versions", probe
-        self._weights = Weights(workdir / "weights")
+        self._weights = Weights(workdir / "weights", deadline=deadline)
         self._model, self._mesh, self._deadline = model, mesh, deadline
         self._tokenizer, self._dtype, self._config = tokenizer, dtype, config
 
