@@ -45,11 +45,11 @@ for change in (network.cut, network.mend):
     found["network"].append(connects())
 
 clock = places.Clock(directory)
-code = "import time; a = time.time(); input(); print(time.time() - a, time.monotonic())"
+code = "from time import *; a = time(); print(flush=True); input(); print(time() - a, monotonic())"
 environment = {**os.environ, **clock.environment}
 pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 reader = subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes)
-time.sleep(0.5)
+reader.stdout.readline()  # it has read the clock
 clock.set(-86400)
 jump, monotonic = map(float, reader.communicate("\\n")[0].split())
 found["clock"] = [jump, monotonic - time.monotonic()]
