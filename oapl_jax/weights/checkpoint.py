@@ -97,8 +97,7 @@ class _Steps:
     def _saving(self) -> Iterator[None]:
         """Raises a RunError with the remedy for any error of a save.
 
-        Ends the process after `deadline` seconds: a thread of a save can't be ended alone, and
-        TensorStore opens an array again and again until a clock that was set back is where it was.
+        Ends the process after `deadline` seconds: a thread of a save can't be ended alone.
         """
         late = RunError(
             f"a save below {self._directory} has not ended within {self._deadline:g} s "

@@ -75,7 +75,7 @@ def opened(tmp_path):
         yield made
 
 
-# A save that never ends, as after a wall clock that was set back.
+# A save that never ends, as on a share that is gone.
 ENDLESS = """
 import sys, time
 import jax.numpy as jnp
