@@ -3,23 +3,31 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 CPU := JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2
 
-.PHONY: run test test-quick test-pythons test-jax lint docs format lock sglang parity golden run-smollm2 comparison peers soak benchmark benchmark-peers clean
+.PHONY: run test browser test-quick test-pythons test-jax lint docs format lock sglang parity golden run-smollm2 comparison peers soak benchmark benchmark-peers clean
 
 run: .venv/run
 	$(CPU) $(BIN)/python -m oapl_jax.train --config=configs/arithmetic.py --workdir=runs/arithmetic \
 	  --install_seconds=$$(cat .venv/run)
 
-test: .venv/dev .venv-sglang/done
+test: .venv/dev .venv-sglang/done browser
 	$(CPU) $(BIN)/python -m pytest tests --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=25
+
+# The run report is tested in Chromium, which Debian packages; a user who is not root installs it first.
+browser:
+	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || { echo "installing chromium"; \
+	  apt-get update -qq && apt-get install -qq --yes chromium > /dev/null; }
 
 # The part for each change: no SGLang servers, no compiler for TPUs, no whole runs.
 test-quick: .venv/dev
 	$(CPU) $(BIN)/python -m pytest tests --numprocesses=2 --dist=loadfile -m "not slow" --durations=10
 
 # The quick tests on the other interpreters that this machine has, each in an environment of its own.
-interpreter = $(firstword $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python) $(shell command -v python$(1)))
-VERSIONS := $(foreach version,3.12 3.13,$(if $(call interpreter,$(version)),$(version)))
+# A shim of pyenv may stand for no interpreter, and Debian's has ensurepip in a package of its own.
+interpreter = $(firstword $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python) \
+  $(shell python$(1) -c "import ensurepip, sys; print(sys.executable)" 2>/dev/null))
+VERSIONS := $(strip $(foreach version,3.12 3.13,$(if $(call interpreter,$(version)),$(version))))
 test-pythons: $(VERSIONS:%=.venv-%/done)
+	@$(if $(VERSIONS),,echo "this machine has neither Python 3.12 nor 3.13: no tests")
 	@for version in $(VERSIONS); do echo "Python $$version"; $(CPU) .venv-$$version/bin/python -m pytest tests \
 	  --numprocesses=2 --dist=loadfile -m "not slow" || exit 1; done
 

@@ -82,7 +82,7 @@ def publish_model(directory: epath.Path, config: ModelConfig, tokenizer) -> epat
     mesh = make_mesh(data=1, fsdp=-1, context=1, tensor=1)
     layout = LearnerConfig(micro_batches=1, row_length=64, rows_multiple=1, logp_chunk=64)
     probe = make_probe(model, mesh, layout)
-    weights = Weights(directory / "weights")
+    weights = Weights(directory / "weights", deadline=60.0)
     weights.save(0, params, {**probe(params), "dtype": "float32"})
     weights.wait()
     path = publish(

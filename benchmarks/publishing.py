@@ -69,7 +69,7 @@ def save_step(directory: epath.Path) -> epath.Path:
         shape = shape if tensor.layer is None else (CONFIG.num_layers, *shape)
         if tensor.path not in flat:
             flat[tensor.path] = rng.standard_normal(shape, np.float32) * np.float32(0.05)
-    weights = Weights(directory)
+    weights = Weights(directory, deadline=60.0)
     weights.save(0, unflatten_dict(flat, sep="/"), {"tokens": [], "logp": [], "dtype": "float32"})
     weights.close()
     return weights.path(0)

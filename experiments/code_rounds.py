@@ -8,9 +8,9 @@ Scale: `--to=queued` or `--to=xpk`: 2 points, v5e:8x8: at least 26.5 h, $2,039; 
 Hours: 0.1 of a core.
 Expected: level with DeepCoder on LiveCodeBench v5 with about 200 thousand responses against 650
     thousand (arXiv 2602.19362).
-Measured: the claim fails on sums (2026-11-30, three seeds): pass@1 .240 before, .416 after round 1,
-    .519 after round 2 with 4,864 responses, and .752 for online GRPO with 14,592; round 2 minus
-    online GRPO is -.233 [-.368, -.098]; docs/experiments/code_rounds.md
+Measured: the claim fails on sums (commits 03d5d01, 0f31955, 2026-11-30; three seeds): pass@1 .240
+    before, .416 after round 1, .519 after round 2 with 4,864 responses, and .752 for online GRPO
+    with 14,592; round 2 minus online GRPO is -.233 [-.368, -.098]; docs/experiments/code_rounds.md
 
 Round 1 records 8 responses of the base policy to each problem and passes over them once; round 2
 records the result on a sixth of the problems and passes over them four times. The CPU form replaces

@@ -9,8 +9,9 @@ Scale: `--to=queued` or `--to=xpk`: 6 points, v5e:8x8, a fleet of 202,423 genera
     least 35.1 h, $2,696; the price's source is in experiments/paper.py.
 Hours: 2.6 of a core, for 420 runs beside those of objectives.py.
 Expected: arXiv 2602.19362 has OAPL stable at lags where GRPO with importance sampling is not.
-Measured: docs/comparison.md. At three times the usual rate OAPL loses no run of three at lag 128,
-    and nor do GSPO and the likelihood of right answers; at lag 8 all lose runs.
+Measured: docs/comparison.md (commit a0610e5, 2026-11-23). At three times the usual rate OAPL loses
+    no run of three at lag 128, and nor do GSPO and the likelihood of right answers; at lag 8 all
+    lose runs.
 
 Nothing that is chosen here is used elsewhere, so all runs are graded on the test split. A table has
 three seeds in each cell; a run that stands in two tables is executed once.

@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
@@ -40,8 +40,8 @@ from experiments.sweep import (
     Point,
     Results,
     Sweep,
-    listed,
     load_experiment,
+    named,
     shell,
 )
 from oapl_jax.errors import RunError, UserError, exit_with_code, one_line
@@ -94,6 +94,7 @@ class Launcher:
         self._results = Results(root, any_defaults=keep, code="" if keep else self._code)
         self._manifests = Manifests(root)
         self._running: dict[Future[float], Point] = {}
+        self._names: Mapping[Point, str] = {}
 
     def run(self, sweep: Sweep, form: str, backend: Backend) -> None:
         """Returns when nothing is left to do; a launcher runs once.
@@ -103,13 +104,13 @@ class Launcher:
             result than before.
           KeyboardInterrupt: after the points have saved.
         """
-        for point in listed(sweep, self._results, form):  # left by a stop before the rmtree
+        for point in named(sweep, self._results, form):  # left by a stop before the rmtree
             if self._results.line(point) and not point.kept:
                 self._clean(point)
         display = Display(self._root)
         try:
             while True:
-                points = listed(sweep, self._results, form)
+                points = self._names = named(sweep, self._results, form)
                 for point in self._ready(sorted(points, key=lambda p: not backend.holds(p))):
                     fresh = bool(self._changed(point))
                     again = fresh or self._manifests.outcome(point) in ("broken", "ended")
@@ -158,21 +159,25 @@ class Launcher:
         return state.removeprefix("stale: ") if state.startswith("stale") else ""
 
     def _wait(
-        self, display: "Display", points: Sequence[Point], deadline: float
+        self, display: "Display", points: Collection[Point], deadline: float
     ) -> set[Future[float]]:
         """Waits until a point ends; shows the progress of all meanwhile."""
         since = time.monotonic()
         while True:
             ended = sum(self._results.line(point) is not None for point in points)
-            display.show(list(self._running.values()), ended, len(points))
+            running = {point: self._name(point) for point in self._running.values()}
+            display.show(running, ended, len(points))
             done, _ = wait(self._running, LOOK, FIRST_COMPLETED)
             if done:
                 return done
             if display.moved:
                 since = time.monotonic()
             if time.monotonic() - since > deadline:
-                names = ", ".join(point.key for point in self._running.values())
+                names = ", ".join(f"{self._name(p)} ({p.key})" for p in self._running.values())
                 raise RunError(f"no step within {deadline:.0f} s of {names}")
+
+    def _name(self, point: Point) -> str:
+        return self._names.get(point, point.name)
 
     def _end(self, point: Point, future: Future[float]) -> None:
         """Moves the result of a point into the results file."""
@@ -211,7 +216,7 @@ class Launcher:
         self._manifests.end(point, line["outcome"], **measured, **reason)
         if error is None and not (point.kept and line["outcome"] == "ended"):
             self._clean(point)
-        log(f"{len(self._results.lines)} points ended; {describe(point, line)}")
+        log(f"{len(self._results.lines)} points ended; {describe(self._name(point), point, line)}")
 
     def _outcome(self, point: Point) -> Line:
         path = point.outcome(self._root)
@@ -238,8 +243,8 @@ class Display:
         if sys.stderr.isatty():
             self._bar = tqdm.tqdm(desc="points", file=sys.stderr, dynamic_ncols=True)
 
-    def show(self, running: Sequence[Point], ended: int, total: int) -> None:
-        steps = [f"{point.name} {step_of(point, self._root)}" for point in running]
+    def show(self, running: Mapping[Point, str], ended: int, total: int) -> None:
+        steps = [f"{name} {step_of(point, self._root)}" for point, name in running.items()]
         text = ", ".join(steps[:4]) + (f" and {len(steps) - 4} more" if len(steps) > 4 else "")
         self.moved, self._last = text != self._last, text
         if self._bar is not None:
@@ -271,29 +276,29 @@ def found(line: Mapping) -> str:
     return json.dumps({k: v for k, v in line.items() if k not in ignored}, sort_keys=True)
 
 
-def describe(point: Point, line: Line) -> str:
+def describe(name: str, point: Point, line: Line) -> str:
     if line["outcome"] != "ended":
-        return f"{point.name} {line['outcome']}: {line['reason']}"
+        return f"{name} {line['outcome']}: {line['reason']}"
     graded = line.get(point.split, {})
     shown = f": {point.split} pass@1 {graded['pass@1']:.3f}" if "pass@1" in graded else ""
-    return f"{point.name}{shown} ({line['seconds']:.0f} s)"
+    return f"{name}{shown} ({line['seconds']:.0f} s)"
 
 
-def print_points(points: Sequence[Point], root: epath.Path, results: Results) -> None:
+def print_points(points: Mapping[Point, str], root: epath.Path, results: Results) -> None:
     """Prints the state of each point and the commands that execute it."""
     manifests = Manifests(root)
-    for number, point in enumerate(points, 1):
-        print(f"# {number} of {len(points)}: {point.name}, {manifests.state(point, results)}")
+    for number, (point, name) in enumerate(points.items(), 1):
+        print(f"# {number} of {len(points)}: {name}: {manifests.state(point, results)}")
         if point.forget_every:
             print(f"# forget_every={point.forget_every} is no setting: --to=local alone has it")
         for command in point.commands(root):
             print(shell(command.words))
 
 
-def dry_run(points: Sequence[Point], root: epath.Path, backend: Any) -> None:
+def dry_run(points: Mapping[Point, str], root: epath.Path, backend: Any) -> None:
     """Prints the commands of each point, and those that a script of tpu_setup/ would run."""
-    for number, point in enumerate(points, 1):
-        print(f"# {number} of {len(points)}: {point.name}")
+    for number, (point, name) in enumerate(points.items(), 1):
+        print(f"# {number} of {len(points)}: {name}")
         for command in point.commands(root):
             if command.name != "train":
                 print(f"# on this machine\n{shell(command.words)}")
@@ -339,7 +344,7 @@ def main() -> None:
         raise UserError(f"--root={given.root} is not absolute; name a directory on the share")
     root = root.resolve()
     results = Results(root, code=checkout()["code"])
-    points = listed(sweep, results, form)
+    points = named(sweep, results, form)
     if not points:
         raise UserError(f"--experiment={given.experiment} has no points with --form={form}")
     if given.to == "print" or (given.to == "local" and given.dry_run):

@@ -9,8 +9,8 @@ Scale: `--to=queued` or `--to=xpk`: 3 points, v5e:8x8, a fleet of 202,423 genera
     least 11.7 h, $899; the price's source is in experiments/paper.py.
 Hours: 5 of a core, for 1,233 runs.
 Expected: arXiv 2602.19362 finds OAPL above GRPO with importance sampling, on long answers.
-Measured: docs/comparison.md; at lag 128 and offline OAPL is above GRPO and below truncated
-    importance weights of sequences, VESPO and the likelihood of right answers.
+Measured: docs/comparison.md (commit a0610e5, 2026-11-23); at lag 128 and offline OAPL is above GRPO
+    and below truncated importance weights of sequences, VESPO and the likelihood of right answers.
 
 Each objective gets the same number of trials: learning rates times values of its own constants,
 two seeds each, graded on the validation split. The best trial then trains with five other seeds,

@@ -8,8 +8,8 @@ Scale: `--to=queued` or `--to=xpk`: 3 points, v5e:8x8, a fleet of 202,423 genera
 Hours: 0.05 of a core, beside the runs of steps.py.
 Expected: the gap grows with k, up to 256 (arXiv 2602.19362).
 Measured: OAPL minus GRPO + IS, seed by seed, is .11 at k = 1, .15 at 4, .11 at 16, .07 at 64 and
-    .03 at 256, where the base model is at 1; all intervals include 0 (2026-11-30): no growth with
-    k; docs/experiments/pass_at_k.md
+    .03 at 256, where the base model is at 1; all intervals include 0: no growth with k (commit
+    03d5d01, 2026-11-30); docs/experiments/pass_at_k.md
 
 The policies are those of experiments/steps.py: its workdirs are used, and nothing trains again.
 """

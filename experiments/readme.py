@@ -80,13 +80,15 @@ def table(results: Path, topology: str, price: float | None) -> str:
     return (
         f"{markdown(head, rows)}\n\n`--to=print` shows the exact commands, `--to=queued` and "
         "`--to=xpk` run them at the paper's scale, `--to=local` runs the form for two CPU cores. "
-        f"Hours and dollars are lower bounds; prices: {price_of}."
+        f"Hours and dollars are lower bounds; prices: {price_of}. Intervals are Student's t over "
+        "the seeds: those of three are wide, and may pass 0 and 1."
     )
 
 
 def plots(results: Path) -> str:
     there = [name for name in FIGURES if (results / f"{name}.png").exists()]
-    return "\n\n".join(f"![{name}](../docs/experiments/{name}.png)" for name in there)
+    colors = "The first panel names the colors of all."
+    return "\n\n".join([colors, *(f"![{name}](../docs/experiments/{name}.png)" for name in there)])
 
 
 def parts(results: Path, topology: str, price: float | None) -> dict[str, str]:

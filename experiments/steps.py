@@ -8,7 +8,7 @@ Scale: `--to=queued` or `--to=xpk`: 2 points, v5e:8x8, a fleet of 202,423 genera
 Hours: 0.1 of a core.
 Expected: OAPL above GRPO + IS at the same step on all four contests (arXiv 2602.19362).
 Measured: at step 256 pass@1 is .771 for OAPL and .659 for GRPO + IS, of three seeds; the difference
-    of a seed is .112 [-.489, .712] (2026-11-30); docs/experiments/steps.md
+    of a seed is .112 [-.489, .712] (commit 03d5d01, 2026-11-30); docs/experiments/steps.md
 
 At paper scale these are the runs of experiments/objectives.py, whose checkpoints are graded every
 100 steps, and the baseline has weights of tokens. The CPU form validates every 32 steps with 16

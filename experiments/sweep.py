@@ -55,6 +55,7 @@ RENAMED: dict[str | tuple[str, str], str] = {
 }
 STARTS = ("start", "stream")  # settings that are points
 FORMS = ("paper", "cpu", "quick")  # of an experiment: its own scale, two CPU cores, minutes
+LONGEST_NAME = 80  # characters of a row that names its points
 PUBLISHED = "versions"  # directory of a workdir
 # Grading of the last policy: responses to a problem, and the k of pass@k.
 GRADES = {"validation": dict(n=16, ks=(1, 8)), "test": dict(n=64, ks=(1, 8, 64))}
@@ -452,6 +453,17 @@ def listed(sweep: Sweep, results: Results, form: str) -> list[Point]:
     add = Add(results, form)
     sweep(add)
     return list(add.points)
+
+
+def named(sweep: Sweep, results: Results, form: str) -> dict[Point, str]:
+    """The same points with names for people: row and seed, unless a row has no short name."""
+    add = Add(results, form)
+    sweep(add)
+    names = {point: point.name for point in add.points}
+    for row, points in rows_of(add).items():
+        if len(row) <= LONGEST_NAME:
+            names |= {point: f"{row}, seed {point.seed}" for point in points}
+    return names
 
 
 def grouped(points: Iterable[Point]) -> Rows:

@@ -395,7 +395,7 @@ def draw(table: Table, curves: Sequence[str]) -> Figure:
                 generations = np.nan_to_num(cell.mean("generations"))
                 whiskers(axis, {float(generations): cell.spread(of)}, color=color)
                 band(axis, [by_generations(line) for line in cell.lines], color)
-        label(axis, kind, of, list(graded))
+        label(axis, kind, of, list(graded), max(len(cell.seeds) for cell in graded.values()))
     return finish(figure)
 
 
@@ -410,17 +410,17 @@ def band(axis: Axes, curves: Sequence[Curve], color: Any) -> None:
         axis.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15)
 
 
-def label(axis: Axes, kind: str, of: str, rows: Sequence[str]) -> None:
+def label(axis: Axes, kind: str, of: str, rows: Sequence[str], seeds: int) -> None:
     if kind == "bars":
         axis.set_yticks(range(len(rows)), list(rows))
         axis.invert_yaxis()
-        axis.set_xlabel(f"{of}, mean and 95 % interval")
+        axis.set_xlabel(f"{of}, mean and 95 % interval" if seeds > 1 else f"{of}, one seed")
         return
     if kind == "k":
         axis.set_xscale("log", base=2)
         axis.set(xlabel="k", ylabel=f"{of} pass@k".strip())
     elif kind == "steps":
-        axis.set(xlabel="gradient step", ylabel=f"{of}; bands: the seeds")
+        axis.set(xlabel="gradient step", ylabel=f"{of}; bands: the seeds" if seeds > 1 else of)
     else:
         axis.set(xlabel="training generations", ylabel=of)
 

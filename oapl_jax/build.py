@@ -233,7 +233,8 @@ class Run:
     @cached_property
     def checkpoints(self) -> checkpoint.Checkpoints:
         directory = self.workdir / "checkpoints"
-        return checkpoint.Checkpoints(directory, keep=self.config.checkpoint.keep)
+        deadline, keep = self.config.rollout.deadline, self.config.checkpoint.keep
+        return checkpoint.Checkpoints(directory, deadline=deadline, keep=keep)
 
     def checkpoint_step(self, step: int | None) -> int:
         """The checkpoint step asked for, or the newest.
@@ -497,6 +498,7 @@ class Run:
     def _open_writer(self) -> dataset.DatasetWriter | None:
         """The dataset of sampled groups that this host records or keeps; None if it has none."""
         rollout = self.config.rollout
+        begun = self.checkpoints.steps()  # opened by all hosts together
         if rollout.source == "dataset" or not rollout.kept_share or jax.process_index():
             return None
         try:
@@ -515,7 +517,7 @@ class Run:
                 raise
             log(f"no groups are kept (rollout.keep): {error}")
             return None
-        if not self.checkpoints.steps():
+        if not begun:
             writer.keep(0)  # shards of a run that was killed before its first checkpoint
         return writer
 

@@ -34,6 +34,8 @@ LORA_TARGETS = (
 REMAT = ("none", "dots", "attention", "full", "offload")
 FORMAT = 3  # of a workdir: its config.json, checkpoints and ledger
 MAX_SEED = (1 << 32) - 3  # JAX takes seeds modulo 2^32, and evaluation and judges take the next two
+MAX_SECONDS = 1e6  # of a wait: 12 days. The kernel's timers overflow at 25
+MAX_PROCESSES = 1024  # and threads
 # Settings that saved files depend on; they can't change within a workdir.
 # (After a change of lag.steps, the due version may never have been published.)
 STRUCTURAL = (
@@ -68,12 +70,14 @@ def setting(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    infinite: bool = False,
     path: bool = False,
     default: Any = dataclasses.MISSING,
 ) -> Any:
     """Declares a field of a Section: its documentation and the values that it may have.
 
-    The limits hold for each number of a tuple or mapping. `~` at the beginning of a path becomes
+    The limits hold for each number of a tuple or mapping, which must be finite or, if `infinite`,
+    may be infinity. `~` at the beginning of a path becomes
     the home directory.
     """
     limits = {
@@ -83,7 +87,8 @@ def setting(
         "below": (below, lambda value, limit: value < limit),
     }
     limits = {name: limit for name, limit in limits.items() if limit[0] is not None}
-    metadata = {"doc": doc, "choices": tuple(choices), "limits": limits, "path": path}
+    metadata = {"doc": doc, "choices": tuple(choices), "limits": limits}
+    metadata |= {"infinite": infinite, "path": path}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -109,11 +114,18 @@ class Section:
             if choices and value not in choices:
                 raise UserError(f"{name}={_shown(value)} is not one of {', '.join(choices)}")
             limits = field.metadata.get("limits", {})
+            # A count meets int32 on the devices; a limit of its own or a package says otherwise.
+            wide = isinstance(value, Mapping) or "at most" in limits
+            bits = 64 if wide or field.name.endswith("_bytes") else 32
             for path, x in numbers(value, name):
-                if not _is_finite(x) or not all(fit(x, limit) for limit, fit in limits.values()):
+                if x == math.inf and field.metadata.get("infinite"):
+                    continue
+                fits = _is_finite(x, bits) and all(fit(x, limit) for limit, fit in limits.values())
+                if not fits:
                     range_ = " and ".join(f"{word} {x:.12g}" for word, (x, _) in limits.items())
                     raise UserError(
-                        f"{path}={_shown(x)} must be {range_ or 'finite'}, in float32 and int64 too"
+                        f"{path}={_shown(x)} must be {range_ or 'finite'}, in float32 and "
+                        f"int{bits} too"
                     )
         self.check()
 
@@ -148,7 +160,7 @@ class Section:
         fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore
         join = lambda name: f"{path}.{name}" if path else name
         for name in values.keys() - fields.keys():
-            raise UserError(f"{join(name)} is not a setting{nearest(name, fields)}")
+            raise UserError(f"{join(name)} is not a setting{nearest(name, fields, section=path)}")
         required = {n for n, field in fields.items() if field.default is dataclasses.MISSING}
         for name in sorted(required - values.keys()):
             raise UserError(f"{join(name)} is missing; add it to the file that --config names")
@@ -182,9 +194,9 @@ def numbers(value: Any, name: str) -> Iterator[tuple[str, int | float]]:
             yield from numbers(item, name)
 
 
-def _is_finite(number: int | float) -> bool:
-    """False for NaN, infinity, and an integer that int64 can't hold."""
-    return math.isfinite(number) if isinstance(number, float) else abs(number) < 1 << 63
+def _is_finite(number: int | float, bits: int = 64) -> bool:
+    """False for NaN, infinity, and an integer that a signed one of `bits` can't hold."""
+    return math.isfinite(number) if isinstance(number, float) else abs(number) < 1 << bits - 1
 
 
 def _shown(value: Any) -> str:
@@ -195,15 +207,23 @@ def _shown(value: Any) -> str:
         return "..."
 
 
-def nearest(name: str, known: typing.Iterable[str], elsewhere: typing.Iterable[str] = ()) -> str:
+def nearest(
+    name: str,
+    known: typing.Iterable[str],
+    elsewhere: typing.Iterable[str] = (),
+    *,
+    section: str = "",
+) -> str:
     """The known names that resemble a misspelt one, as the end of a sentence.
 
-    `elsewhere` has full names of other sections, of which the last part is compared.
+    `elsewhere` has full names of all sections, of which the last part is compared; `known` are
+    those of `section`.
     """
-    found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    found = [f"{section}.{other}" if section else other for other in close]
     last = lambda path: path.rpartition(".")[2]
     ends = difflib.get_close_matches(name, {last(path) for path in elsewhere}, n=3, cutoff=0.8)
-    found += [path for path in elsewhere if last(path) in ends and path not in found][:3]
+    found += [path for path in elsewhere if last(path) in ends and last(path) not in close][:3]
     return f"; did you mean {' or '.join(found)}?" if found else f" (known: {', '.join(known)})"
 
 
@@ -421,7 +441,9 @@ class ObjectiveConfig(Section):
     constant_length: int = setting("divisor of aggregation='constant', tokens", above=0)
     kl_weight: float = setting("weight of KL(pi || pi_ref) added to the loss", at_least=0)
     ess_power: float = setting("updates are scaled by (ESS / B)^ess_power", at_least=0)
-    constants: Mapping[str, Any] = setting("constants of the objectives, by their papers' names")
+    constants: Mapping[str, Any] = setting(
+        "constants of the objectives, by their papers' names", infinite=True
+    )
 
     def full_name(self, field: str) -> str:
         return super().full_name(field).removesuffix(".constants")
@@ -435,7 +457,7 @@ class ObjectiveConfig(Section):
         constants = {name: value for name, value in values.items() if name not in own}
         for name in constants:  # a common setting, misspelt? `bind` knows the constants alone
             if difflib.get_close_matches(name, own, n=1, cutoff=0.8):
-                raise UserError(f"{path}.{name} is not a setting{nearest(name, own)}")
+                raise UserError(f"{path}.{name} is not a setting{nearest(name, own, section=path)}")
         return super().from_dict({**common, "constants": constants}, path)
 
 
@@ -492,11 +514,13 @@ class RolloutConfig(Section):
     top_k: int = setting("most likely tokens to sample from; 0 switches it off", at_least=0)
     max_response_tokens: int = setting("longer responses are truncated", at_least=1)
     prompts_per_call: int = setting("prompts sampled at a time without overlap", at_least=1)
-    reward_threads: int = setting("groups rewarded at a time", at_least=1)
+    reward_threads: int = setting("groups rewarded at a time", at_least=1, at_most=MAX_PROCESSES)
     max_zero_reward_groups: int = setting(
         "consecutive groups without reward that abort the run; 0: never", at_least=0
     )
-    deadline: float = setting("seconds that learner and sampler wait for each other", above=0)
+    deadline: float = setting(
+        "seconds that learner and sampler wait for each other", above=0, at_most=MAX_SECONDS
+    )
     max_sequences: int = setting(
         "slots, responses decoded at a time on each host (local)", at_least=1
     )
@@ -623,19 +647,33 @@ class FleetConfig(Section):
         at_most=65535,
         default=0,
     )
-    poll_every: float = setting("between two reads of servers_file or router", above=0)
+    poll_every: float = setting(
+        "between two reads of servers_file or router", above=0, at_most=MAX_SECONDS
+    )
     max_in_flight: int = setting("groups in flight over all servers", at_least=1)
     attempts: int = setting("requests of a group before it is dropped and counted", at_least=1)
-    backoff: float = setting("before a failed server is retried; doubles each time", above=0)
-    backoff_limit: float = setting("largest backoff", above=0)
-    health_every: float = setting("between two health checks of a server", above=0)
-    connect_deadline: float = setting("to open a connection", above=0)
-    control_deadline: float = setting("of a control call: health, admission, probe", above=0)
-    request_deadline: float = setting("for the rollouts of one group", above=0)
-    drain_deadline: float = setting("for groups in flight before a refresh; 0: abort", at_least=0)
-    update_deadline: float = setting("for a server to load a version", above=0)
-    start_deadline: float = setting("for a server to answer for the first time", above=0)
-    no_server_deadline: float = setting("without a ready server before the run ends", above=0)
+    backoff: float = setting(
+        "before a failed server is retried; doubles each time", above=0, at_most=MAX_SECONDS
+    )
+    backoff_limit: float = setting("largest backoff", above=0, at_most=MAX_SECONDS)
+    health_every: float = setting(
+        "between two health checks of a server", above=0, at_most=MAX_SECONDS
+    )
+    connect_deadline: float = setting("to open a connection", above=0, at_most=MAX_SECONDS)
+    control_deadline: float = setting(
+        "of a control call: health, admission, probe", above=0, at_most=MAX_SECONDS
+    )
+    request_deadline: float = setting("for the rollouts of one group", above=0, at_most=MAX_SECONDS)
+    drain_deadline: float = setting(
+        "for groups in flight before a refresh; 0: abort", at_least=0, at_most=MAX_SECONDS
+    )
+    update_deadline: float = setting("for a server to load a version", above=0, at_most=MAX_SECONDS)
+    start_deadline: float = setting(
+        "for a server to answer for the first time", above=0, at_most=MAX_SECONDS
+    )
+    no_server_deadline: float = setting(
+        "without a ready server before the run ends", above=0, at_most=MAX_SECONDS
+    )
     refresh_fraction: float = setting(
         "of the servers refreshed at a time, at least one", above=0, at_most=1
     )
@@ -679,8 +717,10 @@ class FleetConfig(Section):
 class MathRewardConfig(Section):
     """Judge processes of mathematical answers."""
 
-    processes: int = setting("answers judged at a time", at_least=1)
-    seconds: float = setting("deadline of an answer; then its process is killed", above=0)
+    processes: int = setting("answers judged at a time", at_least=1, at_most=MAX_PROCESSES)
+    seconds: float = setting(
+        "deadline of an answer; then its process is killed", above=0, at_most=MAX_SECONDS
+    )
     recycle_after: int = setting("answers of a process before it is replaced", at_least=1)
     memory_bytes: int = setting("memory limit of a process", at_least=1)
     thinking_opened: bool = setting("whether the chat template itself writes <think>")
@@ -690,10 +730,12 @@ class CodeRewardConfig(Section):
     """The sandbox of programs."""
 
     allow_unsafe: bool = setting("run programs on a machine that can't isolate them")
-    parallel: int = setting("programs at a time; at most one a core", at_least=1)
-    seconds_per_test: float = setting("deadline of a test", above=0)
+    parallel: int = setting(
+        "programs at a time; at most one a core", at_least=1, at_most=MAX_PROCESSES
+    )
+    seconds_per_test: float = setting("deadline of a test", above=0, at_most=MAX_SECONDS)
     memory_bytes: int = setting("memory limit of a program", at_least=1)
-    processes: int = setting("threads of a program", at_least=1)
+    processes: int = setting("threads of a program", at_least=1, at_most=MAX_PROCESSES)
     output_bytes: int = setting("output limit of a test", at_least=1)
     temporary_bytes: int = setting("size of a program's temporary files", at_least=1)
     max_tests: int = setting("longest tests of a problem that are run; 0: all", at_least=0)
@@ -703,7 +745,7 @@ class CodeRewardConfig(Section):
         "imports before a program: LiveCodeBench's, or also np, pd, os, io as in OAPL's code",
         choices=("livecodebench", "oapl"),
     )
-    start_seconds: float = setting("deadline for a sandbox to start", above=0)
+    start_seconds: float = setting("deadline for a sandbox to start", above=0, at_most=MAX_SECONDS)
     cache_entries: int = setting("verdicts kept, by content", at_least=0)
 
 
@@ -730,8 +772,12 @@ class DocumentRewardConfig(Section):
 class FunctionPoolConfig(Section):
     """Processes that call `rewards.function`."""
 
-    processes: int = setting("calls at a time; see also rollout.reward_threads", at_least=1)
-    seconds: float = setting("deadline of a call; then its process is killed", above=0)
+    processes: int = setting(
+        "calls at a time; see also rollout.reward_threads", at_least=1, at_most=MAX_PROCESSES
+    )
+    seconds: float = setting(
+        "deadline of a call; then its process is killed", above=0, at_most=MAX_SECONDS
+    )
     memory_bytes: int = setting("memory of a process beyond its imports", at_least=1)
 
 
@@ -779,10 +825,12 @@ class LanguageModelJudgeConfig(Section):
     max_prompt_tokens: int = setting("longer questions are not asked", at_least=1)
     questions_per_request: int = setting("questions of a request", at_least=1)
     max_in_flight: int = setting("requests in flight for a group", at_least=1)
-    connect_deadline: float = setting("seconds to open a connection", above=0)
-    request_deadline: float = setting("seconds for a request", above=0)
-    backoff: float = setting("seconds before a failed request is retried; doubles", above=0)
-    group_deadline: float = setting("seconds for a group", above=0)
+    connect_deadline: float = setting("seconds to open a connection", above=0, at_most=MAX_SECONDS)
+    request_deadline: float = setting("seconds for a request", above=0, at_most=MAX_SECONDS)
+    backoff: float = setting(
+        "seconds before a failed request is retried; doubles", above=0, at_most=MAX_SECONDS
+    )
+    group_deadline: float = setting("seconds for a group", above=0, at_most=MAX_SECONDS)
 
 
 class PreferencesConfig(Section):

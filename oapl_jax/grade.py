@@ -79,8 +79,6 @@ def read_lines(lines: Iterable[bytes], name: str) -> Iterator[Graded]:
 
 def read_group(record: epath.Path, row: int) -> Group:
     """Reads a group of a recorded dataset, or of one of its shards."""
-    if not record.exists():
-        raise UserError(f"--record={record} does not exist; name a recorded dataset or a shard")
     try:
         groups: Any = Dataset(record) if record.is_dir() else ArrayRecordDataSource([str(record)])
         if not 0 <= row < len(groups):
@@ -132,6 +130,8 @@ def grade(task: str, rows: Iterable[Graded], config: RewardsConfig) -> Iterator[
                 verdict, reason = explain(verify(row))
             except UserError as error:  # of the tests
                 verdict, reason = "error", str(error)
+            if verdict == "wrong" and task in VERIFIERS:
+                reason = f"{reason}; the reference is {row.reference}"
             if row.note:
                 verdict, reason = "wrong", f"{row.note} (else {verdict}: {reason})"
             return {
@@ -169,6 +169,8 @@ def main() -> None:
     workdir, record = arguments.workdir, arguments.record
     if record is None and arguments.row is not None:
         raise UserError(f"--row={arguments.row} is of no record; name one with --record")
+    if record is not None and not record.exists():
+        raise UserError(f"--record={record} does not exist; name a recorded dataset or a shard")
     if record is not None and arguments.file is not None:
         raise UserError(f"--record={record} and {arguments.file} are both given; name one of them")
     if workdir is None and record is not None:

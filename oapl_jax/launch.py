@@ -110,9 +110,13 @@ def check_overrides(arguments: list[str]) -> None:
         for depth, part in enumerate(parts):
             if not isinstance(section, ConfigDict) or part not in section:
                 known = section.keys() if isinstance(section, ConfigDict) else ()
-                path = ".".join(parts[: depth + 1])
-                close = nearest(part, known, flatten(whole.to_dict()))
-                raise UserError(f"--config.{path} is not a setting{close}")
+                above, every = ".".join(parts[:depth]), flatten(whole.to_dict())
+                close = (
+                    nearest(part, known, every, section=above)
+                    if known
+                    else f"; {above} has no parts"
+                )
+                raise UserError(f"--config.{'.'.join(parts[: depth + 1])} is not a setting{close}")
             section = section.get_oneway_ref(part).get() if part in section else None
 
 

@@ -50,7 +50,7 @@ def version_to_sample(
 
 def _as_step(run: Run, to: epath.Path) -> epath.Path:
     """Saves the weights of another program's checkpoint as an Orbax step for the publisher."""
-    weights = Weights(to / "start")
+    weights = Weights(to / "start", deadline=run.config.rollout.deadline)
     if not weights.steps():
         params = run.start_params()
         weights.save(0, params, run.versions.probe(params))

@@ -201,7 +201,9 @@ def train_from(
             values |= spent.take()
             progress.step(done, metrics_file.write(done, values))
             check_finite(run, done, metrics, "optim")
-            if due(config.checkpoint.every):
+            # After a skipped step the weights may be ruined, though finite: older checkpoints stay.
+            sound = not metrics["skipped_in_a_row"] or done == config.num_steps
+            if due(config.checkpoint.every) and sound:
                 save(run, state, loop, metrics_file)
             run.checkpoints.check()
             spent("checkpoint")  # counts in the next step's line

@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
+NAMES = ("chromium", "google-chrome")
 SECONDS = 120.0  # for a browser to start, and for each answer
 OPTIONS = (
     *("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
@@ -31,7 +31,7 @@ class Browser:
 
     def __init__(self, profile: Path):
         program = next(filter(None, map(shutil.which, NAMES)), None)
-        assert program, "these tests need Chromium: apt-get install chromium"
+        assert program, "these tests need Chromium: make browser, or apt-get install chromium"
         root = ["--no-sandbox"] if os.geteuid() == 0 else []  # its sandbox refuses root
         command = [program, *OPTIONS, *root, f"--user-data-dir={profile}", "about:blank"]
         quiet: Any = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,6 +1,7 @@
 """Typed settings: every section validates itself, and a mistake names its setting."""
 
 import functools
+import re
 import typing
 
 import pytest
@@ -253,13 +254,24 @@ def test_an_integer_that_no_float_holds_names_its_setting(setting, digits):
 
 @pytest.mark.parametrize(
     ("path", "nearest"),
-    [(("total_steps",), "num_steps"), (("lag", "step"), "steps"), (("optim", "lr"), "optim.lr")],
+    [
+        (("total_steps",), "num_steps"),
+        (("lag", "step"), r"lag\.steps\?"),
+        (("optim", "lr"), "optim.lr"),
+    ],
 )
 def test_an_unknown_key_at_any_depth_is_named_with_the_nearest(path, nearest):
     values = arithmetic.get_config().to_dict()
     functools.reduce(dict.__getitem__, path[:-1], values)[path[-1]] = 1
     with pytest.raises(UserError, match=nearest):
         Config.from_dict(values)
+
+
+def test_a_misspelt_key_names_each_setting_once():
+    known, elsewhere = ["top_p", "temperature"], ["a.temperature", "rollout.temperature"]
+    sentence = settings.nearest("temprature", known, elsewhere, section="rollout")
+    assert sentence.count("temperature") == 1
+    assert "rollout.temperature" in sentence
 
 
 def test_every_number_has_a_range():
@@ -275,6 +287,32 @@ def test_every_number_has_a_range():
                 assert {"at least", "above"} & limits.keys(), f"{section.__name__}.{name}"
 
 
+VALUES = settings.flatten(arithmetic.get_config().to_dict())
+WAITS = [name for name in VALUES if re.search("deadline|seconds|backoff|_every$", name)]
+MANY = [name for name in VALUES if re.search("processes|parallel|reward_threads", name)]
+OF_A_PACKAGE = "seed|_bytes$|architecture|generator|objectives|maxrl"
+COUNTS = [
+    name
+    for name, value in VALUES.items()
+    if type(value) is int and not re.search(OF_A_PACKAGE, name)
+]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [*((name, 2e6) for name in WAITS), *((name, 2000) for name in MANY)]
+    + [(name, 2**31) for name in COUNTS],
+)
+def test_waits_processes_and_counts_have_an_upper_limit(setting, value):
+    config = arithmetic.get_config()
+    config.update_from_flattened_dict({setting: value})
+    with pytest.raises(UserError, match=setting.replace(".", r"\.")):
+        checked(config)
+
+
+UNBOUNDED = "clip_low", "clip_high", "dual_clip", "correction_cap", "cap"  # infinity: off
+
+
 def test_every_constant_of_an_objective_has_a_range():
     for name, objective in OBJECTIVES.items():
         for function in (objective.advantage, objective.loss):
@@ -283,8 +321,15 @@ def test_every_constant_of_an_objective_has_a_range():
                     continue
                 (allowed,) = annotation.__metadata__
                 assert NAN not in allowed, f"{name}.{constant}"
-                assert float("inf") not in allowed, f"{name}.{constant}"
+                assert (float("inf") in allowed) == (constant in UNBOUNDED), f"{name}.{constant}"
                 assert True not in allowed, f"{name}.{constant}"
+
+
+def test_a_clip_may_be_infinite():
+    values = arithmetic.get_config("objective=gspo").to_dict()
+    values["objective"]["gspo"]["clip_high"] = float("inf")
+    config = Config.from_dict(values)
+    assert bind("gspo", config.objective.constants, group_size=4).loss.keywords["clip_high"] > 1e38
 
 
 def test_a_home_directory_is_expanded(monkeypatch):

@@ -10,6 +10,7 @@ from small_runs import metrics, opened, small_arithmetic
 
 from oapl_jax import train
 from oapl_jax.objectives import OBJECTIVES
+from oapl_jax.tracking.progress import StopRequest
 from oapl_jax.weights.publisher import open_params
 
 STEPS, LATE, PROMPTS = 10, 3, 8
@@ -60,7 +61,9 @@ def run_of(name, workdir, data, **changes):
 def warmed_up(data, tmp_path_factory):
     """The version that every run starts from: right in about half of its responses."""
     run = run_of("sft", tmp_path_factory.mktemp("start"), data, **WARM_UP)
-    state, _ = train.init_run(run)
+    begun = train.init_run(run, StopRequest())
+    assert begun is not None
+    state, _ = begun
     run.versions.publish(0, state.params)
     run.close()
     return run.versions.path(0)

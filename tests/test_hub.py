@@ -141,7 +141,7 @@ def run(tmp_path):
     workdir = epath.Path(tmp_path / "run")
     sizes = small_config(intermediate_size=96).to_hf(dtype="float32")
     policy = open_policy(workdir / "model", path="", architecture=sizes, characters="0123456789+=")
-    weights = Weights(workdir / "weights")
+    weights = Weights(workdir / "weights", deadline=60.0)
     weights.save(8, random_params(policy.config, 8), PROBE)
     weights.close()
     save_config(workdir, {"num_steps": 9, "model": {"path": ""}, "publish_dtype": "float32"})

@@ -129,8 +129,10 @@ def test_an_error_of_the_operating_system_is_one_sentence_with_the_file(capsys, 
 def test_an_interrupt_before_the_run_is_one_line(tmp_path, command):
     config = tmp_path / "slow.py"
     config.write_text("import time\nprint('loading', flush=True)\ntime.sleep(600)\n")
+    # With default signals: a command in the background ignores some.
+    python = ["env", "--default-signal", sys.executable]
     process = subprocess.Popen(
-        [sys.executable, "-m", f"oapl_jax.{command}", f"--config={config}", "--workdir=x"],
+        [*python, "-m", f"oapl_jax.{command}", f"--config={config}", "--workdir=x"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

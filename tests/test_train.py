@@ -167,7 +167,8 @@ def test_a_signal_saves_and_leaves(runs, unbroken, tmp_path):
     workdir = tmp_path / "stopped"
     done = 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        process = runs.start(runs.command(workdir))
+        # With default signals: a command in the background or of nohup ignores some.
+        process = runs.start(["env", "--default-signal", *runs.command(workdir)])
         while lines_written(workdir) <= done:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.01)
@@ -462,6 +463,5 @@ def test_three_non_finite_steps_end_the_run_and_keep_the_checkpoint(runs, tmp_pa
     assert "optim.learning_rate" in output
     assert "Traceback" not in output
     assert "failed (NotFinite); saved: step 0 in" in output
-    assert "lost: steps 1 to 3" in output
-    assert (tmp_path / "checkpoints" / "0").exists()
+    assert [path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")] == ["0"]
     assert metrics(tmp_path)[-1]["skipped_in_a_row"] == 3

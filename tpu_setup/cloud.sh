@@ -64,7 +64,7 @@ remedy_for() {
       ;;
     *"'locations/"*"may not exist"* | *zone*"not supported"* | *"zonal accelerator"* | \
       *location*"not found"* | *zone*"not found"* | *"invalid location"* | *"invalid zone"* | \
-      *"unknown zone"* | *"found in zone"*)
+      *zone*"not valid"* | *"unknown zone"* | *"found in zone"*)
       echo "--zone does not exist, or has no such chips; cloud.google.com/tpu/docs/regions-zones" \
         "lists the zones of each --topology"
       ;;
@@ -73,9 +73,13 @@ remedy_for() {
       echo "gcloud is not logged in: gcloud auth login"
       ;;
     *permission_denied* | *"have permission"* | *"required "*permission* | *'"code": 7,'* | \
-      *code=403* | *forbidden* | *"denied: permission"*)
+      *code=403* | *forbidden* | *"denied: permission"* | *project*"not found or deleted"* | \
+      *"property [project]"*)
       echo "the account of gcloud lacks a permission in --project, or --project does not exist;" \
         "docs/tpu.md lists the requirements"
+      ;;
+    *reservation*"not found"* | *reservation*"not exist"*)
+      echo "the reservation does not exist in --zone of --project"
       ;;
     *invalid_argument* | *'"code": 3,'* | *"unrecognized arguments"* | *"invalid choice"* | \
       *"invalid value"* | *"argument --"*)

@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from oapl_jax.errors import UserError, one_line
+from oapl_jax.errors import RunError, UserError, one_line, sentence
 
 log = logging.getLogger(__name__)
 
@@ -195,6 +195,7 @@ def prepare_records(
     Raises:
       UserError: for a directory in a bucket, which array_record can neither write nor read, or one
         that can't be written; for a partial or damaged data set; and any error of `splits`.
+      RunError: if writing fails, as on a full disk.
     """
     text = json.dumps(settings, sort_keys=True, default=dict)
     config = ProblemsConfig(
@@ -221,10 +222,11 @@ def prepare_records(
         except (OSError, RuntimeError) as error:  # of TFDS and of array_record
             # Two processes may build at once; the results are equal, and the later rename fails.
             if not complete.exists():
-                fault = (
-                    f"{name} can't be written below data.data_dir={data_dir} ({one_line(error)})"
-                )
-                raise UserError(f"{fault}; free space there, or name another directory") from error
+                place = f"data.data_dir={data_dir}"
+                fault = f"{name} can't be written below {place} ({one_line(error)})"
+                found = sentence(error)
+                kind = UserError if found and found[0] == UserError.exit_code else RunError
+                raise kind(f"{fault}; free space there, or name another directory") from error
             log.info("%s was built by another process meanwhile", directory)
     with _damage_named(directory):
         return tfds.builder_from_directory(directory)

@@ -14,7 +14,7 @@ from oapl_jax.files import is_local
 BOM = "\ufeff"
 MAX_KEY_BYTES = 4096
 AUTHORITY = re.compile(r"(\[(?P<ipv6>[^\[\]]+)\]|(?P<host>[\w.-]+))(:(?P<port>\d{1,5}))?", re.ASCII)
-API_ROUTES = ("/v1", "/generate", "/health", "/workers")  # that a copied URL may end with
+API_ROUTES = {"v1", "generate", "health", "workers"}  # that a copied URL may have
 
 
 def server_url(entry: str, *, of: str) -> str:
@@ -60,8 +60,8 @@ def _find_fault(text: str) -> str:
     match = AUTHORITY.fullmatch(authority)
     if not match or not _is_host(**match.groupdict()):
         return "has no valid host and port; write http://HOST:PORT"
-    if f"/{path}".rstrip("/").endswith(API_ROUTES):
-        return "ends with a route of the server; leave the route out"
+    if API_ROUTES & {*path.split("/")}:
+        return "has a route of the server; leave the route out"
     return ""
 
 

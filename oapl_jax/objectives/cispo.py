@@ -6,7 +6,7 @@ MiniMax-M1, arXiv 2506.13585; with an absolute cap, ScaleRL, arXiv 2510.13786.
 import jax
 import jax.numpy as jnp
 
-from oapl_jax.objectives.annotations import Losses, NonNegative, PerResponse, PerToken, Positive
+from oapl_jax.objectives.annotations import Cap, Losses, NonNegative, PerResponse, PerToken
 from oapl_jax.objectives.ratios import bounded_exp, masked_logp, token_log_ratio
 
 
@@ -16,7 +16,7 @@ def loss(
     advantage: PerResponse,
     mask: PerToken,
     *,
-    cap: Positive,
+    cap: Cap,
     floor: NonNegative,
 ) -> Losses:
     """L_i = -A_i sum_t sg( clip(rho_t, floor, cap) ) log pi_t,  rho_t = pi / pi_behavior.

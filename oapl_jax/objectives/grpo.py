@@ -12,13 +12,14 @@ import jax.numpy as jnp
 
 from oapl_jax.errors import UserError
 from oapl_jax.objectives.annotations import (
-    AtLeastOne,
+    Cap,
+    ClipWidth,
     Losses,
     NonNegative,
     OneOf,
     PerResponse,
     PerToken,
-    Positive,
+    Range,
 )
 from oapl_jax.objectives.ratios import bounded_exp, token_log_ratio
 
@@ -55,12 +56,12 @@ def loss(
     advantage: PerResponse,
     mask: PerToken,
     *,
-    clip_low: NonNegative,
-    clip_high: NonNegative,
-    dual_clip: AtLeastOne,
+    clip_low: ClipWidth,
+    clip_high: ClipWidth,
+    dual_clip: Annotated[float, Range(at_least=1, infinite=True)],
     proximal: Annotated[str, PROXIMALS],
     correction: Annotated[str, CORRECTIONS],
-    correction_cap: Positive,
+    correction_cap: Cap,
     correction_floor: NonNegative,
 ) -> Losses:
     """L_i = sum_t w_t max( -A rho_t, -A clip(rho_t, 1 - clip_low, 1 + clip_high) ).

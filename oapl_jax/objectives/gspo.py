@@ -5,7 +5,7 @@
 
 import jax.numpy as jnp
 
-from oapl_jax.objectives.annotations import Losses, NonNegative, PerResponse, PerToken
+from oapl_jax.objectives.annotations import ClipWidth, Losses, PerResponse, PerToken
 from oapl_jax.objectives.ratios import log_ratio
 
 LARGEST_LOG = 10.0  # of a response's mean log-ratio; beyond it there is no gradient
@@ -17,8 +17,8 @@ def loss(
     advantage: PerResponse,
     mask: PerToken,
     *,
-    clip_low: NonNegative,
-    clip_high: NonNegative,
+    clip_low: ClipWidth,
+    clip_high: ClipWidth,
 ) -> Losses:
     """L_i = max( -A s_i, -A clip(s_i, 1 - clip_low, 1 + clip_high) ),
     s_i = exp( (1/|y_i|) sum_t [log pi - log pi_behavior] ).

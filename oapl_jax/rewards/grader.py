@@ -110,8 +110,12 @@ class Grader:
         if rollout.finish_reason == "length":
             return Grade(0.0, extracted, "wrong", TRUNCATED)
         verdict = self._verdict(prompt, rollout)
-        reward = verdict if isinstance(verdict, float | int) else verdict.reward
-        return Grade(reward, extracted, *explain(verdict))
+        if isinstance(verdict, float | int):  # of a generator of problems
+            right, reason = explain(verdict)
+            if verdict < 1:
+                reason = f"{extracted or 'no answer'} is not accepted, {prompt.answer} is"
+            return Grade(verdict, extracted, right, reason)
+        return Grade(verdict.reward, extracted, *explain(verdict))
 
     def final_answer(self, prompt: Prompt, rollout: Rollout) -> str:
         """The final answer of a response for a vote; of code its program, of documents all text."""

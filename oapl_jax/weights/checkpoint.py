@@ -13,6 +13,7 @@ import copy
 import functools
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ import orbax.checkpoint as ocp
 import xxhash
 from etils import epath
 
+from oapl_jax import multihost
 from oapl_jax.errors import NotFinite, RunError, UserError, one_line, reason
 from oapl_jax.files import write_file
 from oapl_jax.learner.train_step import TrainState
@@ -40,7 +42,9 @@ class _Damaged(Exception):
 class _Steps:
     """Orbax steps below one directory, saved in the background; `keep` bounds their number."""
 
-    def __init__(self, directory: epath.Path, *, keep: int | None = None, **items: Any):
+    def __init__(
+        self, directory: epath.Path, *, deadline: float, keep: int | None = None, **items: Any
+    ):
         # Compression would take a tenth off random-looking floats and slow the publisher.
         params = ocp.PyTreeCheckpointHandler(use_compression=False)
         options = ocp.CheckpointManagerOptions(
@@ -52,7 +56,7 @@ class _Steps:
         )
         handlers = {"params": params, "probe": _JSON(), **items}
         self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
-        self._directory = directory
+        self._directory, self._deadline = directory, deadline
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -91,7 +95,17 @@ class _Steps:
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """Raises a RunError with the remedy for any error of a save."""
+        """Raises a RunError with the remedy for any error of a save.
+
+        Ends the process after `deadline` seconds: a thread of a save can't be ended alone.
+        """
+        late = RunError(
+            f"a save below {self._directory} has not ended within {self._deadline:g} s "
+            "(rollout.deadline); the same command resumes from the newest finished step"
+        )
+        timer = threading.Timer(self._deadline, multihost.exit_now, [late])
+        timer.daemon = True
+        timer.start()
         try:
             yield
         except Exception as error:
@@ -101,15 +115,17 @@ class _Steps:
                 "space or mend the directory, then start again: it resumes from the newest "
                 f"finished step (have: {kept})"
             ) from error
+        finally:
+            timer.cancel()
 
 
 class Checkpoints(_Steps):
     """Checkpoints of a run below one directory, of which the newest `keep` stay."""
 
-    def __init__(self, directory: epath.Path, *, keep: int):
+    def __init__(self, directory: epath.Path, *, deadline: float, keep: int):
         json_items, array_items = ("loop", "checksums"), ("optimizer", "curriculum")
         items = {n: _JSON() for n in json_items} | {n: _ARRAYS() for n in array_items}
-        super().__init__(directory, keep=keep, **items)
+        super().__init__(directory, deadline=deadline, keep=keep, **items)
         self._host_states = directory.parent / "host_states"
 
     def save(
@@ -203,25 +219,31 @@ class Checkpoints(_Steps):
     def _read(self, step: int, abstract: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         """Reads the arrays that `abstract` describes, and more items.
 
+        Floats of another width than wanted (Adam's moments) are converted.
+
         Raises:
-          UserError: if the step's arrays have other names, shapes or dtypes.
+          UserError: if the step's arrays have other names, shapes or kinds of numbers.
           _Damaged: if files are missing, unreadable, or differ from what was saved.
         """
-        args = {name: _restore(name, tree) for name, tree in abstract.items()} | more
         try:
             saved = self._items(step, checksums=ocp.args.JsonRestore())["checksums"]
             self._check_fit(step, saved, abstract)
+            stored = _with_dtypes(abstract, saved)
+            args = {name: _restore(name, tree) for name, tree in stored.items()} | more
             items = self._items(step, **args)
         except UserError:
             raise
         except Exception as error:  # of Orbax, TensorStore or JSON, whatever a damaged file causes
-            raise _Damaged(one_line(error)) from error
+            raise _Damaged(one_line(error).partition(". See full ")[0]) from error  # of TensorStore
         found = checksums({name: items[name] for name in abstract})
         found |= {name: digest(items[name]) for name in more}
         for path, value in found.items():
             if value != saved.get(path):
                 raise _Damaged(f"{path} differs from what was saved")
-        return items
+        arrays = {name: items[name] for name in abstract}
+        return items | jax.tree.map(
+            lambda x, wanted: x.astype(wanted.dtype), arrays, dict(abstract)
+        )
 
     def _items(self, step: int, **args: Any) -> dict[str, Any]:
         items = self._manager.restore(step, args=ocp.args.Composite(**args))
@@ -232,7 +254,7 @@ class Checkpoints(_Steps):
         there = {path: entry[:2] for path, entry in saved.items() if _item(path) in abstract}
         text = lambda entry: f"{entry[1]}{entry[0]}" if entry else "absent"
         for path in here.keys() | there.keys():
-            if here.get(path) != there.get(path):
+            if _kind(here.get(path)) != _kind(there.get(path)):
                 raise UserError(
                     f"checkpoint step {step} below {self._directory} does not fit this "
                     f"configuration ({path} is {text(there.get(path))} there and "
@@ -312,6 +334,26 @@ def _shapes(tree: Any) -> dict[str, list[Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {name(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves}
+
+
+def _kind(entry: Sequence[Any] | None) -> list[Any]:
+    """Shape and dtype of an entry of `_shapes`, one kind for all floats."""
+    if entry is None:
+        return []
+    shape, dtype = entry
+    return [shape, "float" if jnp.issubdtype(dtype, jnp.floating) else dtype]
+
+
+def _with_dtypes(abstract: Any, saved: Mapping[str, Any]) -> Any:
+    """`abstract` with the dtypes of the entries of `checksums`."""
+    leaves, tree = jax.tree.flatten(abstract)
+    dtypes = [saved[path][1] for path in _shapes(abstract)]
+    return tree.unflatten(
+        [
+            jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+            for leaf, dtype in zip(leaves, dtypes, strict=True)
+        ]
+    )
 
 
 def check_finite(params: Any, name: str) -> None:

@@ -172,12 +172,13 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """Start time of a process; "" if there is none."""
+    """Start time of a process; "" if there is none, or it has ended and nobody waits for it."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[19]
+            state, *values = file.read().rpartition(")")[2].split()
     except OSError:
         return ""
+    return "" if state in "ZX" else values[18]
 
 
 def _read(path: epath.Path) -> Lease | None:

@@ -77,7 +77,7 @@ class Versions:
         whole: Callable[[Any], Any] = lambda params: params,
     ):
         self.directory, self.probe = workdir / "versions", probe
-        self._weights = Weights(workdir / "weights")
+        self._weights = Weights(workdir / "weights", deadline=deadline)
         self._model, self._mesh, self._deadline = model, mesh, deadline
         self._tokenizer, self._dtype, self._config = tokenizer, dtype, config
         self._adapters, self._whole = adapters, whole

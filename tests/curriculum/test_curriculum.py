@@ -461,7 +461,7 @@ def test_a_curator_is_restored_on_another_mesh(tokenizer, tmp_path):
         train_on(first, prompts[:4], lambda prompt: 0.1 * prompt.stream_index)
     policy = Transformer(POLICY, jnp.float32, "none")
     state = new_state(jax.jit(functools.partial(init_params, policy))(jax.random.key(0)), OPTIMIZER)
-    checkpoints = Checkpoints(epath.Path(tmp_path), keep=1)
+    checkpoints = Checkpoints(epath.Path(tmp_path), deadline=60.0, keep=1)
     checkpoints.save(1, state, {}, b"", probe={}, curriculum=first.arrays())
     checkpoints.wait()
     saved = json.loads(json.dumps(first.state(ALL)))

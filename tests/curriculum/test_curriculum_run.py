@@ -21,6 +21,7 @@ from oapl_jax.model import hf
 from oapl_jax.model.transformer import Transformer, head, logits
 from oapl_jax.rollout.dataset import Dataset
 from oapl_jax.rollout.ledger import LedgerReport
+from oapl_jax.weights.checkpoint import DIGEST_BYTES
 
 CANDIDATES, PICKS, STEPS, TEMPERATURE = 16, 6, 16, 0.8
 DORMANT, WARMUP = 2, 2
@@ -74,7 +75,7 @@ def saved(workdir: Path, step: int, item: str):
 def share(workdir: Path, step: int) -> dict:
     """The host's own state in a checkpoint, and its buffered groups."""
     path = workdir / "host_states" / str(step) / "host0of1"
-    content: Any = serialization.msgpack_restore(path.read_bytes())
+    content: Any = serialization.msgpack_restore(path.read_bytes()[DIGEST_BYTES:])
     return {**json.loads(content["state"]), "groups": content["groups"]}
 
 

@@ -444,7 +444,8 @@ def test_a_hundred_thousand_prompts_are_read_in_five_seconds(tmp_path):
     sets = {"mine": ReleaseConfig(part=(0, 100), options=options, **settings)}
     opened = lambda: open_set("mine", sets, section="data.sets", data_dir=str(tmp_path / "data"))
     opened()  # built once
-    tokenizer = SimpleNamespace(apply_chat_template=lambda chat, **_: [ord(chat[-1]["content"][0])])
+    first = lambda chat, **_: [ord(chat[-1]["content"][0])]
+    tokenizer = SimpleNamespace(apply_chat_template=first, get_chat_template=str)
     template = PromptTemplate(tokenizer, task="math", max_prompt_tokens=1, instruction="Think.")
     taken = []
     for _ in range(3):

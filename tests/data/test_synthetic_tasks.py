@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -12,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from disks import no_file_larger_than
 
 from configs import common
 from oapl_jax.config import DocumentRewardConfig, SyntheticDataConfig
 from oapl_jax.data.records import Record, load_split, user
 from oapl_jax.data.synthetic import tasks
 from oapl_jax.data.synthetic.tasks import TASKS, content_id, records, split_of
-from oapl_jax.errors import UserError
+from oapl_jax.errors import RunError, UserError
 from oapl_jax.rewards.documents.verifier import DocumentVerifier
 from oapl_jax.rewards.tasks import VERIFIERS
 
@@ -187,6 +189,15 @@ def repeated_problems(chosen: dict[str, list[Record]]) -> int:
     """Number of problems that occur more than once, in one split or in two."""
     everything = [str(content(record)) for split in chosen.values() for record in split]
     return len(everything) - len(set(everything))
+
+
+@pytest.mark.parametrize(("limit", "kind"), [(100, RunError), (None, UserError)])
+def test_a_full_disk_may_pass_and_a_file_in_the_way_may_not(limit, kind, tmp_path):
+    place = tmp_path / "data"
+    if limit is None:
+        place.touch()
+    with no_file_larger_than(limit or resource.RLIM_INFINITY), pytest.raises(kind, match="data"):
+        prepare(place)
 
 
 @pytest.mark.parametrize("task", TASKS)

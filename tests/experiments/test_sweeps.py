@@ -1,7 +1,9 @@
 """Sweeps: combinators, every point of every experiment, manifests, stale points, table, search."""
 
 import json
+import re
 import sys
+import textwrap
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,6 +24,7 @@ from experiments.sweep import (
     grouped,
     listed,
     load_experiment,
+    named,
     point,
     rows_of,
 )
@@ -119,6 +122,7 @@ def test_every_experiment_has_a_card(name):
     """Its cost is that of the plan and the list price."""
     card = readme.card(name)
     assert [field for field in CARD if not card.get(field)] == []
+    assert re.search(r"commits? [0-9a-f]{7}\b.*\b\d{4}-\d\d-\d\d\b", card["Measured"])
     module = load_experiment(str(ROOT / f"experiments/{name}.py"))
     points = listed(module.sweep, no_results(), "paper")
     assert all(str(cost) in card["Scale"] for cost in paper.costs(points, paper.TOPOLOGY, None))
@@ -183,11 +187,51 @@ def test_the_readme_is_what_its_command_writes():
     assert fill(page, parts) == page
 
 
+def test_the_sweep_of_the_page_has_six_points_that_apply(tmp_path):
+    page = (ROOT / "experiments/README.md").read_text()
+    (text,) = re.findall(r"`my_sweep\.py`:\n\n((?: {4}.*\n|\n)+)", page)
+    (tmp_path / "my_sweep.py").write_text(textwrap.dedent(text))
+    points = named(load_experiment(str(tmp_path / "my_sweep.py")).sweep, no_results(), "cpu")
+    names = [f"{method}, seed {seed}" for method in ("oapl", "grpo") for seed in range(3)]
+    assert list(points.values()) == names
+    for each in points:
+        Config.from_dict(each.resolve(epath.Path("/root")).to_dict())
+
+
 # The launcher, with points that end at once
 
 
 def run_of(seed=0, **changes):
     return point("arithmetic:chain_sum", {"objective": "oapl", "seed": seed, **changes})
+
+
+def sweep_of_rows(add):
+    add(run_of(0), run_of(1), row="plain")
+    add(run_of(2, **{"lag.steps": 8}))
+
+
+def sweep_without_rows(add):
+    for values in add.product({"lag.steps": (1, 8)}, add.seeds(2)):
+        add(run_of(**values))
+
+
+def sweep_with_a_long_row(add):
+    add(run_of(0), row="a" * 200)
+
+
+@pytest.mark.parametrize(
+    ("of", "names"),
+    [
+        (sweep_of_rows, ["plain, seed 0", "plain, seed 1", "train oapl seed 2"]),
+        (
+            sweep_without_rows,
+            ["steps 1, seed 0", "steps 1, seed 1", "steps 8, seed 0", "steps 8, seed 1"],
+        ),
+        (sweep_with_a_long_row, ["train oapl seed 0"]),
+    ],
+)
+def test_points_are_named_by_their_row(of, names):
+    assert list(named(of, no_results(), "cpu").values()) == names
 
 
 class Instant:

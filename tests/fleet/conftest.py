@@ -89,7 +89,7 @@ def published(tmp_path_factory) -> Published:
     layout = LearnerConfig(micro_batches=1, row_length=64, rows_multiple=1, logp_chunk=64)
     probe = make_probe(model, mesh, layout)
     params = {version: jax.device_get(init(jax.random.key(version))) for version in (1, 2, 3)}
-    weights = Weights(directory / "weights")
+    weights = Weights(directory / "weights", deadline=60.0)
     for version, of_version in params.items():
         weights.save(version, of_version, {**probe(of_version), "dtype": "float32"})
         weights.wait()

@@ -27,7 +27,13 @@ INVALID = {
     "host": ("http://", "http://:1", "http://10.0.0.256:1", "http://10.0.1:1", "http://a..b"),
     "more hosts": ("http://*:1", "http://<host>:1", "http://${HOST}:1", "http://-a", "http:///a"),
     "port": ("http://a:0", "http://a:65536", "http://a:", "http://a:3x", "http://a:-1"),
-    "route": ("http://a:1/v1", "http://a:1/v1/", "http://a:1/generate", "http://a:1/health"),
+    "route": (
+        "http://a:1/v1",
+        "http://a:1/v1/chat/completions",
+        "http://a:1/v1/",
+        "http://a:1/generate",
+        "http://a:1/health",
+    ),
     "query": ("http://a:1?b=c", "http://a:1/#b", "http://http://a:1"),
 }
 

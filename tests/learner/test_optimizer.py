@@ -100,7 +100,7 @@ def test_a_restored_run_goes_on_from_the_same_moments(restored_as, tmp_path):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
         train_step.new_state(params, optimizer(restored_as)),
     )
-    checkpoints = Checkpoints(epath.Path(tmp_path) / "checkpoints", keep=1)
+    checkpoints = Checkpoints(epath.Path(tmp_path) / "checkpoints", deadline=60.0, keep=1)
     checkpoints.save(3, state, {}, b"", probe={})
     checkpoints.wait()
     found, _, _ = checkpoints.restore(3, wanted)

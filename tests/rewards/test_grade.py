@@ -136,7 +136,8 @@ def test_what_is_missing_is_named(command, tmp_path):
         (["--verifier=math", tmp_path / "none.jsonl"], "none.jsonl"),
         (["--verifier=math", f"--workdir={tmp_path}"], "--workdir"),
         ([f"--record={tmp_path / 'none'}", "--tokenizer=x"], "--record"),
-        ([f"--record={tmp_path / 'none'}"], "--tokenizer"),
+        ([f"--record={tmp_path / 'none'}"], "--record"),
+        ([f"--record={tmp_path}"], "--tokenizer"),
         (["--verifier=math", "--row=1"], "--record"),
         (["--verifier=math", tmp_path], str(tmp_path)),
         ([tmp_path / "some.jsonl", f"--record={tmp_path / 'none'}"], "--record"),
@@ -199,6 +200,7 @@ def test_recorded_rollouts_are_graded_by_the_verifier_of_their_task(command, run
             assert "truncated" in graded[2]["reason"]
         code, graded, _ = command(f"--record={record}", "--row=1")  # of the run around it
         assert (code, verdicts(graded)) == (0, [("right", "7"), ("wrong", "3")])
+        assert "7" in graded[1]["reason"]
     code, _, error = command(f"--record={run / 'rollouts'}", "--row=2")
     assert code == 2
     assert "--row" in error

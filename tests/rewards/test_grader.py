@@ -56,6 +56,16 @@ def test_each_task_has_its_verifier(grader, task, answer, text, reward, final):
     assert grader.final_answer(asked, rollout(text)).strip() == final
 
 
+@pytest.mark.parametrize(
+    ("text", "verdict", "named"),
+    [("3,7", "right", ()), ("7,3", "wrong", ("3", "7")), ("", "wrong", "7")],
+)
+def test_the_reason_of_a_wrong_sum_names_both_answers(grader, text, verdict, named):
+    grade = grader.grade(prompt("chain_sum", "7"), rollout(text))
+    assert grade.verdict == verdict
+    assert all(answer in grade.reason for answer in named)
+
+
 def test_every_task_of_the_configuration_has_one_verifier():
     assert sorted(TASKS) == sorted([*VERIFIERS, *OPENED])
     assert FINAL_ANSWERS.keys() == VERIFIERS.keys()

@@ -229,16 +229,20 @@ def test_an_ordinary_user_can_do_it_too():
         for source, name in places:
             os.makedirs(f"/mnt/{name}")
             assert mount(os.fsencode(source), f"/mnt/{name}".encode(), None, 0x1000, None) == 0
+        if Path(sys.base_prefix).is_relative_to(Path.home()):  # Python finds its library there
+            home, prefix = os.fsencode(Path.home()), os.fsencode(sys.base_prefix)
+            assert mount(b"tmpfs", home, b"tmpfs", 0, b"mode=755") == 0
+            os.makedirs(prefix)
+            assert mount(b"/mnt/python", prefix, None, 0x1000, None) == 0
         os.setgroups([])
         os.setresgid(12345, 12345, 12345)
         os.setresuid(12345, 12345, 12345)
 
     root = os.geteuid() == 0
-    python = os.path.relpath(os.path.realpath(sys.executable), sys.base_prefix)
     folders = ["/mnt/packages", "/mnt/code"] if root else [str(wheel), str(PACKAGE.parent)]
     code = f"folders = {folders}\n{textwrap.dedent(code)}".replace("CONFIG", str(CODE))
     said = subprocess.run(
-        [f"/mnt/python/{python}" if root else sys.executable, "-B", "-c", code],
+        [os.path.realpath(sys.executable), "-B", "-c", code],
         preexec_fn=become_somebody if root else None,
         env={"PATH": os.environ["PATH"]},
         cwd="/",

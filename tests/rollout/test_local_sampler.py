@@ -354,7 +354,7 @@ def test_no_more_rows_are_decoded_than_a_power_of_two_needs(monkeypatch, prompts
 
 def publish(directory, version, name=NAME, scale=1.0):
     config, params = golden_model(name)
-    weights = Weights(epath.Path(directory) / "weights")
+    weights = Weights(epath.Path(directory) / "weights", deadline=60.0)
     probe = {"tokens": [[1, 2]], "logp": [[-1.0]], "dtype": "float32"}
     weights.save(version, jax.tree.map(lambda x: x * scale, params), probe)
     weights.close()

@@ -255,6 +255,9 @@ REFUSALS = {
 }}""",
     "name taken": f"{CREATE} ALREADY_EXISTS: Resource 'projects/p/locations/us-east5-a/queuedResour"
     "ces/learner' already exists",
+    "invalid zone": f"{CREATE} INVALID_ARGUMENT: Zone us-nowhere1-a is not valid",
+    "deleted project": f"{CREATE} Project 'projects/nope' not found or deleted.",
+    "no reservation": f"{CREATE} FAILED_PRECONDITION: reservation 'r' not found",
     "network": f"{CREATE} NOT_FOUND: The resource 'projects/p/global/networks/n' was not found",
     "login": f"{CREATE} You do not currently have an active account selected.\n"
     "Please run:\n  $ gcloud auth login",

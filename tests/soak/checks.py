@@ -121,10 +121,11 @@ def levels(scene: Scene, since: float) -> Iterator[Row]:
 
 
 def tidy(scene: Scene) -> Row:
-    """The stopped run leaves the files of an unbroken one, and the checkpoints that it keeps."""
+    """The stopped run leaves the files of an unbroken one, what libraries said of faults (log.txt)
+    and the checkpoints that it keeps."""
     workdir = scene.workdir
     strange = {path.name for path in workdir.iterdir()}
-    strange -= {path.name for path in scene.unbroken.iterdir()}
+    strange -= {"log.txt"} | {path.name for path in scene.unbroken.iterdir()}
     temporary = re.compile(r"[.](tmp|writing|repair)$|orbax-checkpoint-tmp")
     strange |= {path.name for path in workdir.rglob("*") if temporary.search(path.name)}
     steps = {path.name for path in (workdir / "checkpoints").iterdir()}

@@ -1,5 +1,6 @@
 """The ground that a soak test breaks: namespaces, a small disk, networks and the wall clock."""
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -53,7 +54,10 @@ class Disk:
         run("mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(path))
 
     def fill(self) -> None:
-        self._resize(max(shutil.disk_usage(self.path).used, 1))  # 0 would mean no limit
+        for _ in range(20):  # the kernel refuses a size below what is used since it was read
+            with contextlib.suppress(subprocess.CalledProcessError):
+                return self._resize(max(shutil.disk_usage(self.path).used, 1))  # 0: no limit
+        raise RuntimeError(f"{self.path} grows faster than it can be measured")
 
     def free(self) -> None:
         self._resize(DISK_BYTES)

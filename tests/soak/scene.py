@@ -31,7 +31,8 @@ PORT, ROUTER_PORT = 30000, 31000  # servers listen on the network of their machi
 DEADLINE = 900.0  # seconds of each wait: a start, the return of all servers, a gradient step
 TICK = 0.5  # seconds between two looks at the parts
 # Ends of our commands, see Part.
-OURS = {0: ".", 1: "No space left on device.*free space", 3: "no server was ready"}
+FULL = "(No space left on device|Not enough disk space).*free space"
+OURS = {0: ".", 1: FULL, 3: "no server was ready"}
 GONE = {2: "no checkpoint step|no finished Orbax step|deleted meanwhile"}  # of an evaluation
 
 

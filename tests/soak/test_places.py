@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-SCRIPT = """
+SCRIPT = '''
 import json, os, pathlib, socket, subprocess, sys, time
 import places
 
@@ -45,21 +45,41 @@ for change in (network.cut, network.mend):
     found["network"].append(connects())
 
 clock = places.Clock(directory)
-code = "import time; a = time.time(); input(); print(time.time() - a, time.monotonic())"
+code = """
+import ctypes, platform
+from time import monotonic, time
+
+before = time()
+print(flush=True)
+input()
+print(time() - before, monotonic())
+libc, condition, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64), bytes(64)
+futex = {"x86_64": 202, "aarch64": 98}[platform.machine()]
+waits = {  # of pthreads and, bitset and private, of Abseil
+    "condition": lambda until: libc.pthread_cond_timedwait(condition, mutex, until),
+    "futex": lambda until: libc.syscall(futex, bytes(4), 9 | 128 | 256, 0, until, None, -1),
+}
+libc.pthread_mutex_lock(mutex)
+for wait in waits.values():
+    started, until = monotonic(), (ctypes.c_long * 2)(int(time()) + 2)
+    wait(until)
+    print(monotonic() - started)
+"""
 environment = {**os.environ, **clock.environment}
 pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 reader = subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes)
-time.sleep(0.5)
+reader.stdout.readline()  # it has read the clock
 clock.set(-86400)
-jump, monotonic = map(float, reader.communicate("\\n")[0].split())
+jump, monotonic, *waited = map(float, reader.communicate("\\n")[0].split())
 found["clock"] = [jump, monotonic - time.monotonic()]
+found["waits"] = waited
 
 found["processes"] = [list(places.running()) == [server.pid]]
 server.kill()
 server.wait()
 found["processes"].append(not places.running())
 print(json.dumps(found))
-"""
+'''
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +109,10 @@ def test_the_wall_clock_jumps_in_a_running_process_and_the_monotonic_one_does_no
     jump, monotonic = found["clock"]
     assert jump == pytest.approx(-86400, abs=10)
     assert abs(monotonic) < 10
+
+
+def test_waits_for_a_time_of_the_clock_that_jumped_end_at_that_time(found):
+    assert [1 <= seconds < 10 for seconds in found["waits"]] == [True, True]
 
 
 def test_processes_of_the_namespace_are_found(found):

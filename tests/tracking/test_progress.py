@@ -42,7 +42,8 @@ with open(sys.argv[1], "w") as file:
 
 
 def start(code, *arguments, **streams):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    # With default signals: a command in the background or of nohup ignores some.
+    command = ["env", "--default-signal", sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, **streams)
 
 

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -65,10 +67,35 @@ def opened(tmp_path):
 
         def made(keep=3):
             stack.close()
-            checkpoints = Checkpoints(epath.Path(tmp_path / "checkpoints"), keep=keep)
+            checkpoints = Checkpoints(
+                epath.Path(tmp_path / "checkpoints"), deadline=60.0, keep=keep
+            )
             return stack.enter_context(contextlib.closing(checkpoints))
 
         yield made
+
+
+# A save that never ends, as on a share that is gone.
+ENDLESS = """
+import sys, time
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from oapl_jax.weights.checkpoint import Weights
+ocp.CheckpointManager.wait_until_finished = lambda self: time.sleep(100)
+weights = Weights(epath.Path(sys.argv[1]), deadline=1.0)
+weights.save(0, {"w": jnp.ones(3)}, {})
+weights.wait()
+"""
+
+
+def test_a_save_that_does_not_end_ends_the_process(tmp_path):
+    command = [sys.executable, "-c", ENDLESS, tmp_path / "weights"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == RunError.exit_code
+    (line,) = done.stderr.splitlines()
+    assert "rollout.deadline" in line
+    assert str(tmp_path) in line
 
 
 # Round trips
@@ -171,7 +198,7 @@ def test_checkpoints_and_weights_have_the_same_parameters_and_probe(tmp_path, op
     state = random_state(mesh)
     save(opened(), 3, state)
     opened().close()
-    weights = Weights(epath.Path(tmp_path / "weights"))
+    weights = Weights(epath.Path(tmp_path / "weights"), deadline=60.0)
     weights.save(3, state.params, PROBE)
     weights.wait()
     expected = flatten_dict(state.params, sep="/")
@@ -189,7 +216,7 @@ def test_checkpoints_and_weights_have_the_same_parameters_and_probe(tmp_path, op
 
 def test_large_layers_are_saved_in_several_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2048)
-    weights = Weights(epath.Path(tmp_path / "weights"))
+    weights = Weights(epath.Path(tmp_path / "weights"), deadline=60.0)
     weights.save(0, random_state().params, PROBE)
     weights.wait()
     chunk = open_params(weights.path(0))["layers/gate/kernel"].chunk_layout.read_chunk
@@ -199,7 +226,7 @@ def test_large_layers_are_saved_in_several_chunks(tmp_path, monkeypatch):
 
 
 def test_keep_only_deletes_the_other_steps(tmp_path):
-    weights = Weights(epath.Path(tmp_path / "weights"))
+    weights = Weights(epath.Path(tmp_path / "weights"), deadline=60.0)
     for step in (0, 4, 8):
         weights.save(step, random_state(seed=step).params, PROBE)
     weights.save(4, random_state(seed=9).params, PROBE)  # exists already
@@ -209,7 +236,7 @@ def test_keep_only_deletes_the_other_steps(tmp_path):
     assert weights.steps() == [4]
     weights.save(6, random_state(seed=6).params, PROBE)
     weights.close()
-    again = Weights(epath.Path(tmp_path / "weights"))
+    again = Weights(epath.Path(tmp_path / "weights"), deadline=60.0)
     assert again.steps() == [4, 6]
     for step in (4, 6):
         expected = flatten_dict(random_state(seed=step).params, sep="/")
@@ -223,7 +250,7 @@ def test_keep_only_deletes_the_other_steps(tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, opened, value):
-    checkpoints, weights = opened(keep=1), Weights(epath.Path(tmp_path / "weights"))
+    checkpoints, weights = opened(keep=1), Weights(epath.Path(tmp_path / "weights"), deadline=60.0)
     save(checkpoints, 1, random_state())
     state = random_state()
     kernel = state.params["layers"]["q"]["kernel"]
@@ -267,7 +294,7 @@ def test_a_full_disk_is_an_error_and_older_steps_stay(tmp_path, opened):
 def test_a_failed_background_save_stops_the_next_call(tmp_path, opened, monkeypatch, kind):
     state = random_state()
     if kind == "weights":
-        steps: Any = Weights(epath.Path(tmp_path / "weights"))
+        steps: Any = Weights(epath.Path(tmp_path / "weights"), deadline=60.0)
         acts = [lambda: steps.save(2, state.params, PROBE), lambda: steps.keep_only(set())]
     else:
         steps = opened()

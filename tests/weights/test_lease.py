@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -87,6 +88,15 @@ def test_the_lease_of_a_killed_process_is_taken_over_with_a_line(owner, tmp_path
         pass
     assert len(lines) == 1
     assert not (tmp_path / lease.FILE).exists()
+
+
+def test_the_lease_of_a_killed_process_that_nobody_waits_for_is_taken_over(owner, tmp_path):
+    owner.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
+    lines = []
+    with hold(tmp_path, lines):
+        pass
+    assert str(owner.pid) in lines[0]
 
 
 def test_a_full_disk_at_a_takeover_names_the_lease(owner, tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ LARGE = small_config(hidden_size=256, intermediate_size=768, head_dim=64)  # 6 M
 
 def save(workdir, step, params):
     """Saves an Orbax step to publish."""
-    weights = Weights(epath.Path(workdir) / "weights")
+    weights = Weights(epath.Path(workdir) / "weights", deadline=60.0)
     weights.save(step, params, SAID)
     weights.close()
     return weights.path(step)

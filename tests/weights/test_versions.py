@@ -29,7 +29,7 @@ class Host:
             wait=lambda: None,
             path=lambda step: self.directory / "no step",
         )
-        monkeypatch.setattr(versions, "Weights", lambda directory: weights)
+        monkeypatch.setattr(versions, "Weights", lambda directory, *, deadline: weights)
         nothing: Any = None
         self.versions = versions.Versions(
             epath.Path(tmp_path),

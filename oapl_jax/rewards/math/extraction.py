@@ -148,6 +148,7 @@ REWRITES = tuple(
         (r"\\(?:displaystyle|textstyle|limits|mathstrut)(?![A-Za-z])", ""),
         (r"\\[lr]brace(?![A-Za-z])", lambda m: r"\{" if m[0] == r"\lbrace" else r"\}"),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
         (r"\\(?:mathbf|boldsymbol|bm)\s*\{\s*([A-Za-z])\s*\}", r" \1 "),
         (r"\\(?:mathrm|mathbf|mathit|mathsf|boldsymbol|bm|textbf|textit|textrm|textsf|textnormal|mbox"
          r"|emph|underline)(?=\s*\{)", r"\\text"),

@@ -87,7 +87,7 @@ BASED = re.compile(r"([0-9A-F]+)_\{?(?:\\text\{)?(\d{1,2}|[a-z]+)\}{0,2}")
 SERIES = (sympy.Sum, sympy.Product, sympy.Integral)
 
 
-ARGUMENTS = {r"\frac": 2, r"\sqrt": 1, "^": 1}
+ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1, "^": 1}
 TOKEN = re.compile(r"\s+|\\(?:[A-Za-z]+|.)|.", re.DOTALL)
 
 
