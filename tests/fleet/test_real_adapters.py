@@ -43,7 +43,10 @@ def adapted(published, base):
     frozen = hf.load_params(base, config, dtype="bfloat16")
     model = Transformer(config, jnp.dtype("float32"), "none", LORA)
     layout = LearnerConfig(micro_batches=1, row_length=64, rows_multiple=1, logp_chunk=64)
-    probe, weights = make_probe(model, small_mesh(), layout), Weights(directory / "weights")
+    probe, weights = (
+        make_probe(model, small_mesh(), layout),
+        Weights(directory / "weights", deadline=60.0),
+    )
     merged = jax.jit(functools.partial(merge, lora=LORA, dtype=jnp.float32))
     params = {}
     for version in (1, 2, 3):

@@ -112,7 +112,7 @@ def test_log_probs_with_adapters_are_those_of_merged_weights():
 def test_a_checkpoint_has_adapters_alone(tmp_path):
     mesh = small_mesh(fsdp=8)
     state = train_step.init_state(MODEL, OPTIMIZER, mesh, 1)
-    checkpoints = Checkpoints(epath.Path(tmp_path) / "checkpoints", keep=1)
+    checkpoints = Checkpoints(epath.Path(tmp_path) / "checkpoints", deadline=60.0, keep=1)
     checkpoints.save(0, state, {}, b"", probe={})
     checkpoints.wait()
     abstract = train_step.abstract_state(MODEL, OPTIMIZER, small_mesh(data=2, fsdp=2, tensor=2))
