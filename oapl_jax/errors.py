@@ -73,6 +73,8 @@ SYSTEM_ERRORS = {
     errno.ENAMETOOLONG: (2, "choose a shorter name"),
 }
 
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # array_record and TensorStore raise no OSError
+
 
 def sentence(error: BaseException) -> tuple[int, str] | None:
     """Exit code and sentence of an error with a known remedy; None for a fault of the program."""
@@ -82,6 +84,10 @@ def sentence(error: BaseException) -> tuple[int, str] | None:
         code, remedy = SYSTEM_ERRORS[error.errno]
         place = os.fsdecode(error.filename) if error.filename else "the output"
         return code, f"{place}: {error.strerror}; {remedy}"
+    for number in FULL:
+        if os.strerror(number) in str(error):  # with the file, in the words of a library
+            code, remedy = SYSTEM_ERRORS[number]
+            return code, f"{one_line(error)}; {remedy}"
     return None
 
 

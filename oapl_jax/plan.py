@@ -273,7 +273,7 @@ def size(count: float) -> str:
 
 
 def dry_run(config: Config, workdir: epath.Path, *, restore_step: int | None) -> str:
-    """What a run would be: steps, sizes, memory, files. Writes nothing.
+    """Describes a run without starting it: steps, sizes, memory, files. Writes nothing.
 
     Raises:
       UserError: as the run would, for settings that fit neither devices nor the workdir.

@@ -125,6 +125,26 @@ def test_an_error_of_the_operating_system_is_one_sentence_with_the_file(capsys, 
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("write() failed: No space left on device; writing /runs/a"),  # array_record
+        ValueError("RESOURCE_EXHAUSTED: /runs/a: No space left on device [28]"),  # TensorStore
+        ValueError("RESOURCE_EXHAUSTED: /runs/a: Disk quota exceeded [122]"),
+    ],
+)
+def test_a_full_disk_in_the_words_of_a_library_is_one_sentence_too(capsys, error):
+    def command():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        exit_with_code(command)
+    assert end.value.code == 1
+    said = capsys.readouterr().err
+    assert "/runs/a" in said
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate", "record"])
 def test_an_interrupt_before_the_run_is_one_line(tmp_path, command):
     config = tmp_path / "slow.py"

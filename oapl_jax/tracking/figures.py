@@ -27,7 +27,7 @@ Figure = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunLog:
-    """What the figures show of a run.
+    """Values of a run that the figures show.
 
     Attributes:
       name: of the run.

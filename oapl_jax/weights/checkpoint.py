@@ -74,7 +74,8 @@ class _Steps:
 
     def close(self) -> None:
         self.wait()
-        self._manager.close()
+        with self._saving():
+            self._manager.close()
 
     def _save(self, step: int, params: Any, probe: Mapping[str, Any], **items: Any) -> None:
         def chunks(path: Any, _: Any) -> ocp.SaveArgs:
