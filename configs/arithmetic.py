@@ -152,6 +152,9 @@ def get_config(arg: str | None = None) -> common.Config:
     config.preferences = common.preferences(choice["objective"])
     config.learner = dict(micro_batches=16, row_length=64, rows_multiple=8, logp_chunk=64)
     config.publish_dtype = "float32"
+    # Versions with all weights; those between are deltas of the one before, for servers in another
+    # place than the bucket. With 1, all are whole.
+    config.publish_full_every = 1
 
     config.evaluation = dict(
         every=50,  # steps between two of the validation split; 0: the run evaluates nothing

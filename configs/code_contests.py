@@ -140,6 +140,7 @@ def get_config(arg: str | None = None) -> common.Config:
         logp_chunk=512,
     )
     config.publish_dtype = "bfloat16"  # [I] of the servers' weights
+    config.publish_full_every = 1
 
     config.evaluation = dict(
         every=0,  # the run itself evaluates nothing: oapl_jax.evaluate does, through the fleet

@@ -41,6 +41,7 @@ def fleet() -> Config:
             servers_file="",  # or a file with one URL a line, read again every poll_every
             router="",  # or a sglang-router, whose GET /workers is the list
             api_key_file="",  # file with the key of servers that were started with --api-key
+            fetch_port=0,  # of the fetcher beside each server, for versions in a bucket
             poll_every=5.0,  # seconds between two looks at servers_file or router
             max_in_flight=64,  # groups requested at a time, over all servers
             attempts=4,  # of a group that fails; then it is dropped and counted
@@ -331,6 +332,7 @@ def smoke(config: Config) -> None:
     )
     config.mesh.fsdp = -1
     config.publish_dtype = "float32"
+    config.publish_full_every = 1
     config.optim.update(learning_rate=1e-4, warmup_steps=0, max_grad_norm=1.0, eps=1e-8)
     config.warmup.update(batch_size=16)
     config.warmup.optim.update(config.optim.to_dict() | dict(learning_rate=6e-3, warmup_steps=20))

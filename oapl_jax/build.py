@@ -270,6 +270,7 @@ class Run:
             dtype=self.config.publish_dtype,
             config=self.config.to_dict(),
             deadline=self.config.rollout.deadline,
+            full_every=self.config.publish_full_every,
             adapters=self.adapters,
             whole=self.whole,
         )

@@ -925,6 +925,11 @@ class Config(Section):
     tracking: TrackingConfig
     benchmarks: Mapping[str, ReleaseConfig] = setting("public releases for oapl_jax.evaluate")
     publish_dtype: str = setting("dtype of published weights", choices=DTYPES)
+    publish_full_every: int = setting(
+        "every so many versions one with all weights, the others as deltas of the one before",
+        at_least=1,
+        default=1,
+    )
     compile_cache: str = setting(
         "directory of compiled programs, from the workdir; '': none", path=True
     )
@@ -1012,6 +1017,12 @@ class Config(Section):
             raise UserError(
                 f"rollout.deadline={rollout.deadline:g} ends a run without a server before "
                 f"fleet.no_server_deadline={fleet.no_server_deadline:g} does; raise it above that"
+            )
+        if self.publish_full_every > 1 and not fleet.fetch_port:
+            raise UserError(
+                f"publish_full_every={self.publish_full_every} publishes deltas, which no server "
+                "loads; start oapl_jax.fleet.fetch beside each and set fleet.fetch_port, or set "
+                "publish_full_every=1"
             )
         if self.compares and not self.preferences.dataset:
             raise UserError(

@@ -35,6 +35,8 @@ PART_BYTES = 16 << 20  # of a file that is copied or read in parts
 UPLOAD_EVERY = 5.0  # seconds between two uploads of a log's last segment
 SEGMENT_BYTES = 4 << 20  # at which the next segment begins
 OFFSET_DIGITS = 15  # in the name of a segment
+HEAD_BYTES = 64  # of a log, which tell it from another one of the same name
+WEIGHTS = (".safetensors", ".zst")  # ends of names of large files, which few readers need
 
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 X = TypeVar("X")
@@ -63,6 +65,13 @@ def flag_directory(flag: str, value: str) -> epath.Path:
             "another name"
         )
     return path
+
+
+def local_place(path: epath.PathLike) -> epath.Path:
+    """A path below the directory of temporary files, for what belongs to another path; a process
+    that resumes on this machine finds it again."""
+    digest = hashlib.sha256(os.fspath(path).encode()).hexdigest()[:16]
+    return epath.Path(tempfile.gettempdir()) / f"oapl_jax-{os.getuid()}-{digest}"
 
 
 def check_reachable(path: epath.Path, *, of: str) -> None:
@@ -164,11 +173,15 @@ def file_entry(path: epath.Path) -> dict[str, Any]:
     return {"bytes": path.stat().length, "xxh128": checksum(path)}
 
 
-def read_json(path: epath.Path, fields: Iterable[str], *, remedy: str) -> dict[str, Any]:
-    """Reads fields of a JSON object; raises a UserError, ending with `remedy`, if it lacks one."""
+def read_json(
+    path: epath.Path, fields: Iterable[str], *, optional: Iterable[str] = (), remedy: str
+) -> dict[str, Any]:
+    """Reads fields of a JSON object; raises a UserError, ending with `remedy`, if it lacks one
+    that is not optional."""
     try:
         document = json.loads(path.read_text())
-        return {field: document[field] for field in fields}
+        found = {field: document[field] for field in optional if field in document}
+        return {field: document[field] for field in fields} | found
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is missing or damaged; {remedy}") from error
 
@@ -275,7 +288,7 @@ def local_copy(directory: epath.Path, names: Iterable[str] | None = None) -> Ite
         copy = epath.Path(temporary)
         if names is None:
             found = list(directory.iterdir()) if directory.exists() else []
-            names = [p.name for p in found if p.suffix != ".safetensors" and not p.is_dir()]
+            names = [p.name for p in found if p.suffix not in WEIGHTS and not p.is_dir()]
         for name in names:
             write_file(copy / name, read_parts(directory / name))
         yield copy
@@ -338,15 +351,17 @@ class Segments:
     """Append-only bytes in an object store, whose objects can't grow: numbered segments.
 
     A segment's name is `prefix` and the offset of its first byte, so that a missing one shows. A
-    thread uploads the last segment as a whole, every `UPLOAD_EVERY` seconds if it has grown: a kill
-    loses the appends since then. `sync` uploads it and begins another one, so that nothing that a
-    checkpoint knows of is written again. An upload that failed is repeated; `sync` raises a
-    RunError for it. One process at a time may write.
+    thread uploads the last segment as a whole, every `UPLOAD_EVERY` seconds if it has grown: a loss
+    of the machine loses the appends since then. A kill loses none: a local file has the last
+    segment too, which the next process on this machine uploads. `sync` uploads it and begins
+    another one, so that nothing that a checkpoint knows of is written again. An upload that failed
+    is repeated; `sync` raises a RunError for it. One process at a time may write.
 
     Args:
       directory: of the segments; a file of this name, as of a run moved from a disk, becomes the
         first one.
-      prefix: of their names, if they share the directory with other files.
+      prefix: of their names, if they share the directory with other files; without lines, and
+        with no local file.
     """
 
     def __init__(self, directory: epath.Path, prefix: str = ""):
@@ -354,8 +369,13 @@ class Segments:
         if not prefix and directory.exists() and not directory.is_dir():
             self._path(0).write_bytes(directory.read_bytes())
             directory.unlink()
+        self._spool = None if prefix else local_place(f"{os.fspath(directory)}.segment")
+        if self._spool and self._spool.exists():
+            self._recover(self._spool.read_bytes())
         self.size = self._start = _end_of_segments(directory, prefix)
+        self._head = self._read(0)[:HEAD_BYTES]
         self._last, self._uploaded = b"", 0  # the last segment, and its length in the store
+        self._write_spool(b"", begin=True)
         self._changing, self._uploading = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._upload_often, daemon=True, name="segments")
@@ -363,6 +383,10 @@ class Segments:
 
     def append(self, content: bytes) -> None:
         with self._changing:
+            if not self.size:
+                self._head = content[:HEAD_BYTES]
+                self._write_spool(b"", begin=True)
+            self._write_spool(content)
             self._last += content
             self.size += len(content)
             full = len(self._last) >= SEGMENT_BYTES
@@ -390,11 +414,15 @@ class Segments:
                     content = self._path(start).read_bytes()[: size - start]
                     self._path(start).write_bytes(content)
                 self.size = self._start = max(start, size)
+            self._head = self._head[: self.size]
+            self._write_spool(b"", begin=True)
 
     def close(self) -> None:
         self._closed.set()
         self._thread.join()
         self.sync()
+        if self._spool:
+            self._spool.unlink(missing_ok=True)
 
     def _path(self, start: int) -> epath.Path:
         return self._directory / f"{self._prefix}{start:0{OFFSET_DIGITS}d}"
@@ -415,6 +443,32 @@ class Segments:
                 with self._changing:
                     self._start += len(content)
                     self._last, self._uploaded = self._last[len(content) :], 0
+                    self._write_spool(self._last, begin=True)
+
+    def _write_spool(self, content: bytes, *, begin: bool = False) -> None:
+        """Appends to the local file, or begins it again: a line with the offset of the last segment
+        and the head of the log, then that segment."""
+        if not self._spool:
+            return
+        with contextlib.suppress(OSError), self._spool.open("wb" if begin else "ab") as file:
+            file.write(f"{self._start} {self._head.hex()}\n".encode() * begin + content)
+
+    def _recover(self, spool: bytes) -> None:
+        """Uploads the last segment of a process that was killed, if no other has written since."""
+        header, _, content = spool.partition(b"\n")
+        start, _, head = header.decode().partition(" ")
+        content = content[: content.rfind(b"\n") + 1]
+        if not head or not self._read(0).startswith(bytes.fromhex(head)):
+            return  # another log, whose name this one has now
+        uploaded = self._read(int(start))
+        at_the_end = int(start) + len(uploaded) == _end_of_segments(self._directory)
+        if at_the_end and content.startswith(uploaded) and len(content) > len(uploaded):
+            self._path(int(start)).write_bytes(content)
+
+    def _read(self, start: int) -> bytes:
+        """The segment that begins there; b"" for none."""
+        path = self._path(start)
+        return path.read_bytes() if path.exists() else b""
 
 
 def _segments(directory: epath.Path, prefix: str = "") -> list[int]:

@@ -14,6 +14,7 @@ from etils import epath
 from small_runs import opened, small_arithmetic, timeless
 
 from oapl_jax import report
+from oapl_jax.errors import UserError
 from oapl_jax.publish import publish_step
 from oapl_jax.rollout.dataset import Dataset
 from oapl_jax.rollout.kept import read_notes
@@ -21,7 +22,13 @@ from oapl_jax.rollout.ledger import LedgerReport
 from oapl_jax.structs import encode_groups
 from oapl_jax.tracking.metrics import read_lines
 from oapl_jax.weights import lease
-from oapl_jax.weights.publisher import check_version, published_versions, version_path
+from oapl_jax.weights.publisher import (
+    check_version,
+    checked_version,
+    is_delta,
+    published_versions,
+    version_path,
+)
 
 SETTINGS = {
     "num_steps": 6,
@@ -30,6 +37,7 @@ SETTINGS = {
     "checkpoint.every": 2,
     "lag.steps": 3,
     "rollout.keep": 0.5,
+    "publish_full_every": 2,
 }
 
 
@@ -144,8 +152,12 @@ def test_it_has_one_owner(killed, monkeypatch):
 def test_a_damaged_version_of_a_bucket_is_restored(killed):
     run = opened(small_arithmetic({"num_steps": 6}), killed)
     version = published_versions(killed / "versions")[-1]
-    weights = version_path(killed / "versions", version) / "model.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[:-1])
+    path = version_path(killed / "versions", version)
+    weights = path / "model.safetensors.xor.zst"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match="safetensors"):
+        check_version(path)
     assert run.versions.repair()[version] == ["model.safetensors"]
-    assert weights.read_bytes() == content
+    with checked_version(path) as whole:
+        assert (whole / "model.safetensors").exists()
+    assert not is_delta(path)

@@ -108,6 +108,9 @@ MISTAKES = [
     ({"evaluation.resamples": 0}, "evaluation.resamples"),
     ({"data.task": "sudoku"}, "data.task"),
     ({"publish_dtype": "int8"}, "publish_dtype"),
+    ({"publish_full_every": 0}, "publish_full_every"),
+    ({"fleet.fetch_port": 1 << 16}, "fleet.fetch_port"),
+    ({"rollout.sampler": "fleet", "publish_full_every": 2}, "fleet.fetch_port"),
 ]
 
 

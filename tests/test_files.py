@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import tempfile
 import threading
 
 import numpy as np
@@ -194,6 +195,12 @@ def place(request, bucket, tmp_path, numbers=itertools.count()):  # noqa: B008
     return epath.Path(tmp_path) / "log" if request.param == "disk" else bucket / f"{next(numbers)}"
 
 
+@pytest.fixture(autouse=True)
+def temporary(tmp_path_factory, monkeypatch):
+    """A directory of temporary files for each test, as on a machine that has seen no other log."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+
+
 on_disk_and_in_bucket = pytest.mark.parametrize("place", ["disk", "bucket"], indirect=True)
 
 
@@ -270,6 +277,57 @@ def test_a_store_that_fails_for_a_while_loses_no_line(bucket, monkeypatch):
     log.append(b"2\n")
     log.close()
     assert read(path) == b"1\n2\n"
+
+
+@pytest.mark.parametrize(
+    ("since", "found"),
+    [
+        ("nothing", b"1\n2\n3\n4\n"),
+        ("a cut line", b"1\n2\n3\n4\n"),
+        ("an upload", b"1\n2\n3\n4\n"),
+        ("another machine", b"1\n9\n4\n"),
+        ("another log", b"9\n4\n"),
+        ("no log", b"4\n"),
+    ],
+)
+def test_the_next_process_uploads_the_lines_of_a_killed_one(
+    bucket, monkeypatch, tmp_path, since, found
+):
+    monkeypatch.setattr(files, "UPLOAD_EVERY", 1e6)
+    path = bucket / f"killed after {since}"
+    killed = files.open_log(path)
+    killed.append(b"1\n")
+    killed.sync()
+    killed.append(b"2\n")
+    killed.append(b"3\n")
+    if since == "a cut line":
+        (spool,) = epath.Path(tempfile.gettempdir()).iterdir()
+        spool.write_bytes(spool.read_bytes() + b"4")
+    elif since == "an upload":
+        (path / f"{2:015d}").write_bytes(b"2\n")
+    elif since == "another machine":
+        with monkeypatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", str(tmp_path))
+            other = files.open_log(path)
+            other.append(b"9\n")
+            other.close()
+    elif since != "nothing":
+        path.rmtree()
+        if since == "another log":
+            (path / f"{0:015d}").write_bytes(b"9\n")
+    log = files.open_log(path)
+    log.append(b"4\n")
+    log.close()
+    assert read(path) == found
+    assert not list(epath.Path(tempfile.gettempdir()).iterdir())
+
+
+def test_a_log_of_a_bucket_needs_no_temporary_file(bucket, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    log = files.open_log(bucket / "alone")
+    log.append(b"1\n")
+    log.close()
+    assert read(bucket / "alone") == b"1\n"
 
 
 def test_a_missing_segment_is_an_error(bucket):
@@ -374,7 +432,7 @@ def test_a_kill_at_any_write_to_a_bucket_keeps_what_was_synced(bucket, monkeypat
                 killed = True
         content = read(path)
         assert content.startswith(kept[-1])
-        assert content in (
+        states = (
             b"",
             b"a\n",
             b"a\nbb\n",
@@ -382,10 +440,13 @@ def test_a_kill_at_any_write_to_a_bucket_keeps_what_was_synced(bucket, monkeypat
             b"a\nbb\nccc\ndddd\n",
             b"a\ne\n",
         )
-        again = files.open_log(path)
+        assert content in states
+        again = files.open_log(path)  # with the lines that were not uploaded
         again.append(b"f\n")
         again.close()
-        assert read(path) == content + b"f\n"
+        found = read(path)
+        assert found.startswith(content)
+        assert found.removesuffix(b"f\n") in states
         if not killed:
             break
     assert writes == 7  # three segments, two deleted, one cut, one more

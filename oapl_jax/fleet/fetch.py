@@ -5,14 +5,17 @@
 
 The first form runs beside the servers of a machine. Before a server loads a version, the learner
 asks `POST /fetch {"path": "gs://.../v000016"}` (fleet.fetch_port) and gets `{"path": DIRECTORY}`, a
-local copy whose files have the checksums of the version's manifest. The `--keep` last used copies
-stay. Only paths below --from are fetched, and with --api_key_file only for callers with the key.
+local copy whose files have the checksums of the version's manifest. A delta is added to the copy of
+its base; without one, the chain from the last whole version is fetched, with a line. The `--keep`
+last used copies stay. Only paths below --from are fetched, and with --api_key_file only for callers
+with the key.
 The second form fetches one version and prints its directory, as for the start of a server.
 """
 
 import argparse
 import asyncio
 import signal
+import sys
 import time
 
 from aiohttp import web
@@ -57,7 +60,7 @@ class Fetcher:
         async with self._lock:
             started = time.monotonic()
             try:
-                copy = await asyncio.to_thread(fetch_version, path, self._to)
+                copy = await asyncio.to_thread(fetch_version, path, self._to, log=log)
                 deleted = await asyncio.to_thread(collect_fetched, self._to, keep=self._keep)
             except Exception as error:  # of the store or the disk; the learner asks again
                 log(f"{path} could not be fetched: {error}")
@@ -75,6 +78,10 @@ def _refusal(message: str) -> web.Response:
 
 def log(text: str) -> None:
     print(text, flush=True)
+
+
+def complain(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 async def serve(fetcher: Fetcher, host: str, port: int, api_key: str = "") -> None:
@@ -116,7 +123,7 @@ def main() -> None:
             f"--keep={arguments.keep}: a server may load one copy while the next is made"
         )
     if arguments.version is not None:
-        print(fetch_version(version_path(source, arguments.version), to))
+        print(fetch_version(version_path(source, arguments.version), to, log=complain))
         return
     if arguments.api_key_file:
         api_key, exposed = read_api_key(arguments.api_key_file, of="--api_key_file")

@@ -33,7 +33,12 @@ from etils import epath
 from oapl_jax.errors import RunError, UserError, exit_with_code
 from oapl_jax.files import checksum
 from oapl_jax.fleet.addresses import read_api_key
-from oapl_jax.weights.publisher import MANIFEST, check_version, read_manifest
+from oapl_jax.weights.publisher import (
+    MANIFEST,
+    check_loadable,
+    check_version,
+    read_manifest,
+)
 
 MAX_BACKOFF = 30.0  # seconds
 POLL_EVERY = 0.5  # seconds between two health checks
@@ -349,6 +354,7 @@ def read_version(path: str) -> ServedVersion:
     """Reads a published version; a UserError if it is incomplete or damaged."""
     directory = epath.Path(path)
     check_version(directory)
+    check_loadable(directory)
     name = str(read_manifest(directory)["version"])
     return ServedVersion(name, path, checksum(directory / MANIFEST))
 

@@ -31,7 +31,7 @@ from oapl_jax.fleet.admission import Requirements, sampling_warnings
 from oapl_jax.fleet.pool import LOST, READY, REFUSED, Pool, PublishedVersion
 from oapl_jax.rollout.sampler import Sampled, Sampling
 from oapl_jax.structs import Prompt
-from oapl_jax.weights.publisher import check_version
+from oapl_jax.weights.publisher import check_loadable, check_version
 
 COUNTS = ("prompts", "groups", "dropped", "cancelled")  # prompts: the last three and those waiting
 THREAD_DEADLINE = 30.0  # seconds for the event loop to start, and to end
@@ -177,6 +177,8 @@ class Fleet:
         beside each makes (`fleet.fetch_port`), as of a version in a bucket.
         """
         self._config.check_versions(path)
+        if not self._config.fetch_port:
+            check_loadable(path)
         published = self._read_version(version, os.fspath(absolute(path)))
         self.version = version
         self._call_in_loop(self._pool.set_target, published)

@@ -34,6 +34,7 @@ from oapl_jax.model.transformer import Transformer
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DELTA = ".xor.zst"  # ends the name of weights that a published version has as a delta
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MERGED_BELOW = "adapter"  # directory of the adapters beside merged weights
 ADAPTER_FIELDS = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
@@ -515,6 +516,11 @@ def _files(directory: epath.Path) -> tuple[list[str], dict[str, str]]:
     """The checkpoint's files, and the index's tensor -> file (empty without an index)."""
     if (directory / ADAPTER_CONFIG).exists():
         return [ADAPTER], {}
+    if any(directory.glob(f"*{DELTA}")):
+        raise UserError(
+            f"{directory} has the weights as a delta of an older version; make a whole copy with "
+            "oapl_jax.fleet.fetch --version (docs/serving.md)"
+        )
     single, index = directory / SINGLE, directory / INDEX
     if single.exists() == index.exists():
         held = "both" if index.exists() else "none"

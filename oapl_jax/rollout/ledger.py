@@ -63,10 +63,10 @@ FROM rollouts LEFT JOIN busy USING (server) WHERE server IS NOT NULL GROUP BY se
 
 
 class Ledger:
-    """Appends events; on a disk a kill loses none, in a bucket those of the last seconds.
+    """Appends events; a kill loses none, and in a bucket the loss of the machine those of the last
+    seconds, which the run that resumes would have rewound.
 
-    The run that resumes would have rewound these. A last line that a kill has cut is removed. The
-    caller holds a lock.
+    A last line that a kill has cut is removed. The caller holds a lock.
     """
 
     def __init__(self, path: epath.Path):

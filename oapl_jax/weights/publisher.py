@@ -5,6 +5,10 @@ model card (README.md), a probe (probe.json) and a manifest with the size and ch
 file. It is written to a temporary directory, flushed, renamed, and committed by a marker last:
 readers see a whole version or none. One process at a time may write below a directory, any number
 may read.
+
+Instead of its weights a version may have their delta (delta.py) from the version before, its base,
+which may have one itself: a chain that begins with a whole version. The manifest has the files of
+the whole version, and so is the same for a copy that `fetch_version` has made of base and delta.
 """
 
 import contextlib
@@ -13,9 +17,10 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
@@ -34,9 +39,12 @@ from oapl_jax.files import (
 )
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
+from oapl_jax.weights import delta
+from oapl_jax.weights.delta import WrongBase
 
 MANIFEST, COMMITTED, PROBE, CARD = "manifest.json", "COMMITTED", "probe.json", "README.md"
 MANIFEST_FIELDS = ("version", "parent", "config_hash", "dtype", "files")
+DELTA = "delta"  # in the manifest of a version that was published as one
 PROBE_FIELDS = ("tokens", "logp", "dtype")
 FETCHING = ".fetching"  # ends the name of a copy that is being made or deleted
 MAX_SHARD_BYTES = 5 * 10**9
@@ -69,6 +77,7 @@ def publish(
     config_hash: str,
     card: str = "",
     adapters: hf.Adapters | None = None,
+    base: epath.Path | None = None,
 ) -> epath.Path:
     """Writes a version, unless it is committed already; returns its directory.
 
@@ -82,22 +91,27 @@ def publish(
       config_hash: of the run's configuration, for the manifest.
       card: Markdown of the version's README.md; "" for none.
       adapters: of a step that holds adapters alone.
+      base: a local, whole version, of which this one becomes a delta; its directory of copies also
+        takes the whole weights of a version in a bucket meanwhile.
 
-    Raises a UserError if the step is missing, unfinished, or of another model, and a RunError if
-    the disk fails; the version is then whole or absent, and other versions are unchanged.
+    Raises a UserError if the step is missing, unfinished, or of another model, or the base of
+    another size, and a RunError if the disk fails; the version is then whole or absent, and other
+    versions are unchanged.
     """
     target = version_path(directory, version)
     # An object store renames by copying one object after the other: as slow as writing, and not
     # atomic. So there files are written in place, and the marker alone commits: one object.
     temporary = directory / f"{target.name}.writing" if is_local(directory) else target
-    _remove_uncommitted(temporary, target)  # left by a killed run
+    whole = temporary if base is None or is_local(directory) else base.parent / "whole"
+    _remove_uncommitted(whole, temporary, target)  # left by a killed run
     if target.exists():
         return target
     params, probe = open_params(source), load_probe(source)
     try:
         temporary.mkdir(parents=True)
         save = adapters.save if adapters else hf.save_params
-        files = save(params, config, temporary, dtype=dtype, max_shard_bytes=MAX_SHARD_BYTES)
+        files = save(params, config, whole, dtype=dtype, max_shard_bytes=MAX_SHARD_BYTES)
+        of_base = {DELTA: _store_delta(whole, base, temporary, files, dtype)} if base else {}
         with tempfile.TemporaryDirectory() as local:
             tokenizer.save_pretrained(local)
             for path in sorted(epath.Path(local).iterdir()):
@@ -107,7 +121,7 @@ def publish(
         files[PROBE] = write_file(temporary / PROBE, [json.dumps(probe).encode()])
         parent = f"{source.parent.name}/{source.name}"
         manifest = dict(version=version, parent=parent, config_hash=config_hash, dtype=dtype)
-        text = json.dumps(manifest | {"files": files}, indent=1)
+        text = json.dumps(manifest | {"files": files} | of_base, indent=1)
         write_file(temporary / MANIFEST, [text.encode()])
         fsync(temporary)
         if temporary != target:
@@ -118,7 +132,7 @@ def publish(
         return target
     except (OSError, ValueError) as error:
         with contextlib.suppress(OSError):
-            _remove_uncommitted(temporary, target)
+            _remove_uncommitted(whole, temporary, target)
         if isinstance(error, OSError):
             raise RunError(
                 f"version {version} could not be written below {directory} ({one_line(error)}); "
@@ -130,8 +144,91 @@ def publish(
         ) from error
 
 
+def _store_delta(
+    whole: epath.Path, base: epath.Path, to: epath.Path, files: Mapping[str, Any], dtype: str
+) -> dict[str, Any]:
+    """Moves the files of a whole version, with the weights as deltas; returns the manifest's part
+    about them."""
+    deltas, itemsize = {}, _itemsize(dtype)
+    for name in files:
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".safetensors"):
+            changes = delta.encode(whole / name, base / name, itemsize=itemsize)
+            deltas[name] = write_file(to / f"{name}{hf.DELTA}", changes)
+            (whole / name).unlink()
+        elif whole != to:
+            write_file(to / name, read_parts(whole / name))
+    if whole != to:
+        whole.rmtree()
+    mark = checksum(base / MANIFEST)
+    return {"version": read_manifest(base)["version"], "manifest": mark, "files": deltas}
+
+
+def _itemsize(dtype: str) -> int:
+    return np.dtype(hf.EXPORT_DTYPES[dtype][1]).itemsize
+
+
+def stored_files(path: epath.Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Manifest entries of the files that a version's directory has: of weights, or their deltas."""
+    files = dict(manifest["files"])
+    for name, entry in manifest.get(DELTA, {"files": {}})["files"].items():
+        if not (path / name).exists():
+            del files[name]
+            files[f"{name}{hf.DELTA}"] = entry
+    return files
+
+
+def is_delta(path: epath.Path) -> bool:
+    """True for a version directory that has deltas of weights, which no server loads."""
+    return any(path.glob(f"*{hf.DELTA}"))
+
+
+def check_loadable(path: epath.Path) -> None:
+    """Raises a UserError for a version directory that has deltas of weights."""
+    if is_delta(path):
+        raise UserError(
+            f"{path} is a delta of an older version, which no server loads; fetch a whole copy "
+            "with oapl_jax.fleet.fetch (fleet.fetch_port), or set publish_full_every=1"
+        )
+
+
+def base_of(path: epath.Path) -> int | None:
+    """The version that another one is a delta of; None if its own directory has all weights."""
+    manifest = read_manifest(path)
+    whole = stored_files(path, manifest).keys() == manifest["files"].keys()
+    return None if whole else manifest[DELTA]["version"]
+
+
+def base_for(
+    directory: epath.Path, version: int, *, full_every: int, dtype: str
+) -> epath.Path | None:
+    """The newest older version, of which `version` is to be a delta; None if it is to be whole:
+    the first, every `full_every`-th, and one of another dtype."""
+    if full_every == 1:
+        return None
+    older = [other for other in published_versions(directory) if other < version]
+    if not older or len(_with_bases(directory, older[-1:])) >= full_every:
+        return None
+    base = version_path(directory, older[-1])
+    return base if read_manifest(base)["dtype"] == dtype else None
+
+
+def _with_bases(directory: epath.Path, versions: Iterable[int]) -> set[int]:
+    """Versions and those that they are deltas of, back to whole ones."""
+    found: set[int] = set()
+    todo = list(versions)
+    while todo:
+        version = todo.pop()
+        found.add(version)
+        with contextlib.suppress(UserError):  # not published, or unreadable: it needs no other
+            base = base_of(version_path(directory, version))
+            todo += [base] if base is not None and base not in found else []
+    return found
+
+
 def check_version(path: epath.Path) -> None:
-    """Raises a UserError unless a version is committed and all files have their checksums.
+    """Raises a UserError unless a version is committed and all files have their checksums, with
+    those of the versions that it is a delta of.
 
     Of a version in a bucket the sizes are compared: a reader compares its copy (`fetch_version`).
     """
@@ -139,28 +236,50 @@ def check_version(path: epath.Path) -> None:
         raise UserError(f"version directory {path} is missing; {REMEDY}")
     if not (path / COMMITTED).exists():
         raise UserError(f"version directory {path} is incomplete (no {COMMITTED}); {REMEDY}")
-    files = read_manifest(path)["files"]
+    manifest = read_manifest(path)
+    files = stored_files(path, manifest)
     check_files(path, files, remedy=REMEDY, checksums=is_local(path))
+    if files.keys() != manifest["files"].keys():
+        check_version(_base_path(path, manifest))
 
 
-def fetch_version(path: epath.Path, to: epath.Path) -> epath.Path:
+def _base_path(path: epath.Path, manifest: Mapping[str, Any]) -> epath.Path:
+    """Directory of the version that `path` is a delta of; WrongBase if another one is there."""
+    base = version_path(path.parent, manifest[DELTA]["version"])
+    marker = base / MANIFEST
+    if not marker.exists() or checksum(marker) != manifest[DELTA]["manifest"]:
+        raise WrongBase(
+            f"{path} is a delta of version {manifest[DELTA]['version']}, and {base} is missing or "
+            f"another version than that; {REMEDY}"
+        )
+    return base
+
+
+def fetch_version(
+    path: epath.Path, to: epath.Path, *, log: Callable[[str], None] = lambda text: None
+) -> epath.Path:
     """Copies a committed version below the local directory `to`; returns the copy's directory.
 
     Its name has the checksum of the manifest: a killed run may publish a step again, with other
     weights. Each file is compared with its manifest entry; the copy appears whole, by a rename, and
-    one that is there is not made again. Raises a UserError for a version that is incomplete,
-    damaged, or changes meanwhile.
+    one that is there is not made again. A delta is added to the copy of its base; if there is none
+    below `to`, or a damaged one, the chain from the last whole version is fetched, with a line to
+    `log`. Raises a UserError for a version that is incomplete, damaged, or changes meanwhile.
     """
     if not (path / COMMITTED).exists():
         raise UserError(f"version directory {path} is missing or incomplete; {REMEDY}")
     manifest, mark = read_manifest(path), checksum(path / MANIFEST)
-    copy = to / f"{path.name}-{mark[:12]}"
+    copy, stored = _copy_path(to, path, mark), stored_files(path, manifest)
     if not copy.exists():
         to.mkdir(parents=True, exist_ok=True)
         aside = to / f"{copy.name}.{uuid.uuid4().hex}{FETCHING}"
         aside.mkdir()
         try:
-            fetch(path, manifest["files"], aside, remedy=REMEDY)
+            fetch(path, stored, aside, remedy=REMEDY)
+            if changed := manifest["files"].keys() - stored.keys():
+                with _base_copy(path, manifest, to, log) as base:
+                    for name in changed:
+                        _add_delta(aside, name, base, manifest)
             about = {MANIFEST: {"bytes": (path / MANIFEST).stat().length, "xxh128": mark}}
             fetch(path, about, aside, remedy=REMEDY)
             write_file(aside / COMMITTED, [])
@@ -175,18 +294,67 @@ def fetch_version(path: epath.Path, to: epath.Path) -> epath.Path:
     return copy
 
 
-@contextlib.contextmanager
-def checked_version(path: epath.Path) -> Iterator[epath.Path]:
-    """Yields the directory of a version whose files have their checksums, or raises a UserError.
+def _copy_path(to: epath.Path, path: epath.Path, mark: str) -> epath.Path:
+    return to / f"{path.name}-{mark[:12]}"
 
-    Of a version in a bucket it is a local copy, within the body.
+
+@contextlib.contextmanager
+def _base_copy(
+    path: epath.Path, manifest: Mapping[str, Any], to: epath.Path, log: Callable[[str], None]
+) -> Iterator[epath.Path]:
+    """Yields the checked copy of a delta's base below `to`; one that has to be fetched is deleted
+    at the end, so that a chain needs room for two versions."""
+    base = version_path(path.parent, manifest[DELTA]["version"])
+    copy = _copy_path(to, base, manifest[DELTA]["manifest"])
+    try:
+        check_version(copy)
+    except UserError:
+        log(
+            f"{to} has no whole copy of version {base.name}, of which {path.name} is a delta: "
+            "fetches the chain from the last whole version"
+        )
+        _delete_copy(copy)
+        with checked_version(_base_path(path, manifest), to) as whole:
+            yield whole
+        _delete_copy(copy)
+    else:
+        os.utime(copy)
+        yield copy
+
+
+def _add_delta(
+    directory: epath.Path, name: str, base: epath.Path, manifest: Mapping[str, Any]
+) -> None:
+    """Replaces a delta by the file that it stands for; a UserError if that differs from its
+    manifest entry."""
+    stored = directory / f"{name}{hf.DELTA}"
+    content = delta.decode(stored, base / name, itemsize=_itemsize(manifest["dtype"]))
+    if write_file(directory / name, content) != manifest["files"][name]:
+        raise UserError(f"{stored} and {base} do not make the version's {name}; {REMEDY}")
+    stored.unlink()
+
+
+def _delete_copy(path: epath.Path) -> None:
+    """Deletes a copy, which is whole or absent after a kill too."""
+    if path.exists():
+        aside = path.parent / f"{path.name}.{uuid.uuid4().hex}{FETCHING}"
+        path.rename(aside)
+        aside.rmtree()
+
+
+@contextlib.contextmanager
+def checked_version(path: epath.Path, copies: epath.Path | None = None) -> Iterator[epath.Path]:
+    """Yields the directory of a whole version whose files have their checksums, or raises a
+    UserError.
+
+    Of a delta, or a version in a bucket, it is a local copy: within the body, or below `copies`.
     """
-    if is_local(path):
+    if is_local(path) and not is_delta(path):
         check_version(path)
         yield path
         return
     with tempfile.TemporaryDirectory() as local:
-        yield fetch_version(path, epath.Path(local))
+        yield fetch_version(path, copies or epath.Path(local))
 
 
 def collect_fetched(to: epath.Path, *, keep: int) -> list[str]:
@@ -195,20 +363,26 @@ def collect_fetched(to: epath.Path, *, keep: int) -> list[str]:
     copies.sort(key=lambda path: os.stat(path).st_mtime_ns)
     deleted = copies[: max(len(copies) - keep, 0)]
     for path in deleted:
-        aside = to / f"{path.name}.{uuid.uuid4().hex}{FETCHING}"
-        path.rename(aside)  # whole or absent after a kill too
-        aside.rmtree()
+        _delete_copy(path)
     return [path.name for path in deleted]
 
 
 def repair(path: epath.Path, publish_below: Callable[[epath.Path], Any]) -> list[str]:
     """Replaces the damaged files of a committed version; returns their names.
 
-    `publish_below` publishes the version once more, below another directory. Raises a UserError if
-    it can't, or makes files that differ from the manifest; the version then stays damaged.
+    Weights replace a damaged delta, or all deltas if their base is damaged. `publish_below`
+    publishes the version once more, whole, below another directory. Raises a UserError if it can't,
+    or makes files that differ from the manifest; the version then stays damaged.
     """
-    files = read_manifest(path)["files"]
-    damaged = list(damaged_files(path, files))
+    manifest = read_manifest(path)
+    files, stored = manifest["files"], stored_files(path, manifest)
+    damaged = {name.removesuffix(hf.DELTA) for name in damaged_files(path, stored)}
+    if deltas := files.keys() - stored.keys():
+        try:
+            check_version(_base_path(path, manifest))
+        except UserError:
+            damaged |= deltas
+    damaged = sorted(damaged)
     if damaged:
         aside = path.parent / f"{path.name}.repair"  # after a kill, `collect` removes it
         aside.mkdir(exist_ok=True)
@@ -220,6 +394,7 @@ def repair(path: epath.Path, publish_below: Callable[[epath.Path], Any]) -> list
                     (aside / path.name / name).replace(path / name)
                 else:  # an object appears when its upload is complete
                     write_file(path / name, read_parts(aside / path.name / name))
+                (path / f"{name}{hf.DELTA}").unlink(missing_ok=True)
             fsync(path)
         finally:
             if aside.exists():  # a bucket has no empty directories
@@ -229,8 +404,10 @@ def repair(path: epath.Path, publish_below: Callable[[epath.Path], Any]) -> list
 
 def read_manifest(path: epath.Path) -> dict[str, Any]:
     """Reads a version's manifest: "version" (learner step), "parent" (Orbax step, relative to the
-    workdir), "config_hash", "dtype", and "files": name -> {"bytes", "xxh128"}."""
-    return read_json(path / MANIFEST, MANIFEST_FIELDS, remedy=REMEDY)
+    workdir), "config_hash", "dtype", and "files": name -> {"bytes", "xxh128"}. Of a delta also
+    "delta": "version" and "manifest" (XXH3) of its base, and "files": weights -> the delta's entry.
+    """
+    return read_json(path / MANIFEST, MANIFEST_FIELDS, optional=[DELTA], remedy=REMEDY)
 
 
 def read_probe(path: epath.Path) -> dict[str, Any]:
@@ -240,7 +417,9 @@ def read_probe(path: epath.Path) -> dict[str, Any]:
 
 
 def collect(directory: epath.Path, *, keep: set[int]) -> list[int]:
-    """Deletes uncommitted directories and, marker first, versions not in `keep`; returns these."""
+    """Deletes uncommitted directories and, marker first, all versions but those in `keep` and the
+    ones that they are deltas of; returns the deleted ones."""
+    keep = _with_bases(directory, keep)
     deleted = [version for version in published_versions(directory) if version not in keep]
     for version in deleted:
         (version_path(directory, version) / COMMITTED).unlink()

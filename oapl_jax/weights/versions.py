@@ -13,9 +13,11 @@ from jax.sharding import Mesh
 
 from oapl_jax import multihost
 from oapl_jax.errors import UserError
+from oapl_jax.files import local_place
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.tracking.metrics import read_last_lines
+from oapl_jax.tracking.progress import log
 from oapl_jax.weights import publisher
 from oapl_jax.weights.card import model_card
 from oapl_jax.weights.checkpoint import Weights
@@ -32,6 +34,7 @@ def publish_with_card(
     tokenizer: Any,
     dtype: str,
     adapters: hf.Adapters | None = None,
+    base: epath.Path | None = None,
 ) -> epath.Path:
     """Publishes a finished Orbax step with a model card; see `publisher.publish`.
 
@@ -48,6 +51,7 @@ def publish_with_card(
         directory=directory,
         tokenizer=tokenizer,
         adapters=adapters,
+        base=base,
         card=model_card(config, lines, model, parent=parent, adapters=alone, **described),
         **described,
     )
@@ -56,9 +60,10 @@ def publish_with_card(
 class Versions:
     """Publishes parameters of a run as versions, and loads them; all hosts make each call.
 
-    Versions lie in `versions/` of the workdir, the Orbax steps behind them in `weights/`. `probe`
-    maps parameters to the probe that is published with them; hosts wait for each other for
-    `deadline` seconds. With `adapters`, parameters are adapters alone, and `whole` adds the
+    Versions lie in `versions/` of the workdir, the Orbax steps behind them in `weights/`. Every
+    `full_every`-th version is whole, the others are deltas of the one before. `probe` maps
+    parameters to the probe that is published with them; hosts wait for each other for `deadline`
+    seconds. With `adapters`, parameters are adapters alone, and `whole` adds the
     learner's own frozen weights to those of a version.
     """
 
@@ -73,6 +78,7 @@ class Versions:
         dtype: str,
         config: Mapping[str, Any],
         deadline: float,
+        full_every: int = 1,
         adapters: hf.Adapters | None = None,
         whole: Callable[[Any], Any] = lambda params: params,
     ):
@@ -81,6 +87,10 @@ class Versions:
         self._model, self._mesh, self._deadline = model, mesh, deadline
         self._tokenizer, self._dtype, self._config = tokenizer, dtype, config
         self._adapters, self._whole = adapters, whole
+        self._full_every = full_every
+        # Of the versions that the next one is a delta of. A killed run leaves it to the one that
+        # resumes.
+        self._copies = local_place(self.directory)
 
     def path(self, version: int) -> epath.Path:
         return publisher.version_path(self.directory, version)
@@ -100,12 +110,38 @@ class Versions:
                 self._weights.save(step, params, self.probe(params))
                 self._weights.wait()
             if not jax.process_index():
-                self.publish_step(self._weights.path(step), step, self.directory)
+                self._publish_delta(step)
         marker = self.path(step) / publisher.COMMITTED
         multihost.wait_until(marker.exists, os.fspath(marker), deadline=self._deadline)
 
-    def publish_step(self, source: epath.Path, version: int, directory: epath.Path) -> epath.Path:
-        """Publishes a finished Orbax step below any directory; returns the version's."""
+    def _publish_delta(self, step: int) -> None:
+        """Publishes a version as a delta, or whole, if it is due or its base can't be used."""
+        how: Any = dict(full_every=self._full_every, dtype=self._dtype)
+        publish = functools.partial(
+            self.publish_step, self._weights.path(step), step, self.directory
+        )
+        try:
+            if base := publisher.base_for(self.directory, step, **how):
+                with publisher.checked_version(base, self._copies) as whole:
+                    publish(base=whole)
+                publisher.collect_fetched(self._copies, keep=1)
+                return
+        except UserError as error:
+            log(f"version {step} is published whole: {error}")
+        publish()
+
+    def publish_step(
+        self,
+        source: epath.Path,
+        version: int,
+        directory: epath.Path,
+        *,
+        base: epath.Path | None = None,
+    ) -> epath.Path:
+        """Publishes a finished Orbax step below any directory; returns the version's.
+
+        With `base`, a whole version on this machine, it is a delta of that.
+        """
         return publish_with_card(
             source,
             self._model,
@@ -116,6 +152,7 @@ class Versions:
             tokenizer=self._tokenizer,
             dtype=self._dtype,
             adapters=self._adapters,
+            base=base,
         )
 
     def repair(self) -> dict[int, list[str]]:
@@ -135,7 +172,8 @@ class Versions:
         return {version: names for version, names in restored.items() if names}
 
     def keep_only(self, versions: set[int]) -> None:
-        """Deletes all other versions and the Orbax steps behind them."""
+        """Deletes all other versions, but those that one of these is a delta of, and the Orbax
+        steps behind all others."""
         if not jax.process_index():
             publisher.collect(self.directory, keep=versions)
         self._weights.keep_only(versions)
@@ -154,3 +192,5 @@ class Versions:
 
     def close(self) -> None:
         self._weights.close()
+        if self._copies.exists() and not jax.process_index():
+            self._copies.rmtree()

@@ -1,6 +1,7 @@
 """Fetcher of versions: checksums, collection, and a fleet whose versions are in a bucket."""
 
 import json
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -14,14 +15,20 @@ from fleets import ToyFleet, wait_until
 from server_processes import find_port
 
 from oapl_jax.errors import UserError
+from oapl_jax.files import checksum, write_file
 from oapl_jax.fleet import fetch
+from oapl_jax.weights import delta
 from oapl_jax.weights.publisher import (
+    COMMITTED,
+    MANIFEST,
     check_version,
     collect_fetched,
     fetch_version,
     read_manifest,
     version_path,
 )
+
+WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,27 @@ def start_fetcher(versions, tmp_path, stack):
         return port
 
     return start
+
+
+@pytest.fixture
+def publish_delta(tmp_path):
+    """Publishes a version of the toy policy as a delta of another one of its directory."""
+
+    def publish(directory, version, *, of):
+        aside = epath.Path(tmp_path) / "whole"
+        whole, base = publish_toy(aside, version), fetch_version(version_path(directory, of), aside)
+        path = version_path(directory, version)
+        path.mkdir(parents=True)
+        for name in ("config.json", "probe.json"):
+            (path / name).write_bytes((whole / name).read_bytes())
+        changes = delta.encode(whole / WEIGHTS, base / WEIGHTS, itemsize=4)
+        files = {WEIGHTS: write_file(path / f"{WEIGHTS}.xor.zst", changes)}
+        about = {"version": of, "manifest": checksum(base / MANIFEST), "files": files}
+        (path / MANIFEST).write_text(json.dumps(read_manifest(whole) | {"delta": about}))
+        (path / COMMITTED).write_text("")
+        return path
+
+    return publish
 
 
 def ask(port, body, **headers):
@@ -143,6 +171,60 @@ def test_servers_load_fetched_copies(versions, start_fetcher, toy_servers, tmp_p
 
     wait_until(each_has_refused)
     assert all(server.loads == [4, 8] for server in made)
+
+
+def test_servers_load_what_a_fetcher_makes_of_deltas(
+    versions, start_fetcher, publish_delta, toy_servers, stack
+):
+    made = toy_servers(2)
+    servers = tuple(server.url for server in made)
+    fleet = ToyFleet(versions, servers=servers, fetch_port=start_fetcher("--keep=2"))
+    stack.callback(fleet.close)
+    fleet.publish(1)
+    for version in (2, 3, 4):
+        fleet.refresh(version, publish_delta(versions, version, of=version - 1))
+        wait_until(lambda: all(server.loads[-1:] == [version] for server in made))  # noqa: B023
+        assert fleet.sample(10).versions == {version}
+
+
+def test_a_service_without_the_base_fetches_the_chain_or_refuses(
+    versions, start_fetcher, publish_delta, tmp_path
+):
+    publish_toy(versions, 1)
+    paths = [publish_delta(versions, version, of=version - 1) for version in (2, 3, 4)]
+    port = start_fetcher()
+    status, answer = ask(port, {"path": str(paths[1])})
+    assert status == 200
+    assert json.loads((epath.Path(answer["path"]) / WEIGHTS).read_text()) == {"version": 3}
+    version_path(versions, 1).rmtree()
+    assert ask(port, {"path": str(paths[2])})[0] == 200  # with the copy of version 3
+    for copy in (tmp_path / "copies").iterdir():
+        shutil.rmtree(copy)
+    status, answer = ask(port, {"path": str(paths[2])})
+    assert status == 400
+    assert "v000001" in answer["message"]
+
+
+def test_a_command_fetches_the_chain_and_says_so(
+    versions, publish_delta, tmp_path, monkeypatch, capsys
+):
+    publish_toy(versions, 1)
+    publish_delta(versions, 2, of=1)
+    flags = [f"--from={versions}", f"--to={tmp_path / 'copies'}", "--version=2"]
+    monkeypatch.setattr(sys, "argv", ["fetch", *flags])
+    fetch.main()
+    said = capsys.readouterr()
+    check_version(epath.Path(said.out.strip()))
+    assert "v000001" in said.err
+
+
+def test_a_fleet_without_fetchers_refuses_a_delta(publish_delta, toy_servers, tmp_path, stack):
+    versions = epath.Path(tmp_path / "versions")
+    fleet = ToyFleet(versions, servers=tuple(server.url for server in toy_servers(1)))
+    stack.callback(fleet.close)
+    fleet.publish(1)
+    with pytest.raises(UserError, match=r"fleet\.fetch_port"):
+        fleet.refresh(2, publish_delta(versions, 2, of=1))
 
 
 def test_versions_in_a_bucket_need_a_fetcher(versions, toy_servers, stack):

@@ -244,6 +244,7 @@ async def test_an_update_continues_when_its_caller_hangs_up(versions):
         (lambda path: (path / COMMITTED).unlink(), "2", "version"),
         (lambda path: (path / MANIFEST).write_text("{"), "2", MANIFEST),
         (shutil.rmtree, "2", "version"),
+        (lambda path: (path / "model.safetensors.xor.zst").touch(), "2", "delta"),
         (lambda path: None, "3", "version 2"),
     ],
 )
