@@ -17,6 +17,7 @@ setting is invalid; the responses before it are graded.
 import argparse
 import contextlib
 import json
+import os
 import runpy
 import sys
 from collections import deque
@@ -31,6 +32,7 @@ from etils import epath
 from oapl_jax.config import FUNCTION, RewardsConfig, load_config
 from oapl_jax.data.prompts import response_text
 from oapl_jax.errors import UserError, exit_with_code, one_line
+from oapl_jax.files import local_copy
 from oapl_jax.model.tokenizer import load_tokenizer
 from oapl_jax.rewards.function.verifier import FunctionVerifier
 from oapl_jax.rewards.grader import OPENED
@@ -79,12 +81,15 @@ def read_lines(lines: Iterable[bytes], name: str) -> Iterator[Graded]:
 
 def read_group(record: epath.Path, row: int) -> Group:
     """Reads a group of a recorded dataset, or of one of its shards."""
+    whole = record.is_dir()
     try:
-        groups: Any = Dataset(record) if record.is_dir() else ArrayRecordDataSource([str(record)])
-        if not 0 <= row < len(groups):
-            raise UserError(f"--row={row} is not in {record}, which has {len(groups)} groups")
-        found = groups[row]
-        return found if isinstance(found, Group) else decode_groups(found)[0]
+        with local_copy(record.parent, () if whole else [record.name]) as local:
+            shard = os.fspath(local / record.name)
+            groups: Any = Dataset(record) if whole else ArrayRecordDataSource([shard])
+            if not 0 <= row < len(groups):
+                raise UserError(f"--row={row} is not in {record}, which has {len(groups)} groups")
+            found = groups[row]
+            return found if isinstance(found, Group) else decode_groups(found)[0]
     except UserError:
         raise
     except Exception as error:  # array_record and msgpack have no class of errors

@@ -13,8 +13,10 @@ from bucket import emulated
 from etils import epath
 from small_runs import opened, small_arithmetic, timeless
 
-from oapl_jax import report
+from oapl_jax import grade, report
 from oapl_jax.errors import UserError
+from oapl_jax.model import hf
+from oapl_jax.planning.layouts import kept_plan
 from oapl_jax.publish import publish_step
 from oapl_jax.rollout.dataset import Dataset
 from oapl_jax.rollout.kept import read_notes
@@ -25,7 +27,6 @@ from oapl_jax.weights import lease
 from oapl_jax.weights.publisher import (
     check_version,
     checked_version,
-    is_delta,
     published_versions,
     version_path,
 )
@@ -137,6 +138,59 @@ def test_a_workdir_in_a_bucket_is_evaluated_and_recorded(runs, killed):
     assert Dataset(to).versions == [6]
 
 
+def test_other_commands_take_it(runs, killed, monkeypatch, capsys):
+    shard = next((killed / "rollouts").glob("*.array_record"))
+    for record in (killed / "rollouts", shard):
+        monkeypatch.setattr(sys, "argv", ["grade", f"--record={record}", "--row=0"])
+        grade.main()
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 4
+        assert {json.loads(line)["verdict"] for line in lines} <= {"right", "wrong"}
+    runs.run(killed, module="audit", code=1, **SETTINGS)  # sums of one split are in another
+    assert json.loads((killed / "audit.json").read_text())["evaluation"]
+    assert "checkpoint" in runs.run(killed, "--dry-run", **SETTINGS)
+    plan = kept_plan(killed / "sweep.json", "a mesh", lambda: {"memory": 1})
+    assert kept_plan(killed / "sweep.json", "a mesh", dict) == plan
+
+
+BENCHMARK = """
+from configs import arithmetic
+
+def get_config(arg=None):
+    config = arithmetic.get_config(arg)
+    with config.unlocked():
+        config.benchmarks = {{"sums": {table!r}}}
+    return config
+"""
+
+
+def test_benchmarks_are_evaluated_in_it(runs, killed, tmp_path):
+    rows = [{"question": f"{a}+2=", "target": str(a + 2)} for a in range(3)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = dict(problem="question", answer="target")
+    options = dict(task="chain_sum", columns=columns, max_tests=0)
+    table = dict(kind="table", path=str(tmp_path / "sums.jsonl"), files=(), rows=3, part=(0, 100))
+    (tmp_path / "config.py").write_text(BENCHMARK.format(table=table | dict(options=options)))
+    command = runs.command(killed, "evaluate", **SETTINGS)
+    at = next(i for i, word in enumerate(command) if word.startswith("--config="))
+    command[at : at + 1] = [f"--config={tmp_path}/config.py", "--benchmark=sums", "--n=4"]
+
+    def evaluate():
+        process = runs.start(command)
+        output, _ = process.communicate(timeout=300)
+        assert not process.returncode, output
+
+    evaluate()
+    directory = version_path(killed / "evaluation", 6)
+    result = json.loads((directory / "sums" / "result.json").read_text())
+    assert (result["problems"], result["samples"]) == (3, 4)
+    assert (directory / "results.md").exists()
+    assert (directory / "pass_at_k.png").exists()
+    evaluate()  # nothing is sampled again
+    again = json.loads((directory / "sums" / "result.json").read_text())
+    assert again["per_problem"] == result["per_problem"]
+
+
 def test_it_has_one_owner(killed, monkeypatch):
     monkeypatch.setattr(lease, "RENEW", 0.1)
     said = dict(log=lambda text: None, lost=lambda error: None)
@@ -160,4 +214,4 @@ def test_a_damaged_version_of_a_bucket_is_restored(killed):
     assert run.versions.repair()[version] == ["model.safetensors"]
     with checked_version(path) as whole:
         assert (whole / "model.safetensors").exists()
-    assert not is_delta(path)
+    assert not hf.is_delta(path)

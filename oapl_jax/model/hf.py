@@ -130,6 +130,12 @@ def _shapes(config: ModelConfig, lora: Lora | None) -> dict[str, jax.ShapeDtypeS
     return _flatten(adapters.adapters_of(params) if lora else params)
 
 
+def is_delta(directory: epath.Path) -> bool:
+    """True for a published version that has deltas of weights in the place of weights."""
+    stored = [path.name.removesuffix(DELTA) for path in directory.glob(f"*{DELTA}")]
+    return not all((directory / name).exists() for name in stored)
+
+
 def load_config(directory: epath.PathLike) -> ModelConfig:
     """Reads config.json, and stop ids of generation_config.json; see `read_config`.
 
@@ -514,13 +520,13 @@ def _open(
 
 def _files(directory: epath.Path) -> tuple[list[str], dict[str, str]]:
     """The checkpoint's files, and the index's tensor -> file (empty without an index)."""
-    if (directory / ADAPTER_CONFIG).exists():
-        return [ADAPTER], {}
-    if any(directory.glob(f"*{DELTA}")):
+    if is_delta(directory):
         raise UserError(
             f"{directory} has the weights as a delta of an older version; make a whole copy with "
             "oapl_jax.fleet.fetch --version (docs/serving.md)"
         )
+    if (directory / ADAPTER_CONFIG).exists():
+        return [ADAPTER], {}
     single, index = directory / SINGLE, directory / INDEX
     if single.exists() == index.exists():
         held = "both" if index.exists() else "none"

@@ -91,8 +91,8 @@ def publish(
       config_hash: of the run's configuration, for the manifest.
       card: Markdown of the version's README.md; "" for none.
       adapters: of a step that holds adapters alone.
-      base: a local, whole version, of which this one becomes a delta; its directory of copies also
-        takes the whole weights of a version in a bucket meanwhile.
+      base: local directory of a whole version, of which this one becomes a delta. The weights of a
+        version in a bucket lie beside it meanwhile.
 
     Raises a UserError if the step is missing, unfinished, or of another model, or the base of
     another size, and a RunError if the disk fails; the version is then whole or absent, and other
@@ -156,6 +156,7 @@ def _store_delta(
             changes = delta.encode(whole / name, base / name, itemsize=itemsize)
             deltas[name] = write_file(to / f"{name}{hf.DELTA}", changes)
             (whole / name).unlink()
+            fsync((to / name).parent)
         elif whole != to:
             write_file(to / name, read_parts(whole / name))
     if whole != to:
@@ -178,14 +179,9 @@ def stored_files(path: epath.Path, manifest: Mapping[str, Any]) -> dict[str, Any
     return files
 
 
-def is_delta(path: epath.Path) -> bool:
-    """True for a version directory that has deltas of weights, which no server loads."""
-    return any(path.glob(f"*{hf.DELTA}"))
-
-
 def check_loadable(path: epath.Path) -> None:
     """Raises a UserError for a version directory that has deltas of weights."""
-    if is_delta(path):
+    if hf.is_delta(path):
         raise UserError(
             f"{path} is a delta of an older version, which no server loads; fetch a whole copy "
             "with oapl_jax.fleet.fetch (fleet.fetch_port), or set publish_full_every=1"
@@ -310,8 +306,8 @@ def _base_copy(
         check_version(copy)
     except UserError:
         log(
-            f"{to} has no whole copy of version {base.name}, of which {path.name} is a delta: "
-            "fetches the chain from the last whole version"
+            f"{to} has no whole copy of {base.name}, of which {path.name} is a delta: fetches the "
+            "chain from the last whole version"
         )
         _delete_copy(copy)
         with checked_version(_base_path(path, manifest), to) as whole:
@@ -349,7 +345,7 @@ def checked_version(path: epath.Path, copies: epath.Path | None = None) -> Itera
 
     Of a delta, or a version in a bucket, it is a local copy: within the body, or below `copies`.
     """
-    if is_local(path) and not is_delta(path):
+    if is_local(path) and not hf.is_delta(path):
         check_version(path)
         yield path
         return

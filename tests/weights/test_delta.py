@@ -20,7 +20,6 @@ from oapl_jax.weights.publisher import (
     check_version,
     checked_version,
     fetch_version,
-    is_delta,
     published_versions,
     version_path,
 )
@@ -102,7 +101,7 @@ def publish(run, *steps):
 
 
 def deltas(run):
-    return [v for v in published_versions(run.directory) if is_delta(run.path(v))]
+    return [v for v in published_versions(run.directory) if hf.is_delta(run.path(v))]
 
 
 def assert_holds(path, to, version):
