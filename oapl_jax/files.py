@@ -371,7 +371,8 @@ class Segments:
             directory.unlink()
         self._spool = None if prefix else local_place(f"{os.fspath(directory)}.segment")
         if self._spool and self._spool.exists():
-            self._recover(self._spool.read_bytes())
+            with contextlib.suppress(ValueError):  # another file than `_write_spool` makes
+                self._recover(self._spool.read_bytes())
         self.size = self._start = _end_of_segments(directory, prefix)
         self._head = self._read(0)[:HEAD_BYTES]
         self._last, self._uploaded = b"", 0  # the last segment, and its length in the store

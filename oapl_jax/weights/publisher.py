@@ -366,20 +366,20 @@ def collect_fetched(to: epath.Path, *, keep: int) -> list[str]:
 def repair(path: epath.Path, publish_below: Callable[[epath.Path], Any]) -> list[str]:
     """Replaces the damaged files of a committed version; returns their names.
 
-    Weights replace a damaged delta, or all deltas if their base is damaged. `publish_below`
-    publishes the version once more, whole, below another directory. Raises a UserError if it can't,
-    or makes files that differ from the manifest; the version then stays damaged.
+    Weights replace the deltas if one of these or their base is damaged. `publish_below` publishes
+    the version once more, whole, below another directory. Raises a UserError if it can't, or makes
+    files that differ from the manifest; the version then stays damaged.
     """
     manifest = read_manifest(path)
     files, stored = manifest["files"], stored_files(path, manifest)
-    damaged = {name.removesuffix(hf.DELTA) for name in damaged_files(path, stored)}
+    lost = {name.removesuffix(hf.DELTA) for name in damaged_files(path, stored)}
     if deltas := files.keys() - stored.keys():
         try:
             check_version(_base_path(path, manifest))
         except UserError:
-            damaged |= deltas
-    damaged = sorted(damaged)
-    if damaged:
+            lost |= deltas
+        lost |= deltas if lost & deltas else set()
+    if damaged := sorted(lost):
         aside = path.parent / f"{path.name}.repair"  # after a kill, `collect` removes it
         aside.mkdir(exist_ok=True)
         try:

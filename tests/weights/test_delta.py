@@ -13,7 +13,7 @@ from etils import epath
 from small_models import small_config
 
 from oapl_jax.errors import UserError
-from oapl_jax.files import write_file
+from oapl_jax.files import checksum, write_file
 from oapl_jax.model import hf
 from oapl_jax.weights import delta, publisher, versions
 from oapl_jax.weights.publisher import (
@@ -26,6 +26,7 @@ from oapl_jax.weights.publisher import (
 
 SIZE = 20_000  # numbers of a version
 WEIGHTS, DELTA = "model.safetensors", "model.safetensors.xor.zst"
+ADAPTER = "adapter/adapter_model.safetensors"
 
 
 def weights_of(version: int, dtype: str = "bfloat16") -> bytes:
@@ -68,8 +69,9 @@ def open_run(tmp_path, monkeypatch):
     """Opens the versions of a run whose weights follow from the step."""
 
     def save_params(params, config, directory, *, dtype, **_):
-        directory.mkdir(parents=True, exist_ok=True)
-        contents = {WEIGHTS: weights_of(params, dtype), "config.json": b"{}"}
+        (directory / ADAPTER).parent.mkdir(parents=True, exist_ok=True)
+        weights = weights_of(params, dtype)
+        contents = {WEIGHTS: weights, ADAPTER: weights, "config.json": b"{}"}
         return {name: write_file(directory / name, [text]) for name, text in contents.items()}
 
     monkeypatch.setattr(hf, "save_params", save_params)
@@ -108,11 +110,12 @@ def assert_holds(path, to, version):
     """A fetched copy is whole and has the version's bits."""
     copy = fetch_version(path, epath.Path(to))
     check_version(copy)
-    assert (copy / WEIGHTS).read_bytes() == weights_of(version)
-    assert {p.name for p in copy.iterdir()} == {
-        *publisher.read_manifest(path)["files"],
-        *(publisher.MANIFEST, publisher.COMMITTED),
-    }
+    for name in (WEIGHTS, ADAPTER):
+        assert (copy / name).read_bytes() == weights_of(version)
+    files = [p for p in copy.glob("**/*") if not p.is_dir()]
+    files = {str(p.relative_to(copy)) for p in files}
+    marks = {publisher.MANIFEST, publisher.COMMITTED}
+    assert files == marks | publisher.read_manifest(path)["files"].keys()
 
 
 # The format
@@ -236,11 +239,11 @@ def chain(tmp_path, open_run):
     publish(run, 0, 2, 4)
     path = run.path(0)
     other = shutil.copytree(path, epath.Path(tmp_path) / "run" / "other")
-    (other / WEIGHTS).write_bytes(weights_of(9))
+    for name in (WEIGHTS, ADAPTER):
+        (other / name).write_bytes(weights_of(9))
     manifest = (other / publisher.MANIFEST).read_text()
-    entries = publisher.read_manifest(path)["files"][WEIGHTS]["xxh128"]
-    found = publisher.file_entry(other / WEIGHTS)["xxh128"]
-    (other / publisher.MANIFEST).write_text(manifest.replace(entries, found))
+    before, after = checksum(path / WEIGHTS), checksum(other / WEIGHTS)
+    (other / publisher.MANIFEST).write_text(manifest.replace(before, after))
     check_version(other)
     return run
 
@@ -261,7 +264,7 @@ def test_a_delta_of_other_weights_is_refused(chain, tmp_path):
     manifest = chain.path(2) / publisher.MANIFEST
     entry = publisher.read_manifest(chain.path(2))["files"][WEIGHTS]["xxh128"]
     manifest.write_text(manifest.read_text().replace(entry, entry[::-1]))
-    with pytest.raises(UserError, match=WEIGHTS):
+    with pytest.raises(UserError, match="safetensors"):
         fetch_version(chain.path(2), epath.Path(tmp_path) / "copies")
 
 
@@ -323,7 +326,7 @@ def test_weights_replace_a_delta_that_can_not_be_read(chain, open_run, tmp_path,
         return again(source, version, directory)
 
     run.publish_step = publish_step
-    assert run.repair() == {2: [WEIGHTS]}
+    assert run.repair() == {2: [ADAPTER, WEIGHTS]}
     for version in (2, 4):
         check_version(run.path(version))
         assert_holds(run.path(version), tmp_path / "copies", version)
