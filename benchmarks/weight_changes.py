@@ -52,12 +52,10 @@ def get_config(model: epath.Path, questions: epath.Path, num_steps: int) -> comm
     config.num_steps = num_steps
     config.group_size = 4
     config.groups_per_step = config.rollout.prompts_per_call = 2
-    config.data.update(
-        task="math", max_prompt_tokens=64, instruction="Write the sum and nothing else."
-    )
+    config.data.update(task="math", max_prompt_tokens=40)
     config.data.sets.train = str(questions)
     config.data.data_dir = str(questions.parent / "data")
-    config.rollout.update(max_response_tokens=16, max_sequences=8, prompt_multiple=16)
+    config.rollout.update(max_response_tokens=12, max_sequences=8, prompt_multiple=8)
     config.lag.steps = 8
     config.buffer.zero_variance = "keep"
     config.model.update(path=str(model), dtype="float32", remat="none")
@@ -149,7 +147,9 @@ def rows_of(pairs: Mapping[int, list[tuple[float, float]]], **about: Any) -> lis
 def measure(model: epath.Path, lags: list[int], scratch: epath.Path) -> list[dict[str, Any]]:
     questions, rng = scratch / "questions.jsonl", random.Random(0)
     sums = [(rng.randint(1, 99), rng.randint(1, 99)) for _ in range(2000)]
-    rows = [{"question": f"{a} + {b} = ?", "answer": str(a + b)} for a, b in dict.fromkeys(sums)]
+    rows = [
+        {"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in dict.fromkeys(sums)
+    ]
     questions.write_text("\n".join(map(json.dumps, rows)))
     last = max(lags)
     config = get_config(model, questions, last + 1)

@@ -84,7 +84,7 @@ def model_sizes(config: Config, name: str | None, scratch: epath.Path) -> tuple[
     neither here nor named like a published model, or if prompt and response do not fit.
     """
     path, task = config.model.path, config.data.task
-    if name is None and path and not os.path.exists(path):
+    if name is None and path and not epath.Path(path).exists():
         name = published_name(path)
         log(f"model.path={path} is not on this machine; planned with the sizes of {name}")
     if name is not None:
