@@ -91,8 +91,8 @@ def push_to_hub(path: epath.Path, name: str) -> str:
     """
     if not is_local(path):
         raise UserError(f"{path} is in an object store; give a local directory --to, to push it")
-    publisher.check_version(path)
     publisher.check_loadable(path)
+    publisher.check_version(path)
     try:
         hub = huggingface_hub.HfApi()
         repository = hub.create_repo(name, private=True, exist_ok=True)

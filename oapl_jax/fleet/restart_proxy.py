@@ -353,8 +353,8 @@ def _outcome(status: int, message: str) -> web.Response:
 def read_version(path: str) -> ServedVersion:
     """Reads a published version; a UserError if it is incomplete or damaged."""
     directory = epath.Path(path)
-    check_version(directory)
     check_loadable(directory)
+    check_version(directory)
     name = str(read_manifest(directory)["version"])
     return ServedVersion(name, path, checksum(directory / MANIFEST))
 

@@ -20,6 +20,7 @@ from oapl_jax.errors import RunError, UserError
 from oapl_jax.fleet import restart_proxy
 from oapl_jax.fleet.client import bearer
 from oapl_jax.fleet.restart_proxy import INFO_ROUTES, Supervisor, first_version
+from oapl_jax.model import hf
 from oapl_jax.structs import Prompt
 from oapl_jax.weights.publisher import COMMITTED, MANIFEST
 
@@ -244,7 +245,10 @@ async def test_an_update_continues_when_its_caller_hangs_up(versions):
         (lambda path: (path / COMMITTED).unlink(), "2", "version"),
         (lambda path: (path / MANIFEST).write_text("{"), "2", MANIFEST),
         (shutil.rmtree, "2", "version"),
-        (lambda path: (path / "model.safetensors.xor.zst").touch(), "2", "delta"),
+        (
+            lambda path: (path / hf.SINGLE).rename(path / f"{hf.SINGLE}{hf.DELTA}"),
+            *("2", "delta"),
+        ),
         (lambda path: None, "3", "version 2"),
     ],
 )
