@@ -1,6 +1,7 @@
 """Deltas of versions: bits, bases, chains, collection, repair; on a disk and in a bucket."""
 
 import itertools
+import pathlib
 import shutil
 import tempfile
 from types import SimpleNamespace
@@ -112,7 +113,7 @@ def assert_holds(path, to, version):
     check_version(copy)
     for name in (WEIGHTS, ADAPTER):
         assert (copy / name).read_bytes() == weights_of(version)
-    files = [p for p in copy.glob("**/*") if not p.is_dir()]
+    files = [p for p in pathlib.Path(copy).rglob("*") if p.is_file()]
     files = {str(p.relative_to(copy)) for p in files}
     marks = {publisher.MANIFEST, publisher.COMMITTED}
     assert files == marks | publisher.read_manifest(path)["files"].keys()
