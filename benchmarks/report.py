@@ -44,7 +44,7 @@ def main() -> None:
         root = pathlib.Path(directory)
         workdirs = {
             length: str(make_run(root / str(length), steps=responses // (2 * SIZE), length=length))
-            for length, _ in CASES
+            for length in {length for length, _ in CASES}
         }
         browser = Browser(root / "profile")
         try:
