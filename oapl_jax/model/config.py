@@ -46,16 +46,16 @@ LACKING = (
 # Keys that are read or, beside all that end in _token_id, change no logits.
 KNOWN = frozenset((*KEYS.values(), *SWITCHES, *LACKING)) | frozenset(
     f"""
-    num_key_value_heads head_dim hidden_act layer_types
-    partial_rotary_factor rope_parameters rope_scaling rope_theta {ORIGINAL}
-    _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
-    _name_or_path architectures attention_dropout attn_implementation chunk_size_feed_forward dtype
-    finetuning_task gradient_checkpointing id2label initializer_range is_decoder is_llama_config
-    label2id max_sequence_length max_window_layers model_max_length name_or_path num_labels
-    output_attentions output_hidden_states prefix pretraining_tp problem_type return_dict
-    sliding_window task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class
-    torch_dtype torchscript transformers.js_config transformers_version unsloth_fixed
-    unsloth_version use_bfloat16 use_cache use_return_dict
+    num_key_value_heads head_dim hidden_act layer_types partial_rotary_factor rope_parameters
+    rope_scaling rope_theta {ORIGINAL} _attn_implementation _attn_implementation_autoset
+    _commit_hash _flash_attn_2_enabled _model_name_or_path _name_or_path architectures
+    attention_dropout attn_implementation chunk_size_feed_forward dtype finetuning_task
+    gradient_checkpointing id2label initializer_range is_decoder is_llama_config label2id
+    max_sequence_length max_window_layers model_max_length name_or_path num_labels output_attentions
+    output_hidden_states prefix pretraining_tp problem_type return_dict sliding_window
+    task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript
+    transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
+    use_return_dict
 
     assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens
     diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size

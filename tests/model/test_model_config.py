@@ -32,6 +32,7 @@ def test_every_key_that_transformers_writes_is_known(kind):
     written = kind(**SIZES).to_dict()
     assert {key for key in written if not key.endswith("_token_id")} <= KNOWN
     written |= {"temperature": 0.6, "sep_token_id": 3, "logit_scale": None}
+    written |= {"_model_name_or_path": "a name"}  # of a model read from a GGUF file
     assert read(written).model_type == kind.model_type
 
 

@@ -32,7 +32,7 @@ DEADLINE = 900.0  # seconds of each wait: a start, the return of all servers, a 
 TICK = 0.5  # seconds between two looks at the parts
 # Ends of our commands, see Part.
 FULL = "(No space left on device|Not enough disk space).*free space"
-OURS = {0: ".", 1: FULL, 3: "no server was ready"}
+OURS = {0: ".", 1: FULL, 3: "no server (was|is) ready"}
 GONE = {2: "no checkpoint step|no finished Orbax step|deleted meanwhile"}  # of an evaluation
 
 
