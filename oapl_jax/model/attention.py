@@ -1,5 +1,6 @@
 """Grouped-query attention: the learner's over packed rows, the sampler's over its cache."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas.ops.gpu import attention as pallas_gpu
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,8 +19,11 @@ from oapl_jax.errors import UserError
 from oapl_jax.model.blockwise_attention import ATTENTION, LOWEST, blockwise_attention, visible
 from oapl_jax.model.sharding import ROWS, platform
 
-# Bound on a [Tq, Tk] array of GPU attention: in half precision a row of 11,585 tokens.
+# Bound on a [Tq, Tk] array of `mask_attention`: in half precision a row of 11,585 tokens.
 QUADRATIC_BYTES = 256 << 20
+TILE = 128  # most positions of a block of `segment_attention`; divides the rows
+# Numbers in a block: one of queries, two of keys and two of values fit 99 KB of shared memory.
+TILE_NUMBERS = 128 * 64
 LANES = 128  # of a TPU's vector register; every block of splash attention is a multiple
 SPLASH_BLOCKS = (512, 256, LANES)
 
@@ -44,7 +50,37 @@ def masked_attention(
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
 
 
-def gpu_attention(query, key, value, query_segments, key_segments, query_slots) -> jax.Array:
+def segment_attention(
+    query, key, value, query_segments, key_segments, query_slots, *, interpret: bool = False
+) -> jax.Array:
+    """Attention with the arguments of `blockwise_attention` by JAX's Pallas kernel for GPUs.
+
+    The kernel compares the segment ids of a block of queries with those of a block of keys, so
+    memory is linear in the length. Blocks of the future are skipped; those between two segments are
+    computed and masked. Queries have the slots of their keys, and TILE divides their number.
+
+    Args:
+      interpret: run the kernel's program by ordinary operations, on any platform.
+    """
+    del key_segments, query_slots  # those of the queries, and their order
+    heads, dim = query.shape[2:]
+    block = min(TILE, TILE_NUMBERS // pl.next_power_of_2(dim))
+    sizes = dataclasses.replace(pallas_gpu.BlockSizes.get_default(), block_q=block, block_k=block)
+    # The kernel has a key head for each query head.
+    key, value = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (key, value))
+    return pallas_gpu.mha(
+        query,
+        key,
+        value,
+        query_segments,
+        sm_scale=dim**-0.5,
+        causal=True,
+        block_sizes=sizes,
+        interpret=interpret,
+    )
+
+
+def mask_attention(query, key, value, query_segments, key_segments, query_slots) -> jax.Array:
     """Attention with the arguments of `blockwise_attention`, which also computes long rows.
 
     Up to QUADRATIC_BYTES, cuDNN's kernel computes it, or XLA in float32, for which cuDNN has none.
@@ -59,6 +95,21 @@ def gpu_attention(query, key, value, query_segments, key_segments, query_slots) 
     mask = visible(query_segments, key_segments, query_slots, key_slots)[:, None]
     kernel = "xla" if single else "cudnn"
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=kernel)
+
+
+def gpu_attention(query, *rest) -> jax.Array:
+    """`segment_attention` in half precision; its kernel would round float32 products to TF32."""
+    return (mask_attention if query.dtype == jnp.float32 else segment_attention)(query, *rest)
+
+
+def gpu_kernel(heads: int, slots: np.ndarray, mesh: AbstractMesh) -> tuple[Any, Any]:
+    """Makes the kernel for GPUs, with the arguments of `splash_kernel`.
+
+    It is `mask_attention` where `context` splits a row, so that queries are not the keys' ones.
+    """
+    del heads, mesh
+    in_order = np.array_equal(slots, np.arange(len(slots)))
+    return jax.tree_util.Partial(gpu_attention if in_order else mask_attention), P()
 
 
 def splash_kernel(
@@ -105,7 +156,7 @@ MakeKernel = Callable[[int, np.ndarray, AbstractMesh], tuple[Any, Any]]
 # Platform -> the positions of a device must be a multiple of this, and its kernel.
 KERNELS: dict[str, tuple[int, MakeKernel]] = {
     "cpu": (2, lambda *_: (jax.tree_util.Partial(blockwise_attention), P())),
-    "gpu": (2, lambda *_: (jax.tree_util.Partial(gpu_attention), P())),
+    "gpu": (TILE, gpu_kernel),
     "tpu": (LANES, splash_kernel),
 }
 

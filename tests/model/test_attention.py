@@ -1,6 +1,7 @@
 """Every attention kernel equals the plain reference, with its gradients: blockwise, splash, GPU.
 
-The splash kernel is interpreted, operation by operation; cuDNN's is lowered for CUDA and not run.
+The Pallas kernels for TPUs and GPUs are interpreted, operation by operation; the GPU's and cuDNN's
+are lowered for CUDA and not run.
 """
 
 import functools
@@ -159,10 +160,24 @@ def cudnn(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
 
 
+@pytest.mark.parametrize("sizes", [dict(), dict(data=2, tensor=2)], ids=str)
+def test_half_precision_lowers_to_the_kernel_of_segments_for_a_gpu(sizes):
+    """Of any length: no array is quadratic in it."""
+    run = over(attention.KERNELS["gpu"], small_mesh(**sizes))
+    text = lowered_for_cuda(run, 2, 1024, jnp.bfloat16)
+    calls = [line for line in text.splitlines() if "@__gpu$xla.gpu.triton" in line]
+    assert len(calls) == 3  # the forward pass, and two of the backward pass
+    rows, heads = (1, HEADS // 2) if sizes else (2, HEADS)
+    for call in calls:
+        assert f"tensor<{rows}x1024x{heads}x{DIM}xbf16>" in call
+    assert sum(f"tensor<{rows}x1024xi32>" in call for call in calls) == 2
+    assert "1024x1024x" not in text
+
+
 @pytest.mark.parametrize("sizes", [None, dict(context=2, tensor=2)], ids=str)
-def test_half_precision_lowers_to_cudnn_for_a_gpu(cudnn, sizes):
+def test_half_precision_over_context_lowers_to_cudnn_for_a_gpu(cudnn, sizes):
     gpu = attention.KERNELS["gpu"]
-    run = over(gpu, small_mesh(**sizes)) if sizes else on_one_device(attention.gpu_attention)
+    run = over(gpu, small_mesh(**sizes)) if sizes else on_one_device(attention.mask_attention)
     text = lowered_for_cuda(run, 2, 256, jnp.bfloat16)
     calls = [line for line in text.splitlines() if "@__cudnn$fmha" in line]
     assert [re.findall(r"fmha\w+", call)[0] for call in calls] == [
@@ -176,10 +191,10 @@ def test_half_precision_lowers_to_cudnn_for_a_gpu(cudnn, sizes):
 
 
 @pytest.mark.parametrize(("dtype", "length"), [(jnp.float32, 128), (jnp.bfloat16, 362)])
-def test_long_rows_on_a_gpu_need_no_quadratic_array(cudnn, monkeypatch, dtype, length):
+def test_long_rows_by_a_mask_need_no_quadratic_array(cudnn, monkeypatch, dtype, length):
     """Two positions beyond the limit (lowered here) the program has no [T, T] array."""
     monkeypatch.setattr(attention, "QUADRATIC_BYTES", 2**18)
-    run = on_one_device(attention.gpu_attention)
+    run = on_one_device(attention.mask_attention)
     for positions, quadratic in ((length, True), (length + 2, False)):
         text = lowered_for_cuda(run, 1, positions, dtype)
         assert (f"{positions}x{positions}x" in text) == quadratic
@@ -191,7 +206,11 @@ def test_long_rows_on_a_gpu_need_no_quadratic_array(cudnn, monkeypatch, dtype, l
 # Over a mesh
 
 INTERPRETED = attention.LANES, functools.partial(attention.splash_kernel, interpret=True)
-KERNELS = attention.KERNELS | {"splash": INTERPRETED}
+SEGMENTS = jax.tree_util.Partial(lambda *given: attention.segment_attention(*given, interpret=True))
+KERNELS = attention.KERNELS | {
+    "splash": INTERPRETED,
+    "segments": (attention.TILE, lambda *_: (SEGMENTS, P())),
+}
 MESHES = [
     dict(),
     dict(context=2),
@@ -207,8 +226,10 @@ MESHES = [
         *(("splash", sizes, 256 * max(sizes.get("context", 1), 2)) for sizes in MESHES),
         *(("cpu", sizes, 320) for sizes in [*MESHES, dict(context=8)]),
         *(("gpu", sizes, 320) for sizes in [*MESHES, dict(context=8)]),
+        *(("segments", sizes, 512) for sizes in (dict(), dict(data=2, tensor=2))),
         # Rows of any length are padded for the kernel.
         ("splash", dict(context=2), 130),
+        ("segments", dict(), 130),
         ("cpu", dict(context=4), 54),
     ],
     ids=str,
