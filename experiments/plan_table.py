@@ -1,15 +1,17 @@
 """The table in docs/plan.md: models, TPU slices, and the speed of training at most.
 
-    python -m experiments.plan_table [--only competition_math] [--models qwen3-8b] [--jobs=1]
+    python -m experiments.plan_table [--only hosts] [--models qwen3-8b] [--jobs=1]
 
 Claim: Qwen3-4B at 16k tokens and R1-Distill-Qwen-14B at 32k train on slices of 16 to 256 chips, and
-every model from 0.6B to 32B at 16k on some slice; docs/plan.md says on which, and on which not.
+every model from 0.6B to 32B at 16k on some slice; GSM8K with the embedded sampler on one host takes
+models of up to 8B. docs/plan.md says on which, and on which not.
 Hardware: CPU cores, of which a line keeps two busy; about three minutes of processor time for one
 that fits (170 s for Qwen3-4B on v5e:8x8), 3 GB of memory. Measured: nothing; every
 number is the compiler's or follows from published ones.
 
 Each line is kept in docs/plan_table.json with a digest of the code, the settings and the compiler
-that it was made by: an interrupted command goes on, and lines of others are made again.
+that it was made by: an interrupted command goes on. The page has lines of other code until the
+command has made them again.
 """
 
 import argparse
@@ -27,13 +29,14 @@ from typing import Any
 
 import jax
 from etils import epath
+from ml_collections import ConfigDict
 
-from configs import code_contests, competition_math
+from configs import code_contests, competition_math, gsm8k
 from oapl_jax.config import Config
 from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.model.published import published
-from oapl_jax.plan import plan_run, with_layout
-from oapl_jax.planning.hardware import SLICES, open_slice
+from oapl_jax.plan import count_run, mesh_text, plan_run, with_layout
+from oapl_jax.planning.hardware import GPUS, SLICES, open_slice
 from oapl_jax.planning.layouts import SIZES, Layout, plan_digest
 from oapl_jax.tracking.progress import log
 from oapl_jax.weights.publisher import config_hash
@@ -50,15 +53,62 @@ MODELS = (
     *("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b"),
     "llama-3.1-8b",
 )
+# GSM8K with the embedded sampler, all weights and adapters, on one host.
+HOSTS = ("v5e:2x4", "v6e:2x4", "h200")
+HOST_RUNS = {"gsm8k": "all weights", "gsm8k:lora": "adapters"}
+HOST_MODELS = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "llama-3.1-8b")
+ONE_HOST = "hosts"
 Line = dict[str, Any]
 Key = tuple[str, str, str]  # run, model, topology
+
+
+def settings_of(run: str) -> ConfigDict:
+    if run in HOST_RUNS:
+        return gsm8k.get_config(run.partition(":")[2] or None)
+    return RUNS[run][0]()
+
+
+def host_line(run: str, model: str, topology: str) -> Line:
+    """Plans GSM8K on one host, with the settings of the sampler that a refusal proposes."""
+    jax.config.update("jax_platforms", "cpu")  # in a process of its own; else jax looks for a TPU
+    settings, sizes, proposed = settings_of(run), published(model), {}
+    if topology in GPUS:
+        config = Config.from_dict(settings.to_dict())
+        plan = count_run(config, sizes, topology, from_checkpoint=True)
+        used = max(sum(kinds.values()) for kinds in plan["memory"].values())
+        figures = dict(used=used, room=plan["usable"], learning=plan["learning_seconds"])
+        return {"fits": plan["fits"], **figures, "sampler": plan["sampler"], "replicated": 0}
+    where = open_slice(topology)
+    while True:
+        log(f"{run}, {model}, {topology}: {proposed}")
+        settings.update_from_flattened_dict(proposed)
+        config = Config.from_dict(settings.to_dict())
+        plan = plan_run(config, sizes, where, from_checkpoint=True, storage=1e9)
+        changes = (change.split("=") for change in plan["remedies"])
+        more = {name: int(value) for name, value in changes}
+        if plan["fits"] or not more.keys() - proposed.keys():
+            break
+        proposed |= more
+    worst = max(plan["programs"], key=lambda p: (not p["fits"], sum(p["hbm"].values())))
+    return {
+        "fits": plan["fits"],
+        "because": f"{worst['program']}: {worst['because']}",
+        "used": sum(worst["hbm"].values()),
+        "room": plan["hbm"]["available"],
+        "learning": plan.get("roofline", {}).get("seconds"),
+        "sampler": plan.get("sampler"),
+        "compile_seconds": sum(p["compile_seconds"] for p in plan["programs"]),
+        "replicated": sum(p["resharded by replication"] for p in plan["programs"]),
+    }
 
 
 def line(run: str, model: str, topology: str) -> Line:
     """Plans the first layout that fits; if none does, the last that splits no row, because layouts
     that split rows shard the state over fewer chips."""
+    if run in HOST_RUNS:
+        return host_line(run, model, topology)
     jax.config.update("jax_platforms", "cpu")  # in a process of its own; else jax looks for a TPU
-    config = Config.from_dict(RUNS[run][0]().to_dict())
+    config = Config.from_dict(settings_of(run).to_dict())
     sizes, where, said = published(model), open_slice(topology), ""
     if where.hosts > config.groups_per_step:  # each host samples at least one group of a step
         config = dataclasses.replace(config, groups_per_step=where.hosts)
@@ -106,12 +156,16 @@ def layouts(sequences: int, hidden_size: int, chips: int) -> Iterator[Layout]:
 
 def digest_of(run: str, model: str) -> str:
     """The inputs of a kept line: this code, these settings, these sizes."""
-    made_of = (plan_digest(), config_hash(RUNS[run][0]().to_dict()), published(model))
+    made_of = (plan_digest(), config_hash(settings_of(run).to_dict()), published(model))
     return hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
 
 
 def chains(names: Sequence[str], models: Sequence[str]) -> Iterator[list[Key]]:
     """Lines to make, those of a chain one after the other until one fits."""
+    if ONE_HOST in names:
+        hosts = (model for model in HOST_MODELS if model in models)
+        for key in itertools.product(HOST_RUNS, hosts, HOSTS):
+            yield [key]
     for chips in (64, 256, 16, 128, 32):
         for generation, slices in SLICES.items():
             for run in names:
@@ -124,20 +178,19 @@ def chains(names: Sequence[str], models: Sequence[str]) -> Iterator[list[Key]]:
 
 
 class Table:
-    """The kept lines that still hold, written with the page whenever one is made."""
+    """The kept lines, written with the page whenever one is made."""
 
     def __init__(self, kept: dict[str, Line], make: Callable[[str, str, str], Line]):
         self._digest = functools.cache(digest_of)
-        holds = lambda key: kept[key]["code"] == self._digest(*key.split()[:2])
-        self.lines = {key: kept[key] for key in kept if holds(key)}
+        self.lines = dict(kept)
         self._make, self._writing = make, threading.Lock()
 
     def follow(self, chain: Sequence[Key]) -> None:
-        """Makes the lines of a chain that are not kept, up to the first that fits."""
+        """Makes the lines of a chain that are missing or of other code, up to the first fit."""
         for run, model, topology in chain:
-            key = f"{run} {model} {topology}"
-            if key not in self.lines:
-                made = {**self._make(run, model, topology), "code": self._digest(run, model)}
+            key, digest = f"{run} {model} {topology}", self._digest(run, model)
+            if key not in self.lines or self.lines[key]["code"] != digest:
+                made = {**self._make(run, model, topology), "code": digest}
                 with self._writing:
                     self.lines[key] = made
                     TABLE.write_text(json.dumps(self.lines, indent=1, sort_keys=True) + "\n")
@@ -161,9 +214,12 @@ def fill(names: Sequence[str], models: Sequence[str], jobs: int) -> None:
 
 def write_page(lines: dict[str, Line]) -> None:
     """Puts the tables between the page's marks."""
-    before, _, rest = PAGE.read_text().partition("<!-- tables -->\n")
-    _, _, after = rest.partition("<!-- end -->\n")
-    PAGE.write_text(f"{before}<!-- tables -->\n{tables(lines)}\n<!-- end -->\n{after}")
+    page = PAGE.read_text()
+    for mark, body in (("hosts", hosts_table(lines)), ("tables", tables(lines))):
+        before, opens, rest = page.partition(f"<!-- {mark} -->\n")
+        if opens:
+            page = f"{before}{opens}{body}\n{''.join(rest.partition('<!-- end -->')[1:])}"
+    PAGE.write_text(page)
 
 
 def tables(lines: dict[str, Line]) -> str:
@@ -187,6 +243,56 @@ def tables(lines: dict[str, Line]) -> str:
         + "\n"
     )
     return "\n".join(blocks)
+
+
+def hosts_table(lines: dict[str, Line]) -> str:
+    """What of each model fits which host, and the figures of each line that fits."""
+    head = "| model | " + " | ".join(HOSTS) + " |\n|---|" + "---|" * len(HOSTS)
+    fits = [
+        f"| {model} | " + " | ".join(fitting(lines, model, host) for host in HOSTS) + " |"
+        for model in HOST_MODELS
+    ]
+    rows = [
+        host_row(model, run, host, made)
+        for model, run, host in itertools.product(HOST_MODELS, HOST_RUNS, HOSTS)
+        if (made := lines.get(f"{run} {model} {host}"))
+    ]
+    return (
+        f"`configs/gsm8k.py` on one host; what may be trained:\n\n{head}\n"
+        + "\n".join(fits)
+        + f"\n\nThe figures:\n\n{HOST_HEAD}\n"
+        + "\n".join(rows)
+        + "\n"
+    )
+
+
+def fitting(lines: dict[str, Line], model: str, host: str) -> str:
+    made = {run: lines.get(f"{run} {model} {host}") for run in HOST_RUNS}
+    if not any(made.values()):
+        return "not tried"
+    fits = [HOST_RUNS[run] for run, found in made.items() if found and found["fits"]]
+    untried = [f"{HOST_RUNS[run]} not tried" for run, found in made.items() if not found]
+    return ", ".join([*fits, *untried]) or "nothing"
+
+
+HOST_HEAD = """\
+| model | trained | host | memory a chip | sampler's weights | slots, and fit | \
+learner's step, s | generated tokens/s at most | sampling, of a step |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def host_row(model: str, run: str, host: str, made: Line) -> str:
+    memory = f"{made['used'] / 2**30:.1f} of {made['room'] / 2**30:.1f} GiB"
+    names = f"| {model} | {HOST_RUNS[run]} | {host}"
+    if not made["fits"]:
+        return f"{names} | does not fit: {made.get('because', memory)} | | | | | |"
+    sampler = made["sampler"]
+    parts = {axis: count for axis, count in sampler["mesh"].items() if axis != "data"}
+    split = mesh_text(parts) if max(parts.values()) > 1 else "whole"
+    return (
+        f"{names} | {memory} | {split} | {sampler['slots']}, {sampler['slots_that_fit']:,} | "
+        f"{made['learning']:.2f} | {sampler['tokens_per_second']:,.0f} | {sampler['share']:.0%} |"
+    )
 
 
 HEAD = """\
@@ -233,7 +339,8 @@ def smallest(lines: dict[str, Line], model: str) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=[*RUNS, SMALLEST], choices=[*RUNS, SMALLEST])
+    parts = [ONE_HOST, *RUNS, SMALLEST]
+    parser.add_argument("--only", nargs="*", default=parts, choices=parts)
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
     parser.add_argument("--jobs", type=int, default=1, help="lines at a time, two cores each")
     arguments = parser.parse_args()

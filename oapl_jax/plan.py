@@ -1,4 +1,4 @@
-"""Plans a configuration for a TPU slice; no TPU is needed, only its compiler.
+"""Plans a configuration for a TPU slice or one GPU; neither is needed, only the TPU's compiler.
 
 python -m oapl_jax.plan --config=configs/competition_math.py --topology=v5e:8x8 [--config.…]
     [--model=qwen3-4b] [--workdir=runs/plan] [--storage=1e9] [--sweep [--enough=6]]
@@ -10,7 +10,7 @@ import json
 import os
 import string
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,10 +32,12 @@ from oapl_jax.model.policy import open_policy
 from oapl_jax.model.published import published, published_name
 from oapl_jax.model.transformer import REMAT_POLICIES, Transformer
 from oapl_jax.objectives import bind
+from oapl_jax.planning.count import count
 from oapl_jax.planning.estimate import estimate, host_memory
-from oapl_jax.planning.hardware import PAGES, Slice, make_mesh, open_slice
+from oapl_jax.planning.hardware import GPUS, PAGES, Slice, make_mesh, open_slice
 from oapl_jax.planning.layouts import Layout, kept_plan, layouts_of, meshes, plan_digest, sweep
-from oapl_jax.planning.programs import RunPrograms
+from oapl_jax.planning.programs import Program, RunPrograms
+from oapl_jax.rollout.local_sampler import check_divides
 from oapl_jax.tracking.progress import log
 from oapl_jax.weights.lag import LagPolicy
 from oapl_jax.weights.publisher import config_hash, finished_steps
@@ -46,7 +48,7 @@ Keep = Callable[[str, Callable[[], Plan]], Plan]
 
 
 def main() -> None:
-    topology = flags.DEFINE_string("topology", None, "the slice, as v5e:8x8 or v5p:4x4x4")
+    topology = flags.DEFINE_string("topology", None, "a slice, as v5e:8x8, or one GPU: h200")
     model = flags.DEFINE_string("model", None, "a published model's sizes, not model.path's")
     storage = flags.DEFINE_float("storage", 1e9, "bytes/s between a host and storage of versions")
     sweeps = flags.DEFINE_boolean("sweep", False, "try meshes, remat policies and micro-batches")
@@ -56,22 +58,28 @@ def main() -> None:
     config, workdir = read_command_line()
     if topology.value is None:
         raise UserError("--topology is missing; add, for example, --topology=v5e:8x8")
-    where = open_slice(topology.value)
+    name = topology.value
+    if name in GPUS and sweeps.value:
+        raise UserError(f"--sweep compiles, and for --topology={name} no compiler is here; drop it")
+    where = None if name in GPUS else open_slice(name)
     with tempfile.TemporaryDirectory() as scratch:
         sizes, from_checkpoint = model_sizes(config, model.value, epath.Path(scratch))
     workdir.mkdir(parents=True, exist_ok=True)
-    name = where.name.replace(":", "-")
-    known: dict[str, Any] = dict(from_checkpoint=from_checkpoint, storage=storage.value)
-    plan_of = functools.partial(plan_run, sizes=sizes, where=where, **known)
-    if sweeps.value:
-        suffix = f", {sizes}, {plan_digest()}, {from_checkpoint}, {storage.value:g} bytes/s"
-        kept = workdir / f"sweep-{name}.json"
-        keep = lambda key, make: kept_plan(kept, key + suffix, make)
-        plan = sweep_run(config, sizes, where, plan_of, keep, enough.value)
+    if where is None:
+        plan = count_run(config, sizes, name, from_checkpoint=from_checkpoint)
+        log(count_report(plan))
     else:
-        plan = plan_of(config)
-    log(report(plan))
-    path = workdir / f"{name}.json"
+        known: dict[str, Any] = dict(from_checkpoint=from_checkpoint, storage=storage.value)
+        plan_of = functools.partial(plan_run, sizes=sizes, where=where, **known)
+        if sweeps.value:
+            suffix = f", {sizes}, {plan_digest()}, {from_checkpoint}, {storage.value:g} bytes/s"
+            kept = workdir / f"sweep-{name.replace(':', '-')}.json"
+            keep = lambda key, make: kept_plan(kept, key + suffix, make)
+            plan = sweep_run(config, sizes, where, plan_of, keep, enough.value)
+        else:
+            plan = plan_of(config)
+        log(report(plan))
+    path = workdir / f"{name.replace(':', '-')}.json"
     write_atomically(path, [f"{json.dumps(plan, indent=1)}\n".encode()])
     log(f"\n{path}")
 
@@ -103,26 +111,44 @@ def plan_run(
     config: Config, sizes: ModelConfig, where: Slice, *, from_checkpoint: bool, storage: float
 ) -> Plan:
     """Checks a configuration for a slice as a run does, and estimates it."""
-    mesh = make_mesh(where, **config.mesh)
-    config.check_layout(mesh=mesh.shape, hosts=where.hosts)
-    config = config.derived(mesh.shape)
-    run = programs_of(config, sizes, mesh, from_checkpoint=from_checkpoint)
+    host, make = where.devices[0].process_index, functools.partial(make_mesh, where)
+    meshes = open_meshes(config, where.devices, make, host=host)
+    config.check_layout(mesh=meshes[0].shape, hosts=where.hosts)
+    config = config.derived(meshes[0].shape)
+    run = programs_of(config, sizes, *meshes, from_checkpoint=from_checkpoint)
     return estimate(run, where, storage=storage, log=log)
 
 
+def count_run(config: Config, sizes: ModelConfig, gpu: str, *, from_checkpoint: bool) -> Plan:
+    """Checks a configuration for one GPU as a run does, and estimates it by count."""
+    meshes = open_meshes(config, jax.devices()[:1], sharding.make_mesh, host=0)
+    config.check_layout(mesh=meshes[0].shape, hosts=1)
+    config = config.derived(meshes[0].shape)
+    return count(programs_of(config, sizes, *meshes, from_checkpoint=from_checkpoint), gpu)
+
+
+def open_meshes(
+    config: Config, devices: Sequence[Any], make_mesh: Callable[..., Mesh], *, host: int
+) -> tuple[Mesh, Mesh]:
+    """Meshes of the learner, and of one host's embedded sampler."""
+    learner, sampler = sharding.split_devices(devices, config.rollout.devices, host=host)
+    mesh = make_mesh(devices=learner, **config.mesh)
+    return mesh, make_mesh(devices=sampler, setting="rollout.mesh", **config.rollout.mesh)
+
+
 def programs_of(
-    config: Config, sizes: ModelConfig, mesh: Mesh, *, from_checkpoint: bool
+    config: Config, sizes: ModelConfig, mesh: Mesh, sampler_mesh: Mesh, *, from_checkpoint: bool
 ) -> RunPrograms:
-    objective, embedded = config.objective, config.rollout.sampler == "local"
+    """Programs of a run on these meshes; a UserError if the sampler's can't divide the model."""
+    objective = config.objective
     not_planned = {
         "the warm-up (warmup.num_steps)": config.warmup.num_steps > 0,
-        "decoding by the embedded sampler (rollout.sampler)": embedded,
-        "decoding for evaluation (evaluation.every)": config.evaluation.every > 0,
+        "the comparators (preferences.judge)": config.compares and not config.preferences.dataset,
         "the curator (curriculum.name)": config.curriculum.name == "actor_curator",
     }
     sections = ("objective", "rollout", "buffer", "lag", "learner")
     names = (*sections, "group_size", "groups_per_step", "publish_dtype")
-    return RunPrograms(
+    run = RunPrograms(
         **{name: config[name] for name in names},
         model=Transformer(
             sizes,
@@ -131,13 +157,17 @@ def programs_of(
             open_lora(config.model.lora),
         ),
         mesh=mesh,
+        sampler_mesh=sampler_mesh,
         from_checkpoint=from_checkpoint,
         loss=bind(objective.name, objective.constants, group_size=config.group_size),
         optimizer=make_optimizer(**config.optim, num_steps=config.num_steps),
         max_prompt_tokens=config.data.max_prompt_tokens,
-        samples_here=embedded and not config.rollout.devices,
+        evaluates=config.evaluation.every > 0,
         not_planned=tuple(part for part, there in not_planned.items() if there),
     )
+    if run.samples or run.evaluates:
+        check_divides(sizes, sampler_mesh)
+    return run
 
 
 def with_layout(config: Config, layout: Layout) -> Config:
@@ -181,7 +211,7 @@ def sweep_run(
 
     sequences = config.group_size * config.groups_per_step
     found = sweep(
-        meshes(sequences, sizes, len(where.devices)),
+        meshes(sequences, sizes, len(where.devices) - where.hosts * config.rollout.devices),
         ["full", *(remat for remat in reversed(REMAT_POLICIES) if remat != "full")],
         functools.partial(layouts_of, sequences),
         plan,
@@ -200,10 +230,10 @@ def sweep_run(
 
 def report(plan: Plan) -> str:
     """A plan as text."""
-    mesh = " x ".join(f"{axis} {count}" for axis, count in plan["mesh"].items() if count > 1) or "1"
     batch, hbm, ram = plan["batch"], plan["hbm"], plan["host_memory"]
     lines = [
-        f"{plan['topology']}: {plan['chips']} chips on {plan['hosts']} hosts, mesh {mesh}; "
+        f"{plan['topology']}: {plan['chips']} chips on {plan['hosts']} hosts, mesh "
+        f"{mesh_text(plan['mesh'])}; "
         f"{plan['model']['parameters'] / 1e9:.3g} billion parameters; {batch['sequences']} "
         f"sequences of {batch['prompt_tokens']} + {batch['response_tokens']} tokens in "
         f"{batch['micro_batches']} micro-batches of {batch['rows']} rows; remat {plan['remat']}\n",
@@ -226,7 +256,7 @@ def report(plan: Plan) -> str:
     ]
     if "roofline" not in plan:
         return "\n".join(lines)
-    flops, bound, fleet = plan["flops"], plan["roofline"], plan["fleet"]
+    flops, bound = plan["flops"], plan["roofline"]
     lines += [
         f"\nFLOPs of a step: {flops['formula']:.3g} by formula, {flops['program']:.3g} in the "
         f"program, of which remat adds {flops['remat_share']:.0%}",
@@ -238,24 +268,77 @@ def report(plan: Plan) -> str:
         for axes, received in sorted(row.items()):
             speed = plan["ici_bandwidth"][axes] / 1e9
             lines.append(f"  {kind:<20}{axes:<16}{size(received):>12} at {speed:.0f} GB/s")
-    demand = f"{fleet['tokens_per_second']:,.0f} generated tokens/s keep the learner busy"
-    if not fleet["tokens_per_second"]:
-        demand = "none, the rollouts are recorded ones; the learner is busy"
     lines += [
         f"\nA step takes at least {bound['seconds']:.3g} s: compute {bound['compute']:.3g}, HBM "
         f"{bound['hbm']:.3g}, interconnect {bound['interconnect']:.3g}, link to the host "
         f"{bound['host']:.3g}; {bound['binds']} binds",
         f"At most {bound['tokens_per_second']:,.0f} tokens/s and {bound['mfu']:.0%} MFU",
         f"\nPublishing: {plan['publish_seconds']:.3g} s at {plan['storage'] / 1e9:g} GB/s a host",
-        f"Fleet: {demand}, {fleet['learning']:.0%} of the time with steps, else publishing",
+        *sampler_lines(plan.get("sampler", {})),
+        *fleet_lines(plan),
     ]
     return "\n".join(lines)
+
+
+def sampler_lines(sampler: Plan) -> list[str]:
+    """The embedded sampler: its slots, and if it fits its speed."""
+    if not sampler:
+        return []
+    lines = [
+        f"\nSampler: mesh {mesh_text(sampler['mesh'])} on each host, {sampler['slots']} slots of "
+        f"{sampler['places']} tokens; at least {sampler['slots_that_fit']} fit"
+    ]
+    for name, bound in sampler.get("bounds", {}).items():
+        lines.append(f"  {name}: at least {bound['seconds']:.3g} s, {bound['binds']} binds")
+    if "tokens_per_second" in sampler:
+        lines.append(
+            f"  a token of all slots takes at least {1e3 * sampler['seconds_per_token']:.3g} ms: "
+            f"at most {sampler['tokens_per_second']:,.0f} generated tokens/s"
+        )
+    if "share" in sampler:
+        lines.append(
+            f"  the rollouts of a step take at least {sampler['seconds']:.3g} s: "
+            f"{sampler['share']:.0%} of a step of {sampler['step_seconds']:.3g} s"
+        )
+    return lines
+
+
+def count_report(plan: Plan) -> str:
+    """A plan by count as text."""
+    left = "; ".join(plan["not_planned"])
+    lines = [
+        f"One {plan['topology']}, by count: nothing is compiled; "
+        f"{plan['parameters'] / 1e9:.3g} billion parameters\n",
+        ("FITS" if plan["fits"] else "DOES NOT FIT") + (f", without {left}" if left else ""),
+    ]
+    for stage, kinds in plan["memory"].items():
+        lines.append(f"  {stage}: {size(sum(kinds.values()))} of {size(plan['usable'])}")
+        lines.append("    " + ", ".join(f"{kind} {size(used)}" for kind, used in kinds.items()))
+    lines.append(f"\nThe products of a step take at least {plan['learning_seconds']:.3g} s")
+    return "\n".join([*lines, *sampler_lines(plan["sampler"])])
+
+
+def fleet_lines(plan: Plan) -> list[str]:
+    """Demand on a fleet of servers; none if the embedded sampler makes the rollouts."""
+    fleet = plan["fleet"]
+    if "share" in plan.get("sampler", {}):
+        return []
+    demand = f"{fleet['tokens_per_second']:,.0f} generated tokens/s keep the learner busy"
+    if not fleet["tokens_per_second"]:
+        demand = "none, the rollouts are recorded ones; the learner is busy"
+    busy = f"{fleet['learning']:.0%} of the time with steps, else publishing"
+    return [f"Fleet: {demand}, {busy}"]
+
+
+def mesh_text(mesh: Plan) -> str:
+    return " x ".join(f"{axis} {count}" for axis, count in mesh.items() if count > 1) or "1"
 
 
 def verdict(plan: Plan) -> str:
     """The first line of a report: fits or not, and the parts that are not planned."""
     if not plan["chip_fits"]:
-        return "DOES NOT FIT"
+        changes = " ".join(f"--config.{change}" for change in plan["remedies"])
+        return f"DOES NOT FIT; it may with {changes}" if changes else "DOES NOT FIT"
     if not plan["fits"]:
         return "DOES NOT FIT THE HOST"
     left = "; ".join(plan["not_planned"])
@@ -280,13 +363,11 @@ def dry_run(config: Config, workdir: epath.Path, *, restore_step: int | None) ->
     """
     with tempfile.TemporaryDirectory() as scratch:
         sizes, from_checkpoint = model_sizes(config, None, epath.Path(scratch))
-    devices, host = jax.devices(), jax.process_index()
-    learner, _ = sharding.split_devices(devices, config.rollout.devices, host=host)
-    mesh = sharding.make_mesh(**config.mesh, devices=learner)
-    config.check_layout(mesh=mesh.shape, hosts=jax.process_count())
-    config = config.derived(mesh.shape)
+    meshes = open_meshes(config, jax.devices(), sharding.make_mesh, host=jax.process_index())
+    config.check_layout(mesh=meshes[0].shape, hosts=jax.process_count())
+    config = config.derived(meshes[0].shape)
     changed = changed_settings(workdir, config.to_dict())
-    run = programs_of(config, sizes, mesh, from_checkpoint=from_checkpoint)
+    run = programs_of(config, sizes, *meshes, from_checkpoint=from_checkpoint)
     directory = workdir / "checkpoints"
     saved = finished_steps(directory) if directory.exists() else []
     if restore_step is not None and restore_step not in saved:
@@ -336,16 +417,20 @@ def _sizes(run: RunPrograms) -> list[str]:
 
 
 def _memory(run: RunPrograms) -> list[str]:
-    """Bytes on a device, the train step as compiled for it, and on a host."""
-    program = run.gradient_step()
-    figures = program.trace().lower().compile().memory_analysis()
-    kinds = {**program.hbm, "temporaries of the train step": figures.temp_size_in_bytes}
+    """Bytes on a device, train step and decoding as compiled for it, and on a host."""
     host = host_memory(run, len(run.mesh.local_devices))
     line = lambda kinds: ", ".join(f"{kind} {size(used)}" for kind, used in kinds.items())
     limits = run.mesh.devices.flat[0].memory_stats() or {}
     have = f" of {size(limits['bytes_limit'])}" if "bytes_limit" in limits else ""
+
+    def on_device(program: Program, name: str) -> str:
+        figures = program.trace().lower().compile().memory_analysis()
+        kinds = {**program.hbm, f"temporaries of {name}": figures.temp_size_in_bytes}
+        return f"  a device: {size(sum(kinds.values()))}{have}: {line(kinds)}"
+
     return [
-        f"  a device: {size(sum(kinds.values()))}{have}: {line(kinds)}",
+        on_device(run.gradient_step(), "the train step"),
+        *(on_device(program, program.name) for program in run.sampling()[:1]),
         f"  a host, beside that: {size(sum(host.values()))}: {line(host)}",
         *(f"  not estimated: {part}" for part in run.not_planned),
     ]

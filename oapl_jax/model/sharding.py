@@ -68,18 +68,20 @@ def make_mesh(
     context: int | None = None,
     tensor: int,
     devices: Sequence[Any] | None = None,
+    of: Sequence[Any] | None = None,
     setting: str = "mesh",
 ) -> Mesh:
     """Makes a mesh over `devices` (default: all); one size may be -1 and takes the rest.
 
-    `setting` is the section that has the sizes, for errors.
+    `of` are the devices that they may be a part of (default: this run's). `setting` is the section
+    that has the sizes, for errors.
     """
     count = jax.device_count() if devices is None else len(devices)
     given = dict(data=data, fsdp=fsdp, tensor=tensor)
     given |= {} if context is None else dict(context=context)
     sizes = tuple(mesh_sizes(given, count, setting=setting).values())
     types = (AxisType.Auto,) * len(AXES)
-    if devices is not None and set(devices) < set(jax.devices()):
+    if devices is not None and set(devices) < set(of or jax.devices()):
         # jax.make_mesh refuses parts of a TPU that are no rectangle: in the devices' own order.
         return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=types)
     return jax.make_mesh(sizes, AXES, types, devices=devices)
@@ -98,10 +100,12 @@ def split_devices(
     of_hosts: dict[int, list[Any]] = {}
     for device in devices:
         of_hosts.setdefault(device.process_index, []).append(device)
-    if sampler >= min(map(len, of_hosts.values())):
+    fewest = min(map(len, of_hosts.values()))
+    if sampler >= fewest:
+        fits = f"{fewest // 2}, or 0 to share them" if fewest > 1 else "0 to share it"
         raise UserError(
-            f"rollout.devices={sampler} leaves the learner none of a host's {len(of_hosts[host])} "
-            "devices; lower it, or set 0 to share them"
+            f"rollout.devices={sampler} leaves the learner none of a host's {fewest} devices; set "
+            f"{fits}"
         )
     learner = [d for of_host in of_hosts.values() for d in of_host[: len(of_host) - sampler]]
     return learner, of_hosts[host][-sampler:]  # [-0:] has all

@@ -1,4 +1,4 @@
-"""TPU generations and slices: published rates, and topologies to compile for without hardware."""
+"""TPU slices and GPUs: published rates, and topologies to compile for without hardware."""
 
 import dataclasses
 import importlib.util
@@ -61,6 +61,18 @@ FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x1
 CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
 SLICES = {"v5e": FLAT, "v5p": CUBES, "v6e": FLAT}
 
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """Published rates of one GPU, for which nothing is compiled here."""
+
+    flops: float  # bfloat16 FLOP/s, without sparsity
+    bytes: float
+    bandwidth: float  # bytes/s
+
+
+GPUS = {"h200": Gpu(989e12, 141e9, 4.8e12)}  # https://www.nvidia.com/en-us/data-center/h200/
+
 # libtpu otherwise queries the cloud's metadata server for its topology and waits for an answer.
 # Its warnings go to file descriptor 2 only at this log level; it reads it once, when it is loaded.
 ENVIRONMENT = {
@@ -104,7 +116,8 @@ def open_slice(name: str) -> Slice:
     Raises a UserError for a slice that does not exist, or if libtpu is not installed.
     """
     generation, _, sizes = name.partition(":")
-    offered = "; ".join(f"{g}:{', '.join(shapes.values())}" for g, shapes in SLICES.items())
+    slices = [f"{g}:{', '.join(shapes.values())}" for g, shapes in SLICES.items()]
+    offered = "; ".join([*slices, *GPUS])
     known = generation in CHIPS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes)
     if not known or len(sizes.split("x")) != CHIPS[generation].dimensions:
         raise UserError(f"--topology={name} is no slice; for example one of {offered}")
@@ -129,19 +142,24 @@ def open_slice(name: str) -> Slice:
     return Slice(CHIPS[generation], shape, found.devices)
 
 
-def make_mesh(where: Slice, **sizes: int) -> Mesh:
-    """The mesh that a run makes on this slice; axes without a size have one chip.
+def make_mesh(
+    where: Slice, devices: Sequence[Any] | None = None, *, setting: str = "mesh", **sizes: int
+) -> Mesh:
+    """The mesh that a run makes of `devices` of this slice (default: all).
 
+    Axes without a size have one chip. `setting` is the section that has the sizes, for errors.
     Raises a UserError if the sizes do not multiply to the number of chips, or fit no such torus.
     """
-    sizes = dict.fromkeys(sharding.AXES, 1) | sizes
+    devices = where.devices if devices is None else devices
+    sizes = dict(data=1, fsdp=1, tensor=1) | sizes
     try:
-        return sharding.make_mesh(**sizes, devices=where.devices)
+        return sharding.make_mesh(**sizes, devices=devices, of=where.devices, setting=setting)
     except NotImplementedError as error:
-        product = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        product = " x ".join(f"{setting}.{axis}={size}" for axis, size in sizes.items())
         raise UserError(
             f"{product} can't be laid out on {where.name}: each size must be a product of whole "
-            f"dimensions of the torus ({' x '.join(map(str, where.shape))})"
+            f"dimensions of the torus ({' x '.join(map(str, where.shape))}); set {setting}.fsdp="
+            f"{len(devices)} and the others to 1"
         ) from error
 
 

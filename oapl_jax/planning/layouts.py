@@ -17,7 +17,10 @@ from oapl_jax.model.config import ModelConfig
 
 PACKAGE = Path(__file__).parent.parent
 # Sources that shape the compiled programs or read them.
-SOURCES = ("plan", "planning/*", "structs", "objectives/*", "model/*", "learner/*", "weights/probe")
+SOURCES = (
+    *("plan", "planning/*", "structs", "objectives/*", "model/*", "learner/*", "weights/probe"),
+    *("rollout/decoding", "rollout/local_sampler", "rollout/token_sampling"),
+)
 BLOCK = 512  # tokens of a row that attention takes at a time; a device has a multiple of it
 SIZES = (1, 2, 4, 8)  # of the mesh axes besides fsdp
 Mesh = dict[str, int]

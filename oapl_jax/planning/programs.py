@@ -8,6 +8,7 @@ own figure and the arrays beside the program fit the available HBM.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import re
@@ -17,20 +18,23 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import unflatten_dict
 from jax.extend.core import Var
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from oapl_jax import config as sections
-from oapl_jax.errors import RunError
+from oapl_jax.errors import RunError, UserError
 from oapl_jax.learner import packing, train_step
-from oapl_jax.model import lora, sharding
+from oapl_jax.model import hf, lora, sharding
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import Objective
 from oapl_jax.planning.hardware import Slice
 from oapl_jax.planning.hlo import Module, saved_bytes
+from oapl_jax.rollout import decoding, local_sampler
 from oapl_jax.structs import Batch, Group, Prompt, Rollout
 from oapl_jax.weights import probe
 
@@ -55,15 +59,158 @@ class Program:
         return {kind: per_chip(tree) for kind, tree in self.arguments.items()} | dict(self.beside)
 
 
+# Kinds of the embedded sampler's arrays. With an evaluation it has two versions, and with overlap
+# two caches.
+SAMPLER, CACHE, PROMPTS = "embedded sampler", "KV cache", "prefilled prompts"
+EVALUATED, SECOND_CACHE = "evaluated parameters", "KV cache of the evaluation"
+GROWING = (CACHE, SECOND_CACHE, PROMPTS)  # with the number of slots
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerPrograms:
+    """The embedded sampler of one host on a mesh, as shapes: the same functions and settings."""
+
+    config: ModelConfig
+    dtype: str
+    mesh: Mesh
+    rollout: sections.RolloutConfig
+    group_size: int
+    max_prompt_tokens: int
+
+    @property
+    def slots(self) -> int:
+        """Responses that are decoded together, a multiple of the devices."""
+        return self.rollout.max_sequences + -self.rollout.max_sequences % self.mesh.size
+
+    @property
+    def width(self) -> int:
+        """Tokens of a prompt of the greatest length, with its padding."""
+        multiple = self.rollout.prompt_multiple
+        return local_sampler.prompt_widths(self.max_prompt_tokens, multiple)[-1]
+
+    @property
+    def prompts(self) -> int:
+        """Prompts of a prefill, at most."""
+        sizes = self.slots, self.group_size, self.width, self.mesh.size
+        return local_sampler.prefill_sizes(*sizes)[-1]
+
+    @property
+    def places(self) -> int:
+        """Tokens of a slot: prompt and response."""
+        return self.width + self.rollout.max_response_tokens
+
+    @property
+    def steps(self) -> int:
+        """Tokens that a round of decoding samples in each slot, at most."""
+        return min(self.rollout.tokens_per_round, self.rollout.max_response_tokens)
+
+    @property
+    def model(self) -> Transformer:
+        return Transformer(self.config, jnp.dtype(self.dtype), remat="none")
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """Shapes and shardings of a version."""
+        shapes = unflatten_dict(hf.parameter_shapes(self.config), sep="/")
+
+        def place(path: Any, leaf: Any, of: NamedSharding) -> jax.ShapeDtypeStruct:
+            dtype = sharding.serving_dtype(path[-1].key, self.dtype)
+            return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=of)
+
+        shardings = sharding.parameter_shardings(shapes, self.mesh, setting="rollout.mesh")
+        return jax.tree_util.tree_map_with_path(place, shapes, shardings)
+
+    @functools.cached_property
+    def state(self) -> decoding.Slots:
+        """Shapes and shardings of all slots, with their cache."""
+        sizes = self.config, self.slots, self.places, self.model.dtype
+        return self._result(lambda: decoding.empty_slots(*sizes), decoding.SLOTS)
+
+    @functools.cached_property
+    def prefilled(self) -> decoding.Prefilled:
+        """Shapes and shardings of a prefill's result."""
+        prefill = functools.partial(decoding.prefill, model=self.model)
+        return self._result(prefill, decoding.PREFILLED, self.params, *self._prompts())
+
+    def _result(self, program: Callable[..., Any], specs: Any, *arguments: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            shapes = jax.eval_shape(program, *arguments)
+        place = lambda leaf, spec: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec)
+        )
+        return jax.tree.map(place, shapes, specs)
+
+    def _prompts(self) -> tuple[Any, Any]:
+        tokens = jax.ShapeDtypeStruct((self.prompts, self.width), np.int32)
+        return tokens, tokens
+
+    def programs(self, beside: Mapping[str, int]) -> list[Program]:
+        """Decoding, placement and prefill, with these arrays beside them on each chip."""
+        kept = {SAMPLER: self.params, CACHE: self.state, PROMPTS: self.prefilled}
+
+        def program(name: str, trace: Callable[[], Any], *takes: str) -> Program:
+            others = {kind: per_chip(tree) for kind, tree in kept.items() if kind not in takes}
+            return Program(name, trace, {kind: kept[kind] for kind in takes}, {**beside, **others})
+
+        return [
+            program("decoding", self._decode, SAMPLER, CACHE),
+            program("placement", self._place, CACHE, PROMPTS),
+            program("prefill", self._prefill, SAMPLER),
+        ]
+
+    def _decode(self) -> Any:
+        number = jax.ShapeDtypeStruct((), np.float32)
+        return self._trace(
+            decoding.decode,
+            *(self.params, self.state, jax.ShapeDtypeStruct((), np.int32)),
+            number if self.rollout.temperature else None,
+            number if self.rollout.top_p < 1 else None,
+            model=self.model,
+            top_k=self.rollout.top_k,
+            stop_ids=self.config.eos_token_ids,
+            steps=self.steps,
+        )
+
+    def _place(self) -> Any:
+        of_slots = jax.ShapeDtypeStruct((self.slots,), np.int32)
+        seed = jax.eval_shape(jax.random.key, 0)
+        return self._trace(decoding.place, self.state, self.prefilled, *[of_slots] * 4, seed)
+
+    def _prefill(self) -> Any:
+        return self._trace(decoding.prefill, self.params, *self._prompts(), model=self.model)
+
+    def _trace(self, program: Any, *arguments: Any, **static: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return program.trace(*arguments, **static)
+
+    def smaller_mesh(self, room: int) -> dict[str, int] | None:
+        """Sizes of `rollout.mesh` with which a version takes at most `room` bytes of a chip.
+
+        Heads are split before weights are gathered for each token; None if no sizes do.
+        """
+        devices = self.mesh.devices.reshape(-1)
+        parts = [count for count in range(2, devices.size + 1) if not devices.size % count]
+        for count, axis in itertools.product(parts, ("tensor", "fsdp")):
+            sizes = dict(data=devices.size // count, fsdp=1, tensor=1) | {axis: count}
+            shape = [sizes.get(axis, 1) for axis in sharding.AXES]
+            mesh = Mesh(devices.reshape(shape), sharding.AXES)
+            with contextlib.suppress(UserError):
+                local_sampler.check_divides(self.config, mesh)
+                if per_chip(dataclasses.replace(self, mesh=mesh).params) <= room:
+                    return sizes
+        return None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunPrograms:
-    """The learner of a run on a mesh, as shapes: the same functions and settings as in training.
+    """Learner and embedded sampler of a run, as shapes: the same functions and settings.
 
     The fields are all that decides its programs, memory and bounds.
     """
 
     model: Transformer
     mesh: Mesh
+    sampler_mesh: Mesh  # of one host's devices, which may be the learner's
     from_checkpoint: bool  # the weights come from files, not from an initialization
     loss: Objective
     optimizer: optax.GradientTransformation
@@ -76,7 +223,7 @@ class RunPrograms:
     lag: sections.LagConfig
     learner: sections.LearnerConfig
     publish_dtype: str
-    samples_here: bool  # the embedded sampler holds a version on the learner's chips
+    evaluates: bool  # by an embedded sampler of its own
     not_planned: tuple[str, ...]  # parts of the run that need HBM beside the planned programs
 
     @property
@@ -134,31 +281,55 @@ class RunPrograms:
             kinds["frozen parameters"] = per_chip(self.frozen)
         if objective.denominator == "reference" or objective.kl_weight > 0:
             kinds["reference parameters"] = kinds["parameters"]
-        if self.samples_here:
-            kinds |= self._sampler()
+        if self.samples and not self.rollout.devices:
+            kinds[SAMPLER] = per_chip(self.sampler.params)
+            if self.rollout.overlap:
+                kinds[CACHE] = per_chip(self.sampler.state)
         return kinds
 
-    def _sampler(self) -> dict[str, int]:
-        """Bytes on a chip of the embedded sampler: its version, and with overlap its KV cache."""
-        config, itemsize = self.model.config, np.dtype(self.model.dtype).itemsize
-        host = self.mesh.devices.flat[0].process_index
-        chips = sum(device.process_index == host for device in self.mesh.devices.flat)
-        mesh = sharding.mesh_sizes(dict(**self.rollout.mesh), chips, setting="rollout.mesh")
-        kept = self.frozen or self.state.params  # adapters are merged
-        count = sum(x.size for x in jax.tree.leaves(kept))
-        parts = mesh["fsdp"] * mesh["tensor"]
-        kinds = {"embedded sampler": count * itemsize // parts}
-        if self.rollout.overlap:
-            places = self.max_prompt_tokens + self.rollout.max_response_tokens
-            place = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
-            kinds["KV cache"] = self.rollout.max_sequences * places * place // chips
-        return kinds
+    @property
+    def samples(self) -> bool:
+        """True if the embedded sampler makes the rollouts."""
+        return self.rollout.sampler == "local" and self.rollout.source != "dataset"
+
+    @functools.cached_property
+    def sampler(self) -> SamplerPrograms:
+        return SamplerPrograms(
+            config=self.model.config,
+            dtype=np.dtype(self.model.dtype).name,
+            mesh=self.sampler_mesh,
+            rollout=self.rollout,
+            group_size=self.group_size,
+            max_prompt_tokens=self.max_prompt_tokens,
+        )
+
+    def sampling(self) -> list[Program]:
+        """Programs of the embedded sampler, which samples rollouts or the run's evaluation.
+
+        During an evaluation it has the learner's parameters beside the version of the rollouts.
+        """
+        if not self.samples and not self.evaluates:
+            return []
+        beside = {} if self.rollout.devices else dict(self.kept)
+        for kind in (SAMPLER, CACHE):
+            beside.pop(kind, 0)
+        if self.samples and self.evaluates:
+            beside[EVALUATED] = per_chip(self.sampler.params)
+            if self.rollout.overlap:
+                beside[SECOND_CACHE] = per_chip(self.sampler.state)
+        return self.sampler.programs(beside)
+
+    def with_slots(self, slots: int) -> "RunPrograms":
+        """A copy whose embedded sampler has another number of slots."""
+        return dataclasses.replace(
+            self, rollout=dataclasses.replace(self.rollout, max_sequences=slots)
+        )
 
     def _beside(self, arguments: Mapping[str, Any]) -> dict[str, int]:
         return {kind: size for kind, size in self.kept.items() if kind not in arguments}
 
     def programs(self) -> list[Program]:
-        """The train step, which needs most HBM, then the others."""
+        """The learner's: the train step, which needs most HBM, then the others."""
         return [self.gradient_step(), self.initialization(), *self.recomputation(), self.probe()]
 
     def gradient_step(self) -> Program:
@@ -425,7 +596,9 @@ def by_kind(program: Program, analysis: Mapping[str, int], module: Module) -> di
     peak = analysis["peak_memory"] - analysis["host_temp_size"] - arguments
     made = max(analysis["temp_size"] + results, peak)
     saved = min(saved_bytes(module), made - results)
+    given = sum(map(per_chip, program.arguments.values()))
     kinds = program.hbm | {
+        "other arguments": max(used - given, 0),
         "padding": arguments - used,
         "activations": saved,
         "temporaries": made - results - saved,

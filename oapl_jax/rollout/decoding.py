@@ -192,7 +192,8 @@ def decode(
         return step + 1, jax.tree.map(constrain, after, SLOTS), out_tokens, out_logp
 
     out = jnp.zeros((rows, steps), jnp.int32), jnp.zeros((rows, steps), jnp.float32)
-    _, slots, out_tokens, out_logp = jax.lax.while_loop(unfinished, one_token, (0, slots, *out))
+    with jax.named_scope(f"at_most_{steps}"):  # its end is data; planning/hlo.py reads the bound
+        _, slots, out_tokens, out_logp = jax.lax.while_loop(unfinished, one_token, (0, slots, *out))
     return slots, out_tokens, out_logp
 
 

@@ -7,6 +7,7 @@ number of slots is decoded together; a finished response frees its slot for the 
 import contextlib
 import dataclasses
 import itertools
+import math
 import threading
 import time
 from collections import deque
@@ -96,10 +97,7 @@ class LocalSampler:
         self._mesh, self._turns = mesh, turns or contextlib.nullcontext()
         self._stop_ids, self._seed = tuple(sorted(stop_ids)), jax.random.key(seed)
         self._max_sequences, self._tokens_per_round = max_sequences, tokens_per_round
-        self._widths = [prompt_multiple]  # of prompts, as compiled
-        while self._widths[-1] < max_prompt_tokens:
-            self._widths.append(2 * self._widths[-1])
-        self._widths[-1] = max_prompt_tokens + -max_prompt_tokens % prompt_multiple
+        self._widths = prompt_widths(max_prompt_tokens, prompt_multiple)
         self._policy: tuple[int, Any] = (-1, None)  # replaced as one, for another thread
         self._groups: deque[_Group] = deque()  # in order, until they are yielded
         self._closed = False
@@ -175,11 +173,32 @@ def check_divides(config: ModelConfig, mesh: Mesh) -> None:
     """Raises a UserError if the sampler's mesh can't divide the model's parameters and KV cache."""
     shapes = unflatten_dict(hf.parameter_shapes(config), sep="/")
     parameter_shardings(shapes, mesh, setting="rollout.mesh")
-    if config.num_kv_heads % mesh.shape["tensor"]:
+    heads, tensor = config.num_kv_heads, mesh.shape["tensor"]
+    if heads % tensor:
+        fits = math.gcd(heads, tensor)
+        data = mesh.shape["data"] * tensor // fits
         raise UserError(
-            f"rollout.mesh.tensor={mesh.shape['tensor']} does not divide the model's "
-            f"{config.num_kv_heads} key heads; lower it, and raise rollout.mesh.data"
+            f"rollout.mesh.tensor={tensor} does not divide the model's {heads} key heads; set "
+            f"rollout.mesh.tensor={fits} and rollout.mesh.data={data}"
         )
+
+
+def prompt_widths(longest: int, multiple: int) -> list[int]:
+    """Compiled widths of prompts: `multiple` times 1, 2, 4, ..., and one for the longest."""
+    widths = [multiple]
+    while widths[-1] < longest:
+        widths.append(2 * widths[-1])
+    return [*widths[:-1], longest + -longest % multiple]
+
+
+def prefill_sizes(slots: int, n: int, width: int, devices: int) -> tuple[int, int]:
+    """Prompts of a prefill, one of two compiled numbers for each width: enough for the slots that a
+    round ends early for, or as many prompts as that is slots."""
+    early = -(-slots // EARLY)
+    few = -(-early // n)
+    many = min(-(-slots // n), early, PREFILL // width)
+    few, many = (prompts + -prompts % devices for prompts in (few, many))
+    return few, max(few, many)
 
 
 class _Batch:
@@ -268,12 +287,10 @@ class _Batch:
         return empty_slots(model.config, len(self._rows), self._places, model.dtype)
 
     def _portion(self, prompts: int, width: int) -> int:
-        """Prompts of the next prefill, one of two compiled numbers for each width: enough for the
-        slots that a round ends early for, or as many prompts as that is slots."""
-        early = -(-len(self._rows) // EARLY)
-        few = self._over_devices(-(-early // self._n))
-        many = self._over_devices(min(-(-len(self._rows) // self._n), early, PREFILL // width))
-        return max(few, many) if prompts > few else few
+        """Prompts of the next prefill, of those that wait."""
+        devices = self._sampler._mesh.size
+        few, many = prefill_sizes(len(self._rows), self._n, width, devices)
+        return many if prompts > few else few
 
     def _prefill(self, groups: Sequence[_Group], count: int, width: int) -> Prefilled:
         tokens, segments = np.zeros((2, count, width), np.int32)

@@ -105,6 +105,75 @@ def test_nothing_is_resharded_by_replication_on_any_slice_that_the_page_has():
     assert sum(made["fits"] for made in kept.values()) > 40
 
 
+SAMPLER = {
+    "mesh": dict(data=8, fsdp=1, context=1, tensor=1),
+    "slots": 256,
+    "slots_that_fit": 1024,
+    "tokens_per_second": 3e4,
+    "share": 0.75,
+}
+HOST_LINE = {"fits": True, "used": 9 * 2**30, "room": 16 * 2**30, "learning": 2.5}
+HOST_LINE |= {"sampler": SAMPLER}
+
+
+def test_models_of_one_host(files):
+    files.write_text("above\n<!-- hosts -->\nold\n<!-- end -->\nbelow\n")
+    split = SAMPLER | {"mesh": SAMPLER["mesh"] | dict(data=2, tensor=4)}
+    lines = {
+        f"gsm8k {MODEL} v5e:2x4": HOST_LINE,
+        f"gsm8k {MODEL} v6e:2x4": {**HOST_LINE, "fits": False, "because": "decoding: too large"},
+        f"gsm8k:lora {MODEL} v5e:2x4": {**HOST_LINE, "sampler": split},
+        f"gsm8k:lora {MODEL} v6e:2x4": {**HOST_LINE, "fits": False},
+    }
+    plan_table.write_page(lines)
+    text = files.read_text()
+    assert text.startswith("above\n<!-- hosts -->\n")
+    assert text.endswith("<!-- end -->\nbelow\n")
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines()]
+    first, *rows = [row for row in rows if row[0] == MODEL]
+    assert first == [MODEL, "all weights, adapters", "nothing", "not tried"]
+    figures = ["256, 1,024", "2.50", "30,000", "75%"]
+    assert rows[0] == [MODEL, "all weights", "v5e:2x4", "9.0 of 16.0 GiB", "whole", *figures]
+    assert "decoding: too large" in rows[1][3]
+    assert rows[2][1:5] == ["adapters", "v5e:2x4", "9.0 of 16.0 GiB", "tensor 4"]
+    assert "9.0 of 16.0 GiB" in rows[3][3]
+
+
+@pytest.mark.parametrize("fitting", [64, 1])
+def test_a_host_is_planned_again_with_what_a_refusal_proposes(monkeypatch, fitting):
+    asked = []
+
+    def plan_run(config, *_, **__):
+        asked.append((config.rollout.mesh.tensor, config.rollout.max_sequences))
+        remedies = {1: ["rollout.mesh.data=2", "rollout.mesh.tensor=4"]}
+        remedies = remedies.get(config.rollout.mesh.tensor, ["rollout.max_sequences=64"])
+        fits = asked[-1] == (4, fitting)
+        program = dict(program="decoding", fits=fits, because="so", hbm={"all": 7})
+        return {
+            "fits": fits,
+            "remedies": [] if fits else remedies,
+            "programs": [program | {"compile_seconds": 1.0, "resharded by replication": 0}],
+            "hbm": {"available": 8},
+            "roofline": {"seconds": 2.0},
+            "sampler": SAMPLER,
+        }
+
+    monkeypatch.setattr(plan_table, "open_slice", lambda topology: None)
+    monkeypatch.setattr(plan_table, "plan_run", plan_run)
+    made = plan_table.line("gsm8k:lora", MODEL, "v5e:2x4")
+    assert asked == [(1, 256), (4, 256), (4, 64)]
+    assert (made["fits"], made["used"], made["room"]) == (fitting == 64, 7, 8)
+    assert made["because"] == "decoding: so"
+
+
+def test_hosts_have_lines_of_all_weights_and_of_adapters():
+    lines = [key for keys in chains([plan_table.ONE_HOST], [MODEL]) for key in keys]
+    assert len(lines) == 6
+    assert {run for run, _, _ in lines} == {"gsm8k", "gsm8k:lora"}
+    assert len({digest_of(run, MODEL) for run, _, _ in lines}) == 2
+    assert {topology for _, _, topology in lines} == set(plan_table.HOSTS)
+
+
 @pytest.mark.parametrize("most", [4, 2, 0])
 def test_of_layouts_that_do_not_fit_the_one_that_splits_no_row_is_shown(monkeypatch, most):
     """Rows can be split over `most` chips; over more is refused, and with 0 all is."""

@@ -51,7 +51,7 @@ def compiled(name, remat="full", micro_batches=2, **mesh):
     decoder = dict(head_dim=64, num_hidden_layers=LAYERS, max_position_embeddings=length) | sizes
     model = ModelConfig.from_hf(dict(config.model.architecture) | decoder, source="this test")
     mesh = hardware.make_mesh(where, **config.mesh)
-    run = programs_of(typed(config), model, mesh, from_checkpoint=False)
+    run = programs_of(typed(config), model, mesh, mesh, from_checkpoint=False)
     assert run.longest.tokens.shape == (micro_batches, ROWS, length)
     result = programs.compile_program(run.gradient_step(), programs.available_hbm(where))
     return run, result, step_times(run, where, result.traced, result.module)
@@ -263,8 +263,9 @@ def test_the_command_sweeps_and_prints_and_writes_a_plan(tmp_path):
     assert plan["compiler_flags"] == flag
     assert plan["fits"]
     names = ["train step", "initialisation", "recomputed log-probs", "probe"]
+    names += ["decoding", "placement", "prefill"]  # of the run's evaluation
     assert [p["program"] for p in plan["programs"]] == names
-    for word in (flag, "FITS", "warmup.num_steps", "FLOPs", "all-gather", "MFU", "RAM"):
+    for word in (flag, "FITS", "warmup.num_steps", "FLOPs", "all-gather", "MFU", "RAM", "slots"):
         assert word in done.stdout
     for number in ("host_memory", "publish_seconds", "fleet", "roofline", "flops", "hbm_traffic"):
         assert plan[number]

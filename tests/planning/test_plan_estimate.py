@@ -16,7 +16,7 @@ from oapl_jax.errors import RunError, UserError
 from oapl_jax.model.hf import parameter_count
 from oapl_jax.model.published import PUBLISHED, published
 from oapl_jax.model.sharding import make_mesh
-from oapl_jax.plan import model_sizes, plan_run, programs_of, verdict
+from oapl_jax.plan import model_sizes, open_meshes, plan_run, programs_of, verdict
 from oapl_jax.planning import estimate
 from oapl_jax.planning.hardware import CHIPS, SLICES, Slice, open_slice
 from oapl_jax.planning.programs import program_flops, step_flops
@@ -110,9 +110,10 @@ def config(tmp_path, monkeypatch):
 
 
 def run_of(config):
-    sizes, from_checkpoint = model_sizes(typed(config), None, epath.Path("model"))
-    mesh = make_mesh(**config.mesh)
-    return programs_of(typed(config), sizes, mesh, from_checkpoint=from_checkpoint)
+    given = typed(config)
+    sizes, from_checkpoint = model_sizes(given, None, epath.Path("model"))
+    meshes = open_meshes(given, jax.devices(), make_mesh, host=0)
+    return programs_of(given, sizes, *meshes, from_checkpoint=from_checkpoint)
 
 
 def test_the_longest_batch_has_the_most_rows_and_a_host_a_copy_of_each_chips_part(config):
@@ -143,11 +144,15 @@ def test_copies_of_the_parameters_beside_a_program_are_counted(config):
     config.rollout.overlap = True
     config.rollout.mesh.update(data=4, tensor=2)
     beside = run_of(config).gradient_step().beside
-    assert beside["embedded sampler"] == count / 2
-    # 256 slots of 28 places; keys and values of two layers, two heads of 16, in float32.
-    assert beside["KV cache"] == 256 * 28 * (2 * 2 * 2 * 16 * 4) / 8
+    assert count / 2 < beside["embedded sampler"] < 1.01 * count / 2  # norms are whole
+    # 256 slots of 28 places; keys and values of two layers, two heads of 16, in float32. A slot
+    # also has its segments, its hidden state and its counts.
+    cache = 256 * 28 * (2 * 2 * 2 * 16 * 4) / 8
+    assert cache < beside["KV cache"] < 1.05 * cache
     config.rollout.devices = 4
-    assert "KV cache" not in run_of(config).gradient_step().beside
+    config.rollout.mesh.update(data=2)
+    beside = run_of(config).gradient_step().beside
+    assert not {"embedded sampler", "KV cache"} & set(beside)
 
 
 def test_adapters_and_the_frozen_weights_are_counted_apart(config):
@@ -171,7 +176,7 @@ def test_adapters_and_the_frozen_weights_are_counted_apart(config):
 def test_a_fleet_keeps_up_with_the_steps_between_two_publications(config):
     def demand(*seconds):
         sizes, mesh = published("qwen3-0.6b"), make_mesh(**config.mesh)
-        run = programs_of(typed(config), sizes, mesh, from_checkpoint=True)
+        run = programs_of(typed(config), sizes, mesh, mesh, from_checkpoint=True)
         return tuple(estimate.fleet_demand(run, *seconds).values())
 
     config.lag.update(mode="window", steps=50)
@@ -199,11 +204,13 @@ def test_publishing_writes_the_weights_and_then_the_version():
 
 
 def test_the_verdict_names_the_chip_the_host_and_what_is_not_planned():
-    plan = {"chip_fits": True, "fits": True, "not_planned": ["x", "y"]}
+    plan = {"chip_fits": True, "fits": True, "not_planned": ["x", "y"], "remedies": []}
     assert "x; y" in verdict(plan)
     host = verdict(plan | {"fits": False})
     assert "NOT FIT THE HOST" in host
-    assert "NOT FIT" in verdict(plan | {"fits": False, "chip_fits": False}) != host
+    chip = plan | {"fits": False, "chip_fits": False}
+    assert "NOT FIT" in verdict(chip) != host
+    assert "rollout.max_sequences=64" in verdict(chip | {"remedies": ["rollout.max_sequences=64"]})
 
 
 def test_a_plan_refuses_what_a_run_on_the_slice_refuses():
@@ -274,7 +281,7 @@ def test_a_host_holds_what_its_chips_offload(config, monkeypatch):
     monkeypatch.setattr(estimate, "compile_all", lambda *_: (programs, {}))
     monkeypatch.setattr(estimate, "available_hbm", lambda where: 0)
     where, mesh = open_slice("v5e:2x2"), make_mesh(data=1, fsdp=8, context=1, tensor=1)
-    run = programs_of(typed(config), published("qwen3-0.6b"), mesh, from_checkpoint=True)
+    run = programs_of(typed(config), published("qwen3-0.6b"), mesh, mesh, from_checkpoint=True)
     held = estimate.estimate(run, where, storage=1e9, log=print)["host_memory"]
     assert held["offloaded"] == 4 * 10**9
     assert held.pop("total") == sum(held.values()) - held["ram"]
