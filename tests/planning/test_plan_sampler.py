@@ -79,17 +79,18 @@ def compiled(**changes):
 LAYER = HIDDEN * (2 * HEADS * DIM + 2 * KEYS * DIM + 3 * WIDE)
 WEIGHTS = LAYERS * LAYER + HIDDEN * VOCAB
 PLACE = LAYERS * 2 * KEYS * DIM * 2  # bytes of a token's keys and values
-MESHES = [{}, {"rollout.mesh.data": 2, "rollout.mesh.tensor": 2}]
+MANY = 4096  # slots, whose cache a chip's VMEM can't hold
+MESHES = [{}, {"rollout.mesh.data": 2, "rollout.mesh.tensor": 2, "rollout.max_sequences": MANY}]
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_hbm_of_decoding_has_version_and_cache(mesh):
     run, found, _ = compiled(**mesh)
-    parts = mesh.get("rollout.mesh.tensor", 1)
+    parts, slots = mesh.get("rollout.mesh.tensor", 1), mesh.get("rollout.max_sequences", SLOTS)
     assert all(result.fits and not result.replicated for result in found.values())
     hbm = found["decoding"].hbm
     assert 2 * WEIGHTS / parts < hbm["embedded sampler"] < 1.02 * 2 * WEIGHTS / parts
-    cache = SLOTS * (PROMPT + RESPONSE) * PLACE / 4  # over four chips
+    cache = slots * (PROMPT + RESPONSE) * PLACE / 4  # over four chips
     assert cache < hbm["KV cache"] < 1.05 * cache
     assert hbm["parameters"] == programs.per_chip(run.state.params)  # the learner's, beside it
     assert hbm["optimizer"] > 0
@@ -108,15 +109,19 @@ def test_hbm_of_decoding_has_version_and_cache(mesh):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_work_of_a_round_of_decoding(mesh):
     run, _, work = compiled(**mesh)
-    places, parts = PROMPT + RESPONSE, mesh.get("rollout.mesh.tensor", 1)
-    assert (run.sampler.slots, run.sampler.places, run.sampler.steps) == (SLOTS, places, STEPS)
+    slots, places = mesh.get("rollout.max_sequences", SLOTS), PROMPT + RESPONSE
+    assert (run.sampler.slots, run.sampler.places, run.sampler.steps) == (slots, places, STEPS)
     # Each token attends to all places of its slot.
     token = 2 * WEIGHTS + LAYERS * 2 * 2 * HEADS * DIM * places
-    assert work["decoding"]["flops"] == STEPS * SLOTS * token
-    read = STEPS * (2 * WEIGHTS / parts + SLOTS * places * PLACE / 4)
-    assert read < work["decoding"]["hbm_bytes"] < 6 * read
-    axes = {part for name in work["decoding"]["received"] for part in name.split("+")}
-    assert "tensor" in axes if parts > 1 else not axes  # else no chip waits for another
+    assert work["decoding"]["flops"] == STEPS * slots * token
+    received = work["decoding"]["received"]
+    if mesh:
+        cache = slots * places * PLACE / 4
+        assert STEPS * cache < work["decoding"]["hbm_bytes"] < 4 * STEPS * cache
+        results = 2 * LAYERS * STEPS * slots / 2 * HIDDEN * 2  # of attention and feed-forward
+        assert results / 2 < received["tensor"] < 4 * results
+    else:
+        assert sum(received.values()) < 1024  # counts of active slots
 
 
 def test_a_prefill_has_prompts_for_the_slots_that_a_round_ends_early_for():
@@ -157,7 +162,7 @@ def test_devices_of_a_slice_are_split_as_a_run_splits_them():
         (
             {"model.architecture.num_key_value_heads": 2, "rollout.mesh.data": 1}
             | {"rollout.mesh.tensor": 4},
-            r"rollout\.mesh\.tensor=4 .* tensor=2 and rollout\.mesh\.data=2",
+            r"rollout\.mesh\.tensor=4 .* set rollout\.mesh\.tensor=2 and rollout\.mesh\.data=2",
         ),
     ],
 )
@@ -191,7 +196,7 @@ def fake_compiler(temporaries, fixed=0):
 @pytest.mark.parametrize(
     ("room", "fixed", "least", "most"),  # room in slots
     [
-        (200, 0, 150, 200),
+        (200, 0, 140, 200),
         (40, 0, 28, 40),
         (200, 20 << 20, SLOTS, 200),  # what does not grow makes it search below the most
         (10**4, 0, 16 * SLOTS, 16 * SLOTS),  # enough for any use
