@@ -148,7 +148,7 @@ def test_copies_of_the_parameters_beside_a_program_are_counted(config):
     # 256 slots of 28 places; keys and values of two layers, two heads of 16, in float32. A slot
     # also has its segments, its hidden state and its counts.
     cache = 256 * 28 * (2 * 2 * 2 * 16 * 4) / 8
-    assert cache < beside["KV cache"] < 1.05 * cache
+    assert cache < beside["KV cache"] < 1.1 * cache
     config.rollout.devices = 4
     config.rollout.mesh.update(data=2)
     beside = run_of(config).gradient_step().beside

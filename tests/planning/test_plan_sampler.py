@@ -285,8 +285,8 @@ def test_a_plan_has_the_sampler(where):
     assert sampler["step_seconds"] == max(sampler["seconds"], plan["roofline"]["seconds"])
     slowest = sampler["bounds"]["decoding"]
     assert slowest["seconds"] == slowest[slowest["binds"]] > 0
-    # One chip can't read its version faster.
-    assert sampler["seconds_per_token"] > 2 * WEIGHTS / 819e9
+    # A round reads the version once: this small one stays in VMEM.
+    assert slowest["seconds"] > 2 * WEIGHTS / 819e9
     for word in ("slots", "generated tokens/s", f"{sampler['share']:.0%}"):
         assert word in report(plan)
 
