@@ -47,7 +47,7 @@ PART = 1 << 23  # weights compared at a time
 
 
 def get_config(model: epath.Path, questions: epath.Path, num_steps: int) -> common.Config:
-    """Sums of two numbers below 100: short prompts and responses, so that a step takes seconds."""
+    """Sums of two small numbers: short prompts and responses, so that a step takes seconds."""
     config = own_task.get_config("pretrained").unlock()
     config.num_steps = num_steps
     config.group_size = 4
@@ -55,7 +55,9 @@ def get_config(model: epath.Path, questions: epath.Path, num_steps: int) -> comm
     config.data.update(task="math", max_prompt_tokens=40)
     config.data.sets.train = str(questions)
     config.data.data_dir = str(questions.parent / "data")
-    config.rollout.update(max_response_tokens=12, max_sequences=8, prompt_multiple=8)
+    config.rollout.update(
+        max_response_tokens=16, max_sequences=8, prompt_multiple=8, max_zero_reward_groups=0
+    )
     config.lag.steps = 8
     config.buffer.zero_variance = "keep"
     config.model.update(path=str(model), dtype="float32", remat="none")
@@ -146,7 +148,7 @@ def rows_of(pairs: Mapping[int, list[tuple[float, float]]], **about: Any) -> lis
 
 def measure(model: epath.Path, lags: list[int], scratch: epath.Path) -> list[dict[str, Any]]:
     questions, rng = scratch / "questions.jsonl", random.Random(0)
-    sums = [(rng.randint(1, 99), rng.randint(1, 99)) for _ in range(2000)]
+    sums = [(rng.randint(1, 30), rng.randint(1, 30)) for _ in range(2000)]
     rows = [
         {"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in dict.fromkeys(sums)
     ]
