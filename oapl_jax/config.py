@@ -25,7 +25,9 @@ from oapl_jax.errors import UserError
 from oapl_jax.files import is_local, write_atomically
 
 DTYPES = ("float32", "bfloat16")
-TASKS = ("chain_sum", "number_sorting", "countdown", "documents", "math", "code")
+# Tasks of reasoning_gym in its own words, whose answers are one word or number.
+WORD_TASKS = ("needle_haystack",)
+TASKS = ("chain_sum", "number_sorting", "countdown", "documents", *WORD_TASKS, "math", "code")
 FUNCTION = "function"  # task of records that only a reward function can judge
 LORA_TARGETS = (
     *("q_proj", "k_proj", "v_proj", "o_proj"),

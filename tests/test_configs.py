@@ -21,7 +21,7 @@ CHOICES = {
     "competition_math": ["", "smoke", "grpo_is", "smoke,objective=grpo_is"],
     "own_task": ["", "start=pretrained", "objective=grpo"],
     "gsm8k": ["", "lora", "train=lora,objective=grpo"],
-    "smollm2": [""],
+    "smollm2": ["", "lora", "train=lora,objective=grpo_is"],
 }
 # Scripts of users rely on these names.
 PUBLIC = (

@@ -10,10 +10,13 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
+from oapl_jax.config import WORD_TASKS
+
 MAX_CHARACTERS = 4096
 MAX_EXPRESSION = 512  # far below what exhausts the stack of Python's parser
 MAX_DEPTH = 64
 INTEGER = re.compile(r"(?<![0-9])-?[0-9]{1,32}")  # after a digit, a minus is an operator
+WORD = re.compile(r"\w[\w'-]*(?:[.,]\d+)*")  # or a number
 EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
 OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -59,13 +62,25 @@ def countdown(response: str, answer: str) -> float:
     return float(value == int(target))
 
 
+def word_problem(response: str, answer: str) -> float:
+    """Compares the first word of the response with the answer, case aside: more may follow."""
+    return float(_first_word(response) == answer.lower())
+
+
 VERIFIERS = {verify.__name__: verify for verify in (chain_sum, number_sorting, countdown)}
+VERIFIERS |= dict.fromkeys(WORD_TASKS, word_problem)
 # Final answers of responses, for a vote; equal strings are equal answers.
 FINAL_ANSWERS: dict[str, Callable[[str], str]] = {
     "chain_sum": lambda response: (INTEGER.findall(response[-MAX_CHARACTERS:]) or [""])[-1],
     "number_sorting": lambda response: response.replace(" ", ""),
     "countdown": lambda response: response.replace(" ", ""),
+    **dict.fromkeys(WORD_TASKS, lambda response: _first_word(response)),
 }
+
+
+def _first_word(response: str) -> str:
+    word = WORD.search(response[:MAX_CHARACTERS])
+    return word[0].lower() if word else ""
 
 
 def _value(node: ast.expr, depth: int) -> Fraction:

@@ -16,7 +16,7 @@ import pytest
 from disks import no_file_larger_than
 
 from configs import common
-from oapl_jax.config import DocumentRewardConfig, SyntheticDataConfig
+from oapl_jax.config import WORD_TASKS, DocumentRewardConfig, SyntheticDataConfig
 from oapl_jax.data.records import Record, load_split, user
 from oapl_jax.data.synthetic import tasks
 from oapl_jax.data.synthetic.tasks import TASKS, content_id, records, split_of
@@ -32,12 +32,14 @@ SETTINGS = {
     | dict(min_target=1, max_target=30),
     "documents": dict(min_rows=1, max_rows=1, min_columns=2, max_columns=2, max_letters=1)
     | dict(formulas_alone=0.5, formulas_in_tables=0.0, max_depth=1),
+    "needle_haystack": dict(min_num_statements=1, max_num_statements=1),
 }
 LARGER = {
     "chain_sum": dict(min_terms=2, max_terms=6, max_digits=2),
     "number_sorting": dict(max_numbers=8, min_value=-20, max_value=20),
     "countdown": dict(min_numbers=3, max_numbers=4, max_value=20, max_target=99),
     "documents": dict(max_rows=3, max_columns=3, max_letters=3, formulas_in_tables=0.5),
+    "needle_haystack": dict(max_num_statements=5),
 }
 SIZES = {"train": 400, "validation": 40, "test": 40}
 VERIFY = DocumentVerifier(DocumentRewardConfig.from_dict(common.rewards().documents.to_dict()))
@@ -111,6 +113,16 @@ def test_chain_sum_keeps_totals_of_two_characters():
         assert int(totals[-1]) == int(record.answer)
 
 
+@pytest.mark.parametrize("task", WORD_TASKS)
+def test_a_word_problem_has_reasoning_gyms_question_and_answer(task):
+    items = TASKS[task].generator(seed=1, **SETTINGS[task])
+    for item in (items[index] for index in range(20)):
+        metadata = TASKS[task].metadata(item)
+        assert TASKS[task].question(metadata) == item["question"].strip()
+        answer = TASKS[task].answer(metadata)
+        assert VERIFIERS[task](answer, answer) == items.score_answer(answer, item) == 1
+
+
 def test_keys_are_canonical():
     sorting, countdown, sums = TASKS["number_sorting"], TASKS["countdown"], TASKS["chain_sum"]
     key = lambda way, *numbers: sorting.key({"direction": way, "numbers": numbers})
@@ -176,13 +188,12 @@ def content(record: Record):
     """Identity of a problem, from its question and not from the code under test."""
     numbers = sorted(map(int, re.findall(r"\d+", record.question)))
     match record.task:
-        case "chain_sum" | "documents":
-            return record.question
         case "number_sorting":
             return numbers, record.question[-1]
         case "countdown":
             *_, target = map(int, re.findall(r"\d+", record.question))
             return numbers, target  # the target is also among the numbers, in both of two equals
+    return record.question
 
 
 def repeated_problems(chosen: dict[str, list[Record]]) -> int:

@@ -1,6 +1,7 @@
-"""The path of configs/smollm2.py with a tiny model in the place of the real one: a checkpoint with
-a chat template of its own, problems in the form of GSM8K, the verifier, a step, the evaluation."""
+"""A tiny model in the place of SmolLM2: a checkpoint with a chat template of its own learns from
+problems in the form of GSM8K, and goes through the experiment of word problems."""
 
+import dataclasses
 import functools
 import json
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ import pytest
 from etils import epath
 from small_runs import opened, typed
 
-from configs import smollm2
+from configs import gsm8k
+from experiments.smollm2 import LAG, MAX_MINUTES, SHOWN, Outcome, draw, page, run, table
 from oapl_jax import train
 from oapl_jax.data import samples
 from oapl_jax.evaluate import evaluate_benchmarks
@@ -21,7 +23,7 @@ from oapl_jax.model.policy import open_policy
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.rollout.dataset import Dataset
 
-CHARACTERS = "".join(map(chr, range(32, 127))) + "\n"
+CHARACTERS = "".join(map(chr, range(32, 127))) + "\n\u2019"
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -40,7 +42,7 @@ def model(tmp_path_factory):
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
         rms_norm_eps=1e-5,
         rope_theta=10000.0,
         tie_word_embeddings=True,
@@ -57,25 +59,39 @@ def model(tmp_path_factory):
     return directory / "llama"
 
 
-def test_a_small_model_goes_the_way_of_the_real_one(model, tmp_path):
+def test_a_small_model_trains_on_problems_in_the_form_of_gsm8k(model, tmp_path):
     samples.write(str(tmp_path / "samples"), rows=8)
-    config = smollm2.get_config()
+    config = gsm8k.get_config()
+    for name in ("train", "validation", "test"):
+        config.data.sets[name].update(rows=0, part=(0, 100))
+    config.benchmarks.gsm8k_test.rows = 0
     config.update_from_flattened_dict(
         {
+            "num_steps": 2,
+            "group_size": 4,
+            "groups_per_step": 4,
             "releases": str(tmp_path / "samples"),
             "data.data_dir": str(tmp_path / "data"),
-            "data.max_prompt_tokens": 192,  # one token a character
-            "learner.row_length": 208,
+            "data.max_prompt_tokens": 320,  # one token a character
+            "rollout.prompts_per_call": 4,
+            "rollout.max_sequences": 16,
             "rollout.max_response_tokens": 16,
+            "rollout.temperature": 0.5,
             "model.path": str(model),
+            "model.dtype": "float32",
+            "model.remat": "none",
+            "publish_dtype": "float32",
             "mesh.data": 8,
             "mesh.fsdp": 1,
-            "learner.rows_multiple": 8,
+            "lag.steps": 1,
             "warmup.num_steps": 50,  # this one has to learn first what an answer looks like
             "warmup.batch_size": 16,
             "warmup.demonstrations": 8,
             "rollout.record": True,
             "buffer.zero_variance": "keep",
+            "evaluation.every": 0,
+            "evaluation.n": 2,
+            "evaluation.ks": (1, 2),
             "tracking.tensorboard": False,
         }
     )
@@ -112,3 +128,72 @@ def test_a_small_model_goes_the_way_of_the_real_one(model, tmp_path):
         assert results["gsm8k_test"]["problems"] == 8
         assert len(results["gsm8k_test"]["pass@k"]["value"]) == 2
     job.close()
+
+
+# The experiment of word problems
+
+TINY = {
+    "num_steps": LAG + 2,
+    "groups_per_step": 2,
+    "rollout.prompts_per_call": 2,
+    "rollout.max_sequences": 16,
+    "rollout.max_response_tokens": 8,
+    "rollout.prompt_multiple": 384,
+    "data.max_prompt_tokens": 384,
+    "data.train_size": 40,
+    "data.validation_size": 2,
+    "data.test_size": SHOWN,
+    "learner.rows_multiple": 8,
+    "buffer.zero_variance": "keep",
+    "evaluation.every": 5,
+    "mesh.data": 8,
+    "mesh.fsdp": 1,
+    "tracking.tensorboard": False,
+}
+
+
+def test_a_run_has_its_lag_its_curve_and_its_responses(model, tmp_path):
+    stop, workdir = SimpleNamespace(requested=""), epath.Path(tmp_path / "run")
+    changes = {**TINY, "model.path": str(model), "data.data_dir": str(tmp_path / "data")}
+    outcome = run(workdir, "lora,oapl", 0, changes, stop)
+    assert outcome.lag >= LAG
+    assert [step for step, *_ in outcome.curve] == [5, 10]
+    assert outcome.before["prompts"] == outcome.after["prompts"] == SHOWN
+    assert [sample["question"].count("?") for sample in outcome.samples] == [1] * SHOWN
+    for sample in outcome.samples:
+        name, hater = sample["answer"], sample["question"].rpartition("Who ")[2].partition("?")[0]
+        assert f"{name} {hater}." in sample["question"]
+    assert not (workdir / "versions").exists()
+
+    again = run(workdir, "lora,oapl", 0, {"num_steps": -1}, stop)
+    assert dataclasses.asdict(again) == json.loads((workdir / "outcome.json").read_text())
+    draw([outcome], epath.Path(tmp_path / "curves.png"))
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    shown = page([outcome])
+    assert all(sample["answer"] in shown for sample in outcome.samples)
+
+
+def outcome(before=(0.2, 0.5), after=(0.6, 0.6), minutes=50.0, lag=8.0, name="full,oapl"):
+    results = [{"pass@1": a, "pass@8": b, "greedy": a} for a, b in (before, after)]
+    return Outcome(name, 0, *results, minutes, lag, [(16, *after)], [])
+
+
+@pytest.mark.parametrize(
+    ("changed", "holds"),
+    [
+        ({}, True),
+        ({"after": (0.49, 0.6)}, False),
+        ({"after": (0.51, 0.5)}, True),
+        ({"after": (0.6, 0.49)}, False),
+        ({"before": (0.04, 0.5)}, False),
+        ({"before": (0.55, 0.6), "after": (0.9, 0.9)}, False),
+        ({"minutes": MAX_MINUTES + 1}, False),
+        ({"lag": LAG - 0.5}, False),
+    ],
+)
+def test_the_claim(changed, holds):
+    assert outcome(**changed).holds == holds
+    verdict = table([outcome(**changed)]).splitlines()[-1].split("|")[-2].strip()
+    assert verdict == ("holds" if holds else "FAILS")
+    of_grpo = outcome(**changed, name="full,grpo_is")
+    assert "FAILS" not in table([of_grpo])

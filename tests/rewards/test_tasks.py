@@ -6,16 +6,21 @@ import time
 
 import pytest
 
+from oapl_jax.config import WORD_TASKS
 from oapl_jax.rewards.tasks import MAX_CHARACTERS, MAX_EXPRESSION, VERIFIERS
 
 COUNTDOWN = "3 4 5 -> 17"
 ANSWERS = {"chain_sum": "-5", "number_sorting": "-1,2,2,10", "countdown": COUNTDOWN}
+ANSWERS |= dict.fromkeys(WORD_TASKS, "Ada-May")
 
 
 RIGHT = {
     "chain_sum": ("-5", "7,-5", "7,99, -5", "nonsense,-5", "-5,", "4 - 9 = -5."),
     "number_sorting": ("-1,2,2,10", "-1, 2, 2, 10"),
     "countdown": ("3*4+5", " 5 + (4 * 3) ", "-(-5-4*3)"),
+    **dict.fromkeys(
+        WORD_TASKS, ("Ada-May", " ada-may.\n", "**Ada-May** likes tea", "Ada-May, not Bo")
+    ),
 }
 WRONG = {
     "chain_sum": (
@@ -28,6 +33,9 @@ WRONG = {
     "countdown": (
         *("", "17", "3+4+5", "3*4+5+0", "3*4+5+5-5", "12+5", "3*4+5=17", "3*4+05"),
         *("3 4 5", "3(4)(5)", "3*4+5)", "5/(4-4)+3"),
+    ),
+    **dict.fromkeys(
+        WORD_TASKS, ("", "Ada", "May", "Ada May", "Ada-Mays", "Bo, Ada-May", "It is Ada-May")
     ),
 }
 

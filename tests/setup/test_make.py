@@ -102,7 +102,7 @@ def third_party(path: pathlib.Path) -> set[str]:
     return found - sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("script", ["tests/golden/make.py", "experiments/smollm2.py"])
+@pytest.mark.parametrize("script", ["tests/golden/make.py", "experiments/smollm2_checkpoint.py"])
 def test_the_environment_for_parity_has_what_its_scripts_import(script):
     text = (ROOT / "requirements/parity.txt").read_text()
     pinned = {name.lower().replace("_", "-") for name in re.findall(r"^([\w-]+)==", text, re.M)}

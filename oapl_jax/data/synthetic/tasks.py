@@ -1,7 +1,8 @@
 """Synthetic tasks (reasoning_gym, made documents) and their TFDS data set, split by content.
 
-Questions are compact, for a character-level model. Everything about a record follows from its
-metadata by pure functions; the verifiers are rewards/tasks.py and rewards/documents.
+Questions are compact, for a character-level model, or reasoning_gym's own, for a pretrained one.
+Everything about a record follows from its metadata by pure functions; the verifiers are
+rewards/tasks.py and rewards/documents.
 
 The hash of a problem's content alone determines its split, so a problem of a test split is in no
 training split, whatever the sizes, settings and seeds of the two data sets.
@@ -12,13 +13,14 @@ import hashlib
 import importlib
 import itertools
 import json
+import string
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from oapl_jax.config import SyntheticDataConfig
+from oapl_jax.config import WORD_TASKS, SyntheticDataConfig
 from oapl_jax.data.records import Record, Split, load_split, position, prepare_records, user
 from oapl_jax.data.synthetic import documents
 from oapl_jax.errors import UserError
@@ -34,8 +36,8 @@ class Task:
     """The pure functions of one task.
 
     Attributes:
-      generator: (seed, **settings) -> items by index, {"metadata": ..} each.
-      metadata: item's metadata -> record's metadata.
+      generator: (seed, **settings) -> items by index, {"metadata": .., "question": .., ..} each.
+      metadata: item -> record's metadata.
       question, answer: of a record's metadata.
       key: canonical content of a record's metadata; equal keys mean the same problem.
       demonstration: (record, rng, noise) -> response with an error in each step with probability
@@ -88,8 +90,9 @@ def _chain_sum_demonstration(record: Record, rng: np.random.Generator, noise: fl
 
 
 def _number_sorting_metadata(item: Mapping[str, Any]) -> dict[str, Any]:
-    numbers = [int(float(number)) for number in item["original_numbers"]]  # "-0.0" becomes 0
-    return {"numbers": numbers, "direction": item["direction"]}
+    made = item["metadata"]
+    numbers = [int(float(number)) for number in made["original_numbers"]]  # "-0.0" becomes 0
+    return {"numbers": numbers, "direction": made["direction"]}
 
 
 def _sorted(metadata: Mapping[str, Any]) -> list[int]:
@@ -115,23 +118,57 @@ COUNTDOWN_SYMBOLS = DIGITS + "+-*/()"
 
 
 def _countdown_metadata(item: Mapping[str, Any]) -> dict[str, Any]:
-    expression = item["expression"].replace(" ", "")
-    return {"numbers": item["numbers"], "target": item["target"], "expression": expression}
+    made = item["metadata"]
+    expression = made["expression"].replace(" ", "")
+    return {"numbers": made["numbers"], "target": made["target"], "expression": expression}
 
 
 def _countdown_demonstration(record: Record, rng: np.random.Generator, noise: float) -> str:
+    return _mistyped(record.metadata["expression"], COUNTDOWN_SYMBOLS, rng, noise)
+
+
+def _mistyped(text: str, symbols: str, rng: np.random.Generator, noise: float) -> str:
+    """The text with another one of `symbols` in the place of each character, by probability."""
     return "".join(
-        str(rng.choice([other for other in COUNTDOWN_SYMBOLS if other != symbol]))
+        str(rng.choice([other for other in symbols if other != symbol]))
         if rng.random() < noise
         else symbol
-        for symbol in record.metadata["expression"]
+        for symbol in text
+    )
+
+
+# Word problems: reasoning_gym's own question, answered by one word or number.
+
+WORD_PROBLEM_CHARACTERS = string.ascii_letters + DIGITS + string.punctuation + " \n\u2019"
+
+
+def _word_problem_metadata(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: item[name].strip() for name in ("question", "answer")}
+
+
+def _word_problem_demonstration(record: Record, rng: np.random.Generator, noise: float) -> str:
+    return _mistyped(record.answer, string.ascii_letters, rng, noise)
+
+
+def _word_problems(name: str) -> Task:
+    def generator(**settings: Any) -> Any:
+        return importlib.import_module("reasoning_gym").create_dataset(name, **settings)
+
+    return Task(
+        generator=generator,
+        metadata=_word_problem_metadata,
+        question=lambda m: m["question"],
+        answer=lambda m: m["answer"],
+        key=lambda m: m["question"],
+        demonstration=_word_problem_demonstration,
+        characters=WORD_PROBLEM_CHARACTERS,
     )
 
 
 TASKS = {
     "chain_sum": Task(
         generator=_reasoning_gym("arithmetic.chain_sum", "ChainSum"),
-        metadata=lambda item: {"terms": item["expression"].split()},
+        metadata=lambda item: {"terms": item["metadata"]["expression"].split()},
         question=lambda m: "".join(m["terms"]) + "=",
         answer=lambda m: str(_totals(m["terms"])[-1]),
         key=lambda m: "".join(m["terms"]),
@@ -163,13 +200,14 @@ TASKS = {
     ),
     "documents": Task(
         generator=documents.DocumentGenerator,
-        metadata=dict,
+        metadata=lambda item: item["metadata"],
         question=documents.question,
         answer=documents.answer,
         key=lambda m: json.dumps(m, sort_keys=True),
         demonstration=documents.demonstration,
         characters=documents.CHARACTERS,
     ),
+    **{name: _word_problems(name) for name in WORD_TASKS},
 }
 
 
@@ -195,7 +233,7 @@ def _records(task: str, items: Any) -> Iterator[Record]:
     chosen, failures = TASKS[task], 0
     for index in itertools.count():
         try:
-            metadata = chosen.metadata(items[index]["metadata"])
+            metadata = chosen.metadata(items[index])
         except ValueError as error:
             failures += 1
             if failures == MAX_FAILURES:
