@@ -10,8 +10,10 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import mmap
 import os
+import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +27,7 @@ from oapl_jax.errors import RunError, UserError
 
 READERS = 4
 SYNC_EVERY = 64 << 20  # bytes written before the next fsync starts
+DELETION = 0.2  # seconds in which a directory that is being deleted loses a file
 
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 X = TypeVar("X")
@@ -160,6 +163,19 @@ def damaged_files(
         path = directory / name
         if not path.exists() or not values(path).items() <= entry.items():
             yield name
+
+
+def is_deleted(directory: epath.Path) -> bool:
+    """True if a directory is gone, or another process is deleting it: its files become fewer."""
+    files = math.inf
+    while directory.exists():
+        with contextlib.suppress(FileNotFoundError):  # deleted while they are listed
+            now = sum(len(names) for _, _, names in directory.walk())
+            if now >= files:
+                return False
+            files = now
+        time.sleep(DELETION)
+    return True
 
 
 class JsonLines:
