@@ -13,10 +13,12 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import mmap
 import os
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +39,7 @@ SEGMENT_BYTES = 4 << 20  # at which the next segment begins
 OFFSET_DIGITS = 15  # in the name of a segment
 HEAD_BYTES = 64  # of a log, which tell it from another one of the same name
 WEIGHTS = (".safetensors", ".zst")  # ends of names of large files, which few readers need
+DELETION = 0.2  # seconds in which a directory that is being deleted loses a file
 
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 X = TypeVar("X")
@@ -210,6 +213,19 @@ def damaged_files(
         path = directory / name
         if not path.exists() or not values(path).items() <= entry.items():
             yield name
+
+
+def is_deleted(directory: epath.Path) -> bool:
+    """True if a directory is gone, or another process is deleting it: its files become fewer."""
+    files = math.inf
+    while directory.exists():
+        with contextlib.suppress(FileNotFoundError):  # deleted while they are listed
+            now = sum(len(names) for _, _, names in directory.walk())
+            if now >= files:
+                return False
+            files = now
+        time.sleep(DELETION)
+    return True
 
 
 def read_parts(path: epath.Path) -> Iterator[bytes]:

@@ -26,7 +26,7 @@ from etils import epath
 
 from oapl_jax import multihost
 from oapl_jax.errors import NotFinite, RunError, UserError, one_line, reason
-from oapl_jax.files import write_file
+from oapl_jax.files import is_deleted, write_file
 from oapl_jax.learner.train_step import TrainState
 
 CHUNK_BYTES = 64 << 20  # of parameters: what the publisher must hold beside a tensor
@@ -204,7 +204,7 @@ class Checkpoints(_Steps):
         except _Damaged as error:
             damage = error
         where = f"checkpoint step {step} below {self._directory}"
-        if not (self._directory / str(step)).exists():
+        if is_deleted(self._directory / str(step)):
             have = ", ".join(map(str, self._manager.all_steps(read=True))) or "none"
             raise UserError(f"{where} does not exist, or was deleted meanwhile (have: {have})")
         for older in reversed([other for other in self.steps() if other < step]):

@@ -32,6 +32,7 @@ from oapl_jax.files import (
     damaged_files,
     fetch,
     fsync,
+    is_deleted,
     is_local,
     read_json,
     read_parts,
@@ -138,6 +139,8 @@ def publish(
                 f"version {version} could not be written below {directory} ({one_line(error)}); "
                 "free space or mend the directory, then start again"
             ) from error
+        if is_deleted(source):
+            raise _missing(source) from error
         raise UserError(
             f"Orbax step {source} can't be published as this {config.model_type} "
             f"({one_line(error)}); name a step of a run with this model"
@@ -437,12 +440,18 @@ def finished_steps(directory: epath.Path) -> list[int]:
     return sorted(ocp.utils.checkpoint_steps(directory))
 
 
+def _missing(source: epath.Path) -> UserError:
+    have = [str(step) for step in finished_steps(source.parent) if str(step) != source.name]
+    return UserError(
+        f"{source} is no finished Orbax step, or was deleted meanwhile (have: "
+        f"{', '.join(have) or 'none'}); name one that is"
+    )
+
+
 def open_params(source: epath.Path) -> dict[str, ts.TensorStore]:
     """Opens the arrays of a step's item `params`, by path; raises a UserError if it can't."""
-    have = finished_steps(source.parent)
-    if not source.name.isdigit() or int(source.name) not in have:
-        listed = ", ".join(map(str, have)) or "none"
-        raise UserError(f"{source} is no finished Orbax step (have: {listed}); name one that is")
+    if not source.name.isdigit() or int(source.name) not in finished_steps(source.parent):
+        raise _missing(source)
     place = f"{os.fspath(source)}/params/"
     base = {"driver": "file", "path": place} if is_local(source) else place
     context = ts.Context()
@@ -461,6 +470,8 @@ def open_params(source: epath.Path) -> dict[str, ts.TensorStore]:
                 opening[path] = ts.open(spec, context=context, read=True, open=True)
         return {path: array.result() for path, array in opening.items()}
     except ValueError as error:
+        if is_deleted(source):
+            raise _missing(source) from error
         raise UserError(
             f"the parameters of Orbax step {source} can't be read ({one_line(error)}); publish "
             "another step"
@@ -472,6 +483,8 @@ def load_probe(source: epath.Path) -> dict[str, Any]:
     try:
         return dict(ocp.JsonCheckpointHandler().restore(source / "probe"))
     except (OSError, ValueError) as error:
+        if is_deleted(source):
+            raise _missing(source) from error
         raise UserError(
             f"Orbax step {source} has no readable probe ({one_line(error)}); publish a step that "
             "has one"

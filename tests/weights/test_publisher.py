@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from typing import Any
 from unittest import mock
@@ -195,6 +196,36 @@ def test_a_step_that_can_not_be_published_is_an_error_and_leaves_nothing(tmp_pat
         write(directory, 16, source=source, config=SMALL if damage else LARGE)
     assert str(source) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not list(directory.iterdir())
+
+
+@pytest.mark.parametrize("reading", ["open_params", "load_probe"])
+def test_a_step_that_is_deleted_while_it_is_read_is_not_called_another_model(
+    tmp_path, monkeypatch, reading
+):
+    """A run deletes its older steps beside an evaluation of them, one file after the other."""
+    source = epath.Path(shutil.copytree(orbax_step(16).parent.parent, tmp_path / "run"))
+    source, directory = source / "weights" / "16", tmp_path / "versions"
+    directory.mkdir()
+    real, threads = getattr(publisher, reading), []
+
+    def delete():
+        for path in sorted(pathlib.Path(source).rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+            time.sleep(0.02)
+        source.rmdir()
+
+    def read(source):
+        found = real(source)
+        (source / "params").rmtree()
+        threads.append(threading.Thread(target=delete))
+        threads[-1].start()
+        return found
+
+    monkeypatch.setattr(publisher, reading, read)
+    with pytest.raises(UserError, match=f"{source}.*deleted meanwhile"):
+        write(directory, 16, source=source, config=SMALL)
+    threads[0].join()
     assert not list(directory.iterdir())
 
 
