@@ -72,9 +72,16 @@ def flag_directory(flag: str, value: str) -> epath.Path:
 
 def local_place(path: epath.PathLike) -> epath.Path:
     """A path below the directory of temporary files, for what belongs to another path; a process
-    that resumes on this machine finds it again."""
-    digest = hashlib.sha256(os.fspath(path).encode()).hexdigest()[:16]
-    return epath.Path(tempfile.gettempdir()) / f"oapl_jax-{os.getuid()}-{digest}"
+    that resumes on this machine finds it again.
+
+    Raises a UserError if another user has made its directory, whose content would be believed.
+    """
+    root = Path(tempfile.gettempdir()) / f"oapl_jax-{os.getuid()}"
+    with contextlib.suppress(OSError):  # a full disk, or none: the caller's writes say so
+        root.mkdir(mode=0o700, exist_ok=True)
+    if root.is_symlink() or (root.exists() and root.stat().st_uid != os.getuid()):
+        raise UserError(f"{root} is not yours; set TMPDIR to a directory that is")
+    return epath.Path(root) / hashlib.sha256(os.fspath(path).encode()).hexdigest()[:16]
 
 
 def check_reachable(path: epath.Path, *, of: str) -> None:

@@ -279,6 +279,20 @@ def test_a_store_that_fails_for_a_while_loses_no_line(bucket, monkeypatch):
     assert read(path) == b"1\n2\n"
 
 
+def places():
+    """What `local_place` has named, of all paths."""
+    return list(epath.Path(tempfile.gettempdir(), f"oapl_jax-{os.getuid()}").iterdir())
+
+
+def test_a_directory_of_temporary_files_that_is_not_ones_own_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"oapl_jax-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="TMPDIR"):
+        files.local_place("gs://bucket/run")
+
+
+
 @pytest.mark.parametrize(
     ("since", "found"),
     [
@@ -301,7 +315,7 @@ def test_the_next_process_uploads_the_lines_of_a_killed_one(
     killed.append(b"2\n")
     killed.append(b"3\n")
     if since == "a cut line":
-        (spool,) = epath.Path(tempfile.gettempdir()).iterdir()
+        (spool,) = places()
         spool.write_bytes(spool.read_bytes() + b"4")
     elif since == "an upload":
         (path / f"{2:015d}").write_bytes(b"2\n")
@@ -319,7 +333,7 @@ def test_the_next_process_uploads_the_lines_of_a_killed_one(
     log.append(b"4\n")
     log.close()
     assert read(path) == found
-    assert not list(epath.Path(tempfile.gettempdir()).iterdir())
+    assert not places()
 
 
 def test_a_log_of_a_bucket_needs_no_temporary_file(bucket, monkeypatch, tmp_path):

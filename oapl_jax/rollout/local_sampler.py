@@ -238,9 +238,9 @@ class _Batch:
         free = deque(row for row, response in enumerate(self._rows) if response is None)
         newcomers: dict[_Group, list[int]] = {}  # their rows
         while free and self._waiting and self._waiting[0][0].params is self._params:
-            row = free.popleft()
-            self._rows[row], self._counts[row] = self._waiting.popleft(), 0
-            newcomers.setdefault(self._rows[row][0], []).append(row)
+            row, response = free.popleft(), self._waiting.popleft()
+            self._rows[row], self._counts[row] = response, 0
+            newcomers.setdefault(response[0], []).append(row)
         if self._kept and (rows := newcomers.pop(self._kept[0], None)):
             self._place(self._kept[1], dict.fromkeys(rows, self._kept[2]))
         width_of = lambda group: self._sampler._width(len(group.prompt.tokens))
@@ -259,7 +259,7 @@ class _Batch:
         sampler, sampling, rows = self._sampler, self._sampling, len(self._rows)
         assert self._slots is not None
         early = rows - self._rows.count(None) - -(-rows // EARLY)
-        self._slots, *out = decode(
+        slots, *out = decode(
             self._params,
             self._slots,
             np.int32(max(early, 0) if self._waiting else 0),
@@ -270,7 +270,8 @@ class _Batch:
             stop_ids=sampler._stop_ids,
             steps=min(sampler._tokens_per_round, sampling.max_response_tokens),
         )
-        of_rows = jax.device_get((*out, self._slots.counts, self._slots.active))
+        self._slots = slots
+        of_rows = jax.device_get((*out, slots.counts, slots.active))
         for row, (tokens, logp, count, active) in enumerate(zip(*of_rows, strict=True)):
             if response := self._rows[row]:
                 (group, sample), drawn = response, count - self._counts[row]
