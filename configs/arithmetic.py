@@ -142,7 +142,7 @@ def get_config(arg: str | None = None) -> common.Config:
         max_zero_reward_groups=256,  # in a row without any reward abort the run; 0: never
         deadline=1800.0,  # seconds either side waits for the other, a fleet's pauses included
         max_sequences=256,
-        prompt_multiple=4,
+        prompt_multiple=task["max_prompt_tokens"],  # one width, so one prefill a call
         **common.embedded(),
         **common.recorded(),
     )

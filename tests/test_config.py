@@ -291,7 +291,11 @@ def test_every_number_has_a_range():
 
 
 VALUES = settings.flatten(arithmetic.get_config().to_dict())
-WAITS = [name for name in VALUES if re.search("deadline|seconds|backoff|_every$", name)]
+WAITS = [
+    name
+    for name, value in VALUES.items()
+    if type(value) is float and re.search("deadline|seconds|backoff|_every$", name)
+]
 MANY = [name for name in VALUES if re.search("processes|parallel|reward_threads", name)]
 OF_A_PACKAGE = "seed|_bytes$|architecture|generator|objectives|maxrl"
 COUNTS = [
