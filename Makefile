@@ -31,13 +31,15 @@ test-pythons: $(VERSIONS:%=.venv-%/done)
 	@for version in $(VERSIONS); do echo "Python $$version"; $(CPU) .venv-$$version/bin/python -m pytest tests \
 	  --numprocesses=2 --dist=loadfile -m "not slow" || exit 1; done
 
-# The quick tests with the newest jax in place of the locked one.
+# The quick tests with the newest jax in place of the locked one, on the newest Python that is here: the newest jax
+# needs a newer one than the package does.
+NEWEST = $(if $(VERSIONS),$(call interpreter,$(lastword $(VERSIONS))),$(PYTHON))
 test-jax: .venv-jax/done
 	$(CPU) .venv-jax/bin/python -m pytest tests --numprocesses=2 --dist=loadfile -m "not slow"
 
 .venv-jax/done: requirements/build.lock requirements/run.lock requirements/dev.lock
 	@echo "installing into $(@D)"
-	@$(PYTHON) -m venv $(@D)
+	@$(NEWEST) -m venv $(@D)
 	@$(@D)/bin/pip install --quiet --disable-pip-version-check -r requirements/build.lock -r requirements/dev.lock
 	@$(@D)/bin/pip install --quiet --disable-pip-version-check --upgrade jax
 	@$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
