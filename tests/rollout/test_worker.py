@@ -60,6 +60,7 @@ class ScriptedSampler:
 
     def generate(self, prompts, *, n, sampling):
         assert (n, sampling) == (GROUP_SIZE, SAMPLING)
+        prompts = iter(prompts)
         while taken := list(itertools.islice(prompts, PER_CALL)):
             version = self.version
             self.asked.append([p.stream_index for p in taken])
