@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from browser import Browser
+from PIL import Image
 
 TO = Path(__file__).parent / "report"
 FILTERS = {"step-min": "40", "reward-min": "1"}  # of the rollout viewer
@@ -35,7 +36,9 @@ def main() -> None:
                 browser.prefer(theme)
                 browser.wait(f"document.documentElement.dataset.theme == {theme!r}")
                 for section in ("curves", "rollouts"):
-                    browser.screenshot(TO / f"{section}-{theme}.png", f"#{section}")
+                    picture = TO / f"{section}-{theme}.png"
+                    browser.screenshot(picture, f"#{section}")
+                    Image.open(picture).convert("RGB").quantize().save(picture, optimize=True)
             assert not browser.errors, browser.errors
         finally:
             browser.close()
