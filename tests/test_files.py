@@ -292,7 +292,6 @@ def test_a_directory_of_temporary_files_that_is_not_ones_own_is_refused(monkeypa
         files.local_place("gs://bucket/run")
 
 
-
 @pytest.mark.parametrize(
     ("since", "found"),
     [

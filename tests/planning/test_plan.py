@@ -10,7 +10,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from small_runs import typed
 
@@ -213,8 +213,12 @@ def test_memory_of_the_host_is_no_hbm(peak, temporaries):
     figures = programs.memory_analysis(analyzed(host_temp_size=17, peak_memory=peak))
     text = "HloModule m\n\nENTRY %main (p: bf16[8]) -> bf16[8] {\n"
     module = Module(text + "  ROOT %p = bf16[8]{0} parameter(0)\n}\n")
-    program = programs.Program("", lambda: None, {}, {})
-    assert programs.by_kind(program, figures, module) == {"temporaries": temporaries}
+    given = jax.ShapeDtypeStruct(
+        (8,), jnp.bfloat16, sharding=SingleDeviceSharding(jax.devices()[0])
+    )
+    program = programs.Program("", lambda: None, {"parameters": given}, {})
+    found = programs.by_kind(program, figures, module)
+    assert found == {"parameters": 16, "temporaries": temporaries}
 
 
 def test_slices_and_meshes_that_do_not_exist_are_refused(where):

@@ -106,7 +106,9 @@ def third_party(path: pathlib.Path) -> set[str]:
 def test_the_environment_for_parity_has_what_its_scripts_import(script):
     text = (ROOT / "requirements/parity.txt").read_text()
     pinned = {name.lower().replace("_", "-") for name in re.findall(r"^([\w-]+)==", text, re.M)}
-    owners = importlib.metadata.packages_distributions() | {"torch": ["torch"]}
+    owners = importlib.metadata.packages_distributions() | {
+        name: [name] for name in ("torch", "peft")
+    }
     imported = third_party(ROOT / script)
     assert imported >= {"numpy", "transformers"}
     for package in imported:

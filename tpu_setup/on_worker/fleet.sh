@@ -40,8 +40,8 @@ enter() {
 enter_object() {
   local file=$1 url=$2 generation
   for _ in {1..60}; do
-    generation=$(gcloud storage objects describe "$file" --format='value(generation)' 2>/dev/null) ||
-      generation=0
+    generation=$(gcloud storage objects describe "$file" --format='value(generation)' \
+      2>/dev/null) || generation=0
     ! gcloud storage cat "$file" 2>/dev/null | grep -Fqx "$url" || return 0
     { gcloud storage cat "$file" 2>/dev/null || true; echo "$url"; } |
       gcloud storage cp --if-generation-match="$generation" - "$file" && return

@@ -13,7 +13,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 
 [[ $workdir == gs://* ]] || mkdir -p "$workdir"
 [[ $workdir == gs://* || $(df --output=target "$workdir" | tail -n 1) != / ]] ||
-  refuse "--workdir=$workdir is on the slice's disk, which is deleted with it; name a bucket (gs://)"
+  refuse "--workdir=$workdir is on the disk of the slice, deleted with it; name a bucket (gs://)"
 
 # Explicit, so that a missing TPU is an error instead of a run on the CPU.
 export JAX_PLATFORMS=tpu,cpu
