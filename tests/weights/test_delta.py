@@ -172,7 +172,8 @@ def test_every_third_version_is_whole_and_each_comes_back(workdir, open_run, tmp
     assert stored < 0.05 * len(weights_of(2))
     assert not said
     run.close()
-    assert not list((tmp_path / "temporary").iterdir())
+    left = [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()]
+    assert not left
 
 
 def test_a_resumed_run_goes_on_with_the_chain(workdir, open_run, tmp_path, said):
