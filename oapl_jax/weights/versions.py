@@ -18,7 +18,7 @@ from oapl_jax.model.config import ModelConfig
 from oapl_jax.tracking.metrics import read_last_lines
 from oapl_jax.weights import publisher
 from oapl_jax.weights.card import model_card
-from oapl_jax.weights.checkpoint import Weights
+from oapl_jax.weights.checkpoint import Weights, exit_after
 
 
 def publish_with_card(
@@ -99,16 +99,17 @@ class Versions:
 
     def publish_step(self, source: epath.Path, version: int, directory: epath.Path) -> epath.Path:
         """Publishes a finished Orbax step below any directory; returns the version's."""
-        return publish_with_card(
-            source,
-            self._model,
-            self._config,
-            read_last_lines(self.directory.parent / "metrics.jsonl"),
-            version=version,
-            directory=directory,
-            tokenizer=self._tokenizer,
-            dtype=self._dtype,
-        )
+        with exit_after(self._deadline, f"the publication of version {version}"):
+            return publish_with_card(
+                source,
+                self._model,
+                self._config,
+                read_last_lines(self.directory.parent / "metrics.jsonl"),
+                version=version,
+                directory=directory,
+                tokenizer=self._tokenizer,
+                dtype=self._dtype,
+            )
 
     def repair(self) -> dict[int, list[str]]:
         """Restores damaged files of versions from the Orbax steps behind them.
