@@ -39,6 +39,26 @@ class _Damaged(Exception):
     """Files of a step are missing, unreadable, or differ from what was saved."""
 
 
+@contextlib.contextmanager
+def exit_after(deadline: float, what: str) -> Iterator[None]:
+    """Ends the process with code 1 once a block has taken `deadline` seconds.
+
+    A call of Orbax or TensorStore can't be ended alone. After a clock was set back, it may wait
+    until the clock has its old time again.
+    """
+    late = RunError(
+        f"{what} has not ended within {deadline:g} s (rollout.deadline); the same command goes on "
+        "from the newest finished step"
+    )
+    timer = threading.Timer(deadline, multihost.exit_now, [late])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class _Steps:
     """Orbax steps below one directory, saved in the background; `keep` bounds their number."""
 
@@ -96,19 +116,10 @@ class _Steps:
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """Raises a RunError with the remedy for any error of a save.
-
-        Ends the process after `deadline` seconds: a thread of a save can't be ended alone.
-        """
-        late = RunError(
-            f"a save below {self._directory} has not ended within {self._deadline:g} s "
-            "(rollout.deadline); the same command resumes from the newest finished step"
-        )
-        timer = threading.Timer(self._deadline, multihost.exit_now, [late])
-        timer.daemon = True
-        timer.start()
+        """Raises a RunError with the remedy for any error of a save."""
         try:
-            yield
+            with exit_after(self._deadline, f"a save below {self._directory}"):
+                yield
         except Exception as error:
             kept = ", ".join(map(str, self.steps())) or "none"
             raise RunError(
@@ -116,8 +127,6 @@ class _Steps:
                 "space or mend the directory, then start again: it resumes from the newest "
                 f"finished step (have: {kept})"
             ) from error
-        finally:
-            timer.cancel()
 
 
 class Checkpoints(_Steps):
@@ -247,7 +256,8 @@ class Checkpoints(_Steps):
         )
 
     def _items(self, step: int, **args: Any) -> dict[str, Any]:
-        items = self._manager.restore(step, args=ocp.args.Composite(**args))
+        with exit_after(self._deadline, f"the read of step {step} below {self._directory}"):
+            items = self._manager.restore(step, args=ocp.args.Composite(**args))
         return {name: items[name] for name in args}
 
     def _check_fit(self, step: int, saved: Mapping[str, Any], abstract: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from oapl_jax.tracking.metrics import read_last_lines
 from oapl_jax.tracking.progress import log
 from oapl_jax.weights import publisher
 from oapl_jax.weights.card import model_card
-from oapl_jax.weights.checkpoint import Weights
+from oapl_jax.weights.checkpoint import Weights, exit_after
 
 
 def publish_with_card(
@@ -142,18 +142,19 @@ class Versions:
 
         With `base`, a whole version on this machine, it is a delta of that.
         """
-        return publish_with_card(
-            source,
-            self._model,
-            self._config,
-            read_last_lines(self.directory.parent / "metrics.jsonl"),
-            version=version,
-            directory=directory,
-            tokenizer=self._tokenizer,
-            dtype=self._dtype,
-            adapters=self._adapters,
-            base=base,
-        )
+        with exit_after(self._deadline, f"the publication of version {version}"):
+            return publish_with_card(
+                source,
+                self._model,
+                self._config,
+                read_last_lines(self.directory.parent / "metrics.jsonl"),
+                version=version,
+                directory=directory,
+                tokenizer=self._tokenizer,
+                dtype=self._dtype,
+                adapters=self._adapters,
+                base=base,
+            )
 
     def repair(self) -> dict[int, list[str]]:
         """Restores damaged files of versions from the Orbax steps behind them.

@@ -15,7 +15,7 @@ SIZES = {
     "lag.steps": 8,
     "buffer.zero_variance": "keep",
     "rollout.max_zero_reward_groups": 0,
-    "rollout.deadline": 300.0,
+    "rollout.deadline": 200.0,
     "evaluation.n": 4,
     "evaluation.ks": (1, 4),
 }

@@ -14,12 +14,13 @@ SECOND_DEADLINE = 120.0  # seconds in which a second trainer must have ended
 Fault = Callable[[Scene], Iterator[float]]
 
 
-def kill(find: Callable[[Scene], Any]) -> Fault:
-    """SIGKILL of one part, as soon as it runs."""
+def kill(find: Callable[[Scene], Any], when: Callable[[Scene], bool] = lambda scene: True) -> Fault:
+    """SIGKILL of one part, as soon as it runs and a condition holds."""
 
     def fault(scene: Scene) -> Iterator[float]:
         part = find(scene)
-        scene.wait(lambda: part.process is not None, f"a start of the {part.name}")
+        ready = lambda: part.process is not None and when(scene)
+        scene.wait(ready, f"the moment to kill the {part.name}")
         part.kill()
         yield 0.0
 
@@ -33,9 +34,16 @@ def fill_disk(scene: Scene) -> Iterator[float]:
 
 
 def set_clock(scene: Scene) -> Iterator[float]:
-    """The wall clock jumps, and stays there."""
+    """The wall clock jumps, and stays there.
+
+    A save or a read that waits for a clock that was set back ends its process at a deadline.
+    """
+    before = scene.clock.ahead
     scene.clock.set(scene.random.choice((-DAY, -HOUR, 0, HOUR, DAY)))
     yield 0.0
+    if scene.clock.ahead < before:
+        scene.permit_late_ends()
+        scene.wait_for_saves()
 
 
 def cut_network(scene: Scene) -> Iterator[float]:
@@ -90,7 +98,9 @@ FAULTS: dict[str, Fault] = {
     "SIGKILL of a server": kill(lambda scene: scene.random.choice(scene.servers)),
     "SIGKILL of the router": kill(lambda scene: scene.router),
     "SIGKILL of the evaluation": kill(lambda scene: scene.evaluation),
-    "SIGKILL of the run without overlap": kill(lambda scene: scene.round),
+    "SIGKILL of the run without overlap": kill(
+        lambda scene: scene.round, when=lambda scene: bool(scene.checkpoints(scene.alone))
+    ),
     "full disk": fill_disk,
     "clock jump": set_clock,
     "cut network": cut_network,

@@ -4,11 +4,11 @@ import pathlib
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from server_processes import Process
 
-STOP_DEADLINE = 120.0  # seconds for a part to save and end
+STOP_DEADLINE = 300.0  # seconds for a part to save and end; more than the deadline of a save
 
 
 class Part:
@@ -28,7 +28,7 @@ class Part:
         name: str,
         logs: pathlib.Path,
         start: Callable[[pathlib.Path], Process],
-        ends: Mapping[int, str],
+        ends: dict[int, str],
         *,
         pause: float = 1.0,
         ours: bool = True,
@@ -38,7 +38,7 @@ class Part:
         self.process: Process | None = None
         self.ended: Counter[str] = Counter()  # how it ended -> how often
         self.faults: list[str] = []  # ends that should not be
-        self._logs, self._start, self._ends = logs, start, ends
+        self._logs, self._start, self.ends = logs, start, ends
         self._ours, self._on_end = ours, on_end
         self._pause, self._next_start = pause, 0.0
 
@@ -77,7 +77,7 @@ class Part:
             self.faults.append(f"{process.log.name}: a traceback")
         if code is not None and code < 0:
             self.ended["killed"] += 1
-        elif code in self._ends and re.search(self._ends[code], last):
+        elif code in self.ends and re.search(self.ends[code], last):
             self.ended[f"code {code}"] += 1
             self._on_end(code)
         else:

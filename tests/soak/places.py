@@ -104,10 +104,12 @@ class Clock:
         compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
         run(compiler, "-shared", "-fPIC", "-O2", f"-o{library}", str(source), "-ldl")
         self._file = directory / "clock"
-        self.set(0)
+        self.ahead = 0  # seconds
+        self.set(self.ahead)
         self.environment = {"LD_PRELOAD": str(library), "SOAK_CLOCK": str(self._file)}
 
     def set(self, ahead: int) -> None:
         """Sets it to so many seconds ahead of the machine's."""
         with self._file.open("r+b" if self._file.exists() else "wb") as file:
             file.write(struct.pack("=q", ahead))
+        self.ahead = ahead

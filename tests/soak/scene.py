@@ -32,6 +32,7 @@ DEADLINE = 900.0  # seconds of each wait: a start, the return of all servers, a 
 TICK = 0.5  # seconds between two looks at the parts
 # Ends of our commands, see Part.
 FULL = "(No space left on device|Not enough disk space).*free space"
+LATE = "has not ended within .*rollout.deadline"
 OURS = {0: ".", 1: FULL, 3: "no server (was|is) ready"}
 GONE = {2: "no checkpoint step|no finished Orbax step|deleted meanwhile"}  # of an evaluation
 
@@ -64,7 +65,7 @@ class Scene:
         part = lambda name, start, **more: Part(name, self.logs, start, **more)
         second = {2: "is in use by"}  # that began while the first was down
         self.trainer = part("trainer", self.start_trainer, ends=OURS | second)
-        self.round = part("round", self._start_round, ends=OURS, on_end=self._end_round)
+        self.round = part("round", self._start_round, ends=OURS.copy(), on_end=self._end_round)
         evaluate = dict(ends=OURS | GONE, pause=15.0, on_end=self._end_evaluation)
         self.evaluation = part("evaluation", self._start_evaluation, **evaluate)
         self.router = part("router", self._start_router, ends={}, ours=False)
@@ -119,15 +120,33 @@ class Scene:
 
     def wait_for_step(self) -> None:
         """Returns after the trainer's next gradient step, wherever it resumes."""
+        self._wait_for_rise(lambda: self.last_step().get("step", -1), "a gradient step")
+
+    def wait_for_saves(self) -> None:
+        """Returns after the trainer's next version and checkpoint, wherever it resumes."""
+        self._wait_for_rise(lambda: max(self.versions(), default=-1), "a version")
+        self._wait_for_rise(lambda: max(self.checkpoints(self.workdir), default=-1), "a checkpoint")
+
+    def _wait_for_rise(self, read: Callable[[], int], what: str) -> None:
         lowest = 1 << 31
 
-        def stepped() -> bool:
+        def risen() -> bool:
             nonlocal lowest
-            step = self.last_step().get("step", -1)
-            lowest = min(lowest, step)
-            return step > lowest
+            now = read()
+            lowest = min(lowest, now)
+            return now > lowest
 
-        self.wait(stepped, "a gradient step")
+        self.wait(risen, what)
+
+    def permit_late_ends(self) -> None:
+        """From now on a run may end by the deadline of a save or a read."""
+        for part in self.trainer, self.round, self.evaluation:
+            part.ends[1] = f"{FULL}|{LATE}"
+
+    def checkpoints(self, workdir: pathlib.Path) -> list[int]:
+        """Finished steps of a run."""
+        path = workdir / "checkpoints"
+        return [int(step.name) for step in path.glob("*") if step.name.isdigit()]
 
     def last_step(self) -> dict[str, Any]:
         """Metrics of the trainer's last gradient step; {} before the first."""
@@ -220,8 +239,7 @@ class Scene:
     def _start_evaluation(self, log: pathlib.Path) -> Process:
         """Of the newest step, until it has ended: killed, it resumes."""
         if not self._evaluated:
-            names = (path.name for path in (self.workdir / "checkpoints").iterdir())
-            self._evaluated = str(max(int(name) for name in names if name.isdigit()))
+            self._evaluated = str(max(self.checkpoints(self.workdir)))
         what = [f"--step={self._evaluated}", "--benchmark=problems", f"--to={self.evaluations}"]
         return self._ours(log, "evaluate", "fleet", self.workdir, *what)
 

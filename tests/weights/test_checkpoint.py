@@ -75,22 +75,26 @@ def opened(tmp_path):
         yield made
 
 
-# A save that never ends, as on a share that is gone.
+# Calls of Orbax that never end, as on a share that is gone.
 ENDLESS = """
 import sys, time
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from oapl_jax.weights.checkpoint import Weights
-ocp.CheckpointManager.wait_until_finished = lambda self: time.sleep(100)
-weights = Weights(epath.Path(sys.argv[1]), deadline=1.0)
+from oapl_jax.weights.checkpoint import Checkpoints, Weights
+directory = epath.Path(sys.argv[1])
+setattr(ocp.CheckpointManager, sys.argv[2], lambda *_, **__: time.sleep(100))
+if sys.argv[2] == "restore":
+    Checkpoints(directory, deadline=1.0, keep=1).restore_params(0, {})
+weights = Weights(directory, deadline=1.0)
 weights.save(0, {"w": jnp.ones(3)}, {})
 weights.wait()
 """
 
 
-def test_a_save_that_does_not_end_ends_the_process(tmp_path):
-    command = [sys.executable, "-c", ENDLESS, tmp_path / "weights"]
+@pytest.mark.parametrize("call", ["wait_until_finished", "restore"])
+def test_a_save_or_read_that_does_not_end_ends_the_process(tmp_path, call):
+    command = [sys.executable, "-c", ENDLESS, tmp_path / "weights", call]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert done.returncode == RunError.exit_code
     (line,) = done.stderr.splitlines()
