@@ -40,6 +40,7 @@ from oapl_jax.files import (
 )
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.tokenizer import save_tokenizer
 from oapl_jax.weights import delta
 from oapl_jax.weights.delta import WrongBase
 
@@ -113,10 +114,7 @@ def publish(
         save = adapters.save if adapters else hf.save_params
         files = save(params, config, whole, dtype=dtype, max_shard_bytes=MAX_SHARD_BYTES)
         of_base = {DELTA: _store_delta(whole, base, temporary, files, dtype)} if base else {}
-        with tempfile.TemporaryDirectory() as local:
-            tokenizer.save_pretrained(local)
-            for path in sorted(epath.Path(local).iterdir()):
-                files[path.name] = write_file(temporary / path.name, [path.read_bytes()])
+        files |= save_tokenizer(tokenizer, temporary)
         if card:
             files[CARD] = write_file(temporary / CARD, [card.encode()])
         files[PROBE] = write_file(temporary / PROBE, [json.dumps(probe).encode()])
