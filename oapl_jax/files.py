@@ -530,10 +530,13 @@ class Segments:
         name, _, head = header.decode().partition(" ")
         content = content[: content.rfind(b"\n") + 1]
         segment, found = _Segment.parse(name), _segments(self._directory)
-        if not segment or not head or not self._read_head().startswith(bytes.fromhex(head)):
+        if not segment or not head:
+            return
+        path, uploaded, stored = self._path(segment), b"", self._read_head()
+        if begun := path.exists():
+            uploaded = path.read_bytes()
+        if not (stored.startswith(bytes.fromhex(head)) if stored else begun):
             return  # another log, whose name this one has now
-        path = self._path(segment)
-        uploaded = path.read_bytes() if path.exists() else b""
         at_the_end = segment.start + len(uploaded) == _end_of_segments(self._directory)
         newest = bool(found) and found[-1].epoch == segment.epoch
         if at_the_end and newest and content.startswith(uploaded) and len(content) > len(uploaded):

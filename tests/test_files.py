@@ -404,6 +404,7 @@ def test_a_directory_of_temporary_files_that_is_not_ones_own_is_refused(monkeypa
     ("since", "found"),
     [
         ("nothing", b"1\n2\n3\n4\n"),
+        ("its first line", b"1\n2\n3\n4\n"),
         ("a cut line", b"1\n2\n3\n4\n"),
         ("an upload", b"1\n2\n3\n4\n"),
         ("another machine", b"1\n9\n4\n"),
@@ -418,7 +419,8 @@ def test_the_next_process_uploads_the_lines_of_a_killed_one(
     path = bucket / f"killed after {since}"
     killed = files.open_log(path)
     killed.append(b"1\n")
-    killed.sync()
+    if since != "its first line":
+        killed.sync()
     killed.append(b"2\n")
     killed.append(b"3\n")
     if since == "a cut line":
@@ -433,7 +435,7 @@ def test_the_next_process_uploads_the_lines_of_a_killed_one(
             other = files.open_log(path)
             other.append(b"9\n")
             other.close()
-    elif since != "nothing":
+    elif since not in ("nothing", "its first line"):
         path.rmtree()
         if since == "another log":
             (path / f"{1:06d}.{0:015d}").write_bytes(b"9\n")
