@@ -425,7 +425,8 @@ def kill_and_read(directory, tmp_path):
     position, held = 0, []
     for kill in range(3):
         command = [sys.executable, __file__, str(directory), str(position), json.dumps(held)]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | path)
         stream = child.stdout
         told = [stream.readline() for _ in range(200 + 37 * kill)]
         os.kill(child.pid, signal.SIGKILL)
