@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import fsspec
+import fsspec.config
 import xxhash
 from etils import epath
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -312,7 +313,8 @@ for _ in sys.stdin:
 
 def test_a_reader_of_a_store_sees_lines_of_another_process(bucket):
     """Clients of object stores cache listings."""
-    path, pipes = bucket / "read", dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    path = bucket / "read"
+    pipes: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen([sys.executable, "-c", LOOKER, os.fspath(path)], **pipes) as looker:
 
         def look():

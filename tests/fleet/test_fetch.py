@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import errno
 import ipaddress
 import json
 import shutil
@@ -200,6 +201,16 @@ def test_a_damaged_version_is_refused_and_leaves_nothing(versions, tmp_path, dam
     with pytest.raises(UserError, match="v000007"):
         fetch_version(path, to)
     assert not to.exists() or not list(to.iterdir())
+
+
+def test_a_copy_that_can_not_be_renamed_is_an_error(versions, tmp_path, monkeypatch):
+    def rename(path, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "rename", rename)
+    with pytest.raises(OSError, match="No space left"):
+        fetch_version(publish_toy(versions, 5), epath.Path(tmp_path / "copies"))
+    assert not list((tmp_path / "copies").iterdir())
 
 
 def test_the_last_used_copies_stay(versions, tmp_path):

@@ -325,7 +325,7 @@ def test_from_nothing_to_the_end(cloud, share):
         f"{n} {cloud.folder}/worker-{n}/oapl_jax tpu,cpu {words}" for n in (0, 1)
     ]
     installed = (cloud.folder / "installed").read_text()
-    assert installed.count("mount") == (4 if share else 0)
+    assert installed.count("mount") == (2 if share else 0)
     assert installed.count(f"mount -t nfs -o hard {share} /mnt/oapl") == (2 if share else 0)
     assert installed.count("--editable .[tpu,gcs]") == 2
 
@@ -571,7 +571,7 @@ def test_servers_without_a_share_take_all_from_a_bucket(cloud):
     for _ in range(2):
         cloud.run("serve.sh", *flags, "--servers-file=gs://b/servers.txt")
         wait_for((home / "job/code").exists)
-    assert "models/m/config.json" in (home / "job/log").read_text()
+    assert f"{home}/models/m" in (home / "job/log").read_text()  # it has no config.json
     assert (home / "models/m/weights").exists()
     entries = [f"http://10.0.0.{n}:30000" for n in (9, 7, 0)]
     assert (bucket / "servers.txt").read_text().split() == entries
