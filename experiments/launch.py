@@ -45,7 +45,7 @@ from experiments.sweep import (
     shell,
 )
 from oapl_jax.errors import RunError, UserError, exit_with_code, one_line
-from oapl_jax.files import JsonLines
+from oapl_jax.files import JsonLines, is_local
 from oapl_jax.tracking.progress import log
 
 TARGETS = ("print", "local", "queued", "xpk")
@@ -340,6 +340,11 @@ def main() -> None:
     sweep = load_experiment(given.experiment).sweep
     form = given.form or ("cpu" if given.to == "local" else "paper")
     root = epath.Path(given.root)
+    if not is_local(root):
+        raise UserError(
+            f"--root={given.root} is in a bucket, where a launcher can't lock its results; name a "
+            "directory on a disk or a share"
+        )
     if given.to in ("queued", "xpk") and not root.is_absolute():
         raise UserError(f"--root={given.root} is not absolute; name a directory on the share")
     root = root.resolve()

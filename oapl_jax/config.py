@@ -362,6 +362,11 @@ class LoraConfig(Section):
     merged: bool = setting("publish merged weights too, for servers that take no adapters")
 
     def check(self) -> None:
+        if self.merged and not self.rank:
+            raise UserError(
+                f"{self.full_name('merged')}=True publishes adapters merged, and "
+                f"{self.full_name('rank')}=0 trains none; set one of them"
+            )
         unknown = [name for name in self.targets if name not in LORA_TARGETS]
         if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
             raise UserError(
@@ -1007,6 +1012,13 @@ class Config(Section):
                 "data.task='function' needs rewards.function; name yours with "
                 "--config.rewards.function=my_module:reward, or a verifier with "
                 "--config.data.task=math"
+            )
+        lora = self.model.lora
+        if self.publish_full_every > 1 and lora.rank and not lora.merged:
+            raise UserError(
+                f"publish_full_every={self.publish_full_every} publishes deltas of whole weights, "
+                f"and model.lora.rank={lora.rank} adapters alone; set publish_full_every=1 or "
+                "model.lora.merged=True"
             )
         if rollout.sampler == "fleet":
             self.check_fleet()

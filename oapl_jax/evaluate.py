@@ -69,7 +69,7 @@ def main() -> None:
             print(table({str(found): result}), json.dumps(result), sep="\n")
             return
         place = workdir / "evaluation" if to.value is None else flag_directory("to", to.value)
-        with lease.hold_bucket(place, log=log, lost=multihost.exit_now):
+        with lease.hold_bucket(place, log=log, lost=multihost.exit_now, of="--to"):
             directory, results = evaluate_benchmarks(
                 run,
                 benchmarks.value,

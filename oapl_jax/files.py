@@ -2,6 +2,8 @@
 
 A log is append-only: a growing file on a disk, numbered segments in an object store.
 
+Importing this module configures gcsfs for the process: several processes use one bucket.
+
 A manifest is a JSON file with an entry for each file beside it: {"bytes": size, "xxh128":
 hexadecimal XXH3 digest of 128 bits, as of xxh128sum}.
 """
@@ -11,7 +13,9 @@ import bisect
 import collections
 import contextlib
 import fcntl
+import functools
 import hashlib
+import itertools
 import json
 import math
 import mmap
@@ -23,21 +27,27 @@ import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
+import fsspec.config
 import xxhash
 from etils import epath
 
 from oapl_jax.errors import RunError, UserError, one_line
+
+# A listing that was cached would hide what another process has added or deleted. And the variant of
+# gcsfs that knows hierarchical buckets asks for the kind of each, with credentials of its own.
+fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 READERS = 4
 SYNC_EVERY = 64 << 20  # bytes written before the next fsync starts
 PART_BYTES = 16 << 20  # of a file that is copied or read in parts
 UPLOAD_EVERY = 5.0  # seconds between two uploads of a log's last segment
 SEGMENT_BYTES = 4 << 20  # at which the next segment begins
-OFFSET_DIGITS = 15  # in the name of a segment
-HEAD_BYTES = 64  # of a log, which tell it from another one of the same name
+EPOCH_DIGITS, OFFSET_DIGITS = 6, 15  # in the name of a segment
+HEAD_BYTES = 64  # of a log: identifies it
 WEIGHTS = (".safetensors", ".zst")  # ends of names of large files, which few readers need
 DELETION = 0.2  # seconds in which a directory that is being deleted loses a file
 
@@ -71,8 +81,8 @@ def flag_directory(flag: str, value: str) -> epath.Path:
 
 
 def local_place(path: epath.PathLike) -> epath.Path:
-    """A path below the directory of temporary files, for what belongs to another path; a process
-    that resumes on this machine finds it again.
+    """Local scratch path for a remote path, below the directory of temporary files; a process that
+    resumes on this machine finds it again.
 
     Raises a UserError if another user has made its directory, whose content would be believed.
     """
@@ -85,16 +95,22 @@ def local_place(path: epath.PathLike) -> epath.Path:
 
 
 def check_reachable(path: epath.Path, *, of: str) -> None:
-    """Raises a UserError, naming the setting `of`, for a bucket that can't be read."""
+    """Raises a UserError, naming the setting `of`, for a bucket that can't be read.
+
+    Only objects below `path` are listed: an account may be limited to them.
+    """
     if is_local(path):
         return
+    scheme = os.fspath(path).partition("://")[0]
+    package = "the extra gcs (pip install --editable '.[gcs]')"
+    package = package if scheme == "gs" else f"fsspec's package for {scheme}://"
     try:
         store, key = fsspec.url_to_fs(os.fspath(path))
-        store.ls(key.partition("/")[0])
+        store.find(key, maxdepth=1)  # `exists` would take every error for a missing object
     except Exception as error:  # the libraries of stores name no closed set
         raise UserError(
-            f"{of}={path} can't be reached ({one_line(error)}); install the extra gcs (pip install "
-            "--editable '.[gcs]'), log in to the cloud, and name a bucket that exists"
+            f"{of}={path} can't be reached ({one_line(error)}); install {package}, log in to the "
+            "cloud, and name a bucket that exists"
         ) from error
 
 
@@ -137,8 +153,8 @@ def write_atomically(path: epath.PathLike, parts: Iterable[bytes | memoryview]) 
     Of several processes that write at once, the last one's content stays.
     """
     path = epath.Path(path)
-    if not is_local(path):  # an object appears when its upload is complete
-        return write_file(path, parts)
+    if not is_local(path):  # an object appears when its upload ends, by an error of `parts` too
+        return write_file(path, [b"".join(parts)])
     temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}.tmp"
     try:
         entry = write_file(temporary, parts)
@@ -265,10 +281,20 @@ def fetch(
     """
     for name, entry in files.items():
         path = directory / name
-        (to / name).parent.mkdir(parents=True, exist_ok=True)
-        found = write_file(to / name, read_parts(path)) if path.exists() else {}
+        found = _copy(directory, name, to) if path.exists() else {}
         if not found or not found.items() <= entry.items():
             raise UserError(f"{path} is missing or damaged; {remedy}")
+
+
+def _copy(directory: epath.Path, name: str, to: epath.Path) -> dict[str, Any]:
+    """Copies a file into the directory `to`; returns its manifest entry.
+
+    Raises a UserError for a name, as of a manifest, that leaves the directory.
+    """
+    if not Path(to, name).resolve().is_relative_to(Path(to).resolve()):
+        raise UserError(f"{directory} names a file outside of it, {name!r}; restore a whole copy")
+    (to / name).parent.mkdir(parents=True, exist_ok=True)
+    return write_file(to / name, read_parts(directory / name))
 
 
 @contextlib.contextmanager
@@ -286,35 +312,35 @@ def made_locally(path: epath.Path) -> Iterator[epath.Path]:
 
 
 @contextlib.contextmanager
-def written_locally(directory: epath.Path) -> Iterator[epath.Path]:
-    """Yields the directory, or, if it is in a bucket, a local one whose files are uploaded at the
-    end of the body."""
-    if is_local(directory):
-        yield directory
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        yield epath.Path(temporary)
-        for path in sorted(epath.Path(temporary).iterdir()):
-            write_file(directory / path.name, read_parts(path))
-
-
-@contextlib.contextmanager
-def local_copy(directory: epath.Path, names: Iterable[str] | None = None) -> Iterator[epath.Path]:
+def local_copy(
+    directory: epath.Path, names: Iterable[str] | None = None, *, keep: bool = False
+) -> Iterator[epath.Path]:
     """The directory itself if it is local, else one with copies of its files, within the body.
 
-    `names` chooses the files of the copy; None for all but weights.
+    `names` chooses the files of the copy; None for all but weights. With `keep` the copy stays
+    until the process ends or another one is kept, and is used again.
     """
     if is_local(directory):
         yield directory
         return
-    with tempfile.TemporaryDirectory() as temporary:
-        copy = epath.Path(temporary)
-        if names is None:
-            found = list(directory.iterdir()) if directory.exists() else []
-            names = [p.name for p in found if p.suffix not in WEIGHTS and not p.is_dir()]
-        for name in names:
-            write_file(copy / name, read_parts(directory / name))
-        yield copy
+    if names is None:
+        found = list(directory.iterdir()) if directory.exists() else []
+        names = [p.name for p in found if p.suffix not in WEIGHTS and not p.is_dir()]
+    make = _kept_copy if keep else _kept_copy.__wrapped__
+    temporary = make(directory, tuple(names))
+    try:
+        yield epath.Path(temporary.name)
+    finally:
+        if not keep:
+            temporary.cleanup()
+
+
+@functools.lru_cache(maxsize=1)
+def _kept_copy(directory: epath.Path, names: tuple[str, ...]) -> "tempfile.TemporaryDirectory[str]":
+    temporary = tempfile.TemporaryDirectory()  # deleted with the last reference
+    for name in names:
+        _copy(directory, name, epath.Path(temporary.name))
+    return temporary
 
 
 class GrowingFile:
@@ -373,35 +399,38 @@ class GrowingFile:
 class Segments:
     """Append-only bytes in an object store, whose objects can't grow: numbered segments.
 
-    A segment's name is `prefix` and the offset of its first byte, so that a missing one shows. A
-    thread uploads the last segment as a whole, every `UPLOAD_EVERY` seconds if it has grown: a loss
-    of the machine loses the appends since then. A kill loses none: a local file has the last
-    segment too, which the next process on this machine uploads. `sync` uploads it and begins
-    another one, so that nothing that a checkpoint knows of is written again. An upload that failed
-    is repeated; `sync` raises a RunError for it. One process at a time may write.
+    A thread uploads the last segment as a whole, every `UPLOAD_EVERY` seconds if it has grown: a
+    loss of the machine loses the appends since then. A kill loses none: a local file, the spool,
+    has the last segment too, which the next process on this machine uploads. `sync` uploads it and
+    begins another one, so that nothing that a checkpoint knows of is written again. An upload that
+    failed is repeated; `sync` raises a RunError for it.
+
+    A segment's name is `prefix`, an epoch and the offset of its first byte. Opening and `truncate`
+    begin an epoch, from whose first offset on earlier epochs do not count: a process that was taken
+    for dead and still writes changes nothing. One process at a time may open.
 
     Args:
       directory: of the segments; a file of this name, as of a run moved from a disk, becomes the
         first one.
       prefix: of their names, if they share the directory with other files; without lines, and
-        with no local file.
+        with no spool.
     """
 
     def __init__(self, directory: epath.Path, prefix: str = ""):
         self._directory, self._prefix = directory, prefix
         if not prefix and directory.exists() and not directory.is_dir():
-            self._path(0).write_bytes(directory.read_bytes())
+            write_atomically(self._path(_Segment(0, 0)), [directory.read_bytes()])
             directory.unlink()
         self._spool = None if prefix else local_place(f"{os.fspath(directory)}.segment")
         if self._spool and self._spool.exists():
             with contextlib.suppress(ValueError):  # another file than `_write_spool` makes
                 self._recover(self._spool.read_bytes())
-        self.size = self._start = _end_of_segments(directory, prefix)
-        self._head = self._read(0)[:HEAD_BYTES]
-        self._last, self._uploaded = b"", 0  # the last segment, and its length in the store
-        self._write_spool(b"", begin=True)
+        self.size = _end_of_segments(directory, prefix)
+        self._head = self._read_head()
+        self._last, self._uploaded = bytearray(), 0  # the last segment, and its length in the store
         self._changing, self._uploading = threading.Lock(), threading.Lock()
-        self._closed = threading.Event()
+        self._begin_epoch()
+        self._closed, self._wake = False, threading.Event()
         self._thread = threading.Thread(target=self._upload_often, daemon=True, name="segments")
         self._thread.start()
 
@@ -415,106 +444,160 @@ class Segments:
             self.size += len(content)
             full = len(self._last) >= SEGMENT_BYTES
         if full:
-            self.sync()
+            self._wake.set()
 
     def sync(self) -> None:
         try:
             self._upload(begin_another=True)
         except Exception as error:  # the libraries of stores name no closed set
             raise RunError(
-                f"{self._path(self._start)} can't be written ({one_line(error)}); see the "
+                f"{self._path(self._segment)} can't be written ({one_line(error)}); see the "
                 "store and its credentials, then start again: what was saved stays"
             ) from error
 
     def truncate(self, size: int) -> None:
         """Drops everything after the first `size` bytes."""
         self.sync()
+        if size == self.size:
+            return
         with self._uploading, self._changing:
-            while self._start > size:  # from the end: a kill leaves no gap
-                start = _segments(self._directory, self._prefix)[-1]
-                if start >= size:
-                    self._path(start).unlink()
-                else:
-                    content = self._path(start).read_bytes()[: size - start]
-                    self._path(start).write_bytes(content)
-                self.size = self._start = max(start, size)
-            self._head = self._head[: self.size]
-            self._write_spool(b"", begin=True)
+            self.size, self._head = size, self._head[:size]
+            self._begin_epoch()
+            for segment in _all_segments(self._directory, self._prefix):
+                if segment.epoch < self._segment.epoch and segment.start >= size:
+                    self._path(segment).unlink()
 
     def close(self) -> None:
-        self._closed.set()
+        self._closed = True
+        self._wake.set()
         self._thread.join()
         self.sync()
         if self._spool:
             self._spool.unlink(missing_ok=True)
 
-    def _path(self, start: int) -> epath.Path:
-        return self._directory / f"{self._prefix}{start:0{OFFSET_DIGITS}d}"
+    def _path(self, segment: "_Segment") -> epath.Path:
+        return self._directory / f"{self._prefix}{segment}"
+
+    def _begin_epoch(self) -> None:
+        """Creates the first segment of an epoch of this process, empty, at the end of the log."""
+        epochs = [segment.epoch for segment in _all_segments(self._directory, self._prefix)]
+        for epoch in itertools.count(max(epochs, default=0) + 1):
+            self._segment = _Segment(epoch, self.size)
+            with contextlib.suppress(FileExistsError):  # also if a client repeats its request
+                create(self._path(self._segment), b"")
+                break
+        self._write_spool(b"", begin=True)
 
     def _upload_often(self) -> None:
-        while not self._closed.wait(UPLOAD_EVERY):
+        while not self._closed:
+            self._wake.wait(UPLOAD_EVERY)
+            self._wake.clear()
             with contextlib.suppress(Exception):  # the next upload, or `sync`, tries again
-                self._upload(begin_another=False)
+                self._upload(begin_another=len(self._last) >= SEGMENT_BYTES)
 
     def _upload(self, *, begin_another: bool) -> None:
         with self._uploading:  # in order: an older state must not replace a newer one
             with self._changing:
-                content = self._last
+                content = bytes(self._last)
             if len(content) > self._uploaded:
-                self._path(self._start).write_bytes(content)
+                write_atomically(self._path(self._segment), [content])
                 self._uploaded = len(content)
-            if begin_another:
+            if begin_another and content:
                 with self._changing:
-                    self._start += len(content)
-                    self._last, self._uploaded = self._last[len(content) :], 0
-                    self._write_spool(self._last, begin=True)
+                    start = self._segment.start + len(content)
+                    self._segment = _Segment(self._segment.epoch, start)
+                    del self._last[: len(content)]
+                    self._uploaded = 0
+                    self._write_spool(bytes(self._last), begin=True)
 
     def _write_spool(self, content: bytes, *, begin: bool = False) -> None:
-        """Appends to the local file, or begins it again: a line with the offset of the last segment
-        and the head of the log, then that segment."""
-        if not self._spool:
+        """Appends to the spool, or begins it again: a line with the name of the last segment and
+        the head of the log, then that segment.
+
+        After a failed write there is none until it begins again: a line may be torn.
+        """
+        if not self._spool or not (begin or self._spool.exists()):
             return
-        with contextlib.suppress(OSError), self._spool.open("wb" if begin else "ab") as file:
-            file.write(f"{self._start} {self._head.hex()}\n".encode() * begin + content)
+        try:
+            with self._spool.open("wb" if begin else "ab") as file:
+                file.write(f"{self._segment} {self._head.hex()}\n".encode() * begin + content)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._spool.unlink(missing_ok=True)
 
     def _recover(self, spool: bytes) -> None:
         """Uploads the last segment of a process that was killed, if no other has written since."""
         header, _, content = spool.partition(b"\n")
-        start, _, head = header.decode().partition(" ")
+        name, _, head = header.decode().partition(" ")
         content = content[: content.rfind(b"\n") + 1]
-        if not head or not self._read(0).startswith(bytes.fromhex(head)):
+        segment, found = _Segment.parse(name), _segments(self._directory)
+        if not segment or not head:
+            return
+        path, uploaded, stored = self._path(segment), b"", self._read_head()
+        if begun := path.exists():
+            uploaded = path.read_bytes()
+        if not (stored.startswith(bytes.fromhex(head)) if stored else begun):
             return  # another log, whose name this one has now
-        uploaded = self._read(int(start))
-        at_the_end = int(start) + len(uploaded) == _end_of_segments(self._directory)
-        if at_the_end and content.startswith(uploaded) and len(content) > len(uploaded):
-            self._path(int(start)).write_bytes(content)
+        at_the_end = segment.start + len(uploaded) == _end_of_segments(self._directory)
+        newest = bool(found) and found[-1].epoch == segment.epoch
+        if at_the_end and newest and content.startswith(uploaded) and len(content) > len(uploaded):
+            write_atomically(path, [content])
 
-    def _read(self, start: int) -> bytes:
-        """The segment that begins there; b"" for none."""
-        path = self._path(start)
-        return path.read_bytes() if path.exists() else b""
+    def _read_head(self) -> bytes:
+        """The first bytes of the log; b"" for none."""
+        parts = () if self._prefix else read_log(self._directory)
+        return next(iter(parts), b"")[:HEAD_BYTES]
 
 
-def _segments(directory: epath.Path, prefix: str = "") -> list[int]:
-    """Offsets of the segments below a directory, ascending."""
+class _Segment(NamedTuple):
+    """Name of a segment: epochs begin with opening, `start` is the offset of the first byte."""
+
+    epoch: int
+    start: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch:0{EPOCH_DIGITS}d}.{self.start:0{OFFSET_DIGITS}d}"
+
+    @classmethod
+    def parse(cls, name: str) -> "_Segment | None":
+        """The segment of a name, which may be another file's."""
+        epoch, _, start = name.partition(".")
+        whole = len(epoch) == EPOCH_DIGITS and len(start) == OFFSET_DIGITS
+        return cls(int(epoch), int(start)) if whole and f"{epoch}{start}".isdigit() else None
+
+
+def _all_segments(directory: epath.Path, prefix: str = "") -> list[_Segment]:
+    """Segments below a directory, by epoch and offset."""
     names = [path.name for path in directory.iterdir()] if directory.exists() else []
-    offsets = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    return sorted(int(text) for text in offsets if len(text) == OFFSET_DIGITS and text.isdigit())
+    found = [_Segment.parse(n.removeprefix(prefix)) for n in names if n.startswith(prefix)]
+    return sorted(segment for segment in found if segment)
+
+
+def _segments(directory: epath.Path, prefix: str = "") -> list[_Segment]:
+    """Segments that count, by offset: of an epoch those before all later epochs."""
+    counting: list[_Segment] = []
+    newest_first = reversed(_all_segments(directory, prefix))
+    for _, group in itertools.groupby(newest_first, key=lambda segment: segment.epoch):
+        end = counting[-1].start if counting else math.inf
+        counting += [segment for segment in group if segment.start < end]
+    return counting[::-1]
 
 
 def _end_of_segments(directory: epath.Path, prefix: str = "") -> int:
-    starts = _segments(directory, prefix)
-    last = directory / f"{prefix}{starts[-1]:0{OFFSET_DIGITS}d}" if starts else None
-    return starts[-1] + last.stat().length if last else 0
+    found = _segments(directory, prefix)
+    return found[-1].start + (directory / f"{prefix}{found[-1]}").stat().length if found else 0
 
 
 def open_log(path: epath.Path, *, exclusive: bool = False) -> GrowingFile | Segments:
     """Opens append-only bytes: a growing file on a disk, segments below `path` in a bucket.
 
-    A directory of segments that was copied from a bucket to a disk goes on as one.
+    A directory of segments that was copied from a bucket to a disk goes on as one. A store has no
+    locks, so `exclusive` is for a file; a lease (weights/lease.py) keeps others from a bucket.
     """
     if is_local(path) and not path.is_dir():
         return GrowingFile(path, exclusive=exclusive)
+    if exclusive:
+        raise UserError(f"{path} is not a file on a disk and can't be locked; name one that is")
     return Segments(path)
 
 
@@ -533,21 +616,22 @@ def read_log(path: epath.Path, *, last: int | None = None) -> Iterator[bytes]:
             while part := file.read(PART_BYTES):
                 yield part
         return
-    starts = _segments(path)
-    end = _end_of_segments(path)
-    first = bisect.bisect_right(starts, end - last) - 1 if last is not None else 0
-    starts = starts[max(first, 0) :]
-    name = lambda start: path / f"{start:0{OFFSET_DIGITS}d}"
+    found = _segments(path)
+    if last is not None:
+        first = bisect.bisect_right([s.start for s in found], _end_of_segments(path) - last) - 1
+        found = found[max(first, 0) :]
     contents = prefetch(
-        lambda start: name(start).read_bytes(),
-        starts,
+        lambda segment: (path / str(segment)).read_bytes(),
+        found,
         cost=lambda _: SEGMENT_BYTES,
         budget=READERS * SEGMENT_BYTES,
     )
-    at = starts[0] if last is not None and starts else 0
-    for start, content in zip(starts, contents, strict=True):
-        if start != at:
-            raise UserError(f"{name(at)} is missing, a segment of {path}; restore a whole copy")
+    at = found[0].start if last is not None and found else 0
+    for segment, next_one, content in itertools.zip_longest(found, found[1:], contents):
+        if segment.start != at:
+            raise UserError(f"{path} lacks its bytes {at} to {segment.start}; restore a whole copy")
+        # An epoch may begin within a segment of an earlier one.
+        content = content[: next_one.start - at] if next_one else content
         at += len(content)
         yield content
 
@@ -557,7 +641,7 @@ def log_state(path: epath.Path) -> str:
     if not path.exists():
         return "-"
     if path.is_dir():
-        return str(_end_of_segments(path))
+        return f"{_end_of_segments(path)} {_all_segments(path)[-1:]}"
     stat = path.stat()
     return f"{stat.length}.{stat.mtime}"
 

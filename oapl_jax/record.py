@@ -126,7 +126,7 @@ def main() -> None:
     directory = flag_directory("to", to.value)
     use_compile_cache(config.compile_cache, workdir)
     with (
-        lease.hold_bucket(directory, log=log, lost=multihost.exit_now),
+        lease.hold_bucket(directory, log=log, lost=multihost.exit_now, of="--to"),
         contextlib.closing(Run(config, workdir)) as run,
     ):
         record_dataset(

@@ -13,6 +13,7 @@ import functools
 import json
 import time
 from collections.abc import Callable
+from logging.handlers import QueueHandler
 from typing import Any
 
 import jax
@@ -48,7 +49,8 @@ from oapl_jax.tracking.progress import (
     command_again,
     keep_running_without_terminal,
     log,
-    log_libraries_to,
+    queue_library_logs,
+    write_library_logs,
 )
 from oapl_jax.tracking.trackers import check_trackers, trackers
 from oapl_jax.weights import lease
@@ -59,20 +61,32 @@ Loop = dict[str, Any]  # JSON values of the loop: test results before, seconds, 
 
 
 def run(
-    config: Config, workdir: epath.Path, stop: StopRequest, *, restore_step: int | None = None
+    config: Config,
+    workdir: epath.Path,
+    stop: StopRequest,
+    *,
+    restore_step: int | None = None,
+    library_logs: QueueHandler | None = None,
 ) -> dict[str, Any] | None:
     """Trains until `config.num_steps`; returns the results, or None if stopped before.
+
+    `library_logs` are written to log.txt in the workdir.
 
     Raises:
       UserError: for settings or files that do not fit, before any work.
       RunError: for a run that can't continue; what it saved stays.
     """
-    ended = train(Run(config, workdir), stop, restore_step=restore_step)
+    run = Run(config, workdir)
+    ended = train(run, stop, restore_step=restore_step, library_logs=library_logs)
     return None if ended is None else ended[0]
 
 
 def train(
-    run: Run, stop: StopRequest, *, restore_step: int | None = None
+    run: Run,
+    stop: StopRequest,
+    *,
+    restore_step: int | None = None,
+    library_logs: QueueHandler | None = None,
 ) -> tuple[dict[str, Any], TrainState] | None:
     """Trains a run, of which a caller may have replaced parts, and closes it.
 
@@ -84,6 +98,9 @@ def train(
             closing.enter_context(lease.hold(run.workdir, log=log, lost=multihost.exit_now))
             run.leased = True
         multihost.barrier("the lease", deadline=run.config.rollout.deadline)
+        if library_logs:  # a second process must not open the log of the first
+            path = run.workdir / multihost.per_host_path("log.txt")
+            closing.enter_context(write_library_logs(library_logs, path))
         closing.callback(run.close)
         begun = begin(run, stop, restore_step)
         if begun is None:
@@ -465,11 +482,13 @@ def main() -> None:
         return
     use_compile_cache(config.compile_cache, workdir)
     keep_running_without_terminal()
-    log_libraries_to(workdir / multihost.per_host_path("log.txt"))
+    library_logs = queue_library_logs()
     stop = StopRequest()
     with multihost.abort_on_peer_failure():
         try:
-            result = run(config, workdir, stop, restore_step=restore_step.value)
+            result = run(
+                config, workdir, stop, restore_step=restore_step.value, library_logs=library_logs
+            )
         except UserError:  # a mistake: nothing has begun
             raise
         except Exception as error:

@@ -4,6 +4,7 @@ import contextlib
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
@@ -27,15 +28,17 @@ def emulated(name: str) -> Iterator[epath.Path]:
         server = stack.enter_context(subprocess.Popen(command))
         stack.callback(server.kill)
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for credentials
         patch.setenv("STORAGE_EMULATOR_HOST", url)
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
         deadline = time.monotonic() + 30
         while True:
-            with contextlib.suppress(OSError):
+            try:
                 urllib.request.urlopen(*new).close()
                 break
-            assert server.poll() is None
+            except urllib.error.HTTPError:  # it is there and refuses the bucket
+                raise
+            except OSError:
+                assert server.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
         yield epath.Path(f"gs://{name}")

@@ -1,5 +1,6 @@
 """Runs whose workdir is a bucket: killed at random, they end in the same bits as on a disk."""
 
+import itertools
 import json
 import random
 import sys
@@ -12,9 +13,11 @@ import pytest
 from bucket import emulated
 from etils import epath
 from small_runs import opened, small_arithmetic, timeless
+from stores import wait_until
 
 from oapl_jax import grade, report
 from oapl_jax.errors import UserError
+from oapl_jax.files import open_log, read_log
 from oapl_jax.model import hf
 from oapl_jax.planning.layouts import kept_plan
 from oapl_jax.publish import publish_step
@@ -56,17 +59,20 @@ def on_disk(runs, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def killed(runs, bucket):
-    """A run in a bucket that was killed twice, and went on."""
+def killed(runs, bucket, tmp_path_factory):
+    """A run in a bucket that was killed five times, once with its machine, and went on."""
     workdir, rng = bucket / "killed", random.Random(17)
-    for step in (rng.randint(1, 2), rng.randint(3, 4)):
-        process = runs.start(runs.command(workdir, **SETTINGS))
+    for step in (1, 2, 3, 5, 6):  # a checkpoint and a version are due at 2, 4 and 6
+        with pytest.MonkeyPatch.context() as patch:
+            if step == 3:  # what was on this machine's disk is not there when the run goes on
+                patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("lost")))
+            process = runs.start(runs.command(workdir, **SETTINGS))
         for line in process.stdout:
             if line.startswith(f"train {step}/"):
                 break
         else:
             pytest.fail("the run ended before it was killed")
-        time.sleep(rng.random() * 0.3)  # in sampling, the step, an upload, a save, a publication
+        time.sleep(rng.random() * 0.3)
         process.kill()
         process.communicate()
     runs.run(workdir, **SETTINGS)
@@ -191,16 +197,39 @@ def test_benchmarks_are_evaluated_in_it(runs, killed, tmp_path):
     assert again["per_problem"] == result["per_problem"]
 
 
-def test_it_has_one_owner(killed, monkeypatch):
-    monkeypatch.setattr(lease, "RENEW", 0.1)
-    said = dict(log=lambda text: None, lost=lambda error: None)
-    with lease.hold(killed, **said):
-        time.sleep(0.3)
-        with pytest.raises(Exception, match="in use"):
-            lease.hold(killed, **said).__enter__()
-    with lease.hold(killed, **said):
-        assert (killed / lease.FILE).exists()
+def test_it_has_one_owner(runs, killed):
+    """A second start on this machine is refused, and leaves the log of the first alone."""
+    with lease.hold(killed, log=print, lost=pytest.fail):
+        log = open_log(killed / "log.txt")
+        segments = sorted((killed / "log.txt").iterdir())
+        log.append(b"a line\n")
+        said = runs.run(killed, code=2, **SETTINGS)
+        assert str(killed) in said.splitlines()[-1]
+        assert sorted((killed / "log.txt").iterdir()) == segments
+        log.close()
+        assert b"".join(read_log(killed / "log.txt")).endswith(b"a line\n")
     assert not (killed / lease.FILE).exists()
+
+
+def test_an_owner_on_another_machine_is_watched(bucket, monkeypatch):
+    """It renews its lease in the bucket; one that no longer does is succeeded."""
+    monkeypatch.setattr(lease, "RENEW", 0.1)
+    monkeypatch.setattr(lease, "EXPIRE", 1.0)
+    machines = itertools.count()
+    monkeypatch.setattr(lease, "_machine", lambda: f"machine {next(machines)}")
+    workdir, lines, lost = bucket / "leased", [], []
+    held = lambda: lease.hold(workdir, log=lines.append, lost=lost.append)
+    with held():
+        with pytest.raises(UserError, match="--workdir=gs://runs/leased"):
+            held().__enter__()
+        first = (workdir / lease.FILE).read_text()
+        wait_until(lambda: (workdir / lease.FILE).read_text() != first)
+    assert not (workdir / lease.FILE).exists()
+    (workdir / lease.FILE).write_text(first)  # of a machine that was lost
+    with held():
+        assert (workdir / lease.FILE).read_text() != first
+    assert "took" in lines[-1]
+    assert not lost
 
 
 def test_a_damaged_version_of_a_bucket_is_restored(killed):

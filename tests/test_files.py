@@ -3,8 +3,11 @@
 import itertools
 import os
 import random
+import subprocess
+import sys
 import tempfile
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,18 +35,19 @@ def test_parts_are_written_end_to_end_and_hashed(tmp_path, write):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_failed_write_keeps_the_old_content(tmp_path):
+def test_a_failed_write_keeps_the_old_content(tmp_path, bucket):
     def parts():
         yield b"half"
         raise OSError("the disk is full")
 
-    files.write_atomically(tmp_path / "file", [b"old"])
-    with pytest.raises(OSError, match="full"):
-        files.write_atomically(tmp_path / "file", parts())
-    assert (tmp_path / "file").read_bytes() == b"old"
-    files.write_atomically(tmp_path / "file", [b"new"])
-    assert (tmp_path / "file").read_bytes() == b"new"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    for directory in (epath.Path(tmp_path), bucket / "atomically"):
+        files.write_atomically(directory / "file", [b"old"])
+        with pytest.raises(OSError, match="full"):
+            files.write_atomically(directory / "file", parts())
+        assert (directory / "file").read_bytes() == b"old"
+        files.write_atomically(directory / "file", [b"new"])
+        assert (directory / "file").read_bytes() == b"new"
+        assert [p.name for p in directory.iterdir()] == ["file"]
 
 
 def test_a_full_disk_names_the_file_at_the_close_too(tmp_path):
@@ -263,20 +267,126 @@ def test_a_log_of_a_bucket_is_uploaded_meanwhile_and_synced_parts_stay(bucket, m
 
 
 def test_a_store_that_fails_for_a_while_loses_no_line(bucket, monkeypatch):
-    path, write = bucket / "failing", type(bucket).write_bytes
+    path = bucket / "failing"
     log = files.open_log(path)
     log.append(b"1\n")
 
-    def fail(path, content):
+    def fail(path, parts):
         raise ConnectionError("away")
 
-    monkeypatch.setattr(type(bucket), "write_bytes", fail)
-    with pytest.raises(RunError, match="failing"):
-        log.sync()
-    monkeypatch.setattr(type(bucket), "write_bytes", write)
-    log.append(b"2\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_file", fail)
+        with pytest.raises(RunError, match="failing"):
+            log.sync()
+        patch.setattr(files, "SEGMENT_BYTES", 6)
+        for line in (b"2\n", b"3\n", b"4\n"):  # more than a segment: an upload is due at once
+            log.append(line)
     log.close()
-    assert read(path) == b"1\n2\n"
+    assert read(path) == b"1\n2\n3\n4\n"
+
+
+def test_a_full_segment_is_uploaded_by_a_thread_and_another_begins(bucket, monkeypatch):
+    monkeypatch.setattr(files, "UPLOAD_EVERY", 1e6)
+    monkeypatch.setattr(files, "SEGMENT_BYTES", 4)
+    path = bucket / "full"
+    log = files.open_log(path)
+    log.append(b"1\n")
+    assert read(path) == b""
+    log.append(b"2\n")
+    wait_until(lambda: read(path) == b"1\n2\n")
+    log.append(b"3\n")
+    log.close()
+    assert [p.read_bytes() for p in sorted(path.iterdir())] == [b"1\n2\n", b"3\n"]
+
+
+LOOKER = """
+import sys
+from etils import epath
+from oapl_jax import files
+
+path = epath.Path(sys.argv[1])
+for _ in sys.stdin:
+    content = b"".join(files.read_log(path)) if path.exists() else b""
+    print(content, files.log_state(path), flush=True)
+"""
+
+
+def test_a_reader_of_a_store_sees_lines_of_another_process(bucket):
+    """Clients of object stores cache listings."""
+    path = bucket / "read"
+    pipes: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", LOOKER, os.fspath(path)], **pipes) as looker:
+
+        def look():
+            print(file=looker.stdin, flush=True)
+            return looker.stdout.readline().rstrip().split(" ", 1)
+
+        assert look() == ["b''", "-"]
+        log, states = files.open_log(path), set()
+        for content in (b"1\n", b"1\n2\n", b"1\n2\n3\n"):
+            log.append(content[-2:])
+            log.sync()
+            found, state = look()
+            assert found == repr(content)
+            states.add(state)
+        log.truncate(2)
+        log.append(b"a\nb\n")
+        log.close()
+        found, state = look()
+        assert found == repr(b"1\na\nb\n")
+        assert len(states | {state}) == 4
+        looker.stdin.close()
+
+
+def test_a_process_that_was_taken_for_dead_changes_nothing(bucket, monkeypatch, tmp_path):
+    """It stalled, another one took over, and it goes on until it finds its lease taken."""
+    monkeypatch.setattr(files, "UPLOAD_EVERY", 1e6)
+    path = bucket / "stalled"
+    stalled = files.open_log(path)
+    stalled.append(b"1\n")
+    stalled.sync()
+    stalled.append(b"2\n")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # of another machine
+    other = files.open_log(path)
+    stalled.sync()
+    assert read(path) == b"1\n"
+    other.append(b"3\n")
+    stalled.append(b"4\n5\n6\n")
+    stalled.sync()
+    other.sync()
+    other.append(b"7\n")
+    assert read(path) == b"1\n3\n"
+    other.close()
+    stalled.close()
+    assert read(path) == b"1\n3\n7\n"
+    assert b"".join(files.read_log(path, last=3)) in (b"7\n", b"3\n7\n")
+    log = files.open_log(path)
+    assert log.size == 6
+    log.close()
+
+
+def test_a_spool_with_a_torn_line_is_not_taken(bucket, monkeypatch):
+    """The disk of temporary files was full within a line."""
+    monkeypatch.setattr(files, "UPLOAD_EVERY", 1e6)
+    path = bucket / "torn"
+    log = files.open_log(path)
+    log.append(b"0\n")
+    log.sync()
+    log.append(b"1\n")
+    (spool,) = places()
+    with no_file_larger_than(spool.stat().length + 3):
+        log.append(b"23456789\n")
+    log.append(b"a\n")  # the disk has room again; `log` is killed now
+    again = files.open_log(path)
+    again.append(b"b\n")
+    again.close()
+    lines = [b"0\n", b"1\n", b"23456789\n", b"a\n", b"b\n"]
+    assert set(read(path).splitlines(keepends=True)) <= {*lines}
+
+
+def test_a_lock_needs_a_file_on_a_disk(bucket):
+    with pytest.raises(UserError, match="locked"):
+        files.open_log(bucket / "locked", exclusive=True)
 
 
 def places():
@@ -296,6 +406,7 @@ def test_a_directory_of_temporary_files_that_is_not_ones_own_is_refused(monkeypa
     ("since", "found"),
     [
         ("nothing", b"1\n2\n3\n4\n"),
+        ("its first line", b"1\n2\n3\n4\n"),
         ("a cut line", b"1\n2\n3\n4\n"),
         ("an upload", b"1\n2\n3\n4\n"),
         ("another machine", b"1\n9\n4\n"),
@@ -310,24 +421,26 @@ def test_the_next_process_uploads_the_lines_of_a_killed_one(
     path = bucket / f"killed after {since}"
     killed = files.open_log(path)
     killed.append(b"1\n")
-    killed.sync()
+    if since != "its first line":
+        killed.sync()
     killed.append(b"2\n")
     killed.append(b"3\n")
     if since == "a cut line":
         (spool,) = places()
         spool.write_bytes(spool.read_bytes() + b"4")
     elif since == "an upload":
-        (path / f"{2:015d}").write_bytes(b"2\n")
+        sorted(path.iterdir())[-1].write_bytes(b"1\n")
+        (path / f"{1:06d}.{2:015d}").write_bytes(b"2\n")
     elif since == "another machine":
         with monkeypatch.context() as patch:
             patch.setattr(tempfile, "tempdir", str(tmp_path))
             other = files.open_log(path)
             other.append(b"9\n")
             other.close()
-    elif since != "nothing":
+    elif since not in ("nothing", "its first line"):
         path.rmtree()
         if since == "another log":
-            (path / f"{0:015d}").write_bytes(b"9\n")
+            (path / f"{1:06d}.{0:015d}").write_bytes(b"9\n")
     log = files.open_log(path)
     log.append(b"4\n")
     log.close()
@@ -390,24 +503,45 @@ def test_files_of_a_bucket_are_fetched_by_their_checksums(bucket, tmp_path, monk
     assert (to / "a").read_bytes() == content
     with files.local_copy(there) as copy:
         assert (copy / "a").read_bytes() == content
+    assert not copy.exists()
+    with files.local_copy(there, ["a"], keep=True) as copy:
+        pass
+    with files.local_copy(there, ["a"], keep=True) as again:
+        assert again == copy
+        assert (again / "a").read_bytes() == content
     for damage in ({"a": {**entries["a"], "xxh128": "0"}}, {"b": entries["a"]}):
         with pytest.raises(UserError, match="again"):
             files.fetch(there, damage, to, remedy="again")
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "{tmp_path}/outside"])
+def test_a_name_that_leaves_the_directory_is_refused(bucket, tmp_path, name):
+    name = name.format(tmp_path=tmp_path)
+    (bucket / "names" / "outside").write_bytes(b"content")
+    to = epath.Path(tmp_path) / "to"
+    for there in (bucket / "names" / "of", epath.Path(tmp_path)):
+        (epath.Path(tmp_path) / "outside").unlink(missing_ok=True)
+        with pytest.raises(UserError, match="outside"):
+            files.fetch(there, {name: {"bytes": 7}}, to, remedy="again")
+        assert not (epath.Path(tmp_path) / "outside").exists()
+    with pytest.raises(UserError, match="outside"), files.local_copy(bucket / "names", [name]):
+        pass
 
 
 def test_a_bucket_that_is_missing_is_named(bucket):
     files.check_reachable(bucket / "any", of="--workdir")
     with pytest.raises(UserError, match="--workdir=gs://nobody/run"):
         files.check_reachable(epath.Path("gs://nobody/run"), of="--workdir")
+    with pytest.raises(UserError, match="s3://") as caught:
+        files.check_reachable(epath.Path("s3://nobody/run"), of="--workdir")
+    assert "gcs" not in str(caught.value)
 
 
 def test_a_kill_at_any_write_to_a_bucket_keeps_what_was_synced(bucket, monkeypatch):
     monkeypatch.setattr(files, "UPLOAD_EVERY", 1e6)
     left = 0
 
-    def dies_at_the_end(method):
-        original = getattr(type(bucket), method)
-
+    def dies_at_the_end(original):
         def call(path, *arguments):
             nonlocal left
             if not left:
@@ -436,8 +570,8 @@ def test_a_kill_at_any_write_to_a_bucket_keeps_what_was_synced(bucket, monkeypat
     for writes in itertools.count():
         path, kept, killed = bucket / f"killed{writes}", [b""], False
         with monkeypatch.context() as patch:
-            for method in ("write_bytes", "unlink"):
-                patch.setattr(type(bucket), method, dies_at_the_end(method))
+            for of, name in ((files, "write_file"), (files, "create"), (type(bucket), "unlink")):
+                patch.setattr(of, name, dies_at_the_end(getattr(of, name)))
             left = writes
             try:
                 use(path, kept)
@@ -462,4 +596,4 @@ def test_a_kill_at_any_write_to_a_bucket_keeps_what_was_synced(bucket, monkeypat
         assert found.removesuffix(b"f\n") in states
         if not killed:
             break
-    assert writes == 7  # three segments, two deleted, one cut, one more
+    assert writes == 8  # three segments, two deleted, one after the cut, the beginnings of both

@@ -97,6 +97,7 @@ def test_checkpoints_and_versions_have_adapters_alone(done, settings, model):
     version = done / "versions" / "v000002"
     check_version(version)
     files = set(read_manifest(version)["files"])
+    assert read_manifest(version)["dtype"] == "float32"  # as the file's tensors
     assert {hf.ADAPTER, hf.ADAPTER_CONFIG, "probe.json", "README.md"} <= files
     assert not {hf.SINGLE, hf.CONFIG} & files
     lora, base = hf.read_adapter_config(version)
@@ -150,6 +151,19 @@ def test_a_run_does_not_resume_over_other_weights(done, settings, model, tmp_pat
         train.run(config, workdir, SimpleNamespace(requested=""))
 
 
+def test_the_denominator_of_the_learner_is_that_of_each_version(done, settings, tmp_path):
+    """A lag of 0 is no drift at all: the learner's log-probs stand above and below."""
+    config = settings(objective__denominator="learner")
+    workdir = epath.Path(tmp_path / "run")
+    assert train.run(typed(config), workdir, SimpleNamespace(requested="")) is not None
+    mine, theirs = metrics(workdir), metrics(done)
+    assert mine[0]["reward"] == theirs[0]["reward"]  # the same responses
+    assert [line["lag/max"] for line in mine] == [0, 1, 0, 1]
+    at_lag_0 = lambda lines: max(line["kl"] for line in lines[::2])
+    assert at_lag_0(mine) < min(at_lag_0(theirs), 1e-13)
+    assert min(line["kl"] for line in mine[1::2]) > 1e-8
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_merged_weights_are_published_on_request(step, done, settings, tmp_path):
     run = opened(settings(), done)
@@ -178,6 +192,8 @@ def test_merged_weights_are_published_on_request(step, done, settings, tmp_path)
         ({"model.lora.targets": ("q_proj", "q_proj")}, r"model\.lora\.targets"),
         ({"model.lora.alpha": 0.0}, r"model\.lora\.alpha"),
         ({"model.lora.rank": -1}, r"model\.lora\.rank"),
+        ({"model.lora.rank": 0, "model.lora.merged": True}, r"model\.lora\.merged"),
+        ({"publish_full_every": 2}, r"publish_full_every"),
     ],
 )
 def test_impossible_adapters_are_refused(changes, name, settings):

@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from bucket import emulated
 from small_runs import Runs, metrics
+
+from oapl_jax.tracking.metrics import read_lines
 
 # Where all rewards are equal gradients are rounding noise, and a small eps would make steps of it.
 SETTINGS = {"mesh.data": 2, "mesh.fsdp": 4, "learner.rows_multiple": 8, "optim.eps": 1e-3}
@@ -94,6 +97,7 @@ def together(runs, tmp_path_factory):
     return workdir
 
 
+LOGS = (("metrics", ".jsonl"), ("ledger", ".jsonl"))
 SAME = ("loss", "reward", "entropy", "kl", "grad_norm", "lag/max", "eval/pass@1")
 
 
@@ -187,6 +191,17 @@ def test_a_stop_of_one_host_stops_all_and_one_process_goes_on(runs, together, tm
     of_host = [balance(runs, workdir, host) for host in (0, 1)]
     assert sum(states["trained"] for states in of_host) == 12 * PER_STEP * 4
     assert of_host[1]["held"] == of_host[1]["in flight"] == 0
+
+
+def test_two_hosts_share_a_workdir_in_a_bucket(runs, together):
+    with emulated("pods") as bucket:
+        workdir = bucket / "run"
+        Pod(runs, 2).run(workdir)
+        assert_same_losses(read_lines(workdir / "metrics.jsonl"), metrics(together))
+        names = [f"{name}{host}{end}" for name, end in LOGS for host in ("", ".host1")]
+        assert all((workdir / name).is_dir() for name in names)
+        for host in (0, 1):
+            assert balance(runs, workdir, host)["trained"] == 12 * PER_STEP * 4 // 2
 
 
 @pytest.mark.parametrize(

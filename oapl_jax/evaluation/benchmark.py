@@ -20,7 +20,7 @@ from oapl_jax import rewards
 from oapl_jax.data.public import programs
 from oapl_jax.errors import UserError
 from oapl_jax.evaluation.estimators import intervals, maj_at_n, pass_curve
-from oapl_jax.files import JsonLines, code_digest
+from oapl_jax.files import JsonLines, code_digest, is_local
 from oapl_jax.rewards.function.verifier import source_files
 from oapl_jax.rewards.grader import Grade
 from oapl_jax.rollout.dataset import Dataset
@@ -122,7 +122,8 @@ class Grades:
         self.graded, self.correct = np.zeros((2, *logp.shape), bool)
         self.answers = [[""] * logp.shape[1] for _ in prompts]
         self.verdicts, self.seconds = Counter[str](), 0.0
-        self._lines = JsonLines(path, exclusive=True)
+        # In a bucket the caller holds a lease on the directory.
+        self._lines = JsonLines(path, exclusive=is_local(path))
         try:
             lines = iter(self._lines)
             if next(lines, None) == self.about:

@@ -257,14 +257,17 @@ class SGLangClient:
         if reported != str(version):
             raise WrongVersion(f"{self.url} loaded version {version} and reports {reported}")
 
+    async def adapters(self) -> set[str]:
+        """Returns the names of the loaded adapters, and that of the model."""
+        return await self._call("/v1/models", parse=lambda c: {str(m["id"]) for m in c["data"]})
+
     async def load_adapter(self, name: str, path: str, *, deadline: float) -> None:
         """Loads an adapter beside others, while requests are in flight; none of them waits.
 
         Raises:
           Refused: if the server rejects it.
         """
-        models = await self._call("/v1/models", parse=lambda c: {str(m["id"]) for m in c["data"]})
-        if name not in models:
+        if name not in await self.adapters():
             body = {"lora_name": name, "lora_path": path}
             await self._call("/load_lora_adapter", body, deadline=deadline)
 
@@ -275,10 +278,11 @@ class SGLangClient:
     async def fetch(self, path: str, *, port: int, deadline: float) -> str:
         """Makes the fetcher on the server's machine (fleet/fetch.py) copy a version to its disk.
 
-        Returns the copy's directory.
+        Returns the copy's directory. The fetcher of a server that speaks https does too: the key
+        goes to both.
         """
-        host = urlsplit(self.url)._replace(scheme="http", path="").geturl()
-        host = host.removesuffix(f":{urlsplit(self.url).port}")
+        parts = urlsplit(self.url)
+        host = parts._replace(path="").geturl().removesuffix(f":{parts.port}")
         parse = lambda content: str(content["path"])
         body, at = {"path": path}, f"{host}:{port}"
         return await self._call("/fetch", body, deadline=deadline, parse=parse, url=at)

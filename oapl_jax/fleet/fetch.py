@@ -8,13 +8,14 @@ asks `POST /fetch {"path": "gs://.../v000016"}` (fleet.fetch_port) and gets `{"p
 local copy whose files have the checksums of the version's manifest. A delta is added to the copy of
 its base; without one, the chain from the last whole version is fetched, with a line. The `--keep`
 last used copies stay. Only paths below --from are fetched, and with --api_key_file only for callers
-with the key.
+with the key. Beside servers that speak https it needs a certificate, as theirs, and speaks it too.
 The second form fetches one version and prints its directory, as for the start of a server.
 """
 
 import argparse
 import asyncio
 import signal
+import ssl
 import sys
 import time
 
@@ -84,22 +85,43 @@ def complain(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-async def serve(fetcher: Fetcher, host: str, port: int, api_key: str = "") -> None:
-    """Serves until SIGTERM or Ctrl-C; a UserError if the port is taken."""
+async def serve(
+    fetcher: Fetcher,
+    host: str,
+    port: int,
+    api_key: str = "",
+    context: ssl.SSLContext | None = None,
+) -> None:
+    """Serves until SIGTERM or Ctrl-C, by https with a context; a UserError if the port is taken."""
     app = web.Application(middlewares=demand_key(api_key))
     app.add_routes([web.post("/fetch", fetcher.fetch), web.get("/health", fetcher.health)])
     runner, stopped = web.AppRunner(app, access_log=None), asyncio.Event()
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        await web.TCPSite(runner, host, port, ssl_context=context).start()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-        log(f"fetches versions at http://{host}:{port}/fetch")
+        log(f"fetches versions at http{'s' if context else ''}://{host}:{port}/fetch")
         await stopped.wait()
     except OSError as error:
         raise UserError(f"--host={host} --port={port} can't be opened: {error}") from error
     finally:
         await runner.cleanup()
+
+
+def open_certificate(certificate: str, key: str) -> ssl.SSLContext | None:
+    """Reads a certificate and its key; None without a certificate."""
+    if not certificate and not key:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(certificate, key or None)
+    except OSError as error:
+        raise UserError(
+            f"--ssl_certfile={certificate} with --ssl_keyfile={key} can't be read "
+            f"({one_line(error)}); name the files of a certificate and its key"
+        ) from error
+    return context
 
 
 def main() -> None:
@@ -115,6 +137,8 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
     parser.add_argument("--port", type=int, default=30900, help="port to listen at")
     parser.add_argument("--api_key_file", default="", help="file with the key that callers need")
+    parser.add_argument("--ssl_certfile", default="", help="certificate, of servers with https")
+    parser.add_argument("--ssl_keyfile", default="", help="its private key")
     arguments = parser.parse_args()
     source, to, api_key = absolute(arguments.source), absolute(arguments.to), ""
     check_reachable(source, of="--from")
@@ -129,8 +153,9 @@ def main() -> None:
         api_key, exposed = read_api_key(arguments.api_key_file, of="--api_key_file")
         if exposed:
             log(exposed)
+    context = open_certificate(arguments.ssl_certfile, arguments.ssl_keyfile)
     fetcher = Fetcher(source, to, keep=arguments.keep)
-    asyncio.run(serve(fetcher, arguments.host, arguments.port, api_key))
+    asyncio.run(serve(fetcher, arguments.host, arguments.port, api_key, context))
 
 
 if __name__ == "__main__":

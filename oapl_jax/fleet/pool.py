@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -45,6 +46,7 @@ from oapl_jax.weights import publisher
 STARTING, READY, DRAINING = "starting", "ready", "draining"
 REFRESHING, LOST, REFUSED = "refreshing", "lost", "refused"
 
+ADAPTER_NAME = re.compile(r"v\d{6,}-[0-9a-f]{12}")  # of published adapters
 COUNTS = (
     *("sampled", "attempts_failed", "aborted", "mixed", "tokens"),  # of requests
     *("joined", "refreshed", "refresh_refused", "probe_failed", LOST, REFUSED),
@@ -69,7 +71,7 @@ class PublishedVersion:
         probe = publisher.read_probe(epath.Path(path))
         logp = np.array([value for row in probe["logp"] for value in row], np.float64)
         adapter = publisher.read_manifest(epath.Path(path))["files"].get(hf.ADAPTER)
-        name = f"v{number:06d}-{adapter['xxh128'][:12]}" if adapter else ""
+        name = f"v{number:06d}-{adapter['xxh128'][:12]}" if adapter else ""  # ADAPTER_NAME
         return cls(number, path, probe["tokens"], logp, probe["dtype"], name)
 
 
@@ -287,12 +289,6 @@ class Server:
         else:
             await self._refresh()
 
-    async def _holds(self, target: PublishedVersion) -> bool:
-        """True if the server has the target's weights as before; adapters are always looked for."""
-        if target.adapter or self.version != target.number:
-            return False
-        return await self.client.version() == str(target.number)
-
     async def _refresh(self) -> None:
         """Drains the server, loads the target version and probes it, in a refresh slot.
 
@@ -320,15 +316,19 @@ class Server:
     async def _load_adapter(self, target: PublishedVersion) -> None:
         """Loads and probes adapters beside those of requests in flight, of which none is drained.
 
-        Adapters of older versions without requests are unloaded.
+        Adapters of older versions without requests are unloaded, also those of a learner that was
+        killed.
         """
         pool, started = self.pool, time.monotonic()
         self.target = target.number
         try:
-            for version in self._adapters.keys() - self.versions():
-                with contextlib.suppress(Refused):  # restarted, it has none
-                    await self.client.unload_adapter(self._adapters[version])
-                del self._adapters[version]
+            kept = self._adapters.keys() & self.versions()
+            self._adapters = {version: self._adapters[version] for version in kept}
+            used = {target.adapter, *self._adapters.values()}
+            for name in sorted(await self.client.adapters() - used):
+                if ADAPTER_NAME.fullmatch(name):
+                    with contextlib.suppress(Refused):  # unloaded meanwhile
+                        await self.client.unload_adapter(name)
             deadline = pool.config.update_deadline
             path = await self._path_of(target)
             await self.client.load_adapter(target.adapter, path, deadline=deadline)

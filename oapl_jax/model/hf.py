@@ -36,6 +36,7 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DELTA = ".xor.zst"  # ends the name of weights that a published version has as a delta
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_DTYPE = "float32"  # of adapters in files
 MERGED_BELOW = "adapter"  # directory of the adapters beside merged weights
 ADAPTER_FIELDS = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
 # Variants of adapters that another forward pass needs: false, null or empty.
@@ -228,14 +229,17 @@ class Stored:
 
 
 def open_stored(
-    directory: epath.Path, config: ModelConfig, stack: contextlib.ExitStack
+    directory: epath.Path, config: ModelConfig, stack: contextlib.ExitStack, *, keep: bool = False
 ) -> dict[str, Stored]:
-    """Opens the parameters of a checkpoint, or of adapters merged into their base, on `stack`."""
+    """Opens the parameters of a checkpoint, or of adapters merged into their base, on `stack`.
+
+    A checkpoint in a bucket is copied, with `keep` once a process: the base of adapters is.
+    """
     if (directory / ADAPTER_CONFIG).exists():
         lora, base = read_adapter_config(directory)
         trained = _open_tensors(directory, config, lora, stack)
-        return merge_stored(open_stored(base, config, stack), trained, lora)
-    return _open_tensors(directory, config, None, stack)
+        return merge_stored(open_stored(base, config, stack, keep=True), trained, lora)
+    return _open_tensors(directory, config, None, stack, keep=keep)
 
 
 def merge_stored(
@@ -262,10 +266,15 @@ def merge_stored(
 
 
 def _open_tensors(
-    directory: epath.Path, config: ModelConfig, lora: Lora | None, stack: contextlib.ExitStack
+    directory: epath.Path,
+    config: ModelConfig,
+    lora: Lora | None,
+    stack: contextlib.ExitStack,
+    *,
+    keep: bool = False,
 ) -> dict[str, Stored]:
     tensors, stored = tensors_of(config, lora), {}
-    slices = _open(directory, tensors, stack)
+    slices = _open(directory, tensors, stack, keep=keep)
     for path, leaf in parameter_shapes(config, lora).items():
         of_path = [tensor for tensor in tensors if tensor.path == path]
         read = functools.partial(_read, directory, of_path, slices, leaf.shape)
@@ -329,13 +338,13 @@ def save_adapters(
     *,
     base: str,
 ) -> dict[str, dict[str, Any]]:
-    """Writes adapters in PEFT format, float32; as `save_params`.
+    """Writes adapters in PEFT format, in ADAPTER_DTYPE; as `save_params`.
 
     `base` is the directory of the frozen weights, which readers merge them into.
     """
     directory, flat = epath.Path(directory), _check(params, config, lora)
     directory.mkdir(parents=True, exist_ok=True)
-    written = {ADAPTER: _write(directory / ADAPTER, tensors_of(config, lora), flat, "float32")}
+    written = {ADAPTER: _write(directory / ADAPTER, tensors_of(config, lora), flat, ADAPTER_DTYPE)}
     document = dict(
         peft_type="LORA",
         task_type="CAUSAL_LM",
@@ -376,7 +385,7 @@ class Adapters:
             return written
         fsync(below)
         with contextlib.ExitStack() as stack:
-            base = open_stored(epath.Path(self.base), config, stack)
+            base = open_stored(epath.Path(self.base), config, stack, keep=True)
             whole = merge_stored(base, _flatten(params), self.lora)
             limits: Any = dict(dtype=dtype, max_shard_bytes=max_shard_bytes)
             files = save_params(whole, config, directory, **limits)
@@ -474,12 +483,16 @@ def _is_copy(head: Any, embedding: Any) -> bool:
 
 
 def _open(
-    directory: epath.Path, tensors: Sequence[Tensor], stack: contextlib.ExitStack
+    directory: epath.Path, tensors: Sequence[Tensor], stack: contextlib.ExitStack, *, keep: bool
 ) -> Mapping[str, Any]:
-    """Opens the files on `stack` and checks all tensors; returns name -> safetensors slice."""
+    """Opens the files on `stack` and checks all tensors; returns name -> safetensors slice.
+
+    See `local_copy` for `keep`.
+    """
     files, weight_map = _files(directory)
     slices, places = {}, {}
-    local = stack.enter_context(local_copy(directory, files))  # safetensors reads no bucket
+    # safetensors reads no bucket.
+    local = stack.enter_context(local_copy(directory, files, keep=keep))
     for file in files:
         try:
             opened = stack.enter_context(safe_open(local / file, framework="numpy"))

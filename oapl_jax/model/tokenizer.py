@@ -8,6 +8,7 @@ import datetime
 import functools
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import tokenizers
 from etils import epath
 
 from oapl_jax.errors import UserError, one_line
-from oapl_jax.files import local_copy, read_json, write_atomically, written_locally
+from oapl_jax.files import local_copy, read_json, read_parts, write_atomically, write_file
 from oapl_jax.model.config import ModelConfig
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is absent on purpose
@@ -144,9 +145,17 @@ def make_character_tokenizer(characters: str, directory: epath.PathLike) -> Any:
         clean_up_tokenization_spaces=False,
         chat_template=CONTENTS_ONLY,
     )
-    with written_locally(epath.Path(directory)) as local:
-        tokenizer.save_pretrained(os.fspath(local))
+    save_tokenizer(tokenizer, epath.Path(directory))
     return load_tokenizer(directory)
+
+
+def save_tokenizer(tokenizer: Any, directory: epath.Path) -> dict[str, dict[str, Any]]:
+    """Writes the files of a tokenizer, of a disk or bucket; returns name -> manifest entry."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as local:  # transformers writes to disks alone
+        tokenizer.save_pretrained(local)
+        paths = sorted(epath.Path(local).iterdir())
+        return {path.name: write_file(directory / path.name, read_parts(path)) for path in paths}
 
 
 def check_tokenizer(tokenizer: Any, config: ModelConfig, *, source: str) -> None:

@@ -16,9 +16,11 @@ the manifest, which is replaced atomically: a kill leaves each shard whole or ab
 the manifest does not name does not count.
 """
 
+import bisect
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -191,11 +193,12 @@ class DatasetWriter:
 class Dataset(Sequence[Group]):
     """Reads a dataset: its groups in the order in which they were written, by index.
 
-    The shards of a dataset in a bucket are fetched to a temporary directory first.
+    The shards of a dataset in a bucket are fetched to a temporary directory.
 
     Args:
-      checksums: False compares the sizes of shards alone, for a look at a few groups; those read
-        are still checked by array_record's own hashes.
+      checksums: False is for a look at a few groups: the sizes of shards alone are compared, and of
+        a bucket those shards alone are fetched that a group is read from. What is read is still
+        checked by array_record's own hashes.
 
     Raises a UserError if the manifest or a shard is missing or damaged, or there is no shard.
     """
@@ -205,27 +208,40 @@ class Dataset(Sequence[Group]):
         shards = dict(sorted(self.manifest["shards"].items(), key=lambda item: _index(item[0])))
         if not shards:
             raise UserError(f"{directory} holds no rollouts yet; {REMEDY}")
-        place = directory
-        if files.is_local(directory):
+        self._shards, self._place = shards, directory
+        self._ends = list(itertools.accumulate(len(e["samples"]) for e in shards.values()))
+        self._records: dict[str, ArrayRecordDataSource] = {}  # of the shards that were read
+        local = files.is_local(directory)
+        if not local:
+            self._copy = tempfile.TemporaryDirectory()  # removed with this object
+            self._place = epath.Path(self._copy.name)
+        if local or not checksums:
             files.check_files(directory, shards, remedy=REMEDY, checksums=checksums)
         else:
-            self._copy = tempfile.TemporaryDirectory()  # removed with this object
-            place = epath.Path(self._copy.name)
-            files.fetch(directory, shards, place, remedy=REMEDY)
-        paths = [os.fspath(place / name) for name in shards]
-        self._records = ArrayRecordDataSource(paths, {"max_parallelism": "0"})
+            files.fetch(directory, shards, self._place, remedy=REMEDY)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> Group:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not 0 <= index < len(self):
             raise IndexError(f"group {index} of {len(self)}")
+        shard = bisect.bisect_right(self._ends, index)
         try:
-            (group,) = decode_groups(self._records[index])
+            records = self._open(list(self._shards)[shard])
+            (group,) = decode_groups(records[index - self._ends[shard] + len(records)])
         except RuntimeError as error:  # of array_record
             raise UserError(f"{self.directory} is damaged ({error}); {REMEDY}") from error
         return group
+
+    def _open(self, name: str) -> ArrayRecordDataSource:
+        if name not in self._records:
+            path = self._place / name
+            if not path.exists():
+                files.fetch(self.directory, {name: self._shards[name]}, self._place, remedy=REMEDY)
+            source = ArrayRecordDataSource([os.fspath(path)], {"max_parallelism": "0"})
+            self._records[name] = source
+        return self._records[name]
 
     @property
     def versions(self) -> list[int]:
@@ -252,7 +268,8 @@ class Dataset(Sequence[Group]):
                 )
 
     def close(self) -> None:
-        self._records.__exit__(None, None, None)  # array_record has no `close`
+        for records in self._records.values():
+            records.__exit__(None, None, None)  # array_record has no `close`
 
 
 @dataclass(eq=False)

@@ -4,13 +4,15 @@ import contextlib
 import io
 import logging
 import os
+import queue
 import re
 import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from logging.handlers import QueueHandler, QueueListener
 from typing import Any
 
 import tqdm
@@ -134,7 +136,10 @@ def tell(text: str) -> None:
 
 
 class _LogHandler(logging.Handler):
-    """Appends records to a log of files.py, opened at the first one."""
+    """Appends records to a log of files.py, opened at the first one.
+
+    A single thread may log to it: while it writes to a bucket, the client's own threads log too.
+    """
 
     def __init__(self, path: epath.Path):
         super().__init__()
@@ -154,10 +159,10 @@ class _LogHandler(logging.Handler):
         super().close()
 
 
-def log_libraries_to(path: epath.PathLike) -> None:
-    """Sends log records and warnings of libraries to a log: Orbax's on a full disk are hundreds of
-    lines. The terminal keeps those of this package."""
-    handler = _LogHandler(epath.Path(path))
+def queue_library_logs() -> QueueHandler:
+    """Queues log records and warnings of libraries: Orbax's on a full disk are hundreds of lines.
+    The terminal keeps those of this package."""
+    handler = QueueHandler(queue.SimpleQueue())
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], force=True)  # some library has added its own
     logging.getLogger("oapl_jax").addHandler(logging.StreamHandler())
@@ -166,6 +171,20 @@ def log_libraries_to(path: epath.PathLike) -> None:
     sys.unraisablehook = lambda args: logging.getLogger("unraisable").error(
         "ignored in %r", args.object, exc_info=args.exc_value
     )
+    return handler
+
+
+@contextlib.contextmanager
+def write_library_logs(queued: QueueHandler, path: epath.PathLike) -> Iterator[None]:
+    """Writes what is queued to a log, from a thread, until the end of the body."""
+    handler = _LogHandler(epath.Path(path))
+    listener = QueueListener(queued.queue, handler)
+    listener.start()
+    try:
+        yield
+    finally:
+        listener.stop()
+        handler.close()
 
 
 class _Terminal(io.FileIO):

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+import shutil
 import struct
 import tempfile
 import time
@@ -24,6 +25,7 @@ from oapl_jax.files import (
     whole_lines,
     write_atomically,
 )
+from oapl_jax.tracking.progress import log
 
 WANDB_DEADLINE = 60.0  # seconds to open or to finish a run of Weights & Biases
 FILE = "metrics.jsonl"
@@ -123,13 +125,17 @@ class WeightsAndBiases:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, [os.urandom(4).hex().encode()])
+        directory = os.fspath(workdir) if is_local(workdir) else tempfile.mkdtemp(prefix="wandb-")
+        self._scratch = "" if is_local(workdir) or mode == "offline" else directory
+        if mode == "offline" and not is_local(workdir):
+            log(f"Weights & Biases: the files for wandb sync are in {directory}")
         self._run = wandb.init(
             id=path.read_text(),
             resume="allow",
             mode=mode,
             project=project,
             name=workdir.name,
-            dir=os.fspath(workdir) if is_local(workdir) else tempfile.mkdtemp(prefix="wandb-"),
+            dir=directory,
             config=dict(config),
             settings=wandb.Settings(
                 console="off",
@@ -149,6 +155,8 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 def numbers(line: Mapping[str, Any]) -> dict[str, float]:

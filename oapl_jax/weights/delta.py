@@ -30,7 +30,7 @@ def encode(file: epath.Path, base: epath.Path, *, itemsize: int) -> Iterator[byt
     `itemsize` is the bytes of a number.
     """
     if file.stat().length != base.stat().length:
-        raise WrongBase(f"{base} is no base of {file}: its tensors are others")
+        raise WrongBase(f"{base} is no base of {file}: their sizes differ")
     codec = pa.Codec("zstd", compression_level=LEVEL)
 
     def compress(parts: tuple[np.ndarray, np.ndarray]) -> bytes:
@@ -62,7 +62,7 @@ def _parts(path: epath.Path) -> Iterator[np.ndarray]:
 
 
 def _by_place(data: np.ndarray, itemsize: int) -> np.ndarray:
-    """All first bytes of the numbers, then all second ones, and so on; a rest stays as it is."""
+    """All first bytes of the numbers, then all second ones, ...; the tail is left unsorted."""
     end = len(data) - len(data) % itemsize
     return np.concatenate([data[:end].reshape(-1, itemsize).T.reshape(-1), data[end:]])
 

@@ -55,14 +55,19 @@ class Lease:
 
 @contextlib.contextmanager
 def hold(
-    workdir: epath.Path, *, log: Callable[[str], None], lost: Callable[[Exception], Any]
+    workdir: epath.Path,
+    *,
+    log: Callable[[str], None],
+    lost: Callable[[Exception], Any],
+    of: str = "--workdir",
 ) -> Iterator[None]:
-    """Holds the lease on a workdir within the body.
+    """Holds the lease on a workdir, or another directory, within the body.
 
     Args:
       workdir: of the run; created if it does not exist.
       log: takes a line that tells of a lease that was taken over.
       lost: called from a thread with the error if another process takes the lease over.
+      of: flag that names the directory.
 
     Raises:
       UserError: if another process holds it.
@@ -78,7 +83,7 @@ def hold(
         since=now,
         renewed=now,
     )
-    _acquire(path, mine, log)
+    _acquire(path, mine, log, of)
     ended = threading.Event()
     thread = threading.Thread(target=_renew, args=(path, mine, ended, lost), daemon=True)
     thread.start()
@@ -91,21 +96,19 @@ def hold(
             path.unlink()
 
 
-def hold_bucket(
-    directory: epath.Path, *, log: Callable[[str], None], lost: Callable[[Exception], Any]
-) -> contextlib.AbstractContextManager[None]:
+def hold_bucket(directory: epath.Path, **how: Any) -> contextlib.AbstractContextManager[None]:
     """`hold` of a directory in a bucket; files on a disk have locks of their own."""
-    return contextlib.nullcontext() if is_local(directory) else hold(directory, log=log, lost=lost)
+    return contextlib.nullcontext() if is_local(directory) else hold(directory, **how)
 
 
-def _in_use(path: epath.Path, by: Lease | None) -> UserError:
+def _in_use(path: epath.Path, by: Lease | None, of: str) -> UserError:
     return UserError(
-        f"--workdir={path.parent} is in use by {by or 'another process'}; stop that run, or give "
-        "another --workdir"
+        f"{of}={path.parent} is in use by {by or 'another process'}; stop that one, or give "
+        f"another {of}"
     )
 
 
-def _acquire(path: epath.Path, mine: Lease, log: Callable[[str], None]) -> None:
+def _acquire(path: epath.Path, mine: Lease, log: Callable[[str], None], of: str) -> None:
     """Creates the file, or replaces that of an owner who has ended.
 
     Raises:
@@ -118,16 +121,16 @@ def _acquire(path: epath.Path, mine: Lease, log: Callable[[str], None]) -> None:
     if found and found.owner == mine.owner:  # a store's client has repeated its request
         return
     if not path.exists():  # released meanwhile
-        _acquire(path, mine, log)
+        _acquire(path, mine, log, of)
         return
     if alive:
-        raise _in_use(path, found)
+        raise _in_use(path, found, of)
     # One process at a time may succeed an owner; a successor may be killed and have successors.
     claim = path.parent / f"{path.name}.{found.owner if found else 'unreadable'}"
-    _acquire(claim, mine, log)
+    _acquire(claim, mine, log, of)
     try:
         if (later := _read(path)) != found:
-            raise _in_use(path, later)
+            raise _in_use(path, later, of)
         _write(path, mine)
     finally:
         claim.unlink()

@@ -40,6 +40,7 @@ from oapl_jax.files import (
 )
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
+from oapl_jax.model.tokenizer import save_tokenizer
 from oapl_jax.weights import delta
 from oapl_jax.weights.delta import WrongBase
 
@@ -96,8 +97,8 @@ def publish(
         version in a bucket lie beside it meanwhile.
 
     Raises a UserError if the step is missing, unfinished, or of another model, or the base of
-    another size, and a RunError if the disk fails; the version is then whole or absent, and other
-    versions are unchanged.
+    another size, a RunError if the disk or store fails, and an OSError if the base's disk does; the
+    version is then whole or absent, and other versions are unchanged.
     """
     target = version_path(directory, version)
     # An object store renames by copying one object after the other: as slow as writing, and not
@@ -113,10 +114,7 @@ def publish(
         save = adapters.save if adapters else hf.save_params
         files = save(params, config, whole, dtype=dtype, max_shard_bytes=MAX_SHARD_BYTES)
         of_base = {DELTA: _store_delta(whole, base, temporary, files, dtype)} if base else {}
-        with tempfile.TemporaryDirectory() as local:
-            tokenizer.save_pretrained(local)
-            for path in sorted(epath.Path(local).iterdir()):
-                files[path.name] = write_file(temporary / path.name, [path.read_bytes()])
+        files |= save_tokenizer(tokenizer, temporary)
         if card:
             files[CARD] = write_file(temporary / CARD, [card.encode()])
         files[PROBE] = write_file(temporary / PROBE, [json.dumps(probe).encode()])
@@ -135,6 +133,8 @@ def publish(
         with contextlib.suppress(OSError):
             _remove_uncommitted(whole, temporary, target)
         if isinstance(error, OSError):
+            if whole != temporary and os.fspath(whole) in str(error.filename):
+                raise  # of the local disk, which a whole version does not need
             raise RunError(
                 f"version {version} could not be written below {directory} ({one_line(error)}); "
                 "free space or mend the directory, then start again"
@@ -260,8 +260,8 @@ def fetch_version(
     """Copies a committed version below the local directory `to`; returns the copy's directory.
 
     Its name has the checksum of the manifest: a killed run may publish a step again, with other
-    weights. Each file is compared with its manifest entry; the copy appears whole, by a rename, and
-    one that is there is not made again. A delta is added to the copy of its base; if there is none
+    weights. Each file is compared with its manifest entry; the copy appears whole, by a rename.
+    Existing copies are reused. A delta is added to the copy of its base; if there is none
     below `to`, or a damaged one, the chain from the last whole version is fetched, with a line to
     `log`. Raises a UserError for a version that is incomplete, damaged, or changes meanwhile.
     """
@@ -282,9 +282,13 @@ def fetch_version(
             about = {MANIFEST: {"bytes": (path / MANIFEST).stat().length, "xxh128": mark}}
             fetch(path, about, aside, remedy=REMEDY)
             write_file(aside / COMMITTED, [])
-            fsync(aside)
-            with contextlib.suppress(FileExistsError, OSError):  # another process was faster
+            for directory in {aside, *((aside / name).parent for name in manifest["files"])}:
+                fsync(directory)
+            try:
                 aside.rename(copy)
+            except OSError:
+                if not copy.exists():  # else another process was faster
+                    raise
             fsync(to)
         finally:
             if aside.exists():

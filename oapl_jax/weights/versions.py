@@ -22,6 +22,8 @@ from oapl_jax.weights import publisher
 from oapl_jax.weights.card import model_card
 from oapl_jax.weights.checkpoint import Weights, exit_after
 
+LOADED = 4  # copies of versions that stay for objective.denominator="learner"
+
 
 def publish_with_card(
     source: epath.Path,
@@ -42,9 +44,10 @@ def publish_with_card(
       config: of the run, as saved in its workdir.
       lines: of its metrics.jsonl, for the card.
     """
+    alone = adapters is not None and not adapters.merged
+    dtype = hf.ADAPTER_DTYPE if alone else dtype
     described: Any = dict(version=version, dtype=dtype, config_hash=publisher.config_hash(config))
     parent = f"{source.parent.name}/{source.name}"
-    alone = adapters is not None and not adapters.merged
     return publisher.publish(
         source,
         model,
@@ -88,9 +91,10 @@ class Versions:
         self._tokenizer, self._dtype, self._config = tokenizer, dtype, config
         self._adapters, self._whole = adapters, whole
         self._full_every = full_every
-        # Of the versions that the next one is a delta of. A killed run leaves it to the one that
-        # resumes.
-        self._copies = local_place(self.directory)
+        # Of the version that the next one is a delta of, and of those that were loaded last. A
+        # killed run leaves them to the one that resumes.
+        self.copies = local_place(f"{self.directory}.{jax.process_index()}")
+        self._keep = 1
 
     def path(self, version: int) -> epath.Path:
         return publisher.version_path(self.directory, version)
@@ -115,18 +119,18 @@ class Versions:
         multihost.wait_until(marker.exists, os.fspath(marker), deadline=self._deadline)
 
     def _publish_delta(self, step: int) -> None:
-        """Publishes a version as a delta, or whole, if it is due or its base can't be used."""
+        """Publishes a version as a delta, or whole, if that is due, or base or local disk fail."""
         how: Any = dict(full_every=self._full_every, dtype=self._dtype)
         publish = functools.partial(
             self.publish_step, self._weights.path(step), step, self.directory
         )
         try:
             if base := publisher.base_for(self.directory, step, **how):
-                with publisher.checked_version(base, self._copies) as whole:
+                with publisher.checked_version(base, self.copies) as whole:
                     publish(base=whole)
-                publisher.collect_fetched(self._copies, keep=1)
+                publisher.collect_fetched(self.copies, keep=self._keep)
                 return
-        except UserError as error:
+        except (OSError, UserError) as error:
             log(f"version {step} is published whole: {error}")
         publish()
 
@@ -180,18 +184,27 @@ class Versions:
         self._weights.keep_only(versions)
 
     def load(self, version: int) -> Any:
-        """Parameters of a published version, on the mesh; adapters share the frozen weights."""
-        with publisher.checked_version(self.path(version)) as path:
-            if self._adapters:
-                return self._whole(self._adapters.load(path, self._model, mesh=self._mesh))
-            return hf.load_params(path, self._model, mesh=self._mesh)
+        """Parameters of a published version, on the mesh; adapters share the frozen weights.
+
+        Copies of the last LOADED versions of a bucket stay until `close`: each step asks again.
+        """
+        self._keep = LOADED
+        params = self._load(version, self.copies)
+        publisher.collect_fetched(self.copies, keep=self._keep)
+        return params
 
     @functools.cached_property
     def reference(self) -> Any:
         """Parameters of version 0, on the mesh."""
-        return self.load(0)
+        return self._load(0, None)
+
+    def _load(self, version: int, copies: epath.Path | None) -> Any:
+        with publisher.checked_version(self.path(version), copies) as path:
+            if self._adapters:
+                return self._whole(self._adapters.load(path, self._model, mesh=self._mesh))
+            return hf.load_params(path, self._model, mesh=self._mesh)
 
     def close(self) -> None:
         self._weights.close()
-        if self._copies.exists() and not jax.process_index():
-            self._copies.rmtree()
+        if self.copies.exists():
+            self.copies.rmtree()

@@ -651,3 +651,10 @@ def test_a_hanging_point_ends_the_launch(root, monkeypatch):
     with pytest.raises(RunError):
         launcher.run(lambda add: add(run_of()), "cpu", backend)
     assert backend.closed
+
+
+def test_a_root_in_a_bucket_is_refused(monkeypatch):
+    words = ["launch", "--experiment=experiments/lag.py", "--root=gs://bucket/sweeps"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(UserError, match="--root=gs://bucket/sweeps"):
+        launch.main()

@@ -3,7 +3,6 @@
 import threading
 
 import pytest
-from fault_server import toy_logp
 from fleets import always, once, prompts, wait_until
 
 from oapl_jax.errors import UserError
@@ -67,6 +66,17 @@ def test_adapters_without_requests_are_unloaded(fleet_of):
     assert server.loads == [0, 1, 2, 3, 4]
 
 
+def test_adapters_of_a_killed_learner_are_unloaded(make_fleet):
+    left = {"v000007-0123456789ab": 7, "v1234567-0123456789ab": 8, "of-someone": 9}
+
+    def prepare(server):
+        takes()(server)
+        server.adapters |= left
+
+    _, (server,) = make_fleet(1, 0, prepare=prepare, adapters=LORA)
+    assert sorted(server.adapters.values()) == [0, 9]
+
+
 def test_versions_of_groups_in_flight_are_in_use(fleet_of):
     fleet, (server,) = fleet_of(1, allow_older=True)
     server.seconds = 0.5
@@ -126,4 +136,3 @@ def test_an_adapter_with_other_log_probs_than_its_probe_samples_nothing(fleet_of
     assert fleet.counts()["probe_failed"] > 0
     fleet.publish(2)
     assert fleet.sample(3).versions == {2}
-    assert abs(toy_logp(2) - toy_logp(1)).max() > 0.1

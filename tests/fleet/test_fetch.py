@@ -1,14 +1,27 @@
 """Fetcher of versions: checksums, collection, and a fleet whose versions are in a bucket."""
 
+import asyncio
+import datetime
+import errno
+import ipaddress
 import json
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 
+import aiohttp
 import pytest
 from bucket import emulated
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from etils import epath
 from fault_server import publish_toy
 from fleets import ToyFleet, wait_until
@@ -17,6 +30,7 @@ from server_processes import find_port
 from oapl_jax.errors import UserError
 from oapl_jax.files import checksum, write_file
 from oapl_jax.fleet import fetch
+from oapl_jax.fleet.client import ServerError, SGLangClient
 from oapl_jax.weights import delta
 from oapl_jax.weights.publisher import (
     COMMITTED,
@@ -29,6 +43,7 @@ from oapl_jax.weights.publisher import (
 )
 
 WEIGHTS = "model.safetensors"
+HOUR = datetime.timedelta(hours=1)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +105,75 @@ def ask(port, body, **headers):
         return error.code, json.load(error)
 
 
+@pytest.fixture
+def certificate(tmp_path):
+    """A certificate of 127.0.0.1 that it has signed itself, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now, address = datetime.datetime.now(datetime.UTC), ipaddress.ip_address("127.0.0.1")
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + 9 * HOUR)
+    made = made.add_extension(x509.SubjectAlternativeName([x509.IPAddress(address)]), False)
+    made = made.sign(key, hashes.SHA256())
+    (tmp_path / "certificate.pem").write_bytes(made.public_bytes(Encoding.PEM))
+    form = PrivateFormat.PKCS8, NoEncryption()
+    (tmp_path / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, *form))
+    return tmp_path / "certificate.pem", tmp_path / "key.pem"
+
+
+def fetch_as_a_learner(url, path, port, monkeypatch, authority):
+    """What the client of a server at `url` gets from the fetcher beside it."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+
+    async def fetched():
+        context = ssl.create_default_context()
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as session:
+            limits = dict(connect_deadline=10.0, deadline=10.0, api_key="word")
+            client = SGLangClient(session, url, **limits)
+            return await client.fetch(str(path), port=port, deadline=10.0)
+
+    return asyncio.run(fetched())
+
+
+def test_a_fetcher_of_servers_with_https_speaks_it_too(
+    versions, start_fetcher, certificate, tmp_path, monkeypatch
+):
+    (tmp_path / "key").write_text("word")
+    (tmp_path / "key").chmod(0o600)
+    files = dict(zip(("certfile", "keyfile"), certificate, strict=True))
+    flags = [f"--ssl_{name}={path}" for name, path in files.items()]
+    port = start_fetcher(f"--api_key_file={tmp_path}/key", *flags)
+    path, url = publish_toy(versions, 3), "https://127.0.0.1:1/of-a-server"
+    check_version(epath.Path(fetch_as_a_learner(url, path, port, monkeypatch, certificate[0])))
+
+
+def test_the_key_of_a_fleet_with_https_never_goes_out_in_clear_text(certificate, monkeypatch):
+    received = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def listen():
+            connection, _ = listener.accept()
+            with connection:
+                received.append(connection.recv(1 << 16))
+
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        port = listener.getsockname()[1]
+        with pytest.raises(ServerError):
+            fetch_as_a_learner(
+                "https://127.0.0.1:1", "gs://a/v1", port, monkeypatch, certificate[0]
+            )
+        thread.join()
+    assert received[0]
+    assert b"word" not in received[0]
+
+
+def test_a_certificate_that_can_not_be_read_is_refused(tmp_path, monkeypatch):
+    flags = [f"--from={tmp_path}", f"--to={tmp_path}", f"--ssl_certfile={tmp_path}/none"]
+    monkeypatch.setattr(sys, "argv", ["fetch", *flags])
+    with pytest.raises(UserError, match="--ssl_certfile"):
+        fetch.main()
+
+
 def test_a_version_is_fetched_once_and_whole(versions, tmp_path):
     to, path = epath.Path(tmp_path / "copies"), publish_toy(versions, 5)
     copy = fetch_version(path, to)
@@ -117,6 +201,16 @@ def test_a_damaged_version_is_refused_and_leaves_nothing(versions, tmp_path, dam
     with pytest.raises(UserError, match="v000007"):
         fetch_version(path, to)
     assert not to.exists() or not list(to.iterdir())
+
+
+def test_a_copy_that_can_not_be_renamed_is_an_error(versions, tmp_path, monkeypatch):
+    def rename(path, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "rename", rename)
+    with pytest.raises(OSError, match="No space left"):
+        fetch_version(publish_toy(versions, 5), epath.Path(tmp_path / "copies"))
+    assert not list((tmp_path / "copies").iterdir())
 
 
 def test_the_last_used_copies_stay(versions, tmp_path):

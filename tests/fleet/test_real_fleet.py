@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bucket import emulated
 from etils import epath
 from fleets import CLOSE, Run, assert_published, difference, open_real_fleet, wait_until
-from server_processes import ROOT, find_port
+from server_processes import ROOT, Process, find_port
 from small_runs import opened
 
 from configs import arithmetic, common
@@ -78,18 +79,40 @@ def test_log_probs_are_those_of_the_learner(make_fleet, servers, published, temp
     assert fleet.counts()["probe_gap"] < CLOSE
 
 
-@pytest.mark.parametrize(("allow_older", "drain_deadline"), [(False, 0.0), (True, 60.0)])
+@pytest.fixture
+def in_a_bucket(published, tmp_path, stack):
+    """Paths of the versions in a bucket, and the port of a fetcher beside the servers."""
+    bucket, port = stack.enter_context(emulated("published")), find_port()
+    path = lambda version: bucket / published.path(version).name
+    for version in (1, 2, 3):
+        for file in published.path(version).iterdir():
+            (path(version) / file.name).write_bytes(file.read_bytes())
+    command = [sys.executable, "-m", "oapl_jax.fleet.fetch", f"--from={bucket}"]
+    command += [f"--to={tmp_path}/copies", f"--port={port}"]
+    fetcher = Process("the fetcher", command, port, tmp_path / "fetcher.log")
+    stack.callback(fetcher.kill)
+    fetcher.wait_ready()
+    return path, port
+
+
+@pytest.mark.parametrize(
+    ("allow_older", "drain_deadline", "place"), [(False, 0.0, "disk"), (True, 60.0, "bucket")]
+)
 def test_a_refresh_under_load_mixes_no_group(
-    make_fleet, servers, published, allow_older, drain_deadline
+    make_fleet, servers, published, allow_older, drain_deadline, place, request
 ):
-    fleet = make_fleet(servers.urls, allow_older=allow_older, drain_deadline=drain_deadline)
+    path, port = published.path, 0
+    if place == "bucket":
+        path, port = request.getfixturevalue("in_a_bucket")
+    how = dict(allow_older=allow_older, drain_deadline=drain_deadline, fetch_port=port)
+    fleet = make_fleet(servers.urls, **how)
 
     def pull():
         """Refreshes from inside the pull, as a worker does."""
         for index in range(90):
             if index % 15 == 0:
                 version = 1 + index // 15 % 3
-                fleet.refresh(version, published.path(version))
+                fleet.refresh(version, path(version))
             yield prompt(index)
 
     taken = fleet.take(pull()).result()

@@ -13,10 +13,12 @@ import sys
 import aiohttp
 import numpy as np
 import pytest
+from etils import epath
 from fleets import PATIENCE, assert_published, damage, open_real_fleet, wait_until
 from server_processes import find_port, sglang_program
 
 from oapl_jax.errors import RunError, UserError
+from oapl_jax.files import write_file
 from oapl_jax.fleet import restart_proxy
 from oapl_jax.fleet.client import bearer
 from oapl_jax.fleet.restart_proxy import INFO_ROUTES, Supervisor, first_version
@@ -238,10 +240,33 @@ async def test_an_update_continues_when_its_caller_hangs_up(versions):
         assert (await call.version())[0] == "2"
 
 
+def merge(path):
+    """Makes a version of adapters with their base merged: the adapters lie in a directory below."""
+    below, manifest = path / hf.MERGED_BELOW, json.loads((path / MANIFEST).read_text())
+    below.mkdir()
+    for name in (hf.ADAPTER, hf.ADAPTER_CONFIG):
+        entry = write_file(epath.Path(below / name), [b"{}"])
+        manifest["files"][f"{hf.MERGED_BELOW}/{name}"] = entry
+    (path / MANIFEST).write_text(json.dumps(manifest))
+
+
+async def test_a_merged_version_is_served(versions):
+    merge(versions(2))
+    async with supervise(versions(1)) as call:
+        assert (await call.update(versions(2), "2"))[0] == 200
+        assert (await call.version())[:2] == ("2", str(versions(2)))
+
+
+def lose_adapters(path):
+    merge(path)
+    (path / hf.MERGED_BELOW / hf.ADAPTER).unlink()
+
+
 @pytest.mark.parametrize(
     ("spoil", "name", "entity"),
     [
         (damage, "2", "model.safetensors"),
+        (lose_adapters, "2", hf.ADAPTER),
         (lambda path: (path / COMMITTED).unlink(), "2", "version"),
         (lambda path: (path / MANIFEST).write_text("{"), "2", MANIFEST),
         (shutil.rmtree, "2", "version"),

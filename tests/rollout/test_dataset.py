@@ -32,6 +32,12 @@ from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Group, decode_groups, encode_groups
 
 
+@pytest.fixture(scope="module")
+def bucket():
+    with emulated("sets") as bucket:
+        yield bucket
+
+
 def tokenizer(*tokens):
     vocabulary = {token: i for i, token in enumerate(tokens)}
     return SimpleNamespace(eos_token_id=1, get_vocab=lambda: vocabulary)
@@ -166,20 +172,41 @@ def test_a_dataset_has_one_writer_on_a_local_disk(tmp_path):
     write(tmp_path)
 
 
-def test_a_dataset_in_a_bucket_is_that_on_a_disk(tmp_path):
+def test_a_dataset_in_a_bucket_is_that_on_a_disk(bucket, tmp_path):
     groups = [make_group(i) for i in range(6)]
     write(tmp_path, groups)
-    with emulated("sets") as bucket:
-        there = bucket / "set"
-        write(there, groups)
-        write(there, [])  # another process; no stray is left and none is missing
-        assert encode_groups(list(read(there))) == encode_groups(list(read(tmp_path)))
-        names = [path.name for path in tmp_path.iterdir() if path.name != "lock"]
-        assert sorted(path.name for path in there.iterdir()) == sorted(names)
-        shard = there / "groups-00001.array_record"
-        shard.write_bytes(b"?" + shard.read_bytes()[1:])
-        with pytest.raises(UserError, match="groups-00001"):
-            Dataset(there)
+    there = bucket / "set"
+    write(there, groups)
+    write(there, [])  # another process; no stray is left and none is missing
+    assert encode_groups(list(read(there))) == encode_groups(list(read(tmp_path)))
+    names = [path.name for path in tmp_path.iterdir() if path.name != "lock"]
+    assert sorted(path.name for path in there.iterdir()) == sorted(names)
+    shard = there / "groups-00001.array_record"
+    shard.write_bytes(b"?" + shard.read_bytes()[1:])
+    with pytest.raises(UserError, match="groups-00001"):
+        Dataset(there)
+
+
+def test_a_look_at_a_group_fetches_its_shard_alone(bucket, monkeypatch):
+    there, fetched = bucket / "look", []
+    groups = [make_group(i) for i in range(10)]
+    write(there, groups)
+    fetch = dataset.files.fetch
+
+    def note(directory, shards, to, *, remedy):
+        fetched.extend(shards)
+        fetch(directory, shards, to, remedy=remedy)
+
+    monkeypatch.setattr(dataset.files, "fetch", note)
+    found = Dataset(there, checksums=False)
+    assert (len(found), fetched) == (10, [])
+    for index in (5, 4, 9):
+        assert_same_groups([found[index]], [groups[index]])
+    assert fetched == ["groups-00001.array_record", "groups-00002.array_record"]
+    found.close()
+    (there / "groups-00000.array_record").unlink()
+    with pytest.raises(UserError, match="groups-00000"):
+        Dataset(there, checksums=False)
 
 
 def test_a_damaged_shard_is_refused_before_any_group_is_read(tmp_path):
@@ -275,13 +302,15 @@ def test_every_prompt_gets_n_samples_with_random_numbers_of_their_own(tmp_path, 
     assert again.asked == []
 
 
+@pytest.mark.parametrize("place", ["disk", "bucket"])
 @pytest.mark.parametrize("lives", range(9))
-def test_killed_it_ends_with_the_same_samples(tmp_path, lives):
+def test_killed_it_ends_with_the_same_samples(tmp_path, bucket, place, lives):
+    there = tmp_path / "set" if place == "disk" else bucket / f"killed{lives}"
     unbroken = run_fill(tmp_path / "unbroken", ScriptedSampler())
     with pytest.raises(Killed):
-        run_fill(tmp_path / "set", ScriptedSampler(seed=lives, lives=lives))
-    assert (len(read(tmp_path / "set")) if lives else 0) == lives
-    assert run_fill(tmp_path / "set", sampler := ScriptedSampler(seed=lives + 1)) == unbroken
+        run_fill(there, ScriptedSampler(seed=lives, lives=lives))
+    assert (len(read(there)) if lives else 0) == lives
+    assert run_fill(there, sampler := ScriptedSampler(seed=lives + 1)) == unbroken
     assert len(sampler.asked) == 9 - lives  # stored groups are not sampled again
 
 

@@ -3,6 +3,7 @@
 Run as a program, this file writes groups for ever, to be killed.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -13,10 +14,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from bucket import emulated
 from etils import epath
 
 from oapl_jax import report
 from oapl_jax.errors import NoReward, RunError, UserError, exit_with_code
+from oapl_jax.files import open_log, read_log
 from oapl_jax.rollout.ledger import FILE, Ledger, LedgerReport, ZeroRewardGuard, table
 from oapl_jax.rollout.sampler import Attempt, Sampled
 from oapl_jax.structs import Group, Prompt, Rollout
@@ -411,18 +414,26 @@ def test_the_message_shows_the_prompt_and_some_responses():
     assert isinstance(stopped.value, RunError)
 
 
-def test_a_kill_loses_no_event_that_was_told(tmp_path):
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_a_kill_loses_no_event_that_was_told(tmp_path, place):
     """The child says of each event, after it, that it was told; all of these are in the file."""
+    with emulated("ledger") if place == "bucket" else contextlib.nullcontext() as bucket:
+        kill_and_read(bucket or epath.Path(tmp_path), tmp_path)
+
+
+def kill_and_read(directory, tmp_path):
     position, held = 0, []
     for kill in range(3):
-        command = [sys.executable, __file__, str(tmp_path), str(position), json.dumps(held)]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, __file__, str(directory), str(position), json.dumps(held)]
+        path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | path)
         stream = child.stdout
         told = [stream.readline() for _ in range(200 + 37 * kill)]
         os.kill(child.pid, signal.SIGKILL)
         told = [line for line in told + stream.readlines() if line.endswith("\n")]
         child.wait()
-        found = LedgerReport(epath.Path(tmp_path / FILE))
+        open_log(directory / FILE).close()  # on this machine the next process uploads the last ones
+        found = LedgerReport(directory / FILE)
         assert found.summary()["balanced"]
         mine = {e.stream_index: e.state for e in found.groups() if e.incarnation == kill}
         assert len(told) >= 200
@@ -431,7 +442,7 @@ def test_a_kill_loses_no_event_that_was_told(tmp_path):
             states = {"request": ("in flight", "held", "trained"), "sampled": ("held", "trained")}
             assert mine[int(draw)] in states.get(kind, ("trained",))
         # As if this child had saved a checkpoint in the middle of what it did.
-        events = (tmp_path / FILE).read_bytes().splitlines(keepends=True)
+        events = b"".join(read_log(directory / FILE)).splitlines(keepends=True)
         resumes = [i for i, event in enumerate(events) if b'"resume"' in event]
         middle = (len(events) + [0, *resumes][-1]) // 2
         position = sum(map(len, events[:middle]))

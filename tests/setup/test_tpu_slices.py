@@ -60,6 +60,29 @@ def on(home, command):
     environment = os.environ | dict(HOME=str(home), WORKER=number, PATH=path)
     return subprocess.run(["bash", "-c", command], cwd=home, env=environment).returncode
 
+def at(name):
+    return cloud / "bucket" / name.removeprefix("gs://")
+
+def generation(file):
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+def store(verb, *names):
+    if verb == "rsync":
+        shutil.copytree(at(names[1]), names[2], dirs_exist_ok=True)
+    elif verb == "objects":
+        print(generation(at(names[1])))
+    elif verb == "cat":
+        sys.stdout.write(at(names[0]).read_text())
+    else:
+        wanted, file, content = int(names[0].partition("=")[2]), at(names[2]), sys.stdin.read()
+        if fails(verb):  # another server writes meanwhile
+            file.write_text(file.read_text() + "http://10.0.0.7:30000\\n")
+        if generation(file) != wanted:
+            return 1
+        file.write_text(content)
+
+if words[0] == "storage":
+    sys.exit(store(*words[1:]))
 verb = words[3]
 if fails(verb):
     sys.exit(story["says"])
@@ -175,9 +198,15 @@ class Cloud(Checkout):
         )
 
     def watching(
-        self, *more: str, job: str = "tpu_setup/train.sh", seed: int = 1, libtpu: str = ""
+        self,
+        *more: str,
+        job: str = "tpu_setup/train.sh",
+        seed: int = 1,
+        libtpu: str = "",
+        share: str = "10.0.0.2:/oapl",
     ) -> list[str]:
-        flags = ["--topology=v6e:4x4", "--spot", "--share=10.0.0.2:/oapl", "--poll=0", *more]
+        flags = ["--topology=v6e:4x4", "--spot", "--poll=0", *more]
+        flags += [f"--share={share}"] if share else []
         flags += ["--", job, "--config=configs/arithmetic.py", f"--workdir={self.folder}/run"]
         flags += [f"--libtpu={libtpu}"] if libtpu else []
         return ["watch.sh", *flags, "--", f"--config.seed={seed}"]
@@ -285,9 +314,10 @@ TRANSIENT = {
 ONE_LIFE = ["create", "scp", "ssh", "ssh"]  # request, source, install, start
 
 
-def test_from_nothing_to_the_end(cloud):
+@pytest.mark.parametrize("share", ["10.0.0.2:/oapl", ""])
+def test_from_nothing_to_the_end(cloud, share):
     cloud.tell("ACCEPTED WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
-    cloud.watch("--delete-at-end", libtpu="--xla_a=1 --xla_b=2")
+    cloud.watch("--delete-at-end", libtpu="--xla_a=1 --xla_b=2", share=share)
     assert cloud.calls() == [*ONE_LIFE, "delete"]
     words = f"--config=configs/arithmetic.py --workdir={cloud.folder}/run --pod --config.seed=1"
     words += " --xla_a=1 --xla_b=2"  # the compiler's flags, of the environment
@@ -295,7 +325,8 @@ def test_from_nothing_to_the_end(cloud):
         f"{n} {cloud.folder}/worker-{n}/oapl_jax tpu,cpu {words}" for n in (0, 1)
     ]
     installed = (cloud.folder / "installed").read_text()
-    assert installed.count("mount -t nfs -o hard 10.0.0.2:/oapl /mnt/oapl") == 2
+    assert installed.count("mount") == (2 if share else 0)
+    assert installed.count(f"mount -t nfs -o hard {share} /mnt/oapl") == (2 if share else 0)
     assert installed.count("--editable .[tpu,gcs]") == 2
 
 
@@ -514,3 +545,37 @@ def test_servers_add_themselves_and_start_behind_the_proxy(cloud):
     assert servers.read_text().split() == ["http://10.0.0.9:30000", "http://10.0.0.0:30000"]
     installed = (cloud.folder / "installed").read_text()
     assert "sglang-jax[tpu] @ git+https://github.com/sgl-project/sglang-jax.git@main" in installed
+
+
+# Python of a worker: the real one, but for the fetcher, which says so and stays.
+FETCHER = """#!/bin/bash
+if [[ $2 == oapl_jax.fleet.fetch ]]; then
+  echo $$ "${@:3}" >>$FAKE_CLOUD/fetchers
+  exec /bin/sleep 600
+fi
+"""
+
+
+def test_servers_without_a_share_take_all_from_a_bucket(cloud):
+    cloud.tell("ACTIVE", workers=1, cp=1)
+    bucket = cloud.folder / "bucket/b"
+    (bucket / "models/m").mkdir(parents=True)
+    (bucket / "models/m/weights").write_text("of a model without config.json")
+    (bucket / "servers.txt").write_text("http://10.0.0.9:30000\n")
+    cloud.run("create.sh", "--topology=v6e:2x4")
+    cloud.run("install.sh")
+    home = cloud.folder / "worker-0"
+    real = f'PYTHONPATH={ROOT} exec {sys.executable} "$@"\n'
+    program(home / "oapl_jax/.venv/bin/python", FETCHER + real)
+    flags = ["--topology=v6e:2x4", "--model=gs://b/models/m", "--versions=gs://b/run/versions"]
+    for _ in range(2):
+        cloud.run("serve.sh", *flags, "--servers-file=gs://b/servers.txt")
+        wait_for((home / "job/code").exists)
+    assert f"{home}/models/m" in (home / "job/log").read_text()  # it has no config.json
+    assert (home / "models/m/weights").exists()
+    entries = [f"http://10.0.0.{n}:30000" for n in (9, 7, 0)]
+    assert (bucket / "servers.txt").read_text().split() == entries
+    fetchers = [line.split() for line in (cloud.folder / "fetchers").open()]
+    words = ["--from=gs://b/run/versions", f"--to={home}/versions", "--host=10.0.0.0"]
+    assert [found[1:] for found in fetchers] == [[*words, "--port=30200"]] * 2
+    wait_for(lambda: not any(alive(int(pid)) for pid, *_ in fetchers))

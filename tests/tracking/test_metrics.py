@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bucket import emulated
 from disks import no_file_larger_than
 from etils import epath
 from small_runs import metrics as lines
@@ -26,6 +27,12 @@ from oapl_jax.tracking.metrics import (
     residuals_by_lag,
 )
 from oapl_jax.tracking.trackers import FILE, trackers
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with emulated("metrics") as bucket:
+        yield bucket
 
 
 @pytest.fixture
@@ -278,9 +285,27 @@ os._exit(9)
 """
 
 
-def test_a_killed_run_keeps_every_line_that_it_wrote(workdir):
-    done = subprocess.run([sys.executable, "-c", KILLED, os.fspath(workdir)])
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_a_killed_run_keeps_every_line_that_it_wrote(workdir, bucket, place):
+    there = workdir if place == "disk" else bucket / "killed"
+    done = subprocess.run([sys.executable, "-c", KILLED, os.fspath(there)])
     assert done.returncode == 9
-    assert steps(workdir) == [1, 2, 3]
-    write(workdir, [3, 4], start_step=2, tensorboard=True)
-    assert steps(workdir) == [1, 2, 3, 4]
+    found = lambda: [line["step"] for line in read_lines(there / FILE)]
+    if place == "bucket":
+        write(there, [], start_step=3)  # it is on the disk of this machine, which uploads it
+    assert found() == [1, 2, 3]
+    write(there, [3, 4], start_step=2, tensorboard=True)
+    assert found() == [1, 2, 3, 4]
+
+
+def test_tensorboard_reads_a_bucket_while_it_grows(bucket):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = open_writer(bucket / "grows", tensorboard=True)
+    events = EventAccumulator(os.fspath(bucket / "grows" / "tensorboard"))
+    for step in range(1, 4):
+        writer.write(step, {"loss": 1.0})
+        writer.sync()
+        events.Reload()
+        assert [event.step for event in events.Scalars("loss")] == list(range(1, step + 1))
+    writer.close()

@@ -13,7 +13,9 @@ import termios
 import time
 
 import pytest
+from bucket import emulated
 
+from oapl_jax.files import read_log
 from oapl_jax.tracking.progress import command_again
 
 # A C call of many seconds, within which Python's own signal handlers don't run.
@@ -143,18 +145,53 @@ def test_nohup_keeps_its_meaning():
 def test_libraries_log_to_a_file_and_the_package_to_the_terminal(tmp_path):
     code = """
 import logging, sys, warnings
-from oapl_jax.tracking.progress import log, log_libraries_to
-log_libraries_to(sys.argv[1])
-logging.getLogger("orbax").error("of a library")
-logging.getLogger("oapl_jax.data").warning("of the package")
-warnings.warn("a warning")
-log("a line")
+from oapl_jax.tracking.progress import log, queue_library_logs, write_library_logs
+queued = queue_library_logs()
+logging.getLogger("orbax").error("of a library, %s", "before")
+with write_library_logs(queued, sys.argv[1]):
+    try:
+        1 / 0
+    except ArithmeticError:
+        logging.getLogger("orbax").exception("of a library, after")
+    logging.getLogger("oapl_jax.data").warning("of the package")
+    warnings.warn("a warning")
+    log("a line")
 """
     path = tmp_path / "run" / "log.txt"
     process = start(code, path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.communicate() == ("a line\n", "of the package\n")
+    lines = ["library, before", "library, after", "ZeroDivision", "of the package", "a warning"]
     content = path.read_text()
-    assert all(part in content for part in ("of a library", "of the package", "a warning"))
+    assert sorted(lines, key=content.index) == lines
+
+
+def test_a_client_of_a_store_that_logs_meanwhile_is_not_waited_for():
+    """gcsfs warns from the thread that carries out the log's own requests."""
+    code = """
+import logging, sys, threading
+import fsspec.asyn
+from oapl_jax import files
+from oapl_jax.tracking.progress import queue_library_logs, write_library_logs
+
+files.SEGMENT_BYTES = 64
+loop, said = fsspec.asyn.get_loop(), threading.Event()
+
+def warn(left):
+    logging.getLogger("gcsfs").warning("a warning")
+    loop.call_later(0.001, warn, left - 1) if left else said.set()
+
+with write_library_logs(queue_library_logs(), sys.argv[1]):
+    loop.call_soon_threadsafe(warn, 100)
+    for _ in range(20):
+        logging.getLogger("orbax").error("an error")
+    said.wait()
+"""
+    with emulated("said") as bucket:
+        path = bucket / "log.txt"
+        assert start(code, path).wait(timeout=60) == 0
+        content = b"".join(read_log(path))
+    assert content.count(b"a warning") == 101
+    assert content.count(b"an error") == 20
 
 
 def test_a_command_without_stdout_ends_well():

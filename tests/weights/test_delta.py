@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bucket import emulated
+from disks import no_file_larger_than
 from etils import epath
 from small_models import small_config
 
@@ -172,8 +173,7 @@ def test_every_third_version_is_whole_and_each_comes_back(workdir, open_run, tmp
     assert stored < 0.05 * len(weights_of(2))
     assert not said
     run.close()
-    left = [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()]
-    assert not left
+    assert not list((tmp_path / "temporary").glob("*/*"))
 
 
 def test_a_resumed_run_goes_on_with_the_chain(workdir, open_run, tmp_path, said):
@@ -310,6 +310,43 @@ def test_a_version_of_another_dtype_is_whole(tmp_path, open_run, chain, said):
     assert deltas(run)[-1] == 4
     assert (run.path(6) / WEIGHTS).read_bytes() == weights_of(6, "float32")
     assert not said
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_full_local_disk_ends_no_run_in_a_bucket(bucket, open_run, said, monkeypatch, copied):
+    """With the base's copy there, the version itself does not fit."""
+    monkeypatch.setattr(hf, "load_params", lambda path, *_, **how: path)
+    run = open_run(bucket / f"full disk, {copied}")
+    publish(run, 0)
+    if copied:
+        run.load(0)
+    with no_file_larger_than(1000):
+        publish(run, 2)
+    assert "version 2 is published whole" in said[0]
+    assert deltas(run) == []
+    assert (run.path(2) / WEIGHTS).read_bytes() == weights_of(2)
+    publish(run, 4)
+    assert deltas(run) == [4]
+    run.close()
+
+
+def test_versions_that_are_loaded_at_each_step_are_fetched_once(bucket, open_run, monkeypatch):
+    fetched, fetch = [], publisher.fetch
+    note = lambda path, files, *_, **how: fetched.append(path.name) or fetch(path, files, *_, **how)
+    monkeypatch.setattr(publisher, "fetch", note)
+    monkeypatch.setattr(hf, "load_params", lambda path, *_, **how: (path / WEIGHTS).read_bytes())
+    run = open_run(bucket / "loaded", full_every=1)
+    publish(run, *range(6))
+    for _ in range(3):
+        for version in (1, 2, 3):
+            assert run.load(version) == weights_of(version)
+    assert sorted(set(fetched)) == ["v000001", "v000002", "v000003"]
+    assert len(fetched) == 6  # each, and its manifest
+    for version in range(6):
+        run.load(version)
+    assert len(list(run.copies.iterdir())) == versions.LOADED
+    run.close()
+    assert not run.copies.exists()
 
 
 # Damaged versions of a run that resumes

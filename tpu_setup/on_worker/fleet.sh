@@ -12,12 +12,16 @@ bring() {
   gcloud storage rsync --recursive "$1" "$model"
 }
 
-# Keeps the fetcher of a run's versions up; it ends with this job, whose process group it is in.
+# Keeps the fetcher of a run's versions up until this process, later the server's, has ended.
 fetch_beside() {
   [[ $1 ]] || return 0
-  while true; do
+  while kill -0 $$ 2>/dev/null; do
     JAX_PLATFORMS=cpu .venv/bin/python -m oapl_jax.fleet.fetch --from="$1" --to="$HOME/versions" \
-      --host="$(address)" --port="$2" || true
+      --host="$(address)" --port="$2" &
+    tail --pid=$$ -f /dev/null &
+    wait -n || true
+    # shellcheck disable=SC2046  # one word for each process
+    kill $(jobs -p) 2>/dev/null || true
     sleep 5
   done &
 }
