@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from oapl_jax.config import MeshConfig, RolloutConfig
@@ -154,7 +154,7 @@ def parameter_shardings(params: Any, mesh: Mesh, *, setting: str = "mesh") -> An
     return jax.tree_util.tree_map_with_path(place, params)
 
 
-def smaller_axis(size: int, mesh: Mesh, axis: str, setting: str) -> str:
+def smaller_axis(size: int, mesh: Mesh | AbstractMesh, axis: str, setting: str) -> str:
     """Remedy: the largest size of a mesh axis that divides `size`; `data` takes the rest."""
     fits = math.gcd(size, mesh.shape[axis])
     rest = mesh.shape["data"] * mesh.shape[axis] // fits

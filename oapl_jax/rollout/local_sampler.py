@@ -107,13 +107,14 @@ class LocalSampler:
 
     def refresh(self, version: int, path: epath.Path) -> None:
         """See Sampler. Unless responses go on, the version before is freed first."""
-        config, settings = self._model.config, dict(mesh=self._mesh, dtype=self._model.dtype.name)
+        config, dtype = self._model.config, self._model.dtype.name
         with checked_version(path) as directory:
             with contextlib.ExitStack() as stack:
                 hf.open_stored(directory, config, stack)  # refuses tensors of another model
             if not self._sampling:
                 self.drop_params()
-            self._policy = version, hf.load_params(directory, config, **settings)
+            params = hf.load_params(directory, config, mesh=self._mesh, dtype=dtype)
+            self._policy = version, params
 
     def set_params(self, version: int, params: Any) -> None:
         """Takes parameters from memory, on any mesh: the learner's own, to be evaluated.
