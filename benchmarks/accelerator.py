@@ -59,7 +59,7 @@ from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import make_mesh
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import bind
-from oapl_jax.planning.hardware import CHIPS
+from oapl_jax.planning.hardware import CHIPS, GPUS
 from oapl_jax.planning.programs import step_flops
 from oapl_jax.rollout.local_sampler import LocalSampler
 from oapl_jax.rollout.sampler import Sampling
@@ -94,7 +94,7 @@ PUBLISHED = {
     "NVIDIA A100-SXM4-40GB": (312e12, 1555e9),
     "NVIDIA A100-SXM4-80GB": (312e12, 2039e9),
     "NVIDIA H100 80GB HBM3": (989e12, 3350e9),
-    "NVIDIA H200": (989e12, 4800e9),
+    "NVIDIA H200": (GPUS["h200"].flops, GPUS["h200"].bandwidth),
     "NVIDIA L4": (121e12, 300e9),
 }
 REMAT = {"gpu": "dots", "tpu": "attention", "cpu": "none"}
