@@ -333,8 +333,8 @@ def test_one_gpu_by_count(name, lora, fits):
     else:
         assert learning["parameters"] == 4 * count
         assert learning["gradients"] == 2 * 4 * count  # a sum over micro-batches, and the newest
-    # 256 slots of 768 places; keys and values of 36 layers, 8 heads of 128, in bfloat16.
-    cache = 256 * 768 * 36 * 2 * 8 * 128 * 2
+    # 128 slots of 768 places; keys and values of 36 layers, 8 heads of 128, in bfloat16.
+    cache = 128 * 768 * 36 * 2 * 8 * 128 * 2
     assert cache < sampling["KV cache"] < 1.05 * cache
     assert sampling["evaluated parameters"] == sampling["embedded sampler"]
     token = (2 * count + cache) / 4.8e12
