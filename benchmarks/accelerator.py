@@ -45,6 +45,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from recorded import FILE, GROUP_SIZE, WIDTH, compiled_seconds, sample_lengths
 from results import DIRECTORY
 
 import oapl_jax
@@ -58,15 +59,13 @@ from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import make_mesh
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import bind
-from oapl_jax.planning.hardware import CHIPS
+from oapl_jax.planning.hardware import CHIPS, GPUS
 from oapl_jax.planning.programs import step_flops
-from oapl_jax.rollout import local_sampler
 from oapl_jax.rollout.local_sampler import LocalSampler
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.structs import Batch, Group, Prompt, Rollout
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LENGTHS = ROOT / "benchmarks" / "lengths_smollm2.json"  # see benchmarks/packing.py
 PACKAGES = re.compile("jax|jaxlib|libtpu|jax-cuda.*|jax_cuda.*|flax|optax|orbax-checkpoint")
 QWEN3_06B = {
     "model_type": "qwen3",
@@ -95,13 +94,12 @@ PUBLISHED = {
     "NVIDIA A100-SXM4-40GB": (312e12, 1555e9),
     "NVIDIA A100-SXM4-80GB": (312e12, 2039e9),
     "NVIDIA H100 80GB HBM3": (989e12, 3350e9),
-    "NVIDIA H200": (989e12, 4800e9),
+    "NVIDIA H200": (GPUS["h200"].flops, GPUS["h200"].bandwidth),
     "NVIDIA L4": (121e12, 300e9),
 }
 REMAT = {"gpu": "dots", "tpu": "attention", "cpu": "none"}
 TOLERANCE = {"bfloat16": 0.03, "float32": 1e-4}  # of an error relative to the largest value
 ROUNDS, ENOUGH = 3, 6.0  # a program is timed so often, or for this many seconds
-GROUP_SIZE, PROMPT_WIDTH = 8, 64  # of the recorded responses; their prompts, padded
 LAST_LINES = 40  # of stderr, kept from a section that failed
 
 Line = dict[str, Any]
@@ -400,7 +398,7 @@ def check_sampler(sizes: Sizes) -> Iterator[Line]:
     config = ModelConfig.from_hf(dict(sizes.model), source=__file__)
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
     slots = sizes.slots * mesh.size
-    recorded = json.loads(LENGTHS.read_text())
+    recorded = json.loads(FILE.read_text())
     lengths = np.array(recorded["response"]).reshape(-1, GROUP_SIZE)[: sizes.groups]
     lengths = np.tile(-(-lengths // sizes.shorten), (mesh.size, 1))
     prompts = [
@@ -414,8 +412,8 @@ def check_sampler(sizes: Sizes) -> Iterator[Line]:
         stop_ids=(config.vocab_size,),  # no token
         seed=0,
         max_sequences=slots,
-        max_prompt_tokens=PROMPT_WIDTH,
-        prompt_multiple=PROMPT_WIDTH,
+        max_prompt_tokens=WIDTH,
+        prompt_multiple=WIDTH,
         tokens_per_round=16,
     )
     model = Transformer(config, jnp.dtype(sizes.dtype), "none")
@@ -444,22 +442,9 @@ def time_sampler(sampler: LocalSampler, prompts: Sequence[Prompt], lengths: np.n
     """Seconds for responses of the given lengths, whichever tokens are sampled."""
     longest = int(lengths.max())
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=longest)
-    place = local_sampler.place
-
-    def sample(lengths: np.ndarray) -> None:
-        def of_length(slots, prefilled, source, indices, samples, limits, seed):
-            limits = lengths[indices, samples].astype(np.int32)
-            return place(slots, prefilled, source, indices, samples, limits, seed)
-
-        with mock.patch.object(local_sampler, "place", of_length):
-            groups = list(sampler.generate(prompts, n=GROUP_SIZE, sampling=sampling))
-        sampled = [[len(rollout.tokens) for rollout in group.rollouts] for group in groups]
-        np.testing.assert_array_equal(sampled, lengths)
-
-    sample(np.ones_like(lengths))  # compiles
-    start = time.perf_counter()
-    sample(lengths)
-    return {"s": time.perf_counter() - start}
+    run = functools.partial(sample_lengths, sampler, prompts, lengths, sampling)
+    run()  # compiles
+    return {"s": compiled_seconds(run)}
 
 
 def tokens_per_second_bound(

@@ -1,6 +1,6 @@
 """The embedded sampler's tokens/s on recorded, long-tailed lengths over those on equal lengths.
 
-    python benchmarks/long_tail.py [--rounds=1] [--slots=16]
+    python benchmarks/long_tail.py [--rounds=1] [--slots=16] [--groups=32]
 
 Continuous batching (the sampler) beside static batches, which decode until their longest response
 ends. Responses have the recorded lengths of benchmarks/packing.py, whichever tokens are sampled, in
@@ -11,21 +11,19 @@ machine drifts; the median of the rounds counts.
 import argparse
 import functools
 import json
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from packing import FILE
+from recorded import FILE, GROUP_SIZE, WIDTH, compiled_seconds, sample_lengths
 from results import keep, show
 
 from oapl_jax.learner.train_step import init_params
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.sharding import make_mesh
 from oapl_jax.model.transformer import Transformer, empty_cache, head, logits
-from oapl_jax.rollout import local_sampler
 from oapl_jax.rollout.local_sampler import LocalSampler
 from oapl_jax.rollout.sampler import Sampling
 from oapl_jax.rollout.token_sampling import sample_tokens
@@ -45,7 +43,6 @@ SIZES = {
     "rope_theta": 1e6,
     "tie_word_embeddings": True,
 }
-GROUP_SIZE, WIDTH = 8, 64
 MODEL = Transformer(ModelConfig.from_hf(SIZES, source=__file__), jnp.float32, "none")
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=640)
 
@@ -94,34 +91,19 @@ def static(params: Any, prompts: Sequence[Prompt], lengths: np.ndarray, slots: i
         jax.device_get(static_batch(params, tokens, segments, keys, limits, places=places))
 
 
-def continuous(sampler: LocalSampler, prompts: Sequence[Prompt], lengths: np.ndarray) -> None:
-    place = local_sampler.place
-
-    def of_length(slots, prefilled, source, indices, samples, limits, seed):
-        limits = lengths[indices, samples].astype(np.int32)
-        return place(slots, prefilled, source, indices, samples, limits, seed)
-
-    local_sampler.place = of_length
-    try:
-        groups = sampler.generate(prompts, n=GROUP_SIZE, sampling=SAMPLING)
-        sampled = [[len(rollout.tokens) for rollout in group.rollouts] for group in groups]
-    finally:
-        local_sampler.place = place
-    np.testing.assert_array_equal(sampled, lengths)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--groups", type=int, default=32, help="of 8 recorded responses")
     given = parser.parse_args()
     recorded = json.loads(FILE.read_text())
-    lengths = np.array(recorded["response"]).reshape(-1, GROUP_SIZE)
+    lengths = np.array(recorded["response"]).reshape(-1, GROUP_SIZE)[: given.groups]
     rng = np.random.default_rng(0)
     draw = lambda length: rng.integers(2, SIZES["vocab_size"], length).astype(np.int32)
     prompts = [
         Prompt(str(i), i, draw(length), "", "", "")
-        for i, length in enumerate(recorded["prompt"][::GROUP_SIZE])
+        for i, length in enumerate(recorded["prompt"][::GROUP_SIZE][: given.groups])
     ]
     params = jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(0))
     sampler = LocalSampler(
@@ -137,18 +119,17 @@ def main() -> None:
     )
     sampler.set_params(0, params)
     ways = {
-        "continuous": functools.partial(continuous, sampler, prompts),
+        "continuous": functools.partial(sample_lengths, sampler, prompts, sampling=SAMPLING),
         "static": functools.partial(static, params, prompts, slots=given.slots),
     }
     kinds = {"equal": np.full_like(lengths, round(lengths.mean())), "recorded": lengths}
     taken = {(way, kind): [] for way in ways for kind in kinds}
-    for run in ways.values():  # compiles
-        run(lengths=np.ones_like(lengths))
+    for run in ways.values():  # compiles: shorter responses would need fewer programs
+        run(lengths=lengths)
     for _ in range(given.rounds):
         for way, kind in taken:
-            start = time.perf_counter()
-            ways[way](lengths=kinds[kind])
-            taken[way, kind].append(time.perf_counter() - start)
+            run = functools.partial(ways[way], lengths=kinds[kind])
+            taken[way, kind].append(compiled_seconds(run))
     lines = []
     for way in ways:
         rate = {kind: kinds[kind].sum() / np.median(taken[way, kind]) for kind in kinds}

@@ -3,17 +3,26 @@
     python -m oapl_jax.train --config=configs/gsm8k.py --workdir=runs/gsm8k \
         --config.model.path=/data/models/Qwen3-0.6B --config.releases=/data/releases
 
-Any Qwen3, Qwen2 or Llama checkpoint; docs/data.md has the layout of the releases. Sizes that
-follow from the devices are derived: weights and rows are split over all of them. `:lora` trains
-adapters (docs/lora.md). Choices: train=full|lora, and objective=NAME with the names of
-configs/objectives.py. Expected: not measured.
+Any Qwen3, Qwen2 or Llama checkpoint (`:qwen2`, `:llama` with its `model.path`); docs/data.md has
+the layout of the releases. Sizes that follow from the devices are derived: weights and rows are
+split over all of them. `:lora` trains adapters (docs/lora.md). Choices: train=full|lora,
+family=qwen3|qwen2|llama, and objective=NAME with the names of configs/objectives.py. Expected: not
+measured.
 """
 
 from configs import arithmetic, common, objectives
 
+MODELS = {
+    "qwen3": "Qwen3-0.6B",
+    "qwen2": "Qwen2.5-0.5B-Instruct",
+    "llama": "Llama-3.2-1B-Instruct",
+}
+
 
 def get_config(arg: str | None = None) -> common.Config:
-    choice = common.parse_arg(arg, train=("full", "lora"), objective=tuple(objectives.OBJECTIVES))
+    choice = common.parse_arg(
+        arg, train=("full", "lora"), family=tuple(MODELS), objective=tuple(objectives.OBJECTIVES)
+    )
     config: common.Config = arithmetic.get_config(f"objective={choice['objective']}").unlock()
     config.releases = "/data/releases"
     root = config.get_oneway_ref("releases")
@@ -31,18 +40,23 @@ def get_config(arg: str | None = None) -> common.Config:
         test=("test",),
         max_prompt_tokens=256,
         # The last word is Qwen3's: no thinking before the answer.
-        instruction="Reason step by step, and put the final answer within \\boxed{}. /no_think",
+        instruction="Reason step by step, and put the final answer within \\boxed{}."
+        + " /no_think" * (choice["family"] == "qwen3"),
     )
     config.benchmarks.gsm8k_test = test
-    config.model.update(path="/data/models/Qwen3-0.6B", dtype="bfloat16", remat="full")
+    path = f"/data/models/{MODELS[choice['family']]}"
+    config.model.update(path=path, dtype="bfloat16", remat="full")
     config.publish_dtype = "bfloat16"
     config.warmup.num_steps = 0
 
     config.num_steps = 200
     config.group_size = 8
     config.groups_per_step = config.rollout.prompts_per_call = 32
+    # Half of a step's responses: a slot that ends is used again, where with 256 all would wait for
+    # the longest. With responses of the greatest length it costs little: sampling is 74 % of a step
+    # on one H200, and 73 % with 256 slots (oapl_jax.plan, Qwen3-0.6B).
     config.rollout.update(
-        max_response_tokens=512, max_sequences=256, prompt_multiple=64, reward_threads=4
+        max_response_tokens=512, max_sequences=128, prompt_multiple=64, reward_threads=4
     )
     response = common.reference(config.rollout, "max_response_tokens")
     config.learner.update(

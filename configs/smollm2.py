@@ -2,7 +2,7 @@
 it (reasoning_gym) at a lag of 8.
 
     make run-smollm2    # unpacks the model; 12 steps
-    python -m oapl_jax.train --config=configs/smollm2.py --workdir=runs/smollm2
+    python -m oapl_jax.train --config=configs/smollm2.py --workdir=runs/smollm2-full
 
 "Ada likes tea. Bo hates rain. Cy enjoys maths. Who hates rain? Reply only with a name." A response
 is right if its first word is Bo. Choices: train=full|lora, and objective=NAME with the names of
@@ -30,6 +30,8 @@ def get_config(arg: str | None = None) -> common.Config:
     config.data.generator = dict(min_num_statements=3, max_num_statements=3)
     config.model.path = "runs/smollm2-model"
     config.warmup.num_steps = 0
+    # All of a step's responses at once, since they are short: with half the slots sampling would be
+    # 61 % of a step, and is 49 % (oapl_jax.plan, counted for an H200).
     config.rollout.update(
         temperature=0.5,
         max_response_tokens=24,
@@ -41,8 +43,7 @@ def get_config(arg: str | None = None) -> common.Config:
     objectives.set_anchor(config.objective, 0.05)
     config.objective.constant_length = response
     config.optim.update(learning_rate=LEARNING_RATES[choice["train"]], warmup_steps=4)
-    # From step 8 on every rollout is of the version 8 steps back, and one that is left over is
-    # used a step later.
+    # From step 8 on every rollout is of the version 8 steps back; a leftover group has lag 9.
     config.lag.update(mode="fixed", steps=8)
     config.buffer.update(mode="keep_with_anchor", max_age=16, capacity=0)
     # A row has some six sequences; the head is computed for responses alone.

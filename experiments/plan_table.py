@@ -1,6 +1,6 @@
 """The table in docs/plan.md: models, TPU slices, and the speed of training at most.
 
-    python -m experiments.plan_table [--only hosts] [--models qwen3-8b] [--jobs=1]
+    python -m experiments.plan_table [--only hosts [--hosts h200]] [--models qwen3-8b] [--jobs=1]
 
 Claim: Qwen3-4B at 16k tokens and R1-Distill-Qwen-14B at 32k train on slices of 16 to 256 chips, and
 every model from 0.6B to 32B at 16k on some slice; GSM8K with the embedded sampler on one host takes
@@ -70,6 +70,14 @@ def settings_of(run: str) -> ConfigDict:
 
 def host_line(run: str, model: str, topology: str) -> Line:
     """Plans GSM8K on one host, with the settings of the sampler that a refusal proposes."""
+    try:
+        return planned_host(run, model, topology)
+    except UserError as error:  # of sizes that fit no devices; other lines are made all the same
+        log(f"refused: {error}")
+        return {"fits": False, "because": f"refused: {error}"}
+
+
+def planned_host(run: str, model: str, topology: str) -> Line:
     jax.config.update("jax_platforms", "cpu")  # in a process of its own; else jax looks for a TPU
     settings, sizes, proposed = settings_of(run), published(model), {}
     if topology in GPUS:
@@ -160,11 +168,13 @@ def digest_of(run: str, model: str) -> str:
     return hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
 
 
-def chains(names: Sequence[str], models: Sequence[str]) -> Iterator[list[Key]]:
+def chains(
+    names: Sequence[str], models: Sequence[str], hosts: Sequence[str] = HOSTS
+) -> Iterator[list[Key]]:
     """Lines to make, those of a chain one after the other until one fits."""
     if ONE_HOST in names:
-        hosts = (model for model in HOST_MODELS if model in models)
-        for key in itertools.product(HOST_RUNS, hosts, HOSTS):
+        of_hosts = (model for model in HOST_MODELS if model in models)
+        for key in itertools.product(HOST_RUNS, of_hosts, hosts):
             yield [key]
     for chips in (64, 256, 16, 128, 32):
         for generation, slices in SLICES.items():
@@ -199,7 +209,7 @@ class Table:
                 break
 
 
-def fill(names: Sequence[str], models: Sequence[str], jobs: int) -> None:
+def fill(names: Sequence[str], models: Sequence[str], hosts: Sequence[str], jobs: int) -> None:
     """Makes the lines that are missing, each in a process of its own, `jobs` at a time."""
     fresh = multiprocessing.get_context("spawn")
     with (
@@ -208,7 +218,7 @@ def fill(names: Sequence[str], models: Sequence[str], jobs: int) -> None:
     ):
         kept = json.loads(TABLE.read_text()) if TABLE.exists() else {}
         table = Table(kept, lambda *key: processes.submit(line, *key).result())
-        for _ in threads.map(table.follow, chains(names, models)):
+        for _ in threads.map(table.follow, chains(names, models, hosts)):
             pass  # raises what a line raised
 
 
@@ -276,16 +286,18 @@ def fitting(lines: dict[str, Line], model: str, host: str) -> str:
 
 
 HOST_HEAD = """\
-| model | trained | host | memory a chip | sampler's weights | slots, and fit | \
+| model | trained | host | memory a chip | sampler's weights | slots, most that fit | \
 learner's step, s | generated tokens/s at most | sampling, of a step |
 |---|---|---|---|---|---|---|---|---|"""
 
 
 def host_row(model: str, run: str, host: str, made: Line) -> str:
-    memory = f"{made['used'] / 2**30:.1f} of {made['room'] / 2**30:.1f} GiB"
     names = f"| {model} | {HOST_RUNS[run]} | {host}"
+    if not made["fits"] and "because" in made:
+        return f"{names} | does not fit: {made['because']} | | | | | |"
+    memory = f"{made['used'] / 2**30:.1f} of {made['room'] / 2**30:.1f} GiB"
     if not made["fits"]:
-        return f"{names} | does not fit: {made.get('because', memory)} | | | | | |"
+        return f"{names} | does not fit: {memory} | | | | | |"
     sampler = made["sampler"]
     parts = {axis: count for axis, count in sampler["mesh"].items() if axis != "data"}
     split = mesh_text(parts) if max(parts.values()) > 1 else "whole"
@@ -342,9 +354,10 @@ def main() -> None:
     parts = [ONE_HOST, *RUNS, SMALLEST]
     parser.add_argument("--only", nargs="*", default=parts, choices=parts)
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
+    parser.add_argument("--hosts", nargs="*", default=HOSTS, choices=HOSTS)
     parser.add_argument("--jobs", type=int, default=1, help="lines at a time, two cores each")
     arguments = parser.parse_args()
-    fill(arguments.only, arguments.models, arguments.jobs)
+    fill(arguments.only, arguments.models, arguments.hosts, arguments.jobs)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Claim: OAPL raises pass@1 on held-out problems by at least .30 from between .05 and .5, without a
     loss of pass@8, of all weights and of adapters alike, within an hour on 2 cores, for 2 of 2
-    seeds. GRPO with importance sampling runs beside it, with as many steps and rollouts.
+    seeds. GRPO with importance sampling runs beside it, with as many steps on as many groups.
 Command: make run-smollm2 (unpacks the model, then the short form: 12 steps, one seed); then
     python -m experiments.smollm2 --to=runs/smollm2-learns
 Hardware: 2 CPU cores, 16 GB of memory, 30 GB of disk.
@@ -11,9 +11,9 @@ Expected: the claim's numbers (our choice); else the exit code is 1.
 Measured: nothing yet.
 
 The runs are `configs/smollm2.py:full,oapl` and the like. pass@k is of the test split, 8 responses
-to each of 128 problems at temperature 1; none of them is trained on. A finished run is not
-repeated, and an interrupted one resumes. The directory gets smollm2.md (a table, and responses
-before and after), smollm2.png and smollm2.json.
+to each of 128 problems at temperature .5; none of them is trained on. A finished run is not
+repeated, with other settings it is refused, and an interrupted one resumes. The directory gets
+smollm2.md (a table, and responses before and after), smollm2.png and smollm2.json.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import dataclasses
 import itertools
 import json
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,8 +30,8 @@ from etils import epath
 from configs import smollm2
 from experiments.table import markdown, plt, save
 from oapl_jax import build, train
-from oapl_jax.config import Config
-from oapl_jax.errors import exit_with_code
+from oapl_jax.config import Config, load_config
+from oapl_jax.errors import UserError, exit_with_code
 from oapl_jax.evaluation.shown import Graded, grade_responses
 from oapl_jax.files import absolute
 from oapl_jax.tracking.metrics import read_lines
@@ -61,7 +60,8 @@ class Outcome:
     Attributes:
       run: one of RUNS.
       before, after: results on the test split, as of oapl_jax.evaluation.evaluate.
-      minutes: from the first start to the end, evaluations and interruptions included.
+      minutes: of loading the model and of all steps, with validations and checkpoints; without
+        interruptions and the two evaluations of the test split.
       lag: the smallest mean lag of a step, from step LAG on.
       curve: step, pass@1 and pass@8 of each validation.
       samples: question, answer, and a response to it before and after.
@@ -97,31 +97,35 @@ class Outcome:
 def run(
     workdir: epath.Path, name: str, seed: int, changes: Mapping[str, Any], stop: StopRequest
 ) -> Outcome:
-    """Trains to the end, unless done before; `changes` are overrides of the configuration."""
-    done = workdir / "outcome.json"
-    if done.exists():
-        return Outcome(**json.loads(done.read_text()))
-    workdir.mkdir(parents=True, exist_ok=True)
-    begun = workdir / "begun.json"
-    if not begun.exists():
-        begun.write_text(json.dumps(time.time()))
+    """Trains to the end, unless done before; `changes` are overrides of the configuration.
+
+    Raises a UserError if a run with other settings is in the workdir.
+    """
     config = smollm2.get_config(name).unlock()
     config.seed = seed
     config.update_from_flattened_dict(changes)
-    typed = Config.from_dict(config.to_dict())
+    typed, done = Config.from_dict(config.to_dict()), workdir / "outcome.json"
+    if done.exists():
+        saved, alone = Config.from_dict(load_config(workdir) or {}), {"data": 1, "fsdp": 1}
+        if saved.derived(alone) != typed.derived(alone):
+            raise UserError(
+                f"{workdir} holds a finished run with other settings; give another --to"
+            )
+        log(f"{workdir} is finished and not repeated")
+        return Outcome(**json.loads(done.read_text()))
     ended = train.train(build.Run(typed, workdir), stop)
     if ended is None:
         raise SystemExit("stopped; the same command resumes")
     result, state = ended
-    minutes = (time.time() - json.loads(begun.read_text())) / 60
     train.report(typed, workdir, result)
     lines = read_lines(workdir / "metrics.jsonl")
+    of_steps = (line[key] for line in lines for key in line if key.startswith("seconds/"))
     outcome = Outcome(
         run=name,
         seed=seed,
         before=result["before"],
         after=result["after"],
-        minutes=minutes,
+        minutes=(result["seconds"]["warmup"] + sum(of_steps)) / 60,
         lag=min((line["lag/mean"] for line in lines if line["step"] > LAG), default=0.0),
         curve=[
             (line["step"], line["eval/pass@1"], line["eval/pass@8"])

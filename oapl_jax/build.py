@@ -33,7 +33,7 @@ from oapl_jax.learner.optimizer import make_optimizer
 from oapl_jax.learner.packing import check_whole_groups
 from oapl_jax.model import hf, lora
 from oapl_jax.model.policy import Policy, open_policy
-from oapl_jax.model.sharding import make_mesh, split_devices
+from oapl_jax.model.sharding import open_meshes
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import bind
 from oapl_jax.preferences import (
@@ -72,6 +72,10 @@ class Run:
       workdir: holds everything that the run writes.
 
     Attributes:
+      mesh: of the learner, over all hosts.
+      sampler_mesh: of this host's embedded samplers; its devices may be the learner's.
+      given: the configuration with its zeros, which fits other devices too; a workdir keeps it.
+      config: with the sizes that follow from the devices.
       leased: True in the training run that holds the lease on the workdir; others, such as an
         evaluation beside it, replace no file of a model.
 
@@ -82,19 +86,15 @@ class Run:
     """
 
     def __init__(self, config: Config, workdir: epath.Path):
-        learner, sampler = split_devices(
-            jax.devices(), config.rollout.devices, host=jax.process_index()
-        )
-        self.mesh = make_mesh(**config.mesh, devices=learner)
-        self._sampler_mesh = make_mesh(
-            **config.rollout.mesh, devices=sampler, setting="rollout.mesh"
+        self.mesh, self.sampler_mesh = open_meshes(
+            config.mesh, config.rollout, jax.devices(), host=jax.process_index()
         )
         # Of the sampler's devices, which may be the learner's.
         self._turns = multihost.Turns() if config.rollout.devices else multihost.turns
         config.check_layout(mesh=self.mesh.shape, hosts=jax.process_count())
-        self.config, self.workdir = config.derived(self.mesh.shape), workdir
+        self.given, self.workdir = config, workdir
+        self.config = config = config.derived(self.mesh.shape)
         self.leased = False
-        config = self.config
         if config.rewards.function:
             find_function(config.rewards.function)
         self.objective = bind(
@@ -268,7 +268,7 @@ class Run:
             self.mesh,
             lambda params: {**make_probe(self.whole(params)), "dtype": dtype},
             dtype=self.config.publish_dtype,
-            config=self.config.to_dict(),
+            config=self.given.to_dict(),
             deadline=self.config.rollout.deadline,
             full_every=self.config.publish_full_every,
             adapters=self.adapters,
@@ -290,13 +290,13 @@ class Run:
         names = ("max_sequences", "prompt_multiple", "tokens_per_round")
         return LocalSampler(
             self.policy.config,
-            self._sampler_mesh,
+            self.sampler_mesh,
             dtype=self.config.model.dtype,
             stop_ids=self.policy.stop_ids,
             seed=seed,
             max_prompt_tokens=self.config.data.max_prompt_tokens,
             **{name: self.config.rollout[name] for name in names},
-            turns=self._turns if self._sampler_mesh.size > 1 else None,
+            turns=self._turns if self.sampler_mesh.size > 1 else None,
         )
 
     def open_sampler(self, *, seed: int, allow_older: bool) -> Sampler:
@@ -381,9 +381,8 @@ class Run:
             group_size=config.group_size,
             on_group=on_group,
         )
-        if rollout.source == "dataset":
-            sampler: Sampler = self.open_local_sampler(seed=config.seed)  # never used
-        else:
+        sampler = None
+        if rollout.source != "dataset":
             allow_older = config.buffer.mode != "clear_on_sync"
             sampler = self.open_sampler(seed=config.seed, allow_older=allow_older)
         preferences = self._open_preferences() if config.compares else None
@@ -400,7 +399,6 @@ class Run:
         return GroupSource(
             worker=worker,
             store=store,
-            sampler=sampler,
             ledger=ledger,
             guard=guard,
             writer=writer,
@@ -412,6 +410,7 @@ class Run:
             overlap=rollout.overlap,
             deadline=rollout.deadline,
             more_metrics=[
+                *([sampler.metrics] if sampler else []),
                 self.grader.metrics,
                 self.grader.part_means,
                 *([preferences.metrics] if preferences else []),

@@ -8,6 +8,7 @@ takes its own section; only launch.py, build.py and the commands see the whole `
 import ctypes
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import os
@@ -557,6 +558,13 @@ class RolloutConfig(Section):
     groups_per_shard: int = setting("groups of a recorded shard", at_least=1)
 
     def check(self) -> None:
+        side_by_side = self.overlap and self.sampler == "local" and self.source != "dataset"
+        if self.devices and not side_by_side:
+            raise UserError(
+                f"rollout.devices={self.devices} stand idle while the learner uses the others, "
+                "unless the embedded sampler works beside it; set rollout.devices=0, or "
+                "rollout.overlap=True with rollout.sampler='local' and sampled groups"
+            )
         if (self.source == "live") == bool(self.dataset):
             raise UserError(
                 f"rollout.source={self.source!r} and rollout.dataset={self.dataset!r} do not fit: "
@@ -1083,11 +1091,12 @@ class Config(Section):
                 f"{mesh['context']}; raise it to "
                 f"{learner.row_length + -learner.row_length % (128 * mesh['context'])}"
             )
-        sampled = self.groups_per_step - self.rollout.recorded_groups(self.groups_per_step)
-        if sampled % hosts:
+        sampled = lambda groups: groups - self.rollout.recorded_groups(groups)
+        if sampled(groups := self.groups_per_step) % hosts:
+            fits = next(n for n in itertools.count(groups) if not sampled(n) % hosts)
             raise UserError(
-                f"groups_per_step={self.groups_per_step} ({sampled} of them sampled) can't be "
-                f"divided over {hosts} hosts; choose a multiple"
+                f"groups_per_step={groups} ({sampled(groups)} of them sampled) can't be divided "
+                f"over {hosts} hosts; raise it to {fits}"
             )
         for name, value, single in (
             ("rollout.record", self.rollout.record, self.rollout.record),
@@ -1105,13 +1114,26 @@ class Config(Section):
     def check_lengths(self, max_positions: int) -> None:
         """Rejects a prompt and response that together exceed the model's context or a row."""
         prompt, response = self.data.max_prompt_tokens, self.rollout.max_response_tokens
-        limits = {"the model's max_position_embeddings": max_positions}
-        for name, limit in {**limits, "learner.row_length": self.learner.row_length}.items():
-            if prompt + response > limit:
-                raise UserError(
-                    f"data.max_prompt_tokens={prompt} + rollout.max_response_tokens={response} is "
-                    f"{prompt + response} tokens, more than {name} ({limit}); lower one"
-                )
+        rows, needed = self.learner.row_length, prompt + response
+        sizes = f"data.max_prompt_tokens={prompt} + rollout.max_response_tokens={response}"
+        if needed > max_positions:
+            raise UserError(
+                f"{sizes} is {needed} tokens, more than the model's max_position_embeddings "
+                f"({max_positions}); {shorter('rollout', prompt, max_positions)}"
+            )
+        if needed > rows:
+            raise UserError(
+                f"{sizes} is {needed} tokens, more than learner.row_length={rows}; raise that to "
+                f"{needed}"
+            )
+
+
+def shorter(section: str, prompt: int, positions: int) -> str:
+    """Remedy: lengths that fit a context, with the prompts as they are if these leave room."""
+    setting, half = f"{section}.max_response_tokens", positions // 2
+    if prompt < positions:
+        return f"set {setting}={positions - prompt}"
+    return f"set data.max_prompt_tokens={half} and {setting}={positions - half}"
 
 
 class Setting(typing.NamedTuple):

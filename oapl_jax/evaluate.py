@@ -23,6 +23,7 @@ from etils import epath
 
 from oapl_jax import multihost
 from oapl_jax.build import Run
+from oapl_jax.config import shorter
 from oapl_jax.data.prompts import all_prompts
 from oapl_jax.data.public import releases
 from oapl_jax.errors import UserError, exit_with_code
@@ -154,7 +155,8 @@ def evaluate_benchmarks(
     if prompt + longest > positions:
         raise UserError(
             f"data.max_prompt_tokens={prompt} + evaluation.max_response_tokens={longest} is more "
-            f"than the model's max_position_embeddings ({positions}); lower one"
+            f"than the model's max_position_embeddings ({positions}); "
+            f"{shorter('evaluation', prompt, positions)}"
         )
     # Responses to benchmarks may be longer than those of training.
     run.sampling = dataclasses.replace(run.sampling, max_response_tokens=longest)

@@ -10,7 +10,7 @@ import json
 import os
 import string
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -112,7 +112,7 @@ def plan_run(
 ) -> Plan:
     """Checks a configuration for a slice as a run does, and estimates it."""
     host, make = where.devices[0].process_index, functools.partial(make_mesh, where)
-    meshes = open_meshes(config, where.devices, make, host=host)
+    meshes = sharding.open_meshes(config.mesh, config.rollout, where.devices, host=host, make=make)
     config.check_layout(mesh=meshes[0].shape, hosts=where.hosts)
     config = config.derived(meshes[0].shape)
     run = programs_of(config, sizes, *meshes, from_checkpoint=from_checkpoint)
@@ -121,19 +121,10 @@ def plan_run(
 
 def count_run(config: Config, sizes: ModelConfig, gpu: str, *, from_checkpoint: bool) -> Plan:
     """Checks a configuration for one GPU as a run does, and estimates it by count."""
-    meshes = open_meshes(config, jax.devices()[:1], sharding.make_mesh, host=0)
+    meshes = sharding.open_meshes(config.mesh, config.rollout, jax.devices()[:1], host=0)
     config.check_layout(mesh=meshes[0].shape, hosts=1)
     config = config.derived(meshes[0].shape)
     return count(programs_of(config, sizes, *meshes, from_checkpoint=from_checkpoint), gpu)
-
-
-def open_meshes(
-    config: Config, devices: Sequence[Any], make_mesh: Callable[..., Mesh], *, host: int
-) -> tuple[Mesh, Mesh]:
-    """Meshes of the learner, and of one host's embedded sampler."""
-    learner, sampler = sharding.split_devices(devices, config.rollout.devices, host=host)
-    mesh = make_mesh(devices=learner, **config.mesh)
-    return mesh, make_mesh(devices=sampler, setting="rollout.mesh", **config.rollout.mesh)
 
 
 def programs_of(
@@ -363,10 +354,11 @@ def dry_run(config: Config, workdir: epath.Path, *, restore_step: int | None) ->
     """
     with tempfile.TemporaryDirectory() as scratch:
         sizes, from_checkpoint = model_sizes(config, None, epath.Path(scratch))
-    meshes = open_meshes(config, jax.devices(), sharding.make_mesh, host=jax.process_index())
+    devices, host = jax.devices(), jax.process_index()
+    meshes = sharding.open_meshes(config.mesh, config.rollout, devices, host=host)
     config.check_layout(mesh=meshes[0].shape, hosts=jax.process_count())
-    config = config.derived(meshes[0].shape)
     changed = changed_settings(workdir, config.to_dict())
+    config = config.derived(meshes[0].shape)
     run = programs_of(config, sizes, *meshes, from_checkpoint=from_checkpoint)
     directory = workdir / "checkpoints"
     saved = finished_steps(directory) if directory.exists() else []

@@ -117,7 +117,7 @@ def begin(run: Run, stop: StopRequest, restore_step: int | None) -> tuple[TrainS
     if restore_step is not None:
         run.checkpoint_step(restore_step)
     check_trackers(config.tracking)
-    for change in changed_settings(run.workdir, config.to_dict()) if host0 else ():
+    for change in changed_settings(run.workdir, run.given.to_dict()) if host0 else ():
         log(f"changed since this run began: {change}")
     if host0 and config.lag.mode != "uniform" and config.lag.steps >= config.num_steps > 0:
         log(
@@ -129,7 +129,7 @@ def begin(run: Run, stop: StopRequest, restore_step: int | None) -> tuple[TrainS
     resumes = run.checkpoints.steps() or restore_step is not None
     begun = resume(run, restore_step) if resumes else init_run(run, stop)
     if begun is not None and host0:
-        save_config(run.workdir, config.to_dict())
+        save_config(run.workdir, run.given.to_dict())
     return begun
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/accelerator.py: its sections in tiny shapes, and what becomes of one that fails."""
+"""benchmarks/accelerator.py: its sections in tiny shapes, and error reporting."""
 
 import contextlib
 import dataclasses
@@ -182,7 +182,9 @@ def test_a_section_ends_as(accelerator, program, lines, error, code):
 
 
 def test_a_section_ends_with_its_own_processes(accelerator):
-    accelerator.run_section([sys.executable, "-S", "-c", SLEEP], 1.0)
+    command = "sleep 61.25 & echo '{\"sleeps\": true}'; wait"
+    entry, code = accelerator.run_section(["sh", "-c", command], 1.0)
+    assert (entry["lines"], code) == ([{"sleeps": True}], None)
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert "sleep 61.25" not in running.stdout
 

@@ -21,6 +21,7 @@ from oapl_jax.rewards.tasks import VERIFIERS
 
 NAN = float("nan")
 RECORDED = {"rollout.source": "dataset", "rollout.dataset": "x"}
+SIDE_BY_SIDE = {"rollout.devices": 2, "rollout.overlap": True}
 # Overrides of the default configuration, and the setting that the error names.
 MISTAKES = [
     ({"seed": -1}, "seed"),
@@ -84,6 +85,9 @@ MISTAKES = [
     ({"rollout.max_sequences": 0}, "rollout.max_sequences"),
     ({"rollout.max_zero_reward_groups": -1}, "rollout.max_zero_reward_groups"),
     ({"rollout.source": "tape"}, "rollout.source"),
+    ({"rollout.devices": 2}, "rollout.overlap"),
+    (SIDE_BY_SIDE | {"rollout.sampler": "fleet"}, "rollout.devices"),
+    (SIDE_BY_SIDE | RECORDED, "rollout.devices"),
     ({"rollout.source": "dataset"}, "rollout.dataset"),
     ({"rollout.dataset": "x"}, "rollout.dataset"),
     (RECORDED | {"rollout.source": "both", "rollout.dataset_share": 0.01}, "rollout.dataset_share"),
@@ -203,15 +207,35 @@ def test_sizes_that_follow_from_the_devices_are_derived(mesh, changes, rows, cap
         ({"learner.rows_multiple": 12}, (1, 8, 1, 1), {"learner.rows_multiple": 16}),
         ({"buffer.capacity": 40}, (1, 1, 1, 1), {"buffer.capacity": 64}),
         ({"learner.row_length": 770}, (1, 2, 4, 1), {"learner.row_length": 1024}),
+        ({"groups_per_step": 7}, (1, 8, 1, 1), {"groups_per_step": 8}),
+        (
+            RECORDED | {"rollout.source": "both", "groups_per_step": 34},
+            (1, 8, 1, 1),
+            {"groups_per_step": 36},
+        ),
+        ({"rollout.max_response_tokens": 900}, (1, 8, 1, 1), {"rollout.max_response_tokens": 744}),
+        (
+            {"data.max_prompt_tokens": 2000},
+            (1, 8, 1, 1),
+            {"data.max_prompt_tokens": 500, "rollout.max_response_tokens": 500},
+        ),
+        ({"learner.row_length": 700}, (1, 8, 1, 1), {"learner.row_length": 768}),
     ],
 )
 def test_a_refusal_proposes_a_value_that_fits(changes, mesh, proposed):
+    """Of two hosts, and a model of 1,000 positions."""
     config, shape = gsm8k.get_config(), dict(zip(AXES, mesh, strict=True))
-    check = lambda: Config.from_dict(config.to_dict()).check_layout(mesh=shape, hosts=1)
+
+    def check():
+        typed = Config.from_dict(config.to_dict())
+        typed.check_layout(mesh=shape, hosts=2)
+        typed.check_lengths(1000)
+
     config.update_from_flattened_dict(changes)
-    ((setting, value),) = proposed.items()
-    with pytest.raises(UserError, match=rf"{setting}\b.*\b{value}\b"):
+    named = [rf"{setting}\b.*\b{value}\b" for setting, value in proposed.items()]
+    with pytest.raises(UserError, match=named[0]) as refused:
         check()
+    assert all(re.search(name, str(refused.value)) for name in named)
     config.update_from_flattened_dict(proposed)
     check()
 

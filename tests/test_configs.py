@@ -20,7 +20,7 @@ CHOICES = {
     "documents": ["", "round=1", "round=2,objective=grpo"],
     "competition_math": ["", "smoke", "grpo_is", "smoke,objective=grpo_is"],
     "own_task": ["", "start=pretrained", "objective=grpo"],
-    "gsm8k": ["", "lora", "train=lora,objective=grpo"],
+    "gsm8k": ["", "lora", "llama,lora", "train=lora,family=qwen2,objective=grpo"],
     "smollm2": ["", "lora", "train=lora,objective=grpo_is"],
 }
 # Scripts of users rely on these names.

@@ -21,6 +21,8 @@ from made_runs import header_of
 from small_runs import ROOT, Runs, metrics, small_arithmetic, timeless, typed
 
 from oapl_jax import train
+from oapl_jax.build import Run
+from oapl_jax.config import Config, load_config
 from oapl_jax.errors import UserError
 from oapl_jax.publish import publish_step
 from oapl_jax.report import open_runs, report_data
@@ -254,14 +256,14 @@ def test_restores_on_another_mesh(runs, copy):
 
 
 @pytest.mark.parametrize(
-    ("devices", "meshes"),
+    ("devices", "meshes", "sizes"),
     [
-        (1, {}),
-        (8, dict(rollout__devices=4)),  # side by side
-        (8, dict(rollout__mesh__tensor=2)),  # in turns, on the same devices
+        (1, {}, (1, 1)),
+        (8, dict(rollout__devices=4), (4, 4)),  # side by side
+        (8, dict(rollout__mesh__tensor=2), (8, 8)),  # in turns, on the same devices
     ],
 )
-def test_overlap_samples_beside_the_learner(runs, tmp_path, devices, meshes):
+def test_overlap_samples_beside_the_learner(runs, tmp_path, devices, meshes, sizes):
     settings = dict(rollout__overlap=True, buffer__capacity=16, num_steps=16)
     runs.run(tmp_path, devices=devices, **settings, **meshes, **ONLY_RL)
     lines = metrics(tmp_path)
@@ -272,6 +274,11 @@ def test_overlap_samples_beside_the_learner(runs, tmp_path, devices, meshes):
     last = lines[-1]
     held = last["buffer/added"] - sum(last.get(f"buffer/{k}", 0) for k in ("trained", "expired"))
     assert 0 <= held <= 16
+    if devices == jax.device_count():
+        run = Run(Config.from_dict(load_config(epath.Path(tmp_path)) or {}), epath.Path(tmp_path))
+        learner, sampler = (set(mesh.devices.flat) for mesh in (run.mesh, run.sampler_mesh))
+        assert (len(learner), len(sampler)) == sizes
+        assert bool(learner & sampler) == (sizes == (8, 8))
 
 
 @pytest.mark.parametrize(("mode", "buffer"), [("fixed", "keep_with_anchor"), ("uniform", "replay")])
@@ -396,6 +403,24 @@ def test_a_step_to_restore_that_does_not_exist_is_named_before_any_work(tmp_path
         train.run(typed(small_arithmetic({})), epath.Path(tmp_path), stop, restore_step=step)
     assert not (tmp_path / "model").exists()
     assert not (tmp_path / "config.json").exists()
+
+
+def test_sizes_that_follow_from_devices_are_saved_as_given(runs, tmp_path, monkeypatch):
+    """A run of one device is read on eight, without its configuration."""
+    follow = {"learner.rows_multiple": 0, "buffer.capacity": 0, "mesh.data": 1, "mesh.fsdp": -1}
+    settings = {**ONLY_RL, **follow, "data.data_dir": str(runs.data_dir), "num_steps": 0}
+    workdir, one = epath.Path(tmp_path), jax.devices()[:1]
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: one)
+        config = typed(small_arithmetic({**settings, "data.train_size": 200}))
+        train.run(config, workdir, SimpleNamespace(requested=""))
+    saved = load_config(workdir) or {}
+    assert saved == config.to_dict()
+    run = Run(Config.from_dict(saved), workdir)
+    assert (run.mesh.size, run.config.learner.rows_multiple) == (8, 8)
+    assert run.config.buffer.capacity > 0
+    assert run.params_at(None)[0] == 0
+    run.close()
 
 
 def test_a_workdir_of_another_structure_is_refused(runs, copy):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from oapl_jax.errors import UserError
 from oapl_jax.model.blockwise_attention import ATTENTION, LOWEST, blockwise_attention, visible
-from oapl_jax.model.sharding import ROWS, platform
+from oapl_jax.model.sharding import ROWS, platform, smaller_axis
 
 # Bound on a [Tq, Tk] array of `mask_attention`: in half precision a row of 11,585 tokens.
 QUADRATIC_BYTES = 256 << 20
@@ -193,7 +193,8 @@ def over_mesh(make_kernel: MakeKernel, query, key, value, segments, *, multiple:
     positions, heads, kv_heads = query.shape[1], query.shape[2], key.shape[2]
     if kv_heads % tensor:
         raise UserError(
-            f"mesh.tensor={tensor} does not divide the model's {kv_heads} key heads; lower it"
+            f"mesh.tensor={tensor} does not divide the model's {kv_heads} key heads; "
+            f"{smaller_axis(kv_heads, mesh, 'tensor', 'mesh')}"
         )
 
     def exchange(x):

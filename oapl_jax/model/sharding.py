@@ -7,15 +7,16 @@ along `data` and `context`.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from oapl_jax.config import MeshConfig, RolloutConfig
 from oapl_jax.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -111,6 +112,20 @@ def split_devices(
     return learner, of_hosts[host][-sampler:]  # [-0:] has all
 
 
+def open_meshes(
+    mesh: MeshConfig,
+    rollout: RolloutConfig,
+    devices: Sequence[Any],
+    *,
+    host: int,
+    make: Callable[..., Mesh] = make_mesh,
+) -> tuple[Mesh, Mesh]:
+    """Meshes of the learner, over `devices` of all hosts, and of one host's embedded sampler."""
+    learner, sampler = split_devices(devices, rollout.devices, host=host)
+    sizes: Any = rollout.mesh
+    return make(devices=learner, **mesh), make(devices=sampler, setting="rollout.mesh", **sizes)
+
+
 def parameter_spec(path: str) -> P:
     """Mesh axes of a parameter; raises a KeyError if no rule matches."""
     for pattern, spec in PARAMETER_RULES:
@@ -130,15 +145,20 @@ def parameter_shardings(params: Any, mesh: Mesh, *, setting: str = "mesh") -> An
         spec = parameter_spec(name)
         for size, axis in zip(leaf.shape, spec, strict=True):
             if axis is not None and size % mesh.shape[axis]:
-                fits = math.gcd(size, mesh.shape[axis])
                 raise UserError(
                     f"{setting}.{axis}={mesh.shape[axis]} does not divide an axis of {name} with "
-                    f"shape {tuple(leaf.shape)}; set {setting}.{axis}={fits}, and {setting}.data "
-                    "to the rest"
+                    f"shape {tuple(leaf.shape)}; {smaller_axis(size, mesh, axis, setting)}"
                 )
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, params)
+
+
+def smaller_axis(size: int, mesh: Mesh | AbstractMesh, axis: str, setting: str) -> str:
+    """Remedy: the largest size of a mesh axis that divides `size`; `data` takes the rest."""
+    fits = math.gcd(size, mesh.shape[axis])
+    rest = mesh.shape["data"] * mesh.shape[axis] // fits
+    return f"set {setting}.{axis}={fits} and {setting}.data={rest}"
 
 
 def serving_dtype(path: str, dtype: Any) -> Any:

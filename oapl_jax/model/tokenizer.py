@@ -37,11 +37,15 @@ def load_tokenizer(directory: epath.PathLike) -> Any:
         raise UserError(
             f"no tokenizer in {directory}: tokenizer_config.json is missing; copy its files there"
         )
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         with local_copy(directory) as local:
-            tokenizer = AutoTokenizer.from_pretrained(os.fspath(local), local_files_only=True)
+            named = json.loads((local / "tokenizer_config.json").read_text())
+            # Beside a config.json of qwen2 AutoTokenizer would make it a Qwen2Tokenizer.
+            plain = named.get("tokenizer_class") == "TokenizersBackend"
+            kind = PreTrainedTokenizerFast if plain else AutoTokenizer
+            tokenizer = kind.from_pretrained(os.fspath(local), local_files_only=True)
     except Exception as error:  # the libraries name no closed set for damaged files
         fault = f"the tokenizer in {directory} can't be loaded ({one_line(error)})"
         raise UserError(f"{fault}; copy its files there again") from error

@@ -20,9 +20,9 @@ from oapl_jax.planning.hardware import Chip, Slice, axis_bandwidth
 from oapl_jax.planning.hlo import Module, collective_bytes, traffic
 from oapl_jax.planning.programs import (
     CACHE,
-    EVALUATED,
     GROWING,
     SAMPLER,
+    VERSIONS,
     Compilation,
     Program,
     RunPrograms,
@@ -226,7 +226,7 @@ def sampler_times(
     """Generated tokens/s at most, the least seconds of a step's rollouts, and their share of it.
 
     Every response has its greatest length. `bounds` are those of the sampler's programs, `learning`
-    the learner's seconds of a step. On shared devices, and without overlap, the two take turns.
+    the learner's seconds of a step. On shared devices the two take turns.
     """
     sampler, length = run.sampler, run.rollout.max_response_tokens
     token = bounds["decoding"]["seconds"] / sampler.steps
@@ -241,8 +241,7 @@ def sampler_times(
     if not run.samples:
         return times
     sampling = seconds(math.ceil(new_groups(run) * run.group_size / hosts))
-    side_by_side = run.rollout.devices and run.rollout.overlap
-    step = max(sampling, learning) if side_by_side else sampling + learning
+    step = max(sampling, learning) if run.rollout.devices else sampling + learning
     return {**times, "seconds": sampling, "step_seconds": step, "share": sampling / step}
 
 
@@ -298,7 +297,7 @@ def remedies(
     over, cache = sum(worst.values()) - available, worst.get(CACHE, 0)
     if over < cache and (slots := int(run.sampler.slots * (1 - over / cache)) // chips * chips):
         return [f"rollout.max_sequences={slots}"]
-    copies = sum(kind in worst for kind in (SAMPLER, EVALUATED))
+    copies = sum(kind in worst for kind in VERSIONS)
     sizes = run.sampler.smaller_mesh(worst[SAMPLER] - -(-over // copies))
     return [f"rollout.mesh.{axis}={size}" for axis, size in (sizes or {}).items()]
 

@@ -59,10 +59,12 @@ class Program:
         return {kind: per_chip(tree) for kind, tree in self.arguments.items()} | dict(self.beside)
 
 
-# Kinds of the embedded sampler's arrays. With an evaluation it has two versions, and with overlap
-# two caches.
+# Kinds of the embedded sampler's arrays. An evaluation has a version of its own, and with overlap a
+# cache of its own; with overlap a new version is loaded while responses of the one before go on.
 SAMPLER, CACHE, PROMPTS = "embedded sampler", "KV cache", "prefilled prompts"
 EVALUATED, SECOND_CACHE = "evaluated parameters", "KV cache of the evaluation"
+BEFORE = "sampler's version before"
+VERSIONS = (SAMPLER, BEFORE, EVALUATED)
 GROWING = (CACHE, SECOND_CACHE, PROMPTS)  # with the number of slots
 
 
@@ -284,7 +286,7 @@ class RunPrograms:
         if self.samples and not self.rollout.devices:
             kinds[SAMPLER] = per_chip(self.sampler.params)
             if self.rollout.overlap:
-                kinds[CACHE] = per_chip(self.sampler.state)
+                kinds |= {BEFORE: kinds[SAMPLER], CACHE: per_chip(self.sampler.state)}
         return kinds
 
     @property
@@ -313,9 +315,12 @@ class RunPrograms:
         beside = {} if self.rollout.devices else dict(self.kept)
         for kind in (SAMPLER, CACHE):
             beside.pop(kind, 0)
+        version, overlap = per_chip(self.sampler.params), self.rollout.overlap
+        if self.samples and overlap:
+            beside[BEFORE] = version
         if self.samples and self.evaluates:
-            beside[EVALUATED] = per_chip(self.sampler.params)
-            if self.rollout.overlap:
+            beside[EVALUATED] = version
+            if overlap:
                 beside[SECOND_CACHE] = per_chip(self.sampler.state)
         return self.sampler.programs(beside)
 

@@ -7,7 +7,6 @@ number of slots is decoded together; a finished response frees its slot for the 
 import contextlib
 import dataclasses
 import itertools
-import math
 import threading
 import time
 from collections import deque
@@ -22,10 +21,10 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
-from oapl_jax.errors import UserError
+from oapl_jax.errors import RunError, UserError
 from oapl_jax.model import hf
 from oapl_jax.model.config import ModelConfig
-from oapl_jax.model.sharding import parameter_shardings, to_local_mesh
+from oapl_jax.model.sharding import parameter_shardings, smaller_axis, to_local_mesh
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.rollout.decoding import Prefilled, Slots, decode, empty_slots, place, prefill
 from oapl_jax.rollout.sampler import Sampled, Sampling
@@ -34,7 +33,7 @@ from oapl_jax.weights.publisher import checked_version
 
 GRACE = 0.02  # seconds: prompts that come as fast as this are begun together
 PREFILL = 8192  # tokens of padded prompts that are computed at a time, at most
-EARLY = 8  # a round of decoding ends early when one in so many slots can take another response
+EARLY = 8  # a round ends early once 1/8 of the slots are free and responses wait for them
 
 
 @dataclasses.dataclass(eq=False)
@@ -100,16 +99,22 @@ class LocalSampler:
         self._widths = prompt_widths(max_prompt_tokens, prompt_multiple)
         self._policy: tuple[int, Any] = (-1, None)  # replaced as one, for another thread
         self._groups: deque[_Group] = deque()  # in order, until they are yielded
-        self._closed = False
+        self._closed = self._sampling = False
 
     @property
     def version(self) -> int:
         return self._policy[0]
 
     def refresh(self, version: int, path: epath.Path) -> None:
-        settings: Any = dict(mesh=self._mesh, dtype=self._model.dtype.name)
+        """See Sampler. Unless responses go on, the version before is freed first."""
+        config, dtype = self._model.config, self._model.dtype.name
         with checked_version(path) as directory:
-            self._policy = version, hf.load_params(directory, self._model.config, **settings)
+            with contextlib.ExitStack() as stack:
+                hf.open_stored(directory, config, stack)  # refuses tensors of another model
+            if not self._sampling:
+                self.drop_params()
+            params = hf.load_params(directory, config, mesh=self._mesh, dtype=dtype)
+            self._policy = version, params
 
     def set_params(self, version: int, params: Any) -> None:
         """Takes parameters from memory, on any mesh: the learner's own, to be evaluated.
@@ -136,14 +141,22 @@ class LocalSampler:
     def generate(
         self, prompts: Iterable[Prompt], *, n: int, sampling: Sampling
     ) -> Iterator[Sampled]:
-        """See Sampler. A sequence of few or short prompts gets no larger cache than it needs."""
-        feed = _Feed(prompts, lambda: self._policy)
-        slots, width = self._max_sequences, self._widths[-1]
+        """See Sampler. A sequence of few prompts gets no more slots than it needs.
+
+        Raises a RunError if the sampler was closed before.
+        """
+        if self._closed:
+            raise RunError("the embedded sampler is closed; open another one")
+        return self._generate(prompts, n, sampling)
+
+    def _generate(self, prompts: Iterable[Prompt], n: int, sampling: Sampling) -> Iterator[Sampled]:
+        slots = self._max_sequences
         if isinstance(prompts, Sized):
             slots = min(slots, 1 << max(len(prompts) * n - 1, 0).bit_length())
-            width = self._width(max((len(prompt.tokens) for prompt in prompts), default=0))
         self._groups.clear()
-        batch = _Batch(self, slots, width, n, sampling)
+        self._sampling = True
+        feed = _Feed(prompts, lambda: self._policy)
+        batch = _Batch(self, slots, n, sampling)
         try:
             while not self._closed:
                 while batch.has_room() and (item := feed.take(wait=not batch.busy)):
@@ -162,6 +175,7 @@ class LocalSampler:
                     yield self._groups[0].sampled()
                     self._groups.popleft()
         finally:
+            self._sampling = False
             feed.close()
 
     def _width(self, length: int) -> int:
@@ -175,11 +189,9 @@ def check_divides(config: ModelConfig, mesh: Mesh) -> None:
     parameter_shardings(shapes, mesh, setting="rollout.mesh")
     heads, tensor = config.num_kv_heads, mesh.shape["tensor"]
     if heads % tensor:
-        fits = math.gcd(heads, tensor)
-        data = mesh.shape["data"] * tensor // fits
         raise UserError(
-            f"rollout.mesh.tensor={tensor} does not divide the model's {heads} key heads; set "
-            f"rollout.mesh.tensor={fits} and rollout.mesh.data={data}"
+            f"rollout.mesh.tensor={tensor} does not divide the model's {heads} key heads; "
+            f"{smaller_axis(heads, mesh, 'tensor', 'rollout.mesh')}"
         )
 
 
@@ -192,8 +204,8 @@ def prompt_widths(longest: int, multiple: int) -> list[int]:
 
 
 def prefill_sizes(slots: int, n: int, width: int, devices: int) -> tuple[int, int]:
-    """Prompts of a prefill, one of two compiled numbers for each width: enough for the slots that a
-    round ends early for, or as many prompts as that is slots."""
+    """Prompts per prefill: EARLY-th of the slots over n, or EARLY-th of the slots, padded to the
+    devices."""
     early = -(-slots // EARLY)
     few = -(-early // n)
     many = min(-(-slots // n), early, PREFILL // width)
@@ -208,9 +220,10 @@ class _Batch:
     those after it, until all slots are free.
     """
 
-    def __init__(self, sampler: LocalSampler, slots: int, width: int, n: int, sampling: Sampling):
+    def __init__(self, sampler: LocalSampler, slots: int, n: int, sampling: Sampling):
         self._sampler, self._n, self._sampling = sampler, n, sampling
-        self._places = width + sampling.max_response_tokens
+        # The cache has room for the longest prompt that there may be: one program for all calls.
+        self._places = sampler._widths[-1] + sampling.max_response_tokens
         rows = self._over_devices(slots)
         self._waiting: deque[tuple[_Group, int]] = deque()
         self._rows: list[tuple[_Group, int] | None] = [None] * rows
@@ -259,10 +272,11 @@ class _Batch:
         sampler, sampling, rows = self._sampler, self._sampling, len(self._rows)
         assert self._slots is not None
         early = rows - self._rows.count(None) - -(-rows // EARLY)
+        enters = self._waiting and self._waiting[0][0].params is self._params
         slots, *out = decode(
             self._params,
             self._slots,
-            np.int32(max(early, 0) if self._waiting else 0),
+            np.int32(max(early, 0) if enters else 0),
             np.float32(sampling.temperature) if sampling.temperature else None,
             np.float32(sampling.top_p) if sampling.top_p < 1 else None,
             model=sampler._model,

@@ -17,7 +17,6 @@ from oapl_jax.rollout.buffer import GroupStore
 from oapl_jax.rollout.dataset import DatasetWriter
 from oapl_jax.rollout.kept import KeptNotes
 from oapl_jax.rollout.ledger import FILE, Ledger, ZeroRewardGuard
-from oapl_jax.rollout.sampler import Sampler
 from oapl_jax.rollout.worker import Worker
 from oapl_jax.structs import Group, decode_groups, encode_groups
 from oapl_jax.tracking.progress import StopRequest
@@ -29,7 +28,6 @@ class GroupSource:
 
     worker: Worker
     store: GroupStore
-    sampler: Sampler
     ledger: Ledger
     guard: ZeroRewardGuard
     writer: DatasetWriter | None  # records sampled groups, if the run records or keeps any
@@ -40,7 +38,8 @@ class GroupSource:
     fresh: int  # prompts that each step samples where the buffer has room (replay), or 0
     overlap: bool  # whether the worker runs beside the learner
     deadline: float  # seconds that this host waits for groups or for another host
-    more_metrics: Sequence[Callable[[], dict[str, float]]]  # of the grader and the preferences
+    # Of the sampler, the grader and the preferences.
+    more_metrics: Sequence[Callable[[], dict[str, float]]]
 
     def __post_init__(self):
         self._in_use: set[int] = set()  # versions, by all hosts
@@ -132,7 +131,7 @@ class GroupSource:
 
     def metrics(self) -> dict[str, float]:
         """Sampling since the last call, and ends of all groups so far."""
-        sources = [self.store.take_metrics, self.sampler.metrics, self.store.counts]
+        sources = [self.store.take_metrics, self.store.counts]
         return {k: v for of in (*sources, *self.more_metrics) for k, v in of().items()}
 
     def snapshot(self) -> bytes:

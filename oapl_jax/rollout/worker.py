@@ -21,7 +21,7 @@ class Worker:
     """Samples a group for each reserved prompt."""
 
     store: GroupStore
-    sampler: Sampler
+    sampler: Sampler | None  # None: all groups are recorded ones
     reward: Callable[[Prompt, Sequence[Rollout]], np.ndarray]  # float32[n]; called in threads
     _: dataclasses.KW_ONLY
     group_size: int
@@ -38,7 +38,7 @@ class Worker:
         self._failure: BaseException | None = None
 
     def versions(self) -> set[int]:
-        return self.store.versions(self.sampler.versions())
+        return self.store.versions(self.sampler.versions() if self.sampler else set())
 
     def produce(self) -> None:
         """Samples and commits `prompts_per_call` groups."""
@@ -65,7 +65,8 @@ class Worker:
         """
         self._stopping = True
         self.store.notify()
-        self.sampler.close()
+        if self.sampler:
+            self.sampler.close()
         if self._thread:
             self._thread.join(self.deadline)
             if self._thread.is_alive():
@@ -85,6 +86,7 @@ class Worker:
 
     def _refresh(self) -> None:
         target = self.store.start_refresh()
+        assert self.sampler
         if target and target[0] != self.sampler.version:
             self.sampler.refresh(*target)
 
@@ -103,6 +105,7 @@ class Worker:
 
     def _sample(self, prompts: Iterable[Prompt]) -> None:
         """Samples the prompts; returns when all groups are committed."""
+        assert self.sampler
         groups = self.sampler.generate(prompts, n=self.group_size, sampling=self.sampling)
         for sampled in groups:
             self.store.pin(sampled)

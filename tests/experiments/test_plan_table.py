@@ -161,9 +161,22 @@ def test_a_host_is_planned_again_with_what_a_refusal_proposes(monkeypatch, fitti
     monkeypatch.setattr(plan_table, "open_slice", lambda topology: None)
     monkeypatch.setattr(plan_table, "plan_run", plan_run)
     made = plan_table.line("gsm8k:lora", MODEL, "v5e:2x4")
-    assert asked == [(1, 256), (4, 256), (4, 64)]
+    assert asked == [(1, 128), (4, 128), (4, 64)]
     assert (made["fits"], made["used"], made["room"]) == (fitting == 64, 7, 8)
     assert made["because"] == "decoding: so"
+
+
+def test_a_host_that_refuses_the_sizes_has_a_line_that_says_so(monkeypatch, files):
+    def plan_run(*_, **__):
+        raise UserError("rollout.mesh.tensor=8 does not divide")
+
+    monkeypatch.setattr(plan_table, "open_slice", lambda topology: None)
+    monkeypatch.setattr(plan_table, "plan_run", plan_run)
+    made = plan_table.line("gsm8k", MODEL, "v5e:2x4")
+    assert not made["fits"]
+    files.write_text("<!-- hosts -->\nold\n<!-- end -->\n")
+    plan_table.write_page({f"gsm8k {MODEL} v5e:2x4": made})
+    assert "rollout.mesh.tensor=8 does not divide" in files.read_text()
 
 
 def test_hosts_have_lines_of_all_weights_and_of_adapters():
@@ -172,6 +185,8 @@ def test_hosts_have_lines_of_all_weights_and_of_adapters():
     assert {run for run, _, _ in lines} == {"gsm8k", "gsm8k:lora"}
     assert len({digest_of(run, MODEL) for run, _, _ in lines}) == 2
     assert {topology for _, _, topology in lines} == set(plan_table.HOSTS)
+    few = [key for keys in chains([plan_table.ONE_HOST], [MODEL], ["h200"]) for key in keys]
+    assert {topology for _, _, topology in few} == {"h200"}
 
 
 @pytest.mark.parametrize("most", [4, 2, 0])

@@ -4,6 +4,8 @@ problems in the form of GSM8K, and goes through the experiment of word problems.
 import dataclasses
 import functools
 import json
+import re
+import time
 from types import SimpleNamespace
 
 import jax
@@ -16,6 +18,7 @@ from configs import gsm8k
 from experiments.smollm2 import LAG, MAX_MINUTES, SHOWN, Outcome, draw, page, run, table
 from oapl_jax import train
 from oapl_jax.data import samples
+from oapl_jax.errors import UserError
 from oapl_jax.evaluate import evaluate_benchmarks
 from oapl_jax.learner import train_step
 from oapl_jax.model import hf
@@ -30,12 +33,10 @@ CHATML = (
 )
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A Llama of two layers that knows nothing."""
-    directory = epath.Path(tmp_path_factory.mktemp("model"))
+def make_model(directory, family):
+    """A decoder of two layers that knows nothing."""
     sizes = dict(
-        model_type="llama",
+        model_type=family,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -52,16 +53,22 @@ def model(tmp_path_factory):
     network = Transformer(policy.config, jnp.dtype("float32"), remat="none")
     params = jax.jit(functools.partial(train_step.init_params, network))(jax.random.key(0))
     policy.tokenizer.chat_template = CHATML
-    policy.tokenizer.save_pretrained(str(directory / "llama"))
+    policy.tokenizer.save_pretrained(str(directory / family))
     hf.save_params(
-        params, policy.config, directory / "llama", dtype="float32", max_shard_bytes=1 << 30
+        params, policy.config, directory / family, dtype="float32", max_shard_bytes=1 << 30
     )
-    return directory / "llama"
+    return directory / family
 
 
-def test_a_small_model_trains_on_problems_in_the_form_of_gsm8k(model, tmp_path):
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(epath.Path(tmp_path_factory.mktemp("model")), "llama")
+
+
+def of_gsm8k(choice, model, tmp_path):
+    """The configuration for a tiny model, on made problems in the same form."""
     samples.write(str(tmp_path / "samples"), rows=8)
-    config = gsm8k.get_config()
+    config = gsm8k.get_config(choice)
     for name in ("train", "validation", "test"):
         config.data.sets[name].update(rows=0, part=(0, 100))
     config.benchmarks.gsm8k_test.rows = 0
@@ -95,6 +102,27 @@ def test_a_small_model_trains_on_problems_in_the_form_of_gsm8k(model, tmp_path):
             "tracking.tensorboard": False,
         }
     )
+    return config
+
+
+@pytest.mark.parametrize(("choice", "ending"), [("qwen3", "/no_think"), ("qwen2", r"\boxed{}.")])
+def test_other_families_are_evaluated_on_problems_in_the_form_of_gsm8k(choice, ending, tmp_path):
+    config = of_gsm8k(choice, make_model(epath.Path(tmp_path), choice), tmp_path)
+    changes = {"num_steps": 0, "warmup.num_steps": 0, "evaluation.every": 1}
+    config.update_from_flattened_dict({**changes, "evaluation.n": 1, "evaluation.ks": (1,)})
+    workdir = epath.Path(tmp_path / "run")
+    result = train.run(typed(config), workdir, SimpleNamespace(requested=""))
+    assert result is not None
+    assert result["after"]["prompts"] == 8
+    job = opened(config, workdir)
+    assert job.policy.config.model_type == choice
+    text = job.policy.tokenizer.decode(job.prompts("test")[0].tokens)
+    assert f"{ending}<|im_end|>" in text
+    job.close()
+
+
+def test_a_small_model_trains_on_problems_in_the_form_of_gsm8k(model, tmp_path):
+    config = of_gsm8k("llama", model, tmp_path)
     workdir = epath.Path(tmp_path / "run")
     workdir.mkdir()
     result = train.run(typed(config), workdir, SimpleNamespace(requested=""))
@@ -154,6 +182,7 @@ TINY = {
 
 def test_a_run_has_its_lag_its_curve_and_its_responses(model, tmp_path):
     stop, workdir = SimpleNamespace(requested=""), epath.Path(tmp_path / "run")
+    started = time.monotonic()
     changes = {**TINY, "model.path": str(model), "data.data_dir": str(tmp_path / "data")}
     outcome = run(workdir, "lora,oapl", 0, changes, stop)
     assert outcome.lag >= LAG
@@ -165,8 +194,16 @@ def test_a_run_has_its_lag_its_curve_and_its_responses(model, tmp_path):
         assert f"{name} {hater}." in sample["question"]
     assert not (workdir / "versions").exists()
 
-    again = run(workdir, "lora,oapl", 0, {"num_steps": -1}, stop)
-    assert dataclasses.asdict(again) == json.loads((workdir / "outcome.json").read_text())
+    kept = (workdir / "outcome.json").read_text()
+    again = run(workdir, "lora,oapl", 0, changes, stop)
+    assert dataclasses.asdict(again) == json.loads(kept)
+    with pytest.raises(UserError, match=re.escape(str(workdir))):
+        run(workdir, "lora,oapl", 0, {**changes, "num_steps": LAG + 3}, stop)
+    assert (workdir / "outcome.json").read_text() == kept
+    # The seconds of all steps, as if a pause between two starts had not been.
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    of_steps = sum(v for line in lines for k, v in line.items() if k.startswith("seconds/"))
+    assert of_steps / 60 < outcome.minutes < (time.monotonic() - started) / 60
     draw([outcome], epath.Path(tmp_path / "curves.png"))
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     shown = page([outcome])

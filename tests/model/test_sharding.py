@@ -148,7 +148,7 @@ def test_a_refused_mesh_proposes_one_that_fits(sizes, proposed):
 
 def test_a_mesh_that_can_not_divide_a_model_proposes_the_largest_size_that_does():
     params = hf.parameter_shapes(small_config(hidden_size=36))
-    with pytest.raises(UserError, match=r"\bmesh\.fsdp=4\b"):
+    with pytest.raises(UserError, match=r"\bmesh\.fsdp=4 and mesh\.data=2\b"):
         sharding.parameter_shardings(params, small_mesh(fsdp=8))
     sharding.parameter_shardings(params, small_mesh(data=2, fsdp=4))
 

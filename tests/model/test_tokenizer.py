@@ -84,6 +84,15 @@ def test_a_cut_tokenizer_is_named(tmp_path, file, left):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
+def test_a_character_tokenizer_is_the_same_beside_any_model(tmp_path, model_type):
+    make_character_tokenizer("abc 12", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (len(tokenizer), tokenizer.eos_token_id) == (8, 1)
+    assert tokenizer.decode(tokenizer.encode("a1 b")) == "a1 b"
+
+
 # Chat templates
 
 

@@ -15,8 +15,8 @@ from configs import arithmetic, code_contests, competition_math
 from oapl_jax.errors import RunError, UserError
 from oapl_jax.model.hf import parameter_count
 from oapl_jax.model.published import PUBLISHED, published
-from oapl_jax.model.sharding import make_mesh
-from oapl_jax.plan import model_sizes, open_meshes, plan_run, programs_of, verdict
+from oapl_jax.model.sharding import make_mesh, open_meshes
+from oapl_jax.plan import model_sizes, plan_run, programs_of, verdict
 from oapl_jax.planning import estimate
 from oapl_jax.planning.hardware import CHIPS, SLICES, Slice, open_slice
 from oapl_jax.planning.programs import program_flops, step_flops
@@ -112,7 +112,7 @@ def config(tmp_path, monkeypatch):
 def run_of(config):
     given = typed(config)
     sizes, from_checkpoint = model_sizes(given, None, epath.Path("model"))
-    meshes = open_meshes(given, jax.devices(), make_mesh, host=0)
+    meshes = open_meshes(given.mesh, given.rollout, jax.devices(), host=0)
     return programs_of(given, sizes, *meshes, from_checkpoint=from_checkpoint)
 
 
@@ -149,6 +149,7 @@ def test_copies_of_the_parameters_beside_a_program_are_counted(config):
     # also has its segments, its hidden state and its counts.
     cache = 256 * 28 * (2 * 2 * 2 * 16 * 4) / 8
     assert cache < beside["KV cache"] < 1.1 * cache
+    assert beside["sampler's version before"] == beside["embedded sampler"]
     config.rollout.devices = 4
     config.rollout.mesh.update(data=2)
     beside = run_of(config).gradient_step().beside

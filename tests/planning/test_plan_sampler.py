@@ -11,7 +11,8 @@ from oapl_jax.errors import UserError
 from oapl_jax.model.config import ModelConfig
 from oapl_jax.model.hf import parameter_count
 from oapl_jax.model.published import published
-from oapl_jax.plan import count_report, count_run, open_meshes, plan_run, programs_of, report
+from oapl_jax.model.sharding import open_meshes
+from oapl_jax.plan import count_report, count_run, plan_run, programs_of, report
 from oapl_jax.planning import estimate, hardware, programs
 from oapl_jax.planning.count import saved_numbers
 from oapl_jax.planning.programs import Compilation
@@ -46,6 +47,11 @@ def settings(**changes):
     return config
 
 
+def apart(devices):
+    """Settings of a sampler beside the learner; 0: on shared devices."""
+    return {"rollout.devices": devices, "rollout.overlap": True}
+
+
 def model_of(config):
     return ModelConfig.from_hf(dict(config.model.architecture), source="this test")
 
@@ -53,7 +59,8 @@ def model_of(config):
 def run_of(where, **changes):
     config = settings(**changes)
     make, given = functools.partial(hardware.make_mesh, where), typed(config)
-    meshes = open_meshes(given, where.devices, make, host=where.devices[0].process_index)
+    host = where.devices[0].process_index
+    meshes = open_meshes(given.mesh, given.rollout, where.devices, host=host, make=make)
     given = given.derived(meshes[0].shape)
     return programs_of(given, model_of(config), *meshes, from_checkpoint=True)
 
@@ -141,7 +148,7 @@ def test_devices_of_a_slice_are_split_as_a_run_splits_them():
         ("v5e:4x4", 1, 4, 3),
     ):
         where = hardware.open_slice(name)
-        run = run_of(where, **{"rollout.devices": each, "mesh.data": data})
+        run = run_of(where, **apart(each), **{"mesh.data": data})
         learner, sampler = (set(m.devices.flat) for m in (run.mesh, run.sampler_mesh))
         assert len(sampler) == each, name
         assert len(learner) == len(where.devices) - hosts * each, name
@@ -155,7 +162,7 @@ def test_devices_of_a_slice_are_split_as_a_run_splits_them():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"rollout.devices": 4}, r"rollout\.devices=4 .* 2\b"),
+        (apart(4), r"rollout\.devices=4 .* 2\b"),
         ({"rollout.mesh.data": 3}, r"rollout\.mesh\.data=3 .* rollout\.mesh\.data=4"),
         ({"rollout.mesh.tensor": 3, "rollout.mesh.data": 1}, r"rollout\.mesh\.data=4"),
         ({"rollout.mesh.data": 1, "rollout.mesh.fsdp": 8}, r"rollout\.mesh\.fsdp=8"),
@@ -177,9 +184,24 @@ def test_an_evaluation_has_a_version_beside_that_of_the_rollouts(where):
     assert both["evaluated parameters"] == both["embedded sampler"]
     overlap = kinds(**{"evaluation.every": 5, "rollout.overlap": True})
     assert overlap["KV cache of the evaluation"] == overlap["KV cache"]
+    versions = ("embedded sampler", "sampler's version before", "evaluated parameters")
+    assert len({overlap[kind] for kind in versions}) == 1
     fleet = {"rollout.sampler": "fleet"}
     assert "evaluated parameters" not in kinds(**fleet, **{"evaluation.every": 5})
     assert run_of(where, **fleet).sampling() == []
+
+
+@pytest.mark.parametrize("devices", [0, 2])
+def test_with_overlap_the_version_before_stays_until_its_responses_end(where, devices):
+    """A refresh in turns frees it first."""
+    before = "sampler's version before"
+    run = run_of(where, **apart(devices))
+    hbm = run.sampling()[0].hbm
+    assert hbm[before] == hbm["embedded sampler"]
+    assert (before in run.kept) == (before in run.gradient_step().hbm) == (devices == 0)
+    if not devices:
+        assert before not in run_of(where).kept
+        assert before not in run_of(where).sampling()[0].hbm
 
 
 def fake_compiler(temporaries, fixed=0):
@@ -264,17 +286,14 @@ def test_times_of_the_sampler_are_arithmetic(where):
     many = times(groups_per_step=40)  # 160 sequences take the slots three times
     assert many["seconds"] == pytest.approx(5 * 2.5 + 3 * 12.8)
     assert times(2)["tokens_per_second"] == pytest.approx(2 * 64 * 128 / full)
-    apart = {"rollout.devices": 2, "rollout.overlap": True}
-    beside = times(**apart)
+    beside = times(**apart(2))
     assert beside["step_seconds"] == 20
     assert beside["share"] == pytest.approx(beside["seconds"] / 20)
-    turns = times(**{"rollout.devices": 2})
-    assert turns["step_seconds"] == pytest.approx(20 + turns["seconds"])
     assert "share" not in times(**{"rollout.sampler": "fleet", "evaluation.every": 5})
 
 
 def test_a_plan_has_the_sampler(where):
-    config = settings(**{"rollout.devices": 2, "rollout.overlap": True, "num_steps": 1})
+    config = settings(**apart(2), num_steps=1)
     plan = plan_run(typed(config), model_of(config), where, from_checkpoint=True, storage=1e9)
     assert plan["fits"]
     assert plan["mesh"]["fsdp"] == 2
@@ -314,8 +333,8 @@ def test_one_gpu_by_count(name, lora, fits):
     else:
         assert learning["parameters"] == 4 * count
         assert learning["gradients"] == 2 * 4 * count  # a sum over micro-batches, and the newest
-    # 256 slots of 768 places; keys and values of 36 layers, 8 heads of 128, in bfloat16.
-    cache = 256 * 768 * 36 * 2 * 8 * 128 * 2
+    # 128 slots of 768 places; keys and values of 36 layers, 8 heads of 128, in bfloat16.
+    cache = 128 * 768 * 36 * 2 * 8 * 128 * 2
     assert cache < sampling["KV cache"] < 1.05 * cache
     assert sampling["evaluated parameters"] == sampling["embedded sampler"]
     token = (2 * count + cache) / 4.8e12
@@ -336,7 +355,7 @@ def test_slots_of_one_gpu_take_the_room_that_is_left():
 
 def test_one_gpu_has_no_devices_to_split():
     with pytest.raises(UserError, match=r"rollout\.devices=1 .* 0\b"):
-        counted("qwen3-0.6b", **{"rollout.devices": 1})
+        counted("qwen3-0.6b", **apart(1))
 
 
 def test_numbers_that_a_layer_saves_are_those_of_the_page():

@@ -4,6 +4,7 @@ Weights come from the committed checkpoints (two layers, hidden size 32, 64 toke
 are far from flat.
 """
 
+import gc
 import itertools
 import re
 from unittest import mock
@@ -18,8 +19,9 @@ from scipy.special import softmax
 from small_models import forward, golden_model, small_mesh
 
 from oapl_jax.config import LearnerConfig
-from oapl_jax.errors import UserError
+from oapl_jax.errors import RunError, UserError
 from oapl_jax.learner import packing, train_step
+from oapl_jax.model import hf
 from oapl_jax.model.sharding import make_mesh
 from oapl_jax.model.transformer import Transformer
 from oapl_jax.objectives import bind
@@ -380,6 +382,70 @@ def test_refresh_takes_the_weights_of_a_published_version(tmp_path):
     assert [a[:2] for a in again] == [h[:2] for h in held]  # to the last bit
 
 
+def test_a_refresh_frees_the_version_before_unless_responses_go_on(tmp_path, monkeypatch):
+    paths = {version: publish(tmp_path, version) for version in (20, 21)}
+    sampler, load, seen = new_sampler(max_sequences=4), hf.load_params, []
+    sampler.drop_params()
+
+    def live():
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    def spy(*arguments, **settings):
+        seen.append(live())
+        return load(*arguments, **settings)
+
+    monkeypatch.setattr(hf, "load_params", spy)
+    empty = live()
+    sampler.refresh(20, paths[20])
+    held = live()
+    sampler.refresh(21, paths[21])
+    assert held > empty
+    assert (seen, live()) == ([empty, empty], held)
+    stream = sampler.generate(prompts_of(), n=4, sampling=sampling())
+    next(stream)
+    before = live()
+    sampler.refresh(20, paths[20])
+    assert seen[2] == before > held
+
+
+class Refreshing(list):
+    """Prompts that refresh the sampler before the third."""
+
+    def __init__(self, prompts, refresh):
+        super().__init__(prompts)
+        self._refresh = refresh
+
+    def __iter__(self):
+        for number, prompt in enumerate(super().__iter__()):
+            if number == 2:
+                self._refresh()
+            yield prompt
+
+
+def test_a_round_ends_early_for_responses_of_its_version_alone(tmp_path, monkeypatch):
+    decoded = spy_on(monkeypatch, "decode")
+    sampler, path = new_sampler(max_sequences=8), publish(tmp_path, 20, scale=0.5)
+    prompts = Refreshing(prompts_of(*[3] * 5), lambda: sampler.refresh(20, path))
+    found = [s.rollouts for s in sampler.generate(prompts, n=4, sampling=sampling())]
+    assert [r.policy_version for r, *_ in found] == [VERSION] * 2 + [20] * 3
+    first = decoded[0][0][0]  # parameters
+    until = lambda of_first: {
+        int(given[2]) for given, *_ in decoded if (given[0] is first) == of_first
+    }
+    assert until(True) == {0}  # the third prompt waits for all slots
+    assert until(False) == {7, 0}
+
+
+def test_the_cache_has_room_for_the_longest_prompt_whatever_a_call_has(monkeypatch):
+    """So that decoding is compiled once."""
+    decoded = spy_on(monkeypatch, "decode")
+    sampler = new_sampler(max_prompt_tokens=12)
+    for length in (1, 6, 12):
+        list(sampler.generate(prompts_of(length), n=4, sampling=sampling()))
+    assert {given[1].cache.key.shape[3] for given, *_ in decoded} == {12 + 8}
+
+
 def test_endless_prompts_are_taken_as_there_is_room_and_may_refresh(tmp_path):
     """A group is of one version, the one that is held when its prompt has been taken."""
     sampler, taken = new_sampler(max_sequences=8), []
@@ -410,6 +476,8 @@ def test_close_ends_generate():
         if len(found) == 3:
             sampler.close()
     assert found == [0, 1, 2]
+    with pytest.raises(RunError, match="closed"):
+        sampler.generate(prompts_of(), n=4, sampling=sampling())
 
 
 def test_a_failure_of_the_prompts_is_raised():

@@ -27,9 +27,7 @@ class Host0:
         monkeypatch.setattr(multihost, "barrier", lambda name, *, deadline: None)
         gather = lambda mine, *_, **__: [mine, json.dumps(self.other).encode()]
         monkeypatch.setattr(multihost, "allgather_bytes", gather)
-        parts: Any = dict.fromkeys(
-            ("store", "sampler", "ledger", "guard", "writer", "notes"), MagicMock()
-        )
+        parts: Any = dict.fromkeys(("store", "ledger", "guard", "writer", "notes"), MagicMock())
         worker: Any = SimpleNamespace(versions=lambda: self.mine)
         settings: Any = dict(
             sampled=0, recorded=0, fresh=0, overlap=True, deadline=1.0, more_metrics=()

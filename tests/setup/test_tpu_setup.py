@@ -54,12 +54,9 @@ SERVER_FLAGS = {*SERVER_FLAGS.split(), "--skip-server-warmup", "--max-seq-len="}
 SLICE = "--project=p --zone=us-east5-a --name=learner"
 CLUSTER = "--project=p --zone=us-east5-a --cluster=learner"
 RUN = "--config=configs/arithmetic.py --workdir=/mnt/oapl/run"
-# The commands of docs/tpu.md, and some with other flags.
-EXAMPLES = re.findall(
-    r"^ +tpu_setup/(\S+\.sh .*)$",
-    (ROOT / "docs/tpu.md").read_text().replace("\\\n", " "),
-    re.MULTILINE,
-)
+# The commands of the pages, and some with other flags.
+PAGES = "".join((ROOT / page).read_text() for page in ("docs/tpu.md", "README.md"))
+EXAMPLES = re.findall(r"^ +tpu_setup/(\S+\.sh .*)$", PAGES.replace("\\\n", " "), re.MULTILINE)
 EXAMPLES += [
     f"create.sh {SLICE} --topology=v5p:4x4x4 --reserved --network=n --subnetwork=s",
     f"create.sh {SLICE} --topology=v6e:16x16 --spot --queue-deadline=60",
@@ -119,6 +116,12 @@ def test_printed_commands_have_documented_flags_only(line):
     for words in commands:
         if words[0] not in ("git", "tar", "ssh", "scp", "kubectl"):
             check_documented(words)
+
+
+def test_the_readme_and_the_page_of_tpus_have_the_same_command_for_one_machine():
+    of_one = [line for line in EXAMPLES if "--name=one " in line and "gs://" in line]
+    assert len(of_one) == 2
+    assert len({" ".join(line.split()) for line in of_one}) == 1
 
 
 def test_the_documentation_shows_every_script_that_does_not_run_on_a_worker():
