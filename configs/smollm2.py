@@ -4,8 +4,8 @@ it (reasoning_gym) at a lag of 8.
     make run-smollm2    # unpacks the model; 12 steps
     python -m oapl_jax.train --config=configs/smollm2.py --workdir=runs/smollm2-full
 
-"Ada likes tea. Bo hates rain. Cy enjoys maths. Who hates rain? Reply only with a name." A response
-is right if its first word is Bo. Choices: train=full|lora, and objective=NAME with the names of
+"Ada likes tea. Bo hates rain. Who hates rain? Reply only with a name." A response is right if its
+first word is Bo: a name of the two at random would be right half the time. Choices: train=full|lora, and objective=NAME with the names of
 configs/objectives.py. experiments/smollm2.py states the results.
 """
 
@@ -25,9 +25,9 @@ def get_config(arg: str | None = None) -> common.Config:
         train_size=1500,
         validation_size=32,
         test_size=128,
-        max_prompt_tokens=80,  # 30 of them are the chat template's
+        max_prompt_tokens=72,  # 30 of them are the chat template's
     )
-    config.data.generator = dict(min_num_statements=3, max_num_statements=3)
+    config.data.generator = dict(min_num_statements=2, max_num_statements=2)
     config.model.path = "runs/smollm2-model"
     config.warmup.num_steps = 0
     # All of a step's responses at once, since they are short: with half the slots sampling would be
@@ -36,7 +36,7 @@ def get_config(arg: str | None = None) -> common.Config:
         temperature=0.5,
         max_response_tokens=24,
         max_sequences=64,
-        prompt_multiple=80,  # one width of prompts
+        prompt_multiple=72,  # one width of prompts
         tokens_per_round=8,
     )
     response = common.reference(config.rollout, "max_response_tokens")
