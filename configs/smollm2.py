@@ -5,8 +5,9 @@ it (reasoning_gym) at a lag of 8.
     python -m oapl_jax.train --config=configs/smollm2.py --workdir=runs/smollm2-full
 
 "Ada likes tea. Bo hates rain. Who hates rain? Reply only with a name." A response is right if its
-first word is Bo: a name of the two at random would be right half the time. Choices: train=full|lora, and objective=NAME with the names of
-configs/objectives.py. experiments/smollm2.py states the results.
+first word is Bo: a name of the two at random would be right half the time. Choices:
+train=full|lora, and objective=NAME with the names of configs/objectives.py. experiments/smollm2.py
+states the results.
 """
 
 from configs import arithmetic, common, objectives

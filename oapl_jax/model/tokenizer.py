@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import tokenizers
 from etils import epath
 
 from oapl_jax.errors import UserError, one_line
@@ -20,7 +19,8 @@ from oapl_jax.files import local_copy, read_json, read_parts, write_atomically, 
 from oapl_jax.model.config import ModelConfig
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is absent on purpose
-# transformers is imported where it is used: it takes a second, and a misspelt flag should not.
+# transformers and tokenizers are imported where they are used: a misspelt flag should not take a
+# second, and whoever trains on token ids needs neither.
 PAD, EOS = "<pad>", "<eos>"
 CONTENTS_ONLY = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -136,6 +136,7 @@ def make_character_tokenizer(characters: str, directory: epath.PathLike) -> Any:
 
     Ids: 0 <pad>, 1 <eos>, then the characters in order. The chat template concatenates contents.
     """
+    import tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, *dict.fromkeys(characters)])}
