@@ -30,6 +30,7 @@ from oapl_jax.files import is_deleted, write_file
 from oapl_jax.learner.train_step import TrainState
 
 CHUNK_BYTES = 64 << 20  # of parameters: what the publisher must hold beside a tensor
+LISTINGS = 10  # of a directory, at most, while steps of it are deleted
 DIGEST_BYTES = 16  # of the XXH3 before a host's state
 X = TypeVar("X")
 _ARRAYS, _JSON = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
@@ -59,6 +60,14 @@ def exit_after(deadline: float, what: str) -> Iterator[None]:
         timer.cancel()
 
 
+def _open_manager(directory: epath.Path, **how: Any) -> ocp.CheckpointManager:
+    """Opens a directory whose steps a run may be deleting: then Orbax lists them again."""
+    for _ in range(LISTINGS - 1):
+        with contextlib.suppress(FileNotFoundError):
+            return ocp.CheckpointManager(directory, **how)
+    return ocp.CheckpointManager(directory, **how)
+
+
 class _Steps:
     """Orbax steps below one directory, saved in the background; `keep` bounds their number."""
 
@@ -75,7 +84,7 @@ class _Steps:
             ),
         )
         handlers = {"params": params, "probe": _JSON(), **items}
-        self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+        self._manager = _open_manager(directory, options=options, item_handlers=handlers)
         self._directory, self._deadline = directory, deadline
 
     def steps(self) -> list[int]:

@@ -75,6 +75,22 @@ def opened(tmp_path):
         yield made
 
 
+def test_a_step_that_is_deleted_while_steps_are_listed_is_not_missed(tmp_path, monkeypatch):
+    directory = epath.Path(tmp_path / "weights")
+    open_steps = lambda: contextlib.closing(Weights(directory, deadline=60.0))
+    with open_steps() as weights:
+        for step in (0, 1):
+            weights.save(step, {"w": jnp.ones(3)}, {})
+
+    def deleted(step):  # after its name was read
+        if step.step == 0:
+            step.path.rmtree()
+
+    monkeypatch.setattr(ocp.path.step.Metadata, "commit_timestamp_nsecs", property(deleted))
+    with open_steps() as weights:
+        assert weights.steps() == [1]
+
+
 # Calls of Orbax that never end, as on a share that is gone.
 ENDLESS = """
 import sys, time
